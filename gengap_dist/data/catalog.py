@@ -1,0 +1,251 @@
+"""The data sets by name: read whole into memory as uint8, checked, padded, split.
+
+Shapes: N images, C channels, H = W = image_size.
+"""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gengap_dist.config import DataConfig, UsageError
+
+
+class Images(NamedTuple):
+    """One split."""
+
+    pixels: Tensor  # [N, C, H, W] uint8
+    labels: Tensor  # [N] int64
+
+    def __len__(self) -> int:
+        """N, the number of images."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Images":
+        """The same images on a device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+class Splits(NamedTuple):
+    """A data set ready for training; `val` may be empty."""
+
+    train: Images
+    val: Images
+    test: Images
+    num_classes: int
+
+    @property
+    def in_channels(self) -> int:
+        """C, the number of channels."""
+        return self.train.pixels.shape[1]
+
+    def digest(self) -> str:
+        """Hash of every pixel and label of every split, as hex."""
+        digest = hashlib.blake2b(digest_size=16)
+        for images in (self.train, self.val, self.test):
+            for tensor in images:
+                digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
+        return digest.hexdigest()
+
+
+class _Raw(NamedTuple):
+    """A data set as its files hold it: pixels [N, H, W] or [N, C, H, W] uint8, labels [N]."""
+
+    train_pixels: Tensor
+    train_labels: Tensor
+    test_pixels: Tensor
+    test_labels: Tensor
+    num_classes: int
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Nobody is watching."""
+
+
+def _digits(config: DataConfig, progress: Progress) -> _Raw:
+    """The 1,797 handwritten digits of the UCI test set (Alpaydin & Kaynak 1998, as in scikit-learn); 8 x 8, 0 to 16.
+
+    Every fifth image is a test image: the set itself has no split.
+    """
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        pixels = torch.from_numpy(file["images"]).to(torch.int32) * 255 // 16
+        labels = torch.from_numpy(file["labels"]).long()
+    test = torch.arange(len(labels)) % 5 == 0
+    pixels = pixels.to(torch.uint8)
+    return _Raw(pixels[~test], labels[~test], pixels[test], labels[test], 10)
+
+
+TORCHVISION = {  # name: class, folder below data.root
+    "mnist": ("MNIST", "MNIST/raw"),
+    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
+    "cifar100": ("CIFAR100", "cifar-100-python"),
+}
+
+
+def _torchvision(config: DataConfig, progress: Progress) -> _Raw:
+    from torchvision import datasets  # slow import, and digits do not need it
+
+    class_name, folder = TORCHVISION[config.name]
+    cls = getattr(datasets, class_name)
+    try:
+        train, test = (cls(str(config.root), train=part, download=config.download) for part in (True, False))
+    except RuntimeError as error:  # torchvision's way to say that files are missing or fail their checksum
+        files = cls.resources if "MNIST" in class_name else [*cls.train_list, *cls.test_list]
+        names = ", ".join(Path(name).name.removesuffix(".gz") for name, _ in files)
+        raise UsageError(
+            f"data.root ({config.root}) does not hold {config.name}: {config.root / folder} needs the files {names}, "
+            f"whole and unchanged ({error}); copy them there, or let torchvision fetch them with --data.download true"
+        ) from None
+    except Exception as error:
+        raise UsageError(
+            f"data.root ({config.root}): the files of {config.name} in {config.root / folder} are damaged "
+            f"({type(error).__name__}: {error}); remove them, and copy them again or use --data.download true"
+        ) from None
+    sets = []
+    for part in (train, test):
+        pixels = torch.as_tensor(part.data)
+        sets += [pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels, torch.as_tensor(part.targets).long()]
+    return _Raw(*sets, num_classes=len(train.classes))
+
+
+def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
+    """root/train/CLASS/*.jpg and root/test/CLASS/*.jpg, decoded once, resized to image_size, three channels."""
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+
+    size = config.image_size
+    sets: list[Tensor] = []
+    classes: list[list[str]] = []
+    for part in ("train", "test"):
+        folder = config.root / part
+        try:
+            listing = ImageFolder(str(folder))
+        except (OSError, RuntimeError) as error:
+            raise UsageError(
+                f"data.root ({config.root}) is no image folder: {folder} needs one sub-folder of pictures per class "
+                f"({error}); arrange the files as {folder}/CLASS/PICTURE.jpg"
+            ) from None
+        _check_memory(len(listing.samples) * 3 * size * size, config)
+        pixels = torch.empty(len(listing.samples), 3, size, size, dtype=torch.uint8)
+
+        def decode(job: tuple[int, str], pixels: Tensor = pixels) -> None:
+            at, path = job
+            try:
+                with Image.open(path) as image:
+                    image = image.convert("RGB")
+                    if image.size != (size, size):
+                        image = image.resize((size, size), Image.Resampling.BILINEAR)
+                    pixels[at] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            except OSError as error:
+                raise UsageError(f"data.root: the picture {path} cannot be read ({error}); replace or remove it") from None
+
+        with ThreadPoolExecutor() as pool:
+            jobs = [(at, path) for at, (path, _) in enumerate(listing.samples)]
+            for done, _ in enumerate(pool.map(decode, jobs), 1):
+                if done % 500 == 0:
+                    progress(f"reading {part} pictures", done, len(jobs))
+        sets += [pixels, torch.tensor(listing.targets)]
+        classes.append(listing.classes)
+    if classes[0] != classes[1]:
+        odd = sorted(set(classes[0]) ^ set(classes[1]))
+        raise UsageError(f"data.root ({config.root}): class {odd[0]} is not in both train/ and test/: make them match")
+    return _Raw(*sets, num_classes=len(classes[0]))
+
+
+LOADERS: dict[str, Callable[[DataConfig, Progress], _Raw]] = {
+    "digits": _digits,
+    **dict.fromkeys(TORCHVISION, _torchvision),
+    "imagefolder": _imagefolder,
+}
+
+
+def _check_memory(num_bytes: int, config: DataConfig) -> None:
+    if num_bytes > config.memory_gib * 2**30:
+        raise UsageError(
+            f"data.memory_gib ({config.memory_gib}) is less than the {num_bytes / 2**30:.1f} GiB that {config.name} "
+            "takes: raise it if the machine has the memory, or choose a smaller data.image_size"
+        )
+
+
+def _square(pixels: Tensor, size: int) -> Tensor:
+    """[N, H, W] or [N, C, H, W] uint8 as [N, C, size, size], zero-padded on all sides."""
+    if pixels.ndim == 3:
+        pixels = pixels[:, None]
+    height, width = pixels.shape[-2:]
+    if max(height, width) > size:
+        raise UsageError(
+            f"data.image_size ({size}) is smaller than the {height} x {width} images: choose at least {max(height, width)}"
+        )
+    left, top = (size - width) // 2, (size - height) // 2
+    return pad(pixels, (left, size - width - left, top, size - height - top)).contiguous()
+
+
+def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
+    """Refuse labels that are no class.
+
+    Raises:
+        UsageError: if a label is outside 0 .. num_classes - 1.
+    """
+    bad = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(bad):
+        at = int(bad[0])
+        raise UsageError(
+            f"the {where} labels hold {int(labels[at])} at position {at}, outside 0 to {num_classes - 1}: "
+            "mend the data set's labels"
+        )
+
+
+def load(config: DataConfig, progress: Progress = _silent) -> Splits:
+    """A data set by name, its validation split held out by `data.split_seed`.
+
+    Raises:
+        UsageError: if files are missing or damaged, labels are out of range, or the set does not fit in memory.
+    """
+    raw = LOADERS[config.name](config, progress)
+    for where, pixels, labels in (
+        ("training", raw.train_pixels, raw.train_labels),
+        ("test", raw.test_pixels, raw.test_labels),
+    ):
+        if len(pixels) != len(labels) or not len(pixels):
+            raise UsageError(
+                f"data.root ({config.root}): {config.name} holds {len(pixels)} {where} images for {len(labels)} labels; "
+                "copy its files again"
+            )
+        check_labels(labels, raw.num_classes, where)
+    channels = raw.train_pixels.shape[1] if raw.train_pixels.ndim == 4 else 1
+    _check_memory((len(raw.train_labels) + len(raw.test_labels)) * channels * config.image_size**2, config)
+    pixels = _square(raw.train_pixels, config.image_size)
+    order = torch.from_numpy(np.random.default_rng([config.split_seed, 0]).permutation(len(pixels)))
+    num_val = int(len(pixels) * config.val_fraction)
+    val, train = order[:num_val].sort().values, order[num_val:].sort().values
+    return Splits(
+        Images(pixels[train], raw.train_labels[train]),
+        Images(pixels[val], raw.train_labels[val]),
+        Images(_square(raw.test_pixels, config.image_size), raw.test_labels),
+        raw.num_classes,
+    )
+
+
+def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
+    """What the record keeps of a data set: name, sizes, classes, digest."""
+    return {
+        "name": config.name,
+        "root": None if config.name == "digits" else str(config.root.resolve()),
+        "num_train": len(splits.train),
+        "num_val": len(splits.val),
+        "num_test": len(splits.test),
+        "num_classes": splits.num_classes,
+        "shape": list(splits.train.pixels.shape[1:]),
+        "digest": splits.digest(),
+    }

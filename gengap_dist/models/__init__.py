@@ -1,0 +1,71 @@
+"""Networks by name. A layer's non-linearity is a module called `<layer>.act`, so that probes can name the layer."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+
+from torch import nn
+
+from gengap_dist.config import UsageError, did_you_mean
+from gengap_dist.models.lenet5 import lenet5
+from gengap_dist.models.mlp import mlp
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"lenet5": lenet5, "mlp": mlp}
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    image_size: int = 32,
+    widths: tuple[int, ...] | None = None,
+    ghost_size: int | None = None,
+) -> nn.Module:
+    """A freshly initialised network; images [n, in_channels, image_size, image_size] to logits [n, num_classes].
+
+    Args:
+        name: a key of MODELS, or `module.path:factory` of the caller's own. A factory is given what its signature names
+            of num_classes, in_channels, image_size, widths and ghost_size.
+        num_classes: width of the last layer.
+        in_channels: channels of the images.
+        image_size: side of the square images.
+        widths: hidden widths, for models that have a choice.
+        ghost_size: samples per batch-norm group, for models with batch norm.
+
+    Raises:
+        UsageError: if there is no such model, or its factory fails.
+
+    >>> sum(p.numel() for p in build("lenet5", num_classes=10, in_channels=1).parameters())
+    61706
+    """
+    factory = _factory(name)
+    offered = dict(
+        num_classes=num_classes, in_channels=in_channels, image_size=image_size, widths=widths, ghost_size=ghost_size
+    )
+    parameters = inspect.signature(factory).parameters.values()
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {"num_classes", "in_channels"} if takes_all else set()
+    names |= {p.name for p in parameters}
+    model = factory(**{key: value for key, value in offered.items() if key in names and value is not None})
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model.name ({name}) made a {type(model).__name__}, needs a torch.nn.Module: return the network")
+    return model
+
+
+def _factory(name: str) -> Callable[..., nn.Module]:
+    if name in MODELS:
+        return MODELS[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise UsageError(
+            f"model.name ({name}) is no model{did_you_mean(name, [*MODELS])}: "
+            f"choose one of {', '.join(MODELS)}, or module.path:factory"
+        )
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"model.name ({name}) cannot be imported ({error}): "
+            "give module.path:factory, with the module on PYTHONPATH or in the current folder"
+        ) from None

@@ -1,0 +1,121 @@
+"""From one layer's singular values to every measure of its rank. Pure: no network, no ranks.
+
+A is the layer's activation matrix, N rows (samples) by D columns (units); s_1 >= ... >= s_m are its singular values
+divided by sqrt(N), m = min(N, D). Values below the numerical floor are rounding noise: they count as small (they are),
+but they never enter a sum, and a threshold below the floor gives no measure at all.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TAUS = (1e-1, 1e-2, 1e-3)  # thresholds of near-rank loss, the paper's sigma << 1
+FLOORS = {  # relative to the largest singular value of the raw matrix; a float64 Gram leaves eps**0.5
+    torch.float64: 1e-8,
+    torch.float32: 1e-8,
+    torch.float16: 2e-5,
+    torch.bfloat16: 1.5e-4,
+}
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """Singular values of one layer's activations in one view."""
+
+    layer: str
+    """Name of the layer."""
+    view: str
+    """How the activation became a matrix: "" for [N, D], else channel, pool, flatten or token."""
+    centred: bool
+    """Whether column means were taken out."""
+    num_samples: int
+    """N, rows of the matrix over all ranks."""
+    num_units: int
+    """D, columns of the matrix."""
+    singular_values: Tensor
+    """[m] float64, descending, divided by sqrt(N)."""
+    floor: float
+    """Level below which singular values are rounding noise, in the same units."""
+    dead_units: int
+    """Columns that are zero for every sample. Each also appears as a zero singular value."""
+
+    @property
+    def key(self) -> str:
+        """Name for metrics and files: layer, then view and `centred` where they apply.
+
+        >>> LayerSpectrum("conv1", "pool", True, 2, 1, torch.ones(1).double(), 0.0, 0).key
+        'conv1/pool/centred'
+        """
+        return "/".join(part for part in (self.layer, self.view, "centred" if self.centred else "") if part)
+
+    def measures(self) -> dict[str, float]:
+        """Every rank measure that these singular values support; see docs/measures.md for the formulas.
+
+        A matrix of zeros has no scale: it gives only counts. Measures that would have to look below the floor are left out.
+
+        >>> s = torch.tensor([1.0, 0.5, 1e-3, 0.0]).double()
+        >>> values = LayerSpectrum("fc", "", False, 100, 4, s, floor=1e-8, dead_units=1).measures()
+        >>> values["near_rank_loss/abs_1e-2"], values["numerical_rank"], values["dead_units"]
+        (0.5, 3.0, 1.0)
+        """
+        s = self.singular_values
+        m = len(s)
+        alive = s[s > self.floor]
+        out = {"dead_units": float(self.dead_units), "numerical_rank": float(len(alive)), "sigma_max": float(s[0])}
+        for tau in TAUS:
+            name = f"1e-{round(-torch.tensor(tau).log10().item())}"
+            levels = {"abs": tau, "rel": tau * float(s[0])}
+            for kind, level in levels.items():
+                if level >= self.floor:
+                    count = int((s < level).sum())
+                    out[f"near_rank_count/{kind}_{name}"] = float(count)
+                    out[f"near_rank_loss/{kind}_{name}"] = count / m
+        if len(alive) == 0:
+            return out
+        if len(alive) == m:
+            out["sigma_min"] = float(s[-1])
+            out["condition_number"] = float(s[0] / s[-1])
+        energy = alive.square()
+        out |= {
+            "effective_rank": _exp_entropy(alive),
+            "energy_effective_rank": _exp_entropy(energy),
+            "stable_rank": float(energy.sum() / energy[0]),
+            "participation_ratio": float(energy.sum().square() / energy.square().sum()),
+            "pca_99": float(_least_k(energy, 0.99)),
+            "srank_1e-2": float(_least_k(alive, 0.99)),
+        }
+        if len(alive) > 2:
+            out["alpha_req"] = _power_law(energy)
+        return out
+
+
+def _exp_entropy(values: Tensor) -> float:
+    """exp(-sum p log p), p = values / sum(values) (Roy & Vetterli 2007); no epsilon inside.
+
+    >>> round(_exp_entropy(torch.ones(10).double()), 9)
+    10.0
+    """
+    return float(torch.exp(torch.special.entr(values / values.sum()).sum()))
+
+
+def _least_k(values: Tensor, share: float) -> int:
+    """Least k such that the first k values hold `share` of the sum.
+
+    >>> _least_k(torch.tensor([9.0, 0.5, 0.45, 0.05]).double(), 0.99)
+    3
+    """
+    cumulative = values.cumsum(0)
+    return int((cumulative < share * cumulative[-1]).sum()) + 1
+
+
+def _power_law(energy: Tensor) -> float:
+    """alpha-ReQ: minus the least-squares slope of log s_i^2 against log i (Agrawal et al. 2022).
+
+    >>> round(_power_law(torch.arange(1, 50).double() ** -2), 9)
+    2.0
+    """
+    x = torch.arange(1, len(energy) + 1, dtype=torch.float64).log()
+    y = energy.cpu().log()
+    x = x - x.mean()
+    return float(-(x * y).sum() / x.square().sum())

@@ -1,0 +1,25 @@
+"""One rank: the loss's gradient is the global batch's already."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import final
+
+from torch import Tensor
+
+from gengap_dist.strategies.base import Strategy
+
+
+@final
+class Single(Strategy):
+    """Plain torch."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See `Strategy.forward`."""
+        return self.model(images)
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
+        """Nothing to prepare."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Strategy.backward`."""
+        loss.backward()

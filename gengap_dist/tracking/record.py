@@ -1,0 +1,246 @@
+"""The run folder: run.json, metrics.jsonl, spectra/, config.yaml. Written by rank 0, atomically; everything reads it.
+
+metrics.jsonl holds one line per step that has anything to say, in rising order of step, each with `step`, `epoch`,
+`seconds` and flat metric names. A line is held back until its step is over, so no step ever has two lines.
+"""
+
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gengap_dist.config import RunConfig, UsageError, to_yaml
+from gengap_dist.probes.spectrum import LayerSpectrum
+
+Metrics = Mapping[str, float]
+RUNNING, FINISHED, DIVERGED, FAILED = "running", "finished", "diverged", "failed"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing: a reader, or a crash, never sees half of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
+    """Make the folder of a run or study, or refuse to touch somebody's files.
+
+    Args:
+        out: the folder.
+        marker: the file that tells such a folder, `run.json` or `study.json`.
+        resume: whether going on in an existing one was asked for.
+
+    Raises:
+        UsageError: if it cannot be written, holds other files, or holds a run while `resume` is not set.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--out ({out}) cannot be written ({error.strerror}): choose another folder") from None
+    if (out / marker).exists():
+        if not resume:
+            raise UsageError(f"--out ({out}) already holds a {marker}: add --resume to go on with it, or choose another")
+    elif any(out.iterdir()):
+        raise UsageError(f"--out ({out}) holds other files and no {marker}: choose a new or empty folder")
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    out = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("gengap_dist", "torch", "torchvision", "numpy"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the current folder and whether it has uncommitted changes; None outside a repository."""
+    try:
+        commit, status = (
+            subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": bool(status)}
+
+
+def _number(value: float) -> float | str:
+    """JSON has no NaN and no infinities: they are written as words that float() reads back."""
+    return value if math.isfinite(value) else str(value)
+
+
+class NoRecord:
+    """What ranks other than 0 write: nothing."""
+
+    def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+    def resume(self, step: int, seconds: float, held: dict[int, dict[str, float]]) -> None:
+        """Nothing to do."""
+
+    def log(self, step: int, epoch: float, metrics: Metrics) -> None:
+        """Nothing to do."""
+
+    def flush(self, before: int | None = None) -> None:
+        """Nothing to do."""
+
+    def held(self) -> dict[int, dict[str, float]]:
+        """Nothing is held back."""
+        return {}
+
+    def seconds(self) -> float:
+        """No clock."""
+        return 0.0
+
+    def spectra(self, step: int, spectra: Iterable[LayerSpectrum]) -> None:
+        """Nothing to do."""
+
+    def finish(self, status: str, result: Mapping[str, Any], error: str | None = None) -> None:
+        """Nothing to do."""
+
+
+class Record(NoRecord):
+    """The folder of one run, open for writing."""
+
+    def __init__(self, out: Path) -> None:
+        """Record into `out`, which exists."""
+        self.out = out
+        (out / "spectra").mkdir(exist_ok=True)
+        self._held: dict[int, dict[str, float]] = {}
+        self._began = time.monotonic()
+        self._info: dict[str, Any] = {}
+
+    def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
+        """Write run.json with everything that is known before the first step."""
+        before = read_info(self.out) if (self.out / "run.json").exists() else {}
+        self._info = {
+            "schema": 1,
+            "status": RUNNING,
+            "seed": config.seed,
+            "started": before.get("started", now()),
+            "resumed": [*before.get("resumed", []), now()] if before else [],
+            "command": sys.orig_argv,
+            "config": config.model_dump(mode="json"),
+            "versions": versions(),
+            "git": git_state(),
+            **facts,
+        }
+        write_atomically(self.out / "config.yaml", to_yaml(config))
+        self._save()
+
+    def _save(self) -> None:
+        write_atomically(self.out / "run.json", json.dumps(self._info, indent=1))
+
+    def resume(self, step: int, seconds: float, held: dict[int, dict[str, float]]) -> None:
+        """Go back to the state after `step` steps: later lines are dropped, they will be written again."""
+        lines = [json.dumps(line) for line in read_metrics(self.out) if line["step"] < step]
+        write_atomically(self.out / "metrics.jsonl", "".join(line + "\n" for line in lines))
+        self._held = {at: dict(line) for at, line in held.items()}
+        self._began = time.monotonic() - seconds
+
+    def seconds(self) -> float:
+        """Time since the run began, without the time it lay idle before a resume."""
+        return time.monotonic() - self._began
+
+    def log(self, step: int, epoch: float, metrics: Metrics) -> None:
+        """Add metrics to the line of `step`, the number of optimizer steps done."""
+        line = self._held.setdefault(step, {"step": step, "epoch": round(epoch, 6)})
+        line["seconds"] = round(self.seconds(), 3)
+        line.update(metrics)
+
+    def flush(self, before: int | None = None) -> None:
+        """Write the lines of all steps below `before` (None: all). Their steps are over."""
+        ready = [step for step in sorted(self._held) if before is None or step < before]
+        if ready:
+            lines = [{key: _number(value) for key, value in self._held.pop(step).items()} for step in ready]
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    def held(self) -> dict[int, dict[str, float]]:
+        """Lines that are not written yet; a checkpoint takes them along."""
+        return self._held
+
+    def spectra(self, step: int, spectra: Iterable[LayerSpectrum]) -> None:
+        """Write spectra/step_<step>.npz; `load_spectra` reads it."""
+        write_atomically(self.out / "spectra" / f"step_{step:08d}.npz", dump_spectra(spectra))
+
+    def finish(self, status: str, result: Mapping[str, Any], error: str | None = None) -> None:
+        """Write what is held back, then the outcome."""
+        self.flush()
+        self._info |= {"status": status, "ended": now(), "seconds": round(self.seconds(), 3)}
+        self._info["result"] = {k: _number(v) if isinstance(v, float) else v for k, v in result.items()}
+        if error is not None:
+            self._info["error"] = error
+        self._save()
+
+
+def dump_spectra(spectra: Iterable[LayerSpectrum]) -> bytes:
+    """Spectra as the bytes of an npz file: one array per layer key, and `meta`, a JSON text with everything else."""
+    arrays, meta = {}, {}
+    for s in spectra:
+        arrays[s.key] = s.singular_values.numpy()
+        meta[s.key] = {
+            "layer": s.layer, "view": s.view, "centred": s.centred, "floor": s.floor, "num_samples": s.num_samples,
+            "num_units": s.num_units, "dead_units": s.dead_units,
+        }  # fmt: skip
+    buffer = io.BytesIO()
+    np.savez(buffer, meta=np.array(json.dumps(meta)), **arrays)
+    return buffer.getvalue()
+
+
+def load_spectra(path: Path) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
+    """Layer key to (singular values [m], the rest of LayerSpectrum as a dict)."""
+    with np.load(path) as file:
+        meta = json.loads(str(file["meta"]))
+        return {key: (file[key], info) for key, info in meta.items()}
+
+
+def read_info(out: Path) -> dict[str, Any]:
+    """run.json (or study.json beside it) as a dict.
+
+    Raises:
+        UsageError: if it is missing or damaged.
+    """
+    path = out if out.is_file() else out / "run.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): give the folder of a run") from None
+
+
+def read_metrics(out: Path) -> Iterator[dict[str, Any]]:
+    """Lines of metrics.jsonl; a last line that a crash cut short is left out."""
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                values = json.loads(line)
+                yield {key: float(value) if isinstance(value, str) else value for key, value in values.items()}

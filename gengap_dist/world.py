@@ -1,0 +1,82 @@
+"""The ranks of one run, and the few things they say to each other.
+
+With one rank every call returns its input, so nobody writes `if distributed`. All methods except the attributes are
+collective: every rank must reach them, equally often and in the same order.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gengap_dist.config import LaunchConfig, UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place among all: `rank` of `size`, computing on `device`."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place, on every rank. Shape and dtype stay."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_to_all(self, chunks: Sequence[Tensor]) -> list[Tensor]:
+        """Chunk r of the result is what rank r sent to this rank; shapes must agree with what the sender sends.
+
+        Args:
+            chunks: one tensor per receiving rank, all of one shape.
+        """
+        if self.size == 1:
+            return list(chunks)
+        received = [torch.empty_like(chunk) for chunk in chunks]
+        dist.all_to_all(received, list(chunks))
+        return received
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum(torch.zeros(1, device=self.device))
+
+
+def environment() -> tuple[int, int, int]:
+    """(rank, local rank, world size) as the launcher set them; (0, 0, 1) without a launcher."""
+    read = os.environ.get
+    return int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1"))
+
+
+def connect(config: LaunchConfig) -> World:
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
+
+    Raises:
+        UsageError: if launch.device=cuda and this machine has no GPU for this rank.
+    """
+    rank, local_rank, size = environment()
+    num_gpus = torch.cuda.device_count()
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if config.device == "cuda" and local_rank >= num_gpus:
+        raise UsageError(
+            f"launch.device (cuda) needs a GPU for local rank {local_rank}, and this machine shows {num_gpus}: "
+            "start fewer ranks, or choose launch.device=cpu"
+        )
+    on_gpu = config.device == "cuda" or (config.device == "auto" and local_size <= num_gpus)
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=config.timeout_seconds))
+    return World(rank, size, device)
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,13 +1,19 @@
 """Several ranks, each with the whole model: torch's DistributedDataParallel, made exact for uneven shards."""
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gengap_dist.strategies.base import Strategy
+
+# Running statistics are averaged before evaluation instead of copied from rank 0 at every forward pass; torch has two
+# names for that, by version.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 @final
@@ -17,11 +23,7 @@ class DDP(Strategy):
     def setup(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """See `Strategy.setup`. Collective."""
         super().setup(model, optimizer)
-        self._ddp = DistributedDataParallel(
-            model,
-            broadcast_buffers=False,  # running statistics are averaged before evaluation instead
-            gradient_as_bucket_view=True,
-        )
+        self._ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
 
     def forward(self, images: Tensor) -> Tensor:
         """See `Strategy.forward`."""

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -16,15 +17,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gengap_dist.config import RunConfig, UsageError, to_yaml
-from gengap_dist.probes.spectrum import LayerSpectrum
+
+if TYPE_CHECKING:  # importing it would import torch, and every command imports this module
+    from gengap_dist.probes.spectrum import LayerSpectrum
 
 Metrics = Mapping[str, float]
-RUNNING, FINISHED, DIVERGED, FAILED = "running", "finished", "diverged", "failed"
+RUNNING, FINISHED, DIVERGED, FAILED, KILLED = "running", "finished", "diverged", "failed", "killed"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -118,7 +121,7 @@ class NoRecord:
         """No clock."""
         return 0.0
 
-    def spectra(self, step: int, spectra: Iterable[LayerSpectrum]) -> None:
+    def spectra(self, step: int, spectra: Iterable["LayerSpectrum"]) -> None:
         """Nothing to do."""
 
     def finish(self, status: str, result: Mapping[str, Any], error: str | None = None) -> None:
@@ -186,7 +189,7 @@ class Record(NoRecord):
         """Lines that are not written yet; a checkpoint takes them along."""
         return self._held
 
-    def spectra(self, step: int, spectra: Iterable[LayerSpectrum]) -> None:
+    def spectra(self, step: int, spectra: Iterable["LayerSpectrum"]) -> None:
         """Write spectra/step_<step>.npz; `load_spectra` reads it."""
         write_atomically(self.out / "spectra" / f"step_{step:08d}.npz", dump_spectra(spectra))
 
@@ -200,7 +203,7 @@ class Record(NoRecord):
         self._save()
 
 
-def dump_spectra(spectra: Iterable[LayerSpectrum]) -> bytes:
+def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:
     """Spectra as the bytes of an npz file: one array per layer key, and `meta`, a JSON text with everything else."""
     arrays, meta = {}, {}
     for s in spectra:
@@ -244,3 +247,20 @@ def read_metrics(out: Path) -> Iterator[dict[str, Any]]:
             if line.endswith("\n"):
                 values = json.loads(line)
                 yield {key: float(value) if isinstance(value, str) else value for key, value in values.items()}
+
+
+def close_abandoned(out: Path, error: BaseException) -> None:
+    """Give a run whose ranks are gone its last status; one that never began, or that ended by itself, stays as it is.
+
+    A folder in which nothing was written yet is removed again, so that the same command can be given once more.
+    """
+    if not (out / "run.json").exists():
+        leftovers = {"mlflow.log", "spectra"}
+        if {path.name for path in out.iterdir()} <= leftovers and not any((out / "spectra").glob("*")):
+            shutil.rmtree(out)
+        return
+    info = read_info(out)
+    if info["status"] == RUNNING:
+        info["status"] = FAILED if isinstance(error, Exception) else KILLED
+        info |= {"ended": now(), "error": f"{type(error).__name__}: {error}".strip()}
+        write_atomically(out / "run.json", json.dumps(info, indent=1))

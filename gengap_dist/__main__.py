@@ -1,0 +1,35 @@
+"""`gengap train | study | probe | report`: the four commands under one name."""
+
+import importlib
+import sys
+
+from gengap_dist import __version__
+
+COMMANDS = {  # name: module, what it does
+    "train": ("gengap_dist.train", "train one network with one global batch"),
+    "study": ("gengap_dist.study.__main__", "train arms x seeds, compare them with the baseline, write a report"),
+    "probe": ("gengap_dist.probe", "measure the near-rank loss of a network, trained or not"),
+    "report": ("gengap_dist.report.__main__", "draw a run or a study again, or send it to MLflow"),
+}
+
+
+def main() -> None:
+    """Hand over to the command that was asked for."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        importlib.import_module(COMMANDS[name][0]).main(sys.argv[2:])
+    elif name in ("-h", "--help"):
+        print("usage: gengap COMMAND ...\n\nLarge batches, measured.\n\ncommands (each has its own --help):")
+        print("\n".join(f"  {command:8} {text}" for command, (_, text) in COMMANDS.items()))
+    elif name == "--version":
+        print(f"gengap_dist {__version__}")
+    else:
+        from gengap_dist.config import did_you_mean
+
+        near = did_you_mean(name, [*COMMANDS])
+        print(f"gengap: {name} is no command{near}: choose {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What the four commands share: reading settings from files and the command line, and how they end."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Never, NoReturn
+
+from pydantic_settings import BaseSettings, CliImplicitFlag, CliSettingsSource, SettingsConfigDict
+
+from gengap_dist.config import RunConfig, Section, StudyConfig, UsageError, did_you_mean, field_names
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Options(Section):
+    """What a command takes beside the settings."""
+
+    config: list[Path] = []
+    """YAML file with settings; may be given several times, later ones win. Files may build on others with `extends`."""
+    out: Path | None = None
+    """Folder for everything this command writes; by default a new one is named after the settings."""
+    resume: CliImplicitFlag[bool] = False
+    """Go on with what is in --out instead of refusing to touch it."""
+    print_config: CliImplicitFlag[bool] = False
+    """Print the settings that would be used, as YAML, and stop."""
+    debug: CliImplicitFlag[bool] = False
+    """Show Python's traceback when something goes wrong."""
+
+
+class TrainSettings(RunConfig, Options, BaseSettings):
+    """What `train` takes."""
+
+    model_config = SettingsConfigDict(cli_avoid_json=True, cli_use_class_docs_for_groups=True)
+
+
+class StudySettings(StudyConfig, Options, BaseSettings):
+    """What `study` takes."""
+
+    model_config = SettingsConfigDict(cli_avoid_json=True, cli_use_class_docs_for_groups=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of exiting, and names the nearest option for an unknown one."""
+
+    known: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            name = message.split()[2].split("=")[0]
+            message = f"{name} is no setting{did_you_mean(name, [f'--{k}' for k in self.known])}: see --help for all"
+        raise UsageError(message)
+
+
+def parse(
+    settings: type[TrainSettings] | type[StudySettings], argv: Sequence[str], *, prog: str, description: str
+) -> tuple[Options, dict[str, Any]]:
+    """The command's options, and the settings given on the command line as a nested dict.
+
+    Raises:
+        UsageError: for an unknown option, or one without its value.
+    """
+    width = min(120, max(80, os.get_terminal_size().columns if sys.stdout.isatty() else 100))
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        usage=f"{prog} [--config FILE]... [--out DIR] [--section.setting VALUE]...",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=width),
+    )
+    parser.known = [*field_names(settings)]
+    source = CliSettingsSource[Any](
+        settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_avoid_json=True
+    )
+    overrides: dict[str, Any] = dict(source(args=list(argv))())
+    options = {name: overrides.pop(name) for name in Options.model_fields if name in overrides}
+    return Options.model_validate(options), overrides
+
+
+def guarded(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> Never:
+    """Run a command and exit: 0 done, 1 something broke, 2 the user can mend it, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        sys.exit(command(argv))
+    except UsageError as error:
+        _complain(prog, str(error), debug)
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        _complain(prog, "interrupted; add --resume to go on", debug)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # somebody closed our output: `| head`
+        sys.exit(OK)
+    except Exception as error:
+        text = " ".join(str(error).split()) if not debug else str(error)
+        _complain(prog, f"{type(error).__name__}: {text}" + ("" if debug else "; --debug shows where"), debug)
+        sys.exit(FAILED)
+
+
+def _complain(prog: str, message: str, debug: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # rank 0 speaks for all
+    if debug:
+        traceback.print_exc()
+    print(f"{prog}: {message}", file=sys.stderr)

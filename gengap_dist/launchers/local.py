@@ -1,0 +1,171 @@
+"""Start ranks on this machine, and keep them for as many runs as there are: importing torch takes longer than a small run."""
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import connection, get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from gengap_dist.config import RunConfig, UsageError
+
+Progress = Callable[[int, int, str], None]
+PROGRESS_SECONDS = 0.1  # between two words from rank 0
+
+
+class RankFailed(RuntimeError):
+    """A rank raised something unforeseen, or died; the message holds its traceback or exit code."""
+
+
+class Pool:
+    """`num_processes` ranks on this machine, ready for one run after another."""
+
+    def __init__(self, num_processes: int) -> None:
+        """Ranks start at the first run."""
+        self.num_processes = num_processes
+        self._ranks: list[tuple[Any, Connection]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close(kill=kind is not None)
+
+    def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
+        """One run on all ranks; see `run.run`.
+
+        Raises:
+            UsageError: what a rank found wrong with the config.
+            RankFailed: if a rank failed otherwise. The others are ended with it; the next run starts new ones.
+        """
+        if not self._ranks:
+            self._start()
+        try:
+            for _, pipe in self._ranks:
+                pipe.send((config, out, resume))
+            return self._wait(progress)
+        except BaseException:
+            self.close(kill=True)
+            raise
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        port = _free_port()
+        for rank in range(self.num_processes):
+            here, there = context.Pipe()
+            env = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(self.num_processes),
+                "LOCAL_WORLD_SIZE": str(self.num_processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            process = context.Process(target=_rank_main, args=(there, env), name=f"rank{rank}", daemon=True)
+            with _environment(threads_per_rank(self.num_processes)):
+                process.start()
+            there.close()
+            self._ranks.append((process, here))
+
+    def _wait(self, progress: Progress) -> dict[str, Any]:
+        """Rank 0's result, when every rank has one."""
+        results: dict[int, dict[str, Any]] = {}
+        while len(results) < len(self._ranks):
+            waiting = [pipe for rank, (_, pipe) in enumerate(self._ranks) if rank not in results]
+            for pipe in connection.wait(waiting):
+                rank = next(r for r, (_, p) in enumerate(self._ranks) if p is pipe)
+                try:
+                    kind, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    process = self._ranks[rank][0]
+                    process.join()
+                    raise RankFailed(f"rank {rank} died with exit code {process.exitcode}") from None
+                if kind == "progress":
+                    progress(*value)
+                elif kind == "result":
+                    results[rank] = value
+                elif kind == "usage":
+                    raise UsageError(value)
+                else:
+                    raise RankFailed(f"rank {rank} failed:\n{value}")
+        return results[0]
+
+    def close(self, *, kill: bool = False) -> None:
+        """End the ranks: ask them, or with `kill` end them at once."""
+        for process, pipe in self._ranks:
+            if kill:
+                process.kill()
+            else:
+                pipe.send(None)
+        for process, pipe in self._ranks:
+            process.join()
+            pipe.close()
+        self._ranks.clear()
+
+
+def threads_per_rank(num_processes: int) -> dict[str, str]:
+    """Environment that shares this machine's cores among ranks; a number the user set stays."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_processes)))}
+
+
+class _environment:
+    """Variables that hold while a child process starts: it reads them before it imports anything."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self.variables = variables
+
+    def __enter__(self) -> None:
+        self.before = {name: os.environ.get(name) for name in self.variables}
+        os.environ.update(self.variables)
+
+    def __exit__(self, *exc: object) -> None:
+        for name, value in self.before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank_main(pipe: Connection, env: dict[str, str]) -> None:
+    """A rank's life: run what comes through the pipe until None comes."""
+    import signal
+    import warnings
+
+    os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if env["RANK"] != "0":
+        warnings.simplefilter("ignore")  # rank 0 says it for all
+    from gengap_dist.run import run
+    from gengap_dist.world import disconnect
+
+    spoke = 0.0
+
+    def progress(done: int, total: int, note: str) -> None:
+        nonlocal spoke
+        if env["RANK"] == "0" and (note or done == total or time.monotonic() - spoke > PROGRESS_SECONDS):
+            spoke = time.monotonic()
+            pipe.send(("progress", (done, total, note)))
+
+    try:
+        while (job := pipe.recv()) is not None:
+            config, out, resume = job
+            try:
+                pipe.send(("result", run(config, out, resume=resume, progress=progress)))
+            except UsageError as error:
+                pipe.send(("usage", str(error)))
+            except Exception:
+                pipe.send(("error", traceback.format_exc()))
+    except (EOFError, BrokenPipeError):
+        return  # the parent is gone
+    disconnect()

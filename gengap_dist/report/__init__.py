@@ -1,0 +1,1 @@
+"""Tables, figures and pages, made from run folders and from nothing else."""

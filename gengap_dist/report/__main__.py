@@ -1,0 +1,69 @@
+"""Draw the report of a run or study again, or send its numbers to MLflow.
+
+examples:
+  gengap report studies/demo            writes studies/demo/report.html and figures/
+  gengap report sync studies/demo       sends MLflow what it has not seen yet
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gengap_dist import cli
+from gengap_dist.config import UsageError
+
+PROG = "gengap report"
+
+
+def command(argv: Sequence[str]) -> int:
+    """`[draw] DIR` or `sync DIR`."""
+    words = list(argv)
+    action = words.pop(0) if words[:1] in (["draw"], ["sync"]) else "draw"
+    parser = argparse.ArgumentParser(
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=f"{PROG} [sync] DIR"
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a run or of a study")
+    parser.add_argument("--tracking_uri", help="sync: MLflow store; by default the one the folder was mirrored to")
+    parser.add_argument("--debug", action="store_true", help="show Python's traceback when something goes wrong")
+    options = parser.parse_args(words)
+    folder = options.folder.resolve()
+    if not ((folder / "run.json").exists() or (folder / "study.json").exists()):
+        raise UsageError(f"DIR ({options.folder}) holds neither run.json nor study.json: give the folder of a run or study")
+    return _sync(folder, options.tracking_uri) if action == "sync" else _draw(folder)
+
+
+def _draw(folder: Path) -> int:
+    from gengap_dist.report.collect import read_study
+    from gengap_dist.report.page import write_report
+    from gengap_dist.report.terminal import print_run, print_study
+
+    study = read_study(folder)
+    page = write_report(study)
+    (print_study if (folder / "study.json").exists() else _print_run)(study, page, None)
+    return cli.OK
+
+
+def _print_run(study: Any, page: Path, uri: str | None) -> None:
+    from gengap_dist.report.terminal import print_run
+
+    print_run(study.folder, page, uri)
+
+
+def _sync(folder: Path, uri: str | None) -> int:
+    from gengap_dist.report.terminal import RunProgress
+    from gengap_dist.tracking.mlflow_sink import sync_now
+
+    with RunProgress("sending") as progress:
+        reached = sync_now(folder, uri, lambda name, done, total: progress(done, total, name))
+    print(f"all of {folder} is in MLflow at {reached}")
+    return cli.OK
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Entry point."""
+    cli.guarded(PROG, command, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""The pictures of a report, drawn from run folders. Each function returns a figure, or None where there is no data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from gengap_dist.report.collect import RunData, StudyData, metric
+from gengap_dist.study.pairing import spread
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A", "#8C510A"]  # Okabe & Ito
+UNTRAINED = "#9A9A9A"
+MAX_PANELS = 9  # layers in one figure; a deeper network shows a spread of them, its tables show all
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 160,
+}
+
+
+def colour(study: StudyData, arm: str) -> str:
+    """The arm's colour, the same in every figure."""
+    return COLOURS[study.arms.index(arm) % len(COLOURS)]
+
+
+def size_label(size: float) -> str:
+    """A batch size as people say it.
+
+    >>> size_label(16384), size_label(1294)
+    ('16,384', '1,294')
+    """
+    return f"{size:,.0f}"
+
+
+def _arms(study: StudyData) -> list[tuple[str, list[RunData]]]:
+    return [(arm, runs) for arm in study.arms if (runs := study.of(arm))]
+
+
+def _batch_axis(axes: Axes, sizes: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(sizes)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: size_label(size)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+    if len(set(sizes)) > 4:
+        axes.tick_params(axis="x", labelrotation=45)
+    low, high = min(sizes), max(sizes)
+    axes.set_xlim(low / 1.6, high * 1.6)
+
+
+def accuracy_by_batch(study: StudyData) -> Figure | None:
+    """Test accuracy against global batch: every seed a dot, every arm's mean with its t interval."""
+    arms = [(arm, runs, list(study.results(arm, "test/accuracy").values())) for arm, runs in _arms(study)]
+    arms = [(arm, runs, values) for arm, runs, values in arms if values]
+    if len(arms) < 2:
+        return None
+    figure = Figure(figsize=(7.2, 4.2))
+    axes = figure.subplots()
+    sizes = [runs[0].global_size for _, runs, _ in arms]
+    for number, (arm, runs, values) in enumerate(arms):
+        twins = [i for i, size in enumerate(sizes) if size == sizes[number]]
+        x = sizes[number] * 1.09 ** (2 * twins.index(number) - len(twins) + 1)  # arms of one batch side by side
+        mean, _ = spread(values)
+        c = colour(study, arm)
+        axes.plot([x] * len(values), [100 * v for v in values], "o", color=c, alpha=0.45, markersize=5, mew=0)
+        half = _t_half(values)
+        axes.errorbar(x, 100 * mean, yerr=100 * half if half else None, fmt="D", color=c, capsize=4, markersize=6, label=arm)
+    _batch_axis(axes, sizes)
+    axes.set_xlabel("global batch (samples per step)")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(loc="best", fontsize=9)
+    return figure
+
+
+def _t_half(values: list[float]) -> float:
+    from scipy import stats
+
+    if len(values) < 2:
+        return 0.0
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def chosen_layers(study: StudyData, most: int = MAX_PANELS, *, centred: bool = False) -> list[str]:
+    """Raw (or centred) layer keys, at most `most` of them, spread over the depth of the network."""
+    keys = [key for key in study.layer_keys() if key.endswith("/centred") == centred]
+    if len(keys) <= most:
+        return keys
+    return [keys[round(i * (len(keys) - 1) / (most - 1))] for i in range(most)]
+
+
+def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Figure | None:
+    """A measure of every layer against global batch: trained (means and seeds) beside untrained (dashed)."""
+    keys, arms = chosen_layers(study), _arms(study)
+    if not keys or not arms:
+        return None
+    columns = min(3, len(keys))
+    rows = -(-len(keys) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.5 * rows + 0.5))
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    sizes = [runs[0].global_size for _, runs in arms]
+    for panel, key in zip(panels, keys, strict=False):
+        untrained = [run.first_and_last(metric(name, key, threshold))[0] for _, runs in arms for run in runs]
+        if np.isfinite(untrained).any():
+            panel.axhline(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
+        for arm, runs in arms:
+            values = [run.first_and_last(metric(name, key, threshold))[1] for run in runs]
+            x, c = runs[0].global_size, colour(study, arm)
+            panel.plot([x] * len(values), values, "o", color=c, alpha=0.45, markersize=4, mew=0)
+            if np.isfinite(values).any():
+                panel.plot(x, np.nanmean(values), "D", color=c, markersize=6)
+        _batch_axis(panel, sizes)
+        panel.set_title(key)
+        if name == "near_rank_loss":
+            panel.set_ylim(-0.04, 1.04)
+        else:
+            panel.set_ylim(bottom=0)
+    for panel in panels[len(keys) :]:
+        panel.set_visible(False)
+    handles = [_key(figure, colour(study, arm), "D", arm) for arm, _ in arms]
+    handles.append(_key(figure, UNTRAINED, "--", "untrained"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=9)
+    figure.supxlabel("global batch", fontsize=10)
+    figure.supylabel(label, fontsize=10)
+    return figure
+
+
+def _key(figure: Figure, colour: str, style: str, label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    line = style if style.startswith("-") else "none"
+    return Line2D([], [], color=colour, linestyle=line, marker="" if line != "none" else style, label=label)
+
+
+def spectra_over_steps(study: StudyData) -> Figure | None:
+    """Singular values of a few layers, one line per measured step, with the numerical floor; first seed of each arm."""
+    keys = chosen_layers(study, 3)
+    arms = [(arm, runs[0]) for arm, runs in _arms(study) if runs[0].spectra_steps()]
+    if not keys or not arms:
+        return None
+    arms = arms[:4]
+    figure = Figure(figsize=(2.9 * len(arms) + 1.2, 2.4 * len(keys) + 0.4))
+    grid = figure.subplots(len(keys), len(arms), squeeze=False, sharey="row")
+    scheme = colormaps["viridis"]
+    most = max(run.spectra_steps()[-1] for _, run in arms)
+    for column, (arm, run) in enumerate(arms):
+        for step in run.spectra_steps():
+            spectra = run.spectra(step)
+            shade = scheme(np.log1p(step) / max(np.log1p(most), 1e-9))
+            for row, key in enumerate(keys):
+                if key not in spectra:
+                    continue
+                values, facts = spectra[key]
+                index = np.arange(1, len(values) + 1)
+                seen = values > facts["floor"]
+                first = {"color": UNTRAINED, "linestyle": "--"} if step == 0 else {"color": shade}
+                grid[row, column].plot(index[seen], values[seen], linewidth=1.2, **first)
+                grid[row, column].axhline(facts["floor"], color="#BBBBBB", linewidth=0.6, linestyle=":")
+        for row, key in enumerate(keys):
+            grid[row, column].set_yscale("log")
+            if row == 0:
+                grid[row, column].set_title(f"{arm}, seed {run.seed}")
+            if column == 0:
+                grid[row, column].set_ylabel(key)
+            if row == len(keys) - 1:
+                grid[row, column].set_xlabel("index of singular value")
+    norm = matplotlib.colors.SymLogNorm(1, vmin=0, vmax=max(most, 1))
+    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, scheme), ax=grid, fraction=0.025, pad=0.02)
+    bar.set_label("step (dashed grey: untrained; dotted: floor)", fontsize=9)
+    return figure
+
+
+def curves(study: StudyData) -> Figure | None:
+    """Training loss by step and by epoch, validation accuracy by epoch: the first seed strong, the others faint."""
+    arms = _arms(study)
+    if not arms:
+        return None
+    figure = Figure(figsize=(11.5, 3.4))
+    panels = figure.subplots(1, 3)
+    plots = (
+        (panels[0], "train/loss", "step", "training loss", "optimizer step"),
+        (panels[1], "train/loss", "epoch", "training loss", "epoch"),
+        (panels[2], "val/accuracy", "epoch", "validation accuracy", "epoch"),
+    )
+    for axes, name, against, title, label in plots:
+        for arm, runs in arms:
+            for number, run in enumerate(runs):
+                x, y = run.series(name, against)
+                x, y = _smooth(x, y, 150)
+                strong = {"linewidth": 1.6, "label": arm} if number == 0 else {"linewidth": 0.8, "alpha": 0.35}
+                marker = "." if len(x) < 12 else ""
+                axes.plot(x, y, color=colour(study, arm), marker=marker, **strong)
+        axes.set_title(title)
+        axes.set_xlabel(label)
+    panels[0].set_xscale("log")
+    for axes in panels[:2]:
+        axes.set_yscale("log")
+    panels[2].legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def _smooth(x: np.ndarray, y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means over consecutive stretches, `most` of them at most: thousands of noisy steps hide the course."""
+    if len(x) <= most:
+        return x, y
+    cuts = np.linspace(0, len(x), most + 1).astype(int)
+    width = np.diff(cuts)
+    return tuple(np.add.reduceat(v, cuts[:-1]) / width for v in (x, y))  # type: ignore[return-value]
+
+
+def measures_over_steps(study: StudyData) -> Figure | None:
+    """One run: near-rank loss and effective rank of every layer while it trains."""
+    run, keys = study.runs[0], chosen_layers(study)
+    if not keys:
+        return None
+    figure = Figure(figsize=(9.5, 3.4))
+    panels = figure.subplots(1, 2)
+    for axes, (name, threshold, label) in zip(
+        panels, (("near_rank_loss", "rel_1e-2", "near-rank loss (share < 0.01 s1)"), ("effective_rank", "", "effective rank")),
+        strict=True,
+    ):  # fmt: skip
+        for number, key in enumerate(keys):
+            x, y = run.series(metric(name, key, threshold))
+            axes.plot(x, y, marker=".", color=COLOURS[number % len(COLOURS)], label=key)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_title(label)
+        axes.set_xlabel("step")
+    panels[1].legend(fontsize=8)
+    return figure
+
+
+Draw = Callable[[StudyData], Figure | None]
+
+STUDY_FIGURES: dict[str, tuple[Draw, str]] = {  # file name: how it is drawn, what it shows
+    "accuracy_by_batch": (
+        accuracy_by_batch,
+        "Test accuracy by global batch. Dots are seeds, diamonds their mean, bars the 95% t interval of the mean.",
+    ),
+    "near_rank_loss_rel": (
+        lambda study: by_layer(study, "near_rank_loss", "rel_1e-2", "share of singular values below 0.01 s1"),
+        "Near-rank loss, relative threshold: share of singular values below 1% of the largest, on the fixed probe set. "
+        "Dots are seeds, diamonds their mean; the dashed line is the same networks before training.",
+    ),
+    "near_rank_loss_abs": (
+        lambda study: by_layer(study, "near_rank_loss", "abs_1e-2", "share of singular values below 0.01"),
+        "Near-rank loss, absolute threshold: share of singular values (divided by the square root of N) below 0.01.",
+    ),
+    "effective_rank": (
+        lambda study: by_layer(study, "effective_rank", "", "effective rank"),
+        "Effective rank (Roy & Vetterli 2007) of the raw activations, trained against untrained.",
+    ),
+    "spectra": (
+        spectra_over_steps,
+        "Singular values of three layers while training goes on, from dark to bright; the first seed of each arm. "
+        "Values below the numerical floor (dotted) say nothing and are not drawn.",
+    ),
+    "curves": (
+        curves,
+        "Training loss by optimizer step and by epoch, and validation accuracy. The first seed is strong, the others faint.",
+    ),
+}
+RUN_FIGURES: dict[str, tuple[Draw, str]] = {
+    "measures": (measures_over_steps, "Near-rank loss and effective rank of the layers while the network trains."),
+    "spectra": STUDY_FIGURES["spectra"],
+    "curves": STUDY_FIGURES["curves"],
+}

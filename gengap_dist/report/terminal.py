@@ -1,0 +1,210 @@
+"""What people see on the terminal: progress while it runs, tables when it is done."""
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gengap_dist.report.collect import RunData, StudyData, metric, read_run
+from gengap_dist.study.pairing import Paired, spread
+
+QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
+MEASURES = (("near_rank_loss", "rel_1e-2"), ("near_rank_loss", "abs_1e-2"), ("effective_rank", ""))
+
+
+class RunProgress:
+    """A bar over steps; plain lines now and then where the output is no terminal."""
+
+    def __init__(self, title: str, num_runs: int = 1) -> None:
+        """A bar called `title`; with several runs, a second bar counts them."""
+        self.console = Console(stderr=True)
+        self.title, self.num_runs, self._spoke, self._note = title, num_runs, time.monotonic(), ""
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._runs: TaskID | None = None
+        self._steps: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        if self.num_runs > 1:
+            self._runs = self._bar.add_task("runs", total=self.num_runs, note="")
+        self._steps = self._bar.add_task(self.title, total=None, note="starting")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        """`done` of `total` steps of the current run."""
+        self._note = note or self._note
+        assert self._steps is not None
+        self._bar.update(self._steps, completed=done, total=total or None, note=self._note)
+        if not self.console.is_terminal and time.monotonic() - self._spoke > QUIET_SECONDS:
+            self.say(f"{self.title}: step {done}/{total} {self._note}".rstrip())
+
+    def next_run(self, title: str, num_done: int) -> None:
+        """The bar now belongs to another run; `num_done` runs are over."""
+        assert self._steps is not None
+        self.title, self._note = title, ""
+        self._bar.reset(self._steps, description=title, total=None, note="starting")
+        if self._runs is not None:
+            self._bar.update(self._runs, completed=num_done)
+
+    def say(self, text: str) -> None:
+        """A line above the bar, which stays."""
+        self._spoke = time.monotonic()
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def percent(value: float | None) -> str:
+    """A share as percent, or a dash.
+
+    >>> percent(0.9735), percent(None)
+    ('97.35%', '-')
+    """
+    return "-" if value is None else f"{value:.2%}"
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points, signed.
+
+    >>> points(0.0123)
+    '+1.23'
+    """
+    return f"{100 * value:+.2f}"
+
+
+def interval(pair: tuple[float, float] | None) -> str:
+    """An interval in percentage points, or a dash.
+
+    >>> interval((-0.001, 0.02))
+    '[-0.10, +2.00]'
+    """
+    return "-" if pair is None else f"[{points(pair[0])}, {points(pair[1])}]"
+
+
+def print_run(out: Path, page: Path, uri: str | None) -> None:
+    """The outcome of one run: result, layers, where to look further."""
+    run = read_run(out)
+    console = Console()
+    result = run.info["result"]
+    if run.info["status"] != "finished":
+        console.print(f"[bold red]{run.info['status']}[/]: {run.info.get('error', '')}", highlight=False)
+    else:
+        console.print(
+            f"test accuracy [bold]{percent(result['test/accuracy'])}[/] "
+            f"(train {percent(result['train_full/accuracy'])}, val best {percent(result['best_val/accuracy'])}) "
+            f"after {result['num_steps']:,} steps of {run.global_size:,}, {result['images_per_second']:,.0f} images/s",
+            highlight=False,
+        )
+    if table := layer_table(run):
+        console.print(table)
+    console.print(f"run     {out}\nreport  {page}", highlight=False, soft_wrap=True)
+    if uri:
+        console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)
+
+
+def layer_table(run: RunData) -> Table | None:
+    """Near-rank loss and effective rank of every layer, untrained and trained."""
+    steps = run.spectra_steps()
+    if not steps:
+        return None
+    spectra = run.spectra(steps[-1])
+    table = Table(title=f"activation spectra: step {steps[0]} -> step {steps[-1]}", title_justify="left")
+    table.add_column("layer")
+    table.add_column("units", justify="right")
+    for name, threshold in MEASURES:
+        table.add_column(" ".join(filter(None, (name.replace("_", " "), threshold))), justify="right")
+    for key, (_, facts) in spectra.items():
+        ends = [run.first_and_last(metric(name, key, threshold)) for name, threshold in MEASURES]
+        cells = [f"{a:.3g} -> {b:.3g}" for a, b in ends]
+        table.add_row(key, str(facts["num_units"]), *cells)
+    return table
+
+
+def print_study(study: StudyData, page: Path, uri: str | None) -> None:
+    """The outcome of a study: one row per arm, then where to look further."""
+    console = Console()
+    console.print(study_table(study))
+    console.print(
+        f"[dim]sb_lb_gap: accuracy of {study.baseline} minus the arm's, in points, paired by seed; "
+        "intervals are 95%; with few seeds read the t interval[/]",
+        highlight=False,
+    )
+    console.print(f"report  {page}", highlight=False, soft_wrap=True)
+    if uri:
+        console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)
+
+
+def study_table(study: StudyData) -> Table:
+    """One row per arm: accuracy, gap with intervals, near-rank loss and effective rank of the last hidden layer."""
+    table = Table(title=study.name, title_justify="left")
+    last = last_layer(study)
+    heads = ["arm", "batch", "steps", "seeds", "test acc. (sd)", "sb_lb_gap", "bootstrap", "t"]
+    heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number == 0 else "right")
+    for row in study_rows(study, last):
+        table.add_row(*row)
+    return table
+
+
+def last_layer(study: StudyData) -> str | None:
+    """The last layer measured, raw: where the network's representation ends."""
+    keys = [key for key in study.layer_keys() if not key.endswith("/centred")]
+    return keys[-1] if keys else None
+
+
+def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
+    """The cells of `study_table`, as text."""
+    rows = []
+    for arm in study.arms:
+        runs, accuracies = study.of(arm), list(study.results(arm, "test/accuracy").values())
+        if not runs:
+            continue
+        mean, deviation = spread(accuracies) if accuracies else (None, float("nan"))
+        accuracy = percent(mean) + (f" ({100 * deviation:.2f})" if deviation == deviation else "")
+        lost = study.not_finished(arm)
+        gap: Paired | None = None if arm == study.baseline else study.gap(arm)
+        row = [
+            arm,
+            f"{runs[0].global_size:,}",
+            f"{runs[0].info['num_steps']:,}",
+            str(len(accuracies)) + (f" + {lost}" if lost else ""),
+            accuracy,
+            "baseline" if arm == study.baseline else points(gap.mean) if gap else "-",
+            interval(gap.bootstrap if gap else None),
+            interval(gap.student if gap else None),
+        ]
+        if last:
+            for name, threshold in (("near_rank_loss", "rel_1e-2"), ("effective_rank", "")):
+                ends = [run.first_and_last(metric(name, last, threshold))[1] for run in runs]
+                row.append(f"{spread(ends)[0]:.3g}")
+        rows.append(row)
+    return rows
+
+
+def ui_command(uri: str) -> str:
+    """How to look at an MLflow store.
+
+    >>> ui_command("http://mlflow:5000")
+    'open http://mlflow:5000'
+    """
+    if uri.startswith(("http://", "https://")):
+        return f"open {uri}"
+    return f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"
+
+

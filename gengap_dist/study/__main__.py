@@ -1,0 +1,110 @@
+"""Train every arm of a study with every seed, compare the arms with the baseline seed by seed, and write a report.
+
+Runs that are finished are skipped, so a study that was interrupted goes on when it is started again.
+
+examples:
+  gengap study --config configs/demo.yaml --out studies/demo
+  gengap study --config configs/lenet5_fashionmnist.yaml --data.root DIR --launch.num_processes 2
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gengap_dist import cli
+from gengap_dist.config import StudyConfig, UsageError, resolve, to_yaml
+from gengap_dist.study import schedule
+from gengap_dist.tracking import record
+from gengap_dist.tracking.mlflow_sink import Follower
+
+PROG = "gengap study"
+
+
+def command(argv: Sequence[str]) -> int:
+    """A whole study; the exit code is 1 if a run failed."""
+    options, overrides = cli.parse(cli.StudySettings, argv, prog=PROG, description=str(__doc__))
+    if not options.config and not overrides:
+        raise UsageError("a study needs its arms: give --config FILE, for example --config configs/demo.yaml")
+    config = resolve(StudyConfig, list(options.config), overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return cli.OK
+    out = (options.out or Path("studies") / config.study.name).resolve()
+    plan = schedule.prepare(config, out)
+    follower = Follower(out, config.mlflow) if config.mlflow.enabled else None
+    try:
+        num_failed = _run(plan, out)
+        from gengap_dist.report.collect import read_study
+        from gengap_dist.report.page import write_report
+
+        study = read_study(out)
+        schedule.conclude(out, record.FAILED if num_failed else record.FINISHED, _headline(study))
+        page = write_report(read_study(out))
+    except BaseException as error:
+        schedule.conclude(out, record.FAILED if isinstance(error, Exception) else record.KILLED, {})
+        raise
+    finally:
+        behind = follower.finish() if follower else None
+    from gengap_dist.report.terminal import print_study
+
+    print_study(study, page, follower.uri if follower and not behind else None)
+    if behind:
+        print(f"{PROG}: warning: {behind}", file=sys.stderr)
+    if num_failed:
+        print(f"{PROG}: {num_failed} run(s) failed; error in their run.json; start again to retry", file=sys.stderr)
+    return cli.FAILED if num_failed else cli.OK
+
+
+def _run(plan: list[Any], out: Path) -> int:
+    from gengap_dist.report.terminal import RunProgress, percent
+
+    current, done = None, 0
+    with RunProgress(out.name, len(plan)) as progress:
+
+        def event(cell: Any, step: int, steps: int, note: str) -> None:
+            nonlocal current, done
+            if cell is not current:
+                current = cell
+                progress.next_run(f"{cell.arm} seed {cell.seed}", done)
+            status = schedule.status(cell) if note and step == steps else ""
+            if status in (record.FINISHED, record.DIVERGED, record.FAILED) and not note.startswith("val"):
+                done += 1
+                result = record.read_info(cell.folder).get("result", {})
+                progress.say(
+                    f"[{done}/{len(plan)}] {cell.arm} seed {cell.seed}: {note}, "
+                    f"test accuracy {percent(result.get('test/accuracy'))}"
+                )
+            progress(step, steps, note)
+
+        return schedule.run_all(plan, event)
+
+
+def _headline(study: Any) -> dict[str, float]:
+    """The study's numbers for its MLflow parent run."""
+    from gengap_dist.study.pairing import spread
+
+    out: dict[str, float] = {}
+    for arm in study.arms:
+        if accuracies := list(study.results(arm, "test/accuracy").values()):
+            mean, deviation = spread(accuracies)
+            out |= {f"test_accuracy/{arm}/mean": mean, f"test_accuracy/{arm}/num_seeds": len(accuracies)}
+            if deviation == deviation:
+                out[f"test_accuracy/{arm}/sd"] = deviation
+        gap = study.gap(arm)
+        if arm == study.baseline or gap is None:
+            continue
+        out[f"sb_lb_gap/{arm}/mean"] = gap.mean
+        for name, pair in (("bootstrap", gap.bootstrap), ("t", gap.student)):
+            if pair:
+                out |= {f"sb_lb_gap/{arm}/{name}_low": pair[0], f"sb_lb_gap/{arm}/{name}_high": pair[1]}
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Entry point."""
+    cli.guarded(PROG, command, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Train one network with one global batch, measure it while it trains, and keep everything in one folder.
+
+examples:
+  gengap train                                         LeNet-5 on digits, a few seconds
+  gengap train --config configs/demo_train.yaml --launch.num_processes 2
+  gengap train --data.name fashion_mnist --data.root DIR --batch.global_size 4096 --out runs/lb4096
+  torchrun --nproc_per_node 2 -m gengap_dist.train --config configs/demo_train.yaml
+"""
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from gengap_dist import cli
+from gengap_dist.config import RunConfig, resolve, to_yaml
+from gengap_dist.launchers import local, torchrun
+from gengap_dist.tracking import record
+from gengap_dist.tracking.mlflow_sink import Follower
+
+PROG = "gengap train"
+
+
+def command(argv: Sequence[str]) -> int:
+    """One run, from the command line to the last word on the terminal; the exit code."""
+    options, overrides = cli.parse(cli.TrainSettings, argv, prog=PROG, description=str(__doc__))
+    files = list(options.config)
+    if options.resume and options.out and not files:
+        files = [options.out / "config.yaml"]
+    config = resolve(RunConfig, files, overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return cli.OK
+    out = (options.out or _name(config)).resolve()
+    if torchrun.chosen(config.launch) and not torchrun.is_driver():
+        torchrun.run(config, out, resume=options.resume, progress=lambda done, total, note: None)
+        return cli.OK
+    record.prepare_folder(out, "run.json", resume=options.resume)
+    return _drive(config, out, options.resume)
+
+
+def _drive(config: RunConfig, out: Path, resume: bool) -> int:
+    """What only one process does: progress, MLflow, the report."""
+    from gengap_dist.report.terminal import RunProgress, print_run
+
+    follower = Follower(out, config.mlflow) if config.mlflow.enabled else None
+    try:
+        with RunProgress(out.name) as progress:
+            if torchrun.chosen(config.launch):
+                torchrun.run(config, out, resume=resume, progress=progress)
+            elif config.launch.num_processes == 1:
+                from gengap_dist.run import run
+
+                run(config, out, resume=resume, progress=progress)
+            else:
+                with local.Pool(config.launch.num_processes) as pool:
+                    pool.run(config, out, resume=resume, progress=progress)
+        from gengap_dist.report.page import write_run_report
+
+        page = write_run_report(out)
+    except BaseException as error:
+        record.close_abandoned(out, error)
+        raise
+    finally:
+        behind = follower.finish() if follower else None
+    print_run(out, page, follower.uri if follower and not behind else None)
+    if behind:
+        print(f"{PROG}: warning: {behind}", file=sys.stderr)
+    return cli.OK
+
+
+def _name(config: RunConfig) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    model = config.model.name.replace(":", ".")
+    return Path("runs") / f"{config.data.name}-{model}-b{config.batch.global_size}-s{config.seed}-{stamp}"
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Entry point."""
+    cli.guarded(PROG, command, argv)
+
+
+if __name__ == "__main__":
+    main()

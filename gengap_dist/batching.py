@@ -4,6 +4,7 @@ Pure arithmetic on positions 0 .. global_size - 1 of one global batch. The gradi
 (sum of per-sample losses) / global_size, so shards and micro-batches may be uneven and the result is still exact.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -26,14 +27,14 @@ def split(total: int, parts: int) -> list[Span]:
     [Span(start=0, stop=2), Span(start=2, stop=5)]
     """
     edges = [part * total // parts for part in range(parts + 1)]
-    return [Span(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [Span(start, stop) for start, stop in pairwise(edges)]
 
 
 class BatchPlan(NamedTuple):
     """How one global batch is cut; the same object on every rank.
 
-    Ranks and micro-batches take consecutive, nearly equal spans. With `ghost_size`, whole ghost groups are dealt out, so
-    that no group straddles two ranks or two micro-batches.
+    Ranks and micro-batches take consecutive, nearly equal spans. With `ghost_size`, whole ghost groups are dealt out,
+    so that no group straddles two ranks or two micro-batches.
 
     >>> BatchPlan(global_size=10, world_size=2, micro_size=3).micro_batches(rank=1)
     [Span(start=5, stop=7), Span(start=7, stop=10)]

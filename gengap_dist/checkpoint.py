@@ -45,4 +45,6 @@ def restore(model: nn.Module, state: State, path: Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UsageError(f"{path} is of another model ({first}): use the config that the run was started with") from None
+        raise UsageError(
+            f"{path} is of another model ({first}): use the config that the run was started with"
+        ) from None

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Never, NoReturn
 
-from pydantic_settings import BaseSettings, CliImplicitFlag, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag, SettingsConfigDict
 
 from gengap_dist.config import RunConfig, Section, StudyConfig, UsageError, did_you_mean, field_names
+from gengap_dist.launchers.base import leave
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -22,24 +23,24 @@ class Options(Section):
     """YAML file with settings; may be given several times, later ones win. Files may build on others with `extends`."""
     out: Path | None = None
     """Folder for everything this command writes; by default a new one is named after the settings."""
-    resume: CliImplicitFlag[bool] = False
+    resume: CliToggleFlag[bool] = False
     """Go on with what is in --out instead of refusing to touch it."""
-    print_config: CliImplicitFlag[bool] = False
+    print_config: CliToggleFlag[bool] = False
     """Print the settings that would be used, as YAML, and stop."""
-    debug: CliImplicitFlag[bool] = False
+    debug: CliToggleFlag[bool] = False
     """Show Python's traceback when something goes wrong."""
 
 
-class TrainSettings(RunConfig, Options, BaseSettings):
+class TrainSettings(RunConfig, Options, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
     """What `train` takes."""
 
-    model_config = SettingsConfigDict(cli_avoid_json=True, cli_use_class_docs_for_groups=True)
+    model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
-class StudySettings(StudyConfig, Options, BaseSettings):
+class StudySettings(StudyConfig, Options, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
     """What `study` takes."""
 
-    model_config = SettingsConfigDict(cli_avoid_json=True, cli_use_class_docs_for_groups=True)
+    model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,23 +83,33 @@ def parse(
 def guarded(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> Never:
     """Run a command and exit: 0 done, 1 something broke, 2 the user can mend it, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = _outcome(prog, command, argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # somebody closed our output: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = OK
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        leave(code)
+    sys.exit(code)
+
+
+def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     try:
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        sys.exit(command(argv))
+        return command(argv)
     except UsageError as error:
         _complain(prog, str(error), debug)
-        sys.exit(USAGE)
+        return USAGE
     except KeyboardInterrupt:
         _complain(prog, "interrupted; add --resume to go on", debug)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # somebody closed our output: `| head`
-        sys.exit(OK)
+        raise
     except Exception as error:
-        text = " ".join(str(error).split()) if not debug else str(error)
-        _complain(prog, f"{type(error).__name__}: {text}" + ("" if debug else "; --debug shows where"), debug)
-        sys.exit(FAILED)
+        text = str(error) if debug else " ".join(str(error).split()) + "; --debug shows where"
+        _complain(prog, f"{type(error).__name__}: {text}", debug)
+        return FAILED
 
 
 def _complain(prog: str, message: str, debug: bool) -> None:

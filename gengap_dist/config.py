@@ -47,7 +47,7 @@ class DataConfig(Section):
     """Let torchvision download missing files into data.root."""
     image_size: PositiveInt = 32
     """Side of the square images: smaller sets are zero-padded to it, imagefolder pictures are resized to it."""
-    val_fraction: float = Field(0.1, ge=0.0, lt=1.0)
+    val_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of the training images held out for validation; 0 holds none out."""
     split_seed: NonNegativeInt = 0
     """Seed of the train/validation split and of the probe set: the same for all seeds and arms of a study."""
@@ -74,7 +74,7 @@ class BatchConfig(Section):
     micro_size: PositiveInt = 512
     """Most samples in one forward and backward pass of one rank: a memory and speed setting, not a statistical one."""
     ghost_size: PositiveInt | None = None
-    """Batch-norm statistics over groups of this many consecutive samples of the global batch (null: per micro-batch)."""
+    """Batch-norm statistics over groups of this many consecutive samples of the global batch; null: per micro-batch."""
 
     @model_validator(mode="after")
     def _ghosts_fit(self) -> Self:
@@ -102,7 +102,7 @@ class OptimConfig(Section):
     """Optimizer: sgd (with momentum) or adamw."""
     lr: PositiveFloat = 0.02
     """Learning rate at optim.base_size when optim.scaling is set, else the rate itself."""
-    momentum: float = Field(0.9, ge=0.0, lt=1.0)
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Momentum of sgd."""
     nesterov: bool = False
     """Nesterov momentum for sgd."""
@@ -139,7 +139,7 @@ class TrainConfig(Section):
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters, activations and gradients."""
     num_evals: PositiveInt = 20
-    """Validation passes, spread evenly over the run: the same number for every arm, so that picking the best is fair."""
+    """Validation passes, spread evenly over the run: as many for every arm, so that picking the best is fair."""
     log_every: PositiveInt = 1
     """Record every k-th step's loss, accuracy, learning rate and gradient norm."""
 
@@ -149,7 +149,7 @@ class ProbeConfig(Section):
 
     enabled: bool = True
     """Measure activation spectra while training."""
-    num_samples: int = Field(2048, ge=2)
+    num_samples: int = Field(default=2048, ge=2)
     """Training images in the fixed probe set (clipped to the training set)."""
     per_decade: PositiveInt = 3
     """Measurements per factor of ten in steps; step 0 and the last step are always measured."""
@@ -226,11 +226,11 @@ class StudySection(Section):
     """Title of the study."""
     question: str = ""
     """What the study is meant to answer; printed at the head of its report."""
-    seeds: tuple[NonNegativeInt, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
     """Seeds; every arm is run with each, and arms are compared seed by seed."""
     baseline: str = ""
     """Name of the arm the others are compared with (empty: the first)."""
-    arms: tuple[Arm, ...] = Field((), min_length=1)
+    arms: tuple[Arm, ...] = Field(default=(), min_length=1)
     """The arms: a list of {name, set}."""
 
 

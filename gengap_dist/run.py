@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gengap_dist import checkpoint, models
 from gengap_dist.batching import BatchPlan, Span
-from gengap_dist.config import RunConfig, UsageError, flat
+from gengap_dist.config import DataConfig, RunConfig, UsageError, flat
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, stream
 from gengap_dist.data.resident import Batches, Normalise
@@ -24,7 +24,7 @@ from gengap_dist.loop import Score, blocks, evaluate, train_step
 from gengap_dist.models.norm import GhostBatchNorm1d, average_buffers, has_batch_norm
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import lr_at
-from gengap_dist.probes import measure, metrics
+from gengap_dist.probes import LayerSpectrum, measure, metrics
 from gengap_dist.probes.cadence import evenly, log_spaced
 from gengap_dist.probes.capture import observing
 from gengap_dist.strategies import STRATEGIES
@@ -78,35 +78,39 @@ def run(
     return result
 
 
+def probe_once(config: RunConfig, world: World, weights: Path | None = None) -> list[LayerSpectrum]:
+    """Spectra of the config's probe set under an untrained network, or under a checkpoint's. Collective.
+
+    Raises:
+        UsageError: if the config does not fit the data or the model, or the checkpoint cannot be used.
+    """
+    splits = _load_data(config, world, lambda done, total, note: None)
+    model = _build_model(config, splits, world)
+    if weights is not None:
+        checkpoint.restore(model, checkpoint.load(weights)["model"], weights)
+    normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
+    train_set = splits.train.to(world.device)
+    batches = _probe_batches(train_set, _probe_indices(config, len(train_set)), normalise, world)
+    return measure(model, batches, layers=config.probe.layers, views=config.probe.views, world=world)
+
+
 class _Session:
     """What a run holds between steps, on one rank."""
 
-    def __init__(
-        self, config: RunConfig, out: Path, world: World, record: NoRecord, progress: Progress
-    ) -> None:
+    def __init__(self, config: RunConfig, out: Path, world: World, record: NoRecord, progress: Progress) -> None:
         self.config, self.out, self.world, self.record, self.progress = config, out, world, record, progress
-        dtype = getattr(torch, config.train.dtype)
         splits = _load_data(config, world, progress)
         self.facts = {"data": catalog.summary(splits, config.data) if world.rank == 0 else None}
         self.train_set, self.val_set, self.test_set = (
             images.to(world.device) for images in (splits.train, splits.val, splits.test)
         )
-        self.normalise = Normalise(self.train_set, dtype)
+        self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         self.batches = Batches(self.train_set, self.normalise, config.data.augment, config.seed)
         self.order = Order(len(self.train_set), config.batch.global_size, config.seed)
         self.num_steps = config.train.steps or config.train.epochs * self.order.steps_per_epoch
         self.probe_indices = _probe_indices(config, len(self.train_set)).to(world.device)
 
-        torch.manual_seed(int(stream(config.seed, 0).integers(2**62)))
-        self.model = models.build(
-            config.model.name,
-            num_classes=splits.num_classes,
-            in_channels=splits.in_channels,
-            image_size=config.data.image_size,
-            widths=config.model.widths,
-            ghost_size=config.batch.ghost_size,
-        ).to(world.device, dtype)
-        self._check_output(splits.num_classes)
+        self.model = _build_model(config, splits, world)
         self._plans: dict[int, list[Span]] = {}
         self._check_norm()
 
@@ -146,23 +150,6 @@ class _Session:
         batch = self.config.batch
         return BatchPlan(global_size, self.world.size, batch.micro_size, batch.ghost_size)
 
-    def _check_output(self, num_classes: int) -> None:
-        with observing(self.model):
-            images = self.normalise(self.train_set.pixels[:2])
-            try:
-                logits = self.model(images)
-            except RuntimeError as error:
-                raise UsageError(
-                    f"model.name ({self.config.model.name}) cannot take images of {list(images.shape[1:])} "
-                    f"({str(error).splitlines()[0]}): change the model, or data.image_size"
-                ) from None
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        if shape != [len(images), num_classes]:
-            raise UsageError(
-                f"model.name ({self.config.model.name}) puts out {shape} for {len(images)} images, "
-                f"needs {[len(images), num_classes]}: its last layer must have one unit for each of the classes"
-            )
-
     def _check_norm(self) -> None:
         batch = self.config.batch
         if batch.ghost_size and not any(isinstance(m, GhostBatchNorm1d) for m in self.model.modules()):
@@ -176,8 +163,8 @@ class _Session:
         for size in filter(None, (batch.global_size, tail)):
             if 1 in self._plan(size).norm_sizes():
                 raise UsageError(
-                    f"batch.global_size ({batch.global_size}) on {self.world.size} rank(s) leaves batch norm a group of "
-                    f"one sample in a step of {size}: choose another global_size, a larger micro_size, or fewer ranks"
+                    f"batch.global_size ({batch.global_size}) on {self.world.size} rank(s) leaves batch norm a group "
+                    f"of one sample in a step of {size}: choose another global_size, a larger micro_size or fewer ranks"
                 )
 
     # -- start and resume ---------------------------------------------------------------------------------------------
@@ -306,9 +293,7 @@ class _Session:
         if score.accuracy > self.best.get("accuracy", -1.0):
             state = {key: value.clone() for key, value in self.model.state_dict().items()}
             self.best = {"step": self.step, "accuracy": score.accuracy, "model": state}
-        self.record.log(
-            self.step, self._epoch(self.step), {"val/loss": score.loss, "val/accuracy": score.accuracy}
-        )
+        self.record.log(self.step, self._epoch(self.step), {"val/loss": score.loss, "val/accuracy": score.accuracy})
         self.eval_seconds += time.monotonic() - began
         self.progress(self.step, self.num_steps, f"val {score.accuracy:.1%}")
 
@@ -317,7 +302,7 @@ class _Session:
         began = time.monotonic()
         spectra = measure(
             self.model,
-            self._probe_batches(),
+            _probe_batches(self.train_set, self.probe_indices, self.normalise, self.world),
             layers=self.config.probe.layers,
             views=self.config.probe.views,
             world=self.world,
@@ -325,13 +310,7 @@ class _Session:
         self.record.spectra(self.step, spectra)
         seconds = time.monotonic() - began
         self.probe_seconds += seconds
-        self.record.log(
-            self.step, self._epoch(self.step), metrics(spectra) | {"probe_seconds/near_rank_loss": seconds}
-        )
-
-    def _probe_batches(self) -> Iterator[Tensor]:
-        for start, stop in blocks(len(self.probe_indices), PROBE_BLOCK, self.world):
-            yield self.normalise(self.train_set.pixels[self.probe_indices[start:stop]])
+        self.record.log(self.step, self._epoch(self.step), metrics(spectra) | {"probe_seconds/near_rank_loss": seconds})
 
     def _score(self, images: catalog.Images) -> Score:
         return evaluate(self.model, images, self.normalise, self.world)
@@ -363,19 +342,66 @@ class _Session:
         }
 
 
+_LOADED: dict[DataConfig, catalog.Splits] = {}  # the last data set: the runs of a study share it
+
+
 def _load_data(config: RunConfig, world: World, progress: Progress) -> catalog.Splits:
     def report(what: str, done: int, total: int) -> None:
         progress(0, 0, f"{what} {done:,}/{total:,}")
 
+    if config.data in _LOADED:
+        return _LOADED[config.data]
+    _LOADED.clear()
     local_rank = environment()[1]
     if config.data.download and local_rank == 0:
         catalog.load(config.data, report)  # one rank per machine fetches the files, the others find them
     if config.data.download:
         world.barrier()
-    return catalog.load(config.data, report)
+    _LOADED[config.data] = catalog.load(config.data, report)
+    return _LOADED[config.data]
 
 
 def _probe_indices(config: RunConfig, num_train: int) -> Tensor:
     """The fixed probe set: training images drawn by split_seed, so that all arms and seeds measure the same ones."""
     num = min(config.probe.num_samples, num_train)
     return torch.from_numpy(np.sort(stream(config.data.split_seed, 2).permutation(num_train)[:num]))
+
+
+def _probe_batches(images: catalog.Images, indices: Tensor, normalise: Normalise, world: World) -> Iterator[Tensor]:
+    """This rank's blocks of the probe set."""
+    for start, stop in blocks(len(indices), PROBE_BLOCK, world):
+        yield normalise(images.pixels[indices[start:stop]])
+
+
+def _build_model(config: RunConfig, splits: catalog.Splits, world: World) -> nn.Module:
+    """The network with the weights that the seed gives it, on this rank's device.
+
+    Raises:
+        UsageError: if there is no such model, or its output does not match the images and classes.
+    """
+    torch.manual_seed(int(stream(config.seed, 0).integers(2**62)))
+    dtype = getattr(torch, config.train.dtype)
+    model = models.build(
+        config.model.name,
+        num_classes=splits.num_classes,
+        in_channels=splits.in_channels,
+        image_size=config.data.image_size,
+        widths=config.model.widths,
+        ghost_size=config.batch.ghost_size,
+    ).to(world.device, dtype)
+    images = Normalise(splits, world.device, dtype)(splits.train.pixels[:2].to(world.device))
+    with observing(model):
+        try:
+            logits = model(images)
+        except RuntimeError as error:
+            raise UsageError(
+                f"model.name ({config.model.name}) cannot take images of {list(images.shape[1:])} "
+                f"({str(error).splitlines()[0]}): change the model, or data.image_size"
+            ) from None
+    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != [len(images), splits.num_classes]:
+        raise UsageError(
+            f"model.name ({config.model.name}) puts out {shape} for {len(images)} images, "
+            f"needs {[len(images), splits.num_classes]}: its last layer must have one unit for each of the classes"
+        )
+    return model

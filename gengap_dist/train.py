@@ -1,6 +1,6 @@
 """Train one network with one global batch, measure it while it trains, and keep everything in one folder.
 
-examples:
+Examples:
   gengap train                                         LeNet-5 on digits, a few seconds
   gengap train --config configs/demo_train.yaml --launch.num_processes 2
   gengap train --data.name fashion_mnist --data.root DIR --batch.global_size 4096 --out runs/lb4096
@@ -13,9 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gengap_dist import cli
+from gengap_dist import cli, launchers
 from gengap_dist.config import RunConfig, resolve, to_yaml
-from gengap_dist.launchers import local, torchrun
 from gengap_dist.tracking import record
 from gengap_dist.tracking.mlflow_sink import Follower
 
@@ -33,29 +32,22 @@ def command(argv: Sequence[str]) -> int:
         print(to_yaml(config), end="")
         return cli.OK
     out = (options.out or _name(config)).resolve()
-    if torchrun.chosen(config.launch) and not torchrun.is_driver():
-        torchrun.run(config, out, resume=options.resume, progress=lambda done, total, note: None)
-        return cli.OK
-    record.prepare_folder(out, "run.json", resume=options.resume)
-    return _drive(config, out, options.resume)
+    with launchers.choose(config.launch, many_runs=False) as ranks:
+        if not launchers.is_driver(config.launch):
+            ranks.run(config, out, resume=options.resume, progress=lambda done, total, note: None)
+            return cli.OK
+        return _drive(ranks, config, out, options.resume)
 
 
-def _drive(config: RunConfig, out: Path, resume: bool) -> int:
-    """What only one process does: progress, MLflow, the report."""
+def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool) -> int:
+    """What only one process does: the folder, progress, MLflow, the report."""
     from gengap_dist.report.terminal import RunProgress, print_run
 
+    record.prepare_folder(out, "run.json", resume=resume)
     follower = Follower(out, config.mlflow) if config.mlflow.enabled else None
     try:
         with RunProgress(out.name) as progress:
-            if torchrun.chosen(config.launch):
-                torchrun.run(config, out, resume=resume, progress=progress)
-            elif config.launch.num_processes == 1:
-                from gengap_dist.run import run
-
-                run(config, out, resume=resume, progress=progress)
-            else:
-                with local.Pool(config.launch.num_processes) as pool:
-                    pool.run(config, out, resume=resume, progress=progress)
+            ranks.run(config, out, resume=resume, progress=progress)
         from gengap_dist.report.page import write_run_report
 
         page = write_run_report(out)

@@ -39,6 +39,10 @@ class Splits(NamedTuple):
     val: Images
     test: Images
     num_classes: int
+    mean_C: Tensor
+    """[C] float64, mean of the training pixels, padding not counted."""
+    std_C: Tensor
+    """[C] float64, their standard deviation, at least 1 grey level."""
 
     @property
     def in_channels(self) -> int:
@@ -148,7 +152,9 @@ def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
                         image = image.resize((size, size), Image.Resampling.BILINEAR)
                     pixels[at] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             except OSError as error:
-                raise UsageError(f"data.root: the picture {path} cannot be read ({error}); replace or remove it") from None
+                raise UsageError(
+                    f"data.root: the picture {path} cannot be read ({error}); replace or remove it"
+                ) from None
 
         with ThreadPoolExecutor() as pool:
             jobs = [(at, path) for at, (path, _) in enumerate(listing.samples)]
@@ -185,7 +191,8 @@ def _square(pixels: Tensor, size: int) -> Tensor:
     height, width = pixels.shape[-2:]
     if max(height, width) > size:
         raise UsageError(
-            f"data.image_size ({size}) is smaller than the {height} x {width} images: choose at least {max(height, width)}"
+            f"data.image_size ({size}) is smaller than the {height} x {width} images: "
+            f"choose at least {max(height, width)}"
         )
     left, top = (size - width) // 2, (size - height) // 2
     return pad(pixels, (left, size - width - left, top, size - height - top)).contiguous()
@@ -219,13 +226,13 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
     ):
         if len(pixels) != len(labels) or not len(pixels):
             raise UsageError(
-                f"data.root ({config.root}): {config.name} holds {len(pixels)} {where} images for {len(labels)} labels; "
-                "copy its files again"
+                f"data.root ({config.root}): {config.name} holds {len(pixels)} {where} images for {len(labels)} "
+                "labels; copy its files again"
             )
         check_labels(labels, raw.num_classes, where)
-    channels = raw.train_pixels.shape[1] if raw.train_pixels.ndim == 4 else 1
-    _check_memory((len(raw.train_labels) + len(raw.test_labels)) * channels * config.image_size**2, config)
-    pixels = _square(raw.train_pixels, config.image_size)
+    raw_pixels = raw.train_pixels if raw.train_pixels.ndim == 4 else raw.train_pixels[:, None]
+    _check_memory((len(raw.train_labels) + len(raw.test_labels)) * raw_pixels.shape[1] * config.image_size**2, config)
+    pixels = _square(raw_pixels, config.image_size)
     order = torch.from_numpy(np.random.default_rng([config.split_seed, 0]).permutation(len(pixels)))
     num_val = int(len(pixels) * config.val_fraction)
     val, train = order[:num_val].sort().values, order[num_val:].sort().values
@@ -234,7 +241,22 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
         Images(pixels[val], raw.train_labels[val]),
         Images(_square(raw.test_pixels, config.image_size), raw.test_labels),
         raw.num_classes,
+        *_mean_and_std(raw_pixels[train]),
     )
+
+
+def _mean_and_std(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """[C] mean and standard deviation of [N, C, H, W] uint8, exact: they come from 256-bin counts.
+
+    >>> _mean_and_std(torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1))
+    (tensor([100.], dtype=torch.float64), tensor([100.], dtype=torch.float64))
+    """
+    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in pixels.unbind(1)]).double()  # [C, 256]
+    levels = torch.arange(256, dtype=torch.float64)
+    total = counts.sum(1)
+    mean = counts @ levels / total
+    variance = counts @ levels.square() / total - mean.square()
+    return mean, variance.clamp_min(1.0).sqrt()
 
 
 def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:

@@ -4,22 +4,16 @@ import torch
 from torch import Tensor
 
 from gengap_dist.data.augment import augment
-from gengap_dist.data.catalog import Images
+from gengap_dist.data.catalog import Images, Splits
 
 
 class Normalise:
-    """(pixel - mean) / std per channel, with the mean and standard deviation of the training images."""
+    """(pixel - mean) / std per channel, with the training images' own mean and standard deviation."""
 
-    def __init__(self, train: Images, dtype: torch.dtype) -> None:
-        """Statistics over all pixels of `train`; exact, because they come from 256-bin counts."""
-        channels = train.pixels.unbind(1)
-        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in channels]).double()  # [C, 256]
-        levels = torch.arange(256, dtype=torch.float64, device=counts.device)
-        total = counts.sum(1)
-        mean = counts @ levels / total
-        std = (counts @ levels.square() / total - mean.square()).clamp_min(0).sqrt().clamp_min(1.0)
-        self.mean, self.scale = (v.to(dtype)[:, None, None] for v in (mean, 1 / std))
-        self.dtype = dtype
+    def __init__(self, splits: Splits, device: torch.device, dtype: torch.dtype) -> None:
+        """Normalise as `splits` says, on `device`, to `dtype`."""
+        mean, std = (v.to(device)[:, None, None] for v in (splits.mean_C, splits.std_C))
+        self.mean, self.scale, self.dtype = mean.to(dtype), (1 / std).to(dtype), dtype
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """[n, C, H, W] uint8 to the training dtype."""

@@ -1,1 +1,25 @@
 """Where ranks come from: started here, or by torchrun. Each ends in `run.run` on every rank."""
+
+from gengap_dist.config import LaunchConfig
+from gengap_dist.launchers.base import Launcher, Progress, RankFailed
+from gengap_dist.launchers.local import InProcess, Pool
+from gengap_dist.launchers.torchrun import Joined, joining
+
+__all__ = ["Launcher", "Progress", "RankFailed", "choose", "is_driver"]
+
+
+def choose(config: LaunchConfig, *, many_runs: bool) -> Launcher:
+    """The launcher for a config.
+
+    Args:
+        config: launch.backend and launch.num_processes.
+        many_runs: a study follows: even one rank gets a process of its own, so that its crash ends one run only.
+    """
+    if joining(config):
+        return Joined()
+    return InProcess() if config.num_processes == 1 and not many_runs else Pool(config.num_processes)
+
+
+def is_driver(config: LaunchConfig) -> bool:
+    """Whether this process prepares folders, shows progress, mirrors to MLflow and writes reports."""
+    return not joining(config) or Joined.is_first()

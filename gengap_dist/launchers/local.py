@@ -1,47 +1,45 @@
-"""Start ranks on this machine, and keep them for as many runs as there are: importing torch takes longer than a small run."""
+"""Start ranks on this machine, and keep them: importing torch takes longer than a small run of a study."""
 
 import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, final
 
 from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.launchers.base import Launcher, Progress, RankFailed, leave
 
-Progress = Callable[[int, int, str], None]
 PROGRESS_SECONDS = 0.1  # between two words from rank 0
 
 
-class RankFailed(RuntimeError):
-    """A rank raised something unforeseen, or died; the message holds its traceback or exit code."""
+@final
+class InProcess(Launcher):
+    """One rank: this process."""
+
+    def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
+        """See `Launcher.run`; exceptions come as they are."""
+        from gengap_dist.run import run  # torch, which --help does not need
+
+        return run(config, out, resume=resume, progress=progress)
+
+    def close(self, *, kill: bool = False) -> None:
+        """Nothing to end."""
 
 
-class Pool:
-    """`num_processes` ranks on this machine, ready for one run after another."""
+@final
+class Pool(Launcher):
+    """`num_processes` ranks on this machine. After a failure the next run starts new ones."""
 
     def __init__(self, num_processes: int) -> None:
         """Ranks start at the first run."""
         self.num_processes = num_processes
-        self._ranks: list[tuple[Any, Connection]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close(kill=kind is not None)
+        self._ranks: list[tuple[Any, Any]] = []  # process, pipe
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
-        """One run on all ranks; see `run.run`.
-
-        Raises:
-            UsageError: what a rank found wrong with the config.
-            RankFailed: if a rank failed otherwise. The others are ended with it; the next run starts new ones.
-        """
+        """See `Launcher.run`."""
         if not self._ranks:
             self._start()
         try:
@@ -54,7 +52,7 @@ class Pool:
 
     def _start(self) -> None:
         context = get_context("spawn")
-        port = _free_port()
+        port = free_port()
         for rank in range(self.num_processes):
             here, there = context.Pipe()
             env = {
@@ -75,13 +73,13 @@ class Pool:
         """Rank 0's result, when every rank has one."""
         results: dict[int, dict[str, Any]] = {}
         while len(results) < len(self._ranks):
-            waiting = [pipe for rank, (_, pipe) in enumerate(self._ranks) if rank not in results]
-            for pipe in connection.wait(waiting):
-                rank = next(r for r, (_, p) in enumerate(self._ranks) if p is pipe)
+            connection.wait([pipe for rank, (_, pipe) in enumerate(self._ranks) if rank not in results])
+            for rank, (process, pipe) in enumerate(self._ranks):
+                if rank in results or not pipe.poll():
+                    continue
                 try:
-                    kind, value = pipe.recv()  # type: ignore[union-attr]
+                    kind, value = pipe.recv()
                 except EOFError:
-                    process = self._ranks[rank][0]
                     process.join()
                     raise RankFailed(f"rank {rank} died with exit code {process.exitcode}") from None
                 if kind == "progress":
@@ -95,7 +93,7 @@ class Pool:
         return results[0]
 
     def close(self, *, kill: bool = False) -> None:
-        """End the ranks: ask them, or with `kill` end them at once."""
+        """See `Launcher.close`."""
         for process, pipe in self._ranks:
             if kill:
                 process.kill()
@@ -131,7 +129,8 @@ class _environment:
                 os.environ[name] = value
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on this machine that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -166,6 +165,7 @@ def _rank_main(pipe: Connection, env: dict[str, str]) -> None:
                 pipe.send(("usage", str(error)))
             except Exception:
                 pipe.send(("error", traceback.format_exc()))
+        disconnect()
     except (EOFError, BrokenPipeError):
-        return  # the parent is gone
-    disconnect()
+        leave(1)  # the parent is gone
+    leave(0)

@@ -49,7 +49,9 @@ def build(
     names |= {p.name for p in parameters}
     model = factory(**{key: value for key, value in offered.items() if key in names and value is not None})
     if not isinstance(model, nn.Module):
-        raise UsageError(f"model.name ({name}) made a {type(model).__name__}, needs a torch.nn.Module: return the network")
+        raise UsageError(
+            f"model.name ({name}) made a {type(model).__name__}, needs a torch.nn.Module: return the network"
+        )
     return model
 
 

@@ -68,20 +68,20 @@ def _reported(name: str, modules: dict[str, nn.Module]) -> bool:
 def observing(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no autocast, no TF32, forked random numbers; everything is put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    tf32 = cuda.allow_tf32, cudnn.allow_tf32
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
     kinds = {parameter.device.type for parameter in model.parameters()} | {"cpu"}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=True, allow_tf32=False))
         stack.enter_context(torch.random.fork_rng())
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
-            cuda.allow_tf32 = cudnn.allow_tf32 = False
+            torch.set_float32_matmul_precision("highest")
             model.eval()
             yield
         finally:
-            cuda.allow_tf32, cudnn.allow_tf32 = tf32
+            torch.set_float32_matmul_precision(precision)
             for module, training in modes:
                 module.training = training
 

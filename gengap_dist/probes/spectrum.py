@@ -52,7 +52,8 @@ class LayerSpectrum:
     def measures(self) -> dict[str, float]:
         """Every rank measure that these singular values support; see docs/measures.md for the formulas.
 
-        A matrix of zeros has no scale: it gives only counts. Measures that would have to look below the floor are left out.
+        A matrix of zeros has no scale and gives only counts. Measures that would have to look below the floor are left
+        out.
 
         >>> s = torch.tensor([1.0, 0.5, 1e-3, 0.0]).double()
         >>> values = LayerSpectrum("fc", "", False, 100, 4, s, floor=1e-8, dead_units=1).measures()

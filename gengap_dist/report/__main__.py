@@ -1,6 +1,6 @@
 """Draw the report of a run or study again, or send its numbers to MLflow.
 
-examples:
+Examples:
   gengap report studies/demo            writes studies/demo/report.html and figures/
   gengap report sync studies/demo       sends MLflow what it has not seen yet
 """
@@ -29,14 +29,16 @@ def command(argv: Sequence[str]) -> int:
     options = parser.parse_args(words)
     folder = options.folder.resolve()
     if not ((folder / "run.json").exists() or (folder / "study.json").exists()):
-        raise UsageError(f"DIR ({options.folder}) holds neither run.json nor study.json: give the folder of a run or study")
+        raise UsageError(
+            f"DIR ({options.folder}) holds neither run.json nor study.json: give the folder of a run or study"
+        )
     return _sync(folder, options.tracking_uri) if action == "sync" else _draw(folder)
 
 
 def _draw(folder: Path) -> int:
     from gengap_dist.report.collect import read_study
     from gengap_dist.report.page import write_report
-    from gengap_dist.report.terminal import print_run, print_study
+    from gengap_dist.report.terminal import print_study
 
     study = read_study(folder)
     page = write_report(study)

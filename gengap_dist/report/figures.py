@@ -9,7 +9,10 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from gengap_dist.report.collect import RunData, StudyData, metric
@@ -18,7 +21,7 @@ from gengap_dist.study.pairing import spread
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A", "#8C510A"]  # Okabe & Ito
 UNTRAINED = "#9A9A9A"
 MAX_PANELS = 9  # layers in one figure; a deeper network shows a spread of them, its tables show all
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -74,19 +77,30 @@ def accuracy_by_batch(study: StudyData) -> Figure | None:
     figure = Figure(figsize=(7.2, 4.2))
     axes = figure.subplots()
     sizes = [runs[0].global_size for _, runs, _ in arms]
-    for number, (arm, runs, values) in enumerate(arms):
-        twins = [i for i, size in enumerate(sizes) if size == sizes[number]]
-        x = sizes[number] * 1.09 ** (2 * twins.index(number) - len(twins) + 1)  # arms of one batch side by side
+    for number, (arm, _, values) in enumerate(arms):
+        x = _beside(sizes, number, 1.09)
         mean, _ = spread(values)
         c = colour(study, arm)
         axes.plot([x] * len(values), [100 * v for v in values], "o", color=c, alpha=0.45, markersize=5, mew=0)
         half = _t_half(values)
-        axes.errorbar(x, 100 * mean, yerr=100 * half if half else None, fmt="D", color=c, capsize=4, markersize=6, label=arm)
+        axes.errorbar(
+            x, 100 * mean, yerr=100 * half if half else None, fmt="D", color=c, capsize=4, markersize=6, label=arm
+        )
     _batch_axis(axes, sizes)
     axes.set_xlabel("global batch (samples per step)")
     axes.set_ylabel("test accuracy, %")
     axes.legend(loc="best", fontsize=9)
     return figure
+
+
+def _beside(sizes: list[int], number: int, gap: float) -> float:
+    """Where arm `number` stands on the batch axis: arms of one batch stand side by side.
+
+    >>> [_beside([8, 64, 64], number, 2.0) for number in range(3)]
+    [8.0, 32.0, 128.0]
+    """
+    twins = [i for i, size in enumerate(sizes) if size == sizes[number]]
+    return sizes[number] * gap ** (2 * twins.index(number) - len(twins) + 1)
 
 
 def _t_half(values: list[float]) -> float:
@@ -119,9 +133,9 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Figure 
         untrained = [run.first_and_last(metric(name, key, threshold))[0] for _, runs in arms for run in runs]
         if np.isfinite(untrained).any():
             panel.axhline(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
-        for arm, runs in arms:
+        for number, (arm, runs) in enumerate(arms):
             values = [run.first_and_last(metric(name, key, threshold))[1] for run in runs]
-            x, c = runs[0].global_size, colour(study, arm)
+            x, c = _beside(sizes, number, 1.18), colour(study, arm)
             panel.plot([x] * len(values), values, "o", color=c, alpha=0.45, markersize=4, mew=0)
             if np.isfinite(values).any():
                 panel.plot(x, np.nanmean(values), "D", color=c, markersize=6)
@@ -133,19 +147,12 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Figure 
             panel.set_ylim(bottom=0)
     for panel in panels[len(keys) :]:
         panel.set_visible(False)
-    handles = [_key(figure, colour(study, arm), "D", arm) for arm, _ in arms]
-    handles.append(_key(figure, UNTRAINED, "--", "untrained"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=9)
+    handles = [Line2D([], [], color=colour(study, arm), linestyle="", marker="D", label=arm) for arm, _ in arms]
+    handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
     figure.supxlabel("global batch", fontsize=10)
     figure.supylabel(label, fontsize=10)
     return figure
-
-
-def _key(figure: Figure, colour: str, style: str, label: str) -> Any:
-    from matplotlib.lines import Line2D
-
-    line = style if style.startswith("-") else "none"
-    return Line2D([], [], color=colour, linestyle=line, marker="" if line != "none" else style, label=label)
 
 
 def spectra_over_steps(study: StudyData) -> Figure | None:
@@ -171,7 +178,8 @@ def spectra_over_steps(study: StudyData) -> Figure | None:
                 seen = values > facts["floor"]
                 first = {"color": UNTRAINED, "linestyle": "--"} if step == 0 else {"color": shade}
                 grid[row, column].plot(index[seen], values[seen], linewidth=1.2, **first)
-                grid[row, column].axhline(facts["floor"], color="#BBBBBB", linewidth=0.6, linestyle=":")
+                if step == run.spectra_steps()[-1]:
+                    grid[row, column].axhline(facts["floor"], color="#777777", linewidth=1, linestyle=":")
         for row, key in enumerate(keys):
             grid[row, column].set_yscale("log")
             if row == 0:
@@ -180,8 +188,8 @@ def spectra_over_steps(study: StudyData) -> Figure | None:
                 grid[row, column].set_ylabel(key)
             if row == len(keys) - 1:
                 grid[row, column].set_xlabel("index of singular value")
-    norm = matplotlib.colors.SymLogNorm(1, vmin=0, vmax=max(most, 1))
-    bar = figure.colorbar(matplotlib.cm.ScalarMappable(norm, scheme), ax=grid, fraction=0.025, pad=0.02)
+    norm = SymLogNorm(1, vmin=0, vmax=max(most, 1))
+    bar = figure.colorbar(ScalarMappable(norm, scheme), ax=grid, fraction=0.025, pad=0.02)
     bar.set_label("step (dashed grey: untrained; dotted: floor)", fontsize=9)
     return figure
 
@@ -202,7 +210,7 @@ def curves(study: StudyData) -> Figure | None:
         for arm, runs in arms:
             for number, run in enumerate(runs):
                 x, y = run.series(name, against)
-                x, y = _smooth(x, y, 150)
+                x, y = _smooth(x, y, 80)
                 strong = {"linewidth": 1.6, "label": arm} if number == 0 else {"linewidth": 0.8, "alpha": 0.35}
                 marker = "." if len(x) < 12 else ""
                 axes.plot(x, y, color=colour(study, arm), marker=marker, **strong)
@@ -231,10 +239,11 @@ def measures_over_steps(study: StudyData) -> Figure | None:
         return None
     figure = Figure(figsize=(9.5, 3.4))
     panels = figure.subplots(1, 2)
-    for axes, (name, threshold, label) in zip(
-        panels, (("near_rank_loss", "rel_1e-2", "near-rank loss (share < 0.01 s1)"), ("effective_rank", "", "effective rank")),
-        strict=True,
-    ):  # fmt: skip
+    measures = (
+        ("near_rank_loss", "rel_1e-2", "near-rank loss (share < 0.01 s1)"),
+        ("effective_rank", "", "effective rank"),
+    )
+    for axes, (name, threshold, label) in zip(panels, measures, strict=True):
         for number, key in enumerate(keys):
             x, y = run.series(metric(name, key, threshold))
             axes.plot(x, y, marker=".", color=COLOURS[number % len(COLOURS)], label=key)
@@ -272,7 +281,7 @@ STUDY_FIGURES: dict[str, tuple[Draw, str]] = {  # file name: how it is drawn, wh
     ),
     "curves": (
         curves,
-        "Training loss by optimizer step and by epoch, and validation accuracy. The first seed is strong, the others faint.",
+        "Training loss by step and by epoch, and validation accuracy; the first seed strong, the others faint.",
     ),
 }
 RUN_FIGURES: dict[str, tuple[Draw, str]] = {

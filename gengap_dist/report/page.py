@@ -1,7 +1,6 @@
 """One self-contained HTML page and its figures, from a run folder or a study folder."""
 
 import base64
-import json
 import shlex
 from importlib.resources import files
 from pathlib import Path
@@ -38,9 +37,9 @@ def write_report(study: StudyData) -> Path:
             figure.savefig(path)
             data = base64.b64encode(path.read_bytes()).decode()
             pictures.append({"name": name, "caption": caption, "data": data})
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("gengap_dist.report").joinpath("template.html").read_text()
-    )
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(files("gengap_dist.report").joinpath("template.html").read_text())
     page = study.folder / "report.html"
     html = template.render(
         study=study,
@@ -70,7 +69,8 @@ def answers(study: StudyData) -> list[str]:
                 out.append(f"{arm}: no pair to compare.{suffix}")
             continue
         pairs = len(gap.differences)
-        text = f"{arm}: test accuracy {abs(100 * gap.mean):.2f} points {'below' if gap.mean > 0 else 'above'} {study.baseline}"
+        side = "below" if gap.mean > 0 else "above"
+        text = f"{arm}: test accuracy {abs(100 * gap.mean):.2f} points {side} {study.baseline}"
         if gap.student is None:
             text += ", on one pair of seeds: no interval, so nothing can be concluded."
         else:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gengap_dist.probes.spectrum import LayerSpectrum
 from gengap_dist.report.collect import RunData, StudyData, metric, read_run
 from gengap_dist.study.pairing import Paired, spread
 
@@ -99,7 +101,7 @@ def interval(pair: tuple[float, float] | None) -> str:
 def print_run(out: Path, page: Path, uri: str | None) -> None:
     """The outcome of one run: result, layers, where to look further."""
     run = read_run(out)
-    console = Console()
+    console = wide_console()
     result = run.info["result"]
     if run.info["status"] != "finished":
         console.print(f"[bold red]{run.info['status']}[/]: {run.info.get('error', '')}", highlight=False)
@@ -124,7 +126,7 @@ def layer_table(run: RunData) -> Table | None:
         return None
     spectra = run.spectra(steps[-1])
     table = Table(title=f"activation spectra: step {steps[0]} -> step {steps[-1]}", title_justify="left")
-    table.add_column("layer")
+    table.add_column("layer", no_wrap=True)
     table.add_column("units", justify="right")
     for name, threshold in MEASURES:
         table.add_column(" ".join(filter(None, (name.replace("_", " "), threshold))), justify="right")
@@ -135,10 +137,40 @@ def layer_table(run: RunData) -> Table | None:
     return table
 
 
+def print_spectra(spectra: Iterable[LayerSpectrum], title: str) -> None:
+    """One row per layer and view, with a bar for the near-rank loss."""
+    table = Table(title=f"{title}: near-rank loss", title_justify="left")
+    heads = ("layer", "samples", "units", "dead", "below 0.01 s1", "", "below 0.01", "effective rank", "s max", "floor")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number in (0, 5) else "right", no_wrap=True)
+    for s in spectra:
+        values = s.measures()
+        small = values["near_rank_loss/rel_1e-2"]
+        table.add_row(
+            s.key,
+            f"{s.num_samples:,}",
+            str(s.num_units),
+            str(s.dead_units),
+            f"{small:.1%}",
+            "█" * round(10 * small),
+            f"{values['near_rank_loss/abs_1e-2']:.1%}" if "near_rank_loss/abs_1e-2" in values else "-",
+            f"{values['effective_rank']:.2f}" if "effective_rank" in values else "-",
+            f"{values['sigma_max']:.3g}",
+            f"{s.floor:.1g}",
+        )
+    wide_console().print(table)
+
+
+def wide_console() -> Console:
+    """A terminal as wide as it is; files and pipes get lines long enough for a whole table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
 def print_study(study: StudyData, page: Path, uri: str | None) -> None:
     """The outcome of a study: one row per arm, then where to look further."""
-    console = Console()
-    console.print(study_table(study))
+    console = wide_console()
+    console.print(study_table(study, every_column=console.width >= 118))
     console.print(
         f"[dim]sb_lb_gap: accuracy of {study.baseline} minus the arm's, in points, paired by seed; "
         "intervals are 95%; with few seeds read the t interval[/]",
@@ -149,14 +181,14 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
         console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)
 
 
-def study_table(study: StudyData) -> Table:
-    """One row per arm: accuracy, gap with intervals, near-rank loss and effective rank of the last hidden layer."""
+def study_table(study: StudyData, *, every_column: bool = True) -> Table:
+    """One row per arm: accuracy, gap with intervals; on a wide terminal also ranks of the last hidden layer."""
     table = Table(title=study.name, title_justify="left")
-    last = last_layer(study)
+    last = last_layer(study) if every_column else None
     heads = ["arm", "batch", "steps", "seeds", "test acc. (sd)", "sb_lb_gap", "bootstrap", "t"]
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number == 0 else "right")
+        table.add_column(head, justify="left" if number == 0 else "right", no_wrap=number in (0, 5, 6, 7))
     for row in study_rows(study, last):
         table.add_row(*row)
     return table
@@ -206,5 +238,3 @@ def ui_command(uri: str) -> str:
     if uri.startswith(("http://", "https://")):
         return f"open {uri}"
     return f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"
-
-

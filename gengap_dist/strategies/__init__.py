@@ -6,4 +6,4 @@ from gengap_dist.strategies.single import Single
 
 STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "ddp": DDP}
 
-__all__ = ["STRATEGIES", "DDP", "Single", "Strategy"]
+__all__ = ["DDP", "STRATEGIES", "Single", "Strategy"]

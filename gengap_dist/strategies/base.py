@@ -40,7 +40,7 @@ class Strategy(ABC):
     def step(self) -> Tensor:
         """Update the parameters and clear the gradients; the global gradient's 2-norm, a scalar on the device."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = nn.utils.get_total_norm(gradients)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         return norm

@@ -2,9 +2,10 @@
 
 Runs that are finished are skipped, so a study that was interrupted goes on when it is started again.
 
-examples:
+Examples:
   gengap study --config configs/demo.yaml --out studies/demo
-  gengap study --config configs/lenet5_fashionmnist.yaml --data.root DIR --launch.num_processes 2
+  gengap study --config configs/lenet5_fashionmnist.yaml --data.root DIR
+  torchrun --nproc_per_node 2 -m gengap_dist.study --config configs/lenet5_fashionmnist.yaml --data.root DIR
 """
 
 import sys
@@ -12,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gengap_dist import cli
+from gengap_dist import cli, launchers
 from gengap_dist.config import StudyConfig, UsageError, resolve, to_yaml
 from gengap_dist.study import schedule
+from gengap_dist.study.grid import cells
 from gengap_dist.tracking import record
 from gengap_dist.tracking.mlflow_sink import Follower
 
@@ -31,6 +33,14 @@ def command(argv: Sequence[str]) -> int:
         print(to_yaml(config), end="")
         return cli.OK
     out = (options.out or Path("studies") / config.study.name).resolve()
+    if not launchers.is_driver(config.launch):
+        schedule.run_all(cells(config, out), lambda cell, done, total, note: None, driver=False)
+        return cli.OK
+    return _drive(config, out)
+
+
+def _drive(config: StudyConfig, out: Path) -> int:
+    """What only one process does: folders, progress, MLflow, the report."""
     plan = schedule.prepare(config, out)
     follower = Follower(out, config.mlflow) if config.mlflow.enabled else None
     try:
@@ -77,7 +87,7 @@ def _run(plan: list[Any], out: Path) -> int:
                 )
             progress(step, steps, note)
 
-        return schedule.run_all(plan, event)
+        return schedule.run_all(plan, event, driver=True)
 
 
 def _headline(study: Any) -> dict[str, float]:

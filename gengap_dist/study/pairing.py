@@ -26,8 +26,8 @@ def paired(baseline: Mapping[int, float], arm: Mapping[int, float]) -> Paired:
     """Baseline minus arm over the seeds that both have.
 
     The bootstrap interval assumes nothing, but n pairs give it at most n distinct values to draw from: with 3 pairs it
-    never reaches beyond the smallest and largest difference, and covers the truth far less often than 95%. The t interval
-    assumes normal differences and keeps its level for any n. For few pairs read the t interval.
+    never reaches beyond the smallest and largest difference, and covers the truth far less often than 95%. The t
+    interval assumes normal differences and keeps its level for any n. For few pairs read the t interval.
 
     Raises:
         ValueError: if no seed is in both.

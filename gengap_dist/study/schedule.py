@@ -1,13 +1,16 @@
 """Running a study: one run after another on ranks that stay up, skipping what is finished."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.config import StudyConfig, UsageError, flat
-from gengap_dist.launchers.local import Pool, RankFailed
+from gengap_dist import launchers
+from gengap_dist.config import LaunchConfig, StudyConfig, UsageError, flat
+from gengap_dist.launchers import Launcher
 from gengap_dist.study.grid import Cell, cells
 from gengap_dist.tracking import record
 
@@ -48,7 +51,9 @@ def prepare(config: StudyConfig, out: Path) -> list[Cell]:
 def _check_same(cell: Cell) -> None:
     before, after = flat(record.read_info(cell.folder)["config"]), flat(cell.config)
     for name in before.keys() | after.keys():
-        if before.get(name) != after.get(name) and not name.startswith(("launch.", "mlflow.", "checkpoint.", "data.root")):
+        if before.get(name) != after.get(name) and not name.startswith(
+            ("launch.", "mlflow.", "checkpoint.", "data.root")
+        ):
             raise UsageError(
                 f"{name} ({after.get(name)}) was {before.get(name)} when {cell.arm}/seed{cell.seed} was run in "
                 f"{cell.folder}: choose a new --out, or remove that run's folder"
@@ -60,40 +65,38 @@ def status(cell: Cell) -> str:
     return record.read_info(cell.folder)["status"] if (cell.folder / "run.json").exists() else ""
 
 
-def run_all(plan: list[Cell], event: Event) -> int:
-    """Run what is not finished; the number of runs that failed. A run that fails or diverges does not stop the others."""
+def run_all(plan: list[Cell], event: Event, *, driver: bool) -> int:
+    """Run what is not finished; the number of runs that failed. A run that fails or diverges does not stop the others.
+
+    Args:
+        plan: the runs.
+        event: told of every step.
+        driver: whether this process prepares folders; under torchrun the other ranks only take part.
+    """
     num_failed = 0
-    pool: Pool | None = None
-    try:
+    with contextlib.ExitStack() as stack:
+        ranks: dict[LaunchConfig, Launcher] = {}
         for cell in plan:
             if status(cell) in (record.FINISHED, record.DIVERGED):
                 event(cell, 1, 1, "already there")
                 continue
-            num_processes = cell.config.launch.num_processes
-            if pool is None or pool.num_processes != num_processes:
-                if pool:
-                    pool.close()
-                pool = Pool(num_processes)
-            record.prepare_folder(cell.folder, "run.json", resume=True)
+            launch = cell.config.launch
+            if launch not in ranks:
+                ranks[launch] = stack.enter_context(launchers.choose(launch, many_runs=True))
+            if driver:
+                record.prepare_folder(cell.folder, "run.json", resume=True)
             try:
-                pool.run(
-                    cell.config,
-                    cell.folder,
-                    resume=True,
-                    progress=lambda done, total, note, cell=cell: event(cell, done, total, note),
-                )
+                ranks[launch].run(cell.config, cell.folder, resume=True, progress=partial(event, cell))
                 event(cell, 1, 1, status(cell))
-            except RankFailed as error:
+            except launchers.RankFailed as error:
                 record.close_abandoned(cell.folder, error)
                 event(cell, 1, 1, f"failed: {str(error).strip().splitlines()[-1]}")
                 num_failed += 1
             except BaseException as error:
-                record.close_abandoned(cell.folder, error)
+                if driver:
+                    record.close_abandoned(cell.folder, error)
                 raise
-        return num_failed
-    finally:
-        if pool:
-            pool.close(kill=sys.exc_info()[0] is not None)
+    return num_failed
 
 
 def conclude(out: Path, outcome: str, numbers: dict[str, Any]) -> None:

@@ -62,7 +62,9 @@ class Mirror:
         with _alone(uri):
             self.client = MlflowClient(tracking_uri=uri)
             found = self.client.get_experiment_by_name(experiment)
-            self.experiment = found.experiment_id if found else self.client.create_experiment(experiment, _artifacts(uri))
+            self.experiment = (
+                found.experiment_id if found else self.client.create_experiment(experiment, _artifacts(uri))
+            )
 
     def sync(self, *, closing: bool = False, sent: Sent = lambda name, done, total: None) -> None:
         """Send what is new; runs that ended, and all of them when `closing`, get their artifacts and final status."""
@@ -133,7 +135,9 @@ class Mirror:
             "mlflow.note.content": info.get("question"),
             "batch.global_size": settings.get("batch.global_size"),
         }
-        self.client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items() if value is not None])
+        self.client.log_batch(
+            run_id, tags=[RunTag(key, str(value)) for key, value in tags.items() if value is not None]
+        )
         if data := info.get("data"):
             dataset = Dataset(
                 name=data["name"],
@@ -148,7 +152,8 @@ class Mirror:
     def _send(self, folder: Path, state: State, lines: list[Line], info: Line, sent: Sent) -> None:
         """Send the lines after the last step sent, in requests of whole lines.
 
-        `in_flight` is on disk before a request leaves: after a crash, its lines are looked up before they are sent again.
+        `in_flight` is on disk before a request leaves: after a crash, its lines are looked up before they are sent
+        again.
         """
         from mlflow.entities import Metric
 
@@ -326,13 +331,15 @@ def sync_now(folder: Path, uri: str | None, sent: Sent) -> str:
     config = MlflowConfig.model_validate(info["config"]["mlflow"])
     kept = folder / "mlflow.json"
     known = json.loads(kept.read_text())["uri"] if kept.exists() else None
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or known or store_uri(config.tracking_uri)
+    target: str = uri or os.environ.get("MLFLOW_TRACKING_URI") or known or store_uri(config.tracking_uri)
     try:
-        Mirror(folder, uri, config.experiment).sync(closing=True, sent=sent)
+        Mirror(folder, target, config.experiment).sync(closing=True, sent=sent)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
-        raise UsageError(f"MLflow at {uri} cannot be reached ({text}): check the address, or start the server") from None
-    return uri
+        raise UsageError(
+            f"MLflow at {target} cannot be reached ({text}): check the address, or start the server"
+        ) from None
+    return target
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
         raise UsageError(f"--out ({out}) cannot be written ({error.strerror}): choose another folder") from None
     if (out / marker).exists():
         if not resume:
-            raise UsageError(f"--out ({out}) already holds a {marker}: add --resume to go on with it, or choose another")
+            raise UsageError(
+                f"--out ({out}) already holds a {marker}: add --resume to go on with it, or choose another"
+            )
     elif any(out.iterdir()):
         raise UsageError(f"--out ({out}) holds other files and no {marker}: choose a new or empty folder")
 

@@ -1,0 +1,63 @@
+"""What tests share: real ranks, real commands, real data where it is there."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.run import run
+from gengap_dist.tracking.record import prepare_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works in a folder of its own, and no MLflow server of the user's is touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with MNIST/raw, FashionMNIST/raw and cifar10-jpeg."""
+    folder = os.environ.get("GENGAP_DATA")
+    if not folder:
+        pytest.skip("GENGAP_DATA does not name a folder with the real data sets")
+    return Path(folder)
+
+
+def config(**settings: object) -> RunConfig:
+    """A run config; `config(batch__global_size=8)`, without MLflow."""
+    given = {key.replace("__", "."): value for key, value in settings.items()}
+    return validate(RunConfig, nested({"mlflow.enabled": False} | given))
+
+
+def train(out: Path, *, resume: bool = False, **settings: object) -> dict[str, object]:
+    """One run in this process."""
+    prepare_folder(out, "run.json", resume=resume)
+    return run(config(**settings), out, resume=resume)
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def gengap(tmp_path: Path) -> Command:
+    """`gengap("train", "--out", ...)`: a real process, as a user starts it."""
+
+    def call(command: str, *words: object, **env: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", f"gengap_dist.{command}", *map(str, words)],
+            cwd=tmp_path,
+            env=os.environ | env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return call

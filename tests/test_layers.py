@@ -1,0 +1,98 @@
+"""The direction of imports: a module imports from lower floors, or from its own room."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+FLOORS = {  # the longest matching name decides; higher may import lower
+    "gengap_dist": -1,  # __init__: imports nothing
+    "gengap_dist.config": 0,
+    "gengap_dist.batching": 0,
+    "gengap_dist.world": 0.5,  # raises config's errors
+    "gengap_dist.data": 1,
+    "gengap_dist.models": 1,
+    "gengap_dist.optim": 1,
+    "gengap_dist.probes": 2,
+    "gengap_dist.strategies": 2,
+    "gengap_dist.tracking": 2.5,  # records what probes found
+    "gengap_dist.loop": 3,
+    "gengap_dist.checkpoint": 3,
+    "gengap_dist.run": 4,
+    "gengap_dist.launchers": 5,
+    "gengap_dist.study": 5,
+    "gengap_dist.study.schedule": 5.5,
+    "gengap_dist.report": 5.25,  # its statistics are study.pairing's
+    "gengap_dist.cli": 5.5,
+    "gengap_dist.train": 6,
+    "gengap_dist.probe": 6,
+    "gengap_dist.study.__main__": 6,
+    "gengap_dist.report.__main__": 6,
+    "gengap_dist.__main__": 7,
+}
+MODULES = sorted((ROOT / "gengap_dist").rglob("*.py"))
+
+
+def floor(name: str) -> float:
+    return FLOORS[max((known for known in FLOORS if name == known or name.startswith(known + ".")), key=len)]
+
+
+def room(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def module_name(path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = (ROOT / node.module.replace(".", "/")).is_dir()
+            names |= {f"{node.module}.{alias.name}" if inside else node.module for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "gengap_dist"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_down(path):
+    name = module_name(path)
+    for other in imported(path):
+        assert floor(other) < floor(name) or (floor(other) == floor(name) and room(other) == room(name)), (
+            f"{name} (floor {floor(name)}) imports {other} (floor {floor(other)})"
+        )
+
+
+def test_every_module_has_a_floor():
+    assert {room(module_name(path)) for path in MODULES} <= set(FLOORS)
+
+
+@pytest.mark.parametrize("command", ["train", "study", "probe", "report"])
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_module('gengap_dist.{command}', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as e: assert e.code == 0, e.code\n"
+        "heavy = {'torch', 'mlflow', 'matplotlib', 'ray', 'deepspeed', 'torchvision', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "example" in done.stdout.lower()
+
+
+def test_ranks_need_no_mlflow():
+    code = (
+        "import sys, gengap_dist.run\n"
+        "heavy = {'mlflow', 'ray', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

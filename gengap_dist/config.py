@@ -350,9 +350,10 @@ def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"--config ({path}) cannot be read: {error.strerror}; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = str(getattr(error, "problem_mark", "") or "").strip()
-        what = getattr(error, "problem", None) or "not text"
-        raise UsageError(f"--config ({path}) is not YAML: {what} {where}".rstrip()) from None
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or "it is no text"
+        raise UsageError(f"--config ({path}) is not YAML{where}: {what}; mend that line") from None
     if not isinstance(tree, dict):
         raise UsageError(f"--config ({path}) holds a {type(tree).__name__}, needs settings such as `batch: ...`")
     parents = tree.pop("extends", [])

@@ -102,18 +102,19 @@ def _torchvision(config: DataConfig, progress: Progress) -> _Raw:
 
     class_name, folder = TORCHVISION[config.name]
     cls = getattr(datasets, class_name)
+    where = config.root / folder
     try:
         train, test = (cls(str(config.root), train=part, download=config.download) for part in (True, False))
-    except RuntimeError as error:  # torchvision's way to say that files are missing or fail their checksum
-        files = cls.resources if "MNIST" in class_name else [*cls.train_list, *cls.test_list]
-        names = ", ".join(Path(name).name.removesuffix(".gz") for name, _ in files)
+    except Exception as error:  # torchvision raises many kinds, and RuntimeError for missing files
+        if "not found" in str(error):
+            files = cls.resources if "MNIST" in class_name else [*cls.train_list, *cls.test_list]
+            names = ", ".join(Path(name).name.removesuffix(".gz") for name, _ in files)
+            raise UsageError(
+                f"data.root ({config.root}) does not hold {config.name}: {where} needs the files {names}, whole and "
+                "unchanged; copy them there, or let torchvision fetch them with --data.download true"
+            ) from None
         raise UsageError(
-            f"data.root ({config.root}) does not hold {config.name}: {config.root / folder} needs the files {names}, "
-            f"whole and unchanged ({error}); copy them there, or let torchvision fetch them with --data.download true"
-        ) from None
-    except Exception as error:
-        raise UsageError(
-            f"data.root ({config.root}): the files of {config.name} in {config.root / folder} are damaged "
+            f"data.root ({config.root}): the files of {config.name} in {where} are damaged or cannot be fetched "
             f"({type(error).__name__}: {error}); remove them, and copy them again or use --data.download true"
         ) from None
     sets = []

@@ -17,8 +17,8 @@ Progress = Callable[[int, int, str], None]
 def leave(code: int) -> Never:
     """End a rank's process at once.
 
-    gloo's threads are not always gone when Python tears down: about one exit in 25 then ends in std::terminate (SIGABRT)
-    and fails a run that is complete (torch 2.15; see docs/decisions.md). Everything is on disk by now.
+    gloo's threads are not always gone when Python tears down: about one exit in 25 then ends in std::terminate
+    (SIGABRT) and fails a run that is complete (torch 2.15; see docs/decisions.md). Everything is on disk by now.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -47,8 +47,8 @@ def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]
         if pattern == "auto":
             found = {name for name, module in modules.items() if isinstance(module, NON_LINEARITIES)}
         else:
-            found = {n for n in modules if fnmatch.fnmatchcase(layer_name(n), pattern) and _reported(n, modules)}
-            found = found or {n for n in modules if fnmatch.fnmatchcase(n, pattern)}
+            found = {n for n in modules if _matches(layer_name(n), pattern) and f"{n}.act" not in modules}
+            found = found or {n for n in modules if _matches(n, pattern)}
         if not found:
             names = [layer_name(name) for name in modules]
             raise UsageError(
@@ -59,9 +59,14 @@ def find_layers(model: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]
     return {layer_name(name): modules[name] for name in modules if name in chosen}
 
 
-def _reported(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a module speaks for its layer: it does not when a `.act` of its own does."""
-    return f"{name}.act" not in modules
+def _matches(name: str, pattern: str) -> bool:
+    """Like a shell's globs: `*` stays within one part of a dotted name.
+
+    >>> _matches("layer1.0", "layer*.0"), _matches("layer1.0.conv", "layer*")
+    (True, False)
+    """
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 @contextmanager

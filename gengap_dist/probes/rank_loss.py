@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.probes.capture import VIEWS, capturing, find_layers, observing
-from gengap_dist.probes.gram import Gram, all_reduce, spectrum
+from gengap_dist.probes.gram import Gram, all_reduce, spectra
 from gengap_dist.probes.spectrum import LayerSpectrum
 from gengap_dist.world import World
 
@@ -79,13 +79,13 @@ def measure(
             new_pass()
             model(example)
     all_reduce(list(grams.values()), world)
-    spectra = []
+    found: list[LayerSpectrum] = []
     for (layer, view), gram in grams.items():
-        if not torch.isfinite(gram.gram_DD).all():  # the same on every rank: it was summed over them
+        if not torch.isfinite(gram.scatter_DD).all():  # the same on every rank: it was summed over them
             warnings.warn(f"layer {layer} has non-finite activations: its spectrum is left out", stacklevel=2)
             continue
-        spectra += [spectrum(gram, layer, view, centred=c) for c in centred]
-    return spectra
+        found += spectra(gram, layer, view, centred)
+    return found
 
 
 def _example(shape: torch.Size | None, model: nn.Module, world: World) -> Tensor:
@@ -101,7 +101,7 @@ def _example(shape: torch.Size | None, model: nn.Module, world: World) -> Tensor
     return torch.zeros(1, *dims, dtype=parameter.dtype, device=parameter.device)
 
 
-def metrics(spectra: Iterable[LayerSpectrum]) -> dict[str, float]:
+def metrics(found: Iterable[LayerSpectrum]) -> dict[str, float]:
     """Flat metric names, `<measure>/<layer>[/<view>][/centred][/<threshold>]`.
 
     >>> s = LayerSpectrum("fc2", "", False, 9, 2, torch.tensor([1.0, 1e-3]).double(), 0.0, 0)
@@ -109,7 +109,7 @@ def metrics(spectra: Iterable[LayerSpectrum]) -> dict[str, float]:
     (0.5, 1.0)
     """
     out = {}
-    for layer in spectra:
+    for layer in found:
         for name, value in layer.measures().items():
             measure_name, _, threshold = name.partition("/")
             out["/".join(filter(None, (measure_name, layer.key, threshold)))] = value

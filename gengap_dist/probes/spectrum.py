@@ -1,8 +1,8 @@
 """From one layer's singular values to every measure of its rank. Pure: no network, no ranks.
 
 A is the layer's activation matrix, N rows (samples) by D columns (units); s_1 >= ... >= s_m are its singular values
-divided by sqrt(N), m = min(N, D). Values below the numerical floor are rounding noise: they count as small (they are),
-but they never enter a sum, and a threshold below the floor gives no measure at all.
+divided by sqrt(N), m = min(N, D). Values below the numerical floor are rounding noise and stand as 0: they count as
+small (they are), but they never enter a sum, and a threshold below the floor gives no measure at all.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 TAUS = (1e-1, 1e-2, 1e-3)  # thresholds of near-rank loss, the paper's sigma << 1
-FLOORS = {  # relative to the largest singular value of the raw matrix; a float64 Gram leaves eps**0.5
-    torch.float64: 1e-8,
-    torch.float32: 1e-8,
+GRAM_FLOOR = (
+    4 * 2.0**-26
+)  # 4 sqrt(eps) of the matrix's own s_1: what a float64 Gram leaves; it makes 2.4 sqrt(eps) noise
+ACTIVATION_FLOORS = {  # of the raw matrix's s_1: what is lost when activations are rounded to their precision
+    torch.float64: 0.0,
+    torch.float32: 2e-8,
     torch.float16: 2e-5,
     torch.bfloat16: 1.5e-4,
 }
@@ -34,7 +37,7 @@ class LayerSpectrum:
     num_units: int
     """D, columns of the matrix."""
     singular_values: Tensor
-    """[m] float64, descending, divided by sqrt(N)."""
+    """[m] float64, descending, divided by sqrt(N); 0 where the value is below the floor."""
     floor: float
     """Level below which singular values are rounding noise, in the same units."""
     dead_units: int
@@ -62,7 +65,7 @@ class LayerSpectrum:
         """
         s = self.singular_values
         m = len(s)
-        alive = s[s > self.floor]
+        alive = s[s > 0]
         out = {"dead_units": float(self.dead_units), "numerical_rank": float(len(alive)), "sigma_max": float(s[0])}
         for tau in TAUS:
             name = f"1e-{round(-torch.tensor(tau).log10().item())}"

@@ -1,0 +1,163 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from gengap_dist import cli
+from gengap_dist.config import RunConfig, StudyConfig, UsageError, load_yaml, nested, resolve, to_yaml, validate
+from tests.conftest import ROOT
+
+
+def test_precedence_is_defaults_then_files_then_command_line(tmp_path):
+    (tmp_path / "base.yaml").write_text("batch: {global_size: 8, micro_size: 4}\nseed: 1\n")
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\nbatch.micro_size: 5\n")
+    (tmp_path / "more.yaml").write_text("optim: {lr: 0.5}\n")
+    config = resolve(RunConfig, [tmp_path / "top.yaml", tmp_path / "more.yaml"], {"seed": "7"})
+    assert (config.batch.global_size, config.batch.micro_size, config.optim.lr, config.seed) == (8, 5, 0.5, 7)
+    assert config.optim.momentum == 0.9
+
+
+def test_extends_is_relative_to_the_file_and_may_name_several(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text("seed: 1\ntrain: {epochs: 1}\n")
+    (tmp_path / "b.yaml").write_text("seed: 2\n")
+    (tmp_path / "sub" / "c.yaml").write_text("extends: [../a.yaml, ../b.yaml]\n")
+    assert load_yaml(tmp_path / "sub" / "c.yaml") == {"seed": 2, "train": {"epochs": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch: {globl_size: 4}", ["batch.globl_size", "batch.global_size"]),
+        ("optmi: {lr: 1}", ["optmi", "did you mean optim"]),
+        ("batch: {global_size: many}", ["batch.global_size (many)", "integer"]),
+        ("batch: {global_size: 0}", ["batch.global_size (0)", "greater than 0"]),
+        ("batch: {micro_size: -3}", ["batch.micro_size (-3)", "greater than 0"]),
+        ("batch: {global_size: 1000, ghost_size: 64}", ["1000", "ghost groups of 64", "multiple of 64"]),
+        ("batch: {global_size: 64, ghost_size: 1}", ["batch.ghost_size (1)", "at least 2"]),
+        ("batch: {global_size: 64, ghost_size: 32, micro_size: 8}", ["batch.micro_size (8)", "at least 32"]),
+        ("optim: {scaling: linear}", ["optim.scaling (linear)", "optim.base_size"]),
+        ("optim: {nesterov: true, momentum: 0}", ["optim.nesterov", "momentum"]),
+        ("data: {name: cifar11}", ["data.name (cifar11)", "cifar10"]),
+        ("seed: 1.5", ["seed (1.5)", "integer"]),
+        ("just words", ["settings"]),
+        ("a: [1", ["is not YAML"]),
+        ("extends: nowhere.yaml", ["nowhere.yaml", "cannot be read"]),
+        ("extends: bad.yaml", ["extends itself"]),
+    ],
+)
+def test_bad_yaml_gets_one_sentence(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        resolve(RunConfig, [path], {})
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"arms": []}, ["study.arms is empty"]),
+        ({"arms": [{"name": "a"}, {"name": "a"}]}, ["a more than once"]),
+        ({"baseline": "sb3"}, ["study.baseline (sb3)", "did you mean sb32"]),
+        ({"seeds": [1, 1]}, ["study.seeds", "twice"]),
+        ({"arms": [{"name": "a/b"}]}, ["study.arms.0.name (a/b)"]),
+    ],
+)
+def test_bad_study_gets_one_sentence(change, words):
+    study = {"baseline": "sb32", "arms": [{"name": "sb32"}, {"name": "lb"}]} | change
+    if "arms" in change:
+        del study["baseline"]
+    with pytest.raises(UsageError) as error:
+        validate(StudyConfig, {"study": study})
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_arm_overrides_are_checked_and_named():
+    config = validate(StudyConfig, {"study": {"arms": [{"name": "lb", "set": {"batch.globl_size": 3}}]}})
+    with pytest.raises(UsageError, match=r"study arm lb: batch.globl_size .*did you mean batch.global_size"):
+        config.run_config(config.study.arms[0], seed=0)
+
+
+def test_an_arm_is_the_base_with_its_overrides_and_seed():
+    arm = {"name": "lb", "set": {"batch.global_size": 512, "optim": {"lr": 0.5}}}
+    config = validate(StudyConfig, {"seed": 9, "train": {"epochs": 3}, "study": {"arms": [arm]}})
+    run = config.run_config(config.study.arms[0], seed=4)
+    assert (run.seed, run.batch.global_size, run.optim.lr, run.train.epochs) == (4, 512, 0.5, 3)
+    assert type(run) is RunConfig
+
+
+def test_what_is_saved_reads_back_the_same(tmp_path):
+    config = validate(RunConfig, nested({"batch.ghost_size": 32, "model.widths": [3, 4], "data.augment": ["flip"]}))
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert resolve(RunConfig, [tmp_path / "c.yaml"], {}) == config
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_are_valid(path):
+    if "study" in load_yaml(path):
+        config = resolve(StudyConfig, [path], {})
+        assert [config.run_config(arm, 0) for arm in config.study.arms]
+    else:
+        resolve(RunConfig, [path], {})
+
+
+def parse(*words: str) -> tuple[cli.Options, dict]:
+    return cli.parse(cli.TrainSettings, words, prog="p", description="d")
+
+
+def test_command_line_values_have_types():
+    options, overrides = parse(
+        "--config", "a", "--config=b", "--resume", "--batch.ghost_size", "null", "--model.widths", "3,4", "--optim.lr=1e-2"
+    )  # fmt: skip
+    assert [path.name for path in options.config] == ["a", "b"]
+    assert options.resume
+    config = resolve(RunConfig, [], overrides)
+    assert (config.batch.ghost_size, config.model.widths, config.optim.lr) == (None, (3, 4), 0.01)
+
+
+def test_only_what_was_given_overrides(tmp_path):
+    (tmp_path / "c.yaml").write_text("optim: {lr: 0.5}\ndata: {download: true}\n")
+    _, overrides = parse("--seed", "3")
+    assert resolve(RunConfig, [tmp_path / "c.yaml"], overrides).optim.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--batch.globl_size", "3"], "did you mean --batch.global_size"),
+        (["--batch.glob", "3"], "--batch.glob is no setting"),
+        (["--batch.global_size"], "expected one argument"),
+        (["stray"], "stray is no setting"),
+    ],
+)
+def test_bad_command_line_gets_one_sentence(words, says):
+    with pytest.raises(UsageError, match=says):
+        parse(*words)
+
+
+def test_print_config_can_be_run_again(tmp_path):
+    words = ["--config", ROOT / "configs/demo_train.yaml", "--batch.global_size", "96", "--print_config"]
+    done = subprocess.run(
+        [sys.executable, "-m", "gengap_dist.train", *map(str, words)], capture_output=True, text=True, check=True
+    )
+    assert yaml.safe_load(done.stdout)["batch"]["global_size"] == 96
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "again.yaml").write_text(done.stdout)
+    assert resolve(RunConfig, [tmp_path / "again.yaml"], {}).batch.global_size == 96
+
+
+def test_help_says_what_every_setting_is():
+    done = subprocess.run([sys.executable, "-m", "gengap_dist.train", "--help"], capture_output=True, text=True)
+    for name in ("--batch.global_size", "--launch.num_processes", "exact mean", "default: 64", "--resume"):
+        assert name in done.stdout

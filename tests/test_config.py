@@ -118,7 +118,8 @@ def parse(*words: str) -> tuple[cli.Options, dict]:
 
 def test_command_line_values_have_types():
     options, overrides = parse(
-        "--config", "a", "--config=b", "--resume", "--batch.ghost_size", "null", "--model.widths", "3,4", "--optim.lr=1e-2"
+        "--config", "a", "--config=b", "--resume", "--batch.ghost_size", "null", "--model.widths", "3,4",
+        "--optim.lr=1e-2",
     )  # fmt: skip
     assert [path.name for path in options.config] == ["a", "b"]
     assert options.resume

@@ -1,7 +1,7 @@
 """Gram matrices of activations, summed in float64 over batches and ranks; no rows ever leave their rank.
 
-What is summed is the scatter around the mean, merged as in Chan, Golub & LeVeque (1983): nothing cancels, so the centred
-spectrum is as exact as the raw one even where the mean is a hundred times larger than the deviations (ReLU layers).
+What is summed is the scatter around the mean, merged as in Chan, Golub & LeVeque (1983): nothing cancels, so the
+centred spectrum is as exact as the raw one even where the mean is a hundred times larger than the deviations.
 
 Shapes: N rows, D units, A [N, D] the activation matrix of one layer in one view.
 """

@@ -45,8 +45,8 @@ def measure(
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())
     >>> _ = model[0].weight.data.copy_(torch.eye(2))
     >>> raw, _ = measure(model, [torch.tensor([[3.0, 0.0], [0.0, 1.0]])])
-    >>> raw.singular_values * 2**0.5
-    tensor([3., 1.], dtype=torch.float64)
+    >>> (raw.singular_values * 2**0.5).round(decimals=6).tolist()
+    [3.0, 1.0]
     """
     world = world or World()
     grams: dict[tuple[str, str], Gram] = {}

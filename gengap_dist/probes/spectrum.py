@@ -21,6 +21,8 @@ ACTIVATION_FLOORS = {  # of the raw matrix's s_1: what is lost when activations 
     torch.bfloat16: 1.5e-4,
 }
 
+RANKS = ("effective_rank", "energy_effective_rank", "stable_rank", "participation_ratio", "pca_99", "srank_1e-2")
+
 
 @dataclass(frozen=True)
 class LayerSpectrum:
@@ -55,8 +57,8 @@ class LayerSpectrum:
     def measures(self) -> dict[str, float]:
         """Every rank measure that these singular values support; see docs/measures.md for the formulas.
 
-        A matrix of zeros has no scale and gives only counts. Measures that would have to look below the floor are left
-        out.
+        A zero is below every threshold. A matrix of zeros has rank 0 by every measure of rank, and all of it is lost.
+        Measures that would have to look below the floor are left out.
 
         >>> s = torch.tensor([1.0, 0.5, 1e-3, 0.0]).double()
         >>> values = LayerSpectrum("fc", "", False, 100, 4, s, floor=1e-8, dead_units=1).measures()
@@ -72,11 +74,11 @@ class LayerSpectrum:
             levels = {"abs": tau, "rel": tau * float(s[0])}
             for kind, level in levels.items():
                 if level >= self.floor:
-                    count = int((s < level).sum())
+                    count = int(((s < level) | (s == 0)).sum())
                     out[f"near_rank_count/{kind}_{name}"] = float(count)
                     out[f"near_rank_loss/{kind}_{name}"] = count / m
         if len(alive) == 0:
-            return out
+            return out | dict.fromkeys(RANKS, 0.0)
         if len(alive) == m:
             out["sigma_min"] = float(s[-1])
             out["condition_number"] = float(s[0] / s[-1])

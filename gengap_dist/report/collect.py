@@ -41,10 +41,11 @@ class RunData:
         x, y = zip(*points, strict=True) if points else ((), ())
         return np.array(x, dtype=float), np.array(y, dtype=float)
 
-    def first_and_last(self, name: str) -> tuple[float, float]:
-        """A metric at its first record (the untrained network, for probes) and at its last; nan where it is missing."""
-        _, values = self.series(name)
-        return (float(values[0]), float(values[-1])) if len(values) else (float("nan"), float("nan"))
+    def untrained_and_trained(self, name: str) -> tuple[float, float]:
+        """A probe's metric at the first and at the last measurement; nan where that measurement lacks it."""
+        probed = [line for line in self.lines if "probe_seconds/near_rank_loss" in line]
+        ends = (probed[0], probed[-1]) if probed else ({}, {})
+        return ends[0].get(name, float("nan")), ends[1].get(name, float("nan"))
 
     def spectra_steps(self) -> list[int]:
         """Steps whose spectra are on disk."""
@@ -71,10 +72,14 @@ class StudyData:
         """Runs of one arm, by seed."""
         return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
 
+    def finished(self, arm: str) -> list[RunData]:
+        """Runs of one arm that came to their end, by seed."""
+        return [run for run in self.of(arm) if run.info["status"] == FINISHED]
+
     def results(self, arm: str, name: str) -> dict[int, float]:
         """Seed to a final result, over the finished runs of an arm that have it."""
-        finished = (run for run in self.of(arm) if run.info["status"] == FINISHED)
-        return {run.seed: run.info["result"][name] for run in finished if run.info["result"].get(name) is not None}
+        values = {run.seed: run.info["result"].get(name) for run in self.finished(arm)}
+        return {seed: value for seed, value in values.items() if value is not None}
 
     def gap(self, arm: str, name: str = "test/accuracy") -> Paired | None:
         """Baseline minus arm, paired by seed; None where no seed has both."""

@@ -130,11 +130,11 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Figure 
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     sizes = [runs[0].global_size for _, runs in arms]
     for panel, key in zip(panels, keys, strict=False):
-        untrained = [run.first_and_last(metric(name, key, threshold))[0] for _, runs in arms for run in runs]
+        untrained = [run.untrained_and_trained(metric(name, key, threshold))[0] for _, runs in arms for run in runs]
         if np.isfinite(untrained).any():
             panel.axhline(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
         for number, (arm, runs) in enumerate(arms):
-            values = [run.first_and_last(metric(name, key, threshold))[1] for run in runs]
+            values = [run.untrained_and_trained(metric(name, key, threshold))[1] for run in runs]
             x, c = _beside(sizes, number, 1.18), colour(study, arm)
             panel.plot([x] * len(values), values, "o", color=c, alpha=0.45, markersize=4, mew=0)
             if np.isfinite(values).any():

@@ -90,15 +90,16 @@ def _arm_table(study: StudyData) -> dict[str, Any]:
 
 def _layer_table(study: StudyData) -> dict[str, Any]:
     """Layer x arm: relative near-rank loss and effective rank, untrained and trained, means over seeds."""
-    arms = [arm for arm in study.arms if study.of(arm)]
+    arms = [arm for arm in study.arms if study.finished(arm)]
     rows = []
-    for key in study.layer_keys():
+    for key in study.layer_keys() if arms else []:
         row = [key]
         for name, threshold, digits in (("near_rank_loss", "rel_1e-2", ".3f"), ("effective_rank", "", ".1f")):
-            ends = {arm: [r.first_and_last(metric(name, key, threshold)) for r in study.of(arm)] for arm in arms}
-            untrained = spread([first for pairs in ends.values() for first, _ in pairs])[0]
-            row.append(format(untrained, digits))
-            row += [format(spread([last for _, last in ends[arm]])[0], digits) for arm in arms]
+            ends = [
+                [run.untrained_and_trained(metric(name, key, threshold)) for run in study.finished(arm)] for arm in arms
+            ]
+            row.append(format(spread([first for pairs in ends for first, _ in pairs])[0], digits))
+            row += [format(spread([last for _, last in pairs])[0], digits) for pairs in ends]
         rows.append(row)
     return {"arms": ["untrained", *arms], "rows": rows}
 

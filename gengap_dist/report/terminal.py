@@ -131,7 +131,7 @@ def layer_table(run: RunData) -> Table | None:
     for name, threshold in MEASURES:
         table.add_column(" ".join(filter(None, (name.replace("_", " "), threshold))), justify="right")
     for key, (_, facts) in spectra.items():
-        ends = [run.first_and_last(metric(name, key, threshold)) for name, threshold in MEASURES]
+        ends = [run.untrained_and_trained(metric(name, key, threshold)) for name, threshold in MEASURES]
         cells = [f"{a:.3g} -> {b:.3g}" for a, b in ends]
         table.add_row(key, str(facts["num_units"]), *cells)
     return table
@@ -223,8 +223,8 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
         ]
         if last:
             for name, threshold in (("near_rank_loss", "rel_1e-2"), ("effective_rank", "")):
-                ends = [run.first_and_last(metric(name, last, threshold))[1] for run in runs]
-                row.append(f"{spread(ends)[0]:.3g}")
+                ends = [run.untrained_and_trained(metric(name, last, threshold))[1] for run in study.finished(arm)]
+                row.append(f"{spread(ends)[0]:.3g}" if ends else "-")
         rows.append(row)
     return rows
 

@@ -74,7 +74,7 @@ def test_a_cut_file_is_damaged_not_a_traceback(tmp_path, real_data):
     shutil.copytree(real_data / "MNIST", tmp_path / "MNIST")
     path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(UsageError, match="mnist in .* are damaged"):
+    with pytest.raises(UsageError, match=r"mnist in .* are damaged"):
         catalog.load(DataConfig(name="mnist", root=tmp_path))
 
 

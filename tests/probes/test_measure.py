@@ -168,7 +168,7 @@ def test_non_finite_activations_are_left_out_with_a_warning():
 
 def test_wide_layers_say_not_yet():
     model, inputs = setting("lenet5", torch.float32)
-    with pytest.raises(UsageError, match="layer conv1 has 864 units.*not there yet"):
+    with pytest.raises(UsageError, match=r"layer conv1 has 864 units.*not there yet"):
         measure(model, [inputs], views=["flatten"], memory_mib=5)
 
 

@@ -81,12 +81,14 @@ def test_thresholds_below_the_floor_give_no_measure():
     assert "near_rank_loss/abs_1e-1" in values
 
 
-def test_zeros_have_counts_but_no_ranks():
+def test_a_dead_layer_has_rank_0_and_has_lost_everything():
     values = measured(torch.zeros(9, 3)).measures()
     assert values["dead_units"] == 3
     assert values["numerical_rank"] == 0
     assert values["near_rank_loss/abs_1e-1"] == 1.0
-    assert "effective_rank" not in values
+    assert values["near_rank_loss/rel_1e-3"] == 1.0
+    assert values["effective_rank"] == values["stable_rank"] == values["pca_99"] == 0
+    assert "sigma_min" not in values
 
 
 def test_dead_units_are_columns_of_zeros():

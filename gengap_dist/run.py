@@ -42,6 +42,10 @@ Progress = Callable[[int, int, str], None]
 class Diverged(Exception):
     """The loss is no longer a number; that is a result, not a crash."""
 
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"train/loss was {loss} at step {step}")
+        self.step = step
+
 
 def run(
     config: RunConfig,
@@ -72,7 +76,7 @@ def run(
         result = session.result()
         record.finish(FINISHED, result)
     except Diverged as error:
-        result = {"diverged_at_step": session.step}
+        result = {"diverged_at_step": error.step}
         record.finish(DIVERGED, result, str(error))
     world.barrier()  # when any rank returns, the folder is complete
     return result
@@ -268,7 +272,7 @@ class _Session:
                 {"train/loss": loss, "train/accuracy": accuracy, "train/grad_norm": norm, "train/lr": lr},
             )
             if not math.isfinite(loss):
-                raise Diverged(f"train/loss was {loss} at step {step}")
+                raise Diverged(step, loss)
         return bool(save_due)
 
     # -- measurements -------------------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""World, buffers and evaluation on 1, 2 and 3 real ranks."""
+
+import pytest
+import torch
+from torch import nn
+
+from gengap_dist import models
+from gengap_dist.config import DataConfig
+from gengap_dist.data import catalog
+from gengap_dist.data.resident import Normalise
+from gengap_dist.loop import evaluate
+from gengap_dist.models.norm import average_buffers
+from gengap_dist.world import World
+from tests.ranks import on_ranks
+
+
+def talk(world: World) -> dict:
+    total = world.sum(torch.tensor([world.rank + 1.0, 1.0], dtype=torch.float64))
+    swapped = world.all_to_all([torch.tensor([10.0 * world.rank + to]) for to in range(world.size)])
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(world.rank)
+    norm.num_batches_tracked.fill_(7)
+    average_buffers(norm, world)
+    splits = catalog.load(DataConfig())
+    scores = {}
+    for name in ("lenet5", "mlp"):
+        for dtype in (torch.float32, torch.float64):
+            torch.manual_seed(1)
+            model = models.build(name, num_classes=10, in_channels=1, widths=(32,)).to(dtype)
+            normalise = Normalise(splits, world.device, dtype)
+            scores[name, dtype] = evaluate(model, splits.test, normalise, world)  # 360 does not divide into 250s
+            few = catalog.Images(splits.test.pixels[:7], splits.test.labels[:7])  # fewer images than one block
+            scores[name, dtype, "few"] = evaluate(model, few, normalise, world)
+    return {
+        "sum": total.tolist(),
+        "swapped": [float(chunk) for chunk in swapped],
+        "mean": norm.running_mean.tolist(),
+        "tracked": int(norm.num_batches_tracked),
+        "scores": scores,
+    }
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[int, list[dict]]:
+    return {size: on_ranks(size, talk) for size in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_world(said, size):
+    for rank, answer in enumerate(said[size]):
+        assert answer["sum"] == [size * (size + 1) / 2, size]
+        assert answer["swapped"] == [10.0 * sender + rank for sender in range(size)]
+        assert answer["mean"] == [(size - 1) / 2] * 2
+        assert answer["tracked"] == 7
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_evaluation_is_the_same_number_on_any_world(said, size):
+    assert all(answer["scores"] == said[1][0]["scores"] for answer in said[size])
+
+
+def test_evaluation_counts_every_image_once(said):
+    splits = catalog.load(DataConfig())
+    torch.manual_seed(1)
+    model = models.build("lenet5", num_classes=10, in_channels=1).double().eval()
+    normalise = Normalise(splits, torch.device("cpu"), torch.float64)
+    with torch.no_grad():
+        logits = model(normalise(splits.test.pixels))
+    score = said[3][0]["scores"]["lenet5", torch.float64]
+    assert score.accuracy == float((logits.argmax(1) == splits.test.labels).double().mean())
+    assert score.loss == pytest.approx(float(nn.functional.cross_entropy(logits, splits.test.labels)), rel=1e-12)

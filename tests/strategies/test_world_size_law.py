@@ -1,0 +1,104 @@
+"""The same global batch gives the same training, whatever the number of ranks and the micro-batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from gengap_dist.launchers.local import Pool
+from gengap_dist.tracking.record import prepare_folder, read_metrics
+from tests.conftest import config
+
+MICRO_SIZES = (7, 32, 128)
+CASES = {  # global sizes 96 and 100 split unevenly; 1293 leaves a last step of one sample: ranks without any
+    "lenet-96": {"batch__global_size": 96},
+    "lenet-100": {"batch__global_size": 100, "data__augment": ["crop", "flip"]},
+    "lenet-ragged": {"batch__global_size": 1293, "train__steps": 4},
+    "mlp-ghost": {"batch__global_size": 96, "batch__ghost_size": 6, "model__name": "mlp", "model__widths": [32, 32]},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(case, ranks, micro_size) to (losses, gradient norms, weights, test accuracy), all trained for real."""
+    out = {}
+    for size in (1, 2, 3):
+        with Pool(size) as pool:
+            for case, settings in CASES.items():
+                for micro in MICRO_SIZES:
+                    folder = tmp_path_factory.mktemp("law")
+                    prepare_folder(folder, "run.json", resume=False)
+                    given = {"train__steps": 30, "train__dtype": "float64", "train__num_evals": 2} | settings
+                    run = config(batch__micro_size=micro, launch__num_processes=size, probe__num_samples=64, **given)
+                    result = pool.run(run, folder, resume=False, progress=lambda *_: None)
+                    lines = list(read_metrics(folder))
+                    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["model"]
+                    out[case, size, micro] = (
+                        np.array([line["train/loss"] for line in lines if "train/loss" in line]),
+                        np.array([line["train/grad_norm"] for line in lines if "train/loss" in line]),
+                        {k: v for k, v in state.items() if "running" not in k and "batches_tracked" not in k},
+                        result["test/accuracy"],
+                    )
+    return out
+
+
+@pytest.mark.parametrize("micro", MICRO_SIZES)
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_world_size_law(runs, case, size, micro):
+    losses, norms, weights, accuracy = runs[case, size, micro]
+    true_losses, true_norms, true_weights, true_accuracy = runs[case, 1, 128]
+    assert len(losses) == CASES[case].get("train__steps", 30)
+    assert losses[-1] != losses[0]
+    assert np.abs(losses / true_losses - 1).max() < 1e-9
+    assert np.abs(norms / true_norms - 1).max() < 1e-8
+    for name, weight in weights.items():
+        assert (weight - true_weights[name]).norm() <= 1e-9 * true_weights[name].norm(), name
+    if "mlp" not in case:  # running statistics of batch norm are averaged over ranks, so evaluation may differ a little
+        assert accuracy == true_accuracy
+
+
+def test_plain_batch_norm_does_depend_on_how_the_batch_is_cut(tmp_path):
+    """The law's exception, named in the record: `norm_size` says which statistics were used."""
+    from tests.conftest import train
+
+    losses = {}
+    for micro in (48, 96):
+        settings = {"batch__global_size": 96, "batch__micro_size": micro, "model__name": "mlp", "train__steps": 5}
+        train(tmp_path / str(micro), train__dtype="float64", **settings)
+        losses[micro] = [line["train/loss"] for line in read_metrics(tmp_path / str(micro)) if "train/loss" in line]
+    assert max(abs(a - b) for a, b in zip(losses[48], losses[96], strict=True)) > 1e-3
+
+
+def test_gradient_is_the_mean_over_the_global_batch():
+    """Against autograd on the whole batch at once, one step, no momentum: w_1 = w_0 - lr * mean gradient."""
+    from gengap_dist import models
+    from gengap_dist.batching import BatchPlan
+    from gengap_dist.config import DataConfig
+    from gengap_dist.data import catalog
+    from gengap_dist.data.resident import Batches, Normalise
+    from gengap_dist.loop import train_step
+    from gengap_dist.strategies import Single
+    from gengap_dist.world import World
+
+    splits = catalog.load(DataConfig())
+    normalise = Normalise(splits, torch.device("cpu"), torch.float64)
+    torch.manual_seed(0)
+    model = models.build("lenet5", num_classes=10, in_channels=1).double()
+    twin = models.build("lenet5", num_classes=10, in_channels=1).double()
+    twin.load_state_dict(model.state_dict())
+    strategy = Single(World())
+    strategy.setup(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    indices = torch.arange(50) * 3
+    spans = BatchPlan(50, 1, 7).micro_batches(0)
+    sums, norm = train_step(strategy, Batches(splits.train, normalise, (), 0), indices, 0, spans)
+
+    images, labels = normalise(splits.train.pixels[indices]), splits.train.labels[indices]
+    loss = torch.nn.functional.cross_entropy(twin(images), labels)
+    loss.backward()
+    assert float(sums[0]) / 50 == pytest.approx(loss.item(), rel=1e-12)
+    assert float(norm) == pytest.approx(
+        float(torch.cat([p.grad.flatten() for p in twin.parameters()]).norm()), rel=1e-12
+    )
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.allclose(ours, theirs - 0.5 * theirs.grad, rtol=1e-12, atol=1e-15)

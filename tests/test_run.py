@@ -1,0 +1,174 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from gengap_dist.config import UsageError
+from gengap_dist.tracking.record import load_spectra, read_info, read_metrics
+from tests.conftest import config, train
+
+SMALL = {"train__steps": 24, "batch__global_size": 50, "train__num_evals": 4, "probe__num_samples": 100}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, train(out, **SMALL)
+
+
+def test_run_folder_is_complete(whole):
+    out, result = whole
+    info = read_info(out)
+    assert info["status"] == "finished"
+    assert info["result"] == json.loads(json.dumps(result))
+    assert info["config"] == json.loads(json.dumps(config(**SMALL).model_dump(mode="json")))
+    assert (info["seed"], info["world_size"], info["num_parameters"]) == (0, 1, 61_706)
+    assert info["data"]["num_train"] == 1294
+    assert torch.__version__.startswith(info["versions"]["torch"])
+    lines = list(read_metrics(out))
+    assert [line["step"] for line in lines] == list(range(25))  # step 0 is the untrained network
+    assert all({"step", "epoch", "seconds"} <= line.keys() for line in lines)
+    assert all("train/loss" in line for line in lines[1:])
+    assert [line["step"] for line in lines if "val/accuracy" in line] == [0, 6, 12, 18, 24]
+    probed = [line["step"] for line in lines if "effective_rank/fc2" in line]
+    assert probed == [0, 1, 2, 5, 10, 22, 24]
+    assert sorted(int(path.stem[5:]) for path in (out / "spectra").iterdir()) == probed
+    assert 0 <= lines[0]["near_rank_loss/fc2/abs_1e-2"] <= 1
+    assert "near_rank_loss/conv1/pool/centred/rel_1e-2" in lines[-1]
+    assert lines[-1]["test/accuracy"] == result["test/accuracy"]
+    assert not any("test/accuracy" in line for line in lines[:-1])  # the test set is touched once, at the end
+    assert not list(out.rglob("*.part"))
+
+
+def test_spectra_on_disk_give_the_metrics(whole):
+    out, _ = whole
+    values, facts = load_spectra(out / "spectra" / "step_00000024.npz")["fc2"]
+    line = list(read_metrics(out))[-1]
+    assert facts["num_samples"] == 100
+    assert line["near_rank_loss/fc2/abs_1e-2"] == pytest.approx(float((values < 1e-2).mean()))
+    assert line["sigma_max/fc2"] == values[0]
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(whole, tmp_path):
+    _, result = whole
+    assert train(tmp_path / "a", **SMALL)["test/loss"] == result["test/loss"]
+    assert train(tmp_path / "b", seed=1, **SMALL)["test/loss"] != result["test/loss"]
+
+
+def timeless(out):
+    return [{key: value for key, value in line.items() if "seconds" not in key} for line in read_metrics(out)]
+
+
+def weights(out):
+    return torch.load(out / "checkpoints" / "last.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("moment", ["step", "save", "result"])
+def test_resume_is_bitwise_the_uninterrupted_run(whole, tmp_path, monkeypatch, moment):
+    """The run is cut off in the middle of a step, right after a checkpoint, or before its result was written."""
+    from gengap_dist import run as run_module
+
+    session = run_module._Session
+    settings = SMALL | {"checkpoint__every_seconds": 0.0}  # save at every log point
+    out = tmp_path / "run"
+
+    class Cut(Exception):
+        pass
+
+    calls = 0
+
+    def cut(self, *args, original):
+        nonlocal calls
+        calls += 1
+        if (moment == "step" and calls == 15) or (moment != "step" and calls > 3 * (moment == "save")):
+            raise Cut
+        return original(self, *args)
+
+    if moment == "step":
+        original = run_module.train_step
+        monkeypatch.setattr(run_module, "train_step", lambda *args: cut(*args, original=lambda s, *a: original(s, *a)))
+    else:
+        original = getattr(session, "observe" if moment == "save" else "result")
+        monkeypatch.setattr(
+            session, "observe" if moment == "save" else "result", lambda self: cut(self, original=lambda s: original(s))
+        )
+    with pytest.raises(Cut):
+        train(out, **settings)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert read_info(out)["status"] == "running"
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 23, "epoch"')  # a line that the crash cut short
+    train(out, resume=True, **settings)
+    assert timeless(out) == timeless(whole[0])
+    for name, weight in weights(out).items():
+        assert torch.equal(weight, weights(whole[0])[name]), name
+    assert read_info(out)["status"] == "finished"
+    assert len(read_info(out)["resumed"]) == 1
+
+
+def test_killed_process_resumes_to_the_same_weights(whole, tmp_path):
+    out = tmp_path / "run"
+    words = ["--mlflow.enabled", "false", "--checkpoint.every_seconds", "0", "--out", str(out)]
+    for key, value in SMALL.items():
+        words += [f"--{key.replace('__', '.')}", str(value)]
+    command = [sys.executable, "-m", "gengap_dist.train", *words]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (out / "checkpoints" / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = subprocess.run([sys.executable, "-m", "gengap_dist.train", "--out", str(out), "--resume"], check=False)
+    assert again.returncode == 0
+    assert timeless(out) == timeless(whole[0])
+    assert all(torch.equal(weight, weights(whole[0])[name]) for name, weight in weights(out).items())
+
+
+def test_resume_refuses_other_settings_and_other_models(whole, tmp_path):
+    out = tmp_path / "run"
+    train(out, **SMALL)
+    with pytest.raises(UsageError, match=r"optim.lr \(0.5\) was 0.02 when the run"):
+        train(out, resume=True, optim__lr=0.5, **SMALL)
+    (out / "checkpoints" / "last.pt").write_bytes(b"PK damaged")
+    with pytest.raises(UsageError, match=r"last.pt is damaged"):
+        train(out, resume=True, **SMALL)
+
+
+def test_divergence_is_a_result(tmp_path):
+    result = train(tmp_path / "run", optim__lr=1e6, **SMALL)
+    info = read_info(tmp_path / "run")
+    assert info["status"] == "diverged"
+    assert info["result"] == result
+    assert "train/loss was" in info["error"]
+    lines = list(read_metrics(tmp_path / "run"))
+    assert lines[-1]["step"] == result["diverged_at_step"]
+    assert not abs(lines[-1]["train/loss"]) < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"batch__global_size": 5000}, r"batch.global_size \(5000\) is larger than the training set of 1294"),
+        ({"batch__ghost_size": 32}, r"batch.ghost_size \(32\) has no effect on lenet5"),
+        ({"model__name": "mlp", "batch__global_size": 1293}, "leaves batch norm a group of one sample in a step of 1"),
+        ({"model__name": "mlp", "batch__micro_size": 1}, "a group of one sample in a step of 64"),
+        ({"launch__strategy": "ddp"}, r"launch.strategy \(ddp\) does not fit 1 rank"),
+        ({"launch__device": "cuda"}, r"launch.device \(cuda\) needs a GPU"),
+        ({"data__image_size": 12}, r"data.image_size \(12\) is too small for lenet5"),
+        ({"model__name": "lenet"}, r"model.name \(lenet\) is no model \(did you mean lenet5\?\)"),
+        ({"model__name": "torch.nn:Flatten"}, r"puts out \[2, 1024\] for 2 images, needs \[2, 10\]"),
+        ({"probe__layers": ["fc22"]}, r"probe.layers \(fc22\) matches no layer"),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path, settings, says):
+    if settings.get("launch__device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UsageError, match=says):
+        train(tmp_path / "run", **settings)

@@ -67,7 +67,7 @@ class Mirror:
             )
 
     def sync(self, *, closing: bool = False, sent: Sent = lambda name, done, total: None) -> None:
-        """Send what is new; runs that ended, and all of them when `closing`, get their artifacts and final status."""
+        """Send what is new; with `closing`, also artifacts and the last status, which a study's runs get as they end."""
         if (self.folder / "run.json").exists():
             self._sync(self.folder, read_info(self.folder), {}, closing, sent)
         if not (self.folder / "study.json").exists():
@@ -83,7 +83,8 @@ class Mirror:
                 "arm": arm,
                 "role": "baseline" if arm == study["baseline"] else "arm",
             }
-            self._sync(path.parent, read_info(path.parent), tags, closing, sent)
+            info = read_info(path.parent)
+            self._sync(path.parent, info, tags, closing or info["status"] != "running", sent)
         if closing:
             lines = [{"step": 0, "seconds": 0.0, **study["metrics"]}] if study.get("metrics") else []
             self._send(self.folder, parent, lines, study, sent)
@@ -94,7 +95,7 @@ class Mirror:
             return
         state = self._open(folder, info, tags)
         self._send(folder, state, list(read_metrics(folder)), info, sent)
-        if info["status"] != "running" or closing:
+        if closing:
             self._close(folder, state, info)
 
     # -- one MLflow run -----------------------------------------------------------------------------------------------

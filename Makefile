@@ -1,0 +1,35 @@
+# make demo | test | check | bench: each alone makes .venv, installs, and does its job.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench clean
+
+demo: .venv/.installed
+	$(BIN)/gengap study --config configs/demo.yaml --out demo
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+bench: .venv/.installed-dev
+	$(BIN)/python benchmarks/gram_floor.py
+	$(BIN)/python benchmarks/throughput.py --data $(or $(GENGAP_DATA),data)
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/.installed-dev: pyproject.toml | .venv/bin/pip
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@ .venv/.installed
+
+clean:
+	rm -rf .venv demo build *.egg-info

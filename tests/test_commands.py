@@ -1,0 +1,182 @@
+"""The commands as users start them: exit codes, words on stderr, and nothing lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gengap_dist import cli
+from gengap_dist.config import UsageError
+from gengap_dist.train import command as train_command
+from tests.conftest import ROOT
+
+DEMO = ROOT / "configs" / "demo_train.yaml"
+QUICK = ["--mlflow.enabled", "false", "--train.steps", "3", "--probe.num_samples", "32"]
+
+
+def test_one_run_from_start_to_report(tmp_path, gengap):
+    done = gengap("train", "--config", DEMO, *QUICK, "--launch.num_processes", 2, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    assert "fc2/centred" in done.stdout
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")  # self-contained
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
+
+
+def test_torchrun_gives_the_same_run(tmp_path, gengap):
+    words = ["--config", DEMO, *QUICK, "--train.dtype", "float64"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "-m", "gengap_dist.train"]
+    done = subprocess.run([*torchrun, *map(str, words), "--out", "joined"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("test accuracy") == 1
+    assert gengap("train", *words, "--out", "alone").returncode == 0
+    one, other = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("joined", "alone"))
+    assert (one["world_size"], one["launcher"], other["world_size"]) == (3, "torchrun", 1)
+    assert one["result"]["test/loss"] == pytest.approx(other["result"]["test/loss"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--batch.globl_size", "3"], "did you mean --batch.global_size"),
+        (["--batch.global_size", "many"], "batch.global_size (many) is not valid"),
+        (["--batch.global_size", "-4"], "greater than 0"),
+        (["--batch.global_size", "100000"], "larger than the training set of 1294"),
+        (["--batch.ghost_size", "64", "--batch.global_size", "1000"], "ghost groups of 64"),
+        (["--data.name", "mnist"], "does not hold mnist"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--out", "/proc/nowhere"], "cannot be written"),
+        (["--model.name", "tests.nothing:make"], "cannot be imported"),
+    ],
+)
+def test_usage_errors_are_one_sentence_and_leave_nothing(tmp_path, capsys, words, says):
+    out = [] if "--out" in words else ["--out", "run"]
+    with pytest.raises(SystemExit) as exit_:
+        cli.guarded("gengap train", train_command, [*words, *out])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_usage_errors_from_ranks_and_with_debug(tmp_path, gengap):
+    words = ["--launch.num_processes", 2, "--batch.global_size", 5000, "--mlflow.enabled", "false", "--out", "run"]
+    done = gengap("train", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gengap train: batch.global_size (5000) is larger")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+    assert "Traceback" in gengap("train", *words, "--debug").stderr
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path, gengap):
+    assert gengap("train", "--config", DEMO, *QUICK, "--out", "run").returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    done = gengap("train", "--config", DEMO, *QUICK, "--out", "run")
+    assert done.returncode == 2
+    assert "add --resume" in done.stderr
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_divergence_ends_well(tmp_path, gengap):
+    done = gengap("train", *QUICK, "--train.steps", 20, "--optim.lr", 1e9, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    assert "diverged" in done.stdout
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "diverged"
+
+
+def test_a_rank_that_dies_is_reported_and_the_run_can_go_on(tmp_path, gengap):
+    (tmp_path / "deadly.py").write_text(
+        "import os\n"
+        "from gengap_dist.models import lenet5\n"
+        "def make(num_classes, in_channels):\n"
+        "    model = lenet5(num_classes=num_classes, in_channels=in_channels)\n"
+        "    def hook(module, args):\n"
+        "        if module.training and os.environ['RANK'] == '1' and os.path.exists('deadly'):\n"
+        "            os.kill(os.getpid(), 9)\n"
+        "    model.register_forward_pre_hook(hook)\n"
+        "    return model\n"
+    )
+    (tmp_path / "deadly").touch()
+    words = [*QUICK, "--launch.num_processes", 2, "--model.name", "deadly:make", "--out", "run"]
+    done = gengap("train", *words)
+    assert done.returncode == 1
+    assert "rank 1 died with exit code -9" in done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    (tmp_path / "deadly").unlink()
+    assert gengap("train", *words, "--resume").returncode == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+def test_probe_measures_untrained_and_trained(tmp_path, gengap):
+    done = gengap("probe", "--model", "lenet5", "--num_samples", 64, "--layers", "fc*", "--out", "spectra")
+    assert done.returncode == 0, done.stderr
+    assert "fc2/centred" in done.stdout
+    assert "conv1" not in done.stdout
+    assert (tmp_path / "spectra" / "spectra.npz").exists()
+    assert gengap("train", *QUICK, "--out", "run").returncode == 0
+    done = gengap("probe", "--model", "run", "--out", "again")
+    from gengap_dist.tracking.record import load_spectra
+
+    trained = load_spectra(tmp_path / "run" / "spectra" / "step_00000003.npz")
+    again = load_spectra(tmp_path / "again" / "spectra.npz")
+    assert all((trained[key][0] == again[key][0]).all() for key in trained)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "says"),
+    [
+        ("probe", ["--model", "lenet"], "did you mean lenet5"),
+        ("probe", ["--model", "."], "a folder without run.json"),
+        ("probe", ["--model", "lenet5", "--layers", "fc22"], "did you mean fc2"),
+        ("probe", ["--model", "lenet5", "--num_samples", "1"], "probe.num_samples (1)"),
+        ("report", ["nowhere"], "neither run.json nor study.json"),
+        ("study", [], "a study needs its arms"),
+        ("study", ["--config", str(DEMO)], "study is not set"),
+    ],
+)
+def test_usage_errors_of_the_other_commands(gengap, command, words, says):
+    done = gengap(command, *words)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_gengap_is_the_four_commands(tmp_path):
+    script = Path(sys.executable).parent / "gengap"
+    assert "study" in subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([script, "trian"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean train" in done.stderr
+    help_ = subprocess.run([script, "train", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--batch.global_size" in help_
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    command = f"{sys.executable} -m gengap_dist.train --help | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ)
+    assert "Traceback" not in done.stderr
+
+
+def test_unforeseen_errors_are_one_line(capsys):
+    def broken(argv):
+        raise ZeroDivisionError("a\nb")
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.guarded("gengap x", broken, [])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "gengap x: ZeroDivisionError: a b; --debug shows where\n"
+
+    def mistaken(argv):
+        raise UsageError("no")
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.guarded("gengap x", mistaken, [])
+    assert exit_.value.code == 2

@@ -1,0 +1,210 @@
+"""The mirror against real stores: sqlite, a real server, a dead port, a server that hangs."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+
+import pytest
+
+from gengap_dist.launchers.local import free_port
+from gengap_dist.tracking.mlflow_sink import Mirror, sync_now
+from gengap_dist.tracking.record import prepare_folder, read_metrics
+from gengap_dist.train import command as train_command
+from tests.conftest import ROOT, train
+
+SMALL = {"train__steps": 12, "batch__global_size": 50, "train__num_evals": 3, "probe__num_samples": 64}
+WORDS = ["--train.steps", "12", "--batch.global_size", "50", "--train.num_evals", "3", "--probe.num_samples", "64"]
+NOBODY = lambda *_: None  # noqa: E731
+
+pytestmark = pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
+
+
+def logged(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    names = client.get_run(run_id).data.metrics
+    return {name: [(m.step, m.value) for m in client.get_metric_history(run_id, name)] for name in names}
+
+
+def recorded(out) -> dict[str, list[tuple[int, float]]]:
+    values: dict[str, list[tuple[int, float]]] = {}
+    for line in read_metrics(out):
+        for name, value in line.items():
+            if name not in ("step", "seconds"):
+                values.setdefault(name, []).append((line["step"], value))
+    return values
+
+
+def state(out) -> dict:
+    return json.loads((out / "mlflow.json").read_text())
+
+
+def same(a, b) -> bool:
+    """Equal to the digits that a database keeps."""
+    return a.keys() == b.keys() and all(
+        [s for s, _ in a[k]] == [s for s, _ in b[k]]
+        and all(math.isclose(x, y, rel_tol=1e-9) for (_, x), (_, y) in zip(a[k], b[k], strict=True))
+        for k in a
+    )
+
+
+@pytest.fixture
+def server(tmp_path):
+    port = free_port()
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    store = f"sqlite:///{tmp_path}/server.db"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default", timeout=1)
+            break
+        except OSError:
+            assert process.poll() is None, (tmp_path / "server.log").read_text()
+            time.sleep(0.2)
+    yield uri
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_command_mirrors_itself_to_a_real_server(tmp_path, server, gengap):
+    out = tmp_path / "run"
+    done = gengap("train", *WORDS, "--out", out, MLFLOW_TRACKING_URI=server)
+    assert done.returncode == 0, done.stderr
+    assert server in done.stdout
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=server)
+    kept = state(out)
+    run = client.get_run(kept["run_id"])
+    assert run.info.status == "FINISHED"
+    assert same(logged(server, kept["run_id"]), recorded(out))
+    assert run.data.params["batch.global_size"] == "50"
+    assert run.data.tags["world_size"] == "1"
+    assert run.data.tags["status"] == "finished"
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.name == "digits"
+    assert dataset.dataset.digest == json.loads((out / "run.json").read_text())["data"]["digest"]
+    names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"run.json", "config.yaml", "report.html", "figures", "spectra"} <= names
+    assert client.list_artifacts(run.info.run_id, "figures")
+
+
+def test_a_dead_server_delays_nothing_and_is_caught_up_later(tmp_path, gengap):
+    out = tmp_path / "run"
+    dead = f"http://127.0.0.1:{free_port()}"
+    began = time.monotonic()
+    done = gengap("train", *WORDS, "--mlflow.wait_seconds", "5", "--out", out, MLFLOW_TRACKING_URI=dead)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 60
+    assert f"gengap report sync {out}" in done.stderr
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+    later = f"sqlite:///{tmp_path}/later.db"
+    assert gengap("report", "sync", out, "--tracking_uri", later).returncode == 0
+    assert same(logged(later, state(out)["run_id"]), recorded(out))
+    unreachable = gengap("report", "sync", out, "--tracking_uri", dead)
+    assert unreachable.returncode == 2
+    assert "cannot be reached" in unreachable.stderr
+
+
+def test_a_hanging_server_does_not_hold_up_the_steps(tmp_path, gengap):
+    with socket.socket() as deaf:  # takes connections, never answers
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(50)
+        uri = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        out = tmp_path / "run"
+        done = gengap("train", *WORDS, "--mlflow.wait_seconds", "1", "--out", out, MLFLOW_TRACKING_URI=uri)
+    assert done.returncode == 0
+    assert "slower than mlflow.wait_seconds (1)" in done.stderr
+    assert json.loads((out / "run.json").read_text())["seconds"] < 30
+
+
+def test_nothing_is_sent_twice(tmp_path):
+    uri = f"sqlite:///{tmp_path}/m.db"
+    out = tmp_path / "run"
+    train(out, **SMALL)
+    for _ in range(3):
+        sync_now(out, uri, NOBODY)
+    assert same(logged(uri, state(out)["run_id"]), recorded(out))
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arrived):
+    """The mirror dies after (or before) the store took a request, and before it noted so."""
+    uri = f"sqlite:///{tmp_path}/m.db"
+    out = tmp_path / "run"
+    train(out, **SMALL)
+    mirror = Mirror(out, uri, "e")
+    send = mirror.client.log_batch
+    requests = 0
+
+    def lossy(run_id, metrics=(), params=(), tags=()):
+        nonlocal requests
+        requests += bool(metrics)
+        if not metrics or arrived or requests != 2:
+            send(run_id, metrics=metrics, params=params, tags=tags)
+        if metrics and requests == 2:
+            raise ConnectionError
+
+    monkeypatch.setattr(mirror.client, "log_batch", lossy)
+    with pytest.raises(ConnectionError):
+        mirror.sync(closing=True)
+    assert state(out)["in_flight"] is not None
+    Mirror(out, uri, "e").sync(closing=True)
+    values = logged(uri, state(out)["run_id"])
+    assert same(values, recorded(out))
+    assert all(count == 1 for points in values.values() for count in Counter(step for step, _ in points).values())
+
+
+def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/m.db"
+    out = tmp_path / "run"
+    from gengap_dist import run as run_module
+
+    original = run_module._Session.result
+    monkeypatch.setattr(run_module._Session, "result", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(out, **SMALL)
+    Mirror(out, uri, "e").sync(closing=True)  # the driver is gone: the run is closed as killed
+    from mlflow import MlflowClient
+
+    first = state(out)["run_id"]
+    assert MlflowClient(uri).get_run(first).info.status == "KILLED"
+    monkeypatch.setattr(run_module._Session, "result", original)
+    train(out, resume=True, **SMALL)
+    Mirror(out, uri, "e").sync(closing=True)
+    assert state(out)["run_id"] == first
+    assert MlflowClient(uri).get_run(first).info.status == "FINISHED"
+    assert same(logged(uri, first), recorded(out))
+
+
+def test_a_fresh_sqlite_store_survives_several_first_users(tmp_path):
+    uri = f"sqlite:///{tmp_path}/fresh.db"
+    code = (
+        "import sys; from pathlib import Path; from gengap_dist.tracking.mlflow_sink import Mirror; "
+        "Mirror(Path('.'), sys.argv[1], 'e')"
+    )
+    users = [subprocess.Popen([sys.executable, "-c", code, uri]) for _ in range(3)]
+    assert [user.wait() for user in users] == [0, 0, 0]
+
+
+def test_threads_do_not_outlive_a_command(tmp_path, monkeypatch):
+    before = threading.active_count()
+    prepare_folder(tmp_path / "x", "run.json", resume=False)
+    (tmp_path / "x").rmdir()
+    uri = f"sqlite:///{tmp_path}/m.db"
+    words = [*WORDS, "--config", str(ROOT / "configs/demo_train.yaml"), "--mlflow.tracking_uri", uri]
+    assert train_command([*words, "--out", str(tmp_path / "x")]) == 0
+    assert threading.active_count() == before

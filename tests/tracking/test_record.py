@@ -1,0 +1,110 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.probes.spectrum import LayerSpectrum
+from gengap_dist.tracking import record
+from gengap_dist.tracking.record import Record, load_spectra, prepare_folder, read_info, read_metrics
+
+
+def test_lines_are_held_until_their_step_is_over(tmp_path):
+    book = Record(tmp_path)
+    book.log(1, 0.5, {"train/loss": 2.0})
+    book.log(2, 1.0, {"train/loss": 1.0})
+    book.flush(before=2)
+    book.log(2, 1.0, {"val/accuracy": 0.5})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    book.flush()
+    lines = list(read_metrics(tmp_path))
+    assert [line["step"] for line in lines] == [1, 2]
+    assert (lines[1]["train/loss"], lines[1]["val/accuracy"]) == (1.0, 0.5)
+
+
+def test_numbers_that_json_lacks_survive(tmp_path):
+    book = Record(tmp_path)
+    book.log(1, 0.5, {"a": float("nan"), "b": float("inf"), "c": 1e-300})
+    book.flush()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    (line,) = read_metrics(tmp_path)
+    assert np.isnan(line["a"])
+    assert (line["b"], line["c"]) == (float("inf"), 1e-300)
+
+
+def test_resume_drops_what_will_be_written_again(tmp_path):
+    book = Record(tmp_path)
+    for step in range(6):
+        book.log(step, 0.0, {"x": step})
+    book.flush()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "x"')
+    again = Record(tmp_path)
+    again.resume(4, 100.0, {4: {"step": 4, "epoch": 0.0, "seconds": 99.0, "x": 4.0}})
+    again.log(5, 0.0, {"x": 5.0})
+    again.flush()
+    lines = list(read_metrics(tmp_path))
+    assert [line["x"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert lines[-1]["seconds"] >= 100
+
+
+def test_spectra_read_back(tmp_path):
+    s = LayerSpectrum("conv1", "pool", True, 7, 3, torch.tensor([2.0, 1.0, 0.0]).double(), 1e-8, 1)
+    Record(tmp_path).spectra(12, [s])
+    values, facts = load_spectra(tmp_path / "spectra" / "step_00000012.npz")["conv1/pool/centred"]
+    assert values.tolist() == [2.0, 1.0, 0.0]
+    assert facts == {
+        "layer": "conv1", "view": "pool", "centred": True, "floor": 1e-8, "num_samples": 7, "num_units": 3,
+        "dead_units": 1,
+    }  # fmt: skip
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    record.write_atomically(path, "old")
+    monkeypatch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        record.write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_folders_of_others_are_not_touched(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match=r"cannot be written"):
+        prepare_folder(tmp_path / "file" / "run", "run.json", resume=False)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "draft.tex").write_text("x")
+    with pytest.raises(UsageError, match=r"holds other files"):
+        prepare_folder(tmp_path / "thesis", "run.json", resume=True)
+    prepare_folder(tmp_path / "new" / "deep", "run.json", resume=False)
+    (tmp_path / "new" / "deep" / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"already holds a run.json: add --resume"):
+        prepare_folder(tmp_path / "new" / "deep", "run.json", resume=False)
+    prepare_folder(tmp_path / "new" / "deep", "run.json", resume=True)
+
+
+def test_an_abandoned_run_gets_its_last_status(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    Record(out).start(RunConfig(), {})
+    record.close_abandoned(out, RuntimeError("rank 1 died"))
+    assert read_info(out)["status"] == "failed"
+    assert read_info(out)["error"] == "RuntimeError: rank 1 died"
+    Record(out).start(RunConfig(), {})
+    record.close_abandoned(out, KeyboardInterrupt())
+    assert read_info(out)["status"] == "killed"
+
+
+def test_a_run_that_never_began_leaves_no_folder(tmp_path):
+    out = tmp_path / "run"
+    prepare_folder(out, "run.json", resume=False)
+    Record(out)
+    record.close_abandoned(out, UsageError("no data"))
+    assert not out.exists()
+
+
+def test_reading_what_is_no_run(tmp_path):
+    with pytest.raises(UsageError, match=r"run.json cannot be read"):
+        read_info(tmp_path)

@@ -20,6 +20,7 @@ from gengap_dist.study.pairing import spread
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A", "#8C510A"]  # Okabe & Ito
 UNTRAINED = "#9A9A9A"
+HIGHEST_LOSS = 20.0  # a diverging run leaves the picture here
 MAX_PANELS = 9  # layers in one figure; a deeper network shows a spread of them, its tables show all
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -133,8 +134,8 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Figure 
         untrained = [run.untrained_and_trained(metric(name, key, threshold))[0] for _, runs in arms for run in runs]
         if np.isfinite(untrained).any():
             panel.axhline(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
-        for number, (arm, runs) in enumerate(arms):
-            values = [run.untrained_and_trained(metric(name, key, threshold))[1] for run in runs]
+        for number, (arm, _) in enumerate(arms):
+            values = [run.untrained_and_trained(metric(name, key, threshold))[1] for run in study.finished(arm)]
             x, c = _beside(sizes, number, 1.18), colour(study, arm)
             panel.plot([x] * len(values), values, "o", color=c, alpha=0.45, markersize=4, mew=0)
             if np.isfinite(values).any():
@@ -156,12 +157,12 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Figure 
 
 
 def spectra_over_steps(study: StudyData) -> Figure | None:
-    """Singular values of a few layers, one line per measured step, with the numerical floor; first seed of each arm."""
+    """Singular values of a few layers, one line per measured step, with the numerical floor; one arm per batch."""
     keys = chosen_layers(study, 3)
     arms = [(arm, runs[0]) for arm, runs in _arms(study) if runs[0].spectra_steps()]
     if not keys or not arms:
         return None
-    arms = arms[:4]
+    arms = [arm for at, arm in enumerate(arms) if arm[1].global_size not in {a[1].global_size for a in arms[:at]}][:4]
     figure = Figure(figsize=(2.9 * len(arms) + 1.2, 2.4 * len(keys) + 0.4))
     grid = figure.subplots(len(keys), len(arms), squeeze=False, sharey="row")
     scheme = colormaps["viridis"]
@@ -199,7 +200,7 @@ def curves(study: StudyData) -> Figure | None:
     arms = _arms(study)
     if not arms:
         return None
-    figure = Figure(figsize=(11.5, 3.4))
+    figure = Figure(figsize=(12.5, 3.4))
     panels = figure.subplots(1, 3)
     plots = (
         (panels[0], "train/loss", "step", "training loss", "optimizer step"),
@@ -219,7 +220,8 @@ def curves(study: StudyData) -> Figure | None:
     panels[0].set_xscale("log")
     for axes in panels[:2]:
         axes.set_yscale("log")
-    panels[2].legend(fontsize=8, loc="lower right")
+        axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST_LOSS))
+    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     return figure
 
 
@@ -264,7 +266,7 @@ STUDY_FIGURES: dict[str, tuple[Draw, str]] = {  # file name: how it is drawn, wh
     "near_rank_loss_rel": (
         lambda study: by_layer(study, "near_rank_loss", "rel_1e-2", "share of singular values below 0.01 s1"),
         "Near-rank loss, relative threshold: share of singular values below 1% of the largest, on the fixed probe set. "
-        "Dots are seeds, diamonds their mean; the dashed line is the same networks before training.",
+        "Dots are finished runs, diamonds their mean; the dashed line is the same networks before training.",
     ),
     "near_rank_loss_abs": (
         lambda study: by_layer(study, "near_rank_loss", "abs_1e-2", "share of singular values below 0.01"),
@@ -276,7 +278,8 @@ STUDY_FIGURES: dict[str, tuple[Draw, str]] = {  # file name: how it is drawn, wh
     ),
     "spectra": (
         spectra_over_steps,
-        "Singular values of three layers while training goes on, from dark to bright; the first seed of each arm. "
+        "Singular values of three layers while training goes on, from dark to bright; the first arm of each batch "
+        "size, first seed. "
         "Values below the numerical floor (dotted) say nothing and are not drawn.",
     ),
     "curves": (

@@ -67,7 +67,7 @@ class Mirror:
             )
 
     def sync(self, *, closing: bool = False, sent: Sent = lambda name, done, total: None) -> None:
-        """Send what is new; with `closing`, also artifacts and the last status, which a study's runs get as they end."""
+        """Send what is new; with `closing`, also artifacts and last status, which a study's runs get as they end."""
         if (self.folder / "run.json").exists():
             self._sync(self.folder, read_info(self.folder), {}, closing, sent)
         if not (self.folder / "study.json").exists():

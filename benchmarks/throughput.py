@@ -5,7 +5,7 @@
 The contestants take turns in one process group, on the same ranks, with the same threads:
 
   usual   torch DDP with DataLoader, DistributedSampler and torchvision transforms (pad, to tensor, normalise),
-          zero_grad / forward / backward / step as the PyTorch tutorials write it, one worker per rank
+          zero_grad / forward / backward / step as the PyTorch tutorials write it, with and without a worker per rank
   gengap  this package's step on the real data: order, micro-batches, gradient norm, all metrics
   limit   DDP forward, backward and step on one resident random batch: no data, no metrics
   limit, real   the same on one resident batch of real images: ReLU and max pooling take their branches on pixels, so
@@ -21,6 +21,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from gengap_dist import models
 from gengap_dist.batching import BatchPlan
-from gengap_dist.config import DataConfig, LaunchConfig, OptimConfig
+from gengap_dist.config import BatchConfig, DataConfig, LaunchConfig, OptimConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
@@ -53,7 +54,7 @@ def fresh_model() -> nn.Module:
     return models.build("lenet5", num_classes=10, in_channels=1)
 
 
-def usual(world: World, global_size: int, root: Path) -> Contestant:
+def usual(world: World, global_size: int, root: Path, num_workers: int) -> Contestant:
     """The way the tutorials teach it."""
     from torchvision import datasets, transforms
 
@@ -62,7 +63,9 @@ def usual(world: World, global_size: int, root: Path) -> Contestant:
     )
     data = datasets.FashionMNIST(str(root), train=True, transform=transform)
     sampler = DistributedSampler(data, num_replicas=world.size, rank=world.rank, shuffle=True)
-    loader = DataLoader(data, global_size // world.size, sampler=sampler, num_workers=1, persistent_workers=True)
+    loader = DataLoader(
+        data, global_size // world.size, sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0
+    )
     model = DistributedDataParallel(fresh_model())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     criterion = nn.CrossEntropyLoss()
@@ -87,14 +90,14 @@ def usual(world: World, global_size: int, root: Path) -> Contestant:
 
 
 def gengap(world: World, global_size: int, root: Path) -> Contestant:
-    """This package."""
+    """This package, with its default micro_size."""
     splits = catalog.load(DataConfig(name="fashion_mnist", root=root, val_fraction=0.0))
     batches = Batches(splits.train, Normalise(splits, world.device, torch.float32), (), seed=0)
     order = Order(len(splits.train), global_size, seed=0)
     strategy = DDP(world)
     model = fresh_model()
     strategy.setup(model, build_optimizer(OptimConfig(), model.parameters()))
-    spans = BatchPlan(global_size, world.size, 512).micro_batches(world.rank)
+    spans = BatchPlan(global_size, world.size, BatchConfig().micro_size).micro_batches(world.rank)
     done = 0
 
     def steps(number: int) -> None:
@@ -138,7 +141,13 @@ def resident(images: Tensor) -> Contestant:
     return steps
 
 
-CONTESTANTS = {"usual": usual, "gengap": gengap, "limit": limit, "limit, real": limit_real}
+CONTESTANTS = {
+    "usual, 1 worker": partial(usual, num_workers=1),
+    "usual, no worker": partial(usual, num_workers=0),
+    "gengap": gengap,
+    "limit": limit,
+    "limit, real": limit_real,
+}
 
 
 def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:

@@ -73,7 +73,7 @@ class LayerSpectrum:
             name = f"1e-{round(-torch.tensor(tau).log10().item())}"
             levels = {"abs": tau, "rel": tau * float(s[0])}
             for kind, level in levels.items():
-                if level >= self.floor:
+                if level >= self.floor or len(alive) == 0:
                     count = int(((s < level) | (s == 0)).sum())
                     out[f"near_rank_count/{kind}_{name}"] = float(count)
                     out[f"near_rank_loss/{kind}_{name}"] = count / m

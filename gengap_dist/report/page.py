@@ -98,8 +98,9 @@ def _layer_table(study: StudyData) -> dict[str, Any]:
             ends = [
                 [run.untrained_and_trained(metric(name, key, threshold)) for run in study.finished(arm)] for arm in arms
             ]
-            row.append(format(spread([first for pairs in ends for first, _ in pairs])[0], digits))
-            row += [format(spread([last for _, last in pairs])[0], digits) for pairs in ends]
+            means = [spread([first for pairs in ends for first, _ in pairs])[0]]
+            means += [spread([last for _, last in pairs])[0] for pairs in ends]
+            row += [format(mean, digits) if mean == mean else "-" for mean in means]
         rows.append(row)
     return {"arms": ["untrained", *arms], "rows": rows}
 

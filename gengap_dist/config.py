@@ -72,8 +72,8 @@ class BatchConfig(Section):
     global_size: PositiveInt = 64
     """Samples behind one optimizer step, summed over all ranks. The gradient is their exact mean."""
     micro_size: PositiveInt = 128
-    """Most samples in one forward and backward pass of one rank: a setting of speed and memory. Small ones stay in a CPU's
-    cache; on a GPU choose the largest that fits. Only plain batch norm is changed by it (see ghost_size)."""
+    """Most samples in one forward and backward pass of one rank: speed and memory. Small ones fit a CPU's cache; on a
+    GPU choose the largest that fits. Only plain batch norm's statistics are changed by it (see ghost_size)."""
     ghost_size: PositiveInt | None = None
     """Batch-norm statistics over groups of this many consecutive samples of the global batch; null: per micro-batch."""
 

@@ -25,6 +25,9 @@ from pydantic import (
 
 C = TypeVar("C", bound=BaseModel)
 
+MACHINERY = ("launch.", "mlflow.", "checkpoint.", "batch.micro_size", "data.root", "data.download", "data.memory_gib")
+"""Settings that say how and where a run is computed, not what it computes: they may change when it is resumed."""
+
 
 class UsageError(ValueError):
     """Something the user gave is wrong: one sentence with name, value, rule and remedy. Commands exit with 2 on it."""
@@ -327,6 +330,19 @@ def flat(config: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, A
         else:
             out[prefix + key] = value
     return out
+
+
+def difference(before: Mapping[str, Any], after: BaseModel) -> tuple[str, Any, Any] | None:
+    """The first setting that makes two runs different experiments: its name, its value before, and now.
+
+    >>> difference(RunConfig().model_dump(mode="json"), RunConfig(seed=3))
+    ('seed', 0, 3)
+    """
+    old, new = flat(before), flat(after)
+    for name in [*new, *old]:
+        if old.get(name) != new.get(name) and not name.startswith(MACHINERY):
+            return name, old.get(name), new.get(name)
+    return None
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

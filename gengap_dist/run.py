@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gengap_dist import checkpoint, models
 from gengap_dist.batching import BatchPlan, Span
-from gengap_dist.config import DataConfig, RunConfig, UsageError, flat
+from gengap_dist.config import DataConfig, RunConfig, UsageError, difference
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, stream
 from gengap_dist.data.resident import Batches, Normalise
@@ -33,7 +33,6 @@ from gengap_dist.world import World, connect, environment
 
 PROBE_BLOCK = 128  # probe images in one pass; never cut by ranks, so spectra do not depend on their number
 FLUSH_EVERY = 32  # steps whose sums meet the other ranks' in one all-reduce
-FREE_TO_CHANGE = ("launch.", "mlflow.", "checkpoint.", "batch.micro_size", "data.root", "data.download", "data.memory")
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and a few words."""
@@ -190,13 +189,12 @@ class _Session:
         self.observe()
 
     def _check_same_run(self) -> None:
-        before, after = flat(read_info(self.out)["config"]), flat(self.config)
-        for name in before.keys() | after.keys():
-            if before.get(name) != after.get(name) and not name.startswith(FREE_TO_CHANGE):
-                raise UsageError(
-                    f"{name} ({after.get(name)}) was {before.get(name)} when the run in {self.out} began: "
-                    "resume with the settings it was started with, or choose a new --out"
-                )
+        if changed := difference(read_info(self.out)["config"], self.config):
+            name, before, now = changed
+            raise UsageError(
+                f"{name} ({now}) was {before} when the run in {self.out} began: "
+                "resume with the settings it was started with, or choose a new --out"
+            )
 
     def save(self) -> None:
         """Write the checkpoint. Collective."""

@@ -48,9 +48,10 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
     try:
         with RunProgress(out.name) as progress:
             ranks.run(config, out, resume=resume, progress=progress)
-        from gengap_dist.report.page import write_run_report
+        from gengap_dist.report.collect import read_study
+        from gengap_dist.report.page import write_report
 
-        page = write_run_report(out)
+        page = write_report(read_study(out))
     except BaseException as error:
         record.close_abandoned(out, error)
         raise

@@ -38,18 +38,15 @@ def command(argv: Sequence[str]) -> int:
 def _draw(folder: Path) -> int:
     from gengap_dist.report.collect import read_study
     from gengap_dist.report.page import write_report
-    from gengap_dist.report.terminal import print_study
+    from gengap_dist.report.terminal import print_run, print_study
 
     study = read_study(folder)
     page = write_report(study)
-    (print_study if (folder / "study.json").exists() else _print_run)(study, page, None)
+    if (folder / "study.json").exists():
+        print_study(study, page, None)
+    else:
+        print_run(folder, page, None)
     return cli.OK
-
-
-def _print_run(study: Any, page: Path, uri: str | None) -> None:
-    from gengap_dist.report.terminal import print_run
-
-    print_run(study.folder, page, uri)
 
 
 def _sync(folder: Path, uri: str | None) -> int:

@@ -90,6 +90,8 @@ def accuracy_by_batch(study: StudyData) -> Figure | None:
     _batch_axis(axes, sizes)
     axes.set_xlabel("global batch (samples per step)")
     axes.set_ylabel("test accuracy, %")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -3), min(high, 103))  # an interval may reach beyond what accuracies can be
     axes.legend(loc="best", fontsize=9)
     return figure
 

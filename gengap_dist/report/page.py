@@ -11,15 +11,10 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from gengap_dist.report import figures
-from gengap_dist.report.collect import StudyData, metric, read_study
+from gengap_dist.report.collect import StudyData, metric
 from gengap_dist.report.terminal import interval, last_layer, percent, points, study_rows
 from gengap_dist.study.pairing import spread
 from gengap_dist.tracking.record import write_atomically
-
-
-def write_run_report(folder: Path) -> Path:
-    """Report and figures of one run; the page's path."""
-    return write_report(read_study(folder))
 
 
 def write_report(study: StudyData) -> Path:

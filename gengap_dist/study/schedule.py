@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist import launchers
-from gengap_dist.config import LaunchConfig, StudyConfig, UsageError, flat
+from gengap_dist.config import LaunchConfig, StudyConfig, UsageError, difference
 from gengap_dist.launchers import Launcher
 from gengap_dist.study.grid import Cell, cells
 from gengap_dist.tracking import record
@@ -49,15 +49,12 @@ def prepare(config: StudyConfig, out: Path) -> list[Cell]:
 
 
 def _check_same(cell: Cell) -> None:
-    before, after = flat(record.read_info(cell.folder)["config"]), flat(cell.config)
-    for name in before.keys() | after.keys():
-        if before.get(name) != after.get(name) and not name.startswith(
-            ("launch.", "mlflow.", "checkpoint.", "data.root")
-        ):
-            raise UsageError(
-                f"{name} ({after.get(name)}) was {before.get(name)} when {cell.arm}/seed{cell.seed} was run in "
-                f"{cell.folder}: choose a new --out, or remove that run's folder"
-            )
+    if changed := difference(record.read_info(cell.folder)["config"], cell.config):
+        name, before, now = changed
+        raise UsageError(
+            f"{name} ({now}) was {before} when {cell.arm}/seed{cell.seed} was run in {cell.folder}: "
+            "choose a new --out, or remove that run's folder"
+        )
 
 
 def status(cell: Cell) -> str:

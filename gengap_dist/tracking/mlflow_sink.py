@@ -18,13 +18,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.config import MlflowConfig, UsageError, flat
+from gengap_dist.config import MACHINERY, MlflowConfig, UsageError, flat
 from gengap_dist.tracking.record import read_info, read_metrics, write_atomically
 
 MAX_REQUEST = 1000  # metrics that MLflow takes at once
 POLL_SECONDS = 1.0
 LONGEST_WAIT = 60.0  # between tries to reach a server that refuses
-MAY_CHANGE = ("launch.", "mlflow.", "checkpoint.", "batch.micro_size")  # MLflow params are final, so these stay out
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "diverged": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 ARTIFACTS = ("run.json", "study.json", "config.yaml", "spectra", "figures", "report.html")
 CLIENT_DEFAULTS = {  # a dead server must be noticed in seconds; MLflow's own defaults take minutes
@@ -128,7 +127,8 @@ class Mirror:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
         settings = flat(info["config"])
-        params = [Param(key, str(value)[:6000]) for key, value in settings.items() if not key.startswith(MAY_CHANGE)]
+        final = {key: value for key, value in settings.items() if not key.startswith(MACHINERY)}  # as params must be
+        params = [Param(key, str(value)[:6000]) for key, value in final.items()]
         for at in range(0, len(params), 100):
             self.client.log_batch(run_id, params=params[at : at + 100])
         tags = {key: info.get(key) for key in ("world_size", "launcher", "strategy", "device", "seed", "norm_size")} | {

@@ -1,6 +1,9 @@
 """Whole studies, for real: ranks, report, MLflow, a second start."""
 
+import contextlib
 import json
+import os
+import pty
 import re
 import shutil
 import subprocess
@@ -142,6 +145,26 @@ def test_a_crashing_run_does_not_stop_the_others(tmp_path, gengap):
     assert "ArithmeticError: no mood" in infos["a"]["error"]
     assert infos["b"]["status"] == "finished"
     assert json.loads((tmp_path / "out/study.json").read_text())["status"] == "failed"
+
+
+def test_progress_on_a_real_terminal(tmp_path):
+    """Bars over runs and steps, drawn on a pseudo-terminal."""
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY))
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "gengap_dist.study", "--config", "s.yaml", "--out", "out"]
+    process = subprocess.Popen(
+        [*command, "--mlflow.enabled", "false", "--train.steps", "40"], cwd=tmp_path, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    drawn = b""
+    with contextlib.suppress(OSError):  # how a closed terminal ends on Linux
+        while part := os.read(ours, 65536):
+            drawn += part
+    os.close(ours)
+    assert process.wait(200) == 0, drawn.decode()[-2000:]
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())
+    assert re.search(r"runs +\S*━+\S* +[1-5]/6", text)
+    assert re.search(r"lb seed 1 +\S*━+\S* +\d+/40", text)
 
 
 def test_a_study_under_torchrun(tmp_path):

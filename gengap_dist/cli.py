@@ -113,7 +113,7 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
 
 
 def _complain(prog: str, message: str, debug: bool) -> None:
-    if os.environ.get("RANK", "0") != "0":
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
         return  # rank 0 speaks for all
     if debug:
         traceback.print_exc()

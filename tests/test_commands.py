@@ -85,6 +85,14 @@ def test_an_existing_run_is_not_overwritten(tmp_path, gengap):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+def test_a_schedulers_leftovers_do_not_make_a_single_process_wait(tmp_path, gengap):
+    leftovers = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}
+    done = gengap("train", *QUICK, "--out", "run", **leftovers)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 1
+    assert "already holds" in gengap("train", *QUICK, "--out", "run", **leftovers).stderr
+
+
 def test_divergence_ends_well(tmp_path, gengap):
     done = gengap("train", *QUICK, "--train.steps", 20, "--optim.lr", 1e9, "--out", "run")
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,8 @@ class InProcess(Launcher):
         """See `Launcher.run`; exceptions come as they are."""
         from gengap_dist.run import run  # torch, which --help does not need
 
-        return run(config, out, resume=resume, progress=progress)
+        with _environment(_rank_variables(0, 1)):  # whatever a scheduler left there, this is the only rank
+            return run(config, out, resume=resume, progress=progress)
 
     def close(self, *, kill: bool = False) -> None:
         """Nothing to end."""
@@ -55,14 +56,7 @@ class Pool(Launcher):
         port = free_port()
         for rank in range(self.num_processes):
             here, there = context.Pipe()
-            env = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.num_processes),
-                "LOCAL_WORLD_SIZE": str(self.num_processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
+            env = _rank_variables(rank, self.num_processes) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             process = context.Process(target=_rank_main, args=(there, env), name=f"rank{rank}", daemon=True)
             with _environment(threads_per_rank(self.num_processes)):
                 process.start()
@@ -111,8 +105,12 @@ def threads_per_rank(num_processes: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_processes)))}
 
 
+def _rank_variables(rank: int, size: int) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+
+
 class _environment:
-    """Variables that hold while a child process starts: it reads them before it imports anything."""
+    """Variables that hold for a while; a child process that starts meanwhile inherits them."""
 
     def __init__(self, variables: dict[str, str]) -> None:
         self.variables = variables

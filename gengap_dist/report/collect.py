@@ -1,6 +1,5 @@
 """Run folders as data for tables and figures."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,10 +99,6 @@ class StudyData:
             if steps := run.spectra_steps():
                 return list(run.spectra(steps[0]))
         return []
-
-    def layers(self) -> Iterator[tuple[str, str]]:
-        """(arm, layer key) of everything measured."""
-        return ((arm, key) for arm in self.arms for key in self.layer_keys())
 
 
 def metric(measure: str, key: str, threshold: str = "") -> str:

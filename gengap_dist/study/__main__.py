@@ -48,9 +48,9 @@ def _drive(config: StudyConfig, out: Path) -> int:
         from gengap_dist.report.collect import read_study
         from gengap_dist.report.page import write_report
 
-        study = read_study(out)
-        schedule.conclude(out, record.FAILED if num_failed else record.FINISHED, _headline(study))
-        page = write_report(read_study(out))
+        schedule.conclude(out, record.FAILED if num_failed else record.FINISHED, _headline(read_study(out)))
+        study = read_study(out)  # with its last status
+        page = write_report(study)
     except BaseException as error:
         schedule.conclude(out, record.FAILED if isinstance(error, Exception) else record.KILLED, {})
         raise

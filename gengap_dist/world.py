@@ -30,17 +30,23 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_to_all(self, chunks: Sequence[Tensor]) -> list[Tensor]:
-        """Chunk r of the result is what rank r sent to this rank; shapes must agree with what the sender sends.
+    def all_to_all(self, chunks: Sequence[Tensor], heights: Sequence[int], width: int | None = None) -> list[Tensor]:
+        """Chunk r of the result is what rank r sent to this rank.
 
         Args:
-            chunks: one tensor per receiving rank, all of one shape.
+            chunks: one matrix per receiving rank; empty ones are welcome.
+            heights: rows of the matrix that comes from each rank.
+            width: their columns, if not those of `chunks`.
         """
         if self.size == 1:
             return list(chunks)
-        received = [torch.empty_like(chunk) for chunk in chunks]
-        dist.all_to_all(received, list(chunks))
-        return received
+        columns = chunks[0].shape[1] if width is None else width
+        sizes = [height * columns for height in heights]
+        received = chunks[0].new_empty(sum(sizes))
+        # one flat buffer: gloo's list form wants chunks of one size
+        sent = torch.cat([chunk.flatten() for chunk in chunks])
+        dist.all_to_all_single(received, sent, sizes, [chunk.numel() for chunk in chunks])
+        return [part.view(-1, columns) for part in received.split(sizes)] if columns else [chunks[0][:0]] * self.size
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

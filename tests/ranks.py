@@ -33,7 +33,62 @@ def on_ranks(size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     return [got[rank] for rank in range(size)]
 
 
+class Crew:
+    """Ranks that stay, for many small jobs: `crew(job, *args)` is like `on_ranks(size, job, *args)`."""
+
+    def __init__(self, size: int) -> None:
+        context = get_context("spawn")
+        port = free_port()
+        pairs = [context.Pipe() for _ in range(size)]
+        self.pipes = [here for here, _ in pairs]
+        self.processes = [
+            context.Process(target=_stay, args=(rank, size, port, there), daemon=True)
+            for rank, (_, there) in enumerate(pairs)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __call__(self, job: Callable[..., Any], *args: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((job, args))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(120), f"rank {rank} does not answer"
+            result, error = pipe.recv()
+            assert not error, f"rank {rank}: {error}"
+            answers.append(result)
+        return answers
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def _stay(rank: int, size: int, port: int, pipe: Any) -> None:
+    _environment(rank, size, port)
+    from gengap_dist.world import connect
+
+    world = connect(LaunchConfig(device="cpu"))
+    while True:
+        job, args = pipe.recv()
+        try:
+            pipe.send((job(world, *args), None))
+        except Exception:
+            pipe.send((None, traceback.format_exc()))
+
+
 def _rank(rank: int, size: int, port: int, results: Any, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    _environment(rank, size, port)
+    from gengap_dist.world import connect, disconnect
+
+    try:
+        results.put((rank, job(connect(LaunchConfig(device="cpu")), *args), None))
+        disconnect()
+    except Exception:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def _environment(rank: int, size: int, port: int) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -42,10 +97,3 @@ def _rank(rank: int, size: int, port: int, results: Any, job: Callable[..., Any]
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    from gengap_dist.world import connect, disconnect
-
-    try:
-        results.put((rank, job(connect(LaunchConfig(device="cpu")), *args), None))
-        disconnect()
-    except Exception:
-        results.put((rank, None, traceback.format_exc()))

@@ -1,113 +1,111 @@
-"""Gram matrices of activations, summed in float64 over batches and ranks; no rows ever leave their rank.
+"""Gram matrices B B^T of a matrix B that comes piece by piece, in float64, summed over ranks.
 
-What is summed is the scatter around the mean, merged as in Chan, Golub & LeVeque (1983): nothing cancels, so the
-centred spectrum is as exact as the raw one even where the mean is a hundred times larger than the deviations.
-
-Shapes: N rows, D units, A [N, D] the activation matrix of one layer in one view.
+Shapes: B is [k, n]; k is fixed, the n columns come in pieces and are never kept.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Self, final
 
 import torch
 from torch import Tensor
 
-from gengap_dist.config import UsageError
-from gengap_dist.probes.spectrum import ACTIVATION_FLOORS, GRAM_FLOOR, LayerSpectrum
 from gengap_dist.world import World
 
+PANEL = 256  # rows of one product: only blocks on and above the diagonal are computed
+BUCKET_BYTES = 16 * 2**20  # of packed triangles in one all-reduce
 
-@dataclass
-class Gram:
-    """Rows seen so far: their number, their mean m and the sum of (a - m)(a - m)^T over rows a."""
 
-    count: int
-    mean_D: Tensor  # [D] float64
-    scatter_DD: Tensor  # [D, D] float64
-    dtype: torch.dtype  # of the activations; decides the floor
+class Square(ABC):
+    """What is known of B: enough for its singular values, in k x k numbers."""
+
+    relative_floor: float
+    """Singular values below this times the largest are rounding noise."""
+
+    @abstractmethod
+    def add(self, piece_kn: Tensor) -> None:
+        """More columns of B, float64; they may be overwritten."""
+
+    @abstractmethod
+    def copy(self) -> Self:
+        """One that can be changed without changing this one."""
+
+    @abstractmethod
+    def fold(self, weight: float) -> Self:
+        """Of the k - 1 rows that remain when the last one, times `weight`, is added to each of the others."""
+
+    @abstractmethod
+    def energies(self) -> Tensor:
+        """[k] sums of squares of B's rows."""
+
+    @abstractmethod
+    def singular_values(self) -> Tensor:
+        """[k] of B, float64, descending; NaN if B holds anything that is not finite."""
+
+
+@final
+class Gram(Square):
+    """The upper triangle of B B^T. Squaring costs half the digits: what is below sqrt(eps) s_1 is lost."""
+
+    relative_floor = 4 * 2.0**-26  # 4 sqrt(eps); 2.4 sqrt(eps) is what noise reaches, see benchmarks/gram_floor.py
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        """Of no columns yet."""
+        self.matrix_kk = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     @classmethod
-    def empty(cls, layer: str, num_units: int, dtype: torch.dtype, device: torch.device, memory_mib: int) -> "Gram":
-        """No rows yet.
+    def _of(cls, matrix_kk: Tensor) -> "Gram":
+        new = cls(0, matrix_kk.device)
+        new.matrix_kk = matrix_kk
+        return new
 
-        Raises:
-            UsageError: if a D x D float64 matrix exceeds `memory_mib`.
+    def add(self, piece_kn: Tensor) -> None:
+        """See `Square.add`."""
+        for at in range(0, len(piece_kn), PANEL):
+            self.matrix_kk[at : at + PANEL, at:].addmm_(piece_kn[at : at + PANEL], piece_kn[at:].T)
+
+    def copy(self) -> "Gram":
+        """See `Square.copy`."""
+        return self._of(self.matrix_kk.clone())
+
+    def fold(self, weight: float) -> "Gram":
+        """See `Square.fold`."""
+        last = weight * self.matrix_kk[:-1, -1]
+        return self._of(self.matrix_kk[:-1, :-1] + (last[:, None] + last + weight**2 * self.matrix_kk[-1, -1]))
+
+    def energies(self) -> Tensor:
+        """See `Square.energies`."""
+        return self.matrix_kk.diagonal()
+
+    def singular_values(self) -> Tensor:
+        """See `Square.singular_values`: roots of the eigenvalues; rounding leaves tiny negative ones.
+
+        >>> gram = Gram(2, torch.device("cpu"))
+        >>> gram.add(torch.tensor([[3.0, 0.0], [0.0, 4.0]]).double())
+        >>> gram.singular_values()
+        tensor([4., 3.], dtype=torch.float64)
         """
-        if num_units**2 * 8 > memory_mib * 2**20:
-            raise UsageError(
-                f"layer {layer} has {num_units} units, whose Gram matrix exceeds the {memory_mib} MiB of memory_mib: "
-                "the N x N form for wide layers is not there yet; measure the layer in view channel or pool"
-            )
-        zeros = torch.zeros(num_units, num_units, dtype=torch.float64, device=device)
-        return cls(0, zeros.new_zeros(num_units), zeros, dtype)
+        if not torch.isfinite(self.matrix_kk).all():
+            return torch.full_like(self.matrix_kk[0], torch.nan)
+        return torch.linalg.eigvalsh(self.matrix_kk, UPLO="U").flip(0).clamp_min(0).sqrt()
 
-    def add(self, columns_DN: Tensor) -> None:
-        """Add rows, given as columns [D, n] in any floating dtype."""
-        rows = columns_DN.double()
-        mean_D = rows.mean(1)
-        rows = rows - mean_D[:, None]
-        count, delta_D = self.count + rows.shape[1], mean_D - self.mean_D
-        self.scatter_DD.addmm_(rows, rows.T)
-        self.scatter_DD.addr_(delta_D, delta_D, alpha=self.count * rows.shape[1] / count)
-        self.mean_D += delta_D * (rows.shape[1] / count)
-        self.count = count
+    def rows(self) -> Iterator[Tensor]:
+        """The upper triangle, as views."""
+        return (self.matrix_kk[at, at:] for at in range(len(self.matrix_kk)))
 
 
-def all_reduce(grams: list[Gram], world: World) -> None:
-    """Merge all Gram matrices over ranks, in place. Collective.
-
-    Two all-reduces whatever the number of layers: counts and means, then the upper triangles.
-    """
-    if world.size == 1 or not grams:
+def all_reduce(grams: Sequence[Gram], world: World) -> None:
+    """Sum Gram matrices over ranks, in place: k (k + 1) / 2 numbers each. Collective."""
+    if world.size == 1:
         return
-    sizes = [len(g.mean_D) for g in grams]
-    totals = world.sum(
-        torch.cat([part for g in grams for part in (g.mean_D.new_tensor([g.count]), g.mean_D * g.count)])
-    )
-    triangles = [torch.triu_indices(size, size, device=totals.device) for size in sizes]
-    for g, total in zip(grams, totals.split([size + 1 for size in sizes]), strict=True):
-        mean_D = total[1:] / total[0]
-        delta_D = g.mean_D - mean_D
-        g.scatter_DD.addr_(delta_D, delta_D, alpha=g.count)
-        g.count, g.mean_D = int(total[0]), mean_D
-    flat = world.sum(torch.cat([g.scatter_DD[i, j] for g, (i, j) in zip(grams, triangles, strict=True)]))
-    packed = flat.split([size * (size + 1) // 2 for size in sizes])
-    for g, (i, j), triangle in zip(grams, triangles, packed, strict=True):
-        g.scatter_DD[i, j] = g.scatter_DD[j, i] = triangle
-
-
-def spectra(gram: Gram, layer: str, view: str, centred: Sequence[bool] = (False, True)) -> list[LayerSpectrum]:
-    """Singular values of A / sqrt(N), and of A with its column means taken out.
-
-    Floor: 4 sqrt(eps) of the matrix's own largest singular value, plus what the rounding of the activations themselves
-    leaves, which is relative to the largest singular value of the raw matrix.
-    """
-    n, units = gram.count, len(gram.mean_D)
-    most = min(n, units)
-    scatter_DD = gram.scatter_DD / n
-    raw_DD = scatter_DD + torch.outer(gram.mean_D, gram.mean_D)
-    values = {False: _singular_values(raw_DD, most)}
-    rounding = ACTIVATION_FLOORS[gram.dtype] * float(values[False][0])
-    if True in centred:
-        values[True] = _singular_values(scatter_DD, most)
-    found = []
-    for c in centred:
-        floor = GRAM_FLOOR * float(values[c][0]) + rounding
-        found.append(
-            LayerSpectrum(
-                layer=layer,
-                view=view,
-                centred=c,
-                num_samples=n,
-                num_units=units,
-                singular_values=torch.where(values[c] > floor, values[c], 0.0),
-                floor=floor,
-                dead_units=int((raw_DD.diagonal() == 0).sum()),
-            )
-        )
-    return found
-
-
-def _singular_values(gram_DD: Tensor, most: int) -> Tensor:
-    """[most] float64 on the CPU, descending: roots of the largest eigenvalues; rounding leaves tiny negative ones."""
-    return torch.linalg.eigvalsh(gram_DD).flip(0)[:most].clamp_min(0).sqrt().cpu()
+    bucket: list[Tensor] = []
+    num_bytes = 0
+    rows = [row for gram in grams for row in gram.rows()]
+    for number, row in enumerate(rows, 1):
+        bucket.append(row)
+        num_bytes += 8 * len(row)
+        if num_bytes >= BUCKET_BYTES or number == len(rows):
+            total = world.sum(torch.cat(bucket))
+            for mine, summed in zip(bucket, total.split([len(row) for row in bucket]), strict=True):
+                mine.copy_(summed)
+            bucket, num_bytes = [], 0

@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 TAUS = (1e-1, 1e-2, 1e-3)  # thresholds of near-rank loss, the paper's sigma << 1
-GRAM_FLOOR = (
-    4 * 2.0**-26
-)  # 4 sqrt(eps) of the matrix's own s_1: what a float64 Gram leaves; it makes 2.4 sqrt(eps) noise
 ACTIVATION_FLOORS = {  # of the raw matrix's s_1: what is lost when activations are rounded to their precision
     torch.float64: 0.0,
     torch.float32: 2e-8,

@@ -1,6 +1,7 @@
 """The probe's laws: the same on any number of ranks, equal to a plain SVD, and nobody notices it was there."""
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from gengap_dist import models
 from gengap_dist.config import UsageError
 from gengap_dist.loop import blocks
 from gengap_dist.probes import measure
+from gengap_dist.probes.layers import Layer
+from gengap_dist.probes.rank_loss import Site, plan
 from gengap_dist.world import World
 from tests.ranks import on_ranks
 
@@ -149,13 +152,16 @@ def test_layers_by_name_and_glob():
         measure(model, [inputs], layers="fc22")
 
 
-def test_token_activations():
-    model = nn.Sequential(nn.Linear(6, 5), nn.GELU())
-    x = torch.randn(7, 3, 6).double()
-    (s,) = measure(model.double(), [x], centred=[False])
-    assert (s.view, s.num_samples, s.num_units) == ("token", 21, 5)
-    true = np.linalg.svd(model(x).detach().reshape(21, 5).numpy(), compute_uv=False) / 21**0.5
-    assert np.abs(s.singular_values.numpy() - true).max() < 1e-7 * true[0]
+def test_views_of_tokens():
+    model = nn.Sequential(nn.Linear(6, 5), nn.GELU()).double()
+    x = torch.randn(17, 3, 6).double()
+    found = {s.view: s for s in measure(model, [x], centred=[False], views=["token", "pool", "flatten"])}
+    a = model(x).detach().numpy()
+    for view, rows in {"token": a.reshape(51, 5), "pool": a.mean(1), "flatten": a.reshape(17, 15)}.items():
+        true = np.linalg.svd(rows, compute_uv=False) / len(rows) ** 0.5
+        s = found[view]
+        assert (s.num_samples, s.num_units) == rows.shape
+        assert np.abs(s.singular_values.numpy() - true).max() < 1e-7 * true[0]
 
 
 def test_non_finite_activations_are_left_out_with_a_warning():
@@ -166,10 +172,42 @@ def test_non_finite_activations_are_left_out_with_a_warning():
     assert {s.layer for s in found} == {"conv1", "conv2"}
 
 
-def test_wide_layers_say_not_yet():
+def test_a_budget_that_is_too_small():
     model, inputs = setting("lenet5", torch.float32)
-    with pytest.raises(UsageError, match=r"layer conv1 has 864 units.*not there yet"):
-        measure(model, [inputs], views=["flatten"], memory_mib=5)
+    with pytest.raises(UsageError, match=r"layer fc1 has 201 rows and 120 units.*120 x 120.*raise it to 1,"):
+        measure(model, [inputs], layers="fc1", memory_mib=0)
+    with pytest.raises(UsageError, match=r"layer conv1 has 201 rows and 864 units in view flatten.*202 x 202"):
+        measure(model, [inputs], views=["flatten"], memory_mib=0, layers="conv1")
+
+
+def test_passes_keep_the_budget():
+    layer = Layer("x", nn.Identity(), 1, torch.Size([1, 8, 8, 8]), torch.float32, False, "")
+    sites = [Site(layer, "flatten", 1, 100, width) for width in (4_000, 50, 300_000, 90_000, 700)]
+    budget = 2**20 * 3 // 4
+    passes = plan(sites, 60, 1)
+    for pieces in passes:
+        assert (
+            sum(16 * sites[n].size ** 2 for n in {p.site for p in pieces})
+            + sum(240 * (p.stop - p.start) for p in pieces if sites[p.site].wide)
+            <= budget
+        )
+    for number, site in enumerate(sites):
+        cuts = [(p.start, p.stop) for pieces in passes for p in pieces if p.site == number]
+        assert cuts[0][0] == 0
+        assert cuts[-1][1] == site.num_units
+        assert all(before[1] == after[0] for before, after in pairwise(cuts))
+    assert len(passes) >= 240 * 394_000 // budget  # it took them all
+
+
+def test_a_small_budget_gives_the_same_spectra():
+    model, inputs = setting("lenet5", torch.float32)
+    views = ("channel", "pool", "flatten")
+    whole = measure(model, [inputs], views=views)
+    parts = measure(model, iter([inputs[:100], inputs[100:]]), views=views, memory_mib=1)  # takes several passes
+    assert [s.key for s in whole] == [s.key for s in parts]
+    for a, b in zip(whole, parts, strict=True):
+        assert (a.singular_values - b.singular_values).abs().max() <= 1e-6 * a.singular_values[0]
+        assert a.dead_units == b.dead_units
 
 
 def test_a_layer_that_puts_out_no_tensor():
@@ -177,6 +215,24 @@ def test_a_layer_that_puts_out_no_tensor():
         measure(nn.Sequential(nn.LSTM(4, 4), nn.Identity()), [torch.randn(2, 3, 4)], layers="0")
 
 
-def test_no_inputs_anywhere():
-    with pytest.raises(ValueError, match="no rank has any inputs"):
-        measure(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), [])
+def test_a_layer_whose_rows_are_not_the_samples():
+    class Summary(nn.Module):
+        def forward(self, x):
+            return x.T @ x
+
+    with pytest.raises(UsageError, match=r"layer 0 puts out \[4, 4\] for 5 samples and \[4, 4\] for one"):
+        measure(nn.Sequential(Summary(), nn.Identity()), [torch.randn(5, 4)], layers="0")
+
+
+def test_fewer_than_two_samples():
+    for batches in ([], [torch.randn(1, 2)]):
+        with pytest.raises(UsageError, match="needs at least 2"):
+            measure(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), batches)
+
+
+def test_views_that_a_layer_does_not_have():
+    model, inputs = setting("lenet5", torch.float32)
+    with pytest.raises(UsageError, match=r"probe.views \(token\) are no views of layer conv1.*add channel or pool or"):
+        measure(model, [inputs], views=["token"])
+    with pytest.raises(UsageError, match=r"probe.views \(chanel\) is no view"):
+        measure(model, [inputs], views=["chanel"])

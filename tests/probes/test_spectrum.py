@@ -3,16 +3,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from gengap_dist.probes.gram import Gram, spectra
+from gengap_dist.probes import measure
 from gengap_dist.probes.spectrum import LayerSpectrum
 
 
 def measured(matrix: torch.Tensor, *, centred: bool = False) -> LayerSpectrum:
-    gram = Gram.empty("x", matrix.shape[1], matrix.dtype, matrix.device, memory_mib=512)
-    for rows in matrix.split(37):
-        gram.add(rows.T)
-    return spectra(gram, "x", "", [centred])[0]
+    (found,) = measure(nn.Sequential(nn.Identity()), matrix.split(37), layers="0", centred=[centred])
+    return found
 
 
 @given(n=st.integers(2, 60), d=st.integers(1, 40), seed=st.integers(0, 10_000), centred=st.booleans())

@@ -16,7 +16,9 @@ from tests.ranks import on_ranks
 
 def talk(world: World) -> dict:
     total = world.sum(torch.tensor([world.rank + 1.0, 1.0], dtype=torch.float64))
-    swapped = world.all_to_all([torch.tensor([10.0 * world.rank + to]) for to in range(world.size)])
+    heights = [of + world.rank for of in range(world.size)]  # ragged, rank 0 sends itself nothing
+    chunks = [torch.full((world.rank + to, 2), 10.0 * world.rank + to) for to in range(world.size)]
+    swapped = world.all_to_all(chunks, heights)
     norm = nn.BatchNorm1d(2)
     norm.running_mean.fill_(world.rank)
     norm.num_batches_tracked.fill_(7)
@@ -33,7 +35,7 @@ def talk(world: World) -> dict:
             scores[name, dtype, "few"] = evaluate(model, few, normalise, world)
     return {
         "sum": total.tolist(),
-        "swapped": [float(chunk) for chunk in swapped],
+        "swapped": [chunk.tolist() for chunk in swapped],
         "mean": norm.running_mean.tolist(),
         "tracked": int(norm.num_batches_tracked),
         "scores": scores,
@@ -49,7 +51,7 @@ def said() -> dict[int, list[dict]]:
 def test_world(said, size):
     for rank, answer in enumerate(said[size]):
         assert answer["sum"] == [size * (size + 1) / 2, size]
-        assert answer["swapped"] == [10.0 * sender + rank for sender in range(size)]
+        assert answer["swapped"] == [[[10.0 * of + rank] * 2] * (of + rank) for of in range(size)]
         assert answer["mean"] == [(size - 1) / 2] * 2
         assert answer["tracked"] == 7
 

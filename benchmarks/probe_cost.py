@@ -1,0 +1,158 @@
+"""What a probe of flattened activations costs, against the usual way: gather all rows on rank 0, SVD in float64.
+
+    python benchmarks/probe_cost.py [--rounds 3] [--only ResNet-56]
+
+Two ranks hold N = 1,024 rows of the layers that ResNet-56 and VGG-16 have on 32 x 32 images. Both ways get the same
+rows in memory (the forward pass is not counted) and give the same singular values; they take turns, and the figures are
+medians over rounds. Peak memory is rank 0's VmHWM above what it held before; bytes are what crossed the loopback device.
+"""
+
+import argparse
+import ctypes
+import gc
+import statistics
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gengap_dist.config import LaunchConfig
+from gengap_dist.launchers.local import free_port
+from gengap_dist.probes import measure
+from gengap_dist.world import World, connect, disconnect
+
+NUM_SAMPLES, NUM_RANKS = 1024, 2
+LAYERS = {  # model: width of its flattened layers, and how many of each it has
+    "ResNet-56": {16_384: 19, 8_192: 18, 4_096: 18},
+    "VGG-16": {65_536: 2, 32_768: 2, 16_384: 3, 8_192: 3, 2_048: 3},
+}
+
+
+def usual(rows_ND: Tensor, world: World) -> Tensor:
+    """All rows to rank 0, svdvals there in float64."""
+    parts = [torch.empty_like(rows_ND) for _ in range(world.size)]
+    dist.all_gather(parts, rows_ND)
+    if world.rank:
+        return torch.empty(0)
+    return torch.linalg.svdvals(torch.cat(parts).double()) / NUM_SAMPLES**0.5
+
+
+def ours(rows_ND: Tensor, world: World) -> Tensor:
+    """The probe, as a run calls it: batches of 128 through a layer."""
+    model = nn.Sequential(nn.Identity())
+    (found,) = measure(model, rows_ND.split(128), layers="0", centred=(False,), world=world)
+    return found.singular_values
+
+
+WAYS = {"usual": usual, "gengap_dist": ours}
+
+
+def status(key: str) -> float:
+    """A line of /proc/self/status, in MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def loopback_bytes() -> int:
+    """Bytes that the loopback device has sent."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[8])
+
+
+def one(way: str, rows_ND: Tensor, world: World) -> tuple[dict[str, float], Tensor]:
+    """Seconds, MiB above what was held before, MiB on the wire; and the singular values."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the last one freed must not hide what this one takes
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = status("VmRSS")
+    world.barrier()
+    sent, began = loopback_bytes(), time.perf_counter()
+    values = WAYS[way](rows_ND, world)
+    world.barrier()
+    seconds = time.perf_counter() - began
+    figures = {"s": seconds, "peak": status("VmHWM") - before, "wire": (loopback_bytes() - sent) / 2**20}
+    return figures, values
+
+
+def rank_main(rank: int, port: int, widths: list[int], rounds: int, results: Any) -> None:
+    """One rank: every width, every way, in turns."""
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)  # as torchrun does
+    world = connect(LaunchConfig(device="cpu"))
+    for width in widths:
+        generator = torch.Generator().manual_seed(rank)
+        mixing = torch.randn(512, width, generator=torch.Generator().manual_seed(99)) / 512**0.5
+        # half of the directions strong, the rest weak: like ReLU activations, of which many directions are nearly lost
+        rows_ND = torch.randn(NUM_SAMPLES // NUM_RANKS, 512, generator=generator) @ mixing
+        rows_ND = (rows_ND + 1e-3 * torch.randn(rows_ND.shape, generator=generator)).relu_()
+        for way in WAYS:  # warm up
+            one(way, rows_ND[:, :1024].contiguous(), world)
+        for number in range(rounds):
+            values = {}
+            for way in sorted(WAYS, reverse=bool(number % 2)):
+                figures, values[way] = one(way, rows_ND, world)
+                if rank == 0:
+                    results.put((width, way, figures))
+            if rank == 0:
+                error = float((values["usual"] - values["gengap_dist"]).abs().max() / values["usual"][0])
+                results.put((width, "error", {"error": error}))
+    results.put(None)
+    disconnect()
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=[*LAYERS], help="one of the two models")
+    options = parser.parse_args()
+    models = {name: LAYERS[name] for name in LAYERS if options.only in (None, name)}
+    widths = sorted({width for layers in models.values() for width in layers})
+    context = get_context("spawn")
+    results, port = context.Queue(), free_port()
+    ranks = [
+        context.Process(target=rank_main, args=(rank, port, widths, options.rounds, results))
+        for rank in range(NUM_RANKS)
+    ]
+    for process in ranks:
+        process.start()
+    seen: dict[tuple[int, str, str], list[float]] = {}
+    running = NUM_RANKS
+    while running:
+        if (got := results.get(timeout=600)) is None:
+            running -= 1
+            continue
+        width, way, figures = got
+        for key, value in figures.items():
+            seen.setdefault((width, way, key), []).append(value)
+    for process in ranks:
+        process.join()
+    print(f"torch {torch.__version__}, {NUM_RANKS} ranks of 1 thread, N = {NUM_SAMPLES}, medians of {options.rounds}")
+    print(
+        "       D     usual s    ours s   times  (range)        usual MiB  ours MiB  share   wire MiB usual, ours   max error / s1"
+    )
+    medians = {key: statistics.median(values) for key, values in seen.items()}
+    for width in widths:
+        pairs = zip(seen[width, "usual", "s"], seen[width, "gengap_dist", "s"], strict=True)
+        ratios = sorted(a / b for a, b in pairs)
+        u, o = ([medians[width, way, key] for key in ("s", "peak", "wire")] for way in WAYS)
+        print(
+            f"{width:8,} {u[0]:11.2f} {o[0]:9.2f} {statistics.median(ratios):7.1f}  ({ratios[0]:.1f} to {ratios[-1]:.1f})"
+            f"{u[1]:14.0f} {o[1]:9.0f} {o[1] / u[1]:6.2f} {u[2]:14.0f} {o[2]:6.0f} {max(seen[width, 'error', 'error']):17.1e}"
+        )
+    for name, layers in models.items():
+        u, o = (sum(medians[width, way, "s"] * count for width, count in layers.items()) for way in WAYS)
+        print(
+            f"all {sum(layers.values())} flattened layers of {name}: {u:.0f} s and {o:.1f} s, {u / o:.1f} times as fast"
+        )
+
+
+if __name__ == "__main__":
+    main()

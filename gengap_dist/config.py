@@ -8,11 +8,12 @@ here, so that `--help` answers at once.
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -31,6 +32,11 @@ MACHINERY = ("launch.", "mlflow.", "checkpoint.", "batch.micro_size", "data.root
 
 class UsageError(ValueError):
     """Something the user gave is wrong: one sentence with name, value, rule and remedy. Commands exit with 2 on it."""
+
+
+def _one_or_many(value: Any) -> Any:
+    """A single number where a list may stand."""
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 class Section(BaseModel):
@@ -54,6 +60,8 @@ class DataConfig(Section):
     """Share of the training images held out for validation; 0 holds none out."""
     split_seed: NonNegativeInt = 0
     """Seed of the train/validation split and of the probe set: the same for all seeds and arms of a study."""
+    shuffle_labels: bool = False
+    """Give the training images each other's labels: what a network learns then is memory, not classes (a control)."""
     augment: tuple[Literal["crop", "flip"], ...] = ()
     """Training augmentations: crop (4 pixels of padding) and flip (left-right)."""
     memory_gib: PositiveFloat = 8.0
@@ -153,14 +161,38 @@ class ProbeConfig(Section):
 
     enabled: bool = True
     """Measure activation spectra while training."""
-    num_samples: int = Field(default=2048, ge=2)
-    """Training images in the fixed probe set (clipped to the training set)."""
-    per_decade: PositiveInt = 3
+    num_samples: Annotated[tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(_one_or_many)] = (1024,)
+    """Training images in the fixed probe set. Of several numbers the largest is the probe set; the first and the last
+    measurement repeat it with each of the others, to tell rank from sample size."""
+    own_batch: bool = False
+    """At the first and the last measurement, also probe with batch.global_size images: the paper's own matrix, whose
+    singular values shrink as the batch grows even in an untrained network."""
+    per_decade: PositiveInt | None = 3
     """Measurements per factor of ten in steps; step 0 and the last step are always measured."""
+    every: PositiveInt | None = None
+    """Measure every so many steps, too."""
+    at_epochs: tuple[NonNegativeFloat, ...] = ()
+    """Measure at these epochs, too; 0.5 is half-way through the first."""
+    budget: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.05
+    """Largest share of the run's time for probes: where the cadence would exceed it, measurements between the first and
+    the last are thinned out, and the result says which; null: measure them all."""
     layers: tuple[str, ...] = ("auto",)
-    """`auto` (outputs of every non-linearity) or layer names; globs such as `features.*` are welcome."""
-    views: tuple[Literal["channel", "pool", "flatten"], ...] = ("channel", "pool")
-    """How a convolution's [N, C, H, W] becomes a matrix: (N H W) x C, N x C (mean over H, W), or N x (C H W)."""
+    """`auto` (outputs of every non-linearity, and of residual blocks) or layer names; globs such as `features.*` are
+    welcome."""
+    views: tuple[Literal["channel", "token", "pool", "flatten"], ...] = ("channel", "token", "pool")
+    """How [N, C, H, W] becomes a matrix: channel (N H W) x C, pool N x C (mean over H, W), flatten N x (C H W); of
+    tokens [N, T, D]: token (N T) x D, pool, flatten."""
+    method: Literal["gram", "tsqr"] = "gram"
+    """gram (fast; singular values below 6e-8 of the largest are noise) or tsqr (slower; 1e-14, for float64)."""
+    memory_mib: PositiveInt = 512
+    """Most memory of a rank that the probe may take, in MiB; wide layers take several passes over the images if need
+    be."""
+    rivals: tuple[Literal["noise_scale", "norms", "weights", "neural_collapse", "hessian", "keskar"], ...] = (
+        "noise_scale", "norms", "weights", "neural_collapse",
+    )  # fmt: skip
+    """Other explanations to measure beside it: noise_scale (of the gradient), norms (distance from initialisation,
+    update), weights (their spectra), neural_collapse (NC1); and, many times as dear as the probe itself, hessian (top
+    eigenvalues and trace) and keskar (sharpness)."""
 
 
 class LaunchConfig(Section):

@@ -25,10 +25,12 @@ def train_step(
     """One optimizer step on the global batch `indices`, this rank doing the micro-batches `spans`. Collective.
 
     Returns:
-        [2] float64: this rank's sum of losses and number of correct predictions, before the update; and the norm of
-        the global gradient. Both stay on the device.
+        [5] float64: this rank's sum of losses and number of correct predictions, before the update; then, if the
+        strategy is watching, for the noise scale |G_b|^2 and 1/b of its first micro-batch, and 1; and the norm of the
+        global gradient. Both stay on the device.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=strategy.world.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=strategy.world.device)
+    watch = strategy.watching and 0 < spans[0].size < len(indices)
     for number, span in enumerate(spans, 1):
         with strategy.micro_step(last=number == len(spans)):
             if not span.size:
@@ -40,6 +42,10 @@ def train_step(
             strategy.backward(loss_sum / len(indices))
         sums[0] += loss_sum.detach()
         sums[1] += (logits.detach().argmax(1) == labels).sum()
+        if watch and number == 1:
+            share = span.size / len(indices)
+            sums[2] = strategy.local_energy() / share**2
+            sums[3], sums[4] = 1 / span.size, 1.0
     return sums, strategy.step()
 
 

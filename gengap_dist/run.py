@@ -6,11 +6,11 @@ Every launcher ends here, on every rank, with RANK, WORLD_SIZE, LOCAL_RANK, MAST
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,18 +20,19 @@ from gengap_dist.config import DataConfig, RunConfig, UsageError, difference
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, stream
 from gengap_dist.data.resident import Batches, Normalise
-from gengap_dist.loop import Score, blocks, evaluate, train_step
+from gengap_dist.loop import Score, evaluate, train_step
 from gengap_dist.models.norm import GhostBatchNorm1d, average_buffers, has_batch_norm
+from gengap_dist.observe import Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import lr_at
-from gengap_dist.probes import LayerSpectrum, measure, metrics
-from gengap_dist.probes.cadence import evenly, log_spaced
+from gengap_dist.probes.cadence import Cadence, at_epochs, either, evenly, every, log_spaced, thinned
 from gengap_dist.probes.capture import observing
+from gengap_dist.probes.noise_scale import NoiseScale
+from gengap_dist.probes.weights import flat
 from gengap_dist.strategies import STRATEGIES
 from gengap_dist.tracking.record import DIVERGED, FINISHED, NoRecord, Record, read_info
 from gengap_dist.world import World, connect, environment
 
-PROBE_BLOCK = 128  # probe images in one pass; never cut by ranks, so spectra do not depend on their number
 FLUSH_EVERY = 32  # steps whose sums meet the other ranks' in one all-reduce
 
 Progress = Callable[[int, int, str], None]
@@ -81,22 +82,6 @@ def run(
     return result
 
 
-def probe_once(config: RunConfig, world: World, weights: Path | None = None) -> list[LayerSpectrum]:
-    """Spectra of the config's probe set under an untrained network, or under a checkpoint's. Collective.
-
-    Raises:
-        UsageError: if the config does not fit the data or the model, or the checkpoint cannot be used.
-    """
-    splits = _load_data(config, world, lambda done, total, note: None)
-    model = _build_model(config, splits, world)
-    if weights is not None:
-        checkpoint.restore(model, checkpoint.load(weights)["model"], weights)
-    normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
-    train_set = splits.train.to(world.device)
-    batches = _probe_batches(train_set, _probe_indices(config, len(train_set)), normalise, world)
-    return measure(model, batches, layers=config.probe.layers, views=config.probe.views, world=world)
-
-
 class _Session:
     """What a run holds between steps, on one rank."""
 
@@ -111,9 +96,9 @@ class _Session:
         self.batches = Batches(self.train_set, self.normalise, config.data.augment, config.seed)
         self.order = Order(len(self.train_set), config.batch.global_size, config.seed)
         self.num_steps = config.train.steps or config.train.epochs * self.order.steps_per_epoch
-        self.probe_indices = _probe_indices(config, len(self.train_set)).to(world.device)
 
         self.model = _build_model(config, splits, world)
+        self.observer = Observer(config, self.train_set, self.normalise, flat(self.model), world)
         self._plans: dict[int, list[Span]] = {}
         self._check_norm()
 
@@ -134,18 +119,30 @@ class _Session:
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "steps_per_epoch": self.order.steps_per_epoch,
             "num_steps": self.num_steps,
-            "num_probe_samples": len(self.probe_indices),
+            "num_probe_samples": self.observer.num_samples,
             "norm_size": sorted(self._plan(config.batch.global_size).norm_sizes())
             if has_batch_norm(self.model)
             else None,
+            "small_size": self._small_size(),
         }
         self.step = 0
         self.best: dict[str, Any] = {}
-        self._pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self.noise = NoiseScale()
+        self._pending: list[tuple[int, int, Tensor, Tensor, float]] = []
         self._saved_at = time.monotonic()
         self.probe_seconds = self.eval_seconds = self.train_seconds = 0.0
-        self.probe_due = log_spaced(config.probe.per_decade)
+        self.probe_due = _cadence(config, self.order.steps_per_epoch)
+        self.probe_left_out: list[int] = []
+        self._probe_seconds_each, self._left_out_in_a_row = 0.0, 0
+        self._update_norm: Tensor | None = None
         self.eval_due = evenly(config.train.num_evals, self.num_steps)
+
+    def _small_size(self) -> float | None:
+        """B of the noise scale, the harmonic mean over ranks; None if there is no gradient smaller than the batch."""
+        size = self.config.batch.global_size
+        firsts = [self._plan(size).micro_batches(rank)[0].size for rank in range(self.world.size)]
+        inverses = [1 / first for first in firsts if 0 < first < size]
+        return len(inverses) / sum(inverses) if inverses else None
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
@@ -180,7 +177,8 @@ class _Session:
             checkpoint.restore(self.model, state["model"], path)
             self.strategy.optimizer.load_state_dict(state["optimizer"])
             self.step, self.best = state["step"], state["best"]
-            self.probe_seconds, self.eval_seconds, self.train_seconds = state["timers"]
+            self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each = state["timers"]
+            self.probe_left_out, self.noise = state["probe_left_out"], NoiseScale(**state["noise"])
             self.record.start(self.config, self.facts)
             self.record.resume(self.step, state["seconds"], state["held"])
             return
@@ -207,7 +205,9 @@ class _Session:
                 "step": self.step,
                 "best": self.best,
                 "seconds": self.record.seconds(),
-                "timers": [self.probe_seconds, self.eval_seconds, self.train_seconds],
+                "timers": [self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each],
+                "probe_left_out": self.probe_left_out,
+                "noise": asdict(self.noise),
                 "held": self.record.held(),
             }
             checkpoint.save(self.out / "checkpoints" / "last.pt", state)
@@ -234,11 +234,15 @@ class _Session:
             indices, epoch = order.indices(self.step), order.epoch(self.step)
             if len(indices) not in self._plans:
                 self._plans[len(indices)] = self._plan(len(indices)).micro_batches(self.world.rank)
+            last = self.step + 1 == self.num_steps
+            logged = last or (self.step + 1) % config.train.log_every == 0
+            self.strategy.watching = logged and "noise_scale" in config.probe.rivals
+            before_P = flat(self.model) if self._probe_may_come(self.step + 1) else None
             sums, norm = train_step(self.strategy, self.batches, indices, epoch, self._plans[len(indices)])
             self.step += 1
-            last = self.step == self.num_steps
-            if self.step % config.train.log_every == 0 or last:
-                self._pending.append((self.step, sums / len(indices), norm, lr))
+            self._update_norm = None if before_P is None else (flat(self.model) - before_P).double().norm()
+            if logged:
+                self._pending.append((self.step, len(indices), sums, norm, lr))
             self.progress(self.step, self.num_steps, "")
             if len(self._pending) >= FLUSH_EVERY or self._due():
                 save_due = self._flush()
@@ -249,7 +253,10 @@ class _Session:
                 began = time.monotonic()
 
     def _due(self) -> bool:
-        return self.step == self.num_steps or self.probe_due(self.step) or self.eval_due(self.step)
+        return self.step == self.num_steps or self._probe_may_come(self.step) or self.eval_due(self.step)
+
+    def _probe_may_come(self, step: int) -> bool:
+        return self.config.probe.enabled and (step == self.num_steps or self.probe_due(step))
 
     def _epoch(self, step: int) -> float:
         epoch, at = divmod(step, self.order.steps_per_epoch)
@@ -257,21 +264,47 @@ class _Session:
 
     def _flush(self) -> bool:
         """Record the pending steps; whether rank 0's clock asks for a checkpoint. Collective."""
-        steps, means, norms, lrs = zip(*self._pending, strict=True) if self._pending else ((), (), (), ())
-        overdue = time.monotonic() - self._saved_at > self.config.checkpoint.every_seconds and self.world.rank == 0
-        clock = torch.tensor([[float(overdue), 0.0]], dtype=torch.float64, device=self.world.device)
-        *values, (save_due, _) = self.world.sum(torch.cat([*(m[None] for m in means), clock])).tolist()
-        norms = torch.stack(norms).tolist() if norms else []
-        self._pending.clear()
-        for step, (loss, accuracy), norm, lr in zip(steps, values, norms, lrs, strict=True):
-            self.record.log(
-                step,
-                self._epoch(step),
-                {"train/loss": loss, "train/accuracy": accuracy, "train/grad_norm": norm, "train/lr": lr},
-            )
+        overdue = time.monotonic() - self._saved_at > self.config.checkpoint.every_seconds
+        clock = torch.zeros(5, dtype=torch.float64, device=self.world.device)
+        if self.world.rank == 0:  # its clock and its budget hold for all
+            clock[:2] = clock.new_tensor([overdue, self._probe_exceeds_budget()])
+        rows = self.world.sum(torch.stack([*(sums for _, _, sums, _, _ in self._pending), clock])).tolist()
+        save_due, leave_out, *_ = rows.pop()
+        self._left_out_in_a_row += bool(leave_out)
+        self.probe_left_out += [self.step] if leave_out else []
+        for (step, size, _, norm, lr), (loss, correct, *small) in zip(self._pending, rows, strict=True):
+            loss, norm = loss / size, float(norm)
+            found = {"train/loss": loss, "train/accuracy": correct / size, "train/grad_norm": norm, "train/lr": lr}
+            self.record.log(step, self._epoch(step), found | self._noise(small, norm, size))
             if not math.isfinite(loss):
+                self._pending.clear()
                 raise Diverged(step, loss)
+        self._pending.clear()
         return bool(save_due)
+
+    def _noise(self, small: list[float], norm: float, size: int) -> dict[str, float]:
+        """The noise scale after a step, if its gradients came in two sizes."""
+        squares, inverses, count = small
+        if not count or count / inverses >= size or not math.isfinite(squares + norm):
+            return {}
+        self.noise.add(squares / count, count / inverses, norm**2, size)
+        return self.noise.metrics()
+
+    def _probe_exceeds_budget(self) -> bool:
+        """Whether to leave out the measurement that the cadence has for this step.
+
+        What is still to come and what it will cost are projected from what was seen so far. The ends are always
+        measured; of the others every second, third, ... is taken, so that all together keep to the budget.
+        """
+        budget = self.config.probe.budget
+        if budget is None or self.step == self.num_steps or not self._probe_may_come(self.step):
+            return False
+        cost = max(self._probe_seconds_each, 1e-9)
+        to_come = [step for step in range(self.step, self.num_steps) if self.probe_due(step)]
+        pace = (self.record.seconds() - self.probe_seconds) / self.step
+        rest = pace * self.num_steps  # of the run, without probes
+        affordable = (budget / (1 - budget) * rest - self.probe_seconds) / cost - 1  # one is for the end
+        return self._left_out_in_a_row + 1 < thinned(len(to_come), affordable)
 
     # -- measurements -------------------------------------------------------------------------------------------------
 
@@ -279,7 +312,8 @@ class _Session:
         """Validate and probe, whichever is due at this step. Collective."""
         edge = self.step in (0, self.num_steps)
         validate = len(self.val_set) and (edge or self.eval_due(self.step))
-        probe = self.config.probe.enabled and (edge or self.probe_due(self.step))
+        left_out = self.step in self.probe_left_out[-1:]
+        probe = self.config.probe.enabled and (edge or (self.probe_due(self.step) and not left_out))
         if not (validate or probe):
             return
         average_buffers(self.model, self.world)
@@ -300,19 +334,17 @@ class _Session:
         self.progress(self.step, self.num_steps, f"val {score.accuracy:.1%}")
 
     def probe(self) -> None:
-        """Measure the activation spectra of the fixed probe set. Collective."""
+        """Measure near-rank loss and its rivals on the probe set; at both ends also the controls. Collective."""
         began = time.monotonic()
-        spectra = measure(
-            self.model,
-            _probe_batches(self.train_set, self.probe_indices, self.normalise, self.world),
-            layers=self.config.probe.layers,
-            views=self.config.probe.views,
-            world=self.world,
-        )
-        self.record.spectra(self.step, spectra)
-        seconds = time.monotonic() - began
-        self.probe_seconds += seconds
-        self.record.log(self.step, self._epoch(self.step), metrics(spectra) | {"probe_seconds/near_rank_loss": seconds})
+        edge = self.step in (0, self.num_steps)
+        found, spectra = self.observer(self.model, controls=edge)
+        for probe_set, spectra_of_it in spectra.items():
+            self.record.spectra(self.step, spectra_of_it, probe_set)
+        if self._update_norm is not None and "norms" in self.config.probe.rivals:
+            found["train/update_norm"] = float(self._update_norm)
+        self.record.log(self.step, self._epoch(self.step), found)
+        self.probe_seconds += time.monotonic() - began
+        self._probe_seconds_each, self._left_out_in_a_row = seconds(found), 0
 
     def _score(self, images: catalog.Images) -> Score:
         return evaluate(self.model, images, self.normalise, self.world)
@@ -339,6 +371,7 @@ class _Session:
             "num_steps": self.step,
             "train_seconds": round(self.train_seconds, 3),
             "probe_seconds": round(self.probe_seconds, 3),
+            "probe_left_out": self.probe_left_out,
             "eval_seconds": round(self.eval_seconds, 3),
             "images_per_second": round(samples / max(self.train_seconds, 1e-9), 1),
         }
@@ -363,16 +396,13 @@ def _load_data(config: RunConfig, world: World, progress: Progress) -> catalog.S
     return _LOADED[config.data]
 
 
-def _probe_indices(config: RunConfig, num_train: int) -> Tensor:
-    """The fixed probe set: training images drawn by split_seed, so that all arms and seeds measure the same ones."""
-    num = min(config.probe.num_samples, num_train)
-    return torch.from_numpy(np.sort(stream(config.data.split_seed, 2).permutation(num_train)[:num]))
-
-
-def _probe_batches(images: catalog.Images, indices: Tensor, normalise: Normalise, world: World) -> Iterator[Tensor]:
-    """This rank's blocks of the probe set."""
-    for start, stop in blocks(len(indices), PROBE_BLOCK, world):
-        yield normalise(images.pixels[indices[start:stop]])
+def _cadence(config: RunConfig, steps_per_epoch: int) -> Cadence:
+    """When the run measures, but for its first and last step, which always do."""
+    probe = config.probe
+    wanted = [at_epochs(probe.at_epochs, steps_per_epoch)]
+    wanted += [log_spaced(probe.per_decade)] if probe.per_decade else []
+    wanted += [every(probe.every)] if probe.every else []
+    return either(*wanted)
 
 
 def _build_model(config: RunConfig, splits: catalog.Splits, world: World) -> nn.Module:

@@ -237,8 +237,12 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
     order = torch.from_numpy(np.random.default_rng([config.split_seed, 0]).permutation(len(pixels)))
     num_val = int(len(pixels) * config.val_fraction)
     val, train = order[:num_val].sort().values, order[num_val:].sort().values
+    labels = raw.train_labels[train]
+    if config.shuffle_labels:
+        shuffled = np.random.default_rng([config.split_seed, 3]).permutation(len(labels))
+        labels = labels[torch.from_numpy(shuffled)]
     return Splits(
-        Images(pixels[train], raw.train_labels[train]),
+        Images(pixels[train], labels),
         Images(pixels[val], raw.train_labels[val]),
         Images(_square(raw.test_pixels, config.image_size), raw.test_labels),
         raw.num_classes,
@@ -269,6 +273,7 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
         "num_val": len(splits.val),
         "num_test": len(splits.test),
         "num_classes": splits.num_classes,
+        "shuffle_labels": config.shuffle_labels,
         "shape": list(splits.train.pixels.shape[1:]),
         "digest": splits.digest(),
     }

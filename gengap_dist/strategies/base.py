@@ -20,6 +20,8 @@ class Strategy(ABC):
         self.world = world
         self.model: nn.Module
         self.optimizer: torch.optim.Optimizer
+        self.watching = False
+        """Whether `local_energy` will be asked for; it costs one pass over the gradients."""
 
     def setup(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Take the model, whose weights are equal on all ranks, and its optimizer."""
@@ -36,6 +38,11 @@ class Strategy(ABC):
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, whose sum over micro-batches and ranks is the global batch's mean loss."""
+
+    def local_energy(self) -> Tensor:
+        """|g|^2, float64, of this rank's own gradient after its first micro-batch, not yet summed over ranks."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients).double().square()
 
     def step(self) -> Tensor:
         """Update the parameters and clear the gradients; the global gradient's 2-norm, a scalar on the device."""

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +25,8 @@ class DDP(Strategy):
         """See `Strategy.setup`. Collective."""
         super().setup(model, optimizer)
         self._ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
+        self._ddp.register_comm_hook(None, self._sum)
+        self._energies: list[Tensor] = []  # of the buckets that have met the other ranks' in this micro-step
 
     def forward(self, images: Tensor) -> Tensor:
         """See `Strategy.forward`."""
@@ -31,8 +34,21 @@ class DDP(Strategy):
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective in the last micro-step: every rank has exactly one."""
+        self._energies.clear()
         return nullcontext() if last else self._ddp.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """See `Strategy.backward`. DDP takes the mean over ranks; the factor makes it the sum."""
-        (loss * self.world.size).backward()
+        """See `Strategy.backward`."""
+        loss.backward()
+
+    def _sum(self, state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+        """A bucket's gradients summed over ranks, where DDP itself would take the mean."""
+        if self.watching:
+            self._energies.append(torch.linalg.vector_norm(bucket.buffer(), dtype=torch.float64).square())
+        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        assert work is not None
+        return work.get_future().then(lambda future: future.value()[0])
+
+    def local_energy(self) -> Tensor:
+        """See `Strategy.local_energy`: of the only micro-batch, the buckets have kept it."""
+        return torch.stack(self._energies).sum() if self._energies else super().local_energy()

@@ -123,7 +123,7 @@ class NoRecord:
         """No clock."""
         return 0.0
 
-    def spectra(self, step: int, spectra: Iterable["LayerSpectrum"]) -> None:
+    def spectra(self, step: int, spectra: Iterable["LayerSpectrum"], probe_set: str = "") -> None:
         """Nothing to do."""
 
     def finish(self, status: str, result: Mapping[str, Any], error: str | None = None) -> None:
@@ -191,9 +191,11 @@ class Record(NoRecord):
         """Lines that are not written yet; a checkpoint takes them along."""
         return self._held
 
-    def spectra(self, step: int, spectra: Iterable["LayerSpectrum"]) -> None:
-        """Write spectra/step_<step>.npz; `load_spectra` reads it."""
-        write_atomically(self.out / "spectra" / f"step_{step:08d}.npz", dump_spectra(spectra))
+    def spectra(self, step: int, spectra: Iterable["LayerSpectrum"], probe_set: str = "") -> None:
+        """Write spectra/[<probe set>/]step_<step>.npz; `load_spectra` reads it."""
+        folder = self.out / "spectra" / probe_set
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"step_{step:08d}.npz", dump_spectra(spectra))
 
     def finish(self, status: str, result: Mapping[str, Any], error: str | None = None) -> None:
         """Write what is held back, then the outcome."""

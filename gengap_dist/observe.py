@@ -1,0 +1,156 @@
+"""What a run measures of its network on a fixed probe set: near-rank loss, its controls, and the rival explanations."""
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gengap_dist.config import ProbeConfig, RunConfig, UsageError
+from gengap_dist.data.catalog import Images
+from gengap_dist.data.order import stream
+from gengap_dist.data.resident import Normalise
+from gengap_dist.loop import blocks
+from gengap_dist.probes import LayerSpectrum, measure, metrics
+from gengap_dist.probes.neural_collapse import nc1
+from gengap_dist.probes.sharpness import hessian_eigenvalues, hessian_trace, keskar
+from gengap_dist.probes.weights import distance, weight_spectra
+from gengap_dist.world import World
+
+PROBE_BLOCK = 128  # probe images in one pass; never cut by ranks, so spectra do not depend on their number
+NUM_EIGENVALUES = 3
+
+Batches = list[tuple[Tensor, Tensor]]
+Metrics = dict[str, float]
+
+
+class Observation(NamedTuple):
+    """What one measurement found."""
+
+    metrics: Metrics
+    spectra: dict[str, list[LayerSpectrum]]
+    """By probe set: "" is the fixed one, `n<N>` and `own_batch` are controls, `weights` the weights' spectra."""
+
+
+class Observer:
+    """Measures a network on probe images drawn by `data.split_seed`: the same for all arms and seeds of a study."""
+
+    def __init__(
+        self, config: RunConfig, train_set: Images, normalise: Normalise, initial_P: Tensor, world: World
+    ) -> None:
+        """An observer of networks that started from the weights `initial_P`.
+
+        Warns if the training set holds fewer images than the probe asks for: all of them are the probe set then.
+        """
+        self.config: ProbeConfig = config.probe
+        self.train_set, self.normalise, self.initial_P, self.world = train_set, normalise, initial_P, world
+        self._order = torch.from_numpy(stream(config.data.split_seed, 2).permutation(len(train_set)))
+        asked = max(self.config.num_samples)
+        if asked > len(train_set):
+            warnings.warn(
+                f"probe.num_samples ({asked:,}) is more than the {len(train_set):,} training images: "
+                "all of them are measured",
+                stacklevel=2,
+            )
+        sizes = sorted({min(size, len(train_set)) for size in self.config.num_samples})
+        self.num_samples = sizes[-1]
+        self.controls = {f"n{size}": size for size in sizes[:-1]}
+        if self.config.own_batch:
+            self.controls["own_batch"] = config.batch.global_size
+        self._left_out: set[str] = set()
+
+    def __call__(self, model: nn.Module, *, controls: bool) -> Observation:
+        """Everything the config asks for, each with its `probe_seconds/...`. Collective.
+
+        Args:
+            model: the network; left as found.
+            controls: also measure the control sets.
+        """
+        found, spectra = {}, {}
+        sets = {"": self.num_samples} | (self.controls if controls else {})
+        for name, size in sets.items():
+            began = time.monotonic()
+            images = [images for images, _ in self._batches(size)]
+            spectra[name] = measure(
+                model,
+                images,
+                layers=self.config.layers,
+                views=self.config.views,
+                world=self.world,
+                memory_mib=self.config.memory_mib,
+                method=self.config.method,
+            )
+            found |= metrics(spectra[name], name)
+            found[f"probe_seconds/{f'control/{name}' if name else 'near_rank_loss'}"] = time.monotonic() - began
+        batches = self._batches(self.num_samples)
+        for name, rival in RIVALS.items():
+            if name not in self.config.rivals or name in self._left_out:
+                continue
+            began = time.monotonic()
+            try:
+                values, spectra_of_it = rival(model, batches, self)
+            except UsageError as error:  # the same on every rank: this network cannot be measured so
+                warnings.warn(f"{name} is left out: {error}", stacklevel=2)
+                self._left_out.add(name)
+                continue
+            found |= values | {f"probe_seconds/{name}": time.monotonic() - began}
+            if spectra_of_it:
+                spectra[name] = spectra_of_it
+        return Observation(found, spectra)
+
+    def _batches(self, size: int) -> Batches:
+        """This rank's blocks of the first `size` probe images; smaller probe sets are part of larger ones."""
+        chosen = self._order[:size].sort().values.to(self.world.device)
+        out = []
+        for start, stop in blocks(size, PROBE_BLOCK, self.world):
+            indices = chosen[start:stop]
+            out.append((self.normalise(self.train_set.pixels[indices]), self.train_set.labels[indices]))
+        return out
+
+
+Rival = Callable[[nn.Module, Batches, Observer], tuple[Metrics, list[LayerSpectrum]]]
+
+
+def _norms(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Metrics, list[LayerSpectrum]]:
+    return distance(model, observer.initial_P), []
+
+
+def _weights(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Metrics, list[LayerSpectrum]]:
+    found = weight_spectra(model, world=observer.world)
+    return metrics(found), found
+
+
+def _neural_collapse(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Metrics, list[LayerSpectrum]]:
+    return {"nc1": nc1(model, batches, world=observer.world)}, []
+
+
+def _hessian(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Metrics, list[LayerSpectrum]]:
+    values = hessian_eigenvalues(model, batches, world=observer.world, num=NUM_EIGENVALUES)
+    trace, error = hessian_trace(model, batches, world=observer.world)
+    found = {f"hessian/eigenvalue_{number}": value for number, value in enumerate(values, 1)}
+    return found | {"hessian/trace": trace, "hessian/trace_standard_error": error}, []
+
+
+def _keskar(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Metrics, list[LayerSpectrum]]:
+    return {"keskar_sharpness": keskar(model, batches, world=observer.world)}, []
+
+
+RIVALS: dict[str, Rival] = {  # noise_scale is not here: it comes from the gradients of training
+    "norms": _norms,
+    "weights": _weights,
+    "neural_collapse": _neural_collapse,
+    "hessian": _hessian,
+    "keskar": _keskar,
+}
+
+
+def seconds(found: Metrics) -> float:
+    """Time that a measurement took, controls left aside.
+
+    >>> seconds({"nc1": 9.0, "probe_seconds/near_rank_loss": 1.0, "probe_seconds/control/n64": 5.0})
+    1.0
+    """
+    times = {name: value for name, value in found.items() if name.startswith("probe_seconds/")}
+    return sum(value for name, value in times.items() if "/control/" not in name)

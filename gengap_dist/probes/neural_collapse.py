@@ -1,0 +1,131 @@
+"""Neural collapse: how small the spread within classes is, against the spread between them, before the classifier.
+
+Shapes: n samples of one block, D features, K classes of the network, C classes present, R directions between them.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from gengap_dist.config import UsageError
+from gengap_dist.probes.capture import bare, observing
+from gengap_dist.world import World
+
+
+def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: World | None = None) -> float:
+    """NC1, the collapse of variability: tr(Sigma_W pinv(Sigma_B)) / C (Papyan, Han & Donoho 2020). Collective.
+
+    With h the features that enter the classifier, mu_c their mean over class c, mu_G the mean of the class means:
+    Sigma_W = mean over samples of (h - mu_c)(h - mu_c)^T, Sigma_B = mean over classes of (mu_c - mu_G)(mu_c - mu_G)^T;
+    C counts the classes that are present. 0 is full collapse. Everything is float64 and centred before it is squared.
+
+    The pseudo-inverse leaves out directions in which the class means differ by less than the features' rounding:
+    singular values of the centred means below 4 eps |means|_F.
+
+    Args:
+        model: any network whose output is that of an nn.Linear on [n, D] features; left as found.
+        batches: this rank's images [n, ...] and labels [n]; a rank may have none as long as another has some. Their
+            features are held until the end.
+        world: the ranks that take part; None for this process alone.
+
+    Returns:
+        The same number on every rank; nan, with a warning, if features are not finite or all class means are the same.
+
+    Raises:
+        UsageError: if the network does not end in such a classifier, or fewer than two classes are present.
+
+    >>> images, labels = torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.tensor([0, 0, 1, 1])
+    >>> nc1(nn.Linear(1, 2), [(images, labels)])  # Sigma_W = 1, Sigma_B = 4
+    0.125
+    """
+    world, model = world or World(), bare(model)
+    device = next(model.parameters(), torch.empty(0)).device
+    features, num_classes, wrong = _features(model, batches)
+    head = torch.zeros(5, dtype=torch.float64, device=device)  # what a rank without batches cannot know
+    if batches:
+        head[:2] = head.new_tensor([1, bool(wrong)])
+    if features:
+        head[2:] = head.new_tensor([features[0].shape[1], num_classes, torch.finfo(features[0].dtype).eps])
+    givers, num_wrong, *shared = world.sum(head).tolist()
+    if not givers:
+        raise UsageError("no rank has any samples: give at least one batch")
+    if num_wrong:
+        wrong = wrong or "otherwise, as another rank reports"
+        raise UsageError(
+            f"NC1 needs a network that ends in an nn.Linear on features [n, D], and {type(model).__name__} "
+            f"ends {wrong}: leave NC1 out, or wrap the network so that it returns its classifier's output"
+        )
+    num_units, num_classes, eps = int(shared[0] / givers), int(shared[1] / givers), shared[2] / givers
+
+    members = [one_hot(labels, num_classes).double() for _, labels in batches]  # [n, K]
+    sums_KD = torch.zeros(num_classes, num_units + 1, dtype=torch.float64, device=device)  # and the counts, last
+    for member_NK, h_ND in zip(members, features, strict=True):
+        sums_KD[:, :-1] += member_NK.T @ h_ND.double()
+        sums_KD[:, -1] += member_NK.sum(0)
+    sums_KD = world.sum(sums_KD)
+    if not sums_KD.isfinite().all():
+        warnings.warn("the features before the classifier are not finite: NC1 is nan", stacklevel=2)
+        return float("nan")
+    counts_K = sums_KD[:, -1]
+    present = counts_K > 0
+    if present.sum() < 2:
+        raise UsageError(f"NC1 needs samples of two classes or more, and all are of class {int(counts_K.argmax())}")
+    means_KD = sums_KD[:, :-1] / counts_K.clamp(min=1)[:, None]
+    whiten_DR = _whiten(means_KD[present], eps)
+    total = torch.zeros(1, dtype=torch.float64, device=device)
+    for (_, labels), h_ND in zip(batches, features, strict=True):
+        total += ((h_ND - means_KD[labels]) @ whiten_DR).square().sum()
+    total = world.sum(total)
+    if not whiten_DR.shape[1]:
+        warnings.warn("all classes have the same mean before the classifier: NC1 is nan", stacklevel=2)
+        return float("nan")
+    return float(total / counts_K.sum() / present.sum())
+
+
+def _whiten(means_CD: Tensor, eps: float) -> Tensor:
+    """W [D, R] with W W^T = pinv(Sigma_B), from the singular values of the centred class means: never D x D.
+
+    >>> _whiten(torch.tensor([[1.0, 0.0], [5.0, 0.0]]).double(), 1e-7).abs()
+    tensor([[0.5000],
+            [0.0000]], dtype=torch.float64)
+    """
+    num_classes = len(means_CD)
+    _, s, directions_RD = torch.linalg.svd(means_CD - means_CD.mean(0), full_matrices=False)
+    keep = s > 4 * eps * means_CD.norm()
+    keep[num_classes - 1 :] = False  # centred rows add up to 0: one singular value is rounding, whatever its size
+    return directions_RD[keep].T * (num_classes**0.5 / s[keep])
+
+
+def _features(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], int, str]:
+    """What enters the classifier, [n, D] per block; the number of classes; what is wrong with the network, or ''."""
+    names = {module: name or "itself" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    last: list[Any] = []  # of this pass: module, input, output
+
+    def ran(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        last[:] = [module, [*args, *kwargs.values()][0], output]
+
+    features: list[Tensor] = []
+    num_classes = 0
+    handles = [module.register_forward_hook(ran, with_kwargs=True) for module in names]
+    try:
+        with observing(model):
+            for images, _ in batches:
+                last.clear()
+                logits = model(images)
+                if not last:
+                    return [], 0, "without running any nn.Linear"
+                module, h_ND, output = last
+                if output is not logits:
+                    return [], 0, f"in something after its last nn.Linear ({names[module]})"
+                if h_ND.ndim != 2:
+                    return [], 0, f"in {names[module]}, which is given {[*h_ND.shape]}"
+                features.append(h_ND)
+                num_classes = logits.shape[1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return features, num_classes, ""

@@ -72,7 +72,8 @@ class ModelConfig(Section):
     """Which network."""
 
     name: str = "lenet5"
-    """lenet5, mlp, or module.path:factory of your own, called with num_classes and in_channels."""
+    """lenet5, mlp, torchvision:NAME, timm:NAME, or module.path:factory of your own, called with num_classes and
+    in_channels."""
     widths: tuple[PositiveInt, ...] = (512, 512, 512, 512, 512)
     """Hidden widths of the mlp."""
 

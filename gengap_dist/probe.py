@@ -1,49 +1,121 @@
-"""Measure the near-rank loss of a network's layers on a fixed set of training images, without training it.
+"""Measure the near-rank loss of a network's layers, and its rivals, on a fixed set of training images; trains nothing.
 
 Examples:
-  gengap probe --model lenet5                       an untrained LeNet-5 on digits
-  gengap probe --model runs/lb4096                  a run's last checkpoint, on the run's own data and probe set
-  gengap probe --model my.module:make --data mnist --data_root DIR --layers 'block*' --out probes/mine
-  torchrun --nproc_per_node 2 -m gengap_dist.probe --model lenet5
+  gengap probe --model lenet5                             an untrained LeNet-5 on digits
+  gengap probe --model runs/lb4096                        a run's last weights, on the run's own data and probe set,
+                                                          beside its untrained network
+  gengap probe --model runs/lb4096@best --rivals hessian keskar --out probes/lb4096
+  gengap probe --model torchvision:vgg16 --data cifar10 --data_root DIR --views flatten --num_samples 128 256 512 1024
+  gengap probe --model timm:resnet18 --weights resnet18.pt --layers auto 'layer*.*' --out probes/mine --mlflow
+  torchrun --nproc_per_node 2 -m gengap_dist.probe --model my.module:make
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gengap_dist import cli
 from gengap_dist.config import RunConfig, UsageError, load_yaml, merge, nested, validate
 
+if TYPE_CHECKING:  # torch is slow to import, and --help does not need it
+    from torch import Tensor
+
+    Network = tuple[int, Path, dict[str, Tensor] | None]
+
 PROG = "gengap probe"
+RIVALS = ("norms", "weights", "neural_collapse", "hessian", "keskar")
 
 
 def command(argv: Sequence[str]) -> int:
-    """Measure, print a table, and with --out write the spectra."""
+    """Measure, print a table, and with --out write spectra, figures and a page."""
     options = _parse(argv)
-    folder = Path(options.model)
+    folder, wanted = _split(options.model)
     is_run = (folder / "run.json").exists()
     if folder.is_dir() and not is_run:
         raise UsageError(f"--model ({options.model}) is a folder without run.json: give the folder of a run")
+    if options.mlflow and not options.out:
+        raise UsageError("--mlflow sends what is in --out: give --out DIR as well")
     config = _config(options, load_yaml(folder / "config.yaml") if is_run else {"model": {"name": options.model}})
     out = Path(options.out).resolve() if options.out else None
 
-    from gengap_dist.run import probe_once
-    from gengap_dist.tracking.record import dump_spectra, prepare_folder, write_atomically
-    from gengap_dist.world import connect, disconnect
+    from gengap_dist.run import probe
+    from gengap_dist.tracking.record import prepare_folder
+    from gengap_dist.world import connect, disconnect, environment
 
+    networks = _of_run(folder, wanted) if is_run else _of_file(options.weights)
+    if out and environment()[0] == 0:
+        prepare_folder(out, "run.json", resume=False)
     world = connect(config.launch)
-    spectra = probe_once(config, world, folder / "checkpoints" / "last.pt" if is_run else None)
+    world.barrier()  # the folder is there, or rank 0 has said why not
+    found = probe(config, world, networks, out)
     if world.rank == 0:
-        from gengap_dist.report.terminal import print_spectra
-
-        print_spectra(spectra, title=f"{options.model} on {config.data.name}")
-        if out:
-            prepare_folder(out, "spectra.npz", resume=False)
-            write_atomically(out / "spectra.npz", dump_spectra(spectra))
-            print(f"spectra  {out / 'spectra.npz'}")
+        _show(options, config, found, out)
     disconnect()
     return cli.OK
+
+
+def _show(options: argparse.Namespace, config: RunConfig, found: list[Any], out: Path | None) -> None:
+    from gengap_dist.report.terminal import print_observation, wide_console
+
+    step, last = found[-1]
+    untrained = found[0][1] if len(found) > 1 else None
+    print_observation(last, untrained, title=f"{options.model} on {config.data.name}, step {step:,}")
+    if not out:
+        return
+    from gengap_dist.report.collect import read_study
+    from gengap_dist.report.page import write_report
+
+    say = wide_console().print
+    page = write_report(read_study(out))
+    say(f"spectra  {out / 'spectra'}\nfigures  {out / 'figures'}\nreport   {page}", highlight=False, soft_wrap=True)
+    if options.mlflow:
+        from gengap_dist.report.terminal import ui_command
+        from gengap_dist.tracking.mlflow_sink import sync_now
+
+        uri = sync_now(out, options.tracking_uri, lambda name, done, total: None)
+        say(f"mlflow   {ui_command(uri)}", highlight=False, soft_wrap=True)
+
+
+def _split(model: str) -> tuple[Path, str]:
+    """A run's folder and which of its weights; the last, unless `@` says otherwise.
+
+    >>> _split("runs/a@0"), _split("runs/a")
+    ((PosixPath('runs/a'), '0'), (PosixPath('runs/a'), 'last'))
+    """
+    folder, at, step = model.rpartition("@")
+    return (Path(folder), step) if at else (Path(model), "last")
+
+
+def _of_run(folder: Path, wanted: str) -> "list[Network]":
+    """The untrained network and the weights wanted: `last`, `best`, or a step that the run has kept."""
+    from gengap_dist import checkpoint
+
+    path = folder / "checkpoints" / "last.pt"
+    untrained = (0, path, None)
+    if wanted == "0":
+        return [untrained]
+    state = checkpoint.load(path)
+    kept = {"last": (state["step"], path, state["model"])}
+    if best := state["best"]:
+        kept["best"] = (best["step"], path, best["model"])
+    by_step = {str(step): (step, where, weights) for step, where, weights in kept.values()}
+    if wanted not in kept | by_step:
+        names = ", ".join(f"{name} (step {step})" for name, (step, _, _) in kept.items())
+        raise UsageError(f"--model: the run in {folder} has kept no weights of step {wanted}: choose 0, {names}")
+    return [untrained, (kept | by_step)[wanted]]
+
+
+def _of_file(weights: Path | None) -> "list[Network]":
+    """The untrained network, and the one in a file if one is given."""
+    if weights is None:
+        return [(0, Path(), None)]
+    from gengap_dist import checkpoint
+
+    state = checkpoint.load(weights)
+    for key in ("model", "state_dict"):  # as many tools nest them
+        state = state.get(key, state)
+    return [(0, weights, None), (1, weights, state)]
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -51,15 +123,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", required=True, help="lenet5, mlp, module.path:factory, or the folder of a run (its last checkpoint)")
+    add(
+        "--model",
+        required=True,
+        help="lenet5, mlp, torchvision:NAME, timm:NAME, module.path:factory, or the folder of a run: RUN_DIR (its last "
+        "weights), RUN_DIR@best, RUN_DIR@STEP, RUN_DIR@0 (untrained)",
+    )
+    add("--weights", type=Path, metavar="FILE", help="state dict for the model (torch.save); a run has its own")
     add("--data", help="data set: digits (default), mnist, fashion_mnist, cifar10, cifar100, imagefolder")
     add("--data_root", help="folder with the data set's files")
-    add("--num_samples", type=int, help="training images in the probe set (default 2048, clipped to the set)")
-    add("--layers", nargs="+", help="auto (every non-linearity), layer names or globs")
-    add("--views", nargs="+", help="channel, pool, flatten: how a convolution's activation becomes a matrix")
+    add("--image_size", type=int, help="side of the images; smaller ones are zero-padded (default 32)")
+    add("--num_samples", type=int, nargs="+", help="training images in the probe set; several numbers give rank by N")
+    add("--layers", nargs="+", help="auto (every non-linearity and residual block; default), layer names or globs")
+    add("--views", nargs="+", help="channel, token, pool, flatten: how an activation becomes a matrix")
+    add("--method", help="gram (default) or tsqr (slower, lower floor)")
+    add("--memory_mib", type=int, help="most memory that the probe may take on a rank (default 512)")
+    add("--rivals", nargs="*", choices=RIVALS, help="what else to measure (default: norms weights neural_collapse)")
     add("--seed", type=int, help="seed of an untrained network's weights")
     add("--dtype", help="float32 (default) or float64")
-    add("--out", help="folder for spectra.npz")
+    add("--out", help="folder for spectra (npz), figures and a page; must be new or empty")
+    add("--mlflow", action="store_true", help="send what is in --out to MLflow as a run")
+    add("--tracking_uri", help="MLflow store (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)")
     add("--debug", action="store_true", help="show Python's traceback when something goes wrong")
     return parser.parse_args(list(argv))
 
@@ -68,9 +152,13 @@ def _config(options: argparse.Namespace, base: dict[str, Any]) -> RunConfig:
     given = {
         "data.name": options.data,
         "data.root": options.data_root,
+        "data.image_size": options.image_size,
         "probe.num_samples": options.num_samples,
         "probe.layers": options.layers,
         "probe.views": options.views,
+        "probe.method": options.method,
+        "probe.memory_mib": options.memory_mib,
+        "probe.rivals": options.rivals,
         "seed": options.seed,
         "train.dtype": options.dtype,
     }

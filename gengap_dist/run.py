@@ -6,7 +6,7 @@ Every launcher ends here, on every rank, with RANK, WORLD_SIZE, LOCAL_RANK, MAST
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from gengap_dist.data.order import Order, stream
 from gengap_dist.data.resident import Batches, Normalise
 from gengap_dist.loop import Score, evaluate, train_step
 from gengap_dist.models.norm import GhostBatchNorm1d, average_buffers, has_batch_norm
-from gengap_dist.observe import Observer, seconds
+from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import lr_at
 from gengap_dist.probes.cadence import Cadence, at_epochs, either, evenly, every, log_spaced, thinned
@@ -80,6 +80,50 @@ def run(
         record.finish(DIVERGED, result, str(error))
     world.barrier()  # when any rank returns, the folder is complete
     return result
+
+
+def probe(
+    config: RunConfig, world: World, networks: Sequence[tuple[int, Path, dict[str, Tensor] | None]], out: Path | None
+) -> list[tuple[int, Observation]]:
+    """Measure networks on the config's probe set without training, controls included. Collective.
+
+    Args:
+        config: data, model and probe.
+        world: the ranks.
+        networks: optimizer steps behind the weights, the file they are from, and the weights; None: untrained.
+        out: folder for a record like a run's, or None.
+
+    Raises:
+        UsageError: if the config does not fit the data or the model, or the weights do not fit the model.
+    """
+    splits = _load_data(config, world, lambda done, total, note: None)
+    model = _build_model(config, splits, world)
+    train_set = splits.train.to(world.device)
+    normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
+    observer = Observer(config, train_set, normalise, flat(model), world)
+    record = Record(out) if out and world.rank == 0 else NoRecord()
+    found = []
+    for number, (step, path, state) in enumerate(networks):
+        if state is not None:
+            checkpoint.restore(model, state, path)
+        if number == 0:
+            facts = {
+                "data": catalog.summary(splits, config.data) if world.rank == 0 else None,
+                "world_size": world.size,
+                "device": str(world.device.type),
+                "launcher": "probe",
+                "num_parameters": sum(p.numel() for p in model.parameters()),
+                "num_steps": networks[-1][0],
+                "num_probe_samples": observer.num_samples,
+            }
+            record.start(config, facts)
+            record.resume(0, 0.0, {})
+        found.append((step, observer(model, controls=True)))
+        for probe_set, spectra in found[-1][1].spectra.items():
+            record.spectra(step, spectra, probe_set)
+        record.log(step, 0.0, found[-1][1].metrics)
+    record.finish(FINISHED, {"num_steps": networks[-1][0]})
+    return found
 
 
 class _Session:

@@ -3,14 +3,17 @@
 import importlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from gengap_dist.config import UsageError, did_you_mean
 from gengap_dist.models.lenet5 import lenet5
 from gengap_dist.models.mlp import mlp
+from gengap_dist.models.zoo import timm_model, torchvision_model
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"lenet5": lenet5, "mlp": mlp}
+ZOOS: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "timm": timm_model}
 
 
 def build(
@@ -25,8 +28,8 @@ def build(
     """A freshly initialised network; images [n, in_channels, image_size, image_size] to logits [n, num_classes].
 
     Args:
-        name: a key of MODELS, or `module.path:factory` of the caller's own. A factory is given what its signature names
-            of num_classes, in_channels, image_size, widths and ghost_size.
+        name: a key of MODELS, `torchvision:NAME`, `timm:NAME`, or `module.path:factory` of the caller's own. A factory
+            is given what its signature names of num_classes, in_channels, image_size, widths and ghost_size.
         num_classes: width of the last layer.
         in_channels: channels of the images.
         image_size: side of the square images.
@@ -62,8 +65,10 @@ def _factory(name: str) -> Callable[..., nn.Module]:
     if not colon:
         raise UsageError(
             f"model.name ({name}) is no model{did_you_mean(name, [*MODELS])}: "
-            f"choose one of {', '.join(MODELS)}, or module.path:factory"
+            f"choose one of {', '.join(MODELS)}, torchvision:NAME, timm:NAME, or module.path:factory"
         )
+    if module_name in ZOOS:
+        return partial(ZOOS[module_name], attribute)
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

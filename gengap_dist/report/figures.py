@@ -1,6 +1,5 @@
 """The pictures of a report, drawn from run folders. Each function returns a figure, or None where there is no data."""
 
-from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -57,7 +56,8 @@ def _arms(study: StudyData) -> list[tuple[str, list[RunData]]]:
     return [(arm, runs) for arm in study.arms if (runs := study.of(arm))]
 
 
-def _batch_axis(axes: Axes, sizes: list[int]) -> None:
+def batch_axis(axes: Axes, sizes: list[int]) -> None:
+    """A base-2 axis with a tick at each of `sizes`."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(set(sizes)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: size_label(size)))
@@ -87,7 +87,7 @@ def accuracy_by_batch(study: StudyData) -> Figure | None:
         axes.errorbar(
             x, 100 * mean, yerr=100 * half if half else None, fmt="D", color=c, capsize=4, markersize=6, label=arm
         )
-    _batch_axis(axes, sizes)
+    batch_axis(axes, sizes)
     axes.set_xlabel("global batch (samples per step)")
     axes.set_ylabel("test accuracy, %")
     low, high = axes.get_ylim()
@@ -142,7 +142,7 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Figure 
             panel.plot([x] * len(values), values, "o", color=c, alpha=0.45, markersize=4, mew=0)
             if np.isfinite(values).any():
                 panel.plot(x, np.nanmean(values), "D", color=c, markersize=6)
-        _batch_axis(panel, sizes)
+        batch_axis(panel, sizes)
         panel.set_title(key)
         if name == "near_rank_loss":
             panel.set_ylim(-0.04, 1.04)
@@ -199,7 +199,7 @@ def spectra_over_steps(study: StudyData) -> Figure | None:
 
 def curves(study: StudyData) -> Figure | None:
     """Training loss by step and by epoch, validation accuracy by epoch: the first seed strong, the others faint."""
-    arms = _arms(study)
+    arms = [(arm, runs) for arm, runs in _arms(study) if len(runs[0].series("train/loss")[0])]
     if not arms:
         return None
     figure = Figure(figsize=(12.5, 3.4))
@@ -256,41 +256,3 @@ def measures_over_steps(study: StudyData) -> Figure | None:
         axes.set_xlabel("step")
     panels[1].legend(fontsize=8)
     return figure
-
-
-Draw = Callable[[StudyData], Figure | None]
-
-STUDY_FIGURES: dict[str, tuple[Draw, str]] = {  # file name: how it is drawn, what it shows
-    "accuracy_by_batch": (
-        accuracy_by_batch,
-        "Test accuracy by global batch. Dots are seeds, diamonds their mean, bars the 95% t interval of the mean.",
-    ),
-    "near_rank_loss_rel": (
-        lambda study: by_layer(study, "near_rank_loss", "rel_1e-2", "share of singular values below 0.01 s1"),
-        "Near-rank loss, relative threshold: share of singular values below 1% of the largest, on the fixed probe set. "
-        "Dots are finished runs, diamonds their mean; the dashed line is the same networks before training.",
-    ),
-    "near_rank_loss_abs": (
-        lambda study: by_layer(study, "near_rank_loss", "abs_1e-2", "share of singular values below 0.01"),
-        "Near-rank loss, absolute threshold: share of singular values (divided by the square root of N) below 0.01.",
-    ),
-    "effective_rank": (
-        lambda study: by_layer(study, "effective_rank", "", "effective rank"),
-        "Effective rank (Roy & Vetterli 2007) of the raw activations, trained against untrained.",
-    ),
-    "spectra": (
-        spectra_over_steps,
-        "Singular values of three layers while training goes on, from dark to bright; the first arm of each batch "
-        "size, first seed. "
-        "Values below the numerical floor (dotted) say nothing and are not drawn.",
-    ),
-    "curves": (
-        curves,
-        "Training loss by step and by epoch, and validation accuracy; the first seed strong, the others faint.",
-    ),
-}
-RUN_FIGURES: dict[str, tuple[Draw, str]] = {
-    "measures": (measures_over_steps, "Near-rank loss and effective rank of the layers while the network trains."),
-    "spectra": STUDY_FIGURES["spectra"],
-    "curves": STUDY_FIGURES["curves"],
-}

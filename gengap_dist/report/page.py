@@ -11,6 +11,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from gengap_dist.report import figures
+from gengap_dist.report.catalogue import RUN_FIGURES, STUDY_FIGURES
 from gengap_dist.report.collect import StudyData, metric
 from gengap_dist.report.terminal import interval, last_layer, percent, points, study_rows
 from gengap_dist.study.pairing import spread
@@ -20,7 +21,7 @@ from gengap_dist.tracking.record import write_atomically
 def write_report(study: StudyData) -> Path:
     """Report and figures of a study (or of a run, as `read_study` sees it); the page's path."""
     is_study = (study.folder / "study.json").exists()
-    catalogue = figures.STUDY_FIGURES if is_study else figures.RUN_FIGURES
+    catalogue = STUDY_FIGURES if is_study else RUN_FIGURES
     pictures = []
     (study.folder / "figures").mkdir(exist_ok=True)
     with matplotlib.rc_context(figures.STYLE):

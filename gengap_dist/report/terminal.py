@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from gengap_dist.observe import Observation
 from gengap_dist.probes.spectrum import LayerSpectrum
 from gengap_dist.report.collect import RunData, StudyData, metric, read_run
 from gengap_dist.study.pairing import Paired, spread
@@ -123,6 +123,12 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
         )
     if table := layer_table(run):
         console.print(table)
+    if left_out := result.get("probe_left_out"):
+        console.print(
+            f"probe.budget ({run.info['config']['probe']['budget']:.0%} of the run's time) left out {len(left_out)} "
+            f"measurement(s), at steps {', '.join(map(str, left_out))}; probe.budget=null takes them all",
+            highlight=False,
+        )
     console.print(f"run     {out}\nreport  {page}", highlight=False, soft_wrap=True)
     if uri:
         console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)
@@ -146,28 +152,59 @@ def layer_table(run: RunData) -> Table | None:
     return table
 
 
-def print_spectra(spectra: Iterable[LayerSpectrum], title: str) -> None:
-    """One row per layer and view, with a bar for the near-rank loss."""
-    table = Table(title=f"{title}: near-rank loss", title_justify="left")
-    heads = ("layer", "samples", "units", "dead", "below 0.01 s1", "", "below 0.01", "effective rank", "s max", "floor")
+def print_observation(found: Observation, untrained: Observation | None, title: str) -> None:
+    """One row per layer and view, with a bar for the near-rank loss; then the controls and the rivals."""
+    before = {s.key: s.measures() for s in untrained.spectra[""]} if untrained else {}
+    table = Table(title=f"{title}: near-rank loss" + (" (untrained -> now)" if before else ""), title_justify="left")
+    heads = ("layer", "N", "D", "dead", "below 0.01 s1", "", "below 0.01", "effective rank", "s max", "floor")
     for number, head in enumerate(heads):
         table.add_column(head, justify="left" if number in (0, 5) else "right", no_wrap=True)
-    for s in spectra:
-        values = s.measures()
+    for s in found.spectra[""]:
+        values, then = s.measures(), before.get(s.key, {})
         small = values["near_rank_loss/rel_1e-2"]
         table.add_row(
             s.key,
             f"{s.num_samples:,}",
-            str(s.num_units),
+            f"{s.num_units:,}" + (" > N" if s.num_units > s.num_samples else ""),
             str(s.dead_units),
-            f"{small:.1%}",
-            "█" * round(10 * small),
-            f"{values['near_rank_loss/abs_1e-2']:.1%}" if "near_rank_loss/abs_1e-2" in values else "-",
-            f"{values['effective_rank']:.2f}" if "effective_rank" in values else "-",
+            _change(then, values, "near_rank_loss/rel_1e-2", ".1%"),
+            "\u2588" * round(10 * small),
+            _change(then, values, "near_rank_loss/abs_1e-2", ".1%"),
+            _change(then, values, "effective_rank", ".2f"),
             f"{values['sigma_max']:.3g}",
             f"{s.floor:.1g}",
         )
-    wide_console().print(table)
+    console = wide_console()
+    console.print(table)
+    if len(sets := {name: spectra for name, spectra in found.spectra.items() if name != "weights"}) > 1:
+        console.print(_samples_table(sets))
+    for name, value in found.metrics.items():
+        if name.split("/")[0] in ("nc1", "hessian", "keskar_sharpness", "distance_from_init", "weight_norm"):
+            console.print(f"{name} {value:.4g}", highlight=False)
+
+
+def _samples_table(sets: dict[str, list[LayerSpectrum]]) -> Table:
+    """Raw near-rank loss and effective rank of every layer, by probe set, smaller sets first."""
+    table = Table(title="by number of probe samples: share below 0.01 s1, effective rank", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    columns = [*(name for name in sets if name), ""]
+    for name in columns:
+        table.add_column(name or "the probe set", justify="right", no_wrap=True)
+    for key in [s.key for s in sets[""] if not s.centred]:
+        found = [next((s.measures() for s in sets[name] if s.key == key), {}) for name in columns]
+        shown = [f"{m['near_rank_loss/rel_1e-2']:.1%}, {m['effective_rank']:.2f}" if m else "-" for m in found]
+        table.add_row(key, *shown)
+    return table
+
+
+def _change(then: dict[str, float], now: dict[str, float], name: str, style: str) -> str:
+    """A measure, after what it was in the untrained network.
+
+    >>> _change({"a": 0.5}, {"a": 0.25}, "a", ".0%"), _change({}, {}, "a", ".0%")
+    ('50% -> 25%', '-')
+    """
+    shown = format(now[name], style) if name in now else "-"
+    return f"{format(then[name], style)} -> {shown}" if name in then else shown
 
 
 def wide_console() -> Console:

@@ -3,8 +3,9 @@
     python benchmarks/probe_cost.py [--rounds 3] [--only ResNet-56]
 
 Two ranks hold N = 1,024 rows of the layers that ResNet-56 and VGG-16 have on 32 x 32 images. Both ways get the same
-rows in memory (the forward pass is not counted) and give the same singular values; they take turns, and the figures are
-medians over rounds. Peak memory is rank 0's VmHWM above what it held before; bytes are what crossed the loopback device.
+rows in memory (the forward pass is not counted) and give the same singular values; they take turns, and the figures
+are medians over rounds. Peak memory is rank 0's VmHWM above what it held before; bytes are what crossed the loopback
+device.
 """
 
 import argparse
@@ -135,18 +136,18 @@ def main() -> None:
     for process in ranks:
         process.join()
     print(f"torch {torch.__version__}, {NUM_RANKS} ranks of 1 thread, N = {NUM_SAMPLES}, medians of {options.rounds}")
-    print(
-        "       D     usual s    ours s   times  (range)        usual MiB  ours MiB  share   wire MiB usual, ours   max error / s1"
-    )
+    heads = ("D", "usual s", "ours s", "times as fast", "usual MiB", "ours MiB", "share", "wire", "ours", "error / s1")
+    widest = (8, 9, 8, 22, 11, 10, 7, 8, 6, 12)
+    print("".join(f"{head:>{width}}" for head, width in zip(heads, widest, strict=True)))
     medians = {key: statistics.median(values) for key, values in seen.items()}
     for width in widths:
         pairs = zip(seen[width, "usual", "s"], seen[width, "gengap_dist", "s"], strict=True)
         ratios = sorted(a / b for a, b in pairs)
         u, o = ([medians[width, way, key] for key in ("s", "peak", "wire")] for way in WAYS)
-        print(
-            f"{width:8,} {u[0]:11.2f} {o[0]:9.2f} {statistics.median(ratios):7.1f}  ({ratios[0]:.1f} to {ratios[-1]:.1f})"
-            f"{u[1]:14.0f} {o[1]:9.0f} {o[1] / u[1]:6.2f} {u[2]:14.0f} {o[2]:6.0f} {max(seen[width, 'error', 'error']):17.1e}"
-        )
+        times = f"{statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f})"
+        cells = [f"{width:,}", f"{u[0]:.2f}", f"{o[0]:.2f}", times, f"{u[1]:.0f}", f"{o[1]:.0f}", f"{o[1] / u[1]:.2f}"]
+        cells += [f"{u[2]:.0f}", f"{o[2]:.0f}", f"{max(seen[width, 'error', 'error']):.0e}"]
+        print("".join(f"{cell:>{room}}" for cell, room in zip(cells, widest, strict=True)))
     for name, layers in models.items():
         u, o = (sum(medians[width, way, "s"] * count for width, count in layers.items()) for way in WAYS)
         print(

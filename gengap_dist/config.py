@@ -428,7 +428,8 @@ def validate(model: type[C], tree: Mapping[str, Any]) -> C:
 
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     first, *more = error.errors()
-    name = ".".join(str(part) for part in first["loc"])
+    *path, last = first["loc"] or ("",)
+    name = ".".join(map(str, path if isinstance(last, int) else [*path, last]))  # the list, not its first element
     rest = f" ({len(more)} more to mend)" if more else ""
     match first["type"]:
         case "extra_forbidden":

@@ -25,7 +25,7 @@ from gengap_dist.models.norm import GhostBatchNorm1d, average_buffers, has_batch
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import lr_at
-from gengap_dist.probes.cadence import Cadence, at_epochs, either, evenly, every, log_spaced, thinned
+from gengap_dist.probes.cadence import Cadence, at_epochs, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.capture import observing
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
@@ -335,20 +335,19 @@ class _Session:
         return self.noise.metrics()
 
     def _probe_exceeds_budget(self) -> bool:
-        """Whether to leave out the measurement that the cadence has for this step.
-
-        What is still to come and what it will cost are projected from what was seen so far. The ends are always
-        measured; of the others every second, third, ... is taken, so that all together keep to the budget.
-        """
+        """Whether to leave out the measurement that the cadence has for this step; the ends are always measured."""
         budget = self.config.probe.budget
         if budget is None or self.step == self.num_steps or not self._probe_may_come(self.step):
             return False
-        cost = max(self._probe_seconds_each, 1e-9)
-        to_come = [step for step in range(self.step, self.num_steps) if self.probe_due(step)]
-        pace = (self.record.seconds() - self.probe_seconds) / self.step
-        rest = pace * self.num_steps  # of the run, without probes
-        affordable = (budget / (1 - budget) * rest - self.probe_seconds) / cost - 1  # one is for the end
-        return self._left_out_in_a_row + 1 < thinned(len(to_come), affordable)
+        elapsed = self.record.seconds() - self.probe_seconds
+        return exceeds(
+            budget,
+            spent=self.probe_seconds,
+            each=self._probe_seconds_each,
+            rest_of_run=elapsed / self.step * self.num_steps,
+            num_to_come=sum(map(self.probe_due, range(self.step, self.num_steps))),
+            left_out_in_a_row=self._left_out_in_a_row,
+        )
 
     # -- measurements -------------------------------------------------------------------------------------------------
 

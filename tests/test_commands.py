@@ -128,14 +128,82 @@ def test_probe_measures_untrained_and_trained(tmp_path, gengap):
     assert done.returncode == 0, done.stderr
     assert "fc2/centred" in done.stdout
     assert "conv1" not in done.stdout
-    assert (tmp_path / "spectra" / "spectra.npz").exists()
+    assert (tmp_path / "spectra" / "spectra" / "step_00000000.npz").exists()
+    assert (tmp_path / "spectra" / "figures" / "all_spectra.png").stat().st_size > 10_000
     assert gengap("train", *QUICK, "--out", "run").returncode == 0
-    done = gengap("probe", "--model", "run", "--out", "again")
+    words = ["--num_samples", 16, 32, "--rivals", "norms", "hessian"]
+    done = gengap("probe", "--model", "run", *words, "--out", "again", "--mlflow")
+    assert done.returncode == 0, done.stderr
+    assert "hessian/eigenvalue_1" in done.stdout
+    from gengap_dist.tracking.record import load_spectra, read_metrics
+
+    assert gengap("probe", "--model", "run", "--out", "third").returncode == 0
+    for step in ("00000000", "00000003"):  # the untrained network and the run's own
+        for other in ("again", "third"):
+            of_run = load_spectra(tmp_path / "run" / "spectra" / f"step_{step}.npz")
+            again = load_spectra(tmp_path / other / "spectra" / f"step_{step}.npz")
+            assert of_run.keys() == again.keys()
+            assert all((of_run[key][0] == again[key][0]).all() for key in of_run), (step, other)
+    lines = {line["step"]: line for line in read_metrics(tmp_path / "again")}
+    ran = {line["step"]: line for line in read_metrics(tmp_path / "run")}
+    assert lines.keys() == {0, 3}
+    assert "effective_rank/fc2/n16" in lines[3]
+    assert lines[3]["distance_from_init"] == ran[3]["distance_from_init"] > 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("gengap_dist").experiment_id])
+    (sent,) = [run for run in runs if run.info.run_name == "again"]
+    assert sent.data.metrics["hessian/trace"] == pytest.approx(lines[3]["hessian/trace"])
+    assert {"figures", "report.html", "spectra"} <= {f.path for f in client.list_artifacts(sent.info.run_id)}
+
+
+def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, gengap):
+    import torch
+
+    assert gengap("train", *QUICK, "--out", "run").returncode == 0
+    for which, shown in {"@0": "step 0", "@3": "step 3", "@best": "step"}.items():
+        done = gengap("probe", "--model", f"run{which}", "--rivals")
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
+    done = gengap("probe", "--model", "run@7")
+    assert done.returncode == 2
+    assert "has kept no weights of step 7: choose 0, last (step 3)" in done.stderr
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
+    torch.save({"state_dict": state}, tmp_path / "weights.pt")
+    words = ["--num_samples", 60, "--rivals"]
+    from_file = gengap("probe", "--model", "lenet5", "--weights", "weights.pt", *words)
+    from_run = gengap("probe", "--model", "run", *words)
+    assert from_file.returncode == 0, from_file.stderr
+    assert from_file.stdout.splitlines()[1:] == from_run.stdout.splitlines()[1:]  # all but the title
+    done = gengap("probe", "--model", "mlp", "--weights", "weights.pt")
+    assert done.returncode == 2
+    assert "is of another model" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "layer"), [("torchvision:resnet18", "layer4.1.relu#2"), ("timm:resnet10t", "layer4.0.act2")]
+)
+def test_probe_of_other_peoples_models(gengap, model, layer):
+    done = gengap("probe", "--model", model, "--num_samples", 64, "--views", "pool", "flatten")
+    assert done.returncode == 0, done.stderr
+    assert f"{layer}/flatten/centred" in done.stdout
+    assert "16,384 > N" in done.stdout or "4,096 > N" in done.stdout
+
+
+def test_probe_under_torchrun_is_the_probe_alone(tmp_path, gengap):
+    words = ["--model", "lenet5", "--num_samples", "200", "--views", "pool", "flatten", "--dtype", "float64"]
+    assert gengap("probe", *words, "--out", "one").returncode == 0
+    torchrun = Path(sys.executable).parent / "torchrun"
+    command = [torchrun, "--standalone", "--nproc_per_node", "2", "-m", "gengap_dist.probe", *words, "--out", "two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     from gengap_dist.tracking.record import load_spectra
 
-    trained = load_spectra(tmp_path / "run" / "spectra" / "step_00000003.npz")
-    again = load_spectra(tmp_path / "again" / "spectra.npz")
-    assert all((trained[key][0] == again[key][0]).all() for key in trained)
+    one, two = (load_spectra(tmp_path / name / "spectra" / "step_00000000.npz") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        assert abs(one[key][0] - two[key][0]).max() <= 1e-9 * one[key][0][0], key
 
 
 @pytest.mark.parametrize(
@@ -145,6 +213,13 @@ def test_probe_measures_untrained_and_trained(tmp_path, gengap):
         ("probe", ["--model", "."], "a folder without run.json"),
         ("probe", ["--model", "lenet5", "--layers", "fc22"], "did you mean fc2"),
         ("probe", ["--model", "lenet5", "--num_samples", "1"], "probe.num_samples (1)"),
+        ("probe", ["--model", "lenet5", "--mlflow"], "--mlflow sends what is in --out"),
+        ("probe", ["--model", "lenet5", "--views", "chanel"], "probe.views (chanel)"),
+        ("probe", ["--model", "torchvision:resnet81"], "did you mean resnet18"),
+        ("probe", ["--model", "timm:resnet81"], "is no network of timm"),
+        ("probe", ["--model", "torchvision:vit_b_16", "--image_size", "33"], "cannot be built for images of 33 x 33"),
+        ("probe", ["--model", "lenet5", "--weights", "nowhere.pt"], "nowhere.pt is missing"),
+        ("probe", ["--model", "lenet5", "--memory_mib", "1", "--views", "flatten"], "memory_mib: raise it to"),
         ("report", ["nowhere"], "neither run.json nor study.json"),
         ("study", [], "a study needs its arms"),
         ("study", ["--config", str(DEMO)], "study is not set"),

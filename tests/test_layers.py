@@ -21,6 +21,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.tracking": 2.5,  # records what probes found
     "gengap_dist.loop": 3,
     "gengap_dist.checkpoint": 3,
+    "gengap_dist.observe": 3.5,
     "gengap_dist.run": 4,
     "gengap_dist.launchers": 5,
     "gengap_dist.study": 5,

@@ -57,14 +57,32 @@ def either(*cadences: Cadence) -> Cadence:
     return lambda step: any(due(step) for due in cadences)
 
 
-def thinned(num_due: int, num_affordable: float) -> int:
-    """Take every how many-th measurement, if `num_due` are to come and so many are affordable.
+def exceeds(
+    budget: float, *, spent: float, each: float, rest_of_run: float, num_to_come: int, left_out_in_a_row: int
+) -> bool:
+    """Whether to leave out a measurement that is due, so that all together keep to a share of the run's time.
 
-    >>> thinned(6, 6.5), thinned(6, 2.5), thinned(6, 0.0)
-    (1, 3, 7)
+    If not all that are to come are affordable, every second, third, ... of them is taken: the cadence is stretched, not
+    cut off. Not a pure function of the step, as it looks at clocks: one rank decides for all.
+
+    Args:
+        budget: largest share of the whole run's time, probes included, that they may take.
+        spent: seconds that measurements took so far.
+        each: seconds that one takes.
+        rest_of_run: seconds that everything else will have taken when the run ends.
+        num_to_come: measurements that are due from now on, this one included, but for the last, which is always taken.
+        left_out_in_a_row: how many were left out since the last that was taken.
+
+    >>> def left_out(num_to_come, in_a_row):  # 5% of 100 s pay for 5 measurements of 1 s, one of them the last
+    ...     facts = dict(spent=0.0, each=1.0, rest_of_run=95.0)
+    ...     return exceeds(0.05, **facts, num_to_come=num_to_come, left_out_in_a_row=in_a_row)
+    >>> left_out(4, 0), left_out(8, 0), left_out(7, 1)
+    (False, True, False)
     """
-    affordable = math.floor(num_affordable)
-    return num_due + 1 if affordable < 1 else max(1, -(-num_due // affordable))
+    if budget >= 1:
+        return False
+    affordable = math.floor((budget / (1 - budget) * rest_of_run - spent) / max(each, 1e-9) + 1e-9) - 1
+    return affordable < 1 or left_out_in_a_row + 1 < -(-num_to_come // affordable)
 
 
 def every(num: int) -> Cadence:

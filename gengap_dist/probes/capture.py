@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,23 +48,51 @@ def _is_engine(model: nn.Module) -> bool:
 def observing(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no autocast, no TF32, uncompiled, forked random numbers; all is put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
     devices = {parameter.device for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=True, allow_tf32=False))
+        stack.enter_context(_exact_kernels())
         stack.enter_context(torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]))
         for kind in {device.type for device in devices} | {"cpu"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         try:
-            torch.set_float32_matmul_precision("highest")
             model.eval()
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def _exact_kernels() -> Iterator[None]:
+    """Deterministic convolutions, and no TF32 or bfloat16 where float32 is multiplied.
+
+    Torch has two interfaces to the latter. The older refuses to answer, outside as well as in here, once the newer one
+    has been used in a way that it cannot express; the newer is a tree, in which what is set above holds below.
+    """
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    older = [
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        (*_switch(cudnn, "allow_tf32"), False),
+    ]
+    ops = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    newer = [(*_switch(place, "fp32_precision"), "ieee") for place in (torch.backends, cudnn, *ops)]
+    with ExitStack() as stack:
+        for read, write, exact in [(*_switch(cudnn, "deterministic"), True), *older, *newer]:
+            try:
+                before = read()
+            except RuntimeError:  # of the older interface; the newer one, below, knows
+                continue
+            if before != exact:
+                stack.callback(write, before)
+                write(exact)
+        yield
+
+
+def _switch(place: object, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """Functions that read and write an attribute."""
+    return partial(getattr, place, name), partial(setattr, place, name)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ NON_LINEAR = {
 }  # fmt: skip
 CHANNELS_FIRST = ("conv", "batch_norm", "group_norm", "instance_norm", "max_pool", "avg_pool")
 CHANNELS_LAST = ("linear", "layer_norm", "rms_norm")
-REORDERS = {"permute", "transpose", "movedim", "moveaxis", "swapaxes", "reshape", "view", "flatten", "unflatten"}
+RESHAPES = {"reshape", "view", "flatten", "unflatten"}
+REORDERS = RESHAPES | {"permute", "transpose", "movedim", "moveaxis", "swapaxes"}
 
 Pattern = str | type[nn.Module]
 
@@ -51,13 +52,24 @@ def reported_names(model: nn.Module) -> dict[str, str]:
     >>> reported_names(nn.Sequential(OrderedDict(fc1=unit)))
     {'fc1': 'fc1', 'fc1.affine': 'fc1.affine', 'fc1.act': 'fc1'}
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = uncompiled(model)
     names = {}
     for name in modules:
         parent, _, last = name.rpartition(".")
         is_unit = last == "act" and type(modules.get(parent)) is nn.Sequential
-        names[name] = (parent if is_unit else name).replace("._orig_mod", "")
+        names[name] = parent if is_unit else name
     return names
+
+
+def uncompiled(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules inside a network by name, as if torch.compile had wrapped none of them.
+
+    >>> uncompiled(nn.Sequential(torch.compile(nn.ReLU())))
+    {'0': ReLU()}
+    """
+    modules = dict(model.named_modules())
+    inner = {name: module for name, module in modules.items() if name and f"{name}._orig_mod" not in modules}
+    return {name.replace("._orig_mod", ""): module for name, module in inner.items()}
 
 
 def trace(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]]:
@@ -70,7 +82,7 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]]:
     calls: list[Layer] = []
     counts: Counter[int] = Counter()
     handles = []
-    modules = dict(model.named_modules())
+    modules = uncompiled(model)
     for name, given in reported_names(model).items():
         handles.append(modules[name].register_forward_pre_hook(watch.enter))
         handles.append(modules[name].register_forward_hook(_recorder(given, watch, calls, counts)))
@@ -130,12 +142,20 @@ class _Watch(TorchFunctionMode):
         elif any(word in name for word in CHANNELS_FIRST):
             self.last[id(out)] = False
         elif name in REORDERS:
-            if self.made_by.get(id(args[0])) == "residual" and name in ("reshape", "view"):
-                self.made_by[id(out)] = "residual"
+            if name in RESHAPES and inputs:
+                self.reshaped(name, inputs[0], out)
         else:
             known = [self.last[id(arg)] for arg in inputs if id(arg) in self.last and arg.shape == out.shape]
             if known:
                 self.last[id(out)] = known[0]
+
+    def reshaped(self, name: str, tensor: Tensor, out: Tensor) -> None:
+        """The same activation, and the same dimension of units unless that was split or merged with another."""
+        if self.made_by.get(id(tensor)) == "residual" and name in ("reshape", "view"):
+            self.made_by[id(out)] = "residual"
+        last = self.last.get(id(tensor))
+        if last is not None and (out.shape[-1:] == tensor.shape[-1:] if last else out.shape[:2] == tensor.shape[:2]):
+            self.last[id(out)] = last
 
     def channels_last(self, out: Tensor) -> bool:
         """As followed; where that is not known, [N, T, D] and [N, D, H, W] are assumed."""
@@ -212,7 +232,7 @@ def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> li
         chosen |= {id(call) for call in found}
     layers = [call for call in calls if id(call) in chosen]
     times = Counter(layer.name for layer in layers)
-    full = {id(module): name for name, module in model.named_modules()}
+    full = {id(module): name for name, module in uncompiled(model).items()}
     return [
         layer._replace(name=full[id(layer.module)] + layer.name[layer.name.find("#") :] * ("#" in layer.name))
         if times[layer.name] > 1  # a unit and its own non-linearity
@@ -222,10 +242,10 @@ def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> li
 
 
 def _modules(model: nn.Module, pattern: Pattern) -> set[int]:
-    modules, names = dict(model.named_modules()), reported_names(model)
+    modules, names = uncompiled(model), reported_names(model)
     if not isinstance(pattern, str):
         return {id(modules[name]) for name in names if isinstance(modules[name], pattern)}
-    units = {given for name, given in names.items() if given != name.replace("._orig_mod", "")}
+    units = {given for name, given in names.items() if given != name}
     found = {name for name, given in names.items() if _matches(given, pattern) and name not in units}
     return {id(modules[name]) for name in found or names if found or _matches(name, pattern)}
 

@@ -58,7 +58,7 @@ def weight_spectra(model: nn.Module, *, world: World | None = None) -> list[Laye
 def _spectrum(name: str, matrix: Tensor, s: Tensor) -> LayerSpectrum:
     floor = FLOOR * float(s[0])
     return LayerSpectrum(
-        layer=name.removesuffix(".weight"),
+        layer=name.removesuffix(".weight").replace("._orig_mod", ""),  # what torch.compile adds
         view="weight",
         centred=False,
         num_samples=matrix.shape[0],

@@ -93,12 +93,13 @@ def rank_by_samples(study: StudyData) -> Figure | None:
                 panel.plot(size, untrained, color=colour(study, arm), linestyle="--", linewidth=1, marker=".")
                 panel.plot(size, trained, color=colour(study, arm), marker="o", markersize=4)
                 if own is not None:
-                    panel.plot([own[0]] * 2, own[1:], "*", color=colour(study, arm), markersize=8)
+                    panel.plot(own[0], own[1], "*", color=colour(study, arm), markersize=9, markerfacecolor="none")
+                    panel.plot(own[0], own[2], "*", color=colour(study, arm), markersize=9)
             panel.set_title(key if row == 0 else "")
             if name == "near_rank_loss":
                 panel.set_ylim(-0.04, 1.04)
             else:
-                panel.set_ylim(bottom=0)
+                panel.set_ylim(0, 1.1 * panel.dataLim.y1)
         grid[row, 0].set_ylabel(label)
     for panel in grid[1]:
         batch_axis(panel, sorted(every_size))

@@ -41,7 +41,11 @@ class DDP(Strategy):
         """See `Strategy.backward`."""
         loss.backward()
 
-    def _sum(self, state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+    def _sum(
+        self,
+        state: None,
+        bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+    ) -> torch.futures.Future[Tensor]:
         """A bucket's gradients summed over ranks, where DDP itself would take the mean."""
         if self.watching:
             self._energies.append(torch.linalg.vector_norm(bucket.buffer(), dtype=torch.float64).square())

@@ -1,6 +1,7 @@
 """Against a float64 SVD of the gathered rows, for any shape, any split over 1 to 4 ranks, and the worst matrices."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_every_singular_value(crews, case):
     rng = np.random.default_rng(case["seed"])
     rows = torch.from_numpy(matrix(case["kind"], case["n"], case["d"], rng)).to(case["dtype"])
     edges = [0, *sorted(round(cut * len(rows)) for cut in case["cuts"][: case["size"] - 1]), len(rows)]
-    shards = [list(rows[a:b].split(17)) for a, b in zip(edges, edges[1:], strict=False)]
+    shards = [list(rows[a:b].split(17)) for a, b in pairwise(edges)]
     shards = [[part for part in shard if len(part)] for shard in shards]  # a rank may have nothing at all
     answers = crews[case["size"]](probe, shards, case["method"], case["memory_mib"])
     for other in answers[1:]:

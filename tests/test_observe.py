@@ -1,0 +1,129 @@
+"""Controls and rivals in a run: what is measured when, and what it costs."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from gengap_dist.config import DataConfig
+from gengap_dist.data import catalog
+from gengap_dist.probes.cadence import exceeds
+from gengap_dist.tracking.record import load_spectra, read_info, read_metrics
+from tests.conftest import train
+
+SHORT = {"train__steps": 6, "batch__global_size": 40, "probe__num_samples": 100}
+
+
+def test_controls_are_measured_at_both_ends(tmp_path):
+    train(tmp_path / "sweep", **SHORT | {"probe__num_samples": [30, 100, 60], "probe__own_batch": True})
+    folder = tmp_path / "sweep" / "spectra"
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"n30", "n60", "own_batch", "weights"}
+    for name, size in {"n30": 30, "n60": 60, "own_batch": 40, "": 100}.items():
+        values, facts = load_spectra(folder / name / "step_00000006.npz")["fc2"]
+        assert facts["num_samples"] == size
+        lines = list(read_metrics(tmp_path / "sweep"))
+        metric = "/".join(filter(None, ("near_rank_loss/fc2", name, "abs_1e-2")))
+        assert lines[-1][metric] == (values < 1e-2).mean()
+        assert metric in lines[0]
+        assert (metric in lines[2]) == (not name)  # in between, only the probe set itself
+    assert read_info(tmp_path / "sweep")["num_probe_samples"] == 100
+
+
+def test_a_smaller_probe_set_is_part_of_the_larger(tmp_path):
+    train(tmp_path / "sweep", **SHORT | {"probe__num_samples": [30, 100]})
+    train(tmp_path / "alone", **SHORT | {"probe__num_samples": 30})
+    sweep = load_spectra(tmp_path / "sweep" / "spectra" / "n30" / "step_00000006.npz")
+    alone = load_spectra(tmp_path / "alone" / "spectra" / "step_00000006.npz")
+    assert all((sweep[key][0] == alone[key][0]).all() for key in alone)
+
+
+def test_a_probe_set_smaller_than_asked(tmp_path):
+    with pytest.warns(UserWarning, match=r"probe.num_samples \(5,000\) is more than the 1,294 training images"):
+        train(tmp_path / "run", **SHORT | {"probe__num_samples": 5000})
+    assert read_info(tmp_path / "run")["num_probe_samples"] == 1294
+
+
+def all_convolutional(num_classes: int, in_channels: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 4, 5, stride=3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, num_classes, 1),
+        nn.Flatten(),
+    )  # fmt: skip
+
+
+def test_a_rival_that_does_not_fit_the_model_is_left_out_and_training_goes_on(tmp_path):
+    with pytest.warns(UserWarning, match="neural_collapse is left out: NC1 needs a network that ends in an nn.Linear"):
+        train(tmp_path / "run", **SHORT, model__name="tests.test_observe:all_convolutional")
+    lines = list(read_metrics(tmp_path / "run"))
+    assert not any("nc1" in line for line in lines)
+    assert "distance_from_init" in lines[-1]
+
+
+def test_dear_rivals_when_asked(tmp_path):
+    train(tmp_path / "run", **SHORT, probe__rivals=["hessian", "keskar"])
+    last = list(read_metrics(tmp_path / "run"))[-1]
+    assert last["hessian/eigenvalue_1"] >= last["hessian/eigenvalue_2"]
+    assert last["keskar_sharpness"] > 0
+    assert last["probe_seconds/hessian"] > 0
+    assert not {"nc1", "noise_scale", "distance_from_init"} & last.keys()
+
+
+def test_one_size_of_gradient_gives_no_noise_scale(tmp_path):
+    train(tmp_path / "run", **SHORT)  # 40 samples in one micro-batch
+    assert read_info(tmp_path / "run")["small_size"] is None
+    assert not any(name.startswith("noise_scale") for line in read_metrics(tmp_path / "run") for name in line)
+
+
+def test_cadences_add_up(tmp_path):
+    more = {"train__steps": 40, "probe__every": 15, "probe__at_epochs": [0.5], "probe__per_decade": 1}
+    train(tmp_path / "run", **SHORT | more)  # 33 steps an epoch
+    probed = [line["step"] for line in read_metrics(tmp_path / "run") if "effective_rank/fc2" in line]
+    assert probed == [0, 1, 10, 15, 16, 30, 40]
+
+
+def test_labels_shuffled():
+    plain, shuffled = (catalog.load(DataConfig(shuffle_labels=on)) for on in (False, True))
+    same = plain.train.labels == shuffled.train.labels
+    assert 0.05 < same.double().mean() < 0.2  # by chance, one in ten
+    assert torch.equal(plain.train.labels.bincount(), shuffled.train.labels.bincount())
+    assert torch.equal(plain.train.pixels, shuffled.train.pixels)
+    assert torch.equal(plain.val.labels, shuffled.val.labels)
+    assert torch.equal(plain.test.labels, shuffled.test.labels)
+    assert plain.digest() != shuffled.digest()
+
+
+@pytest.mark.parametrize("cost", [0.01, 0.4, 3.0, 40.0])
+@pytest.mark.parametrize("spacing", [1, 7, 100])
+def test_a_budget_is_kept(cost, spacing):
+    """A simulated run: steps of 1 s, measurements of `cost` seconds every `spacing` steps, a budget of 5%."""
+    num_steps, spent, taken, in_a_row = 1000, cost, [0], 0
+    due = [step for step in range(1, num_steps) if step % spacing == 0]
+    for step in due:
+        to_come = sum(1 for other in due if other >= step)
+        facts = {"spent": spent, "each": cost, "rest_of_run": float(num_steps)}
+        if exceeds(0.05, **facts, num_to_come=to_come, left_out_in_a_row=in_a_row):
+            in_a_row += 1
+            continue
+        in_a_row, spent = 0, spent + cost
+        taken.append(step)
+    spent += cost  # the last is always taken
+    allowance = 0.05 / 0.95 * num_steps
+    assert spent <= max(allowance, 2 * cost) + 1e-9
+    if 2 * cost + len(due) * cost <= allowance:
+        assert taken[1:] == due  # nothing is left out without need
+    elif allowance > 6 * cost:
+        assert spent > allowance / 3  # nor much more than needed
+        gaps = [b - a for a, b in pairwise(taken)]
+        assert max(gaps[1:]) <= 3 * min(gaps[1:]) + spacing  # stretched, not cut off
+
+
+def test_a_run_keeps_its_budget_on_all_ranks_and_says_so(tmp_path, gengap):
+    words = ["--train.steps", 12, "--probe.num_samples", 50, "--probe.every", 2, "--mlflow.enabled", "false"]
+    words += ["--launch.num_processes", 2, "--probe.budget", 1e-6, "--out", "run"]
+    done = gengap("train", *words)
+    assert done.returncode == 0, done.stderr
+    probed = [line["step"] for line in read_metrics(tmp_path / "run") if "effective_rank/fc2" in line]
+    assert probed == [0, 12]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["probe_left_out"] == [1, 2, 4, 5, 6, 8, 10]
+    assert "left out 7 measurement(s), at steps 1, 2, 4, 5, 6, 8, 10" in done.stdout

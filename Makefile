@@ -18,6 +18,7 @@ check: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/gram_floor.py
+	$(BIN)/python benchmarks/probe_cost.py
 	$(BIN)/python benchmarks/throughput.py --data $(or $(GENGAP_DATA),data)
 
 .venv/bin/pip:

@@ -1,19 +1,23 @@
-"""How small a singular value can a float64 Gram matrix show? Prints the noise on matrices whose rank is known.
+"""How small a singular value can be measured? Prints the noise on matrices whose rank is known.
 
     python benchmarks/gram_floor.py
 
-Half of the D singular values of each matrix are exactly zero. What the Gram matrix makes of the first of them, relative
-to the largest, is noise; `sqrt(eps)` is 1.5e-8. Float32 matrices are only zero to 1e-8 there, see the last column.
+Half of the D singular values of each matrix are exactly zero. What Gram matrix and TSQR make of the first of them,
+relative to the largest, is noise; `sqrt(eps)` is 1.5e-8, `eps` 2.2e-16. Float32 matrices are only zero to 1e-8 there,
+see the last column.
 """
 
 import torch
+
+from gengap_dist.probes.gram import Gram, Square
+from gengap_dist.probes.tsqr import Triangle
 
 EPS = torch.finfo(torch.float64).eps
 NUM_SAMPLES = 2048
 
 
-def noise(units: int, dtype: torch.dtype, seed: int) -> tuple[float, float]:
-    """The first singular value that should be zero, relative to the largest: by Gram matrix, and by a direct SVD."""
+def noise(units: int, dtype: torch.dtype, seed: int) -> tuple[float, float, float]:
+    """The first singular value that should be zero, relative to the largest: by Gram, by TSQR, and by a direct SVD."""
     generator = torch.Generator().manual_seed(seed)
     rank = max(1, units // 2)
     left, right = (
@@ -21,24 +25,26 @@ def noise(units: int, dtype: torch.dtype, seed: int) -> tuple[float, float]:
     )
     shift = 3.0 * (seed % 2)  # every other matrix has the large mean of ReLU units, which adds one to the rank
     matrix = (left @ right + shift).to(dtype).double()
-    gram = torch.zeros(units, units, dtype=torch.float64)
+    squares: list[Square] = [Gram(units, torch.device("cpu")), Triangle(units, torch.device("cpu"))]
     for rows in matrix.split(128):
-        gram.addmm_(rows.T, rows)
-    by_gram = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt()
-    direct = torch.linalg.svdvals(matrix)
+        for square in squares:
+            square.add(rows.T.clone())
     first = rank + seed % 2
-    return float(by_gram[first] / by_gram[0]), float(direct[first] / direct[0])
+    found = [*(square.singular_values() for square in squares), torch.linalg.svdvals(matrix)]
+    by_gram, by_tsqr, direct = (float(values[first] / values[0]) for values in found)
+    return by_gram, by_tsqr, direct
 
 
 def main() -> None:
     """Print the table."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, N = {NUM_SAMPLES}")
-    print("dtype           D   Gram noise / s1   in sqrt(eps)   direct SVD / s1")
+    print("dtype           D   Gram / s1   in sqrt(eps)   TSQR / s1   in eps   direct SVD / s1")
     for dtype in (torch.float64, torch.float32):
         for units in (6, 16, 64, 256, 512, 1024):
             results = [noise(units, dtype, seed) for seed in range(8 if units < 512 else 2)]
-            worst, direct = (max(column) for column in zip(*results, strict=True))
-            print(f"{str(dtype)[6:]:8} {units:8} {worst:17.1e} {worst / EPS**0.5:14.2f} {direct:17.1e}")
+            gram, tsqr, direct = (max(column) for column in zip(*results, strict=True))
+            shown = f"{gram:11.1e} {gram / EPS**0.5:14.2f} {tsqr:11.1e} {tsqr / EPS:8.1f} {direct:17.1e}"
+            print(f"{str(dtype)[6:]:8} {units:8} {shown}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Observer:
         self.train_set, self.normalise, self.initial_P, self.world = train_set, normalise, initial_P, world
         self._order = torch.from_numpy(stream(config.data.split_seed, 2).permutation(len(train_set)))
         asked = max(self.config.num_samples)
-        if asked > len(train_set):
+        if self.config.enabled and asked > len(train_set):
             warnings.warn(
                 f"probe.num_samples ({asked:,}) is more than the {len(train_set):,} training images: "
                 "all of them are measured",

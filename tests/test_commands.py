@@ -123,6 +123,7 @@ def test_a_rank_that_dies_is_reported_and_the_run_can_go_on(tmp_path, gengap):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
 def test_probe_measures_untrained_and_trained(tmp_path, gengap):
     done = gengap("probe", "--model", "lenet5", "--num_samples", 64, "--layers", "fc*", "--out", "spectra")
     assert done.returncode == 0, done.stderr

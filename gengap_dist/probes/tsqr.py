@@ -18,7 +18,7 @@ from gengap_dist.world import World
 class Triangle(Square):
     """R of a QR decomposition of B^T."""
 
-    relative_floor = 64 * 2.0**-52  # 64 eps; 20 eps is what noise reaches, see benchmarks/gram_floor.py
+    relative_floor = 64 * 2.0**-52  # 64 eps; 6 eps is what noise reaches, see benchmarks/gram_floor.py
 
     def __init__(self, size: int, device: torch.device) -> None:
         """Of no columns yet."""

@@ -52,6 +52,34 @@ def ours(rows_ND: Tensor, world: World) -> Tensor:
 WAYS = {"usual": usual, "gengap_dist": ours}
 
 
+class Replay(nn.Module):
+    """A network whose layers put out stored rows: inputs are row numbers."""
+
+    def __init__(self, layers: dict[int, int], generator: torch.Generator) -> None:
+        """Random rows for every layer of a model in LAYERS."""
+        super().__init__()
+        widths = [width for width, count in layers.items() for _ in range(count)]
+        self.layers = nn.ModuleList(nn.Identity() for _ in widths)
+        shape = (NUM_SAMPLES // NUM_RANKS,)
+        self.rows = [torch.randn(*shape, width, generator=generator).relu_() for width in widths]
+
+    def forward(self, numbers_n1: Tensor) -> None:
+        """[n, 1] row numbers."""
+        for layer, rows in zip(self.layers, self.rows, strict=True):
+            layer(rows[numbers_n1[:, 0]])
+
+
+def whole_model(name: str, world: World) -> float:
+    """Seconds for all flattened layers of a model in one call, as a run measures them."""
+    model = Replay(LAYERS[name], torch.Generator().manual_seed(world.rank))
+    numbers = torch.arange(NUM_SAMPLES // NUM_RANKS)[:, None].split(128)
+    world.barrier()
+    began = time.perf_counter()
+    measure(model, numbers, layers="layers.*", centred=(False,), world=world)
+    world.barrier()
+    return time.perf_counter() - began
+
+
 def status(key: str) -> float:
     """A line of /proc/self/status, in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -79,7 +107,7 @@ def one(way: str, rows_ND: Tensor, world: World) -> tuple[dict[str, float], Tens
     return figures, values
 
 
-def rank_main(rank: int, port: int, widths: list[int], rounds: int, results: Any) -> None:
+def rank_main(rank: int, port: int, models: list[str], widths: list[int], rounds: int, results: Any) -> None:
     """One rank: every width, every way, in turns."""
     import os
 
@@ -104,6 +132,11 @@ def rank_main(rank: int, port: int, widths: list[int], rounds: int, results: Any
             if rank == 0:
                 error = float((values["usual"] - values["gengap_dist"]).abs().max() / values["usual"][0])
                 results.put((width, "error", {"error": error}))
+    for name in models:
+        for _ in range(rounds):
+            seconds = whole_model(name, world)
+            if rank == 0:
+                results.put((name, "gengap_dist", {"s": seconds}))
     results.put(None)
     disconnect()
 
@@ -119,12 +152,12 @@ def main() -> None:
     context = get_context("spawn")
     results, port = context.Queue(), free_port()
     ranks = [
-        context.Process(target=rank_main, args=(rank, port, widths, options.rounds, results))
+        context.Process(target=rank_main, args=(rank, port, [*models], widths, options.rounds, results))
         for rank in range(NUM_RANKS)
     ]
     for process in ranks:
         process.start()
-    seen: dict[tuple[int, str, str], list[float]] = {}
+    seen: dict[tuple[int | str, str, str], list[float]] = {}  # width of a layer, or name of a model
     running = NUM_RANKS
     while running:
         if (got := results.get(timeout=600)) is None:
@@ -149,9 +182,11 @@ def main() -> None:
         cells += [f"{u[2]:.0f}", f"{o[2]:.0f}", f"{max(seen[width, 'error', 'error']):.0e}"]
         print("".join(f"{cell:>{room}}" for cell, room in zip(cells, widest, strict=True)))
     for name, layers in models.items():
-        u, o = (sum(medians[width, way, "s"] * count for width, count in layers.items()) for way in WAYS)
+        one_by_one = sum(medians[width, "usual", "s"] * count for width, count in layers.items())
+        seconds = medians[name, "gengap_dist", "s"]
         print(
-            f"all {sum(layers.values())} flattened layers of {name}: {u:.0f} s and {o:.1f} s, {u / o:.1f} times as fast"
+            f"all {sum(layers.values())} flattened layers of {name}: usual, layer by layer, {one_by_one:.0f} s; "
+            f"gengap_dist, in one call, {seconds:.1f} s: {one_by_one / seconds:.1f} times as fast"
         )
 
 

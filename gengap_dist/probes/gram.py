@@ -27,12 +27,11 @@ class Square(ABC):
         """More columns of B, float64; they may be overwritten."""
 
     @abstractmethod
-    def copy(self) -> Self:
-        """One that can be changed without changing this one."""
-
-    @abstractmethod
     def fold(self, weight: float) -> Self:
-        """Of the k - 1 rows that remain when the last one, times `weight`, is added to each of the others."""
+        """Of the k - 1 rows that remain when the last one, times `weight`, is added to each of the others.
+
+        In place: with a weight other than 0 this one is used up.
+        """
 
     @abstractmethod
     def energies(self) -> Tensor:
@@ -64,14 +63,13 @@ class Gram(Square):
         for at in range(0, len(piece_kn), PANEL):
             self.matrix_kk[at : at + PANEL, at:].addmm_(piece_kn[at : at + PANEL], piece_kn[at:].T)
 
-    def copy(self) -> "Gram":
-        """See `Square.copy`."""
-        return self._of(self.matrix_kk.clone())
-
     def fold(self, weight: float) -> "Gram":
         """See `Square.fold`."""
-        last = weight * self.matrix_kk[:-1, -1]
-        return self._of(self.matrix_kk[:-1, :-1] + (last[:, None] + last + weight**2 * self.matrix_kk[-1, -1]))
+        rest, last = self.matrix_kk[:-1, :-1], weight * self.matrix_kk[:-1, -1]
+        if weight:
+            rest += last + weight**2 * self.matrix_kk[-1, -1]
+            rest += last[:, None]
+        return self._of(rest)
 
     def energies(self) -> Tensor:
         """See `Square.energies`."""

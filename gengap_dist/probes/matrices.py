@@ -47,12 +47,10 @@ class Tall:
         self.count = count
 
     def merged(self, centred: bool) -> Square:
-        """All rows, as they are or centred."""
-        if centred:
-            return self.square
-        raw = self.square.copy()
-        raw.add(self.mean_D[:, None] * self.count**0.5)
-        return raw
+        """All rows, centred or as they are; the latter last, for it is made in place."""
+        if not centred:
+            self.square.add(self.mean_D[:, None] * self.count**0.5)
+        return self.square
 
     def dead_units(self) -> int:
         """Columns of zeros."""
@@ -98,7 +96,7 @@ class Wide:
                 self.add(torch.cat(received))
 
     def merged(self, centred: bool) -> Square:
-        """All columns, as they are or centred."""
+        """All columns, centred or as they are; the latter last, for it is made in place."""
         return self.square.fold(0.0 if centred else 1.0)
 
     def dead_units(self) -> int:

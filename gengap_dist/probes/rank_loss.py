@@ -290,7 +290,8 @@ def _solve(
     Floor: what the method leaves of the matrix's own largest singular value, plus what the rounding of the activations
     themselves leaves, which is relative to the largest singular value of the raw matrix.
     """
-    jobs = list(product(ready, dict.fromkeys([False, *centred])))  # raw always: its s_1 sets the floor
+    num_dead = {number: matrix.dead_units() for number, matrix in ready.items()}
+    jobs = list(product(ready, sorted({False, *centred}, reverse=True)))  # raw always: its s_1 sets the floor
     sizes = [min(sites[number].num_units, sites[number].num_rows) for number, _ in jobs]
     values = torch.zeros(sum(sizes), dtype=torch.float64, device=world.device)
     for at, ((number, c), part) in enumerate(zip(jobs, values.split(sizes), strict=True)):
@@ -317,7 +318,7 @@ def _solve(
                     num_units=site.num_units,
                     singular_values=torch.where(s > floor, s, 0.0) / site.num_rows**0.5,
                     floor=floor / site.num_rows**0.5,
-                    dead_units=matrix.dead_units(),
+                    dead_units=num_dead[number],
                 )
             )
     return found

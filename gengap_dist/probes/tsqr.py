@@ -34,10 +34,6 @@ class Triangle(Square):
         """See `Square.add`."""
         self.root_kk = torch.linalg.qr(torch.cat([self.root_kk, piece_kn.T]), mode="r").R
 
-    def copy(self) -> "Triangle":
-        """See `Square.copy`."""
-        return self._of(self.root_kk)  # `add` makes a new one
-
     def fold(self, weight: float) -> "Triangle":
         """See `Square.fold`."""
         return self._of(self.root_kk[:, :-1] + weight * self.root_kk[:, -1:])

@@ -1,4 +1,4 @@
-"""The noise scale: exact where expectations are, right on a planted problem, and fed the right gradients by the loop."""
+"""The noise scale: exact on expectations, right on a planted problem, and fed the right gradients by the loop."""
 
 import copy
 
@@ -84,18 +84,19 @@ SIZES = {"equal": [16, 16, 16, 16], "unequal": [4, 12, 16, 32], "one of four": [
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("lr", [0.0, 3e-3])
+@pytest.mark.parametrize("lr", [0.0, 5e-3])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_planted_noise_scale(sizes, lr, seed):
     """SGD on a quadratic: a sample's gradient is H (w - w*) + noise of covariance S, both diagonal and uneven.
 
-    tr S / |G|^2 is 200 at the start and, with a learning rate, 470 at the end; 64 samples a step: noise dominates.
+    tr S / |G|^2 is 50 at the start and, with a learning rate, about 100 at the end, on 64 samples a step: |G_B|^2 alone
+    would be 1.8 to 2.2 times too large. Over seeds, the scale's standard deviation is 1 to 3 %.
     """
     rng = np.random.default_rng(seed)
-    dims, global_size = 500, 64
+    dims, global_size, planted = 500, 64, 50
     curvatures, deviations = np.geomspace(0.1, 1, dims), np.geomspace(0.3, 3, dims)
     w = rng.choice([-1.0, 1.0], dims) / curvatures  # w* = 0
-    w *= (np.square(deviations).sum() / 200) ** 0.5 / np.linalg.norm(curvatures * w)
+    w *= (np.square(deviations).sum() / planted) ** 0.5 / np.linalg.norm(curvatures * w)
     scale, squares = NoiseScale(), []
     for _ in range(200):
         true = curvatures * w
@@ -109,10 +110,10 @@ def test_a_planted_noise_scale(sizes, lr, seed):
     found, trace = scale.metrics(), np.square(deviations).sum()
     squared = np.average(squares, weights=DECAY ** np.arange(len(squares))[::-1])
     assert found["noise_scale/gradient_squared"] == pytest.approx(squared, rel=0.1)
-    assert found["noise_scale/trace_covariance"] == pytest.approx(trace, rel=0.02)
+    assert found["noise_scale/trace_covariance"] == pytest.approx(trace, rel=0.05)
     assert found["noise_scale"] == pytest.approx(trace / squared, rel=0.1)
-    if lr:
-        assert squares[0] > 2 * squares[-1]
+    assert squares[0] == pytest.approx(trace / planted)
+    assert squares[0] > 1.5 * squares[-1] or not lr  # the optimizer does step
 
 
 # strategy, ranks: global and micro sizes. 5 on 3 ranks in ones: one rank has one micro-batch, the others two.
@@ -124,9 +125,10 @@ CASES = {
 
 
 def network() -> nn.Module:
-    """Wide enough for several of DDP's buckets."""
+    """Two of DDP's buckets: the first is full at 1 MiB."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 300), nn.Tanh(), nn.Linear(300, 10)).double()
+    body = nn.Sequential(nn.Flatten(), nn.Linear(1024, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh())
+    return body.append(nn.Linear(400, 10)).double()
 
 
 def energy(model: nn.Module, batches: Batches, indices: torch.Tensor, span: Span) -> float:
@@ -171,14 +173,13 @@ def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], li
 
 @pytest.mark.parametrize(("name", "size"), [*CASES])
 def test_the_loop_sums_the_right_gradients(name, size):
-    answers = on_ranks(size, steps, name)
+    answers = on_ranks(size, steps, name) if size > 1 else [steps(World(), name)]
     for answer in answers:
         assert len(answer) == 3 * len(CASES[name, size])
         for global_size, micro_size, watching, found, true in answer:
             where = (global_size, micro_size, watching)
             assert found[3] == pytest.approx(true[3], rel=1e-12), where
             assert found[:3] == (pytest.approx(true[:3], rel=1e-12) if watching else [0.0] * 3), where
-            assert true[0] > 2 * true[3] or not true[2], where  # small batches are noisier
     counts = {(case[0], case[1]): case[3][2] for case in answers[0]}
     nothing = {("single", 1): [(24, 24), (1, 1)]}.get((name, size), [(1, 1)])  # the whole batch in one micro-batch
     assert {case for case, count in counts.items() if not count} == {*nothing}

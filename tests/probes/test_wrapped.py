@@ -65,28 +65,37 @@ def error(found: dict[str, np.ndarray], true: dict[str, np.ndarray]) -> float:
     return max(float(np.abs(found[key] - s).max() / s.max()) for key, s in true.items())
 
 
+GRAPHS: list[object] = []
+
+
+def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable:
+    """Of torch.compile: keeps a list of what was compiled, and runs it as it is."""
+    GRAPHS.append(graph)
+    return graph.forward
+
+
 def compiled_inside(name: str) -> Callable[[Net], nn.Module]:
     def wrap(model: Net) -> nn.Module:
         parent, _, last = name.rpartition(".")
         inner = model.get_submodule(name)
-        setattr(model.get_submodule(parent), last, torch.compile(inner, backend="eager"))
+        setattr(model.get_submodule(parent), last, torch.compile(inner, backend=backend))
         return model
 
     return wrap
 
 
 def compiled_in_place(model: Net) -> nn.Module:
-    model.compile(backend="eager")
+    model.compile(backend=backend)
     return model
 
 
 WRAPPERS: dict[str, Callable[[Net], nn.Module]] = {
-    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled": lambda model: torch.compile(model, backend=backend),
     "compiled in place": compiled_in_place,
     "compiled conv": compiled_inside("conv"),
     "compiled conv.0": compiled_inside("conv.0"),
     "compiled act": compiled_inside("act"),
-    "compiled twice": lambda model: torch.compile(compiled_inside("conv")(model), backend="eager"),
+    "compiled twice": lambda model: torch.compile(compiled_inside("conv")(model), backend=backend),
     "DataParallel": nn.DataParallel,
 }
 
@@ -95,12 +104,17 @@ WRAPPERS: dict[str, Callable[[Net], nn.Module]] = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped_in_one_process(wrapper, layers):
     torch.compiler.reset()
+    GRAPHS.clear()
     true = spectra(net(), images(), layers=layers)
     model = WRAPPERS[wrapper](net())
     assert error(spectra(model, images(), layers=layers), true) == 0.0
+    assert not GRAPHS
     with torch.no_grad():
-        model.eval()(images()[0])  # now it is compiled, if it ever will be
+        model.eval()(images()[0])
+    graphs = len(GRAPHS)
+    assert graphs or wrapper == "DataParallel"  # it has run, compiled
     assert error(spectra(model, images(), layers=layers), true) == 0.0
+    assert len(GRAPHS) == graphs
     assert all("_orig_mod" not in s.key for s in weight_spectra(model))
 
 

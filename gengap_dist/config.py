@@ -162,7 +162,9 @@ class ProbeConfig(Section):
 
     enabled: bool = True
     """Measure activation spectra while training."""
-    num_samples: Annotated[tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(_one_or_many)] = (1024,)
+    num_samples: Annotated[
+        tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(_one_or_many), Field(min_length=1)
+    ] = (1024,)
     """Training images in the fixed probe set. Of several numbers the largest is the probe set; the first and the last
     measurement repeat it with each of the others, to tell rank from sample size."""
     own_batch: bool = False

@@ -69,8 +69,8 @@ def measure(
     >>> (raw.singular_values * 2**0.5).round(decimals=6).tolist()
     [3.0, 1.0]
     """
-    world = world or World()
     model = bare(model)
+    world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
     inputs = list(batches) if iter(batches) is batches else batches
     patterns = [layers] if isinstance(layers, str | type) else layers
     counts = _counts(inputs, world)

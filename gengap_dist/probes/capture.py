@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gengap_dist.config import UsageError
@@ -32,7 +31,7 @@ def bare(model: nn.Module) -> nn.Module:
             break
         model = inner
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
+        if hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):  # a DTensor, whose import takes a second
             raise UsageError(
                 f"parameter {name} is sharded over ranks (ZeRO stage 3 or FSDP), and probes need whole ones: "
                 "measure under ZeRO stage 0 to 2 or DDP, or load a checkpoint into the plain model"

@@ -97,3 +97,6 @@ def _environment(rank: int, size: int, port: int) -> None:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
+    import torch
+
+    torch.set_num_threads(1)  # the variable comes too late where a job's module has imported torch

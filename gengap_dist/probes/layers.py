@@ -67,9 +67,8 @@ def uncompiled(model: nn.Module) -> dict[str, nn.Module]:
     >>> uncompiled(nn.Sequential(torch.compile(nn.ReLU())))
     {'0': ReLU()}
     """
-    modules = dict(model.named_modules())
-    inner = {name: module for name, module in modules.items() if name and f"{name}._orig_mod" not in modules}
-    return {name.replace("._orig_mod", ""): module for name, module in inner.items()}
+    # what torch.compile wrapped comes right after the wrapper, and takes its place
+    return {name.replace("._orig_mod", ""): module for name, module in model.named_modules() if name}
 
 
 def trace(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]]:

@@ -322,7 +322,6 @@ def dealt(batches: Batches, world: World) -> dict[str, Batches]:
 
 
 def everything(world: World) -> dict:
-    torch.set_num_threads(1)
     model, batches = setting(torch.float64, noisy=False)
     return {
         (name, how): numbers(probe.call(model, mine, world))

@@ -54,7 +54,6 @@ def on_inputs(h: torch.Tensor, labels: torch.Tensor, num_classes: int = 4, size:
 
 
 def everything(world: World) -> dict:
-    torch.set_num_threads(1)
     out = {}
     for dtype in (torch.float64, torch.float32):
         model, batches = setting(dtype)

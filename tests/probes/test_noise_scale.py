@@ -152,7 +152,6 @@ def expected(model: nn.Module, batches: Batches, indices: torch.Tensor, plan: Ba
 
 def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], list[float]]]:
     """Found and expected in every case over three steps; nobody watches in the second."""
-    torch.set_num_threads(1)
     splits = catalog.load(DataConfig())
     batches = Batches(splits.train, Normalise(splits, world.device, torch.float64), (), 0)
     out = []

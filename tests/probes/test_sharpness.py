@@ -67,7 +67,6 @@ def refusal(call, *args, **options) -> str:
 
 
 def everything(world: World) -> dict:
-    torch.set_num_threads(1)
     out = {}
     for dtype, how in ((torch.float64, "dealt"), (torch.float64, "few"), (torch.float32, "dealt")):
         model, batches = setting(dtype)
@@ -111,7 +110,7 @@ class Bent(nn.Module):
 
 @pytest.fixture(scope="module")
 def on() -> dict[int, list[dict]]:
-    return {1: [everything(World())], 2: on_ranks(2, everything), 3: on_ranks(3, everything)}
+    return {size: on_ranks(size, everything) for size in (1, 2, 3)}
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def everything(world: World) -> dict:
 
 @pytest.fixture(scope="module")
 def on() -> dict[int, list[dict]]:
-    return {1: [everything(World())], 2: on_ranks(2, everything), 3: on_ranks(3, everything)}
+    return {size: on_ranks(size, everything) for size in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from gengap_dist import models
 from gengap_dist.batching import BatchPlan
-from gengap_dist.config import BatchConfig, DataConfig, LaunchConfig, OptimConfig
+from gengap_dist.config import BatchConfig, DataConfig, LaunchConfig, OptimConfig, RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
@@ -94,9 +94,9 @@ def gengap(world: World, global_size: int, root: Path) -> Contestant:
     splits = catalog.load(DataConfig(name="fashion_mnist", root=root, val_fraction=0.0))
     batches = Batches(splits.train, Normalise(splits, world.device, torch.float32), (), seed=0)
     order = Order(len(splits.train), global_size, seed=0)
-    strategy = DDP(world)
+    strategy = DDP(RunConfig(), world)
     model = fresh_model()
-    strategy.setup(model, build_optimizer(OptimConfig(), model.parameters()))
+    strategy.setup(model, partial(build_optimizer, OptimConfig()))
     spans = BatchPlan(global_size, world.size, BatchConfig().micro_size).micro_batches(world.rank)
     done = 0
 

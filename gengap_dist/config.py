@@ -111,16 +111,16 @@ class BatchConfig(Section):
 class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    """Optimizer: sgd (with momentum) or adamw."""
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    """Optimizer: sgd (with momentum), lars (sgd whose rate follows each layer's norms) or adamw."""
     lr: PositiveFloat = 0.02
     """Learning rate at optim.base_size when optim.scaling is set, else the rate itself."""
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """Momentum of sgd."""
+    """Momentum of sgd and lars."""
     nesterov: bool = False
-    """Nesterov momentum for sgd."""
+    """Nesterov momentum for sgd and lars."""
     weight_decay: NonNegativeFloat = 0.0
-    """L2 penalty (sgd) or decoupled decay (adamw)."""
+    """L2 penalty (sgd, lars) or decoupled decay (adamw)."""
     scaling: Literal["none", "linear", "sqrt"] = "none"
     """How the rate follows the global batch: lr * B/B0 (linear) or lr * sqrt(B/B0) (sqrt), B0 = optim.base_size."""
     base_size: PositiveInt | None = None
@@ -151,6 +151,8 @@ class TrainConfig(Section):
     """Optimizer steps; when set, train.epochs is not used."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters, activations and gradients."""
+    autocast: Literal["bfloat16"] | None = None
+    """Precision of matrix products and convolutions in training, if not train.dtype; parameters keep theirs."""
     num_evals: PositiveInt = 20
     """Validation passes, spread evenly over the run: as many for every arm, so that picking the best is fair."""
     log_every: PositiveInt = 1
@@ -201,23 +203,51 @@ class ProbeConfig(Section):
 class LaunchConfig(Section):
     """Where the ranks come from."""
 
-    backend: Literal["auto", "local", "torchrun"] = "auto"
-    """local starts the ranks itself; torchrun joins those already started; auto looks at the environment."""
+    backend: Literal["auto", "local", "torchrun", "ray"] = "auto"
+    """local starts the ranks itself; torchrun joins those already started (by torchrun, deepspeed or the like); ray asks
+    a Ray cluster for them; auto looks at the environment (ray under `ray job submit`)."""
     num_processes: PositiveInt = 1
-    """Ranks that the local launcher starts on this machine (torchrun decides for itself)."""
+    """Ranks that local or ray start (torchrun decides for itself)."""
+    max_processes: PositiveInt | None = None
+    """ray: any number of ranks from launch.num_processes to this one will do, as the cluster has room; the global batch
+    stays."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu (gloo), cuda (NCCL, one GPU a rank), or auto: cuda when every local rank can have one."""
-    strategy: Literal["auto", "single", "ddp"] = "auto"
-    """How gradients become one update; auto is single on one rank and ddp on more."""
+    strategy: Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"] = "auto"
+    """How gradients become one update: single (one rank), ddp, DeepSpeed's ZeRO stages, or torch's FSDP2, which shards
+    parameters too; auto is single on one rank and ddp on more."""
     timeout_seconds: PositiveInt = 600
     """How long a rank waits for the others before it gives up."""
+    hang_seconds: PositiveFloat = 60.0
+    """How long a rank waits before it says which rank it waits for, and where that one is."""
+    ray_address: str | None = None
+    """ray: the cluster, host:port or ray://host:port; null takes RAY_ADDRESS, a cluster on this machine, or starts one."""
+    resources_per_rank: dict[str, PositiveFloat] = {}
+    """ray: what a rank takes, such as {CPU: 4, GPU: 1}; without it one CPU, and a GPU if launch.device is cuda."""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """ray: whether ranks share nodes or spread over them."""
+    max_failures: NonNegativeInt = 3
+    """ray: how often ranks that died are started again, from the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _range_of_processes(self) -> Self:
+        if self.max_processes is not None and self.max_processes < self.num_processes:
+            raise ValueError(
+                f"launch.max_processes ({self.max_processes}) is below launch.num_processes ({self.num_processes}): "
+                "give the smaller number as launch.num_processes"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
-    """When the run saves itself."""
+    """When the run saves itself, and how much of that it keeps."""
 
     every_seconds: NonNegativeFloat = 60.0
     """Save at the first log point after this many seconds; the end of a run is always saved."""
+    every_steps: PositiveInt | None = None
+    """Save after every so many steps, too."""
+    keep: PositiveInt = 2
+    """Checkpoints kept; each holds the best weights so far as well."""
 
 
 class MlflowConfig(Section):

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +147,14 @@ class _Session:
         self._plans: dict[int, list[Span]] = {}
         self._check_norm()
 
-        optimizer = build_optimizer(config.optim, self.model.parameters())
         name = config.launch.strategy
         name = ("ddp" if world.size > 1 else "single") if name == "auto" else name
         if (name == "single") != (world.size == 1):
             raise UsageError(
                 f"launch.strategy ({name}) does not fit {world.size} rank(s): single is for one, ddp for more; use auto"
             )
-        self.strategy = STRATEGIES[name](world)
-        self.strategy.setup(self.model, optimizer)
+        self.strategy = STRATEGIES[name](config, world)
+        self.strategy.setup(self.model, partial(build_optimizer, config.optim))
         self.facts |= {
             "world_size": world.size,
             "device": str(world.device.type),
@@ -272,8 +272,7 @@ class _Session:
                 steps_per_epoch=order.steps_per_epoch,
                 num_steps=self.num_steps,
             )
-            for group in self.strategy.optimizer.param_groups:
-                group["lr"] = lr
+            self.strategy.set_lr(lr)
             torch.manual_seed((config.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)  # dropout and the like
             indices, epoch = order.indices(self.step), order.epoch(self.step)
             if len(indices) not in self._plans:

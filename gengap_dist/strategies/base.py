@@ -4,32 +4,52 @@ The seam is at the micro-step and at the step, never at clipping, backward or op
 """
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from gengap_dist.config import RunConfig
 from gengap_dist.world import World
+
+OptimizerState = dict[str, dict[str, Tensor]]
+"""What an optimizer remembers, by name of the parameter and of the quantity, whole; the same for every strategy."""
+BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class Strategy(ABC):
     """One model and its optimizer, trained by all ranks together."""
 
-    def __init__(self, world: World) -> None:
-        """A strategy for the ranks of `world`."""
-        self.world = world
+    def __init__(self, config: RunConfig, world: World) -> None:
+        """A strategy for the ranks of `world`.
+
+        Raises:
+            UsageError: if it cannot serve this config, or a package it needs is missing.
+        """
+        self.config, self.world = config, world
         self.model: nn.Module
+        """The network that trains; a sharded strategy holds only a part of each parameter, but every buffer."""
         self.optimizer: torch.optim.Optimizer
         self.watching = False
         """Whether `local_energy` will be asked for; it costs one pass over the gradients."""
 
-    def setup(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Take the model, whose weights are equal on all ranks, and its optimizer."""
-        self.model, self.optimizer = model, optimizer
+    def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
+        """Take the model, whose weights are equal on all ranks, and make its optimizer. Collective."""
+        self.model, self.optimizer = model, build(model)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [n, num_classes] of this rank's images [n, C, H, W], in the images' dtype."""
+        with self._autocast():
+            return self._forward(images).to(images.dtype)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        kind = self.config.train.autocast
+        return torch.autocast(self.world.device.type, dtype=getattr(torch, kind)) if kind else nullcontext()
 
     @abstractmethod
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [n, num_classes] of this rank's images [n, C, H, W]."""
+    def _forward(self, images: Tensor) -> Tensor:
+        """Logits, in whatever precision."""
 
     @abstractmethod
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
@@ -44,6 +64,11 @@ class Strategy(ABC):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients).double().square()
 
+    def set_lr(self, lr: float) -> None:
+        """Take the learning rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
     def step(self) -> Tensor:
         """Update the parameters and clear the gradients; the global gradient's 2-norm, a scalar on the device."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -51,3 +76,23 @@ class Strategy(ABC):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         return norm
+
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        """The plain network with all its parameters and buffers, on every rank, to look at. Collective.
+
+        It may be a copy: nothing that is written to it lasts.
+        """
+        return nullcontext(self.model)
+
+    def optimizer_state(self) -> OptimizerState:
+        """What the optimizer remembers, whole. Collective; ranks other than 0 may get less, or nothing."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {names[parameter]: dict(kept) for parameter, kept in self.optimizer.state.items() if kept}
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Go on from what the optimizer of any strategy remembered; `state` is whole, on every rank. Collective."""
+        for name, parameter in self.model.named_parameters():
+            if kept := state.get(name):
+                self.optimizer.state[parameter] = {
+                    key: value.to(parameter.device, copy=True) for key, value in kept.items()
+                }

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gengap_dist.strategies.base import Strategy
+from gengap_dist.strategies.base import BuildOptimizer, Strategy
 
 # Running statistics are averaged before evaluation instead of copied from rank 0 at every forward pass; torch has two
 # names for that, by version.
@@ -21,15 +21,14 @@ _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "bro
 class DDP(Strategy):
     """Gradients are summed over ranks while the last micro-batch's backward pass runs."""
 
-    def setup(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective."""
-        super().setup(model, optimizer)
+        super().setup(model, build)
         self._ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
         self._ddp.register_comm_hook(None, self._sum)
         self._energies: list[Tensor] = []  # of the buckets that have met the other ranks' in this micro-step
 
-    def forward(self, images: Tensor) -> Tensor:
-        """See `Strategy.forward`."""
+    def _forward(self, images: Tensor) -> Tensor:
         return self._ddp(images)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:

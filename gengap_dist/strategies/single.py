@@ -12,8 +12,7 @@ from gengap_dist.strategies.base import Strategy
 class Single(Strategy):
     """Plain torch."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        """See `Strategy.forward`."""
+    def _forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:

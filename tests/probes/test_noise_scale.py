@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gengap_dist.batching import BatchPlan, Span
-from gengap_dist.config import DataConfig, UsageError
+from gengap_dist.config import DataConfig, RunConfig, UsageError
 from gengap_dist.data import catalog
 from gengap_dist.data.resident import Batches, Normalise
 from gengap_dist.loop import train_step
@@ -157,8 +157,8 @@ def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], li
     out = []
     for global_size, micro_size in CASES[name, world.size]:
         model = network()
-        strategy = STRATEGIES[name](world)
-        strategy.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        strategy = STRATEGIES[name](RunConfig(), world)
+        strategy.setup(model, lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
         plan = BatchPlan(global_size, world.size, micro_size)
         for step, watching in enumerate((True, False, True)):
             indices = torch.arange(global_size) * 7 + 200 * step

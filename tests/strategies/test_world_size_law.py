@@ -73,7 +73,7 @@ def test_gradient_is_the_mean_over_the_global_batch():
     """Against autograd on the whole batch at once, one step, no momentum: w_1 = w_0 - lr * mean gradient."""
     from gengap_dist import models
     from gengap_dist.batching import BatchPlan
-    from gengap_dist.config import DataConfig
+    from gengap_dist.config import DataConfig, RunConfig
     from gengap_dist.data import catalog
     from gengap_dist.data.resident import Batches, Normalise
     from gengap_dist.loop import train_step
@@ -86,8 +86,8 @@ def test_gradient_is_the_mean_over_the_global_batch():
     model = models.build("lenet5", num_classes=10, in_channels=1).double()
     twin = models.build("lenet5", num_classes=10, in_channels=1).double()
     twin.load_state_dict(model.state_dict())
-    strategy = Single(World())
-    strategy.setup(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    strategy = Single(RunConfig(), World())
+    strategy.setup(model, lambda model: torch.optim.SGD(model.parameters(), lr=0.5))
     indices = torch.arange(50) * 3
     spans = BatchPlan(50, 1, 7).micro_batches(0)
     sums, norm = train_step(strategy, Batches(splits.train, normalise, (), 0), indices, 0, spans)

@@ -1,0 +1,52 @@
+"""Being asked to leave: a signal sets a flag, and the run looks at it between steps.
+
+A handler does nothing else: whatever ranks must do together, they do at a step boundary, where all of them are.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Preempted(Exception):
+    """All ranks have saved and left before the last step, because one of them was asked to."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"asked to leave after step {step}; saved, --resume goes on")
+        self.step = step
+
+
+class Notice:
+    """Whether this process has been asked to leave; call it to know."""
+
+    def __init__(self) -> None:
+        self._given = False
+
+    def __call__(self) -> bool:
+        """True from the first signal on."""
+        return self._given
+
+    def give(self, number: int = 0, frame: FrameType | None = None) -> None:
+        """Ask; a second signal of the same kind ends the process as it would have without a handler."""
+        self._given = True
+        if number:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+@contextmanager
+def listening() -> Iterator[Notice]:
+    """While open, SIGTERM and SIGINT set the notice instead of ending the process (from the main thread only)."""
+    notice = Notice()
+    if threading.current_thread() is not threading.main_thread():
+        yield notice
+        return
+    before = {number: signal.signal(number, notice.give) for number in SIGNALS}
+    try:
+        yield notice
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

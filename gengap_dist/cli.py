@@ -12,8 +12,9 @@ from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag, Se
 
 from gengap_dist.config import RunConfig, Section, StudyConfig, UsageError, did_you_mean, field_names
 from gengap_dist.launchers.base import leave
+from gengap_dist.preemption import Preempted
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL, "start me again"
 
 
 class Options(Section):
@@ -81,7 +82,7 @@ def parse(
 
 
 def guarded(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> Never:
-    """Run a command and exit: 0 done, 1 something broke, 2 the user can mend it, 130 interrupted."""
+    """Run a command and exit: 0 done, 1 broken, 2 the user can mend it, 75 resume me, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         code = _outcome(prog, command, argv)
@@ -101,6 +102,9 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
     except UsageError as error:
         _complain(prog, str(error), debug)
         return USAGE
+    except Preempted as error:
+        _complain(prog, str(error), debug)
+        return PREEMPTED
     except KeyboardInterrupt:
         _complain(prog, "interrupted; add --resume to go on", debug)
         return INTERRUPTED

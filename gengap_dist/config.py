@@ -204,8 +204,8 @@ class LaunchConfig(Section):
     """Where the ranks come from."""
 
     backend: Literal["auto", "local", "torchrun", "ray"] = "auto"
-    """local starts the ranks itself; torchrun joins those already started (by torchrun, deepspeed or the like); ray asks
-    a Ray cluster for them; auto looks at the environment (ray under `ray job submit`)."""
+    """local starts the ranks itself; torchrun joins those already started (by torchrun, deepspeed or the like); ray
+    asks a Ray cluster for them; auto looks at the environment (ray under `ray job submit`)."""
     num_processes: PositiveInt = 1
     """Ranks that local or ray start (torchrun decides for itself)."""
     max_processes: PositiveInt | None = None
@@ -221,7 +221,7 @@ class LaunchConfig(Section):
     hang_seconds: PositiveFloat = 60.0
     """How long a rank waits before it says which rank it waits for, and where that one is."""
     ray_address: str | None = None
-    """ray: the cluster, host:port or ray://host:port; null takes RAY_ADDRESS, a cluster on this machine, or starts one."""
+    """ray: the cluster, host:port or ray://host:port; null takes RAY_ADDRESS, a cluster that is here, or starts one."""
     resources_per_rank: dict[str, PositiveFloat] = {}
     """ray: what a rank takes, such as {CPU: 4, GPU: 1}; without it one CPU, and a GPU if launch.device is cuda."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
@@ -397,17 +397,15 @@ def flat(config: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, A
     return out
 
 
-def difference(before: Mapping[str, Any], after: BaseModel) -> tuple[str, Any, Any] | None:
-    """The first setting that makes two runs different experiments: its name, its value before, and now.
+def differences(before: Mapping[str, Any], after: BaseModel) -> str:
+    """The settings that make two runs different experiments, as a clause of a sentence; empty if there are none.
 
-    >>> difference(RunConfig().model_dump(mode="json"), RunConfig(seed=3))
-    ('seed', 0, 3)
+    >>> differences(RunConfig().model_dump(mode="json"), RunConfig(seed=3, optim=OptimConfig(lr=1.0)))
+    'seed (3) was 0 and optim.lr (1.0) was 0.02'
     """
     old, new = flat(before), flat(after)
-    for name in [*new, *old]:
-        if old.get(name) != new.get(name) and not name.startswith(MACHINERY):
-            return name, old.get(name), new.get(name)
-    return None
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name) and not name.startswith(MACHINERY)]
+    return " and ".join(f"{name} ({new.get(name)}) was {old.get(name)}" for name in names)
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

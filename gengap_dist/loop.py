@@ -31,12 +31,14 @@ def train_step(
     """
     sums = torch.zeros(5, dtype=torch.float64, device=strategy.world.device)
     watch = strategy.watching and 0 < spans[0].size < len(indices)
+    where = strategy.world.where
     for number, span in enumerate(spans, 1):
         with strategy.micro_step(last=number == len(spans)):
             if not span.size:
-                _join_with_nothing(strategy, batches, epoch)
+                join_with_nothing(strategy, batches, epoch)
                 continue
-            images, labels = batches(indices[span.start : span.stop], epoch)
+            with where.during("data"):
+                images, labels = batches(indices[span.start : span.stop], epoch)
             logits = strategy.forward(images)
             loss_sum = cross_entropy(logits, labels, reduction="sum")
             strategy.backward(loss_sum / len(indices))
@@ -49,7 +51,7 @@ def train_step(
     return sums, strategy.step()
 
 
-def _join_with_nothing(strategy: Strategy, batches: Batches, epoch: int) -> None:
+def join_with_nothing(strategy: Strategy, batches: Batches, epoch: int) -> None:
     """A rank without samples meets the others' gradients with zeros: one image, in eval mode, times 0."""
     images, _ = batches(torch.zeros(1, dtype=torch.int64), epoch)
     strategy.model.eval()

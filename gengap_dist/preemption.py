@@ -4,6 +4,7 @@ A handler does nothing else: whatever ranks must do together, they do at a step 
 """
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,11 +31,11 @@ class Notice:
         """True from the first signal on."""
         return self._given
 
-    def give(self, number: int = 0, frame: FrameType | None = None) -> None:
-        """Ask; a second signal of the same kind ends the process as it would have without a handler."""
+    def give(self, number: int, frame: FrameType | None = None) -> None:
+        """The signal handler. A second Ctrl-C from a terminal ends the process; schedulers may repeat themselves."""
+        if self._given and number == signal.SIGINT and sys.stdin.isatty():
+            raise KeyboardInterrupt
         self._given = True
-        if number:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @contextmanager

@@ -11,7 +11,9 @@ Examples:
 """
 
 import argparse
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,19 +93,23 @@ def _of_run(folder: Path, wanted: str) -> "list[Network]":
     """The untrained network and the weights wanted: `last`, `best`, or a step that the run has kept."""
     from gengap_dist import checkpoint
 
-    path = folder / "checkpoints" / "last.pt"
-    untrained = (0, path, None)
     if wanted == "0":
-        return [untrained]
-    state = checkpoint.load(path)
-    kept = {"last": (state["step"], path, state["model"])}
-    if best := state["best"]:
-        kept["best"] = (best["step"], path, best["model"])
-    by_step = {str(step): (step, where, weights) for step, where, weights in kept.values()}
-    if wanted not in kept | by_step:
-        names = ", ".join(f"{name} (step {step})" for name, (step, _, _) in kept.items())
-        raise UsageError(f"--model: the run in {folder} has kept no weights of step {wanted}: choose 0, {names}")
-    return [untrained, (kept | by_step)[wanted]]
+        return [(0, folder, None)]
+    kept = {str(step): (step, path / "model.pt") for step, path in checkpoint.steps(folder / "checkpoints").items()}
+    if kept:
+        path = checkpoint.newest(folder / "checkpoints", partial(warnings.warn, stacklevel=2))
+        assert path is not None
+        state = checkpoint.load(path / "run.pt")
+        kept["last"] = (state["step"], path / "model.pt")
+        if best := state["best"]:
+            kept["best"] = (best["step"], path / "best.pt")
+    if wanted not in kept:
+        names = ", ".join(
+            ["0", *(f"{name} (step {step})" if name in ("last", "best") else name for name, (step, _) in kept.items())]
+        )
+        raise UsageError(f"--model: the run in {folder} has kept no weights of step {wanted}: choose {names}")
+    step, path = kept[wanted]
+    return [(0, folder, None), (step, path, checkpoint.load(path))]
 
 
 def _of_file(weights: Path | None) -> "list[Network]":

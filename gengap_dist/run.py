@@ -3,9 +3,11 @@
 Every launcher ends here, on every rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
 """
 
+import contextlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,24 +19,29 @@ from torch import Tensor, nn
 
 from gengap_dist import checkpoint, models
 from gengap_dist.batching import BatchPlan, Span
-from gengap_dist.config import DataConfig, RunConfig, UsageError, difference
+from gengap_dist.config import DataConfig, RunConfig, UsageError, differences
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, stream
 from gengap_dist.data.resident import Batches, Normalise
-from gengap_dist.loop import Score, evaluate, train_step
+from gengap_dist.loop import Score, evaluate, join_with_nothing, train_step
 from gengap_dist.models.norm import GhostBatchNorm1d, average_buffers, has_batch_norm
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import lr_at
+from gengap_dist.preemption import Preempted
 from gengap_dist.probes.cadence import Cadence, at_epochs, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.capture import observing
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
 from gengap_dist.strategies import STRATEGIES
-from gengap_dist.tracking.record import DIVERGED, FINISHED, NoRecord, Record, read_info
+from gengap_dist.strategies.base import OptimizerState
+from gengap_dist.tracking.record import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, read_info
+from gengap_dist.watchdog import watching
+from gengap_dist.whereabouts import KINDS
 from gengap_dist.world import World, connect, environment
 
 FLUSH_EVERY = 32  # steps whose sums meet the other ranks' in one all-reduce
+SHARED_SECONDS = 5.0  # for a file to be seen on all nodes
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and a few words."""
@@ -55,6 +62,8 @@ def run(
     resume: bool = False,
     world: World | None = None,
     progress: Progress = lambda done, total, note: None,
+    leaving: Callable[[], bool] = lambda: False,
+    launcher: str = "local",
 ) -> dict[str, Any]:
     """Train, measure, record; the result as it stands in run.json, the same on every rank. Collective.
 
@@ -64,22 +73,33 @@ def run(
         resume: go on from the folder's checkpoint, if there is one.
         world: this process's place among the ranks; None connects as the environment says.
         progress: called on every rank after every step.
+        leaving: looked at between steps; when it is true on any rank, all save and leave.
+        launcher: what started the ranks, for the record.
 
     Raises:
         UsageError: if the config does not fit the data, the model or the machine.
+        Preempted: after a rank was asked to leave; the folder is ready to be resumed.
     """
     world = world or connect(config.launch)
-    record = Record(out) if world.rank == 0 else NoRecord()
-    session = _Session(config, out, world, record, progress)
-    session.start(resume)
-    try:
-        session.train()
-        result = session.result()
-        record.finish(FINISHED, result)
-    except Diverged as error:
-        result = {"diverged_at_step": error.step}
-        record.finish(DIVERGED, result, str(error))
-    world.barrier()  # when any rank returns, the folder is complete
+    with watching(world, config.launch.hang_seconds):
+        _check_shared(out, world)
+        record = Record(out) if world.rank == 0 else NoRecord()
+        session = _Session(config, out, world, record, progress, launcher)
+        session.start(resume)
+        try:
+            session.train(leaving)
+            result = session.result()
+            record.finish(FINISHED, result)
+        except Diverged as error:
+            result = {"diverged_at_step": error.step}
+            record.finish(DIVERGED, result, str(error))
+        except Preempted as error:
+            record.finish(PREEMPTED, {"num_steps": error.step}, str(error), flush=False)
+            world.barrier()
+            raise
+        finally:
+            session.close()
+        world.barrier()  # when any rank returns, the folder is complete
     return result
 
 
@@ -130,10 +150,16 @@ def probe(
 class _Session:
     """What a run holds between steps, on one rank."""
 
-    def __init__(self, config: RunConfig, out: Path, world: World, record: NoRecord, progress: Progress) -> None:
+    def __init__(
+        self, config: RunConfig, out: Path, world: World, record: NoRecord, progress: Progress, launcher: str
+    ) -> None:
         self.config, self.out, self.world, self.record, self.progress = config, out, world, record, progress
+        if config.batch.global_size < world.size:
+            raise UsageError(
+                f"batch.global_size ({config.batch.global_size}) has no sample for each of the {world.size} ranks: "
+                "start fewer ranks, or raise it"
+            )
         splits = _load_data(config, world, progress)
-        self.facts = {"data": catalog.summary(splits, config.data) if world.rank == 0 else None}
         self.train_set, self.val_set, self.test_set = (
             images.to(world.device) for images in (splits.train, splits.val, splits.test)
         )
@@ -142,24 +168,20 @@ class _Session:
         self.order = Order(len(self.train_set), config.batch.global_size, config.seed)
         self.num_steps = config.train.steps or config.train.epochs * self.order.steps_per_epoch
 
-        self.model = _build_model(config, splits, world)
+        self.model = _build_model(config, splits, world)  # all of it; once the strategy has it, only the strategy does
         self.observer = Observer(config, self.train_set, self.normalise, flat(self.model), world)
         self._plans: dict[int, list[Span]] = {}
-        self._check_norm()
-
-        name = config.launch.strategy
-        name = ("ddp" if world.size > 1 else "single") if name == "auto" else name
-        if (name == "single") != (world.size == 1):
-            raise UsageError(
-                f"launch.strategy ({name}) does not fit {world.size} rank(s): single is for one, ddp for more; use auto"
-            )
-        self.strategy = STRATEGIES[name](config, world)
-        self.strategy.setup(self.model, partial(build_optimizer, config.optim))
-        self.facts |= {
+        self._check_norm(self.model)
+        strategy = _strategy(config.launch.strategy, world)
+        self.strategy = STRATEGIES[strategy](config, world)
+        self.saver = checkpoint.Saver(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
+        self.facts = {
+            "data": catalog.summary(splits, config.data) if world.rank == 0 else None,
             "world_size": world.size,
             "device": str(world.device.type),
-            "launcher": "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "local",
-            "strategy": name,
+            "launcher": launcher,
+            "launch_id": os.environ.get("TORCHELASTIC_RUN_ID"),
+            "strategy": strategy,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "steps_per_epoch": self.order.steps_per_epoch,
             "num_steps": self.num_steps,
@@ -175,6 +197,7 @@ class _Session:
         self._pending: list[tuple[int, int, Tensor, Tensor, float]] = []
         self._saved_at = time.monotonic()
         self.probe_seconds = self.eval_seconds = self.train_seconds = 0.0
+        self.times = torch.zeros(world.size, len(KINDS), dtype=torch.float64)  # by rank, since this start
         self.probe_due = _cadence(config, self.order.steps_per_epoch)
         self.probe_left_out: list[int] = []
         self._probe_seconds_each, self._left_out_in_a_row = 0.0, 0
@@ -194,14 +217,14 @@ class _Session:
         batch = self.config.batch
         return BatchPlan(global_size, self.world.size, batch.micro_size, batch.ghost_size)
 
-    def _check_norm(self) -> None:
+    def _check_norm(self, model: nn.Module) -> None:
         batch = self.config.batch
-        if batch.ghost_size and not any(isinstance(m, GhostBatchNorm1d) for m in self.model.modules()):
+        if batch.ghost_size and not any(isinstance(m, GhostBatchNorm1d) for m in model.modules()):
             raise UsageError(
                 f"batch.ghost_size ({batch.ghost_size}) has no effect on {self.config.model.name}, which has no ghost "
                 "batch norm: set batch.ghost_size=null, or choose model.name=mlp"
             )
-        if not has_batch_norm(self.model):
+        if not has_batch_norm(model):
             return
         tail = len(self.train_set) % batch.global_size
         for size in filter(None, (batch.global_size, tail)):
@@ -214,57 +237,117 @@ class _Session:
     # -- start and resume ---------------------------------------------------------------------------------------------
 
     def start(self, resume: bool) -> None:
-        path = self.out / "checkpoints" / "last.pt"
-        if resume and path.exists():
-            self._check_same_run()
-            state = checkpoint.load(path)
-            checkpoint.restore(self.model, state["model"], path)
-            self.strategy.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.best = state["step"], state["best"]
-            self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each = state["timers"]
-            self.probe_left_out, self.noise = state["probe_left_out"], NoiseScale(**state["noise"])
+        """Begin, or go on from the last good checkpoint if that was asked for and there is one. Collective."""
+        path = self._last_checkpoint() if resume else None
+        if path is None:
+            self._set_up({})
             self.record.start(self.config, self.facts)
-            self.record.resume(self.step, state["seconds"], state["held"])
+            self.record.resume(0, 0.0, {})
+            self.observe()
             return
-        self.record.start(self.config, self.facts)
-        self.record.resume(0, 0.0, {})
-        self.observe()
-
-    def _check_same_run(self) -> None:
-        if changed := difference(read_info(self.out)["config"], self.config):
-            name, before, now = changed
+        if changed := differences(read_info(self.out)["config"], self.config):
             raise UsageError(
-                f"{name} ({now}) was {before} when the run in {self.out} began: "
+                f"{changed} when the run in {self.out} began: "
                 "resume with the settings it was started with, or choose a new --out"
             )
+        checkpoint.restore(self.model, checkpoint.load(path / "model.pt"), path / "model.pt")
+        self._set_up(checkpoint.load(path / "optimizer.pt"))
+        state = checkpoint.load(path / "run.pt")
+        self.step, self.best = state["step"], state["best"]
+        if self.best:
+            self.best["model"] = checkpoint.load(path / "best.pt")
+        self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each = state["timers"]
+        self.probe_left_out, self.noise = state["probe_left_out"], NoiseScale(**state["noise"])
+        self.record.start(self.config, self.facts)
+        self.record.resume(self.step, state["seconds"], state["held"])
 
-    def save(self) -> None:
-        """Write the checkpoint. Collective."""
-        average_buffers(self.model, self.world)
-        self.record.flush(before=self.step)
+    def _last_checkpoint(self) -> Path | None:
+        """The checkpoint that rank 0 finds good; the other ranks take its word. Collective."""
+        folder, step, error = self.out / "checkpoints", -1, None
         if self.world.rank == 0:
-            state = {
-                "model": self.model.state_dict(),
-                "optimizer": self.strategy.optimizer.state_dict(),
-                "step": self.step,
-                "best": self.best,
-                "seconds": self.record.seconds(),
-                "timers": [self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each],
-                "probe_left_out": self.probe_left_out,
-                "noise": asdict(self.noise),
-                "held": self.record.held(),
-            }
-            checkpoint.save(self.out / "checkpoints" / "last.pt", state)
+            try:
+                path = checkpoint.newest(folder, partial(warnings.warn, stacklevel=2))
+                step = step if path is None else int(path.name.removeprefix("step_"))
+            except UsageError as found:
+                step, error = -2, found
+        step = self.world.agree(step)
+        if step == -2:
+            raise error or UsageError("rank 0 found every checkpoint damaged")
+        return None if step < 0 else checkpoint.steps(folder)[step]
+
+    def _set_up(self, optimizer_state: OptimizerState) -> None:
+        self.strategy.setup(self.model, partial(build_optimizer, self.config.optim))
+        self.strategy.load_optimizer_state(optimizer_state)
+        self.model = self.strategy.model
+        if self.strategy.reorders:
+            with self.strategy.micro_step(last=True):
+                join_with_nothing(self.strategy, self.batches, epoch=0)
+            self.strategy.optimizer.zero_grad(set_to_none=False)
+
+    def save(self, *, wait: bool = False) -> None:
+        """Write the checkpoint; with `wait`, until it is on the disk. Collective.
+
+        Raises:
+            UsageError: with `wait`, if it cannot be written.
+        """
+        with self.world.where.during("checkpoint"):
+            optimizer = self.strategy.optimizer_state()
+            with self.strategy.whole() as model:
+                if self.saver:
+                    self._write(self.saver, model.state_dict(), optimizer, wait=wait)
         self._saved_at = time.monotonic()
+
+    def _write(
+        self, saver: checkpoint.Saver, model: dict[str, Tensor], optimizer: OptimizerState, *, wait: bool
+    ) -> None:
+        run = {
+            "step": self.step,
+            "best": {key: value for key, value in self.best.items() if key != "model"},
+            "seconds": self.record.seconds(),
+            "timers": [self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each],
+            "probe_left_out": self.probe_left_out,
+            "noise": asdict(self.noise),
+        }
+        states = {"model": model, "optimizer": optimizer} | ({"best": self.best["model"]} if self.best else {})
+        facts = {key: self.facts[key] for key in ("world_size", "strategy", "launcher")}
+        try:
+            self.record.flush(before=self.step)
+            states["run"] = run | {"held": self.record.held()}
+            saver.save(self.step, states, facts | {"mlflow_run_id": self.record.mlflow_run_id()})
+            if wait:
+                saver.wait()
+        except OSError as error:
+            kept = max(checkpoint.steps(saver.folder), default=None)
+            message = (
+                f"a checkpoint could not be written after step {self.step} ({error.strerror or error}); "
+                + ("there is none yet" if kept is None else f"the one of step {kept} is whole")
+                + f": make room in {self.out}"
+            )
+            if wait:
+                raise UsageError(f"{message}, then add --resume") from None
+            warnings.warn(f"{message}; the run goes on", stacklevel=2)
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written be finished; what it met no longer matters."""
+        with contextlib.suppress(OSError):
+            if self.saver:
+                self.saver.wait()
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """Every step from the current one to the last, with what is due in between. Collective."""
-        config, order = self.config, self.order
+    def train(self, leaving: Callable[[], bool]) -> None:
+        """Every step from the current one to the last, with what is due in between. Collective.
+
+        Raises:
+            Diverged: if the loss is no number.
+            Preempted: if a rank was asked to leave.
+        """
+        config, order, where = self.config, self.order, self.world.where
         self.model.train()
         began = time.monotonic()
+        asked = self.world.sum_later(torch.tensor([int(leaving())]))
         while self.step < self.num_steps:
+            where.step = self.step + 1
             lr = lr_at(
                 self.step,
                 config.optim,
@@ -274,29 +357,48 @@ class _Session:
             )
             self.strategy.set_lr(lr)
             torch.manual_seed((config.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)  # dropout and the like
-            indices, epoch = order.indices(self.step), order.epoch(self.step)
+            with where.during("data"):
+                indices, epoch = order.indices(self.step), order.epoch(self.step)
             if len(indices) not in self._plans:
                 self._plans[len(indices)] = self._plan(len(indices)).micro_batches(self.world.rank)
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0
             self.strategy.watching = logged and "noise_scale" in config.probe.rivals
-            before_P = flat(self.model) if self._probe_may_come(self.step + 1) else None
-            sums, norm = train_step(self.strategy, self.batches, indices, epoch, self._plans[len(indices)])
+            before_P = self._weights() if self._probe_may_come(self.step + 1) else None
+            with where.during("compute", "forward and backward"):
+                sums, norm = train_step(self.strategy, self.batches, indices, epoch, self._plans[len(indices)])
             self.step += 1
-            self._update_norm = None if before_P is None else (flat(self.model) - before_P).double().norm()
+            self._update_norm = None if before_P is None else (self._weights() - before_P).double().norm()
             if logged:
                 self._pending.append((self.step, len(indices), sums, norm, lr))
             self.progress(self.step, self.num_steps, "")
-            if len(self._pending) >= FLUSH_EVERY or self._due():
+            leave = bool(asked()) and not last
+            if leave or self.step % FLUSH_EVERY == 0 or self._due():
                 save_due = self._flush()
                 self.train_seconds += time.monotonic() - began
+                average_buffers(self.model, self.world)
                 self.observe()
-                if save_due or last:
-                    self.save()
+                if save_due or leave or last:
+                    self.save(wait=leave or last)
                 began = time.monotonic()
+            if leave:
+                raise Preempted(self.step)
+            asked = self.world.sum_later(torch.tensor([int(leaving())]))  # it crosses while the next step computes
+        asked()
+
+    def _weights(self) -> Tensor:
+        """A copy of all trainable parameters, whole: [P]. Collective."""
+        with self.strategy.whole() as model:
+            return flat(model)
 
     def _due(self) -> bool:
-        return self.step == self.num_steps or self._probe_may_come(self.step) or self.eval_due(self.step)
+        every_steps = self.config.checkpoint.every_steps
+        return (
+            self.step == self.num_steps
+            or self._probe_may_come(self.step)
+            or self.eval_due(self.step)
+            or (every_steps is not None and self.step % every_steps == 0)
+        )
 
     def _probe_may_come(self, step: int) -> bool:
         return self.config.probe.enabled and (step == self.num_steps or self.probe_due(step))
@@ -306,12 +408,17 @@ class _Session:
         return epoch + at * self.config.batch.global_size / len(self.train_set)
 
     def _flush(self) -> bool:
-        """Record the pending steps; whether rank 0's clock asks for a checkpoint. Collective."""
+        """Record the pending steps; whether a checkpoint is due by steps or by rank 0's clock. Collective."""
+        every_steps = self.config.checkpoint.every_steps
         overdue = time.monotonic() - self._saved_at > self.config.checkpoint.every_seconds
         clock = torch.zeros(5, dtype=torch.float64, device=self.world.device)
-        if self.world.rank == 0:  # its clock and its budget hold for all
-            clock[:2] = clock.new_tensor([overdue, self._probe_exceeds_budget()])
-        rows = self.world.sum(torch.stack([*(sums for _, _, sums, _, _ in self._pending), clock])).tolist()
+        if self.saver:  # rank 0, whose clock and budget hold for all
+            clock[:2] = clock.new_tensor([overdue and not self.saver.busy, self._probe_exceeds_budget()])
+        rows = torch.stack([*(sums for _, _, sums, _, _ in self._pending), clock])
+        times = rows.new_zeros(self.world.size, len(KINDS))
+        times[self.world.rank] = times.new_tensor(self.world.where.take())
+        told = self.world.sum(torch.cat([rows.flatten(), times.flatten()]), "metrics of the last steps")
+        rows = told[: rows.numel()].view_as(rows).tolist()
         save_due, leave_out, *_ = rows.pop()
         self._left_out_in_a_row += bool(leave_out)
         self.probe_left_out += [self.step] if leave_out else []
@@ -323,7 +430,10 @@ class _Session:
                 self._pending.clear()
                 raise Diverged(step, loss)
         self._pending.clear()
-        return bool(save_due)
+        times = told[-times.numel() :].view_as(times).cpu()
+        self.times += times
+        self.record.log(self.step, self._epoch(self.step), _split(times))
+        return bool(save_due) or (every_steps is not None and self.step % every_steps == 0)
 
     def _noise(self, small: list[float], norm: float, size: int) -> dict[str, float]:
         """The noise scale after a step, if its gradients came in two sizes."""
@@ -356,30 +466,30 @@ class _Session:
         validate = len(self.val_set) and (edge or self.eval_due(self.step))
         left_out = self.step in self.probe_left_out[-1:]
         probe = self.config.probe.enabled and (edge or (self.probe_due(self.step) and not left_out))
-        if not (validate or probe):
-            return
-        average_buffers(self.model, self.world)
-        if validate:
-            self.validate()
-        if probe:
-            self.probe()
+        with self.strategy.whole() as model:
+            if validate:
+                with self.world.where.during("evaluation"):
+                    self.validate(model)
+            if probe:
+                with self.world.where.during("probe"):
+                    self.probe(model)
 
-    def validate(self) -> None:
+    def validate(self, model: nn.Module) -> None:
         """Score the validation images, and remember the model if it is the best so far. Collective."""
         began = time.monotonic()
-        score = self._score(self.val_set)
+        score = self._score(model, self.val_set)
         if score.accuracy > self.best.get("accuracy", -1.0):
-            state = {key: value.clone() for key, value in self.model.state_dict().items()}
+            state = {key: value.clone() for key, value in model.state_dict().items()}
             self.best = {"step": self.step, "accuracy": score.accuracy, "model": state}
         self.record.log(self.step, self._epoch(self.step), {"val/loss": score.loss, "val/accuracy": score.accuracy})
         self.eval_seconds += time.monotonic() - began
         self.progress(self.step, self.num_steps, f"val {score.accuracy:.1%}")
 
-    def probe(self) -> None:
+    def probe(self, model: nn.Module) -> None:
         """Measure near-rank loss and its rivals on the probe set; at both ends also the controls. Collective."""
         began = time.monotonic()
         edge = self.step in (0, self.num_steps)
-        found, spectra = self.observer(self.model, controls=edge)
+        found, spectra = self.observer(model, controls=edge)
         for probe_set, spectra_of_it in spectra.items():
             self.record.spectra(self.step, spectra_of_it, probe_set)
         if self._update_norm is not None and "norms" in self.config.probe.rivals:
@@ -388,35 +498,91 @@ class _Session:
         self.probe_seconds += time.monotonic() - began
         self._probe_seconds_each, self._left_out_in_a_row = seconds(found), 0
 
-    def _score(self, images: catalog.Images) -> Score:
-        return evaluate(self.model, images, self.normalise, self.world)
+    def _score(self, model: nn.Module, images: catalog.Images) -> Score:
+        return evaluate(model, images, self.normalise, self.world)
 
     def result(self) -> dict[str, Any]:
         """Score the last and the best model on the test images: the only time they are touched. Collective."""
-        average_buffers(self.model, self.world)
-        train, test = self._score(self.train_set), self._score(self.test_set)
-        out = {
-            "train_full/loss": train.loss,
-            "train_full/accuracy": train.accuracy,
-            "test/loss": test.loss,
-            "test/accuracy": test.accuracy,
-            "train_test_gap": train.accuracy - test.accuracy,
-        }
-        if self.best:
-            self.model.load_state_dict(self.best["model"])
-            out["test_at_best_val/accuracy"] = self._score(self.test_set).accuracy
+        with self.strategy.whole() as model, self.world.where.during("evaluation"):
+            train, test = self._score(model, self.train_set), self._score(model, self.test_set)
+            out = {
+                "train_full/loss": train.loss,
+                "train_full/accuracy": train.accuracy,
+                "test/loss": test.loss,
+                "test/accuracy": test.accuracy,
+                "train_test_gap": train.accuracy - test.accuracy,
+            }
+            if self.best:
+                model.load_state_dict(self.best["model"])
+                out["test_at_best_val/accuracy"] = self._score(model, self.test_set).accuracy
         self.record.log(self.step, self._epoch(self.step), out)
         samples = self._epoch(self.step) * len(self.train_set)
-        return out | {
-            "best_val_step": self.best.get("step"),
-            "best_val/accuracy": self.best.get("accuracy"),
-            "num_steps": self.step,
-            "train_seconds": round(self.train_seconds, 3),
-            "probe_seconds": round(self.probe_seconds, 3),
-            "probe_left_out": self.probe_left_out,
-            "eval_seconds": round(self.eval_seconds, 3),
-            "images_per_second": round(samples / max(self.train_seconds, 1e-9), 1),
-        }
+        return (
+            out
+            | {
+                "best_val_step": self.best.get("step"),
+                "best_val/accuracy": self.best.get("accuracy"),
+                "num_steps": self.step,
+                "train_seconds": round(self.train_seconds, 3),
+                "probe_seconds": round(self.probe_seconds, 3),
+                "probe_left_out": self.probe_left_out,
+                "eval_seconds": round(self.eval_seconds, 3),
+                "images_per_second": round(samples / max(self.train_seconds, 1e-9), 1),
+            }
+            | _split(self.times)
+        )
+
+
+def _split(times: Tensor) -> dict[str, float]:
+    """Where time went, from seconds by rank and kind [ranks, kinds], and which of several ranks computes longest.
+
+    >>> _split(torch.tensor([[0.0, 3.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 0.0, 0.0]]))["time/slowest_rank"]
+    0
+    """
+    out: dict[str, float] = {f"time/{kind}": round(float(x), 4) for kind, x in zip(KINDS, times.mean(0), strict=True)}
+    busy = times[:, :2].sum(1)  # data and compute: the others wait for it, which counts as communication
+    if len(busy) > 1 and busy.sum() > 0:
+        slowest = int(busy.argmax())
+        out |= {"time/slowest_rank": slowest, "time/slowest_over_mean": round(float(busy[slowest] / busy.mean()), 3)}
+    return out
+
+
+def _strategy(name: str, world: World) -> str:
+    """The strategy for these ranks; one rank has nobody to share with, so whatever is set, it trains alone."""
+    if world.size == 1:
+        return "single"
+    if name == "single":
+        raise UsageError(
+            f"launch.strategy (single) does not fit {world.size} ranks: start one rank, or choose launch.strategy=auto"
+        )
+    return "ddp" if name == "auto" else name
+
+
+def _check_shared(out: Path, world: World) -> None:
+    """Refuse a run folder that not every rank sees. Collective.
+
+    Raises:
+        UsageError: naming the ranks that do not see a file which rank 0 wrote.
+    """
+    if world.size == 1:
+        return
+    token = out / f".shared.{world.agree(os.getpid())}"
+    if world.rank == 0:
+        token.touch()
+    world.barrier()
+    until = time.monotonic() + SHARED_SECONDS  # network file systems may take a moment
+    while not token.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = torch.zeros(world.size, dtype=torch.int64)
+    blind[world.rank] = not token.exists()
+    blind = world.sum(blind, "check of the run folder").nonzero().flatten().tolist()
+    if world.rank == 0:
+        token.unlink()
+    if blind:
+        raise UsageError(
+            f"--out ({out}) is not the same folder for rank {', '.join(map(str, blind))} as for rank 0: "
+            "give a folder on storage that all nodes share"
+        )
 
 
 _LOADED: dict[DataConfig, catalog.Splits] = {}  # the last data set: the runs of a study share it

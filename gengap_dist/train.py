@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist import cli, launchers
-from gengap_dist.config import RunConfig, resolve, to_yaml
+from gengap_dist.config import RunConfig, UsageError, resolve, to_yaml
 from gengap_dist.tracking import record
 from gengap_dist.tracking.mlflow_sink import Follower
 
@@ -32,11 +32,12 @@ def command(argv: Sequence[str]) -> int:
         print(to_yaml(config), end="")
         return cli.OK
     out = (options.out or _name(config)).resolve()
+    resume = options.resume or launchers.restarted(out)
     with launchers.choose(config.launch, many_runs=False) as ranks:
         if not launchers.is_driver(config.launch):
-            ranks.run(config, out, resume=options.resume, progress=lambda done, total, note: None)
+            ranks.run(config, out, resume=resume, progress=lambda done, total, note: None)
             return cli.OK
-        return _drive(ranks, config, out, options.resume)
+        return _drive(ranks, config, out, resume)
 
 
 def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool) -> int:
@@ -64,7 +65,9 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
 
 
 def _name(config: RunConfig) -> Path:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    if launchers.joining(config.launch) and not launchers.launch_id():
+        raise UsageError("--out is needed here: ranks that something else started must be told one folder")
+    stamp = launchers.launch_id() or datetime.now().strftime("%Y%m%d-%H%M%S")
     model = config.model.name.replace(":", ".")
     return Path("runs") / f"{config.data.name}-{model}-b{config.batch.global_size}-s{config.seed}-{stamp}"
 

@@ -5,8 +5,8 @@ collective: every rank must reach them, equally often and in the same order.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gengap_dist.config import LaunchConfig, UsageError
+from gengap_dist.whereabouts import Whereabouts
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,28 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    where: Whereabouts = field(default_factory=Whereabouts, compare=False, repr=False)
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place, on every rank. Shape and dtype stay."""
+    def sum(self, tensor: Tensor, what: str = "sum") -> Tensor:
+        """Sum over ranks, in place, on every rank. Shape and dtype stay. `what` it is, for whoever waits too long."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self.where.during("communication", what, meeting=True):
+                dist.all_reduce(tensor)
         return tensor
+
+    def sum_later(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum `tensor`, in place; the function returned waits for the sum."""
+        if self.size == 1:
+            return lambda: tensor
+        work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+
+        def wait() -> Tensor:
+            with self.where.during("communication", "agreement on whether to leave", meeting=True):
+                work.wait()
+            return tensor
+
+        return wait
 
     def all_to_all(self, chunks: Sequence[Tensor], heights: Sequence[int], width: int | None = None) -> list[Tensor]:
         """Chunk r of the result is what rank r sent to this rank.
@@ -45,12 +62,18 @@ class World:
         received = chunks[0].new_empty(sum(sizes))
         # one flat buffer: gloo's list form wants chunks of one size
         sent = torch.cat([chunk.flatten() for chunk in chunks])
-        dist.all_to_all_single(received, sent, sizes, [chunk.numel() for chunk in chunks])
+        with self.where.during("communication", "all-to-all of activations", meeting=True):
+            dist.all_to_all_single(received, sent, sizes, [chunk.numel() for chunk in chunks])
         return [part.view(-1, columns) for part in received.split(sizes)] if columns else [chunks[0][:0]] * self.size
+
+    def agree(self, value: int) -> int:
+        """What rank 0 says."""
+        told = torch.tensor([value if self.rank == 0 else 0])
+        return int(self.sum(told, "word from rank 0"))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self.sum(torch.zeros(1, device=self.device))
+        self.sum(torch.zeros(1), "barrier")
 
 
 def environment() -> tuple[int, int, int]:
@@ -61,6 +84,8 @@ def environment() -> tuple[int, int, int]:
 
 def connect(config: LaunchConfig) -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
+
+    On GPUs there are two: NCCL for what lies there, gloo for a few numbers on the CPU.
 
     Raises:
         UsageError: if launch.device=cuda and this machine has no GPU for this rank.
@@ -78,8 +103,9 @@ def connect(config: LaunchConfig) -> World:
     if on_gpu:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=config.timeout_seconds))
-    return World(rank, size, device)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_seconds))
+    return World(rank, size, device, Whereabouts(on_gpu=on_gpu))
 
 
 def disconnect() -> None:

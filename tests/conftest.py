@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
+from gengap_dist import checkpoint
 from gengap_dist.config import RunConfig, nested, validate
 from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder
@@ -47,6 +49,11 @@ def train(out: Path, *, resume: bool = False, **settings: object) -> dict[str, o
     """One run in this process."""
     prepare_folder(out, "run.json", resume=resume)
     return run(config(**settings), out, resume=resume)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """What the last checkpoint of a run holds of its network."""
+    return torch.load(max(checkpoint.steps(out / "checkpoints").items())[1] / "model.pt", weights_only=True)
 
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

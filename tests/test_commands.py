@@ -11,7 +11,7 @@ import pytest
 from gengap_dist import cli
 from gengap_dist.config import UsageError
 from gengap_dist.train import command as train_command
-from tests.conftest import ROOT
+from tests.conftest import ROOT, weights
 
 DEMO = ROOT / "configs" / "demo_train.yaml"
 QUICK = ["--mlflow.enabled", "false", "--train.steps", "3", "--probe.num_samples", "32"]
@@ -170,7 +170,7 @@ def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, gengap):
     done = gengap("probe", "--model", "run@7")
     assert done.returncode == 2
     assert "has kept no weights of step 7: choose 0, last (step 3)" in done.stderr
-    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
+    state = weights(tmp_path / "run")
     torch.save({"state_dict": state}, tmp_path / "weights.pt")
     words = ["--num_samples", 60, "--rivals"]
     from_file = gengap("probe", "--model", "lenet5", "--weights", "weights.pt", *words)

@@ -12,7 +12,10 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist": -1,  # __init__: imports nothing
     "gengap_dist.config": 0,
     "gengap_dist.batching": 0,
+    "gengap_dist.whereabouts": 0,
+    "gengap_dist.preemption": 0,
     "gengap_dist.world": 0.5,  # raises config's errors
+    "gengap_dist.watchdog": 1,
     "gengap_dist.data": 1,
     "gengap_dist.models": 1,
     "gengap_dist.optim": 1,

@@ -3,9 +3,9 @@
 from gengap_dist.config import LaunchConfig
 from gengap_dist.launchers.base import Launcher, Progress, RankFailed
 from gengap_dist.launchers.local import InProcess, Pool
-from gengap_dist.launchers.torchrun import Joined, joining
+from gengap_dist.launchers.torchrun import Joined, joining, launch_id, restarted
 
-__all__ = ["Launcher", "Progress", "RankFailed", "choose", "is_driver"]
+__all__ = ["Launcher", "Progress", "RankFailed", "choose", "is_driver", "joining", "launch_id", "restarted"]
 
 
 def choose(config: LaunchConfig, *, many_runs: bool) -> Launcher:

@@ -4,6 +4,7 @@ import os
 import socket
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any, final
 
 from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.launchers.base import Launcher, Progress, RankFailed, leave
+from gengap_dist.preemption import Notice, Preempted, listening
 
 PROGRESS_SECONDS = 0.1  # between two words from rank 0
+SIGNAL_SECONDS = 0.2  # between two looks at whether we were asked to leave
 
 
 @final
@@ -23,8 +26,9 @@ class InProcess(Launcher):
         """See `Launcher.run`; exceptions come as they are."""
         from gengap_dist.run import run  # torch, which --help does not need
 
-        with _environment(_rank_variables(0, 1)):  # whatever a scheduler left there, this is the only rank
-            return run(config, out, resume=resume, progress=progress)
+        # whatever a scheduler left there, this is the only rank
+        with _environment(_rank_variables(0, 1)), listening() as leaving:
+            return run(config, out, resume=resume, progress=progress, leaving=leaving)
 
     def close(self, *, kill: bool = False) -> None:
         """Nothing to end."""
@@ -46,7 +50,8 @@ class Pool(Launcher):
         try:
             for _, pipe in self._ranks:
                 pipe.send((config, out, resume))
-            return self._wait(progress)
+            with listening() as leaving:
+                return self._wait(progress, leaving)
         except BaseException:
             self.close(kill=True)
             raise
@@ -63,11 +68,17 @@ class Pool(Launcher):
             there.close()
             self._ranks.append((process, here))
 
-    def _wait(self, progress: Progress) -> dict[str, Any]:
-        """Rank 0's result, when every rank has one."""
+    def _wait(self, progress: Progress, leaving: Callable[[], bool]) -> dict[str, Any]:
+        """Rank 0's result, when every rank has one; asked to leave, the ranks are asked in turn."""
         results: dict[int, dict[str, Any]] = {}
+        told = False
         while len(results) < len(self._ranks):
-            connection.wait([pipe for rank, (_, pipe) in enumerate(self._ranks) if rank not in results])
+            if leaving() and not told:
+                told = True
+                for process, _ in self._ranks:
+                    process.terminate()
+            pipes = [pipe for rank, (_, pipe) in enumerate(self._ranks) if rank not in results]
+            connection.wait(pipes, timeout=SIGNAL_SECONDS)
             for rank, (process, pipe) in enumerate(self._ranks):
                 if rank in results or not pipe.poll():
                     continue
@@ -82,6 +93,8 @@ class Pool(Launcher):
                     results[rank] = value
                 elif kind == "usage":
                     raise UsageError(value)
+                elif kind == "preempted":
+                    raise Preempted(value)
                 else:
                     raise RankFailed(f"rank {rank} failed:\n{value}")
         return results[0]
@@ -140,6 +153,8 @@ def _rank_main(pipe: Connection, env: dict[str, str]) -> None:
     import warnings
 
     os.environ.update(env)
+    leaving = Notice()
+    signal.signal(signal.SIGTERM, leaving.give)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if env["RANK"] != "0":
         warnings.simplefilter("ignore")  # rank 0 says it for all
@@ -158,7 +173,9 @@ def _rank_main(pipe: Connection, env: dict[str, str]) -> None:
         while (job := pipe.recv()) is not None:
             config, out, resume = job
             try:
-                pipe.send(("result", run(config, out, resume=resume, progress=progress)))
+                pipe.send(("result", run(config, out, resume=resume, progress=progress, leaving=leaving)))
+            except Preempted as error:
+                pipe.send(("preempted", error.step))
             except UsageError as error:
                 pipe.send(("usage", str(error)))
             except Exception:

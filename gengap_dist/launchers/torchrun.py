@@ -6,11 +6,27 @@ from typing import Any, final
 
 from gengap_dist.config import LaunchConfig, RunConfig
 from gengap_dist.launchers.base import Launcher, Progress
+from gengap_dist.preemption import listening
+from gengap_dist.tracking.record import read_info
 
 
 def joining(config: LaunchConfig) -> bool:
     """Whether this process is one of the ranks that somebody else started."""
     return config.backend == "torchrun" or (config.backend == "auto" and "TORCHELASTIC_RUN_ID" in os.environ)
+
+
+def launch_id() -> str | None:
+    """What torchrun calls this launch: the same for its restarts, if it was given a name (--rdzv_id, --standalone)."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name
+
+
+def restarted(out: Path) -> bool:
+    """Whether torchrun started these ranks anew, after a failure or because nodes came or went."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        return True
+    name = launch_id()
+    return name is not None and (out / "run.json").exists() and read_info(out).get("launch_id") == name
 
 
 @final
@@ -26,7 +42,8 @@ class Joined(Launcher):
         """See `Launcher.run`; exceptions come as they are."""
         from gengap_dist.run import run  # torch, which --help does not need
 
-        return run(config, out, resume=resume, progress=progress)
+        with listening() as leaving:
+            return run(config, out, resume=resume, progress=progress, leaving=leaving, launcher="torchrun")
 
     def close(self, *, kill: bool = False) -> None:
         """Leave the process group."""

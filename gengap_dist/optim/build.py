@@ -27,7 +27,7 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
 def _lars(parameters: list[nn.Parameter], settings: dict[str, Any]) -> torch.optim.Optimizer:
     """LARS (You et al. 2017); biases and norm parameters have neither a trust ratio nor weight decay."""
     try:
-        from timm.optim import Lars
+        from timm.optim.lars import Lars
     except ImportError:
         raise UsageError('optim.name (lars) is timm\'s: pip install "gengap_dist[timm]", or choose another') from None
     matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]

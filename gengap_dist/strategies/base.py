@@ -21,6 +21,10 @@ BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 class Strategy(ABC):
     """One model and its optimizer, trained by all ranks together."""
 
+    reorders = False
+    """Whether the first backward pass changes the order in which gradients are summed; a run does one that counts for
+    nothing then, so that a resumed run sums like one that was never interrupted."""
+
     def __init__(self, config: RunConfig, world: World) -> None:
         """A strategy for the ranks of `world`.
 
@@ -86,7 +90,7 @@ class Strategy(ABC):
 
     def optimizer_state(self) -> OptimizerState:
         """What the optimizer remembers, whole. Collective; ranks other than 0 may get less, or nothing."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         return {names[parameter]: dict(kept) for parameter, kept in self.optimizer.state.items() if kept}
 
     def load_optimizer_state(self, state: OptimizerState) -> None:

@@ -21,6 +21,8 @@ _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "bro
 class DDP(Strategy):
     """Gradients are summed over ranks while the last micro-batch's backward pass runs."""
 
+    reorders = True  # it rebuilds its buckets
+
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective."""
         super().setup(model, build)
@@ -34,11 +36,14 @@ class DDP(Strategy):
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective in the last micro-step: every rank has exactly one."""
         self._energies.clear()
+        self._last_bucket: Any = None
         return nullcontext() if last else self._ddp.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """See `Strategy.backward`."""
+        """See `Strategy.backward`. What comes after the last bucket of gradients has left is waiting for the others."""
         loss.backward()
+        if self._last_bucket is not None:
+            self.world.where.charge_since(self._last_bucket, "communication")
 
     def _sum(
         self,
@@ -48,6 +53,8 @@ class DDP(Strategy):
         """A bucket's gradients summed over ranks, where DDP itself would take the mean."""
         if self.watching:
             self._energies.append(torch.linalg.vector_norm(bucket.buffer(), dtype=torch.float64).square())
+        self.world.where.meet("sum of gradients")
+        self._last_bucket = self.world.where.now()
         work = dist.all_reduce(bucket.buffer(), async_op=True)
         assert work is not None
         return work.get_future().then(lambda future: future.value()[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist import launchers
-from gengap_dist.config import LaunchConfig, StudyConfig, UsageError, difference
+from gengap_dist.config import LaunchConfig, StudyConfig, UsageError, differences
 from gengap_dist.launchers import Launcher
 from gengap_dist.study.grid import Cell, cells
 from gengap_dist.tracking import record
@@ -49,10 +49,9 @@ def prepare(config: StudyConfig, out: Path) -> list[Cell]:
 
 
 def _check_same(cell: Cell) -> None:
-    if changed := difference(record.read_info(cell.folder)["config"], cell.config):
-        name, before, now = changed
+    if changed := differences(record.read_info(cell.folder)["config"], cell.config):
         raise UsageError(
-            f"{name} ({now}) was {before} when {cell.arm}/seed{cell.seed} was run in {cell.folder}: "
+            f"{changed} when {cell.arm}/seed{cell.seed} was run in {cell.folder}: "
             "choose a new --out, or remove that run's folder"
         )
 

@@ -24,7 +24,14 @@ from gengap_dist.tracking.record import read_info, read_metrics, write_atomicall
 MAX_REQUEST = 1000  # metrics that MLflow takes at once
 POLL_SECONDS = 1.0
 LONGEST_WAIT = 60.0  # between tries to reach a server that refuses
-STATUS = {"running": "RUNNING", "finished": "FINISHED", "diverged": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+STATUS = {
+    "running": "RUNNING",
+    "finished": "FINISHED",
+    "diverged": "FINISHED",
+    "failed": "FAILED",
+    "killed": "KILLED",
+    "preempted": "KILLED",
+}
 ARTIFACTS = ("run.json", "study.json", "config.yaml", "spectra", "figures", "report.html")
 CLIENT_DEFAULTS = {  # a dead server must be noticed in seconds; MLflow's own defaults take minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",

@@ -4,6 +4,7 @@ metrics.jsonl holds one line per step that has anything to say, in rising order 
 `seconds` and flat metric names. A line is held back until its step is over, so no step ever has two lines.
 """
 
+import errno
 import io
 import json
 import math
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # importing it would import torch, and every command imports 
 
 Metrics = Mapping[str, float]
 RUNNING, FINISHED, DIVERGED, FAILED, KILLED = "running", "finished", "diverged", "failed", "killed"
+PREEMPTED = "preempted"  # asked to leave before the end: saved, and meant to be resumed
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -38,6 +40,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def _append(path: Path, text: str) -> None:
+    """Add whole lines or nothing, on the disk: a checkpoint that comes after them must not outlive them."""
+    data = text.encode()
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            os.ftruncate(file.fileno(), before)
+            raise
 
 
 def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
@@ -123,10 +139,13 @@ class NoRecord:
         """No clock."""
         return 0.0
 
+    def mlflow_run_id(self) -> str | None:
+        """None is known here."""
+
     def spectra(self, step: int, spectra: Iterable["LayerSpectrum"], probe_set: str = "") -> None:
         """Nothing to do."""
 
-    def finish(self, status: str, result: Mapping[str, Any], error: str | None = None) -> None:
+    def finish(self, status: str, result: Mapping[str, Any], error: str | None = None, *, flush: bool = True) -> None:
         """Nothing to do."""
 
 
@@ -183,9 +202,10 @@ class Record(NoRecord):
         """Write the lines of all steps below `before` (None: all). Their steps are over."""
         ready = [step for step in sorted(self._held) if before is None or step < before]
         if ready:
-            lines = [{key: _number(value) for key, value in self._held.pop(step).items()} for step in ready]
-            with (self.out / "metrics.jsonl").open("a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            lines = [{key: _number(value) for key, value in self._held[step].items()} for step in ready]
+            _append(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            for step in ready:
+                del self._held[step]
 
     def held(self) -> dict[int, dict[str, float]]:
         """Lines that are not written yet; a checkpoint takes them along."""
@@ -197,9 +217,15 @@ class Record(NoRecord):
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"step_{step:08d}.npz", dump_spectra(spectra))
 
-    def finish(self, status: str, result: Mapping[str, Any], error: str | None = None) -> None:
-        """Write what is held back, then the outcome."""
-        self.flush()
+    def mlflow_run_id(self) -> str | None:
+        """The run that mirrors this folder, if it has begun."""
+        path = self.out / "mlflow.json"
+        return json.loads(path.read_text()).get("run_id") if path.exists() else None
+
+    def finish(self, status: str, result: Mapping[str, Any], error: str | None = None, *, flush: bool = True) -> None:
+        """Write what is held back, unless a checkpoint has taken it along, then the outcome."""
+        if flush:
+            self.flush()
         self._info |= {"status": status, "ended": now(), "seconds": round(self.seconds(), 3)}
         self._info["result"] = {k: _number(v) if isinstance(v, float) else v for k, v in result.items()}
         if error is not None:

@@ -6,7 +6,7 @@ import torch
 
 from gengap_dist.launchers.local import Pool
 from gengap_dist.tracking.record import prepare_folder, read_metrics
-from tests.conftest import config
+from tests.conftest import config, weights
 
 MICRO_SIZES = (7, 32, 128)
 CASES = {  # global sizes 96 and 100 split unevenly; 1293 leaves a last step of one sample: ranks without any
@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
                     run = config(batch__micro_size=micro, launch__num_processes=size, probe__num_samples=64, **given)
                     result = pool.run(run, folder, resume=False, progress=lambda *_: None)
                     lines = list(read_metrics(folder))
-                    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["model"]
+                    state = weights(folder)
                     out[case, size, micro] = (
                         np.array([line["train/loss"] for line in lines if "train/loss" in line]),
                         np.array([line["train/grad_norm"] for line in lines if "train/loss" in line]),

@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag, Se
 from gengap_dist.config import RunConfig, Section, StudyConfig, UsageError, did_you_mean, field_names
 from gengap_dist.launchers.base import leave
 
-O = TypeVar("O", bound=Section)
+T = TypeVar("T", bound=Section)
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -78,8 +78,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(
-    settings: type[BaseSettings], argv: Sequence[str], *, prog: str, description: str, options: type[O] = Options
-) -> tuple[O, dict[str, Any]]:
+    settings: type[BaseSettings], argv: Sequence[str], *, prog: str, description: str, options: type[T] = Options
+) -> tuple[T, dict[str, Any]]:
     """The command's options, and the settings given on the command line as a nested dict.
 
     Raises:

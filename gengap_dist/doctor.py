@@ -27,7 +27,7 @@ def command(argv: Sequence[str]) -> int:
     config = resolve(RunConfig, options.config, overrides)
     from rich.console import Console
 
-    from gengap_dist.checks import Ask, examine
+    from gengap_dist.diagnosis import Ask, examine
 
     with Console(stderr=True).status("checking") as spinner:
         found = examine(Ask(config, options.out), lambda waiting: spinner.update(f"checking {', '.join(waiting)}"))

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -297,15 +298,14 @@ def rehearse() -> None:
 
         gpus = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
         _say(torch=torch.__version__, gpus=[(gpu.name, gpu.total_memory / GIB) for gpu in gpus])
+        try:
+            _say(torchvision=importlib.import_module("torchvision").__version__)
+        except Exception as error:
+            _say(torchvision_error=_line(error))
         began = time.monotonic()
         world = connect(LaunchConfig(device="cpu", timeout_seconds=RANK_SECONDS))
         assert world.sum(torch.ones(1)).item() == 2
         _say(gloo=time.monotonic() - began)
-        if world.rank == 0:
-            try:
-                _say(torchvision=importlib.import_module("torchvision").__version__)
-            except Exception as error:
-                _say(torchvision_error=_line(error))
         if gpus:
             began = time.monotonic()
             size = min(2, len(gpus))  # NCCL wants a GPU for each rank
@@ -371,9 +371,8 @@ def deepspeed(ask: Ask) -> Findings:
     if ask.zero and (error := _import("deepspeed")):
         return {"deepspeed": Finding(FAIL, f"{version} cannot be imported ({error})", "pip install -U deepspeed")}
     if missing:
-        found = f"{version}, but no {' and no '.join(missing)} on PATH: on the CPU, ZeRO builds an operation with them"
-        remedy = "install g++ (and ninja: pip install ninja), and put them on PATH"
-        return {"deepspeed": Finding(FAIL, found, remedy).needed(ask.zero and ask.config.launch.device != "cuda")}
+        found = f"{version}, no {' and no '.join(missing)} on PATH: it cannot build its operations; runs do without"
+        return {"deepspeed": Finding(ABSENT, found, "install g++ (and ninja: pip install ninja), and put them on PATH")}
     return {"deepspeed": Finding(OK, f"{version}, with {compiler} and ninja")}
 
 
@@ -385,23 +384,44 @@ def ray(ask: Ask) -> Findings:
     if ask.ray and (error := _import("ray.train")):
         return {"ray": Finding(FAIL, f"{version}: ray.train cannot be imported ({error})", "pip install 'ray[train]'")}
     address = ask.config.launch.ray_address or os.environ.get("RAY_ADDRESS")
+    token, origin = _ray_token()
+    mode = os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")  # Ray takes a token if it finds one
+    auth = f"auth {mode}" + (f" ({origin})" if mode == "token" and token else "")
+    if mode == "token" and not token:
+        remedy = "set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_MODE=disabled if it has none"
+        return {"ray": Finding(FAIL, f"{version}, auth token, but there is no token", remedy).needed(ask.ray)}
     if not address:
-        return {"ray": Finding(OK, f"{version}, {_ray_auth()}; no address: a cluster here, or a new one")}
+        return {"ray": Finding(OK, f"{version}, {auth}; no address: a cluster here, or a new one")}
     try:
-        _check_ray(address)
+        if address.startswith("http") and not ask.ray:  # where `ray job submit` goes
+            _ask_dashboard(address, token if mode == "token" else "")
+        else:
+            _check_ray(address)
     except UsageError as error:
         return {"ray": Finding(FAIL, *_split(str(error))).needed(ask.ray)}
-    return {"ray": Finding(OK, f"{version}, {_ray_auth()}; {address} answers")}
+    return {"ray": Finding(OK, f"{version}, {auth}; {address} answers")}
 
 
-def _ray_auth() -> str:
-    """How Ray would show who it is: Ray takes a token wherever it finds one, unless told otherwise."""
-    home = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    token = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else str(home) if home.exists() else ""
-    mode = os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")
-    if mode.lower() != "token":
-        return f"auth {mode}"
-    return f"auth by token of {token}" if token else "auth by token, but there is none"
+def _ray_token() -> tuple[str, str]:
+    """The token Ray would show, and where it comes from; two empty words if there is none."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token, "RAY_AUTH_TOKEN"
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return (path.read_text().strip(), str(path)) if path.exists() else ("", "")
+
+
+def _ask_dashboard(address: str, token: str) -> None:
+    """Refuse the address of a dashboard that does not answer, or not to us."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"{address.rstrip('/')}/api/version", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as answer:
+            json.load(answer)["ray_version"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"RAY_ADDRESS ({address}) is no Ray dashboard that lets us in ({_line(error)}): start the cluster, correct "
+            "the address, or set RAY_AUTH_TOKEN to its token"
+        ) from None
 
 
 def _check_ray(address: str) -> None:
@@ -418,12 +438,9 @@ def _check_ray(address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    if address in ("auto", "local"):
-        return
     parts = urlsplit(address if "//" in address else f"//{address}")
     try:
-        where = (parts.hostname or "", parts.port or 10001)
-        socket.create_connection(where, timeout=SERVER_SECONDS).close()
+        socket.create_connection((parts.hostname or "", parts.port or 10001), timeout=SERVER_SECONDS).close()
     except (OSError, ValueError) as error:
         raise UsageError(
             f"launch.ray_address ({address}) does not answer ({_line(error)}): start the cluster "

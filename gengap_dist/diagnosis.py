@@ -36,7 +36,7 @@ from gengap_dist.tracking.mlflow_sink import CLIENT_DEFAULTS, store_uri
 
 OK, WARN, FAIL, ABSENT = "ok", "warn", "fail", "absent"
 RANK_SECONDS = 20  # that two ranks on one machine may take to meet
-IMPORT_SECONDS = 60  # torch from a cold network drive
+IMPORT_SECONDS = 120  # torch from a cold network drive, beside everything else that is checked
 SERVER_SECONDS = 5
 GIB = 2**30
 
@@ -151,8 +151,7 @@ def _control(name: str) -> str:
 def network(ask: Ask) -> Findings:
     """Whether gloo finds an address of this machine that others can reach: an interface named, or the host's name."""
     interfaces = [name for _, name in socket.if_nameindex()]
-    others = " or ".join(name for name in interfaces if name != "lo") or "its interface"
-    pin = f"export GLOO_SOCKET_IFNAME={others}"
+    pin = f"export GLOO_SOCKET_IFNAME={' or '.join(filter(_is_up, interfaces)) or 'an interface that is up'}"
     if pinned := os.environ.get("GLOO_SOCKET_IFNAME"):
         if wrong := set(pinned.split(",")) - set(interfaces):
             return {"network": Finding(FAIL, f"GLOO_SOCKET_IFNAME={pinned}: no interface {min(wrong)} here", pin)}
@@ -167,6 +166,12 @@ def network(ask: Ask) -> Findings:
     if ask.nodes and str(address[0]).startswith(("127.", "::1")):
         return {"network": Finding(WARN, f"{host} is {address[0]}, which other nodes cannot reach", pin)}
     return {"network": Finding(OK, f"{host} is {address[0]}")}
+
+
+def _is_up(interface: str) -> bool:
+    """Whether a network interface may lead to other machines."""
+    state = Path("/sys/class/net") / interface / "operstate"
+    return interface != "lo" and not (state.exists() and state.read_text().strip() == "down")
 
 
 def disk(ask: Ask) -> Findings:
@@ -263,8 +268,10 @@ def _gpu(ask: Ask, gpus: list[tuple[str, float]]) -> Finding:
     found = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "none that torch can use"
     here = 1 if ask.nodes else launch.num_processes
     if launch.device == "cuda" and len(gpus) < here:
+        if ask.ray:
+            return Finding(WARN, found, "launch.device=cuda: see that the nodes of Ray's workers have GPUs")
         lacks = f"launch.device=cuda needs {here}: check nvidia-smi and torch's build, or launch.device=cpu"
-        return Finding(FAIL, found, lacks).needed(not ask.ray)  # Ray's workers may have what its driver has not
+        return Finding(FAIL, found, lacks)
     return Finding(OK if gpus else ABSENT, found)
 
 
@@ -381,8 +388,6 @@ def ray(ask: Ask) -> Findings:
     version = installed("ray")
     if not version:
         return {"ray": Finding(FAIL if ask.ray else ABSENT, "not installed", "pip install 'ray[train,default]'")}
-    if ask.ray and (error := _import("ray.train")):
-        return {"ray": Finding(FAIL, f"{version}: ray.train cannot be imported ({error})", "pip install 'ray[train]'")}
     address = ask.config.launch.ray_address or os.environ.get("RAY_ADDRESS")
     token, origin = _ray_token()
     mode = os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")  # Ray takes a token if it finds one
@@ -390,16 +395,19 @@ def ray(ask: Ask) -> Findings:
     if mode == "token" and not token:
         remedy = "set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_MODE=disabled if it has none"
         return {"ray": Finding(FAIL, f"{version}, auth token, but there is no token", remedy).needed(ask.ray)}
-    if not address:
-        return {"ray": Finding(OK, f"{version}, {auth}; no address: a cluster here, or a new one")}
     try:
-        if address.startswith("http") and not ask.ray:  # where `ray job submit` goes
+        if not address:
+            pass
+        elif address.startswith("http") and not ask.ray:  # where `ray job submit` goes
             _ask_dashboard(address, token if mode == "token" else "")
         else:
             _check_ray(address)
     except UsageError as error:
         return {"ray": Finding(FAIL, *_split(str(error))).needed(ask.ray)}
-    return {"ray": Finding(OK, f"{version}, {auth}; {address} answers")}
+    if ask.ray and (error := _import("ray.train")):
+        return {"ray": Finding(FAIL, f"{version}: ray.train cannot be imported ({error})", "pip install 'ray[train]'")}
+    cluster = f"{address} answers" if address else "no address: a cluster here, or a new one"
+    return {"ray": Finding(OK, f"{version}, {auth}; {cluster}")}
 
 
 def _ray_token() -> tuple[str, str]:

@@ -14,31 +14,25 @@ import re
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Mapping
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from gengap_dist.config import DataConfig, LaunchConfig, RunConfig, UsageError
+from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.data import TORCHVISION
-from gengap_dist.launchers.base import leave
-from gengap_dist.launchers.local import free_port
 from gengap_dist.launchers.torchrun import joining
 from gengap_dist.tracking.mlflow_sink import CLIENT_DEFAULTS, store_uri
+from gengap_dist.trials import GIB, IMPORT_SECONDS, Facts, attempt, line, two_ranks
 
 OK, WARN, FAIL, ABSENT = "ok", "warn", "fail", "absent"
-RANK_SECONDS = 20  # that two ranks on one machine may take to meet
-IMPORT_SECONDS = 120  # torch from a cold network drive, beside everything else that is checked
 SERVER_SECONDS = 5
-GIB = 2**30
 
 
 class Finding(NamedTuple):
@@ -93,7 +87,7 @@ def examine(ask: Ask, tell: Callable[[list[str]], None] = lambda waiting: None) 
         try:
             answers.put((names, check(ask)))
         except Exception as error:
-            reason = f"cannot be checked ({type(error).__name__}: {_line(error)})"
+            reason = f"cannot be checked ({type(error).__name__}: {line(error)})"
             answers.put((names, dict.fromkeys(names, Finding(FAIL, reason, "mend what the message names"))))
 
     for names, (_, check) in CHECKS.items():  # daemons, so that one that hangs cannot hold up the exit
@@ -162,7 +156,7 @@ def network(ask: Ask) -> Findings:
         with socket.socket(family, kind) as mine:
             mine.bind(address)
     except OSError as error:
-        return {"network": Finding(WARN, f"host name {host} is no address of this machine ({_line(error)})", pin)}
+        return {"network": Finding(WARN, f"host name {host} is no address of this machine ({line(error)})", pin)}
     if ask.nodes and str(address[0]).startswith(("127.", "::1")):
         return {"network": Finding(WARN, f"{host} is {address[0]}, which other nodes cannot reach", pin)}
     return {"network": Finding(OK, f"{host} is {address[0]}")}
@@ -225,7 +219,7 @@ def open_files(ask: Ask) -> Findings:
 
 def ranks(ask: Ask) -> Findings:
     """Torch, its GPUs, and two ranks on this machine that meet over gloo and, where there are GPUs, NCCL."""
-    first, second = _rehearse_two()
+    first, second = two_ranks()
     launch = ask.config.launch
     error = first.get("error") or second.get("error") or "no answer"
     if "torch" not in first:
@@ -247,7 +241,7 @@ def ranks(ask: Ask) -> Findings:
     }
 
 
-def _torch(ask: Ask, facts: Mapping[str, Any]) -> Finding:
+def _torch(ask: Ask, facts: Facts) -> Finding:
     version, vision = facts["torch"], facts.get("torchvision")
     if tuple(map(int, version.split(".")[:2])) < (2, 11):
         return Finding(FAIL, version, "pip install 'torch>=2.11' torchvision")
@@ -275,7 +269,7 @@ def _gpu(ask: Ask, gpus: list[tuple[str, float]]) -> Finding:
     return Finding(OK if gpus else ABSENT, found)
 
 
-def _nccl(ask: Ask, facts: Mapping[str, Any], error: str) -> Finding:
+def _nccl(ask: Ask, facts: Facts, error: str) -> Finding:
     if not facts["gpus"]:
         return Finding(ABSENT, "needs GPUs")
     if "nccl" in facts:
@@ -283,77 +277,6 @@ def _nccl(ask: Ask, facts: Mapping[str, Any], error: str) -> Finding:
         return Finding(OK, f"{num} rank{'s' * (num > 1)} met in {seconds:.1f} s")
     remedy = "NCCL_DEBUG=INFO says more; launch.device=cpu goes without"
     return Finding(FAIL, f"ranks do not meet ({error})", remedy).needed(ask.config.launch.device != "cpu")
-
-
-def _rehearse_two() -> list[dict[str, Any]]:
-    """What each of two ranks said before it ended or the time was up."""
-    env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    env["MASTER_PORT"] = str(free_port())
-    env.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # these two are nobody else's ranks
-    started = [_start("rehearse", env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    until = time.monotonic() + IMPORT_SECONDS
-    return [_listen(process, until) for process in started]
-
-
-def rehearse() -> None:
-    """One of the two ranks: a JSON object per line for each thing that worked, and the first that did not."""
-    try:
-        import torch
-        import torch.distributed as dist
-
-        from gengap_dist.world import connect
-
-        gpus = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
-        _say(torch=torch.__version__, gpus=[(gpu.name, gpu.total_memory / GIB) for gpu in gpus])
-        try:
-            _say(torchvision=importlib.import_module("torchvision").__version__)
-        except Exception as error:
-            _say(torchvision_error=_line(error))
-        began = time.monotonic()
-        world = connect(LaunchConfig(device="cpu", timeout_seconds=RANK_SECONDS))
-        assert world.sum(torch.ones(1)).item() == 2
-        _say(gloo=time.monotonic() - began)
-        if gpus:
-            began = time.monotonic()
-            size = min(2, len(gpus))  # NCCL wants a GPU for each rank
-            group = dist.new_group([*range(size)], timedelta(seconds=RANK_SECONDS), "nccl")
-            if isinstance(group, dist.ProcessGroup):  # else this rank has no GPU
-                ones = torch.ones(1, device=f"cuda:{world.rank}")
-                dist.all_reduce(ones, group=group)
-                assert ones.item() == size
-                _say(nccl=(size, time.monotonic() - began))
-        world.barrier()  # none hangs up on the other
-    except Exception as error:
-        _say(error=_line(error))
-        leave(1)
-    leave(0)
-
-
-def _say(**facts: Any) -> None:
-    print(json.dumps(facts), flush=True)
-
-
-def _start(function: str, env: Mapping[str, str], *words: str) -> "subprocess.Popen[str]":
-    """A function of this module in a process of its own."""
-    code = f"from {__name__} import {function}; {function}()"
-    pipe, null = subprocess.PIPE, subprocess.DEVNULL
-    command = [sys.executable, "-c", code, *words]
-    return subprocess.Popen(command, env=env, stdin=null, stdout=pipe, stderr=null, text=True)
-
-
-def _listen(process: "subprocess.Popen[str]", until: float) -> dict[str, Any]:
-    """What a process says until it ends, or is ended; with `error` if that was no good end."""
-    try:
-        said, _ = process.communicate(timeout=max(0.1, until - time.monotonic()))
-        facts = {"error": f"died with exit code {process.returncode}"} if process.returncode else {}
-    except subprocess.TimeoutExpired:
-        process.kill()
-        said, _ = process.communicate()
-        facts = {"error": "not done in time", "late": True}
-    for line in said.splitlines():
-        if line.startswith("{"):  # some packages greet on stdout
-            facts |= json.loads(line)
-    return facts
 
 
 # -- packages and services --------------------------------------------------------------------------------------------
@@ -392,21 +315,20 @@ def ray(ask: Ask) -> Findings:
     token, origin = _ray_token()
     mode = os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")  # Ray takes a token if it finds one
     auth = f"auth {mode}" + (f" ({origin})" if mode == "token" and token else "")
-    if mode == "token" and not token:
+    if mode == "token" and not token and address:  # a cluster of one's own gets a new token
         remedy = "set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_MODE=disabled if it has none"
         return {"ray": Finding(FAIL, f"{version}, auth token, but there is no token", remedy).needed(ask.ray)}
+    cluster = "no address: a cluster here, or a new one"
     try:
-        if not address:
-            pass
-        elif address.startswith("http") and not ask.ray:  # where `ray job submit` goes
+        if address and address.startswith("http") and not ask.ray:  # where `ray job submit` goes
             _ask_dashboard(address, token if mode == "token" else "")
-        else:
-            _check_ray(address)
+            cluster = f"{address} answers"
+        elif address and _check_ray(address):
+            cluster = f"{address} answers"
     except UsageError as error:
         return {"ray": Finding(FAIL, *_split(str(error))).needed(ask.ray)}
     if ask.ray and (error := _import("ray.train")):
         return {"ray": Finding(FAIL, f"{version}: ray.train cannot be imported ({error})", "pip install 'ray[train]'")}
-    cluster = f"{address} answers" if address else "no address: a cluster here, or a new one"
     return {"ray": Finding(OK, f"{version}, {auth}; {cluster}")}
 
 
@@ -427,13 +349,13 @@ def _ask_dashboard(address: str, token: str) -> None:
             json.load(answer)["ray_version"]
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"RAY_ADDRESS ({address}) is no Ray dashboard that lets us in ({_line(error)}): start the cluster, correct "
+            f"RAY_ADDRESS ({address}) is no Ray dashboard that lets us in ({line(error)}): start the cluster, correct "
             "the address, or set RAY_AUTH_TOKEN to its token"
         ) from None
 
 
-def _check_ray(address: str) -> None:
-    """Refuse an address where no Ray cluster answers, or not to us.
+def _check_ray(address: str) -> bool:
+    """Whether a Ray cluster answers; False if the address is `auto` and there is none on this machine.
 
     Raises:
         UsageError: what is wrong, and what to do about it.
@@ -442,16 +364,20 @@ def _check_ray(address: str) -> None:
         check = importlib.import_module("gengap_dist.launchers.ray_train").check_address
     except ModuleNotFoundError:
         check = _knock
-    check(address)
+    return check(address)
 
 
-def _knock(address: str) -> None:
+def _knock(address: str) -> bool:
+    """What stands in for it."""
+    if address == "auto":
+        return False
     parts = urlsplit(address if "//" in address else f"//{address}")
     try:
         socket.create_connection((parts.hostname or "", parts.port or 10001), timeout=SERVER_SECONDS).close()
+        return True
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"launch.ray_address ({address}) does not answer ({_line(error)}): start the cluster "
+            f"launch.ray_address ({address}) does not answer ({line(error)}): start the cluster "
             "(ray start --head), or correct RAY_ADDRESS or launch.ray_address"
         ) from None
 
@@ -470,7 +396,7 @@ def mlflow(ask: Ask) -> Findings:
         return {"mlflow": Finding(WARN, found, "give the address of a server (http://...) or sqlite:///FILE")}
     env = CLIENT_DEFAULTS | os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_SECONDS)}
     env |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    facts = _listen(_start("ask_mlflow", env, uri), time.monotonic() + IMPORT_SECONDS)
+    facts = attempt("ask_mlflow", uri, env=env)
     if "seconds" in facts:
         return {"mlflow": Finding(OK, f"{version}; {shown} answers in {facts['seconds']:.2f} s")}
     error = str(facts.get("error"))
@@ -481,18 +407,6 @@ def mlflow(ask: Ask) -> Findings:
     elif "401" in error:
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     return {"mlflow": Finding(FAIL, f"{shown}: {_mlflow_reason(error)}", remedy).needed(needed)}
-
-
-def ask_mlflow() -> None:
-    """One request that any MLflow server answers, by MLflow's own client: health pages answer those it turns away."""
-    from mlflow import MlflowClient
-
-    began = time.monotonic()
-    try:
-        MlflowClient(sys.argv[1]).search_experiments(max_results=1)
-        _say(seconds=time.monotonic() - began)
-    except Exception as error:
-        _say(error=" ".join(str(error).split()))
 
 
 def _mlflow_reason(error: str) -> str:
@@ -551,7 +465,7 @@ def data(ask: Ask) -> Findings:
     beside = f"; {config.root} also has {', '.join(others)}" if others else ""
     if config.name == "digits":
         return {"data": Finding(OK, f"digits come with the package{beside}")}
-    facts = _listen(_start("read_data", os.environ, config.model_dump_json()), time.monotonic() + IMPORT_SECONDS)
+    facts = attempt("read_data", config.model_dump_json())
     if "images" in facts:
         return {"data": Finding(OK, f"{config.name}: {facts['images']:,} images in {config.root}{beside}")}
     if facts.get("late"):
@@ -561,21 +475,6 @@ def data(ask: Ask) -> Findings:
     if config.download:
         return {"data": Finding(WARN, f"{config.name} is not whole in {config.root}: the run will download it")}
     return {"data": Finding(FAIL, found, remedy)}
-
-
-def read_data() -> None:
-    """Read the data set that the command line describes; pictures are counted and not decoded."""
-    from gengap_dist.data import catalog
-
-    config = DataConfig.model_validate_json(sys.argv[1]).model_copy(update={"download": False})
-    try:
-        if config.name == "imagefolder":
-            _say(images=sum(len(listing.samples) for listing in catalog.listings(config)))
-        else:
-            splits = catalog.load(config)
-            _say(images=len(splits.train) + len(splits.val) + len(splits.test))
-    except UsageError as error:
-        _say(error=str(error))
 
 
 def installed(package: str) -> str | None:
@@ -588,21 +487,7 @@ def installed(package: str) -> str | None:
 
 def _import(module: str) -> str:
     """Why a module cannot be imported; empty if it can."""
-    env = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    return _listen(_start("try_import", env, module), time.monotonic() + IMPORT_SECONDS).get("error", "")
-
-
-def try_import() -> None:
-    """Import the module that the command line names."""
-    try:
-        importlib.import_module(sys.argv[1])
-    except Exception as error:
-        _say(error=f"{type(error).__name__}: {_line(error)}")
-
-
-def _line(error: Exception) -> str:
-    """An error's first line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    return attempt("try_import", module, env={"MLFLOW_DISABLE_TELEMETRY": "true"}).get("error", "")
 
 
 def _split(sentence: str) -> tuple[str, str]:

@@ -28,6 +28,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.study.schedule": 5.5,
     "gengap_dist.report": 5.25,  # its statistics are study.pairing's
     "gengap_dist.cli": 5.5,
+    "gengap_dist.trials": 5.25,  # runs launchers' ranks
     "gengap_dist.diagnosis": 5.5,
     "gengap_dist.train": 6,
     "gengap_dist.doctor": 6,

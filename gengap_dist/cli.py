@@ -1,4 +1,4 @@
-"""What the four commands share: reading settings from files and the command line, and how they end."""
+"""What the commands share: reading settings from files and the command line, and how they end."""
 
 import argparse
 import os
@@ -6,13 +6,16 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Never, NoReturn
+from typing import Any, Never, NoReturn, TypeVar
 
+from pydantic import Field
 from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag, SettingsConfigDict
 
 from gengap_dist.config import RunConfig, Section, StudyConfig, UsageError, did_you_mean, field_names
 from gengap_dist.launchers.base import leave
 from gengap_dist.preemption import Preempted
+
+T = TypeVar("T", bound=Section)
 
 OK, FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL, "start me again"
 
@@ -44,6 +47,25 @@ class StudySettings(StudyConfig, Options, BaseSettings):  # pyright: ignore[repo
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
+class DoctorOptions(Section):
+    """What `doctor` takes beside the settings."""
+
+    config: list[Path] = []
+    """YAML file with settings, as `train` takes it; may be given several times."""
+    out: Path = Path()
+    """Folder that the run would write: is there room?"""
+    as_json: CliToggleFlag[bool] = Field(default=False, alias="json")
+    """Print what was found as JSON."""
+    debug: CliToggleFlag[bool] = False
+    """Show Python's traceback when something goes wrong."""
+
+
+class DoctorSettings(RunConfig, DoctorOptions, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What `doctor` takes."""
+
+    model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse that raises instead of exiting, and names the nearest option for an unknown one."""
 
@@ -57,8 +79,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(
-    settings: type[TrainSettings] | type[StudySettings], argv: Sequence[str], *, prog: str, description: str
-) -> tuple[Options, dict[str, Any]]:
+    settings: type[BaseSettings], argv: Sequence[str], *, prog: str, description: str, options: type[T] = Options
+) -> tuple[T, dict[str, Any]]:
     """The command's options, and the settings given on the command line as a nested dict.
 
     Raises:
@@ -77,8 +99,9 @@ def parse(
         settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_avoid_json=True
     )
     overrides: dict[str, Any] = dict(source(args=list(argv))())
-    options = {name: overrides.pop(name) for name in Options.model_fields if name in overrides}
-    return Options.model_validate(options), overrides
+    names = [field.alias or name for name, field in options.model_fields.items()]
+    given = {name: overrides.pop(name) for name in names if name in overrides}
+    return options.model_validate(given), overrides
 
 
 def guarded(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> Never:

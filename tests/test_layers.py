@@ -31,7 +31,10 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.study.schedule": 5.5,
     "gengap_dist.report": 5.25,  # its statistics are study.pairing's
     "gengap_dist.cli": 5.5,
+    "gengap_dist.trials": 5.25,  # runs launchers' ranks
+    "gengap_dist.diagnosis": 5.5,
     "gengap_dist.train": 6,
+    "gengap_dist.doctor": 6,
     "gengap_dist.probe": 6,
     "gengap_dist.study.__main__": 6,
     "gengap_dist.report.__main__": 6,
@@ -77,7 +80,7 @@ def test_every_module_has_a_floor():
     assert {room(module_name(path)) for path in MODULES} <= set(FLOORS)
 
 
-@pytest.mark.parametrize("command", ["train", "study", "probe", "report"])
+@pytest.mark.parametrize("command", ["train", "study", "probe", "report", "doctor"])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys, runpy\n"

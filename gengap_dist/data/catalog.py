@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gengap_dist.config import DataConfig, UsageError
+from gengap_dist.data import TORCHVISION
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
 
 
 class Images(NamedTuple):
@@ -89,14 +93,6 @@ def _digits(config: DataConfig, progress: Progress) -> _Raw:
     return _Raw(pixels[~test], labels[~test], pixels[test], labels[test], 10)
 
 
-TORCHVISION = {  # name: class, folder below data.root
-    "mnist": ("MNIST", "MNIST/raw"),
-    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
-    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": ("CIFAR100", "cifar-100-python"),
-}
-
-
 def _torchvision(config: DataConfig, progress: Progress) -> _Raw:
     from torchvision import datasets  # slow import, and digits do not need it
 
@@ -124,23 +120,37 @@ def _torchvision(config: DataConfig, progress: Progress) -> _Raw:
     return _Raw(*sets, num_classes=len(train.classes))
 
 
-def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
-    """root/train/CLASS/*.jpg and root/test/CLASS/*.jpg, decoded once, resized to image_size, three channels."""
-    from PIL import Image
+def listings(config: DataConfig) -> "list[ImageFolder]":
+    """The pictures below root/train/CLASS and root/test/CLASS, none of them opened yet.
+
+    Raises:
+        UsageError: if a folder is missing or empty, or the two have different classes.
+    """
     from torchvision.datasets import ImageFolder
 
-    size = config.image_size
-    sets: list[Tensor] = []
-    classes: list[list[str]] = []
+    found: list[ImageFolder] = []
     for part in ("train", "test"):
         folder = config.root / part
         try:
-            listing = ImageFolder(str(folder))
+            found.append(ImageFolder(str(folder)))
         except (OSError, RuntimeError) as error:
             raise UsageError(
                 f"data.root ({config.root}) is no image folder: {folder} needs one sub-folder of pictures per class "
                 f"({error}); arrange the files as {folder}/CLASS/PICTURE.jpg"
             ) from None
+    if odd := sorted(set(found[0].classes) ^ set(found[1].classes)):
+        raise UsageError(f"data.root ({config.root}): class {odd[0]} is not in both train/ and test/: make them match")
+    return found
+
+
+def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
+    """root/train/CLASS/*.jpg and root/test/CLASS/*.jpg, decoded once, resized to image_size, three channels."""
+    from PIL import Image
+
+    size = config.image_size
+    sets: list[Tensor] = []
+    both = listings(config)
+    for part, listing in zip(("train", "test"), both, strict=True):
         _check_memory(len(listing.samples) * 3 * size * size, config)
         pixels = torch.empty(len(listing.samples), 3, size, size, dtype=torch.uint8)
 
@@ -163,11 +173,7 @@ def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
                 if done % 500 == 0:
                     progress(f"reading {part} pictures", done, len(jobs))
         sets += [pixels, torch.tensor(listing.targets)]
-        classes.append(listing.classes)
-    if classes[0] != classes[1]:
-        odd = sorted(set(classes[0]) ^ set(classes[1]))
-        raise UsageError(f"data.root ({config.root}): class {odd[0]} is not in both train/ and test/: make them match")
-    return _Raw(*sets, num_classes=len(classes[0]))
+    return _Raw(*sets, num_classes=len(both[0].classes))
 
 
 LOADERS: dict[str, Callable[[DataConfig, Progress], _Raw]] = {

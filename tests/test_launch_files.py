@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 import warnings
 import zipfile
@@ -209,6 +211,49 @@ def test_symmetric_run_takes_it(recorded):
     assert (record["env"]["RAY_AUTH_MODE"], len(record["env"]["RAY_AUTH_TOKEN"])) == ("token", 64)
 
 
+DRIVER = """#!/usr/bin/env bash
+# in place of the interpreter: Ray's symmetric-run is what it runs; train leaves when it is told to
+if [[ " $* " == *" symmetric-run "* ]]; then
+  while [ "$1" != -- ]; do shift; done
+  shift && "$@"
+  exit
+elif [ "$1" = -c ]; then echo token && exit
+fi
+mkdir -p "$OUT"
+trap 'echo "{\\"status\\": \\"$STATUS\\"}" >"$OUT/run.json"; exit "$CODE"' TERM
+touch "$OUT/started"
+[[ $* == *torchrun* ]] && kill -TERM $$
+for _ in {1..100}; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize("script", ["torchrun", "ray"])
+@pytest.mark.parametrize(
+    ("status", "code", "again"), [("preempted", 75, True), ("finished", 0, False), ("failed", 1, False)]
+)
+def test_slurm_requeues_what_was_preempted(tmp_path, script, status, code, again):
+    """The real thing was tried on a one-node Slurm; this holds the script's decision."""
+    bin_, out = tmp_path / "bin", tmp_path / "run"
+    bin_.mkdir()
+    stubs = {"python": DRIVER, "srun": '#!/bin/sh\n[ "$1" = --kill-on-bad-exit=0 ] && shift\nexec "$@"\n'}
+    stubs["scontrol"] = '#!/bin/sh\necho "$@" >"$OUT/scontrol"\n'
+    for command, text in stubs.items():
+        (bin_ / command).write_text(text)
+        (bin_ / command).chmod(0o755)
+    env = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node0", "SLURM_JOB_NUM_NODES": "1", "TMPDIR": str(tmp_path)}
+    env |= {"PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}", "OUT": str(out), "STATUS": status, "CODE": str(code)}
+    job = subprocess.Popen(["bash", ROOT / f"launch/slurm/{script}.sbatch", "x.yaml", out], env=os.environ | env)
+    if script == "ray":  # as `--signal=B:USR1` does
+        while not (out / "started").exists():
+            assert job.poll() is None
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == code
+    assert (out / "scontrol").exists() == again
+    if again:
+        assert (out / "scontrol").read_text() == "requeue 7\n"
+
+
 def test_deepspeed_takes_it(recorded, tmp_path):
     from deepspeed.launcher.runner import fetch_hostfile, parse_args
 
@@ -323,14 +368,13 @@ def test_compose():
 
 
 def test_compose_by_its_own_command():
-    if (
-        subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
-        if shutil.which("docker")
-        else 1
-    ):
-        pytest.skip("docker compose is not installed; the schema and the names are checked without it")
-    filled = {name: "x" for name in variables(ROOT / "docker/env.example")}
-    command = ["docker", "compose", "-f", str(COMPOSE), "--profile", "train", "config", "--quiet"]
+    compose = ["docker", "compose"]
+    if not shutil.which("docker") or subprocess.run([*compose, "version"], capture_output=True).returncode:
+        compose = ["docker-compose"]
+        if not shutil.which("docker-compose"):
+            pytest.skip("Docker's compose is not installed; the schema and the names are checked without it")
+    filled = dict.fromkeys(variables(ROOT / "docker/env.example"), "1")
+    command = [*compose, "-f", str(COMPOSE), "--profile", "train", "config", "--quiet"]
     done = subprocess.run(command, env=os.environ | filled, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -440,14 +484,10 @@ def test_a_misspelt_key_is_refused(file, path, new):
 
 
 def test_other_mistakes_are_refused(tmp_path):
-    words = (
-        load(ROOT / "launch/kuberay/rayjob.yaml")["spec"]["entrypoint"].replace("num_processes", "num_process").split()
-    )
-    with pytest.raises(UsageError, match="did you mean --launch.num_processes"):
-        check_train(words)
-    words[-4:] = ["--launch.backend", "rays"]
-    with pytest.raises(UsageError, match="launch.backend"):
-        check_train(words)
+    entrypoint = load(ROOT / "launch/kuberay/rayjob.yaml")["spec"]["entrypoint"]
+    for right, wrong, said in (("num_processes", "num_process", "did you mean"), ("ray ", "rays ", "backend .rays.")):
+        with pytest.raises(UsageError, match=said):
+            check_train(entrypoint.replace(right, wrong).split())
     (tmp_path / "a.sh").write_text("#!/usr/bin/env bash\nrm -r $1/x\n")
     with pytest.raises(AssertionError, match="SC2086"):
         lint(tool("shellcheck"), tmp_path / "a.sh")

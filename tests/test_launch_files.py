@@ -266,6 +266,7 @@ def test_deepspeed_takes_it(recorded, tmp_path):
             assert (args.num_gpus, record["env"]["DS_ACCELERATOR"]) == (2, "cpu")
         else:
             assert dict(fetch_hostfile(args.hostfile)) == {"node0": 8, "node1": 8}
+            assert args.force_multi  # one node in the file is that node, not this machine
 
 
 def test_the_upload_leaves_data_and_runs_here(tmp_path):

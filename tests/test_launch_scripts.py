@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -11,6 +12,20 @@ from gengap_dist.tracking.record import read_info, read_metrics
 from tests.conftest import ROOT
 
 SMALL = ["--train.steps", "6", "--launch.device", "cpu", "--probe.enabled", "false", "--mlflow.enabled", "false"]
+
+
+RANK = """
+import os, pathlib, signal, time
+rank = os.environ["RANK"]
+def told(*_):
+    pathlib.Path("told." + rank).touch()
+    raise SystemExit(75)
+signal.signal(signal.SIGTERM, told)
+pid = pathlib.Path("writing." + rank)
+pid.write_text(str(os.getpid()))
+pid.rename("pid." + rank)
+time.sleep(60)
+"""
 
 
 @pytest.mark.parametrize(
@@ -29,3 +44,24 @@ def test_two_ranks_train(tmp_path, script, env):
     assert (info["status"], info["world_size"]) == ("finished", 2)
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "train/loss" in line] == [*range(1, 7)]
     assert str(tmp_path / "run") in done.stdout
+
+
+@pytest.mark.parametrize("script", ["torchrun/multi_node.sh", "deepspeed/run.sh"])
+def test_every_rank_is_told_to_leave(tmp_path, script):
+    """SIGTERM at the script reaches each rank, and nothing of the run is left."""
+    (tmp_path / "gengap_dist").mkdir()
+    (tmp_path / "gengap_dist" / "__init__.py").touch()
+    (tmp_path / "gengap_dist" / "train.py").write_text(RANK)
+    env = {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path), "MASTER_PORT": str(free_port()), "DEVICE": "cpu"}
+    env |= {"NUM_PROCESSES": "2", "NPROC_PER_NODE": "2"}
+    job = subprocess.Popen(["bash", ROOT / "launch" / script, "x", "y"], env=os.environ | env, cwd=tmp_path)
+    for _ in range(1200):
+        if len(started := [*tmp_path.glob("pid.*")]) == 2:
+            break
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(60) != 0
+    assert sorted(path.name for path in tmp_path.glob("told.*")) == ["told.0", "told.1"]
+    for pid in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)

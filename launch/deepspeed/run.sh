@@ -29,11 +29,24 @@ if [ -n "${NUM_PROCESSES:-}" ]; then
 else
   hostfile=${HOSTFILE:-$(dirname "$0")/hostfile}
   [ -f "$hostfile" ] || { echo "HOSTFILE ($hostfile) is no file: name one, or set NUM_PROCESSES" >&2 && exit 2; }
-  where=(--hostfile "$hostfile") # a missing one would mean this machine only, without a word
+  # a missing hostfile, or one with a single node, would otherwise mean this machine, without a word
+  where=(--hostfile "$hostfile" --force_multi)
 fi
 device=${DEVICE:-cuda}
 [ "$device" = cuda ] || export DS_ACCELERATOR=$device
 
-exec "${PYTHON:-python}" -m deepspeed.launcher.runner "${where[@]}" --master_port "${MASTER_PORT:-29500}" \
+"${PYTHON:-python}" -m deepspeed.launcher.runner "${where[@]}" --master_port "${MASTER_PORT:-29500}" \
   --no_local_rank --module gengap_dist.train --config "$config" --out "$out" --resume \
-  --launch.backend torchrun --launch.strategy "${STRATEGY:-zero2}" --launch.device "$device" "$@"
+  --launch.backend torchrun --launch.strategy "${STRATEGY:-zero2}" --launch.device "$device" "$@" &
+runner=$!
+
+# Told to leave, the launcher of a hostfile tells its nodes. The local one would go and leave its ranks running: its
+# child is the one that tells them, and then waits 30 seconds.
+tell=(kill -TERM "$runner")
+[ -z "${NUM_PROCESSES:-}" ] || tell=(pkill -TERM -P "$runner")
+trap '"${tell[@]}" || true' TERM INT
+while true; do
+  wait "$runner" && code=0 || code=$?
+  kill -0 "$runner" 2>/dev/null || break # a signal ends `wait` too: only then is the launcher still there
+done
+exit "$code"

@@ -39,7 +39,7 @@ def check_strategy(config: RunConfig, num_ranks: int) -> None:
         UsageError: for single on more ranks or ddp on one; ZeRO with float64; LARS where state is sharded by ZeRO.
     """
     name = strategy_name(config, num_ranks)
-    if name == "single" and num_ranks > 1 or name == "ddp" and num_ranks == 1:
+    if (name == "single" and num_ranks > 1) or (name == "ddp" and num_ranks == 1):
         raise UsageError(
             f"launch.strategy ({name}) does not fit {num_ranks} rank(s): single is for one, ddp for more; use auto"
         )

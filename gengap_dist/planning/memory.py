@@ -1,7 +1,7 @@
 """What a rank holds: weights, gradients, optimizer state, activations, images, the probe. In bytes."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -121,7 +121,7 @@ def _dtype(config: RunConfig) -> torch.dtype:
     return getattr(torch, config.train.dtype)
 
 
-def _saved(config: RunConfig, model: nn.Module, named: dict[str, Tensor], images: Tensor) -> int:
+def _saved(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], images: Tensor) -> int:
     own = {tensor.untyped_storage()._cdata for tensor in named.values()}
     saved: dict[int, int] = {}
 
@@ -134,7 +134,7 @@ def _saved(config: RunConfig, model: nn.Module, named: dict[str, Tensor], images
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.autocast is not None)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with autocast:
-            logits = functional_call(model.train(), named, (images,))
+            logits = functional_call(model.train(), dict(named), (images,))
         loss = cross_entropy(logits.to(images.dtype), torch.zeros(len(images), dtype=torch.int64), reduction="sum")
     del loss
     return sum(saved.values())

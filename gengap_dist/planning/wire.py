@@ -1,8 +1,9 @@
 """What ranks send each other, and how long that takes in the alpha-beta model.
 
 A message of M bytes takes alpha + beta M (Hockney 1994). R ranks stand g to a node on N = R / g nodes; alpha_i, beta_i
-are of the links inside a node, alpha_b, beta_b of those between nodes, beta in seconds per byte of one rank. Collectives
-work by level, first inside nodes, then between ranks in the same place of every node, each on its 1/g of the data:
+are of the links inside a node, alpha_b, beta_b of those between nodes, beta in seconds per byte of one rank.
+Collectives work by level, first inside nodes, then between ranks in the same place of every node, each on its 1/g of
+the data:
 
     reduce-scatter or all-gather   (g-1) alpha_i + (g-1)/g M beta_i + (N-1) alpha_b + (N-1)/N M/g beta_b
     all-reduce                     2 (g-1) alpha_i + 2 (g-1)/g M beta_i + between

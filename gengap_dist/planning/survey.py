@@ -257,9 +257,7 @@ def _assumed(config: RunConfig, strategy: str, found: dict[str, Any]) -> list[st
     """What the numbers take for granted."""
     counted = "pictures are counted, not opened"
     said = [
-        counted
-        if config.data.name == "imagefolder"
-        else f"{config.data.name} has as many images as was published",
+        counted if config.data.name == "imagefolder" else f"{config.data.name} has as many images as was published",
         "bytes are of one rank; sums of losses, validation and checkpoints are not counted, nor are the rivals "
         f"({', '.join(config.probe.rivals) or 'none'})",
         "memory leaves out temporaries of single operations, buckets, libraries and the CUDA context",

@@ -236,7 +236,7 @@ def _time(config: RunConfig, constants: Constants, found: dict[str, Any]) -> dic
     inside, between = (Link(c.alpha, c.beta) if c else None for c in (constants.inside, constants.between))
     needs_inside = cluster.gpus_per_node > 1 or (cluster.nodes > 1 and between is None)
     if compute is None or (needs_inside and inside is None):
-        what = "this network" if compute is None else "the links inside a node"
+        what = "this network" if compute is None else "the link inside a node"
         return {"missing": f"{what} is not calibrated: add --calibrate"}
     computing = batch.samples_per_rank[1] * compute.seconds_per_sample + compute.seconds_per_update
     probed = found["probe"].messages if found["probe"] else []
@@ -263,6 +263,8 @@ def _assumed(config: RunConfig, strategy: str, found: dict[str, Any]) -> list[st
         "memory leaves out temporaries of single operations, buckets, libraries and the CUDA context",
         "time is computing and then talking: backward passes that hide communication are faster; nodes share no links",
     ]
+    if config.launch.device == "auto" and config.probe.enabled:
+        said.append("the probe works in blocks that suit a CPU; with launch.device=cuda they are larger")
     if config.data.augment:
         said.append(f"augmentation ({', '.join(config.data.augment)}) is part of the measured time")
     if strategy.startswith("zero") or strategy == "fsdp":

@@ -194,7 +194,7 @@ class Tapped(World):
 
 PROBED = {
     "tall": {"views": ["channel", "pool"], "memory_mib": 64},
-    "flatten": {"views": ["flatten"], "memory_mib": 16},  # wide ones, in several passes
+    "flatten": {"views": ["flatten"], "memory_mib": 4},  # wide ones, in several passes
     "tsqr": {"views": ["pool"], "memory_mib": 64, "method": "tsqr"},
 }
 
@@ -234,20 +234,24 @@ def agree(messages: list[Message], by_rank: list[dict[str, int]], everyone: bool
     assert busiest == turned if everyone else busiest <= turned
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_bytes_of_a_probe_are_those_really_sent(size):
-    counts = shares_of_probe(300, size)
-    for name, found in on_ranks(size, every_probe, counts)[0].items():
-        messages = planned(PROBED[name], counts)
-        agree(messages, found, everyone=True)
-    assert any(m.operation == "all-to-all" and m.num_bytes for m in planned(PROBED["flatten"], counts))
-
-
-def every_probe(world: World, counts: list[int]) -> dict[str, list[dict[str, int]]]:
+def what_is_sent(world: World, counts: list[int]) -> dict[str, Any]:
     found = {name: count_probe(world, options, counts, simulated=False) for name, options in PROBED.items()}
-    everybody: list[Any] = [None] * world.size
-    dist.all_gather_object(everybody, found)
-    return {name: [answer[name] for answer in everybody] for name in PROBED}
+    return found | {"ddp": ddp_bytes(world)}
+
+
+@pytest.fixture(scope="module")
+def really_sent() -> dict[int, list[dict[str, Any]]]:
+    """By number of ranks, what each of them sent."""
+    return {size: on_ranks(size, what_is_sent, shares_of_probe(300, size)) for size in (2, 3)}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", PROBED)
+def test_bytes_of_a_probe_are_those_really_sent(really_sent, size, name):
+    messages = planned(PROBED[name], shares_of_probe(300, size))
+    agree(messages, [answer[name] for answer in really_sent[size]], everyone=True)
+    turned = [m for m in messages if m.what == "columns of wide layers"]
+    assert [m.num_bytes > 0 for m in turned] == [True] * (name == "flatten")
 
 
 @pytest.mark.filterwarnings("ignore:layer .* has non-finite activations")  # of ranks that are not there
@@ -255,17 +259,17 @@ def every_probe(world: World, counts: list[int]) -> dict[str, list[dict[str, int
 def test_bytes_of_a_probe_on_4096_ranks_are_those_a_rank_sends(name):
     counts = shares_of_probe(1024, MANY)
     assert sum(map(bool, counts)) == 8
-    found = [count_probe(World(0, MANY), PROBED[name], counts, simulated=True)]
-    messages = planned(PROBED[name], counts)
+    options = PROBED[name] | {"memory_mib": 24}
+    found = [count_probe(World(0, MANY), options, counts, simulated=True)]
+    messages = planned(options, counts)
     agree(messages, found, everyone=False)
     if name == "flatten":  # the busiest of all: rank by rank, block by block
-        brute = brute_turns(counts)
+        brute = brute_turns(options, counts)
         assert sum(m.num_bytes for m in messages if m.operation == "all-to-all") == brute
 
 
-def brute_turns(counts: list[int]) -> int:
+def brute_turns(options: dict[str, Any], counts: list[int]) -> int:
     """What the busiest rank sends or receives when lenet5's wide layers are turned."""
-    options = PROBED["flatten"]
     model = probed_model()
     with observing(model):
         sites = rank_loss.sites_of(choose(model, torch.zeros(1, 1, 32, 32), ["auto"]), ["flatten"], sum(counts))
@@ -310,10 +314,10 @@ def ddp_bytes(world: World) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_bytes_of_a_ddp_step_are_those_really_sent(size):
+def test_bytes_of_a_ddp_step_are_those_really_sent(really_sent, size):
     plan = survey(config(batch__global_size=50, batch__micro_size=8), Cluster(1, size), Constants())
     (message,) = plan.messages
-    assert on_ranks(size, ddp_bytes) == [(message.num_bytes, message.times)] * size
+    assert [answer["ddp"] for answer in really_sent[size]] == [(message.num_bytes, message.times)] * size
     assert plan.bytes_on_wire == 2 * (size - 1) * message.num_bytes // size
 
 
@@ -382,8 +386,8 @@ def test_the_probe_keeps_to_its_limit():
         assert 0 < found.memory.probe - images <= found.memory.probe_limit == mib * 2**20
 
 
-def test_sizes_are_those_of_the_data_loaded(tmp_path, real_data_or_none):
-    for settings in [DataConfig(), DataConfig(val_fraction=0.0, image_size=40), *real_data_or_none]:
+def test_sizes_are_those_of_the_data_loaded(pictures):
+    for settings in [DataConfig(), DataConfig(val_fraction=0.0, image_size=40), pictures]:
         splits, sizes = catalog.load(settings), catalog.sizes(settings)
         parts = (splits.train, splits.val, splits.test)
         assert sizes[:3] == tuple(map(len, parts))
@@ -392,7 +396,7 @@ def test_sizes_are_those_of_the_data_loaded(tmp_path, real_data_or_none):
 
 
 @pytest.fixture
-def real_data_or_none(tmp_path, request) -> list[DataConfig]:
+def pictures(tmp_path) -> DataConfig:
     from PIL import Image
 
     for part, num in (("train", 4), ("test", 3)):
@@ -401,7 +405,14 @@ def real_data_or_none(tmp_path, request) -> list[DataConfig]:
             folder.mkdir(parents=True)
             for number in range(num):
                 Image.new("RGB", (9, 7)).save(folder / f"{number}.png")
-    return [DataConfig(name="imagefolder", root=tmp_path / "pictures", image_size=8)]
+    return DataConfig(name="imagefolder", root=tmp_path / "pictures", image_size=8)
+
+
+def test_sizes_of_real_fashion_mnist(real_data):
+    settings = DataConfig(name="fashion_mnist", root=real_data)
+    splits, sizes = catalog.load(settings), catalog.sizes(settings)
+    assert sizes[:3] == (len(splits.train), len(splits.val), len(splits.test))
+    assert (sizes.num_classes, sizes.in_channels) == (splits.num_classes, splits.in_channels)
 
 
 def test_levels_send_what_a_flat_ring_sends():
@@ -455,6 +466,7 @@ def test_a_plan_says_what_a_run_records(tmp_path):
     from tests.conftest import train
 
     settings = {"batch__global_size": 96, "batch__micro_size": 40, "model__name": "mlp", "train__steps": 2}
+    settings |= {"probe__enabled": False, "train__num_evals": 1}
     train(tmp_path / "run", **settings)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     plan = survey(config(**settings), Cluster(1, 1), Constants())
@@ -474,7 +486,7 @@ def test_no_time_is_invented():
     compute = {workload(config(), 1, 32): ComputeConstants(seconds_per_sample=0.5, seconds_per_update=3.0)}
     link = LinkConstants(alpha=1.0, beta=0.0)
     assert timed(Constants(), (1, 2)).missing == "this network is not calibrated: add --calibrate"
-    assert timed(Constants(compute=compute), (1, 2)).missing.startswith("the links inside a node is not calibrated")
+    assert timed(Constants(compute=compute), (1, 2)).missing.startswith("the link inside a node is not calibrated")
     near = timed(Constants(compute=compute, inside=link), (1, 2))
     assert near.time is not None
     assert (near.time.compute, near.time.communication, near.missing) == (32 * 0.5 + 3.0, 2.0, "")

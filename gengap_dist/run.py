@@ -276,7 +276,8 @@ class _Session:
             torch.manual_seed((config.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)  # dropout and the like
             indices, epoch = order.indices(self.step), order.epoch(self.step)
             if len(indices) not in self._plans:
-                self._plans[len(indices)] = self._plan(len(indices)).micro_batches(self.world.rank)
+                plan, lockstep = self._plan(len(indices)), self.strategy.lockstep
+                self._plans[len(indices)] = plan.micro_batches(self.world.rank, lockstep=lockstep)
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0
             self.strategy.watching = logged and "noise_scale" in config.probe.rivals

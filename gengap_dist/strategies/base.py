@@ -21,6 +21,9 @@ BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 class Strategy(ABC):
     """One model and its optimizer, trained by all ranks together."""
 
+    lockstep = False
+    """Whether all ranks must do equally many micro-steps, some of them empty; see `BatchPlan.micro_batches`."""
+
     def __init__(self, config: RunConfig, world: World) -> None:
         """A strategy for the ranks of `world`.
 

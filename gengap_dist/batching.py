@@ -69,8 +69,8 @@ class BatchPlan(NamedTuple):
         num_micro = max(1, -(-mine.size // at_once))
         spans = [Span(mine.start + span.start, mine.start + span.stop) for span in split(mine.size, num_micro)]
         if lockstep:
-            most = -(-(-(-num_units // self.world_size)) // at_once)
-            spans += [Span(mine.stop, mine.stop)] * (most - num_micro)
+            largest = -(-num_units // self.world_size)  # share of a rank
+            spans += [Span(mine.stop, mine.stop)] * (-(-largest // at_once) - num_micro)
         return [Span(min(a * unit, self.global_size), min(b * unit, self.global_size)) for a, b in spans]
 
     def norm_sizes(self) -> set[int]:

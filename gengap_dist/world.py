@@ -86,7 +86,8 @@ def ensure_group(world: World) -> None:
     """A process group also for a single rank, which some engines ask for; it talks to nobody."""
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def disconnect() -> None:

@@ -89,7 +89,7 @@ class Strategy(ABC):
 
     def optimizer_state(self) -> OptimizerState:
         """What the optimizer remembers, whole. Collective; ranks other than 0 may get less, or nothing."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         return {names[parameter]: dict(kept) for parameter, kept in self.optimizer.state.items() if kept}
 
     def load_optimizer_state(self, state: OptimizerState) -> None:

@@ -177,8 +177,10 @@ class Zero(Strategy):
         if self.stage == 0:
             return super().optimizer_state()
         out: OptimizerState = {}
-        some_flat = next(iter(self.optimizer.state), None)  # every rank has one, and all hold the same quantities
-        for name, shape, part in self._parts() if some_flat is not None else ():
+        if not self.optimizer.state:
+            return out
+        some_flat = next(iter(self.optimizer.state))  # every rank has one, and all hold the same quantities
+        for name, shape, part in self._parts():
             flat = part.flat if part else some_flat
             for key, values in self.optimizer.state[flat].items():
                 value = self._gather(part, values, shape) if values.shape == flat.shape else values

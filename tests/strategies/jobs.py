@@ -33,7 +33,7 @@ class Trainer:
         dtype = getattr(torch, self.config.train.dtype)
         self.batches = Batches(splits.train, Normalise(splits, self.world.device, dtype), (), 0)
         self.order = Order(len(splits.train), self.config.batch.global_size, 0)
-        torch.manual_seed(3)
+        torch.manual_seed(2)
         model = models.build(
             self.config.model.name,
             num_classes=10,
@@ -64,10 +64,9 @@ class Trainer:
             mine = torch.zeros(self.world.size, 2, dtype=torch.float64)
             mine[self.world.rank] = sums[2:4]
             loss = self.world.sum(sums[:1].clone()) / len(indices)
-            rows.append((float(loss), float(norm), self.world.sum(mine)))
+            rows.append({"loss": float(loss), "norm": float(norm), "energy": self.world.sum(mine).tolist()})
             self.step += 1
-        losses, norms, energies = zip(*rows, strict=True)
-        return {"loss": losses, "norm": norms, "energy": torch.stack(energies).tolist()}
+        return {key: [row[key] for row in rows] for key in ("loss", "norm", "energy")}
 
     def save(self) -> State:
         """What a checkpoint holds, on every rank."""
@@ -134,3 +133,28 @@ def resumed(world: World, name: str, settings: State) -> bool:
     pairs = [(want["model"][key], got["model"][key]) for key in want["model"]]
     pairs += [(want["optimizer"][name][key], got["optimizer"][name][key]) for name in keys for key in keys[name]]
     return all(torch.equal(*pair) for pair in pairs)
+
+
+def blown_up(world: World, name: str, settings: State) -> list[float]:
+    """Losses of three steps, the first of which throws the weights far away."""
+    trainer = Trainer(name, world, settings)
+    trainer.strategy.model.train()
+    trainer.strategy.set_lr = lambda lr: type(trainer.strategy).set_lr(trainer.strategy, 1e25)  # pyright: ignore
+    return trainer.train(3)["loss"]
+
+
+def small_energies(world: World, settings: State, size: int, steps: list[int]) -> dict[int, list[list[float]]]:
+    """|g|^2 and 1/b of every rank's first micro-batch before some steps, by one backward pass each, on one rank."""
+    trainer = Trainer("single", world, settings)
+    model, batch, out = trainer.strategy.model, trainer.config.batch, {}
+    for step in steps:
+        trainer.train(step - trainer.step)
+        indices, epoch = trainer.order.indices(step), trainer.order.epoch(step)
+        plan = BatchPlan(len(indices), size, batch.micro_size, batch.ghost_size)
+        out[step] = []
+        for span in (plan.micro_batches(rank)[0] for rank in range(size)):
+            images, labels = trainer.batches(indices[span.start : span.stop], epoch)
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            gradient = torch.autograd.grad(loss, list(model.parameters()))
+            out[step].append([float(sum(g.double().square().sum() for g in gradient)), 1 / span.size])
+    return out

@@ -83,7 +83,7 @@ class Strategy(ABC):
     def whole(self) -> AbstractContextManager[nn.Module]:
         """The plain network with all its parameters and buffers, on every rank, to look at. Collective.
 
-        It may be a copy: nothing that is written to it lasts.
+        It may be a copy, good until the context ends: nothing that is written to it lasts.
         """
         return nullcontext(self.model)
 
@@ -99,3 +99,6 @@ class Strategy(ABC):
                 self.optimizer.state[parameter] = {
                     key: value.to(parameter.device, copy=True) for key, value in kept.items()
                 }
+
+    def close(self) -> None:  # noqa: B027, most have nothing to let go of
+        """Let go of the model: some engines hold on to it otherwise, and the next run of a study needs the memory."""

@@ -77,8 +77,9 @@ class FSDP(Strategy):
             # inside a forward pass a module's parameters are the gathered ones: only these see the local gradient
             module.register_forward_pre_hook(self._listen)
         super().setup(model, build)
-        for group in self.optimizer.param_groups:
-            group["fused"] = None  # torch's fused SGD does not know parameters in parts
+        if isinstance(self.optimizer, torch.optim.SGD):
+            for group in self.optimizer.param_groups:
+                group["fused"] = None  # torch's fused SGD, unlike AdamW, does not know parameters in parts
 
     def _listen(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():

@@ -1,12 +1,14 @@
 """What the tests of strategies have real ranks do."""
 
+import gc
 import hashlib
+import weakref
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from gengap_dist import models
 from gengap_dist.batching import BatchPlan
@@ -21,6 +23,13 @@ from gengap_dist.world import World
 from tests.conftest import config
 
 State = dict[str, Any]
+
+
+def half_frozen(num_classes: int, in_channels: int) -> nn.Module:
+    """A network of which some weights are not trained."""
+    first = nn.Linear(32 * 32 * in_channels, 20)
+    first.weight.requires_grad_(False)
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), nn.Linear(20, num_classes))
 
 
 class Trainer:
@@ -158,3 +167,14 @@ def small_energies(world: World, settings: State, size: int, steps: list[int]) -
             gradient = torch.autograd.grad(loss, list(model.parameters()))
             out[step].append([float(sum(g.double().square().sum() for g in gradient)), 1 / span.size])
     return out
+
+
+def forgotten(world: World, name: str, settings: State) -> bool:
+    """Whether a trained network is gone once its strategy is closed."""
+    trainer = Trainer(name, world, settings)
+    trainer.train(2)
+    model = weakref.ref(trainer.strategy.model)
+    trainer.strategy.close()
+    del trainer
+    gc.collect()
+    return model() is None

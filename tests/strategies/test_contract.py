@@ -106,6 +106,17 @@ def test_batch_norm(crews, alone, name):
     assert len({answer["own"] for answer in answers}) == 2  # and were each rank's own before they were averaged
 
 
+@pytest.mark.parametrize("name", SHARED)
+def test_frozen_weights_stay(crews, alone, name):
+    settings = {"model__name": "tests.strategies.jobs:half_frozen", "batch__global_size": 30}
+    answers = crews[2](jobs.trained, name, settings, 3, True)
+    agree(answers, alone(settings, 3), 1e-5)
+    start = alone(settings, 0)["model"]
+    moved = [key for key, value in answers[0]["model"].items() if not np.array_equal(value, start[key])]
+    assert moved == ["1.bias", "3.weight", "3.bias"]
+    assert [*answers[0]["optimizer"]] == moved
+
+
 @pytest.mark.parametrize("settings", [{"optim__weight_decay": 1e-3}, {"optim__name": "adamw"}], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("name", SHARED)
 def test_resume_is_bitwise(crews, name, settings):
@@ -164,6 +175,11 @@ def test_a_gradient_that_is_no_number_ends_in_a_loss_that_is_none(crews, name):
     for losses in crews[2](jobs.blown_up, name, {"batch__global_size": 40}):
         assert np.isfinite(losses[0])
         assert not np.isfinite(losses[2])
+
+
+@pytest.mark.parametrize("name", [name for name in SHARED if "zero3" not in str(name)])  # DeepSpeed's cache keeps it
+def test_a_closed_strategy_leaves_the_memory(crews, name):
+    assert crews[2](jobs.forgotten, name, {"batch__global_size": 20}) == [True, True]
 
 
 @NEEDS

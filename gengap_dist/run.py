@@ -360,7 +360,8 @@ class _Session:
             with where.during("data"):
                 indices, epoch = order.indices(self.step), order.epoch(self.step)
             if len(indices) not in self._plans:
-                self._plans[len(indices)] = self._plan(len(indices)).micro_batches(self.world.rank)
+                plan, lockstep = self._plan(len(indices)), self.strategy.lockstep
+                self._plans[len(indices)] = plan.micro_batches(self.world.rank, lockstep=lockstep)
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0
             self.strategy.watching = logged and "noise_scale" in config.probe.rivals

@@ -149,6 +149,14 @@ def _of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> St
     )
 
 
+def ensure_group(world: World) -> None:
+    """A process group also for a single rank, which some engines ask for; it talks to nobody."""
+    if not dist.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
 def disconnect() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

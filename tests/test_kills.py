@@ -37,7 +37,7 @@ def ranks_of(agent: psutil.Process) -> list[psutil.Process]:
 
 
 def kill_now_and_then(agent: psutil.Process, out: Path, num_kills: int, seed: int) -> Counter[str]:
-    """SIGKILL one of the agent's ranks `num_kills` times, each a random time after training went on; when, by moment."""
+    """SIGKILL one of the agent's ranks `num_kills` times, a random time after training went on; when, by moment."""
     luck = random.Random(seed)
     moments: Counter[str] = Counter()
     last = -1

@@ -40,6 +40,24 @@ class Part(NamedTuple):
     size: int
 
 
+def check(config: RunConfig, stage: int) -> None:
+    """Refuse what a stage cannot train; deepspeed itself is not needed to know.
+
+    Raises:
+        UsageError: for float64, and for LARS where a rank sees parts of many layers as one vector.
+    """
+    if config.train.dtype != "float32":
+        raise UsageError(
+            f"train.dtype ({config.train.dtype}) is not for launch.strategy=zero{stage}, which keeps float32 "
+            "weights: choose train.dtype=float32, or ddp or fsdp"
+        )
+    if stage and config.optim.name == "lars":
+        raise UsageError(
+            f"optim.name (lars) is not for launch.strategy=zero{stage}, where a rank sees parts of many layers as "
+            "one vector and a layer's norm is nowhere: choose zero0, ddp or fsdp"
+        )
+
+
 @final
 class Zero(Strategy):
     """A DeepSpeed engine of one ZeRO stage, made to sum gradients exactly as the other strategies do."""
@@ -53,22 +71,13 @@ class Zero(Strategy):
         super().__init__(config, world)
         self.stage = stage
         self.lockstep = stage >= 2  # gradients are reduced in every backward pass
-        if config.train.dtype != "float32":
-            raise UsageError(
-                f"train.dtype ({config.train.dtype}) is not for launch.strategy=zero{stage}, which keeps float32 "
-                "weights: choose train.dtype=float32, or ddp or fsdp"
-            )
-        if stage and config.optim.name == "lars":
-            raise UsageError(
-                f"optim.name (lars) is not for launch.strategy=zero{stage}, where a rank sees parts of many layers as "
-                "one vector and a layer's norm is nowhere: choose zero0, ddp or fsdp"
-            )
+        check(config, stage)
         self._deepspeed = _import(f"zero{stage}", world.device)
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective."""
         ensure_group(self.world)
-        _adopt_group(self._deepspeed, self.config.launch.timeout_seconds)
+        _adopt_group(self._deepspeed, self.world.device, self.config.launch.timeout_seconds)
         self._twin = Twin(model, self.world.device) if self.stage == 3 else None
         super().setup(model, build)
         with _quiet():
@@ -249,7 +258,7 @@ def _import(strategy: str, device: torch.device) -> Any:
     return deepspeed
 
 
-def _adopt_group(deepspeed: Any, timeout_seconds: int) -> None:
+def _adopt_group(deepspeed: Any, device: torch.device, timeout_seconds: int) -> None:
     """Let DeepSpeed talk over our ranks: our process group, our timeout, and nothing compiled. Collective.
 
     On a CPU it would first build an op with g++ and ninja, for a minute; only inference calls it.
@@ -261,7 +270,7 @@ def _adopt_group(deepspeed: Any, timeout_seconds: int) -> None:
     known = deepspeed.ops.__dict__.pop("__compatible_ops__", None)
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     with _quiet():
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     del deepspeed.ops.__compatible_ops__
     if known is not None:
         deepspeed.ops.__compatible_ops__ = known

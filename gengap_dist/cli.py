@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag, SettingsConfigDict
 
 from gengap_dist.config import RunConfig, Section, StudyConfig, UsageError, did_you_mean, field_names
-from gengap_dist.launchers.base import leave
+from gengap_dist.launchers.base import leave, started_elsewhere
 from gengap_dist.preemption import Preempted
 
 T = TypeVar("T", bound=Section)
@@ -113,7 +113,7 @@ def guarded(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[s
     except BrokenPipeError:  # somebody closed our output: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = OK
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if started_elsewhere():
         leave(code)
     sys.exit(code)
 
@@ -140,7 +140,7 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
 
 
 def _complain(prog: str, message: str, debug: bool) -> None:
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+    if started_elsewhere() and os.environ.get("RANK", "0") != "0":
         return  # rank 0 speaks for all
     if debug:
         traceback.print_exc()

@@ -96,7 +96,7 @@ def test_from_two_ranks_to_three_to_one(pools, tmp_path, case):
         go(pools, size, settings(case, "float64"), moved, resume=True)
     found = weights(moved)
     for name, weight in weights(whole).items():
-        if "running" not in name:  # how often these are updated depends on how many ranks share the groups
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):  # updated once a group and rank
             torch.testing.assert_close(found[name], weight, rtol=1e-9, atol=1e-9, msg=name)
     lines, expected = [*read_metrics(moved)], [*read_metrics(whole)]
     assert [line["step"] for line in lines] == [*range(25)]
@@ -159,8 +159,8 @@ def wait_for(condition, process):
 
 
 LONG = {
-    "--train.steps": 400, "--train.dtype": "float64", "--batch.global_size": 200, "--mlflow.enabled": "false",
-    "--probe.enabled": "false", "--checkpoint.every_steps": 20, "--train.num_evals": 2,
+    "--train.steps": 150, "--train.dtype": "float64", "--batch.global_size": 100, "--mlflow.enabled": "false",
+    "--probe.enabled": "false", "--checkpoint.every_steps": 10, "--train.num_evals": 2,
 }  # fmt: skip
 
 
@@ -191,13 +191,13 @@ def test_asked_to_leave_it_saves_and_says_so(uninterrupted, tmp_path, launcher, 
     info = read_info(out)
     assert info["status"] == "preempted", said
     assert f"asked to leave after step {info['result']['num_steps']}; saved, --resume goes on" in said
-    assert 0 < info["result"]["num_steps"] < 400
+    assert 0 < info["result"]["num_steps"] < 150
     assert max(checkpoint.steps(out / "checkpoints")) == info["result"]["num_steps"]
     if launcher == "local":
         assert process.returncode == 75
     again = subprocess.run([*command, "--resume"], capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert again.returncode == 0, again.stderr.decode()
-    assert [line["step"] for line in read_metrics(out)] == [*range(401)]
+    assert [line["step"] for line in read_metrics(out)] == [*range(151)]
     assert all(torch.equal(weight, weights(out)[name]) for name, weight in weights(uninterrupted).items())
 
 

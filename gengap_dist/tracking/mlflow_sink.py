@@ -320,6 +320,7 @@ def _main() -> int:
     for name in ("folder", "uri", "experiment"):
         parser.add_argument(name)
     arguments = parser.parse_args()
+    fcntl.flock(sys.stdout.fileno(), fcntl.LOCK_EX)  # mlflow.log: the follower of a killed rank 0 may still be sending
     try:
         follow(Path(arguments.folder), arguments.uri, arguments.experiment, pause=_stdin_closes_within)
     except Exception as error:

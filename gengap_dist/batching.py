@@ -4,7 +4,6 @@ Pure arithmetic on positions 0 .. global_size - 1 of one global batch. The gradi
 (sum of per-sample losses) / global_size, so shards and micro-batches may be uneven and the result is still exact.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -26,8 +25,16 @@ def split(total: int, parts: int) -> list[Span]:
     >>> split(5, 2)
     [Span(start=0, stop=2), Span(start=2, stop=5)]
     """
-    edges = [part * total // parts for part in range(parts + 1)]
-    return [Span(start, stop) for start, stop in pairwise(edges)]
+    return [share(total, parts, part) for part in range(parts)]
+
+
+def share(total: int, parts: int, part: int) -> Span:
+    """Number `part` of `split(total, parts)`, without the others.
+
+    >>> share(5, 2, 1)
+    Span(start=2, stop=5)
+    """
+    return Span(part * total // parts, (part + 1) * total // parts)
 
 
 class BatchPlan(NamedTuple):
@@ -45,8 +52,12 @@ class BatchPlan(NamedTuple):
     micro_size: int
     ghost_size: int | None = None
 
-    def micro_batches(self, rank: int) -> list[Span]:
+    def micro_batches(self, rank: int, *, lockstep: bool = False) -> list[Span]:
         """This rank's spans, in order. A rank without samples gets one empty span: it still joins the all-reduce.
+
+        Args:
+            rank: the process rank.
+            lockstep: give every rank as many as any rank has, by empty ones at the end: ranks meet in every pass.
 
         Raises:
             ValueError: if a size is not positive, the rank is not in the world, or a ghost group exceeds micro_size.
@@ -60,9 +71,13 @@ class BatchPlan(NamedTuple):
         if self.micro_size < unit:
             raise ValueError(f"micro_size ({self.micro_size}) is smaller than a ghost group of {unit}: raise it")
         num_units = -(-self.global_size // unit)  # the last group of a ragged batch may be short
-        mine = split(num_units, self.world_size)[rank]
-        num_micro = max(1, -(-mine.size // (self.micro_size // unit)))
+        mine = share(num_units, self.world_size, rank)
+        at_once = self.micro_size // unit
+        num_micro = max(1, -(-mine.size // at_once))
         spans = [Span(mine.start + span.start, mine.start + span.stop) for span in split(mine.size, num_micro)]
+        if lockstep:
+            largest = -(-num_units // self.world_size)  # share of a rank
+            spans += [Span(mine.stop, mine.stop)] * (-(-largest // at_once) - num_micro)
         return [Span(min(a * unit, self.global_size), min(b * unit, self.global_size)) for a, b in spans]
 
     def norm_sizes(self) -> set[int]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gengap_dist import cli
-from gengap_dist.config import RunConfig, resolve
+from gengap_dist.config import RunConfig, resolve, to_yaml
 
 PROG = "gengap doctor"
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red", "absent": "dim"}
@@ -21,10 +21,11 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red", "absent": "dim"}
 
 def command(argv: Sequence[str]) -> int:
     """Check everything side by side, and print one table and a verdict; the exit code."""
-    options, overrides = cli.parse(
-        cli.DoctorSettings, argv, prog=PROG, description=str(__doc__), options=cli.DoctorOptions
-    )
+    options, overrides = cli.parse(cli.DoctorSettings, cli.DoctorOptions, argv, prog=PROG, description=str(__doc__))
     config = resolve(RunConfig, options.config, overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return cli.OK
     from rich.console import Console
 
     from gengap_dist.diagnosis import Ask, examine

@@ -59,7 +59,7 @@ def load(path):
 def check_train(words: list[str]) -> RunConfig:
     """The settings of `... -m gengap_dist.train WORDS`; raises UsageError if `train` would not take them."""
     argv = words[words.index("gengap_dist.train") + 1 :]
-    options, overrides = cli.parse(cli.TrainSettings, argv, prog="gengap train", description="")
+    options, overrides = cli.parse(cli.TrainSettings, cli.Options, argv, prog="gengap train", description="")
     assert options.resume, "a launch file starts runs that go on"
     assert options.out is not None
     # the images have the repository's configs in /app

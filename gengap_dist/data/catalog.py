@@ -93,6 +93,15 @@ def _digits(config: DataConfig, progress: Progress) -> _Raw:
     return _Raw(pixels[~test], labels[~test], pixels[test], labels[test], 10)
 
 
+COUNTS = {  # name: training images, test images, classes, channels
+    "digits": (1_437, 360, 10, 1),
+    "mnist": (60_000, 10_000, 10, 1),
+    "fashion_mnist": (60_000, 10_000, 10, 1),
+    "cifar10": (50_000, 10_000, 10, 3),
+    "cifar100": (50_000, 10_000, 100, 3),
+}  # imagefolder's are on disk
+
+
 def _torchvision(config: DataConfig, progress: Progress) -> _Raw:
     from torchvision import datasets  # slow import, and digits do not need it
 
@@ -191,6 +200,42 @@ def _check_memory(num_bytes: int, config: DataConfig) -> None:
         )
 
 
+class Sizes(NamedTuple):
+    """How large a data set is."""
+
+    num_train: int
+    num_val: int
+    num_test: int
+    num_classes: int
+    in_channels: int
+    num_bytes: int
+    """In memory: a byte a pixel, 8 a label."""
+
+
+def sizes(config: DataConfig) -> Sizes:
+    """What `load` would bring into memory, known without opening a picture; only imagefolder needs its files.
+
+    Raises:
+        UsageError: if an image folder is missing, or the set exceeds data.memory_gib.
+
+    >>> sizes(DataConfig(name="cifar10"))
+    Sizes(num_train=45000, num_val=5000, num_test=10000, num_classes=10, in_channels=3, num_bytes=184800000)
+    """
+    if config.name == "imagefolder":
+        train, test = listings(config)
+        num, num_test, num_classes, channels = len(train.samples), len(test.samples), len(train.classes), 3
+    else:
+        num, num_test, num_classes, channels = COUNTS[config.name]
+    num_bytes = (num + num_test) * channels * config.image_size**2
+    _check_memory(num_bytes, config)
+    num_val = _num_val(num, config)
+    return Sizes(num - num_val, num_val, num_test, num_classes, channels, num_bytes + 8 * (num + num_test))
+
+
+def _num_val(num: int, config: DataConfig) -> int:
+    return int(num * config.val_fraction)
+
+
 def _square(pixels: Tensor, size: int) -> Tensor:
     """[N, H, W] or [N, C, H, W] uint8 as [N, C, size, size], zero-padded on all sides."""
     if pixels.ndim == 3:
@@ -241,7 +286,7 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
     _check_memory((len(raw.train_labels) + len(raw.test_labels)) * raw_pixels.shape[1] * config.image_size**2, config)
     pixels = _square(raw_pixels, config.image_size)
     order = torch.from_numpy(np.random.default_rng([config.split_seed, 0]).permutation(len(pixels)))
-    num_val = int(len(pixels) * config.val_fraction)
+    num_val = _num_val(len(pixels), config)
     val, train = order[:num_val].sort().values, order[num_val:].sort().values
     labels = raw.train_labels[train]
     if config.shuffle_labels:

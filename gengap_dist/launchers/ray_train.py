@@ -334,7 +334,8 @@ def _last_line(troubles: list[News]) -> str:
 
 
 def _trainer(config: RunConfig, out: Path, teller: Any) -> Any:
-    from ray.train import FailureConfig, LoggingConfig, RunConfig as RayRunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     launch, resources = config.launch, resources_per_rank(config.launch)

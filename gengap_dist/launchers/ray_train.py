@@ -31,7 +31,7 @@ NEWS_SECONDS = 0.5  # between two words from rank 0, and between two looks of th
 WAITING_SECONDS = 60.0  # between two warnings that no rank has started yet
 PREEMPTION_SECONDS = 5.0  # between two looks for a preemption notice; Ray itself looks as often
 
-_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what `ray job submit` sets for the process it starts, and for no other
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what `ray job submit` sets for the process it starts, and for no other
 _NO_CLUSTER = 3  # exit code of _CONNECT where "auto" finds nothing
 _CONNECT = f"""
 import sys, ray
@@ -58,7 +58,7 @@ def asked(config: LaunchConfig) -> bool:
             "launch.backend (ray) starts ranks, and torchrun has started some already: start the command without "
             "torchrun, or choose launch.backend=auto"
         )
-    submitted = _JOB in os.environ and "RAY_ADDRESS" in os.environ
+    submitted = JOB in os.environ and "RAY_ADDRESS" in os.environ
     return config.backend == "ray" or (config.backend == "auto" and submitted and not under_torchrun)
 
 
@@ -179,7 +179,7 @@ def _connect(config: LaunchConfig) -> None:
 
         if ray.is_initialized():  # the runs of a study share one connection
             return
-    if address != "local" and _JOB not in os.environ and not check_address(address):
+    if address != "local" and JOB not in os.environ and not check_address(address):
         address = "local"
     if address == "local":
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before the import: Ray then keeps to loopback

@@ -185,7 +185,8 @@ def _connect(config: LaunchConfig) -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before the import: Ray then keeps to loopback
     import ray
 
-    quiet: dict[str, Any] = {"logging_level": "WARNING"}
+    # Of Ray's own processes; what ranks print and warn of reaches the driver's stderr.
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "logging_config": ray.LoggingConfig(log_level="ERROR")}
     if address != "local":
         ray.init(address=address, **quiet)
         return
@@ -356,7 +357,7 @@ def _trainer(config: RunConfig, out: Path, teller: Any) -> Any:
             name=uuid.uuid4().hex,  # Ray would take up the state of an earlier run of this name
             storage_path=str(out / "ray"),
             failure_config=FailureConfig(max_failures=launch.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=launch.timeout_seconds),
     )

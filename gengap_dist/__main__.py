@@ -1,4 +1,4 @@
-"""`gengap train | study | probe | report`: the four commands under one name."""
+"""`gengap COMMAND`: the commands under one name."""
 
 import importlib
 import sys
@@ -10,6 +10,8 @@ COMMANDS = {  # name: module, what it does
     "study": ("gengap_dist.study.__main__", "train arms x seeds, compare them with the baseline, write a report"),
     "probe": ("gengap_dist.probe", "measure the near-rank loss of a network, trained or not"),
     "report": ("gengap_dist.report.__main__", "draw a run or a study again, or send it to MLflow"),
+    "doctor": ("gengap_dist.doctor", "tell whether this machine can do what a config asks"),
+    "plan": ("gengap_dist.plan", "say what a run will take on a cluster, and what is refused"),
 }
 
 

@@ -4,7 +4,6 @@ Pure arithmetic on positions 0 .. global_size - 1 of one global batch. The gradi
 (sum of per-sample losses) / global_size, so shards and micro-batches may be uneven and the result is still exact.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -26,8 +25,16 @@ def split(total: int, parts: int) -> list[Span]:
     >>> split(5, 2)
     [Span(start=0, stop=2), Span(start=2, stop=5)]
     """
-    edges = [part * total // parts for part in range(parts + 1)]
-    return [Span(start, stop) for start, stop in pairwise(edges)]
+    return [share(total, parts, part) for part in range(parts)]
+
+
+def share(total: int, parts: int, part: int) -> Span:
+    """Number `part` of `split(total, parts)`, without the others.
+
+    >>> share(5, 2, 1)
+    Span(start=2, stop=5)
+    """
+    return Span(part * total // parts, (part + 1) * total // parts)
 
 
 class BatchPlan(NamedTuple):
@@ -60,7 +67,7 @@ class BatchPlan(NamedTuple):
         if self.micro_size < unit:
             raise ValueError(f"micro_size ({self.micro_size}) is smaller than a ghost group of {unit}: raise it")
         num_units = -(-self.global_size // unit)  # the last group of a ragged batch may be short
-        mine = split(num_units, self.world_size)[rank]
+        mine = share(num_units, self.world_size, rank)
         num_micro = max(1, -(-mine.size // (self.micro_size // unit)))
         spans = [Span(mine.start + span.start, mine.start + span.stop) for span in split(mine.size, num_micro)]
         return [Span(min(a * unit, self.global_size), min(b * unit, self.global_size)) for a, b in spans]

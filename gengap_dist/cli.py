@@ -1,4 +1,4 @@
-"""What the four commands share: reading settings from files and the command line, and how they end."""
+"""What the commands share: reading settings from files and the command line, and how they end."""
 
 import argparse
 import os
@@ -6,30 +6,62 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Never, NoReturn
+from typing import Any, Never, NoReturn, TypeVar
 
+from pydantic import AliasChoices, Field, PositiveInt
 from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag, SettingsConfigDict
 
-from gengap_dist.config import RunConfig, Section, StudyConfig, UsageError, did_you_mean, field_names
-from gengap_dist.launchers.base import leave
+from gengap_dist.config import RunConfig, Section, StudyConfig, UsageError, did_you_mean, field_names, validate
+from gengap_dist.launchers.base import leave, started_elsewhere
 from gengap_dist.preemption import Preempted
+
+OptionsT = TypeVar("OptionsT", bound=Section)
 
 OK, FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL, "start me again"
 
 
-class Options(Section):
-    """What a command takes beside the settings."""
+class Settled(Section):
+    """What every command that reads settings takes beside them."""
 
     config: list[Path] = []
     """YAML file with settings; may be given several times, later ones win. Files may build on others with `extends`."""
-    out: Path | None = None
-    """Folder for everything this command writes; by default a new one is named after the settings."""
-    resume: CliToggleFlag[bool] = False
-    """Go on with what is in --out instead of refusing to touch it."""
     print_config: CliToggleFlag[bool] = False
     """Print the settings that would be used, as YAML, and stop."""
     debug: CliToggleFlag[bool] = False
     """Show Python's traceback when something goes wrong."""
+
+
+class Options(Settled):
+    """What a command that trains takes beside the settings."""
+
+    out: Path | None = None
+    """Folder for everything this command writes; by default a new one is named after the settings."""
+    resume: CliToggleFlag[bool] = False
+    """Go on with what is in --out instead of refusing to touch it."""
+
+
+class PlanOptions(Settled):
+    """What `plan` takes beside the settings of the run."""
+
+    nodes: PositiveInt = 1
+    """Machines, all alike."""
+    gpus_per_node: PositiveInt = Field(default=1, validation_alias=AliasChoices("gpus_per_node", "gpus-per-node"))
+    """Ranks on each machine, one for each GPU (or share of its cores)."""
+    calibrate: CliToggleFlag[bool] = False
+    """Measure this machine's constants first, and keep them: about ten seconds for a small network."""
+    constants: Path | None = None
+    """JSON file with the constants of the time model; by default constants.json in the user's cache folder."""
+    as_json: CliToggleFlag[bool] = Field(default=False, alias="json")
+    """Print the plan as JSON."""
+
+
+class DoctorOptions(Settled):
+    """What `doctor` takes beside the settings."""
+
+    out: Path = Path()
+    """Folder that the run would write: is there room?"""
+    as_json: CliToggleFlag[bool] = Field(default=False, alias="json")
+    """Print what was found as JSON."""
 
 
 class TrainSettings(RunConfig, Options, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -40,6 +72,18 @@ class TrainSettings(RunConfig, Options, BaseSettings):  # pyright: ignore[report
 
 class StudySettings(StudyConfig, Options, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
     """What `study` takes."""
+
+    model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
+
+
+class PlanSettings(RunConfig, PlanOptions, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What `plan` takes."""
+
+    model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
+
+
+class DoctorSettings(RunConfig, DoctorOptions, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """What `doctor` takes."""
 
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
@@ -57,8 +101,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(
-    settings: type[TrainSettings] | type[StudySettings], argv: Sequence[str], *, prog: str, description: str
-) -> tuple[Options, dict[str, Any]]:
+    settings: type[BaseSettings], options: type[OptionsT], argv: Sequence[str], *, prog: str, description: str
+) -> tuple[OptionsT, dict[str, Any]]:
     """The command's options, and the settings given on the command line as a nested dict.
 
     Raises:
@@ -68,7 +112,7 @@ def parse(
     parser = _Parser(
         prog=prog,
         description=description,
-        usage=f"{prog} [--config FILE]... [--out DIR] [--section.setting VALUE]...",
+        usage=f"{prog} [--config FILE]... [--option VALUE]... [--section.setting VALUE]...",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=width),
     )
@@ -77,8 +121,8 @@ def parse(
         settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_avoid_json=True
     )
     overrides: dict[str, Any] = dict(source(args=list(argv))())
-    options = {name: overrides.pop(name) for name in Options.model_fields if name in overrides}
-    return Options.model_validate(options), overrides
+    names = [info.alias or name for name, info in options.model_fields.items()]
+    return validate(options, {name: overrides.pop(name) for name in names if name in overrides}), overrides
 
 
 def guarded(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> Never:
@@ -90,7 +134,7 @@ def guarded(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[s
     except BrokenPipeError:  # somebody closed our output: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = OK
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if started_elsewhere():
         leave(code)
     sys.exit(code)
 
@@ -117,7 +161,7 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
 
 
 def _complain(prog: str, message: str, debug: bool) -> None:
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+    if started_elsewhere() and os.environ.get("RANK", "0") != "0":
         return  # rank 0 speaks for all
     if debug:
         traceback.print_exc()

@@ -23,7 +23,7 @@ PROG = "gengap train"
 
 def command(argv: Sequence[str]) -> int:
     """One run, from the command line to the last word on the terminal; the exit code."""
-    options, overrides = cli.parse(cli.TrainSettings, argv, prog=PROG, description=str(__doc__))
+    options, overrides = cli.parse(cli.TrainSettings, cli.Options, argv, prog=PROG, description=str(__doc__))
     files = list(options.config)
     if options.resume and options.out and not files:
         files = [options.out / "config.yaml"]

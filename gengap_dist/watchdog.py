@@ -49,7 +49,7 @@ def diagnose(words: list[Word], missing: list[int], now: float, hang_seconds: fl
     ...     return Word(rank, 40, doing, 30.0, count, waiting, at, "n0", 7)
     >>> diagnose([word(0, 81, "gradients", True), word(1, 80, "data", False)], [], 100.0, 30.0)
     'rank 0 waits in gradients (step 40) for rank 1 (n0, process 7), which has been in data (step 40) for 30 s'
-    >>> diagnose([word(0, 81, "gradients", True), word(1, 80, "data", False, at=10.0)], [], 100.0, 30.0)[65:]
+    >>> diagnose([word(0, 81, "gradients", True), word(1, 80, "data", False, at=10.0)], [], 100.0, 30.0)[64:]
     'which was last heard of 90 s ago in data (step 40): it is gone, or its machine is'
     >>> diagnose([word(0, 81, "sum", True), word(1, 81, "sum", True)], [], 100.0, 30.0)
     'all ranks wait in sum (step 40) for each other: look at the network between them'

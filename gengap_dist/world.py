@@ -92,7 +92,7 @@ def connect(config: LaunchConfig) -> World:
     """
     rank, local_rank, size = environment()
     num_gpus = torch.cuda.device_count()
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)  # torchrun, deepspeed
     if config.device == "cuda" and local_rank >= num_gpus:
         raise UsageError(
             f"launch.device (cuda) needs a GPU for local rank {local_rank}, and this machine shows {num_gpus}: "

@@ -113,7 +113,7 @@ def test_shipped_configs_are_valid(path):
 
 
 def parse(*words: str) -> tuple[cli.Options, dict]:
-    return cli.parse(cli.TrainSettings, words, prog="p", description="d")
+    return cli.parse(cli.TrainSettings, cli.Options, words, prog="p", description="d")
 
 
 def test_command_line_values_have_types():

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gengap_dist.config import DataConfig, UsageError
+from gengap_dist.data import TORCHVISION
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
 
 
 class Images(NamedTuple):
@@ -89,12 +93,13 @@ def _digits(config: DataConfig, progress: Progress) -> _Raw:
     return _Raw(pixels[~test], labels[~test], pixels[test], labels[test], 10)
 
 
-TORCHVISION = {  # name: class, folder below data.root
-    "mnist": ("MNIST", "MNIST/raw"),
-    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
-    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": ("CIFAR100", "cifar-100-python"),
-}
+COUNTS = {  # name: training images, test images, classes, channels
+    "digits": (1_437, 360, 10, 1),
+    "mnist": (60_000, 10_000, 10, 1),
+    "fashion_mnist": (60_000, 10_000, 10, 1),
+    "cifar10": (50_000, 10_000, 10, 3),
+    "cifar100": (50_000, 10_000, 100, 3),
+}  # imagefolder's are on disk
 
 
 def _torchvision(config: DataConfig, progress: Progress) -> _Raw:
@@ -124,23 +129,37 @@ def _torchvision(config: DataConfig, progress: Progress) -> _Raw:
     return _Raw(*sets, num_classes=len(train.classes))
 
 
-def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
-    """root/train/CLASS/*.jpg and root/test/CLASS/*.jpg, decoded once, resized to image_size, three channels."""
-    from PIL import Image
+def listings(config: DataConfig) -> "list[ImageFolder]":
+    """The pictures below root/train/CLASS and root/test/CLASS, none of them opened yet.
+
+    Raises:
+        UsageError: if a folder is missing or empty, or the two have different classes.
+    """
     from torchvision.datasets import ImageFolder
 
-    size = config.image_size
-    sets: list[Tensor] = []
-    classes: list[list[str]] = []
+    found: list[ImageFolder] = []
     for part in ("train", "test"):
         folder = config.root / part
         try:
-            listing = ImageFolder(str(folder))
+            found.append(ImageFolder(str(folder)))
         except (OSError, RuntimeError) as error:
             raise UsageError(
                 f"data.root ({config.root}) is no image folder: {folder} needs one sub-folder of pictures per class "
                 f"({error}); arrange the files as {folder}/CLASS/PICTURE.jpg"
             ) from None
+    if odd := sorted(set(found[0].classes) ^ set(found[1].classes)):
+        raise UsageError(f"data.root ({config.root}): class {odd[0]} is not in both train/ and test/: make them match")
+    return found
+
+
+def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
+    """root/train/CLASS/*.jpg and root/test/CLASS/*.jpg, decoded once, resized to image_size, three channels."""
+    from PIL import Image
+
+    size = config.image_size
+    sets: list[Tensor] = []
+    both = listings(config)
+    for part, listing in zip(("train", "test"), both, strict=True):
         _check_memory(len(listing.samples) * 3 * size * size, config)
         pixels = torch.empty(len(listing.samples), 3, size, size, dtype=torch.uint8)
 
@@ -163,11 +182,7 @@ def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
                 if done % 500 == 0:
                     progress(f"reading {part} pictures", done, len(jobs))
         sets += [pixels, torch.tensor(listing.targets)]
-        classes.append(listing.classes)
-    if classes[0] != classes[1]:
-        odd = sorted(set(classes[0]) ^ set(classes[1]))
-        raise UsageError(f"data.root ({config.root}): class {odd[0]} is not in both train/ and test/: make them match")
-    return _Raw(*sets, num_classes=len(classes[0]))
+    return _Raw(*sets, num_classes=len(both[0].classes))
 
 
 LOADERS: dict[str, Callable[[DataConfig, Progress], _Raw]] = {
@@ -183,6 +198,42 @@ def _check_memory(num_bytes: int, config: DataConfig) -> None:
             f"data.memory_gib ({config.memory_gib}) is less than the {num_bytes / 2**30:.1f} GiB that {config.name} "
             "takes: raise it if the machine has the memory, or choose a smaller data.image_size"
         )
+
+
+class Sizes(NamedTuple):
+    """How large a data set is."""
+
+    num_train: int
+    num_val: int
+    num_test: int
+    num_classes: int
+    in_channels: int
+    num_bytes: int
+    """In memory: a byte a pixel, 8 a label."""
+
+
+def sizes(config: DataConfig) -> Sizes:
+    """What `load` would bring into memory, known without opening a picture; only imagefolder needs its files.
+
+    Raises:
+        UsageError: if an image folder is missing, or the set exceeds data.memory_gib.
+
+    >>> sizes(DataConfig(name="cifar10"))
+    Sizes(num_train=45000, num_val=5000, num_test=10000, num_classes=10, in_channels=3, num_bytes=184800000)
+    """
+    if config.name == "imagefolder":
+        train, test = listings(config)
+        num, num_test, num_classes, channels = len(train.samples), len(test.samples), len(train.classes), 3
+    else:
+        num, num_test, num_classes, channels = COUNTS[config.name]
+    num_bytes = (num + num_test) * channels * config.image_size**2
+    _check_memory(num_bytes, config)
+    num_val = _num_val(num, config)
+    return Sizes(num - num_val, num_val, num_test, num_classes, channels, num_bytes + 8 * (num + num_test))
+
+
+def _num_val(num: int, config: DataConfig) -> int:
+    return int(num * config.val_fraction)
 
 
 def _square(pixels: Tensor, size: int) -> Tensor:
@@ -235,7 +286,7 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
     _check_memory((len(raw.train_labels) + len(raw.test_labels)) * raw_pixels.shape[1] * config.image_size**2, config)
     pixels = _square(raw_pixels, config.image_size)
     order = torch.from_numpy(np.random.default_rng([config.split_seed, 0]).permutation(len(pixels)))
-    num_val = int(len(pixels) * config.val_fraction)
+    num_val = _num_val(len(pixels), config)
     val, train = order[:num_val].sort().values, order[num_val:].sort().values
     labels = raw.train_labels[train]
     if config.shuffle_labels:

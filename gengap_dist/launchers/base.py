@@ -14,6 +14,11 @@ Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and a few words."""
 
 
+def started_elsewhere() -> bool:
+    """Whether torchrun or the deepspeed launcher has started this process as one of several ranks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
+
+
 def leave(code: int) -> Never:
     """End a rank's process at once.
 

@@ -1,18 +1,18 @@
-"""Join the ranks that torchrun (or anything else that sets its variables) has started."""
+"""Join the ranks that torchrun, deepspeed or anything else that sets their variables has started."""
 
 import os
 from pathlib import Path
 from typing import Any, final
 
 from gengap_dist.config import LaunchConfig, RunConfig
-from gengap_dist.launchers.base import Launcher, Progress
+from gengap_dist.launchers.base import Launcher, Progress, started_elsewhere
 from gengap_dist.preemption import listening
 from gengap_dist.tracking.record import read_info
 
 
 def joining(config: LaunchConfig) -> bool:
     """Whether this process is one of the ranks that somebody else started."""
-    return config.backend == "torchrun" or (config.backend == "auto" and "TORCHELASTIC_RUN_ID" in os.environ)
+    return config.backend == "torchrun" or (config.backend == "auto" and started_elsewhere())
 
 
 def launch_id() -> str | None:

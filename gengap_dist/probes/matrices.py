@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gengap_dist.batching import split
+from gengap_dist.batching import Span, split
 from gengap_dist.probes.gram import Gram, Square, all_reduce
 from gengap_dist.probes.tsqr import Triangle
 from gengap_dist.world import World
@@ -85,10 +85,9 @@ class Wide:
             world: the ranks.
             block_bytes: most bytes of a rank's block of columns in float64.
         """
-        width = max(1, block_bytes // (8 * (sum(counts) + 1))) * world.size
-        for at in range(0, held_nw.shape[1], width):
-            part = held_nw[:, at : at + width]
-            shares = split(part.shape[1], world.size)
+        for block in turns(held_nw.shape[1], sum(counts), world.size, block_bytes):
+            part = held_nw[:, block.start : block.stop]
+            shares = split(block.size, world.size)
             received = world.all_to_all(
                 [part[:, share.start : share.stop] for share in shares], counts, shares[world.rank].size
             )
@@ -102,6 +101,16 @@ class Wide:
     def dead_units(self) -> int:
         """Columns of zeros."""
         return int(self.num_dead)
+
+
+def turns(num_columns: int, num_rows: int, world_size: int, block_bytes: int) -> list[Span]:
+    """The blocks in which columns are turned: each leaves a rank at most `block_bytes` of whole columns in float64.
+
+    >>> turns(5, num_rows=7, world_size=2, block_bytes=64)
+    [Span(start=0, stop=2), Span(start=2, stop=4), Span(start=4, stop=5)]
+    """
+    width = max(1, block_bytes // (8 * (num_rows + 1))) * world_size
+    return [Span(at, min(at + width, num_columns)) for at in range(0, num_columns, width)]
 
 
 def merge(matrices: Sequence[Tall | Wide], world: World) -> None:

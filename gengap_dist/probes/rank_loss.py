@@ -78,8 +78,8 @@ def measure(
         raise UsageError(f"the probe set holds {sum(counts)} sample(s), needs at least 2: give more inputs")
     found: dict[int, list[LayerSpectrum]] = {}
     with observing(model):
-        sites = _sites(choose(model, _example(inputs, world), patterns), views, sum(counts))
-        block_bytes = min(STREAM_BYTES[world.device.type], memory_mib * 2**20 // 16)
+        sites = sites_of(choose(model, _example(inputs, world), patterns), views, sum(counts))
+        block_bytes = stream_bytes(world.device.type, memory_mib)
         matrices: dict[int, Tall | Wide] = {}
         for pieces in plan(sites, max(counts), memory_mib):
             for number in dict.fromkeys(piece.site for piece in pieces):
@@ -126,6 +126,15 @@ class Site(NamedTuple):
         """What the view's values are in."""
         return torch.float64 if self.view == "pool" else self.layer.dtype
 
+    @property
+    def state_bytes(self) -> int:
+        """Of the k x k matrix, twice: once kept, once more for solving."""
+        return 16 * self.size**2
+
+    def column_bytes(self, num_inputs: int) -> int:
+        """What a rank with so many inputs holds of a column until it is turned; nothing of a tall site's."""
+        return num_inputs * self.rows_each * self.dtype.itemsize if self.wide else 0
+
 
 class Piece(NamedTuple):
     """Columns of a site that one pass measures."""
@@ -133,6 +142,11 @@ class Piece(NamedTuple):
     site: int
     start: int
     stop: int
+
+
+def stream_bytes(device_type: str, memory_mib: int) -> int:
+    """Of a block that is on its way into a matrix, in float64."""
+    return min(STREAM_BYTES[device_type], memory_mib * 2**20 // 16)
 
 
 def plan(sites: Sequence[Site], most_inputs: int, memory_mib: int) -> list[list[Piece]]:
@@ -148,8 +162,7 @@ def plan(sites: Sequence[Site], most_inputs: int, memory_mib: int) -> list[list[
     passes: list[list[Piece]] = [[]]
     room = budget
     for number, site in enumerate(sites):
-        state = 16 * site.size**2
-        column = most_inputs * site.rows_each * site.dtype.itemsize if site.wide else 0
+        state, column = site.state_bytes, site.column_bytes(most_inputs)
         if state + column > budget:
             raise UsageError(
                 f"layer {site.layer.name} has {site.num_rows:,} rows and {site.num_units:,} units in view "
@@ -191,7 +204,7 @@ def _example(inputs: Iterable[Tensor], world: World) -> Tensor:
     return torch.zeros(1, *filter(None, dims), dtype=INPUT_DTYPES[dtype], device=world.device)
 
 
-def _sites(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> list[Site]:
+def sites_of(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> list[Site]:
     """Every layer in every view that was asked for and that its output has."""
     if unknown := [view for view in views if view not in VIEWS]:
         raise UsageError(f"probe.views ({unknown[0]}) is no view: choose among {', '.join(VIEWS)}")

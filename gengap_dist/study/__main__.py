@@ -25,7 +25,7 @@ PROG = "gengap study"
 
 def command(argv: Sequence[str]) -> int:
     """A whole study; the exit code is 1 if a run failed."""
-    options, overrides = cli.parse(cli.StudySettings, argv, prog=PROG, description=str(__doc__))
+    options, overrides = cli.parse(cli.StudySettings, cli.Options, argv, prog=PROG, description=str(__doc__))
     if not options.config and not overrides:
         raise UsageError("a study needs its arms: give --config FILE, for example --config configs/demo.yaml")
     config = resolve(StudyConfig, list(options.config), overrides)

@@ -334,6 +334,7 @@ def _main() -> None:
         os._exit(0)
     last_word = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what MLflow prints goes to the log
+    fcntl.flock(sys.stderr.fileno(), fcntl.LOCK_EX)  # mlflow.log: the follower of a killed command may still be sending
     os.nice(10)  # training comes first
     try:
         follow(Path(arguments.folder), arguments.uri, arguments.experiment, pause=_stdin_closes_within)

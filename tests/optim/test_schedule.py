@@ -44,7 +44,7 @@ def test_optimizers_follow_their_textbook(name):
 
 
 def test_lars_follows_its_paper():
-    """Trust ratio 0.001 |w| / (|g| + decay |w|) for matrices; plain momentum, undecayed, for vectors (You et al. 2017)."""
+    """Matrices: trust ratio 0.001 |w| / (|g| + decay |w|); vectors: plain momentum, undecayed (You et al. 2017)."""
     layer = torch.nn.Linear(3, 2, dtype=torch.float64)
     optimizer = build(OptimConfig(name="lars", lr=0.1, momentum=0.5, weight_decay=0.01), layer)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()

@@ -1,0 +1,60 @@
+"""Say what a run will take on a cluster before it is started: batches, memory, bytes sent, time, and what is refused.
+
+Nothing is trained and no data are read. The exit code is 2 if the run would be refused.
+
+Examples:
+  gengap plan --config configs/demo_train.yaml --nodes 64 --gpus-per-node 8
+  gengap plan --model.name torchvision:resnet50 --data.name cifar10 --batch.global_size 8192 --nodes 16 --json
+  gengap plan --config configs/demo_train.yaml --gpus-per-node 2 --calibrate
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from gengap_dist import cli
+from gengap_dist.config import RunConfig, resolve, to_yaml
+
+PROG = "gengap plan"
+
+
+def command(argv: Sequence[str]) -> int:
+    """Print the plan."""
+    options, overrides = cli.parse(cli.PlanSettings, cli.PlanOptions, argv, prog=PROG, description=str(__doc__))
+    config = resolve(RunConfig, list(options.config), overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return cli.OK
+
+    from gengap_dist.planning.constants import Constants, load, save
+    from gengap_dist.planning.layout import Cluster
+    from gengap_dist.planning.survey import survey
+
+    new = options.calibrate and options.constants is not None and not options.constants.exists()
+    constants = Constants() if new else load(options.constants)
+    cluster = Cluster(options.nodes, options.gpus_per_node)
+    plan = survey(config, cluster, constants)
+    if options.calibrate and plan.memory:
+        from gengap_dist.planning.calibrate import calibrate
+
+        assert plan.data
+        assert plan.batch
+        constants = calibrate(config, plan.data, plan.batch.micro_sizes[1], constants)
+        save(constants, options.constants)
+        plan = survey(config, cluster, constants)
+    if options.as_json:
+        print(json.dumps(plan.as_json(), indent=1))
+    else:
+        from gengap_dist.report.plan_table import print_plan
+
+        print_plan(plan, constants)
+    return cli.USAGE if plan.refused else cli.OK
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Entry point."""
+    cli.guarded(PROG, command, argv)
+
+
+if __name__ == "__main__":
+    main()

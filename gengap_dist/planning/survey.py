@@ -1,0 +1,272 @@
+"""The whole plan of a run: every check the run would make, and every number that is known before it starts."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from gengap_dist import models
+from gengap_dist.batching import BatchPlan
+from gengap_dist.checks import check_logits, check_norm, check_ranks, check_strategy, strategy_name
+from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.data import catalog
+from gengap_dist.data.order import Order
+from gengap_dist.loop import blocks
+from gengap_dist.models.norm import has_batch_norm
+from gengap_dist.observe import PROBE_BLOCK
+from gengap_dist.optim.build import build as build_optimizer
+from gengap_dist.planning import memory, wire
+from gengap_dist.planning.constants import Constants, workload
+from gengap_dist.planning.layout import Cluster, Layout, layout
+from gengap_dist.planning.memory import Memory
+from gengap_dist.planning.wire import Link, Message
+from gengap_dist.probes import rank_loss
+from gengap_dist.probes.capture import observing
+from gengap_dist.probes.layers import choose
+from gengap_dist.world import World
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One near-rank-loss measurement."""
+
+    num_samples: int
+    num_ranks_with_images: int
+    num_passes: int
+    """Over the probe images."""
+    forms: dict[str, str]
+    """By layer and view: rows x units, and which square matrix is kept."""
+    messages: list[Message]
+    bytes_on_wire: int
+    """Sent by a rank."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Predicted seconds of one step, nothing overlapped."""
+
+    compute: float
+    """Of the rank with the most samples: forward, backward and the update."""
+    communication: float
+    probe_communication: float
+    """Of one measurement."""
+    of_run: float
+    """All steps; without evaluations, probes and checkpoints."""
+
+    @property
+    def step(self) -> float:
+        """Computing, then talking."""
+        return self.compute + self.communication
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything; what cannot be said, because something was refused before, is None or empty."""
+
+    cluster: Cluster
+    strategy: str
+    model: str
+    num_parameters: int | None = None
+    data: catalog.Sizes | None = None
+    steps_per_epoch: int | None = None
+    num_steps: int | None = None
+    batch: Layout | None = None
+    ragged: Layout | None = None
+    """The last step of each epoch, if it is smaller."""
+    has_batch_norm: bool = False
+    memory: Memory | None = None
+    messages: list[Message] = field(default_factory=list)
+    """Of one step."""
+    bytes_on_wire: int = 0
+    probe: Probe | None = None
+    time: Time | None = None
+    time_at_best: Time | None = None
+    """With the links between nodes as fast as those inside, where only the latter are known."""
+    missing: str = ""
+    """What a prediction of time lacks."""
+    refused: list[str] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same, as JSON values."""
+        tree = asdict(self)
+        tree["cluster"]["num_ranks"] = self.cluster.num_ranks
+        for name, found in (("memory", self.memory), ("time", self.time), ("time_at_best", self.time_at_best)):
+            if isinstance(found, Memory):
+                tree[name]["total"] = found.total
+            elif found:
+                tree[name]["step"] = found.step
+        if self.data:
+            tree["data"] = self.data._asdict()
+        return tree
+
+
+def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
+    """The plan of a run of `config` on `cluster`; nothing is trained, no data are read."""
+    refused: list[str] = []
+
+    def tried(check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except UsageError as error:
+            refused.append(str(error))
+            return None
+
+    num_ranks, batch = cluster.num_ranks, config.batch
+    strategy = strategy_name(config, num_ranks)
+    found: dict[str, Any] = {"cluster": cluster, "strategy": strategy, "model": config.model.name, "refused": refused}
+    found["batch"] = layout(BatchPlan(batch.global_size, num_ranks, batch.micro_size, batch.ghost_size))
+    tried(lambda: check_ranks(config, num_ranks))
+    tried(lambda: check_strategy(config, num_ranks))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        if sizes := tried(lambda: catalog.sizes(config.data)):
+            found |= {"data": sizes} | _steps(config, sizes, num_ranks, tried)
+            if model := tried(lambda: _model(config, sizes)):
+                tried(lambda: check_norm(config, model, sizes.num_train, num_ranks))
+                tried(lambda: build_optimizer(config.optim, model))
+                found |= _of_model(config, cluster, model, sizes, found["batch"], tried)
+                found |= _time(config, constants, found)
+    found["warned"] = sorted({str(warning.message) for warning in caught})
+    return Plan(**found, assumed=_assumed(config, strategy, found))
+
+
+def _steps(config: RunConfig, sizes: catalog.Sizes, num_ranks: int, tried: Callable[..., Any]) -> dict[str, Any]:
+    batch = config.batch
+    order = tried(lambda: Order(sizes.num_train, batch.global_size, config.seed))
+    if order is None:
+        return {}
+    rest = sizes.num_train % batch.global_size
+    return {
+        "steps_per_epoch": order.steps_per_epoch,
+        "num_steps": config.train.steps or config.train.epochs * order.steps_per_epoch,
+        "ragged": layout(BatchPlan(rest, num_ranks, batch.micro_size, batch.ghost_size)) if rest else None,
+    }
+
+
+def _model(config: RunConfig, sizes: catalog.Sizes) -> nn.Module:
+    side, dtype = config.data.image_size, getattr(torch, config.train.dtype)
+    model = models.build(
+        config.model.name,
+        num_classes=sizes.num_classes,
+        in_channels=sizes.in_channels,
+        image_size=side,
+        widths=config.model.widths,
+        ghost_size=config.batch.ghost_size,
+    ).to(dtype)
+    check_logits(config, model, torch.zeros(2, sizes.in_channels, side, side, dtype=dtype), sizes.num_classes)
+    return model
+
+
+def _of_model(
+    config: RunConfig,
+    cluster: Cluster,
+    model: nn.Module,
+    sizes: catalog.Sizes,
+    batch: Layout,
+    tried: Callable[..., Any],
+) -> dict[str, Any]:
+    num_ranks, strategy = cluster.num_ranks, strategy_name(config, cluster.num_ranks)
+    side, itemsize = config.data.image_size, getattr(torch, config.train.dtype).itemsize
+    whole = itemsize * sum(p.numel() for p in model.parameters())
+    trained = itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    messages = wire.step_messages(strategy, trained, whole, batch.micro_batches_per_rank[1]) if num_ranks > 1 else []
+    held = memory.weights(config, model, strategy, num_ranks)
+    probe, probe_bytes = tried(lambda: _probe(config, model, sizes, num_ranks)) or (None, 0)
+    if probe and memory.SHARDING[strategy].parameters:
+        probe_bytes += whole
+    least = 2 if has_batch_norm(model) else 1  # which refuses to train on one image
+    micro_size = max(batch.micro_sizes[1], least)
+    saved, how = memory.saved_for_backward(config, model, (sizes.in_channels, side, side), micro_size)
+    return {
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "has_batch_norm": has_batch_norm(model),
+        "messages": messages,
+        "bytes_on_wire": sum(message.on_wire(num_ranks) for message in messages),
+        "memory": Memory(
+            **held,
+            data=sizes.num_bytes,
+            activations=saved,
+            activations_by=how,
+            probe=probe_bytes,
+            probe_limit=config.probe.memory_mib * 2**20 if probe else 0,
+        ),
+        "probe": probe,
+    }
+
+
+def probe_counts(config: RunConfig, sizes: catalog.Sizes, num_ranks: int) -> list[int]:
+    """Images of the probe set on every rank."""
+    size = min(max(config.probe.num_samples), sizes.num_train)
+    return [sum(s.size for s in blocks(size, PROBE_BLOCK, World(rank, num_ranks))) for rank in range(num_ranks)]
+
+
+def _probe(config: RunConfig, model: nn.Module, sizes: catalog.Sizes, num_ranks: int) -> tuple[Probe, int] | None:
+    probe, side = config.probe, config.data.image_size
+    if not probe.enabled:
+        return None
+    counts = probe_counts(config, sizes, num_ranks)
+    example = torch.zeros(1, sizes.in_channels, side, side, dtype=getattr(torch, config.train.dtype))
+    with observing(model):
+        sites = rank_loss.sites_of(choose(model, example, probe.layers), probe.views, sum(counts))
+    passes = rank_loss.plan(sites, max(counts), probe.memory_mib)
+    device_type = "cuda" if config.launch.device == "cuda" else "cpu"
+    options = {"method": probe.method, "memory_mib": probe.memory_mib, "device_type": device_type}
+    messages = wire.probe_messages(sites, passes, counts, **options)
+    stream = rank_loss.stream_bytes(device_type, probe.memory_mib)
+    num_bytes = memory.probe_bytes(sites, passes, max(counts), stream) + max(counts) * example.nbytes
+    forms = {
+        "/".join(filter(None, (site.layer.name, site.view))): f"{site.num_rows} x {site.num_units}, kept as "
+        + f"{site.size} x {site.size} ({'rows' if site.wide else 'units'})"
+        for site in sites
+    }
+    on_wire = sum(message.on_wire(num_ranks) for message in messages)
+    return Probe(sum(counts), sum(map(bool, counts)), len(passes), forms, messages, on_wire), num_bytes
+
+
+def _time(config: RunConfig, constants: Constants, found: dict[str, Any]) -> dict[str, Any]:
+    cluster, batch = found["cluster"], found["batch"]
+    compute = constants.compute.get(workload(config, found["data"].in_channels, batch.micro_sizes[1]))
+    inside, between = (Link(c.alpha, c.beta) if c else None for c in (constants.inside, constants.between))
+    needs_inside = cluster.gpus_per_node > 1 or (cluster.nodes > 1 and between is None)
+    if compute is None or (needs_inside and inside is None):
+        what = "this network" if compute is None else "the link inside a node"
+        return {"missing": f"{what} is not calibrated: add --calibrate"}
+    computing = batch.samples_per_rank[1] * compute.seconds_per_sample + compute.seconds_per_update
+    probed = found["probe"].messages if found["probe"] else []
+    nothing = Link(0.0, 0.0)
+    far = between or inside or nothing
+    talking, probing = (
+        sum(wire.seconds(message, cluster, inside or nothing, far) for message in messages)
+        for messages in (found["messages"], probed)
+    )
+    time = Time(computing, talking, probing, (found["num_steps"] or 0) * (computing + talking))
+    if cluster.nodes > 1 and between is None:
+        missing = 'the link between nodes is not measured here: give its constants as "between" with --constants FILE'
+        return {"time_at_best": time, "missing": missing}
+    return {"time": time}
+
+
+def _assumed(config: RunConfig, strategy: str, found: dict[str, Any]) -> list[str]:
+    """What the numbers take for granted."""
+    counted = "pictures are counted, not opened"
+    said = [
+        counted if config.data.name == "imagefolder" else f"{config.data.name} has as many images as was published",
+        "bytes are of one rank; sums of losses, validation and checkpoints are not counted, nor are the rivals "
+        f"({', '.join(config.probe.rivals) or 'none'})",
+        "memory leaves out temporaries of single operations, buckets, libraries and the CUDA context",
+        "time is computing and then talking: backward passes that hide communication are faster; nodes share no links",
+    ]
+    if config.launch.device == "auto" and config.probe.enabled:
+        said.append("the probe works in blocks that suit a CPU; with launch.device=cuda they are larger")
+    if config.data.augment:
+        said.append(f"augmentation ({', '.join(config.data.augment)}) is part of the measured time")
+    if strategy.startswith("zero") or strategy == "fsdp":
+        said.append(f"{strategy} sends what its published scheme says (Rajbhandari et al. 2020), with no padding")
+    return said

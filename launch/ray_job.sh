@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Submit one run to a Ray cluster and follow its log.
+#
+# usage: launch/ray_job.sh CONFIG OUT [--section.setting VALUE]...
+#
+#   CONFIG  settings file inside this repository, which is uploaded with the job (.rayignore says what stays here)
+#   OUT     run folder: an absolute path that all nodes share; a run that is already there goes on
+#
+# environment [default]:
+#   RAY_API_SERVER_ADDRESS  the cluster's dashboard [http://127.0.0.1:8265]
+#   RAY_AUTH_MODE           token, or disabled where the cluster has it so [token]
+#   RAY_AUTH_TOKEN          its token [the one in ~/.ray/auth_token]
+#   NUM_PROCESSES           ranks [2]
+#   MLFLOW_*                go with the job; whoever may see the dashboard can read them
+#   PYTHON                  interpreter here, with Ray [python]
+
+set -euo pipefail
+
+usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
+case ${1:-} in -h | --help) usage && exit 0 ;; esac
+[ $# -ge 2 ] || { usage >&2 && exit 2; }
+config=$1 out=$2
+shift 2
+
+cd "$(dirname "$0")/.."
+[[ $config != /* && -f $config ]] || { echo "CONFIG ($config) must be a file, relative to $PWD" >&2 && exit 2; }
+[[ $out == /* ]] || { echo "OUT ($out) must be an absolute path: ranks have a working folder of their own" >&2 && exit 2; }
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+python=${PYTHON:-python}
+
+runtime_env=$(mktemp) # a file, because passwords on a command line show in `ps`
+trap 'rm -f "$runtime_env"' EXIT
+"$python" - launch/ray_runtime_env.yaml >"$runtime_env" <<'PYTHON'
+import os, sys, yaml
+
+runtime_env = yaml.safe_load(open(sys.argv[1]))
+runtime_env["env_vars"] |= {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+yaml.safe_dump(runtime_env, sys.stdout)
+PYTHON
+
+"$python" -m ray.scripts.scripts job submit \
+  --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" \
+  --working-dir . --runtime-env "$runtime_env" \
+  -- python -m gengap_dist.train --config "$config" --out "$out" --resume \
+  --launch.backend ray --launch.num_processes "${NUM_PROCESSES:-2}" "$@"

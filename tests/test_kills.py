@@ -1,0 +1,92 @@
+"""Ranks are killed at random moments, during saves too; the run ends as if nothing had happened.
+
+`GENGAP_KILLS=20 pytest tests/test_kills.py` kills more often than the few times that every test run affords.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from gengap_dist import checkpoint
+from gengap_dist.tracking.record import read_info, read_metrics
+from tests.conftest import weights
+
+NUM_KILLS = int(os.environ.get("GENGAP_KILLS", "3"))
+NUM_STEPS = 300
+SETTINGS = {
+    "--train.steps": NUM_STEPS, "--batch.global_size": 100, "--train.num_evals": 3, "--probe.per_decade": 1,
+    "--probe.num_samples": 64, "--checkpoint.every_steps": 3,
+}  # fmt: skip
+WORDS = [str(word) for pair in SETTINGS.items() for word in pair]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+pytestmark = pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
+
+
+def ranks_of(agent: psutil.Process) -> list[psutil.Process]:
+    return [child for child in agent.children() if "gengap_dist.train" in child.cmdline()]
+
+
+def kill_now_and_then(agent: psutil.Process, out: Path, num_kills: int, seed: int) -> Counter[str]:
+    """SIGKILL one of the agent's ranks `num_kills` times, each a random time after training went on; when, by moment."""
+    luck = random.Random(seed)
+    moments: Counter[str] = Counter()
+    last = -1
+    while moments.total() < num_kills:
+        while max(checkpoint.steps(out / "checkpoints"), default=-1) <= last:  # until these ranks have saved something
+            assert agent.is_running() and agent.status() != psutil.STATUS_ZOMBIE, "ended before the last kill"
+            time.sleep(0.005)
+        if luck.random() < 0.5:
+            time.sleep(luck.random())
+        else:
+            while not list(out.glob("checkpoints/.*.part")) and agent.status() != psutil.STATUS_ZOMBIE:
+                pass  # a save is to begin
+            time.sleep(luck.random() * 0.01)
+        saving = bool(list(out.glob("checkpoints/.*.part")))
+        last = max(checkpoint.steps(out / "checkpoints"))
+        if ranks := ranks_of(agent):
+            luck.choice(ranks).kill()
+            moments["during a save" if saving else "between saves"] += 1
+            while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
+                time.sleep(0.01)
+    return moments
+
+
+def test_torchrun_ranks_killed_at_random_moments(tmp_path):
+    whole = tmp_path / "whole"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    quiet = [*TORCHRUN, "-m", "gengap_dist.train", *WORDS, "--mlflow.enabled", "false", "--out", str(whole)]
+    subprocess.run(quiet, env=env, check=True, capture_output=True)
+
+    killed = tmp_path / "killed"
+    command = [*TORCHRUN, "--max-restarts", str(NUM_KILLS), "-m", "gengap_dist.train", *WORDS, "--out", str(killed)]
+    with (tmp_path / "log").open("w") as log:
+        agent = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        moments = kill_now_and_then(psutil.Process(agent.pid), killed, NUM_KILLS, seed=0)
+        assert agent.wait(timeout=600) == 0, (tmp_path / "log").read_text()[-3000:]
+    print(f"killed {dict(moments)}")
+    check_uninterrupted(killed, whole, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert len(read_info(killed)["resumed"]) == NUM_KILLS
+
+
+def check_uninterrupted(killed: Path, whole: Path, uri: str) -> None:
+    """Bitwise the same weights; every step once in the record and in one MLflow run."""
+    assert read_info(killed)["status"] == "finished"
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(killed)[name]), name
+    losses = [(line["step"], line.get("train/loss")) for line in read_metrics(killed)]
+    assert losses == [(line["step"], line.get("train/loss")) for line in read_metrics(whole)]
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("gengap_dist").experiment_id])
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted((metric.step, metric.value) for metric in history) == losses[1:]

@@ -1,0 +1,260 @@
+"""A run that was cut off goes on as if it had not been: on as many ranks bitwise, on any other number to rounding."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from gengap_dist import checkpoint
+from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.launchers.local import Pool
+from gengap_dist.preemption import Preempted
+from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
+from tests.conftest import ROOT, config, weights
+from tests.ranks import on_ranks
+
+SETTINGS = {
+    "train__steps": 24,
+    "batch__global_size": 100,
+    "batch__micro_size": 16,
+    "checkpoint__every_steps": 8,
+    "checkpoint__keep": 9,
+    "probe__num_samples": 64,
+    "train__num_evals": 3,
+}
+CASES = {
+    "sgd": {},
+    "adamw": {"optim__name": "adamw", "optim__lr": 0.001},
+    "lars": {"optim__name": "lars", "optim__lr": 2.0, "optim__weight_decay": 1e-4},
+    "norm": {"model__name": "mlp", "batch__ghost_size": 10, "model__widths": (64, 32)},
+}
+
+
+SEVERAL_BUCKETS = {"model__name": "mlp", "batch__ghost_size": 10, "train__steps": 10, "probe__enabled": False}
+
+
+def settings(case: str, dtype: str) -> RunConfig:
+    return config(train__dtype=dtype, **(SETTINGS | CASES[case]))
+
+
+def timeless(out):
+    return [
+        {key: value for key, value in line.items() if "seconds" not in key and not key.startswith("time/")}
+        for line in read_metrics(out)
+    ]
+
+
+def cut_after(out, step):
+    """The folder as a kill some steps after `step` would have left it."""
+    for later, path in checkpoint.steps(out / "checkpoints").items():
+        if later > step:
+            shutil.rmtree(path)
+    info = read_info(out)
+    (out / "run.json").write_text(json.dumps(info | {"status": "running"}))
+
+
+@pytest.fixture(scope="module")
+def pools():
+    pools = {size: Pool(size) for size in (1, 2, 3)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+def go(pools, size, run_config, out, *, resume=False):
+    prepare_folder(out, "run.json", resume=resume)
+    return pools[size].run(run_config, out, resume=resume, progress=lambda done, total, note: None)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("case", ["sgd", "several buckets"])
+def test_the_same_number_of_ranks_is_bitwise(pools, tmp_path, case, size):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = settings("sgd", "float32") if case == "sgd" else config(**SETTINGS | SEVERAL_BUCKETS)
+    go(pools, size, run, whole)
+    shutil.copytree(whole, cut)
+    cut_after(cut, 8)
+    go(pools, size, run, cut, resume=True)
+    assert timeless(cut) == timeless(whole)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(cut)[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_from_two_ranks_to_three_to_one(pools, tmp_path, case):
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    go(pools, 1, settings(case, "float64"), whole)
+    go(pools, 2, settings(case, "float64"), moved)
+    for step, size in ((8, 3), (16, 1)):
+        cut_after(moved, step)
+        go(pools, size, settings(case, "float64"), moved, resume=True)
+    found = weights(moved)
+    for name, weight in weights(whole).items():
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked")):  # updated once a group and rank
+            torch.testing.assert_close(found[name], weight, rtol=1e-9, atol=1e-9, msg=name)
+    lines, expected = [*read_metrics(moved)], [*read_metrics(whole)]
+    assert [line["step"] for line in lines] == [*range(25)]
+    for line, other in zip(lines[1:], expected[1:], strict=True):
+        assert line["train/loss"] == pytest.approx(other["train/loss"], rel=1e-9)
+    assert read_info(moved)["strategy"] == "single"
+    assert len(read_info(moved)["resumed"]) == 2
+
+
+def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(pools, tmp_path, recwarn):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    go(pools, 2, settings("sgd", "float32"), whole)
+    shutil.copytree(whole, cut)
+    cut_after(cut, 16)
+    (cut / "checkpoints" / "step_00000016" / "optimizer.pt").write_bytes(b"")
+    go(pools, 2, settings("sgd", "float32"), cut, resume=True)
+    assert timeless(cut) == timeless(whole)
+    assert all(torch.equal(weight, weights(cut)[name]) for name, weight in weights(whole).items())
+
+
+def test_resume_lists_every_setting_that_differs(pools, tmp_path):
+    out = tmp_path / "run"
+    go(pools, 1, settings("sgd", "float32"), out)
+    changed = config(optim__lr=0.5, seed=3, launch__timeout_seconds=99, **SETTINGS)
+    with pytest.raises(UsageError, match=r"seed \(3\) was 0 and optim.lr \(0.5\) was 0.02 when the run in"):
+        go(pools, 1, changed, out, resume=True)
+
+
+def test_a_full_disk_does_not_stop_the_run(tmp_path):
+    """Files may grow to 200 kB, which the record stays below and a checkpoint of LeNet-5 does not."""
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))\n"
+        "from tests.conftest import train\n"
+        "from tests.test_resume import SETTINGS\n"
+        "train(Path(sys.argv[1]), **SETTINGS)\n"
+    )
+    out = tmp_path / "run"
+    ended = subprocess.run([sys.executable, "-c", code, out], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stderr.count("a checkpoint could not be written after step") >= 1
+    assert "(File too large); there is none yet: make room in" in ended.stderr
+    assert "then add --resume" in ended.stderr.splitlines()[-1]  # the last one is worth more than a warning
+    assert read_info(out)["status"] == "running"
+
+
+# -- asked to leave ---------------------------------------------------------------------------------------------------
+
+
+def start(*words, **env):
+    return subprocess.Popen([*map(str, words)], env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for(condition, process):
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+LONG = {
+    "--train.steps": 150, "--train.dtype": "float64", "--batch.global_size": 100, "--mlflow.enabled": "false",
+    "--probe.enabled": "false", "--checkpoint.every_steps": 10, "--train.num_evals": 2,
+}  # fmt: skip
+
+
+def words(out, **more):
+    return [word for pair in (LONG | more).items() for word in map(str, pair)] + ["--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    command = [sys.executable, "-m", "gengap_dist.train", *words(out), "--launch.num_processes", "2"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    return out
+
+
+@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_leave_it_saves_and_says_so(uninterrupted, tmp_path, launcher, number):
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    head = [sys.executable, "-m"] if launcher == "local" else [*torchrun, "--standalone", "-m"]
+    ranks = ["--launch.num_processes", "2"] if launcher == "local" else []
+    command = [*head, "gengap_dist.train", *words(out), *ranks]
+    process = start(*command, OMP_NUM_THREADS="1")
+    wait_for(lambda: list(out.glob("checkpoints/step_*")), process)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1].decode()
+    info = read_info(out)
+    assert info["status"] == "preempted", said
+    assert f"asked to leave after step {info['result']['num_steps']}; saved, --resume goes on" in said
+    assert 0 < info["result"]["num_steps"] < 150
+    assert max(checkpoint.steps(out / "checkpoints")) == info["result"]["num_steps"]
+    if launcher == "local":
+        assert process.returncode == 75
+    again = subprocess.run([*command, "--resume"], capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert again.returncode == 0, again.stderr.decode()
+    assert [line["step"] for line in read_metrics(out)] == [*range(151)]
+    assert all(torch.equal(weight, weights(out)[name]) for name, weight in weights(uninterrupted).items())
+
+
+def test_one_rank_that_is_asked_takes_the_others_along(tmp_path):
+    out = tmp_path / "run"
+    prepare_folder(out, "run.json", resume=False)
+    ends = on_ranks(3, leave_when_rank_two_is_asked, out)
+    assert len(set(ends)) == 1
+    assert 5 <= ends[0] <= 7
+    assert [*checkpoint.steps(out / "checkpoints")] == [ends[0]]
+
+
+def leave_when_rank_two_is_asked(world, out):
+    from gengap_dist.run import run
+
+    asked = False
+
+    def progress(done, total, note):
+        nonlocal asked
+        asked = world.rank == 2 and done == 5
+
+    try:
+        run(config(train__steps=20), out, world=world, progress=progress, leaving=lambda: asked)
+    except Preempted as error:
+        return error.step
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_not_all_ranks_see_is_refused(tmp_path):
+    for name in ("node0", "node1"):
+        prepare_folder(tmp_path / name, "run.json", resume=False)
+    for said in on_ranks(3, run_on_node, tmp_path):
+        assert "is not the same folder for rank 1, 2 as for rank 0: give a folder on storage that all" in said
+
+
+def run_on_node(world, folder):
+    from gengap_dist import run
+
+    run.SHARED_SECONDS = 0.3
+    try:
+        run.run(config(train__steps=1), folder / f"node{min(world.rank, 1)}", world=world)
+    except UsageError as error:
+        return str(error)
+
+
+def test_more_ranks_than_samples_are_refused(tmp_path):
+    prepare_folder(tmp_path / "run", "run.json", resume=False)
+    (said, _) = on_ranks(2, run_with_one_sample, tmp_path / "run")
+    assert said == ("batch.global_size (1) has no sample for each of the 2 ranks: start fewer ranks, or raise it")
+
+
+def run_with_one_sample(world, out):
+    from gengap_dist.run import run
+
+    try:
+        run(config(batch__global_size=1), out, world=world)
+    except UsageError as error:
+        return str(error)

@@ -143,9 +143,9 @@ class RayTrain(Launcher):
         """
         _check_folder(out)
         try:
-            _connect(config.launch)
+            grows = not _connect(config.launch)
             with _terminated_is_interrupted():
-                return _Fit(config, out, progress).wait()
+                return _Fit(config, out, progress).wait(grows)
         except RankFailed:
             raise  # the ranks are gone
         except BaseException:
@@ -170,15 +170,15 @@ def _check_folder(out: Path) -> None:
         )
 
 
-def _connect(config: LaunchConfig) -> None:
-    """Connect to the cluster, or start one on this machine that ends with this process."""
+def _connect(config: LaunchConfig) -> bool:
+    """Connect to the cluster, or start one on this machine that ends with this process; whether it has done that."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.ray_address or os.environ.get("RAY_ADDRESS") or "auto"
     if "ray" in sys.modules:
         import ray
 
         if ray.is_initialized():  # the runs of a study share one connection
-            return
+            return False
     if address != "local" and JOB not in os.environ and not check_address(address):
         address = "local"
     if address == "local":
@@ -189,9 +189,10 @@ def _connect(config: LaunchConfig) -> None:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "logging_config": ray.LoggingConfig(log_level="ERROR")}
     if address != "local":
         ray.init(address=address, **quiet)
-        return
+        return False
     needed = resources_per_rank(config)["CPU"] * (config.max_processes or config.num_processes)
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-needed // 1))), include_dashboard=False, **quiet)
+    return True
 
 
 @contextmanager
@@ -246,9 +247,9 @@ class _Fit:
         self._num_starts, self._size = 0, 0
         self._warned = 0.0
 
-    def wait(self) -> dict[str, Any]:
-        """The run's result, when the ranks are gone."""
-        self._warn_of_missing_resources()
+    def wait(self, grows: bool) -> dict[str, Any]:
+        """The run's result, when the ranks are gone; `grows`: whether to wait for nodes that are not there yet."""
+        self._check_room(grows)
         # Not in the main thread: there fit would take Ctrl-C for itself, and exit with code 0.
         thread = threading.Thread(target=self._fit, daemon=True)
         thread.start()
@@ -284,6 +285,7 @@ class _Fit:
                     self._result = value
                 case _:
                     self._troubles.append((kind, value))
+                    self._size, self._warned = 0, time.monotonic()
 
     def _started(self, size: int) -> None:
         self._num_starts += 1
@@ -310,7 +312,7 @@ class _Fit:
             raise RankFailed(f"rank {rank} failed:\n{text}")
         raise RankFailed(f"Ray could not run the ranks: {error}") from error
 
-    def _warn_of_missing_resources(self) -> None:
+    def _check_room(self, grows: bool) -> None:
         import ray
 
         launch, needs = self.config.launch, resources_per_rank(self.config.launch)
@@ -318,11 +320,13 @@ class _Fit:
         fit = room(nodes, needs, launch.placement)
         self._warned = time.monotonic()
         if fit < launch.num_processes:
-            self._warn(
+            text = (
                 f"launch.num_processes ({launch.num_processes}) asks for more than the Ray cluster has: its "
-                f"{len(nodes)} node(s) hold {fit} rank(s) of {needs}, {launch.placement}; waiting for it to grow: add "
-                "nodes, or choose fewer ranks or smaller launch.resources_per_rank"
+                f"{len(nodes)} node(s) hold {fit} rank(s) of {needs}, {launch.placement}"
             )
+            if not grows:
+                raise UsageError(f"{text}: choose fewer ranks or smaller launch.resources_per_rank")
+            self._warn(f"{text}; waiting for it to grow: add nodes, or choose fewer ranks")
 
     def _warn(self, text: str) -> None:
         self._warned = time.monotonic()

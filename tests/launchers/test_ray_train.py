@@ -219,6 +219,15 @@ def test_as_many_ranks_as_there_is_room_for(cluster, tmp_path):
     assert read_info(tmp_path / "run")["world_size"] == 1
 
 
+def test_more_than_a_cluster_that_cannot_grow_has_is_refused(tmp_path, gengap):
+    """The cluster is one that the driver starts for itself."""
+    pytest.importorskip("ray")
+    words = [*NO_MLFLOW, *ON_RAY, "--launch.ray_address", "local", "--launch.resources_per_rank", '{"slot": 1}']
+    done = gengap("train", *words, "--out", "run")
+    assert done.returncode == 2, done.stderr
+    assert "its 1 node(s) hold 0 rank(s) of {'CPU': 1.0, 'slot': 1.0}, PACK: choose fewer" in done.stderr
+
+
 @contextlib.contextmanager
 def listener(*, answers: bool):
     with socket.socket() as it:

@@ -69,7 +69,7 @@ def run(
     Args:
         config: the run.
         out: its folder, made ready by the launcher (`record.prepare_folder`).
-        resume: go on from the folder's checkpoint, if there is one.
+        resume: go on from the folder's checkpoint, if there is one; rank 0's word holds for all.
         world: this process's place among the ranks; None connects as the environment says.
         progress: called on every rank after every step.
         leaving: looked at between steps; when it is true on any rank, all save and leave.
@@ -84,7 +84,7 @@ def run(
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)
-        session.start(resume)
+        session.start(bool(world.agree(resume)))  # a node that joins late cannot know what the others were told
         try:
             session.train(leaving)
             result = session.result()

@@ -72,7 +72,7 @@ class World:
 
     def agree(self, value: int) -> int:
         """What rank 0 says."""
-        told = torch.tensor([value if self.rank == 0 else 0])
+        told = torch.tensor([int(value) if self.rank == 0 else 0])
         return int(self.sum(told, "word from rank 0"))
 
     def barrier(self) -> None:

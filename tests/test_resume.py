@@ -16,7 +16,7 @@ from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.launchers.local import Pool
 from gengap_dist.preemption import Preempted
 from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
-from tests.conftest import ROOT, config, weights
+from tests.conftest import ROOT, config, train, weights
 from tests.ranks import on_ranks
 
 SETTINGS = {
@@ -243,6 +243,22 @@ def run_on_node(world, folder):
         run.run(config(train__steps=1), folder / f"node{min(world.rank, 1)}", world=world)
     except UsageError as error:
         return str(error)
+
+
+def test_rank_0_decides_whether_to_resume(tmp_path):
+    """A node that joins a launch late may not know that the others were started again."""
+    settings = SETTINGS | {"train__steps": 10}
+    train(tmp_path / "run", **settings)
+    cut_after(tmp_path / "run", 8)
+    assert on_ranks(2, resume_if_rank_is, 0, config(**settings), tmp_path / "run") == [10, 10]
+    assert len(read_info(tmp_path / "run")["resumed"]) == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [*range(11)]
+
+
+def resume_if_rank_is(world, rank, run_config, out):
+    from gengap_dist.run import run
+
+    return run(run_config, out, resume=world.rank == rank, world=world)["num_steps"]
 
 
 def test_more_ranks_than_samples_are_refused(tmp_path):

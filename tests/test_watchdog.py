@@ -1,12 +1,15 @@
 """Ranks that wait too long say for whom; time is split into what it went to."""
 
+import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
-from gengap_dist.watchdog import watching
+from gengap_dist.watchdog import Watchdog, watching
 from gengap_dist.whereabouts import KINDS, Whereabouts
 from tests.conftest import config, train
 from tests.ranks import on_ranks
@@ -41,6 +44,32 @@ def nobody_lags(world):
 def test_nobody_is_named_while_all_go_on(capfd):
     on_ranks(2, nobody_lags)
     assert "waits" not in capfd.readouterr().err
+
+
+def test_a_store_that_no_longer_answers_does_not_hold_up_the_end():
+    """The machine of rank 0, which holds the store, stands still: nothing is refused, nothing is answered."""
+    _, (seconds, asks_still) = on_ranks(2, end_while_rank_0_stands_still)
+    assert asks_still
+    assert seconds < 20
+
+
+def end_while_rank_0_stands_still(world):
+    pid = world.agree(os.getpid())
+    if world.rank == 0:
+        world.barrier()
+        os.kill(pid, signal.SIGSTOP)
+        return None
+    dog = Watchdog(world, hang_seconds=0.2)
+    world.barrier()
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
+    with world.where.during("communication", "barrier", meeting=True):
+        time.sleep(1.0)
+    began = time.monotonic()
+    dog.stop()
+    out = time.monotonic() - began, dog._thread.is_alive()
+    os.kill(pid, signal.SIGCONT)
+    return out
 
 
 class Slow(torch.nn.Module):

@@ -1,8 +1,9 @@
-"""Where ranks come from: started here, or by torchrun. Each ends in `run.run` on every rank."""
+"""Where ranks come from: started here, by torchrun, or by a Ray cluster. Each ends in `run.run` on every rank."""
 
 from gengap_dist.config import LaunchConfig
 from gengap_dist.launchers.base import Launcher, Progress, RankFailed
 from gengap_dist.launchers.local import InProcess, Pool
+from gengap_dist.launchers.ray_train import RayTrain, asked
 from gengap_dist.launchers.torchrun import Joined, joining, launch_id, restarted
 
 __all__ = ["Launcher", "Progress", "RankFailed", "choose", "is_driver", "joining", "launch_id", "restarted"]
@@ -17,6 +18,8 @@ def choose(config: LaunchConfig, *, many_runs: bool) -> Launcher:
     """
     if joining(config):
         return Joined()
+    if asked(config):
+        return RayTrain()
     return InProcess() if config.num_processes == 1 and not many_runs else Pool(config.num_processes)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist import launchers
-from gengap_dist.config import LaunchConfig, StudyConfig, UsageError, differences
+from gengap_dist.config import StudyConfig, UsageError, differences
 from gengap_dist.launchers import Launcher
 from gengap_dist.study.grid import Cell, cells
 from gengap_dist.tracking import record
@@ -71,14 +71,14 @@ def run_all(plan: list[Cell], event: Event, *, driver: bool) -> int:
     """
     num_failed = 0
     with contextlib.ExitStack() as stack:
-        ranks: dict[LaunchConfig, Launcher] = {}
+        ranks: dict[str, Launcher] = {}  # by the settings they were started with
         for cell in plan:
             if status(cell) in (record.FINISHED, record.DIVERGED):
                 event(cell, 1, 1, "already there")
                 continue
-            launch = cell.config.launch
+            launch = cell.config.launch.model_dump_json()
             if launch not in ranks:
-                ranks[launch] = stack.enter_context(launchers.choose(launch, many_runs=True))
+                ranks[launch] = stack.enter_context(launchers.choose(cell.config.launch, many_runs=True))
             if driver:
                 record.prepare_folder(cell.folder, "run.json", resume=True)
             try:

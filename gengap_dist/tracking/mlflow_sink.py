@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ STATUS = {
     "preempted": "KILLED",
 }
 ARTIFACTS = ("run.json", "study.json", "config.yaml", "spectra", "figures", "report.html")
+DONE = b"done"
 CLIENT_DEFAULTS = {  # a dead server must be noticed in seconds; MLflow's own defaults take minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -253,7 +255,11 @@ def _alone(uri: str) -> Iterator[None]:
 
 
 class Follower:
-    """A mirror that runs beside a command, from `start` to `finish`."""
+    """A mirror that runs beside a command, from `start` to `finish`.
+
+    It is no child of the command for long: `ray job stop` kills a job's whole tree within 3 s, and the mirror still has
+    to say that the run was killed. It ends when its standard input closes, however the command ends.
+    """
 
     def __init__(self, folder: Path, config: MlflowConfig) -> None:
         """Start mirroring `folder` in a process of its own."""
@@ -262,7 +268,7 @@ class Follower:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(folder), self.uri, config.experiment],
                 stdin=subprocess.PIPE,
-                stdout=log,
+                stdout=subprocess.PIPE,  # only for its last word
                 stderr=log,
                 start_new_session=True,  # Ctrl-C ends the command, and the command ends this
             )
@@ -270,14 +276,18 @@ class Follower:
     def finish(self) -> str | None:
         """Let it send the rest; None if all is there, else one sentence on what to do."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
-        try:
-            if self._process.wait(self.config.wait_seconds) == 0:
-                return None
-            reason = (self.folder / "mlflow.log").read_text().strip().splitlines()[-1:] or ["it gave no reason"]
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            self._process.wait()
+        with self._process.stdout as stdout:
+            over, _, _ = select.select([stdout], [], [], self.config.wait_seconds)
+            if not over:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            last_word = stdout.read()
+        self._process.wait()
+        if over and last_word == DONE:
+            return None
+        reason = (self.folder / "mlflow.log").read_text().strip().splitlines()[-1:] or ["it gave no reason"]
+        if not over:
             reason = [f"it is slower than mlflow.wait_seconds ({self.config.wait_seconds:g})"]
         return (
             f"MLflow at {self.uri} did not take everything ({reason[0][:200]}); nothing is lost: "
@@ -315,19 +325,23 @@ def _stdin_closes_within(seconds: float) -> bool:
     return bool(ready)
 
 
-def _main() -> int:
+def _main() -> None:
     parser = argparse.ArgumentParser(description="Mirror a run or study folder to MLflow until standard input closes.")
     for name in ("folder", "uri", "experiment"):
         parser.add_argument(name)
     arguments = parser.parse_args()
-    fcntl.flock(sys.stdout.fileno(), fcntl.LOCK_EX)  # mlflow.log: the follower of a killed rank 0 may still be sending
+    if os.fork():  # the command's child ends here, see Follower
+        os._exit(0)
+    last_word = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what MLflow prints goes to the log
+    fcntl.flock(sys.stderr.fileno(), fcntl.LOCK_EX)  # mlflow.log: the follower of a killed command may still be sending
+    os.nice(10)  # training comes first
     try:
         follow(Path(arguments.folder), arguments.uri, arguments.experiment, pause=_stdin_closes_within)
+        os.write(last_word, DONE)
     except Exception as error:
         text = " ".join(str(error).split())
         print(f"{type(error).__name__}: {text}", flush=True)
-        return 1
-    return 0
 
 
 def sync_now(folder: Path, uri: str | None, sent: Sent) -> str:
@@ -352,5 +366,4 @@ def sync_now(folder: Path, uri: str | None, sent: Sent) -> str:
 
 
 if __name__ == "__main__":
-    os.nice(10)  # training comes first
-    sys.exit(_main())
+    _main()

@@ -1,0 +1,432 @@
+"""Ranks from a Ray cluster: Ray Train starts them, and starts them again from the last checkpoint when some have died.
+
+The driver is the process that was given the command, on its own or under `ray job submit`. It waits, shows progress
+and ends everything; what ranks have to say reaches it through a small actor. Nothing is reported through Ray Train:
+`ray.train.report` makes all ranks wait for each other and for Ray's next look at them (2 s), and the run folder, which
+all nodes share, holds everything already. Ray is imported by the functions that need it.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, final
+
+from gengap_dist.config import LaunchConfig, RunConfig, UsageError
+from gengap_dist.launchers.base import Launcher, Progress, RankFailed
+from gengap_dist.preemption import Notice, Preempted
+
+ANSWER_SECONDS = 12.0  # for a cluster to answer before it counts as silent
+NEWS_SECONDS = 0.5  # between two words from rank 0, and between two looks of the driver
+WAITING_SECONDS = 60.0  # between two warnings that no rank has started yet
+PREEMPTION_SECONDS = 5.0  # between two looks for a preemption notice; Ray itself looks as often
+
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what `ray job submit` sets for the process it starts, and for no other
+_NO_CLUSTER = 3  # exit code of _CONNECT where "auto" finds nothing
+_CONNECT = f"""
+import sys, ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+except ConnectionError as error:
+    print(error, file=sys.stderr)
+    sys.exit({_NO_CLUSTER} if sys.argv[1] == "auto" and "find any running" in str(error) else 1)
+"""
+
+News = tuple[str, Any]
+"""started: world size; progress: its arguments; usage: a sentence; failed: rank, traceback; preempted: step; result."""
+
+
+def asked(config: LaunchConfig) -> bool:
+    """Whether a Ray cluster is to give the ranks.
+
+    Raises:
+        UsageError: for launch.backend=ray on ranks that torchrun has started: each would ask for ranks of its own.
+    """
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if config.backend == "ray" and under_torchrun:
+        raise UsageError(
+            "launch.backend (ray) starts ranks, and torchrun has started some already: start the command without "
+            "torchrun, or choose launch.backend=auto"
+        )
+    submitted = JOB in os.environ and "RAY_ADDRESS" in os.environ
+    return config.backend == "ray" or (config.backend == "auto" and submitted and not under_torchrun)
+
+
+def resources_per_rank(config: LaunchConfig) -> dict[str, float]:
+    """What Ray sets aside for one rank.
+
+    >>> resources_per_rank(LaunchConfig(device="cuda", resources_per_rank={"CPU": 4}))
+    {'CPU': 4.0}
+    >>> resources_per_rank(LaunchConfig(device="cuda"))
+    {'CPU': 1.0, 'GPU': 1.0}
+    """
+    return {"CPU": 1.0} | (config.resources_per_rank or ({"GPU": 1.0} if config.device == "cuda" else {}))
+
+
+def room(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float], placement: str) -> int:
+    """How many ranks fit on nodes with these resources when nothing else runs there.
+
+    >>> nodes = [{"CPU": 4, "GPU": 2}, {"CPU": 8}, {"CPU": 1, "GPU": 8}]
+    >>> [room(nodes, {"CPU": 1, "GPU": 1}, placement) for placement in ("PACK", "STRICT_PACK", "STRICT_SPREAD")]
+    [3, 2, 2]
+    """
+    fit = [min(int(node.get(name, 0.0) / amount) for name, amount in resources.items()) for node in nodes]
+    match placement:
+        case "STRICT_PACK":
+            return max(fit, default=0)
+        case "STRICT_SPREAD":
+            return sum(count > 0 for count in fit)
+    return sum(fit)
+
+
+def check_address(address: str) -> bool:
+    """Whether a Ray cluster answers at an address; False if the address is "auto" and this machine runs none.
+
+    Another process tries: ray.init waits for a silent address for minutes, deaf to signals.
+
+    Args:
+        address: host:port, ray://host:port, or auto (the cluster that `ray start` has started on this machine).
+
+    Raises:
+        UsageError: if nothing answers within 15 s, or it refuses; the message says what to check.
+    """
+    plain = address.removeprefix("ray://")
+    check = (
+        f"check the address, `ray status --address {plain}` on that node, whether a firewall lets its port through "
+        "(6379, or 10001 for ray://), and that RAY_AUTH_MODE and the token (RAY_AUTH_TOKEN or ~/.ray/auth_token) are "
+        "the cluster's"
+    )
+    if address != "auto":
+        host, _, port = plain.rpartition(":")
+        if not host or not port.isdecimal():
+            raise UsageError(f"launch.ray_address ({address}) is no address: give host:port or ray://host:port")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=3.0).close()
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"launch.ray_address ({address}) cannot be reached ({error}): {check}") from None
+    command = [sys.executable, "-c", _CONNECT, address]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, said = process.communicate(timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _, said = process.communicate()
+        said = said if "Unauthenticated" in said else f"no answer within {ANSWER_SECONDS:g} s"
+    if process.returncode in (0, _NO_CLUSTER):
+        return process.returncode == 0
+    if "Unauthenticated" in said or "AuthenticationError" in said:
+        said = "it wants another authentication token"
+    reason = said.strip().splitlines()[-1][:200] if said.strip() else f"exit code {process.returncode}"
+    raise UsageError(f"launch.ray_address ({address}) gives no Ray cluster ({reason}): {check}")
+
+
+@final
+class RayTrain(Launcher):
+    """Ranks that a Ray cluster starts anew for each run, on nodes that have room for them."""
+
+    def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
+        """See `Launcher.run`; ranks always go on from the folder's checkpoint, as those started again must.
+
+        Raises:
+            UsageError: also if the cluster does not answer, or would throw the folder away.
+            Preempted: if the ranks had to leave more often than launch.max_failures lets them start again.
+        """
+        _check_folder(out)
+        try:
+            grows = not _connect(config.launch)
+            with _terminated_is_interrupted():
+                return _Fit(config, out, progress).wait(grows)
+        except RankFailed:
+            raise  # the ranks are gone
+        except BaseException:
+            self.close(kill=True)
+            raise
+        finally:
+            shutil.rmtree(out / "ray", ignore_errors=True)
+
+    def close(self, *, kill: bool = False) -> None:
+        """Leave the cluster, or end it if `run` has started it: Ray then kills all that this process asked for."""
+        if "ray" in sys.modules:
+            import ray
+
+            ray.shutdown()
+
+
+def _check_folder(out: Path) -> None:
+    if "runtime_resources" in out.parts:
+        raise UsageError(
+            f"--out ({out}) lies in Ray's copy of the job's working directory, which is deleted after the job: "
+            "give an absolute --out that all nodes share"
+        )
+
+
+def _connect(config: LaunchConfig) -> bool:
+    """Connect to the cluster, or start one on this machine that ends with this process; whether it has done that."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = config.ray_address or os.environ.get("RAY_ADDRESS") or "auto"
+    if "ray" in sys.modules:
+        import ray
+
+        if ray.is_initialized():  # the runs of a study share one connection
+            return False
+    if address != "local" and JOB not in os.environ and not check_address(address):
+        address = "local"
+    if address == "local":
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before the import: Ray then keeps to loopback
+    import ray
+
+    # Of Ray's own processes; what ranks print and warn of reaches the driver's stderr.
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "logging_config": ray.LoggingConfig(log_level="ERROR")}
+    if address != "local":
+        ray.init(address=address, **quiet)
+        return False
+    needed = resources_per_rank(config)["CPU"] * (config.max_processes or config.num_processes)
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-needed // 1))), include_dashboard=False, **quiet)
+    return True
+
+
+@contextmanager
+def _terminated_is_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, so that a stopped job still says how its run ended.
+
+    `ray job stop` gives the driver and its children 3 s from SIGTERM to SIGKILL. Ray has a handler of its own: this one
+    comes after ray.init.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Teller:
+    """The actor between ranks and driver: keeps what ranks tell until the driver hears it."""
+
+    def __init__(self) -> None:
+        self._news: list[News] = []
+
+    def tell(self, kind: str, value: Any) -> None:
+        self._news.append((kind, value))
+
+    def hear(self) -> list[News]:
+        news, self._news = self._news, []
+        return news
+
+
+class _Fit:
+    """One run under Ray Train, seen from the driver."""
+
+    def __init__(self, config: RunConfig, out: Path, progress: Progress) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self.config, self.progress = config, progress
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._teller: Any = ray.remote(_Teller).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._trainer = _trainer(config, out, self._teller)
+        self._error: Exception | None = None
+        self._result: dict[str, Any] | None = None
+        self._troubles: list[News] = []  # of the ranks' latest start
+        self._num_starts, self._size = 0, 0
+        self._warned = 0.0
+
+    def wait(self, grows: bool) -> dict[str, Any]:
+        """The run's result, when the ranks are gone; `grows`: whether to wait for nodes that are not there yet."""
+        self._check_room(grows)
+        # Not in the main thread: there fit would take Ctrl-C for itself, and exit with code 0.
+        thread = threading.Thread(target=self._fit, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(NEWS_SECONDS)
+            self._hear()
+            if not self._size and time.monotonic() - self._warned > WAITING_SECONDS:
+                self._warn("no rank has started yet: waiting for room in the Ray cluster (see `ray status`)")
+        self._hear()
+        if self._error is not None:
+            self._raise(self._error)
+        assert self._result is not None
+        return self._result
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+        except Exception as error:
+            self._error = error
+
+    def _hear(self) -> None:
+        import ray
+
+        for kind, value in ray.get(self._teller.hear.remote()):
+            match kind:
+                case "started":
+                    self._started(value)
+                case "progress":
+                    self.progress(*value)
+                case "usage":
+                    raise UsageError(value)  # `run` ends the other ranks; none of them is to try again
+                case "result":
+                    self._result = value
+                case _:
+                    self._troubles.append((kind, value))
+                    self._size, self._warned = 0, time.monotonic()
+
+    def _started(self, size: int) -> None:
+        self._num_starts += 1
+        self._size = size
+        if self._num_starts > 1:
+            why = f" after: {_last_line(self._troubles)}" if self._troubles else ""
+            self._warn(f"{size} rank(s) started again, from the last checkpoint{why}")
+        self._troubles.clear()
+
+    def _raise(self, error: Exception) -> None:
+        """What has ended the last start of the ranks: a rank that was killed, else the first that raised something."""
+        dead = {
+            rank: " ".join(str(failure).split())
+            for rank, failure in sorted(getattr(error, "worker_failures", {}).items())
+            if type(failure).__name__ == "WorkerHealthCheckFailedError"
+        }
+        if dead:
+            rank, text = next(iter(dead.items()))
+            raise RankFailed(f"rank {rank} died: {text}")
+        for kind, value in self._troubles:
+            if kind == "preempted":
+                raise Preempted(value)
+            rank, text = value
+            raise RankFailed(f"rank {rank} failed:\n{text}")
+        raise RankFailed(f"Ray could not run the ranks: {error}") from error
+
+    def _check_room(self, grows: bool) -> None:
+        import ray
+
+        launch, needs = self.config.launch, resources_per_rank(self.config.launch)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fit = room(nodes, needs, launch.placement)
+        self._warned = time.monotonic()
+        if fit < launch.num_processes:
+            text = (
+                f"launch.num_processes ({launch.num_processes}) asks for more than the Ray cluster has: its "
+                f"{len(nodes)} node(s) hold {fit} rank(s) of {needs}, {launch.placement}"
+            )
+            if not grows:
+                raise UsageError(f"{text}: choose fewer ranks or smaller launch.resources_per_rank")
+            self._warn(f"{text}; waiting for it to grow: add nodes, or choose fewer ranks")
+
+    def _warn(self, text: str) -> None:
+        self._warned = time.monotonic()
+        print(f"gengap: warning: {text}", file=sys.stderr, flush=True)
+
+
+def _last_line(troubles: list[News]) -> str:
+    kind, value = troubles[0]
+    return f"asked to leave at step {value}" if kind == "preempted" else value[1].strip().splitlines()[-1]
+
+
+def _trainer(config: RunConfig, out: Path, teller: Any) -> Any:
+    from ray.train import FailureConfig, LoggingConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    launch, resources = config.launch, resources_per_rank(config.launch)
+    on_gpu = launch.device != "cpu" and "GPU" in resources
+    most = launch.max_processes or launch.num_processes
+    config = config.model_copy(update={"data": config.data.model_copy(update={"root": config.data.root.resolve()})})
+    job = {"config": config, "out": out, "teller": teller, "num_threads": max(1, int(resources["CPU"]))}
+    return TorchTrainer(
+        _rank,
+        train_loop_config=job | {"folder": Path.cwd(), "command": sys.orig_argv},
+        scaling_config=ScalingConfig(
+            num_workers=most if most == launch.num_processes else (launch.num_processes, most),
+            use_gpu=on_gpu,
+            resources_per_worker=resources,
+            placement_strategy=launch.placement,
+        ),
+        run_config=RayRunConfig(
+            name=uuid.uuid4().hex,  # Ray would take up the state of an earlier run of this name
+            storage_path=str(out / "ray"),
+            failure_config=FailureConfig(max_failures=launch.max_failures),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+        ),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=launch.timeout_seconds),
+    )
+
+
+# -- on a rank --------------------------------------------------------------------------------------------------------
+
+
+def _rank(job: dict[str, Any]) -> None:
+    """A rank's life, in a thread of a Ray worker; the process group is there already."""
+    import warnings
+
+    import ray
+    import torch
+
+    from gengap_dist.run import run
+
+    rank, teller = int(os.environ["RANK"]), job["teller"]
+    if rank != 0:
+        warnings.simplefilter("ignore")  # rank 0 says it for all
+    if job["folder"].is_dir():
+        os.chdir(job["folder"])  # the driver's, so that git and modules beside it are found; Ray's own is empty
+    sys.orig_argv = job["command"]  # what the record shows
+    torch.set_num_threads(job["num_threads"])  # what Ray has set aside; Ray itself says 1
+    spoke = 0.0
+
+    def progress(done: int, total: int, note: str) -> None:
+        nonlocal spoke
+        if rank == 0 and (note or done == total or time.monotonic() - spoke > NEWS_SECONDS):
+            spoke = time.monotonic()
+            teller.tell.remote("progress", (done, total, note))
+
+    def tell(kind: str, value: Any) -> None:
+        ray.get(teller.tell.remote(kind, value))
+
+    if rank == 0:
+        tell("started", int(os.environ["WORLD_SIZE"]))
+    try:
+        leaving = _preemption_notice()
+        result = run(job["config"], job["out"], resume=True, progress=progress, leaving=leaving, launcher="ray")
+        if rank == 0:
+            tell("result", result)
+    except UsageError as error:
+        tell("usage", str(error))  # and no exception: Ray would start the ranks again
+    except Preempted as error:
+        tell("preempted", error.step)
+        raise RuntimeError(str(error)) from None  # Ray starts the ranks again, on the nodes that stay
+    except Exception:
+        tell("failed", (rank, traceback.format_exc()))
+        raise RuntimeError(f"rank {rank} failed") from None  # an exception of ours need not survive pickling
+
+
+def _preemption_notice() -> Notice:
+    """A notice that is given when Ray is about to take a node away.
+
+    Asking Ray makes all ranks wait for each other, so a thread on every rank asks, and steps only look at the notice.
+    """
+    import ray.train
+
+    notice = Notice()
+
+    def ask() -> None:
+        while ray.train.get_preemption_info() is None:
+            time.sleep(PREEMPTION_SECONDS)
+        notice.give(0)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return notice

@@ -1,0 +1,278 @@
+"""Ranks from a real Ray cluster on this machine: its jobs submitted, stopped and resumed, its workers killed."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gengap_dist import launchers
+from gengap_dist.config import LaunchConfig, RunConfig, UsageError
+from gengap_dist.launchers import ray_train
+from gengap_dist.launchers.local import free_port
+from gengap_dist.tracking.record import read_info, read_metrics
+from tests.conftest import ROOT, weights
+
+RAY = Path(sys.executable).parent / "ray"
+SMALL = ["--train.dtype", "float64", "--probe.num_samples", "64", "--probe.budget", "null", "--train.num_evals", "4"]
+NO_MLFLOW = ["--mlflow.enabled", "false"]
+ON_RAY = ["--launch.backend", "ray", "--launch.num_processes", "2"]
+
+FACTORY = """
+import os, time
+from gengap_dist.models import lenet5
+
+def make(num_classes, in_channels):
+    model = lenet5(num_classes=num_classes, in_channels=in_channels)
+    num_steps = 0
+    def hook(module, args):
+        nonlocal num_steps
+        num_steps += module.training
+        while num_steps == 20 and os.path.exists({here!r} + "/wait"):
+            time.sleep(0.05)
+        if module.training and num_steps == 15 and os.environ["RANK"] == "1" and os.path.exists({here!r} + "/deadly"):
+            os.remove({here!r} + "/deadly")
+            os.kill(os.getpid(), 9)
+    model.register_forward_pre_hook(hook)
+    return model
+"""
+
+
+class Cluster:
+    """`ray start --head --block` on loopback, in its own folder and with its own ports."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ports = {name: free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
+        self.address = f"127.0.0.1:{self.ports['port']}"
+        self.env = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's word for: loopback only
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.ports['dashboard-port']}",
+        }
+        self.env.pop("RAY_ADDRESS", None)
+        words = ["--head", "--block", "--num-cpus", "4", "--num-gpus", "0", "--resources", '{"slot": 1}']
+        words += ["--object-store-memory", "100000000", "--temp-dir", str(folder), "--dashboard-host", "127.0.0.1"]
+        for name, port in self.ports.items():
+            words += [f"--{name}", str(port)]
+        self.log = folder / "start.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [RAY, "start", *words], env=self.env, stdout=log, stderr=log, start_new_session=True
+            )
+        until(lambda: "Ray runtime started" in self.log.read_text() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()
+
+    def close(self) -> None:
+        """Ask; then make sure. Never `ray stop`, which ends every cluster of this machine."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def ray(self, *words: object, **kwargs) -> "subprocess.CompletedProcess[str]":
+        return run([RAY, *words], env=self.env, **kwargs)
+
+    def submit(
+        self, *words: object, name: str, path: Path = ROOT, wait: bool = True
+    ) -> "subprocess.CompletedProcess[str]":
+        """`ray job submit`; modules in `path` can be imported in the job."""
+        flags = [f"--submission-id={name}", *([] if wait else ["--no-wait"])]
+        flags += [f"--runtime-env-json={json.dumps({'env_vars': {'PYTHONPATH': f'{ROOT}:{path}'}})}"]
+        job = [sys.executable, "-m", "gengap_dist.train", *words]
+        return self.ray("job", "submit", *flags, "--", *job)
+
+    def train(self, *words: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
+        """The command as a driver of its own, beside the cluster."""
+        env = self.env | {"RAY_ADDRESS": self.address}
+        return run([sys.executable, "-m", "gengap_dist.train", *words], env=env, cwd=cwd)
+
+
+def run(words, *, env, cwd=None, timeout=300) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*map(str, words)], env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+def until(holds, seconds: float = 240.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'gengap_dist[ray]'")
+    # a path for sockets may hold 107 characters: pytest's own folders are too deep
+    folder = tmp_path_factory.getbasetemp().parent / f"r{os.getpid()}"
+    folder.mkdir()
+    cluster = Cluster(folder)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def factory(tmp_path):
+    """A LeNet-5 that waits in its 20th pass while there is a file `wait`, and dies on rank 1 of a file `deadly`."""
+    (tmp_path / "factory.py").write_text(FACTORY.format(here=str(tmp_path)))
+    return ["--model.name", "factory:make"]
+
+
+def losses(out: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(out) if "train/loss" in line]
+
+
+def test_a_submitted_job_gives_the_result_of_one_process(cluster, tmp_path, gengap):
+    words = [*SMALL, *NO_MLFLOW, "--train.steps", 40]
+    assert gengap("train", *words, "--out", "one").returncode == 0
+    done = cluster.submit(*words, "--launch.num_processes", 2, "--out", tmp_path / "ray", name=f"same-{tmp_path.name}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, ray = (read_info(tmp_path / name) for name in ("one", "ray"))
+    assert (one["launcher"], one["world_size"], ray["launcher"], ray["world_size"]) == ("local", 1, "ray", 2)
+    assert losses(tmp_path / "ray") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
+    assert len(losses(tmp_path / "ray")) == 40
+    for name in ("train_full/loss", "test/loss", "test/accuracy", "best_val/accuracy"):
+        assert ray["result"][name] == pytest.approx(one["result"][name], rel=1e-9), name
+    assert "test accuracy" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert len(re.findall(r"^\(.*pid=", done.stdout, flags=re.MULTILINE)) < 5, done.stdout  # Ray keeps quiet
+    assert not (tmp_path / "ray" / "ray").exists()
+
+
+@pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
+def test_a_stopped_job_is_killed_everywhere_and_goes_on_as_the_same_run(cluster, tmp_path, factory):
+    from mlflow import MlflowClient
+
+    out, store = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
+    words = [*SMALL, *factory, "--train.steps", 60, "--train.num_evals", 12, "--checkpoint.every_seconds", 0]
+    words += ["--mlflow.tracking_uri", store, "--launch.num_processes", 2]
+    (tmp_path / "wait").touch()
+    name = f"stop-{tmp_path.name}"
+    assert cluster.submit(*words, "--out", out, name=name, path=tmp_path, wait=False).returncode == 0
+    until(lambda: len(list(read_metrics(out))) > 8 and (out / "mlflow.json").exists())
+    stopped = cluster.ray("job", "stop", name)
+    assert stopped.returncode == 0, stopped.stderr
+    assert read_info(out)["status"] == "killed"
+    first = json.loads((out / "mlflow.json").read_text())["run_id"]
+    client = MlflowClient(tracking_uri=store)
+    until(lambda: client.get_run(first).info.status == "KILLED")
+    (tmp_path / "wait").unlink()
+    done = cluster.submit("--resume", "--out", out, name=f"{name}-again", path=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert read_info(out)["status"] == "finished"
+    assert json.loads((out / "mlflow.json").read_text())["run_id"] == first
+    assert client.get_run(first).info.status == "FINISHED"
+    history = client.get_metric_history(first, "train/loss")
+    assert sorted(metric.step for metric in history) == list(range(1, 61))
+    assert [line["step"] for line in read_metrics(out)] == list(range(61))
+    assert len(read_info(out)["resumed"]) == 1
+
+
+def test_ranks_that_die_are_started_again_and_nothing_is_lost(cluster, tmp_path, factory, gengap):
+    words = [*SMALL, *NO_MLFLOW, *factory, "--train.steps", 24, "--checkpoint.every_seconds", 0]
+    whole = gengap("train", *words, "--launch.num_processes", 2, "--out", "whole")
+    assert whole.returncode == 0, whole.stderr
+    (tmp_path / "deadly").touch()
+    done = cluster.train(*words, *ON_RAY, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "deadly").exists()
+    assert "2 rank(s) started again, from the last checkpoint" in done.stderr
+    assert len(read_info(tmp_path / "run")["resumed"]) == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(25))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    for name, weight in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "run")[name], weight), name
+
+
+def test_what_a_rank_raises_comes_out_of_the_driver(cluster, tmp_path, factory):
+    done = cluster.train(*NO_MLFLOW, *ON_RAY, "--batch.global_size", 5000, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "gengap train: batch.global_size (5000) is larger than the training set" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "started again" not in done.stderr
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "deadly").touch()
+    words = [*SMALL, *NO_MLFLOW, *factory, *ON_RAY, "--train.steps", 24, "--launch.max_failures", 0]
+    done = cluster.train(*words, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "rank 1 died" in done.stderr
+    assert read_info(tmp_path / "run")["status"] == "failed"
+
+
+def test_as_many_ranks_as_there_is_room_for(cluster, tmp_path):
+    """From 1 to 2 ranks, each of which takes the cluster's only slot."""
+    words = [*SMALL, *NO_MLFLOW, "--launch.backend", "ray", "--launch.max_processes", 2, "--train.steps", 4]
+    words += ["--launch.resources_per_rank", '{"CPU": 1, "slot": 1}', "--out", "run"]
+    done = cluster.train(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert read_info(tmp_path / "run")["world_size"] == 1
+
+
+def test_more_than_a_cluster_that_cannot_grow_has_is_refused(tmp_path, gengap):
+    """The cluster is one that the driver starts for itself."""
+    pytest.importorskip("ray")
+    words = [*NO_MLFLOW, *ON_RAY, "--launch.ray_address", "local", "--launch.resources_per_rank", '{"slot": 1}']
+    done = gengap("train", *words, "--out", "run")
+    assert done.returncode == 2, done.stderr
+    assert "its 1 node(s) hold 0 rank(s) of {'CPU': 1.0, 'slot': 1.0}, PACK: choose fewer" in done.stderr
+
+
+@contextlib.contextmanager
+def listener(*, answers: bool):
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        if answers:
+            it.listen()
+        yield f"127.0.0.1:{it.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize(("answers", "says"), [(False, "Connection refused"), (True, "no answer within 12 s")])
+def test_an_address_that_answers_nothing_is_refused_in_time(scheme, answers, says):
+    pytest.importorskip("ray")
+    began = time.monotonic()
+    with listener(answers=answers) as address, pytest.raises(UsageError) as error:
+        ray_train.check_address(scheme + address)
+    assert time.monotonic() - began < 15
+    for word in (scheme + address, says, "ray status", "firewall", "6379", "10001", "RAY_AUTH_MODE", "token"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["nowhere", "host:port", "ray://host"])
+def test_what_is_no_address_is_refused(address):
+    with pytest.raises(UsageError, match="is no address: give host:port or ray://host:port"):
+        ray_train.check_address(address)
+
+
+def test_who_asks_a_ray_cluster(monkeypatch):
+    for name in (ray_train.JOB, "RAY_ADDRESS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    auto, ray, local = (LaunchConfig(backend=backend) for backend in ("auto", "ray", "local"))
+    kind = lambda config: type(launchers.choose(config, many_runs=False)).__name__  # noqa: E731
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert [kind(config) for config in (auto, ray, local)] == ["InProcess", "RayTrain", "InProcess"]
+    monkeypatch.setenv(ray_train.JOB, "{}")
+    assert [kind(config) for config in (auto, ray, local)] == ["RayTrain", "RayTrain", "InProcess"]
+    assert launchers.is_driver(auto)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("RANK", "1")
+    assert (kind(auto), launchers.is_driver(auto)) == ("Joined", False)
+    with pytest.raises(UsageError, match=r"launch.backend \(ray\) starts ranks, and torchrun has started some"):
+        launchers.choose(ray, many_runs=False)
+
+
+def test_a_folder_that_ray_deletes_is_refused(tmp_path):
+    out = tmp_path / "runtime_resources" / "working_dir_files" / "runs"
+    with pytest.raises(UsageError, match="deleted after the job"):
+        ray_train.RayTrain().run(RunConfig(), out, resume=False, progress=lambda *_: None)

@@ -52,8 +52,12 @@ class BatchPlan(NamedTuple):
     micro_size: int
     ghost_size: int | None = None
 
-    def micro_batches(self, rank: int) -> list[Span]:
+    def micro_batches(self, rank: int, *, lockstep: bool = False) -> list[Span]:
         """This rank's spans, in order. A rank without samples gets one empty span: it still joins the all-reduce.
+
+        Args:
+            rank: the process rank.
+            lockstep: give every rank as many as any rank has, by empty ones at the end: ranks meet in every pass.
 
         Raises:
             ValueError: if a size is not positive, the rank is not in the world, or a ghost group exceeds micro_size.
@@ -68,8 +72,12 @@ class BatchPlan(NamedTuple):
             raise ValueError(f"micro_size ({self.micro_size}) is smaller than a ghost group of {unit}: raise it")
         num_units = -(-self.global_size // unit)  # the last group of a ragged batch may be short
         mine = share(num_units, self.world_size, rank)
-        num_micro = max(1, -(-mine.size // (self.micro_size // unit)))
+        at_once = self.micro_size // unit
+        num_micro = max(1, -(-mine.size // at_once))
         spans = [Span(mine.start + span.start, mine.start + span.stop) for span in split(mine.size, num_micro)]
+        if lockstep:
+            largest = -(-num_units // self.world_size)  # share of a rank
+            spans += [Span(mine.stop, mine.stop)] * (-(-largest // at_once) - num_micro)
         return [Span(min(a * unit, self.global_size), min(b * unit, self.global_size)) for a, b in spans]
 
     def norm_sizes(self) -> set[int]:

@@ -6,16 +6,19 @@ from gengap_dist.batching import BatchPlan
 from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.models.norm import GhostBatchNorm1d, has_batch_norm
 from gengap_dist.probes.capture import observing
+from gengap_dist.strategies.deepspeed import check as check_zero
 
 
 def strategy_name(config: RunConfig, num_ranks: int) -> str:
-    """The strategy that launch.strategy stands for.
+    """The strategy that launch.strategy stands for; ddp on one rank, as an elastic run may be left with, is single.
 
     >>> strategy_name(RunConfig(), 1), strategy_name(RunConfig(), 8)
     ('single', 'ddp')
     """
     name = config.launch.strategy
-    return ("ddp" if num_ranks > 1 else "single") if name == "auto" else name
+    if name in ("auto", "ddp"):
+        return "ddp" if num_ranks > 1 else "single"
+    return name
 
 
 def check_ranks(config: RunConfig, num_ranks: int) -> None:
@@ -36,23 +39,15 @@ def check_strategy(config: RunConfig, num_ranks: int) -> None:
     """Refuse a strategy that cannot serve so many ranks, this precision or this optimizer.
 
     Raises:
-        UsageError: for single on more ranks or ddp on one; ZeRO with float64; LARS where state is sharded by ZeRO.
+        UsageError: for single on more ranks, and for what a ZeRO stage cannot train.
     """
     name = strategy_name(config, num_ranks)
-    if (name == "single" and num_ranks > 1) or (name == "ddp" and num_ranks == 1):
+    if name == "single" and num_ranks > 1:
         raise UsageError(
-            f"launch.strategy ({name}) does not fit {num_ranks} rank(s): single is for one, ddp for more; use auto"
+            f"launch.strategy (single) does not fit {num_ranks} ranks: start one rank, or choose launch.strategy=auto"
         )
-    if name.startswith("zero") and config.train.dtype == "float64":
-        raise UsageError(
-            f"launch.strategy ({name}) trains in float32, and train.dtype is float64: "
-            "choose train.dtype=float32, or launch.strategy=ddp"
-        )
-    if name in ("zero1", "zero2", "zero3") and config.optim.name == "lars":
-        raise UsageError(
-            f"launch.strategy ({name}) shows the optimizer one flat tensor, and optim.name (lars) needs the norm of "
-            "each layer: choose launch.strategy=zero0, ddp or fsdp, or another optimizer"
-        )
+    if name.startswith("zero"):
+        check_zero(config, int(name[-1]))
 
 
 def check_norm(config: RunConfig, model: nn.Module, num_train: int, num_ranks: int) -> None:

@@ -156,13 +156,16 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
         raise
     except Exception as error:
         text = str(error) if debug else " ".join(str(error).split()) + "; --debug shows where"
-        _complain(prog, f"{type(error).__name__}: {text}", debug)
+        _complain(prog, f"{type(error).__name__}: {text}", debug, every_rank=True)
         return FAILED
 
 
-def _complain(prog: str, message: str, debug: bool) -> None:
-    if started_elsewhere() and os.environ.get("RANK", "0") != "0":
-        return  # rank 0 speaks for all
+def _complain(prog: str, message: str, debug: bool, *, every_rank: bool = False) -> None:
+    rank = os.environ.get("RANK", "0")
+    if started_elsewhere() and rank != "0":
+        if not every_rank:
+            return  # rank 0 speaks for all
+        prog = f"{prog}, rank {rank}"  # nobody else knows what happened here
     if debug:
         traceback.print_exc()
     print(f"{prog}: {message}", file=sys.stderr)

@@ -19,22 +19,21 @@ from torch import Tensor, nn
 
 from gengap_dist import checkpoint, models
 from gengap_dist.batching import BatchPlan, Span
+from gengap_dist.checks import check_logits, check_norm, check_ranks, check_strategy, strategy_name
 from gengap_dist.config import DataConfig, RunConfig, UsageError, differences
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, stream
 from gengap_dist.data.resident import Batches, Normalise
 from gengap_dist.loop import Score, evaluate, join_with_nothing, train_step
-from gengap_dist.models.norm import GhostBatchNorm1d, average_buffers, has_batch_norm
+from gengap_dist.models.norm import average_buffers, has_batch_norm
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import lr_at
 from gengap_dist.preemption import Preempted
 from gengap_dist.probes.cadence import Cadence, at_epochs, either, evenly, every, exceeds, log_spaced
-from gengap_dist.probes.capture import observing
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
-from gengap_dist.strategies import STRATEGIES
-from gengap_dist.strategies.base import OptimizerState
+from gengap_dist.strategies import STRATEGIES, OptimizerState
 from gengap_dist.tracking.record import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, read_info
 from gengap_dist.watchdog import watching
 from gengap_dist.whereabouts import KINDS
@@ -70,7 +69,7 @@ def run(
     Args:
         config: the run.
         out: its folder, made ready by the launcher (`record.prepare_folder`).
-        resume: go on from the folder's checkpoint, if there is one.
+        resume: go on from the folder's checkpoint, if there is one; rank 0's word holds for all.
         world: this process's place among the ranks; None connects as the environment says.
         progress: called on every rank after every step.
         leaving: looked at between steps; when it is true on any rank, all save and leave.
@@ -85,7 +84,7 @@ def run(
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)
-        session.start(resume)
+        session.start(bool(world.agree(resume)))  # a node that joins late cannot know what the others were told
         try:
             session.train(leaving)
             result = session.result()
@@ -154,11 +153,8 @@ class _Session:
         self, config: RunConfig, out: Path, world: World, record: NoRecord, progress: Progress, launcher: str
     ) -> None:
         self.config, self.out, self.world, self.record, self.progress = config, out, world, record, progress
-        if config.batch.global_size < world.size:
-            raise UsageError(
-                f"batch.global_size ({config.batch.global_size}) has no sample for each of the {world.size} ranks: "
-                "start fewer ranks, or raise it"
-            )
+        check_ranks(config, world.size)
+        check_strategy(config, world.size)
         splits = _load_data(config, world, progress)
         self.train_set, self.val_set, self.test_set = (
             images.to(world.device) for images in (splits.train, splits.val, splits.test)
@@ -171,8 +167,8 @@ class _Session:
         self.model = _build_model(config, splits, world)  # all of it; once the strategy has it, only the strategy does
         self.observer = Observer(config, self.train_set, self.normalise, flat(self.model), world)
         self._plans: dict[int, list[Span]] = {}
-        self._check_norm(self.model)
-        strategy = _strategy(config.launch.strategy, world)
+        check_norm(config, self.model, len(self.train_set), world.size)
+        strategy = strategy_name(config, world.size)
         self.strategy = STRATEGIES[strategy](config, world)
         self.saver = checkpoint.Saver(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
         self.facts = {
@@ -216,23 +212,6 @@ class _Session:
     def _plan(self, global_size: int) -> BatchPlan:
         batch = self.config.batch
         return BatchPlan(global_size, self.world.size, batch.micro_size, batch.ghost_size)
-
-    def _check_norm(self, model: nn.Module) -> None:
-        batch = self.config.batch
-        if batch.ghost_size and not any(isinstance(m, GhostBatchNorm1d) for m in model.modules()):
-            raise UsageError(
-                f"batch.ghost_size ({batch.ghost_size}) has no effect on {self.config.model.name}, which has no ghost "
-                "batch norm: set batch.ghost_size=null, or choose model.name=mlp"
-            )
-        if not has_batch_norm(model):
-            return
-        tail = len(self.train_set) % batch.global_size
-        for size in filter(None, (batch.global_size, tail)):
-            if 1 in self._plan(size).norm_sizes():
-                raise UsageError(
-                    f"batch.global_size ({batch.global_size}) on {self.world.size} rank(s) leaves batch norm a group "
-                    f"of one sample in a step of {size}: choose another global_size, a larger micro_size or fewer ranks"
-                )
 
     # -- start and resume ---------------------------------------------------------------------------------------------
 
@@ -328,10 +307,11 @@ class _Session:
             warnings.warn(f"{message}; the run goes on", stacklevel=2)
 
     def close(self) -> None:
-        """Let a checkpoint that is being written be finished; what it met no longer matters."""
+        """Let a checkpoint that is being written be finished, and let go of the model."""
         with contextlib.suppress(OSError):
             if self.saver:
                 self.saver.wait()
+        self.strategy.close()
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -360,7 +340,8 @@ class _Session:
             with where.during("data"):
                 indices, epoch = order.indices(self.step), order.epoch(self.step)
             if len(indices) not in self._plans:
-                self._plans[len(indices)] = self._plan(len(indices)).micro_batches(self.world.rank)
+                plan, lockstep = self._plan(len(indices)), self.strategy.lockstep
+                self._plans[len(indices)] = plan.micro_batches(self.world.rank, lockstep=lockstep)
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0
             self.strategy.watching = logged and "noise_scale" in config.probe.rivals
@@ -547,17 +528,6 @@ def _split(times: Tensor) -> dict[str, float]:
     return out
 
 
-def _strategy(name: str, world: World) -> str:
-    """The strategy for these ranks; one rank has nobody to share with, so whatever is set, it trains alone."""
-    if world.size == 1:
-        return "single"
-    if name == "single":
-        raise UsageError(
-            f"launch.strategy (single) does not fit {world.size} ranks: start one rank, or choose launch.strategy=auto"
-        )
-    return "ddp" if name == "auto" else name
-
-
 def _check_shared(out: Path, world: World) -> None:
     """Refuse a run folder that not every rank sees. Collective.
 
@@ -630,18 +600,5 @@ def _build_model(config: RunConfig, splits: catalog.Splits, world: World) -> nn.
         ghost_size=config.batch.ghost_size,
     ).to(world.device, dtype)
     images = Normalise(splits, world.device, dtype)(splits.train.pixels[:2].to(world.device))
-    with observing(model):
-        try:
-            logits = model(images)
-        except RuntimeError as error:
-            raise UsageError(
-                f"model.name ({config.model.name}) cannot take images of {list(images.shape[1:])} "
-                f"({str(error).splitlines()[0]}): change the model, or data.image_size"
-            ) from None
-    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != [len(images), splits.num_classes]:
-        raise UsageError(
-            f"model.name ({config.model.name}) puts out {shape} for {len(images)} images, "
-            f"needs {[len(images), splits.num_classes]}: its last layer must have one unit for each of the classes"
-        )
+    check_logits(config, model, images, splits.num_classes)
     return model

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from gengap_dist.whereabouts import Place
 from gengap_dist.world import World
 
+STORE_SECONDS = 2.0  # for the store to answer when all is over
+
 
 class Word(NamedTuple):
     """What a rank said last."""
@@ -127,9 +129,9 @@ class Watchdog:
         return diagnose(words, sorted(set(ranks) - set(there)), time.time(), self.hang_seconds)
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread; one that asks a store on a machine that is gone may be waiting for many minutes yet."""
         self._over.set()
-        self._thread.join()
+        self._thread.join(STORE_SECONDS)
 
 
 @contextmanager

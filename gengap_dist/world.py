@@ -5,6 +5,8 @@ collective: every rank must reach them, equally often and in the same order.
 """
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,6 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from gengap_dist.config import LaunchConfig, UsageError
 from gengap_dist.whereabouts import Whereabouts
@@ -68,7 +72,7 @@ class World:
 
     def agree(self, value: int) -> int:
         """What rank 0 says."""
-        told = torch.tensor([value if self.rank == 0 else 0])
+        told = torch.tensor([int(value) if self.rank == 0 else 0])
         return int(self.sum(told, "word from rank 0"))
 
     def barrier(self) -> None:
@@ -104,8 +108,53 @@ def connect(config: LaunchConfig) -> World:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_seconds))
+        timeout = timedelta(seconds=config.timeout_seconds)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store, *_ = next(rendezvous("env://", timeout=timeout))
+            dist.init_process_group(
+                backend, store=_of_this_start(store, rank, size, timeout), rank=rank, world_size=size, timeout=timeout
+            )
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     return World(rank, size, device, Whereabouts(on_gpu=on_gpu))
+
+
+def _of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
+    """A part of torchrun's store that only the ranks of this start use.
+
+    torchrun keeps its store when it starts ranks anew (torch 2.15), and with it the addresses of ranks that are dead:
+    gloo would try those. So rank 0 tells a name that is new, and confirms each rank that has heard it; one that has
+    heard the name of an earlier start is not confirmed, and asks again.
+
+    Raises:
+        UsageError: if rank 0 does not come.
+    """
+    me = uuid.uuid4().hex
+    until = time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        store.set("gengap/start", me)
+        for other in range(1, size):  # get waits for the key
+            store.set(f"gengap/{me}/confirmed/{other}", store.get(f"gengap/{me}/{other}").decode())
+        return PrefixStore(me, store)
+    while time.monotonic() < until:
+        start = store.get("gengap/start").decode()
+        store.set(f"gengap/{start}/{rank}", me)
+        confirmed = f"gengap/{start}/confirmed/{rank}"
+        if store.check([confirmed]) and store.get(confirmed).decode() == me:
+            return PrefixStore(start, store)
+        time.sleep(0.02)
+    raise UsageError(
+        f"rank {rank} met no rank 0 within launch.timeout_seconds ({timeout.total_seconds():.0f}): "
+        "see what became of it, or raise the limit"
+    )
+
+
+def ensure_group(world: World) -> None:
+    """A process group also for a single rank, which some engines ask for; it talks to nobody."""
+    if not dist.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def disconnect() -> None:

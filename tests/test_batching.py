@@ -66,3 +66,14 @@ def test_rank_must_be_in_the_world():
 
 def test_split_covers_everything():
     assert [span.size for span in split(10, 4)] == [2, 3, 2, 3]
+
+
+@given(global_size=sizes, world_size=st.integers(1, 9), micro_size=st.integers(4, 99), ghost=st.sampled_from([None, 4]))
+def test_in_lockstep_all_ranks_have_as_many_as_any(global_size, world_size, micro_size, ghost):
+    plan = BatchPlan(global_size, world_size, micro_size, ghost)
+    own = [plan.micro_batches(rank) for rank in range(world_size)]
+    padded = [plan.micro_batches(rank, lockstep=True) for rank in range(world_size)]
+    assert {len(spans) for spans in padded} == {max(map(len, own))}
+    for spans, more in zip(own, padded, strict=True):
+        assert more[: len(spans)] == spans
+        assert all(span.size == 0 for span in more[len(spans) :])

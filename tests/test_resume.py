@@ -16,7 +16,7 @@ from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.launchers.local import Pool
 from gengap_dist.preemption import Preempted
 from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
-from tests.conftest import ROOT, config, weights
+from tests.conftest import ROOT, config, train, weights
 from tests.ranks import on_ranks
 
 SETTINGS = {
@@ -245,10 +245,26 @@ def run_on_node(world, folder):
         return str(error)
 
 
+def test_rank_0_decides_whether_to_resume(tmp_path):
+    """A node that joins a launch late may not know that the others were started again."""
+    settings = SETTINGS | {"train__steps": 10}
+    train(tmp_path / "run", **settings)
+    cut_after(tmp_path / "run", 8)
+    assert on_ranks(2, resume_if_rank_is, 0, config(**settings), tmp_path / "run") == [10, 10]
+    assert len(read_info(tmp_path / "run")["resumed"]) == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [*range(11)]
+
+
+def resume_if_rank_is(world, rank, run_config, out):
+    from gengap_dist.run import run
+
+    return run(run_config, out, resume=world.rank == rank, world=world)["num_steps"]
+
+
 def test_more_ranks_than_samples_are_refused(tmp_path):
     prepare_folder(tmp_path / "run", "run.json", resume=False)
     (said, _) = on_ranks(2, run_with_one_sample, tmp_path / "run")
-    assert said == ("batch.global_size (1) has no sample for each of the 2 ranks: start fewer ranks, or raise it")
+    assert said == ("batch.global_size (1) leaves 1 of 2 ranks without a sample: choose at least 2, or fewer ranks")
 
 
 def run_with_one_sample(world, out):

@@ -376,7 +376,7 @@ def _trainer(job: dict[str, Any]) -> Any:
             failure_config=FailureConfig(max_failures=launch.max_failures),
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=launch.timeout_seconds),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=launch.timeout_seconds),
     )
 
 

@@ -1,9 +1,21 @@
 """How gradients become one update."""
 
-from gengap_dist.strategies.base import Strategy
+from collections.abc import Callable
+from functools import partial
+
+from gengap_dist.config import RunConfig
+from gengap_dist.strategies.base import OptimizerState, Strategy
 from gengap_dist.strategies.ddp import DDP
+from gengap_dist.strategies.deepspeed import Zero
+from gengap_dist.strategies.fsdp import FSDP
 from gengap_dist.strategies.single import Single
+from gengap_dist.world import World
 
-STRATEGIES: dict[str, type[Strategy]] = {"single": Single, "ddp": DDP}
+STRATEGIES: dict[str, Callable[[RunConfig, World], Strategy]] = {
+    "single": Single,
+    "ddp": DDP,
+    **{f"zero{stage}": partial(Zero, stage=stage) for stage in range(4)},
+    "fsdp": FSDP,
+}
 
-__all__ = ["DDP", "STRATEGIES", "Single", "Strategy"]
+__all__ = ["DDP", "FSDP", "STRATEGIES", "OptimizerState", "Single", "Strategy", "Zero"]

@@ -24,6 +24,8 @@ class Strategy(ABC):
     reorders = False
     """Whether the first backward pass changes the order in which gradients are summed; a run does one that counts for
     nothing then, so that a resumed run sums like one that was never interrupted."""
+    lockstep = False
+    """Whether all ranks must do equally many micro-steps, some of them empty; see `BatchPlan.micro_batches`."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
         """A strategy for the ranks of `world`.
@@ -84,7 +86,7 @@ class Strategy(ABC):
     def whole(self) -> AbstractContextManager[nn.Module]:
         """The plain network with all its parameters and buffers, on every rank, to look at. Collective.
 
-        It may be a copy: nothing that is written to it lasts.
+        It may be a copy, good until the context ends: nothing that is written to it lasts.
         """
         return nullcontext(self.model)
 
@@ -100,3 +102,6 @@ class Strategy(ABC):
                 self.optimizer.state[parameter] = {
                     key: value.to(parameter.device, copy=True) for key, value in kept.items()
                 }
+
+    def close(self) -> None:  # noqa: B027, most have nothing to let go of
+        """Let go of the model: some engines hold on to it otherwise, and the next run of a study needs the memory."""

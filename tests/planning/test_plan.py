@@ -440,8 +440,7 @@ def test_many_nodes_are_joined_by_trees():
     ("cluster", "settings", "says"),
     [
         ((8, 16), {}, "64) leaves 64 of 128 ranks without a sample"),
-        ((2, 1), {"launch__strategy": "single"}, "single is for one"),
-        ((1, 1), {"launch__strategy": "ddp"}, "single is for one"),
+        ((2, 1), {"launch__strategy": "single"}, "does not fit 2 ranks"),
         ((2, 1), {"launch__strategy": "zero2", "train__dtype": "float64"}, "train.dtype is float64"),
         ((2, 1), {"launch__strategy": "zero1", "optim__name": "lars"}, "optim.name (lars) needs the norm"),
         ((16, 4), {"model__name": "mlp"}, "leaves batch norm a group of one sample in a step of 64"),

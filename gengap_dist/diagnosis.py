@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.data import TORCHVISION
+from gengap_dist.launchers.ray_train import check_address
 from gengap_dist.launchers.torchrun import joining
 from gengap_dist.tracking.mlflow_sink import CLIENT_DEFAULTS, store_uri
 from gengap_dist.trials import GIB, IMPORT_SECONDS, Facts, attempt, line, two_ranks
@@ -323,7 +324,7 @@ def ray(ask: Ask) -> Findings:
         if address and address.startswith("http") and not ask.ray:  # where `ray job submit` goes
             _ask_dashboard(address, token if mode == "token" else "")
             cluster = f"{address} answers"
-        elif address and _check_ray(address):
+        elif address and check_address(address):
             cluster = f"{address} answers"
     except UsageError as error:
         return {"ray": Finding(FAIL, *_split(str(error))).needed(ask.ray)}
@@ -351,34 +352,6 @@ def _ask_dashboard(address: str, token: str) -> None:
         raise UsageError(
             f"RAY_ADDRESS ({address}) is no Ray dashboard that lets us in ({line(error)}): start the cluster, correct "
             "the address, or set RAY_AUTH_TOKEN to its token"
-        ) from None
-
-
-def _check_ray(address: str) -> bool:
-    """Whether a Ray cluster answers; False if the address is `auto` and there is none on this machine.
-
-    Raises:
-        UsageError: what is wrong, and what to do about it.
-    """
-    try:
-        check = importlib.import_module("gengap_dist.launchers.ray_train").check_address
-    except ModuleNotFoundError:
-        check = _knock
-    return check(address)
-
-
-def _knock(address: str) -> bool:
-    """What stands in for it."""
-    if address == "auto":
-        return False
-    parts = urlsplit(address if "//" in address else f"//{address}")
-    try:
-        socket.create_connection((parts.hostname or "", parts.port or 10001), timeout=SERVER_SECONDS).close()
-        return True
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"launch.ray_address ({address}) does not answer ({line(error)}): start the cluster "
-            "(ray start --head), or correct RAY_ADDRESS or launch.ray_address"
         ) from None
 
 

@@ -75,7 +75,7 @@ def test_torchrun_ranks_killed_at_random_moments(tmp_path):
         assert agent.wait(timeout=600) == 0, (tmp_path / "log").read_text()[-3000:]
     print(f"killed {dict(moments)}")
     check_uninterrupted(killed, whole, f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert len(read_info(killed)["resumed"]) == NUM_KILLS
+    assert 1 <= len(read_info(killed)["resumed"]) <= NUM_KILLS  # one may be killed again before it says so
 
 
 def check_uninterrupted(killed: Path, whole: Path, uri: str) -> None:

@@ -1,12 +1,49 @@
-"""The thread that tells whom the ranks wait for."""
+"""Ranks that wait too long say for whom; time is split into what it went to."""
 
 import os
 import signal
 import time
 from pathlib import Path
 
-from gengap_dist.watchdog import Watchdog
+import pytest
+import torch
+
+from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
+from gengap_dist.watchdog import Watchdog, watching
+from gengap_dist.whereabouts import KINDS, Whereabouts
+from tests.conftest import config, train
 from tests.ranks import on_ranks
+
+
+def one_rank_lags(world, lagging, doing):
+    with watching(world, hang_seconds=1.0):
+        world.where.step = 7
+        if world.rank == lagging:
+            with world.where.during(doing):
+                time.sleep(4)
+        return world.sum(torch.ones(1), "sum of ones").item()
+
+
+@pytest.mark.parametrize(("lagging", "doing"), [(1, "data"), (0, "compute")])
+def test_the_rank_that_is_waited_for_is_named(capfd, lagging, doing):
+    assert on_ranks(3, one_rank_lags, lagging, doing) == [3.0, 3.0, 3.0]
+    said = capfd.readouterr().err
+    others = ", ".join(str(rank) for rank in range(3) if rank != lagging)
+    assert said.count("gengap: after") == 1  # one rank speaks for all
+    assert f"rank {others} waits in sum of ones (step 7) for rank {lagging} (" in said
+    assert f"which has been in {doing} (step 7) for" in said
+
+
+def nobody_lags(world):
+    with watching(world, hang_seconds=0.5):
+        for _ in range(6):
+            time.sleep(0.2)
+            world.sum(torch.ones(1))
+
+
+def test_nobody_is_named_while_all_go_on(capfd):
+    on_ranks(2, nobody_lags)
+    assert "waits" not in capfd.readouterr().err
 
 
 def test_a_store_that_no_longer_answers_does_not_hold_up_the_end():
@@ -33,3 +70,65 @@ def end_while_rank_0_stands_still(world):
     out = time.monotonic() - began, dog._thread.is_alive()
     os.kill(pid, signal.SIGCONT)
     return out
+
+
+class Slow(torch.nn.Module):
+    """Takes its time on rank 1."""
+
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024 * in_channels, num_classes))
+
+    def forward(self, images):
+        if self.training and torch.distributed.get_rank() == 1:
+            time.sleep(0.05)
+        return self.body(images)
+
+
+def run_with_a_slow_rank(world, out):
+    from gengap_dist.run import run
+
+    settings = {"model__name": "tests.test_watchdog:Slow", "train__steps": 10, "probe__enabled": False}
+    return run(config(**settings), out, world=world)
+
+
+def test_the_slowest_rank_is_named_and_the_others_wait_for_it(tmp_path):
+    prepare_folder(tmp_path / "run", "run.json", resume=False)
+    on_ranks(3, run_with_a_slow_rank, tmp_path / "run")
+    result = read_info(tmp_path / "run")["result"]
+    assert result["time/slowest_rank"] == 1
+    assert result["time/slowest_over_mean"] > 1.5
+    assert result["time/compute"] >= 10 * 0.05 / 3  # mean over ranks
+    assert result["time/communication"] >= 10 * 0.05 * 2 / 3 * 0.5  # two of three wait for most of it
+    split = [line for line in read_metrics(tmp_path / "run") if "time/compute" in line]
+    assert sum(line["time/compute"] for line in split) == pytest.approx(result["time/compute"], rel=0.1, abs=0.01)
+    assert all(line["time/slowest_rank"] == 1 for line in split if line["step"])
+
+
+def test_one_rank_has_no_slowest_and_no_communication(tmp_path):
+    result = train(tmp_path / "run", train__steps=5)
+    times = {kind: result[f"time/{kind}"] for kind in KINDS}
+    assert times["communication"] == 0
+    assert times["compute"] > 0
+    assert times["probe"] > 0
+    assert "time/slowest_rank" not in result
+    assert sum(times.values()) <= read_info(tmp_path / "run")["seconds"]
+
+
+def test_time_is_charged_once():
+    where = Whereabouts()
+    began = time.perf_counter()
+    with where.during("compute"):
+        time.sleep(0.05)
+        with where.during("data"):
+            time.sleep(0.03)
+        moment = where.now()
+        time.sleep(0.04)
+        where.charge_since(moment, "communication")
+    total = time.perf_counter() - began
+    seconds = dict(zip(KINDS, where.take(), strict=True))
+    assert seconds["compute"] >= 0.05
+    assert seconds["data"] >= 0.03
+    assert seconds["communication"] >= 0.04
+    assert sum(seconds.values()) <= total
+    assert sum(where.take()) == 0

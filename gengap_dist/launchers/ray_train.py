@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, final
+from typing import Any, Never, final
 
 from gengap_dist.config import LaunchConfig, RunConfig, UsageError
 from gengap_dist.launchers.base import Launcher, Progress, RankFailed
@@ -238,10 +238,18 @@ class _Fit:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.config, self.progress = config, progress
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._teller: Any = ray.remote(_Teller).options(num_cpus=0, scheduling_strategy=here).remote()
-        self._trainer = _trainer(config, out, self._teller)
-        self._error: Exception | None = None
+        here = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(_node_id(), soft=True)}
+        self._teller: Any = ray.remote(_Teller).options(**here).remote()
+        self._task = ray.remote(_fit).options(max_retries=0, **here)
+        data = config.data.model_copy(update={"root": config.data.root.resolve()})
+        self._job = {
+            "config": config.model_copy(update={"data": data}),
+            "out": out,
+            "teller": self._teller,
+            "num_threads": max(1, int(resources_per_rank(config.launch)["CPU"])),
+            "folder": Path.cwd(),
+            "command": sys.orig_argv,
+        }
         self._result: dict[str, Any] | None = None
         self._troubles: list[News] = []  # of the ranks' latest start
         self._num_starts, self._size = 0, 0
@@ -249,26 +257,20 @@ class _Fit:
 
     def wait(self, grows: bool) -> dict[str, Any]:
         """The run's result, when the ranks are gone; `grows`: whether to wait for nodes that are not there yet."""
+        import ray
+
         self._check_room(grows)
-        # Not in the main thread: there fit would take Ctrl-C for itself, and exit with code 0.
-        thread = threading.Thread(target=self._fit, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(NEWS_SECONDS)
+        fit = self._task.remote(self._job)
+        while not ray.wait([fit], timeout=NEWS_SECONDS)[0]:
             self._hear()
             if not self._size and time.monotonic() - self._warned > WAITING_SECONDS:
                 self._warn("no rank has started yet: waiting for room in the Ray cluster (see `ray status`)")
+        failure = ray.get(fit)
         self._hear()
-        if self._error is not None:
-            self._raise(self._error)
+        if failure:
+            self._raise(*failure)
         assert self._result is not None
         return self._result
-
-    def _fit(self) -> None:
-        try:
-            self._trainer.fit()
-        except Exception as error:
-            self._error = error
 
     def _hear(self) -> None:
         import ray
@@ -295,22 +297,15 @@ class _Fit:
             self._warn(f"{size} rank(s) started again, from the last checkpoint{why}")
         self._troubles.clear()
 
-    def _raise(self, error: Exception) -> None:
+    def _raise(self, dead: dict[int, str], text: str) -> Never:
         """What has ended the last start of the ranks: a rank that was killed, else the first that raised something."""
-        dead = {
-            rank: " ".join(str(failure).split())
-            for rank, failure in sorted(getattr(error, "worker_failures", {}).items())
-            if type(failure).__name__ == "WorkerHealthCheckFailedError"
-        }
-        if dead:
-            rank, text = next(iter(dead.items()))
-            raise RankFailed(f"rank {rank} died: {text}")
+        for rank, reason in dead.items():
+            raise RankFailed(f"rank {rank} died: {reason}")
         for kind, value in self._troubles:
             if kind == "preempted":
                 raise Preempted(value)
-            rank, text = value
-            raise RankFailed(f"rank {rank} failed:\n{text}")
-        raise RankFailed(f"Ray could not run the ranks: {error}") from error
+            raise RankFailed(f"rank {value[0]} failed:\n{value[1]}")
+        raise RankFailed(f"Ray could not run the ranks: {text}")
 
     def _check_room(self, grows: bool) -> None:
         import ray
@@ -338,19 +333,37 @@ def _last_line(troubles: list[News]) -> str:
     return f"asked to leave at step {value}" if kind == "preempted" else value[1].strip().splitlines()[-1]
 
 
-def _trainer(config: RunConfig, out: Path, teller: Any) -> Any:
+def _node_id() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
+
+
+def _fit(job: dict[str, Any]) -> tuple[dict[int, str], str] | None:
+    """Ray Train, from start to end; what ended it before: ranks that were killed, and Ray's own words.
+
+    A task on the driver's node. In the driver's main thread fit would take Ctrl-C for itself and exit with code 0, and
+    a thread that still waits in Ray when the driver leaves the cluster ends the whole process.
+    """
+    try:
+        _trainer(job).fit()
+    except Exception as error:
+        failures = sorted(getattr(error, "worker_failures", {}).items())
+        lost = [(rank, why) for rank, why in failures if type(why).__name__ == "WorkerHealthCheckFailedError"]
+        return {rank: " ".join(str(why).split()) for rank, why in lost}, str(error)
+
+
+def _trainer(job: dict[str, Any]) -> Any:
     from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    launch, resources = config.launch, resources_per_rank(config.launch)
+    launch, resources = job["config"].launch, resources_per_rank(job["config"].launch)
     on_gpu = launch.device != "cpu" and "GPU" in resources
     most = launch.max_processes or launch.num_processes
-    config = config.model_copy(update={"data": config.data.model_copy(update={"root": config.data.root.resolve()})})
-    job = {"config": config, "out": out, "teller": teller, "num_threads": max(1, int(resources["CPU"]))}
     return TorchTrainer(
         _rank,
-        train_loop_config=job | {"folder": Path.cwd(), "command": sys.orig_argv},
+        train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=most if most == launch.num_processes else (launch.num_processes, most),
             use_gpu=on_gpu,
@@ -359,11 +372,11 @@ def _trainer(config: RunConfig, out: Path, teller: Any) -> Any:
         ),
         run_config=RayRunConfig(
             name=uuid.uuid4().hex,  # Ray would take up the state of an earlier run of this name
-            storage_path=str(out / "ray"),
+            storage_path=str(job["out"] / "ray"),
             failure_config=FailureConfig(max_failures=launch.max_failures),
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=launch.timeout_seconds),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=launch.timeout_seconds),
     )
 
 

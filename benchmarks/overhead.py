@@ -1,0 +1,123 @@
+"""What checkpoints cost a run, and what Ray costs a step.
+
+    python benchmarks/overhead.py checkpoints        ResNet-56, saved every 50 steps beside training
+    python benchmarks/overhead.py ray [--rounds 3]   LeNet-5 on 2 ranks: torchrun and Ray Train, taking turns
+
+The checkpoint's share is an upper bound: the time for which training stood still, plus all the time that the writing
+thread took on the side, as if training had got nothing done meanwhile.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+from gengap_dist import checkpoint
+from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.run import run
+from gengap_dist.tracking.record import prepare_folder
+
+EVERY = 50
+
+
+def resnet56(num_classes: int, in_channels: int) -> nn.Module:
+    """Three stages of nine blocks, 16, 32 and 64 wide (He et al. 2016), with 1 x 1 convolutions where widths change."""
+    layers: list[nn.Module] = [nn.Conv2d(in_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    before = 16
+    for width in (16, 32, 64):
+        for number in range(9):
+            stride = 2 if width > before else 1
+            fit = None
+            if before != width:
+                fit = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            layers.append(BasicBlock(before, width, stride if number == 0 else 1, fit))
+            before = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+
+
+def checkpoints(console: Console) -> None:
+    given = {
+        "model.name": "benchmarks.overhead:resnet56",
+        "batch.global_size": 128,
+        "train.steps": 2 * EVERY,
+        "train.num_evals": 1,
+        "probe.enabled": False,
+        "checkpoint.every_steps": EVERY,
+        "checkpoint.every_seconds": 1e9,
+        "mlflow.enabled": False,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        prepare_folder(out, "run.json", resume=False)
+        result = run(validate(RunConfig, nested(given)), out)
+        path = max(checkpoint.steps(out / "checkpoints").items())[1]
+        states = {file.stem: checkpoint.load(file) for file in path.glob("*.pt")}
+        size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
+        saver, times = checkpoint.Saver(Path(folder) / "again", keep=2), []
+        for number in range(10):
+            began = time.perf_counter()
+            saver.save(number, states, {})
+            saver.wait()
+            times.append(time.perf_counter() - began)
+    steps = result["train_seconds"] / 2
+    stood, aside = result["time/checkpoint"] / 2, statistics.median(times)
+    console.print(f"{EVERY} steps of ResNet-56, batch 128: {steps:.1f} s")
+    console.print(f"a checkpoint of {size:.1f} MiB: training stood still for {1000 * stood:.0f} ms")
+    console.print(f"to copy, write and flush it takes {1000 * aside:.0f} ms on the side")
+    console.print(f"at most {100 * (stood + aside) / steps:.2f}% of the run")
+
+
+RUN = [
+    "--train.steps", "400", "--batch.global_size", "256", "--probe.enabled", "false", "--train.num_evals", "1",
+    "--mlflow.enabled", "false", "--checkpoint.every_seconds", "1e9",
+]  # fmt: skip
+
+
+def one(launcher: str, out: Path) -> float:
+    """Milliseconds a step under a launcher."""
+    python = [sys.executable, "-m"]
+    torchrun = [*python, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gengap_dist.train"]
+    ray = [*python, "gengap_dist.train", "--launch.backend", "ray", "--launch.num_processes", "2"]
+    command = [*(torchrun if launcher == "torchrun" else ray), *RUN, "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = json.loads((out / "run.json").read_text())["result"]
+    return 1000 * result["train_seconds"] / result["num_steps"]
+
+
+def ray(console: Console, rounds: int) -> None:
+    times: dict[str, list[float]] = {"torchrun": [], "ray": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            for launcher in times:
+                times[launcher].append(one(launcher, Path(folder) / f"{launcher}{number}"))
+    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+    for launcher, found in times.items():
+        console.print(f"{launcher:9} {statistics.median(found):6.2f} ms a step ({min(found):.2f} to {max(found):.2f})")
+    console.print(f"ray / torchrun {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["checkpoints", "ray"])
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    console = Console(width=100)
+    console.print(f"torch {torch.__version__}, {os.cpu_count()} cores")
+    if options.what == "ray":
+        ray(console, options.rounds)
+    else:
+        checkpoints(console)
+
+
+if __name__ == "__main__":
+    main()

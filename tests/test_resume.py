@@ -106,6 +106,61 @@ def test_from_two_ranks_to_three_to_one(pools, tmp_path, case):
     assert len(read_info(moved)["resumed"]) == 2
 
 
+# A seed with which no activation comes within rounding of a kink of ReLU or max-pooling: in float32, that is luck.
+SHARDED = SETTINGS | {"seed": 2, "train__steps": 40, "checkpoint__every_steps": 10}
+
+
+@pytest.fixture(scope="module")
+def float32_run(pools, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    go(pools, 1, config(**SHARDED), out)
+    return out
+
+
+def check_close(out, whole, tolerance=1e-5):
+    found = weights(out)
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(found[name], weight, rtol=tolerance, atol=tolerance, msg=name)
+    lines, expected = [*read_metrics(out)], [*read_metrics(whole)]
+    assert [line["step"] for line in lines] == [*range(41)]
+    for line, other in zip(lines, expected, strict=True):
+        assert ("noise_scale/trace_covariance" in line) == ("noise_scale/trace_covariance" in other)
+        for name in ("train/grad_norm", "effective_rank/fc1", "nc1", "weight_norm"):
+            assert line.get(name) == pytest.approx(other.get(name), rel=1e-4), name
+        if "train/loss" in line:
+            assert line["train/loss"] == pytest.approx(other["train/loss"], abs=tolerance)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"])
+def test_every_strategy_is_the_same_run_with_its_probes(pools, float32_run, tmp_path, strategy):
+    out = tmp_path / "run"
+    go(pools, 2, config(launch__strategy=strategy, **SHARDED), out)
+    check_close(out, float32_run)
+    assert read_info(out)["strategy"] == strategy
+
+
+@pytest.mark.parametrize("between", ["zero2", "zero3", "fsdp"])
+def test_from_ddp_to_sharded_to_single(pools, float32_run, tmp_path, between):
+    out = tmp_path / "run"
+    go(pools, 2, config(launch__strategy="ddp", **SHARDED), out)
+    cut_after(out, 10)
+    go(pools, 2, config(launch__strategy=between, **SHARDED), out, resume=True)
+    cut_after(out, 30)
+    go(pools, 1, config(**SHARDED), out, resume=True)
+    check_close(out, float32_run)
+
+
+def test_a_sharded_run_goes_on_bitwise(pools, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = config(launch__strategy="zero2", **SHARDED)
+    go(pools, 2, run, whole)
+    shutil.copytree(whole, cut)
+    cut_after(cut, 20)
+    go(pools, 2, run, cut, resume=True)
+    assert timeless(cut) == timeless(whole)
+    assert all(torch.equal(weight, weights(cut)[name]) for name, weight in weights(whole).items())
+
+
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(pools, tmp_path, recwarn):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     go(pools, 2, settings("sgd", "float32"), whole)

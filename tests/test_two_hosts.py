@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -79,6 +80,13 @@ class Host:
             self.processes.append(Process(command, log, env=os.environ | known | env, stdout=file, stderr=file))
         return self.processes[-1]
 
+    def set_up(self) -> None:
+        ip("-n", self.name, "address", "add", f"{self.address}/30", "dev", "eth0")
+        ip("-n", self.name, "link", "set", "lo", "up")
+        self.link("up")
+        # a socket to a host that is gone gives up after 13 s, not after 15 minutes
+        ip("netns", "exec", self.name, "sh", "-c", "echo 5 > /proc/sys/net/ipv4/tcp_retries2")
+
     def link(self, state: str) -> None:
         ip("-n", self.name, "link", "set", "eth0", state)
 
@@ -110,14 +118,10 @@ def hosts():
                 pair.append(Host(address))
                 stack.callback(pair[-1].remove)
             ip("link", "add", "eth0", "netns", pair[0].name, "type", "veth", "peer", "eth0", "netns", pair[1].name)
+            for host in pair:
+                host.set_up()
         except OSError as error:
             pytest.skip(f"this machine gives no network namespaces: {error}")
-        for host in pair:
-            ip("-n", host.name, "address", "add", f"{host.address}/30", "dev", "eth0")
-            ip("-n", host.name, "link", "set", "lo", "up")
-            host.link("up")
-            # sockets to a host that is gone give up after 13 s instead of 15 minutes
-            ip("netns", "exec", host.name, "sh", "-c", "echo 5 > /proc/sys/net/ipv4/tcp_retries2")
         yield pair
 
 
@@ -207,4 +211,51 @@ def test_the_link_is_cut_and_the_run_is_started_again(hosts, gate, whole):
     hosts[1].link("up")
     for agent in torchrun(hosts, gate, *limits, "--resume", nnodes="2", again=".again"):
         assert agent.wait(240) == 0, agent.said()
+    check_same(gate / "run", whole)
+
+
+RAY = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # wait less for a node that Ray does not know to be gone (60)
+    "RAY_health_check_period_ms": "1000",  # give a node up after about 5 s (15)
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "5",
+}
+
+
+@pytest.fixture
+def ray_nodes(hosts):
+    """A Ray cluster with one node on each host; its address."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'gengap_dist[ray]'")
+    address = f"{hosts[0].address}:6379"
+    with tempfile.TemporaryDirectory(prefix="r") as folder:  # pytest's own are too deep for the names of sockets
+        for number, host in enumerate(hosts):
+            words = ["--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}"]
+            words = [f"--address={address}"] if number else words
+            words += [f"--node-ip-address={host.address}", "--num-cpus=1", "--num-gpus=0", "--block"]
+            log = Path(folder) / f"node{number}.log"
+            command = [Path(sys.executable).parent / "ray", "start", *words, "--object-store-memory=100000000"]
+            node = host.start(*command, log=log, **RAY)
+            until(lambda: "Ray runtime started" in log.read_text(), node)
+        yield address
+        for host in hosts:
+            host.kill()
+
+
+def test_a_node_of_a_ray_cluster_dies(hosts, ray_nodes, gate, whole):
+    words = ["--launch.backend", "ray", "--launch.max_processes", 2, "--launch.placement", "SPREAD"]
+    words += ["--launch.ray_address", ray_nodes, "--launch.timeout_seconds", 30, "--out", gate / "run"]
+    command = [sys.executable, "-m", "gengap_dist.train", *WORDS, *words]
+    driver = hosts[0].start(*command, log=gate / "driver.log", **RAY)
+    until(lambda: len([*gate.glob("at_gate.*")]) == 2, driver)
+    hosts[1].kill()
+    began = time.monotonic()
+    (gate / "wait").unlink()
+    assert driver.wait(400) == 0, driver.said()
+    print(f"finished {time.monotonic() - began:.1f} s after the kill")
+    print(driver.said())
+    assert "1 rank(s) started again, from the last checkpoint" in driver.said()
+    assert read_info(gate / "run")["world_size"] == 1
     check_same(gate / "run", whole)

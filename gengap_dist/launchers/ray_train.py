@@ -238,7 +238,8 @@ class _Fit:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.config, self.progress = config, progress
-        here = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(_node_id(), soft=True)}
+        # not soft: Ray takes another node then, for what needs no CPU, and the run would die with that node
+        here = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(_node_id(), soft=False)}
         self._teller: Any = ray.remote(_Teller).options(**here).remote()
         self._task = ray.remote(_fit).options(max_retries=0, **here)
         data = config.data.model_copy(update={"root": config.data.root.resolve()})

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from gengap_dist import checkpoint
 from gengap_dist.config import RunConfig, nested, validate
 from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder
+from tests.ray_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,3 +75,15 @@ def gengap(tmp_path: Path) -> Command:
         )
 
     return call
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Ray cluster of four CPUs."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'gengap_dist[ray]'")
+    # a path for sockets may hold 107 characters: pytest's own folders are too deep
+    folder = tmp_path_factory.getbasetemp().parent / f"r{os.getpid()}"
+    folder.mkdir()
+    cluster = Cluster(folder)
+    yield cluster
+    cluster.close()

@@ -22,7 +22,7 @@ def on_ranks(size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
         process.start()
     got: dict[int, Any] = {}
     while len(got) < size:
-        rank, result, error = results.get(timeout=120)
+        rank, result, error = results.get(timeout=300)
         if error:
             for process in processes:
                 process.kill()
@@ -53,7 +53,7 @@ class Crew:
             pipe.send((job, args))
         answers = []
         for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(120), f"rank {rank} does not answer"
+            assert pipe.poll(300), f"rank {rank} does not answer"
             result, error = pipe.recv()
             assert not error, f"rank {rank}: {error}"
             answers.append(result)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ from mlflow import MlflowClient
 from gengap_dist import checkpoint
 from gengap_dist.tracking.record import read_info, read_metrics
 from tests.conftest import weights
+from tests.ray_cluster import Cluster
 
 NUM_KILLS = int(os.environ.get("GENGAP_KILLS", "3"))
 NUM_STEPS = 300
@@ -32,12 +34,13 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 pytestmark = pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
 
 
-def ranks_of(agent: psutil.Process) -> list[psutil.Process]:
-    return [child for child in agent.children() if "gengap_dist.train" in child.cmdline()]
+def kill_now_and_then(
+    agent: psutil.Process, find: Callable[[], list[psutil.Process]], out: Path, num_kills: int, seed: int
+) -> Counter[str]:
+    """SIGKILL one of the ranks that `find` finds `num_kills` times, a random time after training went on; by moment.
 
-
-def kill_now_and_then(agent: psutil.Process, out: Path, num_kills: int, seed: int) -> Counter[str]:
-    """SIGKILL one of the agent's ranks `num_kills` times, a random time after training went on; when, by moment."""
+    `agent` is the process that starts them again.
+    """
     luck = random.Random(seed)
     moments: Counter[str] = Counter()
     last = -1
@@ -53,7 +56,7 @@ def kill_now_and_then(agent: psutil.Process, out: Path, num_kills: int, seed: in
             time.sleep(luck.random() * 0.01)
         saving = bool(list(out.glob("checkpoints/.*.part")))
         last = max(checkpoint.steps(out / "checkpoints"))
-        if ranks := ranks_of(agent):
+        if ranks := find():
             luck.choice(ranks).kill()
             moments["during a save" if saving else "between saves"] += 1
             while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
@@ -71,7 +74,8 @@ def test_torchrun_ranks_killed_at_random_moments(tmp_path):
     command = [*TORCHRUN, "--max-restarts", str(NUM_KILLS), "-m", "gengap_dist.train", *WORDS, "--out", str(killed)]
     with (tmp_path / "log").open("w") as log:
         agent = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-        moments = kill_now_and_then(psutil.Process(agent.pid), killed, NUM_KILLS, seed=0)
+        launcher = psutil.Process(agent.pid)
+        moments = kill_now_and_then(launcher, launcher.children, killed, NUM_KILLS, seed=0)
         assert agent.wait(timeout=600) == 0, (tmp_path / "log").read_text()[-3000:]
     print(f"killed {dict(moments)}")
     check_uninterrupted(killed, whole, f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -90,3 +94,32 @@ def check_uninterrupted(killed: Path, whole: Path, uri: str) -> None:
     assert run.info.status == "FINISHED"
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert sorted((metric.step, metric.value) for metric in history) == losses[1:]
+
+
+def test_ray_ranks_killed_at_random_moments(cluster, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    on_ray = [*WORDS, "--launch.backend", "ray", "--launch.num_processes", "2"]
+    assert cluster.train(*on_ray, "--mlflow.enabled", "false", "--out", whole, cwd=tmp_path).returncode == 0
+
+    env = cluster.env | {"RAY_ADDRESS": cluster.address, "MLFLOW_TRACKING_URI": store}
+    command = [sys.executable, "-m", "gengap_dist.train", *on_ray, "--launch.max_failures", str(NUM_KILLS)]
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen([*command, "--out", str(killed)], env=env, stdout=log, stderr=log, cwd=tmp_path)
+        moments = kill_now_and_then(psutil.Process(driver.pid), lambda: workers_of(cluster), killed, NUM_KILLS, seed=1)
+        assert driver.wait(timeout=600) == 0, (tmp_path / "log").read_text()[-3000:]
+    print(f"killed {dict(moments)}")
+    check_uninterrupted(killed, whole, store)
+
+
+def workers_of(cluster: Cluster) -> list[psutil.Process]:
+    """The processes in which this cluster's ranks live."""
+    family = psutil.Process(cluster.process.pid).children(recursive=True)
+    return [process for process in family if process.name().startswith("ray::") and "RayTrainWorker" in title(process)]
+
+
+def title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it went meanwhile
+        return ""

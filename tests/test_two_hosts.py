@@ -238,7 +238,7 @@ def ray_nodes(hosts):
             log = Path(folder) / f"node{number}.log"
             command = [Path(sys.executable).parent / "ray", "start", *words, "--object-store-memory=100000000"]
             node = host.start(*command, log=log, **RAY)
-            until(lambda: "Ray runtime started" in log.read_text(), node)
+            until(lambda log=log: "Ray runtime started" in log.read_text(), node)
         yield address
         for host in hosts:
             host.kill()

@@ -2,12 +2,8 @@
 
 import contextlib
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +13,10 @@ import torch
 from gengap_dist import launchers
 from gengap_dist.config import LaunchConfig, RunConfig, UsageError
 from gengap_dist.launchers import ray_train
-from gengap_dist.launchers.local import free_port
 from gengap_dist.tracking.record import read_info, read_metrics
-from tests.conftest import ROOT, weights
+from tests.conftest import weights
+from tests.ray_cluster import until
 
-RAY = Path(sys.executable).parent / "ray"
 SMALL = ["--train.dtype", "float64", "--probe.num_samples", "64", "--probe.budget", "null", "--train.num_evals", "4"]
 NO_MLFLOW = ["--mlflow.enabled", "false"]
 ON_RAY = ["--launch.backend", "ray", "--launch.num_processes", "2"]
@@ -44,82 +39,6 @@ def make(num_classes, in_channels):
     model.register_forward_pre_hook(hook)
     return model
 """
-
-
-class Cluster:
-    """`ray start --head --block` on loopback, in its own folder and with its own ports."""
-
-    def __init__(self, folder: Path) -> None:
-        self.ports = {name: free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
-        self.address = f"127.0.0.1:{self.ports['port']}"
-        self.env = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's word for: loopback only
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.ports['dashboard-port']}",
-        }
-        self.env.pop("RAY_ADDRESS", None)
-        words = ["--head", "--block", "--num-cpus", "4", "--num-gpus", "0", "--resources", '{"slot": 1}']
-        words += ["--object-store-memory", "100000000", "--temp-dir", str(folder), "--dashboard-host", "127.0.0.1"]
-        for name, port in self.ports.items():
-            words += [f"--{name}", str(port)]
-        self.log = folder / "start.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [RAY, "start", *words], env=self.env, stdout=log, stderr=log, start_new_session=True
-            )
-        until(lambda: "Ray runtime started" in self.log.read_text() or self.process.poll() is not None)
-        assert self.process.poll() is None, self.log.read_text()
-
-    def close(self) -> None:
-        """Ask; then make sure. Never `ray stop`, which ends every cluster of this machine."""
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(5)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def ray(self, *words: object, **kwargs) -> "subprocess.CompletedProcess[str]":
-        return run([RAY, *words], env=self.env, **kwargs)
-
-    def submit(
-        self, *words: object, name: str, path: Path = ROOT, wait: bool = True
-    ) -> "subprocess.CompletedProcess[str]":
-        """`ray job submit`; modules in `path` can be imported in the job."""
-        flags = [f"--submission-id={name}", *([] if wait else ["--no-wait"])]
-        flags += [f"--runtime-env-json={json.dumps({'env_vars': {'PYTHONPATH': f'{ROOT}:{path}'}})}"]
-        job = [sys.executable, "-m", "gengap_dist.train", *words]
-        return self.ray("job", "submit", *flags, "--", *job)
-
-    def train(self, *words: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
-        """The command as a driver of its own, beside the cluster."""
-        env = self.env | {"RAY_ADDRESS": self.address}
-        return run([sys.executable, "-m", "gengap_dist.train", *words], env=env, cwd=cwd)
-
-
-def run(words, *, env, cwd=None, timeout=300) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([*map(str, words)], env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout)
-
-
-def until(holds, seconds: float = 240.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.1)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    pytest.importorskip("ray", reason="ray is not installed: pip install 'gengap_dist[ray]'")
-    # a path for sockets may hold 107 characters: pytest's own folders are too deep
-    folder = tmp_path_factory.getbasetemp().parent / f"r{os.getpid()}"
-    folder.mkdir()
-    cluster = Cluster(folder)
-    yield cluster
-    cluster.close()
 
 
 @pytest.fixture

@@ -163,8 +163,8 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
 def _complain(prog: str, message: str, debug: bool, *, every_rank: bool = False) -> None:
     rank = os.environ.get("RANK", "0")
     if started_elsewhere() and rank != "0":
-        if not every_rank:
-            return  # rank 0 speaks for all
+        if not every_rank and os.environ.get("LOCAL_RANK", "0") != "0":
+            return  # one rank of each machine speaks for all there: what one lacks, another may have
         prog = f"{prog}, rank {rank}"  # nobody else knows what happened here
     if debug:
         traceback.print_exc()

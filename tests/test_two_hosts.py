@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,9 @@ class Process(subprocess.Popen):
 
     def said(self) -> str:
         return self.log.read_text()
+
+    def has_said(self, words: str) -> Callable[[], bool]:
+        return lambda: words in self.said()
 
 
 class Host:
@@ -185,10 +189,8 @@ def test_a_node_is_killed_and_the_other_goes_on_alone(hosts, gate, whole):
     agents = torchrun(hosts, gate, nnodes="1:2")
     until(lambda: len([*gate.glob("at_gate.*")]) == 2, *agents)
     hosts[1].kill()
-    began = time.monotonic()
     (gate / "wait").unlink()
     assert agents[0].wait(240) == 0, agents[0].said()
-    print(f"finished {time.monotonic() - began:.1f} s after the kill")
     info = read_info(gate / "run")
     assert (info["world_size"], len(info["resumed"])) == (1, 1)
     check_same(gate / "run", whole)
@@ -199,11 +201,9 @@ def test_the_link_is_cut_and_the_run_is_started_again(hosts, gate, whole):
     agents = torchrun(hosts, gate, *limits, nnodes="2", max_restarts=0)
     until(lambda: len([*gate.glob("at_gate.*")]) == 2, *agents)
     hosts[1].link("down")
-    began = time.monotonic()
     (gate / "wait").unlink()
-    for number, agent in enumerate(agents):
+    for agent in agents:
         assert agent.wait(240) == 1, agent.said()
-        print(f"host {number} ended {time.monotonic() - began:.1f} s after the cut")
     said = agents[0].said()
     assert re.search(r"rank 0 waits in sum of gradients \(step 20\) for rank 1 \(.*, process \d+\), which was", said)
     assert "gengap train, rank 1: RuntimeError: " in agents[1].said()
@@ -235,10 +235,9 @@ def ray_nodes(hosts):
             words = ["--head", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}"]
             words = [f"--address={address}"] if number else words
             words += [f"--node-ip-address={host.address}", "--num-cpus=1", "--num-gpus=0", "--block"]
-            log = Path(folder) / f"node{number}.log"
             command = [Path(sys.executable).parent / "ray", "start", *words, "--object-store-memory=100000000"]
-            node = host.start(*command, log=log, **RAY)
-            until(lambda log=log: "Ray runtime started" in log.read_text(), node)
+            node = host.start(*command, log=Path(folder) / f"node{number}.log", **RAY)
+            until(node.has_said("Ray runtime started"), node)
         yield address
         for host in hosts:
             host.kill()
@@ -251,11 +250,8 @@ def test_a_node_of_a_ray_cluster_dies(hosts, ray_nodes, gate, whole):
     driver = hosts[0].start(*command, log=gate / "driver.log", **RAY)
     until(lambda: len([*gate.glob("at_gate.*")]) == 2, driver)
     hosts[1].kill()
-    began = time.monotonic()
     (gate / "wait").unlink()
     assert driver.wait(400) == 0, driver.said()
-    print(f"finished {time.monotonic() - began:.1f} s after the kill")
-    print(driver.said())
-    assert "1 rank(s) started again, from the last checkpoint" in driver.said()
+    assert re.search(r"1 rank\(s\) started again, from the last checkpoint after: \w+Error: ", driver.said())
     assert read_info(gate / "run")["world_size"] == 1
     check_same(gate / "run", whole)

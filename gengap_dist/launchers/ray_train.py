@@ -7,6 +7,7 @@ all nodes share, holds everything already. Ray is imported by the functions that
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -294,7 +295,7 @@ class _Fit:
         self._num_starts += 1
         self._size = size
         if self._num_starts > 1:
-            why = f" after: {_last_line(self._troubles)}" if self._troubles else ""
+            why = f" after: {_reason(self._troubles)}" if self._troubles else ""
             self._warn(f"{size} rank(s) started again, from the last checkpoint{why}")
         self._troubles.clear()
 
@@ -329,9 +330,13 @@ class _Fit:
         print(f"gengap: warning: {text}", file=sys.stderr, flush=True)
 
 
-def _last_line(troubles: list[News]) -> str:
+def _reason(troubles: list[News]) -> str:
+    """What came first, in a line; a traceback's last line may be any line of a long message."""
     kind, value = troubles[0]
-    return f"asked to leave at step {value}" if kind == "preempted" else value[1].strip().splitlines()[-1]
+    if kind == "preempted":
+        return f"asked to leave at step {value}"
+    lines = value[1].strip().splitlines()
+    return next((line for line in reversed(lines) if re.match(r"[A-Za-z_][\w.]*: ", line)), lines[-1])
 
 
 def _node_id() -> str:

@@ -59,8 +59,7 @@ def kill_now_and_then(
         if ranks := find():
             luck.choice(ranks).kill()
             moments["during a save" if saving else "between saves"] += 1
-            while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
-                time.sleep(0.01)
+            psutil.wait_procs(ranks, timeout=60)
     return moments
 
 

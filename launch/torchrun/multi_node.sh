@@ -33,6 +33,8 @@ else
   endpoint=${RDZV_ENDPOINT:?is needed for $nnodes nodes: HOST:PORT of one of them}
 fi
 
+# a store of their own for each start of the ranks: torch would keep that of the first, even if its node is gone
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # ranks that were asked to leave save before they go: give them longer than the 30 seconds torchrun would
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
 exec "${PYTHON:-python}" -m torch.distributed.run \

@@ -8,7 +8,6 @@ thread took on the side, as if training had got nothing done meanwhile.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from torchvision.models.resnet import BasicBlock
 from gengap_dist import checkpoint
 from gengap_dist.config import RunConfig, nested, validate
 from gengap_dist.run import run
-from gengap_dist.tracking.record import prepare_folder
+from gengap_dist.tracking.record import prepare_folder, read_metrics
 
 EVERY = 50
 
@@ -46,6 +45,7 @@ def resnet56(num_classes: int, in_channels: int) -> nn.Module:
 
 
 def checkpoints(console: Console) -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # for the model's name
     given = {
         "model.name": "benchmarks.overhead:resnet56",
         "batch.global_size": 128,
@@ -77,21 +77,23 @@ def checkpoints(console: Console) -> None:
     console.print(f"at most {100 * (stood + aside) / steps:.2f}% of the run")
 
 
+NUM_STEPS, BLOCK = 1280, 32  # a run notes the time with the metrics of 32 steps
 RUN = [
-    "--train.steps", "400", "--batch.global_size", "256", "--probe.enabled", "false", "--train.num_evals", "1",
+    "--train.steps", str(NUM_STEPS), "--batch.global_size", "256", "--probe.enabled", "false", "--train.num_evals", "1",
     "--mlflow.enabled", "false", "--checkpoint.every_seconds", "1e9",
 ]  # fmt: skip
 
 
 def one(launcher: str, out: Path) -> float:
-    """Milliseconds a step under a launcher."""
+    """Milliseconds a step under a launcher: the median over blocks but the first ten, when Ray still starts up."""
     python = [sys.executable, "-m"]
     torchrun = [*python, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gengap_dist.train"]
     ray = [*python, "gengap_dist.train", "--launch.backend", "ray", "--launch.num_processes", "2"]
     command = [*(torchrun if launcher == "torchrun" else ray), *RUN, "--out", str(out)]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    result = json.loads((out / "run.json").read_text())["result"]
-    return 1000 * result["train_seconds"] / result["num_steps"]
+    clock = {line["step"]: line["seconds"] for line in read_metrics(out)}
+    settled = [clock[step + BLOCK] - clock[step] for step in range(10 * BLOCK, NUM_STEPS - BLOCK, BLOCK)]
+    return 1000 * statistics.median(settled) / BLOCK
 
 
 def ray(console: Console, rounds: int) -> None:

@@ -6,6 +6,7 @@ here, so that `--help` answers at once.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -26,7 +27,10 @@ from pydantic import (
 
 C = TypeVar("C", bound=BaseModel)
 
-MACHINERY = ("launch.", "mlflow.", "checkpoint.", "batch.micro_size", "data.root", "data.download", "data.memory_gib")
+MACHINERY = (
+    "launch.", "mlflow.", "checkpoint.", "batch.micro_size", "data.root", "data.download", "data.memory_gib",
+    "data.workers", "train.compile", "train.recompute", "train.channels_last",
+)  # fmt: skip
 """Settings that say how and where a run is computed, not what it computes: they may change when it is resumed."""
 
 
@@ -62,20 +66,55 @@ class DataConfig(Section):
     """Seed of the train/validation split and of the probe set: the same for all seeds and arms of a study."""
     shuffle_labels: bool = False
     """Give the training images each other's labels: what a network learns then is memory, not classes (a control)."""
-    augment: tuple[Literal["crop", "flip"], ...] = ()
-    """Training augmentations: crop (4 pixels of padding) and flip (left-right)."""
+    augment: tuple[Literal["crop", "flip", "cutout"], ...] = ()
+    """Training augmentations, in this order: crop (a shift, zeros come in), flip (left-right), cutout (a square of
+    mean grey; DeVries & Taylor 2017)."""
+    crop_padding: PositiveInt = 4
+    """Most pixels by which crop shifts a picture."""
+    cutout_size: PositiveInt = 16
+    """Side of cutout's square, in pixels."""
     memory_gib: PositiveFloat = 8.0
     """Largest data set that is held in memory, in GiB per rank."""
+    streaming: bool = False
+    """imagefolder: read pictures when a step needs them, not all before the first: for folders larger than memory."""
+    workers: PositiveInt = 4
+    """Threads of a rank that read pictures ahead when data.streaming is set."""
+
+    @model_validator(mode="after")
+    def _augmentations_fit(self) -> Self:
+        if "cutout" in self.augment and self.cutout_size > self.image_size:
+            raise ValueError(
+                f"data.cutout_size ({self.cutout_size}) is larger than the pictures of data.image_size "
+                f"({self.image_size}): choose at most {self.image_size}"
+            )
+        if "crop" in self.augment and self.crop_padding >= self.image_size:
+            raise ValueError(
+                f"data.crop_padding ({self.crop_padding}) can shift a picture of {self.image_size} pixels out of "
+                f"sight: choose less than {self.image_size}"
+            )
+        if self.streaming and self.name != "imagefolder":
+            raise ValueError(
+                f"data.streaming (true) reads image folders, and {self.name} is held in memory: "
+                "set data.streaming=false, or data.name=imagefolder"
+            )
+        return self
 
 
 class ModelConfig(Section):
     """Which network."""
 
     name: str = "lenet5"
-    """lenet5, mlp, torchvision:NAME, timm:NAME, or module.path:factory of your own, called with num_classes and
-    in_channels."""
+    """lenet5, vgg16, resnet20, resnet44, resnet56, resnet110, f1, c1, mlp, torchvision:NAME, timm:NAME, or
+    module.path:factory of your own, called with num_classes and in_channels."""
     widths: tuple[PositiveInt, ...] = (512, 512, 512, 512, 512)
     """Hidden widths of the mlp."""
+    activation: Literal["relu", "linear"] = "relu"
+    """Non-linearity of lenet5 and of the mlp; linear has none, a control."""
+    norm: Literal["local", "ghost", "sync", "group", "none"] | None = None
+    """What becomes of the network's batch norm. local: statistics of each rank's micro-batch, so the result depends on
+    the number of ranks and on batch.micro_size; ghost: of batch.ghost_size consecutive samples of the global batch;
+    sync: of the whole global batch; group: group norm instead, of each sample; none: left out. null: ghost if
+    batch.ghost_size is set, else local."""
 
 
 class BatchConfig(Section):
@@ -85,9 +124,9 @@ class BatchConfig(Section):
     """Samples behind one optimizer step, summed over all ranks. The gradient is their exact mean."""
     micro_size: PositiveInt = 128
     """Most samples in one forward and backward pass of one rank: speed and memory. Small ones fit a CPU's cache; on a
-    GPU choose the largest that fits. Only plain batch norm's statistics are changed by it (see ghost_size)."""
+    GPU choose the largest that fits. Only model.norm=local makes the result depend on it."""
     ghost_size: PositiveInt | None = None
-    """Batch-norm statistics over groups of this many consecutive samples of the global batch; null: per micro-batch."""
+    """Samples in a group of model.norm=ghost."""
 
     @model_validator(mode="after")
     def _ghosts_fit(self) -> Self:
@@ -111,27 +150,42 @@ class BatchConfig(Section):
 class OptimConfig(Section):
     """The optimizer and its learning rate."""
 
-    name: Literal["sgd", "lars", "adamw"] = "sgd"
-    """Optimizer: sgd (with momentum), lars (sgd whose rate follows each layer's norms) or adamw."""
+    name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    """Optimizer: sgd (with momentum), adamw, or lars and lamb, which are sgd and adam with each layer's rate in
+    proportion to the layer's weights."""
     lr: PositiveFloat = 0.02
     """Learning rate at optim.base_size when optim.scaling is set, else the rate itself."""
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Momentum of sgd and lars."""
     nesterov: bool = False
     """Nesterov momentum for sgd and lars."""
+    momentum_correction: bool = True
+    """When the rate changes, rescale what momentum remembers with it (Goyal et al. 2017, remark 2); false: the
+    gradients it remembers keep the rates of their own steps. sgd and lars."""
     weight_decay: NonNegativeFloat = 0.0
-    """L2 penalty (sgd, lars) or decoupled decay (adamw)."""
-    scaling: Literal["none", "linear", "sqrt"] = "none"
-    """How the rate follows the global batch: lr * B/B0 (linear) or lr * sqrt(B/B0) (sqrt), B0 = optim.base_size."""
+    """L2 penalty (sgd, lars) or decoupled decay (adamw, lamb). lars and lamb spare biases and norm parameters."""
+    clip_norm: PositiveFloat | None = None
+    """Largest 2-norm of the global gradient: a longer one is scaled down to it."""
+    scaling: Literal["none", "linear", "sqrt", "legw"] = "none"
+    """How the rate follows the global batch, k = B / optim.base_size: lr * k (linear), lr * sqrt(k) (sqrt), or
+    lr * sqrt(k) with k times the warm-up (legw)."""
     base_size: PositiveInt | None = None
-    """Global batch at which optim.lr holds; needed when optim.scaling is not none."""
+    """Global batch at which optim.lr holds; needed when optim.scaling is not none, and by train.budget=updates."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs over which the rate rises from near 0 to its full value."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """What the rate does after warm-up: stays, or falls to 0 along a half cosine at the last step."""
+    schedule: Literal["constant", "step", "cosine", "polynomial", "grow"] = "constant"
+    """What the rate does after warm-up: stays; is multiplied by optim.gamma at each milestone (step); falls to 0 at the
+    last step, along a half cosine or as a power of what is left (polynomial); or stays while the global batch is
+    divided by optim.gamma at each milestone (grow; Smith et al. 2018)."""
+    milestones: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.5, 0.75)
+    """Shares of the run after which step and grow act."""
+    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """What step multiplies the rate by, and grow divides the batch by."""
+    power: PositiveFloat = 2.0
+    """Of polynomial: rate * (1 - t)^power, t the share of the steps after warm-up that are done."""
 
     @model_validator(mode="after")
-    def _scaling_has_a_base(self) -> Self:
+    def _rules_have_what_they_need(self) -> Self:
         if self.scaling != "none" and self.base_size is None:
             raise ValueError(
                 f"optim.scaling ({self.scaling}) needs the batch at which optim.lr holds: set optim.base_size, "
@@ -139,6 +193,17 @@ class OptimConfig(Section):
             )
         if self.nesterov and self.momentum == 0:
             raise ValueError("optim.nesterov (true) needs momentum: set optim.momentum above 0")
+        if not self.momentum_correction and self.name not in ("sgd", "lars"):
+            raise ValueError(
+                f"optim.momentum_correction (false) is for sgd and lars, not for {self.name}: leave it true"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"optim.milestones ({list(self.milestones)}) do not rise: list each share once, in order")
+        if self.schedule == "grow" and abs(1 / self.gamma - round(1 / self.gamma)) > 1e-9:
+            raise ValueError(
+                f"optim.gamma ({self.gamma}) makes the batch grow by {1 / self.gamma:.3g}, which is no whole number: "
+                "choose 0.5, 0.2, 0.1 or the like"
+            )
         return self
 
 
@@ -147,16 +212,88 @@ class TrainConfig(Section):
 
     epochs: PositiveInt = 5
     """Passes over the training images."""
+    budget: Literal["epochs", "updates"] = "epochs"
+    """What train.epochs grants: so many passes, or the number of updates that a global batch of optim.base_size would
+    make in them (regime adaptation; Hoffer et al. 2017), warm-up epochs counting likewise."""
     steps: PositiveInt | None = None
     """Optimizer steps; when set, train.epochs is not used."""
+    target_accuracy: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Validation accuracy to reach: the result says after how many updates and epochs it was."""
+    stop_at_target: bool = False
+    """End the run there."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters, activations and gradients."""
-    autocast: Literal["bfloat16"] | None = None
-    """Precision of matrix products and convolutions in training, if not train.dtype; parameters keep theirs."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Precision of matrix products and convolutions in training, if not train.dtype; parameters keep theirs. float16
+    (GPU only) scales the loss so that small gradients survive."""
+    channels_last: bool = False
+    """Keep images and convolutions in NHWC order, which some hardware computes faster."""
+    compile: bool = False
+    """Compile the network with torch.compile; a CPU needs a C++ compiler for that."""
+    recompute: bool = False
+    """Forget activations inside blocks and compute them again in the backward pass: less memory, a third more time."""
+    deterministic: bool = False
+    """Allow only operations that give the same bits every time; CPUs do so anyway."""
     num_evals: PositiveInt = 20
     """Validation passes, spread evenly over the run: as many for every arm, so that picking the best is fair."""
     log_every: PositiveInt = 1
     """Record every k-th step's loss, accuracy, learning rate and gradient norm."""
+
+
+class RecipeConfig(Section):
+    """What is added to plain training to win the accuracy of small batches back, or to test what costs it."""
+
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the target that is spread over all classes."""
+    sam_rho: PositiveFloat | None = None
+    """Take the gradient at w + rho g / |g|, g the global batch's (SAM; Foret et al. 2021): two passes a step."""
+    gradient_penalty: PositiveFloat | None = None
+    """Add c/2 times the mean of |g_b|^2 over groups of recipe.penalty_size samples to the loss (Geiping et al. 2022;
+    Novack et al. 2023), by forward difference: two passes a step."""
+    penalty_size: PositiveInt | None = None
+    """Consecutive samples of the global batch behind one g_b of the gradient penalty."""
+    rank_penalty: PositiveFloat | None = None
+    """Add this times recipe.rank_measure, summed over recipe.rank_layers, to the loss: it raises the rank of their
+    activations over the global batch directly, which tells cause from correlation. One more forward pass a step."""
+    rank_measure: Literal["logdet", "spread"] = "logdet"
+    """Of the eigenvalues of the activations' D x D covariance, divided by their mean: minus the mean log (logdet), or
+    the variance (spread)."""
+    rank_layers: tuple[str, ...] = ("auto",)
+    """Layers that the rank penalty holds for, as in probe.layers; convolutions by channel."""
+    average: Literal["ema", "swa"] | None = None
+    """Evaluate and probe an average of the weights: exponential (ema) or of all since recipe.average_start (swa)."""
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    """What a step keeps of the exponential average."""
+    average_start: float = Field(default=0.75, ge=0.0, lt=1.0)
+    """Share of the run before swa begins to average."""
+    local: Literal["post_local_sgd", "swap"] | None = None
+    """In the last part of the run recipe.workers networks step on their own, with an equal share of the global batch
+    each. post_local_sgd (Lin et al. 2020) averages them every recipe.local_steps; swap (Gupta et al. 2020) gives each
+    an order of its own and never puts them together: their average is what is evaluated."""
+    workers: Annotated[int, Field(ge=2)] = 4
+    """Networks of recipe.local, whatever the number of ranks."""
+    local_start: float = Field(default=0.5, ge=0.0, lt=1.0)
+    """Share of the run before recipe.local begins."""
+    local_steps: PositiveInt = 8
+    """Steps between two averages of post_local_sgd."""
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if (self.gradient_penalty is None) != (self.penalty_size is None):
+            given, needed = ("gradient_penalty", "penalty_size")[:: 1 if self.gradient_penalty else -1]
+            raise ValueError(f"recipe.{given} ({getattr(self, given)}) needs recipe.{needed}: set both, or none")
+        rivals = [name for name in ("sam_rho", "gradient_penalty", "rank_penalty") if getattr(self, name) is not None]
+        if "gradient_penalty" in rivals and len(rivals) > 1:
+            raise ValueError(
+                f"recipe.gradient_penalty and recipe.{next(name for name in rivals if name != 'gradient_penalty')} both "
+                "say how a step's gradient is made: choose one"
+            )
+        if self.average and self.local:
+            raise ValueError(
+                f"recipe.average ({self.average}) and recipe.local ({self.local}) both say which network is evaluated: "
+                "choose one"
+            )
+        return self
 
 
 class ProbeConfig(Section):
@@ -273,10 +410,84 @@ class RunConfig(Section):
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    recipe: RecipeConfig = RecipeConfig()
     probe: ProbeConfig = ProbeConfig()
     launch: LaunchConfig = LaunchConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mlflow: MlflowConfig = MlflowConfig()
+
+    @property
+    def norm(self) -> str:
+        """`model.norm`, or what null stands for.
+
+        >>> RunConfig().norm, RunConfig(batch=BatchConfig(ghost_size=32)).norm
+        ('local', 'ghost')
+        """
+        return self.model.norm or ("ghost" if self.batch.ghost_size else "local")
+
+    @model_validator(mode="after")
+    def _norm_fits_batch(self) -> Self:
+        if (self.norm == "ghost") != bool(self.batch.ghost_size):
+            raise ValueError(
+                "model.norm (ghost) needs the size of its groups: set batch.ghost_size, for example to the baseline's "
+                "batch.global_size"
+                if self.norm == "ghost"
+                else f"batch.ghost_size ({self.batch.ghost_size}) is for model.norm=ghost, not for {self.norm}: set "
+                "batch.ghost_size=null, or model.norm=ghost"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _budget_fits_schedule(self) -> Self:
+        train, optim = self.train, self.optim
+        if train.budget == "updates" and (optim.base_size is None or train.steps):
+            what = "is of no use beside train.steps" if train.steps else "needs the batch whose updates are counted"
+            raise ValueError(f"train.budget (updates) {what}: set optim.base_size and train.epochs, not train.steps")
+        if optim.schedule == "grow" and (train.steps or train.budget == "updates"):
+            raise ValueError(
+                "optim.schedule (grow) changes how many updates an epoch has: set train.epochs, with "
+                "train.budget=epochs and train.steps=null"
+            )
+        if train.stop_at_target and train.target_accuracy is None:
+            raise ValueError("train.stop_at_target (true) needs a target: set train.target_accuracy")
+        if (train.target_accuracy is not None) and not self.data.val_fraction:
+            raise ValueError(
+                f"train.target_accuracy ({train.target_accuracy}) is reached on validation images, and "
+                "data.val_fraction is 0: hold some out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _recipe_fits_batch(self) -> Self:
+        recipe, batch, size = self.recipe, self.batch, self.recipe.penalty_size
+        if size and (batch.global_size % size or size % (batch.ghost_size or 1) or batch.micro_size < size):
+            raise ValueError(
+                f"recipe.penalty_size ({size}) must divide batch.global_size ({batch.global_size}), be a multiple of "
+                f"batch.ghost_size ({batch.ghost_size}) if that is set, and fit into batch.micro_size "
+                f"({batch.micro_size}): choose another"
+            )
+        if size and self.norm == "sync":
+            raise ValueError(
+                "recipe.gradient_penalty takes gradients of groups, and model.norm (sync) ties all samples together: "
+                f"choose model.norm=ghost with batch.ghost_size={size}, or another norm"
+            )
+        if recipe.local and self.norm == "sync":
+            raise ValueError(
+                f"recipe.local ({recipe.local}) lets networks step on their own, and model.norm (sync) ties them "
+                "together: choose model.norm=ghost, or another norm"
+            )
+        if recipe.local and batch.global_size % (recipe.workers * (batch.ghost_size or 1)):
+            raise ValueError(
+                f"batch.global_size ({batch.global_size}) cannot be split evenly among recipe.workers "
+                f"({recipe.workers})"
+                + (f" in ghost groups of {batch.ghost_size}" if batch.ghost_size else "")
+                + f": choose a multiple of {recipe.workers * (batch.ghost_size or 1)}"
+            )
+        if recipe.local and self.optim.schedule == "grow":
+            raise ValueError(
+                f"recipe.local ({recipe.local}) has a fixed batch: choose another optim.schedule than grow"
+            )
+        return self
 
 
 class Arm(Section):
@@ -471,7 +682,10 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         case "too_short" if name == "study.arms":
             return f"study.arms is empty: list at least one arm as {{name: ..., set: {{...}}}}{rest}"
     rule = first["msg"][0].lower() + first["msg"][1:]
-    return f"{name} ({first['input']}) is not valid: {rule}{rest}"
+    near = ""
+    if first["type"] == "literal_error":
+        near = did_you_mean(str(first["input"]), re.findall(r"'(\w+)'", first["ctx"]["expected"]))
+    return f"{name} ({first['input']}) is not valid{near}: {rule}{rest}"
 
 
 def resolve(model: type[C], files: list[Path], overrides: Mapping[str, Any]) -> C:

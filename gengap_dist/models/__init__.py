@@ -23,33 +23,35 @@ def build(
     in_channels: int,
     image_size: int = 32,
     widths: tuple[int, ...] | None = None,
-    ghost_size: int | None = None,
+    activation: str = "relu",
 ) -> nn.Module:
     """A freshly initialised network; images [n, in_channels, image_size, image_size] to logits [n, num_classes].
 
     Args:
         name: a key of MODELS, `torchvision:NAME`, `timm:NAME`, or `module.path:factory` of the caller's own. A factory
-            is given what its signature names of num_classes, in_channels, image_size, widths and ghost_size.
+            is given what its signature names of num_classes, in_channels, image_size, widths and activation.
         num_classes: width of the last layer.
         in_channels: channels of the images.
         image_size: side of the square images.
         widths: hidden widths, for models that have a choice.
-        ghost_size: samples per batch-norm group, for models with batch norm.
+        activation: `relu`, or `linear` for none at all, for models that have a choice.
 
     Raises:
-        UsageError: if there is no such model, or its factory fails.
+        UsageError: if there is no such model, its factory fails, or it has no choice of activation.
 
     >>> sum(p.numel() for p in build("lenet5", num_classes=10, in_channels=1).parameters())
     61706
     """
     factory = _factory(name)
     offered = dict(
-        num_classes=num_classes, in_channels=in_channels, image_size=image_size, widths=widths, ghost_size=ghost_size
+        num_classes=num_classes, in_channels=in_channels, image_size=image_size, widths=widths, activation=activation
     )
     parameters = inspect.signature(factory).parameters.values()
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = {"num_classes", "in_channels"} if takes_all else set()
     names |= {p.name for p in parameters}
+    if activation != "relu" and "activation" not in names:
+        raise UsageError(f"model.activation ({activation}) has no effect on {name}: choose relu, or lenet5 or mlp")
     model = factory(**{key: value for key, value in offered.items() if key in names and value is not None})
     if not isinstance(model, nn.Module):
         raise UsageError(

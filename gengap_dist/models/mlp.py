@@ -4,8 +4,6 @@ from collections import OrderedDict
 
 from torch import nn
 
-from gengap_dist.models.norm import batch_norm
-
 
 def mlp(
     *,
@@ -13,7 +11,6 @@ def mlp(
     in_channels: int,
     image_size: int = 32,
     widths: tuple[int, ...] = (512,) * 5,
-    ghost_size: int | None = None,
 ) -> nn.Sequential:
     """Images to logits through `widths` hidden units; layers are named fc1, fc2, ... and the classifier `head`.
 
@@ -25,7 +22,7 @@ def mlp(
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for number, (inputs, units) in enumerate(zip(sizes, widths, strict=False), 1):
         layers[f"fc{number}"] = nn.Sequential(
-            OrderedDict(affine=nn.Linear(inputs, units), norm=batch_norm(units, ghost_size), act=nn.ReLU())
+            OrderedDict(affine=nn.Linear(inputs, units), norm=nn.BatchNorm1d(units), act=nn.ReLU())
         )
     layers["head"] = nn.Linear(sizes[-1], num_classes)
     return nn.Sequential(layers)

@@ -1,10 +1,12 @@
 """What can be told wrong about a run before it starts, from its config, its network and the number of ranks. Pure."""
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from gengap_dist.batching import BatchPlan
 from gengap_dist.config import RunConfig, UsageError
-from gengap_dist.models.norm import GhostBatchNorm1d, has_batch_norm
+from gengap_dist.models.norm import has_batch_norm
 from gengap_dist.probes.capture import observing
 from gengap_dist.strategies.deepspeed import check as check_zero
 
@@ -50,22 +52,68 @@ def check_strategy(config: RunConfig, num_ranks: int) -> None:
         check_zero(config, int(name[-1]))
 
 
-def check_norm(config: RunConfig, model: nn.Module, num_train: int, num_ranks: int) -> None:
-    """Refuse batch norm over one sample, and ghost groups for a network that has no use for them.
+RECIPES = {  # what needs to see or to copy whole parameters or gradients between passes, and where it can
+    "recipe.sam_rho": ("single", "ddp", "fsdp"),
+    "recipe.gradient_penalty": ("single", "ddp"),
+    "recipe.rank_penalty": ("single", "ddp"),
+    "recipe.average": ("single", "ddp", "zero0", "zero1", "zero2"),
+    "recipe.local": ("single", "ddp"),
+}
+
+
+def check_recipe(config: RunConfig, num_ranks: int) -> None:
+    """Refuse a recipe that the strategy cannot serve.
 
     Raises:
-        UsageError: if a group of batch norm holds one sample in a whole or a ragged step.
+        UsageError: naming the recipe and the strategies that can.
+    """
+    name = strategy_name(config, num_ranks)
+    for setting, able in RECIPES.items():
+        value = getattr(config.recipe, setting.removeprefix("recipe."))
+        if value is not None and name not in able:
+            raise UsageError(
+                f"{setting} ({value}) is not for launch.strategy={name}, where a rank does not see whole weights and "
+                f"gradients between passes: choose {' or '.join(able)}"
+            )
+
+
+def norm_size(config: RunConfig, model: nn.Module, num_ranks: int) -> list[int] | None:
+    """Sizes of the groups of samples that batch norm takes its statistics over; None without batch norm."""
+    if not has_batch_norm(model):
+        return None
+    if config.norm == "sync":
+        return [config.batch.global_size]
+    return sorted(_plan(config, config.batch.global_size, num_ranks).norm_sizes())
+
+
+def _plan(config: RunConfig, size: int, num_ranks: int) -> BatchPlan:
+    return BatchPlan(size, num_ranks, config.batch.micro_size, config.batch.ghost_size)
+
+
+def check_norm(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ranks: int) -> None:
+    """Refuse batch norm over one sample, and over a global batch that no rank has its part of at once.
+
+    Args:
+        config: the run.
+        model: its network.
+        sizes: of all steps, the ragged ones included.
+        num_ranks: ranks.
+
+    Raises:
+        UsageError: naming the step, the ranks and what to change.
     """
     batch = config.batch
-    if batch.ghost_size and not any(isinstance(m, GhostBatchNorm1d) for m in model.modules()):
-        raise UsageError(
-            f"batch.ghost_size ({batch.ghost_size}) has no effect on {config.model.name}, which has no ghost "
-            "batch norm: set batch.ghost_size=null, or choose model.name=mlp"
-        )
     if not has_batch_norm(model):
         return
-    for size in filter(None, (batch.global_size, num_train % batch.global_size)):
-        if 1 in BatchPlan(size, num_ranks, batch.micro_size, batch.ghost_size).norm_sizes():
+    for size in sorted(sizes, reverse=True):
+        share = -(-size // num_ranks)
+        if config.norm == "sync" and share > batch.micro_size:
+            raise UsageError(
+                f"batch.micro_size ({batch.micro_size}) cuts the {share} samples that a rank has of a step of {size}, "
+                f"and model.norm (sync) takes its statistics over the whole step: choose at least {share}, more ranks, "
+                "or model.norm=ghost"
+            )
+        if 1 in ({size} if config.norm == "sync" else _plan(config, size, num_ranks).norm_sizes()):
             raise UsageError(
                 f"batch.global_size ({batch.global_size}) on {num_ranks} rank(s) leaves batch norm a group "
                 f"of one sample in a step of {size}: choose another global_size, a larger micro_size or fewer ranks"

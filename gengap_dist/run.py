@@ -18,21 +18,30 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import checkpoint, models
-from gengap_dist.batching import BatchPlan, Span
-from gengap_dist.checks import check_logits, check_norm, check_ranks, check_strategy, strategy_name
+from gengap_dist.checks import (
+    check_logits,
+    check_norm,
+    check_ranks,
+    check_recipe,
+    check_strategy,
+    norm_size,
+    strategy_name,
+)
 from gengap_dist.config import DataConfig, RunConfig, UsageError, differences
 from gengap_dist.data import catalog
-from gengap_dist.data.order import Order, stream
+from gengap_dist.data.order import Order, growth, stream
 from gengap_dist.data.resident import Batches, Normalise
-from gengap_dist.loop import Score, evaluate, join_with_nothing, train_step
-from gengap_dist.models.norm import average_buffers, has_batch_norm
+from gengap_dist.loop import NUM_SUMS, Score, evaluate, join_with_nothing
+from gengap_dist.models.norm import average_buffers
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
-from gengap_dist.optim.schedule import lr_at
+from gengap_dist.optim.schedule import Schedule
 from gengap_dist.preemption import Preempted
 from gengap_dist.probes.cadence import Cadence, at_epochs, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
+from gengap_dist.recipes import course_of
+from gengap_dist.recipes.course import plan_of
 from gengap_dist.strategies import STRATEGIES, OptimizerState
 from gengap_dist.tracking.record import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, read_info
 from gengap_dist.watchdog import watching
@@ -155,19 +164,20 @@ class _Session:
         self.config, self.out, self.world, self.record, self.progress = config, out, world, record, progress
         check_ranks(config, world.size)
         check_strategy(config, world.size)
+        check_recipe(config, world.size)
         splits = _load_data(config, world, progress)
         self.train_set, self.val_set, self.test_set = (
             images.to(world.device) for images in (splits.train, splits.val, splits.test)
         )
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         self.batches = Batches(self.train_set, self.normalise, config.data.augment, config.seed)
-        self.order = Order(len(self.train_set), config.batch.global_size, config.seed)
-        self.num_steps = config.train.steps or config.train.epochs * self.order.steps_per_epoch
+        self.order = Order(len(self.train_set), config.batch.global_size, config.seed, growth=growth(config))
+        self.schedule = Schedule.of(config, self.order)
+        self.num_steps = self.schedule.num_steps
 
         self.model = _build_model(config, splits, world)  # all of it; once the strategy has it, only the strategy does
         self.observer = Observer(config, self.train_set, self.normalise, flat(self.model), world)
-        self._plans: dict[int, list[Span]] = {}
-        check_norm(config, self.model, len(self.train_set), world.size)
+        check_norm(config, self.model, self.order.sizes(), world.size)
         strategy = strategy_name(config, world.size)
         self.strategy = STRATEGIES[strategy](config, world)
         self.saver = checkpoint.Saver(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
@@ -182,13 +192,12 @@ class _Session:
             "steps_per_epoch": self.order.steps_per_epoch,
             "num_steps": self.num_steps,
             "num_probe_samples": self.observer.num_samples,
-            "norm_size": sorted(self._plan(config.batch.global_size).norm_sizes())
-            if has_batch_norm(self.model)
-            else None,
+            "norm_size": norm_size(config, self.model, world.size),
             "small_size": self._small_size(),
         }
         self.step = 0
         self.best: dict[str, Any] = {}
+        self.reached: int | None = None  # the step after which train.target_accuracy was met
         self.noise = NoiseScale()
         self._pending: list[tuple[int, int, Tensor, Tensor, float]] = []
         self._saved_at = time.monotonic()
@@ -203,15 +212,10 @@ class _Session:
     def _small_size(self) -> float | None:
         """B of the noise scale, the harmonic mean over ranks; None if there is no gradient smaller than the batch."""
         size = self.config.batch.global_size
-        firsts = [self._plan(size).micro_batches(rank)[0].size for rank in range(self.world.size)]
+        plan = plan_of(self.config, size, self.world.size)
+        firsts = [plan.micro_batches(rank)[0].size for rank in range(self.world.size)]
         inverses = [1 / first for first in firsts if 0 < first < size]
         return len(inverses) / sum(inverses) if inverses else None
-
-    # -- checks -------------------------------------------------------------------------------------------------------
-
-    def _plan(self, global_size: int) -> BatchPlan:
-        batch = self.config.batch
-        return BatchPlan(global_size, self.world.size, batch.micro_size, batch.ghost_size)
 
     # -- start and resume ---------------------------------------------------------------------------------------------
 
@@ -219,7 +223,7 @@ class _Session:
         """Begin, or go on from the last good checkpoint if that was asked for and there is one. Collective."""
         path = self._last_checkpoint() if resume else None
         if path is None:
-            self._set_up({})
+            self._set_up({}, {})
             self.record.start(self.config, self.facts)
             self.record.resume(0, 0.0, {})
             self.observe()
@@ -230,9 +234,11 @@ class _Session:
                 "resume with the settings it was started with, or choose a new --out"
             )
         checkpoint.restore(self.model, checkpoint.load(path / "model.pt"), path / "model.pt")
-        self._set_up(checkpoint.load(path / "optimizer.pt"))
         state = checkpoint.load(path / "run.pt")
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.reached = state["step"], state["best"], state["reached"]
+        if self.reached is not None and self.config.train.stop_at_target:
+            self.num_steps = self.reached
+        self._set_up(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "recipe.pt"))
         if self.best:
             self.best["model"] = checkpoint.load(path / "best.pt")
         self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each = state["timers"]
@@ -254,7 +260,7 @@ class _Session:
             raise error or UsageError("rank 0 found every checkpoint damaged")
         return None if step < 0 else checkpoint.steps(folder)[step]
 
-    def _set_up(self, optimizer_state: OptimizerState) -> None:
+    def _set_up(self, optimizer_state: OptimizerState, recipe_state: dict[str, Any]) -> None:
         self.strategy.setup(self.model, partial(build_optimizer, self.config.optim))
         self.strategy.load_optimizer_state(optimizer_state)
         self.model = self.strategy.model
@@ -262,6 +268,9 @@ class _Session:
             with self.strategy.micro_step(last=True):
                 join_with_nothing(self.strategy, self.batches, epoch=0)
             self.strategy.optimizer.zero_grad(set_to_none=False)
+        self.course = course_of(self.config, self.strategy, self.batches, self.order, self.num_steps)
+        if recipe_state:
+            self.course.load(recipe_state)
 
     def save(self, *, wait: bool = False) -> None:
         """Write the checkpoint; with `wait`, until it is on the disk. Collective.
@@ -270,24 +279,32 @@ class _Session:
             UsageError: with `wait`, if it cannot be written.
         """
         with self.world.where.during("checkpoint"):
-            optimizer = self.strategy.optimizer_state()
+            optimizer, recipe = self.strategy.optimizer_state(), self.course.state()
             with self.strategy.whole() as model:
                 if self.saver:
-                    self._write(self.saver, model.state_dict(), optimizer, wait=wait)
+                    self._write(self.saver, model.state_dict(), optimizer, recipe, wait=wait)
         self._saved_at = time.monotonic()
 
     def _write(
-        self, saver: checkpoint.Saver, model: dict[str, Tensor], optimizer: OptimizerState, *, wait: bool
+        self,
+        saver: checkpoint.Saver,
+        model: dict[str, Tensor],
+        optimizer: OptimizerState,
+        recipe: dict[str, Any],
+        *,
+        wait: bool,
     ) -> None:
         run = {
             "step": self.step,
             "best": {key: value for key, value in self.best.items() if key != "model"},
+            "reached": self.reached,
             "seconds": self.record.seconds(),
             "timers": [self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each],
             "probe_left_out": self.probe_left_out,
             "noise": asdict(self.noise),
         }
-        states = {"model": model, "optimizer": optimizer} | ({"best": self.best["model"]} if self.best else {})
+        states: dict[str, Any] = {"model": model, "optimizer": optimizer, "recipe": recipe}
+        states |= {"best": self.best["model"]} if self.best else {}
         facts = {key: self.facts[key] for key in ("world_size", "strategy", "launcher")}
         try:
             self.record.flush(before=self.step)
@@ -322,36 +339,25 @@ class _Session:
             Diverged: if the loss is no number.
             Preempted: if a rank was asked to leave.
         """
-        config, order, where = self.config, self.order, self.world.where
+        config, where = self.config, self.world.where
         self.model.train()
         began = time.monotonic()
         asked = self.world.sum_later(torch.tensor([int(leaving())]))
         while self.step < self.num_steps:
             where.step = self.step + 1
-            lr = lr_at(
-                self.step,
-                config.optim,
-                global_size=config.batch.global_size,
-                steps_per_epoch=order.steps_per_epoch,
-                num_steps=self.num_steps,
-            )
-            self.strategy.set_lr(lr)
+            lr, momentum = self.schedule.lr(self.step), self.schedule.momentum(self.step)
             torch.manual_seed((config.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)  # dropout and the like
-            with where.during("data"):
-                indices, epoch = order.indices(self.step), order.epoch(self.step)
-            if len(indices) not in self._plans:
-                plan, lockstep = self._plan(len(indices)), self.strategy.lockstep
-                self._plans[len(indices)] = plan.micro_batches(self.world.rank, lockstep=lockstep)
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0
             self.strategy.watching = logged and "noise_scale" in config.probe.rivals
+            size = len(self.order.indices(self.step))
             before_P = self._weights() if self._probe_may_come(self.step + 1) else None
             with where.during("compute", "forward and backward"):
-                sums, norm = train_step(self.strategy, self.batches, indices, epoch, self._plans[len(indices)])
+                sums, norm = self.course.step(self.step, lr, momentum)
             self.step += 1
             self._update_norm = None if before_P is None else (self._weights() - before_P).double().norm()
             if logged:
-                self._pending.append((self.step, len(indices), sums, norm, lr))
+                self._pending.append((self.step, size, sums, norm, lr))
             self.progress(self.step, self.num_steps, "")
             leave = bool(asked()) and not last
             if leave or self.step % FLUSH_EVERY == 0 or self._due():
@@ -359,6 +365,7 @@ class _Session:
                 self.train_seconds += time.monotonic() - began
                 average_buffers(self.model, self.world)
                 self.observe()
+                last = self.step == self.num_steps  # which it may have become: the target is met
                 if save_due or leave or last:
                     self.save(wait=leave or last)
                 began = time.monotonic()
@@ -385,14 +392,13 @@ class _Session:
         return self.config.probe.enabled and (step == self.num_steps or self.probe_due(step))
 
     def _epoch(self, step: int) -> float:
-        epoch, at = divmod(step, self.order.steps_per_epoch)
-        return epoch + at * self.config.batch.global_size / len(self.train_set)
+        return self.order.epochs_done(step)
 
     def _flush(self) -> bool:
         """Record the pending steps; whether a checkpoint is due by steps or by rank 0's clock. Collective."""
         every_steps = self.config.checkpoint.every_steps
         overdue = time.monotonic() - self._saved_at > self.config.checkpoint.every_seconds
-        clock = torch.zeros(5, dtype=torch.float64, device=self.world.device)
+        clock = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.world.device)
         if self.saver:  # rank 0, whose clock and budget hold for all
             clock[:2] = clock.new_tensor([overdue and not self.saver.busy, self._probe_exceeds_budget()])
         rows = torch.stack([*(sums for _, _, sums, _, _ in self._pending), clock])
@@ -403,9 +409,13 @@ class _Session:
         save_due, leave_out, *_ = rows.pop()
         self._left_out_in_a_row += bool(leave_out)
         self.probe_left_out += [self.step] if leave_out else []
-        for (step, size, _, norm, lr), (loss, correct, *small) in zip(self._pending, rows, strict=True):
+        for (step, size, _, norm, lr), (loss, correct, *small, extra) in zip(self._pending, rows, strict=True):
             loss, norm = loss / size, float(norm)
             found = {"train/loss": loss, "train/accuracy": correct / size, "train/grad_norm": norm, "train/lr": lr}
+            if self.config.recipe.rank_penalty is not None:
+                found["train/rank_penalty"] = extra
+            if self.config.optim.schedule == "grow":
+                found["train/global_size"] = size
             self.record.log(step, self._epoch(step), found | self._noise(small, norm, size))
             if not math.isfinite(loss):
                 self._pending.clear()
@@ -447,11 +457,13 @@ class _Session:
         validate = len(self.val_set) and (edge or self.eval_due(self.step))
         left_out = self.step in self.probe_left_out[-1:]
         probe = self.config.probe.enabled and (edge or (self.probe_due(self.step) and not left_out))
-        with self.strategy.whole() as model:
+        if not (validate or probe):
+            return
+        with self.course.network() as model:
             if validate:
                 with self.world.where.during("evaluation"):
                     self.validate(model)
-            if probe:
+            if probe or (self.config.probe.enabled and self.step == self.num_steps):  # which it may have just become
                 with self.world.where.during("probe"):
                     self.probe(model)
 
@@ -463,6 +475,11 @@ class _Session:
             state = {key: value.clone() for key, value in model.state_dict().items()}
             self.best = {"step": self.step, "accuracy": score.accuracy, "model": state}
         self.record.log(self.step, self._epoch(self.step), {"val/loss": score.loss, "val/accuracy": score.accuracy})
+        train = self.config.train
+        if self.reached is None and train.target_accuracy is not None and score.accuracy >= train.target_accuracy:
+            self.reached = self.step
+            if train.stop_at_target:
+                self.num_steps = self.step
         self.eval_seconds += time.monotonic() - began
         self.progress(self.step, self.num_steps, f"val {score.accuracy:.1%}")
 
@@ -479,12 +496,19 @@ class _Session:
         self.probe_seconds += time.monotonic() - began
         self._probe_seconds_each, self._left_out_in_a_row = seconds(found), 0
 
+    def _to_target(self) -> dict[str, Any]:
+        """Updates and epochs to train.target_accuracy, None if it was not reached; nothing without a target."""
+        if self.config.train.target_accuracy is None:
+            return {}
+        epochs = None if self.reached is None else self._epoch(self.reached)
+        return {"updates_to_target": self.reached, "epochs_to_target": epochs}
+
     def _score(self, model: nn.Module, images: catalog.Images) -> Score:
         return evaluate(model, images, self.normalise, self.world)
 
     def result(self) -> dict[str, Any]:
         """Score the last and the best model on the test images: the only time they are touched. Collective."""
-        with self.strategy.whole() as model, self.world.where.during("evaluation"):
+        with self.course.network() as model, self.world.where.during("evaluation"):
             train, test = self._score(model, self.train_set), self._score(model, self.test_set)
             out = {
                 "train_full/loss": train.loss,
@@ -504,6 +528,7 @@ class _Session:
                 "best_val_step": self.best.get("step"),
                 "best_val/accuracy": self.best.get("accuracy"),
                 "num_steps": self.step,
+                **self._to_target(),
                 "train_seconds": round(self.train_seconds, 3),
                 "probe_seconds": round(self.probe_seconds, 3),
                 "probe_left_out": self.probe_left_out,
@@ -591,14 +616,7 @@ def _build_model(config: RunConfig, splits: catalog.Splits, world: World) -> nn.
     """
     torch.manual_seed(int(stream(config.seed, 0).integers(2**62)))
     dtype = getattr(torch, config.train.dtype)
-    model = models.build(
-        config.model.name,
-        num_classes=splits.num_classes,
-        in_channels=splits.in_channels,
-        image_size=config.data.image_size,
-        widths=config.model.widths,
-        ghost_size=config.batch.ghost_size,
-    ).to(world.device, dtype)
+    model = models.of(config, splits.num_classes, splits.in_channels, world).to(world.device, dtype)
     images = Normalise(splits, world.device, dtype)(splits.train.pixels[:2].to(world.device))
     check_logits(config, model, images, splits.num_classes)
     return model

@@ -30,6 +30,10 @@ class World:
     device: torch.device = torch.device("cpu")
     where: Whereabouts = field(default_factory=Whereabouts, compare=False, repr=False)
 
+    def __deepcopy__(self, memo: object) -> "World":
+        """There is one: a copy of a network that talks to other ranks talks to the same."""
+        return self
+
     def sum(self, tensor: Tensor, what: str = "sum") -> Tensor:
         """Sum over ranks, in place, on every rank. Shape and dtype stay. `what` it is, for whoever waits too long."""
         if self.size > 1:

@@ -7,13 +7,37 @@ from functools import partial
 
 from torch import nn
 
-from gengap_dist.config import UsageError, did_you_mean
+from gengap_dist.config import RunConfig, UsageError, did_you_mean
+from gengap_dist.models.dropout import treat_dropout
 from gengap_dist.models.lenet5 import lenet5
 from gengap_dist.models.mlp import mlp
+from gengap_dist.models.norm import treat
+from gengap_dist.models.position import Position
 from gengap_dist.models.zoo import timm_model, torchvision_model
+from gengap_dist.world import World
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"lenet5": lenet5, "mlp": mlp}
 ZOOS: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "timm": timm_model}
+
+
+def of(config: RunConfig, num_classes: int, in_channels: int, world: World) -> nn.Module:
+    """The network that `config` names, freshly initialised, on the CPU, with batch norm and dropout as the run has them.
+
+    Raises:
+        UsageError: see `build` and `treat`.
+    """
+    model = build(
+        config.model.name,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        image_size=config.data.image_size,
+        widths=config.model.widths,
+        activation=config.model.activation,
+    )
+    position = Position()
+    treat(model, config.norm, ghost_size=config.batch.ghost_size, position=position, world=world)
+    treat_dropout(model, position)
+    return model
 
 
 def build(

@@ -1,49 +1,276 @@
-"""Batch norm, and what about it depends on how a global batch is cut."""
+"""Batch norm as a stated treatment: what becomes of a network's batch norm layers, and over which samples they go.
+
+Shapes: n samples of a micro-batch, C channels, any number of positions behind them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from gengap_dist.config import UsageError
+from gengap_dist.models.position import Position
 from gengap_dist.world import World
 
+GROUP_CHANNELS = 16  # of group norm, as in Wu & He 2018, table 3
 
-class GhostBatchNorm1d(nn.BatchNorm1d):
-    """Batch norm over groups of `ghost_size` consecutive samples (Hoffer et al. 2017).
 
-    `BatchPlan` never cuts a group, so the training statistics do not depend on world size or micro-batches.
-    """
+class Normed(_BatchNorm):
+    """Batch norm whose training statistics are its own affair; in eval mode it is torch's."""
 
-    def __init__(self, num_features: int, ghost_size: int) -> None:
-        """Like nn.BatchNorm1d(num_features), per group."""
-        super().__init__(num_features)
-        self.ghost_size = ghost_size
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"batch norm needs [n, C, ...], got {list(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """[n, num_features] to the same shape; the last group may be smaller."""
-        if not self.training:
-            return super().forward(input)
-        normed = super().forward  # bound here: a comprehension cannot use the bare super()
-        return torch.cat([normed(group) for group in input.split(self.ghost_size)])
+        """[n, C, ...] to the same shape."""
+        self._check_input_dim(input)
+        return self.train_forward(input) if self.training else super().forward(input)
+
+    def train_forward(self, input: Tensor) -> Tensor:
+        """[n, C, ...] by the batch's statistics, which also enter the running ones."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def remember(self, mean: Tensor, var: Tensor, share: float) -> None:
+        """Add this share of a mean [C] and an unbiased variance [C] to the running ones."""
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean.add_(mean, alpha=share)
+            self.running_var.add_(var, alpha=share)
 
 
-def batch_norm(num_features: int, ghost_size: int | None) -> nn.BatchNorm1d:
-    """Plain batch norm, or ghost batch norm when a group size is given."""
-    return nn.BatchNorm1d(num_features) if ghost_size is None else GhostBatchNorm1d(num_features, ghost_size)
+class GhostBatchNorm(Normed):
+    """Batch norm over groups of `ghost_size` consecutive samples of the global batch (Hoffer et al. 2017).
+
+    `BatchPlan` never cuts a group, so outputs do not depend on ranks or micro-batches. Nor do the running statistics,
+    which go through all G groups of a step in order (Hoffer et al., algorithm 1), eta = `momentum`:
+
+        running = (1 - eta)^G running + sum_i eta (1 - eta)^(G - 1 - i) statistics_i
+
+    This is linear, so each rank adds its own groups' terms, times the number of ranks, and the mean over ranks
+    (`average_buffers`) is the sum above.
+
+    >>> norm = GhostBatchNorm(1, 2)
+    >>> norm(torch.tensor([[0.0], [2.0], [10.0], [30.0]])).flatten().tolist()
+    [-0.9999949932098389, 0.9999949932098389, -0.9999999403953552, 0.9999999403953552]
+    >>> round(norm.running_mean.item(), 5)  # 0.9 * 0.1 * 1 + 0.1 * 20
+    2.09
+    """
+
+    def __init__(self, num_features: int, ghost_size: int, **settings: Any) -> None:
+        """Like nn.BatchNorm1d or 2d with these settings, per group."""
+        super().__init__(num_features, **settings)
+        self.ghost_size = ghost_size
+        self.position = Position()
+
+    def train_forward(self, input: Tensor) -> Tensor:
+        """See `Normed`; the last group may be smaller."""
+        where, eta = self.position, self.momentum or 0.0
+        alone = where.global_size is None
+        if alone:
+            self.begin_step(len(input))
+        first = 0 if alone else where.start // self.ghost_size
+        last = -(-(where.global_size or len(input)) // self.ghost_size) - 1
+        out = []
+        for number, group in enumerate(input.split(self.ghost_size), first):
+            mean, var = input.new_zeros(2, self.num_features)
+            out.append(batch_norm(group, mean, var, self.weight, self.bias, True, 1.0, self.eps))
+            self.remember(mean, var, where.num_ranks * eta * (1 - eta) ** (last - number))
+        return torch.cat(out)
+
+    @torch.no_grad()
+    def begin_step(self, global_size: int) -> None:
+        """Make room in the running statistics for a step's groups; on every rank, also one without samples."""
+        if self.running_mean is not None and self.running_var is not None:
+            keep = (1 - (self.momentum or 0.0)) ** -(-global_size // self.ghost_size)
+            self.running_mean.mul_(keep)
+            self.running_var.mul_(keep)
+
+
+class SyncBatchNorm(Normed):
+    """Batch norm over the whole global batch, on any device: torch's own is for GPUs.
+
+    Each rank must be given all of its samples of a step at once, in training, and equally often; none are welcome.
+    """
+
+    def __init__(self, num_features: int, world: World, **settings: Any) -> None:
+        """Like nn.BatchNorm1d or 2d with these settings, over all ranks of `world`."""
+        super().__init__(num_features, **settings)
+        self.world = world
+
+    def train_forward(self, input: Tensor) -> Tensor:
+        """See `Normed`. Collective, and so is its backward pass."""
+        out, mean, var, count = _OverRanks.apply(input, self.weight, self.bias, self.eps, self.world)
+        if count > 1:
+            eta = self.momentum or 0.0
+            if self.running_mean is not None and self.running_var is not None:
+                self.running_mean.mul_(1 - eta)
+                self.running_var.mul_(1 - eta)
+            self.remember(mean, var * (count / (count - 1)), eta)
+        return out
+
+
+class _OverRanks(torch.autograd.Function):
+    """Normalise by mean and variance over all ranks; one sum over ranks in each direction."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, world: World
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Output [n, C, ...], mean [C], biased variance [C], and number of values a channel, a scalar."""
+        over = [dim for dim in range(input.ndim) if dim != 1]
+        n, channels = input.numel() // input.shape[1], input.shape[1]
+        told = torch.zeros(world.size, 2 * channels + 1, dtype=torch.float64, device=input.device)
+        if n:
+            var, mean = torch.var_mean(input, over, correction=0)
+            told[world.rank] = torch.cat([mean.double(), var.double(), told.new_tensor([n])])
+        world.sum(told, "batch norm statistics")
+        means, variances, counts = told[:, :channels], told[:, channels:-1], told[:, -1:]
+        count = counts.sum()
+        # ranks' means and variances put together as Chan et al. (1983) do: nothing cancels
+        mean = (means * counts).sum(0) / count.clamp_min(1)
+        var = ((variances + (means - mean).square()) * counts).sum(0) / count.clamp_min(1)
+        mean, var = mean.to(input.dtype), var.to(input.dtype)
+        scale = (var + eps).rsqrt()
+        normed = (input - _wide(mean, input)) * _wide(scale, input)
+        ctx.world, ctx.over, ctx.has_bias = world, over, bias is not None
+        ctx.save_for_backward(normed, weight, scale, count)
+        ctx.mark_non_differentiable(mean, var, count)
+        out = normed if weight is None else normed * _wide(weight, input)
+        return (out.clone() if out is normed else out) + (0 if bias is None else _wide(bias, input)), mean, var, count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """dx = scale (g - mean(g) - normed mean(g normed)), g the gradient times weight, means over all ranks."""
+        grad, (normed, weight, scale, count) = grads[0], ctx.saved_tensors
+        sums = torch.stack([grad.sum(ctx.over), (grad * normed).sum(ctx.over)]).double()  # [2, C]
+        mine = sums.to(grad.dtype, copy=True)
+        ctx.world.sum(sums, "gradient of batch norm statistics")
+        means = (sums / count.clamp_min(1)).to(grad.dtype)
+        factor = scale if weight is None else scale * weight
+        inner = grad - _wide(means[0], grad) - normed * _wide(means[1], grad)
+        return (
+            inner * _wide(factor, grad),
+            None if weight is None else mine[1],
+            mine[0] if ctx.has_bias else None,
+            None,
+            None,
+        )
+
+
+def _wide(vector_C: Tensor, like: Tensor) -> Tensor:
+    """[C] as [1, C, 1, ...], to go with [n, C, ...]."""
+    return vector_C.view(1, -1, *[1] * (like.ndim - 2))
+
+
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def treat(model: nn.Module, kind: str, *, ghost_size: int | None, position: Position, world: World) -> None:
+    """Put what `model.norm` asks for in the place of every batch norm layer, in place; weights and buffers stay.
+
+    Args:
+        model: the network, freshly made.
+        kind: local (nothing changes), ghost, sync, group or none.
+        ghost_size: samples in a ghost group.
+        position: what ghost layers look at.
+        world: the ranks of sync.
+
+    Raises:
+        UsageError: if there is no batch norm to treat, or one of an unknown kind.
+    """
+    if kind == "local":
+        return
+    make: dict[str, Callable[[_BatchNorm], nn.Module]] = {
+        "ghost": lambda old: _ghost(old, ghost_size or 0, position),
+        "sync": lambda old: _sync(old, world),
+        "group": lambda old: _group(old.num_features, old.eps),
+        "none": lambda old: nn.Identity(),
+    }
+    found = [(path, old) for path, old in model.named_modules() if isinstance(old, _BatchNorm)]
+    if not found and kind != "none":
+        raise UsageError(
+            f"model.norm ({kind}) has no effect on {type(model).__name__}, which has no batch norm: leave model.norm "
+            "and batch.ghost_size unset, or choose another model.name"
+        )
+    for path, old in found:
+        new = make[kind](old)
+        for name, kept in [*old.named_parameters(recurse=False), *old.named_buffers(recurse=False)]:
+            if hasattr(new, name):
+                setattr(new, name, kept)
+        parent, _, last = path.rpartition(".")
+        setattr(model.get_submodule(parent), last, _with_tail(path, old, new))
+
+
+def _settings(old: _BatchNorm) -> dict[str, Any]:
+    return {
+        "eps": old.eps, "momentum": old.momentum, "affine": old.affine, "track_running_stats": old.track_running_stats
+    }  # fmt: skip
+
+
+def _ghost(old: _BatchNorm, ghost_size: int, position: Position) -> nn.Module:
+    new = GhostBatchNorm(old.num_features, ghost_size, **_settings(old))
+    new.position = position
+    return new
+
+
+def _sync(old: _BatchNorm, world: World) -> nn.Module:
+    if world.size > 1 and world.device.type == "cuda":
+        return nn.SyncBatchNorm(old.num_features, **_settings(old))
+    return SyncBatchNorm(old.num_features, world, **_settings(old))
+
+
+def _group(num_channels: int, eps: float) -> nn.Module:
+    """Group norm over as many channels as GROUP_CHANNELS, or a divisor; over all of them if there is none."""
+    size = gcd(num_channels, GROUP_CHANNELS)
+    return nn.GroupNorm(num_channels // size if size > 1 else 1, num_channels, eps)
+
+
+def _with_tail(path: str, old: _BatchNorm, new: nn.Module) -> nn.Module:
+    """`new`, followed by what else `old` does: timm's kind has dropout and a non-linearity inside."""
+    if type(old) in PLAIN:
+        return new
+    tail = {name: part for name in ("drop", "act") if isinstance(part := getattr(old, name, None), nn.Module)}
+    if type(old).__module__.startswith("timm.") and "act" in tail:
+        return nn.Sequential(OrderedDict(norm=new, **tail))
+    raise UsageError(
+        f"model.norm cannot treat {path}, a {type(old).__name__}: leave it unset, or use nn.BatchNorm1d, 2d or 3d"
+    )
 
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any layer takes statistics over the samples of a batch."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Training passes inside leave running statistics alone."""
+    before = [(module, module.momentum) for module in model.modules() if isinstance(module, _BatchNorm)]
+    for module, _ in before:
+        module.momentum = 0.0
+    try:
+        yield
+    finally:
+        for module, momentum in before:
+            module.momentum = momentum
 
 
 @torch.no_grad()
 def average_buffers(model: nn.Module, world: World) -> None:
     """Make floating-point buffers (running statistics) their mean over ranks. Collective.
 
-    Each rank's batch norm sees its own samples, so the running statistics drift apart; evaluation and saving need one.
+    Between steps a rank's running statistics are of its own samples only; evaluation and saving need one.
     """
     buffers = [b for b in model.buffers() if b.is_floating_point()] if world.size > 1 else []
     if buffers:
         flat = torch.cat([b.flatten() for b in buffers])
-        mean = world.sum(flat) / world.size
+        mean = world.sum(flat, "running statistics") / world.size
         for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config import RunConfig
+from gengap_dist.models.norm import GhostBatchNorm, SyncBatchNorm
+from gengap_dist.models.position import position_of
 from gengap_dist.world import World
 
 OptimizerState = dict[str, dict[str, Tensor]]
@@ -37,17 +39,32 @@ class Strategy(ABC):
         self.model: nn.Module
         """The network that trains; a sharded strategy holds only a part of each parameter, but every buffer."""
         self.optimizer: torch.optim.Optimizer
+        self.synced = False
+        """Whether ranks meet in forward passes of training, too."""
         self.watching = False
         """Whether `local_energy` will be asked for; it costs one pass over the gradients."""
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """Take the model, whose weights are equal on all ranks, and make its optimizer. Collective."""
         self.model, self.optimizer = model, build(model)
+        self.position = position_of(model)
+        self._ghosts = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
+        self.synced = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in model.modules())
+
+    def begin_step(self, global_size: int) -> None:
+        """Tell layers that count samples how many this step has. On every rank, also one without samples."""
+        for layer in self._ghosts:
+            layer.begin_step(global_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [n, num_classes] of this rank's images [n, C, H, W], in the images' dtype."""
         with self._autocast():
             return self._forward(images).to(images.dtype)
+
+    def local_forward(self, images: Tensor) -> Tensor:
+        """`forward`, without the engine: for gradients of this rank's own that nobody else is to meet."""
+        with self._autocast():
+            return self.model(images).to(images.dtype)
 
     def _autocast(self) -> AbstractContextManager[object]:
         kind = self.config.train.autocast
@@ -70,18 +87,32 @@ class Strategy(ABC):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients).double().square()
 
-    def set_lr(self, lr: float) -> None:
-        """Take the learning rate of the next step."""
+    def set_rates(self, lr: float, momentum: float) -> None:
+        """Take the learning rate and the momentum of the next step; not every optimizer has the latter."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            if "momentum" in group:
+                group["momentum"] = momentum
 
     def step(self) -> Tensor:
-        """Update the parameters and clear the gradients; the global gradient's 2-norm, a scalar on the device."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        """Update the parameters and clear the gradients.
+
+        Returns:
+            The global gradient's 2-norm, before optim.clip_norm is applied; a scalar on the device.
+        """
+        norm = self.gradient_norm()
+        self._clip(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         return norm
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of the global gradient after the last micro-step, a scalar on the device. Collective."""
+        return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def _clip(self, norm: Tensor) -> None:
+        if limit := self.config.optim.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
 
     def whole(self) -> AbstractContextManager[nn.Module]:
         """The plain network with all its parameters and buffers, on every rank, to look at. Collective.

@@ -105,7 +105,8 @@ class Zero(Strategy):
                 "reduce_bucket_size": bucket,
                 "stage3_param_persistence_threshold": PERSISTENT,
             },
-            "gradient_clipping": 0.0,  # without a word it clips the norm at 1
+            # without a word it clips the norm at 1
+            "gradient_clipping": (self.config.optim.clip_norm or 0.0) if self.stage else 0.0,
             "zero_allow_untested_optimizer": True,  # SGD; the contract's tests are its tests
             "steps_per_print": sys.maxsize,
             "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU in every pass
@@ -135,7 +136,8 @@ class Zero(Strategy):
     def step(self) -> Tensor:
         """See `Strategy.step`. Collective."""
         if self.stage == 0:
-            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            norm = self.gradient_norm()
+            self._clip(norm)
             self._engine.step()
             return norm
         self._engine.step()

@@ -101,9 +101,9 @@ class FSDP(Strategy):
         """See `Strategy.local_energy`."""
         return self._energy.total()
 
-    def step(self) -> Tensor:
-        """See `Strategy.step`. Collective."""
-        return _whole(super().step())
+    def gradient_norm(self) -> Tensor:
+        """See `Strategy.gradient_norm`. Collective."""
+        return _whole(super().gradient_norm())
 
     def whole(self) -> AbstractContextManager[nn.Module]:
         """See `Strategy.whole`: a copy."""

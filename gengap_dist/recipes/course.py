@@ -1,0 +1,69 @@
+"""How a run goes from step to step, and which network it stands for; plain training, and what all recipes share."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from gengap_dist.batching import BatchPlan, Span
+from gengap_dist.config import RunConfig
+from gengap_dist.data.order import Order
+from gengap_dist.data.resident import Batches
+from gengap_dist.loop import Objective, Work, train_step
+from gengap_dist.recipes.gradients import make_gradient
+from gengap_dist.recipes.rank_penalty import RankPenalty
+from gengap_dist.strategies import Strategy
+
+
+class Course:
+    """One strategy's steps; the network of the run is the one that trains."""
+
+    def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order) -> None:
+        """The course of `strategy`, which is set up, over `batches` in `order`."""
+        recipe = config.recipe
+        self.config, self.strategy, self.batches, self.order = config, strategy, batches, order
+        self.objective = Objective(recipe.label_smoothing) if recipe.rank_penalty is None else RankPenalty(recipe)
+        self.make = make_gradient(recipe)
+        self._spans: dict[int, list[Span]] = {}
+
+    def step(self, step: int, lr: float, momentum: float) -> tuple[Tensor, Tensor]:
+        """Step number `step`, from 0. Collective.
+
+        Returns:
+            See `train_step`.
+        """
+        self.strategy.set_rates(lr, momentum)
+        return train_step(self.strategy, self.batches, self._work(step), self.objective, self.make)
+
+    def _work(self, step: int) -> Work:
+        world = self.strategy.world
+        with world.where.during("data"):
+            indices, epoch = self.order.indices(step), self.order.epoch(step)
+        size = len(indices)
+        if size not in self._spans:
+            plan, lockstep = plan_of(self.config, size, world.size), self.strategy.lockstep
+            self._spans[size] = plan.micro_batches(world.rank, lockstep=lockstep)
+        return Work(indices, epoch, self._spans[size], (self.config.seed, step))
+
+    def network(self) -> AbstractContextManager[nn.Module]:
+        """The plain network that the run stands for, on every rank, to look at; see `Strategy.whole`. Collective.
+
+        Buffers of the network that trains are to be averaged before.
+        """
+        return self.strategy.whole()
+
+    def state(self) -> dict[str, Any]:
+        """What it remembers besides the strategy's network and optimizer; whole on rank 0. Collective."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, which is whole on every rank. Collective."""
+
+
+def plan_of(config: RunConfig, size: int, num_ranks: int) -> BatchPlan:
+    """How a global batch of `size` is cut among so many ranks: a penalty's groups are micro-batches of their own."""
+    batch, group = config.batch, config.recipe.penalty_size
+    if group:
+        return BatchPlan(size, num_ranks, group, group)
+    return BatchPlan(size, num_ranks, batch.micro_size, batch.ghost_size)

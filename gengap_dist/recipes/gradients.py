@@ -1,0 +1,99 @@
+"""Other directions than the gradient of the mean loss: SAM, and the penalty on micro-batches' gradient norms."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gengap_dist.config import RecipeConfig
+from gengap_dist.data.resident import Batches
+from gengap_dist.loop import NUM_SUMS, MakeGradient, Objective, Work, accumulate, join_with_nothing
+from gengap_dist.models.norm import frozen
+from gengap_dist.strategies import Strategy
+
+STEP = 0.01  # length of the forward difference in parameter space, as in DARTS (Liu et al. 2019)
+TINY = 1e-12
+
+
+def make_gradient(recipe: RecipeConfig) -> MakeGradient | None:
+    """How this recipe makes a step's direction; None: as plain training does."""
+    if recipe.sam_rho is not None:
+        return sam(recipe.sam_rho)
+    if recipe.gradient_penalty is not None:
+        return gradient_penalty(recipe.gradient_penalty)
+    return None
+
+
+@contextmanager
+def moved(parameters: list[nn.Parameter], along: list[Tensor], by: Tensor) -> Iterator[None]:
+    """Parameters + by * along, while open; then exactly what they were."""
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p, direction in zip(parameters, along, strict=True):
+            p.add_(direction * by)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, old in zip(parameters, before, strict=True):
+                p.copy_(old)
+
+
+def sam(rho: float) -> MakeGradient:
+    """The global batch's gradient at w + rho g / |g|, g its gradient at w (Foret et al. 2021, with m = global size)."""
+
+    def make(strategy: Strategy, batches: Batches, work: Work, objective: Objective) -> tuple[Tensor, Tensor]:
+        sums = accumulate(strategy, batches, work, objective)
+        norm = strategy.gradient_norm()
+        parameters = [p for p in strategy.model.parameters() if p.grad is not None]
+        ascent = [p.grad.clone() for p in parameters if p.grad is not None]
+        strategy.optimizer.zero_grad(set_to_none=False)
+        watching, strategy.watching = strategy.watching, False
+        with moved(parameters, ascent, rho / (norm + TINY)), frozen(strategy.model):
+            accumulate(strategy, batches, work, objective)
+        strategy.watching = watching
+        return sums, norm
+
+    return make
+
+
+def gradient_penalty(coefficient: float) -> MakeGradient:
+    """Gradient of the mean loss + c/2 mean_b |g_b|^2, the mean over groups of samples: g + c mean_b H_b g_b.
+
+    H_b g_b is the forward difference (g_b(w + e g_b) - g_b(w)) / e with e = 0.01 / |g_b|. Every span of the work is one
+    group. With c = lr * alpha / 2 it is the explicit form of SGD's own bias (Smith et al. 2021; Geiping et al. 2022).
+    """
+
+    def make(strategy: Strategy, batches: Batches, work: Work, objective: Objective) -> tuple[Tensor, None]:
+        world = strategy.world
+        parameters = [p for p in strategy.model.parameters() if p.requires_grad]
+        direction = [torch.zeros_like(p) for p in parameters]
+        sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=world.device)
+
+        def gradient(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+            logits = strategy.local_forward(images)
+            loss_sum = objective.loss_sum(logits, labels)
+            return logits, loss_sum, torch.autograd.grad(loss_sum / len(labels), parameters)
+
+        for span in work.spans:
+            if not span.size:
+                continue
+            strategy.position.at(span.start, len(work.indices), world.size, *work.key)
+            with world.where.during("data"):
+                images, labels = batches(work.indices[span.start : span.stop], work.epoch)
+            logits, loss_sum, here = gradient(images, labels)
+            step = STEP / (nn.utils.get_total_norm(here) + TINY)
+            with moved(parameters, list(here), step), frozen(strategy.model):
+                *_, there = gradient(images, labels)
+            weight = span.size / len(work.indices)
+            for total, g, ahead in zip(direction, here, there, strict=True):
+                total += weight * (g + coefficient * (ahead - g) / step)
+            sums[0] += loss_sum.detach()
+            sums[1] += (logits.detach().argmax(1) == labels).sum()
+        with strategy.micro_step(last=True):  # the gradient of <p, direction> is the direction: ranks' are summed
+            linear = sum((p * d).sum() for p, d in zip(parameters, direction, strict=True))
+            join_with_nothing(strategy, batches, work.epoch, linear)
+        return sums, None
+
+    return make

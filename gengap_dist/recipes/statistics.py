@@ -1,0 +1,68 @@
+"""Running statistics of batch norm for weights that never trained: an average of networks has seen no batch."""
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gengap_dist.data.resident import Batches
+from gengap_dist.loop import EVAL_BLOCK, blocks
+from gengap_dist.models.norm import Normed, frozen
+from gengap_dist.models.position import position_of
+from gengap_dist.world import World
+
+MOST = 8192  # training images that are looked at
+
+
+@torch.no_grad()
+def recompute(model: nn.Module, batches: Batches, world: World, block_size: int | None) -> None:
+    """Make running statistics the mean over blocks of training images, as epoch 0 sees them. Collective.
+
+    Blocks are the same on any number of ranks, and each is normalised by its own statistics, as in training.
+
+    Args:
+        model: the plain network, equal on all ranks.
+        batches: training images.
+        world: the ranks.
+        block_size: images in a block; None: EVAL_BLOCK, or all if there are fewer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    size = min(block_size or EVAL_BLOCK, len(batches.images))
+    num_images = min(MOST, len(batches.images)) // size * size  # whole blocks
+    sums = [torch.zeros(2, layer.num_features, dtype=torch.float64, device=world.device) for layer in layers]
+    was_training = model.training
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        for layer, total in zip(layers, sums, strict=True):
+            stack.callback(layer.register_forward_pre_hook(partial(_add, total=total)).remove)
+            if isinstance(layer, Normed | nn.SyncBatchNorm):  # a block is one group, whatever else this layer does
+                stack.callback(layer.__dict__.pop, "forward")
+                layer.forward = partial(_by_itself, layer)
+        model.train()
+        position = position_of(model)
+        for start, stop in blocks(num_images, size, world):
+            position.at(start, num_images, 1, 0)
+            images, _ = batches(torch.arange(start, stop), epoch=0)
+            model(images)
+    model.train(was_training)
+    told = world.sum(torch.cat([total.flatten() for total in sums]), "running statistics") / (num_images // size)
+    for layer, mean_var in zip(layers, told.split([total.numel() for total in sums]), strict=True):
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        mean, var = mean_var.view(2, -1)
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(var)
+
+
+def _add(layer: nn.Module, args: tuple[Any, ...], *, total: Tensor) -> None:
+    (images,) = args
+    var, mean = torch.var_mean(images, [dim for dim in range(images.ndim) if dim != 1])
+    total += torch.stack([mean, var])
+
+
+def _by_itself(layer: Any, input: Tensor) -> Tensor:
+    return batch_norm(input, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)

@@ -40,7 +40,7 @@ from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
 from gengap_dist.launchers.local import free_port, threads_per_rank
-from gengap_dist.loop import train_step
+from gengap_dist.loop import Work, train_step
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.strategies import DDP
 from gengap_dist.world import World, connect
@@ -104,7 +104,7 @@ def gengap(world: World, global_size: int, root: Path) -> Contestant:
         nonlocal done
         means = []
         for _ in range(number):
-            sums, _ = train_step(strategy, batches, order.indices(done), order.epoch(done), spans)
+            sums, _ = train_step(strategy, batches, Work(order.indices(done), order.epoch(done), spans))
             means.append(sums / global_size)
             done += 1
             if done % order.steps_per_epoch == order.steps_per_epoch - 1:

@@ -197,6 +197,11 @@ class OptimConfig(Section):
             raise ValueError(
                 f"optim.momentum_correction (false) is for sgd and lars, not for {self.name}: leave it true"
             )
+        if not self.momentum_correction and self.nesterov:
+            raise ValueError(
+                "optim.nesterov (true) looks ahead by the momentum that optim.momentum_correction (false) changes: "
+                "set one of them the other way"
+            )
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"optim.milestones ({list(self.milestones)}) do not rise: list each share once, in order")
         if self.schedule == "grow" and abs(1 / self.gamma - round(1 / self.gamma)) > 1e-9:

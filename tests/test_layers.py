@@ -18,7 +18,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.watchdog": 1,
     "gengap_dist.data": 1,
     "gengap_dist.models": 1.1,  # dropout draws as augmentation does
-    "gengap_dist.optim": 1,
+    "gengap_dist.optim": 1.5,  # a schedule counts the steps of an order
     "gengap_dist.probes": 2,
     "gengap_dist.strategies": 2,
     "gengap_dist.tracking": 2.5,  # records what probes found

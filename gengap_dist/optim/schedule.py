@@ -1,34 +1,162 @@
-"""The learning rate as a pure function of the step."""
+"""How long a run is, and the learning rate and the momentum of each of its steps: pure functions of the step.
+
+With B the global batch and k = B / optim.base_size, the full rate is
+
+    none: lr    linear: lr k (Goyal et al. 2017)    sqrt, legw: lr sqrt(k) (Hoffer et al. 2017; You et al. 2020)
+
+and t, the share of the steps after warm-up that are done, takes it from there.
+"""
 
 import math
+from dataclasses import dataclass
+from typing import Self, final
 
-from gengap_dist.config import OptimConfig
+from gengap_dist.config import OptimConfig, RunConfig, UsageError
+from gengap_dist.data.order import Order
 
 
 def scaled_lr(config: OptimConfig, global_size: int) -> float:
-    """The full rate for a global batch: linear (Goyal et al. 2017) or square-root (Hoffer et al. 2017) scaling.
+    """The full rate for a global batch.
 
-    >>> scaled_lr(OptimConfig(lr=0.1, scaling="linear", base_size=256), global_size=1024)
-    0.4
+    >>> rules = ("none", "linear", "sqrt", "legw")
+    >>> [scaled_lr(OptimConfig(lr=0.1, scaling=rule, base_size=256), global_size=1024) for rule in rules]
+    [0.1, 0.4, 0.2, 0.2]
     """
     factor = global_size / (config.base_size or global_size)
-    return config.lr * {"none": 1.0, "linear": factor, "sqrt": math.sqrt(factor)}[config.scaling]
+    root = math.sqrt(factor)
+    return config.lr * {"none": 1.0, "linear": factor, "sqrt": root, "legw": root}[config.scaling]
+
+
+def warmup_steps(config: OptimConfig, *, global_size: int, steps_per_epoch: int) -> int:
+    """Steps over which the rate rises: warmup_epochs of them; under legw k = B / base_size times as many epochs.
+
+    >>> rules = ("sqrt", "legw")
+    >>> configs = [OptimConfig(scaling=rule, base_size=8, warmup_epochs=0.5) for rule in rules]
+    >>> [warmup_steps(config, global_size=32, steps_per_epoch=10) for config in configs]
+    [5, 20]
+    """
+    factor = global_size / (config.base_size or global_size) if config.scaling == "legw" else 1.0
+    return round(config.warmup_epochs * factor * steps_per_epoch)
 
 
 def lr_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: int, num_steps: int) -> float:
     """The rate of step number `step` (from 0) of `num_steps`.
 
-    Warm-up: rate * (step + 1) / W over the first W = warmup_epochs * steps_per_epoch steps. Cosine: from the full rate
-    right after warm-up towards 0 at the end, rate * (1 + cos(pi t)) / 2 with t the share of the remaining steps done.
+    Warm-up: rate * (step + 1) / W over the first W = `warmup_steps`. From there, with t = (step - W) / (num_steps - W):
 
-    >>> config = OptimConfig(lr=1.0, warmup_epochs=1.0)
-    >>> [lr_at(s, config, global_size=8, steps_per_epoch=4, num_steps=8) for s in range(6)]
-    [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+        constant, grow: rate                                step: rate * gamma^(milestones m that are past)
+        cosine:         rate * (1 + cos(pi t)) / 2          polynomial: rate * (1 - t)^power
+
+    A milestone m is past from step round(m * num_steps) on.
+
+    >>> def rates(**settings):
+    ...     config = OptimConfig(lr=1.0, warmup_epochs=1.0, **settings)
+    ...     return [round(lr_at(s, config, global_size=8, steps_per_epoch=2, num_steps=6), 3) for s in range(6)]
+    >>> rates()
+    [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+    >>> rates(schedule="grow", gamma=0.5)
+    [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+    >>> rates(schedule="step", milestones=(0.5, 0.8), gamma=0.1)
+    [0.5, 1.0, 1.0, 0.1, 0.1, 0.01]
+    >>> rates(schedule="cosine")
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    >>> rates(schedule="polynomial", power=2.0)
+    [0.5, 1.0, 1.0, 0.562, 0.25, 0.062]
     """
     full = scaled_lr(config, global_size)
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = warmup_steps(config, global_size=global_size, steps_per_epoch=steps_per_epoch)
     if step < warmup:
         return full * (step + 1) / warmup
-    if config.schedule == "cosine":
-        return full * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup))) / 2
+    t = (step - warmup) / max(1, num_steps - warmup)
+    match config.schedule:
+        case "step":
+            return full * config.gamma ** sum(step >= round(m * num_steps) for m in config.milestones)
+        case "cosine":
+            return full * (1 + math.cos(math.pi * t)) / 2
+        case "polynomial":
+            return full * (1 - t) ** config.power
     return full
+
+
+def momentum_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: int, num_steps: int) -> float:
+    """The momentum of step number `step` (from 0), for optimizers that keep u = m u + g and make w -= lr u.
+
+    In that form what is remembered takes every new rate, which is the correction of Goyal et al. 2017 (remark 2).
+    Without it, v = m v + lr g and w -= v: with v = lr u, the same as a momentum of m * lr_(t-1) / lr_t.
+
+    >>> config = OptimConfig(momentum=0.5, schedule="step", milestones=(0.5,), momentum_correction=False)
+    >>> [momentum_at(s, config, global_size=8, steps_per_epoch=4, num_steps=4) for s in range(4)]
+    [0.5, 0.5, 5.0, 0.5]
+    """
+    if config.momentum_correction or step == 0:
+        return config.momentum
+    run = {"global_size": global_size, "steps_per_epoch": steps_per_epoch, "num_steps": num_steps}
+    before, now = lr_at(step - 1, config, **run), lr_at(step, config, **run)
+    return config.momentum * (before / now if now else 1.0)  # at rate 0 nothing moves, whatever is remembered
+
+
+@final
+@dataclass(frozen=True)
+class Schedule:
+    """How long one run is, and the rate and momentum of each of its steps."""
+
+    optim: OptimConfig
+    global_size: int
+    """Of the first step."""
+    steps_per_epoch: int
+    """In which warm-up epochs are counted."""
+    num_steps: int
+
+    @classmethod
+    def of(cls, config: RunConfig, order: Order) -> Self:
+        """The schedule of a run that visits images in `order`.
+
+        train.steps, or train.epochs passes; with train.budget=updates as many steps as a global batch of
+        optim.base_size makes in them, and warm-up epochs have its steps, too (regime adaptation; Hoffer et al. 2017).
+
+        >>> settings = {"batch": {"global_size": 50}, "optim": {"base_size": 10}, "train": {"epochs": 3}}
+        >>> order = Order(100, 50, seed=0)
+        >>> Schedule.of(RunConfig.model_validate(settings), order).num_steps
+        6
+        >>> settings["train"]["budget"] = "updates"
+        >>> Schedule.of(RunConfig.model_validate(settings), order).num_steps
+        30
+
+        Raises:
+            UsageError: if warm-up does not end before the run does, or before the first milestone of step or grow.
+        """
+        train, optim = config.train, config.optim
+        steps_per_epoch, num_steps = order.steps_per_epoch, train.steps or order.num_steps(train.epochs)
+        if train.budget == "updates" and optim.base_size:
+            steps_per_epoch = -(-order.num_samples // optim.base_size)
+            num_steps = train.epochs * steps_per_epoch
+        schedule = cls(optim, config.batch.global_size, steps_per_epoch, num_steps)
+        schedule._check_warmup(order)
+        return schedule
+
+    def _check_warmup(self, order: Order) -> None:
+        optim, size = self.optim, self.global_size
+        steps = warmup_steps(optim, global_size=size, steps_per_epoch=self.steps_per_epoch)
+        end, what = self.num_steps, "the run"
+        if optim.schedule == "step" and optim.milestones:
+            end, what = round(optim.milestones[0] * self.num_steps), "all before the first of optim.milestones"
+        elif len(order.phases) > 1:
+            end, what = order.phases[1].step, "all before the first of optim.milestones"
+        if steps and steps >= end:
+            legw = f", {size / (optim.base_size or size):g} times as many under optim.scaling=legw,"
+            raise UsageError(
+                f"optim.warmup_epochs ({optim.warmup_epochs:g}){legw if optim.scaling == 'legw' else ''} are {steps} "
+                f"steps, and {what} has {end}: choose fewer, or a longer run"
+            )
+
+    def lr(self, step: int) -> float:
+        """The learning rate of step number `step` (from 0), see `lr_at`."""
+        return lr_at(step, self.optim, **self._run())
+
+    def momentum(self, step: int) -> float:
+        """The momentum of step number `step` (from 0), see `momentum_at`."""
+        return momentum_at(step, self.optim, **self._run())
+
+    def _run(self) -> dict[str, int]:
+        sizes = {"global_size": self.global_size, "steps_per_epoch": self.steps_per_epoch}
+        return sizes | {"num_steps": self.num_steps}

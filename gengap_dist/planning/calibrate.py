@@ -23,7 +23,7 @@ from gengap_dist.data.catalog import Images, Sizes, Splits
 from gengap_dist.data.resident import Batches, Normalise
 from gengap_dist.launchers.base import RankFailed, leave
 from gengap_dist.launchers.local import free_port, threads_per_rank
-from gengap_dist.loop import train_step
+from gengap_dist.loop import Work, train_step
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.planning.constants import ComputeConstants, Constants, LinkConstants, workload
 from gengap_dist.strategies import Single
@@ -97,21 +97,14 @@ def time_compute(config: RunConfig, sizes: Sizes, micro_size: int, world: World)
     splits = Splits(images, images, images, sizes.num_classes, mean, mean)
     dtype = getattr(torch, config.train.dtype)
     batches = Batches(images, Normalise(splits, world.device, dtype), config.data.augment, config.seed)
-    model = models.build(
-        config.model.name,
-        num_classes=sizes.num_classes,
-        in_channels=sizes.in_channels,
-        image_size=side,
-        widths=config.model.widths,
-        ghost_size=config.batch.ghost_size,
-    ).to(world.device, dtype)
+    model = models.of(config, sizes.num_classes, sizes.in_channels, World()).to(world.device, dtype)
     strategy = Single(config, World(device=world.device))
     strategy.setup(model.train(), partial(build_optimizer, config.optim))
-    strategy.set_lr(0.0)
-    spans = [Span(0, micro_size)]
+    strategy.set_rates(0.0, 0.0)
+    work = Work(torch.arange(micro_size), 0, [Span(0, micro_size)])
 
     def step() -> None:
-        train_step(strategy, batches, torch.arange(micro_size), 0, spans)
+        train_step(strategy, batches, work)
 
     def update() -> None:
         strategy.step()

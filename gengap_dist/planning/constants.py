@@ -49,7 +49,7 @@ def workload(config: RunConfig, in_channels: int, micro_size: int) -> str:
     model, side = config.model, config.data.image_size
     words = [model.name + (f"[{','.join(map(str, model.widths))}]" if model.name == "mlp" else "")]
     words += [f"{in_channels}x{side}x{side}", config.train.autocast or config.train.dtype, *config.data.augment]
-    words += [f"ghost_size={config.batch.ghost_size}"] if config.batch.ghost_size else []
+    words += [f"norm={config.norm}{config.batch.ghost_size or ''}"] if config.norm != "local" else []
     return " ".join([*words, config.optim.name, f"micro_size={micro_size}"])
 
 

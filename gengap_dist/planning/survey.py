@@ -10,14 +10,15 @@ from torch import nn
 
 from gengap_dist import models
 from gengap_dist.batching import BatchPlan
-from gengap_dist.checks import check_logits, check_norm, check_ranks, check_strategy, strategy_name
+from gengap_dist.checks import check_logits, check_norm, check_ranks, check_recipe, check_strategy, strategy_name
 from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.data import catalog
-from gengap_dist.data.order import Order
+from gengap_dist.data.order import Order, growth
 from gengap_dist.loop import blocks
 from gengap_dist.models.norm import has_batch_norm
 from gengap_dist.observe import PROBE_BLOCK
 from gengap_dist.optim.build import build as build_optimizer
+from gengap_dist.optim.schedule import Schedule
 from gengap_dist.planning import memory, wire
 from gengap_dist.planning.constants import Constants, workload
 from gengap_dist.planning.layout import Cluster, Layout, layout
@@ -124,12 +125,14 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
     found["batch"] = layout(BatchPlan(batch.global_size, num_ranks, batch.micro_size, batch.ghost_size))
     tried(lambda: check_ranks(config, num_ranks))
     tried(lambda: check_strategy(config, num_ranks))
+    tried(lambda: check_recipe(config, num_ranks))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         if sizes := tried(lambda: catalog.sizes(config.data)):
-            found |= {"data": sizes} | _steps(config, sizes, num_ranks, tried)
+            order = tried(lambda: Order(sizes.num_train, batch.global_size, config.seed, growth=growth(config)))
+            found |= {"data": sizes} | _steps(config, order, num_ranks, tried)
             if model := tried(lambda: _model(config, sizes)):
-                tried(lambda: check_norm(config, model, sizes.num_train, num_ranks))
+                tried(lambda: check_norm(config, model, order.sizes() if order else [], num_ranks))
                 tried(lambda: build_optimizer(config.optim, model))
                 found |= _of_model(config, cluster, model, sizes, found["batch"], tried)
                 found |= _time(config, constants, found)
@@ -137,29 +140,21 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
     return Plan(**found, assumed=_assumed(config, strategy, found))
 
 
-def _steps(config: RunConfig, sizes: catalog.Sizes, num_ranks: int, tried: Callable[..., Any]) -> dict[str, Any]:
-    batch = config.batch
-    order = tried(lambda: Order(sizes.num_train, batch.global_size, config.seed))
-    if order is None:
+def _steps(config: RunConfig, order: Order | None, num_ranks: int, tried: Callable[..., Any]) -> dict[str, Any]:
+    batch, schedule = config.batch, order and tried(lambda: Schedule.of(config, order))
+    if order is None or schedule is None:
         return {}
-    rest = sizes.num_train % batch.global_size
+    rest = order.num_samples % batch.global_size
     return {
         "steps_per_epoch": order.steps_per_epoch,
-        "num_steps": config.train.steps or config.train.epochs * order.steps_per_epoch,
+        "num_steps": schedule.num_steps,
         "ragged": layout(BatchPlan(rest, num_ranks, batch.micro_size, batch.ghost_size)) if rest else None,
     }
 
 
 def _model(config: RunConfig, sizes: catalog.Sizes) -> nn.Module:
     side, dtype = config.data.image_size, getattr(torch, config.train.dtype)
-    model = models.build(
-        config.model.name,
-        num_classes=sizes.num_classes,
-        in_channels=sizes.in_channels,
-        image_size=side,
-        widths=config.model.widths,
-        ghost_size=config.batch.ghost_size,
-    ).to(dtype)
+    model = models.of(config, sizes.num_classes, sizes.in_channels, World()).to(dtype)
     check_logits(config, model, torch.zeros(2, sizes.in_channels, side, side, dtype=dtype), sizes.num_classes)
     return model
 

@@ -24,9 +24,7 @@ class Averaging(Course):
     Running statistics of batch norm are averaged with EMA's weights, and recomputed for SWA's.
     """
 
-    def __init__(
-        self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, first_step: int
-    ) -> None:
+    def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, first_step: int) -> None:
         """See `Course`."""
         super().__init__(config, strategy, batches, order)
         self.first_step, recipe = first_step, config.recipe

@@ -44,17 +44,17 @@ def check(config: RunConfig, stage: int) -> None:
     """Refuse what a stage cannot train; deepspeed itself is not needed to know.
 
     Raises:
-        UsageError: for float64, and for LARS where a rank sees parts of many layers as one vector.
+        UsageError: for float64, and for LARS and LAMB where a rank sees parts of many layers as one vector.
     """
     if config.train.dtype != "float32":
         raise UsageError(
             f"train.dtype ({config.train.dtype}) is not for launch.strategy=zero{stage}, which keeps float32 "
             "weights: choose train.dtype=float32, or ddp or fsdp"
         )
-    if stage and config.optim.name == "lars":
+    if stage and config.optim.name in ("lars", "lamb"):
         raise UsageError(
-            f"optim.name (lars) is not for launch.strategy=zero{stage}, where a rank sees parts of many layers as "
-            "one vector and a layer's norm is nowhere: choose zero0, ddp or fsdp"
+            f"optim.name ({config.optim.name}) is not for launch.strategy=zero{stage}, where a rank sees parts of many "
+            "layers as one vector and a layer's norm is nowhere: choose zero0, ddp or fsdp"
         )
 
 

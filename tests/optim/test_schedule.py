@@ -1,60 +1,195 @@
+"""Rates, momentum and lengths against closed forms written out here."""
+
 import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gengap_dist.config import OptimConfig
+from gengap_dist.config import OptimConfig, UsageError
+from gengap_dist.data.order import Order, growth
 from gengap_dist.optim.build import build
-from gengap_dist.optim.schedule import lr_at, scaled_lr
+from gengap_dist.optim.schedule import Schedule, lr_at, momentum_at, scaled_lr, warmup_steps
+from tests.conftest import config
+
+RUN = {"global_size": 8, "steps_per_epoch": 5, "num_steps": 30}
 
 
-@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("linear", 16.0), ("sqrt", 4.0)])
+def rates(num: int = 30, **settings) -> list[float]:
+    return [lr_at(step, OptimConfig(lr=1.0, **settings), **RUN) for step in range(num)]
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("linear", 16.0), ("sqrt", 4.0), ("legw", 4.0)])
 def test_scaling_rules(rule, factor):
     assert scaled_lr(OptimConfig(lr=0.1, scaling=rule, base_size=64), 1024) == pytest.approx(0.1 * factor)
 
 
+@pytest.mark.parametrize(("rule", "steps"), [("linear", 7), ("legw", 28)])
+def test_legw_alone_lengthens_the_warmup(rule, steps):
+    settings = OptimConfig(lr=1.0, scaling=rule, base_size=64, warmup_epochs=0.7)
+    sizes = {"global_size": 256, "steps_per_epoch": 10}
+    full = scaled_lr(settings, 256)
+    assert warmup_steps(settings, **sizes) == steps
+    found = [lr_at(step, settings, **sizes, num_steps=50) for step in range(50)]
+    assert found == pytest.approx([full * min(1.0, (step + 1) / steps) for step in range(50)])
+
+
 def test_warmup_then_cosine_to_zero():
-    config = OptimConfig(lr=1.0, warmup_epochs=2.0, schedule="cosine")
-    rates = [lr_at(step, config, global_size=8, steps_per_epoch=5, num_steps=30) for step in range(31)]
-    assert rates[:10] == [(step + 1) / 10 for step in range(10)]
-    assert rates[10] == 1.0
-    assert rates[20] == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
-    assert rates[30] == pytest.approx(0.0)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
+    found = rates(31, warmup_epochs=2.0, schedule="cosine")
+    assert found[:10] == [(step + 1) / 10 for step in range(10)]
+    assert found[10:] == pytest.approx([math.cos(math.pi * (step - 10) / 40) ** 2 for step in range(10, 31)])
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_optimizers_follow_their_textbook(name):
-    p = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
-    optimizer = build(OptimConfig(name=name, lr=0.1, momentum=0.5, weight_decay=0.01), torch.nn.ParameterList([p]))
-    expected, velocity, m, v = p.detach().clone(), torch.zeros(2).double(), 0.0, 0.0
-    for step in range(1, 4):
-        g = expected * 3
-        p.grad = p.detach() * 3
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_polynomial(power):
+    found = rates(31, warmup_epochs=2.0, schedule="polynomial", power=power)
+    assert found[10:] == pytest.approx([((30 - step) / 20) ** power for step in range(10, 31)])
+
+
+def test_step_decays_at_its_milestones():
+    found = rates(warmup_epochs=1.0, schedule="step", milestones=(0.5, 0.71, 0.9), gamma=0.2)
+    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 11 + [0.2] * 6 + [0.04] * 6 + [0.008] * 3)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "grow"])
+def test_rates_that_stay(schedule):
+    assert rates(schedule=schedule, gamma=0.5) == [1.0] * 30
+
+
+@given(
+    schedule=st.sampled_from(["constant", "step", "cosine", "polynomial", "grow"]),
+    scaling=st.sampled_from(["none", "linear", "sqrt", "legw"]),
+    epochs=st.integers(2, 40),
+    steps_per_epoch=st.integers(1, 50),
+    warmup=st.floats(0, 1),
+    factor=st.sampled_from([0.25, 1, 2, 16]),
+    power=st.floats(0.2, 4),
+)
+def test_every_schedule_rises_to_the_full_rate_and_never_again(
+    schedule, scaling, epochs, steps_per_epoch, warmup, factor, power
+):
+    settings = OptimConfig(
+        lr=0.3, schedule=schedule, scaling=scaling, base_size=64, warmup_epochs=warmup, gamma=0.5, power=power
+    )
+    sizes = {"global_size": int(64 * factor), "steps_per_epoch": steps_per_epoch}
+    rise, num_steps = warmup_steps(settings, **sizes), epochs * steps_per_epoch * max(1, int(factor))
+    found = [lr_at(step, settings, **sizes, num_steps=num_steps) for step in range(num_steps + 1)]
+    full = scaled_lr(settings, sizes["global_size"])
+    milestones = [num_steps, *(round(m * num_steps) for m in settings.milestones if schedule == "step")]
+    top = max(0, rise - 1)  # the last step of warm-up has the full rate, and so has the next: no jump
+    assert found[: top + 1] == sorted(found[: top + 1])
+    assert found[top] == pytest.approx(full)
+    assert found[rise:] == sorted(found[rise:], reverse=True)
+    if rise < min(milestones):
+        assert found[rise] == pytest.approx(full)
+    assert all(0 < rate <= full * (1 + 1e-12) for rate in found[:-1])
+    ends = {"cosine": 0.0, "polynomial": 0.0, "step": full / 4}
+    assert found[-1] == pytest.approx(ends.get(schedule, full), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+@pytest.mark.parametrize("corrected", [True, False])
+def test_momentum_correction(name, corrected):
+    """Without it, v = m v + lr g and w -= v; with it, u = m u + g and w -= lr u (Goyal et al. 2017, remark 2)."""
+    if name == "lars":
+        pytest.importorskip("timm", reason="timm is not installed")
+    settings = OptimConfig(
+        name=name, lr=0.05, momentum=0.9, momentum_correction=corrected, warmup_epochs=0.6, schedule="step",
+        milestones=(0.4, 0.7), gamma=0.3,
+    )  # fmt: skip
+    run = {"global_size": 8, "steps_per_epoch": 10, "num_steps": 20}
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3, bias=False, dtype=torch.float64)
+    curvature = torch.rand(3, 4, dtype=torch.float64)
+    optimizer, w, memory = build(settings, layer), layer.weight.detach().clone(), torch.zeros(3, 4).double()
+    used = []
+    for step in range(20):
+        lr = lr_at(step, settings, **run)
+        for group in optimizer.param_groups:
+            group["lr"], group["momentum"] = lr, momentum_at(step, settings, **run)
+        used.append(optimizer.param_groups[0]["momentum"])
+        layer.weight.grad = curvature * layer.weight.detach()
         optimizer.step()
-        if name == "sgd":
-            g = g + 0.01 * expected
-            velocity = g if step == 1 else 0.5 * velocity + g
-            expected = expected - 0.1 * velocity
-        else:
-            expected = expected * (1 - 0.1 * 0.01)
-            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-            expected = expected - 0.1 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
-        assert torch.allclose(p.detach(), expected, rtol=1e-12, atol=0)
+        g = curvature * w
+        if name == "lars":
+            g = g * (0.001 * w.norm() / (g.norm() + 1e-8))
+        memory = 0.9 * memory + (g if corrected else lr * g)
+        w = w - (lr * memory if corrected else memory)
+        torch.testing.assert_close(layer.weight.detach(), w, rtol=1e-12, atol=0)
+    assert [min(used), max(used)] == pytest.approx([0.9, 0.9] if corrected else [0.45, 3.0])
 
 
-def test_lars_follows_its_paper():
-    """Matrices: trust ratio 0.001 |w| / (|g| + decay |w|); vectors: plain momentum, undecayed (You et al. 2017)."""
-    layer = torch.nn.Linear(3, 2, dtype=torch.float64)
-    optimizer = build(OptimConfig(name="lars", lr=0.1, momentum=0.5, weight_decay=0.01), layer)
-    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    velocity_w, velocity_b = 0.0, 0.0
-    for _ in range(3):
-        layer.weight.grad, layer.bias.grad = layer.weight.detach() * 3, layer.bias.detach() * 3
-        optimizer.step()
-        ratio = 0.001 * weight.norm() / (3 * weight.norm() + 0.01 * weight.norm())
-        velocity_w = 0.5 * velocity_w + ratio * (3 * weight + 0.01 * weight)
-        velocity_b = 0.5 * velocity_b + 3 * bias
-        weight, bias = weight - 0.1 * velocity_w, bias - 0.1 * velocity_b
-    torch.testing.assert_close(layer.weight.detach(), weight, rtol=1e-7, atol=0)
-    torch.testing.assert_close(layer.bias.detach(), bias)
+def test_momentum_where_the_rate_is_nothing():
+    """The last step of a cosine is never made; were it, nothing would move."""
+    settings = OptimConfig(momentum=0.8, schedule="cosine", momentum_correction=False)
+    assert momentum_at(30, settings, **RUN) > 0
+    settings = OptimConfig(momentum=0.8, schedule="polynomial", power=400, momentum_correction=False)
+    assert lr_at(29, settings, **RUN) == 0.0
+    assert [momentum_at(step, settings, **RUN) for step in (0, 29)] == [0.8, 0.8]
+
+
+def schedule(num_samples: int = 1000, **settings) -> Schedule:
+    given = config(**settings)
+    return Schedule.of(given, Order(num_samples, given.batch.global_size, 0, growth=growth(given)))
+
+
+def test_lengths():
+    sizes = {"batch__global_size": 100, "optim__base_size": 30}
+    assert schedule(**sizes, train__epochs=3).num_steps == 30
+    assert schedule(**sizes, train__steps=7).num_steps == 7
+    assert schedule(**sizes, train__epochs=3, train__budget="updates").num_steps == 3 * 34
+    grown = schedule(batch__global_size=100, train__epochs=6, optim__schedule="grow", optim__gamma=0.5)
+    assert grown.num_steps == 3 * 10 + 5 + 2 * 3
+    assert [grown.lr(step) for step in (0, 20)] == [0.02, 0.02]
+
+
+def test_regime_adaptation_is_the_small_batch_step_for_step():
+    """Same number of updates, same warm-up, same milestones as a run at base_size, only the batch differs."""
+    rule = {
+        "optim__base_size": 25, "optim__schedule": "step", "optim__warmup_epochs": 1.5, "train__epochs": 4,
+        "train__budget": "updates", "optim__momentum_correction": False,
+    }  # fmt: skip
+    small, large = schedule(**rule, batch__global_size=25), schedule(**rule, batch__global_size=500)
+    assert small.num_steps == large.num_steps == 160
+    for step in range(160):
+        assert small.lr(step) == large.lr(step)
+        assert small.momentum(step) == large.momentum(step)
+    assert small.lr(58) < small.lr(59) == 0.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"warmup_epochs": 5.0}, r"optim.warmup_epochs \(5\) are 50 steps, and the run has 50: choose fewer"),
+        (
+            {"warmup_epochs": 1.5, "scaling": "legw", "base_size": 25},
+            r"optim.warmup_epochs \(1.5\), 4 times as many under optim.scaling=legw, are 60 steps, and the run has 50",
+        ),
+        (
+            {"warmup_epochs": 3.0, "schedule": "step"},
+            r"\(3\) are 30 steps, and all before the first of optim.milestones has 25",
+        ),
+        ({"warmup_epochs": 3.0, "schedule": "grow", "gamma": 0.5}, "30 steps, and .* the first .* has 20"),
+    ],
+)
+def test_a_warmup_longer_than_the_run_is_refused(settings, says):
+    given = {f"optim__{key}": value for key, value in settings.items()}
+    with pytest.raises(UsageError, match=says):
+        schedule(**given, batch__global_size=100, train__epochs=5)
+    schedule(**given | {"optim__warmup_epochs": 0.4}, batch__global_size=100, train__epochs=5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"nesterov": True, "momentum_correction": False}, "optim.nesterov .true. looks ahead"),
+        ({"name": "lamb", "momentum_correction": False}, "is for sgd and lars, not for lamb"),
+        ({"name": "lambs"}, r"optim.name \(lambs\) is not valid \(did you mean lamb\?\)"),
+        ({"name": "adam"}, r"did you mean adamw\?"),
+        ({"scaling": "legw"}, "optim.scaling .legw. needs the batch"),
+    ],
+)
+def test_bad_settings(settings, says):
+    with pytest.raises(UsageError, match=says):
+        config(**{f"optim__{key}": value for key, value in settings.items()})

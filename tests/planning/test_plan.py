@@ -17,7 +17,7 @@ from gengap_dist.config import DataConfig, UsageError
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
-from gengap_dist.loop import blocks, train_step
+from gengap_dist.loop import Work, blocks, train_step
 from gengap_dist.observe import PROBE_BLOCK
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.planning import memory, wire
@@ -307,7 +307,7 @@ def ddp_bytes(world: World) -> tuple[int, int]:
 
     dist.all_reduce = counted
     try:
-        train_step(strategy, batches, torch.arange(50), 0, spans)
+        train_step(strategy, batches, Work(torch.arange(50), 0, spans))
     finally:
         dist.all_reduce = real
     return sum(given), len(given)

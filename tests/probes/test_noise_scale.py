@@ -14,7 +14,7 @@ from gengap_dist.batching import BatchPlan, Span
 from gengap_dist.config import DataConfig, RunConfig, UsageError
 from gengap_dist.data import catalog
 from gengap_dist.data.resident import Batches, Normalise
-from gengap_dist.loop import train_step
+from gengap_dist.loop import Work, train_step
 from gengap_dist.probes.noise_scale import DECAY, NoiseScale, unbiased
 from gengap_dist.strategies import STRATEGIES
 from gengap_dist.world import World
@@ -164,7 +164,7 @@ def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], li
             indices = torch.arange(global_size) * 7 + 200 * step
             true = expected(copy.deepcopy(model), batches, indices, plan)
             strategy.watching = watching
-            sums, norm = train_step(strategy, batches, indices, 0, plan.micro_batches(world.rank))
+            sums, norm = train_step(strategy, batches, Work(indices, 0, plan.micro_batches(world.rank)))
             found = [*world.sum(sums)[2:5].tolist(), float(norm) ** 2]
             out.append((global_size, micro_size, watching, found, true))
     return out

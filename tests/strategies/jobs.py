@@ -15,7 +15,7 @@ from gengap_dist.batching import BatchPlan
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
-from gengap_dist.loop import train_step
+from gengap_dist.loop import Work, train_step
 from gengap_dist.models.norm import average_buffers
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.strategies import STRATEGIES
@@ -43,13 +43,7 @@ class Trainer:
         self.batches = Batches(splits.train, Normalise(splits, self.world.device, dtype), (), 0)
         self.order = Order(len(splits.train), self.config.batch.global_size, 0)
         torch.manual_seed(2)
-        model = models.build(
-            self.config.model.name,
-            num_classes=10,
-            in_channels=1,
-            widths=self.config.model.widths,
-            ghost_size=self.config.batch.ghost_size,
-        ).to(dtype)
+        model = models.of(self.config, 10, 1, self.world).to(dtype)
         if saved:
             model.load_state_dict(saved["model"])
         self.strategy = STRATEGIES[name](self.config, self.world)
@@ -64,11 +58,11 @@ class Trainer:
         strategy.watching = watch
         strategy.model.train()
         for _ in range(steps):
-            strategy.set_lr(0.02 + 0.001 * self.step)
+            strategy.set_rates(0.02 + 0.001 * self.step, self.config.optim.momentum)
             indices, epoch = self.order.indices(self.step), self.order.epoch(self.step)
             plan = BatchPlan(len(indices), self.world.size, batch.micro_size, batch.ghost_size)
             spans = plan.micro_batches(self.world.rank, lockstep=strategy.lockstep)
-            sums, norm = train_step(strategy, self.batches, indices, epoch, spans)
+            sums, norm = train_step(strategy, self.batches, Work(indices, epoch, spans))
             assert norm.shape == ()
             mine = torch.zeros(self.world.size, 2, dtype=torch.float64)
             mine[self.world.rank] = sums[2:4]
@@ -148,7 +142,8 @@ def blown_up(world: World, name: str, settings: State) -> list[float]:
     """Losses of three steps, the first of which throws the weights far away."""
     trainer = Trainer(name, world, settings)
     trainer.strategy.model.train()
-    trainer.strategy.set_lr = lambda lr: type(trainer.strategy).set_lr(trainer.strategy, 1e25)  # pyright: ignore
+    far = type(trainer.strategy).set_rates
+    trainer.strategy.set_rates = lambda lr, momentum: far(trainer.strategy, 1e25, momentum)  # pyright: ignore
     return trainer.train(3)["loss"]
 
 

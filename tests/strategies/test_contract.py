@@ -198,6 +198,7 @@ def test_one_rank_without_a_compiler_and_without_a_word(alone, tmp_path, monkeyp
     [
         ("zero0", {"train__dtype": "float64"}, r"train.dtype \(float64\) is not for launch.strategy=zero0"),
         ("zero1", {"optim__name": "lars"}, r"optim.name \(lars\) is not for launch.strategy=zero1"),
+        ("zero2", {"optim__name": "lamb"}, r"optim.name \(lamb\) is not for launch.strategy=zero2"),
         ("zero3", {"optim__name": "lars"}, "choose zero0, ddp or fsdp"),
     ],
 )

@@ -8,11 +8,21 @@ from functools import partial
 from torch import nn
 
 from gengap_dist.config import UsageError, did_you_mean
+from gengap_dist.models.c1 import c1
 from gengap_dist.models.lenet5 import lenet5
-from gengap_dist.models.mlp import mlp
+from gengap_dist.models.mlp import f1, mlp
+from gengap_dist.models.resnet import resnet
+from gengap_dist.models.vgg16 import vgg16
 from gengap_dist.models.zoo import timm_model, torchvision_model
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"lenet5": lenet5, "mlp": mlp}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "lenet5": lenet5,
+    "vgg16": vgg16,
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 44, 56, 110)},
+    "f1": f1,
+    "c1": c1,
+    "mlp": mlp,
+}
 ZOOS: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "timm": timm_model}
 
 

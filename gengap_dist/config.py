@@ -266,7 +266,7 @@ class RecipeConfig(Section):
     rank_layers: tuple[str, ...] = ("auto",)
     """Layers that the rank penalty holds for, as in probe.layers; convolutions by channel."""
     average: Literal["ema", "swa"] | None = None
-    """Evaluate and probe an average of the weights: exponential (ema) or of all since recipe.average_start (swa)."""
+    """Evaluate and probe an average of the weights: exponential (ema), or of all since recipe.average_start (swa)."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
     """What a step keeps of the exponential average."""
     average_start: float = Field(default=0.75, ge=0.0, lt=1.0)
@@ -689,7 +689,7 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     rule = first["msg"][0].lower() + first["msg"][1:]
     near = ""
     if first["type"] == "literal_error":
-        near = did_you_mean(str(first["input"]), re.findall(r"'(\w+)'", first["ctx"]["expected"]))
+        near = did_you_mean(str(first["input"]), re.findall(r"'(\w+)'", first["msg"]))
     return f"{name} ({first['input']}) is not valid{near}: {rule}{rest}"
 
 

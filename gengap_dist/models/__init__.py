@@ -8,20 +8,30 @@ from functools import partial
 from torch import nn
 
 from gengap_dist.config import RunConfig, UsageError, did_you_mean
+from gengap_dist.models.c1 import c1
 from gengap_dist.models.dropout import treat_dropout
 from gengap_dist.models.lenet5 import lenet5
-from gengap_dist.models.mlp import mlp
+from gengap_dist.models.mlp import f1, mlp
 from gengap_dist.models.norm import treat
 from gengap_dist.models.position import Position
+from gengap_dist.models.resnet import resnet
+from gengap_dist.models.vgg16 import vgg16
 from gengap_dist.models.zoo import timm_model, torchvision_model
 from gengap_dist.world import World
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"lenet5": lenet5, "mlp": mlp}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "lenet5": lenet5,
+    "vgg16": vgg16,
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (20, 44, 56, 110)},
+    "f1": f1,
+    "c1": c1,
+    "mlp": mlp,
+}
 ZOOS: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "timm": timm_model}
 
 
 def of(config: RunConfig, num_classes: int, in_channels: int, world: World) -> nn.Module:
-    """The network that `config` names, freshly initialised, on the CPU, with batch norm and dropout as the run has them.
+    """The network that `config` names, freshly initialised, on the CPU, its batch norm and dropout as the run has them.
 
     Raises:
         UsageError: see `build` and `treat`.

@@ -38,7 +38,7 @@ class Layer(NamedTuple):
     channels_last: bool
     """Whether units are the last dimension, [N, ..., D], rather than the second, [N, D, ...]."""
     kind: str
-    """`non-linear`, `residual` (a sum of two activations), or empty."""
+    """`non-linear`, `residual` (a sum of two activations), `linear` (where a unit's `act` is nn.Identity), or empty."""
 
 
 def reported_names(model: nn.Module) -> dict[str, str]:
@@ -84,7 +84,7 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]]:
     modules = uncompiled(model)
     for name, given in reported_names(model).items():
         handles.append(modules[name].register_forward_pre_hook(watch.enter))
-        handles.append(modules[name].register_forward_hook(_recorder(given, watch, calls, counts)))
+        handles.append(modules[name].register_forward_hook(_recorder(name, given, watch, calls, counts)))
     try:
         with watch:
             model(example)
@@ -94,17 +94,19 @@ def trace(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]]:
     return calls, watch.unclaimed()
 
 
-def _recorder(name: str, watch: "_Watch", calls: list[Layer], counts: Counter[int]) -> Callable[..., None]:
+def _recorder(name: str, given: str, watch: "_Watch", calls: list[Layer], counts: Counter[int]) -> Callable[..., None]:
     def ended(module: nn.Module, args: object, output: object) -> None:
         counts[id(module)] += 1
         call = counts[id(module)]
         kind = watch.leave(module, output)
-        given = f"{name}#{call}" if call > 1 else name
+        if given != name and isinstance(module, nn.Identity):
+            kind = "linear"  # a network without non-linearities is measured where its twin is
+        shown = f"{given}#{call}" if call > 1 else given
         if isinstance(output, Tensor) and output.is_floating_point():
             last = watch.channels_last(output)
-            calls.append(Layer(given, module, call, output.shape, output.dtype, last, kind))
+            calls.append(Layer(shown, module, call, output.shape, output.dtype, last, kind))
         else:
-            calls.append(Layer(given, module, call, type(output).__name__, torch.float32, False, ""))
+            calls.append(Layer(shown, module, call, type(output).__name__, torch.float32, False, ""))
 
     return ended
 
@@ -188,8 +190,8 @@ def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> li
     Args:
         model: any network, uncompiled and unwrapped.
         example: one input, [1, ...].
-        patterns: `auto` (the output of every non-linearity, and of every residual block after its addition), names as
-            reported, module names, globs, or classes of modules.
+        patterns: `auto` (the output of every non-linearity and every unit's `act`, and of every residual block after
+            its addition), names as reported, module names, globs, or classes of modules.
 
     Raises:
         UsageError: if a pattern matches nothing, or a layer puts out no tensor.

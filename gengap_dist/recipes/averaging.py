@@ -1,4 +1,4 @@
-"""Runs whose network is an average of the weights along the way: exponential (EMA), or equal from some step on (SWA)."""
+"""Runs whose network is an average of the weights along the way: exponential (EMA), or equal from a step on (SWA)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,7 +61,7 @@ class Averaging(Course):
 
 
 def _ema(decay: float) -> Any:
-    """average = d average + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) after n updates.
+    """The average a becomes d a + (1 - d) weights, d = min(decay, (1 + n) / (10 + n)) after n updates.
 
     The first weights would otherwise weigh more than all others in a run of fewer than 1 / (1 - decay) steps.
     """

@@ -48,6 +48,25 @@ def test_lenet5():
     assert names(models.build("mlp", num_classes=5, in_channels=3, widths=(8, 8))) == ["fc1", "fc2"]
 
 
+@pytest.mark.parametrize("name", ["lenet5", "mlp"])
+def test_a_linear_network_is_measured_where_its_twin_is(name: str):
+    relu, linear = (models.build(name, num_classes=5, in_channels=3, activation=a) for a in ("relu", "linear"))
+    assert [fact[:3] for fact in facts(found(linear))] == [fact[:3] for fact in facts(found(relu))]
+    assert {layer.kind for layer in found(linear)} == {"linear"}
+
+
+def test_an_identity_that_is_no_units_act_is_no_layer():
+    assert names(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.ReLU())) == ["2"]
+
+
+def test_a_residual_block_of_our_own_is_measured_after_its_addition():
+    assert facts(found(models.build("resnet20", num_classes=5, in_channels=3)))[:5:2] == [
+        ("conv1", (1, 16, 32, 32), False, "non-linear"),
+        ("stage1.0.act", (1, 16, 32, 32), False, "non-linear"),
+        ("stage1.1.act", (1, 16, 32, 32), False, "non-linear"),
+    ]
+
+
 def test_resnet18_of_torchvision():
     layers = found(torchvision.models.resnet18())
     blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]

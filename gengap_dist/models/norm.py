@@ -147,7 +147,7 @@ class _OverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The input's is scale (g - mean(g) - normed mean(g normed)), g the gradient times weight, means over all ranks."""
+        """The input's is scale (g - mean(g) - normed mean(g normed)): g the gradient times weight, means over ranks."""
         grad, (normed, weight, scale, count) = grads[0], ctx.saved_tensors
         sums = torch.stack([grad.sum(ctx.over), (grad * normed).sum(ctx.over)]).double()  # [2, C]
         mine = sums.to(grad.dtype, copy=True)

@@ -1,12 +1,13 @@
 """Runs whose network is an average of the weights along the way: exponential (EMA), or equal from a step on (SWA)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from gengap_dist.config import RunConfig
 from gengap_dist.data.order import Order
@@ -29,8 +30,8 @@ class Averaging(Course):
         super().__init__(config, strategy, batches, order)
         self.first_step, recipe = first_step, config.recipe
         self.equal = recipe.average == "swa"
-        average = get_swa_multi_avg_fn() if self.equal else _ema(recipe.ema_decay)
-        self.average = AveragedModel(strategy.model, multi_avg_fn=average, use_buffers=True)
+        weight = swa_weight if self.equal else partial(ema_weight, decay=recipe.ema_decay)
+        self.average = AveragedModel(strategy.model, multi_avg_fn=_mixed(weight), use_buffers=True)
 
     def step(self, step: int, lr: float, momentum: float) -> tuple[Tensor, Tensor]:
         """See `Course.step`."""
@@ -60,14 +61,32 @@ class Averaging(Course):
         self.average.load_state_dict(state["average"])
 
 
-def _ema(decay: float) -> Any:
-    """The average a becomes d a + (1 - d) weights, d = min(decay, (1 + n) / (10 + n)) after n updates.
+def swa_weight(num_averaged: float) -> float:
+    """What new weights count for in an equal average, after `num_averaged` others: 1 / (n + 1)."""
+    return 1 / (num_averaged + 1)
 
-    The first weights would otherwise weigh more than all others in a run of fewer than 1 / (1 - decay) steps.
+
+def ema_weight(num_averaged: float, decay: float) -> float:
+    """1 - min(decay, (1 + n) / (10 + n)) after n updates.
+
+    With the decay alone the first weights would count more than all others in a run of fewer than 1 / (1 - decay)
+    steps, as runs with large batches are.
+
+    >>> ema_weight(0, 0.999), ema_weight(1e6, 0.75)
+    (0.9, 0.25)
     """
+    return 1 - min(decay, (1 + num_averaged) / (10 + num_averaged))
 
-    def update(averages: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-        n = float(num_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averages, current, num_averaged)
 
-    return torch.no_grad()(update)
+def _mixed(weight: Callable[[float], float]) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """An update for AveragedModel: average + weight(n) * (new - average); what is no floating point is copied."""
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], new: list[Tensor], num_averaged: Tensor | int) -> None:
+        for average, value in zip(averages, new, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, weight(float(num_averaged)))
+            else:
+                average.copy_(value)
+
+    return update

@@ -26,7 +26,7 @@ def logdet(covariance_DD: Tensor) -> Tensor:
     """-1/D sum_i log(l_i / mean(l) + FLOOR): 0 (but for FLOOR) if all eigenvalues l are equal, more the fewer matter.
 
     >>> round(logdet(torch.eye(3).double()).item(), 4), round(logdet(torch.diag(torch.tensor([1.0, 1e-9]))).item(), 4)
-    (-0.001, 3.107)
+    (-0.001, 3.1071)
     """
     size = len(covariance_DD)
     relative = covariance_DD / (covariance_DD.trace() / size)
@@ -137,7 +137,7 @@ class RankPenalty(Objective):
         with torch.enable_grad():
             value = self.measure(covariance)
             (matrix,) = torch.autograd.grad(value, covariance)
-        return float(value), mean_D, (matrix + matrix.T) / 2, float(flat[-1])
+        return value.item(), mean_D, (matrix + matrix.T) / 2, float(flat[-1])
 
     def extra(self) -> Tensor | float:
         """See `Objective.extra`."""

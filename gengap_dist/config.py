@@ -289,9 +289,9 @@ class RecipeConfig(Section):
             raise ValueError(f"recipe.{given} ({getattr(self, given)}) needs recipe.{needed}: set both, or none")
         rivals = [name for name in ("sam_rho", "gradient_penalty", "rank_penalty") if getattr(self, name) is not None]
         if "gradient_penalty" in rivals and len(rivals) > 1:
+            other = next(name for name in rivals if name != "gradient_penalty")
             raise ValueError(
-                f"recipe.gradient_penalty and recipe.{next(name for name in rivals if name != 'gradient_penalty')} both "
-                "say how a step's gradient is made: choose one"
+                f"recipe.gradient_penalty and recipe.{other} both say how a step's gradient is made: choose one"
             )
         if self.average and self.local:
             raise ValueError(

@@ -103,15 +103,6 @@ def test_settings_are_frozen():
         RunConfig().seed = 3  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_configs_are_valid(path):
-    if "study" in load_yaml(path):
-        config = resolve(StudyConfig, [path], {})
-        assert [config.run_config(arm, 0) for arm in config.study.arms]
-    else:
-        resolve(RunConfig, [path], {})
-
-
 def parse(*words: str) -> tuple[cli.Options, dict]:
     return cli.parse(cli.TrainSettings, cli.Options, words, prog="p", description="d")
 

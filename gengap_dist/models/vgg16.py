@@ -29,10 +29,10 @@ def vgg16(*, num_classes: int, in_channels: int, image_size: int = 32) -> nn.Seq
     inputs = in_channels
     for stage, widths in enumerate(STAGES, 1):
         for number, channels in enumerate(widths, 1):
-            pool = {"pool": nn.MaxPool2d(2)} if number == len(widths) else {}
             conv = nn.Conv2d(inputs, channels, 3, padding=1)
-            layers[f"conv{stage}_{number}"] = unit(conv, nn.BatchNorm2d(channels), **pool)
+            layers[f"conv{stage}_{number}"] = unit(conv, nn.BatchNorm2d(channels))
             inputs = channels
+        layers[f"conv{stage}_{len(widths)}"].add_module("pool", nn.MaxPool2d(2))
     layers["flatten"] = nn.Flatten()
     layers["fc1"] = unit(nn.Linear(inputs * (image_size // 32) ** 2, 512))
     layers["fc2"] = unit(nn.Linear(512, 512))

@@ -1,0 +1,56 @@
+"""Every file in configs/ says what can be run: all its settings hold together, and its networks can be built."""
+
+import pytest
+import torch
+
+from gengap_dist import models
+from gengap_dist.config import RunConfig, StudyConfig, load_yaml, resolve
+from gengap_dist.probes.layers import choose
+from tests.conftest import ROOT
+
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+NAMES = [str(path.relative_to(ROOT / "configs")) for path in FILES]
+CHANNELS = {"digits": 1, "mnist": 1, "fashion_mnist": 1, "cifar10": 3, "cifar100": 3}
+PAIRS = [
+    *["lenet5_mnist", "lenet5_fashionmnist", "vgg16_cifar10", "vgg16_cifar100", "resnet56_cifar10"],
+    *["resnet56_cifar100", "hoffer_f1_mnist", "lenet5_fashionmnist_recipes"],
+]
+
+
+def runs(path) -> list[RunConfig]:
+    if "study" not in load_yaml(path):
+        return [resolve(RunConfig, [path], {})]
+    study = resolve(StudyConfig, [path], {})
+    return [study.run_config(arm, seed) for arm in study.study.arms for seed in study.study.seeds]
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_every_run_is_valid_and_no_two_are_the_same(path):
+    configs = runs(path)
+    assert len({config.model_dump_json() for config in configs}) == len(configs)
+    for config in configs:
+        assert config.norm != "sync" or config.batch.micro_size >= config.batch.global_size
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_is_a_study_of_its_own_name_with_a_small_batch_as_its_baseline(name):
+    path = ROOT / "configs" / f"{name}.yaml"
+    study = resolve(StudyConfig, [path], {})
+    model, data = name.removesuffix("_recipes").removeprefix("hoffer_").split("_")
+    assert (study.study.name, study.model.name, study.data.name.replace("_", "")) == (name, model, data)
+    assert study.study.question
+    assert f"--config configs/{name}.yaml" in path.read_text().partition("\ndata:")[0]
+    sizes = {arm.name: study.run_config(arm, 0).batch.global_size for arm in study.study.arms}
+    assert sizes[study.baseline] == min(sizes.values())
+    for arm, size in sizes.items():
+        assert arm.startswith((f"sb{size}", f"lb{size}", f"grow{size}"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_layers_of_a_rank_penalty_exist(path):
+    for config in runs(path):
+        if config.seed or not config.recipe.rank_penalty:
+            continue
+        size, channels = config.data.image_size, CHANNELS[config.data.name]
+        model = models.build(config.model.name, num_classes=10, in_channels=channels, image_size=size).eval()
+        assert choose(model, torch.zeros(1, channels, size, size), config.recipe.rank_layers)

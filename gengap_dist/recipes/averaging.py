@@ -17,6 +17,8 @@ from gengap_dist.recipes.course import Course
 from gengap_dist.recipes.statistics import recompute
 from gengap_dist.strategies import Strategy
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 @final
 class Averaging(Course):
@@ -78,11 +80,11 @@ def ema_weight(num_averaged: float, decay: float) -> float:
     return 1 - min(decay, (1 + num_averaged) / (10 + num_averaged))
 
 
-def _mixed(weight: Callable[[float], float]) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def _mixed(weight: Callable[[float], float]) -> Callable[[Tensors, Tensors, Tensor | int], None]:
     """An update for AveragedModel: average + weight(n) * (new - average); what is no floating point is copied."""
 
     @torch.no_grad()
-    def update(averages: list[Tensor], new: list[Tensor], num_averaged: Tensor | int) -> None:
+    def update(averages: Tensors, new: Tensors, num_averaged: Tensor | int) -> None:
         for average, value in zip(averages, new, strict=True):
             if average.is_floating_point():
                 average.lerp_(value, weight(float(num_averaged)))

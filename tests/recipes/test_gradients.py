@@ -97,7 +97,10 @@ def test_the_forward_difference_to_the_last_digit(problem):
         g = torch.cat([x.flatten() for x in gradient_of(mean_loss(problem, slice(*span)), problem)])
         step = 0.01 / g.norm()
         moved = torch.cat([p.detach().flatten() for p in problem.parameters]) + step * g
-        there = [x.view_as(p) for x, p in zip(moved.split([p.numel() for p in problem.parameters]), problem.parameters)]
+        there = [
+            x.view_as(p)
+            for x, p in zip(moved.split([p.numel() for p in problem.parameters]), problem.parameters, strict=True)
+        ]
         named = dict(zip(dict(problem.net.named_parameters()), (x.requires_grad_() for x in there), strict=True))
         logits = torch.func.functional_call(problem.net, named, problem.given.images[slice(*span)])
         ahead = torch.autograd.grad(cross_entropy(logits, problem.given.labels[slice(*span)]), list(named.values()))

@@ -1,0 +1,159 @@
+"""The world-size law: whatever the recipe and the norm, ranks and micro-batches change nothing.
+
+Every row of RECIPES is trained for an epoch with a ragged last step, augmentation on, in float64, on 1, 2 and 3 real
+ranks and in micro-batches of two sizes. Losses, validation, weights and running statistics must agree to 1e-8.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+
+from gengap_dist.config import ModelConfig, OptimConfig, RecipeConfig, TrainConfig
+from gengap_dist.run import run
+from gengap_dist.tracking.record import prepare_folder, read_info
+from gengap_dist.world import World
+from tests.conftest import config, weights
+from tests.ranks import Crew
+
+
+def small(num_classes: int, in_channels: int) -> nn.Module:
+    """Convolutions with batch norm, 1-d batch norm, dropout."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 3 * 3, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, num_classes),
+    )  # fmt: skip
+
+
+BASE: dict[str, Any] = {
+    "model__name": f"{__name__}:small",
+    "data__image_size": 12,
+    "data__augment": ("crop", "flip", "cutout"),
+    "data__crop_padding": 2,
+    "data__cutout_size": 4,
+    "data__val_fraction": 0.05,
+    "batch__global_size": 60,
+    "batch__ghost_size": 10,
+    "optim__lr": 0.05,
+    "train__dtype": "float64",
+    "train__epochs": 1,  # 23 steps, the last of 46 samples
+    "train__num_evals": 3,
+    "probe__enabled": False,
+    "probe__rivals": ("noise_scale",),
+}
+MICRO = (10, 25)
+SYNC: dict[str, Any] = {"model__norm": "sync", "batch__ghost_size": None}
+RECIPES: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "plain": {"optim__momentum": 0.0},
+    "nesterov": {"optim__nesterov": True, "optim__weight_decay": 1e-3},
+    "sync": SYNC,
+    "group": {"model__norm": "group", "batch__ghost_size": None},
+    "none": {"model__norm": "none", "batch__ghost_size": None},
+    "adamw": {"optim__name": "adamw", "optim__lr": 3e-3, "optim__weight_decay": 0.1},
+    "lars": {"optim__name": "lars", "optim__lr": 2.0, "optim__weight_decay": 1e-3},
+    "lamb": {"optim__name": "lamb", "optim__lr": 0.01, "optim__weight_decay": 1e-3},
+    "linear": {"optim__scaling": "linear", "optim__base_size": 30, "optim__warmup_epochs": 0.2},
+    "sqrt": {"optim__scaling": "sqrt", "optim__base_size": 30},
+    "legw": {"optim__scaling": "legw", "optim__base_size": 30, "optim__warmup_epochs": 0.2},
+    "step": {"optim__schedule": "step", "optim__momentum_correction": False},
+    "cosine": {"optim__schedule": "cosine"},
+    "polynomial": {"optim__schedule": "polynomial"},
+    "grow": {"optim__schedule": "grow", "optim__gamma": 0.5, "train__epochs": 3},
+    "updates": {"train__budget": "updates", "optim__base_size": 40},
+    "target": {"train__target_accuracy": 0.2, "train__stop_at_target": True},
+    "clip": {"optim__clip_norm": 0.5},
+    "label_smoothing": {"recipe__label_smoothing": 0.1},
+    "sam": {"recipe__sam_rho": 0.05},
+    "sam_sync": {"recipe__sam_rho": 0.05} | SYNC,
+    "gradient_penalty": {"recipe__gradient_penalty": 0.05, "recipe__penalty_size": 10},
+    "rank_logdet": {"recipe__rank_penalty": 0.01, "recipe__rank_layers": ("5", "9")},
+    "rank_spread": {"recipe__rank_penalty": 0.01, "recipe__rank_measure": "spread", "recipe__rank_layers": ("5",)},
+    "rank_sync": {"recipe__rank_penalty": 0.01, "recipe__rank_layers": ("5", "9")} | SYNC,
+    "ema": {"recipe__average": "ema"},
+    "swa": {"recipe__average": "swa", "recipe__average_start": 0.5},
+    "swa_sync": {"recipe__average": "swa", "recipe__average_start": 0.5} | SYNC,
+    "post_local_sgd": {"recipe__local": "post_local_sgd", "recipe__workers": 3, "recipe__local_steps": 4},
+    "swap": {"recipe__local": "swap", "recipe__workers": 2},
+}
+
+
+def train(world: World, settings: dict[str, Any], out: Path) -> None:
+    if world.rank == 0:
+        prepare_folder(out, "run.json", resume=False)
+    world.barrier()
+    run(config(**settings), out, world=world)
+
+
+@pytest.fixture(scope="module")
+def crews() -> Iterator[dict[int, Crew]]:
+    crews = {size: Crew(size) for size in (1, 2, 3)}
+    yield crews
+    for crew in crews.values():
+        crew.close()
+
+
+def curves(out: Path) -> dict[str, list[float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    names = ("train/loss", "train/accuracy", "train/grad_norm", "train/rank_penalty", "val/loss", "val/accuracy")
+    return {name: [row[name] for row in rows if name in row] for name in names}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_ranks_and_micro_batches_change_nothing(crews, tmp_path, name):
+    if name in ("lars", "lamb"):
+        pytest.importorskip("timm", reason="timm is not installed")
+    settings = BASE | RECIPES[name]
+    micro = (60, 64) if settings.get("model__norm") == "sync" else MICRO
+    found = []
+    for number, (size, micro_size) in enumerate([(1, micro[0]), (1, micro[1]), (2, micro[1]), (3, micro[0])]):
+        out = tmp_path / str(number)
+        crews[size](train, settings | {"batch__micro_size": micro_size}, out)
+        found.append((curves(out), weights(out), read_info(out)))
+    first, *others = found
+    assert len(first[0]["train/loss"]) >= 20 or name == "target"
+    assert first[0]["train/loss"][-1] < first[0]["train/loss"][0]  # it learns: a law of standing still is none
+    for curve, state, info in others:
+        for key, values in curve.items():
+            assert values == pytest.approx(first[0][key], abs=1e-8), key
+        for key, value in state.items():
+            if value.is_floating_point():
+                torch.testing.assert_close(value, first[1][key], rtol=0, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
+        for key in ("test/accuracy", "test/loss", "best_val/accuracy"):
+            assert info["result"][key] == pytest.approx(first[2]["result"][key], abs=1e-8)
+        assert info["norm_size"] == first[2]["norm_size"]
+
+
+def test_local_norm_depends_on_the_cut_and_the_run_says_so(crews, tmp_path):
+    sizes = []
+    for size in (1, 2):
+        settings = BASE | {"batch__ghost_size": None, "batch__micro_size": 60}
+        crews[size](train, settings, tmp_path / str(size))
+        sizes.append(read_info(tmp_path / str(size))["norm_size"])
+    assert sizes == [[60], [30]]
+    a, b = (curves(tmp_path / str(size))["train/loss"] for size in (1, 2))
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) > 1e-3
+
+
+def test_the_table_holds_every_recipe():
+    """Every choice of a setting that changes how a network trains is in some row."""
+    rows = [BASE | row for row in RECIPES.values()]
+    choices = {
+        "optim__name": OptimConfig, "optim__schedule": OptimConfig, "optim__scaling": OptimConfig,
+        "model__norm": ModelConfig, "train__budget": TrainConfig, "recipe__local": RecipeConfig,
+        "recipe__average": RecipeConfig, "recipe__rank_measure": RecipeConfig,
+    }  # fmt: skip
+    for key, section in choices.items():
+        field = section.model_fields[key.partition("__")[2]]
+        known = {word for part in (field.annotation, *get_args(field.annotation)) for word in get_args(part)}
+        words = {word for word in known if isinstance(word, str)} - {"local", field.default}
+        shown = {config(**row).norm if key == "model__norm" else row.get(key) for row in rows}
+        assert words <= shown, (key, words - shown)
+    for name, field in RecipeConfig.model_fields.items():
+        if field.default is None or field.default == 0:
+            assert any(f"recipe__{name}" in row for row in rows), name

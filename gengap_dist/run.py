@@ -160,7 +160,7 @@ class _Session:
             images.to(world.device) for images in (splits.train, splits.val, splits.test)
         )
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
-        self.batches = Batches(self.train_set, self.normalise, config.data.augment, config.seed)
+        self.batches = Batches(self.train_set, self.normalise, config.data, config.seed)
         self.order = Order(len(self.train_set), config.batch.global_size, config.seed)
         self.num_steps = config.train.steps or config.train.epochs * self.order.steps_per_epoch
 
@@ -326,6 +326,8 @@ class _Session:
         self.model.train()
         began = time.monotonic()
         asked = self.world.sum_later(torch.tensor([int(leaving())]))
+        if self.step < self.num_steps:
+            self._expect(self.step)
         while self.step < self.num_steps:
             where.step = self.step + 1
             lr = lr_at(
@@ -337,17 +339,16 @@ class _Session:
             )
             self.strategy.set_lr(lr)
             torch.manual_seed((config.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)  # dropout and the like
+            last = self.step + 1 == self.num_steps
             with where.during("data"):
                 indices, epoch = order.indices(self.step), order.epoch(self.step)
-            if len(indices) not in self._plans:
-                plan, lockstep = self._plan(len(indices)), self.strategy.lockstep
-                self._plans[len(indices)] = plan.micro_batches(self.world.rank, lockstep=lockstep)
-            last = self.step + 1 == self.num_steps
+                if not last:
+                    self._expect(self.step + 1)  # read while this step computes
             logged = last or (self.step + 1) % config.train.log_every == 0
             self.strategy.watching = logged and "noise_scale" in config.probe.rivals
             before_P = self._weights() if self._probe_may_come(self.step + 1) else None
             with where.during("compute", "forward and backward"):
-                sums, norm = train_step(self.strategy, self.batches, indices, epoch, self._plans[len(indices)])
+                sums, norm = train_step(self.strategy, self.batches, indices, epoch, self._spans(len(indices)))
             self.step += 1
             self._update_norm = None if before_P is None else (self._weights() - before_P).double().norm()
             if logged:
@@ -366,6 +367,19 @@ class _Session:
                 raise Preempted(self.step)
             asked = self.world.sum_later(torch.tensor([int(leaving())]))  # it crosses while the next step computes
         asked()
+
+    def _spans(self, global_size: int) -> list[Span]:
+        """This rank's micro-batches of a step of `global_size` images."""
+        if global_size not in self._plans:
+            plan, lockstep = self._plan(global_size), self.strategy.lockstep
+            self._plans[global_size] = plan.micro_batches(self.world.rank, lockstep=lockstep)
+        return self._plans[global_size]
+
+    def _expect(self, step: int) -> None:
+        """Let this rank's images of step number `step` (from 0) be read ahead."""
+        indices = self.order.indices(step)
+        spans = self._spans(len(indices))
+        self.batches.expect(indices[spans[0].start : spans[-1].stop])
 
     def _weights(self) -> Tensor:
         """A copy of all trainable parameters, whole: [P]. Collective."""

@@ -96,7 +96,7 @@ def time_compute(config: RunConfig, sizes: Sizes, micro_size: int, world: World)
     mean = torch.full((sizes.in_channels,), 127.0, dtype=torch.float64)
     splits = Splits(images, images, images, sizes.num_classes, mean, mean)
     dtype = getattr(torch, config.train.dtype)
-    batches = Batches(images, Normalise(splits, world.device, dtype), config.data.augment, config.seed)
+    batches = Batches(images, Normalise(splits, world.device, dtype), config.data, config.seed)
     model = models.build(
         config.model.name,
         num_classes=sizes.num_classes,

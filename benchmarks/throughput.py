@@ -92,7 +92,7 @@ def usual(world: World, global_size: int, root: Path, num_workers: int) -> Conte
 def gengap(world: World, global_size: int, root: Path) -> Contestant:
     """This package, with its default micro_size."""
     splits = catalog.load(DataConfig(name="fashion_mnist", root=root, val_fraction=0.0))
-    batches = Batches(splits.train, Normalise(splits, world.device, torch.float32), (), seed=0)
+    batches = Batches(splits.train, Normalise(splits, world.device, torch.float32), DataConfig(), seed=0)
     order = Order(len(splits.train), global_size, seed=0)
     strategy = DDP(RunConfig(), world)
     model = fresh_model()

@@ -154,9 +154,13 @@ def evaluate(model: nn.Module, images: Images, normalise: Normalise, world: Worl
     order of additions, too, does not depend on the number of ranks.
     """
     sums = torch.zeros(-(-len(images) // EVAL_BLOCK), 2, dtype=torch.float64, device=world.device)
+    mine = blocks(len(images), EVAL_BLOCK, world)
     with observing(model):
-        for start, stop in blocks(len(images), EVAL_BLOCK, world):
-            logits = model(normalise(images.pixels[start:stop]))
+        for number, (start, stop) in enumerate(mine, 1):
+            inputs = normalise(images.pixels[start:stop])
+            for coming in mine[number : number + 1]:
+                images.expect(torch.arange(*coming))  # read while this block computes
+            logits = model(inputs)
             labels = images.labels[start:stop]
             sums[start // EVAL_BLOCK, 0] = cross_entropy(logits.double(), labels, reduction="sum")
             sums[start // EVAL_BLOCK, 1] = (logits.argmax(1) == labels).sum()

@@ -170,7 +170,7 @@ class _Session:
             images.to(world.device) for images in (splits.train, splits.val, splits.test)
         )
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
-        self.batches = Batches(self.train_set, self.normalise, config.data.augment, config.seed)
+        self.batches = Batches(self.train_set, self.normalise, config.data, config.seed)
         self.order = Order(len(self.train_set), config.batch.global_size, config.seed, growth=growth(config))
         self.schedule = Schedule.of(config, self.order)
         self.num_steps = self.schedule.num_steps

@@ -1,8 +1,9 @@
-"""From images in memory to batches: indexed, augmented and normalised whole batches at a time."""
+"""From images to batches: indexed, augmented and normalised whole batches at a time."""
 
 import torch
 from torch import Tensor
 
+from gengap_dist.config import DataConfig
 from gengap_dist.data.augment import augment
 from gengap_dist.data.catalog import Images, Splits
 
@@ -23,13 +24,15 @@ class Normalise:
 class Batches:
     """Training batches of one data set; see `Order` for which indices and `BatchPlan` for which ranks."""
 
-    def __init__(self, images: Images, normalise: Normalise, augmentations: tuple[str, ...], seed: int) -> None:
-        """Batches of `images`, augmented under `seed`."""
-        self.images, self.normalise, self.augmentations, self.seed = images, normalise, augmentations, seed
+    def __init__(self, images: Images, normalise: Normalise, config: DataConfig, seed: int) -> None:
+        """Batches of `images`, augmented as `config` says under `seed`."""
+        self.images, self.normalise, self.config, self.seed = images, normalise, config, seed
 
     def __call__(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Inputs [n, C, H, W] and labels [n] of the images `indices` as epoch `epoch` sees them."""
-        indices = indices.to(self.images.labels.device)
-        pixels = self.images.pixels[indices]
-        pixels = augment(pixels, indices, self.augmentations, self.seed, epoch)
-        return self.normalise(pixels), self.images.labels[indices]
+        pixels, labels = self.images.take(indices)
+        return augment(pixels, indices.to(pixels.device), self.normalise, self.config, self.seed, epoch), labels
+
+    def expect(self, indices: Tensor) -> None:
+        """Say which images, in which order, are asked for after those expected before; see `Images.expect`."""
+        self.images.expect(indices)

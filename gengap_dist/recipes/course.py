@@ -34,7 +34,10 @@ class Course:
             See `train_step`.
         """
         self.strategy.set_rates(lr, momentum)
-        return train_step(self.strategy, self.batches, self._work(step), self.objective, self.make)
+        work, coming = self._work(step), self._work(step + 1)
+        with self.strategy.world.where.during("data"):  # what is coming is read while this step computes
+            self.batches.expect(coming.indices[coming.spans[0].start : coming.spans[-1].stop])
+        return train_step(self.strategy, self.batches, work, self.objective, self.make)
 
     def _work(self, step: int) -> Work:
         world = self.strategy.world

@@ -298,7 +298,7 @@ def ddp_bytes(world: World) -> tuple[int, int]:
     settings = config(batch__micro_size=8, launch__strategy="ddp")
     strategy = DDP(settings, world)
     strategy.setup(probed_model().train(), partial(build_optimizer, settings.optim))
-    batches = Batches(splits.train, Normalise(splits, world.device, torch.float32), (), 0)
+    batches = Batches(splits.train, Normalise(splits, world.device, torch.float32), DataConfig(), 0)
     spans = BatchPlan(50, world.size, 8).micro_batches(world.rank)
 
     def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -153,7 +153,7 @@ def expected(model: nn.Module, batches: Batches, indices: torch.Tensor, plan: Ba
 def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], list[float]]]:
     """Found and expected in every case over three steps; nobody watches in the second."""
     splits = catalog.load(DataConfig())
-    batches = Batches(splits.train, Normalise(splits, world.device, torch.float64), (), 0)
+    batches = Batches(splits.train, Normalise(splits, world.device, torch.float64), DataConfig(), 0)
     out = []
     for global_size, micro_size in CASES[name, world.size]:
         model = network()

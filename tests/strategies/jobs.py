@@ -40,7 +40,7 @@ class Trainer:
         self.config = config(**settings)
         splits = catalog.load(self.config.data)
         dtype = getattr(torch, self.config.train.dtype)
-        self.batches = Batches(splits.train, Normalise(splits, self.world.device, dtype), (), 0)
+        self.batches = Batches(splits.train, Normalise(splits, self.world.device, dtype), self.config.data, 0)
         self.order = Order(len(splits.train), self.config.batch.global_size, 0)
         torch.manual_seed(2)
         model = models.of(self.config, 10, 1, self.world).to(dtype)

@@ -90,7 +90,7 @@ def test_gradient_is_the_mean_over_the_global_batch():
     strategy.setup(model, lambda model: torch.optim.SGD(model.parameters(), lr=0.5))
     indices = torch.arange(50) * 3
     spans = BatchPlan(50, 1, 7).micro_batches(0)
-    sums, norm = train_step(strategy, Batches(splits.train, normalise, (), 0), Work(indices, 0, spans))
+    sums, norm = train_step(strategy, Batches(splits.train, normalise, DataConfig(), 0), Work(indices, 0, spans))
 
     images, labels = normalise(splits.train.pixels[indices]), splits.train.labels[indices]
     loss = torch.nn.functional.cross_entropy(twin(images), labels)

@@ -37,7 +37,7 @@ from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
 from gengap_dist.preemption import Preempted
-from gengap_dist.probes.cadence import Cadence, at_epochs, either, evenly, every, exceeds, log_spaced
+from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
 from gengap_dist.recipes import course_of
@@ -203,7 +203,7 @@ class _Session:
         self._saved_at = time.monotonic()
         self.probe_seconds = self.eval_seconds = self.train_seconds = 0.0
         self.times = torch.zeros(world.size, len(KINDS), dtype=torch.float64)  # by rank, since this start
-        self.probe_due = _cadence(config, self.order.steps_per_epoch)
+        self.probe_due = _cadence(config, self.order)
         self.probe_left_out: list[int] = []
         self._probe_seconds_each, self._left_out_in_a_row = 0.0, 0
         self._update_norm: Tensor | None = None
@@ -599,10 +599,10 @@ def _load_data(config: RunConfig, world: World, progress: Progress) -> catalog.S
     return _LOADED[config.data]
 
 
-def _cadence(config: RunConfig, steps_per_epoch: int) -> Cadence:
+def _cadence(config: RunConfig, order: Order) -> Cadence:
     """When the run measures, but for its first and last step, which always do."""
     probe = config.probe
-    wanted = [at_epochs(probe.at_epochs, steps_per_epoch)]
+    wanted = [at(map(order.step_at, probe.at_epochs))]
     wanted += [log_spaced(probe.per_decade)] if probe.per_decade else []
     wanted += [every(probe.every)] if probe.every else []
     return either(*wanted)

@@ -172,7 +172,7 @@ def test_divergence_is_a_result(tmp_path):
     ("settings", "says"),
     [
         ({"batch__global_size": 5000}, r"batch.global_size \(5000\) is larger than the training set of 1294"),
-        ({"batch__ghost_size": 32}, r"batch.ghost_size \(32\) has no effect on lenet5"),
+        ({"batch__ghost_size": 32}, r"model.norm \(ghost\) has no effect on LeNet5"),
         ({"model__name": "mlp", "batch__global_size": 1293}, "leaves batch norm a group of one sample in a step of 1"),
         ({"model__name": "mlp", "batch__micro_size": 1}, "a group of one sample in a step of 64"),
         ({"launch__device": "cuda"}, r"launch.device \(cuda\) needs a GPU"),

@@ -71,7 +71,7 @@ def state_copies(config: OptimConfig) -> int:
     >>> state_copies(OptimConfig(name="adamw")), state_copies(OptimConfig(momentum=0.0))
     (2, 0)
     """
-    return 2 if config.name == "adamw" else int(config.momentum > 0)
+    return 2 if config.name in ("adamw", "lamb") else int(config.momentum > 0)
 
 
 def weights(config: RunConfig, model: nn.Module, strategy: str, num_ranks: int) -> dict[str, int]:

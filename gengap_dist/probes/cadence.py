@@ -37,15 +37,14 @@ def evenly(num: int, num_steps: int) -> Cadence:
     return due
 
 
-def at_epochs(epochs: Iterable[float], steps_per_epoch: int) -> Cadence:
-    """At the step that is nearest to each of `epochs`.
+def at(steps: Iterable[int]) -> Cadence:
+    """At these steps.
 
-    >>> due = at_epochs([0.5, 2], steps_per_epoch=4)
+    >>> due = at([2, 8])
     >>> [step for step in range(9) if due(step)]
     [2, 8]
     """
-    steps = {round(epoch * steps_per_epoch) for epoch in epochs}
-    return lambda step: step in steps
+    return frozenset(steps).__contains__
 
 
 def either(*cadences: Cadence) -> Cadence:

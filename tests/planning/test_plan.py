@@ -347,7 +347,7 @@ def test_a_network_that_needs_values_is_run_with_real_images():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"name": "sgd"}, {"name": "sgd", "momentum": 0.0}, {"name": "adamw"}, {"name": "lars"}],
+    [{"name": "sgd"}, {"name": "sgd", "momentum": 0.0}, {"name": "adamw"}, {"name": "lars"}, {"name": "lamb"}],
     ids=str,
 )
 def test_optimizer_state_is_what_an_optimizer_holds(settings):

@@ -1,10 +1,12 @@
 """The world-size law: whatever the recipe and the norm, ranks and micro-batches change nothing.
 
 Every row of RECIPES is trained for an epoch with a ragged last step, augmentation on, in float64, on 1, 2 and 3 real
-ranks and in micro-batches of two sizes. Losses, validation, weights and running statistics must agree to 1e-8.
+ranks, in micro-batches of two sizes, and from 2 ranks through a kill to 3. Losses, validation, weights and running
+statistics must agree to 1e-8.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +21,7 @@ from gengap_dist.tracking.record import prepare_folder, read_info
 from gengap_dist.world import World
 from tests.conftest import config, weights
 from tests.ranks import Crew
+from tests.test_resume import cut_after
 
 
 def small(num_classes: int, in_channels: int) -> nn.Module:
@@ -43,6 +46,8 @@ BASE: dict[str, Any] = {
     "train__dtype": "float64",
     "train__epochs": 1,  # 23 steps, the last of 46 samples
     "train__num_evals": 3,
+    "checkpoint__every_steps": 16,
+    "checkpoint__keep": 9,
     "probe__enabled": False,
     "probe__rivals": ("noise_scale",),
 }
@@ -64,7 +69,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "step": {"optim__schedule": "step", "optim__momentum_correction": False},
     "cosine": {"optim__schedule": "cosine"},
     "polynomial": {"optim__schedule": "polynomial"},
-    "grow": {"optim__schedule": "grow", "optim__gamma": 0.5, "train__epochs": 3},
+    "grow": {
+        "optim__schedule": "grow",
+        "optim__gamma": 0.5,
+        "optim__milestones": (0.34, 0.67),
+        "train__epochs": 3,
+    },
     "updates": {"train__budget": "updates", "optim__base_size": 40},
     "target": {"train__target_accuracy": 0.2, "train__stop_at_target": True},
     "clip": {"optim__clip_norm": 0.5},
@@ -83,11 +93,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(world: World, settings: dict[str, Any], out: Path) -> None:
+def train(world: World, settings: dict[str, Any], out: Path, resume: bool = False) -> None:
     if world.rank == 0:
-        prepare_folder(out, "run.json", resume=False)
+        prepare_folder(out, "run.json", resume=resume)
     world.barrier()
-    run(config(**settings), out, world=world)
+    run(config(**settings), out, world=world, resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +120,14 @@ def test_ranks_and_micro_batches_change_nothing(crews, tmp_path, name):
         pytest.importorskip("timm", reason="timm is not installed")
     settings = BASE | RECIPES[name]
     micro = (60, 64) if settings.get("model__norm") == "sync" else MICRO
-    found = []
+    outs = []
     for number, (size, micro_size) in enumerate([(1, micro[0]), (1, micro[1]), (2, micro[1]), (3, micro[0])]):
-        out = tmp_path / str(number)
-        crews[size](train, settings | {"batch__micro_size": micro_size}, out)
-        found.append((curves(out), weights(out), read_info(out)))
-    first, *others = found
+        outs.append(tmp_path / str(number))
+        crews[size](train, settings | {"batch__micro_size": micro_size}, outs[-1])
+    outs.append(shutil.copytree(outs[2], tmp_path / "moved"))
+    cut_after(outs[-1], 16)
+    crews[3](train, settings | {"batch__micro_size": micro[1]}, outs[-1], True)
+    first, *others = [(curves(out), weights(out), read_info(out)) for out in outs]
     assert len(first[0]["train/loss"]) >= 20 or name == "target"
     assert first[0]["train/loss"][-1] < first[0]["train/loss"][0]  # it learns: a law of standing still is none
     for curve, state, info in others:

@@ -18,6 +18,7 @@ from gengap_dist.data.resident import Batches, Normalise
 from gengap_dist.loop import Work, train_step
 from gengap_dist.models.norm import average_buffers
 from gengap_dist.optim.build import build as build_optimizer
+from gengap_dist.recipes.gradients import make_gradient
 from gengap_dist.strategies import STRATEGIES
 from gengap_dist.world import World
 from tests.conftest import config
@@ -62,7 +63,8 @@ class Trainer:
             indices, epoch = self.order.indices(self.step), self.order.epoch(self.step)
             plan = BatchPlan(len(indices), self.world.size, batch.micro_size, batch.ghost_size)
             spans = plan.micro_batches(self.world.rank, lockstep=strategy.lockstep)
-            sums, norm = train_step(strategy, self.batches, Work(indices, epoch, spans))
+            work = Work(indices, epoch, spans)
+            sums, norm = train_step(strategy, self.batches, work, make=make_gradient(self.config.recipe))
             assert norm.shape == ()
             mine = torch.zeros(self.world.size, 2, dtype=torch.float64)
             mine[self.world.rank] = sums[2:4]

@@ -71,8 +71,8 @@ class Pictures:
         wanted = range(len(self))[which] if isinstance(which, slice) else which.tolist()
         reading = [self._take(at) for at in wanted]
         out = torch.empty(len(reading), *self.shape[1:], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        for picture, future in zip(out, reading, strict=True):
-            picture.copy_(future.result())
+        for picture, future in zip(out.numpy(), reading, strict=True):
+            picture[:] = future.result()
         self._read_ahead()
         return out.to(self.device, non_blocking=True)
 

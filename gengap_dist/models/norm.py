@@ -127,11 +127,10 @@ class _OverRanks(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, world: World
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Output [n, C, ...], mean [C], biased variance [C], and number of values a channel, a scalar."""
-        over = [dim for dim in range(input.ndim) if dim != 1]
         n, channels, kind = input.numel() // input.shape[1], input.shape[1], _exact(input)
         told = torch.zeros(world.size, 2 * channels + 1, dtype=torch.float64, device=input.device)
         if n:
-            var, mean = torch.var_mean(input.to(kind), over, correction=0)
+            mean, var = torch.batch_norm_update_stats(input.to(kind), None, None, 0.0)  # 3 times as fast as var_mean
             told[world.rank] = torch.cat([mean.double(), var.double(), told.new_tensor([n])])
         world.sum(told, "batch norm statistics")
         means, variances, counts = told[:, :channels], told[:, channels:-1], told[:, -1:]
@@ -149,7 +148,9 @@ class _OverRanks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride], the decorator's doing
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """The input's is scale (g - mean(g) - normed mean(g normed)): g the gradient times weight, means over ranks."""
         grad, (input, weight, mean, var, count) = grads[0], ctx.saved_tensors
         mine, inner = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device), torch.empty_like(input)

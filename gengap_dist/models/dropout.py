@@ -23,12 +23,12 @@ class SampleDropout(nn.Dropout):
         first = self.position.start * units
         counters = torch.arange(first, first + input.numel(), device=input.device)
         draws = counter_bits(counters, *self.position.key, self.layer) >> 38  # the upper 24 bits
-        return input * (draws >= self.p * 2**24).view_as(input) / (1 - self.p)
+        return input * (draws >= self.p * 2**24).view_as(input) / (1 - self.p if self.p < 1 else 1)
 
 
 def treat_dropout(model: nn.Module, position: Position) -> None:
     """Put SampleDropout in the place of every nn.Dropout, in place; dropout of other kinds stays what it is."""
-    found = [(path, old) for path, old in model.named_modules() if type(old) is nn.Dropout]
-    for number, (path, old) in enumerate(found):
+    every = model.named_modules(remove_duplicate=False)  # a layer that goes by two names gets draws for each
+    for number, (path, old) in enumerate([(path, old) for path, old in every if type(old) is nn.Dropout]):
         parent, _, last = path.rpartition(".")
         setattr(model.get_submodule(parent), last, SampleDropout(old.p, number, position))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -79,10 +80,10 @@ class GhostBatchNorm(Normed):
         last = -(-(where.global_size or len(input)) // self.ghost_size) - 1
         out = []
         for number, group in enumerate(input.split(self.ghost_size), first):
-            mean, var = input.new_zeros(2, self.num_features)
+            mean, var = input.new_zeros(2, self.num_features, dtype=_exact(input))
             out.append(batch_norm(group, mean, var, self.weight, self.bias, True, 1.0, self.eps))
             self.remember(mean, var, where.num_ranks * eta * (1 - eta) ** (last - number))
-        return torch.cat(out)
+        return torch.cat(out) if len(out) > 1 else out[0]
 
     @torch.no_grad()
     def begin_step(self, global_size: int) -> None:
@@ -106,9 +107,11 @@ class SyncBatchNorm(Normed):
 
     def train_forward(self, input: Tensor) -> Tensor:
         """See `Normed`. Collective, and so is its backward pass."""
+        eta = self.momentum or 0.0
+        if self.world.size == 1:
+            return batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, True, eta, self.eps)
         out, mean, var, count = _OverRanks.apply(input, self.weight, self.bias, self.eps, self.world)
         if count > 1:
-            eta = self.momentum or 0.0
             if self.running_mean is not None and self.running_var is not None:
                 self.running_mean.mul_(1 - eta)
                 self.running_var.mul_(1 - eta)
@@ -124,11 +127,10 @@ class _OverRanks(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, world: World
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Output [n, C, ...], mean [C], biased variance [C], and number of values a channel, a scalar."""
-        over = [dim for dim in range(input.ndim) if dim != 1]
-        n, channels = input.numel() // input.shape[1], input.shape[1]
+        n, channels, kind = input.numel() // input.shape[1], input.shape[1], _exact(input)
         told = torch.zeros(world.size, 2 * channels + 1, dtype=torch.float64, device=input.device)
         if n:
-            var, mean = torch.var_mean(input, over, correction=0)
+            mean, var = torch.batch_norm_update_stats(input.to(kind), None, None, 0.0)  # 3 times as fast as var_mean
             told[world.rank] = torch.cat([mean.double(), var.double(), told.new_tensor([n])])
         world.sum(told, "batch norm statistics")
         means, variances, counts = told[:, :channels], told[:, channels:-1], told[:, -1:]
@@ -136,37 +138,45 @@ class _OverRanks(torch.autograd.Function):
         # ranks' means and variances put together as Chan et al. (1983) do: nothing cancels
         mean = (means * counts).sum(0) / count.clamp_min(1)
         var = ((variances + (means - mean).square()) * counts).sum(0) / count.clamp_min(1)
-        mean, var = mean.to(input.dtype), var.to(input.dtype)
-        scale = (var + eps).rsqrt()
-        normed = (input - _wide(mean, input)) * _wide(scale, input)
-        ctx.world, ctx.over, ctx.has_bias = world, over, bias is not None
-        ctx.save_for_backward(normed, weight, scale, count)
+        mean, var = mean.to(kind), var.to(kind)
+        ctx.world, ctx.eps, ctx.has_bias = world, eps, bias is not None
+        ctx.save_for_backward(input, weight, mean, var, count)
         ctx.mark_non_differentiable(mean, var, count)
-        out = normed if weight is None else normed * _wide(weight, input)
-        return (out.clone() if out is normed else out) + (0 if bias is None else _wide(bias, input)), mean, var, count
+        # torch's kernels for given statistics; they cannot take no samples at all
+        out = batch_norm(input, mean, var, weight, bias, False, 0.0, eps) if n else torch.empty_like(input)
+        return out, mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride], the decorator's doing
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """The input's is scale (g - mean(g) - normed mean(g normed)): g the gradient times weight, means over ranks."""
-        grad, (normed, weight, scale, count) = grads[0], ctx.saved_tensors
-        sums = torch.stack([grad.sum(ctx.over), (grad * normed).sum(ctx.over)]).double()  # [2, C]
-        mine = sums.to(grad.dtype, copy=True)
-        ctx.world.sum(sums, "gradient of batch norm statistics")
-        means = (sums / count.clamp_min(1)).to(grad.dtype)
-        factor = scale if weight is None else scale * weight
-        inner = grad - _wide(means[0], grad) - normed * _wide(means[1], grad)
-        return (
-            inner * _wide(factor, grad),
-            None if weight is None else mine[1],
-            mine[0] if ctx.has_bias else None,
-            None,
-            None,
-        )
+        grad, (input, weight, mean, var, count) = grads[0], ctx.saved_tensors
+        mine, inner = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device), torch.empty_like(input)
+        if input.numel():
+            inner, *sums = torch.ops.aten.native_batch_norm_backward(
+                grad, input, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+            )  # scale g, and the sums over this rank's samples of g normed and g
+            mine = torch.stack(sums)
+        sums = ctx.world.sum(mine.to(torch.float64, copy=True), "gradient of batch norm statistics")
+        means = sums / count.clamp_min(1)
+        if input.numel():
+            scale = (var + ctx.eps).rsqrt()
+            of_normed, of_all = (means.to(mean.dtype) * (scale if weight is None else scale * weight)).unbind()
+            inner.addcmul_(input - _wide(mean, input), _wide(of_normed * scale, input), value=-1)
+            inner.sub_(_wide(of_all, input))
+        return inner, None if weight is None else mine[0], mine[1] if ctx.has_bias else None, None, None
+
+
+def _exact(input: Tensor) -> torch.dtype:
+    """What statistics are kept in: at least float32, also under autocast."""
+    return torch.promote_types(input.dtype, torch.float32)
 
 
 def _wide(vector_C: Tensor, like: Tensor) -> Tensor:
     """[C] as [1, C, 1, ...], to go with [n, C, ...]."""
-    return vector_C.view(1, -1, *[1] * (like.ndim - 2))
+    return vector_C.view(1, -1, *[1] * (like.ndim - 2)).to(like.dtype)
 
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -183,29 +193,42 @@ def treat(model: nn.Module, kind: str, *, ghost_size: int | None, position: Posi
         world: the ranks of sync.
 
     Raises:
-        UsageError: if there is no batch norm to treat, or one of an unknown kind.
+        UsageError: if there is no batch norm to treat, or one of an unknown kind or without momentum.
     """
     if kind == "local":
         return
     make: dict[str, Callable[[_BatchNorm], nn.Module]] = {
         "ghost": lambda old: _ghost(old, ghost_size or 0, position),
         "sync": lambda old: _sync(old, world),
-        "group": lambda old: _group(old.num_features, old.eps),
+        "group": _group,
         "none": lambda old: nn.Identity(),
     }
-    found = [(path, old) for path, old in model.named_modules() if isinstance(old, _BatchNorm)]
+    every = model.named_modules(remove_duplicate=False)  # a layer may go by two names
+    found = [(path, old) for path, old in every if isinstance(old, _BatchNorm)]
     if not found and kind != "none":
         raise UsageError(
             f"model.norm ({kind}) has no effect on {type(model).__name__}, which has no batch norm: leave model.norm "
             "and batch.ghost_size unset, or choose another model.name"
         )
+    instead: dict[nn.Module, nn.Module] = {}
     for path, old in found:
-        new = make[kind](old)
-        for name, kept in [*old.named_parameters(recurse=False), *old.named_buffers(recurse=False)]:
-            if hasattr(new, name):
-                setattr(new, name, kept)
+        if kind in ("ghost", "sync") and old.momentum is None:
+            raise UsageError(
+                f"model.norm ({kind}) cannot treat {path}, whose momentum is None, an average over all steps: "
+                "give it a momentum, or leave model.norm unset"
+            )
+        if old not in instead:
+            instead[old] = _with_tail(path, old, _keeping(old, make[kind](old)))
         parent, _, last = path.rpartition(".")
-        setattr(model.get_submodule(parent), last, _with_tail(path, old, new))
+        setattr(model.get_submodule(parent), last, instead[old])
+
+
+def _keeping(old: _BatchNorm, new: nn.Module) -> nn.Module:
+    """`new`, with the weights and buffers of `old` that it has a use for."""
+    for name, kept in [*old.named_parameters(recurse=False), *old.named_buffers(recurse=False)]:
+        if hasattr(new, name):
+            setattr(new, name, kept)
+    return new
 
 
 def _settings(old: _BatchNorm) -> dict[str, Any]:
@@ -226,10 +249,11 @@ def _sync(old: _BatchNorm, world: World) -> nn.Module:
     return SyncBatchNorm(old.num_features, world, **_settings(old))
 
 
-def _group(num_channels: int, eps: float) -> nn.Module:
+def _group(old: _BatchNorm) -> nn.Module:
     """Group norm over as many channels as GROUP_CHANNELS, or a divisor; over all of them if there is none."""
-    size = gcd(num_channels, GROUP_CHANNELS)
-    return nn.GroupNorm(num_channels // size if size > 1 else 1, num_channels, eps)
+    channels = old.num_features
+    size = gcd(channels, GROUP_CHANNELS)
+    return nn.GroupNorm(channels // size if size > 1 else 1, channels, old.eps, old.affine)
 
 
 def _with_tail(path: str, old: _BatchNorm, new: nn.Module) -> nn.Module:
@@ -271,6 +295,6 @@ def average_buffers(model: nn.Module, world: World) -> None:
     buffers = [b for b in model.buffers() if b.is_floating_point()] if world.size > 1 else []
     if buffers:
         flat = torch.cat([b.flatten() for b in buffers])
-        mean = world.sum(flat, "running statistics") / world.size
+        mean = world.sum(flat / world.size, "running statistics")  # a sum might be beyond what a mask's buffer can hold
         for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))

@@ -15,14 +15,15 @@ from gengap_dist.models.norm import Normed, frozen
 from gengap_dist.models.position import position_of
 from gengap_dist.world import World
 
-MOST = 8192  # training images that are looked at
+MOST = 8192  # training images that are looked at, unless one block has more
 
 
 @torch.no_grad()
 def recompute(model: nn.Module, batches: Batches, world: World, block_size: int | None) -> None:
     """Make running statistics the mean over blocks of training images, as epoch 0 sees them. Collective.
 
-    Blocks are the same on any number of ranks, and each is normalised by its own statistics, as in training.
+    Blocks are the same on any number of ranks, and each is normalised by its own statistics, as in training. Their
+    images are drawn from all of them: image folders are sorted by class.
 
     Args:
         model: the plain network, equal on all ranks.
@@ -30,15 +31,21 @@ def recompute(model: nn.Module, batches: Batches, world: World, block_size: int 
         world: the ranks.
         block_size: images in a block; None: EVAL_BLOCK, or all if there are fewer.
     """
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    every = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers = [layer for layer in every if layer.track_running_stats]
+    if not layers:
+        return
     size = min(block_size or EVAL_BLOCK, len(batches.images))
-    num_images = min(MOST, len(batches.images)) // size * size  # whole blocks
+    num_images = max(size, min(MOST, len(batches.images)) // size * size)  # whole blocks
+    drawn = torch.randperm(len(batches.images), generator=torch.Generator().manual_seed(0))
     sums = [torch.zeros(2, layer.num_features, dtype=torch.float64, device=world.device) for layer in layers]
-    was_training = model.training
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
         for layer, total in zip(layers, sums, strict=True):
             stack.callback(layer.register_forward_pre_hook(partial(_add, total=total)).remove)
+        for layer in every:
             if isinstance(layer, Normed | nn.SyncBatchNorm):  # a block is one group, whatever else this layer does
                 stack.callback(layer.__dict__.pop, "forward")
                 layer.forward = partial(_by_itself, layer)
@@ -46,9 +53,8 @@ def recompute(model: nn.Module, batches: Batches, world: World, block_size: int 
         position = position_of(model)
         for start, stop in blocks(num_images, size, world):
             position.at(start, num_images, 1, 0)
-            images, _ = batches(torch.arange(start, stop), epoch=0)
+            images, _ = batches(drawn[start:stop], epoch=0)
             model(images)
-    model.train(was_training)
     told = world.sum(torch.cat([total.flatten() for total in sums]), "running statistics") / (num_images // size)
     for layer, mean_var in zip(layers, told.split([total.numel() for total in sums]), strict=True):
         assert layer.running_mean is not None

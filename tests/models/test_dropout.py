@@ -1,0 +1,116 @@
+"""Dropout whose draws belong to samples, whatever the cut."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from gengap_dist import models
+from gengap_dist.batching import BatchPlan
+from gengap_dist.models.dropout import SampleDropout, treat_dropout
+from gengap_dist.models.position import Position, position_of
+from gengap_dist.world import World
+from tests.conftest import config
+
+NUM, UNITS = 64, 500
+
+
+def masks(p: float, step: int = 0, layer: int = 0, start: int = 0, num: int = NUM, seed: int = 0) -> torch.Tensor:
+    """[num, UNITS], 1 where a unit is kept."""
+    position = Position()
+    position.at(start, NUM, 1, seed, step)
+    return SampleDropout(p, layer, position)(torch.ones(num, UNITS)) * (1 - p)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_share_and_scale(p):
+    kept = masks(p)
+    torch.testing.assert_close(kept.unique(), torch.tensor([0.0, 1.0]))
+    assert abs(kept.mean() - (1 - p)) < 4 * (p * (1 - p) / kept.numel()) ** 0.5
+    for along in (0, 1):  # no sample and no unit is special: 5 deviations of their means
+        means = kept.mean(along)
+        assert (means - (1 - p)).abs().max() < 5 * (p * (1 - p) / kept.shape[along]) ** 0.5
+
+
+def test_draws_of_other_steps_layers_samples_and_seeds_are_others():
+    """Two independent masks at p = 1/2 agree in half of the places."""
+    one = masks(0.5)
+    others = [masks(0.5, step=1), masks(0.5, layer=1), masks(0.5, seed=1), masks(0.5, step=1, layer=1), one.roll(1, 0)]
+    others += [one.roll(1, 1), masks(0.5, start=NUM)]
+    for other in others:
+        assert abs((one == other).float().mean() - 0.5) < 4 * 0.5 / one.numel() ** 0.5
+    assert torch.equal(one, masks(0.5))
+
+
+@given(num=st.integers(1, 40), ranks=st.integers(1, 5), micro=st.integers(1, 12))
+def test_a_samples_draws_are_its_own_however_the_batch_is_cut(num, ranks, micro):
+    x = torch.arange(1.0, num * 6 + 1).view(num, 2, 3)
+    position = Position()
+    dropout = SampleDropout(0.5, 3, position)
+    position.at(0, num, 1, 7, 1)
+    want, parts = dropout(x), []
+    for rank in range(ranks):
+        for start, stop in BatchPlan(num, ranks, micro).micro_batches(rank):  # some are empty
+            position.at(start, num, ranks, 7, 1)
+            parts.append(dropout(x[start:stop]))
+    assert torch.equal(torch.cat(parts), want)
+
+
+def test_eval_is_the_identity_and_so_is_no_dropout():
+    x = torch.randn(4, 3)
+    assert SampleDropout(0.5, 0, Position()).eval()(x) is x
+    assert SampleDropout(0.0, 0, Position())(x) is x
+
+
+def test_everything_dropped():
+    x = torch.randn(4, 3, requires_grad=True)
+    out = SampleDropout(1.0, 0, Position())(x)
+    out.sum().backward()
+    assert not out.any()
+    assert not x.grad.any()
+
+
+def test_the_gradient_goes_through_the_same_mask():
+    x = torch.randn(8, 5, requires_grad=True)
+    out = SampleDropout(0.5, 0, Position())(x)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, (out != 0) * 2.0)
+    half = x.detach().bfloat16()
+    assert SampleDropout(0.5, 0, Position())(half).dtype == torch.bfloat16
+
+
+class Own(nn.Dropout):
+    pass
+
+
+def test_only_torchs_own_dropout_is_replaced_each_with_draws_of_its_own():
+    shared = nn.Dropout(0.2)
+    net = nn.Sequential(nn.Dropout(0.5), nn.Sequential(shared, nn.Dropout2d(0.5)), Own(0.5), shared, nn.AlphaDropout())
+    position = Position()
+    treat_dropout(net, position)
+    new = [net[0], net[1][0], net[3]]
+    assert [(type(layer), layer.p, layer.layer) for layer in new] == [
+        (SampleDropout, 0.5, 0), (SampleDropout, 0.2, 1), (SampleDropout, 0.2, 2)
+    ]  # fmt: skip
+    assert all(layer.position is position for layer in new)
+    assert [type(layer) for layer in (net[1][1], net[2], net[4])] == [nn.Dropout2d, Own, nn.AlphaDropout]
+
+
+def test_the_network_of_a_run_has_it():
+    """C1 has two; they, and the groups of batch norm, look at one position."""
+    net = models.of(config(model__name="c1", batch__global_size=8, batch__ghost_size=4), 10, 1, World())
+    found = [module for module in net.modules() if hasattr(module, "position")]
+    assert sum(isinstance(module, SampleDropout) for module in found) == 2
+    assert len(found) == 6
+    assert all(module.position is position_of(net) for module in found)
+    images = torch.randn(8, 1, 32, 32)
+    net.double()
+
+    def out(step, start=0, stop=8):
+        position_of(net).at(start, 8, 1, 0, step)
+        return net(images[start:stop].double())
+
+    assert torch.equal(out(0), out(0))
+    assert not torch.allclose(out(0), out(1))
+    torch.testing.assert_close(torch.cat([out(0, 0, 4), out(0, 4, 8)]), out(0), rtol=1e-12, atol=1e-12)

@@ -90,7 +90,7 @@ class Local(Course):
         return Taken(sum(sizes), sums, None)
 
     def _parts(self, step: int) -> tuple[list[int], dict[int, tuple[Tensor, int]]]:
-        """How many images each worker has in a step; and this rank's workers' images, and the epoch they are seen as."""
+        """Number of each worker's images in a step; and of this rank's workers the images, and the epoch they show."""
         if self.config.recipe.local == "swap":
             at, begun = step - self.first_step, self.order.epoch(self.first_step)
             # epochs that augment as neither another worker's do nor those of the run before

@@ -42,7 +42,7 @@ TINY = {
 
 def start(world, local, workers, **settings):
     """A course, and its network, from which a twin can be made."""
-    run = config(**TINY, recipe__local=local, recipe__workers=workers, **settings)
+    run = config(**TINY | {"recipe__local": local, "recipe__workers": workers} | settings)
     splits = catalog.load(run.data)
     batches = Batches(splits.train, Normalise(splits, world.device, torch.float64), run.data.augment, run.seed)
     torch.manual_seed(7)
@@ -109,7 +109,7 @@ def test_post_local_sgd_is_what_it_is_defined_as():
         if (step - FIRST + 1) % EVERY == 0:
             average = mean(nets)
             for net, _ in nets:
-                nn.utils.vector_to_parameters(average, net.parameters())
+                nn.utils.vector_to_parameters(average.clone(), net.parameters())
         assert (mean(nets) - flat(nets[0][0])).norm() > 1e-4 or (step - FIRST + 1) % EVERY == 0
         with course.network() as network:
             torch.testing.assert_close(flat(network), mean(nets), rtol=1e-10, atol=1e-12)

@@ -223,23 +223,24 @@ def test_a_worker_that_would_normalise_one_sample_is_refused(local, sizes):
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 RUN = {
-    "train__steps": 24,  # two epochs and a bit
+    "train__steps": 12,  # two epochs, whose last steps have 94 images
     "train__dtype": "float64",
-    "train__num_evals": 4,
-    "batch__global_size": 120,
+    "train__num_evals": 2,
+    "batch__global_size": 240,
     "data__augment": ["crop", "flip"],
-    "checkpoint__every_steps": 6,
+    "checkpoint__every_steps": 3,
     "checkpoint__keep": 9,
     "probe__num_samples": 64,
-    "recipe__local_start": 0.4,
+    "probe__per_decade": 1,
+    "recipe__local_start": 0.25,  # from the fourth step on
     "recipe__local_steps": 4,
 }
 GHOST = {"model__name": "mlp", "model__widths": [32, 16], "batch__ghost_size": 6, "recipe__workers": 4}
 CASES = {
     "post-local": {"recipe__local": "post_local_sgd", "recipe__workers": 4},
     "post-local, ghost norm": {"recipe__local": "post_local_sgd", **GHOST},
-    "post-local, SAM": {"recipe__local": "post_local_sgd", "recipe__workers": 2, "recipe__sam_rho": 0.05},
-    "swap": {"recipe__local": "swap", "recipe__workers": 2, "optim__scaling": "linear", "optim__base_size": 60},
+    "post-local, SAM": {"recipe__local": "post_local_sgd", **GHOST, "recipe__workers": 2, "recipe__sam_rho": 0.05},
+    "swap": {"recipe__local": "swap", "recipe__workers": 2, "optim__scaling": "linear", "optim__base_size": 120},
     "swap, ghost norm": {"recipe__local": "swap", **GHOST},
 }
 
@@ -264,7 +265,7 @@ def truth(pools, tmp_path_factory):
     out = {}
     for case in CASES:
         out[case] = tmp_path_factory.mktemp("truth")
-        go(pools, 1, case, 120, out[case])
+        go(pools, 1, case, 240, out[case])
     return out
 
 
@@ -299,7 +300,7 @@ def check_same(out, whole, tolerance=1e-9):
             assert line.get(name, 0.0) == pytest.approx(other.get(name, 0.0), rel=max(tolerance, 1e-15)), name
 
 
-@pytest.mark.parametrize(("size", "micro"), [(1, 7), (2, 120), (3, 7)])
+@pytest.mark.parametrize(("size", "micro"), [(2, 240), (3, 7)])
 @pytest.mark.parametrize("case", CASES)
 def test_world_size_law(pools, truth, tmp_path, case, size, micro):
     go(pools, size, case, micro, tmp_path / "run")
@@ -312,8 +313,8 @@ def test_a_run_learns_on_its_own_and_keeps_the_average(truth, case):
     workers = [state["model"] for state in last(truth[case], "recipe.pt")["workers"]]
     assert len(workers) == CASES[case]["recipe__workers"]
     average = last(truth[case], "model.pt")
+    assert any((workers[0][name] - workers[1][name]).norm() > 1e-3 for name in average if name.endswith("weight"))
     for name in (name for name in average if "running" not in name and "batches" not in name):
-        assert not torch.equal(workers[0][name], workers[1][name]), name
         mean = torch.stack([worker[name] for worker in workers]).mean(0)
         torch.testing.assert_close(average[name], mean, rtol=1e-12, atol=1e-12)
     losses = [line["train/loss"] for line in read_metrics(truth[case]) if "train/loss" in line]
@@ -332,23 +333,22 @@ def cut_after(out, step):
     (out / "run.json").write_text(json.dumps(info | {"status": "running"}))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["post-local", "post-local, ghost norm", "swap", "swap, ghost norm"])
 def test_a_run_goes_on_with_another_number_of_ranks(pools, truth, tmp_path, case):
-    """From one rank to three after step 6, in the plain part; to two after 12 and one after 18, in the local part."""
+    """From one rank to three after the plain part; to two and to one in the local part."""
     out = tmp_path / "run"
     shutil.copytree(truth[case], out)
-    for step, size in ((6, 3), (12, 2), (18, 1)):
+    for step, size in ((3, 3), (6, 2), (9, 1)):
         cut_after(out, step)
-        go(pools, size, case, 120, out, resume=True)
+        go(pools, size, case, 240, out, resume=True)
         check_same(out, truth[case])
 
 
-@pytest.mark.parametrize("case", ["post-local, ghost norm", "swap"])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("case", "size"), [("post-local, ghost norm", 2), ("swap", 3)])
 def test_the_same_number_of_ranks_is_bitwise(pools, tmp_path, case, size):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     go(pools, size, case, 7, whole, train__dtype="float32")
     shutil.copytree(whole, cut)
-    cut_after(cut, 12)
+    cut_after(cut, 6)
     go(pools, size, case, 7, cut, resume=True, train__dtype="float32")
     check_same(cut, whole, tolerance=0.0)

@@ -83,11 +83,19 @@ def norm_size(config: RunConfig, model: nn.Module, num_ranks: int) -> list[int] 
         return None
     if config.norm == "sync":
         return [config.batch.global_size]
-    return sorted(_plan(config, config.batch.global_size, num_ranks).norm_sizes())
+    return sorted(_norm_sizes(config, config.batch.global_size, num_ranks))
 
 
-def _plan(config: RunConfig, size: int, num_ranks: int) -> BatchPlan:
-    return BatchPlan(size, num_ranks, config.batch.micro_size, config.batch.ghost_size)
+def _norm_sizes(config: RunConfig, size: int, num_ranks: int) -> set[int]:
+    """Sizes of batch norm's groups in a step of `size`, and in the one that recipe.local makes of it."""
+    batch, recipe = config.batch, config.recipe
+    cuts = [(size, num_ranks)]
+    if recipe.local == "post_local_sgd":
+        cuts.append((size, recipe.workers))
+    elif recipe.local == "swap":  # a worker's epoch ends with the same images modulo its own batch
+        own = batch.global_size // recipe.workers
+        cuts.append((size % own or own, 1))
+    return set().union(*(BatchPlan(*cut, batch.micro_size, batch.ghost_size).norm_sizes() for cut in cuts))
 
 
 def check_norm(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ranks: int) -> None:
@@ -113,10 +121,12 @@ def check_norm(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ra
                 f"and model.norm (sync) takes its statistics over the whole step: choose at least {share}, more ranks, "
                 "or model.norm=ghost"
             )
-        if 1 in ({size} if config.norm == "sync" else _plan(config, size, num_ranks).norm_sizes()):
+        if 1 in ({size} if config.norm == "sync" else _norm_sizes(config, size, num_ranks)):
+            workers = f", {config.recipe.workers} recipe.workers," if config.recipe.local else ""
             raise UsageError(
-                f"batch.global_size ({batch.global_size}) on {num_ranks} rank(s) leaves batch norm a group "
-                f"of one sample in a step of {size}: choose another global_size, a larger micro_size or fewer ranks"
+                f"batch.global_size ({batch.global_size}) on {num_ranks} rank(s){workers} leaves batch norm a group "
+                f"of one sample in a step of {size}: choose another global_size, a larger micro_size or fewer "
+                f"{'workers' if workers else 'ranks'}"
             )
 
 

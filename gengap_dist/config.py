@@ -274,7 +274,8 @@ class RecipeConfig(Section):
     local: Literal["post_local_sgd", "swap"] | None = None
     """In the last part of the run recipe.workers networks step on their own, with an equal share of the global batch
     each. post_local_sgd (Lin et al. 2020) averages them every recipe.local_steps; swap (Gupta et al. 2020) gives each
-    an order of its own and never puts them together: their average is what is evaluated."""
+    an order of its own, and the rate that optim.scaling has for its share, and never puts them together. Their average
+    is what is evaluated."""
     workers: Annotated[int, Field(ge=2)] = 4
     """Networks of recipe.local, whatever the number of ranks."""
     local_start: float = Field(default=0.5, ge=0.0, lt=1.0)
@@ -481,12 +482,13 @@ class RunConfig(Section):
                 f"recipe.local ({recipe.local}) lets networks step on their own, and model.norm (sync) ties them "
                 "together: choose model.norm=ghost, or another norm"
             )
-        if recipe.local and batch.global_size % (recipe.workers * (batch.ghost_size or 1)):
+        group = size or batch.ghost_size
+        if recipe.local and batch.global_size % (recipe.workers * (group or 1)):
             raise ValueError(
                 f"batch.global_size ({batch.global_size}) cannot be split evenly among recipe.workers "
                 f"({recipe.workers})"
-                + (f" in ghost groups of {batch.ghost_size}" if batch.ghost_size else "")
-                + f": choose a multiple of {recipe.workers * (batch.ghost_size or 1)}"
+                + (f" in groups of {'recipe.penalty_size' if size else 'batch.ghost_size'} ({group})" if group else "")
+                + f": choose a multiple of {recipe.workers * (group or 1)}"
             )
         if recipe.local and self.optim.schedule == "grow":
             raise ValueError(

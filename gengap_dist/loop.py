@@ -19,7 +19,7 @@ from gengap_dist.strategies import Strategy
 from gengap_dist.world import World
 
 EVAL_BLOCK = 250  # images in one evaluation pass; never cut by ranks, so the result is the same on any number of them
-NUM_SUMS = 6  # of a step, see `accumulate`
+NUM_SUMS = 7  # of a step, see `accumulate`
 
 
 class Work(NamedTuple):
@@ -90,8 +90,8 @@ def accumulate(strategy: Strategy, batches: Batches, work: Work, objective: Obje
 
     Returns:
         [NUM_SUMS] float64, on the device: this rank's sum of losses and number of correct predictions; then, if the
-        strategy is watching, for the noise scale |G_b|^2 and 1/b of its first micro-batch, and 1; and its share of what
-        the objective adds to the mean loss.
+        strategy is watching, for the noise scale |G_b|^2 and 1/b of its first micro-batch, and 1; its share of what
+        the objective adds to the mean loss; and 0, where networks that step on their own put their gradients' norms.
     """
     indices, epoch, spans, key = work
     world = strategy.world

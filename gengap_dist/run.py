@@ -41,7 +41,7 @@ from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, excee
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
 from gengap_dist.recipes import course_of
-from gengap_dist.recipes.course import plan_of
+from gengap_dist.recipes.course import Taken, plan_of
 from gengap_dist.strategies import STRATEGIES, OptimizerState
 from gengap_dist.tracking.record import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, read_info
 from gengap_dist.watchdog import watching
@@ -199,7 +199,7 @@ class _Session:
         self.best: dict[str, Any] = {}
         self.reached: int | None = None  # the step after which train.target_accuracy was met
         self.noise = NoiseScale()
-        self._pending: list[tuple[int, int, Tensor, Tensor, float]] = []
+        self._pending: list[tuple[int, Taken, float]] = []
         self._saved_at = time.monotonic()
         self.probe_seconds = self.eval_seconds = self.train_seconds = 0.0
         self.times = torch.zeros(world.size, len(KINDS), dtype=torch.float64)  # by rank, since this start
@@ -280,7 +280,7 @@ class _Session:
         """
         with self.world.where.during("checkpoint"):
             optimizer, recipe = self.strategy.optimizer_state(), self.course.state()
-            with self.strategy.whole() as model:
+            with self.course.whole() as model:
                 if self.saver:
                     self._write(self.saver, model.state_dict(), optimizer, recipe, wait=wait)
         self._saved_at = time.monotonic()
@@ -346,18 +346,16 @@ class _Session:
         while self.step < self.num_steps:
             where.step = self.step + 1
             lr, momentum = self.schedule.lr(self.step), self.schedule.momentum(self.step)
-            torch.manual_seed((config.seed * 1_000_003 + self.step) * 65_537 + self.world.rank)  # dropout and the like
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0
             self.strategy.watching = logged and "noise_scale" in config.probe.rivals
-            size = len(self.order.indices(self.step))
             before_P = self._weights() if self._probe_may_come(self.step + 1) else None
             with where.during("compute", "forward and backward"):
-                sums, norm = self.course.step(self.step, lr, momentum)
+                taken = self.course.step(self.step, lr, momentum)
             self.step += 1
             self._update_norm = None if before_P is None else (self._weights() - before_P).double().norm()
             if logged:
-                self._pending.append((self.step, size, sums, norm, lr))
+                self._pending.append((self.step, taken, lr))
             self.progress(self.step, self.num_steps, "")
             leave = bool(asked()) and not last
             if leave or self.step % FLUSH_EVERY == 0 or self._due():
@@ -376,7 +374,7 @@ class _Session:
 
     def _weights(self) -> Tensor:
         """A copy of all trainable parameters, whole: [P]. Collective."""
-        with self.strategy.whole() as model:
+        with self.course.whole() as model:
             return flat(model)
 
     def _due(self) -> bool:
@@ -401,7 +399,7 @@ class _Session:
         clock = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.world.device)
         if self.saver:  # rank 0, whose clock and budget hold for all
             clock[:2] = clock.new_tensor([overdue and not self.saver.busy, self._probe_exceeds_budget()])
-        rows = torch.stack([*(sums for _, _, sums, _, _ in self._pending), clock])
+        rows = torch.stack([*(taken.sums for _, taken, _ in self._pending), clock])
         times = rows.new_zeros(self.world.size, len(KINDS))
         times[self.world.rank] = times.new_tensor(self.world.where.take())
         told = self.world.sum(torch.cat([rows.flatten(), times.flatten()]), "metrics of the last steps")
@@ -409,8 +407,9 @@ class _Session:
         save_due, leave_out, *_ = rows.pop()
         self._left_out_in_a_row += bool(leave_out)
         self.probe_left_out += [self.step] if leave_out else []
-        for (step, size, _, norm, lr), (loss, correct, *small, extra) in zip(self._pending, rows, strict=True):
-            loss, norm = loss / size, float(norm)
+        for (step, taken, lr), (loss, correct, *small, extra, square) in zip(self._pending, rows, strict=True):
+            size, norm = taken.size, square**0.5 if taken.norm is None else float(taken.norm)
+            loss /= size
             found = {"train/loss": loss, "train/accuracy": correct / size, "train/grad_norm": norm, "train/lr": lr}
             if self.config.recipe.rank_penalty is not None:
                 found["train/rank_penalty"] = extra

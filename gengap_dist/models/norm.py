@@ -294,7 +294,8 @@ def average_buffers(model: nn.Module, world: World) -> None:
     """
     buffers = [b for b in model.buffers() if b.is_floating_point()] if world.size > 1 else []
     if buffers:
-        flat = torch.cat([b.flatten().double() for b in buffers])  # in which three equal float32 have their mean exactly
+        # in float64 the mean of three equal float32 is exact
+        flat = torch.cat([b.flatten().double() for b in buffers])
         mean = world.sum(flat, "running statistics") / world.size
         for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))

@@ -13,7 +13,7 @@ from gengap_dist.config import RunConfig
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches
 from gengap_dist.models.norm import average_buffers, has_batch_norm
-from gengap_dist.recipes.course import Course
+from gengap_dist.recipes.course import Course, Taken
 from gengap_dist.recipes.statistics import recompute
 from gengap_dist.strategies import Strategy
 
@@ -35,7 +35,7 @@ class Averaging(Course):
         weight = swa_weight if self.equal else partial(ema_weight, decay=recipe.ema_decay)
         self.average = AveragedModel(strategy.model, multi_avg_fn=_mixed(weight), use_buffers=True)
 
-    def step(self, step: int, lr: float, momentum: float) -> tuple[Tensor, Tensor]:
+    def step(self, step: int, lr: float, momentum: float) -> Taken:
         """See `Course.step`."""
         out = super().step(step, lr, momentum)
         if step >= self.first_step:

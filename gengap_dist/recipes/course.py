@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from gengap_dist.batching import BatchPlan, Span
@@ -14,6 +15,17 @@ from gengap_dist.loop import Objective, Work, train_step
 from gengap_dist.recipes.gradients import make_gradient
 from gengap_dist.recipes.rank_penalty import RankPenalty
 from gengap_dist.strategies import Strategy
+
+
+class Taken(NamedTuple):
+    """What one rank knows of a step."""
+
+    size: int
+    """Samples behind it, over all ranks."""
+    sums: Tensor
+    """This rank's, see `accumulate`."""
+    norm: Tensor | None
+    """Of the global gradient; None: the root of the last of the sums, over all ranks."""
 
 
 class Course:
@@ -27,17 +39,17 @@ class Course:
         self.make = make_gradient(recipe)
         self._spans: dict[int, list[Span]] = {}
 
-    def step(self, step: int, lr: float, momentum: float) -> tuple[Tensor, Tensor]:
-        """Step number `step`, from 0. Collective.
-
-        Returns:
-            See `train_step`.
-        """
+    def step(self, step: int, lr: float, momentum: float) -> Taken:
+        """Step number `step`, from 0. Collective."""
+        self._seed(step, self.strategy.world.rank)
         self.strategy.set_rates(lr, momentum)
         work, coming = self._work(step), self._work(step + 1)
         with self.strategy.world.where.during("data"):  # what is coming is read while this step computes
             self.batches.expect(coming.indices[coming.spans[0].start : coming.spans[-1].stop])
-        return train_step(self.strategy, self.batches, work, self.objective, self.make)
+        return Taken(len(work.indices), *train_step(self.strategy, self.batches, work, self.objective, self.make))
+
+    def _seed(self, step: int, who: int) -> None:
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + who)  # layers that ask torch for their draws
 
     def _work(self, step: int) -> Work:
         world = self.strategy.world
@@ -49,12 +61,16 @@ class Course:
             self._spans[size] = plan.micro_batches(world.rank, lockstep=lockstep)
         return Work(indices, epoch, self._spans[size], (self.config.seed, step))
 
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        """The plain network that trains, as checkpoints keep it; see `Strategy.whole`. Collective."""
+        return self.strategy.whole()
+
     def network(self) -> AbstractContextManager[nn.Module]:
         """The plain network that the run stands for, on every rank, to look at; see `Strategy.whole`. Collective.
 
         Buffers of the network that trains are to be averaged before.
         """
-        return self.strategy.whole()
+        return self.whole()
 
     def state(self) -> dict[str, Any]:
         """What it remembers besides the strategy's network and optimizer; whole on rank 0. Collective."""

@@ -105,9 +105,7 @@ def check_switches(config: RunConfig, num_ranks: int, device_type: str | None) -
     if train.autocast == "float16" and device_type == "cpu":
         raise UsageError("train.autocast (float16) is for GPUs, and this run is on a CPU: choose bfloat16, or null")
     if train.compile and train.recompute:
-        raise UsageError(
-            "train.compile and train.recompute both decide what is computed twice: choose one, or neither"
-        )
+        raise UsageError("train.compile and train.recompute both decide what is computed twice: choose one, or neither")
     if train.compile and config.norm == "sync":
         raise UsageError(
             "train.compile (true) cannot look into model.norm (sync), where ranks meet in every layer: choose "

@@ -164,9 +164,7 @@ class Strategy(ABC):
         """Go on from what the optimizer of any strategy remembered; `state` is whole, on every rank. Collective."""
         for name, parameter in self.model.named_parameters():
             if kept := state.get(name):
-                self.optimizer.state[parameter] = {
-                    key: _like(parameter, value) for key, value in kept.items()
-                }
+                self.optimizer.state[parameter] = {key: _like(parameter, value) for key, value in kept.items()}
 
     def close(self) -> None:  # noqa: B027, most have nothing to let go of
         """Let go of the model: some engines hold on to it otherwise, and the next run of a study needs the memory."""

@@ -28,7 +28,9 @@ class DDP(Strategy):
         super().setup(model, build)
         # Around the compiled network, not under it: torch then cuts the graph where a bucket of gradients is full, and
         # what sums them stays plain Python.
-        self._ddp = DistributedDataParallel(cast("nn.Module", self.net), gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
+        self._ddp = DistributedDataParallel(
+            cast("nn.Module", self.net), gradient_as_bucket_view=True, **_NO_BUFFER_SYNC
+        )
         self._ddp.register_comm_hook(None, self._sum)
         self._energies: list[Tensor] = []  # of the buckets that have met the other ranks' in this micro-step
 
@@ -65,7 +67,7 @@ class DDP(Strategy):
         """See `Strategy.local_energy`: of the only micro-batch, the buckets have kept it."""
         if not self._energies:
             return super().local_energy()
-        return self.unscaled(torch.stack(self._energies).sum().sqrt()).square()
+        return self.unscaled(self.unscaled(torch.stack(self._energies).sum()))  # it is a square
 
     def close(self) -> None:
         """See `Strategy.close`: the reducer holds `_sum`, where Python's garbage collector does not look."""

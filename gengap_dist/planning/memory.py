@@ -99,10 +99,10 @@ def weights(config: RunConfig, model: nn.Module, strategy: str, num_ranks: int) 
 def saved_for_backward(config: RunConfig, model: nn.Module, shape: Sequence[int], micro_size: int) -> tuple[int, str]:
     """Bytes that autograd saves in one forward pass of `micro_size` images [C, H, W] and its loss, and how it is known.
 
-    Every storage that is saved counts once; parameters and buffers do not count. With train.recompute they are what goes
-    into the blocks, what is saved outside, and the most that one block saves when its turn comes. Tensors are fake: they have shapes
-    and no values, so the pass takes neither the memory nor the time of a real one. A network that cannot run so (its
-    path depends on values) is run with 2 and 4 real images, and the line through both is drawn.
+    Every storage that is saved counts once; parameters and buffers do not count. With train.recompute they are those of
+    blocks' inputs, those saved outside blocks, and the most that one block saves when its turn comes. Tensors are fake:
+    they have shapes and no values, so the pass takes neither the memory nor the time of a real one. A network that
+    cannot run so (its path depends on values) is run with 2 and 4 real images, and the line through both is drawn.
     """
     try:
         with FakeTensorMode() as mode:

@@ -65,7 +65,8 @@ def _twice(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The network as torch.compile makes it, on the same parameters; hooks that come later are not heard in it."""
     # Its draws hang on the step and on the samples' places: they would be compiled anew in every micro-batch.
-    SampleDropout.dropped = torch.compiler.disable(SampleDropout.dropped)
+    eager: Any = torch.compiler.disable(SampleDropout.dropped)
+    SampleDropout.dropped = eager
     return torch.compile(model)
 
 

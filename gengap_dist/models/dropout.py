@@ -19,10 +19,6 @@ class SampleDropout(nn.Dropout):
         """[n, ...] to the same shape."""
         if not self.training or not self.p:
             return input
-        return self.dropped(input)
-
-    def dropped(self, input: Tensor) -> Tensor:
-        """[n, ...] to the same shape: the mask is this step's."""
         units = input[0].numel() if len(input) else 0
         first = self.position.start * units
         counters = torch.arange(first, first + input.numel(), device=input.device)

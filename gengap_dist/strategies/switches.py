@@ -63,10 +63,17 @@ def _twice(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The network as torch.compile makes it, on the same parameters; hooks that come later are not heard in it."""
-    # Its draws hang on the step and on the samples' places: they would be compiled anew in every micro-batch.
-    eager: Any = torch.compiler.disable(SampleDropout.dropped)
-    SampleDropout.dropped = eager
+    """The network as torch.compile makes it, on the same parameters; hooks that come later are not heard in it.
+
+    Raises:
+        UsageError: if it drops units: a mask belongs to a step and to places in it, which would be compiled in.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SampleDropout) and module.p:
+            raise UsageError(
+                f"train.compile (true) cannot look into {name}, whose dropout ({module.p}) is another in every "
+                "micro-batch: choose a network without dropout, or train.compile=false"
+            )
     return torch.compile(model)
 
 

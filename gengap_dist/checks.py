@@ -77,6 +77,54 @@ def check_recipe(config: RunConfig, num_ranks: int) -> None:
             )
 
 
+SWITCHES = {  # the others keep parameters in pieces, or call the network and scale the loss themselves
+    "train.autocast": ("float16", ("single", "ddp"), "bfloat16"),
+    "train.channels_last": (True, ("single", "ddp"), "false"),
+    "train.compile": (True, ("single", "ddp"), "false"),
+}
+
+
+def check_switches(config: RunConfig, num_ranks: int, device_type: str | None) -> None:
+    """Refuse switches of precision and speed that the strategy, the device or the recipe cannot serve.
+
+    Args:
+        config: the run.
+        num_ranks: ranks.
+        device_type: of every rank, `cpu` or `cuda`; None: not yet known.
+
+    Raises:
+        UsageError: naming the switch, what it does not go with, and what does.
+    """
+    name, train, recipe = strategy_name(config, num_ranks), config.train, config.recipe
+    for setting, (refused, able, instead) in SWITCHES.items():
+        if getattr(train, setting.removeprefix("train.")) == refused and name not in able:
+            raise UsageError(
+                f"{setting} ({str(refused).lower()}) is not for launch.strategy={name}: choose "
+                f"{' or '.join(able)}, or {setting}={instead}"
+            )
+    if train.autocast == "float16" and device_type == "cpu":
+        raise UsageError("train.autocast (float16) is for GPUs, and this run is on a CPU: choose bfloat16, or null")
+    if train.compile and train.recompute:
+        raise UsageError("train.compile and train.recompute both decide what is computed twice: choose one, or neither")
+    if train.compile and config.norm == "sync":
+        raise UsageError(
+            "train.compile (true) cannot look into model.norm (sync), where ranks meet in every layer: choose "
+            "model.norm=ghost, or train.compile=false"
+        )
+    inside = [switch for switch in ("compile", "recompute") if getattr(train, switch)]
+    if recipe.rank_penalty is not None and inside:
+        raise UsageError(
+            f"recipe.rank_penalty ({recipe.rank_penalty}) takes activations out of forward passes, which "
+            f"train.{inside[0]} (true) hides or repeats: choose train.{inside[0]}=false"
+        )
+    for penalty in ("gradient_penalty", "rank_penalty"):
+        if train.autocast == "float16" and (value := getattr(recipe, penalty)) is not None:
+            raise UsageError(
+                f"recipe.{penalty} ({value}) works with numbers too small for train.autocast (float16): "
+                "choose bfloat16, or null"
+            )
+
+
 def norm_size(config: RunConfig, model: nn.Module, num_ranks: int) -> list[int] | None:
     """Sizes of the groups of samples that batch norm takes its statistics over; None without batch norm."""
     if not has_batch_norm(model):

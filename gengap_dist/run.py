@@ -24,6 +24,7 @@ from gengap_dist.checks import (
     check_ranks,
     check_recipe,
     check_strategy,
+    check_switches,
     norm_size,
     strategy_name,
 )
@@ -43,6 +44,7 @@ from gengap_dist.probes.weights import flat
 from gengap_dist.recipes import course_of
 from gengap_dist.recipes.course import Taken, plan_of
 from gengap_dist.strategies import STRATEGIES, OptimizerState
+from gengap_dist.strategies.switches import check_compiler, deterministic
 from gengap_dist.tracking.record import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, read_info
 from gengap_dist.watchdog import watching
 from gengap_dist.whereabouts import KINDS
@@ -89,7 +91,7 @@ def run(
         Preempted: after a rank was asked to leave; the folder is ready to be resumed.
     """
     world = world or connect(config.launch)
-    with watching(world, config.launch.hang_seconds):
+    with watching(world, config.launch.hang_seconds), deterministic(config.train.deterministic):
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)
@@ -165,6 +167,9 @@ class _Session:
         check_ranks(config, world.size)
         check_strategy(config, world.size)
         check_recipe(config, world.size)
+        check_switches(config, world.size, world.device.type)
+        if config.train.compile:
+            check_compiler(world.device.type)
         splits = _load_data(config, world, progress)
         self.train_set, self.val_set, self.test_set = (
             images.to(world.device) for images in (splits.train, splits.val, splits.test)
@@ -239,6 +244,7 @@ class _Session:
         if self.reached is not None and self.config.train.stop_at_target:
             self.num_steps = self.reached
         self._set_up(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "recipe.pt"))
+        self.strategy.scaler.load_state_dict(state["scaler"])
         if self.best:
             self.best["model"] = checkpoint.load(path / "best.pt")
         self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each = state["timers"]
@@ -302,6 +308,7 @@ class _Session:
             "timers": [self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each],
             "probe_left_out": self.probe_left_out,
             "noise": asdict(self.noise),
+            "scaler": self.strategy.scaler.state_dict(),
         }
         states: dict[str, Any] = {"model": model, "optimizer": optimizer, "recipe": recipe}
         states |= {"best": self.best["model"]} if self.best else {}

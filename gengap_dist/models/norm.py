@@ -69,21 +69,31 @@ class GhostBatchNorm(Normed):
         super().__init__(num_features, **settings)
         self.ghost_size = ghost_size
         self.position = Position()
+        self._seen: list[tuple[Tensor, Tensor, int]] = []  # mean, variance and size of groups not yet remembered
 
     def train_forward(self, input: Tensor) -> Tensor:
         """See `Normed`; the last group may be smaller."""
-        where, eta = self.position, self.momentum or 0.0
-        alone = where.global_size is None
-        if alone:
-            self.begin_step(len(input))
-        first = 0 if alone else where.start // self.ghost_size
-        last = -(-(where.global_size or len(input)) // self.ghost_size) - 1
-        out = []
-        for number, group in enumerate(input.split(self.ghost_size), first):
+        out, seen = [], []
+        for group in input.split(self.ghost_size):
             mean, var = input.new_zeros(2, self.num_features, dtype=_exact(input))
             out.append(batch_norm(group, mean, var, self.weight, self.bias, True, 1.0, self.eps))
-            self.remember(mean, var, where.num_ranks * eta * (1 - eta) ** (last - number))
+            seen.append((mean, var, len(group)))
+        self._seen = seen
+        if not torch.compiler.is_compiling():  # places in the batch would be compiled in: the strategy calls afterwards
+            self.settle()
         return torch.cat(out) if len(out) > 1 else out[0]
+
+    def settle(self) -> None:
+        """Let the groups of the last training pass enter the running statistics, if they have not."""
+        seen, self._seen = self._seen, []
+        where, eta = self.position, self.momentum or 0.0
+        first, size = where.start // self.ghost_size, where.global_size
+        if seen and size is None:  # alone
+            first, size = 0, sum(num for *_, num in seen)
+            self.begin_step(size)
+        for number, (mean, var, _) in enumerate(seen, first):
+            last = -(-(size or 0) // self.ghost_size) - 1
+            self.remember(mean, var, where.num_ranks * eta * (1 - eta) ** (last - number))
 
     @torch.no_grad()
     def begin_step(self, global_size: int) -> None:
@@ -276,14 +286,15 @@ def has_batch_norm(model: nn.Module) -> bool:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Training passes inside leave running statistics alone."""
-    before = [(module, module.momentum) for module in model.modules() if isinstance(module, _BatchNorm)]
-    for module, _ in before:
-        module.momentum = 0.0
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    before = [(module, module.momentum, module.num_batches_tracked) for module in norms]
+    for module in norms:
+        module.momentum, module.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for module, momentum in before:
-            module.momentum = momentum
+        for module, momentum, count in before:
+            module.momentum, module.num_batches_tracked = momentum, count
 
 
 @torch.no_grad()

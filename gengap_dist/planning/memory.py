@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist.config import OptimConfig, RunConfig
 from gengap_dist.probes.rank_loss import Piece, Site
+from gengap_dist.strategies.switches import blocks
 
 
 class Sharding(NamedTuple):
@@ -97,9 +99,10 @@ def weights(config: RunConfig, model: nn.Module, strategy: str, num_ranks: int) 
 def saved_for_backward(config: RunConfig, model: nn.Module, shape: Sequence[int], micro_size: int) -> tuple[int, str]:
     """Bytes that autograd saves in one forward pass of `micro_size` images [C, H, W] and its loss, and how it is known.
 
-    Every storage that is saved counts once; parameters and buffers do not count. Tensors are fake: they have shapes
-    and no values, so the pass takes neither the memory nor the time of a real one. A network that cannot run so (its
-    path depends on values) is run with 2 and 4 real images, and the line through both is drawn.
+    Every storage that is saved counts once; parameters and buffers do not count. With train.recompute they are those of
+    blocks' inputs, those saved outside blocks, and the most that one block saves when its turn comes. Tensors are fake:
+    they have shapes and no values, so the pass takes neither the memory nor the time of a real one. A network that
+    cannot run so (its path depends on values) is run with 2 and 4 real images, and the line through both is drawn.
     """
     try:
         with FakeTensorMode() as mode:
@@ -123,21 +126,42 @@ def _dtype(config: RunConfig) -> torch.dtype:
 
 def _saved(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], images: Tensor) -> int:
     own = {tensor.untyped_storage()._cdata for tensor in named.values()}
-    saved: dict[int, int] = {}
+    outside: dict[int, int] = {}
+    saved = outside  # or by the block that is running, if it will be computed again
+    inside: list[dict[int, int]] = []
+    kept: list[Tensor] = []  # so that no other storage takes its place
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             saved[storage._cdata] = storage.nbytes()
-        return tensor  # the graph keeps it, so no other storage takes its place
+            kept.append(tensor.detach())
+        return tensor
 
+    def enter(block: nn.Module, args: tuple[object, ...]) -> None:
+        nonlocal saved
+        for tensor in args:
+            if isinstance(tensor, Tensor):
+                pack(tensor)
+        inside.append({})
+        saved = inside[-1]
+
+    def leave(block: nn.Module, args: object, output: object) -> None:
+        nonlocal saved
+        saved = outside
+
+    hooks = ExitStack()
+    for block in blocks(model) if config.train.recompute else []:
+        hooks.callback(block.register_forward_pre_hook(enter).remove)
+        hooks.callback(block.register_forward_hook(leave).remove)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.autocast is not None)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with hooks, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with autocast:
             logits = functional_call(model.train(), dict(named), (images,))
         loss = cross_entropy(logits.to(images.dtype), torch.zeros(len(images), dtype=torch.int64), reduction="sum")
     del loss
-    return sum(saved.values())
+    most = max((sum(size for key, size in block.items() if key not in outside) for block in inside), default=0)
+    return sum(outside.values()) + most
 
 
 def probe_bytes(sites: Sequence[Site], passes: Sequence[Sequence[Piece]], most_inputs: int, stream: int) -> int:

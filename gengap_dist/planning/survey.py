@@ -10,7 +10,15 @@ from torch import nn
 
 from gengap_dist import models
 from gengap_dist.batching import BatchPlan
-from gengap_dist.checks import check_logits, check_norm, check_ranks, check_recipe, check_strategy, strategy_name
+from gengap_dist.checks import (
+    check_logits,
+    check_norm,
+    check_ranks,
+    check_recipe,
+    check_strategy,
+    check_switches,
+    strategy_name,
+)
 from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth
@@ -126,6 +134,8 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
     tried(lambda: check_ranks(config, num_ranks))
     tried(lambda: check_strategy(config, num_ranks))
     tried(lambda: check_recipe(config, num_ranks))
+    device = config.launch.device
+    tried(lambda: check_switches(config, num_ranks, None if device == "auto" else device))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         if sizes := tried(lambda: catalog.sizes(config.data)):

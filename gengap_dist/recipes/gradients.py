@@ -45,15 +45,15 @@ def sam(rho: float) -> MakeGradient:
 
     def make(strategy: Strategy, batches: Batches, work: Work, objective: Objective) -> tuple[Tensor, Tensor]:
         sums = accumulate(strategy, batches, work, objective)
-        norm = strategy.gradient_norm()
+        scaled = strategy.gradient_norm()
         parameters = [p for p in strategy.model.parameters() if p.grad is not None]
         ascent = [p.grad.clone() for p in parameters if p.grad is not None]
         strategy.optimizer.zero_grad(set_to_none=False)
         watching, strategy.watching = strategy.watching, False
-        with moved(parameters, ascent, rho / (norm + TINY)), frozen(strategy.model):
+        with moved(parameters, ascent, rho / (scaled + TINY)), frozen(strategy.model):
             accumulate(strategy, batches, work, objective)
         strategy.watching = watching
-        return sums, norm
+        return sums, strategy.unscaled(scaled)
 
     return make
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gengap_dist.config import RunConfig
 from gengap_dist.models.norm import GhostBatchNorm, SyncBatchNorm
 from gengap_dist.models.position import position_of
+from gengap_dist.strategies.switches import compiled, recompute_blocks
 from gengap_dist.world import World
 
 OptimizerState = dict[str, dict[str, Tensor]]
@@ -43,13 +44,32 @@ class Strategy(ABC):
         """Whether ranks meet in forward passes of training, too."""
         self.watching = False
         """Whether `local_energy` will be asked for; it costs one pass over the gradients."""
+        # Off, as it mostly is, it changes nothing. Gradients meet before they are unscaled, so one that is infinite on
+        # one rank is infinite or no number on all: they skip the step, and halve the scale, together.
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.autocast == "float16")
+        """Multiplies the loss, so that gradients in float16 do not vanish; a run resumes with its state."""
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """Take the model, whose weights are equal on all ranks, and make its optimizer. Collective."""
+        train = self.config.train
+        if train.channels_last:
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if train.recompute:
+            recompute_blocks(model)
         self.model, self.optimizer = model, build(model)
+        self.net = compiled(model) if train.compile else model
+        """What training calls: the model, or what it was compiled to, on the same parameters."""
+        if self.scaler.is_enabled() and isinstance(self.optimizer, torch.optim.SGD):
+            self._begin_momentum()
         self.position = position_of(model)
         self._ghosts = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
         self.synced = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in model.modules())
+
+    def _begin_momentum(self) -> None:
+        """Torch's fused SGD (2.15) takes momentum from memory that nobody wrote, if it skips its first step."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else []:
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def begin_step(self, global_size: int) -> None:
         """Tell layers that count samples how many this step has. On every rank, also one without samples."""
@@ -58,13 +78,20 @@ class Strategy(ABC):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [n, num_classes] of this rank's images [n, C, H, W], in the images' dtype."""
-        with self._autocast():
-            return self._forward(images).to(images.dtype)
+        return self._through(self._forward, images)
 
     def local_forward(self, images: Tensor) -> Tensor:
         """`forward`, without the engine: for gradients of this rank's own that nobody else is to meet."""
+        return self._through(self.net, images)
+
+    def _through(self, net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        if self.config.train.channels_last and images.ndim == 4:
+            images = images.to(memory_format=torch.channels_last)
         with self._autocast():
-            return self.model(images).to(images.dtype)
+            logits = net(images).to(images.dtype)
+        for layer in self._ghosts:
+            layer.settle()
+        return logits
 
     def _autocast(self) -> AbstractContextManager[object]:
         kind = self.config.train.autocast
@@ -85,7 +112,7 @@ class Strategy(ABC):
     def local_energy(self) -> Tensor:
         """|g|^2, float64, of this rank's own gradient after its first micro-batch, not yet summed over ranks."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return nn.utils.get_total_norm(gradients).double().square()
+        return self.unscaled(nn.utils.get_total_norm(gradients).double()).square()
 
     def set_rates(self, lr: float, momentum: float) -> None:
         """Take the learning rate and the momentum of the next step; not every optimizer has the latter."""
@@ -98,16 +125,23 @@ class Strategy(ABC):
         """Update the parameters and clear the gradients.
 
         Returns:
-            The global gradient's 2-norm, before optim.clip_norm is applied; a scalar on the device.
+            The global gradient's 2-norm, before optim.clip_norm is applied; a scalar on the device. Of a gradient that
+            was too large for float16 it is no finite number, and the parameters stay what they were.
         """
+        self.scaler.unscale_(self.optimizer)
         norm = self.gradient_norm()
         self._clip(norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)
         return norm
 
+    def unscaled(self, value: Tensor) -> Tensor:
+        """What is proportional to the gradients as they come from `backward`, as it is for those of the loss."""
+        return value / self.scaler.get_scale() if self.scaler.is_enabled() else value
+
     def gradient_norm(self) -> Tensor:
-        """2-norm of the global gradient after the last micro-step, a scalar on the device. Collective."""
+        """2-norm of the parameters' gradients after the last micro-step, a scalar on the device. Collective."""
         return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     def _clip(self, norm: Tensor) -> None:
@@ -130,9 +164,15 @@ class Strategy(ABC):
         """Go on from what the optimizer of any strategy remembered; `state` is whole, on every rank. Collective."""
         for name, parameter in self.model.named_parameters():
             if kept := state.get(name):
-                self.optimizer.state[parameter] = {
-                    key: value.to(parameter.device, copy=True) for key, value in kept.items()
-                }
+                self.optimizer.state[parameter] = {key: _like(parameter, value) for key, value in kept.items()}
 
     def close(self) -> None:  # noqa: B027, most have nothing to let go of
         """Let go of the model: some engines hold on to it otherwise, and the next run of a study needs the memory."""
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """A copy on the parameter's device, in the order in memory that the parameter has: fused optimizers go by that."""
+    copy = value.to(parameter.device, copy=True)
+    if value.shape != parameter.shape or copy.stride() == parameter.stride():
+        return copy
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(copy)

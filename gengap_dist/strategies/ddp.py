@@ -2,7 +2,7 @@
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,11 @@ class DDP(Strategy):
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective."""
         super().setup(model, build)
-        self._ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC)
+        # Around the compiled network, not under it: torch then cuts the graph where a bucket of gradients is full, and
+        # what sums them stays plain Python.
+        self._ddp = DistributedDataParallel(
+            cast("nn.Module", self.net), gradient_as_bucket_view=True, **_NO_BUFFER_SYNC
+        )
         self._ddp.register_comm_hook(None, self._sum)
         self._energies: list[Tensor] = []  # of the buckets that have met the other ranks' in this micro-step
 
@@ -41,7 +45,7 @@ class DDP(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """See `Strategy.backward`. What comes after the last bucket of gradients has left is waiting for the others."""
-        loss.backward()
+        self.scaler.scale(loss).backward()
         if self._last_bucket is not None:
             self.world.where.charge_since(self._last_bucket, "communication")
 
@@ -61,7 +65,9 @@ class DDP(Strategy):
 
     def local_energy(self) -> Tensor:
         """See `Strategy.local_energy`: of the only micro-batch, the buckets have kept it."""
-        return torch.stack(self._energies).sum() if self._energies else super().local_energy()
+        if not self._energies:
+            return super().local_energy()
+        return self.unscaled(self.unscaled(torch.stack(self._energies).sum()))  # it is a square
 
     def close(self) -> None:
         """See `Strategy.close`: the reducer holds `_sum`, where Python's garbage collector does not look."""

@@ -13,7 +13,7 @@ class Single(Strategy):
     """Plain torch."""
 
     def _forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        return self.net(images)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Nothing to prepare."""
@@ -21,4 +21,4 @@ class Single(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """See `Strategy.backward`."""
-        loss.backward()
+        self.scaler.scale(loss).backward()

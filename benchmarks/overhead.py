@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 from gengap_dist import checkpoint
 from gengap_dist.config import RunConfig, nested, validate
@@ -29,25 +27,9 @@ from gengap_dist.tracking.record import prepare_folder, read_metrics
 EVERY = 50
 
 
-def resnet56(num_classes: int, in_channels: int) -> nn.Module:
-    """Three stages of nine blocks, 16, 32 and 64 wide (He et al. 2016), with 1 x 1 convolutions where widths change."""
-    layers: list[nn.Module] = [nn.Conv2d(in_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    before = 16
-    for width in (16, 32, 64):
-        for number in range(9):
-            stride = 2 if width > before else 1
-            fit = None
-            if before != width:
-                fit = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-            layers.append(BasicBlock(before, width, stride if number == 0 else 1, fit))
-            before = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
-
-
 def checkpoints(console: Console) -> None:
-    sys.path.insert(0, str(Path(__file__).parent.parent))  # for the model's name
     given = {
-        "model.name": "benchmarks.overhead:resnet56",
+        "model.name": "resnet56",
         "batch.global_size": 128,
         "train.steps": 2 * EVERY,
         "train.num_evals": 1,

@@ -1,0 +1,105 @@
+"""An epoch of ResNet-56 on CIFAR-10 with augmentation, beside the same steps on one resident random batch.
+
+    python benchmarks/epoch.py --data DIR [--jpeg] [--steps 0] [--block 8]
+
+Both take every step of the epoch, in turns of `--block` steps on the same threads, with the same network, optimizer and
+micro-batches of 128:
+
+  gengap  this package's step: order, pictures, crop and flip, schedule, gradient norm, sums of losses and of correct
+          predictions
+  limit   forward, cross-entropy, backward and optimizer step on one batch of random numbers
+
+Printed are the ratio of the summed times, and the median and spread of the ratios of single turns.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch.nn.functional import cross_entropy
+
+from gengap_dist import models
+from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.data import catalog
+from gengap_dist.data.order import Order
+from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.optim.build import build as build_optimizer
+from gengap_dist.optim.schedule import Schedule
+from gengap_dist.recipes.course import Course
+from gengap_dist.strategies import Single
+from gengap_dist.world import World
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
+    parser.add_argument("--jpeg", action="store_true", help="it holds train/CLASS/*.jpg and test/CLASS/*.jpg")
+    parser.add_argument("--steps", type=int, default=0, help="only so many steps of the epoch")
+    parser.add_argument("--block", type=int, default=8, help="steps in a turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    settings = {
+        "data": {"name": "imagefolder" if args.jpeg else "cifar10", "root": args.data, "augment": ["crop", "flip"]},
+        "model": {"name": "resnet56"},
+        "batch": {"global_size": 128},
+        "optim": {"lr": 0.1, "weight_decay": 1e-4, "schedule": "cosine", "warmup_epochs": 0.1},
+        "train": {"epochs": 1},
+    }
+    config, world, console = validate(RunConfig, nested(settings)), World(), Console()
+    began = time.perf_counter()
+    splits = catalog.load(config.data)
+    console.print(f"{len(splits.train):,} training images read in {time.perf_counter() - began:.1f} s")
+    order = Order(len(splits.train), config.batch.global_size, config.seed)
+    schedule = Schedule.of(config, order)
+
+    def fresh() -> Single:
+        torch.manual_seed(0)
+        strategy = Single(config, world)
+        model = models.of(config, splits.num_classes, splits.in_channels, world).train()
+        strategy.setup(model, lambda model: build_optimizer(config.optim, model))
+        return strategy
+
+    course = Course(config, fresh(), Batches(splits.train, Normalise(splits, world.device, torch.float32), config.data,
+                                             config.seed), order)  # fmt: skip
+    bare = fresh()
+    images, labels = torch.randn(128, 3, 32, 32), torch.randint(splits.num_classes, (128,))
+
+    def gengap(step: int) -> None:
+        course.step(step, schedule.lr(step), schedule.momentum(step))
+
+    def limit(step: int) -> None:
+        size = len(order.indices(step))  # the last step of the epoch is smaller, for both
+        bare.optimizer.zero_grad()
+        cross_entropy(bare.model(images[:size]), labels[:size]).backward()
+        bare.optimizer.step()
+
+    for warm in (gengap, limit):
+        warm(0)
+    num_steps = args.steps or order.steps_per_epoch
+    turns: list[tuple[float, float]] = []
+    for number, start in enumerate(track(range(0, num_steps, args.block), console=console, transient=True)):
+        seconds = {}
+        for contestant in (gengap, limit) if number % 2 else (limit, gengap):
+            began = time.perf_counter()
+            for step in range(start, min(start + args.block, num_steps)):
+                contestant(step)
+            seconds[contestant] = time.perf_counter() - began
+        turns.append((seconds[gengap], seconds[limit]))
+    ours, theirs = (sum(column) for column in zip(*turns, strict=True))
+    ratios = sorted(a / b for a, b in turns)
+    low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    console.print(
+        f"{num_steps} steps of 128, {args.threads} thread(s): gengap {ours:.1f} s, limit {theirs:.1f} s; ratio of the "
+        f"sums {ours / theirs:.3f}; of {len(turns)} turns median {statistics.median(ratios):.3f}, "
+        f"middle half {low:.3f} to {high:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -175,6 +175,30 @@ def test_divergence_is_a_result(tmp_path):
         ({"batch__ghost_size": 32}, r"model.norm \(ghost\) has no effect on LeNet5"),
         ({"model__name": "mlp", "batch__global_size": 1293}, "leaves batch norm a group of one sample in a step of 1"),
         ({"model__name": "mlp", "batch__micro_size": 1}, "a group of one sample in a step of 64"),
+        (
+            {"model__name": "mlp", "model__norm": "sync", "batch__global_size": 200},
+            r"batch.micro_size \(128\) cuts the 200 samples .*choose at least 200, more ranks, or model.norm=ghost",
+        ),
+        (
+            {
+                "model__name": "mlp",
+                "model__activation": "linear",
+                "recipe__rank_penalty": 1.0,
+                "recipe__rank_layers": ["fc9"],
+            },
+            r"recipe.rank_layers \(fc9\) matches no layer",
+        ),
+        ({"model__name": "resnet65"}, r"did you mean resnet56\?"),
+        (
+            {"model__name": "vgg16", "model__activation": "linear"},
+            r"model.activation \(linear\) has no effect on vgg16",
+        ),
+        ({"optim__warmup_epochs": 6.0}, r"optim.warmup_epochs \(6\) are 126 steps, and the run has 105"),
+        (
+            {"recipe__sam_rho": 0.1, "launch__strategy": "zero1"},
+            r"recipe.sam_rho \(0.1\) is not for launch.strategy=zero1",
+        ),
+        ({"train__autocast": "float16", "launch__device": "cpu"}, r"train.autocast \(float16\) is for GPUs"),
         ({"launch__device": "cuda"}, r"launch.device \(cuda\) needs a GPU"),
         ({"data__image_size": 12}, r"data.image_size \(12\) is too small for lenet5"),
         ({"model__name": "lenet"}, r"model.name \(lenet\) is no model \(did you mean lenet5\?\)"),

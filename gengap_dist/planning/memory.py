@@ -76,6 +76,22 @@ def state_copies(config: OptimConfig) -> int:
     return 2 if config.name in ("adamw", "lamb") else int(config.momentum > 0)
 
 
+def recipe_copies(config: RunConfig, num_ranks: int) -> int:
+    """Copies of the weights that a rank's recipe keeps beside the network that trains, at the fullest moment.
+
+    SAM: the weights and the ascent. Gradient penalty: the weights, two gradients and their sum. Averages: one. Networks
+    that step on their own: weights, gradient and optimizer state of each that the rank has.
+
+    >>> recipe_copies(RunConfig.model_validate({"recipe": {"local": "swap", "workers": 4}}), num_ranks=3)
+    6
+    """
+    recipe = config.recipe
+    copies = 2 * (recipe.sam_rho is not None) + 4 * (recipe.gradient_penalty is not None) + bool(recipe.average)
+    if recipe.local:
+        copies += -(-recipe.workers // num_ranks) * (2 + state_copies(config.optim))
+    return copies
+
+
 def weights(config: RunConfig, model: nn.Module, strategy: str, num_ranks: int) -> dict[str, int]:
     """Bytes of parameters, gradients, optimizer state and kept weights on a rank of `strategy`."""
     sharding = SHARDING[strategy]
@@ -83,7 +99,7 @@ def weights(config: RunConfig, model: nn.Module, strategy: str, num_ranks: int) 
     whole = itemsize * sum(p.numel() for p in model.parameters())
     trained = itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    copies = int(config.probe.enabled) + int(config.data.val_fraction > 0)
+    copies = int(config.probe.enabled) + int(config.data.val_fraction > 0) + recipe_copies(config, num_ranks)
 
     def part(num_bytes: int, shared: bool) -> int:
         return -(-num_bytes // num_ranks) if shared else num_bytes

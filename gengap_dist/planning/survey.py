@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gengap_dist import models
-from gengap_dist.batching import BatchPlan
 from gengap_dist.checks import (
     check_logits,
     check_norm,
@@ -35,6 +34,8 @@ from gengap_dist.planning.wire import Link, Message
 from gengap_dist.probes import rank_loss
 from gengap_dist.probes.capture import observing
 from gengap_dist.probes.layers import choose
+from gengap_dist.recipes.course import plan_of
+from gengap_dist.recipes.rank_penalty import RankPenalty
 from gengap_dist.world import World
 
 T = TypeVar("T")
@@ -130,7 +131,7 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
     num_ranks, batch = cluster.num_ranks, config.batch
     strategy = strategy_name(config, num_ranks)
     found: dict[str, Any] = {"cluster": cluster, "strategy": strategy, "model": config.model.name, "refused": refused}
-    found["batch"] = layout(BatchPlan(batch.global_size, num_ranks, batch.micro_size, batch.ghost_size))
+    found["batch"] = layout(plan_of(config, batch.global_size, num_ranks))
     tried(lambda: check_ranks(config, num_ranks))
     tried(lambda: check_strategy(config, num_ranks))
     tried(lambda: check_recipe(config, num_ranks))
@@ -144,6 +145,8 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
             if model := tried(lambda: _model(config, sizes)):
                 tried(lambda: check_norm(config, model, order.sizes() if order else [], num_ranks))
                 tried(lambda: build_optimizer(config.optim, model))
+                if config.recipe.rank_penalty is not None:
+                    tried(lambda: RankPenalty(config.recipe).layers(model, _example(config, sizes)))
                 found |= _of_model(config, cluster, model, sizes, found["batch"], tried)
                 found |= _time(config, constants, found)
     found["warned"] = sorted({str(warning.message) for warning in caught})
@@ -158,7 +161,7 @@ def _steps(config: RunConfig, order: Order | None, num_ranks: int, tried: Callab
     return {
         "steps_per_epoch": order.steps_per_epoch,
         "num_steps": schedule.num_steps,
-        "ragged": layout(BatchPlan(rest, num_ranks, batch.micro_size, batch.ghost_size)) if rest else None,
+        "ragged": layout(plan_of(config, rest, num_ranks)) if rest else None,
     }
 
 
@@ -212,12 +215,17 @@ def probe_counts(config: RunConfig, sizes: catalog.Sizes, num_ranks: int) -> lis
     return [sum(s.size for s in blocks(size, PROBE_BLOCK, World(rank, num_ranks))) for rank in range(num_ranks)]
 
 
+def _example(config: RunConfig, sizes: catalog.Sizes) -> Tensor:
+    side = config.data.image_size
+    return torch.zeros(1, sizes.in_channels, side, side, dtype=getattr(torch, config.train.dtype))
+
+
 def _probe(config: RunConfig, model: nn.Module, sizes: catalog.Sizes, num_ranks: int) -> tuple[Probe, int] | None:
-    probe, side = config.probe, config.data.image_size
+    probe = config.probe
     if not probe.enabled:
         return None
     counts = probe_counts(config, sizes, num_ranks)
-    example = torch.zeros(1, sizes.in_channels, side, side, dtype=getattr(torch, config.train.dtype))
+    example = _example(config, sizes)
     with observing(model):
         sites = rank_loss.sites_of(choose(model, example, probe.layers), probe.views, sum(counts))
     passes = rank_loss.plan(sites, max(counts), probe.memory_mib)

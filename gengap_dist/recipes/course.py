@@ -32,10 +32,17 @@ class Course:
     """One strategy's steps; the network of the run is the one that trains."""
 
     def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order) -> None:
-        """The course of `strategy`, which is set up, over `batches` in `order`."""
+        """The course of `strategy`, which is set up, over `batches` in `order`.
+
+        Raises:
+            UsageError: if recipe.rank_layers names a layer that the network does not have.
+        """
         recipe = config.recipe
         self.config, self.strategy, self.batches, self.order = config, strategy, batches, order
-        self.objective = Objective(recipe.label_smoothing) if recipe.rank_penalty is None else RankPenalty(recipe)
+        self.objective = Objective(recipe.label_smoothing)
+        if recipe.rank_penalty is not None:
+            self.objective = RankPenalty(recipe)
+            self.objective.layers(strategy.model, batches(order.indices(0)[:1], 0)[0])
         self.make = make_gradient(recipe)
         self._spans: dict[int, list[Span]] = {}
 

@@ -9,7 +9,7 @@ demo: .venv/.installed
 	$(BIN)/gengap study --config configs/demo.yaml --out demo
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest --ignore tests/test_launch_files.py
+	$(BIN)/python -m pytest --ignore tests/test_launch_files.py -n auto --maxprocesses 4 --dist loadfile
 
 # the last of these is launch/ and docker/, which `make test` leaves out
 check: .venv/.installed-dev

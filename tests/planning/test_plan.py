@@ -452,7 +452,7 @@ def test_many_nodes_are_joined_by_trees():
             "optim.name (lars) is not for",
         ),
         ((16, 4), {"model__name": "mlp"}, "leaves batch norm a group of one sample in a step of 64"),
-        ((1, 2), {"batch__ghost_size": 8}, "has no effect on lenet5"),
+        ((1, 2), {"batch__ghost_size": 8}, "model.norm (ghost) has no effect"),
         ((1, 2), {"batch__global_size": 2000}, "larger than the training set of 1294"),
         ((1, 2), {"data__memory_gib": 1e-4}, "data.memory_gib (0.0001) is less"),
         ((1, 2), {"data__name": "imagefolder", "data__root": "nowhere"}, "is no image folder"),

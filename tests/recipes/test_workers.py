@@ -44,7 +44,7 @@ def start(world, local, workers, **settings):
     """A course, and its network, from which a twin can be made."""
     run = config(**TINY | {"recipe__local": local, "recipe__workers": workers} | settings)
     splits = catalog.load(run.data)
-    batches = Batches(splits.train, Normalise(splits, world.device, torch.float64), run.data.augment, run.seed)
+    batches = Batches(splits.train, Normalise(splits, world.device, torch.float64), run.data, run.seed)
     torch.manual_seed(7)
     model = models.of(run, splits.num_classes, splits.in_channels, world).double()
     strategy = (DDP if world.size > 1 else Single)(run, world)

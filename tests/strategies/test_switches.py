@@ -281,7 +281,7 @@ def sam_steps(world: World, name: str, settings: dict[str, Any]) -> dict[str, li
     trainer.strategy.model.train()
     rows = []
     for step in range(4):
-        sums, norm = course.step(step, 0.02, 0.9)
+        _, sums, norm = course.step(step, 0.02, 0.9)
         rows.append((float(world.sum(sums[:1].clone())), float(norm)))
     average_buffers(trainer.strategy.model, world)
     return {"loss": [row[0] for row in rows], "norm": [row[1] for row in rows]}
@@ -332,7 +332,7 @@ def compiled_steps(world: World, name: str, settings: dict[str, Any]) -> dict[st
             with torch.compiler.set_stance(
                 "fail_on_recompile" if step > 1 and trainer.config.train.compile else "default"
             ):
-                sums, _ = course.step(step, 0.02, 0.9)
+                _, sums, _ = course.step(step, 0.02, 0.9)
             losses.append(float(world.sum(sums[:1].clone())))
     saved = trainer.save()
     breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]

@@ -66,7 +66,7 @@ def main() -> None:
         return strategy
 
     course = Course(config, fresh(), Batches(splits.train, Normalise(splits, world.device, torch.float32), config.data,
-                                             config.seed), order)  # fmt: skip
+                                             config.seed), order, schedule.num_steps)  # fmt: skip
     bare = fresh()
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(splits.num_classes, (128,))
 

@@ -1,6 +1,7 @@
 """What can be told wrong about a run before it starts, from its config, its network and the number of ranks. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -21,6 +22,12 @@ def strategy_name(config: RunConfig, num_ranks: int) -> str:
     if name in ("auto", "ddp"):
         return "ddp" if num_ranks > 1 else "single"
     return name
+
+
+def before_data(config: RunConfig, num_ranks: int, device_type: str | None) -> list[Callable[[], None]]:
+    """Every check that needs neither data nor network: a run stops at the first that raises, a plan lists them all."""
+    each = [partial(check, config, num_ranks) for check in (check_ranks, check_strategy, check_recipe)]
+    return [*each, partial(check_switches, config, num_ranks, device_type)]
 
 
 def check_ranks(config: RunConfig, num_ranks: int) -> None:
@@ -143,7 +150,8 @@ def _norm_sizes(config: RunConfig, size: int, num_ranks: int) -> set[int]:
     elif recipe.local == "swap":  # a worker's epoch ends with the same images modulo its own batch
         own = batch.global_size // recipe.workers
         cuts.append((size % own or own, 1))
-    return set().union(*(BatchPlan(*cut, batch.micro_size, batch.ghost_size).norm_sizes() for cut in cuts))
+    group = batch.ghost_size or recipe.penalty_size  # a penalty's groups are micro-batches of their own
+    return set().union(*(BatchPlan(*cut, batch.micro_size, group).norm_sizes() for cut in cuts))
 
 
 def check_norm(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ranks: int) -> None:

@@ -18,16 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import checkpoint, models
-from gengap_dist.checks import (
-    check_logits,
-    check_norm,
-    check_ranks,
-    check_recipe,
-    check_strategy,
-    check_switches,
-    norm_size,
-    strategy_name,
-)
+from gengap_dist.checks import before_data, check_logits, check_norm, norm_size, strategy_name
 from gengap_dist.config import DataConfig, RunConfig, UsageError, differences
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth, stream
@@ -164,10 +155,8 @@ class _Session:
         self, config: RunConfig, out: Path, world: World, record: NoRecord, progress: Progress, launcher: str
     ) -> None:
         self.config, self.out, self.world, self.record, self.progress = config, out, world, record, progress
-        check_ranks(config, world.size)
-        check_strategy(config, world.size)
-        check_recipe(config, world.size)
-        check_switches(config, world.size, world.device.type)
+        for check in before_data(config, world.size, world.device.type):
+            check()
         if config.train.compile:
             check_compiler(world.device.type)
         splits = _load_data(config, world, progress)

@@ -1,6 +1,8 @@
 """What tests share: real ranks, real commands, real data where it is there."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,8 +14,9 @@ from hypothesis import settings
 
 from gengap_dist import checkpoint
 from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.launchers.local import Pool
 from gengap_dist.run import run
-from gengap_dist.tracking.record import prepare_folder
+from gengap_dist.tracking.record import prepare_folder, read_info
 from tests.ray_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +58,24 @@ def train(out: Path, *, resume: bool = False, **settings: object) -> dict[str, o
 def weights(out: Path) -> dict[str, torch.Tensor]:
     """What the last checkpoint of a run holds of its network."""
     return torch.load(max(checkpoint.steps(out / "checkpoints").items())[1] / "model.pt", weights_only=True)
+
+
+def cut_after(out: Path, step: int) -> None:
+    """The folder as a kill some steps after `step` would have left it."""
+    for later, path in checkpoint.steps(out / "checkpoints").items():
+        if later > step:
+            shutil.rmtree(path)
+    info = read_info(out)
+    (out / "run.json").write_text(json.dumps(info | {"status": "running"}))
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[dict[int, Pool]]:
+    """One, two and three ranks that stay."""
+    pools = {size: Pool(size) for size in (1, 2, 3)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
 
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -1,6 +1,5 @@
 """A run that was cut off goes on as if it had not been: on as many ranks bitwise, on any other number to rounding."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,7 +12,6 @@ import torch
 
 from gengap_dist import checkpoint
 from gengap_dist.config import RunConfig, UsageError
-from gengap_dist.launchers.local import Pool
 from gengap_dist.preemption import Preempted
 from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
 from tests.conftest import ROOT, config, train, weights
@@ -49,23 +47,6 @@ def timeless(out):
         {key: value for key, value in line.items() if "seconds" not in key and not key.startswith("time/")}
         for line in read_metrics(out)
     ]
-
-
-def cut_after(out, step):
-    """The folder as a kill some steps after `step` would have left it."""
-    for later, path in checkpoint.steps(out / "checkpoints").items():
-        if later > step:
-            shutil.rmtree(path)
-    info = read_info(out)
-    (out / "run.json").write_text(json.dumps(info | {"status": "running"}))
-
-
-@pytest.fixture(scope="module")
-def pools():
-    pools = {size: Pool(size) for size in (1, 2, 3)}
-    yield pools
-    for pool in pools.values():
-        pool.close()
 
 
 def go(pools, size, run_config, out, *, resume=False):

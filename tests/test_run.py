@@ -199,6 +199,15 @@ def test_divergence_is_a_result(tmp_path):
             r"recipe.sam_rho \(0.1\) is not for launch.strategy=zero1",
         ),
         ({"train__autocast": "float16", "launch__device": "cpu"}, r"train.autocast \(float16\) is for GPUs"),
+        (
+            {
+                "model__name": "mlp",
+                "batch__global_size": 100,
+                "recipe__gradient_penalty": 0.1,
+                "recipe__penalty_size": 1,
+            },
+            "a group of one sample in a step of 100",
+        ),
         ({"launch__device": "cuda"}, r"launch.device \(cuda\) needs a GPU"),
         ({"data__image_size": 12}, r"data.image_size \(12\) is too small for lenet5"),
         ({"model__name": "lenet"}, r"model.name \(lenet\) is no model \(did you mean lenet5\?\)"),

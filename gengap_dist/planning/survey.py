@@ -9,15 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import models
-from gengap_dist.checks import (
-    check_logits,
-    check_norm,
-    check_ranks,
-    check_recipe,
-    check_strategy,
-    check_switches,
-    strategy_name,
-)
+from gengap_dist.checks import before_data, check_logits, check_norm, strategy_name
 from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth
@@ -132,11 +124,9 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
     strategy = strategy_name(config, num_ranks)
     found: dict[str, Any] = {"cluster": cluster, "strategy": strategy, "model": config.model.name, "refused": refused}
     found["batch"] = layout(plan_of(config, batch.global_size, num_ranks))
-    tried(lambda: check_ranks(config, num_ranks))
-    tried(lambda: check_strategy(config, num_ranks))
-    tried(lambda: check_recipe(config, num_ranks))
     device = config.launch.device
-    tried(lambda: check_switches(config, num_ranks, None if device == "auto" else device))
+    for check in before_data(config, num_ranks, None if device == "auto" else device):
+        tried(check)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         if sizes := tried(lambda: catalog.sizes(config.data)):

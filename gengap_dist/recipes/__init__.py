@@ -12,9 +12,5 @@ from gengap_dist.strategies import Strategy
 def course_of(config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> Course:
     """The course that `config.recipe` asks for, of a strategy that is set up."""
     recipe = config.recipe
-    if recipe.average:
-        first = 0 if recipe.average == "ema" else round(recipe.average_start * num_steps)
-        return Averaging(config, strategy, batches, order, first)
-    if recipe.local:
-        return Local(config, strategy, batches, order, round(recipe.local_start * num_steps))
-    return Course(config, strategy, batches, order)
+    kind = Averaging if recipe.average else Local if recipe.local else Course
+    return kind(config, strategy, batches, order, num_steps)

@@ -27,11 +27,12 @@ class Averaging(Course):
     Running statistics of batch norm are averaged with EMA's weights, and recomputed for SWA's.
     """
 
-    def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, first_step: int) -> None:
+    def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> None:
         """See `Course`."""
-        super().__init__(config, strategy, batches, order)
-        self.first_step, recipe = first_step, config.recipe
+        super().__init__(config, strategy, batches, order, num_steps)
+        recipe = config.recipe
         self.equal = recipe.average == "swa"
+        self.first_step = round(recipe.average_start * num_steps) if self.equal else 0
         weight = swa_weight if self.equal else partial(ema_weight, decay=recipe.ema_decay)
         self.average = AveragedModel(strategy.model, multi_avg_fn=_mixed(weight), use_buffers=True)
 

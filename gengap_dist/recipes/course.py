@@ -31,14 +31,15 @@ class Taken(NamedTuple):
 class Course:
     """One strategy's steps; the network of the run is the one that trains."""
 
-    def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order) -> None:
-        """The course of `strategy`, which is set up, over `batches` in `order`.
+    def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> None:
+        """The course of `strategy`, which is set up, over `batches` in `order`, for `num_steps` steps.
 
         Raises:
             UsageError: if recipe.rank_layers names a layer that the network does not have.
         """
         recipe = config.recipe
         self.config, self.strategy, self.batches, self.order = config, strategy, batches, order
+        self.num_steps = num_steps  # that the strategy takes; what comes after them is not read ahead
         self.objective = Objective(recipe.label_smoothing)
         if recipe.rank_penalty is not None:
             self.objective = RankPenalty(recipe)
@@ -50,9 +51,11 @@ class Course:
         """Step number `step`, from 0. Collective."""
         self._seed(step, self.strategy.world.rank)
         self.strategy.set_rates(lr, momentum)
-        work, coming = self._work(step), self._work(step + 1)
-        with self.strategy.world.where.during("data"):  # what is coming is read while this step computes
-            self.batches.expect(coming.indices[coming.spans[0].start : coming.spans[-1].stop])
+        work = self._work(step)
+        if step + 1 < self.num_steps:
+            coming = self._work(step + 1)
+            with self.strategy.world.where.during("data"):  # what is coming is read while this step computes
+                self.batches.expect(coming.indices[coming.spans[0].start : coming.spans[-1].stop])
         return Taken(len(work.indices), *train_step(self.strategy, self.batches, work, self.objective, self.make))
 
     def _seed(self, step: int, who: int) -> None:

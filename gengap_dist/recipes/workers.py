@@ -41,10 +41,11 @@ class Local(Course):
     The strategy's network, which no longer trains, is where the average is put.
     """
 
-    def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, first_step: int) -> None:
+    def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> None:
         """See `Course`."""
-        super().__init__(config, strategy, batches, order)
-        self.first_step, self.num_workers, self.world = first_step, config.recipe.workers, strategy.world
+        self.first_step = round(config.recipe.local_start * num_steps)
+        super().__init__(config, strategy, batches, order, self.first_step)
+        self.num_workers, self.world = config.recipe.workers, strategy.world
         self.begun = False
         self.workers: dict[int, Strategy] = {}  # those of this rank
         self._is_average = False  # what the strategy's network holds is the average of the workers as they are

@@ -19,9 +19,8 @@ from gengap_dist.config import ModelConfig, OptimConfig, RecipeConfig, TrainConf
 from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder, read_info
 from gengap_dist.world import World
-from tests.conftest import config, weights
+from tests.conftest import config, cut_after, weights
 from tests.ranks import Crew
-from tests.test_resume import cut_after
 
 
 def small(num_classes: int, in_channels: int) -> nn.Module:

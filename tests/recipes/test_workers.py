@@ -1,6 +1,5 @@
 """Post-local SGD and SWAP against plain torch, on any number of ranks, and over restarts."""
 
-import json
 import shutil
 from copy import deepcopy
 from functools import partial
@@ -18,15 +17,14 @@ from gengap_dist.config import UsageError
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
-from gengap_dist.launchers.local import Pool
 from gengap_dist.models.norm import has_batch_norm
 from gengap_dist.optim.build import build
 from gengap_dist.recipes import course_of
 from gengap_dist.recipes.statistics import recompute
 from gengap_dist.strategies import DDP, Single
-from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
+from gengap_dist.tracking.record import prepare_folder, read_metrics
 from gengap_dist.world import World
-from tests.conftest import config
+from tests.conftest import config, cut_after
 from tests.ranks import on_ranks
 
 LR, MOMENTUM, STEPS, FIRST, EVERY = 0.1, 0.9, 13, 4, 3
@@ -245,14 +243,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def pools():
-    pools = {size: Pool(size) for size in (1, 2, 3)}
-    yield pools
-    for pool in pools.values():
-        pool.close()
-
-
 def go(pools, size, case, micro, out, *, resume=False, **settings):
     prepare_folder(out, "run.json", resume=resume)
     run = config(**RUN | CASES[case] | settings, batch__micro_size=micro, launch__num_processes=size)
@@ -322,15 +312,6 @@ def test_a_run_learns_on_its_own_and_keeps_the_average(truth, case):
     assert last(truth[case], "optimizer.pt") == {}
     updates = [line["train/update_norm"] for line in read_metrics(truth[case]) if "train/update_norm" in line]
     assert min(updates) > 0
-
-
-def cut_after(out, step):
-    """The folder as a kill some steps after `step` would have left it."""
-    for later, path in checkpoint.steps(out / "checkpoints").items():
-        if later > step:
-            shutil.rmtree(path)
-    info = read_info(out)
-    (out / "run.json").write_text(json.dumps(info | {"status": "running"}))
 
 
 @pytest.mark.parametrize("case", ["post-local", "post-local, ghost norm", "swap", "swap, ghost norm"])

@@ -14,7 +14,7 @@ from gengap_dist import checkpoint
 from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.preemption import Preempted
 from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
-from tests.conftest import ROOT, config, train, weights
+from tests.conftest import ROOT, config, cut_after, train, weights
 from tests.ranks import on_ranks
 
 SETTINGS = {

@@ -21,7 +21,10 @@ check: .venv/.installed-dev
 bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/gram_floor.py
 	$(BIN)/python benchmarks/probe_cost.py
+	$(BIN)/python benchmarks/overhead.py checkpoints
+	$(BIN)/python benchmarks/overhead.py ray
 	$(BIN)/python benchmarks/throughput.py --data $(or $(GENGAP_DATA),data)
+	$(BIN)/python benchmarks/epoch.py --data $(or $(GENGAP_DATA),data)/cifar10-jpeg --jpeg
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

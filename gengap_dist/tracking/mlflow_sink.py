@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from gengap_dist.tracking.record import read_info, read_metrics, write_atomicall
 
 MAX_REQUEST = 1000  # metrics that MLflow takes at once
 POLL_SECONDS = 1.0
+REST = 20  # times as long as a look at the folder took: a long record is read again at every look
 LONGEST_WAIT = 60.0  # between tries to reach a server that refuses
 STATUS = {
     "running": "RUNNING",
@@ -127,27 +129,22 @@ class Mirror:
         if not state.get("described"):
             self._describe(state["run_id"], info)
             self._keep(folder, state, described=True)
+        if state.get("tagged") != (starts := 1 + len(info.get("resumed", []))):
+            self._tag(state["run_id"], info)
+            self._keep(folder, state, tagged=starts)
         if info["status"] == "running" and state.get("closed"):
             self.client.update_run(state["run_id"], status="RUNNING")
             self._keep(folder, state, closed=None)
         return state
 
     def _describe(self, run_id: str, info: Line) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         settings = flat(info["config"])
         final = {key: value for key, value in settings.items() if not key.startswith(MACHINERY)}  # as params must be
         params = [Param(key, str(value)[:6000]) for key, value in final.items()]
         for at in range(0, len(params), 100):
             self.client.log_batch(run_id, params=params[at : at + 100])
-        tags = {key: info.get(key) for key in ("world_size", "launcher", "strategy", "device", "seed", "norm_size")} | {
-            "mlflow.source.git.commit": (info.get("git") or {}).get("commit"),
-            "mlflow.note.content": info.get("question"),
-            "batch.global_size": settings.get("batch.global_size"),
-        }
-        self.client.log_batch(
-            run_id, tags=[RunTag(key, str(value)) for key, value in tags.items() if value is not None]
-        )
         if data := info.get("data"):
             dataset = Dataset(
                 name=data["name"],
@@ -158,6 +155,19 @@ class Mirror:
             )
             context = InputTag(key="mlflow.data.context", value="training")
             self.client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[context])])
+
+    def _tag(self, run_id: str, info: Line) -> None:
+        """Where this start of the run computes: another one may have other ranks."""
+        from mlflow.entities import RunTag
+
+        tags = {key: info.get(key) for key in ("world_size", "launcher", "strategy", "device", "seed", "norm_size")} | {
+            "mlflow.source.git.commit": (info.get("git") or {}).get("commit"),
+            "mlflow.note.content": info.get("question"),
+            "batch.global_size": flat(info["config"]).get("batch.global_size"),
+        }
+        self.client.log_batch(
+            run_id, tags=[RunTag(key, str(value)) for key, value in tags.items() if value is not None]
+        )
 
     def _send(self, folder: Path, state: State, lines: list[Line], info: Line, sent: Sent) -> None:
         """Send the lines after the last step sent, in requests of whole lines.
@@ -307,9 +317,10 @@ def follow(folder: Path, uri: str, experiment: str, *, pause: Callable[[float], 
             return  # the command found something wrong before it began
     while True:
         try:
+            began = time.monotonic()
             mirror = mirror or Mirror(folder, uri, experiment)
             mirror.sync(closing=over)
-            wait = POLL_SECONDS
+            wait = min(LONGEST_WAIT, max(POLL_SECONDS, REST * (time.monotonic() - began)))
         except Exception as error:
             if over:
                 raise

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -26,7 +27,7 @@ from gengap_dist.strategies import Single
 from gengap_dist.strategies.switches import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
 from gengap_dist.tracking.record import read_metrics
 from gengap_dist.world import World
-from tests.conftest import config, train
+from tests.conftest import config, cut_after, train
 from tests.ranks import Crew
 from tests.strategies import jobs
 
@@ -381,17 +382,19 @@ def dropping(num_classes: int, in_channels: int) -> nn.Module:
 
 @HAS_COMPILER
 def test_probes_and_evaluation_see_the_plain_network_of_a_compiled_run(tmp_path):
-    """All lines of the record but those of clocks, to rounding; and a run begun plain is resumed compiled."""
+    """All lines of the record but those of clocks, to rounding; also where a run begun plain is resumed compiled."""
     settings = TINY | {"train__steps": 4, "probe__num_samples": 32, "checkpoint__every_steps": 2}
-    lines = {}
-    for on in (False, True):
-        train(tmp_path / str(on), **settings, train__compile=on)
-        lines[on] = [*read_metrics(tmp_path / str(on))]
-    assert len(lines[True]) == len(lines[False])
-    for here, there in zip(lines[True], lines[False], strict=True):
-        assert here.keys() == there.keys()
-        for key in (key for key in there if "seconds" not in key and "time" not in key and "memory" not in key):
-            assert here[key] == pytest.approx(there[key], rel=1e-6, abs=1e-9), key
+    plain, compiled = tmp_path / "plain", tmp_path / "compiled"
+    for out in (plain, compiled):
+        train(out, **settings, train__compile=out is compiled)
+    shutil.copytree(plain, resumed := tmp_path / "resumed")
+    cut_after(resumed, 2)
+    train(resumed, resume=True, **settings, train__compile=True)
+    for out in (compiled, resumed):
+        for here, there in zip(read_metrics(out), read_metrics(plain), strict=True):
+            assert here.keys() == there.keys()
+            for key in (key for key in there if "seconds" not in key and "time" not in key and "memory" not in key):
+                assert here[key] == pytest.approx(there[key], rel=1e-6, abs=1e-9), key
 
 
 # -- resuming with other switches -------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from collections import Counter
 
 import pytest
 
+from gengap_dist import run as run_module
 from gengap_dist.launchers.local import free_port
 from gengap_dist.tracking.mlflow_sink import Mirror, sync_now
 from gengap_dist.tracking.record import prepare_folder, read_metrics
 from gengap_dist.train import command as train_command
-from tests.conftest import ROOT, train
+from tests.conftest import ROOT, config, train
 
 SMALL = {"train__steps": 12, "batch__global_size": 50, "train__num_evals": 3, "probe__num_samples": 64}
 WORDS = ["--train.steps", "12", "--batch.global_size", "50", "--train.num_evals", "3", "--probe.num_samples", "64"]
@@ -171,8 +172,6 @@ def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arr
 def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     uri = f"sqlite:///{tmp_path}/m.db"
     out = tmp_path / "run"
-    from gengap_dist import run as run_module
-
     original = run_module._Session.result
     monkeypatch.setattr(run_module._Session, "result", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -181,12 +180,16 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
     first = state(out)["run_id"]
-    assert MlflowClient(uri).get_run(first).info.status == "KILLED"
+    found = MlflowClient(uri).get_run(first)
+    assert found.info.status == "KILLED"
+    assert found.data.tags["launcher"] == "local"
     monkeypatch.setattr(run_module._Session, "result", original)
-    train(out, resume=True, **SMALL)
+    run_module.run(config(**SMALL), out, resume=True, launcher="torchrun")
     Mirror(out, uri, "e").sync(closing=True)
     assert state(out)["run_id"] == first
-    assert MlflowClient(uri).get_run(first).info.status == "FINISHED"
+    found = MlflowClient(uri).get_run(first)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["launcher"] == "torchrun"
     assert same(logged(uri, first), recorded(out))
 
 

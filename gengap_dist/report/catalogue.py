@@ -10,9 +10,10 @@ from gengap_dist.report.collect import StudyData
 Draw = Callable[[StudyData], Figure | None]
 
 STUDY_FIGURES: dict[str, tuple[Draw, str]] = {  # file name: how it is drawn, what it shows
-    "accuracy_by_batch": (
-        figures.accuracy_by_batch,
-        "Test accuracy by global batch. Dots are seeds, diamonds their mean, bars the 95% t interval of the mean.",
+    "accuracy": (
+        figures.accuracy,
+        "Test accuracy by global batch, or arm by arm where many share one (dashed: the baseline). Dots are seeds, "
+        "diamonds their mean, bars the 95% t interval of the mean.",
     ),
     "near_rank_loss_rel": (
         lambda study: figures.by_layer(study, "near_rank_loss", "rel_1e-2", "share of singular values below 0.01 s1"),

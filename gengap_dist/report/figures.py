@@ -15,12 +15,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from gengap_dist.report.collect import RunData, StudyData, metric
-from gengap_dist.study.pairing import spread
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A", "#8C510A"]  # Okabe & Ito
+LINES = ["-", "--", ":", "-."]
 UNTRAINED = "#9A9A9A"
 HIGHEST_LOSS = 20.0  # a diverging run leaves the picture here
 MAX_PANELS = 9  # layers in one figure; a deeper network shows a spread of them, its tables show all
+MAX_BESIDE = 3  # arms of one batch that fit side by side on the batch axis
+ROW = 0.22  # inches
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -41,6 +43,11 @@ STYLE: dict[Any, Any] = {
 def colour(study: StudyData, arm: str) -> str:
     """The arm's colour, the same in every figure."""
     return COLOURS[study.arms.index(arm) % len(COLOURS)]
+
+
+def line_style(study: StudyData, arm: str) -> str:
+    """What tells apart the lines of arms that share a colour."""
+    return LINES[study.arms.index(arm) // len(COLOURS) % len(LINES)]
 
 
 def size_label(size: float) -> str:
@@ -69,30 +76,48 @@ def batch_axis(axes: Axes, sizes: list[int]) -> None:
     axes.set_xlim(low / 1.6, high * 1.6)
 
 
-def accuracy_by_batch(study: StudyData) -> Figure | None:
-    """Test accuracy against global batch: every seed a dot, every arm's mean with its t interval."""
-    arms = [(arm, runs, list(study.results(arm, "test/accuracy").values())) for arm, runs in _arms(study)]
-    arms = [(arm, runs, values) for arm, runs, values in arms if values]
+def in_rows(study: StudyData) -> bool:
+    """Whether every arm has a row of its own, because too many share a batch to stand side by side on its axis."""
+    sizes = [runs[0].global_size for _, runs in _arms(study)]
+    return max(map(sizes.count, sizes), default=0) > MAX_BESIDE
+
+
+def row_axis(axes: Axes, arms: list[str]) -> None:
+    """A row for each of `arms`, the first on top."""
+    axes.set_yticks(range(len(arms)), arms)
+    axes.set_ylim(len(arms) - 0.4, -0.6)
+
+
+def accuracy(study: StudyData) -> Figure | None:
+    """Test accuracy of every arm by its global batch, or in rows: seeds are dots, means have their t interval."""
+    results = {arm: list(study.results(arm, "test/accuracy").values()) for arm, _ in _arms(study)}
+    arms = [arm for arm, values in results.items() if values]
     if len(arms) < 2:
         return None
-    figure = Figure(figsize=(7.2, 4.2))
+    rows = in_rows(study)
+    figure = Figure(figsize=(7.2, ROW * len(arms) + 0.8 if rows else 4.2))
     axes = figure.subplots()
-    sizes = [runs[0].global_size for _, runs, _ in arms]
-    for number, (arm, _, values) in enumerate(arms):
-        x = _beside(sizes, number, 1.09)
-        mean, _ = spread(values)
-        c = colour(study, arm)
-        axes.plot([x] * len(values), [100 * v for v in values], "o", color=c, alpha=0.45, markersize=5, mew=0)
-        half = _t_half(values)
-        axes.errorbar(
-            x, 100 * mean, yerr=100 * half if half else None, fmt="D", color=c, capsize=4, markersize=6, label=arm
-        )
-    batch_axis(axes, sizes)
-    axes.set_xlabel("global batch (samples per step)")
-    axes.set_ylabel("test accuracy, %")
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, -3), min(high, 103))  # an interval may reach beyond what accuracies can be
-    axes.legend(loc="best", fontsize=9)
+    sizes = [study.of(arm)[0].global_size for arm in arms]
+    for number, arm in enumerate(arms):
+        values, c = 100 * np.array(results[arm]), colour(study, arm)
+        at, mean, half = number if rows else _beside(sizes, number, 1.09), values.mean(), _t_half(values)
+        where = [values, [at] * len(values)] if rows else [[at] * len(values), values]
+        axes.plot(*where, "o", color=c, alpha=0.45, markersize=5, mew=0)
+        middle = [mean, at] if rows else [at, mean]
+        bar = {"xerr" if rows else "yerr": half or None}
+        axes.errorbar(*middle, **bar, fmt="D", color=c, capsize=4, markersize=6, label=arm)
+    axis, limits = (axes.xaxis, axes.set_xlim) if rows else (axes.yaxis, axes.set_ylim)
+    axis.set_label_text("test accuracy, %")
+    low, high = axis.get_view_interval()
+    limits(max(low, -3), min(high, 103))  # an interval may reach beyond what accuracies can be
+    if rows:
+        row_axis(axes, arms)
+        if base := results.get(study.baseline):
+            axes.axvline(float(100 * np.mean(base)), color=UNTRAINED, linestyle="--", linewidth=1.2)
+    else:
+        batch_axis(axes, sizes)
+        axes.set_xlabel("global batch (samples per step)")
+        axes.legend(loc="best", fontsize=9)
     return figure
 
 
@@ -106,7 +131,7 @@ def _beside(sizes: list[int], number: int, gap: float) -> float:
     return sizes[number] * gap ** (2 * twins.index(number) - len(twins) + 1)
 
 
-def _t_half(values: list[float]) -> float:
+def _t_half(values: np.ndarray) -> float:
     from scipy import stats
 
     if len(values) < 2:
@@ -123,38 +148,43 @@ def chosen_layers(study: StudyData, most: int = MAX_PANELS, *, centred: bool = F
 
 
 def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Figure | None:
-    """A measure of every layer against global batch: trained (means and seeds) beside untrained (dashed)."""
-    keys, arms = chosen_layers(study), _arms(study)
+    """A measure of every layer by global batch, or in rows: trained (means and seeds) beside untrained (dashed)."""
+    keys, arms, rows = chosen_layers(study), _arms(study), in_rows(study)
     if not keys or not arms:
         return None
-    columns = min(3, len(keys))
-    rows = -(-len(keys) // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.5 * rows + 0.5))
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    num_columns = min(3, len(keys))
+    num_rows = -(-len(keys) // num_columns)
+    height = ROW * len(arms) + 0.5 if rows else 2.5
+    figure = Figure(figsize=(3.1 * num_columns + 0.8 * rows, height * num_rows + 0.5))
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey="row" if rows else "none")
     sizes = [runs[0].global_size for _, runs in arms]
-    for panel, key in zip(panels, keys, strict=False):
+    for panel, key in zip(grid.flatten(), keys, strict=False):
         untrained = [run.untrained_and_trained(metric(name, key, threshold))[0] for _, runs in arms for run in runs]
         if np.isfinite(untrained).any():
-            panel.axhline(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
+            line = panel.axvline if rows else panel.axhline
+            line(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
         for number, (arm, _) in enumerate(arms):
             values = [run.untrained_and_trained(metric(name, key, threshold))[1] for run in study.finished(arm)]
-            x, c = _beside(sizes, number, 1.18), colour(study, arm)
-            panel.plot([x] * len(values), values, "o", color=c, alpha=0.45, markersize=4, mew=0)
+            at, c = number if rows else _beside(sizes, number, 1.18), colour(study, arm)
+            where = [values, [at] * len(values)] if rows else [[at] * len(values), values]
+            panel.plot(*where, "o", color=c, alpha=0.45, markersize=4, mew=0)
             if np.isfinite(values).any():
-                panel.plot(x, np.nanmean(values), "D", color=c, markersize=6)
-        batch_axis(panel, sizes)
-        panel.set_title(key)
-        if name == "near_rank_loss":
-            panel.set_ylim(-0.04, 1.04)
+                mean = np.nanmean(values)
+                panel.plot(*((mean, at) if rows else (at, mean)), "D", color=c, markersize=6)
+        if rows:
+            row_axis(panel, [arm for arm, _ in arms])
         else:
-            panel.set_ylim(bottom=0)
-    for panel in panels[len(keys) :]:
+            batch_axis(panel, sizes)
+        panel.set_title(key)
+        limits = panel.set_xlim if rows else panel.set_ylim
+        limits(*((-0.04, 1.04) if name == "near_rank_loss" else (0, None)))
+    for panel in grid.flatten()[len(keys) :]:
         panel.set_visible(False)
     handles = [Line2D([], [], color=colour(study, arm), linestyle="", marker="D", label=arm) for arm, _ in arms]
-    handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained"))
+    handles = [*([] if rows else handles), Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained")]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
-    figure.supxlabel("global batch", fontsize=10)
-    figure.supylabel(label, fontsize=10)
+    figure.supxlabel(label if rows else "global batch", fontsize=10)
+    figure.supylabel("" if rows else label, fontsize=10)
     return figure
 
 
@@ -216,14 +246,17 @@ def curves(study: StudyData) -> Figure | None:
                 x, y = _smooth(x, y, 80)
                 strong = {"linewidth": 1.6, "label": arm} if number == 0 else {"linewidth": 0.8, "alpha": 0.35}
                 marker = "." if len(x) < 12 else ""
-                axes.plot(x, y, color=colour(study, arm), marker=marker, **strong)
+                style = {"color": colour(study, arm), "linestyle": line_style(study, arm), "marker": marker}
+                axes.plot(x, y, **style, **strong)
         axes.set_title(title)
         axes.set_xlabel(label)
     panels[0].set_xscale("log")
     for axes in panels[:2]:
         axes.set_yscale("log")
         axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST_LOSS))
-    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    figure.legend(
+        *panels[2].get_legend_handles_labels(), loc="outside right upper", fontsize=9 if len(arms) < 16 else 6
+    )
     return figure
 
 

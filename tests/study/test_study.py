@@ -68,7 +68,7 @@ def test_table_and_report_say_the_same(done):
     assert shown in page
     assert "Does &lt;b&gt;it&lt;/b&gt; work?" in page
     assert "wild: no pair to compare. 2 diverged." in page
-    names = ("accuracy_by_batch", "near_rank_loss_rel", "near_rank_loss_abs", "effective_rank", "spectra", "curves")
+    names = ("accuracy", "near_rank_loss_rel", "near_rank_loss_abs", "effective_rank", "spectra", "curves")
     assert re.findall(r'<figure id="(\w+)">', page) == list(names)
     for name in names:
         assert (folder / "out" / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -193,7 +193,7 @@ class _Session:
         self.best: dict[str, Any] = {}
         self.reached: int | None = None  # the step after which train.target_accuracy was met
         self.noise = NoiseScale()
-        self._pending: list[tuple[int, Taken, float]] = []
+        self._pending: list[tuple[int, Taken]] = []
         self._saved_at = time.monotonic()
         self.probe_seconds = self.eval_seconds = self.train_seconds = 0.0
         self.times = torch.zeros(world.size, len(KINDS), dtype=torch.float64)  # by rank, since this start
@@ -351,7 +351,7 @@ class _Session:
             self.step += 1
             self._update_norm = None if before_P is None else (self._weights() - before_P).double().norm()
             if logged:
-                self._pending.append((self.step, taken, lr))
+                self._pending.append((self.step, taken))
             self.progress(self.step, self.num_steps, "")
             leave = bool(asked()) and not last
             if leave or self.step % FLUSH_EVERY == 0 or self._due():
@@ -395,7 +395,7 @@ class _Session:
         clock = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.world.device)
         if self.saver:  # rank 0, whose clock and budget hold for all
             clock[:2] = clock.new_tensor([overdue and not self.saver.busy, self._probe_exceeds_budget()])
-        rows = torch.stack([*(taken.sums for _, taken, _ in self._pending), clock])
+        rows = torch.stack([*(taken.sums for _, taken in self._pending), clock])
         times = rows.new_zeros(self.world.size, len(KINDS))
         times[self.world.rank] = times.new_tensor(self.world.where.take())
         told = self.world.sum(torch.cat([rows.flatten(), times.flatten()]), "metrics of the last steps")
@@ -403,10 +403,15 @@ class _Session:
         save_due, leave_out, *_ = rows.pop()
         self._left_out_in_a_row += bool(leave_out)
         self.probe_left_out += [self.step] if leave_out else []
-        for (step, taken, lr), (loss, correct, *small, extra, square) in zip(self._pending, rows, strict=True):
+        for (step, taken), (loss, correct, *small, extra, square) in zip(self._pending, rows, strict=True):
             size, norm = taken.size, square**0.5 if taken.norm is None else float(taken.norm)
             loss /= size
-            found = {"train/loss": loss, "train/accuracy": correct / size, "train/grad_norm": norm, "train/lr": lr}
+            found = {
+                "train/loss": loss,
+                "train/accuracy": correct / size,
+                "train/grad_norm": norm,
+                "train/lr": taken.lr,
+            }
             if self.config.recipe.rank_penalty is not None:
                 found["train/rank_penalty"] = extra
             if self.config.optim.schedule == "grow":

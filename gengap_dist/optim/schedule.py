@@ -2,7 +2,7 @@
 
 With B the global batch and k = B / optim.base_size, the full rate is
 
-    none: lr    linear: lr k (Goyal et al. 2017)    sqrt, legw: lr sqrt(k) (Hoffer et al. 2017; You et al. 2020)
+    none: lr    linear: lr k (Goyal et al. 2017)    sqrt, legw: lr sqrt(k) (Hoffer et al. 2017; You et al. 2019)
 
 and t, the share of the steps after warm-up that are done, takes it from there.
 """

@@ -22,6 +22,8 @@ class Taken(NamedTuple):
 
     size: int
     """Samples behind it, over all ranks."""
+    lr: float
+    """The rate it was taken at."""
     sums: Tensor
     """This rank's, see `accumulate`."""
     norm: Tensor | None
@@ -56,7 +58,7 @@ class Course:
             coming = self._work(step + 1)
             with self.strategy.world.where.during("data"):  # what is coming is read while this step computes
                 self.batches.expect(coming.indices[coming.spans[0].start : coming.spans[-1].stop])
-        return Taken(len(work.indices), *train_step(self.strategy, self.batches, work, self.objective, self.make))
+        return Taken(len(work.indices), lr, *train_step(self.strategy, self.batches, work, self.objective, self.make))
 
     def _seed(self, step: int, who: int) -> None:
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + who)  # layers that ask torch for their draws

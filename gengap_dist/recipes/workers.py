@@ -68,6 +68,7 @@ class Local(Course):
             self._begin(self.strategy.optimizer_state())
         with self.world.where.during("data"):
             sizes, parts = self._parts(step)
+        lr *= self.rate
         num_active = sum(size > 0 for size in sizes)
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.world.device)
         for worker, strategy in self.workers.items():
@@ -75,7 +76,7 @@ class Local(Course):
             if not len(indices):  # at a ragged end of an epoch: this worker makes no step at all
                 continue
             self._seed(step, worker)
-            strategy.set_rates(lr * self.rate, momentum)
+            strategy.set_rates(lr, momentum)
             spans = plan_of(self.config, len(indices), 1).micro_batches(0)
             work = Work(indices, epoch, spans, (self.config.seed, step, worker))
             found, norm = train_step(strategy, self.batches, work, self.objective, self.make)
@@ -88,7 +89,7 @@ class Local(Course):
             self._average()
             for strategy in self.workers.values():
                 _put(_flat(self.strategy.model), strategy.model)
-        return Taken(sum(sizes), sums, None)
+        return Taken(sum(sizes), lr, sums, None)
 
     def _parts(self, step: int) -> tuple[list[int], dict[int, tuple[Tensor, int]]]:
         """Number of each worker's images in a step; and of this rank's workers the images, and the epoch they show."""

@@ -129,7 +129,7 @@ def test_swap_is_what_it_is_defined_as(scaling, rate):
             indices = Order(num, 8, seed=0, worker=worker).indices(step - FIRST)
             results.append(descend(net, own, course.batches(indices, 1 + worker)))
         check(taken, results)
-        assert taken.size == 24
+        assert (taken.size, taken.lr) == (24, pytest.approx(LR * rate))
     with course.network() as network:
         torch.testing.assert_close(flat(network), mean(nets), rtol=1e-10, atol=1e-12)
     assert (mean(nets) - flat(nets[0][0])).norm() > 1e-3

@@ -132,9 +132,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--model",
         required=True,
-        help="lenet5, vgg16, resnet20 (44, 56, 110), f1, c1, mlp, torchvision:NAME, timm:NAME, module.path:factory, or the "
-        "folder of a run: RUN_DIR (its last "
-        "weights), RUN_DIR@best, RUN_DIR@STEP, RUN_DIR@0 (untrained)",
+        help="lenet5, vgg16, resnet20 (44, 56, 110), f1, c1, mlp, torchvision:NAME, timm:NAME, module.path:factory, "
+        "or the folder of a run: RUN_DIR (its last weights), RUN_DIR@best, RUN_DIR@STEP, RUN_DIR@0 (untrained)",
     )
     add("--weights", type=Path, metavar="FILE", help="state dict for the model (torch.save); a run has its own")
     add("--data", help="data set: digits (default), mnist, fashion_mnist, cifar10, cifar100, imagefolder")

@@ -62,8 +62,8 @@ def gradient_penalty(coefficient: float) -> MakeGradient:
     """Gradient of the mean loss + c/2 mean_b |g_b|^2, the mean over groups of samples: g + c mean_b H_b g_b.
 
     H_b g_b is the forward difference (g_b(w + e g_b) - g_b(w)) / e with e = 0.01 / |g_b|. Every span of the work is one
-    group. With c = lr / 2 it is the bias of plain SGD's own steps
-    (Smith et al. 2021), made explicit (Geiping et al. 2022).
+    group. With c = lr / 2 it is the bias of plain SGD's own steps (Smith et al. 2021), made explicit (Geiping et al.
+    2022).
     """
 
     def make(strategy: Strategy, batches: Batches, work: Work, objective: Objective) -> tuple[Tensor, None]:

@@ -124,26 +124,30 @@ def check_switches(config: RunConfig, num_ranks: int, device_type: str | None) -
             f"recipe.rank_penalty ({recipe.rank_penalty}) takes activations out of forward passes, which "
             f"train.{inside[0]} (true) hides or repeats: choose train.{inside[0]}=false"
         )
-    for penalty in ("gradient_penalty", "rank_penalty"):
-        if train.autocast == "float16" and (value := getattr(recipe, penalty)) is not None:
-            raise UsageError(
-                f"recipe.{penalty} ({value}) works with numbers too small for train.autocast (float16): "
-                "choose bfloat16, or null"
-            )
+    if recipe.gradient_penalty is not None and train.autocast:
+        raise UsageError(
+            f"recipe.gradient_penalty ({recipe.gradient_penalty}) takes small differences of gradients, which "
+            f"train.autocast ({train.autocast}) rounds away: choose train.autocast=null"
+        )
+    if recipe.rank_penalty is not None and train.autocast == "float16":
+        raise UsageError(
+            f"recipe.rank_penalty ({recipe.rank_penalty}) works with numbers too small for train.autocast (float16): "
+            "choose bfloat16, or null"
+        )
 
 
-def norm_size(config: RunConfig, model: nn.Module, num_ranks: int) -> list[int] | None:
-    """Sizes of the groups of samples that batch norm takes its statistics over; None without batch norm."""
+def norm_size(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ranks: int) -> list[int] | None:
+    """Sizes of batch norm's groups of samples in steps of `sizes`; None for a network without batch norm."""
     if not has_batch_norm(model):
         return None
-    if config.norm == "sync":
-        return [config.batch.global_size]
-    return sorted(_norm_sizes(config, config.batch.global_size, num_ranks))
+    return sorted(set().union(*(_norm_sizes(config, size, num_ranks) for size in sizes)))
 
 
 def _norm_sizes(config: RunConfig, size: int, num_ranks: int) -> set[int]:
     """Sizes of batch norm's groups in a step of `size`, and in the one that recipe.local makes of it."""
     batch, recipe = config.batch, config.recipe
+    if config.norm == "sync":
+        return {size}
     cuts = [(size, num_ranks)]
     if recipe.local == "post_local_sgd":
         cuts.append((size, recipe.workers))
@@ -177,7 +181,7 @@ def check_norm(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ra
                 f"and model.norm (sync) takes its statistics over the whole step: choose at least {share}, more ranks, "
                 "or model.norm=ghost"
             )
-        if 1 in ({size} if config.norm == "sync" else _norm_sizes(config, size, num_ranks)):
+        if 1 in _norm_sizes(config, size, num_ranks):
             workers = f", {config.recipe.workers} recipe.workers," if config.recipe.local else ""
             raise UsageError(
                 f"batch.global_size ({batch.global_size}) on {num_ranks} rank(s){workers} leaves batch norm a group "

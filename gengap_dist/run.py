@@ -24,7 +24,7 @@ from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth, stream
 from gengap_dist.data.resident import Batches, Normalise
 from gengap_dist.loop import NUM_SUMS, Score, evaluate, join_with_nothing
-from gengap_dist.models.norm import average_buffers
+from gengap_dist.models.norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
@@ -51,8 +51,8 @@ Progress = Callable[[int, int, str], None]
 class Diverged(Exception):
     """The loss is no longer a number; that is a result, not a crash."""
 
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"train/loss was {loss} at step {step}")
+    def __init__(self, step: int, loss: float, name: str = "train/loss") -> None:
+        super().__init__(f"{name} was {loss} at step {step}")
         self.step = step
 
 
@@ -186,7 +186,7 @@ class _Session:
             "steps_per_epoch": self.order.steps_per_epoch,
             "num_steps": self.num_steps,
             "num_probe_samples": self.observer.num_samples,
-            "norm_size": norm_size(config, self.model, world.size),
+            "norm_size": norm_size(config, self.model, [phase.size for phase in self.order.phases], world.size),
             "small_size": self._small_size(),
         }
         self.step = 0
@@ -260,10 +260,10 @@ class _Session:
         self.strategy.load_optimizer_state(optimizer_state)
         self.model = self.strategy.model
         if self.strategy.reorders:
-            with self.strategy.micro_step(last=True):
+            with frozen(self.model), self.strategy.micro_step(last=True):
                 join_with_nothing(self.strategy, self.batches, epoch=0)
             self.strategy.optimizer.zero_grad(set_to_none=False)
-        self.course = course_of(self.config, self.strategy, self.batches, self.order, self.num_steps)
+        self.course = course_of(self.config, self.strategy, self.batches, self.order, self.schedule.num_steps)
         if recipe_state:
             self.course.load(recipe_state)
 
@@ -510,6 +510,8 @@ class _Session:
         """Score the last and the best model on the test images: the only time they are touched. Collective."""
         with self.course.network() as model, self.world.where.during("evaluation"):
             train, test = self._score(model, self.train_set), self._score(model, self.test_set)
+            if not math.isfinite(train.loss):  # the loss of a step is of the weights before it
+                raise Diverged(self.step, train.loss, "train_full/loss")
             out = {
                 "train_full/loss": train.loss,
                 "train_full/accuracy": train.accuracy,

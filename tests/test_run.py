@@ -168,6 +168,19 @@ def test_divergence_is_a_result(tmp_path):
     assert not abs(lines[-1]["train/loss"]) < float("inf")
 
 
+def test_divergence_in_the_last_update_is_one_too(tmp_path):
+    """The loss of a step is of the weights before it."""
+    once = {"train__steps": 1, "probe__enabled": False, "train__num_evals": 1}
+    result = train(tmp_path / "run", optim__lr=1e38, **once)
+    info = read_info(tmp_path / "run")
+    assert (info["status"], result) == ("diverged", {"diverged_at_step": 1})
+    assert info["error"] == "train_full/loss was nan at step 1"
+
+
+def test_a_seed_of_any_size(tmp_path):
+    train(tmp_path / "run", seed=10**15, train__steps=2, probe__enabled=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

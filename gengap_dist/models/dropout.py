@@ -8,7 +8,7 @@ from gengap_dist.models.position import Position
 
 
 class SampleDropout(nn.Dropout):
-    """nn.Dropout, drawn from (step, layer, position in the global batch, unit)."""
+    """nn.Dropout, drawn from (step, layer, call of it in a pass, position in the global batch, unit)."""
 
     def __init__(self, p: float, layer: int, position: Position) -> None:
         """Drop units with probability p; `layer` tells this layer's draws from others'."""
@@ -22,7 +22,8 @@ class SampleDropout(nn.Dropout):
         units = input[0].numel() if len(input) else 0
         first = self.position.start * units
         counters = torch.arange(first, first + input.numel(), device=input.device)
-        draws = counter_bits(counters, *self.position.key, self.layer) >> 38  # the upper 24 bits
+        call = self.position.calls[self.layer] = self.position.calls.get(self.layer, -1) + 1
+        draws = counter_bits(counters, *self.position.key, self.layer, call) >> 38  # the upper 24 bits
         return input * (draws >= self.p * 2**24).view_as(input) / (1 - self.p if self.p < 1 else 1)
 
 

@@ -1,6 +1,6 @@
 """Where in the global batch the samples are that a network is given: what a layer must know to be cut-independent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -21,9 +21,13 @@ class Position:
     key: tuple[int, ...] = (0,)
     """Tells the draws of one step from another's, as dropout needs."""
 
+    calls: dict[int, int] = field(default_factory=dict)
+    """How often each layer that draws was called here: a network may call one several times in a pass."""
+
     def at(self, start: int, global_size: int, num_ranks: int, *key: int) -> None:
-        """Move."""
+        """Move, or begin another pass at the same place."""
         self.start, self.global_size, self.num_ranks, self.key = start, global_size, num_ranks, key
+        self.calls.clear()
 
 
 def position_of(model: nn.Module) -> Position:

@@ -128,8 +128,10 @@ class Schedule:
         train, optim = config.train, config.optim
         steps_per_epoch, num_steps = order.steps_per_epoch, train.steps or order.num_steps(train.epochs)
         if train.budget == "updates" and optim.base_size:
-            steps_per_epoch = -(-order.num_samples // optim.base_size)
-            num_steps = train.epochs * steps_per_epoch
+            base_steps = -(-order.num_samples // optim.base_size)
+            num_steps = train.epochs * base_steps
+            if optim.scaling != "legw":  # which has the same factor already
+                steps_per_epoch = base_steps
         schedule = cls(optim, config.batch.global_size, steps_per_epoch, num_steps)
         schedule._check_warmup(order)
         return schedule

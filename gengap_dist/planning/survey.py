@@ -136,7 +136,7 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
                 tried(lambda: check_norm(config, model, order.sizes() if order else [], num_ranks))
                 tried(lambda: build_optimizer(config.optim, model))
                 if config.recipe.rank_penalty is not None:
-                    tried(lambda: RankPenalty(config.recipe).layers(model, _example(config, sizes)))
+                    tried(lambda: RankPenalty(config.recipe).layers(model, lambda: _example(config, sizes)))
                 found |= _of_model(config, cluster, model, sizes, found["batch"], tried)
                 found |= _time(config, constants, found)
     found["warned"] = sorted({str(warning.message) for warning in caught})

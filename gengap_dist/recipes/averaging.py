@@ -1,6 +1,6 @@
 """Runs whose network is an average of the weights along the way: exponential (EMA), or equal from a step on (SWA)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, final
@@ -13,7 +13,7 @@ from gengap_dist.config import RunConfig
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches
 from gengap_dist.models.norm import average_buffers, has_batch_norm
-from gengap_dist.recipes.course import Course, Taken
+from gengap_dist.recipes.course import Course, Taken, first_of
 from gengap_dist.recipes.statistics import recompute
 from gengap_dist.strategies import Strategy
 
@@ -32,9 +32,9 @@ class Averaging(Course):
         super().__init__(config, strategy, batches, order, num_steps)
         recipe = config.recipe
         self.equal = recipe.average == "swa"
-        self.first_step = round(recipe.average_start * num_steps) if self.equal else 0
-        weight = swa_weight if self.equal else partial(ema_weight, decay=recipe.ema_decay)
-        self.average = AveragedModel(strategy.model, multi_avg_fn=_mixed(weight), use_buffers=True)
+        self.first_step = first_of("recipe.average_start", recipe.average_start, num_steps) if self.equal else 0
+        ema: dict[str, Any] = {"multi_avg_fn": partial(_mix, decay=recipe.ema_decay), "use_buffers": True}
+        self.average = AveragedModel(strategy.model, **({} if self.equal else ema))
 
     def step(self, step: int, lr: float, momentum: float) -> Taken:
         """See `Course.step`."""
@@ -57,6 +57,7 @@ class Averaging(Course):
 
     def state(self) -> dict[str, Any]:
         """See `Course.state`."""
+        average_buffers(self.average.module, self.strategy.world)
         return {"average": self.average.state_dict()}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -64,32 +65,25 @@ class Averaging(Course):
         self.average.load_state_dict(state["average"])
 
 
-def swa_weight(num_averaged: float) -> float:
-    """What new weights count for in an equal average, after `num_averaged` others: 1 / (n + 1)."""
-    return 1 / (num_averaged + 1)
-
-
-def ema_weight(num_averaged: float, decay: float) -> float:
+def ema_weight(num_averaged: Tensor, decay: float) -> Tensor:
     """1 - min(decay, (1 + n) / (10 + n)) after n updates.
 
     With the decay alone the first weights would count more than all others in a run of fewer than 1 / (1 - decay)
     steps, as runs with large batches are.
 
-    >>> ema_weight(0, 0.999), ema_weight(1e6, 0.75)
-    (0.9, 0.25)
+    >>> [ema_weight(torch.tensor(n), decay=0.75).item() for n in (0, 10**6)]
+    [0.9, 0.25]
     """
-    return 1 - min(decay, (1 + num_averaged) / (10 + num_averaged))
+    n = num_averaged.double()
+    return 1 - ((1 + n) / (10 + n)).clamp(max=decay)
 
 
-def _mixed(weight: Callable[[float], float]) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+@torch.no_grad()
+def _mix(averages: Tensors, new: Tensors, num_averaged: Tensor, *, decay: float) -> None:
     """An update for AveragedModel: average + weight(n) * (new - average); what is no floating point is copied."""
-
-    @torch.no_grad()
-    def update(averages: Tensors, new: Tensors, num_averaged: Tensor | int) -> None:
-        for average, value in zip(averages, new, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, weight(float(num_averaged)))
-            else:
-                average.copy_(value)
-
-    return update
+    weight = ema_weight(num_averaged, decay)
+    for average, value in zip(averages, new, strict=True):
+        if average.is_floating_point():
+            average.lerp_(value, weight.to(average.dtype))
+        else:
+            average.copy_(value)

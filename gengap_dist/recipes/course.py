@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.batching import BatchPlan, Span
-from gengap_dist.config import RunConfig
+from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches
 from gengap_dist.loop import Objective, Work, train_step
@@ -45,7 +45,7 @@ class Course:
         self.objective = Objective(recipe.label_smoothing)
         if recipe.rank_penalty is not None:
             self.objective = RankPenalty(recipe)
-            self.objective.layers(strategy.model, batches(order.indices(0)[:1], 0)[0])
+            self.objective.layers(strategy.model, lambda: batches(order.indices(0)[:1], 0)[0])
         self.make = make_gradient(recipe)
         self._spans: dict[int, list[Span]] = {}
 
@@ -61,7 +61,8 @@ class Course:
         return Taken(len(work.indices), lr, *train_step(self.strategy, self.batches, work, self.objective, self.make))
 
     def _seed(self, step: int, who: int) -> None:
-        torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + who)  # layers that ask torch for their draws
+        """For layers that ask torch for their draws."""
+        torch.manual_seed(((self.config.seed * 1_000_003 + step) * 65_537 + who) % 2**63)
 
     def _work(self, step: int) -> Work:
         world = self.strategy.world
@@ -90,6 +91,20 @@ class Course:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, which is whole on every rank. Collective."""
+
+
+def first_of(setting: str, share: float, num_steps: int) -> int:
+    """The step, from 0, with which the last part of a run begins, after `share` of its steps.
+
+    >>> first_of("recipe.average_start", 0.75, num_steps=10)
+    8
+
+    Raises:
+        UsageError: if nothing is left.
+    """
+    if (first := round(share * num_steps)) < num_steps:
+        return first
+    raise UsageError(f"{setting} ({share:g}) leaves none of {num_steps} steps after it: choose less, or a longer run")
 
 
 def plan_of(config: RunConfig, size: int, num_ranks: int) -> BatchPlan:

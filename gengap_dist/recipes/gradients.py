@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from gengap_dist.batching import Span
 from gengap_dist.config import RecipeConfig
 from gengap_dist.data.resident import Batches
 from gengap_dist.loop import NUM_SUMS, MakeGradient, Objective, Work, accumulate, join_with_nothing
@@ -72,21 +73,21 @@ def gradient_penalty(coefficient: float) -> MakeGradient:
         direction = [torch.zeros_like(p) for p in parameters]
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=world.device)
 
-        def gradient(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        def gradient(span: Span, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+            strategy.position.at(span.start, len(work.indices), world.size, *work.key)
             logits = strategy.local_forward(images)
             loss_sum = objective.loss_sum(logits, labels)
-            return logits, loss_sum, torch.autograd.grad(loss_sum / len(labels), parameters)
+            return logits, loss_sum, torch.autograd.grad(loss_sum / len(labels), parameters, materialize_grads=True)
 
         for span in work.spans:
             if not span.size:
                 continue
-            strategy.position.at(span.start, len(work.indices), world.size, *work.key)
             with world.where.during("data"):
                 images, labels = batches(work.indices[span.start : span.stop], work.epoch)
-            logits, loss_sum, here = gradient(images, labels)
+            logits, loss_sum, here = gradient(span, images, labels)
             step = STEP / (nn.utils.get_total_norm(here) + TINY)
             with moved(parameters, list(here), step), frozen(strategy.model):
-                *_, there = gradient(images, labels)
+                *_, there = gradient(span, images, labels)
             weight = span.size / len(work.indices)
             for total, g, ahead in zip(direction, here, there, strict=True):
                 total += weight * (g + coefficient * (ahead - g) / step)

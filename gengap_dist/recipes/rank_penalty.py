@@ -3,7 +3,7 @@
 Shapes: N rows (samples, or samples x positions of a convolution) of the whole global batch, D units.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import final
 from weakref import WeakKeyDictionary
@@ -63,8 +63,8 @@ class RankPenalty(Objective):
         self._terms: list[Tensor] = []
         self._value = 0.0
 
-    def layers(self, model: nn.Module, example: Tensor) -> list[Layer]:
-        """The layers it holds for.
+    def layers(self, model: nn.Module, example: Callable[[], Tensor]) -> list[Layer]:
+        """The layers it holds for, which one pass of an example finds.
 
         Raises:
             UsageError: if a pattern matches none.
@@ -72,7 +72,7 @@ class RankPenalty(Objective):
         if model not in self._layers:
             try:
                 with observing(model):
-                    self._layers[model] = choose(model, example, self.patterns)
+                    self._layers[model] = choose(model, example(), self.patterns)
             except UsageError as error:
                 raise UsageError(str(error).replace("probe.layers", "recipe.rank_layers")) from None
         return self._layers[model]
@@ -81,8 +81,7 @@ class RankPenalty(Objective):
     def over(self, strategy: Strategy, batches: Batches, work: Work) -> Iterator[None]:
         """See `Objective.over`. Collective: one forward pass, and one sum over ranks."""
         model, world = strategy.model, strategy.world
-        example, _ = batches(work.indices[:1], work.epoch)
-        layers = self.layers(model, example)
+        layers = self.layers(model, lambda: batches(work.indices[:1], work.epoch)[0])
         sums = {
             layer.name: torch.zeros(units + 1, units + 1, dtype=torch.float64, device=world.device)
             for layer, units in ((layer, _units(layer)) for layer in layers)
@@ -111,9 +110,11 @@ class RankPenalty(Objective):
         self._value = self.strength * value
 
         def charge(layer: Layer, output: Tensor) -> None:
-            mean_D, matrix_DD = (tensor.to(output.dtype) for tensor in weights[layer.name])
-            rows = _rows(layer, output) - mean_D
-            self._terms.append((rows @ matrix_DD * rows).sum())
+            kind = torch.promote_types(output.dtype, torch.float32)  # bfloat16 would leave nothing of the differences
+            mean_D, matrix_DD = (tensor.to(kind) for tensor in weights[layer.name])
+            with torch.autocast(output.device.type, enabled=False):
+                rows = _rows(layer, output).to(kind) - mean_D
+                self._terms.append((rows @ matrix_DD * rows).sum())
 
         with capturing(layers, charge) as begin:
 
@@ -134,6 +135,8 @@ class RankPenalty(Objective):
         moments = flat.view(size, size) / flat[-1]
         mean_D = moments[-1, :-1]
         covariance = (moments[:-1, :-1] - torch.outer(mean_D, mean_D)).requires_grad_()
+        if not covariance.trace() > 0:  # one row, or a layer that is dead: there is no spread to shape
+            return 0.0, mean_D, torch.zeros_like(covariance), float(flat[-1])
         with torch.enable_grad():
             value = self.measure(covariance)
             (matrix,) = torch.autograd.grad(value, covariance)

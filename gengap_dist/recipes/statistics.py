@@ -38,7 +38,7 @@ def recompute(model: nn.Module, batches: Batches, world: World, block_size: int 
     size = min(block_size or EVAL_BLOCK, len(batches.images))
     num_images = max(size, min(MOST, len(batches.images)) // size * size)  # whole blocks
     drawn = torch.randperm(len(batches.images), generator=torch.Generator().manual_seed(0))
-    sums = [torch.zeros(2, layer.num_features, dtype=torch.float64, device=world.device) for layer in layers]
+    sums = [torch.zeros(3, layer.num_features, dtype=torch.float64, device=world.device) for layer in layers]
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         for module in model.modules():
@@ -55,19 +55,19 @@ def recompute(model: nn.Module, batches: Batches, world: World, block_size: int 
             position.at(start, num_images, 1, 0)
             images, _ = batches(drawn[start:stop], epoch=0)
             model(images)
-    told = world.sum(torch.cat([total.flatten() for total in sums]), "running statistics") / (num_images // size)
-    for layer, mean_var in zip(layers, told.split([total.numel() for total in sums]), strict=True):
+    told = world.sum(torch.cat([total.flatten() for total in sums]), "running statistics")
+    for layer, found in zip(layers, told.split([total.numel() for total in sums]), strict=True):
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        mean, var = mean_var.view(2, -1)
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(var)
+        mean, var, count = found.view(3, -1)
+        layer.running_mean.copy_(mean / count)
+        layer.running_var.copy_(var / count)
 
 
 def _add(layer: nn.Module, args: tuple[Any, ...], *, total: Tensor) -> None:
     (images,) = args
     var, mean = torch.var_mean(images, [dim for dim in range(images.ndim) if dim != 1])
-    total += torch.stack([mean, var])
+    total += torch.stack([mean, var, torch.ones_like(mean)])  # a network may call a layer several times
 
 
 def _by_itself(layer: Any, input: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from gengap_dist.loop import NUM_SUMS, Work, train_step
 from gengap_dist.models.norm import average_buffers, has_batch_norm
 from gengap_dist.optim.build import build
 from gengap_dist.optim.schedule import scaled_lr
-from gengap_dist.recipes.course import Course, Taken, plan_of
+from gengap_dist.recipes.course import Course, Taken, first_of, plan_of
 from gengap_dist.recipes.statistics import recompute
 from gengap_dist.strategies import OptimizerState, Single, Strategy
 from gengap_dist.world import World
@@ -43,7 +43,7 @@ class Local(Course):
 
     def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> None:
         """See `Course`."""
-        self.first_step = round(config.recipe.local_start * num_steps)
+        self.first_step = first_of("recipe.local_start", config.recipe.local_start, num_steps)
         super().__init__(config, strategy, batches, order, self.first_step)
         self.num_workers, self.world = config.recipe.workers, strategy.world
         self.begun = False
@@ -68,6 +68,8 @@ class Local(Course):
             self._begin(self.strategy.optimizer_state())
         with self.world.where.during("data"):
             sizes, parts = self._parts(step)
+        if step == self.first_step and not self.config.optim.momentum_correction:
+            momentum /= self.rate  # the form v = m v + lr g, in which momentum keeps the rate before
         lr *= self.rate
         num_active = sum(size > 0 for size in sizes)
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.world.device)
@@ -115,6 +117,7 @@ class Local(Course):
             strategy = self.workers[worker] = Single(self.config, alone)
             strategy.setup(deepcopy(self.strategy.model).train(), partial(build, self.config.optim))
             strategy.load_optimizer_state(optimizer_state)
+            strategy.scaler.load_state_dict(self.strategy.scaler.state_dict())
         self.strategy.optimizer.state.clear()  # the workers' count from here on
 
     def _average(self) -> None:
@@ -157,6 +160,7 @@ class Local(Course):
         for worker, strategy in self.workers.items():
             strategy.model.load_state_dict(state["workers"][worker]["model"])
             strategy.load_optimizer_state(state["workers"][worker]["optimizer"])
+            strategy.scaler.load_state_dict(state["workers"][worker]["scaler"])
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -179,5 +183,6 @@ def _put(flat: Tensor, model: nn.Module) -> None:
 def _packed(strategy: Strategy) -> Tensor:
     """Network and optimizer as bytes [n], on the CPU: so they go from rank to rank bit for bit, whatever is in them."""
     file = io.BytesIO()
-    torch.save({"model": strategy.model.state_dict(), "optimizer": strategy.optimizer_state()}, file)
+    scaler = strategy.scaler.state_dict()
+    torch.save({"model": strategy.model.state_dict(), "optimizer": strategy.optimizer_state(), "scaler": scaler}, file)
     return torch.frombuffer(file.getbuffer(), dtype=torch.uint8).clone()

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from gengap_dist.config import UsageError
 from gengap_dist.models.dropout import SampleDropout
 from gengap_dist.models.norm import frozen
+from gengap_dist.models.position import Position, position_of
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -56,10 +57,24 @@ def _twice(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
 
+    position = position_of(block)
+    calls = dict(position.calls)
+
     def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-        return nullcontext(), frozen(block)  # running statistics take each batch once
+        return nullcontext(), _again(block, position, calls)
 
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+@contextmanager
+def _again(block: nn.Module, position: Position, calls: dict[int, int]) -> Iterator[None]:
+    """Draws are those of the first time, from `calls` on; running statistics take each batch once."""
+    now, position.calls = position.calls, dict(calls)
+    try:
+        with frozen(block):
+            yield
+    finally:
+        position.calls = now
 
 
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:

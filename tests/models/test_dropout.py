@@ -43,6 +43,19 @@ def test_draws_of_other_steps_layers_samples_and_seeds_are_others():
     assert torch.equal(one, masks(0.5))
 
 
+def test_a_layer_called_twice_in_a_pass_draws_twice():
+    """Again the same in another pass at the same place, as SAM makes one."""
+    position = Position()
+    dropout, x, passes = SampleDropout(0.5, 0, position), torch.ones(NUM, UNITS), []
+    for _ in range(2):
+        position.at(0, NUM, 1, 0, 0)
+        passes.append((dropout(x), dropout(x)))
+    (one, two), again = passes
+    assert abs((one == two).float().mean() - 0.5) < 4 * 0.5 / one.numel() ** 0.5
+    assert torch.equal(one, again[0])
+    assert torch.equal(two, again[1])
+
+
 @given(num=st.integers(1, 40), ranks=st.integers(1, 5), micro=st.integers(1, 12))
 def test_a_samples_draws_are_its_own_however_the_batch_is_cut(num, ranks, micro):
     x = torch.arange(1.0, num * 6 + 1).view(num, 2, 3)

@@ -512,7 +512,7 @@ NET = nn.Sequential(nn.BatchNorm1d(2))
 def checked(sizes, num_ranks, **settings):
     given = config(model__name="mlp", **settings)
     check_norm(given, NET, sizes, num_ranks)
-    return norm_size(given, NET, num_ranks)
+    return norm_size(given, NET, sizes, num_ranks)
 
 
 def test_sizes_that_are_told():
@@ -521,8 +521,9 @@ def test_sizes_that_are_told():
     assert checked([64], 3, batch__global_size=64) == [21, 22]
     assert checked([64], 3, batch__global_size=64, batch__ghost_size=16) == [16]
     assert checked([64], 3, batch__global_size=64, model__norm="sync") == [64]
+    assert checked([64, 128], 1, batch__global_size=64) == [64, 128]  # a batch that grows
     given = config(batch__global_size=64)
-    assert norm_size(given, nn.Sequential(nn.Linear(2, 2)), 2) is None
+    assert norm_size(given, nn.Sequential(nn.Linear(2, 2)), [64], 2) is None
     check_norm(given, nn.Sequential(nn.Linear(2, 2)), [1], 1)  # which has no groups
 
 

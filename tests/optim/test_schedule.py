@@ -158,6 +158,17 @@ def test_regime_adaptation_is_the_small_batch_step_for_step():
     assert small.lr(58) < small.lr(59) == 0.02
 
 
+@pytest.mark.parametrize("budget", ["epochs", "updates"])
+def test_legw_warms_up_for_the_small_batch_updates_whatever_the_budget(budget):
+    """Half an epoch of 40 steps at the base batch of 25 is 20 updates, at 100, too."""
+    found = schedule(
+        optim__lr=1.0, optim__scaling="legw", optim__base_size=25, optim__warmup_epochs=0.5,
+        batch__global_size=100, train__epochs=6, train__budget=budget,
+    )  # fmt: skip
+    assert found.num_steps == {"epochs": 60, "updates": 240}[budget]
+    assert [found.lr(step) for step in (18, 19, 20)] == pytest.approx([1.9, 2.0, 2.0])
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -8,8 +8,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from gengap_dist import models
 from gengap_dist.batching import Span
 from gengap_dist.config import RecipeConfig
+from gengap_dist.data import catalog
+from gengap_dist.data.resident import Batches, Normalise
 from gengap_dist.loop import Objective, Work, accumulate
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.recipes.gradients import gradient_penalty, sam
@@ -126,6 +129,55 @@ def test_the_rank_penalty_is_differentiated_through_the_covariance(problem, meas
     torch.testing.assert_close(got, torch.cat([x.flatten() for x in want]), rtol=1e-8, atol=1e-11)
     assert float(sums[5]) == pytest.approx(strength * value.item())
     assert float(sums[0]) / NUM == pytest.approx(mean_loss(problem).item())  # without the penalty
+
+
+def test_the_rank_penalty_under_bfloat16_points_the_same_way():
+    """Products with weights are rounded to 8 bits; differences from the mean, and what M makes of them, are not."""
+
+    class Alone(RankPenalty):
+        def loss_sum(self, logits, labels):
+            return 0 * super().loss_sum(logits, labels)
+
+    found = []
+    for dtype, autocast in ((torch.float64, None), (torch.float32, "bfloat16")):
+        run = config(data__image_size=16, recipe__rank_penalty=1.0, train__autocast=autocast)
+        splits = catalog.load(run.data)
+        torch.manual_seed(0)
+        net = models.of(run, splits.num_classes, splits.in_channels, World()).to(dtype)
+        strategy = Single(run, World())
+        strategy.setup(net, partial(build_optimizer, run.optim))
+        batches = Batches(splits.train, Normalise(splits, torch.device("cpu"), dtype), run.data, run.seed)
+        accumulate(strategy, batches, Work(torch.arange(64), 0, [Span(0, 64)]), Alone(run.recipe))
+        found.append(torch.cat([p.grad.double().flatten() for p in net.parameters()]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("measure", ["logdet", "spread"])
+@pytest.mark.parametrize("spans", [[Span(0, 1)], [Span(0, 8)]])
+def test_the_rank_penalty_of_one_row_or_of_a_dead_layer_is_nothing(problem, measure, spans):
+    objective = RankPenalty(RecipeConfig(rank_penalty=1.0, rank_measure=measure, rank_layers=("4",)))
+    if spans[0].size > 1:
+        with torch.no_grad():
+            problem.net[3].weight.zero_()
+    work = Work(torch.arange(spans[0].size), 0, spans)
+    sums = accumulate(problem.strategy, problem.given, work, objective)
+    got = gradients(problem)
+    problem.strategy.optimizer.zero_grad()
+    accumulate(problem.strategy, problem.given, work, Objective())
+    assert torch.equal(got, gradients(problem))
+    assert sums[5] == 0
+
+
+def test_the_gradient_penalty_of_a_parameter_that_nothing_uses(problem):
+    problem.net.spare = nn.Linear(2, 2).double()
+    problem.net.forward = lambda images: problem.net[:6](images)
+    gradient_penalty(0.7)(problem.strategy, problem.given, problem.work, Objective())
+    with_spare = gradients(problem)
+    assert not problem.net.spare.weight.grad.any()
+    del problem.net.spare
+    problem.strategy.optimizer.zero_grad()
+    gradient_penalty(0.7)(problem.strategy, problem.given, problem.work, Objective())
+    assert torch.equal(with_spare, gradients(problem))
 
 
 @pytest.mark.parametrize("measure", ["logdet", "spread"])

@@ -70,6 +70,23 @@ def test_like_torch_on_the_same_blocks(num, block_size):
     close(got, {name: value for name, value in net.state_dict().items() if "running" in name})
 
 
+def test_a_layer_that_is_called_twice():
+    """Its statistics are the mean over both calls, as update_bn has them."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1).double()
+
+        def forward(self, x):
+            return self.norm(3 * self.norm(x) + 1)
+
+    net, twin, given = Twice(), Twice(), Given(12)
+    recompute(net, given, World(), 4)
+    update_bn([given.images[indices] for indices in given.asked], twin)
+    close(net.state_dict(), twin.state_dict() | {"norm.num_batches_tracked": net.norm.num_batches_tracked})
+
+
 def test_images_are_drawn_from_all(monkeypatch):
     """An image folder is sorted by class: the first images are of few."""
     monkeypatch.setattr(statistics, "MOST", 400)

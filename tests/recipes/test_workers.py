@@ -113,9 +113,12 @@ def test_post_local_sgd_is_what_it_is_defined_as():
             torch.testing.assert_close(flat(network), mean(nets), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize(("scaling", "rate"), [("none", 1.0), ("linear", 1 / 3), ("sqrt", 3**-0.5)])
-def test_swap_is_what_it_is_defined_as(scaling, rate):
-    course, model = start(World(), "swap", 3, optim__scaling=scaling, optim__base_size=8)
+def test_swap_is_what_it_is_defined_as(scaling, rate, corrected):
+    """Uncorrected momentum, v = m v + lr g, keeps the rate before the workers': m / rate in u = m u + g, once."""
+    more = {"optim__scaling": scaling, "optim__base_size": 8, "optim__momentum_correction": corrected}
+    course, model = start(World(), "swap", 3, **more)
     optimizer, nets, num = sgd(model), [], course.order.num_samples
     for step in range(STEPS):
         taken = course.step(step, LR, MOMENTUM)
@@ -125,7 +128,8 @@ def test_swap_is_what_it_is_defined_as(scaling, rate):
         nets = nets or copies(model, optimizer, 3)
         results = []
         for worker, (net, own) in enumerate(nets):
-            own.param_groups[0]["lr"] = LR * rate
+            first = step == FIRST and not corrected
+            own.param_groups[0] |= {"lr": LR * rate, "momentum": MOMENTUM / rate if first else MOMENTUM}
             indices = Order(num, 8, seed=0, worker=worker).indices(step - FIRST)
             results.append(descend(net, own, course.batches(indices, 1 + worker)))
         check(taken, results)
@@ -190,6 +194,33 @@ def test_a_worker_without_a_sample_stands_still():
     assert moved == {0: False, 1: True, 2: False, 3: True}
     with course.network() as network:
         torch.testing.assert_close(flat(network), torch.stack([flat(s.model) for s in course.workers.values()]).mean(0))
+
+
+def test_workers_keep_their_loss_scales():
+    """The run's when they begin; each its own in a checkpoint."""
+    half = {"train__autocast": "float16", "train__dtype": "float32", "model__name": "mlp", "model__widths": [8]}
+    course, _ = start(World(), "post_local_sgd", 2, **half)
+    for step in range(FIRST):
+        course.step(step, LR, MOMENTUM)
+    course.strategy.scaler.update(1024.0)
+    course.step(FIRST, LR, MOMENTUM)
+    scalers = [strategy.scaler for strategy in course.workers.values()]
+    assert [scaler.get_scale() for scaler in scalers] == [1024.0, 1024.0]
+    for scaler, scale in zip(scalers, (512.0, 256.0), strict=True):
+        scaler.update(scale)
+    again, _ = start(World(), "post_local_sgd", 2, **half)
+    again.load(course.state())
+    assert [strategy.scaler.get_scale() for strategy in again.workers.values()] == [512.0, 256.0]
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.97, STEPS), (0.6, 1)])
+@pytest.mark.parametrize("settings", [{"local": "swap", "workers": 2}, {"average": "swa"}])
+def test_a_last_part_without_steps_is_refused(settings, share, steps):
+    """It would be plain training under another name."""
+    name = "local_start" if "local" in settings else "average_start"
+    run = config(**{f"recipe__{key}": value for key, value in (settings | {name: share}).items()})
+    with pytest.raises(UsageError, match=rf"recipe.{name} \({share:g}\) leaves none of {steps} steps after it: choose"):
+        course_of(run, Single(run, World()), None, Order(48, 24, 0), steps)
 
 
 def test_an_average_of_swap_has_statistics_of_its_own():

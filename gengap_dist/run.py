@@ -260,7 +260,8 @@ class _Session:
         self.strategy.load_optimizer_state(optimizer_state)
         self.model = self.strategy.model
         if self.strategy.reorders:
-            with frozen(self.model), self.strategy.micro_step(last=True):
+            first = self.world.where.during("compute", "a first backward pass")
+            with first, frozen(self.model), self.strategy.micro_step(last=True):
                 join_with_nothing(self.strategy, self.batches, epoch=0)
             self.strategy.optimizer.zero_grad(set_to_none=False)
         self.course = course_of(self.config, self.strategy, self.batches, self.order, self.schedule.num_steps)

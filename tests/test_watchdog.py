@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
 from gengap_dist.watchdog import Watchdog, watching
 from gengap_dist.whereabouts import KINDS, Whereabouts
@@ -32,6 +33,20 @@ def test_the_rank_that_is_waited_for_is_named(capfd, lagging, doing):
     assert said.count("gengap: after") == 1  # one rank speaks for all
     assert f"rank {others} waits in sum of ones (step 7) for rank {lagging} (" in said
     assert f"which has been in {doing} (step 7) for" in said
+
+
+def waits_between_steps(world, run_config, out):
+    found = []
+    run(run_config, out, world=world, progress=lambda *_: found.append(world.where.place.waiting))
+    return found
+
+
+def test_a_rank_that_computes_is_not_said_to_wait(tmp_path):
+    """DDP's first pass, before any step, is over when it is over: a long evaluation would be called a hang else."""
+    prepare_folder(tmp_path / "run", "run.json", resume=False)
+    for found in on_ranks(2, waits_between_steps, config(train__steps=3, probe__enabled=False), tmp_path / "run"):
+        assert len(found) > 3
+        assert not any(found)
 
 
 def nobody_lags(world):

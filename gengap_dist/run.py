@@ -34,6 +34,7 @@ from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
 from gengap_dist.recipes import course_of
 from gengap_dist.recipes.course import Taken, plan_of
+from gengap_dist.recipes.statistics import untrained
 from gengap_dist.strategies import STRATEGIES, OptimizerState
 from gengap_dist.strategies.switches import check_compiler, deterministic
 from gengap_dist.tracking.record import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, read_info
@@ -122,6 +123,7 @@ def probe(
     model = _build_model(config, splits, world)
     train_set = splits.train.to(world.device)
     normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
+    batches = Batches(train_set, normalise, config.data, config.seed)
     observer = Observer(config, train_set, normalise, flat(model), world)
     record = Record(out) if out and world.rank == 0 else NoRecord()
     found = []
@@ -140,7 +142,8 @@ def probe(
             }
             record.start(config, facts)
             record.resume(0, 0.0, {})
-        found.append((step, observer(model, controls=True)))
+        shown = model if state else untrained(model, batches, world, config.batch.ghost_size)
+        found.append((step, observer(shown, controls=True)))
         for probe_set, spectra in found[-1][1].spectra.items():
             record.spectra(step, spectra, probe_set)
         record.log(step, 0.0, found[-1][1].metrics)
@@ -461,6 +464,9 @@ class _Session:
         if not (validate or probe):
             return
         with self.course.network() as model:
+            if self.step == 0:
+                with self.world.where.during("evaluation"):
+                    model = untrained(model, self.batches, self.world, self.config.batch.ghost_size)
             if validate:
                 with self.world.where.during("evaluation"):
                     self.validate(model)

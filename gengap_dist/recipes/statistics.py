@@ -1,6 +1,7 @@
 """Running statistics of batch norm for weights that never trained: an average of networks has seen no batch."""
 
 from contextlib import ExitStack
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -11,15 +12,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gengap_dist.data.resident import Batches
 from gengap_dist.loop import EVAL_BLOCK, blocks
-from gengap_dist.models.norm import Normed, frozen
+from gengap_dist.models.norm import Normed, frozen, has_batch_norm
 from gengap_dist.models.position import position_of
 from gengap_dist.world import World
 
 MOST = 8192  # training images that are looked at, unless one block has more
+MOST_UNTRAINED = 1024
 
 
 @torch.no_grad()
-def recompute(model: nn.Module, batches: Batches, world: World, block_size: int | None) -> None:
+def recompute(
+    model: nn.Module, batches: Batches, world: World, block_size: int | None, most: int | None = None
+) -> None:
     """Make running statistics the mean over blocks of training images, as epoch 0 sees them. Collective.
 
     Blocks are the same on any number of ranks, and each is normalised by its own statistics, as in training. Their
@@ -30,13 +34,14 @@ def recompute(model: nn.Module, batches: Batches, world: World, block_size: int 
         batches: training images.
         world: the ranks.
         block_size: images in a block; None: EVAL_BLOCK, or all if there are fewer.
+        most: images that are looked at; None: MOST.
     """
     every = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     layers = [layer for layer in every if layer.track_running_stats]
     if not layers:
         return
     size = min(block_size or EVAL_BLOCK, len(batches.images))
-    num_images = max(size, min(MOST, len(batches.images)) // size * size)  # whole blocks
+    num_images = max(size, min(most or MOST, len(batches.images)) // size * size)  # whole blocks
     drawn = torch.randperm(len(batches.images), generator=torch.Generator().manual_seed(0))
     sums = [torch.zeros(3, layer.num_features, dtype=torch.float64, device=world.device) for layer in layers]
     with ExitStack() as stack:
@@ -62,6 +67,18 @@ def recompute(model: nn.Module, batches: Batches, world: World, block_size: int 
         mean, var, count = found.view(3, -1)
         layer.running_mean.copy_(mean / count)
         layer.running_var.copy_(var / count)
+
+
+def untrained(model: nn.Module, batches: Batches, world: World, block_size: int | None) -> nn.Module:
+    """A network before its first step, as training sees it, to look at: a copy if it has batch norm. Collective.
+
+    The running statistics it begins with, 0 and 1, are of no data: activations of a deep network would grow or fade
+    from layer to layer, and an untrained network lose ranks that it has in its first step.
+    """
+    if has_batch_norm(model):
+        model = deepcopy(model)
+        recompute(model, batches, world, block_size, MOST_UNTRAINED)
+    return model
 
 
 def _add(layer: nn.Module, args: tuple[Any, ...], *, total: Tensor) -> None:

@@ -11,7 +11,7 @@ from gengap_dist.models.dropout import SampleDropout, treat_dropout
 from gengap_dist.models.norm import treat
 from gengap_dist.models.position import Position
 from gengap_dist.recipes import statistics
-from gengap_dist.recipes.statistics import recompute
+from gengap_dist.recipes.statistics import recompute, untrained
 from gengap_dist.world import World
 from tests.ranks import Crew
 
@@ -150,3 +150,21 @@ def test_nothing_to_make_anew():
     given = Given(8)
     recompute(net, given, World(), 4)
     assert not given.asked
+
+
+def test_an_untrained_network_is_shown_as_its_first_step_sees_it():
+    """Every layer's output has mean 0 and variance 1 over the images; the network itself stays what it is."""
+    net, given = network().eval(), Given(24)
+    before = copy.deepcopy(net.state_dict())
+    shown = untrained(net, given, World(), 24)
+    seen = {}
+    for name in ("1", "9"):
+        shown[int(name)].register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
+    shown(given.images)
+    for out in seen.values():
+        dims = [dim for dim in range(out.ndim) if dim != 1]
+        torch.testing.assert_close(out.mean(dims), torch.zeros_like(out.mean(dims)), rtol=0, atol=1e-3)
+        assert (out.var(dims) - 1).abs().max() < 0.1  # biased against unbiased
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+    plain = nn.Linear(2, 2)
+    assert untrained(plain, given, World(), None) is plain

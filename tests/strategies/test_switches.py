@@ -306,8 +306,8 @@ def sam_steps(world: World, name: str, settings: dict[str, Any]) -> dict[str, li
     trainer.strategy.model.train()
     rows = []
     for step in range(4):
-        _, sums, norm = course.step(step, 0.02, 0.9)
-        rows.append((float(world.sum(sums[:1].clone())), float(norm)))
+        taken = course.step(step, 0.02, 0.9)
+        rows.append((float(world.sum(taken.sums[:1].clone())), float(taken.norm)))
     average_buffers(trainer.strategy.model, world)
     return {"loss": [row[0] for row in rows], "norm": [row[1] for row in rows]}
 
@@ -357,7 +357,7 @@ def compiled_steps(world: World, name: str, settings: dict[str, Any]) -> dict[st
             with torch.compiler.set_stance(
                 "fail_on_recompile" if step > 1 and trainer.config.train.compile else "default"
             ):
-                _, sums, _ = course.step(step, 0.02, 0.9)
+                sums = course.step(step, 0.02, 0.9).sums
             losses.append(float(world.sum(sums[:1].clone())))
     saved = trainer.save()
     breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]

@@ -142,7 +142,7 @@ def probe(
             }
             record.start(config, facts)
             record.resume(0, 0.0, {})
-        shown = model if state else untrained(model, batches, world, config.batch.ghost_size)
+        shown = model if state is not None else untrained(model, batches, world, config.batch.ghost_size)
         found.append((step, observer(shown, controls=True)))
         for probe_set, spectra in found[-1][1].spectra.items():
             record.spectra(step, spectra, probe_set)

@@ -17,6 +17,7 @@ from gengap_dist.config import RunConfig, nested, validate
 from gengap_dist.launchers.local import Pool
 from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder, read_info
+from tests.ranks import standing
 from tests.ray_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -72,10 +73,8 @@ def cut_after(out: Path, step: int) -> None:
 @pytest.fixture(scope="module")
 def pools() -> Iterator[dict[int, Pool]]:
     """One, two and three ranks that stay."""
-    pools = {size: Pool(size) for size in (1, 2, 3)}
-    yield pools
-    for pool in pools.values():
-        pool.close()
+    with standing(Pool, (1, 2, 3)) as pools:
+        yield pools
 
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -2,7 +2,8 @@
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from multiprocessing import get_context
 from typing import Any
 
@@ -62,6 +63,13 @@ class Crew:
     def close(self) -> None:
         for process in self.processes:
             process.kill()
+
+
+@contextmanager
+def standing(kind: Callable[[int], Any], sizes: Iterable[int]) -> Iterator[dict[int, Any]]:
+    """Ranks that stay while it is open, `kind(size)` of each size; Crew and Pool are such kinds."""
+    with ExitStack() as stack:
+        yield {size: stack.enter_context(closing(kind(size))) for size in sizes}
 
 
 def _stay(rank: int, size: int, port: int, pipe: Any) -> None:

@@ -197,7 +197,7 @@ def test_a_node_is_killed_and_the_other_goes_on_alone(hosts, gate, whole):
 
 
 def test_the_link_is_cut_and_the_run_is_started_again(hosts, gate, whole):
-    limits = ["--launch.timeout_seconds", 12, "--launch.hang_seconds", 4]
+    limits = ["--launch.timeout_seconds", 12, "--launch.hang_seconds", 6]  # at 4 the far word is on the edge of silence
     agents = torchrun(hosts, gate, *limits, nnodes="2", max_restarts=0)
     until(lambda: len([*gate.glob("at_gate.*")]) == 2, *agents)
     hosts[1].link("down")
@@ -205,8 +205,7 @@ def test_the_link_is_cut_and_the_run_is_started_again(hosts, gate, whole):
     for agent in agents:
         assert agent.wait(240) == 1, agent.said()
     said = agents[0].said()
-    waits = r"rank 0 waits in sum of gradients \(step 20\) for rank 1 \(.*, process \d+\), which (was|has been)"
-    assert re.search(waits, said)
+    assert re.search(r"rank 0 waits in sum of gradients \(step 20\) for rank 1 \(.*, process \d+\), which was", said)
     assert "gengap train, rank 1: RuntimeError: " in agents[1].said()
     assert read_info(gate / "run")["status"] == "failed"
     hosts[1].link("up")

@@ -23,7 +23,7 @@ class SampleDropout(nn.Dropout):
         first = self.position.start * units
         counters = torch.arange(first, first + input.numel(), device=input.device)
         call = self.position.calls[self.layer] = self.position.calls.get(self.layer, -1) + 1
-        draws = counter_bits(counters, *self.position.key, self.layer, call) >> 38  # the upper 24 bits
+        draws = counter_bits(counters, *self.position.key, self.layer + (call << 16)) >> 38  # the upper 24 bits
         return input * (draws >= self.p * 2**24).view_as(input) / (1 - self.p if self.p < 1 else 1)
 
 

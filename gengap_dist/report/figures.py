@@ -88,6 +88,12 @@ def row_axis(axes: Axes, arms: list[str]) -> None:
     axes.set_ylim(len(arms) - 0.4, -0.6)
 
 
+def _dots(axes: Axes, rows: bool, at: float, values: Any, **style: Any) -> None:
+    """Marks of an arm's values: in its row, or over its place on the batch axis."""
+    along = np.full(len(values), at)
+    axes.plot(*((values, along) if rows else (along, values)), linestyle="", **style)
+
+
 def accuracy(study: StudyData) -> Figure | None:
     """Test accuracy of every arm by its global batch, or in rows: seeds are dots, means have their t interval."""
     results = {arm: list(study.results(arm, "test/accuracy").values()) for arm, _ in _arms(study)}
@@ -101,8 +107,7 @@ def accuracy(study: StudyData) -> Figure | None:
     for number, arm in enumerate(arms):
         values, c = 100 * np.array(results[arm]), colour(study, arm)
         at, mean, half = number if rows else _beside(sizes, number, 1.09), values.mean(), _t_half(values)
-        where = [values, [at] * len(values)] if rows else [[at] * len(values), values]
-        axes.plot(*where, "o", color=c, alpha=0.45, markersize=5, mew=0)
+        _dots(axes, rows, at, values, marker="o", color=c, alpha=0.45, markersize=5, mew=0)
         middle = [mean, at] if rows else [at, mean]
         bar = {"xerr" if rows else "yerr": half or None}
         axes.errorbar(*middle, **bar, fmt="D", color=c, capsize=4, markersize=6, label=arm)
@@ -166,11 +171,9 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Figure 
         for number, (arm, _) in enumerate(arms):
             values = [run.untrained_and_trained(metric(name, key, threshold))[1] for run in study.finished(arm)]
             at, c = number if rows else _beside(sizes, number, 1.18), colour(study, arm)
-            where = [values, [at] * len(values)] if rows else [[at] * len(values), values]
-            panel.plot(*where, "o", color=c, alpha=0.45, markersize=4, mew=0)
+            _dots(panel, rows, at, values, marker="o", color=c, alpha=0.45, markersize=4, mew=0)
             if np.isfinite(values).any():
-                mean = np.nanmean(values)
-                panel.plot(*((mean, at) if rows else (at, mean)), "D", color=c, markersize=6)
+                _dots(panel, rows, at, [np.nanmean(values)], marker="D", color=c, markersize=6)
         if rows:
             row_axis(panel, [arm for arm, _ in arms])
         else:

@@ -317,8 +317,8 @@ def follow(folder: Path, uri: str, experiment: str, *, pause: Callable[[float], 
             return  # the command found something wrong before it began
     while True:
         try:
-            began = time.monotonic()
             mirror = mirror or Mirror(folder, uri, experiment)
+            began = time.monotonic()
             mirror.sync(closing=over)
             wait = min(LONGEST_WAIT, max(POLL_SECONDS, REST * (time.monotonic() - began)))
         except Exception as error:

@@ -12,15 +12,13 @@ from torch import nn
 
 from gengap_dist.probes import measure
 from gengap_dist.world import World
-from tests.ranks import Crew
+from tests.ranks import Crew, standing
 
 
 @pytest.fixture(scope="module")
 def crews() -> Iterator[dict[int, Crew]]:
-    crews = {size: Crew(size) for size in (1, 2, 3, 4)}
-    yield crews
-    for crew in crews.values():
-        crew.close()
+    with standing(Crew, (1, 2, 3, 4)) as crews:
+        yield crews
 
 
 def probe(world: World, parts: list[list[torch.Tensor]], method: str, memory_mib: int) -> list[tuple]:

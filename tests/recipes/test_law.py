@@ -20,7 +20,7 @@ from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder, read_info
 from gengap_dist.world import World
 from tests.conftest import config, cut_after, weights
-from tests.ranks import Crew
+from tests.ranks import Crew, standing
 
 
 def small(num_classes: int, in_channels: int) -> nn.Module:
@@ -101,10 +101,8 @@ def train(world: World, settings: dict[str, Any], out: Path, resume: bool = Fals
 
 @pytest.fixture(scope="module")
 def crews() -> Iterator[dict[int, Crew]]:
-    crews = {size: Crew(size) for size in (1, 2, 3)}
-    yield crews
-    for crew in crews.values():
-        crew.close()
+    with standing(Crew, (1, 2, 3)) as crews:
+        yield crews
 
 
 def curves(out: Path) -> dict[str, list[float]]:
@@ -128,8 +126,7 @@ def test_ranks_and_micro_batches_change_nothing(crews, tmp_path, name):
     crews[3](train, settings | {"batch__micro_size": micro[1]}, outs[-1], True)
     first, *others = [(curves(out), weights(out), read_info(out)) for out in outs]
     assert len(first[0]["train/loss"]) >= 20 or name == "target"
-    start, *later = first[0]["val/loss"]
-    assert max(abs(loss - start) for loss in later) > 5e-3  # it goes somewhere: a law of standing still is none
+    assert first[0]["train/loss"][-1] < first[0]["train/loss"][0]  # it learns: a law of standing still is none
     for curve, state, info in others:
         for key, values in curve.items():
             assert values == pytest.approx(first[0][key], abs=1e-8), key

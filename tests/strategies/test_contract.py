@@ -16,7 +16,7 @@ from gengap_dist.strategies import STRATEGIES
 from gengap_dist.strategies.fsdp import FSDP, units
 from gengap_dist.world import World
 from tests.conftest import config
-from tests.ranks import Crew, on_ranks
+from tests.ranks import Crew, on_ranks, standing
 from tests.strategies import jobs
 
 NEEDS = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -31,10 +31,8 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def crews():
-    found = {size: Crew(size) for size in (1, *CASES)}
-    yield found
-    for crew in found.values():
-        crew.close()
+    with standing(Crew, (1, *CASES)) as crews:
+        yield crews
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from gengap_dist.strategies.switches import WORKSPACE, blocks, check_compiler, d
 from gengap_dist.tracking.record import read_metrics
 from gengap_dist.world import World
 from tests.conftest import config, cut_after, train
-from tests.ranks import Crew
+from tests.ranks import Crew, standing
 from tests.strategies import jobs
 
 EXACT = {"train__dtype": "float64"}  # rounding is told from all else best where it is small
@@ -48,10 +48,8 @@ TINY = EXACT | {"model__name": "mlp", "model__widths": [8], "batch__global_size"
 
 @pytest.fixture(scope="module")
 def crews() -> Iterator[dict[int, Crew]]:
-    found = {size: Crew(size) for size in (1, 2)}
-    yield found
-    for crew in found.values():
-        crew.close()
+    with standing(Crew, (1, 2)) as crews:
+        yield crews
 
 
 @pytest.fixture(scope="module")

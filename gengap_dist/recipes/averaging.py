@@ -33,7 +33,7 @@ class Averaging(Course):
         recipe = config.recipe
         self.equal = recipe.average == "swa"
         self.first_step = first_of("recipe.average_start", recipe.average_start, num_steps) if self.equal else 0
-        mix = None if self.equal else partial(_mix, decay=recipe.ema_decay)  # None: torch's equal mean
+        mix: Any = None if self.equal else partial(_mix, decay=recipe.ema_decay)  # None: torch's equal mean
         self.average = AveragedModel(strategy.model, multi_avg_fn=mix, use_buffers=not self.equal)
 
     def step(self, step: int, lr: float, momentum: float) -> Taken:

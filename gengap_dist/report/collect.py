@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gengap_dist.study.pairing import Paired, paired
+from gengap_dist.comparison.pairing import Paired, paired
 from gengap_dist.tracking.record import FINISHED, load_spectra, read_info, read_metrics
 
 

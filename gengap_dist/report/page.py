@@ -10,11 +10,11 @@ import matplotlib
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from gengap_dist.comparison.pairing import spread
 from gengap_dist.report import figures
 from gengap_dist.report.catalogue import RUN_FIGURES, STUDY_FIGURES
 from gengap_dist.report.collect import StudyData, metric
 from gengap_dist.report.terminal import interval, last_layer, percent, points, study_rows
-from gengap_dist.study.pairing import spread
 from gengap_dist.tracking.record import write_atomically
 
 

@@ -18,10 +18,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from gengap_dist.comparison.pairing import Paired, spread
 from gengap_dist.observe import Observation
 from gengap_dist.probes.spectrum import LayerSpectrum
 from gengap_dist.report.collect import RunData, StudyData, metric, read_run
-from gengap_dist.study.pairing import Paired, spread
 
 QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
 MEASURES = (("near_rank_loss", "rel_1e-2"), ("near_rank_loss", "abs_1e-2"), ("effective_rank", ""))

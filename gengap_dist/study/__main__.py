@@ -92,7 +92,7 @@ def _run(plan: list[Any], out: Path) -> int:
 
 def _headline(study: Any) -> dict[str, float]:
     """The study's numbers for its MLflow parent run."""
-    from gengap_dist.study.pairing import spread
+    from gengap_dist.comparison.pairing import spread
 
     out: dict[str, float] = {}
     for arm in study.arms:

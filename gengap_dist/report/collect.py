@@ -212,5 +212,5 @@ def read_study(folder: Path) -> StudyData:
         try:
             runs.append(read_run(path, path.parent.name))
         except UsageError as error:
-            unreadable.append(str(error))
+            unreadable.append(str(error).replace(f"{folder}/", ""))
     return StudyData(folder, info["name"], info["question"], info["baseline"], info["arms"], runs, info, unreadable)

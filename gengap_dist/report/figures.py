@@ -135,7 +135,8 @@ def updates_to_target(study: StudyData, said: Comparison) -> Picture | None:
     data: list[Row] = []
     for number, (arm, seeds) in enumerate(reached.items()):
         at = beside(sizes, number, 1.06)
-        dots(axes, False, at, list(seeds.values()), marker="o", color=colour(study, arm), alpha=0.7, mew=0)
+        label = arm if len(reached) <= MAX_LINES else None
+        dots(axes, False, at, list(seeds.values()), marker="o", color=colour(study, arm), alpha=0.7, mew=0, label=label)
         data += [
             {"kind": "seed", "arm": arm, "global_size": size_of[arm], "seed": s, "updates_to_target": updates}
             for s, updates in seeds.items()

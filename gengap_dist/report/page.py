@@ -48,7 +48,6 @@ def write_report(study: StudyData) -> Path:
         summary=_summary(study, is_study),
         said=said,
         theme=THEME,
-        lost=[f"{arm}: {lost}" for arm in study.arms if (lost := study.not_finished(arm))],
         arms=arm_table(study, said) if is_study else None,
         runs=run_table(study),
         pictures=_pictures(study, said, is_study),

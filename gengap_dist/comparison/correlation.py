@@ -41,7 +41,7 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
     seeds = [run.seed for run, _ in having]
     x = _less_mean(np.array([value for _, value in having]), seeds)
     y = _less_mean(np.array([-(run.accuracy or 0.0) for run, _ in having]), seeds)
-    u = _less_mean(np.log([run.num_updates for run, _ in having]), seeds)
+    u = _less_mean(np.log([max(1, run.num_updates) for run, _ in having]), seeds)
     r = pearson(x, y)
     if r is None:
         return None
@@ -60,7 +60,7 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
 
 
 def _value(name: str, run: Run) -> float:
-    value = run.num_updates if name == UPDATES else run.measures.get(name, float("nan"))
+    value = float(run.num_updates) if name == UPDATES else run.measures.get(name, float("nan"))
     if name.startswith(POSITIVE):
         return float(np.log(value)) if value > 0 else float("nan")
     return value

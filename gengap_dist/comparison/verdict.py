@@ -188,11 +188,6 @@ def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: S
     tested = [
         (arm, twin) for arm, twin in found.penalised if twin.global_size > base.global_size and _lost(base, twin) > 0
     ]
-    if not tested:
-        if grows.outcome == "contradicted":
-            because = f"The gap is there and near-rank loss does not grow with the batch. {beside}"
-            return Claim(key, claim, "contradicted", _sentence(because), grows.control)
-        return Claim(key, claim, "undecided", _sentence(f"No arm lowers near-rank loss directly. {beside}"), control)
     (lowered,) = corrected(contrasts(tested, lambda arm: _losses(arm, RELATIVE, _penalised_layers(arm, tested))))
     (gains,) = corrected(contrasts(tested, Arm.accuracies))
     words: list[str] = []
@@ -218,9 +213,13 @@ def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: S
         else:
             words.append(f"{text}: too uncertain to tell")
             verdicts.append("undecided")
+    because = "; ".join(words) or "No arm lowers near-rank loss directly"
     decided: list[Outcome] = [verdict for verdict in verdicts if verdict != "undecided"]
+    if not decided and grows.outcome == "contradicted":
+        because = f"The gap is there, and near-rank loss does not grow with the batch. {because}"
+        return Claim(key, claim, "contradicted", f"{because}. {beside}".strip(), grows.control)
     outcome: Outcome = decided[0] if len(set(decided)) == 1 else "undecided"
-    return Claim(key, claim, outcome, _sentence("; ".join(words) + f". {beside}"), control)
+    return Claim(key, claim, outcome, f"{because}. {beside}".strip(), control)
 
 
 def _penalised_layers(arm: Arm, tested: Sequence[tuple[Arm, Arm]]) -> Sequence[str]:
@@ -281,7 +280,7 @@ def _remedy(key: str, claim: str, arms: Sequence[Arm], found: Roles, base: Arm, 
         return Claim(key, claim, "undecided", "No such arm has a pair with the baseline.", control)
     resolved, open_ = "contradicted" in verdicts, all(verdict == "supported" for verdict in verdicts)
     outcome: Outcome = "contradicted" if resolved else "supported" if open_ else "undecided"
-    return Claim(key, claim, outcome, _sentence("; ".join(words)), control)
+    return Claim(key, claim, outcome, "; ".join(words) + ".", control)
 
 
 def _listed(found: Sequence[Contrast], show: Callable[[Contrast], str]) -> str:
@@ -295,7 +294,3 @@ def _points(c: Contrast) -> str:
 
 def _share(c: Contrast) -> str:
     return f"{c.mean:+.3f}" + (f" [{c.low:+.3f}, {c.high:+.3f}]" if c.interval else " (one pair)")
-
-
-def _sentence(text: str) -> str:
-    return text.strip() + ("" if text.strip().endswith(".") else ".")

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,10 @@ class StudyData:
         runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))
         return compare([_seen(run, tuned) for run in runs], self.baseline)
 
+    def against(self, baseline: str) -> "StudyData":
+        """The same with another baseline."""
+        return replace(self, baseline=baseline, info=self.info | {"baseline": baseline})
+
     def layer_keys(self) -> list[str]:
         """Layer keys that were measured, in the model's order."""
         for run in self.runs:
@@ -136,11 +140,7 @@ CONTROLS = re.compile(r"/(centred|weight|n\d+|own_batch)(/|$)")
 def _seen(run: RunData, tuned: Collection[str]) -> Run:
     """A run as comparisons see it; settings that were tuned for each arm do not tell arms apart."""
     info, result = run.info, run.info.get("result") or {}
-    settings = {
-        name: value
-        for name, value in flat(info["config"]).items()
-        if not name.startswith((*MACHINERY, "probe.")) and name != "seed" and name not in tuned
-    }
+    settings = {name: value for name, value in settings_of(info).items() if name not in tuned}
     first, last = run.probed()
     num_updates = int(result.get("num_steps") or info.get("num_steps") or 0)
     return Run(
@@ -159,6 +159,15 @@ def _seen(run: RunData, tuned: Collection[str]) -> Run:
         target=info["config"]["train"].get("target_accuracy"),
         updates_to_target=result.get("updates_to_target"),
     )
+
+
+def settings_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run computes, as dotted settings: without seed, probes and machinery."""
+    return {
+        name: value
+        for name, value in flat(info["config"]).items()
+        if not name.startswith((*MACHINERY, "probe.")) and name != "seed"
+    }
 
 
 def _explanations(line: Mapping[str, float], probe_set: str = "") -> dict[str, float]:
@@ -207,10 +216,13 @@ def read_study(folder: Path) -> StudyData:
         run = read_run(folder)
         return StudyData(folder, folder.name, "", run.arm, [run.arm], [run], run.info)
     info = read_info(folder / "study.json")
+    members = info.get("members") or [
+        {"folder": path, "arm": path.parent.name} for path in sorted(folder.glob("runs/*/*")) if path.is_dir()
+    ]
     runs, unreadable = [], []
-    for path in sorted(path for path in folder.glob("runs/*/*") if path.is_dir() and path.parent.name in info["arms"]):
+    for member in (member for member in members if member["arm"] in info["arms"]):
         try:
-            runs.append(read_run(path, path.parent.name))
+            runs.append(read_run(Path(member["folder"]), member["arm"]))
         except UsageError as error:
             unreadable.append(str(error).replace(f"{folder}/", ""))
     return StudyData(folder, info["name"], info["question"], info["baseline"], info["arms"], runs, info, unreadable)

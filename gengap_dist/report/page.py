@@ -94,6 +94,7 @@ def _facts(study: StudyData) -> dict[str, str]:
     run = found.info if found else study.info
     data, git = run.get("data") or {}, study.info.get("git") or {}
     model = (run.get("config") or {}).get("model") or {}
+    model = model if isinstance(model, dict) else {"name": model}  # of a run that something else has trained
     return {
         "data": f"{data.get('name', '-')}: {_count(data.get('num_train'))} training, {_count(data.get('num_val'))} "
         f"validation, {_count(data.get('num_test'))} test images, digest {data.get('digest', '-')[:12]}",

@@ -116,6 +116,7 @@ def test_what_only_the_own_batch_shows_supports_nothing():
     assert found["near_rank_loss_grows"]["supported"] <= 0.05 * NUM
     assert found["explains"]["supported"] <= 0.05 * NUM
     assert found["near_rank_loss_grows"]["contradicted"] > 0.5 * NUM
+    assert found["explains"]["contradicted"] > 0.5 * NUM  # it did not grow where accuracy was lost
     claim = verdict(study(np.random.default_rng(1), PLAIN, **planted))["near_rank_loss_grows"]
     assert "own batch it would have seemed to be: lb256 +0.200" in claim.because
     assert "of which the untrained networks have lb256 +0.200" in claim.because

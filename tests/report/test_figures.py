@@ -61,6 +61,9 @@ def test_gaps_are_in_the_study_s_order_and_lost_runs_counted(study):
     expected.append(100 * (mean_accuracy(0, range(2)) - mean_accuracy(3, range(2))))
     assert means(picture.figure) == [(pytest.approx(gap), row) for row, gap in enumerate(expected)]
     (axes,) = picture.figure.axes
+    filled = [line.get_markerfacecolor() == drawing.ACCENT for line in axes.lines if line.get_marker() == "D"]
+    assert filled == [(said.gaps[arm].holm or 1) < 0.05 for arm in [*ARMS][1:]]
+    assert {*filled} == {True, False}
     assert [label.get_text() for label in axes.get_yticklabels()] == [*ARMS][1:]
     assert [text.get_text() for text in axes.texts] == ["1 diverged"]
     bottom, top = axes.get_ylim()

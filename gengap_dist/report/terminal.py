@@ -7,6 +7,8 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,6 +26,7 @@ from gengap_dist.probes.spectrum import LayerSpectrum
 from gengap_dist.report.collect import RunData, StudyData, metric, read_run
 
 QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
+OUTCOMES = {"supported": "blue", "contradicted": "dark_orange3", "undecided": "dim"}
 MEASURES = (("near_rank_loss", "rel_1e-2"), ("near_rank_loss", "abs_1e-2"), ("effective_rank", ""))
 
 
@@ -222,6 +225,11 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
         "intervals are 95%; with few seeds read the t interval[/]",
         highlight=False,
     )
+    for claim in study.comparison.claims:
+        console.print(f"[{OUTCOMES[claim.outcome]}]{claim.outcome:12}[/] [bold]{claim.claim}[/]", highlight=False)
+        console.print(Padding(escape(claim.because), (0, 0, 0, 13)), highlight=False)
+    for caveat in study.comparison.caveats:
+        console.print(Padding(f"[dim]{escape(caveat)}[/]", (0, 0, 0, 13)), highlight=False)
     console.print(f"report  {page}", highlight=False, soft_wrap=True)
     if uri:
         console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)

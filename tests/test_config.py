@@ -104,13 +104,13 @@ def test_bad_study_gets_one_sentence(change, words):
 def test_arm_overrides_are_checked_and_named():
     config = validate(StudyConfig, {"study": {"arms": [{"name": "lb", "set": {"batch.globl_size": 3}}]}})
     with pytest.raises(UsageError, match=r"study arm lb: batch.globl_size .*did you mean batch.global_size"):
-        config.run_config(config.study.arms[0], seed=0)
+        config.run_config(config.arms[0], seed=0)
 
 
 def test_an_arm_is_the_base_with_its_overrides_and_seed():
     arm = {"name": "lb", "set": {"batch.global_size": 512, "optim": {"lr": 0.5}}}
     config = validate(StudyConfig, {"seed": 9, "train": {"epochs": 3}, "study": {"arms": [arm]}})
-    run = config.run_config(config.study.arms[0], seed=4)
+    run = config.run_config(config.arms[0], seed=4)
     assert (run.seed, run.batch.global_size, run.optim.lr, run.train.epochs) == (4, 512, 0.5, 3)
     assert type(run) is RunConfig
 

@@ -619,8 +619,8 @@ class StudyConfig(RunConfig):
         for name in tune.space:
             if name not in known:
                 raise ValueError(
-                    f"study.tune.space ({name}) is no setting of optim or recipe{did_you_mean(name, known)}: the others "
-                    "are the question or the budget, put them into study.axes"
+                    f"study.tune.space ({name}) is no setting of optim or recipe{did_you_mean(name, known)}: "
+                    "the others are the question or the budget, put them into study.axes"
                 )
         for arm in self.candidates:
             if both := sorted(flat(nested(arm.set)).keys() & tune.space.keys()):

@@ -223,34 +223,35 @@ def terminated_is_interrupted() -> Iterator[None]:
 
 
 class Teller:
-    """The actor between ranks and driver: keeps what ranks tell until the driver hears it."""
+    """The actor between those who do the work and those who wait for it: keeps what is told until it is heard."""
 
     def __init__(self) -> None:
-        self._news: list[News] = []
+        self._news: dict[str, list[News]] = {}
 
-    def tell(self, kind: str, value: Any) -> None:
-        """Keep this."""
-        self._news.append((kind, value))
+    def tell(self, about: str, kind: str, value: Any) -> None:
+        """Keep this, for who waits for news about `about`."""
+        self._news.setdefault(about, []).append((kind, value))
 
-    def hear(self) -> list[News]:
+    def hear(self, about: str) -> list[News]:
         """What was told since the last time."""
-        news, self._news = self._news, []
-        return news
+        return self._news.pop(about, [])
 
 
 class Fit:
-    """One run under Ray Train, seen from the driver."""
+    """One run under Ray Train, seen from where it is waited for."""
 
-    def __init__(self, config: RunConfig, out: Path, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, out: Path, progress: Progress, teller: Any = None) -> None:
+        """Nothing starts before `wait`; runs may share a `teller`."""
         import ray
 
-        self.config, self.progress = config, progress
-        self._teller: Any = ray.remote(Teller).options(**here()).remote()
+        self.config, self.progress, self._name = config, progress, uuid.uuid4().hex
+        self._teller: Any = teller or ray.remote(Teller).options(**here()).remote()
         self._task = ray.remote(_fit).options(max_retries=0, **here())
         data = config.data.model_copy(update={"root": config.data.root.resolve()})
         self._job = {
             "config": config.model_copy(update={"data": data}),
             "out": out,
+            "name": self._name,
             "teller": self._teller,
             "num_threads": max(1, int(resources_per_rank(config.launch)["CPU"])),
             "folder": Path.cwd(),
@@ -281,7 +282,7 @@ class Fit:
     def _hear(self) -> None:
         import ray
 
-        for kind, value in ray.get(self._teller.hear.remote()):
+        for kind, value in ray.get(self._teller.hear.remote(self._name)):
             match kind:
                 case "started":
                     self._started(value)
@@ -385,7 +386,7 @@ def _trainer(job: dict[str, Any]) -> Any:
             placement_strategy=launch.placement,
         ),
         run_config=RayRunConfig(
-            name=uuid.uuid4().hex,  # Ray would take up the state of an earlier run of this name
+            name=job["name"],  # Ray would take up the state of an earlier run of this name
             storage_path=str(job["out"] / "ray"),
             failure_config=FailureConfig(max_failures=launch.max_failures),
             logging_config=LoggingConfig(log_level="CRITICAL"),
@@ -419,10 +420,10 @@ def _rank(job: dict[str, Any]) -> None:
         nonlocal spoke
         if rank == 0 and (note or done == total or time.monotonic() - spoke > NEWS_SECONDS):
             spoke = time.monotonic()
-            teller.tell.remote("progress", (done, total, note))
+            teller.tell.remote(job["name"], "progress", (done, total, note))
 
     def tell(kind: str, value: Any) -> None:
-        ray.get(teller.tell.remote(kind, value))
+        ray.get(teller.tell.remote(job["name"], kind, value))
 
     if rank == 0:
         tell("started", int(os.environ["WORLD_SIZE"]))

@@ -5,6 +5,8 @@ of. So trials never wait for what other trials hold. Run folders are the truth: 
 and what it keeps for itself is thrown away. Ray is imported by the functions that need it.
 """
 
+import contextlib
+import io
 import os
 import shutil
 import sys
@@ -31,6 +33,8 @@ from gengap_dist.preemption import Preempted
 from gengap_dist.study.grid import Cell
 from gengap_dist.study.watch import Watch
 from gengap_dist.tracking import record
+
+STUDY = "study"  # what news of all runs are about
 
 
 class _Job(NamedTuple):
@@ -116,7 +120,7 @@ def _wait(
     over = False
     while not over:
         over = bool(ray.wait([task], timeout=NEWS_SECONDS)[0])
-        for kind, value in ray.get(teller.hear.remote()):
+        for kind, value in ray.get(teller.hear.remote(STUDY)):
             match kind:
                 case "progress":
                     number, *step = value
@@ -146,12 +150,14 @@ def _tune(job: _Job, storage: Path, num_concurrent: int) -> None:
     def trial(choice: dict[str, int]) -> None:
         _trial(job, choice["number"])
 
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 0, name: 1e-4}),  # this node's name is a resource that nobody else takes
         param_space={"number": tune.grid_search(list(range(len(job.plan))))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=num_concurrent, reuse_actors=False),
+        tune_config=tune.TuneConfig(max_concurrent_trials=num_concurrent, reuse_actors=True),
         run_config=tune.RunConfig(name=uuid.uuid4().hex, storage_path=str(storage), verbose=0),
-    ).fit()
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # verbose=0 still says where the files are that nobody wants
+        tuner.fit()
 
 
 def _trial(job: _Job, number: int) -> None:
@@ -163,14 +169,14 @@ def _trial(job: _Job, number: int) -> None:
     sys.orig_argv = [*job.command]
 
     def tell(kind: str, value: Any) -> None:
-        ray.get(job.teller.tell.remote(kind, value))
+        ray.get(job.teller.tell.remote(STUDY, kind, value))
 
     def progress(done: int, total: int, note: str) -> None:
-        job.teller.tell.remote("progress", (number, done, total, note))
+        job.teller.tell.remote(STUDY, "progress", (number, done, total, note))
 
     try:
         record.prepare_folder(cell.folder, "run.json", resume=True)
-        Fit(cell.config, cell.folder, progress).wait(job.grows)
+        Fit(cell.config, cell.folder, progress, job.teller).wait(job.grows)
         tell("over", (number, record.read_info(cell.folder)["status"]))
     except RankFailed as error:
         record.close_abandoned(cell.folder, error)

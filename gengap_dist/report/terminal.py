@@ -64,8 +64,9 @@ class RunProgress:
         if run not in self._steps:
             self._steps[run] = self._bar.add_task(run, total=None, note="")
             self._count()
-        changed = {"note": note} if note else {}
-        self._bar.update(self._steps[run], completed=done, total=total or None, **changed)
+        self._bar.update(self._steps[run], completed=done, total=total or None)
+        if note:
+            self._bar.update(self._steps[run], note=note)
         if not self.console.is_terminal and time.monotonic() - self._spoke > QUIET_SECONDS:
             (task,) = (task for task in self._bar.tasks if task.id == self._steps[run])
             self.say(f"{run}: step {done}/{total} {task.fields['note']}".rstrip())

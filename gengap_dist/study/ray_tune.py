@@ -86,7 +86,8 @@ def run_all(plan: Sequence[Cell], watch: Watch, most: int | None) -> int:
             _close(cell, error)
         raise
     finally:
-        shutil.rmtree(storage, ignore_errors=True)
+        for folder in (storage, *(cell.folder / "ray" for cell in plan)):
+            shutil.rmtree(folder, ignore_errors=True)
     num_failed = 0
     for number, cell in enumerate(plan):
         if number not in heard:
@@ -185,5 +186,3 @@ def _trial(job: _Job, number: int) -> None:
         tell("preempted", error.step)
     except UsageError as error:
         tell("usage", str(error))
-    finally:
-        shutil.rmtree(cell.folder / "ray", ignore_errors=True)

@@ -61,9 +61,9 @@ def _value(tune: TuneSection, name: str, drawn: float) -> Any:
 
 def read_trial(point: Point, folder: Path) -> Trial:
     """What a trial's folder says; the status is "" before it began."""
-    info = record.read_info(folder) if (folder / "run.json").exists() else {"status": ""}
-    if info["status"] != record.FINISHED:
-        return Trial(point, info["status"])
+    info = record.read_info(folder) if (folder / "run.json").exists() else {}
+    if info.get("status") != record.FINISHED:
+        return Trial(point, info.get("status", ""))
     accuracies = [line["val/accuracy"] for line in record.read_metrics(folder) if "val/accuracy" in line]
     return Trial(point, record.FINISHED, accuracies[-1], info["result"].get("updates_to_target"))
 

@@ -118,7 +118,7 @@ def _sets(run: RunData) -> dict[str, int]:
     sizes = {name: int(name[1:]) for name in names if name[0] == "n" and name[1:].isdigit()}
     if "own_batch" in names:
         sizes["own_batch"] = run.global_size
-    return {"": run.info["num_probe_samples"], **sizes}
+    return ({"": known} if (known := run.info.get("num_probe_samples")) else {}) | sizes
 
 
 def rivals_over_steps(study: StudyData) -> Figure | None:

@@ -110,12 +110,7 @@ def _wait(
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     teller: Any = ray.remote(Teller).options(**here()).remote()
-    roots = [cell.config.data.model_copy(update={"root": cell.config.data.root.resolve()}) for cell in plan]
-    resolved = [
-        cell._replace(config=cell.config.model_copy(update={"data": data}))
-        for cell, data in zip(plan, roots, strict=True)
-    ]
-    job = _Job(resolved, teller, grows, Path.cwd(), sys.orig_argv)
+    job = _Job(plan, teller, grows, Path.cwd(), sys.orig_argv)
     num = concurrency([cell.config.launch for cell in plan], nodes, most)
     task = ray.remote(_tune).options(max_retries=0, **here()).remote(job, storage, num)
     over = False
@@ -166,7 +161,7 @@ def _trial(job: _Job, number: int) -> None:
     import ray
 
     cell = job.plan[number]
-    os.chdir(job.folder)  # the driver's, whose command this is
+    os.chdir(job.folder)  # the driver's: settings may hold paths that start there
     sys.orig_argv = [*job.command]
 
     def tell(kind: str, value: Any) -> None:

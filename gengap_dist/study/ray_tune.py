@@ -7,6 +7,7 @@ and what it keeps for itself is thrown away. Ray is imported by the functions th
 
 import contextlib
 import io
+import logging
 import os
 import shutil
 import sys
@@ -88,13 +89,12 @@ def run_all(plan: Sequence[Cell], watch: Watch, most: int | None) -> int:
     finally:
         for folder in (storage, *(cell.folder / "ray" for cell in plan)):
             shutil.rmtree(folder, ignore_errors=True)
-    num_failed = 0
-    for number, cell in enumerate(plan):
-        if number not in heard:
-            _close(cell, RankFailed("the process that started its ranks died"))
-            watch.over(cell, "failed: the process that started its ranks died")
-        num_failed += heard.get(number, "failed").startswith("failed")
-    return num_failed
+    for number in set(range(len(plan))) - heard.keys():  # the process that waited for its ranks died
+        _close(plan[number], RankFailed("the process that started the ranks died"))
+        status = record.read_info(plan[number].folder)["status"] if plan[number].folder.exists() else record.FAILED
+        heard[number] = status if status in record.ENDED else "failed: the process that started the ranks died"
+        watch.over(plan[number], heard[number])
+    return sum(note.startswith(record.FAILED) for note in heard.values())
 
 
 def _close(cell: Cell, error: BaseException) -> None:
@@ -140,6 +140,7 @@ def _tune(job: _Job, storage: Path, num_concurrent: int) -> None:
     import ray
     from ray import tune
 
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a process that died is told of in our own words
     (node,) = (node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
     name = next(name for name in node["Resources"] if name.startswith("node:") and not name.startswith("node:__"))
 

@@ -21,8 +21,6 @@ from gengap_dist.study.grid import Cell
 from gengap_dist.study.watch import Watch
 from gengap_dist.tracking import record
 
-ENDED = (record.FINISHED, record.DIVERGED)
-
 Warn = Callable[[str], None]
 """Called with one sentence."""
 
@@ -182,7 +180,7 @@ def run_all(plan: list[Cell], watch: Watch, *, driver: bool, most: int | None = 
     """
     to_do = []
     for cell in plan:
-        if status(cell) in ENDED:
+        if status(cell) in record.ENDED:
             watch.over(cell, "already there")
         else:
             to_do.append(cell)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # importing it would import torch, and every command imports 
 
 Metrics = Mapping[str, float]
 RUNNING, FINISHED, DIVERGED, FAILED, KILLED = "running", "finished", "diverged", "failed", "killed"
+ENDED = (FINISHED, DIVERGED)  # with a result: such a run is not run again
 TAIL = 2**20  # bytes, more than any line of metrics.jsonl has
 PREEMPTED = "preempted"  # asked to leave before the end: saved, and meant to be resumed
 

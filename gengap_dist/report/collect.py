@@ -13,7 +13,7 @@ import numpy as np
 from gengap_dist.comparison import Comparison, Run
 from gengap_dist.comparison.compare import compare
 from gengap_dist.comparison.pairing import Paired, paired
-from gengap_dist.config import MACHINERY, flat
+from gengap_dist.config import MACHINERY, UsageError, flat
 from gengap_dist.tracking.record import FINISHED, load_spectra, read_info, read_metrics
 
 
@@ -56,6 +56,12 @@ class RunData:
         first, last = self.probed()
         return first.get(name, float("nan")), last.get(name, float("nan"))
 
+    def explanation(self, name: str) -> float:
+        """What a correlation calls `name`, at the last measurement; nan if this run lacks it."""
+        if name == "updates":
+            return float((self.info.get("result") or {}).get("num_steps", float("nan")))
+        return self.untrained_and_trained(name)[1]
+
     def spectra_steps(self) -> list[int]:
         """Steps whose spectra are on disk."""
         return sorted(int(path.stem.split("_")[1]) for path in (self.folder / "spectra").glob("step_*.npz"))
@@ -76,6 +82,8 @@ class StudyData:
     arms: list[str]
     runs: list[RunData]
     info: dict[str, Any] = field(repr=False)
+    unreadable: list[str] = field(default_factory=list)
+    """Folders of runs whose run.json is missing or damaged, in words."""
 
     def of(self, arm: str) -> list[RunData]:
         """Runs of one arm, by seed."""
@@ -192,7 +200,10 @@ def read_run(folder: Path, arm: str | None = None) -> RunData:
     Raises:
         UsageError: if it is none.
     """
-    return RunData(folder, arm or folder.name, read_info(folder))
+    info = read_info(folder)
+    if lacking := [name for name in ("seed", "status", "config") if name not in info]:
+        raise UsageError(f"{folder / 'run.json'} lacks {', '.join(lacking)}: give the folder of a run")
+    return RunData(folder, arm or folder.name, info)
 
 
 def read_study(folder: Path) -> StudyData:
@@ -206,8 +217,12 @@ def read_study(folder: Path) -> StudyData:
         return StudyData(folder, folder.name, "", run.arm, [run.arm], [run], run.info)
     info = read_info(folder / "study.json")
     members = info.get("members") or [
-        {"folder": path.parent, "arm": path.parent.parent.name} for path in sorted(folder.glob("runs/*/*/run.json"))
+        {"folder": path, "arm": path.parent.name} for path in sorted(folder.glob("runs/*/*")) if path.is_dir()
     ]
-    runs = [read_run(Path(member["folder"]), member["arm"]) for member in members]
-    runs = [run for run in runs if run.arm in info["arms"]]
-    return StudyData(folder, info["name"], info["question"], info["baseline"], info["arms"], runs, info)
+    runs, unreadable = [], []
+    for member in (member for member in members if member["arm"] in info["arms"]):
+        try:
+            runs.append(read_run(Path(member["folder"]), member["arm"]))
+        except UsageError as error:
+            unreadable.append(str(error).replace(f"{folder}/", ""))
+    return StudyData(folder, info["name"], info["question"], info["baseline"], info["arms"], runs, info, unreadable)

@@ -117,7 +117,7 @@ def summary(tune: TuneSection, trials: Sequence[Trial], *, to_target: bool) -> M
     """The search of one arm, for study.json."""
     chosen = best(trials, to_target=to_target)
     return {
-        "trials": [{"set": t.point, "status": t.status, "score": t.accuracy, "updates": t.updates} for t in trials],
+        "trials": [{"setting": t.point, "status": t.status, "score": t.accuracy, "updates": t.updates} for t in trials],
         "best": chosen.point if chosen else None,
         "edge": edges(tune, trials, chosen.point) if chosen else [],
     }

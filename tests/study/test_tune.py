@@ -67,14 +67,14 @@ def test_the_best_trial_by_validation_is_what_the_seeds_are_run_with(done):
     last = [[line["val/accuracy"] for line in read_metrics(folder) if "val/accuracy" in line][-1] for folder in folders]
     assert [trial["score"] for trial in found["trials"]] == last
     winner = found["trials"][last.index(max(last))]
-    assert found["best"] == winner["set"]
+    assert found["best"] == winner["setting"]
     for folder, trial in zip(folders, found["trials"], strict=True):
         config = read_info(folder)["config"]
-        assert (config["optim"]["lr"], config["seed"]) == (trial["set"]["optim.lr"], 1000)
+        assert (config["optim"]["lr"], config["seed"]) == (trial["setting"]["optim.lr"], 1000)
         assert not config["probe"]["enabled"]
     for seed in (0, 1):
         config = read_info(out / f"runs/tame/seed{seed}")["config"]
-        assert (config["optim"]["lr"], config["seed"]) == (winner["set"]["optim.lr"], seed)
+        assert (config["optim"]["lr"], config["seed"]) == (winner["setting"]["optim.lr"], seed)
         assert config["probe"]["enabled"]
 
 
@@ -120,7 +120,7 @@ def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):
 
     assert go() == [("trial 0", "finished"), ("trial 1", "finished"), ("seed 0", "finished")]
     tuned = json.loads((out / "study.json").read_text())["tuned"]["a"]
-    worse = [trial["set"] for trial in tuned["trials"]].index(tuned["best"]) ^ 1
+    worse = [trial["setting"] for trial in tuned["trials"]].index(tuned["best"]) ^ 1
     lost = out / f"tune/a/trial00{worse}/run.json"
     lost.write_text(json.dumps(read_info(lost.parent) | {"status": "failed"}))
     assert go() == [(f"trial {worse ^ 1}", "already there"), ("seed 0", "already there")]

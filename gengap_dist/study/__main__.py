@@ -59,6 +59,8 @@ def _drive(config: StudyConfig, out: Path) -> int:
     from gengap_dist.report.terminal import print_study
 
     print_study(study, page, follower.uri if follower and not behind else None)
+    if follower and not behind:
+        print(f"compare {follower.comparison()}")
     if behind:
         print(f"{PROG}: warning: {behind}", file=sys.stderr)
     if num_failed:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from gengap_dist.comparison.arms import recipe
 from gengap_dist.config import MACHINERY, UsageError, flat
 from gengap_dist.tracking.record import (
     DIVERGED,
@@ -46,6 +45,7 @@ WORST_FIRST = (RUNNING, KILLED, PREEMPTED, FAILED, DIVERGED)
 LOST = "lost"  # when a run ended whose folder does not say so
 ARTIFACTS = ("run.json", "study.json", "config.yaml", "spectra", "figures", "report.html")
 MODEL = "model"
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs and charts first, not prompts
 CLIENT_DEFAULTS = {  # a dead server must be noticed in seconds; MLflow's own defaults take minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -95,7 +95,7 @@ class Mirror:
             self.client = MlflowClient(tracking_uri=uri)
             found = self.client.get_experiment_by_name(experiment)
             self.experiment = (
-                found.experiment_id if found else self.client.create_experiment(experiment, _artifacts(uri))
+                found.experiment_id if found else self.client.create_experiment(experiment, _artifacts(uri), KIND)
             )
 
     def sync(self, *, closing: bool = False, sent: Sent = lambda name, done, total: None) -> None:
@@ -108,6 +108,8 @@ class Mirror:
     # -- a study, its arms, its runs ----------------------------------------------------------------------------------
 
     def _sync_study(self, study: Line, closing: bool, sent: Sent) -> None:
+        from gengap_dist.comparison.arms import recipe  # its room imports scipy, which is slow
+
         shared = {"study": study["name"]}
         name = f"{study['name']} {datetime.fromisoformat(study['started']):%Y-%m-%d %H:%M:%S}"  # another may share it
         own = {"mlflow.runName": name, "level": "study", "status": study["status"]}

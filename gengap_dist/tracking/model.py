@@ -18,7 +18,7 @@ from gengap_dist.world import World
 
 
 class Scorer(nn.Module):
-    """Pixels [n, C, H, W], grey levels 0 to 255 of any dtype, to logits [n, num_classes]."""
+    """Pixels [n, C, H, W], grey levels 0 to 255 as float32, to logits [n, num_classes]."""
 
     def __init__(self, network: nn.Module, mean_C: Tensor, std_C: Tensor) -> None:
         """`network` behind the normalisation it was trained with."""
@@ -82,5 +82,5 @@ def export(folder: Path, info: dict[str, Any], to: Path, **about: Any) -> None:
         input_example=pixels,
         serialization_format="pt2",
         pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", f"mlflow=={mlflow.__version__}", "numpy"],
-        metadata={"input": "pixels, grey levels 0 to 255", "output": "logits"},
+        metadata={"input": "pixels, grey levels 0 to 255, not normalised", "output": "logits"},
     )

@@ -33,7 +33,7 @@ def logged(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
-    names = client.get_run(run_id).data.metrics
+    names = [name for name in client.get_run(run_id).data.metrics if not name.startswith("system/")]
     return {name: [(m.step, m.value) for m in client.get_metric_history(run_id, name)] for name in names}
 
 

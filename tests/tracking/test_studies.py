@@ -5,6 +5,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -65,16 +66,18 @@ def state(folder) -> dict:
     return json.loads((folder / "mlflow.json").read_text())
 
 
-def everything(client, experiment) -> dict:
-    """All that MLflow has of an experiment, by run: name, tags, params, status, histories."""
-    runs = client.search_runs([experiment], max_results=1000)
+def everything(client, experiment, histories=None) -> dict:
+    """All that MLflow has of an experiment, by run, with the histories of the metrics named, or of all."""
     return {
         run.info.run_id: (
-            run.data.tags, run.data.params, run.info.status,
-            {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics},
+            run.data.tags,
+            run.data.params,
+            run.info.status,
+            run.data.metrics,
+            [client.get_metric_history(run.info.run_id, name) for name in histories or run.data.metrics],
         )
-        for run in runs
-    }  # fmt: skip
+        for run in client.search_runs([experiment], max_results=1000)
+    }
 
 
 def named(client, experiment, text) -> list[str]:
@@ -308,7 +311,7 @@ def test_a_server_on_postgresql_takes_a_whole_study(study, tmp_path):
     import mlflow
 
     with postgresql() as database, mlflow_server(database, tmp_path) as uri:
-        follower = Follower(study, MlflowConfig(tracking_uri=uri, experiment="pg"))
+        follower = Follower(study, MlflowConfig(tracking_uri=uri, experiment="pg", wait_seconds=300))
         assert follower.finish() is None, (study / "mlflow.log").read_text()
         assert follower.comparison() == f"{uri}/{comparison(study)}"
         client = mlflow.MlflowClient(uri)
@@ -317,33 +320,57 @@ def test_a_server_on_postgresql_takes_a_whole_study(study, tmp_path):
         experiment = arm.info.experiment_id
         wanted = "tags.\"batch.global_size\" = '256' and tags.role = 'arm' and tags.level = 'arm'"
         assert named(client, experiment, wanted) == ["lb256-ema", "wild"]
-        before = everything(client, experiment)
+        names = ("test/accuracy", "test/accuracy/mean", "val/loss/mean", "train/loss")
+        before = everything(client, experiment, names)
         assert len(before) == 1 + 3 + 6
         sync_now(study, uri, lambda name, done, total: None)
-        assert everything(client, experiment) == before
+        assert everything(client, experiment, names) == before
         mlflow.set_tracking_uri(uri)
         seed = state(study / "runs/sb32/seed0")["run_id"]
         assert mlflow.pytorch.load_model(f"runs:/{seed}/model")(torch.zeros(4, 1, 32, 32)).shape == (4, 10)
 
 
 @NEEDS_CHROMIUM
-def test_the_ui_shows_the_study_its_arms_their_means_and_a_chart(study, store, tmp_path):
+def test_the_ui_shows_the_study_its_arms_their_means_and_charts(study, store, tmp_path):
     mirror = Mirror(study, store, "ui")
     mirror.sync(closing=True)
-    runs = f"#/experiments/{mirror.experiment}/runs"
-    arm, parent = state(study / "runs/lb256-ema")["run_id"], state(study)["run_id"]
+    runs, title = f"#/experiments/{mirror.experiment}/runs", state(study)["tags"]["mlflow.runName"]
+    seed = state(study / "runs/sb32/seed0")["run_id"]
+    ours = quote(f"tags.study_run_id = '{state(study)['run_id']}' and tags.level = 'arm'")
     with mlflow_server(store, tmp_path, "ui") as uri, page(viewport={"width": 1500, "height": 1000}) as ui:
         ui.set_default_timeout(90_000)
 
-        def look(path: str, *texts: str, name: str) -> None:
+        def visit(path: str, text: str) -> None:
             ui.goto("about:blank")
             ui.goto(f"{uri}/{path}", wait_until="domcontentloaded")
-            for text in texts:
-                ui.get_by_text(text).first.wait_for()
-            ui.wait_for_timeout(1000)
+            ui.get_by_text(text).first.wait_for()
+
+        def unfold(name: str, below: str) -> None:
+            ui.locator(".ag-row", has_text=name).first.locator("button[data-component-id*=runnamecell]").click()
+            ui.get_by_text(below, exact=True).first.wait_for()
+
+        def keep(name: str) -> None:
+            ui.wait_for_timeout(1500)  # charts grow
             ui.screenshot(path=pictures() / f"mlflow_{name}.png")
 
-        look(f"{runs}/{parent}", "Does it", "Compare the arms", "lb256-ema", name="study")
-        look(f"{runs}/{arm}", "test/accuracy/mean", "digits", name="arm")
-        look(f"{runs}/{arm}/model-metrics", "ci_high", name="charts")
-        look(comparison(study), "Comparing 3 Runs", "Parallel Coordinates Plot", name="comparison")
+        visit(f"{runs}?workflowType=machine_learning", title)
+        ui.get_by_role("button", name="Close").click()  # the assistant
+        unfold(title, "lb256-ema")
+        unfold("lb256-ema", "lb256-ema/seed1")
+        keep("runs")
+        visit(f"{runs}?searchFilter={ours}&compareRunsMode=CHART", title)
+        unfold(title, "lb256-ema")
+        ui.get_by_placeholder("Search metric charts").fill("^val/accuracy/")
+        ui.locator(".js-plotly-plot .scatterlayer .trace").first.wait_for()
+        keep("charts")
+        assert ui.locator(".js-plotly-plot").count() == 3  # the mean, and both ends of its interval
+        visit(f"{runs}/{state(study)['run_id']}", "Does it")
+        keep("study")
+        ui.get_by_role("link", name="Compare the arms").click()
+        ui.get_by_text("Comparing 3 Runs").wait_for()
+        ui.locator(".js-plotly-plot").first.wait_for()
+        keep("comparison")
+        visit(f"{runs}/{state(study / 'runs/lb256-ema')['run_id']}", "test/accuracy/ci_high")
+        keep("arm")
+        visit(f"{runs}/{seed}/system-metrics", "cpu_utilization_percentage")
+        keep("system")

@@ -42,6 +42,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.trials": 5.25,  # runs launchers' ranks
     "gengap_dist.diagnosis": 5.5,
     "gengap_dist.train": 6,
+    "gengap_dist.compare": 6,
     "gengap_dist.doctor": 6,
     "gengap_dist.probe": 6,
     "gengap_dist.plan": 6,
@@ -89,7 +90,7 @@ def test_every_module_has_a_floor():
     assert {room(module_name(path)) for path in MODULES} <= set(FLOORS)
 
 
-@pytest.mark.parametrize("command", ["train", "study", "probe", "report", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["train", "study", "probe", "report", "compare", "plan", "doctor"])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys, runpy\n"

@@ -1,13 +1,19 @@
 """Run folders as data for tables and figures."""
 
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gengap_dist.comparison import Comparison, Run
+from gengap_dist.comparison.compare import compare
 from gengap_dist.comparison.pairing import Paired, paired
+from gengap_dist.config import MACHINERY, UsageError, flat
 from gengap_dist.tracking.record import FINISHED, load_spectra, read_info, read_metrics
 
 
@@ -40,11 +46,21 @@ class RunData:
         x, y = zip(*points, strict=True) if points else ((), ())
         return np.array(x, dtype=float), np.array(y, dtype=float)
 
+    def probed(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The lines of the first and of the last measurement; empty if there is none."""
+        probed = [line for line in self.lines if "probe_seconds/near_rank_loss" in line]
+        return (probed[0], probed[-1]) if probed else ({}, {})
+
     def untrained_and_trained(self, name: str) -> tuple[float, float]:
         """A probe's metric at the first and at the last measurement; nan where that measurement lacks it."""
-        probed = [line for line in self.lines if "probe_seconds/near_rank_loss" in line]
-        ends = (probed[0], probed[-1]) if probed else ({}, {})
-        return ends[0].get(name, float("nan")), ends[1].get(name, float("nan"))
+        first, last = self.probed()
+        return first.get(name, float("nan")), last.get(name, float("nan"))
+
+    def explanation(self, name: str) -> float:
+        """What a correlation calls `name`, at the last measurement; nan if this run lacks it."""
+        if name == "updates":
+            return float((self.info.get("result") or {}).get("num_steps", float("nan")))
+        return self.untrained_and_trained(name)[1]
 
     def spectra_steps(self) -> list[int]:
         """Steps whose spectra are on disk."""
@@ -66,6 +82,8 @@ class StudyData:
     arms: list[str]
     runs: list[RunData]
     info: dict[str, Any] = field(repr=False)
+    unreadable: list[str] = field(default_factory=list)
+    """Folders of runs whose run.json is missing or damaged, in words."""
 
     def of(self, arm: str) -> list[RunData]:
         """Runs of one arm, by seed."""
@@ -93,12 +111,78 @@ class StudyData:
                 counts[run.info["status"]] = counts.get(run.info["status"], 0) + 1
         return ", ".join(f"{number} {status}" for status, number in counts.items())
 
+    def comparison(self) -> Comparison:
+        """What the study says, see `comparison.compare`."""
+        order = {arm: number for number, arm in enumerate(self.arms)}
+        tuned = {name for found in self.info.get("tuned", {}).values() for name in found.get("best") or {}}
+        runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))
+        return compare([_seen(run, tuned) for run in runs], self.baseline)
+
+    def against(self, baseline: str) -> "StudyData":
+        """The same with another baseline."""
+        return replace(self, baseline=baseline, info=self.info | {"baseline": baseline})
+
     def layer_keys(self) -> list[str]:
         """Layer keys that were measured, in the model's order."""
         for run in self.runs:
             if steps := run.spectra_steps():
                 return list(run.spectra(steps[0]))
         return []
+
+
+EXPLANATIONS = re.compile(
+    r"(near_rank_loss/.+/(?:rel|abs)_1e-2|effective_rank/.+|noise_scale|hessian/eigenvalue_1|hessian/trace"
+    r"|keskar_sharpness|relative_distance_from_init|nc1)"
+)
+CONTROLS = re.compile(r"/(centred|weight|n\d+|own_batch)(/|$)")
+
+
+def _seen(run: RunData, tuned: Collection[str]) -> Run:
+    """A run as comparisons see it; settings that were tuned for each arm do not tell arms apart."""
+    info, result = run.info, run.info.get("result") or {}
+    settings = {name: value for name, value in settings_of(info).items() if name not in tuned}
+    first, last = run.probed()
+    num_updates = int(result.get("num_steps") or info.get("num_steps") or 0)
+    return Run(
+        arm=run.arm,
+        seed=run.seed,
+        status=info["status"],
+        global_size=run.global_size,
+        num_updates=num_updates,
+        num_epochs=float(run.lines[-1].get("epoch", 0.0)) if run.lines else 0.0,
+        settings=settings,
+        accuracy=result.get("test/accuracy"),
+        measures=_explanations(last),
+        untrained=_explanations(first),
+        own_batch=_explanations(last, "/own_batch"),
+        own_batch_untrained=_explanations(first, "/own_batch"),
+        target=info["config"]["train"].get("target_accuracy"),
+        updates_to_target=result.get("updates_to_target"),
+    )
+
+
+def settings_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run computes, as dotted settings: without seed, probes and machinery."""
+    return {
+        name: value
+        for name, value in flat(info["config"]).items()
+        if not name.startswith((*MACHINERY, "probe.")) and name != "seed"
+    }
+
+
+def _explanations(line: Mapping[str, float], probe_set: str = "") -> dict[str, float]:
+    """What may explain a gap: raw activations of the fixed probe set, or of another, by the name of the fixed one.
+
+    >>> line = {"nc1": 2.0, "effective_rank/a": 8.0, "effective_rank/a/centred": 7.0, "effective_rank/a/own_batch": 3.0}
+    >>> _explanations(line), _explanations(line, "/own_batch")
+    ({'nc1': 2.0, 'effective_rank/a': 8.0}, {'effective_rank/a': 3.0})
+    """
+    names = {name.replace(probe_set, ""): name for name in line if probe_set in name}
+    return {
+        name: float(line[full])
+        for name, full in names.items()
+        if EXPLANATIONS.fullmatch(name) and not CONTROLS.search(name) and math.isfinite(line[full])
+    }
 
 
 def metric(measure: str, key: str, threshold: str = "") -> str:
@@ -116,7 +200,10 @@ def read_run(folder: Path, arm: str | None = None) -> RunData:
     Raises:
         UsageError: if it is none.
     """
-    return RunData(folder, arm or folder.name, read_info(folder))
+    info = read_info(folder)
+    if lacking := [name for name in ("seed", "status", "config") if name not in info]:
+        raise UsageError(f"{folder / 'run.json'} lacks {', '.join(lacking)}: give the folder of a run")
+    return RunData(folder, arm or folder.name, info)
 
 
 def read_study(folder: Path) -> StudyData:
@@ -129,7 +216,13 @@ def read_study(folder: Path) -> StudyData:
         run = read_run(folder)
         return StudyData(folder, folder.name, "", run.arm, [run.arm], [run], run.info)
     info = read_info(folder / "study.json")
-    paths = sorted(folder.glob("runs/*/*/run.json"))
-    runs = [read_run(path.parent, path.parent.parent.name) for path in paths]
-    runs = [run for run in runs if run.arm in info["arms"]]
-    return StudyData(folder, info["name"], info["question"], info["baseline"], info["arms"], runs, info)
+    members = info.get("members") or [
+        {"folder": path, "arm": path.parent.name} for path in sorted(folder.glob("runs/*/*")) if path.is_dir()
+    ]
+    runs, unreadable = [], []
+    for member in (member for member in members if member["arm"] in info["arms"]):
+        try:
+            runs.append(read_run(Path(member["folder"]), member["arm"]))
+        except UsageError as error:
+            unreadable.append(str(error).replace(f"{folder}/", ""))
+    return StudyData(folder, info["name"], info["question"], info["baseline"], info["arms"], runs, info, unreadable)

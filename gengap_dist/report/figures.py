@@ -1,139 +1,365 @@
-"""The pictures of a report, drawn from run folders. Each function returns a figure, or None where there is no data."""
+"""Pictures of a study's answer, and of training. Each function returns None where there is nothing to draw."""
 
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from gengap_dist.report.collect import RunData, StudyData, metric
+from gengap_dist.comparison import Comparison, Interval
+from gengap_dist.comparison.pairing import spread
+from gengap_dist.report.collect import StudyData
+from gengap_dist.report.drawing import (
+    ACCENT,
+    COLOURS,
+    PAPER,
+    QUIET,
+    ROW,
+    SOFT,
+    WARM,
+    Picture,
+    Row,
+    arms_with_runs,
+    batch_axis,
+    beside,
+    colour,
+    dots,
+    in_rows,
+    listed,
+    plain,
+    row_axis,
+    row_colour,
+)
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5A5A5A", "#8C510A"]  # Okabe & Ito
-LINES = ["-", "--", ":", "-."]
-UNTRAINED = "#9A9A9A"
 HIGHEST_LOSS = 20.0  # a diverging run leaves the picture here
-MAX_PANELS = 9  # layers in one figure; a deeper network shows a spread of them, its tables show all
-MAX_BESIDE = 3  # arms of one batch that fit side by side on the batch axis
-ROW = 0.22  # inches
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 160,
-}
+MAX_POINTS = 80  # of a curve: thousands of noisy steps hide its course
+MAX_EXPLANATIONS, MAX_SCATTERS, MAX_LINES = 20, 6, 8
+SIGNIFICANT = 0.05
 
 
-def colour(study: StudyData, arm: str) -> str:
-    """The arm's colour, the same in every figure."""
-    return COLOURS[study.arms.index(arm) % len(COLOURS)]
-
-
-def line_style(study: StudyData, arm: str) -> str:
-    """What tells apart the lines of arms that share a colour."""
-    return LINES[study.arms.index(arm) // len(COLOURS) % len(LINES)]
-
-
-def size_label(size: float) -> str:
-    """A batch size as people say it.
-
-    >>> size_label(16384), size_label(1294)
-    ('16,384', '1,294')
-    """
-    return f"{size:,.0f}"
-
-
-def _arms(study: StudyData) -> list[tuple[str, list[RunData]]]:
-    return [(arm, runs) for arm in study.arms if (runs := study.of(arm))]
-
-
-def batch_axis(axes: Axes, sizes: list[int]) -> None:
-    """A base-2 axis with a tick at each of `sizes`."""
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(set(sizes)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: size_label(size)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.minorticks_off()
-    if len(set(sizes)) > 4:
-        axes.tick_params(axis="x", labelrotation=45)
-    low, high = min(sizes), max(sizes)
-    axes.set_xlim(low / 1.6, high * 1.6)
-
-
-def in_rows(study: StudyData) -> bool:
-    """Whether every arm has a row of its own, because too many share a batch to stand side by side on its axis."""
-    sizes = [runs[0].global_size for _, runs in _arms(study)]
-    return max(map(sizes.count, sizes), default=0) > MAX_BESIDE
-
-
-def row_axis(axes: Axes, arms: list[str]) -> None:
-    """A row for each of `arms`, the first on top."""
-    axes.set_yticks(range(len(arms)), arms)
-    axes.set_ylim(len(arms) - 0.4, -0.6)
-
-
-def _dots(axes: Axes, rows: bool, at: float, values: Any, **style: Any) -> None:
-    """Marks of an arm's values: in its row, or over its place on the batch axis."""
-    along = np.full(len(values), at)
-    axes.plot(*((values, along) if rows else (along, values)), linestyle="", **style)
-
-
-def accuracy(study: StudyData) -> Figure | None:
+def accuracy(study: StudyData) -> Picture | None:
     """Test accuracy of every arm by its global batch, or in rows: seeds are dots, means have their t interval."""
-    results = {arm: list(study.results(arm, "test/accuracy").values()) for arm, _ in _arms(study)}
+    results = {arm: study.results(arm, "test/accuracy") for arm, _ in arms_with_runs(study)}
     arms = [arm for arm, values in results.items() if values]
-    if len(arms) < 2:
+    if not arms:
         return None
     rows = in_rows(study)
-    figure = Figure(figsize=(7.2, ROW * len(arms) + 0.8 if rows else 4.2))
+    figure = Figure(figsize=(7.2, ROW * len(arms) + 0.8 if rows else 4.0))
     axes = figure.subplots()
     sizes = [study.of(arm)[0].global_size for arm in arms]
+    data: list[Row] = []
     for number, arm in enumerate(arms):
-        values, c = 100 * np.array(results[arm]), colour(study, arm)
-        at, mean, half = number if rows else _beside(sizes, number, 1.09), values.mean(), _t_half(values)
-        _dots(axes, rows, at, values, marker="o", color=c, alpha=0.45, markersize=5, mew=0)
+        values, c = 100 * np.array(list(results[arm].values())), (row_colour if rows else colour)(study, arm)
+        at, mean, half = number if rows else beside(sizes, number, 1.09), float(values.mean()), _t_half(values)
+        dots(axes, rows, at, values, marker="o", color=c, alpha=0.45, markersize=5, mew=0)
         middle = [mean, at] if rows else [at, mean]
         bar = {"xerr" if rows else "yerr": half or None}
         axes.errorbar(*middle, **bar, fmt="D", color=c, capsize=4, markersize=6, label=arm)
+        data += [
+            {"arm": arm, "global_size": sizes[number], "kind": "seed", "seed": seed, "test/accuracy": value}
+            for seed, value in results[arm].items()
+        ]
+        ends = {"ci_low": (mean - half) / 100, "ci_high": (mean + half) / 100} if half else {}
+        data.append({"arm": arm, "global_size": sizes[number], "kind": "mean", "test/accuracy": mean / 100} | ends)
     axis, limits = (axes.xaxis, axes.set_xlim) if rows else (axes.yaxis, axes.set_ylim)
     axis.set_label_text("test accuracy, %")
     low, high = axis.get_view_interval()
     limits(max(low, -3), min(high, 103))  # an interval may reach beyond what accuracies can be
     if rows:
         row_axis(axes, arms)
-        if base := results.get(study.baseline):
-            axes.axvline(float(100 * np.mean(base)), color=UNTRAINED, linestyle="--", linewidth=1.2)
     else:
         batch_axis(axes, sizes)
         axes.set_xlabel("global batch (samples per step)")
         axes.legend(loc="best", fontsize=9)
-    return figure
+    means = [f"{row['arm']} {row['test/accuracy']:.2%}" for row in data if row["kind"] == "mean"]
+    return Picture(figure, f"Mean test accuracy: {listed(means)}.", data)
 
 
-def _beside(sizes: list[int], number: int, gap: float) -> float:
-    """Where arm `number` stands on the batch axis: arms of one batch stand side by side.
+def gap(study: StudyData, said: Comparison) -> Picture | None:
+    """What each arm loses against the baseline, in rows: seeds, means, t intervals; runs without a result counted."""
+    arms = [arm for arm, _ in arms_with_runs(study) if arm != said.baseline]
+    if not any(arm in said.gaps for arm in arms):
+        return None
+    figure = Figure(figsize=(7.2, ROW * len(arms) + 1.1))
+    axes = figure.subplots()
+    data: list[Row] = []
+    axes.axvline(0, color=SOFT, linestyle="--", linewidth=1.2)
+    edge = axes.get_yaxis_transform()
+    for number, arm in enumerate(arms):
+        found, lost = said.gaps.get(arm), study.not_finished(arm)
+        row: Row = {"arm": arm, "global_size": study.of(arm)[0].global_size, "lost": lost}
+        words = [f"{lost}"] if lost else []
+        if found is None:
+            data.append(row | {"kind": "mean"})
+            words.append("no pair")
+        else:
+            known, inner = found.paired, found.holm is not None and found.holm < SIGNIFICANT
+            c = ACCENT if inner else SOFT
+            dots(
+                axes, True, number, [100 * d for d in known.differences.values()], marker="o", color=c, alpha=0.4, mew=0
+            )
+            if known.student:
+                axes.plot([100 * end for end in known.student], [number] * 2, color=c, linewidth=1.8)
+            axes.plot(100 * known.mean, number, "D", color=c, markersize=6.5, mfc=c if inner else PAPER, mew=1.6)
+            data += [row | {"kind": "seed", "seed": s, "sb_lb_gap": d} for s, d in known.differences.items()]
+            low, high = known.student or (None, None)
+            mean = {"kind": "mean", "sb_lb_gap": known.mean, "ci_low": low, "ci_high": high, "holm_p": found.holm}
+            data.append(row | mean)
+        if words:
+            axes.text(1.01, number, ", ".join(words), transform=edge, va="center", color=WARM, fontsize=9)
+    row_axis(axes, arms)
+    axes.set_xlabel(f"points of test accuracy lost against {said.baseline} (right of 0: the arm is worse)")
+    handles = [
+        Line2D([], [], color=ACCENT, marker="D", label=f"differs (Holm p < {SIGNIFICANT:g})"),
+        Line2D([], [], color=SOFT, marker="D", mfc=PAPER, mew=1.6, label="not told apart"),
+        Line2D([], [], color=SOFT, marker="o", alpha=0.4, mew=0, linestyle="", label="one seed"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
+    means = [
+        f"{row['arm']} {100 * row['sb_lb_gap']:+.2f}" for row in data if row["kind"] == "mean" and "sb_lb_gap" in row
+    ]
+    return Picture(figure, f"Points of test accuracy lost against {said.baseline}: {listed(means)}.", data)
 
-    >>> [_beside([8, 64, 64], number, 2.0) for number in range(3)]
-    [8.0, 32.0, 128.0]
-    """
-    twins = [i for i, size in enumerate(sizes) if size == sizes[number]]
-    return sizes[number] * gap ** (2 * twins.index(number) - len(twins) + 1)
+
+def updates_to_target(study: StudyData, said: Comparison) -> Picture | None:
+    """Updates to the validation target by batch (Shallue et al. 2019), with the curve, its bend and perfect scaling."""
+    target = said.target
+    reached = {arm: seeds for arm, seeds in target.updates.items() if seeds and study.of(arm)} if target else {}
+    if target is None or not reached:
+        return None
+    size_of = {arm: runs[0].global_size for arm, runs in arms_with_runs(study)}
+    sizes = [size_of[arm] for arm in reached]
+    figure = Figure(figsize=(7.2, 4.4))
+    axes = figure.subplots()
+    data: list[Row] = []
+    for number, (arm, seeds) in enumerate(reached.items()):
+        at = beside(sizes, number, 1.06)
+        label = arm if len(reached) <= MAX_LINES else None
+        dots(axes, False, at, list(seeds.values()), marker="o", color=colour(study, arm), alpha=0.7, mew=0, label=label)
+        data += [
+            {"kind": "seed", "arm": arm, "global_size": size_of[arm], "seed": s, "updates_to_target": updates}
+            for s, updates in seeds.items()
+        ]
+    least = min(sizes)
+    first = float(np.mean([u for arm, seeds in reached.items() if size_of[arm] == least for u in seeds.values()]))
+    missed = {arm: count for arm, count in target.missed.items() if count and arm in size_of}
+    every_size = [*sizes, *(size_of[arm] for arm in missed)]
+    x = np.geomspace(least / 1.3, max(every_size) * 1.3, 60)
+    axes.plot(x, first * least / x, color=QUIET, linestyle="--", linewidth=1.2, label="perfect scaling")
+    if target.least_updates is not None and target.critical_batch is not None:
+        curve = target.least_updates * (1 + target.critical_batch / x)
+        axes.plot(x, curve, color=ACCENT, linewidth=1.8, label="S = S_min (1 + B_crit / B)")
+        data += [
+            {"kind": "fit", "global_size": float(b), "updates_to_target": float(s)}
+            for b, s in zip(x, curve, strict=True)
+        ]
+    axes.set_yscale("log")
+    batch_axis(axes, every_size)
+    low, high = axes.get_xlim()
+    for name, value, ends, style, c in (
+        ("critical batch", target.critical_batch, target.critical_interval, "-", ACCENT),
+        ("noise scale", target.noise_scale, None, ":", WARM),
+    ):
+        if value is None:
+            continue
+        data.append({"kind": name, "global_size": float(value)})
+        if ends:
+            data += [
+                {"kind": f"{name}, 95% {end}", "global_size": v} for end, v in zip(("low", "high"), ends, strict=True)
+            ]
+            axes.axvspan(max(ends[0], low), min(ends[1], high), color=c, alpha=0.12, linewidth=0)
+        outside = "" if low < value < high else ", outside the picture"
+        axes.axvline(
+            min(max(value, low), high), color=c, linestyle=style, linewidth=1.4, label=f"{name} {value:,.3g}{outside}"
+        )
+    for arm, count in missed.items():
+        axes.text(
+            size_of[arm],
+            0.97,
+            f"{count} missed",
+            transform=axes.get_xaxis_transform(),
+            color=WARM,
+            ha="center",
+            fontsize=9,
+        )
+        data.append({"kind": "missed", "arm": arm, "global_size": size_of[arm], "runs": count})
+    axes.set_xlim(low, high)
+    plain(axes.yaxis)
+    axes.set_xlabel("global batch (samples per step)")
+    axes.set_ylabel(f"updates to {target.accuracy:.1%} validation accuracy")
+    axes.legend(fontsize=9)
+    said_of = [f"{arm} {np.mean(list(seeds.values())):,.0f}" for arm, seeds in reached.items()]
+    bend = f" Critical batch {target.critical_batch:,.0f}." if target.critical_batch else ""
+    return Picture(figure, f"Mean updates to {target.accuracy:.1%} validation accuracy: {listed(said_of)}.{bend}", data)
+
+
+def explanations(_: StudyData, said: Comparison) -> Picture | None:
+    """Correlation of each explanation with accuracy lost, as it is and given the number of updates."""
+    known = sorted(said.correlations, key=lambda c: -abs(c.r))[:MAX_EXPLANATIONS]
+    if not known:
+        return None
+    figure = Figure(figsize=(7.2, 0.34 * len(known) + 1.1))
+    axes = figure.subplots()
+    axes.axvline(0, color=SOFT, linestyle="--", linewidth=1.2)
+    data: list[Row] = []
+    for number, one in enumerate(known):
+        _correlation(axes, number - 0.14, one.r, one.interval, color=ACCENT, marker="o", mfc=ACCENT)
+        if one.partial is not None:
+            _correlation(axes, number + 0.14, one.partial, one.partial_interval, color=WARM, marker="D", mfc=PAPER)
+        low, high = one.interval or (None, None)
+        partial_low, partial_high = one.partial_interval or (None, None)
+        data.append(
+            {
+                "measure": one.measure,
+                "r": one.r,
+                "ci_low": low,
+                "ci_high": high,
+                "partial_r": one.partial,
+                "partial_ci_low": partial_low,
+                "partial_ci_high": partial_high,
+                "p": one.p,
+                "holm_p": one.holm,
+                "num_runs": one.num_runs,
+                "num_arms": one.num_arms,
+            }
+        )
+    row_axis(axes, [one.measure for one in known])
+    axes.set_xlim(-1.05, 1.05)
+    axes.set_xlabel("correlation with test accuracy lost, over runs, seeds removed")
+    handles = [
+        Line2D([], [], color=ACCENT, marker="o", label="r, 95% interval"),
+        Line2D([], [], color=WARM, marker="D", mfc=PAPER, label="r given the number of updates"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=9)
+    strongest = listed([f"{one.measure} {one.r:+.2f}" for one in known], 4)
+    return Picture(figure, f"Correlation with test accuracy lost, strongest first: {strongest}.", data)
+
+
+def _correlation(axes: Axes, at: float, r: float, ends: Interval | None, *, color: str, **style: Any) -> None:
+    if ends:
+        axes.plot(ends, [at, at], color=color, linewidth=1.4)
+    axes.plot(r, at, color=color, markersize=5.5, **style)
+
+
+def gap_against_explanations(study: StudyData, said: Comparison) -> Picture | None:
+    """Accuracy lost in each run against its strongest explanations, a panel each."""
+    base = study.results(said.baseline, "test/accuracy")
+    names = [one.measure for one in sorted(said.correlations, key=lambda c: -abs(c.r))]
+    panels: dict[str, list[Row]] = {}
+    for name in names:
+        rows = [
+            {
+                "measure": name,
+                "arm": arm,
+                "seed": run.seed,
+                "value": run.explanation(name),
+                "sb_lb_gap": base[run.seed] - accuracy,
+            }
+            for arm in study.arms
+            for run in study.finished(arm)
+            if (accuracy := study.results(arm, "test/accuracy").get(run.seed)) is not None and run.seed in base
+        ]
+        rows = [row for row in rows if np.isfinite(row["value"])]
+        if len({row["value"] for row in rows}) > 1 and len(panels) < MAX_SCATTERS:
+            panels[name] = rows
+    if not panels:
+        return None
+    num_columns = min(3, len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    few = len(study.arms) <= MAX_LINES
+    figure = Figure(figsize=(2.9 * num_columns + 0.6, 2.5 * num_rows + (0.6 if few else 0.2)))
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
+    for axes, (name, rows) in zip(grid.flatten(), panels.items(), strict=False):
+        for arm in study.arms:
+            mine = [row for row in rows if row["arm"] == arm]
+            c = (colour if few else row_colour)(study, arm)
+            x, y = [row["value"] for row in mine], [100 * row["sb_lb_gap"] for row in mine]
+            axes.plot(x, y, "o", color=c, alpha=0.6, markersize=5, mew=0)
+        values = [row["value"] for row in rows]
+        if min(values) > 0 and max(values) > 30 * min(values):
+            axes.set_xscale("log")
+            plain(axes.xaxis)
+        axes.axhline(0, color=QUIET, linewidth=1, linestyle="--")
+        axes.set_title(name, fontsize=9)
+    for axes in grid.flatten()[len(panels) :]:
+        axes.set_visible(False)
+    figure.supylabel("points of test accuracy lost", fontsize=10, color=SOFT)
+    named = (
+        [(arm, colour(study, arm)) for arm in study.arms] if few else [(said.baseline, WARM), ("other arms", ACCENT)]
+    )
+    handles = [Line2D([], [], color=c, linestyle="", marker="o", label=arm) for arm, c in named]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
+    count = len(next(iter(panels.values())))
+    says = f"Accuracy lost by {count} runs against {listed(list(panels))}."
+    return Picture(figure, says, [row for rows in panels.values() for row in rows])
+
+
+def curves(study: StudyData) -> Picture | None:
+    """Training loss by step and by epoch, validation accuracy by epoch: the first seed strong, the others faint."""
+    arms = [(arm, runs) for arm, runs in arms_with_runs(study) if any(len(run.series("train/loss")[0]) for run in runs)]
+    if not arms:
+        return None
+    figure = Figure(figsize=(10.4, 3.4))
+    panels = figure.subplots(1, 3)
+    plots = (
+        (panels[0], "train/loss", "step", "training loss", "optimizer step"),
+        (panels[1], "train/loss", "epoch", "training loss", "epoch"),
+        (panels[2], "val/accuracy", "epoch", "validation accuracy", "epoch"),
+    )
+    looks, data = _looks(study, [arm for arm, _ in arms]), []
+    for axes, name, against, title, label in plots:
+        for arm, runs in arms:
+            for number, run in enumerate(runs):
+                x, y = _smooth(*run.series(name, against))
+                faint = {"linewidth": 0.7, "alpha": 0.35} if number else {}
+                axes.plot(x, y, marker="." if len(x) < 12 else "", **looks[arm] | faint)
+                if against == "epoch":
+                    steps = _smooth(*run.series(name, "step"))[0]
+                    of_run = {"arm": arm, "seed": run.seed, "metric": name}
+                    data += [
+                        of_run | {"step": round(float(step), 1), "epoch": float(epoch), "value": float(value)}
+                        for step, epoch, value in zip(steps, x, y, strict=True)
+                    ]
+        axes.set_title(title)
+        axes.set_xlabel(label)
+    panels[0].set_xscale("log")
+    plain(panels[0].xaxis)
+    for axes in panels[:2]:
+        axes.set_yscale("log")
+        axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST_LOSS))
+        plain(axes.yaxis)
+    handles = {look["label"]: Line2D([], [], **look) for look in looks.values()}
+    figure.legend(handles=[*handles.values()], loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
+    ends = {arm: [y[-1] for run in runs if len(y := run.series("train/loss")[1])] for arm, runs in arms}
+    says = f"Last training loss: {listed([f'{arm} {spread(values)[0]:.3g}' for arm, values in ends.items()])}."
+    return Picture(figure, says, data)
+
+
+def _looks(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]:
+    """How each arm's lines look; of more than MAX_LINES arms the baseline, the best and the worst stand out."""
+    if len(arms) <= MAX_LINES:
+        return {arm: {"color": colour(study, arm), "linewidth": 1.6, "label": arm} for arm in arms}
+    means = {arm: spread([*found.values()])[0] for arm in arms if (found := study.results(arm, "test/accuracy"))}
+    rest = sorted((arm for arm in means if arm != study.baseline), key=means.__getitem__)
+    marked = {study.baseline: (WARM, "baseline")}
+    if rest:
+        marked |= {rest[-1]: (ACCENT, "best of the others"), rest[0]: (COLOURS[2], "worst of the others")}
+    return {
+        arm: {"color": marked[arm][0], "linewidth": 1.8, "zorder": 3, "label": f"{arm} ({marked[arm][1]})"}
+        if arm in marked
+        else {"color": QUIET, "linewidth": 0.8, "alpha": 0.7, "label": "other arms"}
+        for arm in arms
+    }
+
+
+def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means over consecutive stretches, MAX_POINTS of them at most."""
+    if len(x) <= MAX_POINTS:
+        return x, y
+    cuts = np.linspace(0, len(x), MAX_POINTS + 1).astype(int)
+    width = np.diff(cuts)
+    return tuple(np.add.reduceat(v, cuts[:-1]) / width for v in (x, y))  # type: ignore[return-value]
 
 
 def _t_half(values: np.ndarray) -> float:
@@ -142,153 +368,3 @@ def _t_half(values: np.ndarray) -> float:
     if len(values) < 2:
         return 0.0
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
-
-
-def chosen_layers(study: StudyData, most: int = MAX_PANELS, *, centred: bool = False) -> list[str]:
-    """Raw (or centred) layer keys, at most `most` of them, spread over the depth of the network."""
-    keys = [key for key in study.layer_keys() if key.endswith("/centred") == centred]
-    if len(keys) <= most:
-        return keys
-    return [keys[round(i * (len(keys) - 1) / (most - 1))] for i in range(most)]
-
-
-def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Figure | None:
-    """A measure of every layer by global batch, or in rows: trained (means and seeds) beside untrained (dashed)."""
-    keys, arms, rows = chosen_layers(study), _arms(study), in_rows(study)
-    if not keys or not arms:
-        return None
-    num_columns = min(3, len(keys))
-    num_rows = -(-len(keys) // num_columns)
-    height = ROW * len(arms) + 0.5 if rows else 2.5
-    figure = Figure(figsize=(3.1 * num_columns + 0.8 * rows, height * num_rows + 0.5))
-    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey="row" if rows else "none")
-    sizes = [runs[0].global_size for _, runs in arms]
-    for panel, key in zip(grid.flatten(), keys, strict=False):
-        untrained = [run.untrained_and_trained(metric(name, key, threshold))[0] for _, runs in arms for run in runs]
-        if np.isfinite(untrained).any():
-            line = panel.axvline if rows else panel.axhline
-            line(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
-        for number, (arm, _) in enumerate(arms):
-            values = [run.untrained_and_trained(metric(name, key, threshold))[1] for run in study.finished(arm)]
-            at, c = number if rows else _beside(sizes, number, 1.18), colour(study, arm)
-            _dots(panel, rows, at, values, marker="o", color=c, alpha=0.45, markersize=4, mew=0)
-            if np.isfinite(values).any():
-                _dots(panel, rows, at, [np.nanmean(values)], marker="D", color=c, markersize=6)
-        if rows:
-            row_axis(panel, [arm for arm, _ in arms])
-        else:
-            batch_axis(panel, sizes)
-        panel.set_title(key)
-        limits = panel.set_xlim if rows else panel.set_ylim
-        limits(*((-0.04, 1.04) if name == "near_rank_loss" else (0, None)))
-    for panel in grid.flatten()[len(keys) :]:
-        panel.set_visible(False)
-    handles = [Line2D([], [], color=colour(study, arm), linestyle="", marker="D", label=arm) for arm, _ in arms]
-    handles = [*([] if rows else handles), Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained")]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
-    figure.supxlabel(label if rows else "global batch", fontsize=10)
-    figure.supylabel("" if rows else label, fontsize=10)
-    return figure
-
-
-def spectra_over_steps(study: StudyData) -> Figure | None:
-    """Singular values of a few layers, one line per measured step, with the numerical floor; one arm per batch."""
-    keys = chosen_layers(study, 3)
-    arms = [(arm, runs[0]) for arm, runs in _arms(study) if runs[0].spectra_steps()]
-    if not keys or not arms:
-        return None
-    arms = [arm for at, arm in enumerate(arms) if arm[1].global_size not in {a[1].global_size for a in arms[:at]}][:4]
-    figure = Figure(figsize=(2.9 * len(arms) + 1.2, 2.4 * len(keys) + 0.4))
-    grid = figure.subplots(len(keys), len(arms), squeeze=False, sharey="row")
-    scheme = colormaps["viridis"]
-    most = max(run.spectra_steps()[-1] for _, run in arms)
-    for column, (arm, run) in enumerate(arms):
-        for step in run.spectra_steps():
-            spectra = run.spectra(step)
-            shade = scheme(np.log1p(step) / max(np.log1p(most), 1e-9))
-            for row, key in enumerate(keys):
-                if key not in spectra:
-                    continue
-                values, facts = spectra[key]
-                index = np.arange(1, len(values) + 1)
-                seen = values > facts["floor"]
-                first = {"color": UNTRAINED, "linestyle": "--"} if step == 0 else {"color": shade}
-                grid[row, column].plot(index[seen], values[seen], linewidth=1.2, **first)
-                if step == run.spectra_steps()[-1]:
-                    grid[row, column].axhline(facts["floor"], color="#777777", linewidth=1, linestyle=":")
-        for row, key in enumerate(keys):
-            grid[row, column].set_yscale("log")
-            if row == 0:
-                grid[row, column].set_title(f"{arm}, seed {run.seed}")
-            if column == 0:
-                grid[row, column].set_ylabel(key)
-            if row == len(keys) - 1:
-                grid[row, column].set_xlabel("index of singular value")
-    norm = SymLogNorm(1, vmin=0, vmax=max(most, 1))
-    bar = figure.colorbar(ScalarMappable(norm, scheme), ax=grid, fraction=0.025, pad=0.02)
-    bar.set_label("step (dashed grey: untrained; dotted: floor)", fontsize=9)
-    return figure
-
-
-def curves(study: StudyData) -> Figure | None:
-    """Training loss by step and by epoch, validation accuracy by epoch: the first seed strong, the others faint."""
-    arms = [(arm, runs) for arm, runs in _arms(study) if len(runs[0].series("train/loss")[0])]
-    if not arms:
-        return None
-    figure = Figure(figsize=(12.5, 3.4))
-    panels = figure.subplots(1, 3)
-    plots = (
-        (panels[0], "train/loss", "step", "training loss", "optimizer step"),
-        (panels[1], "train/loss", "epoch", "training loss", "epoch"),
-        (panels[2], "val/accuracy", "epoch", "validation accuracy", "epoch"),
-    )
-    for axes, name, against, title, label in plots:
-        for arm, runs in arms:
-            for number, run in enumerate(runs):
-                x, y = run.series(name, against)
-                x, y = _smooth(x, y, 80)
-                strong = {"linewidth": 1.6, "label": arm} if number == 0 else {"linewidth": 0.8, "alpha": 0.35}
-                marker = "." if len(x) < 12 else ""
-                style = {"color": colour(study, arm), "linestyle": line_style(study, arm), "marker": marker}
-                axes.plot(x, y, **style, **strong)
-        axes.set_title(title)
-        axes.set_xlabel(label)
-    panels[0].set_xscale("log")
-    for axes in panels[:2]:
-        axes.set_yscale("log")
-        axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST_LOSS))
-    figure.legend(
-        *panels[2].get_legend_handles_labels(), loc="outside right upper", fontsize=9 if len(arms) < 16 else 6
-    )
-    return figure
-
-
-def _smooth(x: np.ndarray, y: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over consecutive stretches, `most` of them at most: thousands of noisy steps hide the course."""
-    if len(x) <= most:
-        return x, y
-    cuts = np.linspace(0, len(x), most + 1).astype(int)
-    width = np.diff(cuts)
-    return tuple(np.add.reduceat(v, cuts[:-1]) / width for v in (x, y))  # type: ignore[return-value]
-
-
-def measures_over_steps(study: StudyData) -> Figure | None:
-    """One run: near-rank loss and effective rank of every layer while it trains."""
-    run, keys = study.runs[0], chosen_layers(study)
-    if not keys:
-        return None
-    figure = Figure(figsize=(9.5, 3.4))
-    panels = figure.subplots(1, 2)
-    measures = (
-        ("near_rank_loss", "rel_1e-2", "near-rank loss (share < 0.01 s1)"),
-        ("effective_rank", "", "effective rank"),
-    )
-    for axes, (name, threshold, label) in zip(panels, measures, strict=True):
-        for number, key in enumerate(keys):
-            x, y = run.series(metric(name, key, threshold))
-            axes.plot(x, y, marker=".", color=COLOURS[number % len(COLOURS)], label=key)
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_title(label)
-        axes.set_xlabel("step")
-    panels[1].legend(fontsize=8)
-    return figure

@@ -1,64 +1,179 @@
-"""Where the figures put arms: on the axis of batches, or in rows where too many share a batch."""
+"""Pictures show the numbers that were planted, where a reader looks for them, and their CSV says the same."""
 
-import json
+import csv
+import math
 
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
-from gengap_dist.report import figures
-from gengap_dist.report.collect import StudyData, read_run
+from gengap_dist.comparison import Comparison, Correlation, Target
+from gengap_dist.report import drawing, figures, probe_figures
+from gengap_dist.report.catalogue import STUDY_FIGURES
+from gengap_dist.report.collect import StudyData, read_study
+from gengap_dist.report.drawing import Picture
+from tests.report.folders import ARMS, accuracy, write_study
+
+NOTHING = Comparison("sb8", {}, [], None, [], [])
 
 
-def study(tmp_path, sizes: dict[str, int]) -> StudyData:
-    """Two runs of each arm, of accuracies 0.5 and 0.7 in the first arm and 0.1 more in each that follows."""
-    runs = []
-    for number, (arm, size) in enumerate(sizes.items()):
-        for seed, value in enumerate((0.5, 0.7)):
-            folder = tmp_path / arm / str(seed)
-            folder.mkdir(parents=True)
-            info = {"status": "finished", "seed": seed, "config": {"batch": {"global_size": size}}}
-            (folder / "run.json").write_text(json.dumps(info | {"result": {"test/accuracy": value + number / 10}}))
-            line = {"step": 0, "probe_seconds/near_rank_loss": 1.0, "near_rank_loss/fc/rel_1e-2": value}
-            (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-            runs.append(read_run(folder, arm))
-    return StudyData(tmp_path, "s", "", next(iter(sizes)), list(sizes), runs, {})
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> StudyData:
+    """Four arms of three batches, three seeds, the last run diverged."""
+    return read_study(write_study(tmp_path_factory.mktemp("study")))
 
 
-def means(figure: Figure | None) -> list[tuple[float, float]]:
+def means(figure: Figure) -> list[tuple[float, float]]:
     """Where the diamonds are."""
-    assert figure is not None
-    lines = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "D"]
-    return [tuple(np.round([line.get_xdata()[0], line.get_ydata()[0]], 9)) for line in lines]  # pyright: ignore
+    lines = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "D" and len(line.get_xdata())]
+    return [(float(np.round(line.get_xdata()[0], 9)), float(np.round(line.get_ydata()[0], 9))) for line in lines]
 
 
-def test_arms_of_one_batch_stand_side_by_side(tmp_path):
-    found = study(tmp_path, {"sb": 8, "one": 64, "two": 64, "three": 64})
-    assert not figures.in_rows(found)
-    (first, *others) = means(figures.accuracy(found))
-    assert first == (8, 60)
-    assert [y for _, y in others] == [70, 80, 90]
-    x = [x for x, _ in others]
+def drawn(picture: Picture | None) -> Picture:
+    assert picture is not None
+    return picture
+
+
+def mean_accuracy(number: int, seeds=range(3)) -> float:
+    return float(np.mean([accuracy(number, seed) for seed in seeds]))
+
+
+def test_arms_of_one_batch_stand_side_by_side(study):
+    picture = drawn(figures.accuracy(study))
+    found = means(picture.figure)
+    assert [y for _, y in found] == [
+        pytest.approx(100 * mean_accuracy(number, range(2 if number == 3 else 3))) for number in range(4)
+    ]
+    x = [x for x, _ in found]
     assert x == sorted(x)
-    assert x[1] == 64
-    figure = figures.accuracy(found)
-    low, high = figure.axes[0].get_xlim()
-    assert low < 8 < max(x) < high
+    assert x[0] == 8
+    assert x[1] < 64 < x[2]  # two arms of 64
+    assert x[3] == 256
+    rows = [row for row in picture.rows if row["kind"] == "mean"]
+    assert [row["test/accuracy"] for row in rows] == [pytest.approx(y / 100) for _, y in found]
+    assert len(picture.rows) == 11 + 4
 
 
-def test_more_than_three_arms_of_one_batch_have_rows(tmp_path, monkeypatch):
-    found = study(tmp_path, {"sb": 8, **{f"lb{number}": 64 for number in range(4)}})
-    assert figures.in_rows(found)
-    figure = figures.accuracy(found)
-    assert means(figure) == [(60, 0), (70, 1), (80, 2), (90, 3), (100, 4)]
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == found.arms
-    bottom, top = figure.axes[0].get_ylim()
-    assert bottom > 4 > 0 > top  # the first arm is on top
-    monkeypatch.setattr(StudyData, "layer_keys", lambda self: ["fc"])
-    figure = figures.by_layer(found, "near_rank_loss", "rel_1e-2", "share")
-    assert means(figure) == [(0.6, row) for row in range(5)]
+def test_gaps_are_in_the_study_s_order_and_lost_runs_counted(study):
+    said = study.comparison()
+    picture = drawn(figures.gap(study, said))
+    expected = [100 * (mean_accuracy(0) - mean_accuracy(number)) for number in (1, 2)]
+    expected.append(100 * (mean_accuracy(0, range(2)) - mean_accuracy(3, range(2))))
+    assert means(picture.figure) == [(pytest.approx(gap), row) for row, gap in enumerate(expected)]
+    (axes,) = picture.figure.axes
+    filled = [line.get_markerfacecolor() == drawing.ACCENT for line in axes.lines if line.get_marker() == "D"]
+    assert filled == [(said.gaps[arm].holm or 1) < 0.05 for arm in [*ARMS][1:]]
+    assert {*filled} == {True, False}
+    assert [label.get_text() for label in axes.get_yticklabels()] == [*ARMS][1:]
+    assert [text.get_text() for text in axes.texts] == ["1 diverged"]
+    bottom, top = axes.get_ylim()
+    assert bottom > 2 > 0 > top  # the first arm is on top
+    for row, number in zip([row for row in picture.rows if row["kind"] == "mean"], expected, strict=True):
+        assert row["sb_lb_gap"] == pytest.approx(number / 100)
+        assert row["ci_low"] <= row["sb_lb_gap"] <= row["ci_high"]
+    assert f"lb64 {expected[0]:+.2f}" in picture.says
 
 
-def test_arms_that_share_a_colour_differ_in_their_lines(tmp_path):
-    found = study(tmp_path, {f"lb{number}": 64 for number in range(20)})
-    looks = {(figures.colour(found, arm), figures.line_style(found, arm)) for arm in found.arms}
-    assert len(looks) == 20
+def test_more_than_three_arms_of_one_batch_have_rows(tmp_path):
+    found = read_study(write_study(tmp_path, {"sb8": {}} | {f"lb{n}": {"batch__global_size": 64} for n in range(4)}, 2))
+    assert drawing.in_rows(found)
+    picture = drawn(figures.accuracy(found))
+    assert [row for _, row in means(picture.figure)] == [0, 1, 2, 3, 4]
+    assert [label.get_text() for label in picture.figure.axes[0].get_yticklabels()] == found.arms
+    assert STUDY_FIGURES["accuracy"].draw(found, found.comparison()) is None  # the gaps say the same
+    assert STUDY_FIGURES["accuracy"].draw(found, NOTHING) is not None
+    panels = drawn(probe_figures.by_layer(found, *probe_figures.MEASURES[0])).figure
+    assert means(panels) == 2 * [((1 + number) / 8, number) for number in range(5)]
+
+
+def test_near_rank_change_is_trained_minus_untrained(study):
+    picture = drawn(probe_figures.near_rank_change(study))
+    assert [(row["arm"], row["layer"], row["change"]) for row in picture.rows] == [
+        (arm, layer, number / 8) for number, arm in enumerate(ARMS) for layer in ("fc1", "fc2")
+    ]
+    (axes,) = picture.figure.axes
+    assert [text.get_text() for text in axes.texts] == ["0", "0", "+12.5", "+12.5", "+25.0", "+25.0", "+37.5", "+37.5"]
+    strength = [patch.get_alpha() for patch in axes.patches]
+    assert strength == sorted(strength)
+    assert strength[0] == 0  # no change, no colour
+    assert strength[-1] <= 0.6  # or its number could not be read
+
+
+def test_ridges_peak_where_the_singular_values_are(study):
+    picture = drawn(probe_figures.spectra_over_steps(study))
+    axes = picture.figure.axes[-1]  # fc2 of lb256: 4 of 8 values at 0.001
+    last = [line for line in axes.lines if len(line.get_xdata()) > 10][-1]
+    x, height = np.asarray(last.get_xdata()), 3 - np.asarray(last.get_ydata())
+    assert x[height.argmax()] == pytest.approx(-3, abs=0.05)
+    assert height.max() == pytest.approx(1.9)
+    values = [row["singular_value"] for row in picture.rows if row["arm"] == "lb256" and row["step"] == 20]
+    assert values.count(0.001) == 8  # 4 of each of two layers
+
+
+def test_the_curve_to_the_target_is_the_fitted_one(study):
+    reached = {"sb8": {0: 300, 1: 310}, "lb64": {0: 90}, "lb256": {0: 40}}
+    target = Target(0.8, reached, {"lb256": 1}, 25.0, 88.0, (60.0, 120.0), 51.0)
+    picture = drawn(figures.updates_to_target(study, NOTHING._replace(target=target)))
+    fit = [row for row in picture.rows if row["kind"] == "fit"]
+    assert all(row["updates_to_target"] == pytest.approx(25 * (1 + 88 / row["global_size"])) for row in fit)
+    axes = picture.figure.axes[0]
+    labels = [text.get_text() for text in picture.figure.axes[0].get_legend().get_texts()]
+    assert "critical batch 88" in labels
+    assert "noise scale 51" in labels
+    dashed = next(line for line in axes.lines if line.get_label() == "perfect scaling")
+    assert np.asarray(dashed.get_xdata()) * np.asarray(dashed.get_ydata()) == pytest.approx(8 * 305)
+    assert [text.get_text() for text in axes.texts] == ["1 missed"]
+    assert {(row["arm"], row["runs"]) for row in picture.rows if row["kind"] == "missed"} == {("lb256", 1)}
+    assert figures.updates_to_target(study, NOTHING) is None
+
+
+def test_explanations_stand_strongest_first(study):
+    weak = Correlation("nc1", 0.2, (-0.5, 0.7), None, None, 0.5, 1.0, 11, 4)
+    strong = Correlation("near_rank_loss/fc2/rel_1e-2", -0.9, None, 0.3, (-0.4, 0.8), 0.01, 0.02, 11, 4)
+    said = NOTHING._replace(correlations=[weak, strong])
+    picture = drawn(figures.explanations(study, said))
+    assert [row["measure"] for row in picture.rows] == [strong.measure, weak.measure]
+    assert [line.get_xdata()[0] for line in picture.figure.axes[0].lines if line.get_marker() == "o"] == [-0.9, 0.2]
+    scatter = drawn(figures.gap_against_explanations(study, said))
+    mine = [row for row in scatter.rows if row["measure"] == strong.measure]
+    assert {row["arm"]: row["value"] for row in mine} == {arm: (1 + n) / 8 for n, arm in enumerate(ARMS)}
+    base = {row["seed"]: row["sb_lb_gap"] for row in mine if row["arm"] == "sb8"}
+    assert base == {0: 0.0, 1: 0.0, 2: 0.0}
+
+
+def test_files_are_the_same_each_time_and_csv_holds_the_rows(study, tmp_path):
+    import matplotlib
+
+    texts = []
+    for again in range(2):
+        with matplotlib.rc_context(drawing.STYLE):
+            picture = drawn(figures.gap(study, study.comparison()))
+            folder = tmp_path / str(again)
+            folder.mkdir()
+            inline, table = drawing.save(picture, folder, "gap")
+        texts.append([path.read_bytes() for path in sorted(folder.iterdir())])
+    assert texts[0] == texts[1]
+    assert sorted(path.name for path in folder.iterdir()) == ["gap.csv", "gap.pdf", "gap.svg"]
+    read = list(csv.DictReader(table.splitlines()))
+    assert len(read) == len(picture.rows)
+    for row, cells in zip(picture.rows, read, strict=True):
+        value = row.get("sb_lb_gap", math.nan)
+        assert float(cells["sb_lb_gap"] or "nan") == pytest.approx(value, rel=1e-5, nan_ok=True)
+    assert "<text" in inline  # text stays text
+    assert "points of test accuracy lost" in inline
+    assert not {light for light, _ in drawing.THEME.values() if light in inline}  # every colour follows the theme
+    assert "var(--c0)" in inline
+    assert (tmp_path / "0" / "gap.svg").read_text().count(drawing.ACCENT) > 2  # the file for a paper has colours
+
+
+def test_ids_of_two_pictures_do_not_collide():
+    parts = '<defs><path id="m1" d="M 1.23456 2"/></defs><g id="unused"/><use xlink:href="#m1"/>'
+    svg = f'<svg viewBox="0 0 72 36">{parts}</svg>'
+    one, two = (drawing.inline(svg, name, 'a "b" <c>') for name in ("one", "two"))
+    assert 'id="one-m1"' in one
+    assert '"#one-m1"' in one
+    assert 'id="two-m1"' in two
+    assert "unused" not in one
+    assert 'd="M 1.23 2"' in one
+    assert 'aria-label="a &quot;b&quot; &lt;c>"' in one
+    assert "--width: 96px" in one

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from gengap_dist.report.collect import read_study
-from gengap_dist.report.page import answers
 
 STUDY = {
     "train": {"epochs": 1, "num_evals": 2},
@@ -67,22 +66,14 @@ def test_table_and_report_say_the_same(done):
     page = (folder / "out" / "report.html").read_text()
     assert shown in page
     assert "Does &lt;b&gt;it&lt;/b&gt; work?" in page
-    assert "wild: no pair to compare. 2 diverged." in page
-    names = ("accuracy", "near_rank_loss_rel", "near_rank_loss_abs", "effective_rank", "spectra", "curves")
-    assert re.findall(r'<figure id="(\w+)">', page) == list(names)
-    for name in names:
-        assert (folder / "out" / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "wild: 2 diverged" in page
+    names = re.findall(r'<figure id="(\w+)">', page)
+    assert names[0] == "gap"
+    assert {"accuracy", "near_rank_change", "near_rank_loss_rel", "effective_rank", "spectra", "curves"} <= {*names}
+    figures = {path.name for path in (folder / "out" / "figures").iterdir()}
+    assert figures == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf", "csv")}
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "tiny.yaml" in page
-
-
-def test_answers_do_not_claim_more_than_the_interval(done):
-    study = read_study(done[0] / "out")
-    gap = study.gap("lb")
-    clear = gap.student[0] > 0 or gap.student[1] < 0
-    sentence = next(text for text in answers(study) if text.startswith("lb:"))
-    assert ("a difference." in sentence) == clear
-    assert ("not told apart" in sentence) == (not clear)
 
 
 @pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
@@ -180,4 +171,4 @@ def test_a_study_under_torchrun(tmp_path):
     found = read_study(tmp_path / "out")
     assert [run.info["launcher"] for run in found.runs] == ["torchrun", "torchrun"]
     assert found.gap("b").bootstrap is None
-    assert "nothing can be concluded" in (tmp_path / "out" / "report.html").read_text()
+    assert "With one pair of seeds there is no interval" in (tmp_path / "out" / "report.html").read_text()

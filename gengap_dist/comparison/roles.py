@@ -1,0 +1,132 @@
+"""What an arm is to the baseline: only a larger batch, a scaled rate, longer training, or a penalty on rank.
+
+Told by settings, not by names: those of two arms are first brought to what they amount to at the arm's own batch, so
+that `optim.scaling=sqrt` at optim.base_size is no scaling, and train.budget=updates is a number of epochs.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from gengap_dist.comparison import Run
+
+RATE = {"optim.lr", "optim.warmup_epochs"}
+LENGTH = {"train.epochs", "train.steps", "train.num_evals"}
+NORM = {"model.norm", "batch.ghost_size"}
+RANK = {"recipe.rank_penalty", "recipe.rank_measure", "recipe.rank_layers"}
+
+Settings = Mapping[str, object]
+
+
+def effective(settings: Settings) -> dict[str, object]:
+    """Settings without the batch, with rate, warm-up and epochs as they are at that batch (see `optim.schedule`).
+
+    >>> scaled = {"batch.global_size": 512, "optim.scaling": "sqrt", "optim.base_size": 128, "optim.lr": 0.1}
+    >>> effective(scaled)
+    {'optim.lr': 0.2}
+    >>> effective(scaled | {"optim.scaling": "none", "train.budget": "updates", "train.epochs": 3})
+    {'optim.lr': 0.1, 'train.epochs': 12.0}
+    >>> effective({"batch.global_size": 128, "batch.ghost_size": 128, "model.norm": "ghost"})  # one group is the batch
+    {'batch.ghost_size': None, 'model.norm': 'sync'}
+    """
+    out = dict(settings)
+    size, scaling = out.pop("batch.global_size", None), out.pop("optim.scaling", "none")
+    base, budget = out.pop("optim.base_size", None), out.pop("train.budget", "epochs")
+    factor = size / base if isinstance(size, int | float) and isinstance(base, int | float) else 1.0
+    if size is not None and out.get("batch.ghost_size") == size:
+        out |= {"batch.ghost_size": None, "model.norm": "sync"}
+    _times(out, "optim.lr", {"linear": factor, "sqrt": factor**0.5, "legw": factor**0.5}.get(str(scaling), 1.0))
+    _times(out, "optim.warmup_epochs", factor if scaling == "legw" or budget == "updates" else 1.0)
+    _times(out, "train.epochs", factor if budget == "updates" else 1.0)
+    return out
+
+
+def _times(settings: dict[str, object], name: str, factor: float) -> None:
+    value = settings.get(name)
+    if isinstance(value, int | float) and factor != 1.0:
+        settings[name] = float(f"{value * factor:.9g}")
+
+
+def differing(one: Settings, other: Settings) -> set[str]:
+    """Names of the settings in which two arms differ, but for the batch.
+
+    >>> differing({"batch.global_size": 8, "optim.lr": 0.1}, {"batch.global_size": 64, "optim.lr": 0.1})
+    set()
+    """
+    ours, theirs = effective(one), effective(other)
+    return {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
+
+
+class Arm(NamedTuple):
+    """An arm's runs by seed, finished ones only, and what all of them share."""
+
+    name: str
+    runs: Mapping[int, Run]
+    global_size: int
+    settings: Settings
+
+    def values(self, name: str) -> dict[int, float]:
+        """Seed to a measure, over runs that have it."""
+        return {seed: run.measures[name] for seed, run in self.runs.items() if name in run.measures}
+
+    def accuracies(self) -> dict[int, float]:
+        """Seed to test accuracy."""
+        return {seed: run.accuracy for seed, run in self.runs.items() if run.accuracy is not None}
+
+
+def arms_of(runs: Sequence[Run]) -> dict[str, Arm]:
+    """Arms with their finished runs, in the order in which they come first."""
+    out: dict[str, Arm] = {}
+    for run in runs:
+        arm = out.setdefault(run.arm, Arm(run.arm, {}, run.global_size, run.settings))
+        if run.status == "finished":
+            out[run.arm] = arm._replace(runs={**arm.runs, run.seed: run})
+    return out
+
+
+class Roles(NamedTuple):
+    """Arms with a larger batch than the baseline's, by what else they differ in."""
+
+    plain: list[Arm]
+    """In nothing."""
+    scaled: list[Arm]
+    """In a higher rate, or also in the warm-up."""
+    longer: list[Arm]
+    """In more epochs, and perhaps in the rate, or in the groups of batch norm."""
+    penalised: list[tuple[Arm, Arm]]
+    """Arms with a penalty on near-rank loss, of any batch, and their twins without it."""
+
+
+def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
+    """Who is who; an arm may be none of it."""
+    found = Roles([], [], [], [])
+    if baseline not in arms:
+        return found
+    base = arms[baseline]
+    for arm in arms.values():
+        if arm.settings.get("recipe.rank_penalty") is not None:
+            twins = [
+                twin
+                for twin in arms.values()
+                if twin.settings.get("recipe.rank_penalty") is None
+                and twin.global_size == arm.global_size
+                and differing(arm.settings, twin.settings) <= RANK
+            ]
+            found.penalised.extend((arm, twin) for twin in twins[:1])
+        elif arm.global_size > base.global_size:
+            differs = differing(arm.settings, base.settings)
+            if not differs:
+                found.plain.append(arm)
+            elif differs <= RATE and _rate(arm) > _rate(base):
+                found.scaled.append(arm)
+            elif differs <= RATE | LENGTH | NORM and _epochs(arm) > _epochs(base):
+                found.longer.append(arm)
+    return found
+
+
+def _rate(arm: Arm) -> float:
+    rate = effective(arm.settings).get("optim.lr")
+    return float(rate) if isinstance(rate, int | float) else 0.0
+
+
+def _epochs(arm: Arm) -> float:
+    return max((run.num_epochs for run in arm.runs.values()), default=0.0)

@@ -1,0 +1,171 @@
+"""Reads runs from MLflow, also runs that were never a run folder of ours, and writes them as run folders.
+
+What a comparison needs of a run: its batch, its seed, its accuracy, and whatever explanations it measured. Runs that
+our mirror sent carry all of it under our own names; of others the caller says what theirs are called.
+"""
+
+import ast
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gengap_dist.config import UsageError, did_you_mean, nested
+from gengap_dist.tracking.mlflow_sink import CLIENT_DEFAULTS
+from gengap_dist.tracking.record import write_atomically
+
+STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "running"}
+
+
+class Names(NamedTuple):
+    """What the runs call things."""
+
+    accuracy: str = "test/accuracy"
+    """Metric: accuracy on the test images at the end."""
+    size: str = "batch.global_size"
+    """Parameter: the global batch."""
+    seed: str = "seed"
+    """Parameter: the seed."""
+    percent: bool = False
+    """Whether the accuracy is in percent."""
+
+
+def connect(uri: str) -> Any:
+    """A client that gives up on a dead server within seconds."""
+    for name, value in CLIENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient  # slow
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def find(client: Any, source: str) -> Iterator[Any]:
+    """The MLflow runs that `runs:/ID` or `experiments:/NAME` names; of parent runs, the runs below them.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    kind, _, name = source.partition(":/")
+    if kind == "runs":
+        try:
+            run = client.get_run(name)
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            raise UsageError(f"{source} is no run there ({text}): give the id that MLflow shows") from None
+        below = list(_below(client, run))
+        yield from below or [run]
+        return
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        known = [found.name for found in client.search_experiments()]
+        raise UsageError(
+            f"{source} is no experiment there{did_you_mean(name, known)}: choose one of {', '.join(known)}"
+        )
+    runs = list(_search(client, experiment.experiment_id))
+    parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
+    yield from (run for run in runs if run.info.run_id not in parents)
+
+
+def _below(client: Any, run: Any) -> Iterator[Any]:
+    for child in _search(client, run.info.experiment_id, f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"):
+        yield from list(_below(client, child)) or [child]
+
+
+def _search(client: Any, experiment_id: str, query: str = "") -> Iterator[Any]:
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], query, max_results=500, page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def save(client: Any, run: Any, folder: Path, names: Names, wanted: Iterable[str]) -> None:
+    """Write one MLflow run as a run folder: run.json, and metrics.jsonl of the metrics that are wanted.
+
+    Args:
+        client: of the store.
+        run: the run.
+        folder: to write; made if need be.
+        names: what the run calls things.
+        wanted: names of metrics whose whole course is fetched.
+
+    Raises:
+        UsageError: if a parameter cannot be read as what it has to be, or the accuracy is no share of 1.
+    """
+    params, metrics = dict(run.data.params), dict(run.data.metrics)
+    size = _whole(run, names.size, params.get(names.size, run.data.tags.get(names.size)), None)
+    seed = _whole(run, names.seed, params.get(names.seed, run.data.tags.get(names.seed)), 0)
+    result: dict[str, Any] = {}
+    if (accuracy := metrics.get(names.accuracy)) is not None and math.isfinite(accuracy):
+        accuracy = accuracy / 100 if names.percent else accuracy
+        if not 0 <= accuracy <= 1:
+            raise UsageError(
+                f"{names.accuracy} of {_title(run)} ({accuracy:g}) is no share of 1: add --percent if it is in "
+                "percent, or choose another --accuracy"
+            )
+        result["test/accuracy"] = accuracy
+    lines: dict[int, dict[str, float]] = {}
+    for name in metrics.keys() & set(wanted):
+        for point in client.get_metric_history(run.info.run_id, name):
+            lines.setdefault(point.step, {})[name] = point.value
+    last = max(lines, default=0)
+    result["num_steps"] = last
+    status = run.data.tags.get("status", STATUS.get(run.info.status, "finished"))
+    settings = nested({name: _value(text) for name, text in params.items() if name not in (names.size, names.seed)})
+    settings = settings | {"batch": {**_dict(settings.get("batch")), "global_size": size}, "seed": seed}
+    settings.setdefault("train", {})
+    folder.mkdir(parents=True, exist_ok=True)
+    info = {
+        "schema": 1,
+        "status": status,
+        "seed": seed,
+        "config": settings,
+        "num_steps": last,
+        "result": result,
+        "seconds": ((run.info.end_time or run.info.start_time) - run.info.start_time) / 1000,
+        "mlflow": {"run_id": run.info.run_id, "name": run.info.run_name},
+    }
+    write_atomically(folder / "run.json", json.dumps(info, indent=1))
+    rows = [
+        {"step": step, "epoch": values.pop("epoch", 0.0), "seconds": 0.0}
+        | {name: value if math.isfinite(value) else str(value) for name, value in sorted(values.items())}
+        for step, values in sorted(lines.items())
+    ]
+    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _whole(run: Any, name: str, text: str | None, missing: int | None) -> int:
+    if text is None and missing is not None:
+        return missing
+    try:
+        return int(float(text or ""))
+    except ValueError:
+        known = [*run.data.params]
+        has = "has no parameter or tag" if text is None else f"has {text} as"
+        raise UsageError(
+            f"{_title(run)} {has} {name}{did_you_mean(name, known)}: say what its runs call it "
+            f"(they have {', '.join(sorted(known)[:12]) or 'no parameters'})"
+        ) from None
+
+
+def _value(text: str) -> Any:
+    """A parameter as the value that was logged; text where it is none.
+
+    >>> [_value(text) for text in ("0.1", "None", "True", "sgd", "['a']")]
+    [0.1, None, True, 'sgd', ['a']]
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _title(run: Any) -> str:
+    return f"MLflow run {run.info.run_name or run.info.run_id} ({run.info.run_id})"

@@ -1,0 +1,114 @@
+"""`gengap compare`: runs from folders and from MLflow, whoever trained them."""
+
+import json
+
+import pytest
+
+from gengap_dist.report.collect import read_study
+from tests.conftest import config
+
+
+def run_folder(folder, size: int, seed: int, accuracy: float | None, **settings) -> None:
+    """A run folder as a training run leaves it, as far as comparisons look."""
+    folder.mkdir(parents=True)
+    made = config(**{"batch__global_size": size, "seed": seed} | settings)
+    result = {"num_steps": 10} | ({} if accuracy is None else {"test/accuracy": accuracy})
+    info = {"schema": 1, "status": "finished", "seed": seed, "config": made.model_dump(mode="json"), "num_steps": 10}
+    info |= {"result": result, "versions": {}, "seconds": 1.0, "command": ["x"], "git": None}
+    (folder / "run.json").write_text(json.dumps(info))
+    line = {"step": 10, "epoch": 1.0, "seconds": 1.0, "probe_seconds/near_rank_loss": 0.1}
+    (folder / "metrics.jsonl").write_text(json.dumps(line | {"near_rank_loss/fc2/rel_1e-2": size / 1000}) + "\n")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for seed, luck in enumerate((0.0, 0.004, -0.003)):
+        run_folder(tmp_path / f"mine/small{seed}", 64, seed, 0.95 + luck)
+        run_folder(tmp_path / f"mine/large{seed}", 512, seed, 0.91 + luck + seed / 2000)
+        run_folder(tmp_path / f"mine/scaled{seed}", 512, seed, 0.94 + luck, optim__scaling="sqrt", optim__base_size=64)
+    return tmp_path / "mine"
+
+
+def test_loose_run_folders_are_sorted_into_arms(folders, gengap):
+    done = gengap("compare", "mine", "--out", "out", "--question", "Does it cost?")
+    assert done.returncode == 0, done.stderr
+    study = read_study(folders.parent / "out")
+    assert study.arms == ["b64", "b512", "b512 optim.lr=0.0565685425"]
+    assert study.baseline == "b64"
+    gap = study.gap("b512")
+    assert gap is not None
+    assert gap.mean == pytest.approx(0.04 - 0.0005)
+    claims = {claim.key: claim for claim in study.comparison().claims}
+    assert claims["gap"].outcome == "supported"
+    assert claims["scaling"].outcome == "supported"  # a point is still lost
+    page = (folders.parent / "out" / "report.html").read_text()
+    assert "Does it cost?" in page
+    assert f"{100 * gap.mean:+.2f}" in done.stdout
+    other = gengap("compare", "mine", "--out", "out", "--baseline", "b512")
+    assert other.returncode == 0, other.stderr
+    assert read_study(folders.parent / "out").baseline == "b512"
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_compared(folders, gengap):
+    (folders / "large1/run.json").write_text('{"status": "finis')
+    (folders / "large2/metrics.jsonl").write_text("")
+    run_folder(folders / "twin", 64, 0, 0.94)
+    done = gengap("compare", "mine", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    assert "large1 is left out" in done.stderr
+    assert "same arm and seed" in done.stderr
+    assert sorted(read_study(folders.parent / "out").gap("b512").differences) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere"], "holds no run.json"),
+        (["mine", "--baseline", "b65"], "--baseline (b65) is no arm (did you mean b64?)"),
+        (["ftp:/x"], "is no folder and no MLflow run"),
+        (["blank"], "none of the 1 runs has test/accuracy"),
+        (["experiments:/nothing"], "is no experiment there"),
+        (["runs:/0123"], "is no run there"),
+    ],
+)
+def test_bad_input(folders, gengap, words, says):
+    (folders.parent / "nowhere").mkdir()
+    run_folder(folders.parent / "blank" / "one", 8, 0, None)
+    store = f"sqlite:///{folders.parent}/mlflow.db"
+    done = gengap("compare", *words, "--out", "out", "--tracking_uri", store)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
+def test_runs_that_something_else_logged_to_mlflow(tmp_path, gengap):
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(store)
+    experiment = client.create_experiment("theirs", (tmp_path / "artifacts").as_uri())
+    for size, accuracy in ((32, 97.0), (2048, 91.5)):
+        for seed in (5, 6, 7):
+            run = client.create_run(experiment).info.run_id
+            for name, value in (("batch_size", size), ("random_state", seed), ("opt", "adam")):
+                client.log_param(run, name, value)
+            for step in (1, 2):
+                client.log_metric(run, "acc", accuracy - 2 + step + seed / 10, step=step)
+                client.log_metric(run, "noise_scale", 100.0 * step, step=step)
+            client.set_terminated(run)
+    words = ["compare", "experiments:/theirs", "--tracking_uri", store, "--out", "out", "--accuracy", "acc"]
+    names = ["--size", "batch_size", "--seed", "random_state"]
+    refused = gengap(*words, *names)
+    assert refused.returncode == 2
+    assert "add --percent" in refused.stderr
+    lost = gengap(*words, "--percent")
+    assert lost.returncode == 2
+    assert "has no parameter or tag batch.global_size" in lost.stderr
+    done = gengap(*words, *names, "--percent")
+    assert done.returncode == 0, done.stderr
+    study = read_study(tmp_path / "out")
+    assert study.arms == ["b32", "b2048"]
+    gap = study.gap("b2048")
+    assert gap is not None
+    assert gap.differences == pytest.approx({5: 0.055, 6: 0.055, 7: 0.055})
+    assert [run.info["num_steps"] for run in study.runs] == [2] * 6

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,8 @@ def run_all(plan: list[Cell], event: Event, *, driver: bool) -> int:
     return num_failed
 
 
-def conclude(out: Path, outcome: str, numbers: dict[str, Any]) -> None:
-    """Write the study's last status and its headline numbers."""
+def conclude(out: Path, outcome: str, numbers: dict[str, Any], verdicts: Sequence[str] = ()) -> None:
+    """Write the study's last status, its headline numbers, and what it says in sentences."""
     info = record.read_info(out / "study.json")
-    info |= {"status": outcome, "ended": record.now(), "metrics": numbers}
+    info |= {"status": outcome, "ended": record.now(), "metrics": numbers, "verdicts": [*verdicts]}
     record.write_atomically(out / "study.json", json.dumps(info, indent=1))

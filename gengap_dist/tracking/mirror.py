@@ -57,7 +57,7 @@ Line = dict[str, Any]
 State = dict[str, Any]
 Runs = Mapping[Path, Line]
 """Folder to run.json."""
-Tags = Mapping[str, object]
+Tags = dict[str, Any]
 Sent = Callable[[str, int, int], None]
 """Called with a run's name, the last step sent and the last step there is."""
 

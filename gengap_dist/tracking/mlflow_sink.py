@@ -49,7 +49,8 @@ class Follower:
     def comparison(self) -> str:
         """Where the UI compares the arms of a study; empty if nothing is there yet."""
         path = comparison(self.folder)
-        return path and f"{self.uri.rstrip('/')}/{path}" if self.uri.startswith("http") else path and UI + path
+        server = f"{self.uri.rstrip('/')}/" if self.uri.startswith("http") else UI
+        return server + path if path else ""
 
     def finish(self) -> str | None:
         """Let it send the rest; None if all is there, else one sentence on what to do."""

@@ -63,15 +63,16 @@ def export(folder: Path, info: dict[str, Any], to: Path, **about: Any) -> None:
     Raises:
         Exception: whatever keeps a network from being built or traced.
     """
-    import mlflow.pytorch
+    import mlflow
     import numpy as np
     from mlflow.models import Model, ModelSignature
+    from mlflow.pytorch import save_model
     from mlflow.types import Schema, TensorSpec
 
     model, data = scorer(folder, info), info["data"]
     pixels = np.zeros((2, *data["shape"]), np.float32)  # two: one image would be traced as the only number there is
     logits_dtype = np.dtype(info["config"]["train"]["dtype"])
-    mlflow.pytorch.save_model(
+    save_model(
         model,
         str(to),
         mlflow_model=Model(**about),

@@ -25,6 +25,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.tracking.model": 3.25,  # builds the network of a checkpoint
     "gengap_dist.tracking.mirror": 3.5,
     "gengap_dist.tracking.mlflow_sink": 3.75,
+    "gengap_dist.tracking.mlflow_source": 3.75,
     "gengap_dist.loop": 3,
     "gengap_dist.checkpoint": 3,
     "gengap_dist.checks": 3,

@@ -25,7 +25,14 @@ def folders(tmp_path):
     for seed, luck in enumerate((0.0, 0.004, -0.003)):
         run_folder(tmp_path / f"mine/small{seed}", 64, seed, 0.95 + luck)
         run_folder(tmp_path / f"mine/large{seed}", 512, seed, 0.91 + luck + seed / 2000)
-        run_folder(tmp_path / f"mine/scaled{seed}", 512, seed, 0.94 + luck, optim__scaling="sqrt", optim__base_size=64)
+        run_folder(
+            tmp_path / f"mine/scaled{seed}",
+            512,
+            seed,
+            0.94 + luck - seed / 3000,
+            optim__scaling="sqrt",
+            optim__base_size=64,
+        )
     return tmp_path / "mine"
 
 

@@ -6,8 +6,11 @@ here, so that `--help` answers at once.
 """
 
 import difflib
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -32,6 +35,9 @@ MACHINERY = (
     "data.workers", "train.compile", "train.recompute", "train.channels_last",
 )  # fmt: skip
 """Settings that say how and where a run is computed, not what it computes: they may change when it is resumed."""
+
+OWN_NAMES = ("study.axes.", "study.tune.space.")
+"""Mappings of a config whose keys stay as they are: they name settings, or what the user calls things."""
 
 
 class UsageError(ValueError):
@@ -510,6 +516,46 @@ class Arm(Section):
     """Settings of this arm, nested or dotted: {batch.global_size: 512}."""
 
 
+class Space(Section):
+    """Where a tuned setting is looked for: from low to high, or among values."""
+
+    low: float | None = None
+    """Smallest value."""
+    high: float | None = None
+    """Largest value."""
+    log: bool = False
+    """Look evenly among orders of magnitude."""
+    values: tuple[Any, ...] = ()
+    """The values to choose from, instead of low and high."""
+
+    @model_validator(mode="after")
+    def _a_range_or_values(self) -> Self:
+        low, high = self.low, self.high
+        if self.values and (low, high, self.log) == (None, None, False):
+            if len(self.values) < 2:
+                raise ValueError(f"study.tune.space: values ({list(self.values)}) leave no choice: list at least two")
+            return self
+        if self.values or low is None or high is None:
+            raise ValueError("study.tune.space: a setting needs either low and high (and log), or values: give one")
+        if not low < high or (self.log and low <= 0):
+            rule = "low above 0 for log, and " if self.log else ""
+            raise ValueError(
+                f"study.tune.space: low ({low:g}) to high ({high:g}) is no range: choose {rule}high above low"
+            )
+        return self
+
+
+class TuneSection(Section):
+    """Tuning, with the same trials for every arm."""
+
+    trials: Annotated[int, Field(ge=2)] = 16
+    """Trials of every arm; powers of two fill the space most evenly."""
+    seed: NonNegativeInt = 1000
+    """Seed of the points that are tried, and of every trial's own training; none of study.seeds."""
+    space: Annotated[dict[str, Space], Field(min_length=1)]
+    """Settings of optim and recipe to {low, high} or {low, high, log: true} or {values: [...]}."""
+
+
 class StudySection(Section):
     """Arms x seeds."""
 
@@ -521,8 +567,20 @@ class StudySection(Section):
     """Seeds; every arm is run with each, and arms are compared seed by seed."""
     baseline: str = ""
     """Name of the arm the others are compared with (empty: the first)."""
-    arms: tuple[Arm, ...] = Field(default=(), min_length=1)
-    """The arms: a list of {name, set}."""
+    arms: tuple[Arm, ...] = ()
+    """Arms one by one: a list of {name, set}."""
+    axes: dict[str, Annotated[list[Any] | dict[str, dict[str, Any]], Field(min_length=1)]] = {}
+    """More arms: every combination of one entry of each axis. An axis is a setting and its values, such as
+    {batch.global_size: [128, 1024]}, or has entries with names and settings of their own, such as
+    {recipe: {plain: {}, sqrt: {optim.scaling: sqrt}}}. Names are joined: b128-plain, b128-sqrt, ...; an entry named ""
+    adds nothing to them. A combination that would be the same run as an earlier arm is that arm."""
+    budgets: tuple[Literal["epochs", "updates"], ...] = ()
+    """One more axis: values of train.budget."""
+    tune: TuneSection | None = None
+    """Find settings for every arm by validation before its seeds are run: as many trials, at the same points, for each
+    arm. The test images play no part in the choice."""
+    concurrent: PositiveInt | None = None
+    """ray: most runs at a time; null: as many as the cluster has room for."""
 
 
 class StudyConfig(RunConfig):
@@ -532,35 +590,145 @@ class StudyConfig(RunConfig):
 
     @model_validator(mode="after")
     def _arms_are_runs(self) -> Self:
-        names = [arm.name for arm in self.study.arms]
+        study = self.study
+        names = [arm.name for arm in self.candidates]
+        if not names:
+            raise ValueError(
+                "study.arms is empty, and so is study.axes: list at least one arm as {name: ..., set: {...}}"
+            )
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
-            raise ValueError(f"study.arms names {doubled[0]} more than once: give every arm its own name")
-        if len(set(self.study.seeds)) < len(self.study.seeds):
-            raise ValueError(f"study.seeds ({list(self.study.seeds)}) holds a seed twice: list each once")
-        if self.study.baseline and self.study.baseline not in names:
             raise ValueError(
-                f"study.baseline ({self.study.baseline}) is no arm: choose one of {', '.join(names)}"
-                + did_you_mean(self.study.baseline, names)
+                f"study.arms and study.axes name {doubled[0]} more than once: give every arm and every entry of an "
+                "axis its own name"
             )
+        if len(set(study.seeds)) < len(study.seeds):
+            raise ValueError(f"study.seeds ({list(study.seeds)}) holds a seed twice: list each once")
+        if study.baseline and study.baseline not in names:
+            raise ValueError(
+                f"study.baseline ({study.baseline}) is no arm: choose one of {', '.join(names)}"
+                + did_you_mean(study.baseline, names)
+            )
+        if study.tune:
+            self._check_tuning(study.tune)
         return self
+
+    def _check_tuning(self, tune: TuneSection) -> None:
+        if tune.seed in self.study.seeds:
+            raise ValueError(
+                f"study.tune.seed ({tune.seed}) is one of study.seeds, and no arm is to be judged by a run it was "
+                "tuned on: choose another"
+            )
+        known = [name for name in field_names(RunConfig) if name.startswith(("optim.", "recipe."))]
+        for name in tune.space:
+            if name not in known:
+                raise ValueError(
+                    f"study.tune.space ({name}) is no setting of optim or recipe{did_you_mean(name, known)}: "
+                    "the others are the question or the budget, put them into study.axes"
+                )
+        for arm in self.candidates:
+            if both := sorted(flat(nested(arm.set)).keys() & tune.space.keys()):
+                raise ValueError(f"study arm {arm.name} sets {both[0]}, which study.tune.space tunes: leave one out")
+
+    @cached_property
+    def candidates(self) -> list[Arm]:
+        """The arms that are listed, then all combinations of the axes."""
+        axes = self.study.axes | ({"train.budget": [*self.study.budgets]} if self.study.budgets else {})
+        return [
+            *self.study.arms,
+            *(_combined(entries) for entries in product(*map(_entries, axes, axes.values())) if axes),
+        ]
+
+    @cached_property
+    def twins(self) -> dict[str, str]:
+        """Combinations of the axes that would be the same run as an earlier arm, and that arm.
+
+        Raises:
+            UsageError: if an arm's overrides are not settings of a run.
+        """
+        first: dict[str, str] = {}
+        twins: dict[str, str] = {}
+        for number, arm in enumerate(self.candidates):
+            what = json.dumps(_essence(self.run_config(arm, seed=0)))
+            if what not in first:
+                first[what] = arm.name
+            elif number >= len(self.study.arms):
+                twins[arm.name] = first[what]
+        return twins
+
+    @property
+    def arms(self) -> list[Arm]:
+        """All arms, each once; see `twins`."""
+        return [arm for arm in self.candidates if arm.name not in self.twins]
 
     @property
     def baseline(self) -> str:
         """Name of the baseline arm."""
-        return self.study.baseline or self.study.arms[0].name
+        name = self.study.baseline or self.candidates[0].name
+        return self.twins.get(name, name)
 
-    def run_config(self, arm: Arm, seed: int) -> RunConfig:
-        """The settings of one run of the study.
+    def run_config(self, arm: Arm, seed: int, tuned: Mapping[str, Any] | None = None) -> RunConfig:
+        """The settings of one run of the study; `tuned` are settings found for its arm.
 
         Raises:
             UsageError: if the arm's overrides are not settings of a run.
         """
         base = self.model_dump(mode="json", exclude={"study"})
         try:
-            return validate(RunConfig, merge(merge(base, nested(arm.set)), {"seed": seed}))
+            if "seed" in arm.set:
+                raise UsageError("seed is not an arm's to set: list the seeds in study.seeds")
+            config = validate(
+                RunConfig, merge(merge(merge(base, nested(arm.set)), nested(tuned or {})), {"seed": seed})
+            )
+            if self.study.tune and not config.data.val_fraction:
+                raise UsageError("study.tune chooses by validation accuracy, and data.val_fraction is 0: hold some out")
         except UsageError as error:
             raise UsageError(f"study arm {arm.name}: {error}") from None
+        return config
+
+
+def _entries(axis: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Labels and settings of an axis.
+
+    >>> _entries("batch.global_size", [128]), _entries("optim.lr", [0.1]), _entries("recipe", {"plain": {}})
+    ([('b128', {'batch.global_size': 128})], [('lr0.1', {'optim.lr': 0.1})], [('plain', {})])
+    >>> [label for label, _ in _entries("optim.scaling", ["none", "sqrt"])], _entries("train.budget", ["updates"])
+    (['scaling-none', 'scaling-sqrt'], [('updates', {'train.budget': 'updates'})])
+    """
+    if isinstance(values, dict):
+        return [*values.items()]
+    start = {"batch.global_size": "b", "train.budget": ""}.get(axis, axis.rpartition(".")[2])
+
+    def label(value: Any) -> str:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        text = re.sub(r"[^A-Za-z0-9.+-]+", ".", json.dumps(value).strip('"[]{}'))
+        return f"{start}{text}" if number or not start else f"{start}-{text}"
+
+    return [(label(value), {axis: value}) for value in values]
+
+
+def _combined(entries: Iterable[tuple[str, dict[str, Any]]]) -> Arm:
+    """One entry of each axis as an arm; where two set the same, the later axis wins."""
+    settings: dict[str, Any] = {}
+    for _, change in entries:
+        settings = merge(settings, nested(change))
+    return validate(Arm, {"name": "-".join(label for label, _ in entries if label) or "plain", "set": settings})
+
+
+def _essence(config: RunConfig) -> dict[str, Any]:
+    """What a run computes: equal for two configs that differ only in words.
+
+    >>> small = {"batch": {"global_size": 8}, "optim": {"base_size": 8}}
+    >>> a, b = ({"optim": {"base_size": 8, "scaling": rule}} for rule in ("none", "sqrt"))
+    >>> _essence(validate(RunConfig, merge(small, a))) == _essence(validate(RunConfig, merge(small, b)))
+    True
+    """
+    found = {name: value for name, value in flat(config).items() if not name.startswith(("mlflow.", "checkpoint."))}
+    if config.batch.global_size == config.optim.base_size and config.recipe.local is None:  # k = 1: no rule scales
+        found |= {"optim.scaling": "none", "train.budget": "epochs"}
+    if (found["optim.scaling"], found["train.budget"]) == ("none", "epochs"):
+        del found["optim.base_size"]
+    return found
 
 
 def did_you_mean(given: str, known: list[str] | tuple[str, ...]) -> str:
@@ -573,19 +741,21 @@ def did_you_mean(given: str, known: list[str] | tuple[str, ...]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys opened into nested mappings; already nested ones stay.
+def nested(flat: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Dotted keys opened into nested mappings; already nested ones stay, and so do the names in `OWN_NAMES`.
 
-    >>> nested({"batch.global_size": 8, "optim": {"lr": 0.1}})
-    {'batch': {'global_size': 8}, 'optim': {'lr': 0.1}}
+    >>> nested({"batch.global_size": 8, "optim": {"lr": 0.1}, "study.axes": {"optim.lr": [1, 2]}})
+    {'batch': {'global_size': 8}, 'optim': {'lr': 0.1}, 'study': {'axes': {'optim.lr': [1, 2]}}}
     """
+    if within in OWN_NAMES:
+        return dict(flat)
     out: dict[str, Any] = {}
     for key, value in flat.items():
         head, _, tail = key.partition(".")
         if tail:
-            value = nested({tail: value})
+            value = nested({tail: value}, f"{within}{head}.")
         elif isinstance(value, Mapping):
-            value = nested(value)
+            value = nested(value, f"{within}{head}.")
         out = merge(out, {head: value})
     return out
 
@@ -690,8 +860,6 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
             return str(first["ctx"]["error"]) + rest if "ctx" in first else first["msg"]
         case "missing":
             return f"{name} is not set and has no default: add it to the config{rest}"
-        case "too_short" if name == "study.arms":
-            return f"study.arms is empty: list at least one arm as {{name: ..., set: {{...}}}}{rest}"
     rule = first["msg"][0].lower() + first["msg"][1:]
     near = ""
     if first["type"] == "literal_error":

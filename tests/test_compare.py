@@ -45,7 +45,7 @@ def test_loose_run_folders_are_sorted_into_arms(folders, gengap):
     gap = study.gap("b512")
     assert gap is not None
     assert gap.mean == pytest.approx(0.04 - 0.0005)
-    claims = {claim.key: claim for claim in study.comparison().claims}
+    claims = {claim.key: claim for claim in study.comparison.claims}
     assert claims["gap"].outcome == "supported"
     assert claims["scaling"].outcome == "supported"  # a point is still lost
     page = (folders.parent / "out" / "report.html").read_text()

@@ -104,13 +104,13 @@ def test_bad_study_gets_one_sentence(change, words):
 def test_arm_overrides_are_checked_and_named():
     config = validate(StudyConfig, {"study": {"arms": [{"name": "lb", "set": {"batch.globl_size": 3}}]}})
     with pytest.raises(UsageError, match=r"study arm lb: batch.globl_size .*did you mean batch.global_size"):
-        config.run_config(config.study.arms[0], seed=0)
+        config.run_config(config.arms[0], seed=0)
 
 
 def test_an_arm_is_the_base_with_its_overrides_and_seed():
     arm = {"name": "lb", "set": {"batch.global_size": 512, "optim": {"lr": 0.5}}}
     config = validate(StudyConfig, {"seed": 9, "train": {"epochs": 3}, "study": {"arms": [arm]}})
-    run = config.run_config(config.study.arms[0], seed=4)
+    run = config.run_config(config.arms[0], seed=4)
     assert (run.seed, run.batch.global_size, run.optim.lr, run.train.epochs) == (4, 512, 0.5, 3)
     assert type(run) is RunConfig
 
@@ -176,3 +176,70 @@ def test_help_says_what_every_setting_is():
     done = subprocess.run([sys.executable, "-m", "gengap_dist.train", "--help"], capture_output=True, text=True)
     for name in ("--batch.global_size", "--launch.num_processes", "exact mean", "default: 64", "--resume"):
         assert name in done.stdout
+
+
+def study(axes, budgets=(), arms=(), **settings) -> StudyConfig:
+    block = {"axes": axes, "budgets": list(budgets), "arms": list(arms)}
+    return validate(StudyConfig, nested(settings | {"optim.base_size": 64, "study": block}))
+
+
+def test_axes_are_every_combination_with_names_that_can_be_read():
+    config = study(
+        {"batch.global_size": [64, 512], "recipe": {"": {}, "smooth": {"recipe.label_smoothing": 0.1}}},
+        arms=[{"name": "adamw", "set": {"optim.name": "adamw"}}],
+    )
+    assert [arm.name for arm in config.arms] == ["adamw", "b64", "b64-smooth", "b512", "b512-smooth"]
+    run = config.run_config(config.arms[-1], seed=0)
+    assert (run.batch.global_size, run.recipe.label_smoothing) == (512, 0.1)
+    assert config.baseline == "adamw"
+    names = study({"optim.lr": [0.1, 1e-5], "optim.nesterov": [True, False], "model.name": ["torchvision:vgg"]}).arms
+    assert names[0].name == "lr0.1-nesterov-true-name-torchvision.vgg"
+    assert names[-1].name == "lr1e-05-nesterov-false-name-torchvision.vgg"
+
+
+def test_what_would_be_the_same_run_is_one_arm():
+    rules = {"batch.global_size": [64, 512], "optim.scaling": ["none", "sqrt"]}
+    config = study(rules, budgets=["epochs", "updates"])
+    assert [arm.name for arm in config.arms] == [
+        "b64-scaling-none-epochs", "b512-scaling-none-epochs", "b512-scaling-none-updates",
+        "b512-scaling-sqrt-epochs", "b512-scaling-sqrt-updates",
+    ]  # fmt: skip
+    assert set(config.twins.values()) == {"b64-scaling-none-epochs"}
+    assert len(config.twins) == 3
+    runs = [config.run_config(arm, 0) for arm in config.arms]
+    assert [run.train.budget for run in runs] == ["epochs", "epochs", "updates", "epochs", "updates"]
+    block = config.study.model_dump() | {"baseline": "b64-scaling-sqrt-updates"}
+    named = validate(StudyConfig, config.model_dump() | {"study": block})
+    assert named.baseline == "b64-scaling-none-epochs"
+
+
+def test_swap_needs_the_rule_even_where_it_does_not_scale():
+    """Its networks step with the rate for a share of the batch."""
+    config = study({"optim.scaling": ["none", "sqrt"]}, **{"recipe.local": "swap", "batch.global_size": 64})
+    assert len(config.arms) == 2
+
+
+def test_axes_survive_a_file_and_extend_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("study:\n  axes: {batch.global_size: [64], recipe: {a: {}}}\n")
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\nstudy.axes: {recipe: {b: {optim.lr: 0.5}}}\n")
+    config = resolve(StudyConfig, [tmp_path / "top.yaml"], {})
+    assert [arm.name for arm in config.arms] == ["b64-a", "b64-b"]
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert resolve(StudyConfig, [tmp_path / "again.yaml"], {}) == config
+
+
+@pytest.mark.parametrize(
+    ("axes", "says"),
+    [
+        ({"batch.global_size": []}, "study.axes.batch.global_size"),
+        ({"batch.globl_size": [3]}, "study arm globl_size3: batch.globl_size is no setting.*did you mean"),
+        ({"seed": [1, 2]}, "study arm seed1: seed is not an arm's to set"),
+        ({"optim.lr": [0.1, 0.1]}, "name lr0.1 more than once"),
+        ({"a": {"x y": {}}}, r"x y"),
+        ({"batch": {"global_size": [64]}}, "study.axes"),
+    ],
+)
+def test_bad_axes_get_one_sentence(axes, says):
+    with pytest.raises(UsageError, match=says) as error:
+        _ = study(axes).arms
+    assert "\n" not in str(error.value)

@@ -21,7 +21,7 @@ def runs(path) -> list[RunConfig]:
     if "study" not in load_yaml(path):
         return [resolve(RunConfig, [path], {})]
     study = resolve(StudyConfig, [path], {})
-    return [study.run_config(arm, seed) for arm in study.study.arms for seed in study.study.seeds]
+    return [study.run_config(arm, seed) for arm in study.arms for seed in study.study.seeds]
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
@@ -40,7 +40,7 @@ def test_a_pair_is_a_study_of_its_own_name_with_a_small_batch_as_its_baseline(na
     assert (study.study.name, study.model.name, study.data.name.replace("_", "")) == (name, model, data)
     assert study.study.question
     assert f"--config configs/{name}.yaml" in path.read_text().partition("\ndata:")[0]
-    sizes = {arm.name: study.run_config(arm, 0).batch.global_size for arm in study.study.arms}
+    sizes = {arm.name: study.run_config(arm, 0).batch.global_size for arm in study.arms}
     assert sizes[study.baseline] == min(sizes.values())
     for arm, size in sizes.items():
         assert arm.startswith((f"sb{size}", f"lb{size}", f"grow{size}"))

@@ -6,7 +6,7 @@ from gengap_dist.launchers.local import InProcess, Pool
 from gengap_dist.launchers.ray_train import RayTrain, asked
 from gengap_dist.launchers.torchrun import Joined, joining, launch_id, restarted
 
-__all__ = ["Launcher", "Progress", "RankFailed", "choose", "is_driver", "joining", "launch_id", "restarted"]
+__all__ = ["Launcher", "Progress", "RankFailed", "asked", "choose", "is_driver", "joining", "launch_id", "restarted"]
 
 
 def choose(config: LaunchConfig, *, many_runs: bool) -> Launcher:

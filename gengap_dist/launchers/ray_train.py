@@ -142,11 +142,11 @@ class RayTrain(Launcher):
             UsageError: also if the cluster does not answer, or would throw the folder away.
             Preempted: if the ranks had to leave more often than launch.max_failures lets them start again.
         """
-        _check_folder(out)
+        check_folder(out)
         try:
-            grows = not _connect(config.launch)
-            with _terminated_is_interrupted():
-                return _Fit(config, out, progress).wait(grows)
+            grows = not connect(config.launch)
+            with terminated_is_interrupted():
+                return Fit(config, out, progress).wait(grows)
         except RankFailed:
             raise  # the ranks are gone
         except BaseException:
@@ -163,7 +163,12 @@ class RayTrain(Launcher):
             ray.shutdown()
 
 
-def _check_folder(out: Path) -> None:
+def check_folder(out: Path) -> None:
+    """Refuse a folder that Ray throws away.
+
+    Raises:
+        UsageError: if it lies in a job's working directory.
+    """
     if "runtime_resources" in out.parts:
         raise UsageError(
             f"--out ({out}) lies in Ray's copy of the job's working directory, which is deleted after the job: "
@@ -171,7 +176,7 @@ def _check_folder(out: Path) -> None:
         )
 
 
-def _connect(config: LaunchConfig) -> bool:
+def connect(config: LaunchConfig) -> bool:
     """Connect to the cluster, or start one on this machine that ends with this process; whether it has done that."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.ray_address or os.environ.get("RAY_ADDRESS") or "auto"
@@ -197,7 +202,7 @@ def _connect(config: LaunchConfig) -> bool:
 
 
 @contextmanager
-def _terminated_is_interrupted() -> Iterator[None]:
+def terminated_is_interrupted() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, so that a stopped job still says how its run ended.
 
     `ray job stop` gives the driver and its children 3 s from SIGTERM to SIGKILL. Ray has a handler of its own: this one
@@ -217,36 +222,36 @@ def _terminated_is_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Teller:
-    """The actor between ranks and driver: keeps what ranks tell until the driver hears it."""
+class Teller:
+    """The actor between those who do the work and those who wait for it: keeps what is told until it is heard."""
 
     def __init__(self) -> None:
-        self._news: list[News] = []
+        self._news: dict[str, list[News]] = {}
 
-    def tell(self, kind: str, value: Any) -> None:
-        self._news.append((kind, value))
+    def tell(self, about: str, kind: str, value: Any) -> None:
+        """Keep this, for who waits for news about `about`."""
+        self._news.setdefault(about, []).append((kind, value))
 
-    def hear(self) -> list[News]:
-        news, self._news = self._news, []
-        return news
+    def hear(self, about: str) -> list[News]:
+        """What was told since the last time."""
+        return self._news.pop(about, [])
 
 
-class _Fit:
-    """One run under Ray Train, seen from the driver."""
+class Fit:
+    """One run under Ray Train, seen from where it is waited for."""
 
-    def __init__(self, config: RunConfig, out: Path, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, out: Path, progress: Progress, teller: Any = None) -> None:
+        """Nothing starts before `wait`; runs may share a `teller`."""
         import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.config, self.progress = config, progress
-        # not soft: Ray takes another node then, for what needs no CPU, and the run would die with that node
-        here = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(_node_id(), soft=False)}
-        self._teller: Any = ray.remote(_Teller).options(**here).remote()
-        self._task = ray.remote(_fit).options(max_retries=0, **here)
+        self.config, self.progress, self._name = config, progress, uuid.uuid4().hex
+        self._teller: Any = teller or ray.remote(Teller).options(**here()).remote()
+        self._task = ray.remote(_fit).options(max_retries=0, **here())
         data = config.data.model_copy(update={"root": config.data.root.resolve()})
         self._job = {
             "config": config.model_copy(update={"data": data}),
             "out": out,
+            "name": self._name,
             "teller": self._teller,
             "num_threads": max(1, int(resources_per_rank(config.launch)["CPU"])),
             "folder": Path.cwd(),
@@ -277,7 +282,7 @@ class _Fit:
     def _hear(self) -> None:
         import ray
 
-        for kind, value in ray.get(self._teller.hear.remote()):
+        for kind, value in ray.get(self._teller.hear.remote(self._name)):
             match kind:
                 case "started":
                     self._started(value)
@@ -339,10 +344,14 @@ def _reason(troubles: list[News]) -> str:
     return next((line for line in reversed(lines) if re.match(r"[A-Za-z_][\w.]*: ", line)), lines[-1])
 
 
-def _node_id() -> str:
+def here() -> dict[str, Any]:
+    """Options of a task or actor that runs on this node and takes nothing of it."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.get_runtime_context().get_node_id()
+    # not soft: Ray takes another node then, for what needs no CPU, and the run would die with that node
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": node}
 
 
 def _fit(job: dict[str, Any]) -> tuple[dict[int, str], str] | None:
@@ -377,7 +386,7 @@ def _trainer(job: dict[str, Any]) -> Any:
             placement_strategy=launch.placement,
         ),
         run_config=RayRunConfig(
-            name=uuid.uuid4().hex,  # Ray would take up the state of an earlier run of this name
+            name=job["name"],  # Ray would take up the state of an earlier run of this name
             storage_path=str(job["out"] / "ray"),
             failure_config=FailureConfig(max_failures=launch.max_failures),
             logging_config=LoggingConfig(log_level="CRITICAL"),
@@ -411,10 +420,10 @@ def _rank(job: dict[str, Any]) -> None:
         nonlocal spoke
         if rank == 0 and (note or done == total or time.monotonic() - spoke > NEWS_SECONDS):
             spoke = time.monotonic()
-            teller.tell.remote("progress", (done, total, note))
+            teller.tell.remote(job["name"], "progress", (done, total, note))
 
     def tell(kind: str, value: Any) -> None:
-        ray.get(teller.tell.remote(kind, value))
+        ray.get(teller.tell.remote(job["name"], kind, value))
 
     if rank == 0:
         tell("started", int(os.environ["WORLD_SIZE"]))

@@ -111,6 +111,7 @@ class StudyData:
                 counts[run.info["status"]] = counts.get(run.info["status"], 0) + 1
         return ", ".join(f"{number} {status}" for status, number in counts.items())
 
+    @cached_property
     def comparison(self) -> Comparison:
         """What the study says, see `comparison.compare`."""
         order = {arm: number for number, arm in enumerate(self.arms)}

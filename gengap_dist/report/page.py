@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
 def write_report(study: StudyData) -> Path:
     """Report and figures of a study (or of a run, as `read_study` sees it); the page's path."""
     is_study = (study.folder / "study.json").exists()
-    said = study.comparison() if is_study else Comparison(study.baseline, {}, [], None, [], [])
+    said = study.comparison if is_study else Comparison(study.baseline, {}, [], None, [], [])
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(files("gengap_dist.report").joinpath("template.html").read_text())

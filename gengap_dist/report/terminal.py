@@ -7,6 +7,8 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,16 +26,17 @@ from gengap_dist.probes.spectrum import LayerSpectrum
 from gengap_dist.report.collect import RunData, StudyData, metric, read_run
 
 QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
+OUTCOMES = {"supported": "blue", "contradicted": "dark_orange3", "undecided": "dim"}
 MEASURES = (("near_rank_loss", "rel_1e-2"), ("near_rank_loss", "abs_1e-2"), ("effective_rank", ""))
 
 
 class RunProgress:
-    """A bar over steps; plain lines now and then where the output is no terminal."""
+    """A bar over the steps of every run that is under way; plain lines now and then where there is no terminal."""
 
     def __init__(self, title: str, num_runs: int = 1) -> None:
-        """A bar called `title`; with several runs, a second bar counts them."""
+        """A bar called `title`; with several runs, another one counts them, and runs have titles of their own."""
         self.console = Console(stderr=True)
-        self.title, self.num_runs, self._spoke, self._note = title, num_runs, time.monotonic(), ""
+        self.title, self.num_runs, self._spoke = title, num_runs, time.monotonic()
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -45,37 +48,46 @@ class RunProgress:
             transient=True,
             disable=not self.console.is_terminal,
         )
-        self._runs: TaskID | None = None
-        self._steps: TaskID | None = None
+        self._runs = self._bar.add_task("runs", total=num_runs, note="starting") if num_runs > 1 else None
+        self._steps: dict[str, TaskID] = {}
+        self._num_over = 0
 
     def __enter__(self) -> Self:
         self._bar.start()
-        if self.num_runs > 1:
-            self._runs = self._bar.add_task("runs", total=self.num_runs, note="")
-        self._steps = self._bar.add_task(self.title, total=None, note="starting")
+        if self._runs is None:
+            self(0, 0, "starting")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._bar.stop()
 
-    def __call__(self, done: int, total: int, note: str) -> None:
-        """`done` of `total` steps of the current run."""
-        self._note = note or self._note
-        assert self._steps is not None
-        self._bar.update(self._steps, completed=done, total=total or None, note=self._note)
+    def __call__(self, done: int, total: int, note: str, run: str = "") -> None:
+        """`done` of `total` steps of a run."""
+        run = run or self.title
+        if run not in self._steps:
+            self._steps[run] = self._bar.add_task(run, total=None, note="")
+            self._count()
+        self._bar.update(self._steps[run], completed=done, total=total or None)
+        if note:
+            self._bar.update(self._steps[run], note=note)
         if not self.console.is_terminal and time.monotonic() - self._spoke > QUIET_SECONDS:
-            self.say(f"{self.title}: step {done}/{total} {self._note}".rstrip())
+            (task,) = (task for task in self._bar.tasks if task.id == self._steps[run])
+            self.say(f"{run}: step {done}/{total} {task.fields['note']}".rstrip())
 
-    def next_run(self, title: str, num_done: int) -> None:
-        """The bar now belongs to another run; `num_done` runs are over."""
-        assert self._steps is not None
-        self.title, self._note = title, ""
-        self._bar.reset(self._steps, description=title, total=None, note="starting")
+    def over(self, run: str) -> int:
+        """A run has ended; how many have."""
+        if run in self._steps:
+            self._bar.remove_task(self._steps.pop(run))
+        self._num_over += 1
+        self._count()
+        return self._num_over
+
+    def _count(self) -> None:
         if self._runs is not None:
-            self._bar.update(self._runs, completed=num_done)
+            self._bar.update(self._runs, completed=self._num_over, note=f"{len(self._steps)} under way")
 
     def say(self, text: str) -> None:
-        """A line above the bar, which stays."""
+        """A line above the bars, which stays."""
         self._spoke = time.monotonic()
         self.console.print(text, highlight=False, soft_wrap=True)
 
@@ -222,6 +234,11 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
         "intervals are 95%; with few seeds read the t interval[/]",
         highlight=False,
     )
+    for claim in study.comparison.claims:
+        console.print(f"[{OUTCOMES[claim.outcome]}]{claim.outcome:12}[/] [bold]{claim.claim}[/]", highlight=False)
+        console.print(Padding(escape(claim.because), (0, 0, 0, 13)), highlight=False)
+    for caveat in study.comparison.caveats:
+        console.print(Padding(f"[dim]{escape(caveat)}[/]", (0, 0, 0, 13)), highlight=False)
     console.print(f"report  {page}", highlight=False, soft_wrap=True)
     if uri:
         console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)

@@ -16,7 +16,8 @@ from typing import Any
 from gengap_dist import cli, launchers
 from gengap_dist.config import StudyConfig, UsageError, resolve, to_yaml
 from gengap_dist.study import schedule
-from gengap_dist.study.grid import cells
+from gengap_dist.study.grid import Cell
+from gengap_dist.study.watch import Watch
 from gengap_dist.tracking import record
 from gengap_dist.tracking.mlflow_sink import Follower
 
@@ -34,17 +35,19 @@ def command(argv: Sequence[str]) -> int:
         return cli.OK
     out = (options.out or Path("studies") / config.study.name).resolve()
     if not launchers.is_driver(config.launch):
-        schedule.run_all(cells(config, out), lambda cell, done, total, note: None, driver=False)
+        schedule.run_study(config, out, Watch(), driver=False)
         return cli.OK
-    return _drive(config, out)
+    record.prepare_folder(out, "study.json", resume=True)
+    with schedule.alone(out):
+        return _drive(config, out)
 
 
 def _drive(config: StudyConfig, out: Path) -> int:
     """What only one process does: folders, progress, MLflow, the report."""
-    plan = schedule.prepare(config, out)
+    schedule.prepare(config, out, _warn)
     follower = Follower(out, config.mlflow) if config.mlflow.enabled else None
     try:
-        num_failed = _run(plan, out)
+        num_failed = _run(config, out)
         from gengap_dist.report.collect import read_study
         from gengap_dist.report.page import write_report
 
@@ -64,39 +67,42 @@ def _drive(config: StudyConfig, out: Path) -> int:
     if follower and not behind:
         print(f"compare {follower.comparison()}")
     if behind:
-        print(f"{PROG}: warning: {behind}", file=sys.stderr)
+        _warn(behind)
     if num_failed:
         print(f"{PROG}: {num_failed} run(s) failed; error in their run.json; start again to retry", file=sys.stderr)
     return cli.FAILED if num_failed else cli.OK
 
 
-def _run(plan: list[Any], out: Path) -> int:
+def _warn(text: str) -> None:
+    print(f"{PROG}: warning: {text}", file=sys.stderr, flush=True)
+
+
+def _run(config: StudyConfig, out: Path) -> int:
     from gengap_dist.report.terminal import RunProgress, percent
 
-    current, done = None, 0
-    with RunProgress(out.name, len(plan)) as progress:
+    total = schedule.num_runs(config)
+    with RunProgress(out.name, total) as progress:
 
-        def event(cell: Any, step: int, steps: int, note: str) -> None:
-            nonlocal current, done
-            if cell is not current:
-                current = cell
-                progress.next_run(f"{cell.arm} seed {cell.seed}", done)
-            status = schedule.status(cell) if note and step == steps else ""
-            if status in (record.FINISHED, record.DIVERGED, record.FAILED) and not note.startswith("val"):
-                done += 1
-                result = record.read_info(cell.folder).get("result", {})
+        class Shown(Watch):
+            """Draws a bar for every run that is under way, and leaves a line for every run that has ended."""
+
+            def step(self, cell: Cell, done: int, total: int, note: str) -> None:
+                progress(done, total, note, cell.title)
+
+            def over(self, cell: Cell, note: str) -> None:
+                done = progress.over(cell.title)
+                result = record.read_info(cell.folder).get("result", {}) if (cell.folder / "run.json").exists() else {}
+                which = "best_val/accuracy" if cell.label.startswith("trial") else "test/accuracy"
                 progress.say(
-                    f"[{done}/{len(plan)}] {cell.arm} seed {cell.seed}: {note}, "
-                    f"test accuracy {percent(result.get('test/accuracy'))}"
+                    f"[{done}/{total}] {cell.title}: {note}, {which.replace('/', ' ')} {percent(result.get(which))}"
                 )
-            progress(step, steps, note)
 
-        return schedule.run_all(plan, event, driver=True)
+        return schedule.run_study(config, out, Shown(), driver=True, warn=_warn)
 
 
 def _verdicts(study: Any) -> list[str]:
     """What becomes of each claim, a sentence or two each, for the note of the study's MLflow run."""
-    return [f"{claim.claim} **{claim.outcome}**: {claim.because}" for claim in study.comparison().claims]
+    return [f"{claim.claim} **{claim.outcome}**: {claim.because}" for claim in study.comparison.claims]
 
 
 def _headline(study: Any) -> dict[str, float]:

@@ -1,9 +1,14 @@
-"""Running a study: one run after another on ranks that stay up, skipping what is finished."""
+"""Running a study: trials first, then every arm with every seed, skipping what is finished.
+
+Run folders are the truth: a study that was interrupted goes on from what they say.
+"""
 
 import contextlib
+import fcntl
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,32 +16,70 @@ from typing import Any
 from gengap_dist import launchers
 from gengap_dist.config import StudyConfig, UsageError, differences
 from gengap_dist.launchers import Launcher
-from gengap_dist.study.grid import Cell, cells
+from gengap_dist.study import grid, ray_tune, tune
+from gengap_dist.study.grid import Cell
+from gengap_dist.study.watch import Watch
 from gengap_dist.tracking import record
 
-Event = Callable[[Cell, int, int, str], None]
-"""Called with the run, its steps done, its steps in all, and a few words."""
+Warn = Callable[[str], None]
+"""Called with one sentence."""
 
 
-def prepare(config: StudyConfig, out: Path) -> list[Cell]:
-    """Make the study's folder, or take up the one that is there.
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """While open, no other process of this machine runs a study in `out`.
 
     Raises:
-        UsageError: if the folder cannot be used, an arm is not valid, or finished runs there had other settings.
+        UsageError: if one does.
     """
-    plan = cells(config, out)
-    record.prepare_folder(out, "study.json", resume=True)
-    for cell in plan:
-        if (cell.folder / "run.json").exists():
-            _check_same(cell)
-    before = record.read_info(out / "study.json") if (out / "study.json").exists() else {}
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(
+            f"--out ({out}) holds a study that is running just now: wait for its end, or choose another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
+def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
+    """Write study.json, or take up the study that is there; damaged runs are set aside.
+
+    Raises:
+        UsageError: if an arm is not valid, or runs or another study there had other settings.
+    """
+    plan = _trials(config, out) or grid.cells(config, out, {})
+    before = _before(out, warn)
+    if before.get("name", config.study.name) != config.study.name:
+        raise UsageError(
+            f"--out ({out}) holds the study {before['name']}, and this one is {config.study.name}: choose another"
+        )
+    if before.get("question", config.study.question) != config.study.question:
+        warn(f"study.question was another when {out} was begun ({before['question']}): the report has the new one")
+    for folder in sorted([*out.glob("runs/*/*"), *out.glob("tune/*/*")]):
+        if what := record.damage(folder):
+            kept = record.set_aside(folder, out / "damaged")
+            warn(f"{folder} is damaged ({what}): kept as {kept}, and run again if it is part of this study")
+    _check_same(plan)
+    arms = [arm.name for arm in config.arms]
+    for folder in sorted(out.glob("runs/*")):
+        if folder.name not in arms:
+            warn(f"{folder} is of no arm of this study: it stays where it is, and out of the report")
+    for name, twin in config.twins.items():
+        warn(f"arm {name} is the same run as {twin}, and is not run twice")
     info = {
         "schema": 1,
         "status": record.RUNNING,
         "name": config.study.name,
         "question": config.study.question,
         "baseline": config.baseline,
-        "arms": [arm.name for arm in config.study.arms],
+        "arms": arms,
+        "twins": config.twins,
         "seeds": list(config.study.seeds),
         "started": before.get("started", record.now()),
         "command": sys.orig_argv,
@@ -45,48 +88,124 @@ def prepare(config: StudyConfig, out: Path) -> list[Cell]:
         "git": record.git_state(),
     }
     record.write_atomically(out / "study.json", json.dumps(info, indent=1))
-    return plan
 
 
-def _check_same(cell: Cell) -> None:
-    if changed := differences(record.read_info(cell.folder)["config"], cell.config):
-        raise UsageError(
-            f"{changed} when {cell.arm}/seed{cell.seed} was run in {cell.folder}: "
-            "choose a new --out, or remove that run's folder"
-        )
+def _before(out: Path, warn: Warn) -> dict[str, Any]:
+    path = out / "study.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        warn(f"{path} is not whole: written anew, nothing but the time of the first start was in it alone")
+        return {}
+
+
+def _trials(config: StudyConfig, out: Path) -> list[Cell]:
+    return grid.trials(config, out, tune.points(config.study.tune)) if config.study.tune else []
+
+
+def _check_same(plan: list[Cell]) -> None:
+    for cell in plan:
+        if not status(cell):
+            continue
+        if changed := differences(record.read_info(cell.folder)["config"], cell.config):
+            raise UsageError(
+                f"{changed} when {cell.arm}/{cell.folder.name} was run in {cell.folder}: "
+                "choose a new --out, or remove that run's folder"
+            )
 
 
 def status(cell: Cell) -> str:
-    """What a run's folder says: a status of run.json, or "" before it began."""
-    return record.read_info(cell.folder)["status"] if (cell.folder / "run.json").exists() else ""
+    """What a run's folder says: a status of run.json, or "" before it began or if it is damaged."""
+    whole = (cell.folder / "run.json").exists() and not record.damage(cell.folder)
+    return record.read_info(cell.folder)["status"] if whole else ""
 
 
-def run_all(plan: list[Cell], event: Event, *, driver: bool) -> int:
+def num_runs(config: StudyConfig) -> int:
+    """Trials and runs of a study."""
+    each = len(config.study.seeds) + (config.study.tune.trials if config.study.tune else 0)
+    return len(config.arms) * each
+
+
+def run_study(config: StudyConfig, out: Path, watch: Watch, *, driver: bool, warn: Warn = lambda text: None) -> int:
+    """Tune, then run what is not finished; the number of runs that failed.
+
+    Args:
+        config: the study.
+        out: its folder, made ready by `prepare`.
+        watch: told of every step.
+        driver: whether this process prepares folders; under torchrun the other ranks only take part.
+        warn: called with what people should know.
+    """
+    run = partial(run_all, watch=watch, driver=driver, most=config.study.concurrent)
+    if not config.study.tune:
+        return run(grid.cells(config, out, {}))
+    trials = _trials(config, out)
+    # a trial that failed is tried again until its arm's own runs have begun: they must all have the same settings
+    settled = {arm.name for arm in config.arms if (out / "runs" / arm.name).exists()}
+    num_failed = run([cell for cell in trials if cell.arm not in settled or status(cell) != record.FAILED])
+    found = _searches(config, trials)
+    tuned = {arm: search["best"] for arm, search in found.items() if search["best"] is not None}
+    plan = grid.cells(config, out, tuned)
+    if driver:
+        _update(out, tuned=found)
+        _check_same(plan)
+        for arm, search in found.items():
+            if search["best"] is None:
+                warn(f"none of the {len(search['trials'])} trials of arm {arm} came to its end, so it has no runs: "
+                     "choose another study.tune.space")  # fmt: skip
+            elif search["edge"]:
+                warn(f"the best trial of arm {arm} has {' and '.join(search['edge'])}: what is best may lie outside")
+    return num_failed + run(plan)
+
+
+def _searches(config: StudyConfig, trials: list[Cell]) -> dict[str, Mapping[str, Any]]:
+    assert config.study.tune is not None
+    points = tune.points(config.study.tune)
+    found = {}
+    for arm in config.arms:
+        mine = [cell for cell in trials if cell.arm == arm.name]
+        read = [tune.read_trial(point, cell.folder) for point, cell in zip(points, mine, strict=True)]
+        found[arm.name] = tune.summary(config.study.tune, read, to_target=mine[0].config.train.stop_at_target)
+    return found
+
+
+def run_all(plan: list[Cell], watch: Watch, *, driver: bool, most: int | None = None) -> int:
     """Run what is not finished; the number of runs that failed. A run that fails or diverges does not stop the others.
 
     Args:
         plan: the runs.
-        event: told of every step.
+        watch: told of every step.
         driver: whether this process prepares folders; under torchrun the other ranks only take part.
+        most: runs at a time on a Ray cluster, if fewer than it has room for.
     """
+    to_do = []
+    for cell in plan:
+        if status(cell) in record.ENDED:
+            watch.over(cell, "already there")
+        else:
+            to_do.append(cell)
+    on_ray = [cell for cell in to_do if launchers.asked(cell.config.launch)]
+    num_failed = ray_tune.run_all(on_ray, watch, most) if on_ray else 0
+    return num_failed + _one_by_one([cell for cell in to_do if cell not in on_ray], watch, driver=driver)
+
+
+def _one_by_one(plan: list[Cell], watch: Watch, *, driver: bool) -> int:
+    """On ranks that stay up from run to run."""
     num_failed = 0
     with contextlib.ExitStack() as stack:
         ranks: dict[str, Launcher] = {}  # by the settings they were started with
         for cell in plan:
-            if status(cell) in (record.FINISHED, record.DIVERGED):
-                event(cell, 1, 1, "already there")
-                continue
             launch = cell.config.launch.model_dump_json()
             if launch not in ranks:
                 ranks[launch] = stack.enter_context(launchers.choose(cell.config.launch, many_runs=True))
             if driver:
                 record.prepare_folder(cell.folder, "run.json", resume=True)
             try:
-                ranks[launch].run(cell.config, cell.folder, resume=True, progress=partial(event, cell))
-                event(cell, 1, 1, status(cell))
+                ranks[launch].run(cell.config, cell.folder, resume=True, progress=partial(watch.step, cell))
+                watch.over(cell, status(cell))
             except launchers.RankFailed as error:
                 record.close_abandoned(cell.folder, error)
-                event(cell, 1, 1, f"failed: {str(error).strip().splitlines()[-1]}")
+                watch.over(cell, f"failed: {str(error).strip().splitlines()[-1]}")
                 num_failed += 1
             except BaseException as error:
                 if driver:
@@ -97,6 +216,9 @@ def run_all(plan: list[Cell], event: Event, *, driver: bool) -> int:
 
 def conclude(out: Path, outcome: str, numbers: dict[str, Any], verdicts: Sequence[str] = ()) -> None:
     """Write the study's last status, its headline numbers, and what it says in sentences."""
-    info = record.read_info(out / "study.json")
-    info |= {"status": outcome, "ended": record.now(), "metrics": numbers, "verdicts": [*verdicts]}
+    _update(out, status=outcome, ended=record.now(), metrics=numbers, verdicts=[*verdicts])
+
+
+def _update(out: Path, **news: Any) -> None:
+    info = record.read_info(out / "study.json") | news
     record.write_atomically(out / "study.json", json.dumps(info, indent=1))

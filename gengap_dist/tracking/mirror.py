@@ -116,7 +116,7 @@ class Mirror:
         parent = self._open(self.folder, study, shared | own)
         shared["study_run_id"] = parent["run_id"]
         arms = {arm: self._runs(arm, closing) for arm in study["arms"]}
-        baseline = arms[study["baseline"]]
+        baseline = arms.get(study["baseline"], {})
         against = next((_settings(info) for info in baseline.values()), None)
         for arm, runs in arms.items():
             if not runs:

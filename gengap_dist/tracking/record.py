@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # importing it would import torch, and every command imports 
 
 Metrics = Mapping[str, float]
 RUNNING, FINISHED, DIVERGED, FAILED, KILLED = "running", "finished", "diverged", "failed", "killed"
+ENDED = (FINISHED, DIVERGED)  # with a result: such a run is not run again
+TAIL = 2**20  # bytes, more than any line of metrics.jsonl has
 PREEMPTED = "preempted"  # asked to leave before the end: saved, and meant to be resumed
 
 
@@ -281,6 +283,46 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if line.endswith("\n"):
                 values = json.loads(line)
                 yield {key: float(value) if isinstance(value, str) else value for key, value in values.items()}
+
+
+def damage(out: Path) -> str:
+    """What a crash, a copy or a full disk has cut short in the folder of a run; "" if it is whole, empty or not there.
+
+    What the record writes is whole; but a process may end before run.json is there, and files may be lost later.
+    """
+    if not out.is_dir() or not any(out.iterdir()):
+        return ""
+    if not (out / "run.json").exists():
+        return "it holds files and no run.json"
+    try:
+        info = json.loads((out / "run.json").read_text())
+        status, num_steps = info["status"], info["result"]["num_steps"] if info["status"] == FINISHED else None
+        info["config"]["seed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its run.json is not whole"
+    if status == FINISHED and _last_step(out / "metrics.jsonl") != num_steps:
+        return f"its metrics.jsonl does not end with step {num_steps}, the last"
+    return ""
+
+
+def _last_step(path: Path) -> int | None:
+    """Step of the last line; None if there is no whole line."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            *_, last, rest = file.read().split(b"\n")
+        return None if rest else json.loads(last)["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def set_aside(out: Path, folder: Path) -> Path:
+    """Move a damaged run into `folder`, out of the way of another start: where it is now."""
+    number = 1
+    while (kept := folder / f"{out.parent.name}-{out.name}-{number}").exists():
+        number += 1
+    folder.mkdir(exist_ok=True)
+    return out.rename(kept)
 
 
 def close_abandoned(out: Path, error: BaseException) -> None:

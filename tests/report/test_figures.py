@@ -55,7 +55,7 @@ def test_arms_of_one_batch_stand_side_by_side(study):
 
 
 def test_gaps_are_in_the_study_s_order_and_lost_runs_counted(study):
-    said = study.comparison()
+    said = study.comparison
     picture = drawn(figures.gap(study, said))
     expected = [100 * (mean_accuracy(0) - mean_accuracy(number)) for number in (1, 2)]
     expected.append(100 * (mean_accuracy(0, range(2)) - mean_accuracy(3, range(2))))
@@ -80,7 +80,7 @@ def test_more_than_three_arms_of_one_batch_have_rows(tmp_path):
     picture = drawn(figures.accuracy(found))
     assert [row for _, row in means(picture.figure)] == [0, 1, 2, 3, 4]
     assert [label.get_text() for label in picture.figure.axes[0].get_yticklabels()] == found.arms
-    assert STUDY_FIGURES["accuracy"].draw(found, found.comparison()) is None  # the gaps say the same
+    assert STUDY_FIGURES["accuracy"].draw(found, found.comparison) is None  # the gaps say the same
     assert STUDY_FIGURES["accuracy"].draw(found, NOTHING) is not None
     panels = drawn(probe_figures.by_layer(found, *probe_figures.MEASURES[0])).figure
     assert means(panels) == 2 * [((1 + number) / 8, number) for number in range(5)]
@@ -147,7 +147,7 @@ def test_files_are_the_same_each_time_and_csv_holds_the_rows(study, tmp_path):
     texts = []
     for again in range(2):
         with matplotlib.rc_context(drawing.STYLE):
-            picture = drawn(figures.gap(study, study.comparison()))
+            picture = drawn(figures.gap(study, study.comparison))
             folder = tmp_path / str(again)
             folder.mkdir()
             inline, table = drawing.save(picture, folder, "gap")

@@ -14,6 +14,7 @@ import torch
 from gengap_dist.config import MlflowConfig, StudyConfig, UsageError, validate
 from gengap_dist.data import catalog
 from gengap_dist.study import schedule
+from gengap_dist.study.watch import Watch
 from gengap_dist.tracking.mirror import Mirror, comparison
 from gengap_dist.tracking.mlflow_sink import Follower, sync_now
 from gengap_dist.tracking.record import FINISHED, read_info, read_lines, read_metrics
@@ -38,17 +39,20 @@ SETTINGS = {
 
 def run_study(out: Path) -> None:
     """What `gengap study` does without its report."""
-    plan = schedule.prepare(validate(StudyConfig, SETTINGS), out)
-    schedule.run_all(plan, lambda cell, done, total, note: None, driver=True)
+    study = validate(StudyConfig, SETTINGS)
+    out.mkdir()
+    schedule.prepare(study, out, pytest.fail)
+    schedule.run_study(study, out, Watch(), driver=True)
     schedule.conclude(out, FINISHED, {"sb_lb_gap/lb256-ema/mean": 0.25}, ["A claim. **undecided**: too few seeds."])
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "tiny"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run_study(tmp_path_factory.mktemp("study") / "tiny")
-    return tmp_path_factory.getbasetemp() / "study0" / "tiny"
+        warnings.simplefilter("ignore")  # an arm diverges
+        run_study(out)
+    return out
 
 
 @pytest.fixture

@@ -1,0 +1,184 @@
+"""The runs of a study side by side on a Ray cluster: one Ray Tune trial each, which starts its own Ray Train run.
+
+A trial takes nothing of the cluster, only its ranks do, and at most as many trials run as there is room for the ranks
+of. So trials never wait for what other trials hold. Run folders are the truth: nothing is reported through Ray Tune,
+and what it keeps for itself is thrown away. Ray is imported by the functions that need it.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gengap_dist.config import LaunchConfig, UsageError
+from gengap_dist.launchers.base import RankFailed
+from gengap_dist.launchers.ray_train import (
+    NEWS_SECONDS,
+    Fit,
+    RayTrain,
+    Teller,
+    check_folder,
+    connect,
+    here,
+    resources_per_rank,
+    room,
+    terminated_is_interrupted,
+)
+from gengap_dist.preemption import Preempted
+from gengap_dist.study.grid import Cell
+from gengap_dist.study.watch import Watch
+from gengap_dist.tracking import record
+
+STUDY = "study"  # what news of all runs are about
+
+
+class _Job(NamedTuple):
+    """What every trial is told."""
+
+    plan: Sequence[Cell]
+    teller: Any
+    grows: bool
+    """Whether to wait for nodes that are not there yet."""
+    folder: Path
+    command: Sequence[str]
+
+
+def concurrency(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str, float]], most: int | None) -> int:
+    """How many runs find room at a time, whichever of them they are; at least 1, which then waits for nodes.
+
+    >>> nodes, small, large = [{"CPU": 8.0}], LaunchConfig(num_processes=2), LaunchConfig(num_processes=3)
+    >>> concurrency([small], nodes, None), concurrency([small, large], nodes, None), concurrency([small], nodes, 3)
+    (4, 2, 3)
+    """
+    rooms = [room(nodes, resources_per_rank(launch), launch.placement) // launch.num_processes for launch in launches]
+    return max(1, min([*rooms, *([most] if most else [])]))
+
+
+def run_all(plan: Sequence[Cell], watch: Watch, most: int | None) -> int:
+    """Run all of the plan; the number of runs that failed. A run that fails or diverges does not stop the others.
+
+    Args:
+        plan: the runs, none of which is finished.
+        watch: told of every step.
+        most: runs at a time, if fewer than there is room for.
+
+    Raises:
+        UsageError: if the cluster does not answer, or what a rank found wrong with its config.
+        Preempted: if a run's ranks had to leave more often than launch.max_failures lets them start again.
+    """
+    storage = plan[0].folder.parents[2] / "ray"
+    check_folder(storage)
+    launches = [cell.config.launch for cell in plan]
+    largest = max(launches, key=lambda launch: launch.num_processes * resources_per_rank(launch)["CPU"])
+    heard: dict[int, str] = {}
+    try:
+        grows = not connect(largest)
+        with terminated_is_interrupted():
+            _wait(plan, watch, grows, storage, most, heard)
+    except BaseException as error:
+        RayTrain().close(kill=True)
+        for cell in plan:
+            _close(cell, error)
+        raise
+    finally:
+        for folder in (storage, *(cell.folder / "ray" for cell in plan)):
+            shutil.rmtree(folder, ignore_errors=True)
+    for number in set(range(len(plan))) - heard.keys():  # the process that waited for its ranks died
+        _close(plan[number], RankFailed("the process that started the ranks died"))
+        status = record.read_info(plan[number].folder)["status"] if plan[number].folder.exists() else record.FAILED
+        heard[number] = status if status in record.ENDED else "failed: the process that started the ranks died"
+        watch.over(plan[number], heard[number])
+    return sum(note.startswith(record.FAILED) for note in heard.values())
+
+
+def _close(cell: Cell, error: BaseException) -> None:
+    if cell.folder.exists():
+        record.close_abandoned(cell.folder, error)
+
+
+def _wait(
+    plan: Sequence[Cell], watch: Watch, grows: bool, storage: Path, most: int | None, heard: dict[int, str]
+) -> None:
+    """Let all trials run, and tell `watch` what they tell; `heard` gets how they ended, by number."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    teller: Any = ray.remote(Teller).options(**here()).remote()
+    job = _Job(plan, teller, grows, Path.cwd(), sys.orig_argv)
+    num = concurrency([cell.config.launch for cell in plan], nodes, most)
+    task = ray.remote(_tune).options(max_retries=0, **here()).remote(job, storage, num)
+    over = False
+    while not over:
+        over = bool(ray.wait([task], timeout=NEWS_SECONDS)[0])
+        for kind, value in ray.get(teller.hear.remote(STUDY)):
+            match kind:
+                case "progress":
+                    number, *step = value
+                    watch.step(plan[number], *step)
+                case "over":
+                    number, heard[number] = value
+                    watch.over(plan[number], heard[number])
+                case "preempted":
+                    raise Preempted(value)
+                case _:
+                    raise UsageError(value)
+    ray.get(task)
+
+
+# -- in processes of Ray's, on the driver's node ----------------------------------------------------------------------
+
+
+def _tune(job: _Job, storage: Path, num_concurrent: int) -> None:
+    """Ray Tune, from start to end: a task, because in the driver's main thread it would take Ctrl-C for itself."""
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    import ray
+    from ray import tune
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a process that died is told of in our own words
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    name = next(name for name in node["Resources"] if name.startswith("node:") and not name.startswith("node:__"))
+
+    def trial(choice: dict[str, int]) -> None:
+        _trial(job, choice["number"])
+
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"cpu": 0, name: 1e-4}),  # this node's name is a resource that nobody else takes
+        param_space={"number": tune.grid_search(list(range(len(job.plan))))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=num_concurrent, reuse_actors=True),
+        run_config=tune.RunConfig(name=uuid.uuid4().hex, storage_path=str(storage), verbose=0),
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # verbose=0 still says where the files are that nobody wants
+        tuner.fit()
+
+
+def _trial(job: _Job, number: int) -> None:
+    """One run, from its folder to its outcome."""
+    import ray
+
+    cell = job.plan[number]
+    os.chdir(job.folder)  # the driver's: settings may hold paths that start there
+    sys.orig_argv = [*job.command]
+
+    def tell(kind: str, value: Any) -> None:
+        ray.get(job.teller.tell.remote(STUDY, kind, value))
+
+    def progress(done: int, total: int, note: str) -> None:
+        job.teller.tell.remote(STUDY, "progress", (number, done, total, note))
+
+    try:
+        record.prepare_folder(cell.folder, "run.json", resume=True)
+        Fit(cell.config, cell.folder, progress, job.teller).wait(job.grows)
+        tell("over", (number, record.read_info(cell.folder)["status"]))
+    except RankFailed as error:
+        record.close_abandoned(cell.folder, error)
+        tell("over", (number, f"failed: {str(error).strip().splitlines()[-1]}"))
+    except Preempted as error:
+        tell("preempted", error.step)
+    except UsageError as error:
+        tell("usage", str(error))

@@ -1,0 +1,123 @@
+"""Tuning that is equal for all arms: the same points for each, fixed before the first trial, scored by validation.
+
+Points come from a quasi-random sequence, as in Shallue et al. 2019 and Nado et al. 2021: no trial depends on another's
+outcome, so trials may run side by side and in any order, and an interrupted search goes on where it stopped.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gengap_dist.config import TuneSection
+from gengap_dist.tracking import record
+
+Point = dict[str, Any]
+"""Dotted settings to values."""
+
+
+class Trial(NamedTuple):
+    """One trial of an arm, as far as it came."""
+
+    point: Point
+    status: str
+    accuracy: float | None = None
+    """Validation accuracy at the end."""
+    updates: int | None = None
+    """Updates to train.target_accuracy; None if it was not reached, or there is none."""
+
+
+def points(tune: TuneSection) -> list[Point]:
+    """The points of a scrambled Sobol sequence, as settings: fixed by study.tune alone.
+
+    >>> tune = TuneSection.model_validate({"trials": 4, "space": {"optim.momentum": {"values": [0.5, 0.9]}}})
+    >>> sorted(point["optim.momentum"] for point in points(tune))
+    [0.5, 0.5, 0.9, 0.9]
+    """
+    import optuna  # slow, and only this function needs it
+
+    space = {
+        name: optuna.distributions.FloatDistribution(0.0, len(entry.values))
+        if entry.low is None or entry.high is None
+        else optuna.distributions.FloatDistribution(entry.low, entry.high, log=entry.log)
+        for name, entry in tune.space.items()
+    }
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        search = optuna.create_study(sampler=optuna.samplers.QMCSampler(scramble=True, seed=tune.seed))
+    # the sampler takes the space from a finished trial; without one it would draw at random
+    corner = {name: distribution.low for name, distribution in space.items()}
+    search.add_trial(optuna.create_trial(params=corner, distributions={**space}, value=0.0))
+    drawn = [search.ask({**space}).params for _ in range(tune.trials)]
+    return [{name: _value(tune, name, x) for name, x in point.items()} for point in drawn]
+
+
+def _value(tune: TuneSection, name: str, drawn: float) -> Any:
+    """A number, to the four digits that a person would write; or the entry that it falls on."""
+    values = tune.space[name].values
+    return values[min(int(drawn), len(values) - 1)] if values else float(f"{drawn:.4g}")
+
+
+def read_trial(point: Point, folder: Path) -> Trial:
+    """What a trial's folder says; the status is "" before it began."""
+    info = record.read_info(folder) if (folder / "run.json").exists() else {}
+    if info.get("status") != record.FINISHED:
+        return Trial(point, info.get("status", ""))
+    accuracies = [line["val/accuracy"] for line in record.read_metrics(folder) if "val/accuracy" in line]
+    return Trial(point, record.FINISHED, accuracies[-1], info["result"].get("updates_to_target"))
+
+
+def best(trials: Sequence[Trial], *, to_target: bool) -> Trial | None:
+    """The finished trial with the highest validation accuracy, or with the fewest updates to the target.
+
+    Among equals, and where none reached the target, accuracy decides, then the order of the trials. None if no trial
+    came to its end.
+
+    >>> one, two = Trial({"lr": 1}, "finished", 0.9, 70), Trial({"lr": 2}, "finished", 0.8, 50)
+    >>> lost = Trial({"lr": 3}, "diverged")
+    >>> best([lost, one, two], to_target=False) is one, best([lost, one, two], to_target=True) is two
+    (True, True)
+    >>> best([lost], to_target=False)
+    """
+
+    def rank(trial: Trial) -> tuple[float, float]:
+        updates = trial.updates if to_target and trial.updates is not None else float("inf")
+        return -updates, trial.accuracy or 0.0
+
+    return max((trial for trial in trials if trial.status == record.FINISHED), key=rank, default=None)
+
+
+def edges(tune: TuneSection, trials: Sequence[Trial], chosen: Point) -> list[str]:
+    """Where nothing was tried beyond the chosen value, in words: what is best may lie outside.
+
+    Settings for which fewer than three numbers were tried say nothing: each of two is an end.
+
+    >>> tune = TuneSection.model_validate({"space": {"optim.lr": {"low": 0.1, "high": 1}}})
+    >>> trials = [Trial({"optim.lr": lr}, "finished", 0.5) for lr in (0.12, 0.5, 0.9)]
+    >>> edges(tune, trials, {"optim.lr": 0.12}), edges(tune, trials, {"optim.lr": 0.5})
+    (['optim.lr at its low end (0.12, of 0.1 to 1)'], [])
+    """
+    found = []
+    for name, space in tune.space.items():
+        tried = sorted({trial.point[name] for trial in trials if _is_number(trial.point[name])})
+        if len(tried) < 3 or chosen[name] not in (tried[0], tried[-1]):
+            continue
+        low, high = (tried[0], tried[-1]) if space.values else (space.low, space.high)
+        end = "low" if chosen[name] == tried[0] else "high"
+        found.append(f"{name} at its {end} end ({chosen[name]:g}, of {low:g} to {high:g})")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def summary(tune: TuneSection, trials: Sequence[Trial], *, to_target: bool) -> Mapping[str, Any]:
+    """The search of one arm, for study.json."""
+    chosen = best(trials, to_target=to_target)
+    return {
+        "trials": [{"setting": t.point, "status": t.status, "score": t.accuracy, "updates": t.updates} for t in trials],
+        "best": chosen.point if chosen else None,
+        "edge": edges(tune, trials, chosen.point) if chosen else [],
+    }

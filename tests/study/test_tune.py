@@ -1,0 +1,167 @@
+"""Tuning: the same trials for every arm, chosen by validation, told with its edges."""
+
+import json
+import math
+
+import pytest
+
+from gengap_dist.config import StudyConfig, TuneSection, UsageError, resolve, validate
+from gengap_dist.study import schedule, tune
+from gengap_dist.tracking.record import read_info, read_metrics
+from tests.study import tiny
+
+SPACE = {"optim.lr": {"low": 0.005, "high": 0.5, "log": True}, "optim.momentum": {"low": 0.5, "high": 0.98}}
+
+
+def section(**settings) -> TuneSection:
+    return TuneSection.model_validate({"space": SPACE} | settings)
+
+
+def test_points_are_fixed_by_the_section_and_fill_the_space():
+    found = tune.points(section(trials=8))
+    assert found == tune.points(section(trials=8))
+    assert tune.points(section(trials=16))[:8] == found
+    assert tune.points(section(trials=8, seed=1)) != found
+    eighths = [int(8 * math.log(point["optim.lr"] / 0.005) / math.log(100)) for point in found]
+    assert sorted(eighths) == [*range(8)]  # what a Sobol sequence promises
+    assert sorted(int(8 * (point["optim.momentum"] - 0.5) / 0.48) for point in found) == [*range(8)]
+
+
+def test_values_are_tried_equally_often():
+    found = tune.points(section(trials=8, space={"recipe.sam_rho": {"values": [None, 0.05]}}))
+    assert sorted(str(point["recipe.sam_rho"]) for point in found) == ["0.05"] * 4 + ["None"] * 4
+
+
+def test_edges_are_told_for_numbers_with_something_between():
+    space = {"optim.lr": {"low": 0.1, "high": 1.0}, "recipe.sam_rho": {"values": [None, 0.1, 0.2, 0.4]}}
+    found = section(space=space)
+    points = [{"optim.lr": lr, "recipe.sam_rho": rho} for lr, rho in [(0.2, None), (0.5, 0.1), (0.8, 0.2), (0.6, 0.4)]]
+    trials = [tune.Trial(point, "finished", 0.5) for point in points]
+    said = [tune.edges(found, trials, point) for point in points]
+    assert said == [
+        ["optim.lr at its low end (0.2, of 0.1 to 1)"],
+        ["recipe.sam_rho at its low end (0.1, of 0.1 to 0.4)"],
+        ["optim.lr at its high end (0.8, of 0.1 to 1)"],
+        ["recipe.sam_rho at its high end (0.4, of 0.1 to 0.4)"],
+    ]
+    assert tune.edges(found, trials[:2], points[0]) == []  # one of two is always an end
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Two arms, one of which diverges at whatever rate."""
+    folder = tmp_path_factory.mktemp("tuned")
+    wild = {"name": "wild", "set": {"optim.weight_decay": 1e9}}
+    block = {"trials": 4, "space": {"optim.lr": {"low": 0.005, "high": 0.5, "log": True}}}
+    study = {"seeds": [0, 1], "arms": [{"name": "tame"}, wild], "tune": block}
+    config = tiny.write(folder / "s.yaml", study)
+    return config, folder / "out", tiny.start(config, folder / "out")
+
+
+def test_the_best_trial_by_validation_is_what_the_seeds_are_run_with(done):
+    _, out, process = done
+    assert process.returncode == 0, process.stderr
+    found = json.loads((out / "study.json").read_text())["tuned"]["tame"]
+    folders = sorted((out / "tune/tame").iterdir())
+    assert len(folders) == len(found["trials"]) == 4
+    last = [[line["val/accuracy"] for line in read_metrics(folder) if "val/accuracy" in line][-1] for folder in folders]
+    assert [trial["score"] for trial in found["trials"]] == last
+    winner = found["trials"][last.index(max(last))]
+    assert found["best"] == winner["setting"]
+    for folder, trial in zip(folders, found["trials"], strict=True):
+        config = read_info(folder)["config"]
+        assert (config["optim"]["lr"], config["seed"]) == (trial["setting"]["optim.lr"], 1000)
+        assert not config["probe"]["enabled"]
+    for seed in (0, 1):
+        config = read_info(out / f"runs/tame/seed{seed}")["config"]
+        assert (config["optim"]["lr"], config["seed"]) == (winner["setting"]["optim.lr"], seed)
+        assert config["probe"]["enabled"]
+
+
+def test_an_arm_that_cannot_be_tuned_is_told_and_does_not_stop_the_others(done):
+    _, out, process = done
+    found = json.loads((out / "study.json").read_text())["tuned"]["wild"]
+    assert [trial["status"] for trial in found["trials"]] == ["diverged"] * 4
+    assert (found["best"], found["edge"]) == (None, [])
+    assert "none of the 4 trials of arm wild came to its end, so it has no runs" in process.stderr
+    assert not (out / "runs/wild").exists()
+
+
+def test_a_tuned_study_starts_again_without_doing_anything_twice(done):
+    config, out, _ = done
+    before, tuned = tiny.ended(out), json.loads((out / "study.json").read_text())["tuned"]
+    again = tiny.start(config, out)
+    assert again.returncode == 0, again.stderr
+    assert tiny.ended(out) == before
+    assert json.loads((out / "study.json").read_text())["tuned"] == tuned
+    more = tiny.start(config, out, "--study.tune.space", '{"optim.lr": {"low": 0.01, "high": 0.5}}')
+    assert more.returncode == 2
+    assert "when tame/trial000 was run" in more.stderr
+
+
+def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):
+    class Counted(schedule.Watch):
+        def __init__(self):
+            self.told = []
+
+        def over(self, cell, note):
+            self.told.append((cell.label, note))
+
+    block = {"trials": 2, "space": {"optim.lr": {"low": 0.01, "high": 0.1}}}
+    path = tiny.write(tmp_path / "s.yaml", {"seeds": [0], "arms": [{"name": "a"}], "tune": block})
+    config, out = resolve(StudyConfig, [path], {}), tmp_path / "out"
+    out.mkdir()
+
+    def go(num_failed=0):
+        schedule.prepare(config, out, lambda text: None)
+        watch = Counted()
+        assert schedule.run_study(config, out, watch, driver=True) == num_failed
+        return watch.told
+
+    assert go() == [("trial 0", "finished"), ("trial 1", "finished"), ("seed 0", "finished")]
+    tuned = json.loads((out / "study.json").read_text())["tuned"]["a"]
+    worse = [trial["setting"] for trial in tuned["trials"]].index(tuned["best"]) ^ 1
+    lost = out / f"tune/a/trial00{worse}/run.json"
+    lost.write_text(json.dumps(read_info(lost.parent) | {"status": "failed"}))
+    assert go() == [(f"trial {worse ^ 1}", "already there"), ("seed 0", "already there")]
+
+
+def test_the_fewest_updates_to_a_target_win_where_that_is_the_question():
+    ends = [(0.9, None), (0.8, 40), (0.8, 30)]
+    trials = [tune.Trial({"x": n}, "finished", *end) for n, end in enumerate(ends)]
+    assert tune.best(trials, to_target=True) is trials[2]
+    assert tune.best(trials, to_target=False) is trials[0]
+    assert tune.best(trials[:1], to_target=True) is trials[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"space": {}}, r"study.tune.space"),
+        ({"space": {"optim.lrr": {"low": 1, "high": 2}}}, r"study.tune.space \(optim.lrr\).*did you mean optim.lr"),
+        (
+            {"space": {"train.epochs": {"values": [1, 2]}}},
+            r"study.tune.space \(train.epochs\) is no setting of optim or",
+        ),
+        ({"space": {"optim.lr": {"low": 1}}}, "needs either low and high"),
+        ({"space": {"optim.lr": {"low": 1, "high": 2, "values": [1]}}}, "needs either low and high"),
+        ({"space": {"optim.lr": {"low": 2, "high": 1}}}, r"low \(2\) to high \(1\) is no range: choose high"),
+        ({"space": {"optim.lr": {"low": 0, "high": 1, "log": True}}}, "low above 0 for log"),
+        ({"space": {"optim.nesterov": {"values": [True]}}}, "leave no choice"),
+        ({"seed": 1}, r"study.tune.seed \(1\) is one of study.seeds"),
+        ({"trials": 1}, r"study.tune.trials \(1\)"),
+    ],
+)
+def test_a_bad_tune_block_gets_one_sentence(change, says):
+    block = {"space": {"optim.lr": {"low": 0.1, "high": 1.0}}} | change
+    with pytest.raises(UsageError, match=says):
+        validate(StudyConfig, {"study": {"arms": [{"name": "a"}], "tune": block}})
+
+
+def test_tuning_needs_validation_images_and_settings_that_no_arm_has():
+    block = {"space": {"optim.lr": {"low": 0.1, "high": 1.0}}}
+    config = validate(StudyConfig, {"data": {"val_fraction": 0}, "study": {"arms": [{"name": "a"}], "tune": block}})
+    with pytest.raises(UsageError, match=r"data.val_fraction is 0: hold some out"):
+        config.run_config(config.arms[0], seed=0)
+    with pytest.raises(UsageError, match=r"study arm a sets optim.lr, which study.tune.space tunes: leave one out"):
+        validate(StudyConfig, {"study": {"arms": [{"name": "a", "set": {"optim.lr": 1}}], "tune": block}})

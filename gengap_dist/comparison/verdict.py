@@ -17,7 +17,7 @@ from gengap_dist.comparison.roles import Arm, Roles, arms_of, roles
 ALPHA = 1 - CONFIDENCE
 NEGLIGIBLE_GAP = 0.005  # half a percentage point of accuracy
 NEGLIGIBLE_LOSS = 0.01  # one singular value in a hundred
-CLOSED = 0.25  # a remedy that leaves less than this share of the gap resolves it
+CLOSED = 0.25  # a remedy that leaves less than this share of the gap, if anything, resolves it
 LOSS = "near_rank_loss/"
 RELATIVE, ABSOLUTE = "/rel_1e-2", "/abs_1e-2"
 
@@ -204,6 +204,8 @@ def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: S
         )
         if not less.told_apart(-1):
             words.append(f"{text}: it does not lower near-rank loss, and so decides nothing")
+        elif gain.told_apart(-1) and gain.mean < -NEGLIGIBLE_GAP:
+            words.append(f"{text}: the penalty costs accuracy by itself, and so decides nothing")
         elif gain.told_apart(1):
             words.append(f"{text}: accuracy comes back")
             verdicts.append("supported")
@@ -262,14 +264,14 @@ def _remedy(key: str, claim: str, arms: Sequence[Arm], found: Roles, base: Arm, 
         arm = next(arm for arm in arms if arm.name == c.name)
         plain = next((twin for twin in found.plain if twin.global_size == arm.global_size), None)
         lost = _lost(base, plain) if plain else float("nan")
-        limit = max(NEGLIGIBLE_GAP, CLOSED * lost) if lost == lost else NEGLIGIBLE_GAP
         values = [*differences(base.accuracies(), arm.accuracies()).values()]
         interval = t_interval(values, 1 - ALPHA / len(arms))  # the best of several is picked here
         of = f" of {100 * lost:.2f}" if lost == lost else ""
         text = f"{arm.name} leaves {_points(c)}{of} points"
-        if c.told_apart(1):
+        high = interval[1] if interval else float("inf")
+        if high >= NEGLIGIBLE_GAP and c.told_apart(1):
             verdicts.append("supported")
-        elif interval and interval[1] < limit:
+        elif high < NEGLIGIBLE_GAP or high < CLOSED * lost:
             verdicts.append("contradicted")
             text += " and so resolves it"
         else:

@@ -223,7 +223,8 @@ def read_study(folder: Path) -> StudyData:
     runs, unreadable = [], []
     for member in (member for member in members if member["arm"] in info["arms"]):
         try:
-            runs.append(read_run(Path(member["folder"]), member["arm"]))
+            run = read_run(Path(member["folder"]), member["arm"])
+            runs += [run] if run.seed in info["seeds"] else []
         except UsageError as error:
             unreadable.append(str(error).replace(f"{folder}/", ""))
     return StudyData(folder, info["name"], info["question"], info["baseline"], info["arms"], runs, info, unreadable)

@@ -132,9 +132,10 @@ def test_what_only_the_own_batch_shows_supports_nothing():
         ({"lost": {"lb1024": 0.02, "lb1024-rank": 0.0}, "grown": {"lb1024": 0.1}}, "supported"),
         ({"lost": {"lb1024": 0.02, "lb1024-rank": 0.02}, "grown": {"lb1024": 0.1}}, "contradicted"),
         ({"lost": {"lb1024": 0.02, "lb1024-rank": 0.0}, "grown": {"lb1024": 0.1, "lb1024-rank": 0.1}}, "undecided"),
+        ({"lost": {"lb1024": 0.02, "lb1024-rank": 0.2}, "grown": {"lb1024": 0.1}}, "undecided"),
         ({"lost": {}, "grown": {"lb1024": 0.1}}, "undecided"),
     ],
-    ids=["accuracy comes back", "it does not", "nothing was lowered", "no gap"],
+    ids=["accuracy comes back", "it does not", "nothing was lowered", "too strong", "no gap"],
 )
 def test_the_penalty_decides_what_explains_the_gap(planted, expected):
     found = outcomes(PLAIN | PENALISED, num=200, **planted)["explains"]

@@ -220,6 +220,21 @@ def load(path: Path) -> State:
         raise UsageError(f"{path} is damaged ({type(error).__name__}): remove it and start the run again") from None
 
 
+def standing_for(path: Path) -> State:
+    """Weights that the run stands for: in place of those in model.pt an average (EMA's or SWA's), once begun.
+
+    Args:
+        path: a checkpoint's model.pt, or another file of weights, which is taken as it is.
+
+    Raises:
+        UsageError: see `load`.
+    """
+    average = load(path.with_name("recipe.pt")).get("average") if path.name == "model.pt" else None
+    if not average or not average["n_averaged"]:
+        return load(path)
+    return {name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")}
+
+
 def restore(model: nn.Module, state: State, path: Path) -> None:
     """Load a model's parameters and buffers.
 

@@ -410,6 +410,10 @@ class MlflowConfig(Section):
     """MLflow experiment."""
     wait_seconds: NonNegativeFloat = 60.0
     """How long a finished command waits for a slow server before it leaves the rest to `gengap report sync`."""
+    log_model: bool = True
+    """Log the final network of a finished run, with its signature, as a model that MLflow loads and serves."""
+    system_seconds: PositiveFloat | None = 10.0
+    """Seconds between two samples of a node's CPU, memory, disk, network and GPUs; null takes none."""
 
 
 class RunConfig(Section):

@@ -29,7 +29,7 @@ from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.data import TORCHVISION
 from gengap_dist.launchers.ray_train import check_address
 from gengap_dist.launchers.torchrun import joining
-from gengap_dist.tracking.mlflow_sink import CLIENT_DEFAULTS, store_uri
+from gengap_dist.tracking.mirror import CLIENT_DEFAULTS, store_uri
 from gengap_dist.trials import GIB, IMPORT_SECONDS, Facts, attempt, line, two_ranks
 
 OK, WARN, FAIL, ABSENT = "ok", "warn", "fail", "absent"

@@ -109,17 +109,7 @@ def _of_run(folder: Path, wanted: str) -> "list[Network]":
         )
         raise UsageError(f"--model: the run in {folder} has kept no weights of step {wanted}: choose {names}")
     step, path = kept[wanted]
-    return [(0, folder, None), (step, path, _average(path) or checkpoint.load(path))]
-
-
-def _average(path: Path) -> "dict[str, Tensor] | None":
-    """Weights beside a checkpoint's model.pt that the run stands for in their place: EMA's or SWA's, once begun."""
-    from gengap_dist import checkpoint
-
-    average = checkpoint.load(path.with_name("recipe.pt")).get("average") if path.name == "model.pt" else None
-    if not average or not average["n_averaged"]:
-        return None
-    return {name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")}
+    return [(0, folder, None), (step, path, checkpoint.standing_for(path))]
 
 
 def _of_file(weights: Path | None) -> "list[Network]":

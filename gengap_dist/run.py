@@ -38,9 +38,10 @@ from gengap_dist.recipes.statistics import untrained
 from gengap_dist.strategies import STRATEGIES, OptimizerState
 from gengap_dist.strategies.switches import check_compiler, deterministic
 from gengap_dist.tracking.record import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, read_info
+from gengap_dist.tracking.system import sampling
 from gengap_dist.watchdog import watching
 from gengap_dist.whereabouts import KINDS
-from gengap_dist.world import World, connect, environment
+from gengap_dist.world import World, connect, environment, local_size
 
 FLUSH_EVERY = 32  # steps whose sums meet the other ranks' in one all-reduce
 SHARED_SECONDS = 5.0  # for a file to be seen on all nodes
@@ -89,8 +90,9 @@ def run(
         session = _Session(config, out, world, record, progress, launcher)
         session.start(bool(world.agree(resume)))  # a node that joins late cannot know what the others were told
         try:
-            session.train(leaving)
-            result = session.result()
+            with _sampling(config, out, world):
+                session.train(leaving)
+                result = session.result()
             record.finish(FINISHED, result)
         except Diverged as error:
             result = {"diverged_at_step": error.step}
@@ -560,6 +562,12 @@ def _split(times: Tensor) -> dict[str, float]:
         slowest = int(busy.argmax())
         out |= {"time/slowest_rank": slowest, "time/slowest_over_mean": round(float(busy[slowest] / busy.mean()), 3)}
     return out
+
+
+def _sampling(config: RunConfig, out: Path, world: World) -> contextlib.AbstractContextManager[None]:
+    """One rank of each node looks at its machine meanwhile."""
+    leads = environment()[1] == 0
+    return sampling(out, config.mlflow.system_seconds if leads else None, num_nodes=-(-world.size // local_size()))
 
 
 def _check_shared(out: Path, world: World) -> None:

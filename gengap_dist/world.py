@@ -90,6 +90,11 @@ def environment() -> tuple[int, int, int]:
     return int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1"))
 
 
+def local_size() -> int:
+    """Ranks on this machine; all of them, where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or environment()[2])
+
+
 def connect(config: LaunchConfig) -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
@@ -100,13 +105,12 @@ def connect(config: LaunchConfig) -> World:
     """
     rank, local_rank, size = environment()
     num_gpus = torch.cuda.device_count()
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)  # torchrun, deepspeed
     if config.device == "cuda" and local_rank >= num_gpus:
         raise UsageError(
             f"launch.device (cuda) needs a GPU for local rank {local_rank}, and this machine shows {num_gpus}: "
             "start fewer ranks, or choose launch.device=cpu"
         )
-    on_gpu = config.device == "cuda" or (config.device == "auto" and local_size <= num_gpus)
+    on_gpu = config.device == "cuda" or (config.device == "auto" and local_size() <= num_gpus)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

@@ -22,6 +22,10 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.probes": 2,
     "gengap_dist.strategies": 2,
     "gengap_dist.tracking": 2.5,  # records what probes found
+    "gengap_dist.tracking.model": 3.25,  # builds the network of a checkpoint
+    "gengap_dist.tracking.mirror": 3.5,
+    "gengap_dist.tracking.mlflow_sink": 3.75,
+    "gengap_dist.tracking.mlflow_source": 3.75,
     "gengap_dist.loop": 3,
     "gengap_dist.checkpoint": 3,
     "gengap_dist.checks": 3,
@@ -30,6 +34,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.run": 4,
     "gengap_dist.launchers": 5,
     "gengap_dist.comparison": 0,
+    "gengap_dist.comparison.arms": 0.25,  # knows which settings are machinery
     "gengap_dist.study": 5,
     "gengap_dist.study.ray_tune": 5.25,  # starts launchers' ranks
     "gengap_dist.study.schedule": 5.5,

@@ -360,7 +360,7 @@ def _mean_and_std(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
-    """What the record keeps of a data set: name, sizes, how many images gave mean and deviation, digest."""
+    """What the record keeps of a data set: name, sizes, normalisation and how many images it is from, digest."""
     return {
         "name": config.name,
         "root": None if config.name == "digits" else str(config.root.resolve()),
@@ -368,6 +368,8 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
         "num_val": len(splits.val),
         "num_test": len(splits.test),
         "num_classes": splits.num_classes,
+        "mean": splits.mean_C.tolist(),
+        "std": splits.std_C.tolist(),
         "num_mean": min(len(splits.train), MEAN_OF) if config.streaming else len(splits.train),
         "shuffle_labels": config.shuffle_labels,
         "shape": list(splits.train.pixels.shape[1:]),

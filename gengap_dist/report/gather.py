@@ -9,7 +9,7 @@ from gengap_dist.comparison.roles import differing, effective
 from gengap_dist.config import UsageError
 from gengap_dist.report.collect import EXPLANATIONS, RunData, StudyData, read_run, settings_of
 from gengap_dist.tracking import record
-from gengap_dist.tracking.mlflow_sink import store_uri
+from gengap_dist.tracking.mirror import store_uri
 from gengap_dist.tracking.mlflow_source import Names, connect, find, save
 
 MOST_TOLD = 3  # settings in an arm's name

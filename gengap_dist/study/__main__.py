@@ -51,7 +51,9 @@ def _drive(config: StudyConfig, out: Path) -> int:
         from gengap_dist.report.collect import read_study
         from gengap_dist.report.page import write_report
 
-        schedule.conclude(out, record.FAILED if num_failed else record.FINISHED, _headline(read_study(out)))
+        found = read_study(out)
+        outcome = record.FAILED if num_failed else record.FINISHED
+        schedule.conclude(out, outcome, _headline(found), _verdicts(found))
         study = read_study(out)  # with its last status
         page = write_report(study)
     except BaseException as error:
@@ -62,6 +64,8 @@ def _drive(config: StudyConfig, out: Path) -> int:
     from gengap_dist.report.terminal import print_study
 
     print_study(study, page, follower.uri if follower and not behind else None)
+    if follower and not behind:
+        print(f"compare {follower.comparison()}")
     if behind:
         _warn(behind)
     if num_failed:
@@ -94,6 +98,11 @@ def _run(config: StudyConfig, out: Path) -> int:
                 )
 
         return schedule.run_study(config, out, Shown(), driver=True, warn=_warn)
+
+
+def _verdicts(study: Any) -> list[str]:
+    """What becomes of each claim, a sentence or two each, for the note of the study's MLflow run."""
+    return [f"{claim.claim} **{claim.outcome}**: {claim.because}" for claim in study.comparison.claims]
 
 
 def _headline(study: Any) -> dict[str, float]:

@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -214,9 +214,9 @@ def _one_by_one(plan: list[Cell], watch: Watch, *, driver: bool) -> int:
     return num_failed
 
 
-def conclude(out: Path, outcome: str, numbers: dict[str, Any]) -> None:
-    """Write the study's last status and its headline numbers."""
-    _update(out, status=outcome, ended=record.now(), metrics=numbers)
+def conclude(out: Path, outcome: str, numbers: dict[str, Any], verdicts: Sequence[str] = ()) -> None:
+    """Write the study's last status, its headline numbers, and what it says in sentences."""
+    _update(out, status=outcome, ended=record.now(), metrics=numbers, verdicts=[*verdicts])
 
 
 def _update(out: Path, **news: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.config import UsageError, did_you_mean, nested
-from gengap_dist.tracking.mlflow_sink import CLIENT_DEFAULTS
+from gengap_dist.tracking.mirror import CLIENT_DEFAULTS
 from gengap_dist.tracking.record import write_atomically
 
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "running"}

@@ -271,7 +271,11 @@ def read_info(out: Path) -> dict[str, Any]:
 
 def read_metrics(out: Path) -> Iterator[dict[str, Any]]:
     """Lines of metrics.jsonl; a last line that a crash cut short is left out."""
-    path = out / "metrics.jsonl"
+    return read_lines(out / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file of JSON objects, words for NaN and infinities as numbers; none if it is not there."""
     if not path.exists():
         return
     with path.open() as file:

@@ -85,13 +85,16 @@ def test_mlflow_has_a_parent_with_the_gap_and_a_child_per_run(done):
     (experiment,) = (e for e in client.search_experiments() if e.name == "gengap_dist")
     runs = client.search_runs([experiment.experiment_id])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    arms, seeds = ([run for run in runs if run.data.tags["level"] == level] for level in ("arm", "seed"))
     assert len(parents) == 1
-    assert len(children) == 6
+    assert len(arms) == 3
+    assert len(seeds) == 6
     study = read_study(folder / "out")
     assert parents[0].data.metrics["sb_lb_gap/lb/mean"] == pytest.approx(study.gap("lb").mean)
-    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
-    assert {(run.data.tags["arm"], run.data.tags["role"]) for run in children} == {
+    assert {run.data.tags["mlflow.parentRunId"] for run in arms} == {parents[0].info.run_id}
+    assert {run.data.tags["mlflow.parentRunId"] for run in seeds} == {run.info.run_id for run in arms}
+    assert study.comparison.claims[0].because in parents[0].data.tags["mlflow.note.content"]
+    assert {(run.data.tags["arm"], run.data.tags["role"]) for run in (*arms, *seeds)} == {
         ("sb", "baseline"), ("lb", "arm"), ("wild", "arm"),
     }  # fmt: skip
     assert all(run.info.status == "FINISHED" for run in runs)

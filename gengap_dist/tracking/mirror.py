@@ -1,0 +1,456 @@
+"""The MLflow side of a run folder or a study folder: which MLflow runs there are, and what each of them has been told.
+
+A study is a parent run, its arms are children, their seeds grandchildren. `mlflow.json` beside each run.json, in the
+folder of each arm and beside study.json keeps how far MLflow has been told: nothing is sent twice. `Mirror.sync` may be
+broken off anywhere, and called again.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from gengap_dist.config import MACHINERY, UsageError, flat
+from gengap_dist.tracking.record import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    KILLED,
+    PREEMPTED,
+    RUNNING,
+    read_info,
+    read_lines,
+    read_metrics,
+    write_atomically,
+)
+
+MAX_REQUEST = 1000  # metrics that MLflow takes at once
+STATUS = {
+    RUNNING: "KILLED",  # when all is over: it has lost its driver
+    FINISHED: "FINISHED",
+    DIVERGED: "FINISHED",
+    FAILED: "FAILED",
+    KILLED: "KILLED",
+    PREEMPTED: "KILLED",
+}
+ENDED = (FINISHED, DIVERGED, FAILED)  # statuses of runs that have come to their end, good or bad
+WORST_FIRST = (RUNNING, KILLED, PREEMPTED, FAILED, DIVERGED)
+LOST = "lost"  # when a run ended whose folder does not say so
+ARTIFACTS = ("run.json", "study.json", "config.yaml", "spectra", "figures", "report.html")
+MODEL = "model"
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs and charts first, not prompts
+CLIENT_DEFAULTS = {  # a dead server must be noticed in seconds; MLflow's own defaults take minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+Line = dict[str, Any]
+State = dict[str, Any]
+Runs = Mapping[Path, Line]
+"""Folder to run.json."""
+Tags = dict[str, Any]
+Sent = Callable[[str, int, int], None]
+"""Called with a run's name, the last step sent and the last step there is."""
+
+
+def store_uri(configured: str | None) -> str:
+    """The MLflow store to use: the configured one, MLFLOW_TRACKING_URI, or a file in the current folder."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def comparison(folder: Path) -> str:
+    """Where the UI compares the arms of a study: what follows the host in the address; empty if there are none yet."""
+    paths = (folder / "runs" / arm / "mlflow.json" for arm in read_info(folder / "study.json")["arms"])
+    states = [json.loads(path.read_text()) for path in paths if path.exists()]
+    if not states:
+        return ""
+    runs, experiments = ([*dict.fromkeys(s[key] for s in states)] for key in ("run_id", "experiment_id"))
+    return f"#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps(experiments))}"
+
+
+class Mirror:
+    """What MLflow has of one folder, of a run or of a study."""
+
+    def __init__(self, folder: Path, uri: str, experiment: str) -> None:
+        """Connect, and make the experiment if there is none.
+
+        Raises:
+            Exception: whatever the MLflow client meets on its way to the store.
+        """
+        for name, value in CLIENT_DEFAULTS.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient  # slow, and only this module needs it
+
+        self.folder, self.uri = folder, uri
+        with _alone(uri):
+            self.client = MlflowClient(tracking_uri=uri)
+            found = self.client.get_experiment_by_name(experiment)
+            self.experiment = (
+                found.experiment_id if found else self.client.create_experiment(experiment, _artifacts(uri), KIND)
+            )
+
+    def sync(self, *, closing: bool = False, sent: Sent = lambda name, done, total: None) -> None:
+        """Send what is new; with `closing`, also artifacts and last status, which a study's runs get as they end."""
+        if (self.folder / "run.json").exists():
+            self._sync_run(self.folder, read_info(self.folder), {"mlflow.runName": self.folder.name}, closing, sent)
+        if (self.folder / "study.json").exists():
+            self._sync_study(read_info(self.folder / "study.json"), closing, sent)
+
+    # -- a study, its arms, its runs ----------------------------------------------------------------------------------
+
+    def _sync_study(self, study: Line, closing: bool, sent: Sent) -> None:
+        from gengap_dist.comparison.arms import recipe  # its room imports scipy, which is slow
+
+        shared = {"study": study["name"]}
+        name = f"{study['name']} {datetime.fromisoformat(study['started']):%Y-%m-%d %H:%M:%S}"  # another may share it
+        own = {"mlflow.runName": name, "level": "study", "status": study["status"]}
+        parent = self._open(self.folder, study, shared | own)
+        shared["study_run_id"] = parent["run_id"]
+        arms = {arm: self._runs(arm, closing) for arm in study["arms"]}
+        baseline = arms.get(study["baseline"], {})
+        against = next((_settings(info) for info in baseline.values()), None)
+        for arm, runs in arms.items():
+            if not runs:
+                continue
+            first = next(iter(runs.values()))
+            tags = shared | {
+                "arm": arm,
+                "role": "baseline" if runs is baseline else "arm",
+                "batch.global_size": first["config"]["batch"]["global_size"],
+                "recipe": recipe(_settings(first), against) if against else None,
+            }
+            above = self._sync_arm(runs, None if runs is baseline else baseline, study, tags, closing)
+            for path, info in runs.items():
+                own = {"mlflow.runName": f"{arm}/{path.name}", "mlflow.parentRunId": above, "level": "seed"}
+                self._sync_run(path, info, tags | own, closing or info["status"] != RUNNING, sent)
+        self._tag(self.folder, parent, {"mlflow.note.content": _note(study, comparison(self.folder))})
+        if closing:
+            self._send_headline(parent, study)
+            self._close(self.folder, parent, study)
+
+    def _runs(self, arm: str, closing: bool) -> dict[Path, Line]:
+        """Folder to run.json of the arm's runs; one that cannot be read is passed over, and the log says so."""
+        out: dict[Path, Line] = {}
+        for path in sorted((self.folder / "runs" / arm).glob("*/run.json")):
+            try:
+                out[path.parent] = read_info(path.parent)
+            except UsageError as error:
+                if closing:
+                    print(error, flush=True)
+        return out
+
+    def _sync_arm(self, runs: Runs, baseline: Runs | None, study: Line, tags: Tags, closing: bool) -> str:
+        """Send what an arm's seeds say together, once all have ended; its MLflow run.
+
+        What a seed adds later would leave the values before it in the histories: the arm gets a new MLflow run then,
+        with the old one's tags, and the old one goes to MLflow's trash.
+        """
+        num_seeds, ended = len(study["seeds"]), _all_ended(runs, len(study["seeds"]))
+        over = ended or closing or study["status"] != RUNNING
+        counts = Counter(info["status"] for info in runs.values())
+        worst = next((status for status in WORST_FIRST if counts[status]), FINISHED)
+        path, first = next(iter(runs.items()))
+        folder = path.parent
+        info = {
+            "status": RUNNING if not over else KILLED if len(runs) < num_seeds else worst,
+            "started": min(info["started"] for info in runs.values()),
+            "ended": max(info.get("ended", "") for info in runs.values()),
+            "config": {key: value for key, value in first["config"].items() if key != "seed"},
+            "data": first["data"],
+        }
+        counts["not started"] = num_seeds - len(runs)
+        own = {
+            "mlflow.runName": folder.name,
+            "mlflow.parentRunId": tags["study_run_id"],
+            "level": "arm",
+            "status": info["status"],
+            "runs": ", ".join(f"{number} {status}" for status, number in sorted(counts.items()) if number > 0),
+        }
+        state = self._open(folder, info, {**tags, **own})
+        if ended and (closing or baseline is None or _all_ended(baseline, num_seeds)):
+            theirs = baseline or {}
+            made_of = {
+                str(p.relative_to(folder.parent)): i["ended"] for p, i in {**theirs, **runs}.items() if "ended" in i
+            }
+            if state.get("made_of", made_of) != made_of:
+                state = self._replace(folder, state, info)
+            if state.get("made_of") != made_of:
+                self._keep(folder, state, made_of=made_of, summed=False)
+            if not state["summed"]:
+                from gengap_dist.tracking.aggregate import Seed, over_seeds  # scipy is slow to import
+
+                arm, against = ([Seed(info, _lines(path, info)) for path, info in of.items()] for of in (runs, theirs))
+                self._log(state["run_id"], _points(over_seeds(arm, against), info))
+                self._keep(folder, state, summed=True)
+        if over and state.get("closed") != (info["ended"] or LOST):
+            self._close(folder, state, info)
+        return state["run_id"]
+
+    def _replace(self, folder: Path, state: State, info: Line) -> State:
+        old, tags = state["run_id"], self.client.get_run(state["run_id"]).data.tags
+        new = self.client.create_run(self.experiment, start_time=_millis(info["started"]), tags=tags)
+        self._keep(folder, state, run_id=new.info.run_id, described=False, closed=None)
+        self.client.delete_run(old)
+        return self._open(folder, info, state["tags"])
+
+    def _send_headline(self, parent: State, study: Line) -> None:
+        """The study's own numbers; MLflow shows the last of those that it was told."""
+        from mlflow.entities import Metric
+
+        numbers, before = study.get("metrics") or {}, parent.get("metrics", {})
+        at = _millis(study["ended"]) if "ended" in study else 0
+        self._log(parent["run_id"], [Metric(k, v, at, 0) for k, v in numbers.items() if before.get(k) != v])
+        self._keep(self.folder, parent, metrics=numbers)
+
+    def _sync_run(self, folder: Path, info: Line, tags: Tags, closing: bool, sent: Sent) -> None:
+        state = self._open(folder, info, {"level": "run"} | _facts(info) | tags)
+        if info["status"] != RUNNING and state.get("closed") == info["ended"]:
+            return
+        self._send(folder, state, list(read_metrics(folder)), info, sent)
+        self._send_system(folder, state)
+        if closing:
+            self._send_model(folder, state, info)
+            self._close(folder, state, info)
+
+    # -- one MLflow run -----------------------------------------------------------------------------------------------
+
+    def _state(self, folder: Path) -> State:
+        path = folder / "mlflow.json"
+        state = json.loads(path.read_text()) if path.exists() else {}
+        return state if state.get("uri") == self.uri else {"uri": self.uri, "last_step": -1}
+
+    def _keep(self, folder: Path, state: State, **news: Any) -> None:
+        state |= news
+        write_atomically(folder / "mlflow.json", json.dumps(state, indent=1))
+
+    def _open(self, folder: Path, info: Line, tags: Tags) -> State:
+        """The state of the folder's MLflow run, made and described at the first call, reopened after a resume."""
+        state = self._state(folder)
+        if "run_id" not in state:
+            first = _words({"mlflow.source.name": "gengap_dist", "folder": folder, **tags})
+            run = self.client.create_run(self.experiment, start_time=_millis(info["started"]), tags=first)
+            self._keep(folder, state, run_id=run.info.run_id, experiment_id=self.experiment, tags=first)
+        self._tag(folder, state, tags)
+        if not state.get("described"):
+            self._describe(state["run_id"], info)
+            self._keep(folder, state, described=True)
+        if info["status"] == RUNNING and state.get("closed"):
+            self.client.update_run(state["run_id"], status="RUNNING")
+            self._keep(folder, state, closed=None)
+        return state
+
+    def _tag(self, folder: Path, state: State, tags: Tags) -> None:
+        """Set the tags that are new or have changed."""
+        from mlflow.entities import RunTag
+
+        known = state.get("tags", {})
+        if news := dict(_words(tags).items() - known.items()):
+            self.client.log_batch(state["run_id"], tags=[RunTag(key, value) for key, value in news.items()])
+            self._keep(folder, state, tags=known | news)
+
+    def _describe(self, run_id: str, info: Line) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+        settings = flat(info["config"])
+        final = {key: value for key, value in settings.items() if not key.startswith(MACHINERY)}  # as params must be
+        params = [Param(key, str(value)[:6000]) for key, value in final.items()]
+        for at in range(0, len(params), 100):
+            self.client.log_batch(run_id, params=params[at : at + 100])
+        if data := info.get("data"):
+            dataset = Dataset(
+                name=data["name"],
+                digest=data["digest"],
+                source_type="local" if data["root"] else "code",
+                source=json.dumps({"uri": data["root"] or "gengap_dist/data/digits.npz"}),
+                profile=json.dumps({key: data[key] for key in ("num_train", "num_val", "num_test", "num_classes")}),
+            )
+            context = InputTag(key="mlflow.data.context", value="training")
+            self.client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[context])])
+
+    def _send(self, folder: Path, state: State, lines: list[Line], info: Line, sent: Sent) -> None:
+        """Send the lines after the last step sent, in requests of whole lines.
+
+        `in_flight` is on disk before a request leaves: after a crash, its lines are looked up before they are sent
+        again.
+        """
+        for request in _requests(line for line in lines if line["step"] > state["last_step"]):
+            last_step, doubtful = request[-1]["step"], state.get("in_flight") or -1
+            fresh = [line for line in request if line["step"] > doubtful or not self._arrived(state["run_id"], line)]
+            self._keep(folder, state, in_flight=last_step)
+            self._log(state["run_id"], _points(fresh, info))
+            self._keep(folder, state, last_step=last_step, in_flight=None)
+            sent(folder.name, last_step, lines[-1]["step"])
+
+    def _arrived(self, run_id: str, line: Line) -> bool:
+        name = list(_values(line))[-1]
+        return any(metric.step == line["step"] for metric in self.client.get_metric_history(run_id, name))
+
+    def _send_system(self, folder: Path, state: State) -> None:
+        """Samples of the nodes, numbered by step; a sample sent again after a crash is the same point to MLflow."""
+        from mlflow.entities import Metric
+
+        for path in sorted(folder.glob("system*.jsonl")):
+            done, lines = state.get("system", {}), list(read_lines(path))
+            prefix = "/".join(filter(None, ("system", path.stem.removeprefix("system").lstrip("_"))))
+            points = [
+                Metric(f"{prefix}/{name}", value, line["time"], step)
+                for step, line in enumerate(lines)
+                if step >= done.get(path.name, 0)
+                for name, value in line.items()
+                if name != "time"
+            ]
+            if points:
+                self._log(state["run_id"], points)
+                self._keep(folder, state, system=done | {path.name: len(lines)})
+
+    def _log(self, run_id: str, points: list[Any]) -> None:
+        for at in range(0, len(points), MAX_REQUEST):
+            self.client.log_batch(run_id, metrics=points[at : at + MAX_REQUEST])
+
+    def _send_model(self, folder: Path, state: State, info: Line) -> None:
+        """Log the final network of a finished run; one that cannot be exported is no reason to fail."""
+        trained = info["status"] == FINISHED and info["launcher"] != "probe"
+        if not trained or not info["config"]["mlflow"].get("log_model") or state.get("model_logged"):
+            return
+        from mlflow.entities import LoggedModelOutput
+
+        from gengap_dist.tracking.model import export  # imports torch: only now, when training is over
+
+        if "model_id" not in state:
+            made = self.client.create_logged_model(self.experiment, MODEL, state["run_id"])
+            self._keep(folder, state, model_id=made.model_id)
+        model_id = state["model_id"]
+        with tempfile.TemporaryDirectory() as temporary:
+            files = Path(temporary) / MODEL
+            try:
+                export(folder, info, files, model_id=model_id, run_id=state["run_id"])
+            except Exception as error:  # torch.export meets whatever a network of the user's own does
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                print(f"warning: the model of {folder} could not be exported: {reason}", flush=True)
+                self._tag(folder, state, {"model": f"not logged: {reason[:400]}"})
+                self.client.finalize_logged_model(model_id, "FAILED")
+            else:
+                self.client.log_model_artifacts(model_id, str(files))
+                self.client.finalize_logged_model(model_id, "READY")
+                output = LoggedModelOutput(model_id, info["result"]["num_steps"])
+                self.client.log_outputs(state["run_id"], [output])
+        self._keep(folder, state, model_logged=True)
+
+    def _close(self, folder: Path, state: State, info: Line) -> None:
+        """Send artifacts and the final status; a run that still says `running` has lost its driver."""
+        run_id = state["run_id"]
+        for name in ARTIFACTS:
+            path = folder / name
+            if path.is_dir():
+                self.client.log_artifacts(run_id, str(path), name)
+            elif path.exists():
+                self.client.log_artifact(run_id, str(path))
+        ended = info.get("ended")
+        self.client.set_terminated(run_id, STATUS[info["status"]], _millis(ended) if ended else None)
+        self._keep(folder, state, closed=ended or LOST)
+
+
+def _facts(info: Line) -> dict[str, object]:
+    """Where this start of a run computes, and what it is: another start may have other ranks."""
+    names = ("status", "world_size", "launcher", "strategy", "device", "seed", "norm_size")
+    return {name: info.get(name) for name in names} | {
+        "mlflow.source.git.commit": (info.get("git") or {}).get("commit"),
+        "batch.global_size": info["config"]["batch"]["global_size"],
+    }
+
+
+def _settings(info: Line) -> dict[str, Any]:
+    return flat(info["config"])
+
+
+def _words(tags: Tags) -> dict[str, str]:
+    """Tags as MLflow takes them; None is no tag."""
+    return {key: str(value) for key, value in tags.items() if value is not None}
+
+
+def _all_ended(runs: Runs, num_seeds: int) -> bool:
+    return len(runs) >= num_seeds and all(info["status"] in ENDED for info in runs.values())
+
+
+def _lines(folder: Path, info: Line) -> list[Line]:
+    return list(read_metrics(folder)) if info["status"] == FINISHED else []
+
+
+def _note(study: Line, link: str) -> str:
+    """What the UI shows at the head of a study's page, in Markdown: question, verdicts, where its arms are compared."""
+    verdicts = "\n".join(f"- {sentence}" for sentence in study.get("verdicts", []))
+    compared = f"[Compare the arms]({link})" if link else ""
+    return "\n\n".join(filter(None, (study["question"], verdicts, compared)))
+
+
+def _points(lines: Iterable[Line], info: Line) -> list[Any]:
+    """MLflow's metrics of lines as metrics.jsonl has them, at the time they were taken."""
+    from mlflow.entities import Metric
+
+    start = _millis(info["started"])
+    return [
+        Metric(name, value, start + round(line["seconds"] * 1000), line["step"])
+        for line in lines
+        for name, value in _values(line).items()
+    ]
+
+
+def _values(line: Line) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name not in ("step", "seconds")}
+
+
+def _requests(lines: Iterator[Line]) -> Iterator[list[Line]]:
+    """Whole lines in groups of at most MAX_REQUEST values; a longer line is a group of its own.
+
+    >>> [len(group) for group in _requests(iter([{"step": s, "seconds": 0, "a": 1, "b": 2} for s in range(1001)]))]
+    [500, 500, 1]
+    """
+    group: list[Line] = []
+    size = 0
+    for line in lines:
+        if group and size + len(_values(line)) > MAX_REQUEST:
+            yield group
+            group, size = [], 0
+        group.append(line)
+        size += len(_values(line))
+    if group:
+        yield group
+
+
+def _millis(iso: str) -> int:
+    return round(datetime.fromisoformat(iso).timestamp() * 1000)
+
+
+# -- a store in a file ------------------------------------------------------------------------------------------------
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _artifacts(uri: str) -> str | None:
+    """Beside a sqlite store, not in whatever folder a command was started from; a server decides for itself."""
+    path = _sqlite_path(uri)
+    return path.resolve().with_name("mlartifacts").as_uri() if path else None
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """A fresh sqlite store is built by one process at a time: several at once would break it."""
+    path = _sqlite_path(uri)
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

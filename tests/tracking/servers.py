@@ -1,0 +1,105 @@
+"""Real servers for the mirror: MLflow on any store, a PostgreSQL of its own, and ones that refuse."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from gengap_dist.launchers.local import free_port
+
+POSTGRES = shutil.which("pg_ctl") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")), None)
+
+
+@contextmanager
+def mlflow_server(store: str, folder: Path, command: str = "server") -> Iterator[str]:
+    """`mlflow server` (or `ui`) on a store; its address."""
+    port = free_port()
+    words = [sys.executable, "-m", "mlflow", command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    words += ["--backend-store-uri", store]
+    words += ["--artifacts-destination", str(folder / "artifacts")] if command == "server" else []
+    log_path = folder / f"{command}.log"
+    with log_path.open("w") as log:
+        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(
+                    f"{uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default", timeout=5
+                )
+                break
+            except OSError:
+                assert process.poll() is None, log_path.read_text()
+                time.sleep(0.2)
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """A PostgreSQL that listens on the loopback only; its address as SQLAlchemy takes it."""
+    if POSTGRES is None:
+        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+    binaries, port = Path(POSTGRES).resolve().parent, free_port()
+    if not (binaries / "initdb").exists():  # a wrapper's place, not the programs'
+        binaries = next(Path("/usr/lib/postgresql").glob("*/bin"))
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    as_other = []
+    if os.getuid() == 0:  # it refuses to run as root
+        shutil.chown(folder, "postgres")
+        as_other = ["runuser", "-u", "postgres", "--"]
+    data, options = folder / "data", f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+
+    def call(*words: object) -> None:
+        done = subprocess.run([*as_other, *map(str, words)], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    call(binaries / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync")
+    call(binaries / "pg_ctl", "-D", data, "-o", options, "-w", "-l", folder / "log", "start")
+    try:
+        yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+    finally:
+        call(binaries / "pg_ctl", "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def refusing(status: int, body: str) -> Iterator[str]:
+    """A server that gives every request the same answer; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,80 @@
+"""Means over seeds, against scipy and by hand."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gengap_dist.comparison.arms import recipe
+from gengap_dist.config import RunConfig, flat, validate
+from gengap_dist.tracking.aggregate import Seed, over_seeds, summary
+
+
+def seed(number, accuracy=None, status="finished", lines=()):
+    result = (
+        {} if accuracy is None else {"test/accuracy": accuracy, "num_steps": 9, "probe_left_out": [], "time/data": 1}
+    )
+    return Seed({"seed": number, "status": status, "result": result}, lines)
+
+
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_the_interval_is_scipys(number):
+    values = np.random.default_rng(number).normal(size=number)
+    found = summary("x", list(values))
+    low, high = stats.t.interval(0.95, number - 1, values.mean(), stats.sem(values))
+    assert found == pytest.approx({"x/mean": values.mean(), "x/ci_low": low, "x/ci_high": high})
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    found = [summary("x", list(rng.normal(5.0, 2.0, size=4))) for _ in range(1000)]
+    covered = np.mean([line["x/ci_low"] <= 5.0 <= line["x/ci_high"] for line in found])
+    assert 0.93 < covered < 0.97
+
+
+def test_curves_have_the_steps_that_all_finished_seeds_have():
+    def line(step, **values):
+        return {"step": step, "seconds": float(step), "epoch": 0.0, **values}
+
+    def at(x):
+        both = {"val/accuracy": x, "train/loss": 1 - x, "near_rank_loss/fc2/rel_1e-2": x}
+        others = {"near_rank_loss/fc2/own_batch/rel_1e-2": x, "near_rank_loss/fc2/n64/rel_1e-2": x,
+                  "near_rank_loss/fc2/centred/rel_1e-2": x, "effective_rank/fc2.affine/weight": x,
+                  "near_rank_loss/fc2/rel_1e-3": x, "time/data": x}  # fmt: skip
+        return [line(0, **both, **others), line(1, **{"train/loss": 0.0}), line(4, **both), line(5 + round(x), **both)]
+
+    arm = [seed(0, 0.5, lines=at(0.0)), seed(1, 0.7, lines=at(1.0)), seed(2, status="diverged", lines=at(9.0))]
+    lines = over_seeds(arm)
+    assert [found["step"] for found in lines] == [0, 4]
+    curves = {name.rpartition("/")[0] for name in lines[0] if name not in ("step", "seconds")}
+    assert curves == {"val/accuracy", "train/loss", "near_rank_loss/fc2/rel_1e-2"}
+    assert lines[0]["val/accuracy/mean"] == 0.5
+    assert lines[1]["test/accuracy/mean"] == pytest.approx(0.6)
+    assert lines[1]["test/accuracy/num_seeds"] == 2
+    assert (lines[1]["num_runs/finished"], lines[1]["num_runs/diverged"]) == (2, 1)
+    assert not [name for name in lines[1] if name.startswith("time/")]
+
+
+def test_a_gap_is_paired_by_seed_and_lost_runs_are_counted():
+    baseline = [seed(number, 0.9 + number / 100) for number in range(4)]
+    arm = [seed(3, 0.83), seed(0, 0.8), seed(1, status="failed"), seed(2, status="failed")]
+    (line,) = over_seeds(arm, baseline)
+    assert line["sb_lb_gap/mean"] == pytest.approx(0.1)
+    assert line["sb_lb_gap/num_seeds"] == 2
+    assert line["num_runs/failed"] == 2
+    assert over_seeds([seed(0, status="diverged")], baseline) == [{"step": 0, "seconds": 0.0, "num_runs/diverged": 1.0}]
+    assert "test/accuracy/ci_low" not in over_seeds([seed(0, 0.5)])[0]
+
+
+def test_a_recipe_says_what_differs_besides_the_batch():
+    def settings(**given):
+        return flat(validate(RunConfig, given))
+
+    baseline = settings(batch={"global_size": 32})
+    assert (
+        recipe(settings(batch={"global_size": 512, "micro_size": 64}, seed=3, launch={"num_processes": 2}), baseline)
+        == "plain"
+    )
+    scaled = settings(batch={"global_size": 512, "ghost_size": 32}, optim={"scaling": "sqrt", "base_size": 32})
+    assert recipe(scaled, baseline) == "batch.ghost_size=32 optim.scaling=sqrt"
+    other = settings(batch={"global_size": 512}, optim={"scaling": "sqrt", "base_size": 64}, data={"augment": ["flip"]})
+    assert recipe(other, baseline) == 'data.augment=["flip"] optim.base_size=64 optim.scaling=sqrt'

@@ -1,0 +1,384 @@
+"""A study in MLflow: its runs, what they say, what the UI shows; on sqlite, on a server with PostgreSQL, refused."""
+
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+import torch
+
+from gengap_dist.config import MlflowConfig, StudyConfig, UsageError, validate
+from gengap_dist.data import catalog
+from gengap_dist.study import schedule
+from gengap_dist.study.watch import Watch
+from gengap_dist.tracking.mirror import Mirror, comparison
+from gengap_dist.tracking.mlflow_sink import Follower, sync_now
+from gengap_dist.tracking.record import FINISHED, read_info, read_lines, read_metrics
+from gengap_dist.tracking.system import sampling
+from tests.browser import NEEDS_CHROMIUM, page, pictures
+from tests.tracking.servers import mlflow_server, postgresql, refusing
+
+pytestmark = pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
+
+ARMS = [
+    {"name": "sb32", "set": {"batch.global_size": 32}},
+    {"name": "lb256-ema", "set": {"batch.global_size": 256, "recipe.average": "ema"}},
+    {"name": "wild", "set": {"batch.global_size": 256, "optim.lr": 1e9}},
+]
+SETTINGS = {
+    "train": {"steps": 12, "num_evals": 3},
+    "probe": {"num_samples": 64, "budget": None},
+    "model": {"name": "lenet5"},
+    "study": {"name": "tiny", "question": "Does it *work*?", "seeds": [0, 1], "arms": ARMS},
+}
+
+
+def run_study(out: Path) -> None:
+    """What `gengap study` does without its report."""
+    study = validate(StudyConfig, SETTINGS)
+    out.mkdir()
+    schedule.prepare(study, out, pytest.fail)
+    schedule.run_study(study, out, Watch(), driver=True)
+    schedule.conclude(out, FINISHED, {"sb_lb_gap/lb256-ema/mean": 0.25}, ["A claim. **undecided**: too few seeds."])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "tiny"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an arm diverges
+        run_study(out)
+    return out
+
+
+@pytest.fixture
+def study(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """One sqlite store for all tests: each has its own experiment in it."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/m.db"
+
+
+def state(folder) -> dict:
+    return json.loads((folder / "mlflow.json").read_text())
+
+
+def everything(client, experiment, histories=None) -> dict:
+    """All that MLflow has of an experiment, by run, with the histories of the metrics named, or of all."""
+    return {
+        run.info.run_id: (
+            run.data.tags,
+            run.data.params,
+            run.info.status,
+            run.data.metrics,
+            [client.get_metric_history(run.info.run_id, name) for name in histories or run.data.metrics],
+        )
+        for run in client.search_runs([experiment], max_results=1000)
+    }
+
+
+def named(client, experiment, text) -> list[str]:
+    return sorted(run.info.run_name for run in client.search_runs([experiment], text))
+
+
+def test_a_study_is_a_parent_its_arms_and_their_seeds(study, store):
+    mirror = Mirror(study, store, "levels")
+    mirror.sync(closing=True)
+    client, experiment = mirror.client, mirror.experiment
+    parent = state(study)["run_id"]
+    assert named(client, experiment, "tags.level = 'study'") == [client.get_run(parent).info.run_name]
+    arms = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}'")
+    assert {run.info.run_name: run.data.tags["role"] for run in arms} == {
+        "sb32": "baseline", "lb256-ema": "arm", "wild": "arm",
+    }  # fmt: skip
+    for arm in arms:
+        below = named(client, experiment, f"tags.mlflow.parentRunId = '{arm.info.run_id}'")
+        assert below == [f"{arm.info.run_name}/seed{seed}" for seed in (0, 1)]
+        assert arm.inputs.dataset_inputs[0].dataset.digest
+        assert "seed" not in arm.data.params
+    wanted = "tags.\"batch.global_size\" = '256' and tags.role = 'arm' and tags.level = 'arm'"
+    assert named(client, experiment, wanted) == ["lb256-ema", "wild"]
+    assert named(client, experiment, "tags.recipe LIKE '%average=ema%' and tags.seed = '1'") == ["lb256-ema/seed1"]
+    assert named(client, experiment, "tags.status = 'diverged' and tags.level = 'arm'") == ["wild"]
+    assert named(client, experiment, "tags.recipe = 'plain' and tags.level = 'arm'") == ["sb32"]
+    assert {run.info.status for run in arms} == {"FINISHED"}
+    note = client.get_run(parent).data.tags["mlflow.note.content"]
+    verdict = "- A claim. **undecided**: too few seeds."
+    assert note == f"Does it *work*?\n\n{verdict}\n\n[Compare the arms]({comparison(study)})"
+    assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25}
+
+    before = everything(client, experiment)  # a second start, and a catch-up: nothing is sent twice
+    Mirror(study, store, "levels").sync()
+    Mirror(study, store, "levels").sync(closing=True)
+    assert everything(client, experiment) == before
+
+
+def test_an_arm_has_means_and_intervals_over_its_seeds(study, store):
+    mirror = Mirror(study, store, "means")
+    mirror.sync(closing=True)
+    arm = state(study / "runs/lb256-ema")["run_id"]
+    found = mirror.client.get_run(arm).data.metrics
+    results = [read_info(study / f"runs/lb256-ema/seed{seed}")["result"] for seed in (0, 1)]
+    baseline = [read_info(study / f"runs/sb32/seed{seed}")["result"] for seed in (0, 1)]
+    accuracies = np.array([result["test/accuracy"] for result in results])
+    half = 12.706204736 * accuracies.std(ddof=1) / 2**0.5  # Student's t, one degree of freedom
+    assert found["test/accuracy/mean"] == pytest.approx(accuracies.mean())
+    assert found["test/accuracy/ci_low"] == pytest.approx(accuracies.mean() - half)
+    assert found["test/accuracy/ci_high"] == pytest.approx(accuracies.mean() + half)
+    assert found["sb_lb_gap/mean"] == pytest.approx(np.mean([b["test/accuracy"] for b in baseline]) - accuracies.mean())
+    curves = [{line["step"]: line for line in read_metrics(study / f"runs/lb256-ema/seed{seed}")} for seed in (0, 1)]
+    for name in ("val/accuracy", "val/loss", "train/loss", "near_rank_loss/fc2/rel_1e-2", "effective_rank/fc1"):
+        history = {m.step: m.value for m in mirror.client.get_metric_history(arm, f"{name}/mean")}
+        steps = [s for s in curves[0] if name in curves[0][s] and (name != "train/loss" or "val/loss" in curves[0][s])]
+        assert history == pytest.approx({s: (curves[0][s][name] + curves[1][s][name]) / 2 for s in steps}), name
+    wild = mirror.client.get_run(state(study / "runs/wild")["run_id"])
+    assert wild.data.metrics["num_runs/diverged"] == 2
+    assert wild.data.tags["runs"] == "2 diverged"
+    assert "test/accuracy/mean" not in wild.data.metrics
+
+
+def test_an_arm_waits_for_its_seeds_and_is_made_anew_when_one_is_done_again(study, store):
+    late = study / "runs/lb256-ema/seed1"
+    info = read_info(late)
+    (late / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    whole = read_info(study / "study.json")
+    going_on = {key: value for key, value in whole.items() if key not in ("ended", "metrics")} | {"status": "running"}
+    (study / "study.json").write_text(json.dumps(going_on))
+    mirror = Mirror(study, store, "again")
+    client = mirror.client
+    mirror.sync()
+    first = state(study / "runs/lb256-ema")["run_id"]
+    assert client.get_run(first).info.status == "RUNNING"
+    assert not client.get_run(first).data.metrics
+    assert client.get_run(state(study / "runs/sb32")["run_id"]).data.metrics["num_runs/finished"] == 2
+    (late / "run.json").write_text(json.dumps(info))
+    (study / "study.json").write_text(json.dumps(whole))
+    mirror.sync(closing=True)
+    assert state(study / "runs/lb256-ema")["run_id"] == first
+    assert client.get_run(first).info.status == "FINISHED"
+    client.set_tag(first, "seen_by", "a reviewer")
+
+    old_seed = state(late)["run_id"]
+    (late / "mlflow.json").unlink()  # as if the run's folder had been removed, and the study started again
+    result = info["result"] | {"test/accuracy": 1.0}
+    (late / "run.json").write_text(json.dumps(info | {"ended": "2030-01-01T00:00:00+00:00", "result": result}))
+    others = [state(study / name)["run_id"] for name in ("", "runs/sb32", "runs/sb32/seed0", "runs/lb256-ema/seed0")]
+    mirror.sync(closing=True)
+    assert state(late)["run_id"] != old_seed
+    arm = state(study / "runs/lb256-ema")["run_id"]
+    assert arm != first
+    assert client.get_run(first).info.lifecycle_stage == "deleted"
+    (point,) = client.get_metric_history(arm, "test/accuracy/mean")
+    assert point.value == pytest.approx((1.0 + read_info(late.parent / "seed0")["result"]["test/accuracy"]) / 2)
+    assert client.get_run(arm).data.tags["seen_by"] == "a reviewer"
+    assert client.get_run(state(late)["run_id"]).data.tags["mlflow.parentRunId"] == arm
+    assert client.get_run(state(late.parent / "seed0")["run_id"]).data.tags["mlflow.parentRunId"] == arm
+    assert [state(study / n)["run_id"] for n in ("", "runs/sb32", "runs/sb32/seed0", "runs/lb256-ema/seed0")] == others
+
+
+def test_a_mirror_that_broke_off_anywhere_sends_an_arm_once(study, store, monkeypatch):
+    mirror = Mirror(study, store, "broken")
+    send, sent = mirror.client.log_batch, 0
+
+    def lossy(run_id, metrics=(), params=(), tags=()):
+        nonlocal sent
+        send(run_id, metrics=metrics, params=params, tags=tags)
+        if any(metric.key.endswith("/ci_low") for metric in metrics):
+            sent += 1
+            raise ConnectionError  # its answer was lost
+
+    monkeypatch.setattr(mirror.client, "log_batch", lossy)
+    with pytest.raises(ConnectionError):
+        mirror.sync(closing=True)
+    assert sent == 1
+    again = Mirror(study, store, "broken")
+    again.sync(closing=True)
+    arm = state(study / "runs/sb32")["run_id"]
+    for name in again.client.get_run(arm).data.metrics:
+        steps = [point.step for point in again.client.get_metric_history(arm, name)]
+        assert len(steps) == len(set(steps)), name
+
+
+@pytest.mark.parametrize("arm", ["sb32", "lb256-ema"])
+def test_a_model_scores_as_its_run_did(study, store, arm):
+    import mlflow
+
+    mirror = Mirror(study / "runs" / arm / "seed0", store, "models")
+    mirror.sync(closing=True)
+    kept = state(mirror.folder)
+    mlflow.set_tracking_uri(store)
+    model = mlflow.pytorch.load_model(f"runs:/{kept['run_id']}/model")
+    test = catalog.load(read_config(mirror.folder).data).test
+    logits = model(test.pixels.float())
+    result = read_info(mirror.folder)["result"]
+    assert (logits.argmax(1) == test.labels).double().mean().item() == result["test/accuracy"]
+    assert torch.nn.functional.cross_entropy(logits, test.labels).item() == pytest.approx(result["test/loss"], 1e-5)
+    assert model(test.pixels[:1].float()).shape == (1, 10)  # any number of images
+    info = mlflow.models.get_model_info(f"models:/{kept['model_id']}")
+    assert [tuple(spec.shape) for spec in info.signature.inputs.inputs] == [(-1, 1, 32, 32)]
+    assert [tuple(spec.shape) for spec in info.signature.outputs.inputs] == [(-1, 10)]
+    assert mlflow.pyfunc.load_model(f"models:/{kept['model_id']}").predict(test.pixels[:3].float().numpy()).shape == (
+        3,
+        10,
+    )
+    (logged,) = mirror.client.get_run(kept["run_id"]).outputs.model_outputs
+    assert logged.model_id == kept["model_id"]
+
+
+def read_config(folder):
+    from gengap_dist.config import RunConfig
+
+    return RunConfig.model_validate(read_info(folder)["config"])
+
+
+def test_a_model_that_cannot_be_exported_is_no_failure(study, store):
+    run = study / "runs/sb32/seed0"
+    shutil.rmtree(run / "checkpoints")
+    mirror = Mirror(run, store, "none")
+    mirror.sync(closing=True)
+    found = mirror.client.get_run(state(run)["run_id"])
+    assert found.info.status == "FINISHED"
+    assert "has no whole checkpoint of its last step" in found.data.tags["model"]
+
+
+def test_machines_are_watched_in_the_folder_and_sent_once(study, store):
+    run = study / "runs/sb32/seed0"
+    samples = list(read_lines(run / "system.jsonl"))
+    assert samples
+    assert all(0 <= sample["system_memory_usage_percentage"] <= 100 for sample in samples)
+    with sampling(run, 0.05, num_nodes=2):
+        torch.randn(400, 400).matmul(torch.randn(400, 400))
+    (node,) = run.glob("system_*.jsonl")
+    mirror = Mirror(run, store, "system")
+    mirror.sync(closing=True)
+    metrics = mirror.client.get_run(state(run)["run_id"]).data.metrics
+    name = node.stem.removeprefix("system_")
+    assert {"system/cpu_utilization_percentage", f"system/{name}/disk_usage_percentage"} <= metrics.keys()
+    history = mirror.client.get_metric_history(state(run)["run_id"], "system/cpu_utilization_percentage")
+    assert [(m.step, m.timestamp) for m in history] == [(step, line["time"]) for step, line in enumerate(samples)]
+
+
+def test_two_studies_of_one_name_are_told_apart(study, store):
+    other = Path(shutil.copytree(study, study.with_name("elsewhere")))
+    info = read_info(other / "study.json")
+    (other / "study.json").write_text(json.dumps(info | {"started": "2030-01-01T00:00:00+00:00"}))
+    for folder in (study, other):
+        mirror = Mirror(folder, store, "twice")
+        mirror.sync(closing=True)
+    parents = mirror.client.search_runs([mirror.experiment], "tags.level = 'study' and tags.study = 'tiny'")
+    assert len({run.info.run_name for run in parents}) == len({run.data.tags["folder"] for run in parents}) == 2
+    for run in parents:
+        own = f"tags.study_run_id = '{run.info.run_id}' and tags.level = 'arm'"
+        assert named(mirror.client, mirror.experiment, own) == ["lb256-ema", "sb32", "wild"]
+
+
+def test_half_a_folder_does_not_keep_the_others_back(study, store):
+    (study / "runs/lb256-ema/seed1/run.json").write_text('{"status": "fin')
+    with (study / "runs/sb32/seed0/metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "val/acc')
+    mirror = Mirror(study, store, "half")
+    mirror.sync(closing=True)
+    arm = mirror.client.get_run(state(study / "runs/lb256-ema")["run_id"])
+    assert arm.data.tags["runs"] == "1 finished, 1 not started"
+    assert not arm.data.metrics
+    assert mirror.client.get_run(state(study / "runs/sb32")["run_id"]).data.metrics["num_runs/finished"] == 2
+
+
+REFUSALS = [
+    (401, '{"error_code": "UNAUTHENTICATED"}'),
+    (403, "<html>\n<h1>Forbidden</h1>"),
+    (500, "oh\nno"),
+    (200, "<p>"),
+]
+
+
+@pytest.mark.parametrize(("status", "body"), REFUSALS)
+def test_a_server_that_refuses_costs_one_sentence(study, status, body):
+    run = study / "runs/sb32/seed0"
+    with refusing(status, body) as uri:
+        behind = Follower(run, MlflowConfig(tracking_uri=uri)).finish()
+        assert behind is not None
+        assert "\n" not in behind
+        assert f"gengap report sync {run}" in behind
+        with pytest.raises(UsageError, match=re.escape(uri)) as refused:
+            sync_now(run, uri, lambda name, done, total: None)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_server_on_postgresql_takes_a_whole_study(study, tmp_path):
+    import mlflow
+
+    with postgresql() as database, mlflow_server(database, tmp_path) as uri:
+        follower = Follower(study, MlflowConfig(tracking_uri=uri, experiment="pg", wait_seconds=300))
+        assert follower.finish() is None, (study / "mlflow.log").read_text()
+        assert follower.comparison() == f"{uri}/{comparison(study)}"
+        client = mlflow.MlflowClient(uri)
+        arm = client.get_run(state(study / "runs/lb256-ema")["run_id"])
+        assert arm.data.metrics["test/accuracy/num_seeds"] == 2
+        experiment = arm.info.experiment_id
+        wanted = "tags.\"batch.global_size\" = '256' and tags.role = 'arm' and tags.level = 'arm'"
+        assert named(client, experiment, wanted) == ["lb256-ema", "wild"]
+        names = ("test/accuracy", "test/accuracy/mean", "val/loss/mean", "train/loss")
+        before = everything(client, experiment, names)
+        assert len(before) == 1 + 3 + 6
+        sync_now(study, uri, lambda name, done, total: None)
+        assert everything(client, experiment, names) == before
+        mlflow.set_tracking_uri(uri)
+        seed = state(study / "runs/sb32/seed0")["run_id"]
+        assert mlflow.pytorch.load_model(f"runs:/{seed}/model")(torch.zeros(4, 1, 32, 32)).shape == (4, 10)
+
+
+@NEEDS_CHROMIUM
+def test_the_ui_shows_the_study_its_arms_their_means_and_charts(study, store, tmp_path):
+    mirror = Mirror(study, store, "ui")
+    mirror.sync(closing=True)
+    runs, title = f"#/experiments/{mirror.experiment}/runs", state(study)["tags"]["mlflow.runName"]
+    seed = state(study / "runs/sb32/seed0")["run_id"]
+    ours = quote(f"tags.study_run_id = '{state(study)['run_id']}' and tags.level = 'arm'")
+    with mlflow_server(store, tmp_path, "ui") as uri, page(viewport={"width": 1500, "height": 1000}) as ui:
+        ui.set_default_timeout(90_000)
+
+        def visit(path: str, text: str) -> None:
+            ui.goto("about:blank")
+            ui.goto(f"{uri}/{path}", wait_until="domcontentloaded")
+            ui.get_by_text(text).first.wait_for()
+
+        def unfold(name: str, below: str) -> None:
+            ui.wait_for_timeout(2000)  # the page remembers what was unfolded before
+            if not ui.get_by_text(below, exact=True).count():
+                row = ui.locator(".ag-row", has_text=name).first
+                row.locator("button[data-component-id*=runnamecell]").click()
+            ui.get_by_text(below, exact=True).first.wait_for()
+
+        def keep(name: str) -> None:
+            ui.wait_for_timeout(1500)  # charts grow
+            ui.screenshot(path=pictures() / f"mlflow_{name}.png")
+
+        visit(f"{runs}?workflowType=machine_learning", title)
+        ui.get_by_role("button", name="Close").click()  # the assistant
+        unfold(title, "lb256-ema")
+        unfold("lb256-ema", "lb256-ema/seed1")
+        keep("runs")
+        visit(f"{runs}?searchFilter={ours}&compareRunsMode=CHART", title)
+        unfold(title, "lb256-ema")
+        ui.get_by_placeholder("Search metric charts").fill("^val/accuracy/")
+        ui.locator(".js-plotly-plot .scatterlayer .trace").first.wait_for()
+        keep("charts")
+        assert ui.locator(".js-plotly-plot").count() == 3  # the mean, and both ends of its interval
+        visit(f"{runs}/{state(study)['run_id']}", "Does it")
+        keep("study")
+        link = ui.get_by_role("link", name="Compare the arms").get_attribute("href")
+        visit(link[link.index("#") :], "Comparing 3 Runs")
+        ui.locator(".js-plotly-plot").first.wait_for()
+        keep("comparison")
+        visit(f"{runs}/{state(study / 'runs/lb256-ema')['run_id']}", "test/accuracy/ci_high")
+        keep("arm")
+        visit(f"{runs}/{seed}/system-metrics", "cpu_utilization_percentage")
+        keep("system")

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
-from gengap_dist.comparison.pairing import CONFIDENCE, paired
+from gengap_dist.comparison.pairing import paired, t_interval
 
 CHARTED = re.compile(
     r"val/(accuracy|loss)|near_rank_loss/.+/(rel|abs)_1e-2|effective_rank/.+|noise_scale|hessian/eigenvalue_1"
@@ -37,12 +36,9 @@ def summary(name: str, values: Sequence[float]) -> dict[str, float]:
     >>> summary("a", [1.0])
     {'a/mean': 1.0}
     """
-    array = np.array(values, dtype=float)
-    mean, n = float(array.mean()), len(array)
-    if n < 2 or not np.isfinite(array).all():
-        return {f"{name}/mean": mean}
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * array.std(ddof=1) / n**0.5)
-    return {f"{name}/mean": mean, f"{name}/ci_low": mean - half, f"{name}/ci_high": mean + half}
+    mean = {f"{name}/mean": float(np.mean(values))}
+    interval = t_interval(values) if np.isfinite(values).all() else None
+    return mean | ({f"{name}/ci_low": interval[0], f"{name}/ci_high": interval[1]} if interval else {})
 
 
 def over_seeds(arm: Sequence[Seed], baseline: Sequence[Seed] = ()) -> list[Line]:

@@ -34,7 +34,7 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.tracking.mlflow_source import Names
 
     record.prepare_folder(out, "study.json", resume=True)
-    names = Names(options.accuracy, options.size, options.seed, options.percent)
+    names = Names(options.accuracy, options.size, options.seed, options.updates, options.percent)
     study, problems = gather(options.runs, out, names, options.tracking_uri, options.question)
     for problem in problems:
         print(f"{PROG}: warning: {problem}", file=sys.stderr)
@@ -61,6 +61,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--percent", action="store_true", help="MLflow: it is in percent")
     add("--size", default="batch.global_size", metavar="PARAM", help="MLflow: what the runs call the global batch")
     add("--seed", default="seed", metavar="PARAM", help="MLflow: what the runs call the seed")
+    add(
+        "--updates",
+        default="num_steps",
+        metavar="NAME",
+        help="MLflow: metric or parameter, optimizer steps",
+    )
     add("--debug", action="store_true", help="show Python's traceback when something goes wrong")
     return parser.parse_args(argv)
 

@@ -21,6 +21,7 @@ class Run(NamedTuple):
     """finished, diverged, failed, ...: only finished runs have results, the others are counted."""
     global_size: int
     num_updates: int
+    """0 if that is not known, and so for epochs."""
     num_epochs: float
     settings: Mapping[str, object]
     """Dotted settings that say what was computed, the seed left out."""
@@ -34,6 +35,8 @@ class Run(NamedTuple):
     """The same names, of matrices with as many rows as the run's own batch, at the last measurement."""
     own_batch_untrained: Mapping[str, float]
     """The same at the first."""
+    num_probe_samples: int | None
+    """Images in the fixed probe set; None if that is not known."""
     target: float | None
     """Validation accuracy to reach; None if none was set."""
     updates_to_target: int | None
@@ -49,7 +52,7 @@ class Gap(NamedTuple):
     holm: float | None
     """The same, corrected for all arms of the study (Holm 1979)."""
     smallest: float | None
-    """Half the t interval: a smaller difference would not be told apart from none with this spread."""
+    """Half the t interval, below which a difference is not told from none with this spread; None without one."""
     detectable: float | None
     """A true difference that the paired t test finds four times in five, with these seeds and this spread."""
     matched: str

@@ -8,11 +8,10 @@ import numpy as np
 from gengap_dist.comparison import Comparison, Gap, Run
 from gengap_dist.comparison.correlation import correlations
 from gengap_dist.comparison.pairing import detectable, holm, p_value, paired
-from gengap_dist.comparison.roles import Arm, arms_of
+from gengap_dist.comparison.roles import Arm, arms_of, same
 from gengap_dist.comparison.target import target_of
 from gengap_dist.comparison.verdict import claims
 
-SAME = 0.02  # epochs and updates that differ by less are the same: the last step of an epoch may be ragged
 FEW_PAIRS = 8
 
 
@@ -50,7 +49,7 @@ def _gaps(runs: Sequence[Run], arms: dict[str, Arm], baseline: str) -> dict[str,
             p=p_value(values),
             holm=None,
             smallest=(difference.student[1] - difference.student[0]) / 2 if difference.student else None,
-            detectable=detectable(float(values.std(ddof=1)), n) if n > 1 else None,
+            detectable=detectable(float(values.std(ddof=1)), n) if difference.student else None,
             matched=_matched(arm, arms[baseline]),
             lost=lost(runs, name),
         )
@@ -62,7 +61,7 @@ def _matched(arm: Arm, base: Arm) -> str:
     words = []
     for word, of in (("epochs", lambda run: run.num_epochs), ("updates", lambda run: run.num_updates)):
         ours, theirs = (float(np.mean([of(run) for run in each.runs.values()])) for each in (arm, base))
-        if abs(ours - theirs) <= SAME * theirs:
+        if same(ours, theirs):
             words.append(word)
     return " and ".join(words)
 
@@ -95,6 +94,14 @@ def _caveats(runs: Sequence[Run], arms: dict[str, Arm], baseline: str, gaps: dic
         )
         if n < FEW_PAIRS:
             out.append(f"With {n} pairs read the t interval: the bootstrap cannot reach beyond the differences it saw.")
+    seeds = max((len(arm.runs) for arm in arms.values()), default=0)
+    short = [f"{name} ({n})" for name, gap in gaps.items() if (n := len(gap.paired.differences)) < seeds]
+    if short:
+        out.append(f"Fewer than {seeds} pairs: {', '.join(short)}.")
+    if any(gap.p is None and len(gap.paired.differences) > 1 for gap in gaps.values()):
+        out.append("Where all pairs differ by exactly as much there is no spread to judge by, and so no interval.")
+    if len({run.num_probe_samples for arm in arms.values() for run in arm.runs.values() if run.measures}) > 1:
+        out.append("Probe sets are not equally large in all runs: near-rank loss is compared only where they are.")
     lacking = [name for name, arm in arms.items() if arm.runs and len(arm.accuracies()) < len(arm.runs)]
     if lacking:
         out.append(f"Some finished runs have no test accuracy: {', '.join(lacking)}.")

@@ -45,7 +45,8 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
     r = pearson(x, y)
     if r is None:
         return None
-    partial = None if name == UPDATES else partial_correlation(x, y, u)
+    known = all(run.num_updates for run, _ in having)
+    partial = partial_correlation(x, y, u) if known and name != UPDATES else None
     return Correlation(
         measure=name,
         r=r,
@@ -60,7 +61,7 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
 
 
 def _value(name: str, run: Run) -> float:
-    value = float(run.num_updates) if name == UPDATES else run.measures.get(name, float("nan"))
+    value = float(run.num_updates or "nan") if name == UPDATES else run.measures.get(name, float("nan"))
     if name.startswith(POSITIVE):
         return float(np.log(value)) if value > 0 else float("nan")
     return value

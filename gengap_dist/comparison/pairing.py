@@ -18,7 +18,7 @@ class Paired(NamedTuple):
     bootstrap: tuple[float, float] | None
     """95% bootstrap over pairs; None for fewer than two pairs."""
     student: tuple[float, float] | None
-    """95% Student t interval; None for fewer than two pairs."""
+    """95% Student t interval; None for fewer than two pairs, and where equal differences give no spread to judge by."""
     differences: dict[int, float]
     """Seed to difference."""
 
@@ -55,7 +55,8 @@ def paired(baseline: Mapping[int, float], arm: Mapping[int, float]) -> Paired:
             rng=np.random.default_rng(0),
         ).confidence_interval
         bootstrap = (float(drawn.low), float(drawn.high))
-    return Paired(float(values.mean()), bootstrap, t_interval(values), by_seed)
+    student = None if p_value(values) is None else t_interval(values)
+    return Paired(float(values.mean()), bootstrap, student, by_seed)
 
 
 def differences(baseline: Mapping[int, float], arm: Mapping[int, float]) -> dict[int, float]:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from gengap_dist.comparison import Run
 
+SAME = 0.02  # epochs and updates that differ by less are the same: the last step of an epoch may be ragged
+
 RATE = {"optim.lr", "optim.warmup_epochs"}
 LENGTH = {"train.epochs", "train.steps", "train.num_evals"}
 NORM = {"model.norm", "batch.ghost_size"}
@@ -31,7 +33,9 @@ def effective(settings: Settings) -> dict[str, object]:
     out = dict(settings)
     size, scaling = out.pop("batch.global_size", None), out.pop("optim.scaling", "none")
     base, budget = out.pop("optim.base_size", None), out.pop("train.budget", "epochs")
-    factor = size / base if isinstance(size, int | float) and isinstance(base, int | float) else 1.0
+    factor = 1.0
+    if isinstance(size, int | float) and isinstance(base, int | float) and base > 0:
+        factor = size / base
     if size is not None and out.get("batch.ghost_size") == size:
         out |= {"batch.ghost_size": None, "model.norm": "sync"}
     _times(out, "optim.lr", {"linear": factor, "sqrt": factor**0.5, "legw": factor**0.5}.get(str(scaling), 1.0))
@@ -87,7 +91,7 @@ class Roles(NamedTuple):
     """Arms with a larger batch than the baseline's, by what else they differ in."""
 
     plain: list[Arm]
-    """In nothing."""
+    """In nothing, with as many epochs."""
     scaled: list[Arm]
     """In a higher rate, or also in the warm-up."""
     longer: list[Arm]
@@ -114,13 +118,41 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
             found.penalised.extend((arm, twin) for twin in twins[:1])
         elif arm.global_size > base.global_size:
             differs = differing(arm.settings, base.settings)
-            if not differs:
+            if not differs and same(_epochs(arm), _epochs(base)) is not False:
                 found.plain.append(arm)
             elif differs <= RATE and _rate(arm) > _rate(base):
                 found.scaled.append(arm)
             elif differs <= RATE | LENGTH | NORM and _epochs(arm) > _epochs(base):
                 found.longer.append(arm)
     return found
+
+
+def same(one: float, other: float) -> bool | None:
+    """Whether two counts of updates or epochs are the same; None if one is not known.
+
+    >>> same(8.0, 8.1), same(8.0, 2.0), same(0.0, 8.0)
+    (True, False, None)
+    """
+    return abs(one - other) <= SAME * other if one > 0 and other > 0 else None
+
+
+def without_rate(arm: Arm, arms: Sequence[Arm], base: Arm) -> Arm | None:
+    """The arm of the same batch at the baseline's rate; None if there is none."""
+    same_batch = (twin for twin in arms if twin.global_size == arm.global_size)
+    return next((twin for twin in same_batch if not differing(twin.settings, base.settings)), None)
+
+
+def without_length(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The arm of the same batch that differs in its length only, and is shorter; None if there is none."""
+    allowed = LENGTH | {"optim.warmup_epochs"}  # which train.budget=updates makes longer, too
+    twins = (
+        twin
+        for twin in arms
+        if twin.global_size == arm.global_size
+        and differing(twin.settings, arm.settings) <= allowed
+        and _epochs(twin) < (1 - SAME) * _epochs(arm)
+    )
+    return min(twins, key=_epochs, default=None)
 
 
 def _rate(arm: Arm) -> float:

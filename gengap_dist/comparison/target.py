@@ -1,5 +1,6 @@
 """Updates to a target accuracy by global batch (Shallue et al. 2019); the critical batch (McCandlish et al. 2018)."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from gengap_dist.comparison import Run, Target
 from gengap_dist.comparison.pairing import CONFIDENCE
 
 NOISE_SCALE = "noise_scale"
+BEYOND = 10.0  # times the largest batch, or below the smallest: nobody has looked there
 
 
 def target_of(runs: Sequence[Run], baseline: str) -> Target | None:
@@ -35,7 +37,8 @@ def target_of(runs: Sequence[Run], baseline: str) -> Target | None:
         if arm not in missed and (rival is None or _mean(by_seed) < _mean(updates[rival])):
             fastest[sizes[arm]] = arm
     points = [(size, steps) for size, arm in fastest.items() for steps in updates[arm].values() if steps > 0]
-    fit = fit_curve(*zip(*points, strict=True)) if len(fastest) > 2 else None
+    enough = len({size for size, _ in points}) > 2
+    fit = fit_curve(*zip(*points, strict=True)) if enough else None
     noise = [run.measures[NOISE_SCALE] for run in runs if run.arm == baseline and NOISE_SCALE in run.measures]
     least, critical, interval = fit or (None, None, None)
     scale = float(np.median(noise)) if noise else None
@@ -52,7 +55,8 @@ def fit_curve(
     """S_min, B_crit and its 95% interval of S = S_min (1 + B_crit / B), by least squares of log S.
 
     The interval is a t interval of log B_crit from the curvature of the fit; None without spare observations, or where
-    the data say nothing of B_crit. None altogether if no fit is found.
+    the data say nothing of B_crit. None altogether if no fit is found, or if B_crit lies so far from
+    all batches that were tried that they cannot know it: flat updates, or perfect scaling.
 
     >>> sizes = [16, 64, 256, 1024]
     >>> least, critical, _ = fit_curve(sizes, [100 * (1 + 200 / size) for size in sizes])
@@ -66,8 +70,12 @@ def fit_curve(
 
     start = (float(log_s.min()), float(np.log(np.median(b))))
     try:
-        found, covariance, *_ = optimize.curve_fit(curve, b, log_s, p0=start, maxfev=10000)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optimize.OptimizeWarning)  # a curvature of zero: seen below
+            found, covariance, *_ = optimize.curve_fit(curve, b, log_s, p0=start, maxfev=10000)
     except RuntimeError:
+        return None
+    if not b.min() / BEYOND <= np.exp(found[1]) <= b.max() * BEYOND:
         return None
     df, variance = len(b) - 2, float(covariance[1, 1])
     interval = None

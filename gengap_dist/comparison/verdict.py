@@ -12,16 +12,21 @@ from typing import NamedTuple
 
 from gengap_dist.comparison import Claim, Correlation, Outcome, Run
 from gengap_dist.comparison.pairing import CONFIDENCE, differences, holm, p_value, t_interval
-from gengap_dist.comparison.roles import Arm, Roles, arms_of, roles
+from gengap_dist.comparison.roles import Arm, Roles, arms_of, roles, without_length, without_rate
 
 ALPHA = 1 - CONFIDENCE
 NEGLIGIBLE_GAP = 0.005  # half a percentage point of accuracy
 NEGLIGIBLE_LOSS = 0.01  # one singular value in a hundred
 CLOSED = 0.25  # a remedy that leaves less than this share of the gap, if anything, resolves it
+HALF = 0.5  # what a penalty has to undo of the growth, and what has to come back for it
 LOSS = "near_rank_loss/"
 RELATIVE, ABSOLUTE = "/rel_1e-2", "/abs_1e-2"
 
 NEEDS_GAP = "Asked of a gap only, and here none is told apart from chance."
+
+Measures = Callable[[Run], Mapping[str, float]]
+Difference = Callable[[Arm, Arm], Mapping[int, float]]
+"""Seed to a quantity of the first arm minus that of the second."""
 
 
 class Contrast(NamedTuple):
@@ -30,13 +35,10 @@ class Contrast(NamedTuple):
     name: str
     mean: float
     interval: tuple[float, float] | None
+    """95% t interval; None where one pair, or equal differences, give no spread to judge by."""
     p: float | None
-    num_pairs: int
-
-    @property
-    def low(self) -> float:
-        """Lower end of the interval; minus infinity without one."""
-        return self.interval[0] if self.interval else float("-inf")
+    values: Mapping[int, float]
+    """Seed to difference."""
 
     @property
     def high(self) -> float:
@@ -48,42 +50,73 @@ class Contrast(NamedTuple):
         return self.p is not None and self.p < ALPHA and sign * self.mean > 0
 
 
-def contrasts(pairs: Sequence[tuple[Arm, Arm]], value: Callable[[Arm], Mapping[int, float]]) -> list[Contrast]:
+def contrast(name: str, values: Mapping[int, float]) -> Contrast | None:
+    """Differences by seed as a contrast; None if there are none."""
+    if not values:
+        return None
+    found = [*values.values()]
+    p = p_value(found)
+    return Contrast(name, fmean(found), None if p is None else t_interval(found), p, values)
+
+
+def contrasts(pairs: Sequence[tuple[Arm, Arm]], difference: Difference) -> list[Contrast]:
     """First minus second of each pair that shares a seed; p not corrected."""
-    out: list[Contrast] = []
-    for arm, other in pairs:
-        found = [*differences(value(arm), value(other)).values()]
-        if found:
-            out.append(Contrast(arm.name, fmean(found), t_interval(found), p_value(found), len(found)))
-    return out
+    found = (contrast(arm.name, difference(arm, other)) for arm, other in pairs)
+    return [each for each in found if each]
 
 
 def corrected(*families: Sequence[Contrast]) -> list[list[Contrast]]:
     """The same with p corrected for all of them together."""
-    ps = iter(holm([contrast.p for family in families for contrast in family]))
-    return [[contrast._replace(p=next(ps)) for contrast in family] for family in families]
+    ps = iter(holm([each.p for family in families for each in family]))
+    return [[each._replace(p=next(ps)) for each in family] for family in families]
 
 
-def _accuracy_lost(arm: Arm) -> dict[int, float]:
-    """Seed to minus the accuracy: what an arm has more of than another is what it loses."""
-    return {seed: -accuracy for seed, accuracy in arm.accuracies().items()}
+def accuracy_lost(arm: Arm, other: Arm) -> dict[int, float]:
+    """Seed to what an arm loses of the other's accuracy."""
+    return differences(other.accuracies(), arm.accuracies())
 
 
-def mean_loss(
-    run: Run, threshold: str, layers: Sequence[str] = (), *, of: Callable[[Run], Mapping[str, float]]
-) -> float | None:
-    """Near-rank loss of a run, mean over its layers (or those that begin with one of `layers`); None without any."""
-    found = [
-        value
-        for name, value in of(run).items()
-        if name.startswith(LOSS) and name.endswith(threshold) and (not layers or _within(name, layers))
-    ]
-    return fmean(found) if found else None
+def loss_grown(threshold: str, of: Measures, layers: Sequence[str] = ()) -> Difference:
+    """Seed to how much more near-rank loss an arm has, mean over the layers that both runs have measured.
+
+    Args:
+        threshold: end of the metrics' names.
+        of: which of a run's measures.
+        layers: names that a layer's must be or begin with; none for all.
+    """
+
+    def difference(arm: Arm, other: Arm) -> dict[int, float]:
+        out: dict[int, float] = {}
+        for seed in sorted(arm.runs.keys() & other.runs.keys()):
+            one, two = arm.runs[seed], other.runs[seed]
+            names = [name for name in of(one) if name in of(two) and name.startswith(LOSS) and name.endswith(threshold)]
+            names = [name for name in names if not layers or _within(name, layers)]
+            same_size = of is not _trained or one.num_probe_samples == two.num_probe_samples
+            if names and same_size:
+                out[seed] = fmean(of(one)[name] - of(two)[name] for name in names)
+        return out
+
+    return difference
 
 
 def _within(name: str, layers: Sequence[str]) -> bool:
     key = name.removeprefix(LOSS)
     return any(key == layer or key.startswith(f"{layer}/") for layer in layers)
+
+
+def _trained(run: Run) -> Mapping[str, float]:
+    return run.measures
+
+
+def _own(run: Run) -> Mapping[str, float]:
+    return run.own_batch
+
+
+def _own_untrained(run: Run) -> Mapping[str, float]:
+    return run.own_batch_untrained
+
+
+# -- the claims --------------------------------------------------------------------------------------------------------
 
 
 def claims(runs: Sequence[Run], baseline: str, correlations: Sequence[Correlation] = ()) -> list[Claim]:
@@ -93,25 +126,36 @@ def claims(runs: Sequence[Run], baseline: str, correlations: Sequence[Correlatio
         return []
     base, found = arms[baseline], roles(arms, baseline)
     plain = [(arm, base) for arm in found.plain]
-    lost, grown = corrected(contrasts(plain, _accuracy_lost), contrasts(plain, lambda arm: _losses(arm, RELATIVE)))
-    gap = _gap(lost, base)
+    lost, grown = corrected(contrasts(plain, accuracy_lost), contrasts(plain, loss_grown(RELATIVE, _trained)))
+    gap = _gap(lost, found, base)
     grows = _grows(grown, found, base)
+    others = [arm for arm in arms.values() if arm.runs]
+    scaled = [(arm, without_rate(arm, others, base)) for arm in found.scaled]
+    longer = [(arm, without_length(arm, others)) for arm in found.longer]
     return [
         gap,
         grows,
         _explains(found, base, gap, grows, correlations),
-        _remedy("scaling", "Scaling the learning rate does not resolve the gap.", found.scaled, found, base, gap),
-        _remedy("longer_training", "Longer training does not resolve the gap.", found.longer, found, base, gap),
+        _remedy("scaling", "Scaling the learning rate does not resolve the gap.", scaled, base, gap),
+        _remedy("longer_training", "Longer training does not resolve the gap.", longer, base, gap),
     ]
 
 
-def _gap(lost: Sequence[Contrast], base: Arm) -> Claim:
+def _gap(lost: Sequence[Contrast], found: Roles, base: Arm) -> Claim:
     claim = "Networks trained with large batches generalize worse than with small ones."
-    control = "The same seeds, initial weights and epochs; only the batch differs."
+    control = "The same seeds, initial weights, epochs and settings; only the batch differs."
     if not lost:
-        return Claim("gap", claim, "undecided", f"No arm differs from {base.name} in its batch only.", control)
-    outcome = _outcome(lost, NEGLIGIBLE_GAP)
-    return Claim("gap", claim, outcome, "Test accuracy lost: " + _listed(lost, _points) + ".", control)
+        return Claim("gap", claim, "undecided", _nobody(found, base), control)
+    return Claim(
+        "gap", claim, _outcome(lost, NEGLIGIBLE_GAP), f"Test accuracy lost: {_listed(lost, _points)}.", control
+    )
+
+
+def _nobody(found: Roles, base: Arm) -> str:
+    if found.plain:
+        names = ", ".join(arm.name for arm in found.plain)
+        return f"No seed came to a result in both {base.name} and an arm that differs in its batch only ({names})."
+    return f"No arm of as many epochs differs from {base.name} in its batch only."
 
 
 def _outcome(found: Sequence[Contrast], negligible: float) -> Outcome:
@@ -132,90 +176,70 @@ def _grows(relative: Sequence[Contrast], found: Roles, base: Arm) -> Claim:
     )
     pairs = [(arm, base) for arm in found.plain]
 
-    def mean_of(threshold: str, of: Callable[[Run], Mapping[str, float]]) -> list[Contrast]:
-        return corrected(contrasts(pairs, lambda arm: _losses(arm, threshold, of=of)))[0]
+    def grown(threshold: str, of: Measures) -> list[Contrast]:
+        return corrected(contrasts(pairs, loss_grown(threshold, of)))[0]
 
-    own, absolute = mean_of(RELATIVE, _own), mean_of(ABSOLUTE, _trained)
+    own, absolute = grown(RELATIVE, _own), grown(ABSOLUTE, _trained)
     if not relative:
-        what = "only on each run's own batch, which cannot tell" if own else "nowhere"
-        where = (
-            f"Near-rank loss was measured {what}."
-            if found.plain
-            else f"No arm differs from {base.name} in its batch only."
-        )
-        return Claim("near_rank_loss_grows", claim, "undecided", where, control)
+        what = "only on each run's own batch, which cannot tell" if own else "on no probe set that two arms share"
+        because = f"Near-rank loss was measured {what}." if found.plain else _nobody(found, base)
+        return Claim("near_rank_loss_grows", claim, "undecided", because, control)
     outcome, other = _outcome(relative, NEGLIGIBLE_LOSS), _outcome(absolute, NEGLIGIBLE_LOSS) if absolute else None
-    because = (
-        "Change of the share of singular values below 0.01 s1, mean over layers: " + _listed(relative, _share) + "."
-    )
+    because = f"Change of the share of singular values below 0.01 s1, mean over layers: {_listed(relative, _share)}."
     if absolute:
-        because += " Below 0.01: " + _listed(absolute, _share) + "."
+        because += f" Below 0.01: {_listed(absolute, _share)}."
     if {outcome, other} == {"supported", "contradicted"}:
         outcome = "undecided"
         because += " The two thresholds say opposite things."
     if own:
-        because += " On each run's own batch it would have seemed to be: " + _listed(own, _share)
-        before = mean_of(RELATIVE, _own_untrained)
-        because += (", of which the untrained networks have " + _listed(before, _share) if before else "") + "."
+        because += f" On each run's own batch it would have seemed to be: {_listed(own, _share)}"
+        before = grown(RELATIVE, _own_untrained)
+        because += (f", of which the untrained networks have {_listed(before, _share)}" if before else "") + "."
     return Claim("near_rank_loss_grows", claim, outcome, because, control)
-
-
-def _trained(run: Run) -> Mapping[str, float]:
-    return run.measures
-
-
-def _own(run: Run) -> Mapping[str, float]:
-    return run.own_batch
-
-
-def _own_untrained(run: Run) -> Mapping[str, float]:
-    return run.own_batch_untrained
-
-
-def _losses(
-    arm: Arm, threshold: str, layers: Sequence[str] = (), *, of: Callable[[Run], Mapping[str, float]] = _trained
-) -> dict[int, float]:
-    found = {seed: mean_loss(run, threshold, layers, of=of) for seed, run in arm.runs.items()}
-    return {seed: value for seed, value in found.items() if value is not None}
 
 
 def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: Sequence[Correlation]) -> Claim:
     key, claim = "explains", "Near-rank loss is what costs large batches their accuracy."
-    control = "An arm whose loss penalises near-rank loss, against the same arm without the penalty."
+    control = (
+        "An arm whose loss penalises near-rank loss, against the same arm without the penalty, less what the penalty "
+        "does for the baseline."
+    )
     if gap.outcome != "supported":
         return Claim(key, claim, "undecided", NEEDS_GAP, control)
-    beside = _beside(correlations)
-    tested = [
-        (arm, twin) for arm, twin in found.penalised if twin.global_size > base.global_size and _lost(base, twin) > 0
+    pairs = [
+        (arm, twin)
+        for arm, twin in found.penalised
+        if twin.global_size > base.global_size and accuracy_lost(twin, base) and _mean(accuracy_lost(twin, base)) > 0
     ]
-    (lowered,) = corrected(contrasts(tested, lambda arm: _losses(arm, RELATIVE, _penalised_layers(arm, tested))))
-    (gains,) = corrected(contrasts(tested, Arm.accuracies))
-    words: list[str] = []
+    # what the penalty does where the batch is small: a remedy for everything explains nothing
+    small = next((pair for pair in found.penalised if pair[0].global_size == base.global_size), None)
+    small_gain = {seed: -lost for seed, lost in accuracy_lost(*small).items()} if small else {}
+    lowered, gains = [], []
+    for arm, twin in pairs:
+        gain = {seed: -lost for seed, lost in accuracy_lost(arm, twin).items()}
+        gain = {
+            seed: value - small_gain.get(seed, 0.0) for seed, value in gain.items() if not small or seed in small_gain
+        }
+        fall = contrast(arm.name, loss_grown(RELATIVE, _trained, _penalised_layers(arm))(arm, twin))
+        if fall and (back := contrast(arm.name, gain)):
+            lowered.append(fall)
+            gains.append(back)
+    (lowered,), (gains,) = corrected(lowered), corrected(gains)
     verdicts: list[Outcome] = []
-    for arm, twin in tested:
-        less = next((c for c in lowered if c.name == arm.name), None)
-        gain = next((c for c in gains if c.name == arm.name), None)
-        if less is None or gain is None:
-            words.append(f"{arm.name} has no pair with {twin.name}")
-            continue
-        lost = _lost(base, twin)
-        text = (
-            f"{arm.name} changes near-rank loss by {_share(less)}, accuracy by {_points(gain)} of {100 * lost:.2f} lost"
+    words: list[str] = []
+    for less, gain in zip(lowered, gains, strict=True):
+        arm, twin = next(pair for pair in pairs if pair[0].name == less.name)
+        growth = loss_grown(RELATIVE, _trained, _penalised_layers(arm))(twin, base)
+        verdict, told = _of_penalty(less, gain, _mean(growth) if growth else 0.0, _mean(accuracy_lost(twin, base)))
+        if verdict == "supported" and not small:
+            verdict, told = "undecided", "accuracy comes back, but no arm says what the penalty does for the baseline"
+        verdicts.append(verdict)
+        words.append(
+            f"{arm.name} changes near-rank loss by {_share(less)}, accuracy by {_points(gain)} of "
+            f"{100 * _mean(accuracy_lost(twin, base)):.2f} lost: {told}"
         )
-        if not less.told_apart(-1):
-            words.append(f"{text}: it does not lower near-rank loss, and so decides nothing")
-        elif gain.told_apart(-1) and gain.mean < -NEGLIGIBLE_GAP:
-            words.append(f"{text}: the penalty costs accuracy by itself, and so decides nothing")
-        elif gain.told_apart(1):
-            words.append(f"{text}: accuracy comes back")
-            verdicts.append("supported")
-        elif gain.high < lost / 2:
-            words.append(f"{text}: near-rank loss falls, and less than half of the accuracy comes back")
-            verdicts.append("contradicted")
-        else:
-            words.append(f"{text}: too uncertain to tell")
-            verdicts.append("undecided")
     because = "; ".join(words) or "No arm lowers near-rank loss directly"
+    beside = _beside(correlations)
     decided: list[Outcome] = [verdict for verdict in verdicts if verdict != "undecided"]
     if not decided and grows.outcome == "contradicted":
         because = f"The gap is there, and near-rank loss does not grow with the batch. {because}"
@@ -224,65 +248,82 @@ def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: S
     return Claim(key, claim, outcome, f"{because}. {beside}".strip(), control)
 
 
-def _penalised_layers(arm: Arm, tested: Sequence[tuple[Arm, Arm]]) -> Sequence[str]:
-    """Layers that the penalty holds for, also for the arm's twin; none for all."""
-    settings = next((a.settings for a, twin in tested if arm.name in (a.name, twin.name)), {})
-    layers = settings.get("recipe.rank_layers")
+def _of_penalty(less: Contrast, gain: Contrast, growth: float, lost: float) -> tuple[Outcome, str]:
+    """What one penalised arm says, and why, from what it lowers and gains, and what grew and was lost without it."""
+    if not less.told_apart(-1) or -less.mean < HALF * growth:
+        return "undecided", "it does not lower near-rank loss by half of what it grew, and so decides nothing"
+    if gain.told_apart(-1) and gain.mean < -NEGLIGIBLE_GAP:
+        return "undecided", "the penalty costs accuracy by itself, and so decides nothing"
+    if gain.high < HALF * lost:
+        return "contradicted", "near-rank loss falls, and less than half of the accuracy comes back"
+    if gain.told_apart(1) and gain.mean >= HALF * lost:
+        return "supported", "near-rank loss falls, and accuracy comes back"
+    return "undecided", "too uncertain to tell"
+
+
+def _penalised_layers(arm: Arm) -> Sequence[str]:
+    """Layers that an arm's penalty holds for; none for all."""
+    layers = arm.settings.get("recipe.rank_layers")
     named = [str(layer) for layer in layers] if isinstance(layers, list | tuple) else []
     return [] if any(layer == "auto" or "*" in layer for layer in named) else named
 
 
-def _lost(base: Arm, arm: Arm) -> float:
-    """Accuracy that an arm loses, mean over pairs; nan without one."""
-    found = [*differences(base.accuracies(), arm.accuracies()).values()]
-    return fmean(found) if found else float("nan")
+def _mean(values: Mapping[int, float]) -> float:
+    return fmean(values.values())
 
 
 def _beside(correlations: Sequence[Correlation]) -> str:
     """The strongest correlations, in words; they decide nothing."""
-    best = [c for c in correlations if c.interval][:3]
-    if not best:
-        return ""
     told = ", ".join(
         f"{c.measure} {c.r:+.2f} [{c.interval[0]:+.2f}, {c.interval[1]:+.2f}]"
         + ("" if c.partial is None else f" ({c.partial:+.2f} given updates)")
-        for c in best
+        for c in [c for c in correlations if c.interval][:3]
         if c.interval
     )
-    return f"What goes most with the accuracy lost (a correlation, no cause): {told}."
+    return f"What goes most with the accuracy lost (a correlation, no cause): {told}." if told else ""
 
 
-def _remedy(key: str, claim: str, arms: Sequence[Arm], found: Roles, base: Arm, gap: Claim) -> Claim:
-    """Whether arms that claim to close the gap leave it open (supported), or one of them closes it (contradicted)."""
-    control = "The arm of the same batch without it, and the baseline."
+def _remedy(key: str, claim: str, pairs: Sequence[tuple[Arm, Arm | None]], base: Arm, gap: Claim) -> Claim:
+    """Whether arms that claim to close the gap leave it open (supported), or one of them closes it (contradicted).
+
+    Each stands beside its twin, the arm of the same batch that is without the remedy: where the twin loses nothing,
+    there is nothing to resolve.
+    """
+    control = "The arm of the same batch that is without it, which must lose accuracy, and the baseline."
     if gap.outcome != "supported":
         return Claim(key, claim, "undecided", NEEDS_GAP, control)
+    both = [(arm, twin) for arm, twin in pairs if twin and accuracy_lost(arm, base) and accuracy_lost(twin, base)]
+    (left,) = corrected(contrasts([(arm, base) for arm, _ in both], accuracy_lost))
+    twins = {twin.name: twin for _, twin in both}
+    (before,) = corrected(contrasts([(twin, base) for twin in twins.values()], accuracy_lost))
     verdicts: list[Outcome] = []
     words: list[str] = []
-    (left,) = corrected(contrasts([(arm, base) for arm in arms], _accuracy_lost))
-    for c in left:
-        arm = next(arm for arm in arms if arm.name == c.name)
-        plain = next((twin for twin in found.plain if twin.global_size == arm.global_size), None)
-        lost = _lost(base, plain) if plain else float("nan")
-        values = [*differences(base.accuracies(), arm.accuracies()).values()]
-        interval = t_interval(values, 1 - ALPHA / len(arms))  # the best of several is picked here
-        of = f" of {100 * lost:.2f}" if lost == lost else ""
-        text = f"{arm.name} leaves {_points(c)}{of} points"
-        high = interval[1] if interval else float("inf")
+    for (arm, twin), c in zip(both, left, strict=True):
+        lost = next(each for each in before if each.name == twin.name)
+        text = f"{arm.name} leaves {_points(c)} of the {_points(lost)} points that {twin.name} loses"
+        interval = t_interval([*c.values.values()], 1 - ALPHA / len(both)) if c.interval else None
+        high = interval[1] if interval else float("inf")  # the best of several is picked here
+        if not lost.told_apart(1):
+            words.append(f"{text}, which is nothing to resolve")
+            continue
         if high >= NEGLIGIBLE_GAP and c.told_apart(1):
             verdicts.append("supported")
-        elif high < NEGLIGIBLE_GAP or high < CLOSED * lost:
+        elif high < NEGLIGIBLE_GAP or high < CLOSED * lost.mean:
             verdicts.append("contradicted")
             text += " and so resolves it"
         else:
             verdicts.append("undecided")
             text += ", too uncertain to tell"
         words.append(text)
-    if not verdicts:
-        return Claim(key, claim, "undecided", "No such arm has a pair with the baseline.", control)
-    resolved, open_ = "contradicted" in verdicts, all(verdict == "supported" for verdict in verdicts)
-    outcome: Outcome = "contradicted" if resolved else "supported" if open_ else "undecided"
-    return Claim(key, claim, outcome, "; ".join(words) + ".", control)
+    words += [f"{arm.name} has no twin without it" for arm, twin in pairs if twin is None]
+    because = "; ".join(words) + "." if words else "No such arm has a pair with the baseline."
+    if "contradicted" in verdicts:
+        return Claim(key, claim, "contradicted", because, control)
+    left_open = bool(verdicts) and all(verdict == "supported" for verdict in verdicts)
+    return Claim(key, claim, "supported" if left_open else "undecided", because, control)
+
+
+# -- in words ----------------------------------------------------------------------------------------------------------
 
 
 def _listed(found: Sequence[Contrast], show: Callable[[Contrast], str]) -> str:
@@ -291,8 +332,17 @@ def _listed(found: Sequence[Contrast], show: Callable[[Contrast], str]) -> str:
 
 def _points(c: Contrast) -> str:
     """In percentage points, with the interval."""
-    return f"{100 * c.mean:+.2f}" + (f" [{100 * c.low:+.2f}, {100 * c.high:+.2f}]" if c.interval else " (one pair)")
+    return f"{100 * c.mean:+.2f}" + _bounds(c, 100, ".2f")
 
 
 def _share(c: Contrast) -> str:
-    return f"{c.mean:+.3f}" + (f" [{c.low:+.3f}, {c.high:+.3f}]" if c.interval else " (one pair)")
+    return f"{c.mean:+.3f}" + _bounds(c, 1, ".3f")
+
+
+def _bounds(c: Contrast, scale: float, style: str) -> str:
+    if c.interval is None:
+        return (
+            " (one pair)" if len(c.values) == 1 else f" (the same in all {len(c.values)} pairs: no spread to judge by)"
+        )
+    low, high = (format(scale * end, f"+{style}") for end in c.interval)
+    return f" [{low}, {high}]"

@@ -49,7 +49,14 @@ class RunData:
     def probed(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The lines of the first and of the last measurement; empty if there is none."""
         probed = [line for line in self.lines if "probe_seconds/near_rank_loss" in line]
-        return (probed[0], probed[-1]) if probed else ({}, {})
+        if probed:
+            return probed[0], probed[-1]
+        first: dict[str, Any] = {}  # a run that something else has trained measures when it likes
+        last: dict[str, Any] = {}
+        for line in self.lines:
+            if any(map(EXPLANATIONS.fullmatch, line)):
+                first, last = line | first, last | line
+        return first, last
 
     def untrained_and_trained(self, name: str) -> tuple[float, float]:
         """A probe's metric at the first and at the last measurement; nan where that measurement lacks it."""
@@ -95,7 +102,7 @@ class StudyData:
 
     def results(self, arm: str, name: str) -> dict[int, float]:
         """Seed to a final result, over the finished runs of an arm that have it."""
-        values = {run.seed: run.info["result"].get(name) for run in self.finished(arm)}
+        values = {run.seed: (run.info.get("result") or {}).get(name) for run in self.finished(arm)}
         return {seed: value for seed, value in values.items() if value is not None}
 
     def gap(self, arm: str, name: str = "test/accuracy") -> Paired | None:
@@ -115,7 +122,7 @@ class StudyData:
     def comparison(self) -> Comparison:
         """What the study says, see `comparison.compare`."""
         order = {arm: number for number, arm in enumerate(self.arms)}
-        tuned = {name for found in self.info.get("tuned", {}).values() for name in found.get("best") or {}}
+        tuned = tuned_in(self.info)
         runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))
         return compare([_seen(run, tuned) for run in runs], self.baseline)
 
@@ -135,6 +142,7 @@ EXPLANATIONS = re.compile(
     r"(near_rank_loss/.+/(?:rel|abs)_1e-2|effective_rank/.+|noise_scale|hessian/eigenvalue_1|hessian/trace"
     r"|keskar_sharpness|relative_distance_from_init|nc1)"
 )
+LOOKS = ("seed", "train.num_evals", "train.log_every", "train.target_accuracy")  # besides what a run computes
 CONTROLS = re.compile(r"/(centred|weight|n\d+|own_batch)(/|$)")
 
 
@@ -157,9 +165,15 @@ def _seen(run: RunData, tuned: Collection[str]) -> Run:
         untrained=_explanations(first),
         own_batch=_explanations(last, "/own_batch"),
         own_batch_untrained=_explanations(first, "/own_batch"),
-        target=info["config"]["train"].get("target_accuracy"),
+        num_probe_samples=info.get("num_probe_samples"),
+        target=_section(info, "train").get("target_accuracy"),
         updates_to_target=result.get("updates_to_target"),
     )
+
+
+def tuned_in(study: Mapping[str, Any]) -> frozenset[str]:
+    """Settings that a study has tuned."""
+    return frozenset(name for found in (study.get("tuned") or {}).values() for name in found.get("best") or {})
 
 
 def settings_of(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,8 +181,14 @@ def settings_of(info: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat(info["config"]).items()
-        if not name.startswith((*MACHINERY, "probe.")) and name != "seed"
+        if not name.startswith((*MACHINERY, "probe.")) and name not in LOOKS
     }
+
+
+def _section(info: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a run's settings; empty where something else has trained it."""
+    found = info["config"].get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _explanations(line: Mapping[str, float], probe_set: str = "") -> dict[str, float]:
@@ -224,7 +244,10 @@ def read_study(folder: Path) -> StudyData:
     for member in (member for member in members if member["arm"] in info["arms"]):
         try:
             run = read_run(Path(member["folder"]), member["arm"])
+            _ = run.lines
             runs += [run] if run.seed in info["seeds"] else []
         except UsageError as error:
             unreadable.append(str(error).replace(f"{folder}/", ""))
+        except (KeyError, TypeError, ValueError) as error:
+            unreadable.append(f"{member['folder']} is not whole ({type(error).__name__}: {error})")
     return StudyData(folder, info["name"], info["question"], info["baseline"], info["arms"], runs, info, unreadable)

@@ -1,19 +1,32 @@
 """Runs from here and there as one study: which of them are one arm, and what the arms are called."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gengap_dist.comparison.roles import differing, effective
 from gengap_dist.config import UsageError
-from gengap_dist.report.collect import EXPLANATIONS, RunData, StudyData, read_run, settings_of
+from gengap_dist.report.collect import EXPLANATIONS, RunData, StudyData, read_study, settings_of, tuned_in
 from gengap_dist.tracking import record
 from gengap_dist.tracking.mirror import store_uri
 from gengap_dist.tracking.mlflow_source import Names, connect, find, save
+from gengap_dist.tracking.record import read_info
 
 MOST_TOLD = 3  # settings in an arm's name
 CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", "probe_seconds/near_rank_loss")
+
+
+class Source(NamedTuple):
+    """A run folder, and what is known of it besides."""
+
+    folder: Path
+    arm: str = ""
+    """What its study calls it."""
+    tuned: frozenset[str] = frozenset()
+    """Settings that its study has tuned."""
+    is_baseline: bool = False
+    """Whether its study compares others with it."""
 
 
 def gather(
@@ -32,33 +45,39 @@ def gather(
         UsageError: if a source holds no run, all are unreadable, or none has a test accuracy.
     """
     problems: list[str] = []
-    folders: list[Path] = []
+    found: list[Source] = []
     for source in sources:
-        found = _from_mlflow(source, out, names, uri) if ":/" in source else _on_disk(Path(source))
-        folders += [folder for folder in found if folder not in folders]
+        given = _from_mlflow(source, out, names, uri) if ":/" in source else _on_disk(Path(source))
+        known = {each.folder for each in found}
+        found += [each for each in given if each.folder not in known]
     runs: list[RunData] = []
-    for folder in folders:
+    for each in found:
         try:
-            run = read_run(folder)
-            _ = run.lines, run.seed, run.global_size  # what every comparison needs can be read
-            runs.append(run)
-        except (UsageError, KeyError, TypeError, ValueError) as error:
-            problems.append(f"{folder} is left out: it is no whole run folder ({error})")
+            runs.append(_whole(each))
+        except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
+            problems.append(f"{each.folder} is left out: it is no whole run folder ({error})")
     if not runs:
         raise UsageError(f"no run can be read from {', '.join(sources)}: give folders that hold a run.json")
-    if not any("test/accuracy" in (run.info.get("result") or {}) for run in runs):
+    if not any(accuracy_of(run) is not None for run in runs):
         raise UsageError(
             f"none of the {len(runs)} runs has {names.accuracy}: say with --accuracy what they call test accuracy"
         )
-    arms = _arms(runs)
-    baseline = min(arms, key=lambda arm: (arms[arm][0].global_size, -len(arms[arm])))
-    members = [RunData(run.folder, arm, run.info) for arm, of_arm in arms.items() for run in of_arm]
+    of = {source.folder: source for source in found}
+    tuned = {name for run in runs for name in of[run.folder].tuned}
+    arms = _arms(runs, tuned)
+    baseline = min(arms, key=lambda arm: _first_choice(arms[arm], of))
+    members, doubled = [], []
+    for arm, of_arm in arms.items():
+        for seed in sorted({run.seed for run in of_arm}):
+            same = [run for run in of_arm if run.seed == seed]
+            same.sort(key=lambda run: (run.info["status"] == record.FINISHED, accuracy_of(run) is not None))
+            doubled += [f"{arm}, seed {seed}"] if len(same) > 1 else []
+            members.append(RunData(same[-1].folder, arm, same[-1].info))
     data = sorted({str(_of_data(run)) for run in runs})
     if len(data) > 1:
         problems.append(f"the runs are of different data ({', '.join(data)}): their accuracies are not comparable")
-    doubled = sorted({f"{run.arm}, seed {run.seed}" for run in members if _twice(run, members)})
     if doubled:
-        problems.append(f"several runs are the same arm and seed, of which the last counts: {'; '.join(doubled)}")
+        problems.append(f"several runs are the same arm and seed, of which one counts: {'; '.join(doubled)}")
     info = {
         "schema": 1,
         "status": record.FINISHED,
@@ -67,6 +86,7 @@ def gather(
         "baseline": baseline,
         "arms": list(arms),
         "seeds": sorted({run.seed for run in runs}),
+        "tuned": {arm: {"best": dict.fromkeys(tuned)} for arm in arms} if tuned else {},
         "started": record.now(),
         "command": sys.orig_argv,
         "config": {"sources": [str(source) for source in sources]},
@@ -81,20 +101,53 @@ def _of_data(run: RunData) -> object:
     return (run.info.get("data") or {}).get("name") or settings_of(run.info).get("data.name")
 
 
-def _twice(run: RunData, runs: Sequence[RunData]) -> bool:
-    return sum((other.arm, other.seed) == (run.arm, run.seed) for other in runs) > 1
+def _whole(source: Source) -> RunData:
+    """A run that has what every comparison needs.
+
+    Raises:
+        UsageError: if it has not.
+    """
+    run = RunData(source.folder, source.arm, read_info(source.folder))
+    accuracy, size, seed = accuracy_of(run), run.global_size, run.seed
+    if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(size, int):
+        raise UsageError(f"its seed ({seed}) and batch ({size}) are no whole numbers: mend its run.json")
+    if accuracy is not None and not 0 <= accuracy <= 1:
+        raise UsageError(f"its test accuracy ({accuracy}) is no share of 1: mend its run.json")
+    _ = run.lines, run.info["status"], settings_of(run.info)
+    return run
 
 
-def _on_disk(folder: Path) -> Iterator[Path]:
-    """Run folders at or below a folder."""
+def accuracy_of(run: RunData) -> float | None:
+    """Test accuracy of a run; None without."""
+    return (run.info.get("result") or {}).get("test/accuracy")
+
+
+def _first_choice(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> tuple[bool, int, int]:
+    """Smallest for the arm to compare with: a study's own baseline, else the smallest batch with the most results."""
+    of_study = any(sources[run.folder].is_baseline for run in arm)
+    return (not of_study, arm[0].global_size, -sum(run.info["status"] == record.FINISHED for run in arm))
+
+
+def _on_disk(folder: Path) -> Iterator[Source]:
+    """Run folders at or below a folder; of studies, the runs that they compare."""
     folder = folder.resolve()
-    found = [folder] if (folder / "run.json").exists() else sorted(path.parent for path in folder.rglob("run.json"))
-    if not found:
+    studies = sorted(path.parent for path in folder.rglob("study.json"))
+    loose = [
+        path.parent
+        for path in sorted(folder.rglob("run.json"))
+        if not any(path.is_relative_to(study) for study in studies)
+    ]
+    if not loose and not studies:
         raise UsageError(f"RUN ({folder}) holds no run.json, nor does a folder below it: give the folder of a run")
-    yield from found
+    yield from (Source(path) for path in loose)
+    for path in studies:
+        study = read_study(path)
+        tuned = tuned_in(study.info)
+        for run in study.runs:
+            yield Source(run.folder, run.arm, tuned, run.arm == study.baseline)
 
 
-def _from_mlflow(source: str, out: Path, names: Names, uri: str | None) -> Iterator[Path]:
+def _from_mlflow(source: str, out: Path, names: Names, uri: str | None) -> Iterator[Source]:
     if not source.startswith(("runs:/", "experiments:/")):
         raise UsageError(f"RUN ({source}) is no folder and no MLflow run: give runs:/ID or experiments:/NAME")
     address = store_uri(uri)
@@ -104,7 +157,9 @@ def _from_mlflow(source: str, out: Path, names: Names, uri: str | None) -> Itera
             folder = out / "runs" / run.info.run_id
             wanted = [name for name in run.data.metrics if name in CURVES or EXPLANATIONS.fullmatch(name)]
             save(client, run, folder, names, wanted)
-            yield folder
+            tags = run.data.tags
+            tuned = frozenset(filter(None, tags.get("tuned", "").split(",")))
+            yield Source(folder, tags.get("arm", ""), tuned, tags.get("role") == "baseline")
     except UsageError:
         raise
     except Exception as error:
@@ -112,12 +167,11 @@ def _from_mlflow(source: str, out: Path, names: Names, uri: str | None) -> Itera
         raise UsageError(f"MLflow at {address} cannot be read ({text}): check --tracking_uri") from None
 
 
-def _arms(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
-    """Runs of equal settings, but for the seed, under one name: that of their study's arm, or what tells them apart."""
+def _arms(runs: Iterable[RunData], tuned: Collection[str]) -> dict[str, list[RunData]]:
+    """Runs of equal settings, but for the seed and what was tuned, under one name: their study's, or what differs."""
     groups: list[list[RunData]] = []
     for run in runs:
-        same = (group for group in groups if _alike(group[0], run))
-        group = next(same, None)
+        group = next((group for group in groups if _alike(group[0], run, tuned)), None)
         if group is None:
             groups.append([run])
         else:
@@ -125,7 +179,7 @@ def _arms(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
     groups.sort(key=lambda group: group[0].global_size)
     out: dict[str, list[RunData]] = {}
     for group in groups:
-        plain = _name(group[0], groups[0][0])
+        plain = group[0].arm or _name(group[0], groups[0][0])
         name, number = plain, 2
         while name in out:
             name, number = f"{plain} ({number})", number + 1
@@ -133,14 +187,13 @@ def _arms(runs: Sequence[RunData]) -> dict[str, list[RunData]]:
     return out
 
 
-def _alike(one: RunData, other: RunData) -> bool:
-    return one.global_size == other.global_size and not differing(settings_of(one.info), settings_of(other.info))
+def _alike(one: RunData, other: RunData, tuned: Collection[str]) -> bool:
+    apart = differing(settings_of(one.info), settings_of(other.info)) - set(tuned)
+    return one.global_size == other.global_size and not apart and (not tuned or one.arm == other.arm)
 
 
 def _name(run: RunData, first: RunData) -> str:
-    """The name of the arm in its study; else the batch, and what else differs from the first arm."""
-    if run.folder.parent.parent.name == "runs" and run.folder.name.startswith("seed"):
-        return run.folder.parent.name
+    """The batch, and what else differs from the first arm."""
     settings: dict[str, Any] = effective(settings_of(run.info))
     differs = sorted(differing(settings_of(run.info), settings_of(first.info)))
     told = [f"{name}={settings.get(name)}" for name in differs[:MOST_TOLD]]

@@ -48,8 +48,8 @@ def _interval(pair: Interval | None) -> Cell:
 def arm_table(study: StudyData, said: Comparison) -> Table:
     """One row per arm: accuracy, gap, what could have been seen, and what was lost."""
     last = last_layer(study)
-    heads = ["arm", "batch", "updates", "seeds", "test acc. (sd)", "gap", "95% t interval", "Holm p", "unseen below"]
-    heads += ["found from", "matched"]
+    heads = ["arm", "batch", "updates", "seeds", "test acc. (sd)", "gap", "95% t", "95% bootstrap", "Holm p"]
+    heads += ["unseen below", "found from", "matched"]
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     rows = []
     for arm in study.arms:
@@ -65,13 +65,14 @@ def arm_table(study: StudyData, said: Comparison) -> Table:
             number(mean, text=percent(mean) + (f" ({100 * deviation:.2f})" if deviation == deviation else "")),
         ]
         if arm == said.baseline:
-            row += [Cell("baseline", 0.0), *[MISSING] * 4, Cell("")]
+            row += [Cell("baseline", 0.0), *[MISSING] * 5, Cell("")]
         elif found is None:
-            row += [*[MISSING] * 5, Cell("no pair")]
+            row += [*[MISSING] * 6, Cell("no pair")]
         else:
             row += [
                 number(found.paired.mean, text=points(found.paired.mean)),
                 _interval(found.paired.student),
+                _interval(found.paired.bootstrap),
                 number(found.holm, ".2g"),
                 *(number(v, text="" if v is None else f"{100 * v:.2f}") for v in (found.smallest, found.detectable)),
                 Cell(found.matched or "nothing"),

@@ -28,6 +28,8 @@ class Names(NamedTuple):
     """Parameter: the global batch."""
     seed: str = "seed"
     """Parameter: the seed."""
+    updates: str = "num_steps"
+    """Metric or parameter: the number of optimizer steps."""
     percent: bool = False
     """Whether the accuracy is in percent."""
 
@@ -55,7 +57,7 @@ def find(client: Any, source: str) -> Iterator[Any]:
             text = " ".join(str(error).split())[:200]
             raise UsageError(f"{source} is no run there ({text}): give the id that MLflow shows") from None
         below = list(_below(client, run))
-        yield from below or [run]
+        yield from below or _runs([run])
         return
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
@@ -65,18 +67,25 @@ def find(client: Any, source: str) -> Iterator[Any]:
         )
     runs = list(_search(client, experiment.experiment_id))
     parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
-    yield from (run for run in runs if run.info.run_id not in parents)
+    yield from _runs(run for run in runs if run.info.run_id not in parents)
+
+
+def _runs(found: Iterable[Any]) -> Iterator[Any]:
+    """Without studies and arms of ours that have nothing below them."""
+    yield from (run for run in found if run.data.tags.get("level") not in ("study", "arm"))
 
 
 def _below(client: Any, run: Any) -> Iterator[Any]:
     for child in _search(client, run.info.experiment_id, f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"):
-        yield from list(_below(client, child)) or [child]
+        yield from list(_below(client, child)) or _runs([child])
 
 
 def _search(client: Any, experiment_id: str, query: str = "") -> Iterator[Any]:
     token = None
     while True:
-        page = client.search_runs([experiment_id], query, max_results=500, page_token=token)
+        page = client.search_runs(
+            [experiment_id], query, max_results=500, page_token=token, order_by=["attributes.start_time ASC"]
+        )
         yield from page
         if not (token := page.token):
             return
@@ -111,19 +120,22 @@ def save(client: Any, run: Any, folder: Path, names: Names, wanted: Iterable[str
     for name in metrics.keys() & set(wanted):
         for point in client.get_metric_history(run.info.run_id, name):
             lines.setdefault(point.step, {})[name] = point.value
-    last = max(lines, default=0)
-    result["num_steps"] = last
+    ours = run.data.tags.get("mlflow.source.name") == "gengap_dist"
+    counted = metrics.get(names.updates, params.get(names.updates, max(lines, default=0) if ours else 0))
+    num_steps = _whole(run, names.updates, str(counted), None)
+    result["num_steps"] = num_steps
+    if "updates_to_target" in metrics:
+        result["updates_to_target"] = int(metrics["updates_to_target"])
     status = run.data.tags.get("status", STATUS.get(run.info.status, "finished"))
     settings = nested({name: _value(text) for name, text in params.items() if name not in (names.size, names.seed)})
     settings = settings | {"batch": {**_dict(settings.get("batch")), "global_size": size}, "seed": seed}
-    settings.setdefault("train", {})
     folder.mkdir(parents=True, exist_ok=True)
     info = {
         "schema": 1,
         "status": status,
         "seed": seed,
         "config": settings,
-        "num_steps": last,
+        "num_steps": num_steps,
         "result": result,
         "seconds": ((run.info.end_time or run.info.start_time) - run.info.start_time) / 1000,
         "mlflow": {"run_id": run.info.run_id, "name": run.info.run_name},
@@ -162,9 +174,11 @@ def _value(text: str) -> Any:
     [0.1, None, True, 'sgd', ['a']]
     """
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+        json.dumps(value)
+    except (ValueError, SyntaxError, TypeError):
         return text
+    return value if value is None or isinstance(value, bool | int | float | list) else text
 
 
 def _title(run: Any) -> str:

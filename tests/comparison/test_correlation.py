@@ -10,7 +10,13 @@ from tests.comparison.test_verdict import BASE
 def runs_of(values: np.ndarray, lost: np.ndarray, updates: np.ndarray, name: str = "effective_rank/fc") -> list[Run]:
     """Runs of arms x seeds from arrays of that shape; updates by arm."""
     template = {"status": "finished", "settings": BASE, "global_size": 64, "num_epochs": 1.0, "target": None}
-    empty = {"untrained": {}, "own_batch": {}, "own_batch_untrained": {}, "updates_to_target": None}
+    empty = {
+        "untrained": {},
+        "own_batch": {},
+        "own_batch_untrained": {},
+        "updates_to_target": None,
+        "num_probe_samples": 64,
+    }
     return [
         Run(
             arm=f"arm{arm}", seed=seed, accuracy=0.9 - lost[arm, seed], measures={name: values[arm, seed]},

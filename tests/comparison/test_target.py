@@ -7,7 +7,7 @@ from tests.comparison.test_verdict import BASE
 
 
 def run(arm: str, seed: int, size: int, updates: int | None, status: str = "finished", **more) -> Run:
-    empty = {"measures": {}, "untrained": {}, "own_batch": {}, "own_batch_untrained": {}}
+    empty = {"measures": {}, "untrained": {}, "own_batch": {}, "own_batch_untrained": {}, "num_probe_samples": 64}
     made = {"num_updates": 1000, "num_epochs": 1.0, "settings": BASE, "accuracy": 0.9, "target": 0.8} | empty | more
     return Run(arm=arm, seed=seed, status=status, global_size=size, updates_to_target=updates, **made)
 
@@ -52,7 +52,13 @@ def test_no_target_no_curve():
     assert two.critical_batch is None
 
 
-def test_perfect_scaling_has_no_finite_critical_batch():
-    """Where every doubling halves the updates, the data say only that B_crit is large: no fit, or a huge interval."""
-    fit = fit_curve([16, 32, 64, 128], [8000, 4000, 2000, 1000])
-    assert fit is None or fit[2] is None or fit[2][1] > 1e4
+@pytest.mark.parametrize("updates", [[8000, 4000, 2000, 1000], [500, 500, 500, 500]], ids=["perfect", "flat"])
+def test_a_critical_batch_that_nobody_came_near_is_not_told(updates):
+    assert fit_curve([16, 32, 64, 128], updates) is None
+
+
+def test_targets_that_were_there_from_the_start():
+    assert target_of([run(f"b{size}", 0, size, 0) for size in (8, 16, 32)], "b8") is not None
+    some = target_of([run(f"b{size}", 0, size, steps) for size, steps in ((8, 0), (16, 5), (32, 4))], "b8")
+    assert some is not None
+    assert some.critical_batch is None

@@ -16,7 +16,9 @@ LARGE = BASE | {"batch.global_size": 1024}
 PLAIN = {"sb": BASE, "lb256": BASE | {"batch.global_size": 256}, "lb1024": LARGE}
 SCALED = {"lb1024-sqrt": LARGE | {"optim.scaling": "sqrt", "optim.base_size": 64}}
 LONGER = {"lb1024-long": LARGE | {"train.budget": "updates", "optim.base_size": 64}}
-PENALISED = {"lb1024-rank": LARGE | {"recipe.rank_penalty": 0.1, "recipe.rank_layers": ["fc"]}}
+RANK = {"recipe.rank_penalty": 0.1, "recipe.rank_layers": ["fc"]}
+PENALISED = {"sb-rank": BASE | RANK, "lb1024-rank": LARGE | RANK}
+FELL = {"lb1024": 0.1, "sb-rank": -0.1}  # near-rank loss where it grew, and where the penalty lowers it
 
 
 def study(
@@ -56,6 +58,7 @@ def study(
                     untrained=dict.fromkeys(measures, 0.1),
                     own_batch={"near_rank_loss/fc/rel_1e-2": 0.3 + own.get(arm, 0.0)} if own else {},
                     own_batch_untrained={"near_rank_loss/fc/rel_1e-2": 0.1 + own.get(arm, 0.0)} if own else {},
+                    num_probe_samples=1024,
                     target=None,
                     updates_to_target=None,
                 )
@@ -127,21 +130,94 @@ def test_what_only_the_own_batch_shows_supports_nothing():
 
 
 @pytest.mark.parametrize(
-    ("planted", "expected"),
+    ("lost", "grown", "expected"),
     [
-        ({"lost": {"lb1024": 0.02, "lb1024-rank": 0.0}, "grown": {"lb1024": 0.1}}, "supported"),
-        ({"lost": {"lb1024": 0.02, "lb1024-rank": 0.02}, "grown": {"lb1024": 0.1}}, "contradicted"),
-        ({"lost": {"lb1024": 0.02, "lb1024-rank": 0.0}, "grown": {"lb1024": 0.1, "lb1024-rank": 0.1}}, "undecided"),
-        ({"lost": {"lb1024": 0.02, "lb1024-rank": 0.2}, "grown": {"lb1024": 0.1}}, "undecided"),
-        ({"lost": {}, "grown": {"lb1024": 0.1}}, "undecided"),
+        ({"lb1024": 0.02}, FELL, "supported"),
+        ({"lb1024": 0.02, "lb1024-rank": 0.02}, FELL, "contradicted"),
+        ({"lb1024": 0.02, "lb1024-rank": 0.018}, FELL, "contradicted"),
+        ({"lb1024": 0.02}, FELL | {"lb1024-rank": 0.1}, "undecided"),
+        ({"lb1024": 0.02, "lb1024-rank": 0.019}, FELL | {"lb1024-rank": 0.09}, "undecided"),
+        ({"lb1024": 0.02, "lb1024-rank": 0.2}, FELL, "undecided"),
+        ({"lb1024": 0.02, "lb1024-rank": 0.0, "sb-rank": -0.02}, FELL, "contradicted"),
+        ({}, FELL, "undecided"),
     ],
-    ids=["accuracy comes back", "it does not", "nothing was lowered", "too strong", "no gap"],
-)
-def test_the_penalty_decides_what_explains_the_gap(planted, expected):
-    found = outcomes(PLAIN | PENALISED, num=200, **planted)["explains"]
+    ids=[
+        "accuracy comes back", "it does not", "little of it does", "nothing was lowered", "little was lowered",
+        "too strong", "the small batch gains as much", "no gap",
+    ],
+)  # fmt: skip
+def test_the_penalty_decides_what_explains_the_gap(lost, grown, expected):
+    found = outcomes(PLAIN | PENALISED, num=200, lost=lost, grown=grown)["explains"]
     assert found[expected] >= 0.9 * 200
     wrong = {"supported": "contradicted", "contradicted": "supported"}.get(expected)
     assert wrong is None or found[wrong] <= 0.05 * 200
+
+
+def test_what_the_penalty_does_for_the_baseline_must_be_known():
+    found = outcomes(PLAIN | {"lb1024-rank": LARGE | RANK}, num=100, lost={"lb1024": 0.02}, grown=FELL)["explains"]
+    assert found["supported"] == 0
+    assert found["undecided"] >= 90
+
+
+def test_penalties_on_different_layers_are_told_apart():
+    other = {"lb1024-other": LARGE | {"recipe.rank_penalty": 0.1, "recipe.rank_layers": ["other"]}}
+    runs = study(np.random.default_rng(0), PLAIN | PENALISED | other, lost={"lb1024": 0.02}, grown=FELL)
+    added = {"near_rank_loss/other/rel_1e-2": 0.7, "near_rank_loss/other/abs_1e-2": 0.7}
+    told = verdict([run._replace(measures={**run.measures, **added}) for run in runs])["explains"].because
+    assert "lb1024-other changes near-rank loss by +0.000 (the same in all 5 pairs" in told
+
+
+def test_only_layers_that_both_have_are_compared():
+    """A baseline that was probed in one layer more, with less near-rank loss there, is no growth elsewhere."""
+    runs = study(np.random.default_rng(0), PLAIN)
+    low = {"near_rank_loss/more/rel_1e-2": 0.0, "near_rank_loss/more/abs_1e-2": 0.0}
+    runs = [run._replace(measures={**run.measures, **low}) if run.arm == "sb" else run for run in runs]
+    assert verdict(runs)["near_rank_loss_grows"].outcome == "contradicted"
+
+
+def test_probe_sets_of_another_size_are_not_compared():
+    runs = study(np.random.default_rng(0), PLAIN, grown={"lb256": 0.1, "lb1024": 0.1})
+    runs = [run._replace(num_probe_samples=64) if run.arm != "sb" else run for run in runs]
+    assert verdict(runs)["near_rank_loss_grows"].outcome == "undecided"
+    assert any("not equally large" in caveat for caveat in compare(runs, "sb").caveats)
+
+
+def test_arms_of_fewer_epochs_are_not_plain():
+    runs = study(np.random.default_rng(0), PLAIN, lost={"lb256": 0.05, "lb1024": 0.05})
+    assert verdict(runs)["gap"].outcome == "supported"
+    short = [run._replace(num_epochs=2.0) if run.arm != "sb" else run for run in runs]
+    assert verdict(short)["gap"].outcome == "undecided"
+
+
+def test_equal_differences_have_no_spread_to_judge_by():
+    runs = study(np.random.default_rng(0), {"sb": BASE, "lb1024": LARGE}, num_seeds=3)
+    for lost in (0.05, 0.0):
+        same = [run._replace(accuracy=0.9 - lost * (run.arm != "sb")) for run in runs]
+        found = compare(same, "sb")
+        assert found.gaps["lb1024"].smallest is None
+        assert found.claims[0].outcome == "undecided"
+        assert "no spread to judge by" in found.claims[0].because
+
+
+def test_where_all_large_arms_diverged_that_is_said():
+    runs = study(np.random.default_rng(0), PLAIN)
+    runs = [run._replace(status="diverged", accuracy=None) if run.arm != "sb" else run for run in runs]
+    assert "No seed came to a result" in verdict(runs)["gap"].because
+
+
+def test_a_remedy_needs_a_twin_that_loses():
+    """An arm of a batch that loses nothing resolves nothing; nor does length where the rate has done it all."""
+    more = {"lb256-sqrt": PLAIN["lb256"] | {"optim.scaling": "sqrt", "optim.base_size": 64}}
+    more["lb256-long"] = PLAIN["lb256"] | {"train.budget": "updates", "optim.base_size": 64}
+    lost = {"lb1024": 0.04, "lb1024-sqrt": 0.04, "lb1024-long": 0.04}
+    found = outcomes(PLAIN | SCALED | LONGER | more, num=100, lost=lost)
+    assert found["scaling"]["contradicted"] + found["longer_training"]["contradicted"] <= 10
+    both = {"lb1024-sqrt-long": SCALED["lb1024-sqrt"] | {"train.budget": "updates"}}
+    found = outcomes(PLAIN | SCALED | both, num=100, lost={"lb1024": 0.04})
+    assert found["scaling"]["contradicted"] >= 95
+    assert found["longer_training"]["contradicted"] <= 5
+    alone = outcomes(PLAIN | both, num=20, lost={"lb1024": 0.04})["longer_training"]
+    assert alone == {"undecided": 20}
 
 
 def test_remedies_leave_the_gap_or_close_it():

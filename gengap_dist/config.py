@@ -20,6 +20,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FiniteFloat,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -519,9 +520,9 @@ class Arm(Section):
 class Space(Section):
     """Where a tuned setting is looked for: from low to high, or among values."""
 
-    low: float | None = None
+    low: FiniteFloat | None = None
     """Smallest value."""
-    high: float | None = None
+    high: FiniteFloat | None = None
     """Largest value."""
     log: bool = False
     """Look evenly among orders of magnitude."""

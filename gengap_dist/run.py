@@ -531,7 +531,8 @@ class _Session:
             if self.best:
                 model.load_state_dict(self.best["model"])
                 out["test_at_best_val/accuracy"] = self._score(model, self.test_set).accuracy
-        self.record.log(self.step, self._epoch(self.step), out)
+        reached = {name: value for name, value in self._to_target().items() if value is not None}
+        self.record.log(self.step, self._epoch(self.step), out | reached)
         samples = self._epoch(self.step) * len(self.train_set)
         return (
             out

@@ -60,9 +60,14 @@ def test_what_cannot_be_read_is_named_and_the_rest_compared(folders, gengap):
     (folders / "large1/run.json").write_text('{"status": "finis')
     (folders / "large2/metrics.jsonl").write_text("")
     run_folder(folders / "twin", 64, 0, 0.94)
+    run_folder(folders / "percent", 64, 1, 95.0)
+    run_folder(folders / "torn", 64, 2, 0.9)
+    (folders / "torn/metrics.jsonl").write_text('{"step": 1, "ep\n{"step": 2}\n')
     done = gengap("compare", "mine", "--out", "out")
     assert done.returncode == 0, done.stderr
     assert "large1 is left out" in done.stderr
+    assert "test accuracy (95.0) is no share of 1" in done.stderr
+    assert "torn is left out" in done.stderr
     assert "same arm and seed" in done.stderr
     assert sorted(read_study(folders.parent / "out").gap("b512").differences) == [0, 2]
 
@@ -97,14 +102,14 @@ def test_runs_that_something_else_logged_to_mlflow(tmp_path, gengap):
     for size, accuracy in ((32, 97.0), (2048, 91.5)):
         for seed in (5, 6, 7):
             run = client.create_run(experiment).info.run_id
-            for name, value in (("batch_size", size), ("random_state", seed), ("opt", "adam")):
+            for name, value in (("batch_size", size), ("random_state", seed), ("opt", "{1: 2}"), ("acc_steps", 7)):
                 client.log_param(run, name, value)
             for step in (1, 2):
                 client.log_metric(run, "acc", accuracy - 2 + step + seed / 10, step=step)
                 client.log_metric(run, "noise_scale", 100.0 * step, step=step)
             client.set_terminated(run)
     words = ["compare", "experiments:/theirs", "--tracking_uri", store, "--out", "out", "--accuracy", "acc"]
-    names = ["--size", "batch_size", "--seed", "random_state"]
+    names = ["--size", "batch_size", "--seed", "random_state", "--updates", "acc_steps"]
     refused = gengap(*words, *names)
     assert refused.returncode == 2
     assert "add --percent" in refused.stderr
@@ -118,4 +123,5 @@ def test_runs_that_something_else_logged_to_mlflow(tmp_path, gengap):
     gap = study.gap("b2048")
     assert gap is not None
     assert gap.differences == pytest.approx({5: 0.055, 6: 0.055, 7: 0.055})
-    assert [run.info["num_steps"] for run in study.runs] == [2] * 6
+    assert [run.info["num_steps"] for run in study.runs] == [7] * 6
+    assert {run.explanation("noise_scale") for run in study.runs} == {200.0}

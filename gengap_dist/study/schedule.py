@@ -66,6 +66,12 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
             kept = record.set_aside(folder, out / "damaged")
             warn(f"{folder} is damaged ({what}): kept as {kept}, and run again if it is part of this study")
     _check_same(plan)
+    tuned = (before.get("config") or {}).get("study", {}).get("tune")
+    now = config.study.tune.model_dump(mode="json") if config.study.tune else None
+    if before and tuned != now and any(out.glob("runs/*/*/run.json")):
+        raise UsageError(
+            f"study.tune was another when the runs in {out} were made: choose another --out, or set it as it was"
+        )
     arms = [arm.name for arm in config.arms]
     for folder in sorted(out.glob("runs/*")):
         if folder.name not in arms:

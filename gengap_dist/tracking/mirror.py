@@ -9,9 +9,10 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,13 @@ class Mirror:
     def _sync_study(self, study: Line, closing: bool, sent: Sent) -> None:
         from gengap_dist.comparison.arms import recipe  # its room imports scipy, which is slow
 
-        shared = {"study": study["name"]}
+        tune = study["config"]["study"].get("tune") or {}
+        shared = {"study": study["name"], "tuned": ",".join(tune.get("space", ())) or None}
         name = f"{study['name']} {datetime.fromisoformat(study['started']):%Y-%m-%d %H:%M:%S}"  # another may share it
         own = {"mlflow.runName": name, "level": "study", "status": study["status"]}
         parent = self._open(self.folder, study, shared | own)
         shared["study_run_id"] = parent["run_id"]
-        arms = {arm: self._runs(arm, closing) for arm in study["arms"]}
+        arms = {arm: self._runs(arm, study["seeds"], closing) for arm in study["arms"]}
         baseline = arms.get(study["baseline"], {})
         against = next((_settings(info) for info in baseline.values()), None)
         for arm, runs in arms.items():
@@ -137,12 +139,14 @@ class Mirror:
             self._send_headline(parent, study)
             self._close(self.folder, parent, study)
 
-    def _runs(self, arm: str, closing: bool) -> dict[Path, Line]:
+    def _runs(self, arm: str, seeds: Sequence[int], closing: bool) -> dict[Path, Line]:
         """Folder to run.json of the arm's runs; one that cannot be read is passed over, and the log says so."""
         out: dict[Path, Line] = {}
         for path in sorted((self.folder / "runs" / arm).glob("*/run.json")):
             try:
-                out[path.parent] = read_info(path.parent)
+                info = read_info(path.parent)
+                if info["config"]["seed"] in seeds:  # else the study has done without it since
+                    out[path.parent] = info
             except UsageError as error:
                 if closing:
                     print(error, flush=True)
@@ -206,7 +210,9 @@ class Mirror:
         """The study's own numbers; MLflow shows the last of those that it was told."""
         from mlflow.entities import Metric
 
-        numbers, before = study.get("metrics") or {}, parent.get("metrics", {})
+        told = (study.get("metrics") or {}).items()
+        numbers = {re.sub(r"[^/\w.\- :]", "_", name): value for name, value in told}  # names of arms may have a +
+        before = parent.get("metrics", {})
         at = _millis(study["ended"]) if "ended" in study else 0
         self._log(parent["run_id"], [Metric(k, v, at, 0) for k, v in numbers.items() if before.get(k) != v])
         self._keep(self.folder, parent, metrics=numbers)

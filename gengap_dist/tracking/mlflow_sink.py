@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from gengap_dist.config import MlflowConfig, UsageError
 from gengap_dist.tracking.mirror import Mirror, Sent, comparison, store_uri
@@ -24,6 +25,7 @@ POLL_SECONDS = 1.0
 REST = 20  # times as long as a look at the folder took: a long record is read again at every look
 LONGEST_WAIT = 60.0  # between tries to reach a server that refuses
 UI = "http://127.0.0.1:5000/"  # where `mlflow ui` shows a store that has no server
+LOCK_SECONDS = 5.0  # for a follower that has said its last word to be gone
 DONE = b"done"
 
 
@@ -131,15 +133,34 @@ def sync_now(folder: Path, uri: str | None, sent: Sent) -> str:
     """Send everything a folder holds that its MLflow store has not seen; the store's address.
 
     Raises:
-        UsageError: if the folder is no run or study, or the store cannot be reached.
+        UsageError: if the folder is no run or study, is being mirrored just now, or the store cannot be reached.
     """
     info = read_info(folder / "study.json" if (folder / "study.json").exists() else folder)
     config = MlflowConfig.model_validate(info["config"]["mlflow"])
     kept = folder / "mlflow.json"
     known = json.loads(kept.read_text())["uri"] if kept.exists() else None
     target: str = uri or os.environ.get("MLFLOW_TRACKING_URI") or known or store_uri(config.tracking_uri)
+    with (folder / "mlflow.log").open("a") as log:  # as the followers of commands do
+        if not _locked(log, time.monotonic() + LOCK_SECONDS):
+            raise UsageError(f"{folder} is being sent to MLflow just now: wait for the end of what sends it")
+        return _send_all(folder, target, config.experiment, sent)
+
+
+def _locked(file: IO[str], until: float) -> bool:
+    """Take the lock on a file; whether that came about in time."""
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+
+
+def _send_all(folder: Path, target: str, experiment: str, sent: Sent) -> str:
     try:
-        Mirror(folder, target, config.experiment).sync(closing=True, sent=sent)
+        Mirror(folder, target, experiment).sync(closing=True, sent=sent)
     except Exception as error:
         raise UsageError(
             f"MLflow at {target} cannot be reached ({_line(error)[:300]}): check the address, or start the server"

@@ -6,7 +6,10 @@ import math
 import pytest
 
 from gengap_dist.config import StudyConfig, TuneSection, UsageError, resolve, validate
+from gengap_dist.report.collect import read_study, tuned_in
+from gengap_dist.report.gather import gather
 from gengap_dist.study import schedule, tune
+from gengap_dist.tracking.mlflow_source import Names
 from gengap_dist.tracking.record import read_info, read_metrics
 from tests.study import tiny
 
@@ -97,6 +100,23 @@ def test_a_tuned_study_starts_again_without_doing_anything_twice(done):
     more = tiny.start(config, out, "--study.tune.space", '{"optim.lr": {"low": 0.01, "high": 0.5}}')
     assert more.returncode == 2
     assert "when tame/trial000 was run" in more.stderr
+    whole = (out / "study.json").read_text()
+    longer = tiny.start(config, out, "--study.tune.trials", 8)
+    assert longer.returncode == 2
+    assert "study.tune was another when the runs in" in longer.stderr
+    assert (out / "study.json").read_text() == whole
+    assert tiny.ended(out) == before
+
+
+def test_comparing_a_tuned_study_again_is_the_study(done, tmp_path):
+    """Trials are no seeds, and what was tuned tells no arms apart."""
+    found, problems = gather([str(done[1])], tmp_path, Names(), None, "")
+    study = read_study(done[1])
+    assert problems == []
+    assert {run.folder for run in found.runs} == {run.folder for run in study.runs}
+    assert found.results("tame", "test/accuracy") == study.results("tame", "test/accuracy")
+    assert found.baseline == study.baseline == "tame"
+    assert tuned_in(found.info) == {"optim.lr"}
 
 
 def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):
@@ -147,6 +167,7 @@ def test_the_fewest_updates_to_a_target_win_where_that_is_the_question():
         ({"space": {"optim.lr": {"low": 1, "high": 2, "values": [1]}}}, "needs either low and high"),
         ({"space": {"optim.lr": {"low": 2, "high": 1}}}, r"low \(2\) to high \(1\) is no range: choose high"),
         ({"space": {"optim.lr": {"low": 0, "high": 1, "log": True}}}, "low above 0 for log"),
+        ({"space": {"optim.lr": {"low": 0.1, "high": float("inf")}}}, "finite number"),
         ({"space": {"optim.nesterov": {"values": [True]}}}, "leave no choice"),
         ({"seed": 1}, r"study.tune.seed \(1\) is one of study.seeds"),
         ({"trials": 1}, r"study.tune.trials \(1\)"),

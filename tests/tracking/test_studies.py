@@ -1,5 +1,6 @@
 """A study in MLflow: its runs, what they say, what the UI shows; on sqlite, on a server with PostgreSQL, refused."""
 
+import fcntl
 import json
 import re
 import shutil
@@ -13,10 +14,13 @@ import torch
 
 from gengap_dist.config import MlflowConfig, StudyConfig, UsageError, validate
 from gengap_dist.data import catalog
+from gengap_dist.report.collect import read_study
+from gengap_dist.report.gather import gather
 from gengap_dist.study import schedule
 from gengap_dist.study.watch import Watch
 from gengap_dist.tracking.mirror import Mirror, comparison
 from gengap_dist.tracking.mlflow_sink import Follower, sync_now
+from gengap_dist.tracking.mlflow_source import Names
 from gengap_dist.tracking.record import FINISHED, read_info, read_lines, read_metrics
 from gengap_dist.tracking.system import sampling
 from tests.browser import NEEDS_CHROMIUM, page, pictures
@@ -43,7 +47,8 @@ def run_study(out: Path) -> None:
     out.mkdir()
     schedule.prepare(study, out, pytest.fail)
     schedule.run_study(study, out, Watch(), driver=True)
-    schedule.conclude(out, FINISHED, {"sb_lb_gap/lb256-ema/mean": 0.25}, ["A claim. **undecided**: too few seeds."])
+    numbers = {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a+b/mean": 0.5}
+    schedule.conclude(out, FINISHED, numbers, ["A claim. **undecided**: too few seeds."])
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +117,7 @@ def test_a_study_is_a_parent_its_arms_and_their_seeds(study, store):
     note = client.get_run(parent).data.tags["mlflow.note.content"]
     verdict = "- A claim. **undecided**: too few seeds."
     assert note == f"Does it *work*?\n\n{verdict}\n\n[Compare the arms]({comparison(study)})"
-    assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25}
+    assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a_b/mean": 0.5}
 
     before = everything(client, experiment)  # a second start, and a catch-up: nothing is sent twice
     Mirror(study, store, "levels").sync()
@@ -142,6 +147,43 @@ def test_an_arm_has_means_and_intervals_over_its_seeds(study, store):
     assert wild.data.metrics["num_runs/diverged"] == 2
     assert wild.data.tags["runs"] == "2 diverged"
     assert "test/accuracy/mean" not in wild.data.metrics
+
+
+def test_a_seed_that_the_study_does_without_is_in_no_mean(study, store):
+    info = read_info(study / "study.json")
+    (study / "study.json").write_text(json.dumps(info | {"seeds": [1]}))
+    mirror = Mirror(study, store, "fewer")
+    mirror.sync(closing=True)
+    arm = mirror.client.get_run(state(study / "runs/sb32")["run_id"])
+    assert arm.data.metrics["test/accuracy/num_seeds"] == 1
+    assert arm.data.metrics["test/accuracy/mean"] == read_info(study / "runs/sb32/seed1")["result"]["test/accuracy"]
+
+
+def test_a_folder_is_sent_by_one_at_a_time(study, store, monkeypatch):
+    monkeypatch.setattr("gengap_dist.tracking.mlflow_sink.LOCK_SECONDS", 0.2)
+    with (study / "mlflow.log").open("w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="is being sent to MLflow just now"):
+            sync_now(study, store, lambda name, done, total: None)
+    assert sync_now(study, store, lambda name, done, total: None) == store
+
+
+def test_a_study_read_back_from_mlflow_compares_as_its_folder(study, store, tmp_path):
+    mirror = Mirror(study, store, "back")
+    mirror.sync(closing=True)
+    source = f"runs:/{state(study)['run_id']}"
+    found, problems = gather([source], tmp_path / "out", Names(), store, "")
+    assert problems == []
+    assert (found.arms, found.baseline) == (["sb32", "lb256-ema", "wild"], "sb32")
+    here = read_study(study)
+    for arm in here.arms:
+        assert found.results(arm, "test/accuracy") == here.results(arm, "test/accuracy")
+        for one, other in zip(found.of(arm), here.of(arm), strict=True):
+            assert one.info["status"] == other.info["status"]
+            assert one.untrained_and_trained("effective_rank/fc2") == other.untrained_and_trained("effective_rank/fc2")
+    assert found.comparison.claims == here.comparison.claims
+    by_name, _ = gather(["experiments:/back"], tmp_path / "again", Names(), store, "")
+    assert by_name.arms == found.arms
 
 
 def test_an_arm_waits_for_its_seeds_and_is_made_anew_when_one_is_done_again(study, store):

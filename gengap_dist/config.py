@@ -567,7 +567,7 @@ class StudySection(Section):
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
     """Seeds; every arm is run with each, and arms are compared seed by seed."""
     baseline: str = ""
-    """Name of the arm the others are compared with (empty: the first)."""
+    """Name of the arm the others are compared with (empty: that of the smallest batch, of several the first)."""
     arms: tuple[Arm, ...] = ()
     """Arms one by one: a list of {name, set}."""
     axes: dict[str, Annotated[list[Any] | dict[str, dict[str, Any]], Field(min_length=1)]] = {}
@@ -665,7 +665,8 @@ class StudyConfig(RunConfig):
     @property
     def baseline(self) -> str:
         """Name of the baseline arm."""
-        name = self.study.baseline or self.candidates[0].name
+        sizes = {arm.name: flat(nested(arm.set)).get("batch.global_size", 0) for arm in self.candidates}
+        name = self.study.baseline or min(sizes, key=lambda name: sizes[name] or self.batch.global_size)
         return self.twins.get(name, name)
 
     def run_config(self, arm: Arm, seed: int, tuned: Mapping[str, Any] | None = None) -> RunConfig:

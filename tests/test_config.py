@@ -243,3 +243,11 @@ def test_bad_axes_get_one_sentence(axes, says):
     with pytest.raises(UsageError, match=says) as error:
         _ = study(axes).arms
     assert "\n" not in str(error.value)
+
+
+def test_the_smallest_batch_is_the_baseline_unless_one_is_named():
+    arms = [{"name": "big", "set": {"batch.global_size": 512}}, {"name": "mine"}, {"name": "same"}]
+    study = {"batch": {"global_size": 32}, "study": {"arms": arms}}
+    assert validate(StudyConfig, study).baseline == "mine"
+    study["study"]["baseline"] = "big"
+    assert validate(StudyConfig, study).baseline == "big"

@@ -116,6 +116,9 @@ class StudyData:
         for run in self.of(arm):
             if run.info["status"] != FINISHED:
                 counts[run.info["status"]] = counts.get(run.info["status"], 0) + 1
+        trials = (self.info.get("tuned") or {}).get(arm, {}).get("trials", ())
+        if trials and not self.of(arm):
+            return f"none of {len(trials)} trials finished"
         return ", ".join(f"{number} {status}" for status, number in counts.items())
 
     @cached_property

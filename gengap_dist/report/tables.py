@@ -54,6 +54,9 @@ def arm_table(study: StudyData, said: Comparison) -> Table:
     rows = []
     for arm in study.arms:
         if not (runs := study.of(arm)):
+            if lost := study.not_finished(arm):
+                row = [Cell(arm), MISSING, MISSING, Cell(f"0, {lost}", 0)]
+                rows.append([*row, *[MISSING] * (len(heads) - len(row))])
             continue
         accuracies, found = list(study.results(arm, "test/accuracy").values()), said.gaps.get(arm)
         mean, deviation = spread(accuracies) if accuracies else (None, float("nan"))

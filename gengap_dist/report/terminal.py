@@ -269,6 +269,8 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
     for arm in study.arms:
         runs, accuracies = study.of(arm), list(study.results(arm, "test/accuracy").values())
         if not runs:
+            if lost := study.not_finished(arm):
+                rows.append([arm, "-", "-", f"0, {lost}", *["-"] * (6 if last else 4)])
             continue
         mean, deviation = spread(accuracies) if accuracies else (None, float("nan"))
         accuracy = percent(mean) + (f" ({100 * deviation:.2f})" if deviation == deviation else "")

@@ -88,6 +88,8 @@ def test_an_arm_that_cannot_be_tuned_is_told_and_does_not_stop_the_others(done):
     assert (found["best"], found["edge"]) == (None, [])
     assert "none of the 4 trials of arm wild came to its end, so it has no runs" in process.stderr
     assert not (out / "runs/wild").exists()
+    assert tiny.table(out)[-1][:4] == ["wild", "-", "-", "0, none of 4 trials finished"]
+    assert "0, none of 4 trials finished" in (out / "report.html").read_text()
 
 
 def test_a_tuned_study_starts_again_without_doing_anything_twice(done):

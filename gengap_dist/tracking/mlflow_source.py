@@ -65,7 +65,7 @@ def find(client: Any, source: str) -> Iterator[Any]:
         raise UsageError(
             f"{source} is no experiment there{did_you_mean(name, known)}: choose one of {', '.join(known)}"
         )
-    runs = list(_search(client, experiment.experiment_id))
+    runs = _search(client, experiment.experiment_id)
     parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
     yield from _runs(run for run in runs if run.info.run_id not in parents)
 
@@ -80,15 +80,15 @@ def _below(client: Any, run: Any) -> Iterator[Any]:
         yield from list(_below(client, child)) or _runs([child])
 
 
-def _search(client: Any, experiment_id: str, query: str = "") -> Iterator[Any]:
+def _search(client: Any, experiment_id: str, query: str = "") -> list[Any]:
+    """Runs in the order in which they began, those of one moment by name."""
+    found: list[Any] = []
     token = None
     while True:
-        page = client.search_runs(
-            [experiment_id], query, max_results=500, page_token=token, order_by=["attributes.start_time ASC"]
-        )
-        yield from page
+        page = client.search_runs([experiment_id], query, max_results=500, page_token=token)
+        found += page
         if not (token := page.token):
-            return
+            return sorted(found, key=lambda run: (run.info.start_time, run.info.run_name or ""))
 
 
 def save(client: Any, run: Any, folder: Path, names: Names, wanted: Iterable[str]) -> None:

@@ -29,8 +29,6 @@ class Run(NamedTuple):
     """Test accuracy at the end, a share of 1; None if there is none."""
     measures: Mapping[str, float]
     """Explanations of a gap at the last measurement, by name: `near_rank_loss/fc2/rel_1e-2`, `noise_scale`, ..."""
-    untrained: Mapping[str, float]
-    """The same at the first."""
     own_batch: Mapping[str, float]
     """The same names, of matrices with as many rows as the run's own batch, at the last measurement."""
     own_batch_untrained: Mapping[str, float]

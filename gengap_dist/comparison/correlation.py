@@ -3,7 +3,7 @@
 Correlation is not cause: what is said here never decides a claim alone (see `verdict`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
@@ -123,8 +123,3 @@ def _p(r: float, num: int) -> float | None:
         return None
     t = abs(r) * (df / max(1 - r**2, 1e-15)) ** 0.5
     return float(2 * stats.t.sf(t, df))
-
-
-def by_measure(found: Sequence[Correlation]) -> Mapping[str, Correlation]:
-    """Correlations by what they are of."""
-    return {correlation.measure: correlation for correlation in found}

@@ -68,10 +68,6 @@ class Arm(NamedTuple):
     global_size: int
     settings: Settings
 
-    def values(self, name: str) -> dict[int, float]:
-        """Seed to a measure, over runs that have it."""
-        return {seed: run.measures[name] for seed, run in self.runs.items() if name in run.measures}
-
     def accuracies(self) -> dict[int, float]:
         """Seed to test accuracy."""
         return {seed: run.accuracy for seed, run in self.runs.items() if run.accuracy is not None}

@@ -12,6 +12,7 @@ import numpy as np
 
 from gengap_dist.comparison import Comparison, Run
 from gengap_dist.comparison.compare import compare
+from gengap_dist.comparison.measures import CONTROLS, MEASURED
 from gengap_dist.comparison.pairing import Paired, paired
 from gengap_dist.config import MACHINERY, UsageError, flat
 from gengap_dist.tracking.record import FINISHED, load_spectra, read_info, read_metrics
@@ -141,12 +142,8 @@ class StudyData:
         return []
 
 
-EXPLANATIONS = re.compile(
-    r"(near_rank_loss/.+/(?:rel|abs)_1e-2|effective_rank/.+|noise_scale|hessian/eigenvalue_1|hessian/trace"
-    r"|keskar_sharpness|relative_distance_from_init|nc1)"
-)
+EXPLANATIONS = re.compile(MEASURED + "|relative_distance_from_init")
 LOOKS = ("seed", "train.num_evals", "train.log_every", "train.target_accuracy")  # besides what a run computes
-CONTROLS = re.compile(r"/(centred|weight|n\d+|own_batch)(/|$)")
 
 
 def _seen(run: RunData, tuned: Collection[str]) -> Run:
@@ -165,7 +162,6 @@ def _seen(run: RunData, tuned: Collection[str]) -> Run:
         settings=settings,
         accuracy=result.get("test/accuracy"),
         measures=_explanations(last),
-        untrained=_explanations(first),
         own_batch=_explanations(last, "/own_batch"),
         own_batch_untrained=_explanations(first, "/own_batch"),
         num_probe_samples=info.get("num_probe_samples"),

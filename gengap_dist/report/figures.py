@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gengap_dist.comparison import Comparison, Interval
-from gengap_dist.comparison.pairing import spread
+from gengap_dist.comparison import Comparison, Correlation, Interval
+from gengap_dist.comparison.pairing import differences, spread, t_interval
 from gengap_dist.report.collect import StudyData
 from gengap_dist.report.drawing import (
     ACCENT,
@@ -196,7 +196,7 @@ def updates_to_target(study: StudyData, said: Comparison) -> Picture | None:
 
 def explanations(_: StudyData, said: Comparison) -> Picture | None:
     """Correlation of each explanation with accuracy lost, as it is and given the number of updates."""
-    known = sorted(said.correlations, key=lambda c: -abs(c.r))[:MAX_EXPLANATIONS]
+    known = _strongest_first(said)[:MAX_EXPLANATIONS]
     if not known:
         return None
     figure = Figure(figsize=(7.2, 0.34 * len(known) + 1.1))
@@ -236,6 +236,10 @@ def explanations(_: StudyData, said: Comparison) -> Picture | None:
     return Picture(figure, f"Correlation with test accuracy lost, strongest first: {strongest}.", data)
 
 
+def _strongest_first(said: Comparison) -> list[Correlation]:
+    return sorted(said.correlations, key=lambda one: -abs(one.r))
+
+
 def _correlation(axes: Axes, at: float, r: float, ends: Interval | None, *, color: str, **style: Any) -> None:
     if ends:
         axes.plot(ends, [at, at], color=color, linewidth=1.4)
@@ -244,25 +248,22 @@ def _correlation(axes: Axes, at: float, r: float, ends: Interval | None, *, colo
 
 def gap_against_explanations(study: StudyData, said: Comparison) -> Picture | None:
     """Accuracy lost in each run against its strongest explanations, a panel each."""
-    base = study.results(said.baseline, "test/accuracy")
-    names = [one.measure for one in sorted(said.correlations, key=lambda c: -abs(c.r))]
+    lost = {
+        arm: differences(study.results(said.baseline, "test/accuracy"), study.results(arm, "test/accuracy"))
+        for arm in study.arms
+    }
     panels: dict[str, list[Row]] = {}
-    for name in names:
-        rows = [
-            {
-                "measure": name,
-                "arm": arm,
-                "seed": run.seed,
-                "value": run.explanation(name),
-                "sb_lb_gap": base[run.seed] - accuracy,
-            }
-            for arm in study.arms
+    for name in (one.measure for one in _strongest_first(said)):
+        rows: list[Row] = [
+            {"measure": name, "arm": arm, "seed": run.seed, "value": value, "sb_lb_gap": by_seed[run.seed]}
+            for arm, by_seed in lost.items()
             for run in study.finished(arm)
-            if (accuracy := study.results(arm, "test/accuracy").get(run.seed)) is not None and run.seed in base
+            if run.seed in by_seed and np.isfinite(value := run.explanation(name))
         ]
-        rows = [row for row in rows if np.isfinite(row["value"])]
-        if len({row["value"] for row in rows}) > 1 and len(panels) < MAX_SCATTERS:
+        if len({row["value"] for row in rows}) > 1:
             panels[name] = rows
+        if len(panels) == MAX_SCATTERS:
+            break
     if not panels:
         return None
     num_columns = min(3, len(panels))
@@ -363,8 +364,5 @@ def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _t_half(values: np.ndarray) -> float:
-    from scipy import stats
-
-    if len(values) < 2:
-        return 0.0
-    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+    ends = t_interval(values)
+    return (ends[1] - ends[0]) / 2 if ends else 0.0

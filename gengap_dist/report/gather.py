@@ -9,8 +9,8 @@ from gengap_dist.comparison.roles import differing, effective
 from gengap_dist.config import UsageError
 from gengap_dist.report.collect import EXPLANATIONS, RunData, StudyData, read_study, settings_of, tuned_in
 from gengap_dist.tracking import record
-from gengap_dist.tracking.mirror import store_uri
-from gengap_dist.tracking.mlflow_source import Names, connect, find, save
+from gengap_dist.tracking.mirror import connect, store_uri
+from gengap_dist.tracking.mlflow_source import Names, find, save
 from gengap_dist.tracking.record import read_info
 
 MOST_TOLD = 3  # settings in an arm's name

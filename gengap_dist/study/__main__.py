@@ -10,6 +10,7 @@ Examples:
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,7 @@ def _drive(config: StudyConfig, out: Path) -> int:
 
         found = read_study(out)
         outcome = record.FAILED if num_failed else record.FINISHED
-        schedule.conclude(out, outcome, _headline(found), _verdicts(found))
-        study = read_study(out)  # with its last status
+        study = replace(found, info=schedule.conclude(out, outcome, _headline(found), _verdicts(found)))
         page = write_report(study)
     except BaseException as error:
         schedule.conclude(out, record.FAILED if isinstance(error, Exception) else record.KILLED, {})

@@ -220,11 +220,12 @@ def _one_by_one(plan: list[Cell], watch: Watch, *, driver: bool) -> int:
     return num_failed
 
 
-def conclude(out: Path, outcome: str, numbers: dict[str, Any], verdicts: Sequence[str] = ()) -> None:
-    """Write the study's last status, its headline numbers, and what it says in sentences."""
-    _update(out, status=outcome, ended=record.now(), metrics=numbers, verdicts=[*verdicts])
+def conclude(out: Path, outcome: str, numbers: dict[str, Any], verdicts: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the study's last status, its headline numbers, and what it says in sentences; study.json as it is then."""
+    return _update(out, status=outcome, ended=record.now(), metrics=numbers, verdicts=[*verdicts])
 
 
-def _update(out: Path, **news: Any) -> None:
+def _update(out: Path, **news: Any) -> dict[str, Any]:
     info = record.read_info(out / "study.json") | news
     record.write_atomically(out / "study.json", json.dumps(info, indent=1))
+    return info

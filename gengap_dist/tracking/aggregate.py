@@ -10,13 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gengap_dist.comparison.measures import CONTROLS, MEASURED
 from gengap_dist.comparison.pairing import paired, t_interval
 
-CHARTED = re.compile(
-    r"val/(accuracy|loss)|near_rank_loss/.+/(rel|abs)_1e-2|effective_rank/.+|noise_scale|hessian/eigenvalue_1"
-    r"|hessian/trace|keskar_sharpness|nc1"
-)
-LEFT_OUT = re.compile(r".+/(centred|weight|own_batch|n\d+)(/.*)?")  # matrices beside the ones that are reported
+CHARTED = re.compile("val/(accuracy|loss)|" + MEASURED)
 
 Line = dict[str, Any]
 
@@ -92,7 +89,7 @@ def _charted(name: str, line: Mapping[str, Any]) -> bool:
     """Whether a curve is worth drawing; the loss of training wherever validation stands beside it."""
     if name == "train/loss":
         return "val/accuracy" in line
-    return bool(CHARTED.fullmatch(name)) and not LEFT_OUT.fullmatch(name)
+    return bool(CHARTED.fullmatch(name)) and not CONTROLS.search(name)
 
 
 def _accuracies(seeds: Sequence[Seed]) -> dict[int, float]:

@@ -78,6 +78,15 @@ def comparison(folder: Path) -> str:
     return f"#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps(experiments))}"
 
 
+def connect(uri: str) -> Any:
+    """An MLflow client that gives up on a dead server within seconds."""
+    for name, value in CLIENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient  # slow
+
+    return MlflowClient(tracking_uri=uri)
+
+
 class Mirror:
     """What MLflow has of one folder, of a run or of a study."""
 
@@ -87,13 +96,9 @@ class Mirror:
         Raises:
             Exception: whatever the MLflow client meets on its way to the store.
         """
-        for name, value in CLIENT_DEFAULTS.items():
-            os.environ.setdefault(name, value)
-        from mlflow import MlflowClient  # slow, and only this module needs it
-
         self.folder, self.uri = folder, uri
         with _alone(uri):
-            self.client = MlflowClient(tracking_uri=uri)
+            self.client = connect(uri)
             found = self.client.get_experiment_by_name(experiment)
             self.experiment = (
                 found.experiment_id if found else self.client.create_experiment(experiment, _artifacts(uri), KIND)

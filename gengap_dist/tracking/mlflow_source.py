@@ -7,13 +7,11 @@ our mirror sent carry all of it under our own names; of others the caller says w
 import ast
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.config import UsageError, did_you_mean, nested
-from gengap_dist.tracking.mirror import CLIENT_DEFAULTS
 from gengap_dist.tracking.record import write_atomically
 
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "running"}
@@ -32,15 +30,6 @@ class Names(NamedTuple):
     """Metric or parameter: the number of optimizer steps."""
     percent: bool = False
     """Whether the accuracy is in percent."""
-
-
-def connect(uri: str) -> Any:
-    """A client that gives up on a dead server within seconds."""
-    for name, value in CLIENT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient  # slow
-
-    return MlflowClient(tracking_uri=uri)
 
 
 def find(client: Any, source: str) -> Iterator[Any]:

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gengap_dist.comparison import Run
-from gengap_dist.comparison.correlation import by_measure, correlations
+from gengap_dist.comparison import Correlation, Run
+from gengap_dist.comparison.correlation import correlations
 from tests.comparison.test_verdict import BASE
 
 
@@ -11,7 +11,6 @@ def runs_of(values: np.ndarray, lost: np.ndarray, updates: np.ndarray, name: str
     """Runs of arms x seeds from arrays of that shape; updates by arm."""
     template = {"status": "finished", "settings": BASE, "global_size": 64, "num_epochs": 1.0, "target": None}
     empty = {
-        "untrained": {},
         "own_batch": {},
         "own_batch_untrained": {},
         "updates_to_target": None,
@@ -25,6 +24,10 @@ def runs_of(values: np.ndarray, lost: np.ndarray, updates: np.ndarray, name: str
         for arm in range(values.shape[0])
         for seed in range(values.shape[1])
     ]  # fmt: skip
+
+
+def by_measure(found: list[Correlation]) -> dict[str, Correlation]:
+    return {correlation.measure: correlation for correlation in found}
 
 
 def test_against_scipy_with_seeds_removed():

@@ -55,7 +55,6 @@ def study(
                     settings=chosen,
                     accuracy=0.9 - lost.get(arm, 0.0) + common[0] + rng.normal(0, noise),
                     measures=measures,
-                    untrained=dict.fromkeys(measures, 0.1),
                     own_batch={"near_rank_loss/fc/rel_1e-2": 0.3 + own.get(arm, 0.0)} if own else {},
                     own_batch_untrained={"near_rank_loss/fc/rel_1e-2": 0.1 + own.get(arm, 0.0)} if own else {},
                     num_probe_samples=1024,

@@ -22,6 +22,7 @@ STUDY = {
         "name": "tiny",
         "question": "Does <b>it</b> work?",
         "seeds": [0, 1],
+        "baseline": "sb",  # wild has the smallest batch
         "arms": [
             {"name": "sb", "set": {"batch.global_size": 100}},
             {"name": "lb", "set": {"batch.global_size": 1294}},

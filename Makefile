@@ -22,6 +22,7 @@ check: .venv/.installed-dev
 bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/gram_floor.py
 	$(BIN)/python benchmarks/probe_cost.py
+	$(BIN)/python benchmarks/aggregate.py
 	$(BIN)/python benchmarks/overhead.py checkpoints
 	$(BIN)/python benchmarks/overhead.py ray
 	$(BIN)/python benchmarks/throughput.py --data $(or $(GENGAP_DATA),data)

@@ -77,9 +77,18 @@ def t_interval(values: Sequence[float] | np.ndarray, confidence: float = CONFIDE
     n = len(values)
     if n < 2:
         return None
-    mean = float(np.mean(values))
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(values, ddof=1) / n**0.5)
+    mean, half = float(np.mean(values)), float(t_half(values, confidence))
     return (mean - half, mean + half)
+
+
+def t_half(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
+    """Half of the t interval over the first axis, [n, ...] to [...], n > 1.
+
+    >>> t_half(np.array([[1.0, 10.0], [3.0, 30.0]])).round(4)
+    array([ 12.7062, 127.062 ])
+    """
+    n = len(values)
+    return stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5
 
 
 def p_value(values: Sequence[float] | np.ndarray) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,32 @@ from gengap_dist.comparison.compare import compare
 from gengap_dist.comparison.measures import CONTROLS, MEASURED
 from gengap_dist.comparison.pairing import Paired, paired
 from gengap_dist.config import MACHINERY, UsageError, flat
-from gengap_dist.tracking.record import FINISHED, load_spectra, read_info, read_metrics
+from gengap_dist.tracking.history import History
+from gengap_dist.tracking.record import FINISHED, load_spectra, read_history, read_info
+
+EXPLANATIONS = re.compile(MEASURED + "|relative_distance_from_init")
+CURVES = ("step", "epoch", "train/loss", "val/accuracy")  # what figures draw of every run
+MEASURED_AT = "probe_seconds/near_rank_loss"  # in every line of a measurement
+
+
+class _Recorded(NamedTuple):
+    """What is kept in memory of metrics.jsonl: a study may have thousands of runs."""
+
+    first: Mapping[str, float]
+    last: Mapping[str, float]
+    num_epochs: float
+    curves: History
+
+
+def _digest(found: History) -> _Recorded:
+    if MEASURED_AT in found.columns:
+        measured = np.flatnonzero(found.known[:, found.columns[MEASURED_AT]])
+        first, last = found.line(measured[0]), found.line(measured[-1])
+    else:  # a run that something else has trained measures when it likes
+        ends = {name: found.series(name)[1][[0, -1]] for name in found.columns if EXPLANATIONS.fullmatch(name)}
+        first, last = ({name: float(end[at]) for name, end in ends.items()} for at in (0, 1))
+    epochs = found.series("epoch")[1]
+    return _Recorded(first, last, float(epochs[-1]) if len(epochs) else 0.0, found.only(CURVES))
 
 
 @dataclass(frozen=True)
@@ -37,27 +62,29 @@ class RunData:
         return self.info["config"]["batch"]["global_size"]
 
     @cached_property
-    def lines(self) -> list[dict[str, Any]]:
-        """metrics.jsonl."""
-        return list(read_metrics(self.folder))
+    def _recorded(self) -> _Recorded:
+        return _digest(read_history(self.folder))
+
+    @property
+    def num_epochs(self) -> float:
+        """Epochs at the last recorded step; 0 if none was recorded."""
+        return self._recorded.num_epochs
+
+    def check(self) -> None:
+        """Read what the report needs.
+
+        Raises:
+            ValueError: if metrics.jsonl is damaged.
+        """
+        _ = self._recorded
 
     def series(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
-        """Values of `against` and of metric `name`, where the metric was recorded."""
-        points = [(line[against], line[name]) for line in self.lines if name in line]
-        x, y = zip(*points, strict=True) if points else ((), ())
-        return np.array(x, dtype=float), np.array(y, dtype=float)
+        """Values of `against` and of `name`, one of CURVES, where it was recorded."""
+        return self._recorded.curves.series(name, against)
 
-    def probed(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def probed(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """The lines of the first and of the last measurement; empty if there is none."""
-        probed = [line for line in self.lines if "probe_seconds/near_rank_loss" in line]
-        if probed:
-            return probed[0], probed[-1]
-        first: dict[str, Any] = {}  # a run that something else has trained measures when it likes
-        last: dict[str, Any] = {}
-        for line in self.lines:
-            if any(map(EXPLANATIONS.fullmatch, line)):
-                first, last = line | first, last | line
-        return first, last
+        return self._recorded.first, self._recorded.last
 
     def untrained_and_trained(self, name: str) -> tuple[float, float]:
         """A probe's metric at the first and at the last measurement; nan where that measurement lacks it."""
@@ -142,7 +169,6 @@ class StudyData:
         return []
 
 
-EXPLANATIONS = re.compile(MEASURED + "|relative_distance_from_init")
 LOOKS = ("seed", "train.num_evals", "train.log_every", "train.target_accuracy")  # besides what a run computes
 
 
@@ -158,7 +184,7 @@ def _seen(run: RunData, tuned: Collection[str]) -> Run:
         status=info["status"],
         global_size=run.global_size,
         num_updates=num_updates,
-        num_epochs=float(run.lines[-1].get("epoch", 0.0)) if run.lines else 0.0,
+        num_epochs=run.num_epochs,
         settings=settings,
         accuracy=result.get("test/accuracy"),
         measures=_explanations(last),
@@ -243,7 +269,7 @@ def read_study(folder: Path) -> StudyData:
     for member in (member for member in members if member["arm"] in info["arms"]):
         try:
             run = read_run(Path(member["folder"]), member["arm"])
-            _ = run.lines
+            run.check()
             runs += [run] if run.seed in info["seeds"] else []
         except UsageError as error:
             unreadable.append(str(error).replace(f"{folder}/", ""))

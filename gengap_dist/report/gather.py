@@ -113,7 +113,8 @@ def _whole(source: Source) -> RunData:
         raise UsageError(f"its seed ({seed}) and batch ({size}) are no whole numbers: mend its run.json")
     if accuracy is not None and not 0 <= accuracy <= 1:
         raise UsageError(f"its test accuracy ({accuracy}) is no share of 1: mend its run.json")
-    _ = run.lines, run.info["status"], settings_of(run.info)
+    run.check()
+    _ = run.info["status"], settings_of(run.info)
     return run
 
 

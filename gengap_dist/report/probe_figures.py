@@ -34,6 +34,7 @@ from gengap_dist.report.drawing import (
     row_axis,
     row_colour,
 )
+from gengap_dist.tracking.record import read_history
 
 MEASURES = (
     ("near_rank_loss", "rel_1e-2", "near-rank loss (share < 0.01 s1)"),
@@ -353,15 +354,16 @@ def _sets(run: RunData) -> dict[str, int]:
 
 def measures_over_steps(study: StudyData) -> Picture | None:
     """One run: near-rank loss and effective rank of every layer while it trains."""
-    run, keys = study.runs[0], chosen_layers(study)
+    keys = chosen_layers(study)
     if not keys:
         return None
+    recorded = read_history(study.runs[0].folder)
     figure = Figure(figsize=(9.5, 3.4))
     panels = figure.subplots(1, 2)
     data: list[Row] = []
     for axes, (name, threshold, label) in zip(panels, MEASURES, strict=True):
         for number, key in enumerate(keys):
-            x, y = run.series(metric(name, key, threshold))
+            x, y = recorded.series(metric(name, key, threshold))
             axes.plot(x, y, marker=".", color=COLOURS[number % len(COLOURS)], label=key)
             of_layer = {"measure": metric(name, "", threshold), "layer": key}
             data += [of_layer | {"step": int(at), "value": float(v)} for at, v in zip(x, y, strict=True)]
@@ -375,7 +377,8 @@ def measures_over_steps(study: StudyData) -> Picture | None:
 
 def rivals_over_steps(study: StudyData) -> Picture | None:
     """One run: every rival explanation that was measured more than once."""
-    series = {name: study.runs[0].series(name) for name in RIVALS}
+    recorded = read_history(study.runs[0].folder)
+    series = {name: recorded.series(name) for name in RIVALS}
     series = {name: (x, y) for name, (x, y) in series.items() if len(x) > 1}
     if not series:
         return None

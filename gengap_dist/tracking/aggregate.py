@@ -3,15 +3,18 @@
 Pure functions of what run folders hold.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gengap_dist.comparison.measures import CONTROLS, MEASURED
-from gengap_dist.comparison.pairing import paired, t_interval
+from gengap_dist.comparison.pairing import paired, t_half, t_interval
+from gengap_dist.tracking.history import History
 
 CHARTED = re.compile("val/(accuracy|loss)|" + MEASURED)
 
@@ -19,10 +22,27 @@ Line = dict[str, Any]
 
 
 class Seed(NamedTuple):
-    """What a run folder says: run.json, and the lines of metrics.jsonl if the run has finished."""
+    """What a run folder says: run.json, and the metrics if the run has finished."""
 
     info: Mapping[str, Any]
-    lines: Sequence[Mapping[str, Any]]
+    history: History
+
+
+class Curves(NamedTuple):
+    """Means over seeds, and how far their 95% intervals reach, at the steps that all seeds have."""
+
+    steps: np.ndarray
+    """int64 [steps], rising."""
+    seconds: np.ndarray
+    """float64 [steps]: mean time since the runs began."""
+    names: Sequence[str]
+    mean: np.ndarray
+    """float64 [steps, names]."""
+    half: np.ndarray
+    """Half of the interval, of the same shape: t_{0.975, n-1} s / sqrt(n); nan for one seed and for values that are not
+    finite."""
+    known: np.ndarray
+    """bool of the same shape: whether all seeds have it there."""
 
 
 def summary(name: str, values: Sequence[float]) -> dict[str, float]:
@@ -50,7 +70,8 @@ def over_seeds(arm: Sequence[Seed], baseline: Sequence[Seed] = ()) -> list[Line]
         baseline: all runs of the baseline; none for the baseline itself.
     """
     finished = [seed for seed in arm if seed.info["status"] == "finished"]
-    lines = _curves([seed.lines for seed in finished])
+    recorded = bool(finished) and all(len(seed.history.values) for seed in finished)
+    lines = _lines(curves([seed.history for seed in finished])) if recorded else []
     if not lines:
         lines = [{"step": 0, "seconds": 0.0}]
     last = lines[-1]
@@ -70,26 +91,41 @@ def over_seeds(arm: Sequence[Seed], baseline: Sequence[Seed] = ()) -> list[Line]
     return lines
 
 
-def _curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[Line]:
-    by_step = [{line["step"]: line for line in lines} for lines in runs]
-    common = sorted(set.intersection(*map(set, by_step))) if by_step else []
+def curves(runs: Sequence[History]) -> Curves:
+    """What is worth drawing (`CHARTED`) over runs that have recorded something, one or several.
+
+    The loss of training counts only where validation stands beside it.
+    """
+    steps = reduce(np.intersect1d, (run.series("step")[1] for run in runs))
+    names = [name for name in runs[0].columns if _charted(name) and all(name in run.columns for run in runs)]
+    cells = [run.at(steps, ["seconds", *names]) for run in runs]
+    values, known = np.stack([cell[0] for cell in cells]), np.all([cell[1] for cell in cells], axis=0)
+    if "train/loss" in names:
+        beside = known[:, 1 + names.index("val/accuracy")] if "val/accuracy" in names else False
+        known[:, 1 + names.index("train/loss")] &= beside
+    mean = values.mean(axis=0)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        half = t_half(values) if len(runs) > 1 else np.full(mean.shape, np.nan)
+    return Curves(steps.astype(np.int64), mean[:, 0], names, mean[:, 1:], half[:, 1:], known[:, 1:])
+
+
+def _lines(found: Curves) -> list[Line]:
+    """Lines as those of metrics.jsonl: steps that have a curve, and the last."""
     out: list[Line] = []
-    for step in common:
-        here = [lines[step] for lines in by_step]
-        names = [name for name in here[0] if all(name in line for line in here) and _charted(name, here[0])]
-        line = {"step": step, "seconds": float(np.mean([line["seconds"] for line in here]))}
-        for name in names:
-            line |= summary(name, [line[name] for line in here])
-        if names or step == common[-1]:
+    for row, step in enumerate(found.steps.tolist()):
+        line: Line = {"step": step, "seconds": float(found.seconds[row])}
+        for column in np.flatnonzero(found.known[row]).tolist():
+            name, mean, half = found.names[column], float(found.mean[row, column]), float(found.half[row, column])
+            line[f"{name}/mean"] = mean
+            if math.isfinite(half):
+                line |= {f"{name}/ci_low": mean - half, f"{name}/ci_high": mean + half}
+        if len(line) > 2 or row == len(found.steps) - 1:
             out.append(line)
     return out
 
 
-def _charted(name: str, line: Mapping[str, Any]) -> bool:
-    """Whether a curve is worth drawing; the loss of training wherever validation stands beside it."""
-    if name == "train/loss":
-        return "val/accuracy" in line
-    return bool(CHARTED.fullmatch(name)) and not CONTROLS.search(name)
+def _charted(name: str) -> bool:
+    return name == "train/loss" or (bool(CHARTED.fullmatch(name)) and not CONTROLS.search(name))
 
 
 def _accuracies(seeds: Sequence[Seed]) -> dict[int, float]:

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from gengap_dist.config import MACHINERY, UsageError, flat
+from gengap_dist.tracking.history import History, history
 from gengap_dist.tracking.record import (
     DIVERGED,
     FAILED,
@@ -26,6 +27,7 @@ from gengap_dist.tracking.record import (
     KILLED,
     PREEMPTED,
     RUNNING,
+    read_history,
     read_info,
     read_lines,
     read_metrics,
@@ -197,7 +199,9 @@ class Mirror:
             if not state["summed"]:
                 from gengap_dist.tracking.aggregate import Seed, over_seeds  # scipy is slow to import
 
-                arm, against = ([Seed(info, _lines(path, info)) for path, info in of.items()] for of in (runs, theirs))
+                arm, against = (
+                    [Seed(info, _history(path, info)) for path, info in of.items()] for of in (runs, theirs)
+                )
                 self._log(state["run_id"], _points(over_seeds(arm, against), info))
                 self._keep(folder, state, summed=True)
         if over and state.get("closed") != (info["ended"] or LOST):
@@ -392,8 +396,8 @@ def _all_ended(runs: Runs, num_seeds: int) -> bool:
     return len(runs) >= num_seeds and all(info["status"] in ENDED for info in runs.values())
 
 
-def _lines(folder: Path, info: Line) -> list[Line]:
-    return list(read_metrics(folder)) if info["status"] == FINISHED else []
+def _history(folder: Path, info: Line) -> History:
+    return read_history(folder) if info["status"] == FINISHED else history(())
 
 
 def _note(study: Line, link: str) -> str:

@@ -1,7 +1,8 @@
 """The run folder: run.json, metrics.jsonl, spectra/, config.yaml. Written by rank 0, atomically; everything reads it.
 
 metrics.jsonl holds one line per step that has anything to say, in rising order of step, each with `step`, `epoch`,
-`seconds` and flat metric names. A line is held back until its step is over, so no step ever has two lines.
+`seconds` and flat metric names. A line is held back until its step is over, so no step ever has two lines. metrics.npz
+has the same as columns, once a long run has ended: readers of many runs take it for speed, and nothing needs it.
 """
 
 import errno
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic_core import from_json
 
 from gengap_dist.config import RunConfig, UsageError, to_yaml
+from gengap_dist.tracking.history import History, dump, history, load
 
 if TYPE_CHECKING:  # importing it would import torch, and every command imports this module
     from gengap_dist.probes.spectrum import LayerSpectrum
@@ -31,6 +34,7 @@ Metrics = Mapping[str, float]
 RUNNING, FINISHED, DIVERGED, FAILED, KILLED = "running", "finished", "diverged", "failed", "killed"
 ENDED = (FINISHED, DIVERGED)  # with a result: such a run is not run again
 TAIL = 2**20  # bytes, more than any line of metrics.jsonl has
+SLOW_TO_READ = 2**20  # bytes of metrics.jsonl from which it is worth having as columns, too
 PREEMPTED = "preempted"  # asked to leave before the end: saved, and meant to be resumed
 
 
@@ -187,6 +191,7 @@ class Record(NoRecord):
         """Go back to the state after `step` steps: later lines are dropped, they will be written again."""
         lines = [json.dumps(line) for line in read_metrics(self.out) if line["step"] < step]
         write_atomically(self.out / "metrics.jsonl", "".join(line + "\n" for line in lines))
+        (self.out / "metrics.npz").unlink(missing_ok=True)
         self._held = {at: dict(line) for at, line in held.items()}
         self._began = time.monotonic() - seconds
 
@@ -232,6 +237,9 @@ class Record(NoRecord):
         self._info["result"] = {k: _number(v) if isinstance(v, float) else v for k, v in result.items()}
         if error is not None:
             self._info["error"] = error
+        lines = self.out / "metrics.jsonl"
+        if status in ENDED and lines.exists() and (size := lines.stat().st_size) > SLOW_TO_READ:
+            write_atomically(self.out / "metrics.npz", dump(history(read_raw(lines)), size))
         self._save()
 
 
@@ -274,15 +282,45 @@ def read_metrics(out: Path) -> Iterator[dict[str, Any]]:
     return read_lines(out / "metrics.jsonl")
 
 
+def read_history(out: Path) -> History:
+    """The metrics of a run folder as columns.
+
+    Raises:
+        ValueError: if a line of metrics.jsonl is damaged.
+    """
+    lines, columns = out / "metrics.jsonl", out / "metrics.npz"
+    if columns.exists() and lines.exists() and (found := load(columns, lines.stat().st_size)):
+        return found
+    found = history(read_raw(lines))
+    if len(found.values) and not ("step" in found.columns and found.known[:, found.columns["step"]].all()):
+        raise ValueError("metrics.jsonl has a line without its step")
+    return found
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a file of JSON objects, words for NaN and infinities as numbers; none if it is not there."""
+    for values in read_raw(path):
+        for key, value in values.items():
+            if isinstance(value, str):
+                values[key] = float(value)
+        yield values
+
+
+def read_raw(path: Path) -> Iterator[dict[str, Any]]:
+    """The same with the words as they are, which takes less time.
+
+    Raises:
+        ValueError: if a line is no JSON object.
+    """
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open("rb") as file:
         for line in file:
-            if line.endswith("\n"):
-                values = json.loads(line)
-                yield {key: float(value) if isinstance(value, str) else value for key, value in values.items()}
+            if line.endswith(b"\n"):
+                values = from_json(line, cache_strings="keys")  # four times as fast as json.loads, and as exact
+                if not isinstance(values, dict):
+                    raise ValueError(f"{path} has a line that is no JSON object ({values!r})")
+                yield values
 
 
 def damage(out: Path) -> str:

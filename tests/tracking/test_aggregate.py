@@ -7,13 +7,14 @@ from scipy import stats
 from gengap_dist.comparison.arms import recipe
 from gengap_dist.config import RunConfig, flat, validate
 from gengap_dist.tracking.aggregate import Seed, over_seeds, summary
+from gengap_dist.tracking.history import history
 
 
 def seed(number, accuracy=None, status="finished", lines=()):
     result = (
         {} if accuracy is None else {"test/accuracy": accuracy, "num_steps": 9, "probe_left_out": [], "time/data": 1}
     )
-    return Seed({"seed": number, "status": status, "result": result}, lines)
+    return Seed({"seed": number, "status": status, "result": result}, history(lines))
 
 
 @pytest.mark.parametrize("number", [2, 3, 7])
@@ -78,3 +79,34 @@ def test_a_recipe_says_what_differs_besides_the_batch():
     assert recipe(scaled, baseline) == "batch.ghost_size=32 optim.scaling=sqrt"
     other = settings(batch={"global_size": 512}, optim={"scaling": "sqrt", "base_size": 64}, data={"augment": ["flip"]})
     assert recipe(other, baseline) == 'data.augment=["flip"] optim.base_size=64 optim.scaling=sqrt'
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2, 5])
+def test_curves_against_one_value_after_another(num_seeds):
+    rng = np.random.default_rng(num_seeds)
+    names = ["val/accuracy", "train/loss", "effective_rank/fc2", "nc1"]
+    runs = [
+        [
+            {"step": step, "seconds": rng.random()} | {name: rng.normal() for name in names if rng.random() < 0.9}
+            for step in range(30)
+            if rng.random() < 0.9
+        ]
+        for _ in range(num_seeds)
+    ]
+    runs[0][3]["nc1"] = float("nan")
+    found = {line["step"]: line for line in over_seeds([seed(n, 0.5, lines=lines) for n, lines in enumerate(runs)])}
+    for step in range(30):
+        here = [line for lines in runs for line in lines if line["step"] == step]
+        shared = [name for name in names if len(here) == num_seeds and all(name in line for line in here)]
+        if "val/accuracy" not in shared:
+            shared = [name for name in shared if name != "train/loss"]
+        expected = {}
+        for name in shared:
+            expected |= summary(name, [line[name] for line in here])
+        curves = {
+            name: value for name, value in found.get(step, {}).items()
+            if name.rpartition("/")[0] in names and name.rpartition("/")[2] in ("mean", "ci_low", "ci_high")
+        }  # fmt: skip
+        assert curves == pytest.approx(expected, nan_ok=True)
+        if shared:
+            assert found[step]["seconds"] == pytest.approx(np.mean([line["seconds"] for line in here]))

@@ -165,7 +165,7 @@ def test_progress_on_a_real_terminal(tmp_path):
 def test_a_study_under_torchrun(tmp_path):
     arms = [{"name": "a", "set": {"batch.global_size": 100}}, {"name": "b", "set": {"batch.global_size": 200}}]
     study = STUDY | {"train": {"steps": 3}, "mlflow": {"enabled": False}}
-    study["study"] = STUDY["study"] | {"arms": arms, "seeds": [0]}
+    study["study"] = STUDY["study"] | {"arms": arms, "baseline": "a", "seeds": [0]}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(study))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "gengap_dist.study"]
     done = subprocess.run(

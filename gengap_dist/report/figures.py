@@ -1,5 +1,6 @@
 """Pictures of a study's answer, and of training. Each function returns None where there is nothing to draw."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -173,17 +174,13 @@ def updates_to_target(study: StudyData, said: Comparison) -> Picture | None:
         axes.axvline(
             min(max(value, low), high), color=c, linestyle=style, linewidth=1.4, label=f"{name} {value:,.3g}{outside}"
         )
+    by_size = Counter[int]()
     for arm, count in missed.items():
-        axes.text(
-            size_of[arm],
-            0.97,
-            f"{count} missed",
-            transform=axes.get_xaxis_transform(),
-            color=WARM,
-            ha="center",
-            fontsize=9,
-        )
+        by_size[size_of[arm]] += count
         data.append({"kind": "missed", "arm": arm, "global_size": size_of[arm], "runs": count})
+    for size, count in by_size.items():
+        style = {"transform": axes.get_xaxis_transform(), "color": WARM, "ha": "center", "fontsize": 9}
+        axes.text(size, 0.97, f"{count} missed", **style)
     axes.set_xlim(low, high)
     plain(axes.yaxis)
     axes.set_xlabel("global batch (samples per step)")

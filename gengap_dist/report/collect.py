@@ -61,9 +61,13 @@ class RunData:
         """Its global batch."""
         return self.info["config"]["batch"]["global_size"]
 
+    def history(self) -> History:
+        """All that was recorded, read anew."""
+        return read_history(self.folder)
+
     @cached_property
     def _recorded(self) -> _Recorded:
-        return _digest(read_history(self.folder))
+        return _digest(self.history())
 
     @property
     def num_epochs(self) -> float:

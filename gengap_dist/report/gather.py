@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 from gengap_dist.comparison.roles import differing, effective
 from gengap_dist.config import UsageError
-from gengap_dist.report.collect import EXPLANATIONS, RunData, StudyData, read_study, settings_of, tuned_in
+from gengap_dist.report.collect import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, settings_of, tuned_in
 from gengap_dist.tracking import record
 from gengap_dist.tracking.mirror import connect, store_uri
 from gengap_dist.tracking.mlflow_source import Names, find, save
 from gengap_dist.tracking.record import read_info
 
 MOST_TOLD = 3  # settings in an arm's name
-CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", "probe_seconds/near_rank_loss")
+CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", MEASURED_AT)
 
 
 class Source(NamedTuple):

@@ -34,7 +34,6 @@ from gengap_dist.report.drawing import (
     row_axis,
     row_colour,
 )
-from gengap_dist.tracking.record import read_history
 
 MEASURES = (
     ("near_rank_loss", "rel_1e-2", "near-rank loss (share < 0.01 s1)"),
@@ -357,7 +356,7 @@ def measures_over_steps(study: StudyData) -> Picture | None:
     keys = chosen_layers(study)
     if not keys:
         return None
-    recorded = read_history(study.runs[0].folder)
+    recorded = study.runs[0].history()
     figure = Figure(figsize=(9.5, 3.4))
     panels = figure.subplots(1, 2)
     data: list[Row] = []
@@ -377,7 +376,7 @@ def measures_over_steps(study: StudyData) -> Picture | None:
 
 def rivals_over_steps(study: StudyData) -> Picture | None:
     """One run: every rival explanation that was measured more than once."""
-    recorded = read_history(study.runs[0].folder)
+    recorded = study.runs[0].history()
     series = {name: recorded.series(name) for name in RIVALS}
     series = {name: (x, y) for name, (x, y) in series.items() if len(x) > 1}
     if not series:

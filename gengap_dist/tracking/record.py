@@ -189,8 +189,9 @@ class Record(NoRecord):
 
     def resume(self, step: int, seconds: float, held: dict[int, dict[str, float]]) -> None:
         """Go back to the state after `step` steps: later lines are dropped, they will be written again."""
-        lines = [json.dumps(line) for line in read_metrics(self.out) if line["step"] < step]
-        write_atomically(self.out / "metrics.jsonl", "".join(line + "\n" for line in lines))
+        path = self.out / "metrics.jsonl"
+        lines = [json.dumps(line) for line in read_raw(path) if line["step"] < step]
+        write_atomically(path, "".join(line + "\n" for line in lines))
         (self.out / "metrics.npz").unlink(missing_ok=True)
         self._held = {at: dict(line) for at, line in held.items()}
         self._began = time.monotonic() - seconds
@@ -237,10 +238,10 @@ class Record(NoRecord):
         self._info["result"] = {k: _number(v) if isinstance(v, float) else v for k, v in result.items()}
         if error is not None:
             self._info["error"] = error
+        self._save()
         lines = self.out / "metrics.jsonl"
         if status in ENDED and lines.exists() and (size := lines.stat().st_size) > SLOW_TO_READ:
             write_atomically(self.out / "metrics.npz", dump(history(read_raw(lines)), size))
-        self._save()
 
 
 def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:

@@ -50,6 +50,15 @@ def test_resume_drops_what_will_be_written_again(tmp_path):
     assert lines[-1]["seconds"] >= 100
 
 
+def test_resume_keeps_the_words_for_numbers_that_json_lacks(tmp_path):
+    book = Record(tmp_path)
+    book.log(1, 0.5, {"a": float("nan"), "b": float("-inf")})
+    book.flush()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    Record(tmp_path).resume(2, 1.0, {})
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
 def test_spectra_read_back(tmp_path):
     s = LayerSpectrum("conv1", "pool", True, 7, 3, torch.tensor([2.0, 1.0, 0.0]).double(), 1e-8, 1)
     Record(tmp_path).spectra(12, [s])

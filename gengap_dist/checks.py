@@ -155,7 +155,21 @@ def _norm_sizes(config: RunConfig, size: int, num_ranks: int) -> set[int]:
         own = batch.global_size // recipe.workers
         cuts.append((size % own or own, 1))
     group = batch.ghost_size or recipe.penalty_size  # a penalty's groups are micro-batches of their own
-    return set().union(*(BatchPlan(*cut, batch.micro_size, group).norm_sizes() for cut in cuts))
+    return set().union(*(BatchPlan(*cut, batch.most_at_once, group).norm_sizes() for cut in cuts))
+
+
+def check_auto(config: RunConfig, model: nn.Module) -> None:
+    """Refuse to choose micro-batches by speed where they decide what is learned.
+
+    Raises:
+        UsageError: for batch.micro_size=auto with batch norm over micro-batches.
+    """
+    if config.batch.micro_size == "auto" and config.norm == "local" and has_batch_norm(model):
+        raise UsageError(
+            "batch.micro_size (auto) is chosen by speed, and model.norm (local) takes its statistics over "
+            "micro-batches: the result would depend on the machine; choose a number, or model.norm=ghost with "
+            "batch.ghost_size, or group"
+        )
 
 
 def check_norm(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ranks: int) -> None:
@@ -175,7 +189,7 @@ def check_norm(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ra
         return
     for size in sorted(sizes, reverse=True):
         share = -(-size // num_ranks)
-        if config.norm == "sync" and share > batch.micro_size:
+        if config.norm == "sync" and share > batch.most_at_once:
             raise UsageError(
                 f"batch.micro_size ({batch.micro_size}) cuts the {share} samples that a rank has of a step of {size}, "
                 f"and model.norm (sync) takes its statistics over the whole step: choose at least {share}, more ranks, "

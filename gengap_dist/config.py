@@ -8,7 +8,7 @@ here, so that `--help` answers at once.
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -26,6 +26,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    WrapValidator,
     model_validator,
 )
 
@@ -48,6 +49,17 @@ class UsageError(ValueError):
 def _one_or_many(value: Any) -> Any:
     """A single number where a list may stand."""
     return value if isinstance(value, list | tuple) else (value,)
+
+
+def _number_or_auto(value: Any, check: Callable[[Any], int | Literal["auto"]]) -> int | Literal["auto"]:
+    """One sentence where each side of the union would have its own."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError(
+            f"batch.micro_size ({value}) is no whole number greater than 0, and not auto: choose a number of samples, "
+            "or auto"
+        ) from None
 
 
 class Section(BaseModel):
@@ -129,11 +141,19 @@ class BatchConfig(Section):
 
     global_size: PositiveInt = 64
     """Samples behind one optimizer step, summed over all ranks. The gradient is their exact mean."""
-    micro_size: PositiveInt = 128
+    micro_size: Annotated[PositiveInt | Literal["auto"], WrapValidator(_number_or_auto)] = 128
     """Most samples in one forward and backward pass of one rank: speed and memory. Small ones fit a CPU's cache; on a
-    GPU choose the largest that fits. Only model.norm=local makes the result depend on it."""
+    GPU choose the largest that fits, or let a run find the fastest that fits: auto measures some, takes the same on all
+    ranks, and remembers it for this network on this machine. Only model.norm=local makes the result depend on it, and
+    is refused with auto."""
     ghost_size: PositiveInt | None = None
     """Samples in a group of model.norm=ghost."""
+
+    @property
+    def most_at_once(self) -> int:
+        """`micro_size`, which is a number once a run has settled it (`planning.micro_size`)."""
+        assert isinstance(self.micro_size, int), "batch.micro_size=auto is settled before anything asks for the number"
+        return self.micro_size
 
     @model_validator(mode="after")
     def _ghosts_fit(self) -> Self:
@@ -146,7 +166,7 @@ class BatchConfig(Section):
                     f"batch.global_size ({self.global_size}) cannot be split into ghost groups of {ghost}: "
                     f"choose a multiple of {ghost}, or batch.ghost_size=null"
                 )
-            if self.micro_size < ghost:
+            if self.micro_size != "auto" and self.micro_size < ghost:
                 raise ValueError(
                     f"batch.micro_size ({self.micro_size}) is smaller than one ghost group of {ghost}: "
                     f"choose at least {ghost}, or a smaller batch.ghost_size"
@@ -477,7 +497,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _recipe_fits_batch(self) -> Self:
         recipe, batch, size = self.recipe, self.batch, self.recipe.penalty_size
-        if size and (batch.global_size % size or size % (batch.ghost_size or 1) or batch.micro_size < size):
+        too_small = size and batch.micro_size != "auto" and batch.micro_size < size
+        if size and (batch.global_size % size or size % (batch.ghost_size or 1) or too_small):
             raise ValueError(
                 f"recipe.penalty_size ({size}) must divide batch.global_size ({batch.global_size}), be a multiple of "
                 f"batch.ghost_size ({batch.ghost_size}) if that is set, and fit into batch.micro_size "

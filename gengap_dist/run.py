@@ -28,6 +28,7 @@ from gengap_dist.models.norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
+from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.preemption import Preempted
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
@@ -175,6 +176,12 @@ class _Session:
         self.num_steps = self.schedule.num_steps
 
         self.model = _build_model(config, splits, world)  # all of it; once the strategy has it, only the strategy does
+        self.given = config  # what the record keeps
+        if config.batch.micro_size == "auto":
+            progress(0, 0, "choosing batch.micro_size")
+        network = Network(self.model, splits.in_channels, splits.num_classes)
+        self.config, how = settle(config, network, world, _micro_size_before(out))
+        config = self.config
         self.observer = Observer(config, self.train_set, self.normalise, flat(self.model), world)
         check_norm(config, self.model, self.order.sizes(), world.size)
         strategy = strategy_name(config, world.size)
@@ -193,6 +200,8 @@ class _Session:
             "num_probe_samples": self.observer.num_samples,
             "norm_size": norm_size(config, self.model, [phase.size for phase in self.order.phases], world.size),
             "small_size": self._small_size(),
+            "micro_size": config.batch.micro_size,
+            "micro_size_auto": how,
         }
         self.step = 0
         self.best: dict[str, Any] = {}
@@ -223,7 +232,7 @@ class _Session:
         path = self._last_checkpoint() if resume else None
         if path is None:
             self._set_up({}, {})
-            self.record.start(self.config, self.facts)
+            self.record.start(self.given, self.facts)
             self.record.resume(0, 0.0, {})
             self.observe()
             return
@@ -243,7 +252,7 @@ class _Session:
             self.best["model"] = checkpoint.load(path / "best.pt")
         self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each = state["timers"]
         self.probe_left_out, self.noise = state["probe_left_out"], NoiseScale(**state["noise"])
-        self.record.start(self.config, self.facts)
+        self.record.start(self.given, self.facts)
         self.record.resume(self.step, state["seconds"], state["held"])
 
     def _last_checkpoint(self) -> Path | None:
@@ -549,6 +558,14 @@ class _Session:
             }
             | _split(self.times)
         )
+
+
+def _micro_size_before(out: Path) -> dict[str, Any]:
+    """How the run in `out`, if there is one, found its micro-batch size."""
+    try:
+        return read_info(out).get("micro_size_auto") or {}
+    except UsageError:  # none yet; a damaged one is complained of by whoever needs more of it
+        return {}
 
 
 def _split(times: Tensor) -> dict[str, float]:

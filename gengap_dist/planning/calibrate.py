@@ -6,9 +6,6 @@ sharing the cores. One GPU alone has no link to measure.
 
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
@@ -17,20 +14,15 @@ import numpy as np
 import torch
 
 from gengap_dist import models
-from gengap_dist.batching import Span
 from gengap_dist.config import RunConfig
-from gengap_dist.data.catalog import Images, Sizes, Splits
-from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.data.catalog import Sizes
 from gengap_dist.launchers.base import RankFailed, leave
 from gengap_dist.launchers.local import free_port, threads_per_rank
-from gengap_dist.loop import Work, train_step
-from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.planning.constants import ComputeConstants, Constants, LinkConstants, workload
-from gengap_dist.strategies import Single
+from gengap_dist.planning.rehearsal import Rehearsal, median_seconds
 from gengap_dist.world import World, connect, disconnect
 
 SIZES = [2**power for power in range(10, 25, 2)]  # bytes of all-reduces
-LEAST_TIMES, LEAST_SECONDS = 5, 1.0  # of each measurement
 
 
 def calibrate(config: RunConfig, sizes: Sizes, micro_size: int, known: Constants) -> Constants:
@@ -90,29 +82,13 @@ def _rank(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro
 
 def time_compute(config: RunConfig, sizes: Sizes, micro_size: int, world: World) -> ComputeConstants:
     """The slowest rank's time for one micro-batch of random images, and for an update. Collective."""
-    side = config.data.image_size
-    pixels = torch.randint(256, (micro_size, sizes.in_channels, side, side), dtype=torch.uint8)
-    images = Images(pixels, torch.arange(micro_size) % sizes.num_classes).to(world.device)
-    mean = torch.full((sizes.in_channels,), 127.0, dtype=torch.float64)
-    splits = Splits(images, images, images, sizes.num_classes, mean, mean)
-    dtype = getattr(torch, config.train.dtype)
-    batches = Batches(images, Normalise(splits, world.device, dtype), config.data, config.seed)
-    model = models.of(config, sizes.num_classes, sizes.in_channels, World()).to(world.device, dtype)
-    strategy = Single(config, World(device=world.device))
-    strategy.setup(model.train(), partial(build_optimizer, config.optim))
-    strategy.set_rates(0.0, 0.0)
-    work = Work(torch.arange(micro_size), 0, [Span(0, micro_size)])
-
-    def step() -> None:
-        train_step(strategy, batches, work)
-
-    def update() -> None:
-        strategy.step()
-
-    step_seconds, update_seconds = (median_seconds(job, world) for job in (step, update))
-    return ComputeConstants(
-        seconds_per_sample=max(step_seconds - update_seconds, 0.0) / micro_size, seconds_per_update=update_seconds
+    model = models.of(config, sizes.num_classes, sizes.in_channels, World())
+    model = model.to(world.device, getattr(torch, config.train.dtype))
+    rehearsal = Rehearsal(config, model, sizes.in_channels, sizes.num_classes, world.device)
+    of_pass, of_update = (
+        median_seconds(job, world) for job in (partial(rehearsal.micro_batch, micro_size), rehearsal.update)
     )
+    return ComputeConstants(seconds_per_sample=of_pass / micro_size, seconds_per_update=of_update)
 
 
 def time_link(world: World) -> LinkConstants:
@@ -131,29 +107,3 @@ def fit_link(sizes: list[int], times: list[float], num_ranks: int) -> LinkConsta
     rows = np.array([[turns, turns / num_ranks * size] for size in sizes]) / np.array(times)[:, None]
     (alpha, beta), *_ = np.linalg.lstsq(rows, np.ones(len(sizes)), rcond=None)
     return LinkConstants(alpha=round(max(alpha, 0.0), 12), beta=round(max(beta, 0.0), 18))
-
-
-def median_seconds(job: Callable[[], object], world: World) -> float:
-    """Median time of `job` on the slowest rank. Collective; ranks begin together, and take equally many turns."""
-    job()
-    took: list[float] = []
-    began = time.monotonic()
-    while True:
-        world.barrier()
-        _synchronise(world)
-        start = time.perf_counter()
-        job()
-        _synchronise(world)
-        took.append(time.perf_counter() - start)
-        enough = len(took) >= LEAST_TIMES and time.monotonic() - began > LEAST_SECONDS
-        word = torch.tensor([float(enough), 0.0] if world.rank == 0 else [0.0, 0.0], device=world.device)
-        if world.sum(word)[0]:
-            break
-    by_rank = torch.zeros(world.size, dtype=torch.float64, device=world.device)
-    by_rank[world.rank] = statistics.median(took)
-    return float(world.sum(by_rank).max())
-
-
-def _synchronise(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()

@@ -1,12 +1,18 @@
-"""The constants of the time model: a small JSON file, measured by `calibrate` or written by hand."""
+"""What was measured of machines: the constants of the time model, and the sizes that batch.micro_size=auto found.
+
+Two small JSON files in the user's cache folder; the first is measured by `calibrate` or written by hand.
+"""
 
 import json
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from gengap_dist.config import RunConfig, Section, UsageError, validate
+from gengap_dist.tracking.record import write_atomically
 
 
 class LinkConstants(Section):
@@ -87,3 +93,45 @@ def save(constants: Constants, path: Path | None) -> Path:
     where.parent.mkdir(parents=True, exist_ok=True)
     where.write_text(json.dumps(constants.model_dump(mode="json"), indent=1) + "\n")
     return where
+
+
+class MicroSize(Section):
+    """The fastest size of micro-batches."""
+
+    size: PositiveInt
+    images_per_second: dict[PositiveInt, PositiveFloat]
+    """Of a rank, the slowest, by size: all that were measured."""
+    where: dict[str, Any] = {}
+    """The network and the machine, for whoever reads the file."""
+
+
+class MicroSizes(Section):
+    """What is known, by a mark of network and machine; see `planning.micro_size`."""
+
+    found: dict[str, MicroSize] = {}
+
+
+def micro_sizes_path() -> Path:
+    """Beside the constants."""
+    return default_path().with_name("micro_sizes.json")
+
+
+def load_micro_sizes() -> MicroSizes:
+    """What was measured before; nothing, with a warning, if the file is damaged: it will be measured again."""
+    path = micro_sizes_path()
+    try:
+        return validate(MicroSizes, json.loads(path.read_text())) if path.exists() else MicroSizes()
+    except (OSError, ValueError, TypeError) as error:
+        warnings.warn(f"{path} holds no micro-batch sizes ({error}): they are measured anew", stacklevel=2)
+        return MicroSizes()
+
+
+def remember(mark: str, found: MicroSize) -> None:
+    """Add what was measured to the file; a warning if it cannot be written."""
+    path = micro_sizes_path()
+    known = MicroSizes(found=load_micro_sizes().found | {mark: found})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(known.model_dump(mode="json"), indent=1) + "\n")
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written ({error.strerror}): the next run measures anew", stacklevel=2)

@@ -123,7 +123,7 @@ def saved_for_backward(config: RunConfig, model: nn.Module, shape: Sequence[int]
     try:
         with FakeTensorMode() as mode:
             named = {n: mode.from_tensor(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
-            found = _saved(config, model, named, torch.zeros(micro_size, *shape, dtype=_dtype(config)))
+            found = _saved(config, model, named, _blank(config, model, (micro_size, *shape)))
         return found, f"one pass of {micro_size} fake images"
     except Exception as error:  # whatever an unknown network meets where numbers have no values
         warnings.warn(
@@ -132,12 +132,13 @@ def saved_for_backward(config: RunConfig, model: nn.Module, shape: Sequence[int]
             stacklevel=2,
         )
     named = dict([*model.named_parameters(), *model.named_buffers()])
-    two, four = (_saved(config, model, named, torch.zeros(n, *shape, dtype=_dtype(config))) for n in (2, 4))
+    two, four = (_saved(config, model, named, _blank(config, model, (n, *shape))) for n in (2, 4))
     return two + (four - two) * (micro_size - 2) // 2, "passes of 2 and 4 images, extrapolated"
 
 
-def _dtype(config: RunConfig) -> torch.dtype:
-    return getattr(torch, config.train.dtype)
+def _blank(config: RunConfig, model: nn.Module, shape: Sequence[int]) -> Tensor:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.zeros(*shape, dtype=getattr(torch, config.train.dtype), device=device)
 
 
 def _saved(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], images: Tensor) -> int:
@@ -170,11 +171,12 @@ def _saved(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], ima
     for block in blocks(model) if config.train.recompute else []:
         hooks.callback(block.register_forward_pre_hook(enter).remove)
         hooks.callback(block.register_forward_hook(leave).remove)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.train.autocast is not None)
+    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=config.train.autocast is not None)
     with hooks, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with autocast:
             logits = functional_call(model.train(), dict(named), (images,))
-        loss = cross_entropy(logits.to(images.dtype), torch.zeros(len(images), dtype=torch.int64), reduction="sum")
+        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        loss = cross_entropy(logits.to(images.dtype), labels, reduction="sum")
     del loss
     most = max((sum(size for key, size in block.items() if key not in outside) for block in inside), default=0)
     return sum(outside.values()) + most

@@ -112,4 +112,4 @@ def plan_of(config: RunConfig, size: int, num_ranks: int) -> BatchPlan:
     batch, group = config.batch, config.recipe.penalty_size
     if group:
         return BatchPlan(size, num_ranks, group, group)
-    return BatchPlan(size, num_ranks, batch.micro_size, batch.ghost_size)
+    return BatchPlan(size, num_ranks, batch.most_at_once, batch.ghost_size)

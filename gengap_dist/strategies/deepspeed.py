@@ -90,7 +90,7 @@ class Zero(Strategy):
     def _settings(self) -> dict[str, Any]:
         """DeepSpeed's config."""
         batch, size = self.config.batch, self.world.size
-        plan = BatchPlan(batch.global_size, size, batch.micro_size, batch.ghost_size)
+        plan = BatchPlan(batch.global_size, size, batch.most_at_once, batch.ghost_size)
         spans = [plan.micro_batches(rank) for rank in range(size)]
         # Terms of a batch that is cut evenly: an uneven one has fewer samples. DeepSpeed only checks and counts with
         # them; `backward` and `micro_step` leave it no division to make.

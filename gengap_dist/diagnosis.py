@@ -29,6 +29,7 @@ from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.data import TORCHVISION
 from gengap_dist.launchers.ray_train import check_address
 from gengap_dist.launchers.torchrun import joining
+from gengap_dist.planning.constants import micro_sizes_path, read_micro_sizes
 from gengap_dist.tracking.mirror import CLIENT_DEFAULTS, store_uri
 from gengap_dist.trials import GIB, IMPORT_SECONDS, Facts, attempt, line, two_ranks
 
@@ -204,6 +205,21 @@ def _unwritable(folder: Path) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def micro_sizes(ask: Ask) -> Findings:
+    """Where batch.micro_size=auto remembers what it found."""
+    path, size = micro_sizes_path(), ask.config.batch.micro_size
+    if size != "auto":
+        return {"micro sizes": Finding(ABSENT, f"batch.micro_size is {size}")}
+    remedy = f"make {path} writable, or delete it: until then every run measures anew"
+    try:
+        known = read_micro_sizes()
+    except ValueError as error:
+        return {"micro sizes": Finding(WARN, f"damaged ({error})", remedy)}
+    if error := _unwritable(_existing(path.parent)):
+        return {"micro sizes": Finding(WARN, f"{path.parent} cannot be written ({error})", remedy)}
+    return {"micro sizes": Finding(OK, f"{len(known.found)} known, in {path}; a run measures what is not")}
 
 
 def open_files(ask: Ask) -> Findings:
@@ -484,5 +500,6 @@ CHECKS: dict[tuple[str, ...], tuple[float, Callable[[Ask], Findings]]] = {  # ro
     ("mlflow",): (IMPORT_SECONDS + 10, mlflow),
     ("data",): (IMPORT_SECONDS + 10, data),
     ("disk", "shm"): (10, disk),
+    ("micro sizes",): (5, micro_sizes),
     ("open files",): (5, open_files),
 }

@@ -284,3 +284,15 @@ def test_folders_of_pictures(tmp_path):
     assert finding.status == FAIL
     assert "needs one sub-folder of pictures per class" in finding.found
     assert finding.remedy == f"arrange the files as {tmp_path}/train/CLASS/PICTURE.jpg"
+
+
+def test_what_auto_remembers(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    auto = ask(batch__micro_size="auto")
+    assert diagnosis.micro_sizes(ask())["micro sizes"].status == ABSENT
+    assert diagnosis.micro_sizes(auto)["micro sizes"].found.startswith("0 known, in ")
+    folder = tmp_path / "gengap_dist"
+    folder.mkdir()
+    (folder / "micro_sizes.json").write_text("{")
+    assert diagnosis.micro_sizes(auto)["micro sizes"].status == WARN
+    assert list(folder.iterdir()) == [folder / "micro_sizes.json"]

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gengap_dist.config import RunConfig, Section, UsageError, validate
 from gengap_dist.tracking.record import write_atomically
@@ -100,7 +100,9 @@ class MicroSize(Section):
 
     size: PositiveInt
     images_per_second: dict[PositiveInt, PositiveFloat]
-    """Of a rank, the slowest, by size: all that were measured."""
+    """Of the slowest rank, by size: all that were measured."""
+    pass_bytes: NonNegativeInt
+    """What a pass of the fastest takes at its most."""
     where: dict[str, Any] = {}
     """The network and the machine, for whoever reads the file."""
 
@@ -116,13 +118,25 @@ def micro_sizes_path() -> Path:
     return default_path().with_name("micro_sizes.json")
 
 
-def load_micro_sizes() -> MicroSizes:
-    """What was measured before; nothing, with a warning, if the file is damaged: it will be measured again."""
+def read_micro_sizes() -> MicroSizes:
+    """What was measured before.
+
+    Raises:
+        UsageError: if the file is damaged.
+    """
     path = micro_sizes_path()
     try:
         return validate(MicroSizes, json.loads(path.read_text())) if path.exists() else MicroSizes()
     except (OSError, ValueError, TypeError) as error:
-        warnings.warn(f"{path} holds no micro-batch sizes ({error}): they are measured anew", stacklevel=2)
+        raise UsageError(f"{path} holds no micro-batch sizes ({error}): delete it") from None
+
+
+def load_micro_sizes() -> MicroSizes:
+    """What was measured before; nothing, with a warning, if the file is damaged: the next measurement replaces it."""
+    try:
+        return read_micro_sizes()
+    except UsageError as error:
+        warnings.warn(f"{error}, or have it written anew", stacklevel=2)
         return MicroSizes()
 
 

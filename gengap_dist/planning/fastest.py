@@ -1,13 +1,12 @@
 """The fastest of several sizes of micro-batches: upwards until larger ones gain nothing, then the best take turns.
 
-All ranks compute at once, and the slowest counts. What is decided here is decided by times that all ranks know, never
-by a rank's own clock: all take the same turns.
+All ranks compute at once, and the slowest counts; of a size's turns the quickest does: whatever else a machine has to
+do can only take time away. Decisions are made by times that all ranks know, so that all take the same turns.
 """
 
 import math
 from collections.abc import Sequence
 from functools import partial
-from statistics import median
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ from gengap_dist.world import World
 SMALLEST = 16  # smaller ones are tried only where nothing else fits
 GAIN = 1.02  # two sizes in a row that gain less end the climb
 CLOSE = 1.1  # within so much of the best: takes part in the last rounds
-TURN_SECONDS, ROUNDS_SECONDS = 0.1, 1.5  # of one size; of the last rounds, of which there are at least 2
+TURN_SECONDS, ROUNDS_SECONDS = 0.05, 1.5  # of one size; of the last rounds, of which there are at least 2
 LONG_SECONDS = 1.0  # of a pass: what it costs besides its images is lost in that, larger ones cannot gain
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED", "could not create a memory")
 
@@ -41,44 +40,43 @@ def images_per_second(
     """
     talking = _talking(config, rehearsal.strategy.model, world)
     cuts = {size: _largest(share, size, config.batch.ghost_size) for size in sizes}
+    took: dict[int, float] = {}  # seconds of an image, the least of all turns
 
-    def passes(size: int, times: int) -> float:
-        """Seconds of one; infinite if it does not fit on every rank."""
-        return most(_turn(rehearsal, cuts[size], times, world), world) + talking
+    def turn(size: int, times: int) -> None:
+        seconds = (most(_turn(rehearsal, cuts[size], times, world), world) + talking) / cuts[size]
+        took[size] = seconds if seconds == math.inf else min(seconds, took.get(size, math.inf))
 
-    def first(size: int) -> float:
-        took = passes(size, 1)  # some of it is spent on what only a first pass needs
-        return passes(size, _times(took)) if took < LONG_SECONDS else took
+    def turns(size: int, number: int) -> None:
+        for _ in range(number):
+            turn(size, max(1, round(TURN_SECONDS / of_pass(size))))
 
-    took: dict[int, list[float]] = {}
+    def of_pass(size: int) -> float:
+        return took[size] * cuts[size]
 
-    def cost(size: int) -> float:
-        """Seconds of an image."""
-        return median(took[size]) / cuts[size]
+    def fits(size: int) -> bool:
+        turn(size, 1)  # some of it goes into what only a first pass needs
+        if took[size] < math.inf:
+            turns(size, 3 if of_pass(size) < LONG_SECONDS else 1)
+        return took[size] < math.inf
 
     above = [size for size in sizes if size >= SMALLEST] or [sizes[-1]]
     best, flat = math.inf, 0
     for size in above:
-        seconds = first(size)
-        if seconds == math.inf:
+        if not fits(size) or of_pass(size) > LONG_SECONDS:
             break
-        took[size] = [seconds]
-        flat = 0 if cost(size) * GAIN < best else flat + 1
-        best = min(best, cost(size))
-        if flat == 2 or seconds > LONG_SECONDS:
+        flat = 0 if took[size] * GAIN < best else flat + 1
+        best = min(best, took[size])
+        if flat == 2:
             break
-    for size in () if took else [size for size in reversed(sizes) if size < above[0]]:
-        if (seconds := first(size)) < math.inf:
-            took[size] = [seconds]
-            break
-    close = [size for size in took if cost(size) < CLOSE * best]
-    round_seconds = sum(max(TURN_SECONDS, *took[size]) for size in close)
-    again: dict[int, list[float]] = {size: [] for size in close}
-    for number in range(max(2, round(ROUNDS_SECONDS / round_seconds)) if len(close) > 1 else 0):
+    if took[above[0]] == math.inf:
+        next((size for size in reversed(sizes) if size < above[0] and fits(size)), None)
+    best = min(took.values())
+    close = [size for size in took if took[size] < CLOSE * best]
+    spent = sum(max(TURN_SECONDS, of_pass(size)) for size in close)
+    for number in range(max(2, round(ROUNDS_SECONDS / spent)) if len(close) > 1 else 0):
         for size in close if number % 2 else reversed(close):
-            again[size].append(passes(size, _times(*took[size])))
-    took |= {size: seconds for size, seconds in again.items() if seconds}
-    return {size: round(1 / cost(size), 1) for size in took}
+            turns(size, 1)
+    return {size: round(1 / seconds, 1) for size, seconds in took.items() if seconds < math.inf}
 
 
 def _largest(share: int, size: int, ghost_size: int | None) -> int:
@@ -88,10 +86,6 @@ def _largest(share: int, size: int, ghost_size: int | None) -> int:
     (50, 40)
     """
     return max(span.size for span in BatchPlan(share, 1, size, ghost_size).micro_batches(0))
-
-
-def _times(seconds: float) -> int:
-    return max(1, round(TURN_SECONDS / seconds))
 
 
 def _turn(rehearsal: Rehearsal, num_images: int, times: int, world: World) -> float:
@@ -121,5 +115,6 @@ def _talking(config: RunConfig, model: nn.Module, world: World) -> float:
     if world.size == 1 or not sharding.gradients:
         return 0.0
     weights = torch.zeros(sum(p.numel() for p in model.parameters()), device=world.device)
-    turns = [most(timed(partial(world.sum, weights), world), world) for _ in range(4)]
-    return median(turns[1:]) * (1.5 if sharding.parameters else 1.0)
+    return min(most(timed(partial(world.sum, weights), world), world) for _ in range(3)) * (
+        1.5 if sharding.parameters else 1.0
+    )

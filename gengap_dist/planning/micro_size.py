@@ -84,46 +84,53 @@ def settled(config: RunConfig, size: int) -> RunConfig:
 
 def _found(config: RunConfig, network: Network, world: World, before: Mapping[str, Any]) -> dict[str, Any]:
     place = Place(device_name(world.device), torch.get_num_threads(), local_size(), world.size)
-    what = described(config, network, place)
+    what, sizes = described(config, network, place), candidates(config, world.size)
     mark = marked(what)
-    sizes = candidates(config, world.size)
-    free = -most(-float(room(world.device, place.local_ranks)), world)
+    left = -most(-float(room(world.device, place.local_ranks)), world) - fixed_bytes(config, network.model, world.size)
+    known = _known(mark, before) if world.rank == 0 else {}
+    size, num_bytes = (world.agree(known.get(name, 0)) for name in ("size", "pass_bytes"))
+    if size and num_bytes <= left:
+        return {**known, "size": size}  # only rank 0 records it
     plain = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
     dtype = getattr(torch, config.train.dtype)
     model = models.of(plain, network.num_classes, network.in_channels, World()).to(world.device, dtype)
-    need = needs(config, model, network.in_channels, world.size)
-    fitting = [size for size in sizes if need(size) <= free]
+    pass_bytes = in_passes(config, model, network.in_channels)
+    fitting = [size for size in sizes if pass_bytes(size) <= left]
     if not fitting:
+        least, free = pass_bytes(sizes[0]) / GIB, max(0.0, left) / GIB
         raise UsageError(
-            f"batch.micro_size (auto) finds nothing that fits: {sizes[0]} images at once take about "
-            f"{need(sizes[0]) / GIB:.3g} GiB, gradients and optimizer included, and a rank has {free / GIB:.3g} GiB "
-            f"left: {REMEDY}"
+            f"batch.micro_size (auto) finds nothing that fits: a pass of {sizes[0]} takes about {least:.3g} GiB, and "
+            f"gradients, optimizer and copies of weights leave a rank {free:.3g} GiB: {REMEDY}"
         )
-    if len(sizes) == 1:
-        return {"size": sizes[0], "by": "no choice", "mark": mark}
-    known = _known(mark, before) if world.rank == 0 else {}
-    if (size := world.agree(known.get("size", 0))) in fitting:
-        return {**known, "size": size}  # only rank 0 records it
-    rehearsal = Rehearsal(plain, model, network.in_channels, network.num_classes, world.device)
-    rates = images_per_second(rehearsal, config, sizes[-1], fitting, world)
-    if not rates:
-        raise UsageError(
-            f"batch.micro_size (auto) finds nothing that fits: {fitting[0]} images at once ran out of memory: {REMEDY}"
-        )
-    size = world.agree(max(rates, key=lambda size: rates[size]))
+    rates: dict[int, float] = {}
+    if len(sizes) > 1:
+        rehearsal = Rehearsal(plain, model, network.in_channels, network.num_classes, world.device)
+        rates = images_per_second(rehearsal, config, sizes[-1], fitting, world)
+        if not rates:
+            raise UsageError(f"batch.micro_size (auto) ran out of memory in a pass of {fitting[0]}: {REMEDY}")
+    size = world.agree(max(rates, key=lambda size: rates[size], default=sizes[0]))
+    found = MicroSize(size=size, images_per_second=rates, pass_bytes=pass_bytes(size), where=what)
     if world.rank == 0:
-        remember(mark, MicroSize(size=size, images_per_second=rates, where=what))
-    return {"size": size, "by": "measurement", "mark": mark, "images_per_second": rates}
+        remember(mark, found)
+    return _told(found, mark, "measurement" if rates else "there is no other")
 
 
 def _known(mark: str, before: Mapping[str, Any]) -> dict[str, Any]:
     """What the run's record says, or else the cache, if the same was measured."""
     if before.get("mark") == mark:
         return {**before, "by": "this run's record"}
-    if found := load_micro_sizes().found.get(mark):
-        rates = found.images_per_second
-        return {"size": found.size, "by": "an earlier measurement", "mark": mark, "images_per_second": rates}
-    return {}
+    found = load_micro_sizes().found.get(mark)
+    return _told(found, mark, "an earlier measurement") if found else {}
+
+
+def _told(found: MicroSize, mark: str, by: str) -> dict[str, Any]:
+    return {"by": by, "mark": mark, **found.model_dump(mode="json", exclude={"where"})}
+
+
+def earlier(config: RunConfig, network: Network, place: Place) -> int | None:
+    """What was found before for such a run in such a place."""
+    found = load_micro_sizes().found.get(marked(described(config, network, place)))
+    return found and found.size
 
 
 def device_name(device: torch.device) -> str:
@@ -184,20 +191,19 @@ def candidates(config: RunConfig, num_ranks: int) -> list[int]:
     return [group * share] if config.norm == "sync" else [group * size for size in (*powers, share)]
 
 
-def needs(config: RunConfig, model: nn.Module, in_channels: int, num_ranks: int) -> Callable[[int], float]:
-    """Bytes that a rank will still take, by the size of its micro-batches.
+def fixed_bytes(config: RunConfig, model: nn.Module, num_ranks: int) -> int:
+    """What a rank will still take for gradients, and for all that follows from them or from weights.
 
-    What a pass saves grows with its images along a line, which fake passes of one and of two groups give. Beside it are
-    gradients and what follows from them, or, while sizes are measured, a twin of the network with gradients.
+    Or, while sizes are measured, for a twin of the network and its gradients.
     """
+    held = memory.weights(config, model, strategy_name(config, num_ranks), num_ranks)
+    coming = held["gradients"] + held["optimizer_state"] + held["kept_weights"]
+    return OTHER_BYTES + max(coming, 2 * sum(parameter.nbytes for parameter in model.parameters()))
+
+
+def in_passes(config: RunConfig, model: nn.Module, in_channels: int) -> Callable[[int], int]:
+    """Bytes that a pass takes at its most, by its images: what it saves grows along a line, which fake passes give."""
     group = config.batch.ghost_size or 2
     shape = (in_channels, config.data.image_size, config.data.image_size)
     one, two = (memory.saved_for_backward(config, model, shape, size)[0] for size in (group, 2 * group))
-    held = memory.weights(config, model, strategy_name(config, num_ranks), num_ranks)
-    coming = held["gradients"] + held["optimizer_state"] + held["kept_weights"]
-    fixed = OTHER_BYTES + max(coming, 2 * sum(parameter.nbytes for parameter in model.parameters()))
-
-    def need(size: int) -> float:
-        return fixed + TEMPORARY * (one + (two - one) * (size - group) / group)
-
-    return need
+    return lambda size: TEMPORARY * (one + (two - one) * (size - group) // group)

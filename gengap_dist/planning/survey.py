@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import models
-from gengap_dist.checks import before_data, check_logits, check_norm, strategy_name
-from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, strategy_name
+from gengap_dist.config import BatchConfig, RunConfig, UsageError
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth
+from gengap_dist.launchers.local import threads_per_rank
 from gengap_dist.loop import blocks
 from gengap_dist.models.norm import has_batch_norm
 from gengap_dist.observe import PROBE_BLOCK
@@ -22,6 +24,7 @@ from gengap_dist.planning import memory, wire
 from gengap_dist.planning.constants import Constants, workload
 from gengap_dist.planning.layout import Cluster, Layout, layout
 from gengap_dist.planning.memory import Memory
+from gengap_dist.planning.micro_size import Network, Place, candidates, device_name, earlier, settled
 from gengap_dist.planning.wire import Link, Message
 from gengap_dist.probes import rank_loss
 from gengap_dist.probes.capture import observing
@@ -120,6 +123,7 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
             refused.append(str(error))
             return None
 
+    given, (config, assumed) = config, _with_micro_size(config, cluster)
     num_ranks, batch = cluster.num_ranks, config.batch
     strategy = strategy_name(config, num_ranks)
     found: dict[str, Any] = {"cluster": cluster, "strategy": strategy, "model": config.model.name, "refused": refused}
@@ -133,6 +137,7 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
             order = tried(lambda: Order(sizes.num_train, batch.global_size, config.seed, growth=growth(config)))
             found |= {"data": sizes} | _steps(config, order, num_ranks, tried)
             if model := tried(lambda: _model(config, sizes)):
+                tried(lambda: check_auto(given, model))
                 tried(lambda: check_norm(config, model, order.sizes() if order else [], num_ranks))
                 tried(lambda: build_optimizer(config.optim, model))
                 if config.recipe.rank_penalty is not None:
@@ -140,7 +145,34 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
                 found |= _of_model(config, cluster, model, sizes, found["batch"], tried)
                 found |= _time(config, constants, found)
     found["warned"] = sorted({str(warning.message) for warning in caught})
-    return Plan(**found, assumed=_assumed(config, strategy, found))
+    return Plan(**found, assumed=assumed + _assumed(config, strategy, found))
+
+
+def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, list[str]]:
+    """The config with a number for batch.micro_size=auto, and in words why that one."""
+    if config.batch.micro_size != "auto":
+        return config, []
+    known = None
+    with suppress(UsageError):  # the plan will list it
+        sizes = catalog.sizes(config.data)
+        network = Network(_model(config, sizes), sizes.in_channels, sizes.num_classes)
+        known = earlier(config, network, _place(config, cluster))
+    if known:
+        return settled(config, known), [
+            f"batch.micro_size=auto found {known} on this machine before; another may differ"
+        ]
+    choice = candidates(config, cluster.num_ranks)
+    size = max([size for size in choice if size <= BatchConfig().most_at_once] or choice[:1])
+    said = f"batch.micro_size=auto is taken to find {size}: nothing was measured yet of such a run on this machine"
+    return settled(config, size), [said] if len(choice) > 1 else []
+
+
+def _place(config: RunConfig, cluster: Cluster) -> Place:
+    """Where a rank of the cluster would compute, if its machines were like this one."""
+    local, kind = cluster.gpus_per_node, config.launch.device
+    on_gpu = kind == "cuda" or (kind == "auto" and local <= torch.cuda.device_count())
+    device = torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
+    return Place(device_name(device), int(threads_per_rank(local)["OMP_NUM_THREADS"]), local, cluster.num_ranks)
 
 
 def _steps(config: RunConfig, order: Order | None, num_ranks: int, tried: Callable[..., Any]) -> dict[str, Any]:

@@ -1,0 +1,249 @@
+"""batch.micro_size=auto: a number that all ranks share, that fits, and that changes nothing but the time."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from gengap_dist import models
+from gengap_dist.config import UsageError
+from gengap_dist.planning import constants, room
+from gengap_dist.planning.constants import Constants, MicroSize, load_micro_sizes, remember
+from gengap_dist.planning.fastest import images_per_second
+from gengap_dist.planning.layout import Cluster
+from gengap_dist.planning.micro_size import Network, candidates, settle
+from gengap_dist.planning.rehearsal import Rehearsal
+from gengap_dist.planning.survey import survey
+from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
+from gengap_dist.world import World
+from tests.conftest import ROOT, config, cut_after, train, weights
+from tests.ranks import on_ranks
+
+AUTO = {"batch__micro_size": "auto", "batch__global_size": 96, "train__steps": 4, "probe__num_samples": 64}
+SMALL = {"model__name": "mlp", "model__widths": (32, 16)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The file of this module's tests, and of the ranks that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield constants.micro_sizes_path()
+
+
+def go(pool, out, *, resume=False, **settings):
+    prepare_folder(out, "run.json", resume=resume)
+    pool.run(config(**settings), out, resume=resume, progress=lambda done, total, note: None)
+    return read_info(out)
+
+
+def timeless(out):
+    return [{k: v for k, v in line.items() if "seconds" not in k and "time/" not in k} for line in read_metrics(out)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_it_is_the_run_with_the_number_it_found(pools, cache, tmp_path, size):
+    cache.unlink(missing_ok=True)
+    settings = AUTO | SMALL | {"batch__ghost_size": 4} if size == 2 else AUTO
+    first = go(pools[size], tmp_path / "auto", **settings)
+    found, number = first["micro_size_auto"], first["micro_size"]
+    assert first["config"]["batch"]["micro_size"] == "auto"
+    assert found["by"] == "measurement"
+    assert number in candidates(config(**settings), size)
+    rates = {int(tried): rate for tried, rate in found["images_per_second"].items()}
+    assert len(rates) > 1
+    assert rates[number] == max(rates.values())
+    again = go(pools[size], tmp_path / "number", **settings | {"batch__micro_size": number})
+    assert again["micro_size_auto"] is None
+    assert timeless(tmp_path / "auto") == timeless(tmp_path / "number")
+    for name, weight in weights(tmp_path / "auto").items():
+        assert torch.equal(weight, weights(tmp_path / "number")[name]), name
+
+
+def test_it_is_remembered_by_machine_and_by_run(pools, cache, tmp_path):
+    """First the file's word holds, then the record's, and neither where something else is asked."""
+    cache.unlink(missing_ok=True)
+    mark = go(pools[2], tmp_path / "a", **AUTO)["micro_size_auto"]["mark"]
+    known = load_micro_sizes().found[mark]
+    remember(mark, known.model_copy(update={"size": 2}))
+    kept = go(pools[2], tmp_path / "b", **AUTO, checkpoint__every_steps=2)
+    assert (kept["micro_size"], kept["micro_size_auto"]["by"]) == (2, "an earlier measurement")
+    cut_after(tmp_path / "b", 2)
+    remember(mark, known.model_copy(update={"size": 4}))
+    resumed = go(pools[2], tmp_path / "b", **AUTO, checkpoint__every_steps=2, resume=True)
+    assert (resumed["micro_size"], resumed["micro_size_auto"]["by"]) == (2, "this run's record")
+    number = AUTO | {"batch__micro_size": 2}
+    go(pools[2], tmp_path / "c", **number, checkpoint__every_steps=2)
+    assert timeless(tmp_path / "b") == timeless(tmp_path / "c")
+    other = go(pools[2], tmp_path / "d", **AUTO | {"batch__global_size": 24})
+    assert other["micro_size_auto"]["mark"] != mark
+    cut_after(tmp_path / "b", 2)
+    alone = go(pools[1], tmp_path / "b", **AUTO, checkpoint__every_steps=2, resume=True)
+    assert alone["micro_size_auto"]["mark"] != mark
+
+
+def test_a_plan_takes_what_a_run_found(cache):
+    settings, place = config(**AUTO, launch__device="cpu"), Cluster(1, 1)
+    cache.unlink(missing_ok=True)
+    assert "taken to find 96" in survey(settings, place, Constants()).assumed[0]
+    model = models.of(settings, 10, 1, World())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as a launcher would
+    try:
+        _, found = settle(settings, Network(model, 1, 10), World(), {})
+    finally:
+        torch.set_num_threads(threads)
+    assert found is not None
+    remember(found["mark"], MicroSize(size=8, images_per_second={}, pass_bytes=1))
+    plan = survey(settings, place, Constants())
+    assert plan.assumed[0].startswith("batch.micro_size=auto found 8 ")
+    assert plan.batch is not None
+    assert plan.batch.micro_sizes == (8, 8)
+
+
+def test_a_damaged_or_locked_file_costs_a_measurement(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = constants.micro_sizes_path()
+    path.parent.mkdir()
+    for text in ("{", "[]", '{"found": {"x": {"size": 0}}}'):
+        path.write_text(text)
+        with pytest.warns(UserWarning, match="holds no micro-batch sizes"):
+            assert load_micro_sizes().found == {}
+    with pytest.warns(UserWarning, match="holds no micro-batch sizes"):
+        train(tmp_path / "run", **AUTO, probe__enabled=False)
+    assert len(load_micro_sizes().found) == 1
+    path.unlink()
+    path.mkdir()
+    with pytest.warns(UserWarning) as caught:
+        remember("x", MicroSize(size=1, images_per_second={}, pass_bytes=1))
+    assert "cannot be written" in str(caught[-1].message)
+
+
+def test_what_has_no_choice_or_must_not_have_one(tmp_path):
+    with pytest.raises(UsageError, match=r"model.norm \(local\) takes its statistics over micro-batches"):
+        train(tmp_path / "local", **AUTO, **SMALL)
+    assert "would depend on the machine" in survey(config(**AUTO, **SMALL), Cluster(1, 1), Constants()).refused[0]
+    assert candidates(config(**AUTO, model__norm="sync"), 2) == [48]
+    assert candidates(config(**AUTO, recipe__gradient_penalty=0.1, recipe__penalty_size=12), 2) == [12]
+    assert candidates(config(**AUTO, batch__ghost_size=32), 2) == [32, 64]  # a rank has two groups, or one
+    grown = {"optim__schedule": "grow", "optim__milestones": [0.5], "optim__gamma": 0.5, "train__epochs": 4}
+    assert candidates(config(**grown, batch__global_size=20), 2) == [1, 2, 4, 8, 16, 20]
+    train(tmp_path / "sync", **AUTO | SMALL, model__norm="sync", probe__enabled=False)
+    info = read_info(tmp_path / "sync")
+    assert (info["micro_size"], info["micro_size_auto"]["by"]) == (96, "there is no other")
+
+
+def test_the_network_and_random_states_stay(tmp_path):
+    settings = config(**AUTO | SMALL, model__norm="group")
+    model = models.of(settings, 10, 1, World()).train()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
+    settle(settings, Network(model, 1, 10), World(), {})
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Greedy(nn.Module):
+    """Asks for more than there is, for more than `most` images."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.fc = most, nn.Linear(32 * 32, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > self.most:
+            torch.empty(2**46)
+        return self.fc(images.flatten(1))
+
+
+def greedy(world, mosts):
+    settings = config(**AUTO | {"batch__global_size": 192})
+    rehearsal = Rehearsal(settings, Greedy(mosts[world.rank]), 1, 10, world.device)
+    sizes = candidates(settings, world.size)
+    return sorted(images_per_second(rehearsal, settings, sizes[-1], sizes, world))
+
+
+def test_a_rank_that_runs_out_of_memory_decides_for_all():
+    assert on_ranks(2, greedy, (64, 1000)) == [[16, 32, 64]] * 2  # the next would be 96
+    assert on_ranks(2, greedy, (1000, 5)) == [[4], [4]]
+    assert on_ranks(2, greedy, (0, 1000)) == [[], []]
+
+
+LIMITED = """
+import resource, sys, psutil, torch
+import gengap_dist.run
+from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.models import of
+from gengap_dist.planning.micro_size import Network, settle
+from gengap_dist.train import main
+from gengap_dist.world import World
+
+def leave_only(mebibytes):
+    most = psutil.Process().memory_info().vms + mebibytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+
+torch.set_num_threads(1)
+words = {"model.name": "deep:Deep", "batch.micro_size": "auto", "launch.device": "cpu"}
+config = validate(RunConfig, nested(words))
+network = Network(of(config, 10, 1, World()), 1, 10)
+leave_only(700)
+print(settle(config, network, World(), {})[1]["size"], flush=True)
+leave_only(150)
+words |= {"out": "run", "mlflow.enabled": "false"}
+main([word for name, value in words.items() for word in (f"--{name}", value)])
+"""
+DEEP = """
+import torch
+class Deep(torch.nn.Module):
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(in_channels, 64, 3, padding=1), torch.nn.Linear(64, num_classes)
+    def forward(self, images):
+        x = self.conv(images)
+        for _ in range(400):
+            x = x.sigmoid()
+        return self.fc(x.mean((2, 3)))
+"""  # saves 256 KiB in each of 400 layers: an image takes 100 MiB, and twice that is reckoned with
+
+
+def test_what_does_not_fit_is_told_before_it_is_tried(tmp_path):
+    (tmp_path / "deep.py").write_text(DEEP)
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    code = [sys.executable, "-c", LIMITED]
+    done = subprocess.run(code, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "2\n", done.stderr
+    assert done.returncode == 2, done.stderr
+    told = done.stderr.splitlines()[-1]
+    assert "batch.micro_size (auto) finds nothing that fits: a pass of 1 takes about 0.19" in told
+    assert "train.recompute=true" in told
+
+
+def test_a_container_counts(tmp_path, monkeypatch):
+    """Both versions of control groups, with limits in the group and above it."""
+    new, old = (names._replace(folder=tmp_path / names.limit) for names in reversed(room.VERSIONS))
+    for names, levels in (
+        (new, {"": ("9000", "10"), "a/b": ("max", "5")}),
+        (old, {"a": ("700", "100"), "a/b": ("900", "5")}),
+    ):
+        for level, (limit, used) in levels.items():
+            folder = names.folder / level
+            folder.mkdir(parents=True)
+            (folder / names.limit).write_text(f"{limit}\n")
+            (folder / names.used).write_text(f"{used}\n")
+            (folder / "memory.stat").write_text(f"other 7\n{names.cache} 50\n")
+    monkeypatch.setattr(room, "VERSIONS", (old, new))
+    monkeypatch.setattr(room, "MEMBERSHIPS", tmp_path / "cgroup")
+    (tmp_path / "cgroup").write_text("4:memory:/a/b\n3:cpu:/a\n0::/a/b\n")
+    assert room.room(torch.device("cpu"), 1) == 700 - 100 + 50
+    assert room.room(torch.device("cpu"), 3) == 650 // 3
+    (tmp_path / "cgroup").write_text("0::/a/b\n")
+    assert room.room(torch.device("cpu"), 1) == 9000 - 10 + 50
+    (tmp_path / "cgroup").unlink()
+    assert room.room(torch.device("cpu"), 1) > 2**20

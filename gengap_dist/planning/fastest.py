@@ -1,10 +1,12 @@
 """The fastest of several sizes of micro-batches: upwards until larger ones gain nothing, then the best take turns.
 
 All ranks compute at once, and the slowest counts; of a size's turns the quickest does: whatever else a machine has to
-do can only take time away. Decisions are made by times that all ranks know, so that all take the same turns.
+do can only take time away. Decisions are made by times that all ranks know, or by rank 0's word: all take the same
+turns.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -41,41 +43,38 @@ def images_per_second(
     talking = _talking(config, rehearsal.strategy.model, world)
     cuts = {size: _largest(share, size, config.batch.ghost_size) for size in sizes}
     took: dict[int, float] = {}  # seconds of an image, the least of all turns
+    latest: dict[int, float] = {}  # seconds of a pass
 
-    def turn(size: int, times: int) -> None:
-        seconds = (most(_turn(rehearsal, cuts[size], times, world), world) + talking) / cuts[size]
+    def turn(size: int) -> None:
+        times = max(1, round(TURN_SECONDS / latest[size])) if size in latest else 1
+        latest[size] = most(_turn(rehearsal, cuts[size], times, world), world) + talking
+        seconds = latest[size] / cuts[size]
         took[size] = seconds if seconds == math.inf else min(seconds, took.get(size, math.inf))
 
-    def turns(size: int, number: int) -> None:
-        for _ in range(number):
-            turn(size, max(1, round(TURN_SECONDS / of_pass(size))))
-
-    def of_pass(size: int) -> float:
-        return took[size] * cuts[size]
-
     def fits(size: int) -> bool:
-        turn(size, 1)  # some of it goes into what only a first pass needs
+        turn(size)  # some of it goes into what only a first pass needs
         if took[size] < math.inf:
-            turns(size, 3 if of_pass(size) < LONG_SECONDS else 1)
+            for _ in range(3 if latest[size] < LONG_SECONDS else 1):
+                turn(size)
         return took[size] < math.inf
 
     above = [size for size in sizes if size >= SMALLEST] or [sizes[-1]]
     best, flat = math.inf, 0
     for size in above:
-        if not fits(size) or of_pass(size) > LONG_SECONDS:
+        if not fits(size):
             break
         flat = 0 if took[size] * GAIN < best else flat + 1
         best = min(best, took[size])
-        if flat == 2:
+        if flat == 2 or took[size] * cuts[size] > LONG_SECONDS:
             break
     if took[above[0]] == math.inf:
         next((size for size in reversed(sizes) if size < above[0] and fits(size)), None)
-    best = min(took.values())
     close = [size for size in took if took[size] < CLOSE * best]
-    spent = sum(max(TURN_SECONDS, of_pass(size)) for size in close)
-    for number in range(max(2, round(ROUNDS_SECONDS / spent)) if len(close) > 1 else 0):
-        for size in close if number % 2 else reversed(close):
-            turns(size, 1)
+    until, rounds = time.monotonic() + ROUNDS_SECONDS, 0
+    while len(close) > 1 and (rounds < 2 or world.agree(time.monotonic() < until)):
+        for size in close if rounds % 2 else reversed(close):
+            turn(size)
+        rounds += 1
     return {size: round(1 / seconds, 1) for size, seconds in took.items() if seconds < math.inf}
 
 

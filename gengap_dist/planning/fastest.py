@@ -67,8 +67,9 @@ def images_per_second(
         best = min(best, took[size])
         if flat == 2 or took[size] * cuts[size] > LONG_SECONDS:
             break
-    if took[above[0]] == math.inf:
-        next((size for size in reversed(sizes) if size < above[0] and fits(size)), None)
+    below = [size for size in sizes if size < above[0]] if took[above[0]] == math.inf else []
+    while below and not fits(below.pop()):
+        pass
     close = [size for size in took if took[size] < CLOSE * best]
     until, rounds = time.monotonic() + ROUNDS_SECONDS, 0
     while len(close) > 1 and (rounds < 2 or world.agree(time.monotonic() < until)):

@@ -34,7 +34,7 @@ def cache(tmp_path_factory):
         yield constants.micro_sizes_path()
 
 
-def go(pool, out, *, resume=False, **settings):
+def go(pool, out, *, resume: bool = False, **settings):
     prepare_folder(out, "run.json", resume=resume)
     pool.run(config(**settings), out, resume=resume, progress=lambda done, total, note: None)
     return read_info(out)

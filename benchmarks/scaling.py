@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing import connection, get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import fair
 import torch
@@ -80,9 +80,10 @@ class Team:
             pipe.send((job, args))
         answers: dict[int, Any] = {}
         while len(answers) < len(self.pipes):
-            for pipe in connection.wait([p for r, p in enumerate(self.pipes) if r not in answers]):
+            awaited: list[Any] = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            for pipe in cast("list[Any]", connection.wait(awaited)):
                 rank = self.pipes.index(pipe)
-                answers[rank], error = pipe.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                answers[rank], error = pipe.recv()
                 if error:
                     raise SystemExit(f"rank {rank} of {len(self.pipes)} failed:\n{error}")
         return answers[0]

@@ -47,7 +47,7 @@ def measured(found: "Found", words: str) -> Figure:
     """Images per second of every network over ranks, measured and predicted."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * max(2, len(found.tasks)) + 0.4, 6.6))
-        names = [[f"{mode} {model}" for model in found.tasks] for mode in MODES]
+        names: list[Any] = [[f"{mode} {model}" for model in found.tasks] for mode in MODES]
         panels = figure.subplot_mosaic([*names, ["words"] * len(found.tasks)], height_ratios=[1, 1, 0.32])
         for mode in MODES:
             for model in found.tasks:
@@ -58,7 +58,7 @@ def measured(found: "Found", words: str) -> Figure:
             Line2D([], [], color=QUIET, linestyle=":", label="as many times one rank"),
         ]
         figure.legend(handles=marks, loc="outside upper left", ncols=3, fontsize=9, columnspacing=1.2)
-        write(panels["words"], words, width=54 * max(2, len(found.tasks)))
+        write(panels["words"], words, width=50 * max(2, len(found.tasks)))
     return figure
 
 
@@ -149,7 +149,7 @@ def simulated(curves: Sequence[Curve], assumptions: Sequence[str]) -> Figure:
         figure = Figure(figsize=(10.6, 10.2))
         figure.suptitle("Scaling to 4,096 ranks: simulated, not measured", x=0.01, ha="left", color=INK)
         rows = ("images_per_second", "efficiency")
-        mosaic = [[f"{row} {mode}" for mode in MODES] for row in rows]
+        mosaic: list[Any] = [[f"{row} {mode}" for mode in MODES] for row in rows]
         panels = figure.subplot_mosaic([*mosaic, ["words", "words"]], height_ratios=[1, 1, 0.86])
         for row, names_of_row in zip(rows, mosaic, strict=True):
             for mode, panel in zip(MODES, names_of_row, strict=True):

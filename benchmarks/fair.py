@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import psutil
 import torch
 
 K = TypeVar("K")
@@ -99,6 +100,11 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
+
+
+def busy() -> float:
+    """Share of the cores that others keep busy, over a second in which we sleep: noise that no spread may show."""
+    return psutil.cpu_percent(interval=1.0) / 100
 
 
 def in_words(machine: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Strong and weak scaling of our own step on this machine, what `gengap plan` predicts of it, and a simulated curve.
 
-    python benchmarks/scaling.py [--models lenet5 resnet56 vgg16] [--rounds 7] [--device cpu] [--out docs/benchmarks]
+    python benchmarks/scaling.py [--models lenet5 resnet56 vgg16] [--rounds 5] [--device cpu] [--out docs/benchmarks]
 
 Groups of 1, 2, 4 and at most 8 ranks (as many as there are cores, or GPUs if there are two) are up all the time, one
 thread for each rank, and take turns: one computes, the others sleep. A step is `loop.train_step` on random images.
@@ -305,7 +305,7 @@ def main() -> None:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=[*TITLES], default=[*TITLES])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, more or less")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there are two GPUs")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
@@ -320,16 +320,18 @@ def main() -> None:
 
     from scaling_pictures import measured, save, simulated, simulation
 
-    began, name = time.monotonic(), fair.in_words(machine)
+    began, name, busy = time.monotonic(), fair.in_words(machine), fair.busy()
+    beside = f"Others kept {busy:.0%} of the cores busy: the figures hold beside them only. " if busy > 0.1 else ""
+    print(beside)
     found = measure(options.models, most, options.rounds, options.seconds, device)
     show(found, name, options.rounds)
     computed = {model: middle(found.beside[model]) for model in options.models} if device == "cpu" else {}
     curves, assumptions = simulation(computed, found.tasks, middle_link(found.links), name)
     options.out.mkdir(parents=True, exist_ok=True)
-    said = f"{name}; one thread a rank, {options.rounds} rounds. "
+    said = f"{name}; one thread a rank, {options.rounds} rounds. {beside}"
     save(measured(found, said + " ".join(remarks(found))), options.out / "scaling_measured.svg")
     save(simulated(curves, assumptions), options.out / "scaling_simulated.svg")
-    told = {"machine": machine, "device": device, "rounds": options.rounds, "threads_per_rank": 1}
+    told = {"machine": machine, "device": device, "rounds": options.rounds, "threads_per_rank": 1, "busy_before": busy}
     told |= {"measured": as_json(found), "simulated": {"assumptions": assumptions, "curves": curves}}
     (options.out / "scaling.json").write_text(json.dumps(told, indent=1) + "\n")
     print(f"{time.monotonic() - began:.0f} s; pictures and all numbers are in {options.out}")

@@ -28,15 +28,11 @@ class Rehearsal:
         self, config: RunConfig, model: nn.Module, in_channels: int, num_classes: int, device: torch.device
     ) -> None:
         """Passes of `model`, which is on `device`, over images that are augmented as `config` says."""
-        side, mean = config.data.image_size, torch.full((in_channels,), 127.0, dtype=torch.float64)
-        pixels = torch.randint(256, (NUM_IMAGES, in_channels, side, side), dtype=torch.uint8)
-        images = Images(pixels, torch.arange(NUM_IMAGES) % num_classes).to(device)
-        splits = Splits(images, images, images, num_classes, mean, mean)
-        normalise = Normalise(splits, device, getattr(torch, config.train.dtype))
-        self.batches = Batches(images, normalise, config.data, config.seed)
+        self.batches = random_batches(config, in_channels, num_classes, NUM_IMAGES, device)
         self.strategy = Single(config, World(device=device))
         self.strategy.setup(model.train(), partial(build_optimizer, config.optim))
-        self.strategy.set_rates(0.0, 0.0)
+        # the weights stay; momentum costs what it does in a run, but does not decay: denormal numbers would be slow
+        self.strategy.set_rates(0.0, 1.0 if config.optim.momentum else 0.0)
 
     def micro_batch(self, size: int) -> None:
         """Forward and backward of so many images."""
@@ -49,13 +45,24 @@ class Rehearsal:
         self.strategy.step()
 
 
+def random_batches(
+    config: RunConfig, in_channels: int, num_classes: int, num_images: int, device: torch.device
+) -> Batches:
+    """Batches out of `num_images` random images like those of `config`, on `device`."""
+    side, mean = config.data.image_size, torch.full((in_channels,), 127.0, dtype=torch.float64)
+    pixels = torch.randint(256, (num_images, in_channels, side, side), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(num_images) % num_classes).to(device)
+    splits = Splits(images, images, images, num_classes, mean, mean)
+    return Batches(images, Normalise(splits, device, getattr(torch, config.train.dtype)), config.data, config.seed)
+
+
 def timed(job: Callable[[], object], world: World) -> float:
     """Seconds that `job` takes on this rank; ranks begin together. Collective."""
     world.barrier()
-    _synchronise(world)
+    synchronise(world)
     start = time.perf_counter()
     job()
-    _synchronise(world)
+    synchronise(world)
     return time.perf_counter() - start
 
 
@@ -78,6 +85,6 @@ def median_seconds(job: Callable[[], object], world: World) -> float:
     return most(statistics.median(took), world)
 
 
-def _synchronise(world: World) -> None:
+def synchronise(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.synchronize()

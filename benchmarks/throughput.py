@@ -97,7 +97,7 @@ def gengap(world: World, global_size: int, root: Path) -> Contestant:
     strategy = DDP(RunConfig(), world)
     model = fresh_model()
     strategy.setup(model, partial(build_optimizer, OptimConfig()))
-    spans = BatchPlan(global_size, world.size, BatchConfig().micro_size).micro_batches(world.rank)
+    spans = BatchPlan(global_size, world.size, BatchConfig().most_at_once).micro_batches(world.rank)
     done = 0
 
     def steps(number: int) -> None:

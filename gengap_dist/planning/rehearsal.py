@@ -86,5 +86,6 @@ def median_seconds(job: Callable[[], object], world: World) -> float:
 
 
 def synchronise(world: World) -> None:
+    """Wait until this rank's device has done what it was given."""
     if world.device.type == "cuda":
         torch.cuda.synchronize()

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from gengap_dist.config import DataConfig
 
-PARTS = ("data", "forward", "backward", "communication", "optimizer", "rest")
+PARTS: tuple[str, ...] = ("data", "forward", "backward", "communication", "optimizer", "rest")
 WIDTH = 120
 MOST_RANKS = 8  # with a row of their own
 UNEQUAL = 1.2  # the slowest rank's own time over the mean, from which it is named
+UNEVEN = 1.5  # mean over median of the steps, from which the mean is doubtful
 DATA, MEETING, REST = 0.15, 0.25, 0.25  # shares of a step that are worth a word
 
 
@@ -134,6 +135,8 @@ def diagnosis(told: list[Measured], data: DataConfig) -> list[str]:
     ['data takes 30% of a step: data.augment () and the size of its images are what it goes to.']
     >>> diagnosis([one(0, forward=9.0, data=1.0)], DataConfig())
     []
+    >>> diagnosis([one(0, forward=9.0)._replace(timed=[3.0, 3.0, 21.0])], DataConfig())[0][:30]
+    "a step's mean is 3.0x its medi"
     """
     found = []
     slowest = max(told, key=lambda one: one.own)
@@ -145,6 +148,11 @@ def diagnosis(told: list[Measured], data: DataConfig) -> list[str]:
         found.append(
             f"rank {slowest.rank} computes {ratio:.2f}x as long as the mean of all ranks, most of it in {part}: "
             "the others wait for it."
+        )
+    middle = median([ms for one in told for ms in one.timed] or [step])
+    if step >= UNEVEN * middle:
+        found.append(
+            f"a step's mean is {step / middle:.1f}x its median: a few steps were held up, and the shares are mostly theirs."
         )
     if mean["data"] >= DATA * step:
         remedy = (

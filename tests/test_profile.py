@@ -22,14 +22,14 @@ from gengap_dist.world import World
 from tests.conftest import config, cut_after, train, weights
 
 SHORT: dict[str, Any] = {"train__steps": 20, "batch__global_size": 40, "probe__num_samples": 64, "profile": True}
-SLEEP = 0.03
+SLEEP = 0.3  # far longer than a step, on a machine that is busy with other things, too
 
 
 class Slow(LeNet5):
-    """Rank 1 sleeps in its forward pass."""
+    """Rank 1 sleeps in its forward passes of training."""
 
     def forward(self, images: Tensor) -> Tensor:
-        if os.environ["RANK"] == "1":
+        if self.training and os.environ["RANK"] == "1":
             time.sleep(SLEEP)
         return super().forward(images)
 
@@ -98,14 +98,14 @@ def test_a_profiled_run_is_the_same_run(tmp_path, pools, size, more):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_the_slow_rank_is_named(tmp_path, pools, strategy):
     prepare_folder(tmp_path / "run", "run.json", resume=False)
-    more = {"model__name": "tests.test_profile:slow", "train__steps": 12, "launch__strategy": strategy}
+    more = {"model__name": "tests.test_profile:slow", "train__steps": 6, "launch__strategy": strategy}
     pools[2].run(config(**SHORT | more), tmp_path / "run", resume=False, progress=lambda *_: None)
     text = said(tmp_path / "run")
     assert re.search(r"^rank 1 computes \d\.\d\dx as long as the mean of all ranks, most of it in forward", text, re.M)
     found = rows(text)
     forward, communication = 1 + PARTS.index("forward"), 1 + PARTS.index("communication")
-    assert found["1"][forward] - found["0"][forward] > 0.8 * 1000 * SLEEP
-    assert found["0"][communication] > 0.8 * 1000 * SLEEP
+    assert found["1"][forward] - found["0"][forward] > 0.5 * 1000 * SLEEP
+    assert found["0"][communication] > 0.5 * 1000 * SLEEP
     assert "operators of rank 1" in text
 
 
@@ -136,7 +136,8 @@ def test_a_run_that_ends_within_the_window_tells_what_it_has(tmp_path):
 
 
 def test_a_resumed_run_profiles_again(tmp_path):
-    out, more = tmp_path / "run", SHORT | {"train__steps": 8, "checkpoint__every_steps": 4}
+    out = tmp_path / "run"
+    more: dict[str, Any] = {**SHORT, "train__steps": 8, "checkpoint__every_steps": 4}
     train(out, resume=False, **more | {"profile": False})
     cut_after(out, 4)
     train(out, resume=True, **more)

@@ -152,7 +152,7 @@ def diagnosis(told: list[Measured], data: DataConfig) -> list[str]:
     middle = median([ms for one in told for ms in one.timed] or [step])
     if step >= UNEVEN * middle:
         found.append(
-            f"a step's mean is {step / middle:.1f}x its median: a few steps were held up, and the shares are mostly theirs."
+            f"a step's mean is {step / middle:.1f}x its median: a few were held up, and most shares are theirs."
         )
     if mean["data"] >= DATA * step:
         remedy = (

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import psutil
 import torch
 
-T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
 
 LEAST_ROUNDS = 5
 MOST_SPREAD = 0.2
 
 
-def orders(names: Sequence[T], num_rounds: int) -> Iterator[list[T]]:
+def orders(names: Sequence[K], num_rounds: int) -> Iterator[list[K]]:
     """Everybody's turn in each round: every round begins with the next one, so that nobody is always first.
 
     >>> list(orders("abc", 4))
@@ -30,9 +32,9 @@ def orders(names: Sequence[T], num_rounds: int) -> Iterator[list[T]]:
         yield [*names[first:], *names[:first]]
 
 
-def in_turns(contestants: Mapping[T, Callable[[], float]], num_rounds: int) -> dict[T, list[float]]:
+def in_turns(contestants: Mapping[K, Callable[[], V]], num_rounds: int) -> dict[K, list[V]]:
     """What each contestant's call returns, round by round. Ranks that compute together call this together."""
-    found: dict[T, list[float]] = {name: [] for name in contestants}
+    found: dict[K, list[V]] = {name: [] for name in contestants}
     for names in orders(list(contestants), num_rounds):
         for name in names:
             found[name].append(contestants[name]())
@@ -98,6 +100,11 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.system(),
     }
+
+
+def busy() -> float:
+    """Share of the cores that others keep busy, over a second in which we sleep: noise that no spread may show."""
+    return psutil.cpu_percent(interval=1.0) / 100
 
 
 def in_words(machine: Mapping[str, Any]) -> str:

@@ -1,14 +1,18 @@
-"""The arithmetic of benchmarks/fair.py."""
+"""The arithmetic of benchmarks/: when a ratio is printed, and what the simulated curves say."""
 
 import doctest
 import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from gengap_dist.planning.constants import Constants, LinkConstants, workload
+from gengap_dist.planning.layout import Cluster
+from gengap_dist.planning.survey import survey
+from tests.conftest import ROOT, config
 
 sys.path.append(str(ROOT / "benchmarks"))  # as for a script that lies there
 import fair
+import predicted
 
 
 def test_examples_hold():
@@ -52,3 +56,18 @@ def test_the_machine_is_named():
     found = fair.machine()
     assert found["cores"] >= 1
     assert str(found["cpu"]) in fair.in_words(found)
+
+
+@pytest.mark.parametrize("mode", predicted.MODES)  # weak: more images than there are, which plan refuses but predicts
+def test_the_simulated_curve_is_what_plan_predicts(mode):
+    links = predicted.ETHERNET
+    last = predicted.curve(predicted.task("lenet5", 64), mode, predicted.ACCELERATOR, links)[-1]
+    each = {"batch__micro_size": 64, "probe__enabled": False}
+    run = config(model__name="lenet5", data__name="fashion_mnist", batch__global_size=last["global_size"], **each)
+    inside, between = (LinkConstants(alpha=link.alpha, beta=link.beta) for link in (links.inside, links.between))
+    compute = {workload(run, 1, last["global_size"] // 4096): predicted.ACCELERATOR}
+    plan = survey(run, Cluster(512, 8), Constants(inside=inside, between=between, compute=compute))
+    assert plan.time is not None
+    assert last["ranks"] == plan.cluster.num_ranks == 4096
+    assert last["seconds"] == plan.time.step
+    assert bool(plan.refused) == (mode == "weak")

@@ -110,10 +110,10 @@ def test_the_slow_rank_is_named(tmp_path, pools, strategy):
 
 
 def test_three_steps_and_one(tmp_path):
-    train(tmp_path / "three", **SHORT | {"train__steps": 3})
+    train(tmp_path / "three", **{**SHORT, "train__steps": 3})
     assert "(step 2), " in said(tmp_path / "three")
     assert "gengap/step 3" in names(tmp_path / "three", 0)
-    train(tmp_path / "one", **SHORT | {"train__steps": 1})
+    train(tmp_path / "one", **{**SHORT, "train__steps": 1})
     assert "mean of step 1" in said(tmp_path / "one")
 
 

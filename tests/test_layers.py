@@ -30,6 +30,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.checkpoint": 3,
     "gengap_dist.checks": 3,
     "gengap_dist.recipes": 3.25,
+    "gengap_dist.profiling": 3,
     "gengap_dist.observe": 3.5,
     "gengap_dist.run": 4,
     "gengap_dist.launchers": 5,

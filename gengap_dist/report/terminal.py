@@ -146,6 +146,20 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
         console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)
 
 
+def print_profile(out: Path) -> None:
+    """What a profiled run says of its steps, and where its traces are."""
+    folder = out / "profile"
+    if not (folder / "summary.txt").exists():
+        return  # it could not be written, of which the run has warned, or there was no steady step
+    console = wide_console()
+    console.print((folder / "summary.txt").read_text(), highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"profile {folder}: traces of all ranks for https://ui.perfetto.dev, and this summary\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def layer_table(run: RunData) -> Table | None:
     """Near-rank loss and effective rank of every layer, untrained and trained."""
     steps = run.spectra_steps()

@@ -52,7 +52,7 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
         from gengap_dist.report.collect import read_study
         from gengap_dist.report.page import write_report
 
-        page = write_report(read_study(out))
+        page = write_report(read_study(out), pdf=False)  # `gengap report` has the time for it
     except BaseException as error:
         record.close_abandoned(out, error)
         raise

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from gengap_dist.config import MACHINERY, UsageError, flat
+from gengap_dist.imports import quickly
 from gengap_dist.tracking.history import History, history
 from gengap_dist.tracking.record import (
     DIVERGED,
@@ -80,13 +81,18 @@ def comparison(folder: Path) -> str:
     return f"#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps(experiments))}"
 
 
-def connect(uri: str) -> Any:
-    """An MLflow client that gives up on a dead server within seconds."""
+def prepare() -> Callable[..., Any]:
+    """Import MLflow, which takes seconds; the class of its clients."""
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient  # slow
+    with quickly():
+        from mlflow import MlflowClient
+    return MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+
+def connect(uri: str) -> Any:
+    """An MLflow client that gives up on a dead server within seconds."""
+    return prepare()(tracking_uri=uri)
 
 
 class Mirror:
@@ -232,8 +238,8 @@ class Mirror:
             return
         self._send(folder, state, list(read_metrics(folder)), info, sent)
         self._send_system(folder, state)
+        self._send_model(folder, state, info)
         if closing:
-            self._send_model(folder, state, info)
             self._close(folder, state, info)
 
     # -- one MLflow run -----------------------------------------------------------------------------------------------
@@ -338,7 +344,7 @@ class Mirror:
             return
         from mlflow.entities import LoggedModelOutput
 
-        from gengap_dist.tracking.model import export  # imports torch: only now, when training is over
+        from gengap_dist.tracking.model import export  # imports torch
 
         if "model_id" not in state:
             made = self.client.create_logged_model(self.experiment, MODEL, state["run_id"])

@@ -1,6 +1,7 @@
-"""What checkpoints cost a run, and what Ray costs a step.
+"""What checkpoints and probes cost a run, and what Ray costs a step.
 
     python benchmarks/overhead.py checkpoints        ResNet-56, saved every 50 steps beside training
+    python benchmarks/overhead.py probes             LeNet-5 and ResNet-56 with the default cadence and budget
     python benchmarks/overhead.py ray [--rounds 3]   LeNet-5 on 2 ranks: torchrun and Ray Train, taking turns
 
 The checkpoint's share is an upper bound: the time for which training stood still, plus all the time that the writing
@@ -22,7 +23,7 @@ from rich.console import Console
 from gengap_dist import checkpoint
 from gengap_dist.config import RunConfig, nested, validate
 from gengap_dist.run import run
-from gengap_dist.tracking.record import prepare_folder, read_metrics
+from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
 
 EVERY = 50
 
@@ -59,6 +60,25 @@ def checkpoints(console: Console) -> None:
     console.print(f"at most {100 * (stood + aside) / steps:.2f}% of the run")
 
 
+def probes(console: Console) -> None:
+    runs = {"lenet5, 64": ("lenet5", 64, 4000), "resnet56, 128": ("resnet56", 128, 300)}
+    for title, (model, global_size, steps) in runs.items():
+        for budget in (0.05, None):
+            given = {"model.name": model, "batch.global_size": global_size, "train.steps": steps}
+            given |= {"probe.budget": budget, "mlflow.enabled": False}
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "run"
+                prepare_folder(out, "run.json", resume=False)
+                result = run(validate(RunConfig, nested(given)), out)
+                measured = sum("nc1" in line for line in read_metrics(out))
+                seconds = read_info(out)["seconds"]
+            console.print(
+                f"{title}, {steps} steps, probe.budget={budget}: {measured} measurements took "
+                f"{result['probe_seconds']:.2f} of {seconds:.1f} s, {result['probe_seconds'] / seconds:.1%}; "
+                f"left out {len(result['probe_left_out'])}"
+            )
+
+
 NUM_STEPS, BLOCK = 1280, 32  # a run notes the time with the metrics of 32 steps
 RUN = [
     "--train.steps", str(NUM_STEPS), "--batch.global_size", "256", "--probe.enabled", "false", "--train.num_evals", "1",
@@ -92,7 +112,7 @@ def ray(console: Console, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["checkpoints", "ray"])
+    parser.add_argument("what", choices=["checkpoints", "probes", "ray"])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     console = Console(width=100)
@@ -100,7 +120,7 @@ def main() -> None:
     if options.what == "ray":
         ray(console, options.rounds)
     else:
-        checkpoints(console)
+        {"checkpoints": checkpoints, "probes": probes}[options.what](console)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,11 @@ class Batches:
 
     def __call__(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Inputs [n, C, H, W] and labels [n] of the images `indices` as epoch `epoch` sees them."""
-        pixels, labels = self.images.take(indices)
-        return augment(pixels, indices.to(pixels.device), self.normalise, self.config, self.seed, epoch), labels
+        there = indices
+        if self.images.labels.is_cuda:  # from pageable memory the copy would wait until the GPU has nothing to do
+            there = indices.pin_memory().to(self.images.labels.device, non_blocking=True)
+        pixels, labels = self.images.take(indices, there)
+        return augment(pixels, there, self.normalise, self.config, self.seed, epoch), labels
 
     def expect(self, indices: Tensor) -> None:
         """Say which images, in which order, are asked for after those expected before; see `Images.expect`."""

@@ -90,17 +90,13 @@ def _rank(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro
 
 def time_compute(config: RunConfig, sizes: Sizes, micro_size: int, world: World) -> ComputeConstants:
     """The slowest rank's time for one micro-batch of random images, and for an update. Collective."""
-    side = config.data.image_size
-    pixels = torch.randint(256, (micro_size, sizes.in_channels, side, side), dtype=torch.uint8)
-    images = Images(pixels, torch.arange(micro_size) % sizes.num_classes).to(world.device)
-    mean = torch.full((sizes.in_channels,), 127.0, dtype=torch.float64)
-    splits = Splits(images, images, images, sizes.num_classes, mean, mean)
     dtype = getattr(torch, config.train.dtype)
-    batches = Batches(images, Normalise(splits, world.device, dtype), config.data, config.seed)
+    batches = random_batches(config, sizes, micro_size, world.device)
     model = models.of(config, sizes.num_classes, sizes.in_channels, World()).to(world.device, dtype)
     strategy = Single(config, World(device=world.device))
     strategy.setup(model.train(), partial(build_optimizer, config.optim))
-    strategy.set_rates(0.0, 0.0)
+    # the weights stay; momentum costs what it does in a run, but does not decay: denormal numbers would be slow
+    strategy.set_rates(0.0, 1.0 if config.optim.momentum else 0.0)
     work = Work(torch.arange(micro_size), 0, [Span(0, micro_size)])
 
     def step() -> None:
@@ -113,6 +109,17 @@ def time_compute(config: RunConfig, sizes: Sizes, micro_size: int, world: World)
     return ComputeConstants(
         seconds_per_sample=max(step_seconds - update_seconds, 0.0) / micro_size, seconds_per_update=update_seconds
     )
+
+
+def random_batches(config: RunConfig, sizes: Sizes, num_images: int, device: torch.device) -> Batches:
+    """Batches out of `num_images` random images like those of `config`, on `device`."""
+    side = config.data.image_size
+    pixels = torch.randint(256, (num_images, sizes.in_channels, side, side), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(num_images) % sizes.num_classes).to(device)
+    mean = torch.full((sizes.in_channels,), 127.0, dtype=torch.float64)
+    splits = Splits(images, images, images, sizes.num_classes, mean, mean)
+    dtype = getattr(torch, config.train.dtype)
+    return Batches(images, Normalise(splits, device, dtype), config.data, config.seed)
 
 
 def time_link(world: World) -> LinkConstants:
@@ -140,10 +147,10 @@ def median_seconds(job: Callable[[], object], world: World) -> float:
     began = time.monotonic()
     while True:
         world.barrier()
-        _synchronise(world)
+        synchronise(world)
         start = time.perf_counter()
         job()
-        _synchronise(world)
+        synchronise(world)
         took.append(time.perf_counter() - start)
         enough = len(took) >= LEAST_TIMES and time.monotonic() - began > LEAST_SECONDS
         word = torch.tensor([float(enough), 0.0] if world.rank == 0 else [0.0, 0.0], device=world.device)
@@ -154,6 +161,7 @@ def median_seconds(job: Callable[[], object], world: World) -> float:
     return float(world.sum(by_rank).max())
 
 
-def _synchronise(world: World) -> None:
+def synchronise(world: World) -> None:
+    """Wait until this rank's device has done what it was given."""
     if world.device.type == "cuda":
         torch.cuda.synchronize()

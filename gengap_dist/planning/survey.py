@@ -1,7 +1,7 @@
 """The whole plan of a run: every check the run would make, and every number that is known before it starts."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from gengap_dist.observe import PROBE_BLOCK
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
 from gengap_dist.planning import memory, wire
-from gengap_dist.planning.constants import Constants, workload
+from gengap_dist.planning.constants import ComputeConstants, Constants, workload
 from gengap_dist.planning.layout import Cluster, Layout, layout
 from gengap_dist.planning.memory import Memory
 from gengap_dist.planning.wire import Link, Message
@@ -241,19 +241,29 @@ def _time(config: RunConfig, constants: Constants, found: dict[str, Any]) -> dic
     if compute is None or (needs_inside and inside is None):
         what = "this network" if compute is None else "the link inside a node"
         return {"missing": f"{what} is not calibrated: add --calibrate"}
-    computing = batch.samples_per_rank[1] * compute.seconds_per_sample + compute.seconds_per_update
+    near, far = inside or Link(0.0, 0.0), between or inside or Link(0.0, 0.0)
+    computing, talking = step_seconds(cluster, batch, found["messages"], compute, near, far)
     probed = found["probe"].messages if found["probe"] else []
-    nothing = Link(0.0, 0.0)
-    far = between or inside or nothing
-    talking, probing = (
-        sum(wire.seconds(message, cluster, inside or nothing, far) for message in messages)
-        for messages in (found["messages"], probed)
-    )
-    time = Time(computing, talking, probing, (found["num_steps"] or 0) * (computing + talking))
+    probing = sum(wire.seconds(message, cluster, near, far) for message in probed)
+    # a batch larger than the data set is refused, and has no steps
+    time = Time(computing, talking, probing, (found.get("num_steps") or 0) * (computing + talking))
     if cluster.nodes > 1 and between is None:
         missing = 'the link between nodes is not measured here: give its constants as "between" with --constants FILE'
         return {"time_at_best": time, "missing": missing}
     return {"time": time}
+
+
+def step_seconds(
+    cluster: Cluster,
+    batch: Layout,
+    messages: Sequence[Message],
+    compute: ComputeConstants,
+    inside: Link,
+    between: Link,
+) -> tuple[float, float]:
+    """Seconds of one step: computing, of the rank with the most samples, and then talking."""
+    computing = batch.samples_per_rank[1] * compute.seconds_per_sample + compute.seconds_per_update
+    return computing, sum(wire.seconds(message, cluster, inside, between) for message in messages)
 
 
 def _assumed(config: RunConfig, strategy: str, found: dict[str, Any]) -> list[str]:

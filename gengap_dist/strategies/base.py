@@ -44,6 +44,9 @@ class Strategy(ABC):
         """Whether ranks meet in forward passes of training, too."""
         self.watching = False
         """Whether `local_energy` will be asked for; it costs one pass over the gradients."""
+        self.sizes: set[int] = set()
+        """Samples in the micro-batches of full steps. Under train.compile others, such as those of an epoch's last
+        step, run as they are: compiling takes longer, and what is compiled for any size is slower."""
         # Off, as it mostly is, it changes nothing. Gradients meet before they are unscaled, so one that is infinite on
         # one rank is infinite or no number on all: they skip the step, and halve the scale, together.
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.autocast == "float16")
@@ -87,7 +90,7 @@ class Strategy(ABC):
     def _through(self, net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         if self.config.train.channels_last and images.ndim == 4:
             images = images.to(memory_format=torch.channels_last)
-        with self._autocast():
+        with self._autocast(), self._stance(len(images)):
             logits = net(images).to(images.dtype)
         for layer in self._ghosts:
             layer.settle()
@@ -96,6 +99,10 @@ class Strategy(ABC):
     def _autocast(self) -> AbstractContextManager[object]:
         kind = self.config.train.autocast
         return torch.autocast(self.world.device.type, dtype=getattr(torch, kind)) if kind else nullcontext()
+
+    def _stance(self, size: int) -> AbstractContextManager[object]:
+        seldom = self.config.train.compile and self.sizes and size not in self.sizes
+        return torch.compiler.set_stance("force_eager") if seldom else nullcontext()
 
     @abstractmethod
     def _forward(self, images: Tensor) -> Tensor:
@@ -111,8 +118,7 @@ class Strategy(ABC):
 
     def local_energy(self) -> Tensor:
         """|g|^2, float64, of this rank's own gradient after its first micro-batch, not yet summed over ranks."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return self.unscaled(nn.utils.get_total_norm(gradients).double()).square()
+        return self.unscaled(nn.utils.get_total_norm(self._gradients()).double()).square()
 
     def set_rates(self, lr: float, momentum: float) -> None:
         """Take the learning rate and the momentum of the next step; not every optimizer has the latter."""
@@ -142,7 +148,11 @@ class Strategy(ABC):
 
     def gradient_norm(self) -> Tensor:
         """2-norm of the parameters' gradients after the last micro-step, a scalar on the device. Collective."""
-        return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return nn.utils.get_total_norm(self._gradients())
+
+    def _gradients(self) -> list[Tensor]:
+        groups = self.optimizer.param_groups  # not model.parameters(), which walks through all modules
+        return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
     def _clip(self, norm: Tensor) -> None:
         if limit := self.config.optim.clip_norm:

@@ -89,7 +89,7 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
                 f"train.compile (true) cannot look into {name}, whose dropout ({module.p}) is another in every "
                 "micro-batch: choose a network without dropout, or train.compile=false"
             )
-    return torch.compile(model)
+    return torch.compile(model, dynamic=False)  # sizes that come seldom are not compiled at all: `Strategy.sizes`
 
 
 def check_compiler(device_type: str) -> None:

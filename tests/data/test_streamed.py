@@ -59,7 +59,7 @@ def test_the_splits_are_those_in_memory(folder):
             assert torch.equal(ours.pixels[2:5], theirs.pixels[2:5])
             assert torch.equal(ours.labels, theirs.labels)
             which = torch.tensor([3, 0, 3, len(ours) - 1])
-            for found, expected in zip(ours.to(CPU).take(which), theirs.take(which), strict=True):
+            for found, expected in zip(ours.to(CPU).take(which, which), theirs.take(which, which), strict=True):
                 assert torch.equal(found, expected)
         assert on_disk.num_classes == held.num_classes
         assert on_disk.in_channels == 3

@@ -25,7 +25,7 @@ from gengap_dist.planning import memory
 from gengap_dist.recipes import course_of
 from gengap_dist.strategies import Single
 from gengap_dist.strategies.switches import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
-from gengap_dist.tracking.record import read_metrics
+from gengap_dist.tracking.record import read_info, read_metrics
 from gengap_dist.world import World
 from tests.conftest import config, cut_after, train
 from tests.ranks import Crew, standing
@@ -384,6 +384,21 @@ def test_compiled_steps_are_the_plain_steps(crews, size, name, more):
         assert [*here["model"]] == [*there["model"]]
         for key, value in there["model"].items():
             assert abs(here["model"][key] - value).max() < 1e-10, key
+
+
+@HAS_COMPILER
+def test_runs_share_what_was_compiled_and_an_odd_last_step_is_not_compiled_at_all(tmp_path):
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    for seed in (0, 1):
+        train(tmp_path / str(seed), **TINY | {"train__epochs": 2, "train__steps": None}, train__compile=True, seed=seed)
+        assert counters["stats"]["unique_graphs"] == 1
+    steps = [line["train/loss"] for line in read_metrics(tmp_path / "1") if "train/loss" in line]
+    facts = read_info(tmp_path / "1")
+    assert len(steps) == 2 * facts["steps_per_epoch"]
+    assert facts["data"]["num_train"] % TINY["batch__global_size"]  # the last step of an epoch is smaller
 
 
 def test_dropout_is_not_compiled():

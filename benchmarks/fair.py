@@ -1,0 +1,119 @@
+"""What makes a comparison on one machine fair: contestants take turns, ratios are taken within a round, noise is named.
+
+A machine's speed drifts, so a figure of one round is compared only with figures of the same round, and a ratio that the
+machine's noise covers is not printed.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import psutil
+import torch
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+LEAST_ROUNDS = 5
+MOST_SPREAD = 0.2
+
+
+def orders(names: Sequence[K], num_rounds: int) -> Iterator[list[K]]:
+    """Everybody's turn in each round: every round begins with the next one, so that nobody is always first.
+
+    >>> list(orders("abc", 4))
+    [['a', 'b', 'c'], ['b', 'c', 'a'], ['c', 'a', 'b'], ['a', 'b', 'c']]
+    """
+    for number in range(num_rounds):
+        first = number % len(names)
+        yield [*names[first:], *names[:first]]
+
+
+def in_turns(contestants: Mapping[K, Callable[[], V]], num_rounds: int) -> dict[K, list[V]]:
+    """What each contestant's call returns, round by round. Ranks that compute together call this together."""
+    found: dict[K, list[V]] = {name: [] for name in contestants}
+    for names in orders(list(contestants), num_rounds):
+        for name in names:
+            found[name].append(contestants[name]())
+    return found
+
+
+class Ratio(NamedTuple):
+    """A ratio of figures of the same round, over rounds."""
+
+    median: float
+    low: float
+    """The least, and `high` the greatest."""
+    high: float
+    doubt: str
+    """Why it is not to be printed; empty if it is."""
+
+    @property
+    def told(self) -> bool:
+        """Whether the noise leaves it standing."""
+        return not self.doubt
+
+    def __str__(self) -> str:
+        """For a table: the range is what was seen, and stands there also where the ratio does not."""
+        seen = f"{self.low:.2f} to {self.high:.2f}"
+        return f"{self.median:.2f} ({seen})" if self.told else f"{self.doubt} ({seen})"
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """`ours` / `theirs` in every round, unless the noise covers it.
+
+    It is too noisy if the middle half of the rounds spreads over more than MOST_SPREAD of the median, and not told from
+    1 if the middle half is wider than the median's distance from 1; of fewer than LEAST_ROUNDS rounds nobody can say.
+
+    >>> print(ratio([2.0, 2.02, 1.98, 2.0, 4.0], [1.0] * 5))
+    2.00 (1.98 to 4.00)
+    >>> print(ratio([1.01, 0.99, 1.03, 1.0, 0.98], [1.0] * 5))
+    not told from 1 (0.98 to 1.03)
+    """
+    rounds = np.array([a / b for a, b in zip(ours, theirs, strict=True)])
+    quarter, median, three_quarters = np.percentile(rounds, [25, 50, 75]).tolist()
+    spread = three_quarters - quarter
+    doubt = ""
+    if len(rounds) < LEAST_ROUNDS:
+        doubt = "too few rounds"
+    elif spread > MOST_SPREAD * median:
+        doubt = "too noisy"
+    elif spread > abs(median - 1):
+        doubt = "not told from 1"
+    return Ratio(median, float(rounds.min()), float(rounds.max()), doubt)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures hold for: processor, cores that this process may use, memory in GiB, GPUs, versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def busy() -> float:
+    """Share of the cores that others keep busy, over a second in which we sleep: noise that no spread may show."""
+    return psutil.cpu_percent(interval=1.0) / 100
+
+
+def in_words(machine: Mapping[str, Any]) -> str:
+    """`machine` in a line.
+
+    >>> in_words({"cpu": "A", "cores": 2, "memory_gib": 24.0, "gpus": ["B", "B"], "torch": "2", "python": "3"})
+    'A, 2 cores, 24 GiB, 2 x B, torch 2, Python 3'
+    """
+    gpus = machine["gpus"]
+    parts = [machine["cpu"], f"{machine['cores']} cores", f"{machine['memory_gib']:.0f} GiB"]
+    parts += [f"{len(gpus)} x {gpus[0]}"] if gpus else []
+    return ", ".join([*parts, f"torch {machine['torch']}", f"Python {machine['python']}"])

@@ -1,0 +1,118 @@
+"""Steps as `gengap plan` predicts them, without a survey of each: for points that were measured, and far beyond them.
+
+A rank's samples one after the other, one update, and then the messages of the alpha-beta model, nothing overlapped.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+from gengap_dist import models
+from gengap_dist.checks import strategy_name
+from gengap_dist.config import RunConfig, validate
+from gengap_dist.data import catalog
+from gengap_dist.planning import wire
+from gengap_dist.planning.constants import ComputeConstants
+from gengap_dist.planning.layout import Cluster, layout
+from gengap_dist.planning.survey import step_seconds
+from gengap_dist.planning.wire import Link
+from gengap_dist.recipes.course import plan_of
+from gengap_dist.world import World
+
+Mode = Literal["strong", "weak"]
+MODES: tuple[Mode, ...] = ("strong", "weak")
+
+DATA = {"lenet5": "fashion_mnist", "resnet56": "cifar10", "vgg16": "cifar10"}  # for the shape and number of images
+TITLES = {"lenet5": "LeNet-5", "resnet56": "ResNet-56", "vgg16": "VGG-16"}
+
+MOST_RANKS, PER_NODE = 4096, 8
+STRONG_SIZE, WEAK_SIZE = 16_384, 64  # images of a simulated step in all, and on each rank
+ACCELERATOR = ComputeConstants(seconds_per_sample=1 / 20_000, seconds_per_update=1e-3)
+
+
+class Task(NamedTuple):
+    """A network to train, and what its steps are made of."""
+
+    config: RunConfig
+    sizes: catalog.Sizes
+    gradient_bytes: int
+
+
+def task(model: str, micro_size: int, device: str = "cpu") -> Task:
+    """Plain training of `model` without probes."""
+    settings: dict[str, Any] = {"model": {"name": model}, "data": {"name": DATA[model]}, "launch": {"device": device}}
+    settings |= {"batch": {"micro_size": micro_size}, "probe": {"enabled": False}, "mlflow": {"enabled": False}}
+    config = validate(RunConfig, settings)
+    sizes = catalog.sizes(config.data)
+    network = models.of(config, sizes.num_classes, sizes.in_channels, World())
+    return Task(config, sizes, sum(p.numel() * p.itemsize for p in network.parameters() if p.requires_grad))
+
+
+def predict(
+    task: Task, global_size: int, cluster: Cluster, compute: ComputeConstants, inside: Link, between: Link
+) -> float:
+    """Seconds of one step of `global_size` images on `cluster`."""
+    num_ranks = cluster.num_ranks
+    batch = layout(plan_of(task.config, global_size, num_ranks))
+    whole, num_micro = task.gradient_bytes, batch.micro_batches_per_rank[1]
+    messages = wire.step_messages(strategy_name(task.config, num_ranks), whole, whole, num_micro)
+    return sum(step_seconds(cluster, batch, messages, compute, inside, between))
+
+
+class Links(NamedTuple):
+    """What joins the ranks of a simulated cluster."""
+
+    name: str
+    inside: Link
+    between: Link
+    words: str
+    """Where the constants come from."""
+
+
+INFINIBAND = Links(
+    "NVLink 4 + 400 Gbit/s InfiniBand",
+    Link(alpha=3.4e-6, beta=1 / 450e9),
+    Link(alpha=9.6e-6, beta=1 / 50e9),
+    "8 GPUs a node; inside 450 GB/s each way a GPU (vendor's nominal 900 both ways), 3.4 µs a message; between nodes a "
+    "400 Gbit/s port for each GPU (nominal 50 GB/s), 9.6 µs. Latencies are those of NCCL's own tuning table (ring, "
+    "Simple).",
+)
+ETHERNET = Links(
+    "PCIe 4 + 100 Gbit/s Ethernet",
+    Link(alpha=5.7e-6, beta=1 / 31.5e9),
+    Link(alpha=30e-6, beta=PER_NODE / 12.5e9),
+    "8 GPUs a node; inside x16 slots of nominal 31.5 GB/s each way, 5.7 µs (NCCL's table); between nodes one "
+    "100 Gbit/s port (nominal 12.5 GB/s) that 8 GPUs share, 30 µs (assumed).",
+)
+
+
+def cores(inside: Link) -> Links:
+    """Machines like this one, whose link inside was measured, joined by Ethernet."""
+    words = (
+        f"8 ranks of one core a node; inside as measured here between two ({inside.alpha * 1e6:.0f} µs, "
+        f"{inside.beta * 1e9:.2f} ns a byte), between nodes the 100 Gbit/s Ethernet above."
+    )
+    return Links("CPU cores + 100 Gbit/s Ethernet", inside, ETHERNET.between, words)
+
+
+def size_of(mode: Mode, num_ranks: int) -> int:
+    """Images of a simulated step.
+
+    >>> size_of("strong", 8), size_of("weak", 8)
+    (16384, 512)
+    """
+    return STRONG_SIZE if mode == "strong" else WEAK_SIZE * num_ranks
+
+
+def curve(task: Task, mode: Mode, compute: ComputeConstants, links: Links) -> list[dict[str, float]]:
+    """Simulated steps on 1, 2, 4, ... MOST_RANKS ranks; efficiency is a rank's images/s over those of one alone."""
+    rows: list[dict[str, float]] = []
+    for num_ranks in (2**power for power in range(MOST_RANKS.bit_length())):
+        cluster = Cluster(max(1, num_ranks // PER_NODE), min(num_ranks, PER_NODE))
+        size = size_of(mode, num_ranks)
+        seconds = predict(task, size, cluster, compute, links.inside, links.between)
+        speed = size / seconds
+        alone = rows[0]["images_per_second"] if rows else speed
+        rows.append(
+            {"ranks": num_ranks, "global_size": size, "seconds": seconds, "images_per_second": speed}
+            | {"efficiency": speed / num_ranks / alone}
+        )
+    return rows

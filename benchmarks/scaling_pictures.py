@@ -1,0 +1,184 @@
+"""The two pictures of scaling.py: what was measured, and what is simulated with its assumptions written on it."""
+
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from predicted import (
+    ACCELERATOR,
+    ETHERNET,
+    INFINIBAND,
+    MODES,
+    MOST_RANKS,
+    STRONG_SIZE,
+    TITLES,
+    WEAK_SIZE,
+    Links,
+    Task,
+    cores,
+    curve,
+    task,
+)
+
+from gengap_dist.planning.constants import ComputeConstants
+from gengap_dist.planning.wire import Link
+from gengap_dist.report.drawing import COLOURS, INK, QUIET, SOFT, STYLE, plain
+
+if TYPE_CHECKING:
+    from scaling import Found
+
+FAR = ("resnet56", "vgg16")  # networks that are worth 4,096 ranks
+Curve = dict[str, Any]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As SVG, text as text, the same bytes for the same numbers."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def measured(found: "Found", words: str) -> Figure:
+    """Images per second of every network over ranks, measured and predicted."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * max(2, len(found.tasks)) + 0.4, 6.6))
+        names: list[Any] = [[f"{mode} {model}" for model in found.tasks] for mode in MODES]
+        panels = figure.subplot_mosaic([*names, ["words"] * len(found.tasks)], height_ratios=[1, 1, 0.32])
+        for mode in MODES:
+            for model in found.tasks:
+                _measured_panel(panels[f"{mode} {model}"], found, mode, model)
+        marks = [
+            Line2D([], [], color=COLOURS[0], marker="o", label="measured: median, least and most"),
+            Line2D([], [], color=COLOURS[1], marker="x", linestyle="--", label="predicted as by gengap plan"),
+            Line2D([], [], color=QUIET, linestyle=":", label="as many times one rank"),
+        ]
+        figure.legend(handles=marks, loc="outside upper left", ncols=3, fontsize=9, columnspacing=1.2)
+        write(panels["words"], words, width=50 * max(2, len(found.tasks)))
+    return figure
+
+
+def _measured_panel(axes: Axes, found: "Found", mode: str, model: str) -> None:
+    points = [point for point in found.steps if (point.model, point.mode) == (model, mode)]
+    ranks = [point.ranks for point in points]
+    speeds = [[point.global_size / seconds for seconds in found.steps[point]] for point in points]
+    medians = [statistics.median(each) for each in speeds]
+    ends = [[m - min(s) for m, s in zip(medians, speeds, strict=True)]]
+    ends += [[max(s) - m for m, s in zip(medians, speeds, strict=True)]]
+    said = [point.global_size / statistics.median(found.predicted(point, found.beside)) for point in points]
+    axes.plot(ranks, [medians[0] * number for number in ranks], color=QUIET, linestyle=":")
+    axes.plot(ranks, said, color=COLOURS[1], marker="x", linestyle="--")
+    axes.errorbar(ranks, medians, yerr=ends, color=COLOURS[0], marker="o", capsize=3)
+    for point, speed in zip(points, medians, strict=True):
+        ratio = found.efficiency(point)
+        if point.ranks > 1:
+            label = f"efficiency\n{ratio.median:.2f}" if ratio.told else f"efficiency\n{ratio.doubt}"
+            axes.annotate(label, (point.ranks, speed), (4, -30), textcoords="offset points", ha="right", fontsize=8.5)
+    axes.set_xticks(ranks, [str(number) for number in ranks])
+    plain(axes.yaxis)
+    axes.margins(x=0.12)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("images per second")
+    size = f"{points[0].global_size:,} images" + (" a step" if mode == "strong" else " a rank")
+    axes.set_title(f"{TITLES[model]}, {mode}: {size}")
+    axes.set_xlabel("ranks" if mode == MODES[-1] else "")
+
+
+def simulation(
+    computed: Mapping[str, ComputeConstants], tasks: Mapping[str, Task], inside: Link, machine: str
+) -> tuple[list[Curve], list[str]]:
+    """Curves of stated clusters, and what they take for granted.
+
+    Args:
+        computed: what was measured on cores of this machine, by network.
+        tasks: those networks.
+        inside: the link that was measured between two of them.
+        machine: its name.
+    """
+    curves: list[Curve] = []
+
+    def add(model: str, what: Task, compute: ComputeConstants, links: Links) -> None:
+        for mode in MODES:
+            rows = curve(what, mode, compute, links)
+            curves.append({"model": model, "mode": mode, "links": links.name, "rows": rows})
+
+    micro_size = 64  # which gradients that meet once a step do not depend on
+    for model in FAR:
+        for links in (INFINIBAND, ETHERNET):
+            add(model, task(model, micro_size), ACCELERATOR, links)
+    here = [model for model in FAR if model in computed]
+    for model in here:
+        add(model, tasks[model], computed[model], cores(inside))
+    limit = tasks[here[0]].sizes.num_train if here else task(FAR[0], micro_size).sizes.num_train
+    assumptions = [
+        "Simulated, not measured: the alpha-beta model of gengap plan. A step is computing and then talking, nothing "
+        "overlapped; collectives work by level, inside nodes and then between them, over a ring or two trees; "
+        "gradients are float32, all-reduced once a step (" + _megabytes(micro_size) + "). No stragglers, no "
+        "congestion between nodes; no evaluations, probes, checkpoints.",
+        f"Accelerators: {1 / ACCELERATOR.seconds_per_sample:,.0f} images/s and "
+        f"{ACCELERATOR.seconds_per_update * 1e3:g} ms an update, assumed, for both networks, and as fast for one image "
+        "as for many: real ones slow down where a rank's share is small.",
+        f"{INFINIBAND.name}: {INFINIBAND.words}",
+        f"{ETHERNET.name}: {ETHERNET.words}",
+        f"Weak scaling past {limit // WEAK_SIZE:,} ranks asks for more images than CIFAR-10 trains on ({limit:,}): the "
+        f"set would have to be larger. Strong scaling ends at {STRONG_SIZE // MOST_RANKS} images a rank.",
+    ]
+    if here:
+        seconds = " and ".join(
+            f"{TITLES[model]} {computed[model].seconds_per_sample * 1e3:.2f} ms an image" for model in here
+        )
+        links = cores(inside)
+        assumptions.insert(4, f"{links.name}: {seconds}, measured on this machine ({machine}); {links.words}")
+    return curves, assumptions
+
+
+def _megabytes(micro_size: int) -> str:
+    return ", ".join(f"{TITLES[model]} {task(model, micro_size).gradient_bytes / 1e6:.1f} MB" for model in FAR)
+
+
+def simulated(curves: Sequence[Curve], assumptions: Sequence[str]) -> Figure:
+    """Images per second and efficiency to MOST_RANKS ranks."""
+    colours = {model: COLOURS[number] for number, model in enumerate(FAR)}
+    names = list(dict.fromkeys(each["links"] for each in curves))
+    dashes = dict(zip(names, ("-", "--", ":"), strict=False))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.6, 10.2))
+        figure.suptitle("Scaling to 4,096 ranks: simulated, not measured", x=0.01, ha="left", color=INK)
+        rows = ("images_per_second", "efficiency")
+        mosaic: list[Any] = [[f"{row} {mode}" for mode in MODES] for row in rows]
+        panels = figure.subplot_mosaic([*mosaic, ["words", "words"]], height_ratios=[1, 1, 0.86])
+        for row, names_of_row in zip(rows, mosaic, strict=True):
+            for mode, panel in zip(MODES, names_of_row, strict=True):
+                axes = panels[panel]
+                for each in (one for one in curves if one["mode"] == mode):
+                    points = [(at["ranks"], at[row]) for at in each["rows"]]
+                    axes.plot(*zip(*points, strict=True), color=colours[each["model"]], linestyle=dashes[each["links"]])
+                axes.set_xscale("log", base=2)
+                axes.set_xticks([4**power for power in range(7)], [f"{4**power:,}" for power in range(7)])
+                axes.minorticks_off()
+                size = f"{STRONG_SIZE:,} images a step" if mode == "strong" else f"{WEAK_SIZE} images a rank"
+                if row == "efficiency":
+                    axes.set_ylim(0, 1.05)
+                    axes.set_xlabel("ranks (GPUs, or cores)")
+                    axes.set_ylabel("efficiency: a rank over one alone")
+                else:
+                    axes.set_yscale("log")
+                    plain(axes.yaxis)
+                    axes.set_ylabel("images per second")
+                    axes.set_title(f"{mode}: {size}")
+        handles = [Line2D([], [], color=colour, label=TITLES[model]) for model, colour in colours.items()]
+        handles += [Line2D([], [], color=SOFT, linestyle=dash, label=name) for name, dash in dashes.items()]
+        panels["efficiency strong"].legend(handles=handles, loc="lower left", fontsize=8.5)
+        write(panels["words"], "\n".join(textwrap.fill(each, 142) for each in assumptions))
+    return figure
+
+
+def write(axes: Axes, text: str, width: int | None = None) -> None:
+    """Words where a panel would be."""
+    axes.axis("off")
+    words = textwrap.fill(text, width) if width else text
+    axes.text(0, 1, words, transform=axes.transAxes, va="top", fontsize=8.5, color=SOFT, linespacing=1.35)

@@ -1,0 +1,73 @@
+"""The arithmetic of benchmarks/: when a ratio is printed, and what the simulated curves say."""
+
+import doctest
+import sys
+
+import pytest
+
+from gengap_dist.planning.constants import Constants, LinkConstants, workload
+from gengap_dist.planning.layout import Cluster
+from gengap_dist.planning.survey import survey
+from tests.conftest import ROOT, config
+
+sys.path.append(str(ROOT / "benchmarks"))  # as for a script that lies there
+import fair
+import predicted
+
+
+def test_examples_hold():
+    found = doctest.testmod(fair)
+    assert found.attempted >= 4
+    assert not found.failed
+
+
+@pytest.mark.parametrize(
+    ("rounds", "doubt"),
+    [
+        ([1.90, 1.95, 2.00, 2.05, 2.10], ""),
+        ([0.50, 1.95, 2.00, 2.05, 9.00], ""),  # a bad round or two do not decide
+        ([1.50, 1.70, 2.00, 2.20, 2.50], "too noisy"),  # the middle half is 0.5 wide, 0.25 of the median
+        ([0.90, 0.95, 0.97, 1.01, 1.10], "not told from 1"),  # 0.06 wide, 0.03 from 1
+        ([0.955, 0.96, 0.97, 0.975, 0.98], ""),  # 0.015 wide, 0.03 from 1
+        ([2.0, 2.0, 2.0, 2.0], "too few rounds"),
+    ],
+)
+def test_a_ratio_is_printed_only_where_noise_leaves_it_standing(rounds, doubt):
+    drift = [10.0**number for number in range(len(rounds))]  # the machine's own, which both share in a round
+    found = fair.ratio([a * b for a, b in zip(rounds, drift, strict=True)], drift)
+    assert found.doubt == doubt
+    assert (found.low, found.high) == pytest.approx((min(rounds), max(rounds)))
+    assert str(found).startswith(doubt or f"{sorted(rounds)[2]:.2f} ")
+
+
+def test_contestants_take_turns_and_nobody_is_always_first():
+    calls: list[str] = []
+
+    def job(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    found = fair.in_turns({name: lambda name=name: job(name) for name in "abc"}, 3)
+    assert "".join(calls) == "abcbcacab"
+    assert found == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
+
+
+def test_the_machine_is_named():
+    found = fair.machine()
+    assert found["cores"] >= 1
+    assert str(found["cpu"]) in fair.in_words(found)
+
+
+@pytest.mark.parametrize("mode", predicted.MODES)  # weak: more images than there are, which plan refuses but predicts
+def test_the_simulated_curve_is_what_plan_predicts(mode):
+    links = predicted.ETHERNET
+    last = predicted.curve(predicted.task("lenet5", 64), mode, predicted.ACCELERATOR, links)[-1]
+    each = {"batch__micro_size": 64, "probe__enabled": False}
+    run = config(model__name="lenet5", data__name="fashion_mnist", batch__global_size=last["global_size"], **each)
+    inside, between = (LinkConstants(alpha=link.alpha, beta=link.beta) for link in (links.inside, links.between))
+    compute = {workload(run, 1, last["global_size"] // 4096): predicted.ACCELERATOR}
+    plan = survey(run, Cluster(512, 8), Constants(inside=inside, between=between, compute=compute))
+    assert plan.time is not None
+    assert last["ranks"] == plan.cluster.num_ranks == 4096
+    assert last["seconds"] == plan.time.step
+    assert bool(plan.refused) == (mode == "weak")

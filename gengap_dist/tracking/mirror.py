@@ -15,12 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gengap_dist.config import MACHINERY, UsageError, flat
 from gengap_dist.imports import quickly
-from gengap_dist.tracking.history import History, history
 from gengap_dist.tracking.record import (
     DIVERGED,
     FAILED,
@@ -34,6 +33,9 @@ from gengap_dist.tracking.record import (
     read_metrics,
     write_atomically,
 )
+
+if TYPE_CHECKING:  # numpy, which the command that starts a mirror does not need
+    from gengap_dist.tracking.history import History
 
 MAX_REQUEST = 1000  # metrics that MLflow takes at once
 STATUS = {
@@ -402,7 +404,9 @@ def _all_ended(runs: Runs, num_seeds: int) -> bool:
     return len(runs) >= num_seeds and all(info["status"] in ENDED for info in runs.values())
 
 
-def _history(folder: Path, info: Line) -> History:
+def _history(folder: Path, info: Line) -> "History":
+    from gengap_dist.tracking.history import history
+
     return read_history(folder) if info["status"] == FINISHED else history(())
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from gengap_dist import cli, launchers
 from gengap_dist.config import RunConfig, UsageError, resolve, to_yaml
+from gengap_dist.imports import quickly
 from gengap_dist.tracking import record
 from gengap_dist.tracking.mlflow_sink import Follower
 
@@ -50,10 +51,11 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
     try:
         with RunProgress(out.name) as progress:
             ranks.run(config, out, resume=resume, progress=progress)
-        from gengap_dist.report.collect import read_study
-        from gengap_dist.report.page import write_report
+        with quickly():
+            from gengap_dist.report.collect import read_study
+            from gengap_dist.report.page import write_report
 
-        page = write_report(read_study(out))
+        page = write_report(read_study(out), pdf=False)  # `gengap report` has the time for it
     except BaseException as error:
         record.close_abandoned(out, error)
         raise

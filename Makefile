@@ -20,12 +20,15 @@ check: .venv/.installed-dev
 	$(BIN)/python -m pytest --quiet tests/test_launch_files.py
 
 bench: .venv/.installed-dev
+	$(BIN)/python benchmarks/peers.py --data $(or $(GENGAP_DATA),data)
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/overhead.py probes
+	$(BIN)/python benchmarks/overhead.py checkpoints
+	$(BIN)/python benchmarks/overhead.py ray
 	$(BIN)/python benchmarks/gram_floor.py
 	$(BIN)/python benchmarks/probe_cost.py
 	$(BIN)/python benchmarks/aggregate.py
-	$(BIN)/python benchmarks/overhead.py checkpoints
-	$(BIN)/python benchmarks/overhead.py ray
-	$(BIN)/python benchmarks/throughput.py --data $(or $(GENGAP_DATA),data)
 	$(BIN)/python benchmarks/epoch.py --data $(or $(GENGAP_DATA),data)/cifar10-jpeg --jpeg
 
 .venv/bin/pip:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Never, NoReturn, TypeVar
 
 from pydantic import AliasChoices, Field, PositiveInt
-from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliDualFlag, CliSettingsSource, CliToggleFlag, SettingsConfigDict
 
 from gengap_dist.config import RunConfig, Section, StudyConfig, UsageError, did_you_mean, field_names, validate
 from gengap_dist.launchers.base import leave, started_elsewhere
@@ -64,25 +64,31 @@ class DoctorOptions(Settled):
     """Print what was found as JSON."""
 
 
-class TrainSettings(RunConfig, Options, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+class Flags(Section):
+    """Settings of a run that are flags on a command line."""
+
+    profile: CliDualFlag[bool] = Field(default=False, description=RunConfig.model_fields["profile"].description)
+
+
+class TrainSettings(Flags, RunConfig, Options, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
     """What `train` takes."""
 
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
-class StudySettings(StudyConfig, Options, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+class StudySettings(Flags, StudyConfig, Options, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
     """What `study` takes."""
 
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
-class PlanSettings(RunConfig, PlanOptions, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+class PlanSettings(Flags, RunConfig, PlanOptions, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
     """What `plan` takes."""
 
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
-class DoctorSettings(RunConfig, DoctorOptions, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+class DoctorSettings(Flags, RunConfig, DoctorOptions, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
     """What `doctor` takes."""
 
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)

@@ -34,7 +34,7 @@ C = TypeVar("C", bound=BaseModel)
 
 MACHINERY = (
     "launch.", "mlflow.", "checkpoint.", "batch.micro_size", "data.root", "data.download", "data.memory_gib",
-    "data.workers", "train.compile", "train.recompute", "train.channels_last",
+    "data.workers", "train.compile", "train.recompute", "train.channels_last", "profile",
 )  # fmt: skip
 """Settings that say how and where a run is computed, not what it computes: they may change when it is resumed."""
 
@@ -442,6 +442,8 @@ class RunConfig(Section):
 
     seed: NonNegativeInt = 0
     """Seed of initialisation, sample order and augmentation."""
+    profile: bool = False
+    """Trace a few steps of every rank, and say in OUT/profile where their time goes."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()

@@ -81,7 +81,8 @@ def train_step(
         sums, norm = accumulate(strategy, batches, work, objective), None
     else:
         sums, norm = make(strategy, batches, work, objective)
-    norm_of_step = strategy.step()
+    with strategy.world.where.part("optimizer"):
+        norm_of_step = strategy.step()
     return sums, norm_of_step if norm is None else norm
 
 
@@ -106,9 +107,12 @@ def accumulate(strategy: Strategy, batches: Batches, work: Work, objective: Obje
                     continue
                 with world.where.during("data"):
                     images, labels = batches(indices[span.start : span.stop], epoch)
-                logits = strategy.forward(images)
-                loss_sum = objective.loss_sum(logits, labels)
-                strategy.backward(loss_sum / len(indices) + objective.extra())
+                with world.where.part("forward"):
+                    logits = strategy.forward(images)
+                    loss_sum = objective.loss_sum(logits, labels)
+                    loss = loss_sum / len(indices) + objective.extra()
+                with world.where.part("backward"):
+                    strategy.backward(loss)
             sums[0] += loss_sum.detach()
             sums[1] += (logits.detach().argmax(1) == labels).sum()
             if watch and number == 1:
@@ -126,7 +130,10 @@ def join_with_nothing(strategy: Strategy, batches: Batches, epoch: int, loss: Te
     """
     images, _ = batches(torch.zeros(1, dtype=torch.int64), epoch)
     strategy.model.train(strategy.synced)
-    strategy.backward(strategy.forward(images[:0] if strategy.synced else images).sum() * 0 + loss)
+    with strategy.world.where.part("forward"):
+        nothing = strategy.forward(images[:0] if strategy.synced else images).sum() * 0
+    with strategy.world.where.part("backward"):
+        strategy.backward(nothing + loss)
     strategy.model.train()
 
 

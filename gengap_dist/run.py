@@ -33,6 +33,7 @@ from gengap_dist.preemption import Preempted
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
+from gengap_dist.profiling.measure import NoProfile, Profile, clocked
 from gengap_dist.recipes import course_of
 from gengap_dist.recipes.course import Taken, plan_of
 from gengap_dist.recipes.statistics import untrained
@@ -85,6 +86,7 @@ def run(
         Preempted: after a rank was asked to leave; the folder is ready to be resumed.
     """
     world = world or connect(config.launch)
+    world = clocked(world) if config.profile else world
     with watching(world, config.launch.hang_seconds), deterministic(config.train.deterministic):
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
@@ -186,6 +188,8 @@ class _Session:
         check_norm(config, self.model, self.order.sizes(), world.size)
         strategy = strategy_name(config, world.size)
         self.strategy = STRATEGIES[strategy](config, world)
+        hidden = self.strategy.hidden
+        self.profile = Profile(out, world, config, strategy, hidden=hidden) if config.profile else NoProfile()
         self.saver = checkpoint.Saver(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
         self.facts = {
             "data": catalog.summary(splits, config.data) if world.rank == 0 else None,
@@ -339,6 +343,7 @@ class _Session:
         with contextlib.suppress(OSError):
             if self.saver:
                 self.saver.wait()
+        self.profile.close()
         self.strategy.close()
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -353,9 +358,10 @@ class _Session:
         config, where = self.config, self.world.where
         self.model.train()
         began = time.monotonic()
-        asked = self.world.sum_later(torch.tensor([int(leaving())]))
         while self.step < self.num_steps:
             where.step = self.step + 1
+            self.profile.begin(self.num_steps - self.step)
+            asked = self.world.sum_later(torch.tensor([int(leaving())]))  # it crosses while this step computes
             lr, momentum = self.schedule.lr(self.step), self.schedule.momentum(self.step)
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0
@@ -369,6 +375,7 @@ class _Session:
                 self._pending.append((self.step, taken))
             self.progress(self.step, self.num_steps, "")
             leave = bool(asked()) and not last
+            began += self.profile.end()
             if leave or self.step % FLUSH_EVERY == 0 or self._due():
                 save_due = self._flush()
                 self.train_seconds += time.monotonic() - began
@@ -380,8 +387,7 @@ class _Session:
                 began = time.monotonic()
             if leave:
                 raise Preempted(self.step)
-            asked = self.world.sum_later(torch.tensor([int(leaving())]))  # it crosses while the next step computes
-        asked()
+        self.profile.finish()
 
     def _weights(self) -> Tensor:
         """A copy of all trainable parameters, whole: [P]. Collective."""

@@ -4,6 +4,7 @@ Examples:
   gengap train                                         LeNet-5 on digits, a few seconds
   gengap train --config configs/demo_train.yaml --launch.num_processes 2
   gengap train --data.name fashion_mnist --data.root DIR --batch.global_size 4096 --out runs/lb4096
+  gengap train --profile                               say where a step's time goes, with a trace of every rank
   torchrun --nproc_per_node 2 -m gengap_dist.train --config configs/demo_train.yaml
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from gengap_dist import cli, launchers
 from gengap_dist.config import RunConfig, UsageError, resolve, to_yaml
+from gengap_dist.imports import quickly
 from gengap_dist.tracking import record
 from gengap_dist.tracking.mlflow_sink import Follower
 
@@ -42,22 +44,25 @@ def command(argv: Sequence[str]) -> int:
 
 def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool) -> int:
     """What only one process does: the folder, progress, MLflow, the report."""
-    from gengap_dist.report.terminal import RunProgress, print_run
+    from gengap_dist.report.terminal import RunProgress, print_profile, print_run
 
     record.prepare_folder(out, "run.json", resume=resume)
     follower = Follower(out, config.mlflow) if config.mlflow.enabled else None
     try:
         with RunProgress(out.name) as progress:
             ranks.run(config, out, resume=resume, progress=progress)
-        from gengap_dist.report.collect import read_study
-        from gengap_dist.report.page import write_report
+        with quickly():
+            from gengap_dist.report.collect import read_study
+            from gengap_dist.report.page import write_report
 
-        page = write_report(read_study(out))
+        page = write_report(read_study(out), pdf=False)  # `gengap report` has the time for it
     except BaseException as error:
         record.close_abandoned(out, error)
         raise
     finally:
         behind = follower.finish() if follower else None
+    if config.profile:
+        print_profile(out)
     print_run(out, page, follower.uri if follower and not behind else None)
     if behind:
         print(f"{PROG}: warning: {behind}", file=sys.stderr)

@@ -6,9 +6,10 @@ stream are timed there instead of the host's clock.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+NOTHING = nullcontext()
 KINDS = ("data", "compute", "communication", "probe", "evaluation", "checkpoint")
 
 
@@ -62,6 +63,10 @@ class Whereabouts:
         finally:
             self._charge(self._kinds.pop(), self.now())
             self.place = before._replace(since=time.monotonic(), num_collectives=self.place.num_collectives)
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Around a part of computing, `forward`, `backward` or `optimizer`: only a profile tells them apart."""
+        return NOTHING
 
     def meet(self, doing: str) -> None:
         """Say that what follows, within what is going on already, waits for the other ranks."""

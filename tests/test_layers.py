@@ -1,8 +1,6 @@
 """The direction of imports: a module imports from lower floors, or from its own room."""
 
 import ast
-import subprocess
-import sys
 
 import pytest
 
@@ -11,6 +9,7 @@ from tests.conftest import ROOT
 FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist": -1,  # __init__: imports nothing
     "gengap_dist.config": 0,
+    "gengap_dist.imports": 0,
     "gengap_dist.batching": 0,
     "gengap_dist.whereabouts": 0,
     "gengap_dist.preemption": 0,
@@ -30,6 +29,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.checkpoint": 3,
     "gengap_dist.checks": 3,
     "gengap_dist.recipes": 3.25,
+    "gengap_dist.profiling": 3,
     "gengap_dist.observe": 3.5,
     "gengap_dist.run": 4,
     "gengap_dist.launchers": 5,
@@ -96,30 +96,3 @@ def test_imports_point_down(path):
 
 def test_every_module_has_a_floor():
     assert {room(module_name(path)) for path in MODULES} <= set(FLOORS)
-
-
-@pytest.mark.parametrize("command", ["train", "study", "probe", "report", "compare", "plan", "doctor"])
-def test_help_imports_nothing_heavy(command):
-    code = (
-        "import sys, runpy\n"
-        f"sys.argv = ['x', '--help']\n"
-        f"try: runpy.run_module('gengap_dist.{command}', run_name='__main__', alter_sys=True)\n"
-        "except SystemExit as e: assert e.code == 0, e.code\n"
-        "heavy = {'torch', 'mlflow', 'matplotlib', 'ray', 'deepspeed', 'torchvision', 'scipy', 'optuna'}\n"
-        "heavy &= set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "example" in done.stdout.lower()
-
-
-def test_ranks_need_no_mlflow():
-    code = (
-        "import sys, gengap_dist.run\n"
-        "heavy = {'mlflow', 'ray', 'matplotlib', 'scipy', 'optuna', 'deepspeed', 'torch.distributed.tensor'}\n"
-        "heavy &= set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -6,7 +6,6 @@ Correlation is not cause: what is said here never decides a claim alone (see `ve
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 from gengap_dist.comparison import Correlation, Interval, Run
 from gengap_dist.comparison.pairing import CONFIDENCE, holm
@@ -112,6 +111,8 @@ def fisher(r: float, num: int, held: int = 0) -> Interval | None:
     """
     if num - 3 - held < 1:
         return None
+    from scipy import stats  # slow, see pairing
+
     half = stats.norm.ppf((1 + CONFIDENCE) / 2) / (num - 3 - held) ** 0.5
     z = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
     return (float(np.tanh(z - half)), float(np.tanh(z + half)))
@@ -121,5 +122,7 @@ def _p(r: float, num: int) -> float | None:
     df = num - 2
     if df < 1:
         return None
+    from scipy import stats
+
     t = abs(r) * (df / max(1 - r**2, 1e-15)) ** 0.5
     return float(2 * stats.t.sf(t, df))

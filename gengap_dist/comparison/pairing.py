@@ -1,10 +1,12 @@
-"""Paired comparison of arms: same seed, same initialisation, same order seed; only the arm differs."""
+"""Paired comparison of arms: same seed, same initialisation, same order seed; only the arm differs.
+
+scipy takes a second to import, and one run alone has nothing to compare: it is imported where it is needed.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
 
 CONFIDENCE = 0.95
 POWER = 0.8  # with which a detectable difference is found
@@ -45,6 +47,8 @@ def paired(baseline: Mapping[int, float], arm: Mapping[int, float]) -> Paired:
     values = np.array([*by_seed.values()])
     bootstrap = None
     if (n := len(values)) > 1:
+        from scipy import stats
+
         tail = float(stats.norm.cdf(-((n / (n - 1)) ** 0.5) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)))
         drawn = stats.bootstrap(
             (values,),
@@ -87,6 +91,8 @@ def t_half(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE)
     >>> t_half(np.array([[1.0, 10.0], [3.0, 30.0]])).round(4)
     array([ 12.7062, 127.062 ])
     """
+    from scipy import stats
+
     n = len(values)
     return stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5
 
@@ -102,6 +108,8 @@ def p_value(values: Sequence[float] | np.ndarray) -> float | None:
     n = len(values)
     if n < 2 or np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):
         return None
+    from scipy import stats
+
     t = float(np.mean(values)) / (float(np.std(values, ddof=1)) / n**0.5)
     return float(2 * stats.t.sf(abs(t), n - 1))
 
@@ -134,6 +142,8 @@ def detectable(deviation: float, num_pairs: int) -> float:
     """
     if num_pairs < 2 or not deviation > 0:
         return float("nan") if num_pairs < 2 else 0.0
+    from scipy import optimize, stats
+
     df, limit = num_pairs - 1, stats.t.ppf((1 + CONFIDENCE) / 2, num_pairs - 1)
 
     def lacking(shift: float) -> float:

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import optimize, stats
 
 from gengap_dist.comparison import Run, Target
 from gengap_dist.comparison.pairing import CONFIDENCE
@@ -63,6 +62,8 @@ def fit_curve(
     >>> round(least), round(critical)
     (100, 200)
     """
+    from scipy import optimize, stats  # slow, and not every comparison has a target
+
     b, log_s = np.array(sizes, dtype=float), np.log(np.array(updates, dtype=float))
 
     def curve(b: np.ndarray, log_least: float, log_critical: float) -> np.ndarray:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, final
 
 from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.imports import quickly
 from gengap_dist.launchers.base import Launcher, Progress, RankFailed, leave
 from gengap_dist.preemption import Notice, Preempted, listening
 
@@ -24,7 +25,8 @@ class InProcess(Launcher):
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
         """See `Launcher.run`; exceptions come as they are."""
-        from gengap_dist.run import run  # torch, which --help does not need
+        with quickly():
+            from gengap_dist.run import run  # torch, which --help does not need
 
         # whatever a scheduler left there, this is the only rank
         with _environment(_rank_variables(0, 1)), listening() as leaving:
@@ -158,8 +160,9 @@ def _rank_main(pipe: Connection, env: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if env["RANK"] != "0":
         warnings.simplefilter("ignore")  # rank 0 says it for all
-    from gengap_dist.run import run
-    from gengap_dist.world import disconnect
+    with quickly():
+        from gengap_dist.run import run
+        from gengap_dist.world import disconnect
 
     spoke = 0.0
 

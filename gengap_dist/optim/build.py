@@ -1,5 +1,6 @@
 """The optimizer of a run."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,20 @@ import torch
 from torch import nn
 
 from gengap_dist.config import OptimConfig, UsageError
+
+
+def _plain(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """`kind` with the same methods, but for the wrappers that hide them from torch.compile.
+
+    At their first call these import all of torch.compile, which takes longer than a small run. Networks are compiled
+    here, optimizers are not.
+    """
+    wrapped = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in wrapped}
+    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(inspect.unwrap(kind.step))})
+
+
+_SGD, _AdamW = _plain(torch.optim.SGD), _plain(torch.optim.AdamW)
 
 
 def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -20,9 +35,9 @@ def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     momentum: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
     match config.name:
         case "sgd":
-            return torch.optim.SGD(parameters, **common, **momentum, fused=True)
+            return _SGD(parameters, **common, **momentum, fused=True)
         case "adamw":
-            return torch.optim.AdamW(parameters, **common, fused=True)
+            return _AdamW(parameters, **common, fused=True)
         case "lars":
             return _timm("Lars")(_layers(parameters), **common, **momentum)
         case "lamb":  # without a word it would clip the gradient's norm at 1

@@ -1,5 +1,6 @@
 """Layers' activations, batch by batch, as they come out of a forward pass; the model is left exactly as found."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -50,7 +51,8 @@ def observing(model: nn.Module) -> Iterator[None]:
     devices = {parameter.device for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and the import would take two seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_exact_kernels())
         stack.enter_context(torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]))
         for kind in {device.type for device in devices} | {"cpu"}:

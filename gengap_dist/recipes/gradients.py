@@ -75,9 +75,12 @@ def gradient_penalty(coefficient: float) -> MakeGradient:
 
         def gradient(span: Span, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
             strategy.position.at(span.start, len(work.indices), world.size, *work.key)
-            logits = strategy.local_forward(images)
-            loss_sum = objective.loss_sum(logits, labels)
-            return logits, loss_sum, torch.autograd.grad(loss_sum / len(labels), parameters, materialize_grads=True)
+            with world.where.part("forward"):
+                logits = strategy.local_forward(images)
+                loss_sum = objective.loss_sum(logits, labels)
+            with world.where.part("backward"):
+                found = torch.autograd.grad(loss_sum / len(labels), parameters, materialize_grads=True)
+            return logits, loss_sum, found
 
         for span in work.spans:
             if not span.size:

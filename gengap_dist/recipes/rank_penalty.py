@@ -100,7 +100,8 @@ class RankPenalty(Objective):
                     images, _ = batches(
                         work.indices[span.start : span.stop] if span.size else work.indices[:1], work.epoch
                     )
-                    strategy.local_forward(images if span.size else images[:0])
+                    with world.where.part("forward"):
+                        strategy.local_forward(images if span.size else images[:0])
         told = world.sum(torch.cat([matrix.flatten() for matrix in sums.values()]), "covariance of activations")
         weights, value = {}, 0.0
         for layer, flat in zip(layers, told.split([matrix.numel() for matrix in sums.values()]), strict=True):

@@ -1,7 +1,7 @@
 """Draw the report of a run or study again, or send its numbers to MLflow.
 
 Examples:
-  gengap report studies/demo            writes studies/demo/report.html and figures/
+  gengap report studies/demo            writes studies/demo/report.html and figures/ (SVG, PDF, CSV)
   gengap report sync studies/demo       sends MLflow what it has not seen yet
 """
 

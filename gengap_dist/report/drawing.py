@@ -12,6 +12,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -79,13 +80,18 @@ class Picture(NamedTuple):
     rows: Sequence[Row]
 
 
-def save(picture: Picture, folder: Path, name: str) -> tuple[str, str]:
-    """Write NAME.svg, NAME.pdf and NAME.csv; the SVG as it stands on the page, and the CSV."""
+def save(picture: Picture, folder: Path, name: str, *, pdf: bool) -> tuple[str, str]:
+    """Write NAME.svg, NAME.csv and perhaps NAME.pdf; the SVG as it stands on the page, and the CSV."""
     text, table = io.StringIO(), as_csv(picture.rows)
+    if layout := picture.figure.get_layout_engine():  # once, while savefig would draw all of it to lay it out
+        FigureCanvasSVG(picture.figure)
+        layout.execute(picture.figure)
+        picture.figure.set_layout_engine("none")
     picture.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     (folder / f"{name}.svg").write_text(text.getvalue())
-    picture.figure.set_layout_engine("none")  # laid out once: the PDF takes the same places
-    picture.figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    (folder / f"{name}.pdf").unlink(missing_ok=True)  # of another picture
+    if pdf:
+        picture.figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
     (folder / f"{name}.csv").write_text(table)
     return inline(text.getvalue(), name, picture.says), table
 

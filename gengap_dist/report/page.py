@@ -33,8 +33,13 @@ class Drawn(NamedTuple):
     table: Table | None
 
 
-def write_report(study: StudyData) -> Path:
-    """Report and figures of a study (or of a run, as `read_study` sees it); the page's path."""
+def write_report(study: StudyData, *, pdf: bool = True) -> Path:
+    """Report and figures of a study (or of a run, as `read_study` sees it); the page's path.
+
+    Args:
+        study: what to show.
+        pdf: write the pictures as PDF, too, which takes as long as all the rest.
+    """
     is_study = (study.folder / "study.json").exists()
     said = study.comparison if is_study else Comparison(study.baseline, {}, [], None, [], [])
     template = Environment(
@@ -50,7 +55,8 @@ def write_report(study: StudyData) -> Path:
         theme=THEME,
         arms=arm_table(study, said) if is_study else None,
         runs=run_table(study),
-        pictures=_pictures(study, said, is_study),
+        pictures=_pictures(study, said, is_study, pdf=pdf),
+        pdf=pdf,
         tuned=tuning_tables(study.info.get("tuned") or {}),
         space=_yaml((config.get("study") or {}).get("tune")),
         facts=_facts(study),
@@ -61,7 +67,7 @@ def write_report(study: StudyData) -> Path:
     return page
 
 
-def _pictures(study: StudyData, said: Comparison, is_study: bool) -> list[Drawn]:
+def _pictures(study: StudyData, said: Comparison, is_study: bool, *, pdf: bool) -> list[Drawn]:
     """Draw every picture that has something to show, and write its files."""
     folder = study.folder / "figures"
     folder.mkdir(exist_ok=True)
@@ -70,7 +76,7 @@ def _pictures(study: StudyData, said: Comparison, is_study: bool) -> list[Drawn]
         for name, (title, draw, caption) in (STUDY_FIGURES if is_study else RUN_FIGURES).items():
             if not study.runs or (picture := draw(study, said)) is None:
                 continue
-            svg, csv = save(picture, folder, name)
+            svg, csv = save(picture, folder, name, pdf=pdf)
             uri = "data:text/csv;base64," + base64.b64encode(csv.encode()).decode()
             table = data_table(f"Data: {title}", picture.rows) if len(picture.rows) <= MOST_ROWS else None
             out.append(Drawn(name, title, caption, svg, uri, table))

@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,9 +21,11 @@ from rich.progress import (
 from rich.table import Table
 
 from gengap_dist.comparison.pairing import Paired, spread
-from gengap_dist.observe import Observation
-from gengap_dist.probes.spectrum import LayerSpectrum
 from gengap_dist.report.collect import RunData, StudyData, metric, read_run
+
+if TYPE_CHECKING:  # they would import torch, and the driver of ranks needs none
+    from gengap_dist.observe import Observation
+    from gengap_dist.probes.spectrum import LayerSpectrum
 
 QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
 OUTCOMES = {"supported": "blue", "contradicted": "dark_orange3", "undecided": "dim"}
@@ -146,6 +148,20 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
         console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)
 
 
+def print_profile(out: Path) -> None:
+    """What a profiled run says of its steps, and where its traces are."""
+    folder = out / "profile"
+    if not (folder / "summary.txt").exists():
+        return  # it could not be written, of which the run has warned, or there was no steady step
+    console = wide_console()
+    console.print((folder / "summary.txt").read_text(), highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"profile {folder}: traces of all ranks for https://ui.perfetto.dev, and this summary\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def layer_table(run: RunData) -> Table | None:
     """Near-rank loss and effective rank of every layer, untrained and trained."""
     steps = run.spectra_steps()
@@ -164,7 +180,7 @@ def layer_table(run: RunData) -> Table | None:
     return table
 
 
-def print_observation(found: Observation, untrained: Observation | None, title: str) -> None:
+def print_observation(found: "Observation", untrained: "Observation | None", title: str) -> None:
     """One row per layer and view, with a bar for the near-rank loss; then the controls and the rivals."""
     before = {s.key: s.measures() for s in untrained.spectra[""]} if untrained else {}
     table = Table(title=f"{title}: near-rank loss" + (" (untrained -> now)" if before else ""), title_justify="left")
@@ -195,7 +211,7 @@ def print_observation(found: Observation, untrained: Observation | None, title: 
             console.print(f"{name} {value:.4g}", highlight=False)
 
 
-def _samples_table(sets: dict[str, list[LayerSpectrum]]) -> Table:
+def _samples_table(sets: dict[str, list["LayerSpectrum"]]) -> Table:
     """Raw near-rank loss and effective rank of every layer, by probe set, smaller sets first."""
     table = Table(title="by number of probe samples: share below 0.01 s1, effective rank", title_justify="left")
     table.add_column("layer", no_wrap=True)

@@ -30,6 +30,9 @@ class Strategy(ABC):
     lockstep = False
     """Whether all ranks must do equally many micro-steps, some of them empty; see `BatchPlan.micro_batches`."""
 
+    hidden = False
+    """Whether ranks also meet where whereabouts do not see it, inside of the engine's passes."""
+
     def __init__(self, config: RunConfig, world: World) -> None:
         """A strategy for the ranks of `world`.
 

@@ -62,6 +62,8 @@ def check(config: RunConfig, stage: int) -> None:
 class Zero(Strategy):
     """A DeepSpeed engine of one ZeRO stage, made to sum gradients exactly as the other strategies do."""
 
+    hidden = True
+
     def __init__(self, config: RunConfig, world: World, *, stage: int) -> None:
         """See `Strategy`.
 

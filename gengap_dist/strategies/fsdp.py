@@ -48,6 +48,7 @@ class FSDP(Strategy):
     """Parameters are gathered for each pass through a unit, gradients summed and scattered in every backward pass."""
 
     lockstep = True
+    hidden = True
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective.

@@ -16,6 +16,7 @@ from typing import Any
 
 from gengap_dist import cli, launchers
 from gengap_dist.config import StudyConfig, UsageError, resolve, to_yaml
+from gengap_dist.imports import quickly
 from gengap_dist.study import schedule
 from gengap_dist.study.grid import Cell
 from gengap_dist.study.watch import Watch
@@ -49,8 +50,9 @@ def _drive(config: StudyConfig, out: Path) -> int:
     follower = Follower(out, config.mlflow) if config.mlflow.enabled else None
     try:
         num_failed = _run(config, out)
-        from gengap_dist.report.collect import read_study
-        from gengap_dist.report.page import write_report
+        with quickly():
+            from gengap_dist.report.collect import read_study
+            from gengap_dist.report.page import write_report
 
         found = read_study(out)
         outcome = record.FAILED if num_failed else record.FINISHED

@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gengap_dist.config import MACHINERY, UsageError, flat
-from gengap_dist.tracking.history import History, history
+from gengap_dist.imports import quickly
 from gengap_dist.tracking.record import (
     DIVERGED,
     FAILED,
@@ -33,6 +33,9 @@ from gengap_dist.tracking.record import (
     read_metrics,
     write_atomically,
 )
+
+if TYPE_CHECKING:  # numpy, which the command that starts a mirror does not need
+    from gengap_dist.tracking.history import History
 
 MAX_REQUEST = 1000  # metrics that MLflow takes at once
 STATUS = {
@@ -80,13 +83,18 @@ def comparison(folder: Path) -> str:
     return f"#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps(experiments))}"
 
 
-def connect(uri: str) -> Any:
-    """An MLflow client that gives up on a dead server within seconds."""
+def prepare() -> Callable[..., Any]:
+    """Import MLflow, which takes seconds; the class of its clients."""
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient  # slow
+    with quickly():
+        from mlflow import MlflowClient
+    return MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+
+def connect(uri: str) -> Any:
+    """An MLflow client that gives up on a dead server within seconds."""
+    return prepare()(tracking_uri=uri)
 
 
 class Mirror:
@@ -232,8 +240,8 @@ class Mirror:
             return
         self._send(folder, state, list(read_metrics(folder)), info, sent)
         self._send_system(folder, state)
+        self._send_model(folder, state, info)
         if closing:
-            self._send_model(folder, state, info)
             self._close(folder, state, info)
 
     # -- one MLflow run -----------------------------------------------------------------------------------------------
@@ -338,7 +346,7 @@ class Mirror:
             return
         from mlflow.entities import LoggedModelOutput
 
-        from gengap_dist.tracking.model import export  # imports torch: only now, when training is over
+        from gengap_dist.tracking.model import export  # imports torch
 
         if "model_id" not in state:
             made = self.client.create_logged_model(self.experiment, MODEL, state["run_id"])
@@ -396,7 +404,9 @@ def _all_ended(runs: Runs, num_seeds: int) -> bool:
     return len(runs) >= num_seeds and all(info["status"] in ENDED for info in runs.values())
 
 
-def _history(folder: Path, info: Line) -> History:
+def _history(folder: Path, info: Line) -> "History":
+    from gengap_dist.tracking.history import history
+
     return read_history(folder) if info["status"] == FINISHED else history(())
 
 

@@ -12,13 +12,15 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from gengap_dist.config import MlflowConfig, UsageError
-from gengap_dist.tracking.mirror import Mirror, Sent, comparison, store_uri
+from gengap_dist.imports import quickly
+from gengap_dist.tracking.mirror import Mirror, Sent, comparison, prepare, store_uri
 from gengap_dist.tracking.record import read_info
 
 POLL_SECONDS = 1.0
@@ -39,9 +41,10 @@ class Follower:
     def __init__(self, folder: Path, config: MlflowConfig) -> None:
         """Start mirroring `folder` in a process of its own."""
         self.folder, self.config, self.uri = folder, config, store_uri(config.tracking_uri)
+        words = [str(folder), self.uri, config.experiment] + ["--model"] * config.log_model
         with (folder / "mlflow.log").open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(folder), self.uri, config.experiment],
+                [sys.executable, "-m", __name__, *words],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,  # only for its last word
                 stderr=log,
@@ -76,16 +79,21 @@ class Follower:
         )
 
 
-def follow(folder: Path, uri: str, experiment: str, *, pause: Callable[[float], bool]) -> None:
+def follow(folder: Path, uri: str, experiment: str, *, log_model: bool, pause: Callable[[float], bool]) -> None:
     """Mirror until `pause(seconds)` says that the command is over, then once more, to the end.
+
+    What that needs is imported while the command is still on its way to its first step.
 
     Raises:
         Exception: what the last try met, if it failed.
     """
     mirror, wait, over = None, POLL_SECONDS, False
+    imports = threading.Thread(target=_import, args=(log_model,), daemon=True)
+    imports.start()
     while not ((folder / "run.json").exists() or (folder / "study.json").exists()):
         if pause(POLL_SECONDS):
             return  # the command found something wrong before it began
+    imports.join()
     while True:
         try:
             mirror = mirror or Mirror(folder, uri, experiment)
@@ -99,7 +107,25 @@ def follow(folder: Path, uri: str, experiment: str, *, pause: Callable[[float], 
             wait = min(LONGEST_WAIT, 2 * wait)
         if over:
             return
-        over = pause(wait)
+        over = _rest(wait, folder, pause)
+
+
+def _import(log_model: bool) -> None:
+    prepare()
+    if log_model:
+        with quickly():
+            from gengap_dist.tracking import model
+        model.prepare()
+
+
+def _rest(seconds: float, folder: Path, pause: Callable[[float], bool]) -> bool:
+    """Pause, until the folder's run or study comes to its end; whether the command is over."""
+    files = [path for path in (folder / "run.json", folder / "study.json") if path.exists()]
+    before, until = [path.stat().st_mtime_ns for path in files], time.monotonic() + seconds
+    while not (over := pause(min(POLL_SECONDS, seconds))):
+        if time.monotonic() >= until or [path.stat().st_mtime_ns for path in files] != before:
+            break
+    return over
 
 
 def _line(error: Exception) -> str:
@@ -115,6 +141,7 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description="Mirror a run or study folder to MLflow until standard input closes.")
     for name in ("folder", "uri", "experiment"):
         parser.add_argument(name)
+    parser.add_argument("--model", action="store_true", help="finished runs' networks are logged")
     arguments = parser.parse_args()
     if os.fork():  # the command's child ends here, see Follower
         os._exit(0)
@@ -123,10 +150,12 @@ def _main() -> None:
     fcntl.flock(sys.stderr.fileno(), fcntl.LOCK_EX)  # mlflow.log: the follower of a killed command may still be sending
     os.nice(10)  # training comes first
     try:
-        follow(Path(arguments.folder), arguments.uri, arguments.experiment, pause=_stdin_closes_within)
+        words = (Path(arguments.folder), arguments.uri, arguments.experiment)
+        follow(*words, log_model=arguments.model, pause=_stdin_closes_within)
         os.write(last_word, DONE)
     except Exception as error:
         print(f"{type(error).__name__}: {_line(error)}", flush=True)
+    os._exit(0)  # also in the midst of an import
 
 
 def sync_now(folder: Path, uri: str | None, sent: Sent) -> str:

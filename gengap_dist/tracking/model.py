@@ -6,6 +6,9 @@ images' mean. What it computes is what the run was scored with: its last weights
 one, in eval mode.
 """
 
+import io
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from gengap_dist import checkpoint, models
 from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.imports import quickly
 from gengap_dist.world import World
 
 
@@ -51,6 +55,20 @@ def scorer(folder: Path, info: dict[str, Any]) -> Scorer:
     return Scorer(network, torch.tensor(data["mean"]).to(dtype), torch.tensor(data["std"]).to(dtype)).eval()
 
 
+@cache
+def prepare() -> Callable[..., None]:
+    """Import what `export` needs, which takes longer than exporting; MLflow's save_model."""
+    with quickly("pytorch_lightning"):  # MLflow offers to watch its training, and it brings half of what is installed
+        from mlflow.pytorch import save_model
+        from mlflow.utils import requirements_utils
+
+        rehearsed = torch.export.export(nn.Identity(), (torch.ones(2),))  # which imports the rest
+        torch.export.save(rehearsed, io.BytesIO())
+    if requirements_utils._MODULES_TO_PACKAGES is None:  # it would read which files every installed package has
+        requirements_utils._MODULES_TO_PACKAGES = {}  # to warn of requirements that are not installed: these all are
+    return save_model
+
+
 def export(folder: Path, info: dict[str, Any], to: Path, **about: Any) -> None:
     """Write the run's model with its signature into the new folder `to`.
 
@@ -66,9 +84,9 @@ def export(folder: Path, info: dict[str, Any], to: Path, **about: Any) -> None:
     import mlflow
     import numpy as np
     from mlflow.models import Model, ModelSignature
-    from mlflow.pytorch import save_model
     from mlflow.types import Schema, TensorSpec
 
+    save_model = prepare()
     model, data = scorer(folder, info), info["data"]
     pixels = np.zeros((2, *data["shape"]), np.float32)  # two: one image would be traced as the only number there is
     logits_dtype = np.dtype(info["config"]["train"]["dtype"])

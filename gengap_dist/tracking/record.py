@@ -21,14 +21,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic_core import from_json
 
 from gengap_dist.config import RunConfig, UsageError, to_yaml
-from gengap_dist.tracking.history import History, dump, history, load
 
-if TYPE_CHECKING:  # importing it would import torch, and every command imports this module
+if TYPE_CHECKING:  # every command imports this module, and --help needs neither numpy nor torch
+    import numpy as np
+
     from gengap_dist.probes.spectrum import LayerSpectrum
+    from gengap_dist.tracking.history import History
 
 Metrics = Mapping[str, float]
 RUNNING, FINISHED, DIVERGED, FAILED, KILLED = "running", "finished", "diverged", "failed", "killed"
@@ -241,11 +242,15 @@ class Record(NoRecord):
         self._save()
         lines = self.out / "metrics.jsonl"
         if status in ENDED and lines.exists() and (size := lines.stat().st_size) > SLOW_TO_READ:
+            from gengap_dist.tracking.history import dump, history
+
             write_atomically(self.out / "metrics.npz", dump(history(read_raw(lines)), size))
 
 
 def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:
     """Spectra as the bytes of an npz file: one array per layer key, and `meta`, a JSON text with everything else."""
+    import numpy as np
+
     arrays, meta = {}, {}
     for s in spectra:
         arrays[s.key] = s.singular_values.numpy()
@@ -258,8 +263,10 @@ def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:
     return buffer.getvalue()
 
 
-def load_spectra(path: Path) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
+def load_spectra(path: Path) -> "dict[str, tuple[np.ndarray, dict[str, Any]]]":
     """Layer key to (singular values [m], the rest of LayerSpectrum as a dict)."""
+    import numpy as np
+
     with np.load(path) as file:
         meta = json.loads(str(file["meta"]))
         return {key: (file[key], info) for key, info in meta.items()}
@@ -283,12 +290,14 @@ def read_metrics(out: Path) -> Iterator[dict[str, Any]]:
     return read_lines(out / "metrics.jsonl")
 
 
-def read_history(out: Path) -> History:
+def read_history(out: Path) -> "History":
     """The metrics of a run folder as columns.
 
     Raises:
         ValueError: if a line of metrics.jsonl is damaged.
     """
+    from gengap_dist.tracking.history import history, load
+
     lines, columns = out / "metrics.jsonl", out / "metrics.npz"
     if columns.exists() and lines.exists() and (found := load(columns, lines.stat().st_size)):
         return found

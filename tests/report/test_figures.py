@@ -153,7 +153,7 @@ def test_files_are_the_same_each_time_and_csv_holds_the_rows(study, tmp_path):
             picture = drawn(figures.gap(study, study.comparison))
             folder = tmp_path / str(again)
             folder.mkdir()
-            inline, table = drawing.save(picture, folder, "gap")
+            inline, table = drawing.save(picture, folder, "gap", pdf=True)
         texts.append([path.read_bytes() for path in sorted(folder.iterdir())])
     assert texts[0] == texts[1]
     assert sorted(path.name for path in folder.iterdir()) == ["gap.csv", "gap.pdf", "gap.svg"]

@@ -1,0 +1,97 @@
+"""What a start costs: seconds of --help, of a whole 50-step run, and of nine runs as nine commands and as one study.
+
+    python benchmarks/startup.py [--rounds 5] [--ranks 1] [--out FILE]
+
+Real commands, as a user gives them, with their defaults: digits, LeNet-5, reports; all but --help take turns. Nine
+commands and a study of 3 arms x 3 seeds compute the same nine runs, the study with MLflow as the nine. A ratio that the
+noise covers is not printed.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import fair
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+ARMS = {"sb": 32, "mb": 128, "lb": 512}
+SEEDS = (0, 1, 2)
+STEPS = 50
+HELP, RUN, NINE, STUDY = "--help", f"one run of {STEPS} steps", "nine commands", "a 3 x 3 study"
+
+
+def seconds(*words: object, folder: Path) -> float:
+    """How long a command takes, from its start to its end.
+
+    Raises:
+        CalledProcessError: if it fails.
+    """
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "gengap_dist", *map(str, words)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def one(folder: Path, names: "itertools.count[int]", *words: object) -> float:
+    """A run into a new folder."""
+    return seconds("train", "--train.steps", STEPS, *words, "--out", f"run{next(names)}", folder=folder)
+
+
+def nine(folder: Path, names: "itertools.count[int]", *words: object) -> float:
+    """Every arm with every seed, one command after the other."""
+    each = itertools.product(ARMS.values(), SEEDS)
+    return sum(one(folder, names, "--batch.global_size", size, "--seed", seed, *words) for size, seed in each)
+
+
+def study(folder: Path, names: "itertools.count[int]", *words: object) -> float:
+    """The same in one command."""
+    config = folder / "study.yaml"
+    arms = [{"name": name, "set": {"batch.global_size": size}} for name, size in ARMS.items()]
+    settings = {"name": "startup", "baseline": "sb", "seeds": [*SEEDS], "arms": arms}
+    config.write_text(yaml.safe_dump({"train": {"steps": STEPS}, "study": settings}))
+    return seconds("study", "--config", config, *words, "--out", f"study{next(names)}", folder=folder)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=fair.LEAST_ROUNDS)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write what was measured as JSON")
+    options = parser.parse_args()
+    words = ("--launch.num_processes", options.ranks)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, names = Path(temporary), itertools.count()
+        one(folder, names)  # the store is made, and the machine has read its files once
+        contestants: dict[str, Callable[[], float]] = {
+            HELP: partial(seconds, "train", "--help", folder=folder),
+            RUN: partial(one, folder, names),
+            NINE: partial(nine, folder, names, *words),
+            STUDY: partial(study, folder, names, *words),
+        }
+        found = fair.in_turns(contestants, options.rounds)
+    faster, machine = fair.ratio(found[NINE], found[STUDY]), fair.machine()
+    table = Table(title=f"{fair.in_words(machine)}; {options.rounds} rounds; nine runs on {options.ranks} rank(s)")
+    for head in ("", "seconds (median)", "min to max"):
+        table.add_column(head, justify="right")
+    for name, values in found.items():
+        table.add_row(name, f"{statistics.median(values):.2f}", f"{min(values):.2f} to {max(values):.2f}")
+    Console(width=120).print(table, f"nine commands / study: {faster}")
+    if options.out:
+        about = {"machine": machine, "ranks": options.ranks, "steps": STEPS}
+        ratio = {**faster._asdict(), "median": faster.median if faster.told else None}
+        options.out.write_text(json.dumps(about | {"seconds": found, "nine_over_study": ratio}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

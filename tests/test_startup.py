@@ -1,0 +1,72 @@
+"""What a start does not pay for: packages that it does not need, and processes that are there already."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from tests.study.tiny import start, write
+
+COMMANDS = ["", ".train", ".study", ".probe", ".report", ".compare", ".plan", ".doctor"]
+SERVICES = {"ray", "mlflow", "deepspeed", "matplotlib", "scipy", "pandas", "optuna", "torchvision"}
+COMPILER = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"}
+
+
+def imported(code: str, suspects: set[str]) -> tuple[set[str], str]:
+    """Which of these modules a new interpreter has after `code`, and what was printed before."""
+    code += f"\nimport sys; print(*sorted({suspects} & {{*sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *said, found = done.stdout.split("\n")[:-1]
+    return {*found.split()}, "\n".join(said)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_module('gengap_dist{command}', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: assert not end.code, end.code"
+    )
+    found, said = imported(code, SERVICES | {"torch", "numpy"})
+    assert not found
+    assert "gengap" in said
+
+
+def test_a_rank_alone_imports_what_it_computes_with():
+    code = (
+        "import pathlib\n"
+        "from gengap_dist.config import RunConfig\n"
+        "from gengap_dist.launchers.local import InProcess\n"
+        "config, out = RunConfig.model_validate({'train': {'steps': 2}}), pathlib.Path('run')\n"
+        "out.mkdir()\n"
+        "InProcess().run(config, out, resume=False, progress=lambda *told: None)"
+    )
+    found, _ = imported(code, SERVICES | COMPILER | {"torch"})
+    assert found == {"torch"}
+
+
+def test_the_driver_of_ranks_computes_nothing():
+    found, _ = imported("import gengap_dist.study.__main__, gengap_dist.report.terminal", SERVICES | {"torch"})
+    assert not found
+
+
+def test_the_runs_of_a_study_share_their_processes(tmp_path):
+    (tmp_path / "telling.py").write_text(
+        "import os\n"
+        "from gengap_dist.models import lenet5\n"
+        "def make(num_classes, in_channels):\n"
+        "    with open('pids', 'a') as file:\n"
+        "        file.write(f\"{os.environ['RANK']} {os.getpid()}\\n\")\n"
+        "    return lenet5(num_classes=num_classes, in_channels=in_channels)\n"
+    )
+    study = {"baseline": "sb", "seeds": [0, 1, 2], "arms": [{"name": "sb"}]}
+    settings = {"data": {"name": "digits"}, "model": {"name": "telling:make"}, "train": {"steps": 2, "num_evals": 1}}
+    done = start(write(tmp_path / "study.yaml", study, **settings), tmp_path / "out", "--launch.num_processes", 2)
+    assert done.returncode == 0, done.stderr
+    assert len([*tmp_path.glob("out/runs/sb/*/report.html"), *tmp_path.glob("out/runs/sb/*/run.json")]) == 3
+    made = Counter((tmp_path / "pids").read_text().splitlines())  # "rank pid" to networks made
+    assert sorted(line.split()[0] for line in made) == ["0", "1"]
+    assert set(made.values()) == {3}

@@ -258,8 +258,9 @@ class TrainConfig(Section):
     autocast: Literal["bfloat16", "float16"] | None = None
     """Precision of matrix products and convolutions in training, if not train.dtype; parameters keep theirs. float16
     (GPU only) scales the loss so that small gradients survive."""
-    channels_last: bool = False
-    """Keep images and convolutions in NHWC order, which some hardware computes faster."""
+    channels_last: bool | Literal["auto"] = False
+    """Keep images and convolutions in NHWC order, which some hardware computes faster; auto measures both orders and
+    remembers the answer for this network on this machine."""
     compile: bool = False
     """Compile the network with torch.compile; a CPU needs a C++ compiler for that."""
     recompute: bool = False

@@ -28,6 +28,7 @@ from gengap_dist.models.norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
+from gengap_dist.planning.memory_format import settle_format
 from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.preemption import Preempted
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
@@ -179,11 +180,13 @@ class _Session:
 
         self.model = _build_model(config, splits, world)  # all of it; once the strategy has it, only the strategy does
         self.given = config  # what the record keeps
-        if config.batch.micro_size == "auto":
-            progress(0, 0, "choosing batch.micro_size")
+        if "auto" in (config.batch.micro_size, config.train.channels_last):
+            progress(0, 0, "measuring what is fastest here")
         network = Network(self.model, splits.in_channels, splits.num_classes)
-        self.config, how = settle(config, network, world, _micro_size_before(out))
-        config = self.config
+        before = _facts_before(out)
+        config, order_how = settle_format(config, network, world, before.get("channels_last_auto") or {})
+        config, size_how = settle(config, network, world, before.get("micro_size_auto") or {})
+        self.config = config
         self.observer = Observer(config, self.train_set, self.normalise, flat(self.model), world)
         check_norm(config, self.model, self.order.sizes(), world.size)
         strategy = strategy_name(config, world.size)
@@ -205,7 +208,9 @@ class _Session:
             "norm_size": norm_size(config, self.model, [phase.size for phase in self.order.phases], world.size),
             "small_size": self._small_size(),
             "micro_size": config.batch.micro_size,
-            "micro_size_auto": how,
+            "micro_size_auto": size_how,
+            "channels_last": config.train.channels_last,
+            "channels_last_auto": order_how,
         }
         self.step = 0
         self.best: dict[str, Any] = {}
@@ -566,10 +571,10 @@ class _Session:
         )
 
 
-def _micro_size_before(out: Path) -> dict[str, Any]:
-    """How the run in `out`, if there is one, found its micro-batch size."""
+def _facts_before(out: Path) -> dict[str, Any]:
+    """What the record of the run in `out` says, if there is one."""
     try:
-        return read_info(out).get("micro_size_auto") or {}
+        return read_info(out)
     except UsageError:  # none yet; a damaged one is complained of by whoever needs more of it
         return {}
 

@@ -45,6 +45,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.planning.memory": 3,
     "gengap_dist.planning.rehearsal": 3.25,  # passes of the loop
     "gengap_dist.planning.fastest": 3.5,
+    "gengap_dist.planning.memory_format": 3.8,
     "gengap_dist.planning.micro_size": 3.75,  # a run settles it before its first step
     "gengap_dist.cli": 5.5,
     "gengap_dist.trials": 5.25,  # runs launchers' ranks

@@ -19,6 +19,7 @@ from gengap_dist.data.catalog import Sizes
 from gengap_dist.launchers.base import RankFailed, leave
 from gengap_dist.launchers.local import free_port, threads_per_rank
 from gengap_dist.planning.constants import ComputeConstants, Constants, LinkConstants, workload
+from gengap_dist.planning.memory_format import settled_format
 from gengap_dist.planning.rehearsal import Rehearsal, median_seconds
 from gengap_dist.world import World, connect, disconnect
 
@@ -31,6 +32,8 @@ def calibrate(config: RunConfig, sizes: Sizes, micro_size: int, known: Constants
     Raises:
         RankFailed: if a rank fails.
     """
+    if config.train.channels_last == "auto":
+        config = settled_format(config, False)  # as the plan takes it
     num_ranks = 1 if torch.cuda.device_count() == 1 and config.launch.device != "cpu" else 2
     context = get_context("spawn")
     port = str(free_port())

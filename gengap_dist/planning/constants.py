@@ -6,6 +6,7 @@ Two small JSON files in the user's cache folder; the first is measured by `calib
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,21 @@ class MicroSize(Section):
     """The network and the machine, for whoever reads the file."""
 
 
+class MemoryFormat(Section):
+    """The faster order of pictures in memory."""
+
+    channels_last: bool
+    images_per_second: tuple[NonNegativeFloat, NonNegativeFloat]
+    """Of the slowest rank, in NCHW and in NHWC order; 0: it does not fit."""
+    where: dict[str, Any] = {}
+    """The network and the machine, for whoever reads the file."""
+
+
 class MicroSizes(Section):
-    """What is known, by a mark of network and machine; see `planning.micro_size`."""
+    """What is known, by a mark of network and machine; see `planning.micro_size` and `planning.memory_format`."""
 
     found: dict[str, MicroSize] = {}
+    memory_formats: dict[str, MemoryFormat] = {}
 
 
 def micro_sizes_path() -> Path:
@@ -140,10 +152,14 @@ def load_micro_sizes() -> MicroSizes:
         return MicroSizes()
 
 
-def remember(mark: str, found: MicroSize) -> None:
-    """Add what was measured to the file; a warning if it cannot be written."""
-    path = micro_sizes_path()
-    known = MicroSizes(found=load_micro_sizes().found | {mark: found})
+def remember(
+    found: Mapping[str, MicroSize] | None = None, memory_formats: Mapping[str, MemoryFormat] | None = None
+) -> None:
+    """Add what was measured, by its mark, to the file; a warning if it cannot be written."""
+    path, known = micro_sizes_path(), load_micro_sizes()
+    known = MicroSizes(
+        found=known.found | dict(found or {}), memory_formats=known.memory_formats | dict(memory_formats or {})
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(known.model_dump(mode="json"), indent=1) + "\n")

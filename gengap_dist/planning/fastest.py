@@ -47,7 +47,7 @@ def images_per_second(
 
     def turn(size: int) -> None:
         times = max(1, round(TURN_SECONDS / latest[size])) if size in latest else 1
-        latest[size] = most(_turn(rehearsal, cuts[size], times, world), world) + talking
+        latest[size] = most(turn_seconds(rehearsal, cuts[size], times, world), world) + talking
         seconds = latest[size] / cuts[size]
         took[size] = seconds if seconds == math.inf else min(seconds, took.get(size, math.inf))
 
@@ -88,7 +88,7 @@ def _largest(share: int, size: int, ghost_size: int | None) -> int:
     return max(span.size for span in BatchPlan(share, 1, size, ghost_size).micro_batches(0))
 
 
-def _turn(rehearsal: Rehearsal, num_images: int, times: int, world: World) -> float:
+def turn_seconds(rehearsal: Rehearsal, num_images: int, times: int, world: World) -> float:
     """Seconds of one of several passes on this rank; infinite if it runs out of memory. Collective."""
 
     def job() -> None:

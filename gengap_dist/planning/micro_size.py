@@ -83,7 +83,7 @@ def settled(config: RunConfig, size: int) -> RunConfig:
 
 
 def _found(config: RunConfig, network: Network, world: World, before: Mapping[str, Any]) -> dict[str, Any]:
-    place = Place(device_name(world.device), torch.get_num_threads(), local_size(), world.size)
+    place = place_of(world)
     what, sizes = described(config, network, place), candidates(config, world.size)
     mark = marked(what)
     left = -most(-float(room(world.device, place.local_ranks)), world) - fixed_bytes(config, network.model, world.size)
@@ -111,7 +111,7 @@ def _found(config: RunConfig, network: Network, world: World, before: Mapping[st
     size = world.agree(max(rates, key=lambda size: rates[size], default=sizes[0]))
     found = MicroSize(size=size, images_per_second=rates, pass_bytes=pass_bytes(size), where=what)
     if world.rank == 0:
-        remember(mark, found)
+        remember(found={mark: found})
     return _told(found, mark, "measurement" if rates else "there is no other")
 
 
@@ -131,6 +131,11 @@ def earlier(config: RunConfig, network: Network, place: Place) -> int | None:
     """What was found before for such a run in such a place."""
     found = load_micro_sizes().found.get(marked(described(config, network, place)))
     return found and found.size
+
+
+def place_of(world: World) -> Place:
+    """Where this rank computes."""
+    return Place(device_name(world.device), torch.get_num_threads(), local_size(), world.size)
 
 
 def device_name(device: torch.device) -> str:

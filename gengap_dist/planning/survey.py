@@ -24,6 +24,7 @@ from gengap_dist.planning import memory, wire
 from gengap_dist.planning.constants import ComputeConstants, Constants, workload
 from gengap_dist.planning.layout import Cluster, Layout, layout
 from gengap_dist.planning.memory import Memory
+from gengap_dist.planning.memory_format import settled_format
 from gengap_dist.planning.micro_size import Network, Place, candidates, device_name, earlier, settled
 from gengap_dist.planning.wire import Link, Message
 from gengap_dist.probes import rank_loss
@@ -149,7 +150,9 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
 
 
 def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, list[str]]:
-    """The config with a number for batch.micro_size=auto, and in words why that one."""
+    """The config with a number for batch.micro_size=auto, and in words why that one; torch's own order of pictures."""
+    if config.train.channels_last == "auto":
+        config = settled_format(config, False)
     if config.batch.micro_size != "auto":
         return config, []
     known = None

@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_told_before_it_is_tried(tmp_path):
     done = subprocess.run(code, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout == "2\n", done.stderr
     assert done.returncode == 2, done.stderr
-    told = done.stderr.splitlines()[-1]
+    told = done.stderr  # in which libraries that ended early may say more
     assert "batch.micro_size (auto) finds nothing that fits: a pass of 1 takes about 0.19" in told
     assert "train.recompute=true" in told
 

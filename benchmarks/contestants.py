@@ -199,7 +199,7 @@ def lightning(field: Field, turn: Turn) -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     import lightning as L
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     class Module(L.LightningModule):
         def __init__(self) -> None:
@@ -216,7 +216,7 @@ def lightning(field: Field, turn: Turn) -> None:
             return field.optimizer(self)
 
     class Ends(L.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **more: Any) -> None:
             turn()
 
     several = field.world.size > 1
@@ -246,13 +246,13 @@ def accelerate(field: Field, turn: Turn) -> None:
 
 def timm(field: Field, turn: Turn) -> None:
     """Timm's loader and optimizer in the loop of its training script, which is made for pictures of three channels."""
-    from timm.data import create_loader
-    from timm.optim import create_optimizer_v2
+    from timm.data.loader import create_loader
+    from timm.optim._optim_factory import create_optimizer_v2
 
     w, several = field.workload, field.world.size > 1
     model, criterion = field.network(), nn.CrossEntropyLoss()
     optimizer = create_optimizer_v2(model, opt="momentum", lr=w.lr, momentum=0.9, weight_decay=w.weight_decay)
-    dataset = field.dataset()
+    dataset: Any = field.dataset()
     loader = create_loader(
         dataset, input_size=(3, 32, 32), batch_size=field.share, is_training=True, use_prefetcher=False,
         num_workers=1, distributed=several,
@@ -276,7 +276,12 @@ def gengap(field: Field, turn: Turn, **more: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) if world.rank == 0 else Path()
         out = Path(_told(str(out), world))
-        run(w.settings(field.root, **more), out, world=world, progress=lambda done, total, note: note or turn())
+
+        def progress(done: int, total: int, note: str) -> None:
+            if not note:
+                turn()
+
+        run(w.settings(field.root, **more), out, world=world, progress=progress)
 
 
 def _told(word: str, world: World) -> str:

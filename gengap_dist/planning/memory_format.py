@@ -1,7 +1,6 @@
 """`train.channels_last=auto`: whichever order of pictures in memory is faster, measured once and remembered.
 
-Both orders compute the same to rounding. On the CPU that docs/benchmarks.md names NHWC is a quarter faster for LeNet-5
-and ResNet-56; there are machines and networks for which it is slower.
+Both orders compute the same to rounding. Which is faster depends on the network and on the machine.
 """
 
 import math

@@ -64,8 +64,9 @@ def prepare() -> Callable[..., None]:
 
         rehearsed = torch.export.export(nn.Identity(), (torch.ones(2),))  # which imports the rest
         torch.export.save(rehearsed, io.BytesIO())
-    if requirements_utils._MODULES_TO_PACKAGES is None:  # it would read which files every installed package has
-        requirements_utils._MODULES_TO_PACKAGES = {}  # to warn of requirements that are not installed: these all are
+    # It would read which files every installed package has, to warn of requirements that are not: these all are.
+    if getattr(requirements_utils, "_MODULES_TO_PACKAGES", {}) is None:
+        requirements_utils._MODULES_TO_PACKAGES = {}
     return save_model
 
 

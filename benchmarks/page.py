@@ -27,17 +27,18 @@ def keep(docs: Path, name: str, news: Mapping[str, Any]) -> None:
     """Add figures to docs/benchmarks/NAME.json; those of other workloads stay."""
     path = docs / "benchmarks" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_read(docs, name) | dict(news), indent=1) + "\n")
+    path.write_text(json.dumps(read(docs, name) | dict(news), indent=1) + "\n")
 
 
-def _read(docs: Path, name: str) -> dict[str, Any]:
+def read(docs: Path, name: str) -> dict[str, Any]:
+    """What stands in docs/benchmarks/NAME.json."""
     path = docs / "benchmarks" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write(docs: Path) -> None:
     """Fill the page with what has been measured, and draw the picture."""
-    peers = _read(docs, "peers")
+    peers = read(docs, "peers")
     if not peers:
         return
     draw(peers, docs / "benchmarks" / "peers.svg")
@@ -125,8 +126,9 @@ def draw(peers: Mapping[str, Any], path: Path) -> None:
             ratios = [fair.ratio(speeds[name], speeds["limit"]) for name in who]
             for row, (name, ratio) in enumerate(zip(who, ratios, strict=True)):
                 colour = COLOUR[found["kinds"][name]]
-                axes.barh(row, ratio.median, height=0.62, color=colour, alpha=0.85)
-                axes.plot([ratio.low, ratio.high], [row, row], color=INK, linewidth=1)
+                noisy = ratio.doubt in ("too noisy", "too few rounds")  # no bar: there is no telling where it ends
+                axes.barh(row, 0 if noisy else ratio.median, height=0.62, color=colour, alpha=0.85)
+                axes.plot([ratio.low, ratio.high], [row, row], color=QUIET if noisy else INK, linewidth=1)
             axes.axvline(1.0, color=SOFT, linewidth=1, linestyle="--")
             axes.set_yticks(range(len(who)), who, fontsize=8)
             axes.invert_yaxis()

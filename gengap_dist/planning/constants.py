@@ -6,7 +6,6 @@ Two small JSON files in the user's cache folder; the first is measured by `calib
 import json
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +151,11 @@ def load_micro_sizes() -> MicroSizes:
         return MicroSizes()
 
 
-def remember(
-    found: Mapping[str, MicroSize] | None = None, memory_formats: Mapping[str, MemoryFormat] | None = None
-) -> None:
-    """Add what was measured, by its mark, to the file; a warning if it cannot be written."""
+def remember(mark: str, found: MicroSize | MemoryFormat) -> None:
+    """Add what was measured to the file; a warning if it cannot be written."""
     path, known = micro_sizes_path(), load_micro_sizes()
-    known = MicroSizes(
-        found=known.found | dict(found or {}), memory_formats=known.memory_formats | dict(memory_formats or {})
-    )
+    kind = "found" if isinstance(found, MicroSize) else "memory_formats"
+    known = known.model_copy(update={kind: getattr(known, kind) | {mark: found}})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(known.model_dump(mode="json"), indent=1) + "\n")

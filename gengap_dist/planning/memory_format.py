@@ -56,7 +56,7 @@ def settle_format(
     faster = bool(world.agree(rates[True] > LEAST_GAIN * rates[False]))
     found = MemoryFormat(channels_last=faster, images_per_second=(rates[False], rates[True]), where=what)
     if world.rank == 0:
-        remember(memory_formats={mark: found})
+        remember(mark, found)
     return settled_format(config, faster), _told(found, mark, "measurement")
 
 

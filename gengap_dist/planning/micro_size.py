@@ -111,7 +111,7 @@ def _found(config: RunConfig, network: Network, world: World, before: Mapping[st
     size = world.agree(max(rates, key=lambda size: rates[size], default=sizes[0]))
     found = MicroSize(size=size, images_per_second=rates, pass_bytes=pass_bytes(size), where=what)
     if world.rank == 0:
-        remember(found={mark: found})
+        remember(mark, found)
     return _told(found, mark, "measurement" if rates else "there is no other")
 
 

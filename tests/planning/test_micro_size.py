@@ -10,6 +10,7 @@ from torch import nn
 
 from gengap_dist import models
 from gengap_dist.config import UsageError
+from gengap_dist.launchers.local import threads_per_rank
 from gengap_dist.planning import constants, room
 from gengap_dist.planning.constants import Constants, MicroSize, load_micro_sizes, remember
 from gengap_dist.planning.fastest import images_per_second
@@ -91,7 +92,7 @@ def test_a_plan_takes_what_a_run_found(cache):
     assert "taken to find 96" in survey(settings, place, Constants()).assumed[0]
     model = models.of(settings, 10, 1, World())
     threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as a launcher would
+    torch.set_num_threads(int(threads_per_rank(1)["OMP_NUM_THREADS"]))
     try:
         _, found = settle(settings, Network(model, 1, 10), World(), {})
     finally:

@@ -21,6 +21,7 @@ def make(num_classes, in_channels):
 """
 STUDY = {
     "seeds": [0],
+    "concurrent": 2,  # of three: when the first has ended, there is one to come
     "arms": [{"name": "moody", "set": {"model.name": "moody:make"}}],
     "baseline": "b64",
     "axes": {"batch.global_size": [64, 512]},

@@ -322,7 +322,8 @@ def main() -> None:
 
     began, name, busy = time.monotonic(), fair.in_words(machine), fair.busy()
     beside = f"Others kept {busy:.0%} of the cores busy: the figures hold beside them only. " if busy > 0.1 else ""
-    print(beside)
+    if beside:
+        print(beside)
     found = measure(options.models, most, options.rounds, options.seconds, device)
     show(found, name, options.rounds)
     computed = {model: middle(found.beside[model]) for model in options.models} if device == "cpu" else {}

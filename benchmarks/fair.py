@@ -7,12 +7,13 @@ machine's noise covers is not printed.
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import psutil
 import torch
+
+from gengap_dist.planning.micro_size import device_name
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -88,11 +89,9 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 def machine() -> dict[str, Any]:
     """What the figures hold for: processor, cores that this process may use, memory in GiB, GPUs, versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpu": device_name(torch.device("cpu")),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(memory, 1),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],

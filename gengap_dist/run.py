@@ -180,10 +180,11 @@ class _Session:
 
         self.model = _build_model(config, splits, world)  # all of it; once the strategy has it, only the strategy does
         self.given = config  # what the record keeps
-        if "auto" in (config.batch.micro_size, config.train.channels_last):
+        choices = config.batch.micro_size, config.train.channels_last
+        if "auto" in choices:
             progress(0, 0, "measuring what is fastest here")
         network = Network(self.model, splits.in_channels, splits.num_classes)
-        before = _facts_before(out)
+        before = _facts_before(out) if "auto" in choices else {}
         config, order_how = settle_format(config, network, world, before.get("channels_last_auto") or {})
         config, size_how = settle(config, network, world, before.get("micro_size_auto") or {})
         self.config = config

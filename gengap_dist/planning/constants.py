@@ -6,6 +6,7 @@ Two small JSON files in the user's cache folder; the first is measured by `calib
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,9 @@ class MicroSizes(Section):
     memory_formats: dict[str, MemoryFormat] = {}
 
 
+KINDS: dict[type, str] = {MicroSize: "found", MemoryFormat: "memory_formats"}
+
+
 def micro_sizes_path() -> Path:
     """Beside the constants."""
     return default_path().with_name("micro_sizes.json")
@@ -151,10 +155,23 @@ def load_micro_sizes() -> MicroSizes:
         return MicroSizes()
 
 
+def recall(kind: type[MicroSize | MemoryFormat], mark: str, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known under `mark`, as a run's record tells it: from the record `before`, or else from the file."""
+    if before.get("mark") == mark:
+        return {**before, "by": "this run's record"}
+    found = getattr(load_micro_sizes(), KINDS[kind]).get(mark)
+    return told(found, mark, "an earlier measurement") if found else {}
+
+
+def told(found: MicroSize | MemoryFormat, mark: str, by: str) -> dict[str, Any]:
+    """What was found, and how, as a run's record tells it."""
+    return {"by": by, "mark": mark, **found.model_dump(mode="json", exclude={"where"})}
+
+
 def remember(mark: str, found: MicroSize | MemoryFormat) -> None:
     """Add what was measured to the file; a warning if it cannot be written."""
     path, known = micro_sizes_path(), load_micro_sizes()
-    kind = "found" if isinstance(found, MicroSize) else "memory_formats"
+    kind = KINDS[type(found)]
     known = known.model_copy(update={kind: getattr(known, kind) | {mark: found}})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from torch import nn
 from gengap_dist import models
 from gengap_dist.checks import strategy_name
 from gengap_dist.config import RunConfig
-from gengap_dist.planning.constants import MemoryFormat, load_micro_sizes, remember
+from gengap_dist.planning.constants import MemoryFormat, recall, remember, told
 from gengap_dist.planning.fastest import turn_seconds
 from gengap_dist.planning.micro_size import Network, candidates, described, marked, place_of
 from gengap_dist.planning.rehearsal import Rehearsal, most
@@ -46,7 +46,7 @@ def settle_format(
         return settled_format(config, False), {"by": "there is no choice", "channels_last": False}
     what = described(config, network, place_of(world))
     mark = marked(what)
-    known = _known(mark, before) if world.rank == 0 else {}
+    known = recall(MemoryFormat, mark, before) if world.rank == 0 else {}
     if answer := world.agree({False: 1, True: 2}.get(known.get("channels_last", ""), 0)):
         return settled_format(config, answer == 2), known
     gpus = [world.device] if world.device.type == "cuda" else []
@@ -57,23 +57,12 @@ def settle_format(
     found = MemoryFormat(channels_last=faster, images_per_second=(rates[False], rates[True]), where=what)
     if world.rank == 0:
         remember(mark, found)
-    return settled_format(config, faster), _told(found, mark, "measurement")
+    return settled_format(config, faster), told(found, mark, "measurement")
 
 
 def settled_format(config: RunConfig, channels_last: bool) -> RunConfig:
     """The config with that for train.channels_last."""
     return config.model_copy(update={"train": config.train.model_copy(update={"channels_last": channels_last})})
-
-
-def _known(mark: str, before: Mapping[str, Any]) -> dict[str, Any]:
-    if before.get("mark") == mark:
-        return {**before, "by": "this run's record"}
-    found = load_micro_sizes().memory_formats.get(mark)
-    return _told(found, mark, "an earlier measurement") if found else {}
-
-
-def _told(found: MemoryFormat, mark: str, by: str) -> dict[str, Any]:
-    return {"by": by, "mark": mark, **found.model_dump(mode="json", exclude={"where"})}
 
 
 def _images_per_second(config: RunConfig, network: Network, world: World) -> dict[bool, float]:

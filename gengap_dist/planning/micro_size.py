@@ -21,7 +21,7 @@ from gengap_dist.checks import check_auto, strategy_name
 from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.data.order import growth
 from gengap_dist.planning import memory
-from gengap_dist.planning.constants import MicroSize, load_micro_sizes, remember
+from gengap_dist.planning.constants import MicroSize, load_micro_sizes, recall, remember, told
 from gengap_dist.planning.fastest import images_per_second
 from gengap_dist.planning.rehearsal import Rehearsal, most
 from gengap_dist.planning.room import room
@@ -87,7 +87,7 @@ def _found(config: RunConfig, network: Network, world: World, before: Mapping[st
     what, sizes = described(config, network, place), candidates(config, world.size)
     mark = marked(what)
     left = -most(-float(room(world.device, place.local_ranks)), world) - fixed_bytes(config, network.model, world.size)
-    known = _known(mark, before) if world.rank == 0 else {}
+    known = recall(MicroSize, mark, before) if world.rank == 0 else {}
     size, num_bytes = (world.agree(known.get(name, 0)) for name in ("size", "pass_bytes"))
     if size and num_bytes <= left:
         return {**known, "size": size}  # only rank 0 records it
@@ -112,19 +112,7 @@ def _found(config: RunConfig, network: Network, world: World, before: Mapping[st
     found = MicroSize(size=size, images_per_second=rates, pass_bytes=pass_bytes(size), where=what)
     if world.rank == 0:
         remember(mark, found)
-    return _told(found, mark, "measurement" if rates else "there is no other")
-
-
-def _known(mark: str, before: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run's record says, or else the cache, if the same was measured."""
-    if before.get("mark") == mark:
-        return {**before, "by": "this run's record"}
-    found = load_micro_sizes().found.get(mark)
-    return _told(found, mark, "an earlier measurement") if found else {}
-
-
-def _told(found: MicroSize, mark: str, by: str) -> dict[str, Any]:
-    return {"by": by, "mark": mark, **found.model_dump(mode="json", exclude={"where"})}
+    return told(found, mark, "measurement" if rates else "there is no other")
 
 
 def earlier(config: RunConfig, network: Network, place: Place) -> int | None:

@@ -4,12 +4,13 @@ A machine's speed drifts, so a figure of one round is compared only with figures
 machine's noise covers is not printed.
 """
 
+import math
 import os
 import platform
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import psutil
 import torch
 
@@ -18,7 +19,8 @@ from gengap_dist.planning.micro_size import device_name
 K = TypeVar("K")
 V = TypeVar("V")
 
-LEAST_ROUNDS = 5
+CONFIDENCE = 0.95
+LEAST_ROUNDS = 6  # fewer give no interval of that confidence
 MOST_SPREAD = 0.2
 
 
@@ -47,7 +49,7 @@ class Ratio(NamedTuple):
 
     median: float
     low: float
-    """The least, and `high` the greatest."""
+    """Where the interval of the median begins, and `high` where it ends."""
     high: float
     doubt: str
     """Why it is not to be printed; empty if it is."""
@@ -58,33 +60,49 @@ class Ratio(NamedTuple):
         return not self.doubt
 
     def __str__(self) -> str:
-        """For a table: the range is what was seen, and stands there also where the ratio does not."""
-        seen = f"{self.low:.2f} to {self.high:.2f}"
-        return f"{self.median:.2f} ({seen})" if self.told else f"{self.doubt} ({seen})"
+        """For a table: the interval stands there also where the ratio does not."""
+        interval = f"{self.low:.2f} to {self.high:.2f}"
+        return f"{self.median:.2f} ({interval})" if self.told else f"{self.doubt} ({interval})"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median lies with CONFIDENCE, whatever the distribution: from the k-th least to the k-th greatest of n.
+
+    The median is outside of them with probability 2 P(Binomial(n, 1/2) < k), and k is the largest that keeps this below
+    1 - CONFIDENCE (Conover, Practical Nonparametric Statistics, 3rd ed., 3.2). Fewer than LEAST_ROUNDS: all of them.
+
+    >>> interval([5, 1, 2, 3, 4, 6, 7, 8, 9])  # k = 2
+    (2, 8)
+    >>> interval([3, 1, 2])
+    (1, 3)
+    """
+    n, ordered = len(values), sorted(values)
+    outside = [2 * sum(math.comb(n, i) for i in range(k)) / 2**n for k in range(n // 2 + 1)]
+    k = max(1, *(k for k, chance in enumerate(outside) if chance <= 1 - CONFIDENCE))
+    return ordered[k - 1], ordered[-k]
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """`ours` / `theirs` in every round, unless the noise covers it.
 
-    It is too noisy if the middle half of the rounds spreads over more than MOST_SPREAD of the median, and not told from
-    1 if the middle half is wider than the median's distance from 1; of fewer than LEAST_ROUNDS rounds nobody can say.
+    It is not told from 1 if the interval of the median holds 1, and too noisy if that is wider than MOST_SPREAD of the
+    median; of fewer than LEAST_ROUNDS rounds nobody can say.
 
-    >>> print(ratio([2.0, 2.02, 1.98, 2.0, 4.0], [1.0] * 5))
-    2.00 (1.98 to 4.00)
-    >>> print(ratio([1.01, 0.99, 1.03, 1.0, 0.98], [1.0] * 5))
+    >>> print(ratio([2.0, 2.02, 1.98, 2.0, 2.0, 2.02, 1.96, 0.7, 4.0], [1.0] * 9))
+    2.00 (1.96 to 2.02)
+    >>> print(ratio([1.01, 0.99, 1.03, 1.0, 0.98, 1.01], [1.0] * 6))
     not told from 1 (0.98 to 1.03)
     """
-    rounds = np.array([a / b for a, b in zip(ours, theirs, strict=True)])
-    quarter, median, three_quarters = np.percentile(rounds, [25, 50, 75]).tolist()
-    spread = three_quarters - quarter
+    rounds = [a / b for a, b in zip(ours, theirs, strict=True)]
+    median, (low, high) = statistics.median(rounds), interval(rounds)
     doubt = ""
     if len(rounds) < LEAST_ROUNDS:
         doubt = "too few rounds"
-    elif spread > MOST_SPREAD * median:
+    elif high - low > MOST_SPREAD * median:
         doubt = "too noisy"
-    elif spread > abs(median - 1):
+    elif low <= 1 <= high:
         doubt = "not told from 1"
-    return Ratio(median, float(rounds.min()), float(rounds.max()), doubt)
+    return Ratio(median, low, high, doubt)
 
 
 def machine() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """gengap_dist beside its peers and beside the limit: the same work, in turns, on the same ranks.
 
-    python benchmarks/peers.py --data DIR [--only lenet5_512 mlp_4096] [--ranks 1 2] [--rounds 5]
+    python benchmarks/peers.py --data DIR [--only lenet5_512 mlp_4096] [--ranks 1 2] [--rounds 15]
 
 Every round gives each contestant a turn of as many steps as the limit takes --seconds for; ratios are taken within a
 round, and one that the machine's noise covers is not printed. Between turns the loaders' processes come to rest, and
@@ -93,7 +93,8 @@ def take_turns(turns: dict[str, Turn], workload: field.Workload, world: World, o
         world.barrier()
         return num_steps * workload.global_size / (time.perf_counter() - began)
 
-    return fair.in_turns({who: lambda turn=turn: speed(turn) for who, turn in turns.items()}, options.rounds)
+    everybody = {who: lambda turn=turn: speed(turn) for who, turn in turns.items()}
+    return fair.in_turns(everybody, options.rounds or workload.rounds)
 
 
 def _come_to_rest() -> None:
@@ -129,26 +130,34 @@ def on_ranks(num_ranks: int, options: argparse.Namespace, name: str, only: str |
     return found
 
 
+def about(workload: field.Workload) -> dict[str, Any]:
+    """What stands beside the figures, those who are not installed among it."""
+    everybody = contestants(workload)
+    return {
+        "title": workload.title,
+        "machine": fair.machine(),
+        "kinds": {who: one.kind for who, one in everybody.items()},
+        "missing": {who: one.package for who, one in everybody.items() if not one.installed},
+    }
+
+
 def main() -> None:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds FashionMNIST, MNIST, cifar10-jpeg")
     parser.add_argument("--only", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="some workloads")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=fair.LEAST_ROUNDS)
-    parser.add_argument("--seconds", type=float, default=1.0, help="that the limit takes for a turn")
+    parser.add_argument("--rounds", type=int, help="default: 15, of slow workloads 7 or 9")
+    parser.add_argument("--seconds", type=float, default=0.4, help="that the limit takes for a turn")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory, too")
     parser.add_argument("--out", type=Path, default=page.DOCS, help="folder of benchmarks.md")
     options = parser.parse_args()
     console = Console(stderr=True)
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # ranks end by os._exit
     for name in options.only:
-        everybody = contestants(WORKLOADS[name])
-        found: dict[str, Any] = {
-            "title": WORKLOADS[name].title,
-            "machine": fair.machine(),
-            "kinds": {who: one.kind for who, one in everybody.items()},
-            "missing": {who: one.package for who, one in everybody.items() if not one.installed},
-        }
+        found = about(WORKLOADS[name])
+        for who, package in found["missing"].items():
+            console.print(f"{who} is not installed and does not take part: pip install {package}")
         before = page.read(options.out, "peers").get(name, {})  # of other numbers of ranks, and memory
         if before.get("machine") == found["machine"]:
             found = before | found
@@ -164,8 +173,7 @@ def main() -> None:
             console.print(f"{WORKLOADS[name].title}, memory")
             found["peak_mib"] = {
                 who: on_ranks(max(options.ranks), options, name, who)[0]
-                for who, one in everybody.items()
-                if one.installed
+                for who in found["kinds"].keys() - found["missing"].keys()
             }
         page.keep(options.out, "peers", {name: found})
         page.write(options.out)

@@ -1,6 +1,6 @@
 """Strong and weak scaling of our own step on this machine, what `gengap plan` predicts of it, and a simulated curve.
 
-    python benchmarks/scaling.py [--models lenet5 resnet56 vgg16] [--rounds 5] [--device cpu] [--out docs/benchmarks]
+    python benchmarks/scaling.py [--models lenet5 resnet56 vgg16] [--rounds 7] [--device cpu] [--out docs/benchmarks]
 
 Groups of 1, 2, 4 and at most 8 ranks (as many as there are cores, or GPUs if there are two) are up all the time, one
 thread for each rank, and take turns: one computes, the others sleep. A step is `loop.train_step` on random images.
@@ -305,7 +305,7 @@ def main() -> None:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=[*TITLES], default=[*TITLES])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, more or less")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there are two GPUs")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))

@@ -1,6 +1,6 @@
 """What a start costs: seconds of --help, of a whole 50-step run, and of nine runs as nine commands and as one study.
 
-    python benchmarks/startup.py [--rounds 5] [--ranks 1] [--out FILE]
+    python benchmarks/startup.py [--rounds 6] [--ranks 1] [--out FILE]
 
 Real commands, as a user gives them, with their defaults: digits, LeNet-5, reports; all but --help take turns. Nine
 commands and a study of 3 arms x 3 seeds compute the same nine runs, the study with MLflow as the nine. A ratio that the

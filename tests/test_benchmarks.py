@@ -1,8 +1,11 @@
 """The arithmetic of benchmarks/: when a ratio is printed, and what the simulated curves say."""
 
 import doctest
+import statistics
 import sys
+from importlib.util import find_spec
 
+import numpy as np
 import pytest
 
 from gengap_dist.planning.constants import Constants, LinkConstants, workload
@@ -11,7 +14,10 @@ from gengap_dist.planning.survey import survey
 from tests.conftest import ROOT, config
 
 sys.path.append(str(ROOT / "benchmarks"))  # as for a script that lies there
+import contestants
 import fair
+import page
+import peers
 import predicted
 
 
@@ -24,20 +30,40 @@ def test_examples_hold():
 @pytest.mark.parametrize(
     ("rounds", "doubt"),
     [
-        ([1.90, 1.95, 2.00, 2.05, 2.10], ""),
-        ([0.50, 1.95, 2.00, 2.05, 9.00], ""),  # a bad round or two do not decide
-        ([1.50, 1.70, 2.00, 2.20, 2.50], "too noisy"),  # the middle half is 0.5 wide, 0.25 of the median
-        ([0.90, 0.95, 0.97, 1.01, 1.10], "not told from 1"),  # 0.06 wide, 0.03 from 1
-        ([0.955, 0.96, 0.97, 0.975, 0.98], ""),  # 0.015 wide, 0.03 from 1
-        ([2.0, 2.0, 2.0, 2.0], "too few rounds"),
+        ([1.90, 1.95, 2.00, 2.00, 2.05, 2.10], ""),
+        ([0.50, 1.95, 1.98, 1.99, 2.00, 2.01, 2.03, 2.05, 9.00], ""),  # one bad round at each end does not decide
+        ([1.50, 1.70, 2.00, 2.00, 2.20, 2.50], "too noisy"),  # 1 wide, half of the median
+        ([0.90, 0.95, 0.97, 0.97, 1.01, 1.05], "not told from 1"),
+        ([0.955, 0.96, 0.97, 0.97, 0.975, 0.98], ""),  # all are below 1
+        ([2.0, 2.0, 2.0, 2.0, 2.0], "too few rounds"),
     ],
 )
 def test_a_ratio_is_printed_only_where_noise_leaves_it_standing(rounds, doubt):
     drift = [10.0**number for number in range(len(rounds))]  # the machine's own, which both share in a round
     found = fair.ratio([a * b for a, b in zip(rounds, drift, strict=True)], drift)
     assert found.doubt == doubt
-    assert (found.low, found.high) == pytest.approx((min(rounds), max(rounds)))
-    assert str(found).startswith(doubt or f"{sorted(rounds)[2]:.2f} ")
+    assert (found.low, found.high) == pytest.approx(fair.interval(rounds))
+    assert str(found).startswith(doubt or f"{statistics.median(rounds):.2f} ")
+
+
+@pytest.mark.parametrize("num_rounds", [6, 7, 15, 40])
+def test_the_interval_holds_the_median_as_often_as_it_says(num_rounds):
+    random, times = np.random.default_rng(0), 4000
+    inside = 0
+    for _ in range(times):  # a skewed distribution, whose median is 1
+        low, high = fair.interval(np.exp(random.standard_normal(num_rounds)).tolist())
+        inside += low < 1 < high
+    assert inside / times > fair.CONFIDENCE - 0.012  # three standard errors
+    assert fair.interval(range(num_rounds))[0] == {6: 0, 7: 0, 15: 3, 40: 13}[num_rounds]  # Conover, table A3
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(contestants, "find_spec", lambda name: None if name == "lightning" else find_spec(name))
+    found = peers.about(contestants.WORKLOADS["mlp_4096"])
+    assert found["missing"] == {"Lightning Trainer": "lightning"}
+    speeds = {who: [1.0] * 6 for who in found["kinds"] if who not in found["missing"]}
+    text = page.details({"mlp_4096": {**found, "images_per_second": {"2": speeds}}})
+    assert "\n| Lightning Trainer | not installed |" in text
 
 
 def test_contestants_take_turns_and_nobody_is_always_first():

@@ -30,7 +30,7 @@ from rich.console import Console
 from gengap_dist.config import LaunchConfig
 from gengap_dist.data import catalog
 from gengap_dist.launchers.base import leave
-from gengap_dist.launchers.local import free_port, threads_per_rank
+from gengap_dist.launchers.local import free_port, rank_variables, threads_per_rank
 from gengap_dist.world import World, connect
 
 MEMORY_OF = ("lenet5_8192", "mlp_4096", "resnet56_1024")
@@ -112,12 +112,11 @@ def _peak_mib() -> float:
 
 def on_ranks(num_ranks: int, options: argparse.Namespace, name: str, only: str | None = None) -> Any:
     """What rank 0 finds."""
-    context, port = get_context("spawn"), str(free_port())
+    context, port = get_context("spawn"), free_port()
     here, there = context.Pipe()
     ranks = []
     for rank in range(num_ranks):
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
-        env |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_PORT": port} | threads_per_rank(num_ranks)
+        env = rank_variables(rank, num_ranks, port) | threads_per_rank(num_ranks)
         ranks.append(context.Process(target=rank_main, args=(there, env, options, name, only)))
         ranks[-1].start()
     there.close()

@@ -37,7 +37,7 @@ from gengap_dist import models
 from gengap_dist.checks import strategy_name
 from gengap_dist.config import LaunchConfig
 from gengap_dist.data.resident import Batches
-from gengap_dist.launchers.local import free_port
+from gengap_dist.launchers.local import free_port, rank_variables
 from gengap_dist.loop import Work, train_step
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.planning import calibrate, rehearsal
@@ -63,14 +63,12 @@ class Team:
 
     def __init__(self, size: int, device: str) -> None:
         """Start them."""
-        context, port = get_context("spawn"), str(free_port())
+        context, port = get_context("spawn"), free_port()
         self.pipes: list[Any] = []
         for rank in range(size):
             here, there = context.Pipe()
-            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            settings = {name: str(value) for name, value in env.items()}
-            context.Process(target=stay, args=(there, settings, device), daemon=True).start()
+            env = rank_variables(rank, size, port)
+            context.Process(target=stay, args=(there, env, device), daemon=True).start()
             there.close()
             self.pipes.append(here)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import checkpoint, models
-from gengap_dist.checks import before_data, check_logits, check_norm, norm_size, strategy_name
+from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, norm_size, strategy_name
 from gengap_dist.config import DataConfig, RunConfig, UsageError, differences
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth, stream
@@ -180,6 +180,7 @@ class _Session:
 
         self.model = _build_model(config, splits, world)  # all of it; once the strategy has it, only the strategy does
         self.given = config  # what the record keeps
+        check_auto(config, self.model)
         choices = config.batch.micro_size, config.train.channels_last
         if "auto" in choices:
             progress(0, 0, "measuring what is fastest here")

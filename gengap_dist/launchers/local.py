@@ -29,7 +29,7 @@ class InProcess(Launcher):
             from gengap_dist.run import run  # torch, which --help does not need
 
         # whatever a scheduler left there, this is the only rank
-        with _environment(_rank_variables(0, 1)), listening() as leaving:
+        with _environment(rank_variables(0, 1)), listening() as leaving:
             return run(config, out, resume=resume, progress=progress, leaving=leaving)
 
     def close(self, *, kill: bool = False) -> None:
@@ -63,7 +63,7 @@ class Pool(Launcher):
         port = free_port()
         for rank in range(self.num_processes):
             here, there = context.Pipe()
-            env = _rank_variables(rank, self.num_processes) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            env = rank_variables(rank, self.num_processes, port)
             process = context.Process(target=_rank_main, args=(there, env), name=f"rank{rank}", daemon=True)
             with _environment(threads_per_rank(self.num_processes)):
                 process.start()
@@ -120,8 +120,10 @@ def threads_per_rank(num_processes: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_processes)))}
 
 
-def _rank_variables(rank: int, size: int) -> dict[str, str]:
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+def rank_variables(rank: int, size: int, port: int | None = None) -> dict[str, str]:
+    """What tells a process that it is `rank` of `size`, all on this machine, and that rank 0 listens at `port`."""
+    found = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return found if port is None else found | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 class _environment:

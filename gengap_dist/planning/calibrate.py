@@ -17,7 +17,7 @@ from gengap_dist import models
 from gengap_dist.config import RunConfig
 from gengap_dist.data.catalog import Sizes
 from gengap_dist.launchers.base import RankFailed, leave
-from gengap_dist.launchers.local import free_port, threads_per_rank
+from gengap_dist.launchers.local import free_port, rank_variables, threads_per_rank
 from gengap_dist.planning.constants import ComputeConstants, Constants, LinkConstants, workload
 from gengap_dist.planning.memory_format import settled_format
 from gengap_dist.planning.rehearsal import Rehearsal, median_seconds
@@ -36,12 +36,11 @@ def calibrate(config: RunConfig, sizes: Sizes, micro_size: int, known: Constants
         config = settled_format(config, False)  # as the plan takes it
     num_ranks = 1 if torch.cuda.device_count() == 1 and config.launch.device != "cpu" else 2
     context = get_context("spawn")
-    port = str(free_port())
+    port = free_port()
     pipes: list[Any] = []
     for rank in range(num_ranks):
         here, there = context.Pipe()
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
-        env |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_PORT": port} | threads_per_rank(num_ranks)
+        env = rank_variables(rank, num_ranks, port) | threads_per_rank(num_ranks)
         context.Process(target=_rank, args=(there, env, config, sizes, micro_size), daemon=True).start()
         there.close()
         pipes.append(here)

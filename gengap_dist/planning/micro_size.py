@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gengap_dist import models
-from gengap_dist.checks import check_auto, strategy_name
+from gengap_dist.checks import strategy_name
 from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.data.order import growth
 from gengap_dist.planning import memory
@@ -59,17 +59,16 @@ def settle(
     whatever train.compile says: every size would cost a compilation, and the run's own would then serve all of them.
 
     Args:
-        config: the run.
+        config: the run, which `checks.check_auto` has passed.
         network: its network, whole.
         world: the ranks.
         before: how it was found when the run began, if it is resumed; rank 0's word holds.
 
     Raises:
-        UsageError: if the choice would change the result, or nothing fits.
+        UsageError: if nothing fits.
     """
     if config.batch.micro_size != "auto":
         return config, None
-    check_auto(config, network.model)
     gpus = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), world.where.during("other", "choosing batch.micro_size"):
         found = _found(config, network, world, before)

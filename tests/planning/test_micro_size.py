@@ -122,9 +122,11 @@ def test_a_damaged_or_locked_file_costs_a_measurement(cache, tmp_path, monkeypat
         remember("x", MicroSize(size=1, images_per_second={}, pass_bytes=1))
 
 
-def test_what_has_no_choice_or_must_not_have_one(tmp_path):
+def test_what_has_no_choice_or_must_not_have_one(tmp_path, cache):
+    cache.unlink(missing_ok=True)
     with pytest.raises(UsageError, match=r"model.norm \(local\) takes its statistics over micro-batches"):
-        train(tmp_path / "local", **AUTO, **SMALL)
+        train(tmp_path / "local", **AUTO, **SMALL, train__channels_last="auto")
+    assert not cache.exists()  # and the order of pictures was not measured for nothing
     assert "would depend on the machine" in survey(config(**AUTO, **SMALL), Cluster(1, 1), Constants()).refused[0]
     assert candidates(config(**AUTO, model__norm="sync"), 2) == [48]
     assert candidates(config(**AUTO, recipe__gradient_penalty=0.1, recipe__penalty_size=12), 2) == [12]

@@ -3,7 +3,8 @@
     python benchmarks/peers.py --data DIR [--only lenet5_512 mlp_4096] [--ranks 1 2] [--rounds 15]
 
 Every round gives each contestant a turn of as many steps as the limit takes --seconds for; ratios are taken within a
-round, and one that the machine's noise covers is not printed. Between turns the loaders' processes come to rest, and
+round, and one that the machine's noise covers is not printed. Ours and theirs have ranks of their own, because a run of
+ours tells malloc to keep freed memory for its whole process. Before turns the loaders' processes come to rest, and
 the first steps of a turn do not count: what a loader has read ahead in the others' time is used up by then. Memory is
 the peak of a rank's own process (not of its loader's), each contestant alone on fresh ranks.
 
@@ -15,86 +16,59 @@ import os
 import statistics
 import sys
 import time
-from multiprocessing import get_context
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import contestants as field
 import fair
 import page
 import psutil
 import torch
-from contestants import WORKLOADS, Field, Turn, contestants
+from contestants import WORKLOADS, Field, Turn, Workload, contestants
 from rich.console import Console
+from team import Team
 
-from gengap_dist.config import LaunchConfig
 from gengap_dist.data import catalog
-from gengap_dist.launchers.base import leave
-from gengap_dist.launchers.local import free_port, rank_variables, threads_per_rank
-from gengap_dist.world import World, connect
+from gengap_dist.launchers.local import threads_per_rank
+from gengap_dist.world import World
 
 MEMORY_OF = ("lenet5_8192", "mlp_4096", "resnet56_1024")
 MEMORY_STEPS = 3
 WARM_STEPS = 3
 
 
-def rank_main(pipe: Any, env: dict[str, str], options: argparse.Namespace, name: str, only: str | None) -> None:
-    """One rank: set everybody up, then take turns; or `only` one contestant, for its memory."""
-    os.environ.update(env)
-    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
-    sys.stderr = open(os.devnull, "w") if env["RANK"] != "0" else sys.stderr  # noqa: SIM115, for as long as it lives
-    world = connect(LaunchConfig(device="cpu"))
-    workload = WORKLOADS[name]
-    splits = catalog.load(workload.settings(options.data).data)
-    given = Field(workload, splits, world, options.data)
-    chosen = {
-        who: contestant
-        for who, contestant in contestants(workload).items()
-        if contestant.installed and (only is None or who == only)
-    }
-    turns = {}
-    for who, contestant in chosen.items():  # one after the other: their setups are collective
-        turns[who] = Turn(lambda turn, work=contestant.work: work(given, turn))
-        turns[who].steps(1)
-        if world.rank == 0 and not only:
-            print(f"  {who}", file=sys.stderr, flush=True)
-    found: Any
-    if only:
-        turns[only].steps(MEMORY_STEPS)
-        peak = torch.zeros(world.size)
-        peak[world.rank] = _peak_mib()
-        found = float(world.sum(peak).max())
-    else:
-        found = take_turns(turns, workload, world, options)
-    if world.rank == 0:
-        pipe.send((found, splits.train.pixels.nbytes / 2**20 if isinstance(splits.train.pixels, torch.Tensor) else 0))
+# -- what ranks do ----------------------------------------------------------------------------------------------------
+
+TURNS: dict[str, Turn] = {}  # by contestant, in this rank
+
+
+@cache
+def pictures(name: str, data: Path) -> catalog.Splits:
+    """Of a workload; loaded once."""
+    return catalog.load(WORKLOADS[name].settings(data).data)
+
+
+def set_up(world: World, name: str, data: Path, who: str) -> float:
+    """Let a contestant take its first step; MiB of the training pictures."""
+    if world.rank:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, for as long as it lives
+    workload, splits = WORKLOADS[name], pictures(name, data)
+    given, work = Field(workload, splits, world, data), contestants(workload)[who].work
+    TURNS[who] = Turn(lambda turn: work(given, turn))
+    TURNS[who].steps(1)
+    return splits.train.pixels.nbytes / 2**20 if isinstance(splits.train.pixels, torch.Tensor) else 0.0
+
+
+def take_turn(world: World, who: str, num_steps: int, untimed: int = 0) -> float:
+    """Seconds of `num_steps`, after some that do not count and when the loaders are at rest."""
+    _come_to_rest()
+    if untimed:
+        TURNS[who].steps(untimed)
     world.barrier()
-    for loader in psutil.Process().children():
-        loader.kill()
-    leave(0)
-
-
-def take_turns(turns: dict[str, Turn], workload: field.Workload, world: World, options: argparse.Namespace) -> Any:
-    """Images per second of every contestant in every round. Collective."""
     began = time.perf_counter()
-    turns["limit"].steps(WARM_STEPS)
-    each = (time.perf_counter() - began) / WARM_STEPS
-    num_steps = world.agree(max(1, round(options.seconds / each)))
-    for turn in turns.values():
-        turn.steps(min(WARM_STEPS, num_steps))
-
-    def speed(turn: Turn) -> float:
-        _come_to_rest()
-        if workload.untimed:
-            turn.steps(workload.untimed)
-        world.barrier()
-        began = time.perf_counter()
-        turn.steps(num_steps)
-        world.barrier()
-        return num_steps * workload.global_size / (time.perf_counter() - began)
-
-    everybody = {who: lambda turn=turn: speed(turn) for who, turn in turns.items()}
-    return fair.in_turns(everybody, options.rounds or workload.rounds)
+    TURNS[who].steps(num_steps)
+    world.barrier()
+    return time.perf_counter() - began
 
 
 def _come_to_rest() -> None:
@@ -105,31 +79,59 @@ def _come_to_rest() -> None:
         time.sleep(0.1)
 
 
-def _peak_mib() -> float:
+def peak_mib(world: World) -> float:
+    """The most that any rank has held until now."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    peaks = torch.zeros(world.size)
+    peaks[world.rank] = int(line.split()[1]) / 1024
+    return float(world.sum(peaks).max())
 
 
-def on_ranks(num_ranks: int, options: argparse.Namespace, name: str, only: str | None = None) -> Any:
-    """What rank 0 finds."""
-    context, port = get_context("spawn"), free_port()
-    here, there = context.Pipe()
-    ranks = []
-    for rank in range(num_ranks):
-        env = rank_variables(rank, num_ranks, port) | threads_per_rank(num_ranks)
-        ranks.append(context.Process(target=rank_main, args=(there, env, options, name, only)))
-        ranks[-1].start()
-    there.close()
-    try:
-        found = here.recv()
-    except EOFError:
-        raise SystemExit(f"{name} on {num_ranks} ranks failed: see above") from None
-    for process in ranks:
-        process.join()
-    return found
+def end_loaders(world: World) -> None:
+    """Loaders' processes would outlive the ranks."""
+    for loader in psutil.Process().children():
+        loader.kill()
 
 
-def about(workload: field.Workload) -> dict[str, Any]:
+# -- the rounds -------------------------------------------------------------------------------------------------------
+
+
+def speeds(name: str, num_ranks: int, options: argparse.Namespace, kinds: dict[str, str]) -> tuple[Any, float]:
+    """Images per second of every contestant in every round, and MiB of the training pictures."""
+    workload, threads = WORKLOADS[name], threads_per_rank(num_ranks)
+    ours, theirs = Team(num_ranks, "cpu", threads), Team(num_ranks, "cpu", threads)
+    teams = {who: ours if kind == "ours" else theirs for who, kind in kinds.items()}
+    data_mib = 0.0
+    for who, team in teams.items():
+        print(f"  {who}", file=sys.stderr, flush=True)
+        data_mib = team(set_up, name, options.data, who)
+    each = theirs(take_turn, "limit", WARM_STEPS) / WARM_STEPS
+    num_steps = max(1, round(options.seconds / each))
+    for who, team in teams.items():
+        team(take_turn, who, min(WARM_STEPS, num_steps))
+
+    def speed(who: str) -> float:
+        return num_steps * workload.global_size / teams[who](take_turn, who, num_steps, workload.untimed)
+
+    found = fair.in_turns({who: partial(speed, who) for who in teams}, options.rounds or workload.rounds)
+    for team in (ours, theirs):
+        team(end_loaders)
+        team.leave()
+    return found, data_mib
+
+
+def memory(name: str, num_ranks: int, options: argparse.Namespace, who: str) -> float:
+    """Peak MiB of a rank of its own, after some steps."""
+    team = Team(num_ranks, "cpu", threads_per_rank(num_ranks))
+    team(set_up, name, options.data, who)
+    team(take_turn, who, MEMORY_STEPS)
+    peak = team(peak_mib)
+    team(end_loaders)
+    team.leave()
+    return peak
+
+
+def about(workload: Workload) -> dict[str, Any]:
     """What stands beside the figures, those who are not installed among it."""
     everybody = contestants(workload)
     return {
@@ -157,23 +159,20 @@ def main() -> None:
         found = about(WORKLOADS[name])
         for who, package in found["missing"].items():
             console.print(f"{who} is not installed and does not take part: pip install {package}")
+        playing = {who: kind for who, kind in found["kinds"].items() if who not in found["missing"]}
         before = page.read(options.out, "peers").get(name, {})  # of other numbers of ranks, and memory
         if before.get("machine") == found["machine"]:
             found = before | found
         found.setdefault("images_per_second", {})
         for num_ranks in options.ranks:
             console.print(f"{WORKLOADS[name].title}, {num_ranks} rank(s)")
-            speeds, data_mib = on_ranks(num_ranks, options, name)
-            for who, values in speeds.items():
+            by_turn, found["data_mib"] = speeds(name, num_ranks, options, playing)
+            for who, values in by_turn.items():
                 console.print(f"  {statistics.median(values):>10,.0f} images/s  {who}", highlight=False)
-            found["images_per_second"][str(num_ranks)] = speeds
-            found["data_mib"] = data_mib
+            found["images_per_second"][str(num_ranks)] = by_turn
         if options.memory and name in MEMORY_OF:
             console.print(f"{WORKLOADS[name].title}, memory")
-            found["peak_mib"] = {
-                who: on_ranks(max(options.ranks), options, name, who)[0]
-                for who in found["kinds"].keys() - found["missing"].keys()
-            }
+            found["peak_mib"] = {who: memory(name, max(options.ranks), options, who) for who in playing}
         page.keep(options.out, "peers", {name: found})
         page.write(options.out)
     console.print(f"written: {options.out / 'benchmarks.md'}")

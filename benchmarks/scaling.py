@@ -20,24 +20,21 @@ import json
 import os
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from multiprocessing import connection, get_context
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import fair
 import torch
 from predicted import MODES, TITLES, Mode, Task, predict, task
 from rich.console import Console
 from rich.table import Table
+from team import Team
 
 from gengap_dist import models
 from gengap_dist.checks import strategy_name
-from gengap_dist.config import LaunchConfig
 from gengap_dist.data.resident import Batches
-from gengap_dist.launchers.local import free_port, rank_variables
 from gengap_dist.loop import Work, train_step
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.planning import calibrate, rehearsal
@@ -46,7 +43,7 @@ from gengap_dist.planning.layout import Cluster
 from gengap_dist.planning.wire import Link
 from gengap_dist.recipes.course import plan_of
 from gengap_dist.strategies import STRATEGIES, Strategy
-from gengap_dist.world import World, connect
+from gengap_dist.world import World
 
 LARGEST = 8  # ranks
 MICRO_SIZES = {  # images in a micro-batch: on a CPU small ones fit the cache, and turns must be short
@@ -56,50 +53,6 @@ MICRO_SIZES = {  # images in a micro-batch: on a CPU small ones fit the cache, a
 
 
 # -- what ranks do ----------------------------------------------------------------------------------------------------
-
-
-class Team:
-    """Ranks that stay, asleep until they are called."""
-
-    def __init__(self, size: int, device: str) -> None:
-        """Start them."""
-        context, port = get_context("spawn"), free_port()
-        self.pipes: list[Any] = []
-        for rank in range(size):
-            here, there = context.Pipe()
-            env = rank_variables(rank, size, port)
-            context.Process(target=stay, args=(there, env, device), daemon=True).start()
-            there.close()
-            self.pipes.append(here)
-
-    def __call__(self, job: Callable[..., Any], *args: Any) -> Any:
-        """What `job(world, *args)` returns on rank 0, when all have done it."""
-        for pipe in self.pipes:
-            pipe.send((job, args))
-        answers: dict[int, Any] = {}
-        while len(answers) < len(self.pipes):
-            awaited: list[Any] = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
-            for pipe in cast("list[Any]", connection.wait(awaited)):
-                rank = self.pipes.index(pipe)
-                answers[rank], error = pipe.recv()
-                if error:
-                    raise SystemExit(f"rank {rank} of {len(self.pipes)} failed:\n{error}")
-        return answers[0]
-
-
-def stay(pipe: Any, env: dict[str, str], device: str) -> None:
-    """A rank's life."""
-    os.environ |= env
-    world = connect(LaunchConfig.model_validate({"device": device}))
-    while True:
-        try:
-            job, args = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            pipe.send((job(world, *args), None))
-        except Exception:
-            pipe.send((None, traceback.format_exc()))
 
 
 READY: dict[str, tuple[Strategy, Batches]] = {}  # by network, in this rank
@@ -210,6 +163,8 @@ def measure(names: Sequence[str], most: int, rounds: int, seconds: float, device
         contestants[name, "alone"] = partial(teams[1], time_compute, what)
         contestants[name, "beside"] = partial(teams[2], time_compute, what)
     by_turn = fair.in_turns(contestants, rounds)
+    for team in teams.values():
+        team.leave()
     return Found(
         tasks,
         {point: values for point, values in by_turn.items() if isinstance(point, Point)},

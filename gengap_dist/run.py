@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import checkpoint, models
+from gengap_dist.allocator import keep_freed_memory
 from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, norm_size, strategy_name
 from gengap_dist.config import DataConfig, RunConfig, UsageError, differences
 from gengap_dist.data import catalog
@@ -168,6 +169,8 @@ class _Session:
             check()
         if config.train.compile:
             check_compiler(world.device.type)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         splits = _load_data(config, world, progress)
         self.train_set, self.val_set, self.test_set = (
             images.to(world.device) for images in (splits.train, splits.val, splits.test)

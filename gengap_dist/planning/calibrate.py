@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gengap_dist import models
+from gengap_dist.allocator import keep_freed_memory
 from gengap_dist.config import RunConfig
 from gengap_dist.data.catalog import Sizes
 from gengap_dist.launchers.base import RankFailed, leave
@@ -71,6 +72,8 @@ def _rank(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # the variable comes too late: torch is imported
     try:
         world = connect(config.launch)
+        if world.device.type == "cpu":
+            keep_freed_memory()  # as a run does
         compute = time_compute(config, sizes, micro_size, world)
         link = time_link(world) if world.size > 1 else None
         threads = torch.get_num_threads()

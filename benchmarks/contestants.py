@@ -49,7 +49,7 @@ class Workload(NamedTuple):
     lr: float = 0.02
     weight_decay: float = 0.0
     untimed: int = 3
-    """Steps at the start of a turn that do not count: loaders have read ahead while others had theirs."""
+    """Steps at the start of a turn that do not count."""
     rounds: int = 15
 
     def settings(self, root: Path, **more: Any) -> RunConfig:
@@ -356,13 +356,13 @@ def contestants(workload: Workload) -> dict[str, Contestant]:
 _CIFAR10 = {"name": "imagefolder", "augment": ["crop", "flip"]}
 WORKLOADS = {
     "lenet5_512": Workload("LeNet-5 x Fashion-MNIST, 512", "lenet5", {"name": "fashion_mnist"}, "", 512),
-    "lenet5_8192": Workload("LeNet-5 x Fashion-MNIST, 8,192", "lenet5", {"name": "fashion_mnist"}, "", 8192, rounds=9),
+    "lenet5_8192": Workload("LeNet-5 x Fashion-MNIST, 8,192", "lenet5", {"name": "fashion_mnist"}, "", 8192, rounds=7),
     "mlp_4096": Workload("BN-MLP x MNIST, 4,096", "f1", {"name": "mnist", "image_size": 28}, "", 4096, True),
     "resnet56_128": Workload(
-        "ResNet-56 x CIFAR-10, crop and flip, 128", "resnet56", _CIFAR10, "cifar10-jpeg", 128, True, 0.1, 1e-4, 0
+        "ResNet-56 x CIFAR-10, crop and flip, 128", "resnet56", _CIFAR10, "cifar10-jpeg", 128, True, 0.1, 1e-4, 1, 11
     ),
     "resnet56_1024": Workload(
-        "ResNet-56 x CIFAR-10, crop and flip, 1,024", "resnet56", _CIFAR10, "cifar10-jpeg", 1024, True, 0.1, 1e-4, 0, 7
+        "ResNet-56 x CIFAR-10, crop and flip, 1,024", "resnet56", _CIFAR10, "cifar10-jpeg", 1024, True, 0.1, 1e-4, 1, 6
     ),
 }
 

@@ -5,13 +5,14 @@
 Every round gives each contestant a turn of as many steps as the limit takes --seconds for; ratios are taken within a
 round, and one that the machine's noise covers is not printed. Ours and theirs have ranks of their own, because a run of
 ours tells malloc to keep freed memory for its whole process. Before turns the loaders' processes come to rest, and
-the first steps of a turn do not count: what a loader has read ahead in the others' time is used up by then. Memory is
-the peak of a rank's own process (not of its loader's), each contestant alone on fresh ranks.
+the first steps of a turn do not count: they use up what a loader has read ahead in the others' time, and take up memory
+that was given back after the turn before. Memory is the peak of a rank's own process (not of its loader's), each contestant alone on fresh ranks.
 
 Figures go to docs/benchmarks/peers.json, workload by workload, and from there into docs/benchmarks.md with a picture.
 """
 
 import argparse
+import ctypes
 import os
 import statistics
 import sys
@@ -68,7 +69,15 @@ def take_turn(world: World, who: str, num_steps: int, untimed: int = 0) -> float
     began = time.perf_counter()
     TURNS[who].steps(num_steps)
     world.barrier()
-    return time.perf_counter() - began
+    took = time.perf_counter() - began
+    give_back()
+    return took
+
+
+def give_back() -> None:
+    """Free memory, to the system: all contestants' together would be more than there is."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _come_to_rest() -> None:
@@ -148,7 +157,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds FashionMNIST, MNIST, cifar10-jpeg")
     parser.add_argument("--only", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="some workloads")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, help="default: 15, of slow workloads 7 or 9")
+    parser.add_argument("--rounds", type=int, help="default: 15, and less of slow workloads")
     parser.add_argument("--seconds", type=float, default=0.4, help="that the limit takes for a turn")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory, too")
     parser.add_argument("--out", type=Path, default=page.DOCS, help="folder of benchmarks.md")

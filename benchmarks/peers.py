@@ -4,9 +4,10 @@
 
 Every round gives each contestant a turn of as many steps as the limit takes --seconds for; ratios are taken within a
 round, and one that the machine's noise covers is not printed. Ours and theirs have ranks of their own, because a run of
-ours tells malloc to keep freed memory for its whole process. Before turns the loaders' processes come to rest, and
-the first steps of a turn do not count: they use up what a loader has read ahead in the others' time, and take up memory
-that was given back after the turn before. Memory is the peak of a rank's own process (not of its loader's), each contestant alone on fresh ranks.
+ours tells malloc to keep freed memory for its whole process. Before turns the loaders' processes come to rest, and the
+first steps of a turn do not count: they use up what a loader has read ahead in the others' time, and take up memory
+that was given back after the turn before. Peak memory is that of a rank's own process (not of its loader's), each
+contestant alone on fresh ranks.
 
 Figures go to docs/benchmarks/peers.json, workload by workload, and from there into docs/benchmarks.md with a picture.
 """

@@ -58,6 +58,7 @@ def set_up(world: World, name: str, data: Path, who: str) -> float:
     given, work = Field(workload, splits, world, data), contestants(workload)[who].work
     TURNS[who] = Turn(lambda turn: work(given, turn))
     TURNS[who].steps(1)
+    give_back()
     return splits.train.pixels.nbytes / 2**20 if isinstance(splits.train.pixels, torch.Tensor) else 0.0
 
 

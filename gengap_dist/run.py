@@ -228,6 +228,7 @@ class _Session:
         self.probe_due = _cadence(config, self.order)
         self.probe_left_out: list[int] = []
         self._probe_seconds_each, self._left_out_in_a_row = 0.0, 0
+        self._window = time.monotonic(), 0  # since when training goes on, and from which step
         self._update_norm: Tensor | None = None
         self.eval_due = evenly(config.train.num_evals, self.num_steps)
 
@@ -367,7 +368,7 @@ class _Session:
         """
         config, where = self.config, self.world.where
         self.model.train()
-        began = time.monotonic()
+        self._window = time.monotonic(), self.step
         while self.step < self.num_steps:
             where.step = self.step + 1
             self.profile.begin(self.num_steps - self.step)
@@ -385,16 +386,16 @@ class _Session:
                 self._pending.append((self.step, taken))
             self.progress(self.step, self.num_steps, "")
             leave = bool(asked()) and not last
-            began += self.profile.end()
+            self._window = self._window[0] + self.profile.end(), self._window[1]
             if leave or self.step % FLUSH_EVERY == 0 or self._due():
                 save_due = self._flush()
-                self.train_seconds += time.monotonic() - began
+                self.train_seconds += time.monotonic() - self._window[0]
                 average_buffers(self.model, self.world)
                 self.observe()
                 last = self.step == self.num_steps  # which it may have become: the target is met
                 if save_due or leave or last:
                     self.save(wait=leave or last)
-                began = time.monotonic()
+                self._window = time.monotonic(), self.step
             if leave:
                 raise Preempted(self.step)
         self.profile.finish()
@@ -470,12 +471,16 @@ class _Session:
         budget = self.config.probe.budget
         if budget is None or self.step == self.num_steps or not self._probe_may_come(self.step):
             return False
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        began, step = self._window  # not all of the run: what came before its first step comes once
+        each_step = (time.monotonic() - began) / (self.step - step)
         elapsed = self.record.seconds() - self.probe_seconds
         return exceeds(
             budget,
             spent=self.probe_seconds,
             each=self._probe_seconds_each,
-            rest_of_run=elapsed / self.step * self.num_steps,
+            rest_of_run=elapsed + (self.num_steps - self.step) * each_step,
             num_to_come=sum(map(self.probe_due, range(self.step, self.num_steps))),
             left_out_in_a_row=self._left_out_in_a_row,
         )

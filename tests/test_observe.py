@@ -1,6 +1,7 @@
 """Controls and rivals in a run: what is measured when, and what it costs."""
 
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -9,9 +10,11 @@ from torch import nn
 
 from gengap_dist.config import DataConfig
 from gengap_dist.data import catalog
+from gengap_dist.observe import Observation, Observer
 from gengap_dist.probes.cadence import exceeds
-from gengap_dist.tracking.record import load_spectra, read_info, read_metrics
-from tests.conftest import train
+from gengap_dist.run import run
+from gengap_dist.tracking.record import load_spectra, prepare_folder, read_info, read_metrics
+from tests.conftest import config, train
 
 SHORT = {"train__steps": 6, "batch__global_size": 40, "probe__num_samples": 100}
 
@@ -127,3 +130,23 @@ def test_a_run_keeps_its_budget_on_all_ranks_and_says_so(tmp_path, gengap):
     assert probed == [0, 12]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["probe_left_out"] == [1, 2, 4, 5, 6, 8, 10]
     assert "left out 7 measurement(s), at steps 1, 2, 4, 5, 6, 8, 10" in done.stdout
+
+
+def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):
+    """1.5 s for the first step and a moment for every other: 5% of that pays for no measurement of 0.1 s but the ends'."""
+    measure, first = Observer.__call__, [1.5]
+
+    def slow(self: Observer, model: nn.Module, *, controls: bool) -> Observation:
+        time.sleep(0.1)
+        return measure(self, model, controls=controls)
+
+    def progress(done: int, total: int, note: str) -> None:
+        if done == 1 and first:
+            time.sleep(first.pop())
+
+    monkeypatch.setattr(Observer, "__call__", slow)
+    monkeypatch.setattr("gengap_dist.run.seconds", lambda metrics: 0.1)
+    settings = {"train__steps": 100, "batch__global_size": 8, "probe__num_samples": 20, "probe__rivals": []}
+    prepare_folder(tmp_path / "run", "run.json", resume=False)
+    result = run(config(probe__budget=0.05, **settings), tmp_path / "run", progress=progress)
+    assert result["probe_left_out"] == [2, 5, 10, 22, 46]

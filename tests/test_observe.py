@@ -133,7 +133,7 @@ def test_a_run_keeps_its_budget_on_all_ranks_and_says_so(tmp_path, gengap):
 
 
 def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):
-    """1.5 s for the first step and a moment for every other: 5% of that pays for no measurement of 0.1 s but the ends'."""
+    """1.5 s for the first step, a moment for every other: 5% of that pays for no measurement but those at the ends."""
     measure, first = Observer.__call__, [1.5]
 
     def slow(self: Observer, model: nn.Module, *, controls: bool) -> Observation:

@@ -94,7 +94,9 @@ def prepare() -> Callable[..., Any]:
 
 def connect(uri: str) -> Any:
     """An MLflow client that gives up on a dead server within seconds."""
-    return prepare()(tracking_uri=uri)
+    client = prepare()
+    with quickly():  # it imports what the store needs, and makes a store that is a file
+        return client(tracking_uri=uri)
 
 
 class Mirror:

@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, help="default: 15, and less of slow workloads")
     parser.add_argument("--seconds", type=float, default=0.4, help="that the limit takes for a turn")
+    parser.add_argument("--speed", action=argparse.BooleanOptionalAction, default=True, help="images per second")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory, too")
     parser.add_argument("--out", type=Path, default=page.DOCS, help="folder of benchmarks.md")
     options = parser.parse_args()
@@ -175,7 +176,7 @@ def main() -> None:
         if before.get("machine") == found["machine"]:
             found = before | found
         found.setdefault("images_per_second", {})
-        for num_ranks in options.ranks:
+        for num_ranks in options.ranks if options.speed else ():
             console.print(f"{WORKLOADS[name].title}, {num_ranks} rank(s)")
             by_turn, found["data_mib"] = speeds(name, num_ranks, options, playing)
             for who, values in by_turn.items():

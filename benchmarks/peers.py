@@ -131,15 +131,15 @@ def speeds(name: str, num_ranks: int, options: argparse.Namespace, kinds: dict[s
     return found, data_mib
 
 
-def memory(name: str, num_ranks: int, options: argparse.Namespace, who: str) -> float:
-    """Peak MiB of a rank of its own, after some steps."""
+def memory(name: str, num_ranks: int, options: argparse.Namespace, who: str) -> tuple[float, float]:
+    """Peak MiB of a rank of its own, after some steps, and MiB of the training pictures."""
     team = Team(num_ranks, "cpu", threads_per_rank(num_ranks))
-    team(set_up, name, options.data, who)
+    data_mib = team(set_up, name, options.data, who)
     team(take_turn, who, MEMORY_STEPS)
     peak = team(peak_mib)
     team(end_loaders)
     team.leave()
-    return peak
+    return peak, data_mib
 
 
 def about(workload: Workload) -> dict[str, Any]:
@@ -184,7 +184,9 @@ def main() -> None:
             found["images_per_second"][str(num_ranks)] = by_turn
         if options.memory and name in MEMORY_OF:
             console.print(f"{WORKLOADS[name].title}, memory")
-            found["peak_mib"] = {who: memory(name, max(options.ranks), options, who) for who in playing}
+            peaks = {who: memory(name, max(options.ranks), options, who) for who in playing}
+            found["peak_mib"] = {who: peak for who, (peak, _) in peaks.items()}
+            found["data_mib"] = max(size for _, size in peaks.values())
         page.keep(options.out, "peers", {name: found})
         page.write(options.out)
     console.print(f"written: {options.out / 'benchmarks.md'}")

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import psutil
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from gengap_dist.planning.micro_size import device_name
 
@@ -36,11 +38,18 @@ def orders(names: Sequence[K], num_rounds: int) -> Iterator[list[K]]:
 
 
 def in_turns(contestants: Mapping[K, Callable[[], V]], num_rounds: int) -> dict[K, list[V]]:
-    """What each contestant's call returns, round by round. Ranks that compute together call this together."""
+    """What each contestant's call returns, round by round; a bar on stderr says whose turn it is.
+
+    The bar is drawn between turns only: no thread of it disturbs one.
+    """
     found: dict[K, list[V]] = {name: [] for name in contestants}
-    for names in orders(list(contestants), num_rounds):
-        for name in names:
-            found[name].append(contestants[name]())
+    with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
+        turns = bar.add_task("", total=num_rounds * len(contestants))
+        for names in orders(list(contestants), num_rounds):
+            for name in names:
+                bar.update(turns, description=str(name), refresh=True)
+                found[name].append(contestants[name]())
+                bar.advance(turns)
     return found
 
 

@@ -112,12 +112,17 @@ def memory(peers: Mapping[str, Any]) -> str:
 
 
 def draw(peers: Mapping[str, Any], path: Path) -> None:
-    """A panel for each workload and number of ranks, a bar for each contestant: speed over the limit's."""
+    """A panel for each workload and number of ranks, a bar for each contestant: speed over the limit's.
+
+    Without any speed there is nothing to draw.
+    """
     panels = [
         (found, num_ranks, speeds)
         for found in peers.values()
         for num_ranks, speeds in found["images_per_second"].items()
     ]
+    if not panels:
+        return
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 2.3 * -(-len(panels) // 2)))
         for number, (found, num_ranks, speeds) in enumerate(panels, 1):

@@ -22,7 +22,6 @@ from pathlib import Path
 import fair
 import yaml
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 ARMS = {"sb": 32, "mb": 128, "lb": 512}
@@ -80,16 +79,7 @@ def main() -> None:
             NINE: partial(nine, folder, names, *words),
             STUDY: partial(study, folder, names, *words),
         }
-        with Progress(console=Console(stderr=True)) as bar:
-            turns = bar.add_task("turns", total=options.rounds * len(contestants))
-
-            def timed(name: str) -> float:
-                bar.update(turns, description=name)
-                took = contestants[name]()
-                bar.advance(turns)
-                return took
-
-            found = fair.in_turns({name: partial(timed, name) for name in contestants}, options.rounds)
+        found = fair.in_turns(contestants, options.rounds)
     faster, machine = fair.ratio(found[NINE], found[STUDY]), fair.machine()
     table = Table(title=f"{fair.in_words(machine)}; {options.rounds} rounds; nine runs on {options.ranks} rank(s)")
     for head in ("", "seconds (median)", "min to max"):

@@ -15,7 +15,7 @@ def quickly(*without: str) -> Iterator[None]:
         without: packages that seem not to be installed meanwhile: what another imports only to offer more.
     """
     modules: dict[str, Any] = sys.modules
-    hidden = [name for name in without if name not in modules]
+    before, hidden = len(modules), [name for name in without if name not in modules]
     modules.update(dict.fromkeys(hidden))
     gc.disable()
     try:
@@ -23,5 +23,6 @@ def quickly(*without: str) -> Iterator[None]:
     finally:
         for name in hidden:
             del modules[name]
-        gc.freeze()  # what they have made stays, and need not be looked at again
+        if len(modules) > before:  # what they have made stays, and need not be looked at again
+            gc.freeze()
         gc.enable()

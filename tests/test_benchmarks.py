@@ -66,6 +66,18 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     assert "\n| Lightning Trainer | not installed |" in text
 
 
+def test_peak_memory_alone_makes_a_page(tmp_path):
+    about = peers.about(contestants.WORKLOADS["mlp_4096"])
+    found = {**about, "images_per_second": {}, "peak_mib": dict.fromkeys(about["kinds"], 900.0), "data_mib": 45.0}
+    (tmp_path / "benchmarks.md").write_text(
+        "<!-- headline -->\n<!-- /headline -->\n<!-- memory -->\n<!-- /memory -->\n"
+    )
+    page.keep(tmp_path, "peers", {"mlp_4096": found})
+    page.write(tmp_path)
+    assert "\n| Lightning Trainer | 900 |\n" in (tmp_path / "benchmarks.md").read_text()
+    assert not (tmp_path / "benchmarks" / "peers.svg").exists()
+
+
 def test_contestants_take_turns_and_nobody_is_always_first():
     calls: list[str] = []
 

@@ -1,11 +1,14 @@
 """What a start does not pay for: packages that it does not need, and processes that are there already."""
 
+import gc
+import importlib.util
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
 
+from gengap_dist.imports import quickly
 from tests.study.tiny import start, write
 
 COMMANDS = ["", ".train", ".study", ".probe", ".report", ".compare", ".plan", ".doctor"]
@@ -46,6 +49,24 @@ def test_a_rank_alone_imports_what_it_computes_with():
     )
     found, _ = imported(code, SERVICES | COMPILER | {"torch"})
     assert found == {"torch"}
+
+
+def test_only_an_import_keeps_what_was_made_from_the_garbage_collector(tmp_path, monkeypatch):
+    (tmp_path / "a_large_package.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "a_large_package", None)
+    del sys.modules["a_large_package"]
+    made, kept = [], [gc.get_freeze_count()]
+    for _ in range(2):  # the second time it is there already, as where a lost server is called again and again
+        made += [[] for _ in range(1000)]
+        with quickly("a_package_to_hide"):
+            assert not gc.isenabled()
+            assert importlib.util.find_spec("a_package_to_hide") is None
+            importlib.import_module("a_large_package")
+        assert gc.isenabled()
+        kept.append(gc.get_freeze_count())
+    gc.unfreeze()
+    assert kept[1] - kept[0] > 1000 > kept[2] - kept[1]
 
 
 def test_the_driver_of_ranks_computes_nothing():

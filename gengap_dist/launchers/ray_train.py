@@ -17,11 +17,11 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Never, final
+from typing import Any, NamedTuple, Never, final
 
 from gengap_dist.config import LaunchConfig, RunConfig, UsageError
 from gengap_dist.launchers.base import Launcher, Progress, RankFailed
@@ -44,7 +44,8 @@ except ConnectionError as error:
 """
 
 News = tuple[str, Any]
-"""started: world size; progress: its arguments; usage: a sentence; failed: rank, traceback; preempted: step; result."""
+"""started: world size; progress: run, step, steps, note; result: run, its result; usage: a sentence; failed: rank,
+traceback; preempted: step."""
 
 
 def asked(config: LaunchConfig) -> bool:
@@ -133,7 +134,7 @@ def check_address(address: str) -> bool:
 
 @final
 class RayTrain(Launcher):
-    """Ranks that a Ray cluster starts anew for each run, on nodes that have room for them."""
+    """Ranks that a Ray cluster starts where there is room for them; a study asks for its own (study/ray_tune.py)."""
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
         """See `Launcher.run`; ranks always go on from the folder's checkpoint, as those started again must.
@@ -146,7 +147,11 @@ class RayTrain(Launcher):
         try:
             grows = not connect(config.launch)
             with terminated_is_interrupted():
-                return Fit(config, out, progress).wait(grows)
+                teller, results = start_teller([(config, out)]), dict[int, Any]()
+                team = Team(uuid.uuid4().hex, config.launch, teller, out / "ray")
+                told = lambda number, done, total, note: progress(done, total, note)  # noqa: E731
+                Fit(team, told, results.__setitem__, config.launch.max_failures).wait(grows)
+                return results[0]
         except RankFailed:
             raise  # the ranks are gone
         except BaseException:
@@ -223,10 +228,45 @@ def terminated_is_interrupted() -> Iterator[None]:
 
 
 class Teller:
-    """The actor between those who do the work and those who wait for it: keeps what is told until it is heard."""
+    """The actor between those who do the work and those who wait for it.
 
-    def __init__(self) -> None:
+    It hands out runs, and keeps what is told until it is heard. Those who do runs one after another are a team; `team`
+    is its name.
+    """
+
+    def __init__(self, runs: Sequence[tuple[RunConfig, Path]]) -> None:
+        """Runs, each with its folder; they are known by their number."""
+        self._runs = runs
+        self._waiting = [*range(len(runs))]
+        self._given: dict[str, tuple[int, int]] = {}  # by team: its run, and how often its ranks have begun with it
         self._news: dict[str, list[News]] = {}
+
+    def give(self, team: str, launch: LaunchConfig) -> tuple[int, int] | None:
+        """A team's run and how often it was begun: the one that it has, or else the next for ranks of its kind."""
+        if team not in self._given:
+            number = next((number for number in self._waiting if self._runs[number][0].launch == launch), None)
+            if number is None:
+                return None
+            self._waiting.remove(number)
+            self._given[team] = number, 0
+        return self._given[team]
+
+    def begin(self, team: str, launch: LaunchConfig) -> int:
+        """The run that a team's ranks have to begin, or to go on with, now; -1 if none is left."""
+        given = self.give(team, launch)
+        if given is None:
+            return -1
+        number, num_starts = given
+        self._given[team] = number, num_starts + 1
+        return number
+
+    def end(self, team: str) -> None:
+        """A team's run is over."""
+        del self._given[team]
+
+    def run(self, number: int) -> tuple[RunConfig, Path]:
+        """A run and its folder."""
+        return self._runs[number]
 
     def tell(self, about: str, kind: str, value: Any) -> None:
         """Keep this, for who waits for news about `about`."""
@@ -237,33 +277,67 @@ class Teller:
         return self._news.pop(about, [])
 
 
-class Fit:
-    """One run under Ray Train, seen from where it is waited for."""
+def start_teller(runs: Sequence[tuple[RunConfig, Path]]) -> Any:
+    """An actor on this node that hands out these runs; their paths hold wherever ranks are."""
+    import ray
 
-    def __init__(self, config: RunConfig, out: Path, progress: Progress, teller: Any = None) -> None:
-        """Nothing starts before `wait`; runs may share a `teller`."""
+    def resolved(config: RunConfig) -> RunConfig:
+        return config.model_copy(update={"data": config.data.model_copy(update={"root": config.data.root.resolve()})})
+
+    return ray.remote(Teller).options(**here()).remote([(resolved(config), out) for config, out in runs])
+
+
+class Team(NamedTuple):
+    """Ranks of one kind that take runs from a teller until none is left for them."""
+
+    name: str
+    launch: LaunchConfig
+    teller: Any
+    storage: Path
+    """Folder for Ray Train's own files, which nobody needs afterwards."""
+
+
+class Fit:
+    """One Ray Train run: a team, as it is seen from where it is waited for."""
+
+    def __init__(
+        self,
+        team: Team,
+        progress: Callable[[int, int, int, str], None],
+        over: Callable[[int, dict[str, Any]], None],
+        max_failures: int,
+    ) -> None:
+        """Nothing starts before `wait`.
+
+        Args:
+            team: whose ranks Ray Train starts.
+            progress: called with a run's number and its progress.
+            over: called with a run's number and its result.
+            max_failures: how often ranks may be started again.
+        """
         import ray
 
-        self.config, self.progress, self._name = config, progress, uuid.uuid4().hex
-        self._teller: Any = teller or ray.remote(Teller).options(**here()).remote()
+        self.team, self.progress, self.over = team, progress, over
         self._task = ray.remote(_fit).options(max_retries=0, **here())
-        data = config.data.model_copy(update={"root": config.data.root.resolve()})
         self._job = {
-            "config": config.model_copy(update={"data": data}),
-            "out": out,
-            "name": self._name,
-            "teller": self._teller,
-            "num_threads": max(1, int(resources_per_rank(config.launch)["CPU"])),
+            "team": team,
+            "max_failures": max_failures,
+            "num_threads": max(1, int(resources_per_rank(team.launch)["CPU"])),
             "folder": Path.cwd(),
             "command": sys.orig_argv,
         }
-        self._result: dict[str, Any] | None = None
         self._troubles: list[News] = []  # of the ranks' latest start
         self._num_starts, self._size = 0, 0
         self._warned = 0.0
 
-    def wait(self, grows: bool) -> dict[str, Any]:
-        """The run's result, when the ranks are gone; `grows`: whether to wait for nodes that are not there yet."""
+    def wait(self, grows: bool) -> None:
+        """Until no run is left and the ranks are gone; `grows`: whether to wait for nodes that are not there yet.
+
+        Raises:
+            UsageError: what a rank found wrong with a run's config, or too few nodes that do not become more.
+            RankFailed: if ranks failed and are not started again.
+            Preempted: if ranks were asked to leave and are not started again.
+        """
         import ray
 
         self._check_room(grows)
@@ -276,22 +350,20 @@ class Fit:
         self._hear()
         if failure:
             self._raise(*failure)
-        assert self._result is not None
-        return self._result
 
     def _hear(self) -> None:
         import ray
 
-        for kind, value in ray.get(self._teller.hear.remote(self._name)):
+        for kind, value in ray.get(self.team.teller.hear.remote(self.team.name)):
             match kind:
                 case "started":
                     self._started(value)
                 case "progress":
                     self.progress(*value)
                 case "usage":
-                    raise UsageError(value)  # `run` ends the other ranks; none of them is to try again
+                    raise UsageError(value)  # who waits ends the other ranks; none of them is to try again
                 case "result":
-                    self._result = value
+                    self.over(*value)
                 case _:
                     self._troubles.append((kind, value))
                     self._size, self._warned = 0, time.monotonic()
@@ -317,7 +389,7 @@ class Fit:
     def _check_room(self, grows: bool) -> None:
         import ray
 
-        launch, needs = self.config.launch, resources_per_rank(self.config.launch)
+        launch, needs = self.team.launch, resources_per_rank(self.team.launch)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         fit = room(nodes, needs, launch.placement)
         self._warned = time.monotonic()
@@ -373,7 +445,7 @@ def _trainer(job: dict[str, Any]) -> Any:
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    launch, resources = job["config"].launch, resources_per_rank(job["config"].launch)
+    launch, resources = job["team"].launch, resources_per_rank(job["team"].launch)
     on_gpu = launch.device != "cpu" and "GPU" in resources
     most = launch.max_processes or launch.num_processes
     return TorchTrainer(
@@ -386,9 +458,9 @@ def _trainer(job: dict[str, Any]) -> Any:
             placement_strategy=launch.placement,
         ),
         run_config=RayRunConfig(
-            name=job["name"],  # Ray would take up the state of an earlier run of this name
-            storage_path=str(job["out"] / "ray"),
-            failure_config=FailureConfig(max_failures=launch.max_failures),
+            name=uuid.uuid4().hex,  # Ray would take up the state of an earlier run of this name
+            storage_path=str(job["team"].storage),
+            failure_config=FailureConfig(max_failures=job["max_failures"]),
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=launch.timeout_seconds),
@@ -406,32 +478,40 @@ def _rank(job: dict[str, Any]) -> None:
     import torch
 
     from gengap_dist.run import run
+    from gengap_dist.tracking.record import prepare_folder
+    from gengap_dist.world import connect as join
 
-    rank, teller = int(os.environ["RANK"]), job["teller"]
+    name, launch, teller, _ = job["team"]
+    rank = int(os.environ["RANK"])
     if rank != 0:
         warnings.simplefilter("ignore")  # rank 0 says it for all
     if job["folder"].is_dir():
         os.chdir(job["folder"])  # the driver's, so that git and modules beside it are found; Ray's own is empty
     sys.orig_argv = job["command"]  # what the record shows
     torch.set_num_threads(job["num_threads"])  # what Ray has set aside; Ray itself says 1
-    spoke = 0.0
+    number, spoke = -1, 0.0
 
     def progress(done: int, total: int, note: str) -> None:
         nonlocal spoke
         if rank == 0 and (note or done == total or time.monotonic() - spoke > NEWS_SECONDS):
             spoke = time.monotonic()
-            teller.tell.remote(job["name"], "progress", (done, total, note))
+            teller.tell.remote(name, "progress", (number, done, total, note))
 
     def tell(kind: str, value: Any) -> None:
-        ray.get(teller.tell.remote(job["name"], kind, value))
+        ray.get(teller.tell.remote(name, kind, value))
 
     if rank == 0:
         tell("started", int(os.environ["WORLD_SIZE"]))
     try:
-        leaving = _preemption_notice()
-        result = run(job["config"], job["out"], resume=True, progress=progress, leaving=leaving, launcher="ray")
-        if rank == 0:
-            tell("result", result)
+        world, leaving = join(launch), _preemption_notice()
+        while (number := world.agree(ray.get(teller.begin.remote(name, launch)) if rank == 0 else 0)) >= 0:
+            config, out = ray.get(teller.run.remote(number))
+            if rank == 0:
+                prepare_folder(out, "run.json", resume=True)
+            result = run(config, out, resume=True, progress=progress, leaving=leaving, launcher="ray")
+            if rank == 0:
+                tell("result", (number, result))
+                ray.get(teller.end.remote(name))
     except UsageError as error:
         tell("usage", str(error))  # and no exception: Ray would start the ranks again
     except Preempted as error:

@@ -1,5 +1,6 @@
-"""The runs of a study side by side on a Ray cluster: one Ray Tune trial each, which starts its own Ray Train run.
+"""The runs of a study side by side on a Ray cluster: Ray Tune trials, each of which lets a team of ranks do runs.
 
+A team's ranks are started once, by Ray Train, and take runs one after another until none is left for their kind.
 A trial takes nothing of the cluster, only its ranks do, and at most as many trials run as there is room for the ranks
 of. So trials never wait for what other trials hold. Run folders are the truth: nothing is reported through Ray Tune,
 and what it keeps for itself is thrown away. Ray is imported by the functions that need it.
@@ -22,12 +23,13 @@ from gengap_dist.launchers.ray_train import (
     NEWS_SECONDS,
     Fit,
     RayTrain,
-    Teller,
+    Team,
     check_folder,
     connect,
     here,
     resources_per_rank,
     room,
+    start_teller,
     terminated_is_interrupted,
 )
 from gengap_dist.preemption import Preempted
@@ -36,13 +38,16 @@ from gengap_dist.study.watch import Watch
 from gengap_dist.tracking import record
 
 STUDY = "study"  # what news of all runs are about
+MOST_DEATHS = 3  # of a process that waits for ranks; each takes the run that was under way along
 
 
 class _Job(NamedTuple):
     """What every trial is told."""
 
-    plan: Sequence[Cell]
+    launches: Sequence[LaunchConfig]
+    """Of every team."""
     teller: Any
+    storage: Path
     grows: bool
     """Whether to wait for nodes that are not there yet."""
     folder: Path
@@ -87,8 +92,7 @@ def run_all(plan: Sequence[Cell], watch: Watch, most: int | None) -> int:
             _close(cell, error)
         raise
     finally:
-        for folder in (storage, *(cell.folder / "ray" for cell in plan)):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(storage, ignore_errors=True)
     for number in set(range(len(plan))) - heard.keys():  # the process that waited for its ranks died
         _close(plan[number], RankFailed("the process that started the ranks died"))
         status = record.read_info(plan[number].folder)["status"] if plan[number].folder.exists() else record.FAILED
@@ -109,10 +113,14 @@ def _wait(
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    teller: Any = ray.remote(Teller).options(**here()).remote()
-    job = _Job(plan, teller, grows, Path.cwd(), sys.orig_argv)
-    num = concurrency([cell.config.launch for cell in plan], nodes, most)
-    task = ray.remote(_tune).options(max_retries=0, **here()).remote(job, storage, num)
+    teller = start_teller([(cell.config, cell.folder) for cell in plan])
+    launches = [cell.config.launch for cell in plan]
+    num, teams = concurrency(launches, nodes, most), list[LaunchConfig]()
+    for launch in launches:
+        if teams.count(launch) < num:
+            teams.append(launch)
+    job = _Job(teams, teller, storage, grows, Path.cwd(), sys.orig_argv)
+    task = ray.remote(_tune).options(max_retries=0, **here()).remote(job, num)
     over = False
     while not over:
         over = bool(ray.wait([task], timeout=NEWS_SECONDS)[0])
@@ -134,7 +142,7 @@ def _wait(
 # -- in processes of Ray's, on the driver's node ----------------------------------------------------------------------
 
 
-def _tune(job: _Job, storage: Path, num_concurrent: int) -> None:
+def _tune(job: _Job, num_concurrent: int) -> None:
     """Ray Tune, from start to end: a task, because in the driver's main thread it would take Ctrl-C for itself."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     import ray
@@ -149,36 +157,55 @@ def _tune(job: _Job, storage: Path, num_concurrent: int) -> None:
 
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": 0, name: 1e-4}),  # this node's name is a resource that nobody else takes
-        param_space={"number": tune.grid_search(list(range(len(job.plan))))},
+        param_space={"number": tune.grid_search(list(range(len(job.launches))))},
         tune_config=tune.TuneConfig(max_concurrent_trials=num_concurrent, reuse_actors=True),
-        run_config=tune.RunConfig(name=uuid.uuid4().hex, storage_path=str(storage), verbose=0),
+        run_config=tune.RunConfig(
+            name=uuid.uuid4().hex,
+            storage_path=str(job.storage),
+            failure_config=tune.FailureConfig(max_failures=MOST_DEATHS),
+            verbose=0,
+        ),
     )
     with contextlib.redirect_stdout(io.StringIO()):  # verbose=0 still says where the files are that nobody wants
         tuner.fit()
 
 
 def _trial(job: _Job, number: int) -> None:
-    """One run, from its folder to its outcome."""
+    """A team, until no run is left for it."""
     import ray
 
-    cell = job.plan[number]
+    team = Team(uuid.uuid4().hex, job.launches[number], job.teller, job.storage)
     os.chdir(job.folder)  # the driver's: settings may hold paths that start there
     sys.orig_argv = [*job.command]
 
-    def tell(kind: str, value: Any) -> None:
-        ray.get(job.teller.tell.remote(STUDY, kind, value))
+    def folder(run: int) -> Path:
+        return ray.get(team.teller.run.remote(run))[1]
 
-    def progress(done: int, total: int, note: str) -> None:
-        job.teller.tell.remote(STUDY, "progress", (number, done, total, note))
+    def tell(kind: str, value: Any) -> None:
+        ray.get(team.teller.tell.remote(STUDY, kind, value))
+
+    def progress(run: int, done: int, total: int, note: str) -> None:
+        team.teller.tell.remote(STUDY, "progress", (run, done, total, note))
+
+    def over(run: int, result: dict[str, Any]) -> None:
+        tell("over", (run, record.read_info(folder(run))["status"]))
+
+    def given() -> tuple[int, int] | None:
+        return ray.get(team.teller.give.remote(team.name, team.launch))  # a run, and how often it was begun
 
     try:
-        record.prepare_folder(cell.folder, "run.json", resume=True)
-        Fit(cell.config, cell.folder, progress, job.teller).wait(job.grows)
-        tell("over", (number, record.read_info(cell.folder)["status"]))
-    except RankFailed as error:
-        record.close_abandoned(cell.folder, error)
-        tell("over", (number, f"failed: {str(error).strip().splitlines()[-1]}"))
-    except Preempted as error:
-        tell("preempted", error.step)
+        while before := given():
+            try:
+                Fit(team, progress, over, team.launch.max_failures - before[1]).wait(job.grows)
+            except (RankFailed, Preempted) as error:
+                now = given()
+                if now is None or (now != before and now[1] <= team.launch.max_failures):
+                    continue  # what has failed before it was another run
+                if isinstance(error, Preempted):
+                    return tell("preempted", error.step)
+                if folder(now[0]).exists():
+                    record.close_abandoned(folder(now[0]), error)
+                ray.get(team.teller.end.remote(team.name))
+                tell("over", (now[0], f"failed: {str(error).strip().splitlines()[-1]}"))
     except UsageError as error:
         tell("usage", str(error))

@@ -2,9 +2,12 @@
 
 import signal
 import subprocess
+from collections import Counter
 
 import pytest
 
+from gengap_dist.config import LaunchConfig, RunConfig
+from gengap_dist.launchers.ray_train import Teller
 from gengap_dist.tracking.record import read_info
 from tests.ray_cluster import until
 from tests.study import tiny
@@ -77,3 +80,80 @@ def test_ray_keeps_quiet(both):
     _, _, _, second = both
     assert "Trial " not in second.stdout + second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_a_teller_hands_out_every_run_once_to_ranks_of_its_kind(tmp_path):
+    small, large = (LaunchConfig(num_processes=number) for number in (1, 2))
+    runs = [(RunConfig(launch=launch), tmp_path / str(i)) for i, launch in enumerate([small, large, small])]
+    teller = Teller(runs)
+    assert teller.begin("a", small) == 0
+    assert teller.give("a", small) == (0, 1)
+    assert teller.begin("a", small) == 0  # its ranks were started again: they go on
+    assert teller.give("a", small) == (0, 2)
+    assert teller.begin("b", small) == 2
+    teller.end("a")
+    assert teller.begin("a", small) == -1
+    assert teller.give("a", small) is None
+    assert teller.give("c", large) == (1, 0)
+    assert [teller.run(number) for number in range(3)] == runs
+
+
+TELLING = """
+import os
+from gengap_dist.models import build
+
+PIDS = {pids!r}
+DEADLY = {deadly!r}
+
+def make(num_classes, in_channels):
+    model = build("mlp", num_classes=num_classes, in_channels=in_channels, image_size=8, widths=(16,))
+    rank = os.environ["RANK"]
+    with open(PIDS + rank, "a") as file:
+        file.write(f"{{os.getpid()}}\\n")
+    with open(PIDS + rank) as file:
+        number = len(file.readlines())
+    num_steps = 0
+    def hook(module, args):
+        nonlocal num_steps
+        num_steps += module.training
+        if num_steps == 12 and rank == "1" and number in DEADLY:
+            os.kill(os.getpid(), 9)
+    model.register_forward_pre_hook(hook)
+    return model
+"""
+
+
+def telling(folder, num_seeds, deadly=(), **launch):
+    """A study on 2 ranks that write down who makes a network; rank 1 dies in passes of those in `deadly` (from 1)."""
+    (folder / "telling.py").write_text(TELLING.format(pids=str(folder / "pids"), deadly=deadly))
+    study = {"baseline": "sb", "concurrent": 1, "seeds": [*range(num_seeds)], "arms": [{"name": "sb"}]}
+    launch = {"backend": "ray", "num_processes": 2, **launch}
+    return tiny.write(folder / "s.yaml", study, model={"name": "telling:make"}, launch=launch)
+
+
+def starts(folder) -> list[int]:
+    """How many networks each start of both ranks has made."""
+    pids = [(folder / f"pids{rank}").read_text().split() for rank in (0, 1)]
+    return [*Counter(zip(*pids, strict=True)).values()]
+
+
+def test_ranks_stay_up_from_run_to_run(cluster, tmp_path):
+    config = telling(tmp_path, 4)
+    done = tiny.start(config, tmp_path / "out", **(cluster.env | {"RAY_ADDRESS": cluster.address}))
+    assert done.returncode == 0, done.stderr
+    assert starts(tmp_path) == [4]
+    alone = tiny.start(config, tmp_path / "alone", "--launch.backend", "local")
+    assert alone.returncode == 0, alone.stderr
+    assert tiny.scores(tmp_path / "out") == tiny.scores(tmp_path / "alone")
+    assert len(tiny.scores(tmp_path / "out")) == 4
+
+
+def test_a_run_pays_for_its_own_failures_only(cluster, tmp_path):
+    """One failure is allowed: two runs fail once each, and Ray Train's own count is of both."""
+    config = telling(tmp_path, 3, deadly=(1, 3), max_failures=1)
+    done = tiny.start(config, tmp_path / "out", **(cluster.env | {"RAY_ADDRESS": cluster.address}))
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s) started again, from the last checkpoint" in done.stderr
+    assert starts(tmp_path) == [1, 2, 2]
+    resumed = [len(read_info(tmp_path / f"out/runs/sb/seed{seed}").get("resumed", [])) for seed in range(3)]
+    assert resumed == [1, 1, 0]

@@ -61,7 +61,11 @@ class Cluster:
         flags = [f"--submission-id={name}", *([] if wait else ["--no-wait"])]
         flags += [f"--runtime-env-json={json.dumps({'env_vars': {'PYTHONPATH': f'{ROOT}:{path}'}})}"]
         job = [sys.executable, "-m", "gengap_dist.train", *words]
-        return self.ray("job", "submit", *flags, "--", *job)
+        done = self.ray("job", "submit", *flags, "--", *job)
+        while "No available agent" in done.stderr:  # a cluster's first seconds: nothing was submitted
+            time.sleep(1)
+            done = self.ray("job", "submit", *flags, "--", *job)
+        return done
 
     def train(self, *words: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
         """The command as a driver of its own, beside the cluster."""

@@ -506,7 +506,7 @@ def _rank(job: dict[str, Any]) -> None:
         world, leaving = join(launch), _preemption_notice()
         while (number := world.agree(ray.get(teller.begin.remote(name, launch)) if rank == 0 else 0)) >= 0:
             config, out = ray.get(teller.run.remote(number))
-            if rank == 0:
+            if rank == 0 and not out.exists():  # a study's; one that is there was looked at before anything started
                 prepare_folder(out, "run.json", resume=True)
             result = run(config, out, resume=True, progress=progress, leaving=leaving, launcher="ray")
             if rank == 0:

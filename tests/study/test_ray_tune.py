@@ -13,18 +13,22 @@ from tests.ray_cluster import until
 from tests.study import tiny
 
 MOODY = """
+import time
+from pathlib import Path
 from gengap_dist.models import build
 
 def make(num_classes, in_channels):
     model = build("mlp", num_classes=num_classes, in_channels=in_channels, image_size=8, widths=(16,))
     def hook(module, args):
-        if module.training: raise ArithmeticError("no mood")
+        if not module.training: return
+        while Path(__file__).with_name("wait").exists(): time.sleep(0.05)
+        raise ArithmeticError("no mood")
     model.register_forward_pre_hook(hook)
     return model
 """
 STUDY = {
     "seeds": [0],
-    "concurrent": 2,  # of three: when the first has ended, there is one to come
+    "concurrent": 2,  # of three: one waits, and the others run beside it
     "arms": [{"name": "moody", "set": {"model.name": "moody:make"}}],
     "baseline": "b64",
     "axes": {"batch.global_size": [64, 512]},
@@ -40,11 +44,13 @@ def both(cluster, tmp_path_factory):
     alone = tiny.start(config, folder / "alone")
     env = cluster.env | {"RAY_ADDRESS": cluster.address}
     words = tiny.command(config, folder / "ray", "--launch.backend", "ray")
+    (folder / "wait").touch()  # so Ctrl-C finds a run under way
     first = subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until(lambda: any(tiny.ended(folder / "ray")) or first.poll() is not None)
     first.send_signal(signal.SIGINT)
     said, _ = first.communicate(timeout=60)
     before = tiny.ended(folder / "ray")
+    (folder / "wait").unlink()
     assert not any(read_info(path.parent)["status"] == "running" for path in folder.glob("ray/*/*/*/run.json"))
     second = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=280)
     return folder, alone, (first.returncode, said, before), second

@@ -4,7 +4,7 @@ Shapes: N images, C channels, H = W = image_size.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gengap_dist.config import DataConfig, UsageError
 from gengap_dist.data import TORCHVISION
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
 
 
+CHUNK = 1_024  # pictures that are copied or counted at a time: temporaries are no second data set
 MEAN_OF = 4_096  # training pictures that give the mean and deviation of a set left on disk
 
 
@@ -251,18 +251,22 @@ def _num_val(num: int, config: DataConfig) -> int:
     return int(num * config.val_fraction)
 
 
-def _square(pixels: Tensor, size: int) -> Tensor:
-    """[N, H, W] or [N, C, H, W] uint8 as [N, C, size, size], zero-padded on all sides."""
+def _square(pixels: Tensor, size: int, which: Tensor) -> Tensor:
+    """Those of [N, H, W] or [N, C, H, W] uint8, as [n, C, size, size], zero-padded on all sides."""
     if pixels.ndim == 3:
         pixels = pixels[:, None]
-    height, width = pixels.shape[-2:]
+    channels, height, width = pixels.shape[1:]
     if max(height, width) > size:
         raise UsageError(
             f"data.image_size ({size}) is smaller than the {height} x {width} images: "
             f"choose at least {max(height, width)}"
         )
     left, top = (size - width) // 2, (size - height) // 2
-    return pad(pixels, (left, size - width - left, top, size - height - top)).contiguous()
+    out = pixels.new_zeros(len(which), channels, size, size)
+    inside = out[:, :, top : top + height, left : left + width]
+    for to, some in zip(inside.split(CHUNK), which.split(CHUNK), strict=True):
+        to.copy_(pixels[some])
+    return out
 
 
 def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
@@ -301,14 +305,14 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
         check_labels(labels, raw.num_classes, where)
     raw_pixels = raw.train_pixels if raw.train_pixels.ndim == 4 else raw.train_pixels[:, None]
     _check_memory((len(raw.train_labels) + len(raw.test_labels)) * raw_pixels.shape[1] * config.image_size**2, config)
-    pixels = _square(raw_pixels, config.image_size)
-    train, val = _parts(len(pixels), config)
+    train, val = _parts(len(raw_pixels), config)
+    test = torch.arange(len(raw.test_pixels))
     return Splits(
-        Images(pixels[train], _training_labels(raw.train_labels[train], config)),
-        Images(pixels[val], raw.train_labels[val]),
-        Images(_square(raw.test_pixels, config.image_size), raw.test_labels),
+        Images(_square(raw_pixels, config.image_size, train), _training_labels(raw.train_labels[train], config)),
+        Images(_square(raw_pixels, config.image_size, val), raw.train_labels[val]),
+        Images(_square(raw.test_pixels, config.image_size, test), raw.test_labels),
         raw.num_classes,
-        *_mean_and_std(raw_pixels[train]),
+        *_mean_and_std(raw_pixels[some] for some in train.split(CHUNK)),
     )
 
 
@@ -326,7 +330,7 @@ def _streamed(config: DataConfig) -> Splits:
         Images(pictures.subset(val), labels[val]),
         Images(test, test_labels),
         len(listed[0].classes),
-        *_mean_and_std(train_pictures[torch.from_numpy(chosen)]),
+        *_mean_and_std([train_pictures[torch.from_numpy(chosen)]]),
     )
 
 
@@ -344,13 +348,14 @@ def _training_labels(labels: Tensor, config: DataConfig) -> Tensor:
     return labels[torch.from_numpy(shuffled)]
 
 
-def _mean_and_std(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """[C] mean and standard deviation of [N, C, H, W] uint8, exact: they come from 256-bin counts.
+def _mean_and_std(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """[C] mean and standard deviation of [n, C, H, W] uint8 several times, exact: they come from 256-bin counts.
 
-    >>> _mean_and_std(torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1))
+    >>> _mean_and_std([torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1)])
     (tensor([100.], dtype=torch.float64), tensor([100.], dtype=torch.float64))
     """
-    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in pixels.unbind(1)]).double()  # [C, 256]
+    counted = ([torch.bincount(c.flatten(), minlength=256) for c in part.unbind(1)] for part in parts)
+    counts = torch.stack([torch.stack(part) for part in counted]).sum(0).double()  # [C, 256]
     levels = torch.arange(256, dtype=torch.float64)
     total = counts.sum(1)
     mean = counts @ levels / total

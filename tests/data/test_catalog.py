@@ -1,5 +1,8 @@
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,3 +152,32 @@ def test_labels_out_of_range_are_refused():
 def test_images_larger_than_image_size_are_refused():
     with pytest.raises(UsageError, match=r"data.image_size \(4\) is smaller than the 8 x 8 images"):
         catalog.load(DataConfig(image_size=4))
+
+
+LOADING = """
+from pathlib import Path
+import torch
+from gengap_dist.config import DataConfig
+from gengap_dist.data import catalog
+
+def peak():
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+pixels, labels = torch.full(({num}, 28, 28), 7, dtype=torch.uint8), torch.zeros({num}, dtype=torch.long)
+raw = catalog._Raw(pixels, labels, pixels[:1], labels[:1], 10)
+catalog.LOADERS["mnist"] = lambda config, progress: raw
+before = peak()
+catalog.load(DataConfig(name="mnist", image_size=32))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_loading_takes_little_more_than_what_it_loads():
+    def growth(num: int) -> int:
+        """Bytes by which the process's peak grows while `num` pictures are loaded."""
+        words = [sys.executable, "-c", LOADING.format(num=num)]
+        return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+
+    held = 200_000 * 32 * 32
+    assert growth(220_000) - growth(20_000) < 1.9 * held

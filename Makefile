@@ -11,7 +11,7 @@ demo: .venv/.installed
 # one thread each: processes whose threads wait for each other on two cores take five times as long; three of them,
 # as tests wait for starts and clusters a third of their time
 test: .venv/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/test_launch_files.py -n 3 --dist loadfile --durations 40
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/test_launch_files.py -n 3 --dist loadfile
 
 # the last of these is launch/ and docker/, which `make test` leaves out
 check: .venv/.installed-dev

@@ -167,7 +167,7 @@ def torchrun(
     for number, host in enumerate(hosts):
         head = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nnodes}", "--nproc_per_node=1"]
         head += ["--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0].address}:29400", "--local-addr", host.address]
-        # an agent that comes after the last call, when the first has started alone, may wait for it in vain
+        # after the last call the first agent starts alone, and one that comes then may wait for it in vain
         conf = f"is_host={int(number == 0)},last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=5"
         head += ["--rdzv-conf", conf, "--rdzv-id=two-hosts", f"--max-restarts={max_restarts}"]
         log = folder / f"host{number}{again}.log"

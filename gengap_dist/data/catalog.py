@@ -252,9 +252,7 @@ def _num_val(num: int, config: DataConfig) -> int:
 
 
 def _square(pixels: Tensor, size: int, which: Tensor) -> Tensor:
-    """Those of [N, H, W] or [N, C, H, W] uint8, as [n, C, size, size], zero-padded on all sides."""
-    if pixels.ndim == 3:
-        pixels = pixels[:, None]
+    """Those of [N, C, H, W] uint8 that `which` [n] says, as [n, C, size, size], zero-padded on all sides."""
     channels, height, width = pixels.shape[1:]
     if max(height, width) > size:
         raise UsageError(
@@ -303,16 +301,16 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
                 "labels; copy its files again"
             )
         check_labels(labels, raw.num_classes, where)
-    raw_pixels = raw.train_pixels if raw.train_pixels.ndim == 4 else raw.train_pixels[:, None]
-    _check_memory((len(raw.train_labels) + len(raw.test_labels)) * raw_pixels.shape[1] * config.image_size**2, config)
-    train, val = _parts(len(raw_pixels), config)
-    test = torch.arange(len(raw.test_pixels))
+    pixels, test_pixels = (p if p.ndim == 4 else p[:, None] for p in (raw.train_pixels, raw.test_pixels))
+    _check_memory((len(pixels) + len(test_pixels)) * pixels.shape[1] * config.image_size**2, config)
+    train, val = _parts(len(pixels), config)
+    test = torch.arange(len(test_pixels))
     return Splits(
-        Images(_square(raw_pixels, config.image_size, train), _training_labels(raw.train_labels[train], config)),
-        Images(_square(raw_pixels, config.image_size, val), raw.train_labels[val]),
-        Images(_square(raw.test_pixels, config.image_size, test), raw.test_labels),
+        Images(_square(pixels, config.image_size, train), _training_labels(raw.train_labels[train], config)),
+        Images(_square(pixels, config.image_size, val), raw.train_labels[val]),
+        Images(_square(test_pixels, config.image_size, test), raw.test_labels),
         raw.num_classes,
-        *_mean_and_std(raw_pixels[some] for some in train.split(CHUNK)),
+        *_mean_and_std(pixels[some] for some in train.split(CHUNK)),
     )
 
 
@@ -349,7 +347,7 @@ def _training_labels(labels: Tensor, config: DataConfig) -> Tensor:
 
 
 def _mean_and_std(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """[C] mean and standard deviation of [n, C, H, W] uint8 several times, exact: they come from 256-bin counts.
+    """[C] mean and standard deviation of pictures in parts [n, C, H, W] uint8, exact: they come from 256-bin counts.
 
     >>> _mean_and_std([torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1)])
     (tensor([100.], dtype=torch.float64), tensor([100.], dtype=torch.float64))

@@ -68,6 +68,7 @@ class FSDP(Strategy):
                 )
         ensure_group(self.world, self.config.launch.timeout_seconds)
         self._twin = Twin(model, self.world.device)
+        assert dist.group.WORLD is not None
         # not init_device_mesh, which may make a group of its own, with torch's timeout in place of ours
         mesh = DeviceMesh.from_group(dist.group.WORLD, self.world.device.type)
         for module in (*units(model), model):

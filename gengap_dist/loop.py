@@ -53,8 +53,8 @@ class Objective:
         """What the last forward pass adds to the loss, besides its share of the mean."""
         return 0.0
 
-    def value(self) -> float:
-        """Of what is added, over the whole global batch."""
+    def value(self) -> Tensor | float:
+        """Of what is added, over the whole global batch; a number on the device, or one that is known."""
         return 0.0
 
 
@@ -118,8 +118,9 @@ def accumulate(strategy: Strategy, batches: Batches, work: Work, objective: Obje
             if watch and number == 1:
                 share = span.size / len(indices)
                 sums[2] = strategy.local_energy() / share**2
-                sums[3], sums[4] = 1 / span.size, 1.0
-        sums[5] = objective.value() / world.size
+                sums[3].fill_(1 / span.size)  # assigning a number would copy it, and wait for a GPU
+                sums[4].fill_(1.0)
+        sums[5].add_(objective.value() / world.size)
     return sums
 
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+import torch
 
 from gengap_dist.launchers.local import Pool, _environment
 from gengap_dist.tracking.record import prepare_folder, read_info
@@ -60,6 +61,13 @@ def difference(a: float, b: float) -> float:
     return abs(a - b) / max(abs(b), 1e-6) if math.isfinite(a + b) else math.inf
 
 
+def tabulate(**row: object) -> None:
+    """Keep a row for the tables of docs/gpu.md, if somebody wants them; see table.py."""
+    if path := os.environ.get("GENGAP_CUDA_TABLE"):
+        with Path(path).open("a") as file:
+            file.write(json.dumps({"torch": torch.__version__.partition("+")[0]} | row) + "\n")
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_gpu_records_what_a_cpu_records(ranks, tmp_path, name):
     scenario: Scenario = SCENARIOS[name]
@@ -81,8 +89,5 @@ def test_a_gpu_records_what_a_cpu_records(ranks, tmp_path, name):
     assert len(compared) > 5
     worst = max(compared, key=lambda key: difference(got[key], want[key]))
     report = f"{worst}: {got[worst]} on the GPU, {want[worst]} on the CPU"
-    if path := os.environ.get("GENGAP_CUDA_TABLE"):
-        with Path(path).open("a") as file:
-            row = {"name": name, "worst": difference(got[worst], want[worst]), "where": worst, "numbers": len(compared)}
-            file.write(json.dumps(row) + "\n")
+    tabulate(name=name, worst=difference(got[worst], want[worst]), where=worst, numbers=len(compared))
     assert difference(got[worst], want[worst]) <= scenario.tolerance, report

@@ -172,5 +172,5 @@ def evaluate(model: nn.Module, images: Images, normalise: Normalise, world: Worl
             labels = images.labels[start:stop]
             sums[start // EVAL_BLOCK, 0] = cross_entropy(logits.double(), labels, reduction="sum")
             sums[start // EVAL_BLOCK, 1] = (logits.argmax(1) == labels).sum()
-    loss, accuracy = (world.sum(sums).sum(0) / len(images)).tolist()
+    loss, accuracy = (world.read(sums, "scores").sum(0) / len(images)).tolist()
     return Score(loss, accuracy)

@@ -24,7 +24,7 @@ from gengap_dist.config import DataConfig, RunConfig, UsageError, differences
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth, stream
 from gengap_dist.data.resident import Batches, Normalise
-from gengap_dist.loop import NUM_SUMS, Score, evaluate, join_with_nothing
+from gengap_dist.loop import Score, evaluate, join_with_nothing
 from gengap_dist.models.norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
@@ -421,22 +421,24 @@ class _Session:
         return self.order.epochs_done(step)
 
     def _flush(self) -> bool:
-        """Record the pending steps; whether a checkpoint is due by steps or by rank 0's clock. Collective."""
+        """Record the pending steps; whether a checkpoint is due by steps or by rank 0's clock. Collective.
+
+        A GPU is waited for once, for the sums of the steps. What ranks know without it crosses in the CPU's memory.
+        """
+        rows = self._sums_of_steps()
         every_steps = self.config.checkpoint.every_steps
         overdue = time.monotonic() - self._saved_at > self.config.checkpoint.every_seconds
-        clock = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.world.device)
+        mine = torch.zeros(2 + self.times.numel(), dtype=torch.float64)
+        times = mine[2:].view_as(self.times)
+        times[self.world.rank] = torch.tensor(self.world.where.take())
         if self.saver:  # rank 0, whose clock and budget hold for all
-            clock[:2] = clock.new_tensor([overdue and not self.saver.busy, self._probe_exceeds_budget()])
-        rows = torch.stack([*(taken.sums for _, taken in self._pending), clock])
-        times = rows.new_zeros(self.world.size, len(KINDS))
-        times[self.world.rank] = times.new_tensor(self.world.where.take())
-        told = self.world.sum(torch.cat([rows.flatten(), times.flatten()]), "metrics of the last steps")
-        rows = told[: rows.numel()].view_as(rows).tolist()
-        save_due, leave_out, *_ = rows.pop()
-        self._left_out_in_a_row += bool(leave_out)
+            mine[:2] = torch.tensor([overdue and not self.saver.busy, self._probe_exceeds_budget()])
+        self.world.sum(mine, "times of the last steps")
+        save_due, leave_out = mine[:2].bool().tolist()
+        self._left_out_in_a_row += leave_out
         self.probe_left_out += [self.step] if leave_out else []
-        for (step, taken), (loss, correct, *small, extra, square) in zip(self._pending, rows, strict=True):
-            size, norm = taken.size, square**0.5 if taken.norm is None else float(taken.norm)
+        for (step, taken), (loss, correct, *small, extra, square, norm) in zip(self._pending, rows, strict=True):
+            size, norm = taken.size, square**0.5 if taken.norm is None else norm
             loss /= size
             found = {
                 "train/loss": loss,
@@ -453,10 +455,19 @@ class _Session:
                 self._pending.clear()
                 raise Diverged(step, loss)
         self._pending.clear()
-        times = told[-times.numel() :].view_as(times).cpu()
         self.times += times
         self.record.log(self.step, self._epoch(self.step), _split(times))
-        return bool(save_due) or (every_steps is not None and self.step % every_steps == 0)
+        return save_due or (every_steps is not None and self.step % every_steps == 0)
+
+    def _sums_of_steps(self) -> list[list[float]]:
+        """Of each pending step the sums of `accumulate` over all ranks, and the norm of its gradient. Collective."""
+        if not self._pending:
+            return []
+        none = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        known = [taken.norm if self.world.rank == 0 and taken.norm is not None else none for _, taken in self._pending]
+        sums = torch.stack([taken.sums for _, taken in self._pending])
+        norms = torch.stack([norm.double() for norm in known])  # one number on all ranks: rank 0 gives it
+        return self.world.read(torch.cat([sums, norms[:, None]], 1), "metrics of the last steps").tolist()
 
     def _noise(self, small: list[float], norm: float, size: int) -> dict[str, float]:
         """The noise scale after a step, if its gradients came in two sizes."""
@@ -471,8 +482,6 @@ class _Session:
         budget = self.config.probe.budget
         if budget is None or self.step == self.num_steps or not self._probe_may_come(self.step):
             return False
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
         began, step = self._window  # not all of the run: what came before its first step comes once
         each_step = (time.monotonic() - began) / (self.step - step)
         elapsed = self.record.seconds() - self.probe_seconds

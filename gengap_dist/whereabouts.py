@@ -96,8 +96,9 @@ class Whereabouts:
         (True, True, 1)
         """
         self._charge(self._kinds[-1], self.now())
+        if self._intervals and not self._mark.query():  # behind all others on the stream
+            self._mark.synchronize()
         for kind, start, end in self._intervals:
-            end.synchronize()
             self._seconds[kind] += start.elapsed_time(end) / 1000
         self._intervals.clear()
         out = [self._seconds[kind] for kind in KINDS]

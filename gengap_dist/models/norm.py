@@ -105,7 +105,7 @@ class GhostBatchNorm(Normed):
 
 
 class SyncBatchNorm(Normed):
-    """Batch norm over the whole global batch, on any device: torch's own is for GPUs, and asks one for a number a layer.
+    """Batch norm over the whole global batch, on any device: torch's own is for GPUs, and waits for one in every layer.
 
     Each rank must be given all of its samples of a step at once, in training, and equally often; none are welcome.
     """

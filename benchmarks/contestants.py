@@ -244,8 +244,9 @@ def lightning(field: Field, turn: Turn, *, workers: int = 1, **more: Any) -> Non
     """Lightning's Trainer, without logger, checkpoints, bar and summary, and with `more` of its settings."""
     import logging
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     import lightning as L
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # which the import has set to INFO
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     class Module(L.LightningModule):

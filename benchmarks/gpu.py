@@ -11,9 +11,9 @@ One GPU is enough; neither Ray nor MLflow nor a network is used. Parts, without 
   speed        images per second beside plain torch, Lightning and the bare step, in turns; linear algebra
   compile      torch.compile: agreement, first step, recompilations, gain
 
-Each part has --seconds. What is finished stands in the JSON at once, and a page beside it is written from that; the same
-command again goes on with what is left, as long as GPU, torch and code are the same. Exit code 1: something is not as
-it should be. 2: it could not begin.
+Each part has --seconds. What is finished stands in the JSON at once, and a page beside it is written from that; the
+same command again goes on with what is left, as long as GPU, torch and code are the same. Exit code 1: something is not
+as it should be. 2: it could not begin.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -39,7 +38,6 @@ from team import Team
 
 from gengap_dist.config import UsageError
 from gengap_dist.launchers.local import threads_per_rank
-from gengap_dist.world import World
 
 PARTS = {name: f"gpu_parts.{name}" for name in ("correctness", "sync", "memory", "speed")}
 PARTS["compile"] = "gpu_parts.compilation"

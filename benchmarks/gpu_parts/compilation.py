@@ -51,7 +51,6 @@ def agree(case: Case, world: World) -> Answer:
     way = WAYS[case.way]
     settings = {**NO_PROBE, **way.settings, "model.name": case.model, "train.steps": STEPS}
     settings |= {"batch.global_size": case.global_size, "batch.micro_size": case.global_size, **case.settings}
-    settings |= {"train.epochs": STEPS, "train.steps": STEPS}
     counted: dict[int, int] = {}
 
     def progress(done: int, total: int, note: str) -> None:
@@ -99,7 +98,7 @@ def write(answers: Mapping[str, Answer]) -> str:
         row += [str(answer["graphs"]), str(answer["recompiled"])]
         speeds = answer["images_per_second"]
         if answer["failed"]:
-            row += [f"{who} {failed['text']}" for who, failed in answer["failed"].items()][:1] + ["", ""]
+            row += ["; ".join(f"{who} {failed['text']}" for who, failed in answer["failed"].items()), "", ""]
         else:
             row.append(f"{answer['first_step_seconds']['compiled']:.1f}")
             row.append(f"{statistics.median(speeds['compiled']):,.0f}")

@@ -75,8 +75,19 @@ def quiet() -> Iterator[None]:
 def failure(error: BaseException) -> Answer:
     """An exception as an answer, with its innermost places in the code."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    at = [f"{short(frame.filename)}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-    return {"good": False, "text": f"failed: {said}", "error": said, "at": at[-NUM_PLACES:][::-1]}
+    return {
+        "good": False,
+        "text": f"failed: {said}",
+        "error": said,
+        "at": places(traceback.extract_tb(error.__traceback__)),
+    }
+
+
+def places(frames: Sequence[traceback.FrameSummary]) -> list[str]:
+    """The innermost place, and the innermost ones of this project, from the inside out."""
+    told = [f"{short(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames]
+    mine = [place for place in told if place.startswith(("gengap_dist/", "benchmarks/"))]
+    return list(dict.fromkeys([*told[-1:], *mine[::-1][:NUM_PLACES]]))
 
 
 def short(path: str) -> str:

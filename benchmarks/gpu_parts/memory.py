@@ -22,7 +22,7 @@ from gengap_dist.planning.survey import survey
 from gengap_dist.tracking.record import read_info
 from gengap_dist.world import World
 
-from .items import Answer, Item, Part, short
+from .items import Answer, Item, Part, places
 from .runs import NO_PROBE, Settings, config, folder, train
 
 MIB = 2**20
@@ -86,9 +86,8 @@ def one_sentence(settings: Settings, share: float, world: World) -> Answer:
         except UsageError as error:
             answer = {"good": True, "text": str(error)}
         except RuntimeError as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            at = [f"{short(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames][-4:][::-1]
-            answer = {"good": False, "text": f"no sentence of ours: {type(error).__name__}: {error}"[:200], "at": at}
+            said = f"no sentence of ours: {type(error).__name__}: {error}"[:200]
+            answer = {"good": False, "text": said, "at": places(traceback.extract_tb(error.__traceback__))}
     with folder() as out:
         train({**WHOLE, **settings, "batch.micro_size": 64}, "cuda", out)
     return answer | {"room_bytes": room}

@@ -82,7 +82,7 @@ def task(model: str, global_size: int) -> Workload:
 
 def field(world: World, workload: Workload, way: Way) -> Field:
     """What contestants of one way are given; micro-batches are the largest that fit in float32."""
-    parts = workload.global_size // largest_that_fits(world, workload)
+    parts = workload.global_size // largest_that_fits(world, workload.model, workload.global_size)
     return Field(workload, _splits(), world, images(), parts, way.mode)
 
 
@@ -92,12 +92,12 @@ def _splits() -> catalog.Splits:
 
 
 @cache
-def largest_that_fits(world: World, workload: Workload) -> int:
+def largest_that_fits(world: World, model_name: str, global_size: int) -> int:
     """Images of a pass: the whole batch, or as often halved as its memory asks for."""
-    config, splits = workload.settings(images()), _splits()
+    config, splits = task(model_name, global_size).settings(images()), _splits()
     model = models.of(config, splits.num_classes, splits.in_channels, World())
     num_bytes, free = in_passes(config, model, splits.in_channels), MEMORY_SHARE * room(world.device, 1)
-    size = workload.global_size
+    size = global_size
     while num_bytes(size) > free and size % 2 == 0:
         size //= 2
     return size

@@ -111,6 +111,10 @@ def check_switches(config: RunConfig, num_ranks: int, device_type: str | None) -
             )
     if train.autocast == "float16" and device_type == "cpu":
         raise UsageError("train.autocast (float16) is for GPUs, and this run is on a CPU: choose bfloat16, or null")
+    if train.tf32 and device_type == "cpu":
+        raise UsageError("train.tf32 (true) is for GPUs, and this run is on a CPU: choose train.tf32=false")
+    if config.data.device == "cuda" and device_type == "cpu":
+        raise UsageError("data.device (cuda) is for GPUs, and this run is on a CPU: choose data.device=auto")
     if train.compile and train.recompute:
         raise UsageError("train.compile and train.recompute both decide what is computed twice: choose one, or neither")
     if train.compile and config.norm == "sync":

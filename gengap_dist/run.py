@@ -31,6 +31,7 @@ from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
 from gengap_dist.planning.memory_format import settle_format
 from gengap_dist.planning.micro_size import Network, settle
+from gengap_dist.precision import training_float32
 from gengap_dist.preemption import Preempted
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
@@ -89,7 +90,8 @@ def run(
     """
     world = world or connect(config.launch)
     world = clocked(world) if config.profile else world
-    with watching(world, config.launch.hang_seconds), deterministic(config.train.deterministic):
+    float32 = training_float32(world.device, tf32=config.train.tf32)
+    with watching(world, config.launch.hang_seconds), deterministic(config.train.deterministic), float32:
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)
@@ -128,7 +130,7 @@ def probe(
     """
     splits = _load_data(config, world, lambda done, total, note: None)
     model = _build_model(config, splits, world)
-    train_set = splits.train.to(world.device)
+    train_set = catalog.placed(splits, config.data, world.device).train
     normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
     batches = Batches(train_set, normalise, config.data, config.seed)
     observer = Observer(config, train_set, normalise, flat(model), world)
@@ -172,9 +174,8 @@ class _Session:
         if world.device.type == "cpu":
             keep_freed_memory()
         splits = _load_data(config, world, progress)
-        self.train_set, self.val_set, self.test_set = (
-            images.to(world.device) for images in (splits.train, splits.val, splits.test)
-        )
+        there = catalog.placed(splits, config.data, world.device)
+        self.train_set, self.val_set, self.test_set = there.train, there.val, there.test
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         self.batches = Batches(self.train_set, self.normalise, config.data, config.seed)
         self.order = Order(len(self.train_set), config.batch.global_size, config.seed, growth=growth(config))

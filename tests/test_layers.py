@@ -11,6 +11,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.config": 0,
     "gengap_dist.imports": 0,
     "gengap_dist.allocator": 0,
+    "gengap_dist.precision": 0,
     "gengap_dist.batching": 0,
     "gengap_dist.whereabouts": 0,
     "gengap_dist.preemption": 0,

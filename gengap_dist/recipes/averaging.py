@@ -45,13 +45,11 @@ class Averaging(Course):
         """Let the weights that train enter the average; the first are the average."""
         n, model = self.num_averaged, self.strategy.model
         weight = 1 / (n + 1) if self.equal else ema_weight(n, self.config.recipe.ema_decay)
-        mixed = [
-            (average, new.detach()) for average, new in zip(self.average.parameters(), model.parameters(), strict=True)
-        ]
+        pairs: list[tuple[Tensor, Tensor]] = [*zip(self.average.parameters(), model.parameters(), strict=True)]
         copied: list[tuple[Tensor, Tensor]] = []
         for average, new in zip(self.average.buffers(), model.buffers(), strict=True):
-            (copied if self.equal or not average.is_floating_point() else mixed).append((average, new))
-        for average, new in mixed:
+            (copied if self.equal or not average.is_floating_point() else pairs).append((average, new))
+        for average, new in pairs:
             average.lerp_(new, weight if n else 1.0)
         for average, new in copied:
             average.copy_(new)

@@ -137,6 +137,10 @@ ALONE: dict[str, Scenario] = {
         LENET | {"probe__views": ("flatten",), "probe__memory_mib": 4, "train__steps": 2}
     ),
     "augmentation": Scenario(OFF | AUGMENTED),
+    "images kept on the host, augmented": Scenario(
+        OFF | RAGGED | AUGMENTED | {"data__device": "cpu", "batch__micro_size": 20, "recipe__sam_rho": 0.05},
+        twin={"data__device": "auto"},
+    ),
     "shuffled labels": Scenario(OFF | {"data__shuffle_labels": True}),
     "micro-batches, noise scale": Scenario(OFF | {"batch__micro_size": 25}),
     "a ragged epoch": Scenario(OFF | RAGGED),
@@ -230,6 +234,9 @@ TOGETHER: dict[str, Scenario] = {
         "every rival": Scenario({"probe__rivals": RIVALS, "probe__every": None, "train__steps": 3}),
         "a ragged epoch, augmented": Scenario(OFF | RAGGED | AUGMENTED),
         "a step of one image": Scenario(OFF | ONE_LEFT),
+        "images kept on the host": Scenario(
+            ONE_LEFT | {"data__device": "cpu", "batch__micro_size": 11}, twin={"data__device": "auto"}
+        ),
         "micro-batches": Scenario(OFF | {"batch__micro_size": 11}),
         "adamw, clipped": Scenario(OFF | ADAMW | {"optim__clip_norm": 0.5}),
         "lars": Scenario(OFF | {"optim__name": "lars", "optim__lr": 2.0}),

@@ -74,7 +74,7 @@ def counted(world: World, settings: Settings, out: Path, first: int, last: int) 
     """Waits for the GPU after step `first` until step `last` is done, by kind and place."""
     from gengap_dist.run import run
 
-    counting: Any = importlib.import_module("fake_cuda").Counting()
+    counting: Any = importlib.import_module("fake_cuda.counting").Counting()
 
     def progress(done: int, total: int, note: str) -> None:
         if done == first and not note:
@@ -130,7 +130,7 @@ def test_a_wait_of_ours_is_seen():
         "sync @ [torch/cuda/__init__.py:1281 synchronize] run.py:382(train)": 1,
         "sync @ [torch/amp/grad_scaler.py:574 get_scale] strategies/base.py:150(unscaled)": 1,
         "sync @ loop.py:121(accumulate) < loop.py:81(train_step)": 1,
-        "sync @ (no python: autograd thread)": 1,
+        "sync @ (no Python: a thread of autograd)": 1,
         "sync @ [torch/amp/grad_scaler.py:1 _maybe_opt_step] strategies/base.py:1(step)": 1,
         "sync @ [torch/cuda/streams.py:1 synchronize] strategies/deepspeed.py:1(step)": 1,
     }

@@ -264,7 +264,9 @@ def lightning(field: Field, turn: Turn, *, workers: int = 1, **more: Any) -> Non
             return field.optimizer(self)
 
     class Ends(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             if (batch_idx + 1) % field.parts == 0:
                 turn()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.cuda import nccl
 
 from gengap_dist.config import UsageError
 from gengap_dist.planning.micro_size import device_name
@@ -35,7 +36,7 @@ def machine(world: World) -> dict[str, Any]:
         "driver": _driver(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # pyright: ignore[reportArgumentType]
+        "nccl": ".".join(map(str, nccl.version())),  # pyright: ignore[reportArgumentType]
         "torch": torch.__version__,
         "cpu": device_name(torch.device("cpu")),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

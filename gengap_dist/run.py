@@ -129,36 +129,37 @@ def probe(
     Raises:
         UsageError: if the config does not fit the data or the model, or the weights do not fit the model.
     """
-    splits = _load_data(config, world, lambda done, total, note: None)
-    model = _build_model(config, splits, world)
-    train_set = catalog.placed(splits, config.data, world.device).train
-    normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
-    batches = Batches(train_set, normalise, config.data, config.seed)
-    observer = Observer(config, train_set, normalise, flat(model), world)
-    record = Record(out) if out and world.rank == 0 else NoRecord()
-    found = []
-    for number, (step, path, state) in enumerate(networks):
-        if state is not None:
-            checkpoint.restore(model, state, path)
-        if number == 0:
-            facts = {
-                "data": catalog.summary(splits, config.data) if world.rank == 0 else None,
-                "world_size": world.size,
-                "device": str(world.device.type),
-                "launcher": "probe",
-                "num_parameters": sum(p.numel() for p in model.parameters()),
-                "num_steps": networks[-1][0],
-                "num_probe_samples": observer.num_samples,
-            }
-            record.start(config, facts)
-            record.resume(0, 0.0, {})
-        shown = model if state is not None else untrained(model, batches, world, config.batch.ghost_size)
-        found.append((step, observer(shown, controls=True)))
-        for probe_set, spectra in found[-1][1].spectra.items():
-            record.spectra(step, spectra, probe_set)
-        record.log(step, 0.0, found[-1][1].metrics)
-    record.finish(FINISHED, {"num_steps": networks[-1][0]})
-    return found
+    with training_float32(world.device, tf32=config.train.tf32):
+        splits = _load_data(config, world, lambda done, total, note: None)
+        model = _build_model(config, splits, world)
+        train_set = catalog.placed(splits, config.data, world.device).train
+        normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
+        batches = Batches(train_set, normalise, config.data, config.seed)
+        observer = Observer(config, train_set, normalise, flat(model), world)
+        record = Record(out) if out and world.rank == 0 else NoRecord()
+        found = []
+        for number, (step, path, state) in enumerate(networks):
+            if state is not None:
+                checkpoint.restore(model, state, path)
+            if number == 0:
+                facts = {
+                    "data": catalog.summary(splits, config.data) if world.rank == 0 else None,
+                    "world_size": world.size,
+                    "device": str(world.device.type),
+                    "launcher": "probe",
+                    "num_parameters": sum(p.numel() for p in model.parameters()),
+                    "num_steps": networks[-1][0],
+                    "num_probe_samples": observer.num_samples,
+                }
+                record.start(config, facts)
+                record.resume(0, 0.0, {})
+            shown = model if state is not None else untrained(model, batches, world, config.batch.ghost_size)
+            found.append((step, observer(shown, controls=True)))
+            for probe_set, spectra in found[-1][1].spectra.items():
+                record.spectra(step, spectra, probe_set)
+            record.log(step, 0.0, found[-1][1].metrics)
+        record.finish(FINISHED, {"num_steps": networks[-1][0]})
+        return found
 
 
 class _Session:

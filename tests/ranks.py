@@ -5,10 +5,12 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from multiprocessing import get_context
-from typing import Any, Literal
+from typing import Any
 
 from gengap_dist.config import LaunchConfig
 from gengap_dist.launchers.local import free_port
+
+ON_CPU = LaunchConfig(device="cpu")
 
 
 def on_ranks(size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
@@ -37,13 +39,13 @@ def on_ranks(size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
 class Crew:
     """Ranks that stay, for many small jobs: `crew(job, *args)` is like `on_ranks(size, job, *args)`."""
 
-    def __init__(self, size: int, device: Literal["cpu", "cuda"] = "cpu") -> None:
+    def __init__(self, size: int, launch: LaunchConfig = ON_CPU) -> None:
         context = get_context("spawn")
         port = free_port()
         pairs = [context.Pipe() for _ in range(size)]
         self.pipes = [here for here, _ in pairs]
         self.processes = [
-            context.Process(target=_stay, args=(rank, size, port, there, device), daemon=True)
+            context.Process(target=_stay, args=(rank, size, port, there, launch), daemon=True)
             for rank, (_, there) in enumerate(pairs)
         ]
         for process in self.processes:
@@ -72,11 +74,11 @@ def standing(kind: Callable[[int], Any], sizes: Iterable[int]) -> Iterator[dict[
         yield {size: stack.enter_context(closing(kind(size))) for size in sizes}
 
 
-def _stay(rank: int, size: int, port: int, pipe: Any, device: Literal["cpu", "cuda"]) -> None:
+def _stay(rank: int, size: int, port: int, pipe: Any, launch: LaunchConfig) -> None:
     _environment(rank, size, port)
     from gengap_dist.world import connect
 
-    world = connect(LaunchConfig(device=device))
+    world = connect(launch)
     while True:
         job, args = pipe.recv()
         try:
@@ -90,7 +92,7 @@ def _rank(rank: int, size: int, port: int, results: Any, job: Callable[..., Any]
     from gengap_dist.world import connect, disconnect
 
     try:
-        results.put((rank, job(connect(LaunchConfig(device="cpu")), *args), None))
+        results.put((rank, job(connect(ON_CPU), *args), None))
         disconnect()
     except Exception:
         results.put((rank, None, traceback.format_exc()))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gengap_dist.config import UsageError
+from gengap_dist.config import LaunchConfig, UsageError
 from gengap_dist.launchers.local import _environment
 from gengap_dist.tracking.record import prepare_folder, read_info
 from gengap_dist.world import World
@@ -26,7 +26,7 @@ MIB = 200
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[Crew]:
     """One rank with a fake GPU of 200 MiB."""
-    with _environment(fake_cuda.environment(1, mib=MIB)), closing(Crew(1, "cuda")) as crew:
+    with _environment(fake_cuda.environment(1, mib=MIB)), closing(Crew(1, LaunchConfig(device="cuda"))) as crew:
         yield crew
 
 
@@ -85,15 +85,15 @@ def coarse(num_classes: int, in_channels: int) -> nn.Module:
 
 
 def hungry(num_classes: int, in_channels: int) -> nn.Module:
-    """Saves 2.6 MiB an image for its backward pass, of which an evaluation holds a twelfth at a time."""
+    """Saves 0.6 MiB an image for its backward pass, of which an evaluation holds a twelfth at a time."""
     layers: list[nn.Module] = [nn.Conv2d(in_channels, 32, 3, padding=1), nn.ReLU()]
     for _ in range(9):
         layers += [nn.Conv2d(32, 32, 1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AvgPool2d(32), nn.Flatten(), nn.Linear(32, num_classes))
+    return nn.Sequential(*layers, nn.AvgPool2d(16), nn.Flatten(), nn.Linear(32, num_classes))
 
 
 def test_auto_finds_a_micro_size_that_fits(gpu, tmp_path):
-    settings = BASE | OFF | {"model__name": f"{__name__}:hungry", "data__image_size": 32, "train__steps": 1}
-    settings |= {"launch__device": "cuda", "batch__global_size": 256, "batch__micro_size": "auto"}
+    settings = BASE | OFF | {"model__name": f"{__name__}:hungry", "data__image_size": 16, "train__steps": 1}
+    settings |= {"launch__device": "cuda", "batch__global_size": 512, "batch__micro_size": "auto"}
     assert gpu(trained, settings, tmp_path / "run") == [""]
-    assert 1 <= read_info(tmp_path / "run")["micro_size"] <= 128
+    assert 1 <= read_info(tmp_path / "run")["micro_size"] <= 256

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from gengap_dist.config import LaunchConfig
 from gengap_dist.launchers.local import _environment
 from gengap_dist.tracking.record import prepare_folder
 from gengap_dist.world import World
@@ -66,7 +67,7 @@ def crews() -> Iterator[dict[int, Crew]]:
         found = {}
         for size in (1, 2):
             with _environment(fake_cuda.environment(size)):
-                found[size] = stack.enter_context(closing(Crew(size, "cuda")))
+                found[size] = stack.enter_context(closing(Crew(size, LaunchConfig(device="cuda"))))
         yield found
 
 

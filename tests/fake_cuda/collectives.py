@@ -54,10 +54,13 @@ def _operation(boxed: Any) -> Any:
 
 
 def _gloo(group: Any) -> Any:
-    try:
-        return group._get_backend(torch.device("cpu"))
-    except RuntimeError:
-        raise RuntimeError("fake NCCL: this group has no gloo beside it to carry the data") from None
+    """What carries the data: the group's own gloo, or that of all ranks for a group of all ranks."""
+    for one in (group, dist.group.WORLD if group.size() == dist.get_world_size() else group):
+        try:
+            return one._get_backend(torch.device("cpu"))
+        except RuntimeError:
+            continue
+    raise RuntimeError("fake NCCL: this group has no gloo beside it to carry the data")
 
 
 def _options(kind: Any, **values: Any) -> Any:

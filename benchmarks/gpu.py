@@ -41,6 +41,7 @@ from gengap_dist.launchers.local import threads_per_rank
 
 PARTS = {name: f"gpu_parts.{name}" for name in ("correctness", "sync", "memory", "speed")}
 PARTS["compile"] = "gpu_parts.compilation"
+INTERRUPTED = 130
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks" / "gpu.json"
 
 
@@ -190,15 +191,18 @@ def main() -> None:
         if options.list:
             return show(names, options, ledger)
         console.print(written.in_words(ledger.session["machine"]), highlight=False)
-        good = [measure(name, options, ledger, worker, console) for name in names]
-        page = options.out.with_suffix(".md")
-        page.write_text(written.page(ledgers.read(options.out), {name: part_of(name) for name in PARTS}))
+        good, page = True, options.out.with_suffix(".md")
+        for name in names:
+            good &= measure(name, options, ledger, worker, console)
+            page.write_text(written.page(ledgers.read(options.out), {name: part_of(name) for name in PARTS}))
         console.print(f"written: {options.out} and {page}")
     except UsageError as error:
         raise SystemExit(_refused(str(error))) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
     finally:
         worker.end(kill=True)
-    raise SystemExit(0 if all(good) else 1)
+    raise SystemExit(0 if good else 1)
 
 
 def _refused(sentence: str) -> int:

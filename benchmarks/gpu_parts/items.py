@@ -73,14 +73,13 @@ def quiet() -> Iterator[None]:
 
 
 def failure(error: BaseException) -> Answer:
-    """An exception as an answer, with its innermost places in the code."""
+    """An exception as an answer, with the innermost places of the one that caused it."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return {
-        "good": False,
-        "text": f"failed: {said}",
-        "error": said,
-        "at": places(traceback.extract_tb(error.__traceback__)),
-    }
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    at = places(traceback.extract_tb(cause.__traceback__))
+    return {"good": False, "text": f"failed: {said}", "error": said, "at": at}
 
 
 def places(frames: Sequence[traceback.FrameSummary]) -> list[str]:

@@ -50,7 +50,8 @@ def race_of(model: str, global_size: int, with_lightning: bool, world: World) ->
     if model == "lenet5":  # which has no batch norm: a micro-batch may be of any size
         way = WAYS["bf16"]
         racers["ours, bf16, micro_size=auto"] = ours(field(world, workload, way), way, **{"batch.micro_size": "auto"})
-    return _told(race(world, global_size, racers), world, model, global_size, "bf16")
+    absent = [] if with_lightning else ["Lightning"]
+    return _told(race(world, global_size, racers), world, model, global_size, "bf16") | {"absent": absent}
 
 
 def race_compiled(model: str, global_size: int, world: World) -> Answer:
@@ -185,6 +186,7 @@ def write(answers: Mapping[str, Answer]) -> str:
             size, micro = answer["global_size"], answer["micro_size"]
             rounds = max(map(len, answer["images_per_second"].values()), default=0)
             blocks.append(f"**{name}**: {size // micro} micro-batches of {micro:,} a step, {rounds} rounds")
+            blocks += [f"{who} was not installed there." for who in answer.get("absent", ())]
             blocks.append(speeds(answer))
         elif "rows" in answer:
             rows = [[row["what"], *(f"{row[key]:.2f}" for key in ("gpu_ms", "cpu_ms"))] for row in answer["rows"]]

@@ -59,8 +59,8 @@ class Waits:
         """Take a warning, if it is one of the mode's; in place of `warnings.showwarning`."""
         if "synchroniz" not in str(message):
             return
-        frames = [f"{short(f.filename)}:{f.lineno} {f.name}" for f in traceback.extract_stack()[:-1]]
-        frames = [frame for frame in frames if not frame.startswith(("benchmarks/", "warnings.py"))]
+        stack = [frame for frame in traceback.extract_stack()[:-1] if frame.filename != warnings.__file__]
+        frames = [f"{short(frame.filename)}:{frame.lineno} {frame.name}" for frame in stack]
         theirs = [owner for frame in frames for path, owner in OWNERS.items() if path in frame]
         mine = [frame for frame in frames if frame.startswith("gengap_dist/")]
         inner = frames[-1:] if frames[-1:] != mine[-1:] else []

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,8 @@ def run(
     world = world or connect(config.launch)
     world = clocked(world) if config.profile else world
     float32 = training_float32(world.device, tf32=config.train.tf32)
-    with watching(world, config.launch.hang_seconds), deterministic(config.train.deterministic), float32:
+    watched = watching(world, config.launch.hang_seconds)
+    with watched, deterministic(config.train.deterministic), float32, _enough_memory(config):
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)
@@ -590,6 +591,24 @@ class _Session:
             }
             | _split(self.times)
         )
+
+
+@contextlib.contextmanager
+def _enough_memory(config: RunConfig) -> Iterator[None]:
+    """While open, a GPU that has no memory left ends the run with a sentence that says what takes less.
+
+    Raises:
+        UsageError: instead of torch's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = config.batch.micro_size
+        instead = "choose a number" if size == "auto" else "choose a smaller one"
+        raise UsageError(
+            f"batch.micro_size ({size}) takes more memory than the GPU has ({str(error).partition('. GPU ')[0]}): "
+            f"{instead}, set train.recompute=true, or start more ranks"
+        ) from error
 
 
 def _facts_before(out: Path) -> dict[str, Any]:

@@ -31,19 +31,18 @@ pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.
 def ranks() -> Iterator[dict[tuple[str, int], Pool]]:
     """One and two ranks that stay, with GPUs and without."""
     with ExitStack() as stack:
-        found = {}
-        for device in ("cuda", "cpu"):
-            for size in (1, 2):
-                found[device, size] = stack.enter_context(closing(Pool(size)))
-                with _environment(fake_cuda.environment(size) if device == "cuda" else {"DS_ACCELERATOR": "cpu"}):
-                    found[device, size]._start()
-        yield found
+        yield {
+            (device, size): stack.enter_context(closing(Pool(size))) for device in ("cuda", "cpu") for size in (1, 2)
+        }
 
 
 def train(pool: Pool, device: str, settings: Settings, out: Path, *, resume: bool = False) -> None:
+    """A run; its ranks, if they have to be started, have what they need."""
     prepare_folder(out, "run.json", resume=resume)
     given = config(**(BASE | settings | {"launch__device": device}))
-    pool.run(given, out, resume=resume, progress=lambda done, total, note: None)
+    there = fake_cuda.environment(pool.num_processes) if device == "cuda" else {"DS_ACCELERATOR": "cpu"}
+    with _environment(there):
+        pool.run(given, out, resume=resume, progress=lambda done, total, note: None)
 
 
 def numbers(out: Path) -> Numbers:

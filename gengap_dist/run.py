@@ -29,6 +29,7 @@ from gengap_dist.models.norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
+from gengap_dist.out_of_memory import explained
 from gengap_dist.planning.memory_format import settle_format
 from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.precision import training_float32
@@ -86,12 +87,14 @@ def run(
 
     Raises:
         UsageError: if the config does not fit the data, the model or the machine.
+        OutOfMemory: if it does not fit a GPU.
         Preempted: after a rank was asked to leave; the folder is ready to be resumed.
     """
     world = world or connect(config.launch)
     world = clocked(world) if config.profile else world
     float32 = training_float32(world.device, tf32=config.train.tf32)
-    with watching(world, config.launch.hang_seconds), deterministic(config.train.deterministic), float32:
+    watched = watching(world, config.launch.hang_seconds)
+    with watched, deterministic(config.train.deterministic), float32, explained(world):
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)
@@ -128,7 +131,7 @@ def probe(
     Raises:
         UsageError: if the config does not fit the data or the model, or the weights do not fit the model.
     """
-    with training_float32(world.device, tf32=config.train.tf32):
+    with training_float32(world.device, tf32=config.train.tf32), explained(world):
         splits = _load_data(config, world, lambda done, total, note: None)
         model = _build_model(config, splits, world)
         train_set = catalog.placed(splits, config.data, world.device).train

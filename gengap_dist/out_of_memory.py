@@ -63,6 +63,7 @@ def explained(world: World) -> Iterator[None]:
     Raises:
         OutOfMemory: instead of what torch or a library raised; also on ranks that failed because another had done so.
     """
+    world.where.trouble = None  # of an earlier run
     try:
         yield
     except RuntimeError as error:

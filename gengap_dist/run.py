@@ -95,6 +95,8 @@ def run(
     float32 = training_float32(world.device, tf32=config.train.tf32)
     watched = watching(world, config.launch.hang_seconds)
     with watched, deterministic(config.train.deterministic), float32, explained(world):
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)  # the runs of a study share processes
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)
@@ -592,6 +594,7 @@ class _Session:
                 "images_per_second": round(samples / max(self.train_seconds, 1e-9), 1),
             }
             | _split(self.times)
+            | _memory_peaks(self.world)
         )
 
 
@@ -615,6 +618,15 @@ def _split(times: Tensor) -> dict[str, float]:
         slowest = int(busy.argmax())
         out |= {"time/slowest_rank": slowest, "time/slowest_over_mean": round(float(busy[slowest] / busy.mean()), 3)}
     return out
+
+
+def _memory_peaks(world: World) -> dict[str, list[float]]:
+    """The most GiB that torch had of each rank's GPU since this start, by rank; nothing on CPUs. Collective."""
+    if world.device.type != "cuda":
+        return {}
+    peaks = torch.zeros(world.size, dtype=torch.float64)
+    peaks[world.rank] = torch.cuda.max_memory_allocated(world.device) / 2**30
+    return {"memory_peak_gib": [round(peak, 3) for peak in world.sum(peaks, "peaks of memory").tolist()]}
 
 
 def _sampling(config: RunConfig, out: Path, world: World) -> contextlib.AbstractContextManager[None]:

@@ -1,9 +1,9 @@
-# make demo | test | check | bench: each alone makes .venv, installs, and does its job.
+# make demo | test | check | bench | gpu: each alone makes .venv, installs, and does its job.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu clean
 
 demo: .venv/.installed
 	$(BIN)/gengap study --config configs/demo.yaml --out demo
@@ -31,6 +31,10 @@ bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/probe_cost.py
 	$(BIN)/python benchmarks/aggregate.py
 	$(BIN)/python benchmarks/epoch.py --data $(or $(GENGAP_DATA),data)/cifar10-jpeg --jpeg
+
+# on a machine with a GPU; PART=correctness, sync, memory, speed or compile: docs/gpu.md
+gpu: .venv/.installed
+	$(BIN)/python benchmarks/gpu.py $(if $(PART),--part $(PART))
 
 .venv/bin/pip:
 	$(PYTHON) -m venv .venv

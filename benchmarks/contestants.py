@@ -12,14 +12,17 @@ and evaluation are left out, which the others have none of.
 
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -105,6 +108,19 @@ class Turn:
             raise RuntimeError("a contestant stopped") from self._error
 
 
+class Mode(NamedTuple):
+    """How the others compute; ours is told by settings."""
+
+    autocast: torch.dtype | None = None
+    channels_last: bool = False
+    compile: bool = False
+
+    @property
+    def order(self) -> torch.memory_format:
+        """Of images in memory."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
 class Field(NamedTuple):
     """What all contestants are given."""
 
@@ -112,17 +128,39 @@ class Field(NamedTuple):
     splits: catalog.Splits
     world: World
     root: Path
+    parts: int = 1
+    """Micro-batches of a share, whose gradients are added up."""
+    mode: Mode = Mode()
 
     @property
     def share(self) -> int:
         """Samples of one rank in a step."""
         return self.workload.global_size // self.world.size
 
+    @property
+    def micro_size(self) -> int:
+        """Samples of one rank in a pass."""
+        return self.share // self.parts
+
     def network(self) -> nn.Module:
-        """The same network with the same weights for everybody."""
+        """The same network with the same weights for everybody, on the rank's device."""
         torch.manual_seed(0)
         config, splits = self.workload.settings(self.root), self.splits
-        return models.of(config, splits.num_classes, splits.in_channels, self.world).train()
+        model = models.of(config, splits.num_classes, splits.in_channels, self.world).train()
+        return model.to(self.world.device, memory_format=self.mode.order)  # pyright: ignore[reportCallIssue]
+
+    def compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The network as the mode has it called."""
+        return torch.compile(model, dynamic=False) if self.mode.compile else model
+
+    def loss(self, net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        """A micro-batch's part of the mean loss of a share."""
+        images = images.to(self.world.device, non_blocking=True, memory_format=self.mode.order)
+        labels = labels.to(self.world.device, non_blocking=True)
+        kind = self.mode.autocast
+        with torch.autocast(images.device.type, dtype=kind) if kind else nullcontext():
+            loss = nn.functional.cross_entropy(net(images), labels)
+        return loss if self.parts == 1 else loss / self.parts
 
     def optimizer(self, model: nn.Module, **switches: Any) -> torch.optim.Optimizer:
         """SGD with momentum."""
@@ -146,9 +184,17 @@ class Field(NamedTuple):
     def loader(self, *, workers: int, sampler: Any = None) -> DataLoader[Any]:
         """As the tutorials make it."""
         return DataLoader(
-            self.dataset(), self.share, shuffle=sampler is None, sampler=sampler, num_workers=workers,
-            persistent_workers=workers > 0, drop_last=True,
+            self.dataset(), self.micro_size, shuffle=sampler is None, sampler=sampler, num_workers=workers,
+            persistent_workers=workers > 0, drop_last=True, pin_memory=self.world.device.type == "cuda",
         )  # fmt: skip
+
+
+def come_to_rest() -> None:
+    """Wait until the loaders' processes have read ahead what they may."""
+    before = -1.0
+    while (now := sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children())) > before:
+        before = now
+        time.sleep(0.1)
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -174,15 +220,15 @@ def torch_ddp(field: Field, turn: Turn, *, workers: int) -> None:
     model, sampler = field.network(), None
     if field.world.size > 1:
         model = DistributedDataParallel(model)
-    optimizer, criterion = field.optimizer(model), nn.CrossEntropyLoss()
+    optimizer, net = field.optimizer(model), field.compiled(model)
     if field.world.size > 1:
         sampler = DistributedSampler(range(len(field.splits.train)), drop_last=True)  # pyright: ignore
-    for images, labels in _for_ever(field.loader(workers=workers, sampler=sampler), sampler):
-        optimizer.zero_grad()
-        loss = criterion(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        turn()
+    for number, (images, labels) in enumerate(_for_ever(field.loader(workers=workers, sampler=sampler), sampler), 1):
+        field.loss(net, images, labels).backward()
+        if number % field.parts == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            turn()
 
 
 def _for_ever(loader: Any, sampler: Any = None) -> Iterator[Any]:
@@ -194,12 +240,13 @@ def _for_ever(loader: Any, sampler: Any = None) -> Iterator[Any]:
         epoch += 1
 
 
-def lightning(field: Field, turn: Turn) -> None:
-    """Lightning's Trainer, without logger, checkpoints, bar and summary."""
+def lightning(field: Field, turn: Turn, *, workers: int = 1, **more: Any) -> None:
+    """Lightning's Trainer, without logger, checkpoints, bar and summary, and with `more` of its settings."""
     import logging
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     import lightning as L
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # which the import has set to INFO
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     class Module(L.LightningModule):
@@ -217,16 +264,20 @@ def lightning(field: Field, turn: Turn) -> None:
             return field.optimizer(self)
 
     class Ends(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **more: Any) -> None:
-            turn()
+        def on_train_batch_end(
+            self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if (batch_idx + 1) % field.parts == 0:
+                turn()
 
     several = field.world.size > 1
     trainer = L.Trainer(
-        accelerator="cpu", devices=field.world.size, strategy="ddp" if several else "auto", max_epochs=-1,
-        plugins=[TorchElasticEnvironment()] if several else None, callbacks=[Ends()], logger=False,
+        accelerator=field.world.device.type, devices=field.world.size, strategy="ddp" if several else "auto",
+        max_epochs=-1, plugins=[TorchElasticEnvironment()] if several else None, callbacks=[Ends()], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accumulate_grad_batches=field.parts, **more,
     )  # fmt: skip
-    trainer.fit(Module(), field.loader(workers=1))
+    trainer.fit(Module(), field.loader(workers=workers))
 
 
 def accelerate(field: Field, turn: Turn) -> None:
@@ -273,7 +324,7 @@ def gengap(field: Field, turn: Turn, **more: Any) -> None:
     """This package: a whole run, with `more` settings than the defaults."""
     w, world = field.workload, replace(field.world, where=Whereabouts(on_gpu=field.world.device.type == "cuda"))
     if w.whole_share:
-        more = {"batch.micro_size": field.share} | more
+        more = {"batch.micro_size": field.micro_size} | more
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) if world.rank == 0 else Path()
         out = Path(_told(str(out), world))
@@ -295,21 +346,22 @@ def _told(word: str, world: World) -> str:
 
 
 def limit(field: Field, turn: Turn, *, real: bool = False) -> None:
-    """Forward, backward and step on one resident batch, over and over: no data, no metrics, no record."""
-    generator = torch.Generator().manual_seed(field.world.rank)
-    pixels = field.splits.train.pixels[: field.share]
+    """Forward, backward and step on one resident micro-batch, over and over: no data, no metrics, no record."""
+    generator, device = torch.Generator().manual_seed(field.world.rank), field.world.device
+    pixels = field.splits.train.pixels[: field.micro_size]
     assert isinstance(pixels, Tensor)
-    images = torch.randn(pixels.shape, generator=generator)
+    images = torch.randn(pixels.shape, generator=generator).to(device, memory_format=field.mode.order)
     if real:
-        images = Normalise(field.splits, field.world.device, torch.float32)(pixels)
-    labels = torch.randint(field.splits.num_classes, (field.share,), generator=generator)
-    model, criterion = field.network(), nn.CrossEntropyLoss()
+        images = Normalise(field.splits, device, torch.float32)(pixels.to(device))
+    labels = torch.randint(field.splits.num_classes, (field.micro_size,), generator=generator).to(device)
+    model = field.network()
     if field.world.size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = field.optimizer(model, fused=True)
+    optimizer, net = field.optimizer(model, fused=True), field.compiled(model)
     while True:
         optimizer.zero_grad(set_to_none=False)
-        criterion(model(images), labels).backward()
+        for _ in range(field.parts):
+            field.loss(net, images, labels).backward()
         optimizer.step()
         turn()
 

@@ -7,8 +7,7 @@ The page's words are written by hand; what stands between `<!-- NAME -->` and `<
 
 import argparse
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import fair
 import matplotlib
 from matplotlib.figure import Figure
+from tables import fill, table
 
 from gengap_dist.report.drawing import ACCENT, INK, QUIET, SOFT, STYLE, WARM
 
@@ -47,22 +47,6 @@ def write(docs: Path) -> None:
     for name, body in {"headline": headline(peers), "peers": details(peers), "memory": memory(peers)}.items():
         text = fill(text, name, body)
     page.write_text(text)
-
-
-def fill(text: str, name: str, body: str) -> str:
-    r"""`text` with `body` between the marks of `name`.
-
-    >>> fill("a\n<!-- x -->\nold\n<!-- /x -->\nb", "x", "new")
-    'a\n<!-- x -->\nnew\n<!-- /x -->\nb'
-    """
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    return re.sub(f"(?<={start}\n).*?(?={end})", lambda _: body + "\n", text, flags=re.S)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def headline(peers: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ import fair
 import page
 import psutil
 import torch
-from contestants import WORKLOADS, Field, Turn, Workload, contestants
+from contestants import WORKLOADS, Field, Turn, Workload, come_to_rest, contestants
 from rich.console import Console
 from team import Team
 
@@ -64,7 +64,7 @@ def set_up(world: World, name: str, data: Path, who: str) -> float:
 
 def take_turn(world: World, who: str, num_steps: int, untimed: int = 0) -> float:
     """Seconds of `num_steps`, after some that do not count and when the loaders are at rest."""
-    _come_to_rest()
+    come_to_rest()
     if untimed:
         TURNS[who].steps(untimed)
     world.barrier()
@@ -80,14 +80,6 @@ def give_back() -> None:
     """Free memory, to the system: all contestants' together would be more than there is."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
-
-
-def _come_to_rest() -> None:
-    """Wait until the loaders' processes have read ahead what they may."""
-    before = -1.0
-    while (now := sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children())) > before:
-        before = now
-        time.sleep(0.1)
 
 
 def peak_mib(world: World) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gengap_dist.batching import BatchPlan
 from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.models.norm import has_batch_norm
+from gengap_dist.out_of_memory import ran_out
 from gengap_dist.probes.capture import observing
 from gengap_dist.strategies.deepspeed import check as check_zero
 
@@ -111,6 +112,10 @@ def check_switches(config: RunConfig, num_ranks: int, device_type: str | None) -
             )
     if train.autocast == "float16" and device_type == "cpu":
         raise UsageError("train.autocast (float16) is for GPUs, and this run is on a CPU: choose bfloat16, or null")
+    if train.tf32 and device_type == "cpu":
+        raise UsageError("train.tf32 (true) is for GPUs, and this run is on a CPU: choose train.tf32=false")
+    if config.data.device == "cuda" and device_type == "cpu":
+        raise UsageError("data.device (cuda) is for GPUs, and this run is on a CPU: choose data.device=auto")
     if train.compile and train.recompute:
         raise UsageError("train.compile and train.recompute both decide what is computed twice: choose one, or neither")
     if train.compile and config.norm == "sync":
@@ -214,6 +219,8 @@ def check_logits(config: RunConfig, model: nn.Module, images: Tensor, num_classe
         try:
             logits = model(images)
         except RuntimeError as error:
+            if ran_out(error):
+                raise
             raise UsageError(
                 f"model.name ({config.model.name}) cannot take images of {list(images.shape[1:])} "
                 f"({str(error).splitlines()[0]}): change the model, or data.image_size"

@@ -34,7 +34,7 @@ C = TypeVar("C", bound=BaseModel)
 
 MACHINERY = (
     "launch.", "mlflow.", "checkpoint.", "batch.micro_size", "data.root", "data.download", "data.memory_gib",
-    "data.workers", "train.compile", "train.recompute", "train.channels_last", "profile",
+    "data.workers", "data.device", "train.compile", "train.recompute", "train.channels_last", "profile",
 )  # fmt: skip
 """Settings that say how and where a run is computed, not what it computes: they may change when it is resumed."""
 
@@ -44,6 +44,15 @@ OWN_NAMES = ("study.axes.", "study.tune.space.")
 
 class UsageError(ValueError):
     """Something the user gave is wrong: one sentence with name, value, rule and remedy. Commands exit with 2 on it."""
+
+
+class OutOfMemory(UsageError):
+    """A rank's GPU has too little memory for the run."""
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        """`told`: whether another rank says so."""
+        super().__init__(message)
+        self.told = told
 
 
 def _one_or_many(value: Any) -> Any:
@@ -98,6 +107,9 @@ class DataConfig(Section):
     """imagefolder: read pictures when a step needs them, not all before the first: for folders larger than memory."""
     workers: PositiveInt = 4
     """Threads of a rank that read pictures ahead when data.streaming is set."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the images are while GPUs train: cuda, in the memory of each GPU; cpu, in the machine's, from which they
+    are gathered ahead and copied through pinned memory; auto: cuda, if they take at most half of what is free there."""
 
     @model_validator(mode="after")
     def _augmentations_fit(self) -> Self:
@@ -110,6 +122,11 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.crop_padding ({self.crop_padding}) can shift a picture of {self.image_size} pixels out of "
                 f"sight: choose less than {self.image_size}"
+            )
+        if self.streaming and self.device == "cuda":
+            raise ValueError(
+                "data.device (cuda) keeps all images in a GPU's memory, and data.streaming (true) leaves them on disk: "
+                "set data.device=auto, or data.streaming=false"
             )
         if self.streaming and self.name != "imagefolder":
             raise ValueError(
@@ -258,6 +275,9 @@ class TrainConfig(Section):
     autocast: Literal["bfloat16", "float16"] | None = None
     """Precision of matrix products and convolutions in training, if not train.dtype; parameters keep theirs. float16
     (GPU only) scales the loss so that small gradients survive."""
+    tf32: bool = False
+    """Let GPUs round the inputs of float32 matrix products and convolutions to 10 bits of mantissa (TF32): faster, but
+    ranks and micro-batches then change the result by about 1e-3. Probes never do."""
     channels_last: bool | Literal["auto"] = False
     """Keep images and convolutions in NHWC order, which some hardware computes faster; auto measures both orders and
     remembers the answer for this network on this machine."""

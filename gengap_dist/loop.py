@@ -53,8 +53,8 @@ class Objective:
         """What the last forward pass adds to the loss, besides its share of the mean."""
         return 0.0
 
-    def value(self) -> float:
-        """Of what is added, over the whole global batch."""
+    def value(self) -> Tensor | float:
+        """Of what is added, over the whole global batch; a number on the device, or one that is known."""
         return 0.0
 
 
@@ -118,8 +118,9 @@ def accumulate(strategy: Strategy, batches: Batches, work: Work, objective: Obje
             if watch and number == 1:
                 share = span.size / len(indices)
                 sums[2] = strategy.local_energy() / share**2
-                sums[3], sums[4] = 1 / span.size, 1.0
-        sums[5] = objective.value() / world.size
+                sums[3].fill_(1 / span.size)  # assigning a number would copy it, and wait for a GPU
+                sums[4].fill_(1.0)
+        sums[5].add_(objective.value() / world.size)
     return sums
 
 
@@ -171,5 +172,5 @@ def evaluate(model: nn.Module, images: Images, normalise: Normalise, world: Worl
             labels = images.labels[start:stop]
             sums[start // EVAL_BLOCK, 0] = cross_entropy(logits.double(), labels, reduction="sum")
             sums[start // EVAL_BLOCK, 1] = (logits.argmax(1) == labels).sum()
-    loss, accuracy = (world.sum(sums).sum(0) / len(images)).tolist()
+    loss, accuracy = (world.read(sums, "scores").sum(0) / len(images)).tolist()
     return Score(loss, accuracy)

@@ -38,7 +38,9 @@ def command(argv: Sequence[str]) -> int:
         raise UsageError(f"--model ({options.model}) is a folder without run.json: give the folder of a run")
     if options.mlflow and not options.out:
         raise UsageError("--mlflow sends what is in --out: give --out DIR as well")
-    config = _config(options, load_yaml(folder / "config.yaml") if is_run else {"model": {"name": options.model}})
+    # of a run all but where it was computed: that may have been on GPUs, or under Ray
+    base = load_yaml(folder / "config.yaml") | {"launch": {}} if is_run else {"model": {"name": options.model}}
+    config = _config(options, base)
     out = Path(options.out).resolve() if options.out else None
 
     from gengap_dist.run import probe

@@ -24,13 +24,15 @@ from gengap_dist.config import DataConfig, RunConfig, UsageError, differences
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth, stream
 from gengap_dist.data.resident import Batches, Normalise
-from gengap_dist.loop import NUM_SUMS, Score, evaluate, join_with_nothing
+from gengap_dist.loop import Score, evaluate, join_with_nothing
 from gengap_dist.models.norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
+from gengap_dist.out_of_memory import explained
 from gengap_dist.planning.memory_format import settle_format
 from gengap_dist.planning.micro_size import Network, settle
+from gengap_dist.precision import training_float32
 from gengap_dist.preemption import Preempted
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
@@ -85,11 +87,16 @@ def run(
 
     Raises:
         UsageError: if the config does not fit the data, the model or the machine.
+        OutOfMemory: if it does not fit a GPU.
         Preempted: after a rank was asked to leave; the folder is ready to be resumed.
     """
     world = world or connect(config.launch)
     world = clocked(world) if config.profile else world
-    with watching(world, config.launch.hang_seconds), deterministic(config.train.deterministic):
+    float32 = training_float32(world.device, tf32=config.train.tf32)
+    watched = watching(world, config.launch.hang_seconds)
+    with watched, deterministic(config.train.deterministic), float32, explained(world):
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)  # the runs of a study share processes
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)
@@ -126,36 +133,37 @@ def probe(
     Raises:
         UsageError: if the config does not fit the data or the model, or the weights do not fit the model.
     """
-    splits = _load_data(config, world, lambda done, total, note: None)
-    model = _build_model(config, splits, world)
-    train_set = splits.train.to(world.device)
-    normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
-    batches = Batches(train_set, normalise, config.data, config.seed)
-    observer = Observer(config, train_set, normalise, flat(model), world)
-    record = Record(out) if out and world.rank == 0 else NoRecord()
-    found = []
-    for number, (step, path, state) in enumerate(networks):
-        if state is not None:
-            checkpoint.restore(model, state, path)
-        if number == 0:
-            facts = {
-                "data": catalog.summary(splits, config.data) if world.rank == 0 else None,
-                "world_size": world.size,
-                "device": str(world.device.type),
-                "launcher": "probe",
-                "num_parameters": sum(p.numel() for p in model.parameters()),
-                "num_steps": networks[-1][0],
-                "num_probe_samples": observer.num_samples,
-            }
-            record.start(config, facts)
-            record.resume(0, 0.0, {})
-        shown = model if state is not None else untrained(model, batches, world, config.batch.ghost_size)
-        found.append((step, observer(shown, controls=True)))
-        for probe_set, spectra in found[-1][1].spectra.items():
-            record.spectra(step, spectra, probe_set)
-        record.log(step, 0.0, found[-1][1].metrics)
-    record.finish(FINISHED, {"num_steps": networks[-1][0]})
-    return found
+    with training_float32(world.device, tf32=config.train.tf32), explained(world):
+        splits = _load_data(config, world, lambda done, total, note: None)
+        model = _build_model(config, splits, world)
+        train_set = catalog.placed(splits, config.data, world.device).train
+        normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
+        batches = Batches(train_set, normalise, config.data, config.seed)
+        observer = Observer(config, train_set, normalise, flat(model), world)
+        record = Record(out) if out and world.rank == 0 else NoRecord()
+        found = []
+        for number, (step, path, state) in enumerate(networks):
+            if state is not None:
+                checkpoint.restore(model, state, path)
+            if number == 0:
+                facts = {
+                    "data": catalog.summary(splits, config.data) if world.rank == 0 else None,
+                    "world_size": world.size,
+                    "device": str(world.device.type),
+                    "launcher": "probe",
+                    "num_parameters": sum(p.numel() for p in model.parameters()),
+                    "num_steps": networks[-1][0],
+                    "num_probe_samples": observer.num_samples,
+                }
+                record.start(config, facts)
+                record.resume(0, 0.0, {})
+            shown = model if state is not None else untrained(model, batches, world, config.batch.ghost_size)
+            found.append((step, observer(shown, controls=True)))
+            for probe_set, spectra in found[-1][1].spectra.items():
+                record.spectra(step, spectra, probe_set)
+            record.log(step, 0.0, found[-1][1].metrics)
+        record.finish(FINISHED, {"num_steps": networks[-1][0]})
+        return found
 
 
 class _Session:
@@ -172,9 +180,8 @@ class _Session:
         if world.device.type == "cpu":
             keep_freed_memory()
         splits = _load_data(config, world, progress)
-        self.train_set, self.val_set, self.test_set = (
-            images.to(world.device) for images in (splits.train, splits.val, splits.test)
-        )
+        there = catalog.placed(splits, config.data, world.device)
+        self.train_set, self.val_set, self.test_set = there.train, there.val, there.test
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         self.batches = Batches(self.train_set, self.normalise, config.data, config.seed)
         self.order = Order(len(self.train_set), config.batch.global_size, config.seed, growth=growth(config))
@@ -421,22 +428,24 @@ class _Session:
         return self.order.epochs_done(step)
 
     def _flush(self) -> bool:
-        """Record the pending steps; whether a checkpoint is due by steps or by rank 0's clock. Collective."""
+        """Record the pending steps; whether a checkpoint is due by steps or by rank 0's clock. Collective.
+
+        A GPU is waited for once, for the sums of the steps. What ranks know without it crosses in the CPU's memory.
+        """
+        rows = self._sums_of_steps()
         every_steps = self.config.checkpoint.every_steps
         overdue = time.monotonic() - self._saved_at > self.config.checkpoint.every_seconds
-        clock = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.world.device)
+        mine = torch.zeros(2 + self.times.numel(), dtype=torch.float64)
+        times = mine[2:].view_as(self.times)
+        times[self.world.rank] = torch.tensor(self.world.where.take())
         if self.saver:  # rank 0, whose clock and budget hold for all
-            clock[:2] = clock.new_tensor([overdue and not self.saver.busy, self._probe_exceeds_budget()])
-        rows = torch.stack([*(taken.sums for _, taken in self._pending), clock])
-        times = rows.new_zeros(self.world.size, len(KINDS))
-        times[self.world.rank] = times.new_tensor(self.world.where.take())
-        told = self.world.sum(torch.cat([rows.flatten(), times.flatten()]), "metrics of the last steps")
-        rows = told[: rows.numel()].view_as(rows).tolist()
-        save_due, leave_out, *_ = rows.pop()
-        self._left_out_in_a_row += bool(leave_out)
+            mine[:2] = torch.tensor([overdue and not self.saver.busy, self._probe_exceeds_budget()])
+        self.world.sum(mine, "times of the last steps")
+        save_due, leave_out = mine[:2].bool().tolist()
+        self._left_out_in_a_row += leave_out
         self.probe_left_out += [self.step] if leave_out else []
-        for (step, taken), (loss, correct, *small, extra, square) in zip(self._pending, rows, strict=True):
-            size, norm = taken.size, square**0.5 if taken.norm is None else float(taken.norm)
+        for (step, taken), (loss, correct, *small, extra, square, norm) in zip(self._pending, rows, strict=True):
+            size, norm = taken.size, square**0.5 if taken.norm is None else norm
             loss /= size
             found = {
                 "train/loss": loss,
@@ -453,10 +462,19 @@ class _Session:
                 self._pending.clear()
                 raise Diverged(step, loss)
         self._pending.clear()
-        times = told[-times.numel() :].view_as(times).cpu()
         self.times += times
         self.record.log(self.step, self._epoch(self.step), _split(times))
-        return bool(save_due) or (every_steps is not None and self.step % every_steps == 0)
+        return save_due or (every_steps is not None and self.step % every_steps == 0)
+
+    def _sums_of_steps(self) -> list[list[float]]:
+        """Of each pending step the sums of `accumulate` over all ranks, and the norm of its gradient. Collective."""
+        if not self._pending:
+            return []
+        none = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        known = [taken.norm if self.world.rank == 0 and taken.norm is not None else none for _, taken in self._pending]
+        sums = torch.stack([taken.sums for _, taken in self._pending])
+        norms = torch.stack([norm.double() for norm in known])  # one number on all ranks: rank 0 gives it
+        return self.world.read(torch.cat([sums, norms[:, None]], 1), "metrics of the last steps").tolist()
 
     def _noise(self, small: list[float], norm: float, size: int) -> dict[str, float]:
         """The noise scale after a step, if its gradients came in two sizes."""
@@ -471,8 +489,6 @@ class _Session:
         budget = self.config.probe.budget
         if budget is None or self.step == self.num_steps or not self._probe_may_come(self.step):
             return False
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
         began, step = self._window  # not all of the run: what came before its first step comes once
         each_step = (time.monotonic() - began) / (self.step - step)
         elapsed = self.record.seconds() - self.probe_seconds
@@ -578,6 +594,7 @@ class _Session:
                 "images_per_second": round(samples / max(self.train_seconds, 1e-9), 1),
             }
             | _split(self.times)
+            | _memory_peaks(self.world)
         )
 
 
@@ -601,6 +618,15 @@ def _split(times: Tensor) -> dict[str, float]:
         slowest = int(busy.argmax())
         out |= {"time/slowest_rank": slowest, "time/slowest_over_mean": round(float(busy[slowest] / busy.mean()), 3)}
     return out
+
+
+def _memory_peaks(world: World) -> dict[str, list[float]]:
+    """The most GiB that torch had of each rank's GPU since this start, by rank; nothing on CPUs. Collective."""
+    if world.device.type != "cuda":
+        return {}
+    peaks = torch.zeros(world.size, dtype=torch.float64)
+    peaks[world.rank] = torch.cuda.max_memory_allocated(world.device) / 2**30
+    return {"memory_peak_gib": [round(peak, 3) for peak in world.sum(peaks, "peaks of memory").tolist()]}
 
 
 def _sampling(config: RunConfig, out: Path, world: World) -> contextlib.AbstractContextManager[None]:

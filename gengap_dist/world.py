@@ -36,23 +36,41 @@ class World:
         return self
 
     def sum(self, tensor: Tensor, what: str = "sum") -> Tensor:
-        """Sum over ranks, in place, on every rank. Shape and dtype stay. `what` it is, for whoever waits too long."""
+        """Sum over ranks, in place, on every rank. Shape and dtype stay. `what` it is, for whoever waits too long.
+
+        On a GPU the sum is only begun when this returns: `read` waits for its numbers.
+        """
         if self.size > 1:
             with self.where.during("communication", what, meeting=True):
-                dist.all_reduce(tensor)
+                dense = tensor.contiguous()  # NCCL refuses any other; gloo takes them
+                dist.all_reduce(dense)
+                if dense is not tensor:
+                    tensor.copy_(dense)
         return tensor
+
+    def read(self, tensor: Tensor, what: str = "sum") -> Tensor:
+        """Sum over ranks, in place, and the sum in the CPU's memory.
+
+        Waiting for it counts as waiting for the other ranks, on a GPU, too: a watchdog sees it.
+        """
+        self.sum(tensor, what)
+        if tensor.is_cpu:
+            return tensor
+        with self.where.during("communication", what, meeting=self.size > 1):
+            return tensor.cpu()
 
     def sum_later(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Begin to sum `tensor`, in place; the function returned waits for the sum."""
         if self.size == 1:
             return lambda: tensor
-        work = dist.all_reduce(tensor, async_op=True)
+        dense = tensor.contiguous()
+        work = dist.all_reduce(dense, async_op=True)
         assert work is not None
 
         def wait() -> Tensor:
             with self.where.during("communication", "agreement on whether to leave", meeting=True):
                 work.wait()
-            return tensor
+            return tensor if dense is tensor else tensor.copy_(dense)
 
         return wait
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gengap_dist.config import DataConfig, UsageError
 from gengap_dist.data import TORCHVISION
+from gengap_dist.data.on_host import HostImages
 from gengap_dist.data.streamed import AHEAD_BYTES, Pictures, read_picture
 
 if TYPE_CHECKING:
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 
 
 CHUNK = 1_024  # pictures that are copied or counted at a time: temporaries are no second data set
+SHARE_OF_GPU = 0.5  # of a GPU's free memory that data.device=auto gives to the images
 MEAN_OF = 4_096  # training pictures that give the mean and deviation of a set left on disk
 
 
 class Images(NamedTuple):
     """One split."""
 
-    pixels: Tensor | Pictures  # [N, C, H, W] uint8
+    pixels: Tensor | Pictures | HostImages  # [N, C, H, W] uint8
     labels: Tensor  # [N] int64
 
     def __len__(self) -> int:
@@ -36,18 +38,24 @@ class Images(NamedTuple):
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Images":
-        """The same images on a device."""
+        """The same images on a device; pictures on disk are put there when they are indexed."""
+        assert not isinstance(self.pixels, HostImages)  # they are where they are to be
         return Images(self.pixels.to(device), self.labels.to(device))
+
+    def kept_on_host(self, device: torch.device) -> "Images":
+        """The same images in the machine's memory, put on a device when they are indexed; labels are there."""
+        assert isinstance(self.pixels, Tensor)
+        return Images(HostImages(self.pixels, device), self.labels.to(device))
 
     def take(self, indices: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [n, C, H, W] and labels [n] at [n] int64 positions, `there` being the same on the images' device."""
-        if isinstance(self.pixels, Pictures):
-            return self.pixels[indices], self.labels[there]  # reading the numbers of `there` would wait for a GPU
-        return self.pixels.index_select(0, there), self.labels[there]  # 20 times as fast as [there]
+        if isinstance(self.pixels, Tensor):
+            return self.pixels.index_select(0, there), self.labels[there]  # 20 times as fast as [there]
+        return self.pixels[indices], self.labels[there]  # reading the numbers of `there` would wait for a GPU
 
     def expect(self, indices: Tensor) -> None:
-        """Say that `indices` [n] are asked for next: pictures on disk are read ahead, those in memory are there."""
-        if isinstance(self.pixels, Pictures):
+        """Say that `indices` [n] are asked for next: what is not on the device yet is brought nearer."""
+        if not isinstance(self.pixels, Tensor):
             self.pixels.expect(indices)
 
     def fingerprint(self, root: Path) -> Iterator[Any]:
@@ -55,7 +63,8 @@ class Images(NamedTuple):
         if isinstance(self.pixels, Pictures):
             yield from self.pixels.fingerprint(root)
         else:
-            yield np.ascontiguousarray(self.pixels.cpu().numpy()).data
+            pixels = self.pixels.pixels if isinstance(self.pixels, HostImages) else self.pixels
+            yield np.ascontiguousarray(pixels.cpu().numpy()).data
         yield np.ascontiguousarray(self.labels.cpu().numpy()).data
 
 
@@ -83,6 +92,29 @@ class Splits(NamedTuple):
             for part in images.fingerprint(root):
                 digest.update(part)
         return digest.hexdigest()
+
+
+def placed(splits: Splits, config: DataConfig, device: torch.device) -> Splits:
+    """The splits with their images where `data.device` wants them while `device` trains.
+
+    Raises:
+        UsageError: if all of them are to be in a GPU's memory and do not fit there; nothing is copied then.
+    """
+    move = Images.to
+    if device.type == "cuda" and not config.streaming:
+        torch.cuda.empty_cache()  # what torch keeps for later is free, too
+        free, _ = torch.cuda.mem_get_info(device)
+        needed = sum(images.pixels.shape.numel() for images in (splits.train, splits.val, splits.test))
+        if config.device == "cuda" and needed > free:
+            raise UsageError(
+                f"data.device (cuda) keeps the {needed / 2**30:.3g} GiB of {config.name} in the memory of every GPU, "
+                f"and {torch.cuda.get_device_name(device)} has {free / 2**30:.3g} GiB free: choose data.device=auto, "
+                "or cpu"
+            )
+        if config.device == "cpu" or (config.device == "auto" and needed > free * SHARE_OF_GPU):
+            move = Images.kept_on_host
+    train, val, test = (move(images, device) for images in (splits.train, splits.val, splits.test))
+    return splits._replace(train=train, val=val, test=test)
 
 
 class _Raw(NamedTuple):

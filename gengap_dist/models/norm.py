@@ -105,7 +105,7 @@ class GhostBatchNorm(Normed):
 
 
 class SyncBatchNorm(Normed):
-    """Batch norm over the whole global batch, on any device: torch's own is for GPUs.
+    """Batch norm over the whole global batch, on any device: torch's own is for GPUs, and waits for one in every layer.
 
     Each rank must be given all of its samples of a step at once, in training, and equally often; none are welcome.
     """
@@ -121,12 +121,21 @@ class SyncBatchNorm(Normed):
         if self.world.size == 1:
             return batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, True, eta, self.eps)
         out, mean, var, count = _OverRanks.apply(input, self.weight, self.bias, self.eps, self.world)
-        if count > 1:
-            if self.running_mean is not None and self.running_var is not None:
-                self.running_mean.mul_(1 - eta)
-                self.running_var.mul_(1 - eta)
-            self.remember(mean, var * (count / (count - 1)), eta)
+        self._enter(mean, var, count, eta)
         return out
+
+    @torch.no_grad()
+    def _enter(self, mean: Tensor, var: Tensor, count: Tensor, eta: float) -> None:
+        """Let a step's mean [C] and biased variance [C] over `count` values enter the running statistics.
+
+        One value has no variance: it changes nothing. Nobody asks a GPU for `count`: that would wait for it.
+        """
+        if self.running_mean is None or self.running_var is None:
+            return
+        kind = self.running_mean.dtype
+        share = (count > 1).to(kind) * eta
+        self.running_mean.lerp_(mean.to(kind), share)
+        self.running_var.lerp_((var * (count / (count - 1).clamp_min(1))).to(kind), share)
 
 
 class _OverRanks(torch.autograd.Function):
@@ -141,7 +150,7 @@ class _OverRanks(torch.autograd.Function):
         told = torch.zeros(world.size, 2 * channels + 1, dtype=torch.float64, device=input.device)
         if n:
             mean, var = torch.batch_norm_update_stats(input.to(kind), None, None, 0.0)  # 3 times as fast as var_mean
-            told[world.rank] = torch.cat([mean.double(), var.double(), told.new_tensor([n])])
+            told[world.rank] = torch.cat([mean.double(), var.double(), told.new_full((1,), n)])
         world.sum(told, "batch norm statistics")
         means, variances, counts = told[:, :channels], told[:, channels:-1], told[:, -1:]
         count = counts.sum()
@@ -254,8 +263,6 @@ def _ghost(old: _BatchNorm, ghost_size: int, position: Position) -> nn.Module:
 
 
 def _sync(old: _BatchNorm, world: World) -> nn.Module:
-    if world.size > 1 and world.device.type == "cuda":
-        return nn.SyncBatchNorm(old.num_features, **_settings(old))
     return SyncBatchNorm(old.num_features, world, **_settings(old))
 
 

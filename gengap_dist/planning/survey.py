@@ -224,7 +224,7 @@ def _of_model(
         "bytes_on_wire": sum(message.on_wire(num_ranks) for message in messages),
         "memory": Memory(
             **held,
-            data=sizes.num_bytes,
+            data=0 if (config.data.device, config.launch.device) == ("cpu", "cuda") else sizes.num_bytes,
             activations=saved,
             activations_by=how,
             probe=probe_bytes,

@@ -4,14 +4,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gengap_dist.config import UsageError
+from gengap_dist.precision import exact_float32
 from gengap_dist.probes.layers import Layer
 
 
@@ -53,7 +52,7 @@ def observing(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and the import would take two seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_exact_kernels())
+        stack.enter_context(exact_float32())
         stack.enter_context(torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]))
         for kind in {device.type for device in devices} | {"cpu"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -63,37 +62,6 @@ def observing(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-@contextmanager
-def _exact_kernels() -> Iterator[None]:
-    """Deterministic convolutions, and no TF32 or bfloat16 where float32 is multiplied.
-
-    Torch has two interfaces to the latter. The older refuses to answer, outside as well as in here, once the newer one
-    has been used in a way that it cannot express; the newer is a tree, in which what is set above holds below.
-    """
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    older = [
-        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
-        (*_switch(cudnn, "allow_tf32"), False),
-    ]
-    ops = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
-    newer = [(*_switch(place, "fp32_precision"), "ieee") for place in (torch.backends, cudnn, *ops)]
-    with ExitStack() as stack:
-        for read, write, exact in [(*_switch(cudnn, "deterministic"), True), *older, *newer]:
-            try:
-                before = read()
-            except RuntimeError:  # of the older interface; the newer one, below, knows
-                continue
-            if before != exact:
-                stack.callback(write, before)
-                write(exact)
-        yield
-
-
-def _switch(place: object, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
-    """Functions that read and write an attribute."""
-    return partial(getattr, place, name), partial(setattr, place, name)
 
 
 @contextmanager

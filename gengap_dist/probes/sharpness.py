@@ -138,7 +138,8 @@ def hessian_eigenvalues(
     """The largest eigenvalues of the Hessian of the mean cross entropy, by Lanczos's method. Collective.
 
     Full reorthogonalisation, twice (Golub & Van Loan, 10.3): the Krylov vectors cost max_steps * P * 8 bytes on every
-    rank, 5 GB for 8 million parameters. An eigenvalue that is there several times over may be given only once.
+    rank, 5 GB for 8 million parameters, in the CPU's memory: a GPU needs its own for the passes. An eigenvalue that is
+    there several times over may be given only once.
 
     Args:
         model: any network that gives logits; left as found.
@@ -169,10 +170,13 @@ def hessian_eigenvalues(
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every rank
 
     def draw() -> Tensor:
-        return torch.randn(len(loss.weights_P), dtype=torch.float64, generator=generator).to(loss.weights_P.device)
+        return torch.randn(len(loss.weights_P), dtype=torch.float64, generator=generator)
+
+    def product(vector_P: Tensor) -> Tensor:
+        return loss.product(vector_P.to(loss.weights_P.device)).cpu()
 
     rounding = min(64 * torch.finfo(loss.weights_P.dtype).eps, tolerance)
-    found, residual = lanczos(loss.product, draw, world, num, max_steps, tolerance, rounding)
+    found, residual = lanczos(product, draw, world, num, max_steps, tolerance, rounding)
     if not math.isfinite(residual):
         warnings.warn("the loss or its curvature is not finite: its eigenvalues are nan", stacklevel=2)
     elif residual > tolerance:

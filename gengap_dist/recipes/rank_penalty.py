@@ -61,7 +61,7 @@ class RankPenalty(Objective):
         self.measure = MEASURES[config.rank_measure]
         self._layers: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()
         self._terms: list[Tensor] = []
-        self._value = 0.0
+        self._value: Tensor | float = 0.0
 
     def layers(self, model: nn.Module, example: Callable[[], Tensor]) -> list[Layer]:
         """The layers it holds for, which one pass of an example finds.
@@ -103,12 +103,12 @@ class RankPenalty(Objective):
                     with world.where.part("forward"):
                         strategy.local_forward(images if span.size else images[:0])
         told = world.sum(torch.cat([matrix.flatten() for matrix in sums.values()]), "covariance of activations")
-        weights, value = {}, 0.0
+        weights, values = {}, []
         for layer, flat in zip(layers, told.split([matrix.numel() for matrix in sums.values()]), strict=True):
             found, mean_D, matrix_DD, count = self._linearise(flat)
-            value += found
+            values.append(found)
             weights[layer.name] = mean_D, matrix_DD / count
-        self._value = self.strength * value
+        self._value = self.strength * torch.stack(values).sum()
 
         def charge(layer: Layer, output: Tensor) -> None:
             kind = torch.promote_types(output.dtype, torch.float32)  # bfloat16 would leave nothing of the differences
@@ -130,24 +130,35 @@ class RankPenalty(Objective):
                 hook.remove()
                 self._terms.clear()
 
-    def _linearise(self, flat: Tensor) -> tuple[float, Tensor, Tensor, float]:
-        """R(C), m, dR/dC and N from the summed moments."""
+    def _linearise(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """R(C), m, dR/dC and N from the summed moments, all on the device.
+
+        Of one row, or of a layer that is dead, R and its gradient are 0: there is no spread to shape.
+        """
         size = int(flat.numel() ** 0.5)
         moments = flat.view(size, size) / flat[-1]
         mean_D = moments[-1, :-1]
-        covariance = (moments[:-1, :-1] - torch.outer(mean_D, mean_D)).requires_grad_()
-        if not covariance.trace() > 0:  # one row, or a layer that is dead: there is no spread to shape
-            return 0.0, mean_D, torch.zeros_like(covariance), float(flat[-1])
+        covariance = moments[:-1, :-1] - torch.outer(mean_D, mean_D)
+        alive = covariance.trace() > 0
+        covariance = torch.where(
+            alive, covariance, torch.eye(size - 1, dtype=flat.dtype, device=flat.device)
+        ).requires_grad_()
         with torch.enable_grad():
             value = self.measure(covariance)
             (matrix,) = torch.autograd.grad(value, covariance)
-        return value.item(), mean_D, (matrix + matrix.T) / 2, float(flat[-1])
+        none = torch.zeros_like(value)
+        return (
+            torch.where(alive, value.detach(), none),
+            mean_D,
+            torch.where(alive, matrix + matrix.T, none) / 2,
+            flat[-1],
+        )
 
     def extra(self) -> Tensor | float:
         """See `Objective.extra`."""
         return self.strength * sum(self._terms)
 
-    def value(self) -> float:
+    def value(self) -> Tensor | float:
         """See `Objective.value`."""
         return self._value
 

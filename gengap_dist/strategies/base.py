@@ -147,7 +147,8 @@ class Strategy(ABC):
 
     def unscaled(self, value: Tensor) -> Tensor:
         """What is proportional to the gradients as they come from `backward`, as it is for those of the loss."""
-        return value / self.scaler.get_scale() if self.scaler.is_enabled() else value
+        # what get_scale gives, without waiting for a GPU
+        return value / self.scaler.scale(torch.ones((), device=value.device)) if self.scaler.is_enabled() else value
 
     def gradient_norm(self) -> Tensor:
         """2-norm of the parameters' gradients after the last micro-step, a scalar on the device. Collective."""

@@ -30,13 +30,17 @@ def missing() -> str | None:
     return None if _headers() else "fake GPUs need CUDA's headers, which come with torch's triton package"
 
 
-def _headers() -> Path | None:
-    """The folder of cuda_runtime_api.h: the triton package, which torch's wheels for Linux bring, has a copy."""
-    spec = importlib.util.find_spec("triton")
-    for folder in spec.submodule_search_locations if spec and spec.submodule_search_locations else []:
-        for found in Path(folder).glob("**/crt/host_defines.h"):
-            return found.parent.parent
-    return None
+def _headers() -> list[Path]:
+    """Folders with CUDA's headers, as torch's wheels for Linux bring them: the runtime's own, and triton's copy."""
+    found = [Path(path) for path in _folders("nvidia", "*/include/cuda_runtime_api.h")]
+    more = [Path(path).parent for path in _folders("triton", "**/crt/host_defines.h")]  # which the runtime's lack
+    return [path.parent for path in (*found, *more)] if more else []
+
+
+def _folders(package: str, pattern: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    places = spec.submodule_search_locations if spec else None
+    return [path for place in places or [] for path in sorted(Path(place).glob(pattern))]
 
 
 def libraries() -> Path:
@@ -45,18 +49,17 @@ def libraries() -> Path:
     Raises:
         RuntimeError: with `missing`'s reason.
     """
-    headers = _headers()
     if reason := missing():
         raise RuntimeError(reason)
-    assert headers
-    digest = hashlib.sha256(str(headers).encode())
+    flags = [f"-I{folder}" for folder in _headers()]
+    digest = hashlib.sha256(repr(flags).encode())
     for source, *_ in LIBRARIES.values():
         digest.update((HERE / source).read_bytes())
     folder = Path(tempfile.gettempdir()) / f"gengap_fake_cuda.{os.getuid()}.{digest.hexdigest()[:16]}"
     if not folder.is_dir():
         part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-        for name, (source, compiler, flags) in LIBRARIES.items():
-            command = [compiler, "-O2", "-shared", "-fPIC", f"-I{headers}", "-o", part / name, HERE / source, *flags]
+        for name, (source, compiler, links) in LIBRARIES.items():
+            command = [compiler, "-O2", "-shared", "-fPIC", *flags, "-o", part / name, HERE / source, *links]
             subprocess.run(command, check=True)
         try:
             part.rename(folder)
@@ -77,6 +80,7 @@ def environment(num_gpus: int = 1, *, mib: int | None = None) -> dict[str, str]:
     return {
         "FAKE_CUDA": "1",
         "FAKE_CUDA_COUNT": str(num_gpus),
+        "TORCH_DIST_USE_NCCL2": "0",  # torch 2.15's other ProcessGroupNCCL connects when it is made
         **({} if mib is None else {"FAKE_CUDA_MIB": str(mib)}),
         "LD_PRELOAD": str(folder / "libfakecudart.so"),
         "LD_LIBRARY_PATH": os.pathsep.join([str(folder), *filter(None, [read("LD_LIBRARY_PATH")])]),

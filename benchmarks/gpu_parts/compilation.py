@@ -1,0 +1,116 @@
+"""torch.compile on a GPU: whether it computes the same, what the first step takes, recompilations, and the gain."""
+
+import statistics
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import fair
+from tables import table
+
+from gengap_dist.world import World
+
+from .correctness import Judged, compare
+from .items import Answer, Item, Part
+from .racing import WAYS, Way, field, ours, race, task
+from .runs import NO_PROBE, Settings, folder, numbers, train
+
+
+class Case(NamedTuple):
+    """A configuration that is compiled."""
+
+    model: str
+    way: str
+    settings: Settings = {}
+    tolerance: float = 1e-3
+    judged: Judged = "losses and gradient norms"
+    global_size: int = 1024
+
+
+SEVERAL: Settings = {"batch.ghost_size": 40, "batch.micro_size": 384}  # of 1,000: passes of 360, 320 and 320
+CASES: dict[str, Case] = {
+    "LeNet-5, fp32": Case("lenet5", "fp32"),
+    "ResNet-20, ghost norm, bf16, two micro-batch sizes": Case("resnet20", "bf16", SEVERAL, 5e-2, global_size=1000),
+    "ResNet-20, ghost norm, fp32, two micro-batch sizes": Case("resnet20", "fp32", SEVERAL, 5e-2, global_size=1000),
+    "ResNet-56, bf16 NHWC": Case("resnet56", "bf16 NHWC", {}, 5e-2),
+    "ResNet-56, TF32": Case("resnet56", "TF32", {}, 5e-2),
+    "VGG-16, bf16": Case("vgg16", "bf16", {}, 5e-2),
+}
+STEPS = 4
+
+
+def graphs() -> int:
+    """Graphs that torch has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def agree(case: Case, world: World) -> Answer:
+    """A compiled run beside the same as it is, on digits; and how many graphs its first step and the others compile."""
+    way = WAYS[case.way]
+    settings = {**NO_PROBE, **way.settings, "model.name": case.model, "train.steps": STEPS}
+    settings |= {"batch.global_size": case.global_size, "batch.micro_size": case.global_size, **case.settings}
+    counted: dict[int, int] = {}
+
+    def progress(done: int, total: int, note: str) -> None:
+        counted[done] = graphs()
+
+    device = world.device.type
+    with folder() as out:
+        train({**settings, "train.compile": True}, device, out, progress=progress)
+        found = numbers(out)
+    with folder() as out:
+        train(settings, device, out)
+        twin = numbers(out)
+    answer = compare(found, twin, case.tolerance, case.judged)
+    return answer | {"graphs": counted[1], "recompiled": counted[STEPS] - counted[1]}
+
+
+def compiled(case: Case, world: World) -> Answer:
+    """Agreement, recompilations, first step and gain."""
+    answer, way, workload = agree(case, world), WAYS[case.way], task(case.model, case.global_size)
+    given = field(world, workload, way)
+
+    def racing(way: Way) -> dict[str, object]:
+        return {**case.settings, **way.settings}
+
+    racers = {
+        "as it is": ours(given, way, **racing(way)),
+        "compiled": ours(given, way, **racing(way.compiled())),
+    }
+    found = race(world, case.global_size, racers)
+    answer |= found
+    answer["good"] = bool(answer["good"] and not answer["recompiled"] and answer["graphs"] and not found["failed"])
+    if not found["failed"]:
+        gain = fair.ratio(*(found["images_per_second"][who] for who in ("compiled", "as it is")))
+        first = found["first_step_seconds"]["compiled"]
+        answer["text"] += f"; first step {first:.1f} s, {gain} times as fast"
+    answer["text"] += f"; {answer['graphs']} graphs, {answer['recompiled']} compiled after the first step"
+    return answer
+
+
+def write(answers: Mapping[str, Answer]) -> str:
+    """A row for each configuration."""
+    rows = []
+    for name, answer in answers.items():
+        row = [name, "yes" if answer["good"] else "**no**", f"{float(answer['worst']['difference']):.2g}"]
+        row += [str(answer["graphs"]), str(answer["recompiled"])]
+        speeds = answer["images_per_second"]
+        if answer["failed"]:
+            row += ["; ".join(f"{who} {failed['text']}" for who, failed in answer["failed"].items()), "", ""]
+        else:
+            row.append(f"{answer['first_step_seconds']['compiled']:.1f}")
+            row.append(f"{statistics.median(speeds['compiled']):,.0f}")
+            row.append(str(fair.ratio(speeds["compiled"], speeds["as it is"])))
+        rows.append(row)
+    head = ["configuration", "as it should be", "worst difference", "graphs", "compiled later", "first step, s"]
+    return table([*head, "images/s", "over uncompiled"], rows)
+
+
+PART = Part(
+    "Compilation",
+    "Does torch.compile work, and what does it gain?",
+    [Item(name, partial(compiled, case), 90.0, alone=True) for name, case in CASES.items()],
+    write,
+)

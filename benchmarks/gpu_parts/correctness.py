@@ -1,0 +1,310 @@
+"""Whether a GPU computes what a CPU computes: short runs of many configurations, each beside a twin.
+
+Everything that metrics.jsonl holds but times is compared. What decides depends on the precision:
+
+  float64    every number, counts among them, to 1e-8: a wrong sum or a missed sample shows here
+  float32    losses, norms and measures of spectra, but neither counts (accuracies, ranks, near-rank loss), which jump,
+             nor the least singular values, which are rounding; of deep networks with batch norm, where rounding grows
+             from step to step, losses and gradient norms only
+  bfloat16, float16, TF32
+             losses and gradient norms, beside those of the same run in float32 on the same GPU: no CPU rounds as
+             they do
+
+Runs that are to be equal bit by bit, repeated or resumed ones, are compared in numbers and in weights.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from tables import table
+from torch import Tensor
+
+from gengap_dist import checkpoint
+from gengap_dist.tracking.record import read_info
+from gengap_dist.world import World
+
+from .items import Answer, Item, Part
+from .runs import NO_PROBE, Numbers, Settings, folder, numbers, recorded, train
+
+Judged = Literal["every number", "smooth numbers", "losses and gradient norms"]
+COUNTS = ("near_rank_", "numerical_rank", "dead_units", "pca_", "srank_", "accuracy", "train_test_gap")
+EDGES = ("sigma_min", "condition_number")
+SMALLEST = 1e-6  # in float32: a difference is relative to at least this; in float64 to much less
+SMALLEST_IN_FLOAT64 = 1e-12
+
+
+class Check(NamedTuple):
+    """One comparison; its tolerance is the largest relative difference."""
+
+    settings: Settings
+    tolerance: float = 1e-3
+    judged: Judged = "smooth numbers"
+    twin: Settings = {}
+    """What the twin has instead."""
+    twin_device: str = "cpu"
+    needs: str = ""
+    seconds: float = 5.0
+
+
+def _in_float64(settings: Settings, **more: Any) -> Check:
+    return Check({**settings, "train.dtype": "float64"}, **{"tolerance": 1e-8, "judged": "every number", **more})
+
+
+def _rounded(settings: Settings, tolerance: float, twin: Settings) -> Check:
+    return Check({**NO_PROBE, **settings}, tolerance, "losses and gradient norms", twin, "cuda")
+
+
+MLP: Settings = {"model.name": "mlp", "model.widths": [48, 32]}
+GHOST: Settings = {**MLP, "batch.ghost_size": 16}
+SMALL_RESNET: Settings = {"model.name": "resnet20", "data.image_size": 16}
+ADAMW: Settings = {"optim.name": "adamw", "optim.lr": 1e-3, "optim.weight_decay": 0.1}
+EVERY_DIAGNOSTIC: Settings = {
+    "probe.rivals": ["noise_scale", "norms", "weights", "neural_collapse", "hessian", "keskar"]
+}
+IN_FLOAT32: Settings = {"train.autocast": None}
+SINGLE: Settings = {"launch.strategy": "single"}
+
+CHECKS: dict[str, Check] = {
+    "LeNet-5 as it comes": Check({"probe.per_decade": 3}),
+    "LeNet-5, float64": _in_float64({}),
+    "ResNet-20, ghost norm, float64": _in_float64({**SMALL_RESNET, "batch.ghost_size": 32}, seconds=20.0),
+    "ResNet-20": Check(SMALL_RESNET, 5e-2, "losses and gradient norms", seconds=10.0),
+    "VGG-16": Check(
+        {**NO_PROBE, "model.name": "vgg16", "train.steps": 2}, 5e-2, "losses and gradient norms", seconds=30.0
+    ),
+    "F1, ghost norm": Check({"model.name": "f1", "batch.ghost_size": 32}),
+    "C1, dropout": Check({"model.name": "c1"}),
+    "attention": Check({"model.name": "gpu_parts.networks:Attention", "probe.views": ["token", "pool", "flatten"]}),
+    "all views, own batch, two sample sizes": Check(
+        {"probe.views": ["channel", "pool", "flatten"], "probe.own_batch": True, "probe.num_samples": [64, 128]}
+    ),
+    "TSQR, float64": _in_float64({"probe.method": "tsqr", "probe.views": ["channel", "pool", "flatten"]}),
+    "every diagnostic, float64": _in_float64({**MLP, "model.norm": "none", **EVERY_DIAGNOSTIC}, tolerance=1e-6),
+    "every diagnostic": Check({**MLP, "model.norm": "none", **EVERY_DIAGNOSTIC}),
+    "augmentation, float64": _in_float64({**NO_PROBE, "data.augment": ["crop", "flip", "cutout"]}),
+    "local norm, micro-batches, float64": _in_float64({**MLP, "batch.micro_size": 24}),
+    "ghost norm, micro-batches, float64": _in_float64({**GHOST, "batch.micro_size": 24}),
+    "sync norm, float64": _in_float64({**MLP, "model.norm": "sync"}),
+    "group norm, float64": _in_float64({**SMALL_RESNET, **NO_PROBE, "model.norm": "group"}, seconds=20.0),
+    "no norm, float64": _in_float64({**MLP, "model.norm": "none"}),
+    "SGD, Nesterov, warm-up, cosine, float64": _in_float64(
+        {
+            "optim.nesterov": True,
+            "optim.warmup_epochs": 0.1,
+            "optim.schedule": "cosine",
+            "optim.weight_decay": 1e-3,
+        }
+    ),
+    "AdamW, clipped, float64": _in_float64({**ADAMW, "optim.clip_norm": 0.5}),
+    "LARS, float64": _in_float64({"optim.name": "lars", "optim.lr": 2.0, "optim.weight_decay": 1e-3}, needs="timm"),
+    "LAMB, float64": _in_float64({"optim.name": "lamb", "optim.lr": 0.01}, needs="timm"),
+    "label smoothing, float64": _in_float64({**NO_PROBE, "recipe.label_smoothing": 0.1}),
+    "SAM, float64": _in_float64({**NO_PROBE, **GHOST, "recipe.sam_rho": 0.05}),
+    "gradient penalty, float64": _in_float64(
+        {**NO_PROBE, "recipe.gradient_penalty": 0.05, "recipe.penalty_size": 16}, tolerance=1e-6
+    ),
+    "rank penalty, logdet, float64": _in_float64({**NO_PROBE, "recipe.rank_penalty": 0.02}, tolerance=1e-6),
+    "rank penalty, spread, bfloat16": _rounded(
+        {"recipe.rank_penalty": 0.02, "recipe.rank_measure": "spread", "train.autocast": "bfloat16"}, 1e-1, IN_FLOAT32
+    ),
+    "EMA, float64": _in_float64({**GHOST, "recipe.average": "ema"}),
+    "SWA, float64": _in_float64({**GHOST, "recipe.average": "swa", "recipe.average_start": 0.25}),
+    "post-local SGD, float64": _in_float64(
+        {
+            **NO_PROBE,
+            "recipe.local": "post_local_sgd",
+            "recipe.workers": 2,
+            "recipe.local_steps": 1,
+            "recipe.local_start": 0.25,
+        }
+    ),
+    "SWAP, float64": _in_float64(
+        {**NO_PROBE, **GHOST, "recipe.local": "swap", "recipe.workers": 2, "recipe.local_start": 0.25}
+    ),
+    "recompute, float64": _in_float64(
+        {**NO_PROBE, **SMALL_RESNET, "batch.ghost_size": 32, "train.recompute": True}, seconds=20.0
+    ),
+    "channels_last": Check({"train.channels_last": True}),
+    "micro_size=auto, channels_last=auto": Check(
+        {**NO_PROBE, "batch.micro_size": "auto", "train.channels_last": "auto"},
+        twin={"batch.micro_size": 64, "train.channels_last": False},
+        seconds=20.0,
+    ),
+    "bfloat16": _rounded({"train.autocast": "bfloat16"}, 5e-2, IN_FLOAT32),
+    "float16": _rounded({"train.autocast": "float16"}, 2e-2, IN_FLOAT32),
+    "float16, SAM, clipped": _rounded(
+        {"train.autocast": "float16", "recipe.sam_rho": 0.05, "optim.clip_norm": 1.0}, 2e-2, IN_FLOAT32
+    ),
+    "TF32": _rounded({"train.tf32": True}, 2e-2, {"train.tf32": False}),
+    "FSDP, float64": _in_float64({"launch.strategy": "fsdp"}, twin=SINGLE, seconds=10.0),
+    **{
+        f"ZeRO {stage}": Check({**ADAMW, "launch.strategy": f"zero{stage}"}, twin=SINGLE, needs="deepspeed", seconds=15)
+        for stage in range(4)
+    },
+    "profile": Check({**NO_PROBE, "profile": True, "train.steps": 14}, seconds=20.0),
+}
+
+
+# -- beside a twin ----------------------------------------------------------------------------------------------------
+
+
+def beside_twin(check: Check, world: World) -> Answer:
+    """A configuration on the GPU, and its twin."""
+    found = recorded(check.settings, "cuda")
+    return compare(found, recorded({**check.settings, **check.twin}, check.twin_device), check.tolerance, check.judged)
+
+
+def compare(found: Numbers, twin: Numbers, tolerance: float, judged: Judged) -> Answer:
+    """The worst difference of what is judged, and of everything; bad if a number is missing on one side."""
+    smallest = SMALLEST_IN_FLOAT64 if judged == "every number" else SMALLEST
+    only = sorted(str(key) for key in found.keys() ^ twin.keys())
+    differences = {key: difference(found[key], twin[key], smallest) for key in found.keys() & twin.keys()}
+    among = {key: value for key, value in differences.items() if _is_judged(key[1], judged)}
+
+    def worst(some: Mapping[tuple[int, str], float]) -> dict[str, Any] | None:
+        if not some:
+            return None
+        key = max(some, key=lambda key: some[key])
+        told = {"difference": some[key], "gpu": found[key], "twin": twin[key]}
+        return {name: value if math.isfinite(value) else str(value) for name, value in told.items()} | {
+            "step": key[0],
+            "name": key[1],
+        }
+
+    largest = max(among.values(), default=math.inf)
+    good = largest <= tolerance and not only
+    said = f"{len(among)} of {len(differences)} numbers judged ({judged}), worst {_place(worst(among))}"
+    said += "" if largest <= tolerance else f", more than {tolerance:g}"
+    said += f"; {len(only)} numbers are on one side only, such as {only[0]}" if only else ""
+    return {
+        "good": good,
+        "text": said,
+        "tolerance": tolerance,
+        "judged": judged,
+        "num_judged": len(among),
+        "num_numbers": len(differences),
+        "worst": worst(among),
+        "worst_of_all": worst(differences),
+        "on_one_side": only[:10],
+    }
+
+
+def _is_judged(name: str, judged: Judged) -> bool:
+    if judged == "losses and gradient norms":
+        return name.endswith(("/loss", "/grad_norm"))
+    if judged == "smooth numbers":
+        return not any(word in name for word in COUNTS) and not name.startswith(EDGES)
+    return True
+
+
+def difference(a: float, b: float, smallest: float) -> float:
+    """Relative to the larger of the two, or to `smallest`.
+
+    >>> difference(1.0, 1.5, 1e-6), difference(0.0, 1e-9, 1e-6), difference(math.nan, 1.0, 1e-6)
+    (0.3333333333333333, 0.001, inf)
+    """
+    if a == b or (math.isnan(a) and math.isnan(b)):
+        return 0.0
+    if not math.isfinite(a - b):
+        return math.inf
+    return abs(a - b) / max(abs(a), abs(b), smallest)
+
+
+def _place(worst: Mapping[str, Any] | None) -> str:
+    if worst is None:
+        return "nowhere"
+    return f"{float(worst['difference']):.2g} at {worst['name']}, step {worst['step']}"
+
+
+# -- bit by bit -------------------------------------------------------------------------------------------------------
+
+State = tuple[Numbers, dict[str, Tensor]]
+LONGER: Settings = {**SMALL_RESNET, "batch.ghost_size": 32, "train.steps": 12, "checkpoint.every_steps": 6}
+
+
+def _state(out: Path) -> State:
+    newest = max(checkpoint.steps(out / "checkpoints").items())[1]
+    return numbers(out), checkpoint.load(newest / "model.pt")
+
+
+def _whole(settings: Settings, device: str) -> State:
+    with folder() as out:
+        train(settings, device, out)
+        return _state(out)
+
+
+def _in_two(settings: Settings, first: str, device: str) -> State:
+    """A run that is stopped after half of its steps on `first`, and resumed on `device`."""
+    with folder() as out:
+        train(settings, first, out, until=settings["train.steps"] // 2)
+        assert read_info(out)["status"] == "preempted"
+        train(settings, device, out, resume=True)
+        return _state(out)
+
+
+def _bits(a: State, b: State, *, needed: bool) -> Answer:
+    different = [str(key) for key in a[0].keys() | b[0].keys() if a[0].get(key) != b[0].get(key)]
+    weights = [name for name in a[1] if not torch.equal(a[1][name].cpu(), b[1][name].cpu())]
+    same = not (different or weights)
+    said = f"{len(different)} of {len(a[0])} numbers and {len(weights)} of {len(a[1])} tensors differ"
+    return {
+        "good": same or not needed,
+        "text": "equal, bit by bit" if same else said + ("" if needed else " (which is no fault: nothing promises it)"),
+        "equal": same,
+        "numbers_that_differ": sorted(different)[:10],
+        "tensors_that_differ": weights[:10],
+    }
+
+
+def twice(settings: Settings, needed: bool, world: World) -> Answer:
+    """Two runs of one configuration on the GPU; equality is asked for only if `needed`."""
+    return _bits(_whole(settings, "cuda"), _whole(settings, "cuda"), needed=needed)
+
+
+def resumed(settings: Settings, world: World) -> Answer:
+    """A run stopped and resumed on the GPU, beside one that was not."""
+    return _bits(_in_two(settings, "cuda", "cuda"), _whole(settings, "cuda"), needed=True)
+
+
+def begun_on_cpu(settings: Settings, world: World) -> Answer:
+    """A run begun on the CPU and resumed on the GPU, beside one on the CPU."""
+    found, twin = _in_two(settings, "cpu", "cuda"), _whole(settings, "cpu")
+    return compare(found[0], twin[0], 1e-8, "every number")
+
+
+DETERMINISTIC: Settings = {**LONGER, "train.deterministic": True}
+BITS: dict[str, Callable[[World], Answer]] = {
+    "two runs, deterministic": partial(twice, DETERMINISTIC, True),
+    "two runs, deterministic, channels_last": partial(twice, {**DETERMINISTIC, "train.channels_last": True}, True),
+    "two runs, as it comes": partial(twice, LONGER, False),
+    "stopped and resumed, deterministic": partial(resumed, DETERMINISTIC),
+    "begun on the CPU, float64": partial(
+        begun_on_cpu, {**GHOST, **ADAMW, "train.dtype": "float64", "train.steps": 8, "checkpoint.every_steps": 4}
+    ),
+}
+
+
+# -- the part ---------------------------------------------------------------------------------------------------------
+
+
+def items() -> list[Item]:
+    """In the order in which they tell most."""
+    found = [Item(name, partial(beside_twin, c), c.seconds, c.needs) for name, c in CHECKS.items()]
+    return found + [Item(name, job, 15.0) for name, job in BITS.items()]
+
+
+def write(answers: Mapping[str, Answer]) -> str:
+    """A row for each configuration."""
+    rows = []
+    for name, answer in answers.items():
+        worst = answer.get("worst")
+        told = [_place(worst), f"{answer['tolerance']:g}", answer["judged"]] if worst else [answer["text"], "", ""]
+        rows.append([name, "yes" if answer["good"] else "**no**", *told])
+    return table(["configuration", "as it should be", "worst relative difference", "tolerance", "judged"], rows)
+
+
+PART = Part("Correctness", "Does the GPU compute what the CPU computes?", items(), write)

@@ -1,0 +1,197 @@
+"""Memory of a real GPU: running out of it, and what runs take beside what `gengap plan` says.
+
+Running out is real: torch's allocator is given a share of the GPU, and refuses more as the driver would.
+"""
+
+import math
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from tables import table
+
+from gengap_dist import models
+from gengap_dist.config import UsageError
+from gengap_dist.planning.constants import Constants
+from gengap_dist.planning.fastest import turn_seconds
+from gengap_dist.planning.layout import Cluster
+from gengap_dist.planning.memory import saved_for_backward
+from gengap_dist.planning.micro_size import OTHER_BYTES, TEMPORARY
+from gengap_dist.planning.rehearsal import Rehearsal
+from gengap_dist.planning.survey import survey
+from gengap_dist.tracking.record import read_info
+from gengap_dist.world import World
+
+from .items import Answer, Item, Part, places
+from .runs import NO_PROBE, Settings, config, folder, train
+
+MIB = 2**20
+WHOLE: Settings = {**NO_PROBE, "batch.global_size": 1024, "train.steps": 2, "data.val_fraction": 0.1}
+LENET5: Settings = {"model.name": "lenet5"}
+VGG16: Settings = {"model.name": "vgg16", "batch.ghost_size": 32}
+RESNET20: Settings = {"model.name": "resnet20", "batch.ghost_size": 32}
+PEAKS: dict[str, Settings] = {
+    "LeNet-5, 1,024": {**LENET5, "batch.micro_size": 1024},
+    "LeNet-5, 128, with a probe": {**LENET5, "batch.micro_size": 128, "probe.enabled": True},
+    "ResNet-56, 256": {"model.name": "resnet56", "batch.micro_size": 256},
+    "ResNet-56, 256, bfloat16": {"model.name": "resnet56", "batch.micro_size": 256, "train.autocast": "bfloat16"},
+    "ResNet-56, 256, recompute": {"model.name": "resnet56", "batch.micro_size": 256, "train.recompute": True},
+    "VGG-16, 256": {"model.name": "vgg16", "batch.micro_size": 256},
+    "VGG-16, 256, AdamW": {"model.name": "vgg16", "batch.micro_size": 256, "optim.name": "adamw", "optim.lr": 1e-3},
+}
+
+
+@contextmanager
+def room_for(num_bytes: int, device: torch.device) -> Iterator[None]:
+    """While open, this process may take so many bytes more of the GPU."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + num_bytes) / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+def saved_bytes(settings: Settings) -> int:
+    """What a pass of the whole batch saves for its backward pass, as plan has it."""
+    given = config({**WHOLE, **settings}, "cpu")
+    model = models.of(given, 10, 1, World())
+    side = given.data.image_size
+    return saved_for_backward(given, model, (1, side, side), given.batch.global_size)[0]
+
+
+def ooms() -> int:
+    """How often torch's allocator has refused in this process."""
+    return torch.cuda.memory_stats().get("num_ooms", 0)
+
+
+def passes(settings: Settings, share: float, world: World) -> Answer:
+    """A pass that fits, one of the whole batch, which does not, and one that fits: as auto tries them."""
+    given = config({**WHOLE, **settings}, "cuda")
+    model = models.of(given, 10, 1, World()).to(world.device)
+    room, before, took = int(share * saved_bytes(settings)), ooms(), dict[str, float]()
+    with room_for(room, world.device):
+        rehearsal = Rehearsal(given, model, 1, 10, world.device)
+        for name, size in {"before": 64, "whole": given.batch.global_size, "after": 64}.items():
+            took[name] = turn_seconds(rehearsal, size, 1, world)
+        kept = torch.cuda.memory_allocated()
+    fits = {name: seconds < math.inf for name, seconds in took.items()}
+    good = fits == {"before": True, "whole": False, "after": True} and ooms() > before
+    return {
+        "good": good,
+        "text": f"with {room / MIB:.0f} MiB: " + ", ".join(f"{name} {_fit(fit)}" for name, fit in fits.items()),
+        "fits": fits,
+        "room_bytes": room,
+        "allocated_bytes_after": kept,
+        "times_out_of_memory": ooms() - before,
+    }
+
+
+def _fit(fit: bool) -> str:
+    return "fits" if fit else "does not fit"
+
+
+def auto_survives(settings: Settings, share: float, world: World) -> Answer:
+    """`batch.micro_size=auto`, and training, where only a `share` of what the whole batch takes is to be had."""
+    room, before = int(share * saved_bytes(settings)), ooms()
+    with room_for(room, world.device), folder() as out:
+        train({**WHOLE, **settings, "batch.micro_size": "auto"}, "cuda", out)
+        info = read_info(out)
+    size, rates = info["micro_size"], info["micro_size_auto"].get("images_per_second", {})
+    return {
+        "good": True,
+        "text": f"with {room / MIB:.0f} MiB it found {size}, and trained; {', '.join(map(str, rates))} fit, "
+        f"and {ooms() - before} tries ran out of memory",
+        "room_bytes": room,
+        "size": size,
+        "images_per_second": rates,
+        "times_out_of_memory": ooms() - before,
+    }
+
+
+def one_sentence(settings: Settings, share: float, world: World) -> Answer:
+    """A batch.micro_size that is too large: a sentence, no traceback, and a process that can go on."""
+    room = int(share * saved_bytes(settings))
+    answer: Answer = {"good": False, "text": f"{room / MIB:.0f} MiB were enough: nothing is known"}
+    with room_for(room, world.device), folder() as out:
+        try:
+            train({**WHOLE, **settings, "batch.micro_size": WHOLE["batch.global_size"]}, "cuda", out)
+        except UsageError as error:
+            answer = {"good": True, "text": str(error)}
+        except RuntimeError as error:
+            said = f"no sentence of ours: {type(error).__name__}: {error}"[:200]
+            answer = {"good": False, "text": said, "at": places(traceback.extract_tb(error.__traceback__))}
+    with folder() as out:
+        train({**WHOLE, **settings, "batch.micro_size": 64}, "cuda", out)
+    return answer | {"room_bytes": room}
+
+
+def peak(settings: Settings, world: World) -> Answer:
+    """The most that a run takes, beside plan.
+
+    What must hold is the rule that `batch.micro_size=auto` goes by: what stays, and TEMPORARY times what a pass saves.
+    """
+    given = {**WHOLE, **settings}
+    plan = survey(config(given, "cuda"), Cluster(1, 1), Constants()).memory
+    assert plan is not None
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with folder() as out:
+        train(given, "cuda", out)
+    taken = torch.cuda.max_memory_allocated() - before
+    most = plan.total + (TEMPORARY - 1) * plan.activations + OTHER_BYTES
+    ratio = taken / plan.total
+    return {
+        "good": taken <= most,
+        "text": f"took {taken / MIB:,.0f} MiB, plan says {plan.total / MIB:,.0f} ({ratio:.2f} times), "
+        f"auto allows {most / MIB:,.0f}",
+        "bytes": taken,
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "planned_bytes": plan.total,
+        "planned": {name: getattr(plan, name) for name in ("activations", "probe", "data", "optimizer_state")},
+        "allowed_bytes": most,
+    }
+
+
+def write(answers: Mapping[str, Answer]) -> str:
+    """Sentences on running out, and a table of peaks."""
+
+    def mib(answer: Mapping[str, Any], name: str) -> str:
+        return f"{answer[name] / MIB:,.0f}" if name in answer else ""
+
+    said = [f"- {name}: {'' if answer['good'] else '**not as it should be**, '}{answer['text']}" for name, answer in
+            answers.items() if "planned_bytes" not in answer]  # fmt: skip
+    rows = [
+        [
+            name,
+            mib(answer, "bytes"),
+            mib(answer, "planned_bytes"),
+            f"{answer['bytes'] / answer['planned_bytes']:.2f}",
+            mib(answer, "allowed_bytes"),
+        ]
+        for name, answer in answers.items()
+        if "planned_bytes" in answer
+    ]
+    head = ["run, images a pass", "peak, MiB", "plan, MiB", "peak over plan", "what auto allows, MiB"]
+    return "\n\n".join(filter(None, ["\n".join(said), table(head, rows) if rows else ""]))
+
+
+PART = Part(
+    "Memory",
+    "Does it survive running out of memory, and is the plan's prediction right?",
+    [
+        Item("a pass that does not fit, ResNet-20", partial(passes, RESNET20, 0.6), 10.0),
+        Item("auto, ResNet-20, ghost norm", partial(auto_survives, RESNET20, 0.6), 20.0),
+        Item("auto, VGG-16, ghost norm", partial(auto_survives, VGG16, 0.6), 30.0),
+        Item("too large a micro_size, LeNet-5", partial(one_sentence, LENET5, 1.3), 5.0),
+        Item("too large a micro_size, ResNet-20", partial(one_sentence, RESNET20, 0.6), 10.0),
+        *(Item(f"peak, {name}", partial(peak, given), 15.0) for name, given in PEAKS.items()),
+    ],
+    write,
+)

@@ -1,0 +1,216 @@
+"""Images per second on one GPU: this package, plain torch, Lightning and the bare step; and where linear algebra goes.
+
+The images are random, of CIFAR-10's shape. Ours reads them from memory like any data set; torch and Lightning decode
+them with PIL in loaders' processes, as their tutorials teach; the bare step has one micro-batch on the GPU.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import fair
+import torch
+from contestants import lightning, torch_ddp
+from tables import table
+
+from gengap_dist import models
+from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.planning.rehearsal import synchronise
+from gengap_dist.probes import measure
+from gengap_dist.world import World
+
+from .items import Answer, Item, Part
+from .racing import WAYS, Racer, bare, field, largest_that_fits, ours, race, task
+
+TITLES = {"resnet56": "ResNet-56", "lenet5": "LeNet-5", "vgg16": "VGG-16"}
+THEIRS = {"TF32": "32-true", "bf16": "bf16-mixed"}  # ways in which torch and Lightning take part; Lightning's word
+MOST_WORKERS = 8  # a loader's
+AHEAD = 0.9  # of a step: a host that takes less waits for the GPU, not the GPU for it
+
+
+def _workers() -> int:
+    return max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 1))
+
+
+def race_of(model: str, global_size: int, with_lightning: bool, world: World) -> Answer:
+    """Everybody, in every way but compiled."""
+    workload, racers = task(model, global_size), dict[str, Racer]()
+    for name, way in WAYS.items():
+        given = field(world, workload, way)
+        racers[f"ours, {name}"] = ours(given, way)
+        racers[f"bare step, {name}"] = bare(given, way)
+        if name in THEIRS:
+            racers[f"torch, {name}"] = Racer(partial(torch_ddp, given, workers=_workers()), way.tf32)
+        if name in THEIRS and with_lightning:
+            trainer = partial(lightning, given, workers=_workers(), precision=THEIRS[name])
+            racers[f"Lightning, {name}"] = Racer(trainer, way.tf32)
+    if model == "lenet5":  # which has no batch norm: a micro-batch may be of any size
+        way = WAYS["bf16"]
+        racers["ours, bf16, micro_size=auto"] = ours(field(world, workload, way), way, **{"batch.micro_size": "auto"})
+    absent = [] if with_lightning else ["Lightning"]
+    return _told(race(world, global_size, racers), world, model, global_size, "bf16") | {"absent": absent}
+
+
+def race_compiled(model: str, global_size: int, world: World) -> Answer:
+    """Compiled, and the same as it is."""
+    workload, way = task(model, global_size), WAYS["bf16 NHWC"]
+    given, compiled = field(world, workload, way), field(world, workload, way.compiled())
+    racers = {
+        "ours, bf16 NHWC": ours(given, way),
+        "ours, compiled": ours(compiled, way.compiled()),
+        "bare step, compiled": bare(compiled, way.compiled()),
+    }
+    return _told(race(world, global_size, racers), world, model, global_size, "compiled")
+
+
+def _told(found: Answer, world: World, model: str, global_size: int, way: str) -> Answer:
+    """`found`, with a line on one way."""
+    speeds = found["images_per_second"]
+    mine, limit = speeds.get(f"ours, {way}"), speeds.get(f"bare step, {way}")
+    said = f"ours, {way}: failed" if mine is None else f"ours, {way}: {statistics.median(mine):,.0f} images/s"
+    said += f", {fair.ratio(mine, limit)} of the bare step" if mine and limit else ""
+    failed = found["failed"]
+    said += f"; failed: {', '.join(failed)}" if failed else ""
+    good = not any(who.startswith("ours") for who in failed)
+    micro_size = largest_that_fits(world, model, global_size)
+    return {"good": good, "text": said, "global_size": global_size, "micro_size": micro_size, **found}
+
+
+# -- linear algebra ---------------------------------------------------------------------------------------------------
+
+SYMMETRIC = (16, 64, 256, 512, 1024, 2048)  # eigenvalues of a D x D or N x N matrix: channels, units, probe images
+WEIGHTS = ((6, 25), (16, 144), (64, 576), (512, 512), (512, 4608))  # singular values of a layer's weight
+AGREE = 1e-10  # of the largest value
+
+
+def linear_algebra(world: World) -> Answer:
+    """Eigenvalues and singular values in float64, on the GPU and on the CPU: which is sooner, and do they agree."""
+    generator = torch.Generator().manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    for size in SYMMETRIC:
+        factor = torch.randn(size, size, dtype=torch.float64, generator=generator)
+        rows.append(_both(f"eigvalsh {size}", torch.linalg.eigvalsh, factor @ factor.T, world))
+    for shape in WEIGHTS:
+        weight = torch.randn(shape, dtype=torch.float64, generator=generator)
+        rows.append(_both(f"svdvals {shape[0]} x {shape[1]}", torch.linalg.svdvals, weight, world))
+    sooner = [row["what"] for row in rows if row["gpu_ms"] < row["cpu_ms"]]
+    wrong = [row["what"] for row in rows if row["difference"] > AGREE]
+    said = f"sooner on the GPU: {', '.join(sooner) or 'nothing'}"
+    return {
+        "good": not wrong,
+        "text": said + (f"; different values: {', '.join(wrong)}" if wrong else ""),
+        "rows": rows,
+    }
+
+
+def _both(what: str, solve: Callable[[torch.Tensor], torch.Tensor], matrix: torch.Tensor, world: World) -> Answer:
+    there = matrix.to(world.device)
+    gpu, cpu = _median(partial(solve, there), world), _median(partial(solve, matrix), World())
+    values = solve(matrix)
+    difference = float((solve(there).cpu() - values).abs().max() / values.abs().max())
+    return {"what": what, "gpu_ms": 1000 * gpu, "cpu_ms": 1000 * cpu, "difference": difference}
+
+
+def _median(job: Callable[[], object], world: World, least: float = 0.15) -> float:
+    """Seconds of a job: the median of 3 or more, which together take so long, after one that does not count."""
+    took: list[float] = []
+    until = time.perf_counter() + least
+    while len(took) < 4 or time.perf_counter() < until:
+        synchronise(world)
+        began = time.perf_counter()
+        job()
+        synchronise(world)
+        took.append(time.perf_counter() - began)
+    return statistics.median(took[1:])
+
+
+PROBES = {
+    "LeNet-5, channel and pool": ("lenet5", ("channel", "pool")),
+    "ResNet-56, channel and pool": ("resnet56", ("channel", "pool")),
+    "ResNet-56, flatten": ("resnet56", ("flatten",)),
+    "VGG-16, flatten": ("vgg16", ("flatten",)),
+}
+
+
+def probes(num_images: int, world: World) -> Answer:
+    """Seconds of near-rank-loss measurements of untrained networks, all layers."""
+    seconds, generator = dict[str, float](), torch.Generator().manual_seed(0)
+    for name, (model, views) in PROBES.items():
+        config = validate(RunConfig, nested({"model.name": model}))
+        network = models.of(config, 10, 3, World()).to(world.device)
+        generator = torch.Generator().manual_seed(0)
+        batches = [torch.randn(128, 3, 32, 32, generator=generator).to(world.device) for _ in range(num_images // 128)]
+        seconds[name] = _median(
+            partial(measure, network, batches, views=views, world=World(device=world.device)), world
+        )
+    said = ", ".join(f"{name}: {took:.2f} s" for name, took in seconds.items())
+    return {"good": True, "text": said, "seconds_of": seconds, "num_images": num_images}
+
+
+# -- the part ---------------------------------------------------------------------------------------------------------
+
+
+def items(with_lightning: bool) -> list[Item]:
+    """In the order in which they tell most."""
+
+    def everybody(model: str, size: int, seconds: float) -> Item:
+        job = partial(race_of, model, size, with_lightning)
+        return Item(f"{TITLES[model]}, {size:,}", job, seconds, alone=True)
+
+    def compiled(model: str) -> Item:
+        return Item(f"{TITLES[model]}, 1,024, compiled", partial(race_compiled, model, 1024), 120.0, alone=True)
+
+    return [
+        everybody("resnet56", 1024, 90.0),
+        everybody("lenet5", 1024, 60.0),
+        Item("linear algebra", linear_algebra, 20.0),
+        Item("probes", partial(probes, 1024), 30.0),
+        everybody("vgg16", 1024, 90.0),
+        compiled("resnet56"),
+        everybody("resnet56", 16_384, 180.0),
+        everybody("lenet5", 16_384, 120.0),
+        everybody("vgg16", 16_384, 180.0),
+        compiled("vgg16"),
+        compiled("lenet5"),
+    ]
+
+
+def write(answers: Mapping[str, Answer]) -> str:
+    """A table for each race, and those of linear algebra."""
+    blocks: list[str] = []
+    for name, answer in answers.items():
+        if "images_per_second" in answer:
+            size, micro = answer["global_size"], answer["micro_size"]
+            rounds = max(map(len, answer["images_per_second"].values()), default=0)
+            blocks.append(f"**{name}**: {size // micro} micro-batches of {micro:,} a step, {rounds} rounds")
+            blocks += [f"{who} was not installed there." for who in answer.get("absent", ())]
+            blocks.append(speeds(answer))
+        elif "rows" in answer:
+            rows = [[row["what"], *(f"{row[key]:.2f}" for key in ("gpu_ms", "cpu_ms"))] for row in answer["rows"]]
+            blocks += [f"**{name}**, float64", table(["", "GPU, ms", "CPU, ms"], rows)]
+        else:
+            blocks.append(f"**{name}**: {answer['text']}")
+    return "\n\n".join(blocks)
+
+
+def speeds(answer: Answer) -> str:
+    """Everybody's speed, over that of the bare step and of torch in the same way, and whether the host is ahead."""
+    found, rows = answer["images_per_second"], []
+    for who, values in found.items():
+        way = who.partition(", ")[2].removesuffix(", micro_size=auto")
+        others = [found.get(f"{other}, {way}") for other in ("bare step", "torch")]
+        ratios = [str(fair.ratio(values, other)) if other and other is not values else "" for other in others]
+        low, high = fair.interval(values)
+        host, step = answer["host_ms"][who], answer["step_ms"][who]
+        times = [f"{step:.2f}", f"{host:.2f}", "yes" if host < AHEAD * step else "no"]
+        rows.append([who, f"{statistics.median(values):,.0f} ({low:,.0f} to {high:,.0f})", *ratios, *times])
+    rows += [[who, failed["text"], "", "", "", "", ""] for who, failed in answer["failed"].items()]
+    head = ["", "images/s", "over the bare step", "over torch", "ms a step", "ms of the host", "host is ahead"]
+    return table(head, rows)
+
+
+LIGHTNING = not Item("", linear_algebra, 0.0, "lightning").missing
+PART = Part("Speed", "How fast is a step, beside others and beside the bare one?", items(LIGHTNING), write)

@@ -1,0 +1,138 @@
+"""How often a step waits for the GPU: never, but for what is named here; counted on fake GPUs."""
+
+import importlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gengap_dist.config import LaunchConfig
+from gengap_dist.launchers.local import _environment
+from gengap_dist.tracking.record import prepare_folder
+from gengap_dist.world import World
+from tests import fake_cuda
+from tests.conftest import config
+from tests.cuda.scenarios import ADAMW, AUGMENTED, BASE, FP16, LAMB, LOCAL, OFF, POST_LOCAL, SMALL, SYNC, Settings
+from tests.cuda.test_scenarios import tabulate
+from tests.ranks import Crew
+
+pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))
+
+QUIET: Settings = BASE | OFF | {"train__steps": 24, "train__num_evals": 1, "checkpoint__every_seconds": 1e9}
+FIRST, LAST = 14, 22  # between them nothing is due
+THEIRS = {  # where libraries wait on their own, and through which of our modules: docs/gpu.md lists them
+    "torch/amp/grad_scaler.py _maybe_opt_step": "",  # GradScaler asks whether a gradient was infinite
+    "torch/nn/parallel/distributed.py _pre_forward": "",  # DDP reads the times of its first passes
+    "deepspeed/": "strategies/deepspeed.py",
+    "torch/cuda/": "strategies/deepspeed.py",
+}
+
+STEPS: dict[str, Settings] = {
+    "plain": {},
+    "noise scale": {"batch__micro_size": 25},
+    "augmentation": AUGMENTED,
+    "ghost norm, dropout": SMALL,
+    "sync norm": SYNC,
+    "adamw, clipped": ADAMW | {"optim__clip_norm": 0.5},
+    "lars": {"optim__name": "lars", "optim__lr": 0.1},
+    "lamb": LAMB,
+    "bfloat16": {"train__autocast": "bfloat16"},
+    "float16": FP16,
+    "float16, noise scale, sam": FP16 | {"batch__micro_size": 25, "recipe__sam_rho": 0.05},
+    "channels_last": SMALL | {"train__channels_last": True},
+    "recompute": SMALL | {"train__recompute": True},
+    "sam": {"recipe__sam_rho": 0.05},
+    "gradient penalty": {"recipe__gradient_penalty": 0.05, "recipe__penalty_size": 10},
+    "rank penalty, logdet": {"recipe__rank_penalty": 0.02},
+    "rank penalty, spread": {"recipe__rank_penalty": 0.02, "recipe__rank_measure": "spread"},
+    "ema": SMALL | {"recipe__average": "ema"},
+    "swa": SMALL | {"recipe__average": "swa", "recipe__average_start": 0.0},
+    "post-local sgd": POST_LOCAL | {"recipe__local_start": 0.1},
+    "swap": LOCAL | SMALL | {"recipe__local": "swap", "recipe__workers": 2, "recipe__local_start": 0.1},
+    "fsdp": {"launch__strategy": "fsdp"},
+    "zero1": {"launch__strategy": "zero1"},
+    "zero3": {"launch__strategy": "zero3"},
+}
+
+
+@pytest.fixture(scope="module")
+def crews() -> Iterator[dict[int, Crew]]:
+    """One and two ranks that stay, each with a fake GPU."""
+    with ExitStack() as stack:
+        found = {}
+        for size in (1, 2):
+            with _environment(fake_cuda.environment(size)):
+                found[size] = stack.enter_context(closing(Crew(size, LaunchConfig(device="cuda"))))
+        yield found
+
+
+def counted(world: World, settings: Settings, out: Path, first: int, last: int) -> Counter[str]:
+    """Waits for the GPU after step `first` until step `last` is done, by kind and place."""
+    from gengap_dist.run import run
+
+    counting: Any = importlib.import_module("fake_cuda.counting").Counting()
+
+    def progress(done: int, total: int, note: str) -> None:
+        if done == first and not note:
+            counting.__enter__()
+        if done == last and not note:
+            counting.__exit__()
+
+    if world.rank == 0:
+        prepare_folder(out, "run.json", resume=False)
+    world.barrier()
+    run(config(**settings), out, world=world, progress=progress)
+    return counting.waits()
+
+
+def ours(waits: Counter[str]) -> Counter[str]:
+    """Those that no library in THEIRS does on its own: `KIND @ [FILE:LINE FUNCTION] OUR PLACE < ITS CALLER < ...`."""
+
+    def is_theirs(wait: str) -> bool:
+        place, _, through = wait.partition("@ [")[2].partition("] ")
+        place = re.sub(r":\d+ ", " ", place)
+        return any(place.startswith(who) and through.startswith(ours) for who, ours in THEIRS.items())
+
+    return Counter({wait: number for wait, number in waits.items() if not is_theirs(wait)})
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_does_not_wait_for_the_gpu(crews, tmp_path, name, size):
+    settings = QUIET | STEPS[name] | {"launch__device": "cuda"}
+    waits = crews[size](counted, settings, tmp_path / "run", FIRST, LAST)
+    mine, theirs = ours(waits[0]), Counter()
+    for wait, number in (waits[0] - mine).items():
+        theirs[re.sub(r":\d+ ", " ", wait.partition("@ [")[2].partition("]")[0])] += number
+    per_step = {where: round(number / (LAST - FIRST), 2) for where, number in theirs.items()}
+    tabulate(step=name, ranks=size, ours=mine.total() / (LAST - FIRST), theirs=per_step)
+    for found in waits:
+        assert not ours(found)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_recording_and_evaluating_wait_once_each(crews, tmp_path, size):
+    settings = QUIET | {"train__steps": 40, "train__num_evals": 2, "batch__micro_size": 25, "launch__device": "cuda"}
+    for waits in crews[size](counted, settings, tmp_path / "recorded", 31, 33):  # every 32 steps
+        assert waits.total() == 1
+        assert "_sums_of_steps" in next(iter(waits))
+    for waits in crews[size](counted, settings, tmp_path / "evaluated", 19, 21):  # half-way, after recording
+        assert waits.total() == 2
+        assert sum(number for wait, number in waits.items() if "evaluate" in wait) == 1
+
+
+def test_a_wait_of_ours_is_seen():
+    """The filter lets nothing of our own pass that goes through a library."""
+    waits = {
+        "sync @ [torch/cuda/__init__.py:1281 synchronize] run.py:382(train)": 1,
+        "sync @ [torch/amp/grad_scaler.py:574 get_scale] strategies/base.py:150(unscaled)": 1,
+        "sync @ loop.py:121(accumulate) < loop.py:81(train_step)": 1,
+        "sync @ (no Python: a thread of autograd)": 1,
+        "sync @ [torch/amp/grad_scaler.py:1 _maybe_opt_step] strategies/base.py:1(step)": 1,
+        "sync @ [torch/cuda/streams.py:1 synchronize] strategies/deepspeed.py:1(step)": 1,
+    }
+    assert len(ours(Counter(waits))) == 4

@@ -1,0 +1,48 @@
+"""Images kept in the machine's memory are those of the tensor, whatever is expected and asked for."""
+
+import pytest
+import torch
+
+from gengap_dist.data import on_host
+from gengap_dist.data.on_host import HostImages
+
+PIXELS = torch.randint(256, (50, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+
+
+def test_indexed_like_the_tensor():
+    images = HostImages(PIXELS, CPU)
+    which = torch.tensor([3, 49, 3, 0])
+    assert torch.equal(images[which], PIXELS[which])
+    assert torch.equal(images[10:20], PIXELS[10:20])
+    assert torch.equal(images[:0], PIXELS[:0])
+    assert (len(images), images.shape) == (50, PIXELS.shape)
+
+
+@pytest.mark.parametrize("ahead", [1, 100, 5 * 48, 2**20])
+def test_what_is_expected_comes_in_any_pieces(monkeypatch, ahead):
+    """Also where only some images are gathered ahead, and where others are asked for in between."""
+    monkeypatch.setattr(on_host, "AHEAD_BYTES", ahead)
+    images, gathered = HostImages(PIXELS, CPU), []
+    gather = images._gather
+    images._gather = lambda indices: gathered.append(len(indices)) or gather(indices)
+    steps = torch.randperm(50, generator=torch.Generator().manual_seed(1)).split(15)
+    images.expect(steps[0])
+    for step, coming in zip(steps, [*steps[1:], None], strict=True):
+        if coming is not None:
+            images.expect(coming)
+        for piece in step.split(4):
+            assert torch.equal(images[piece], PIXELS[piece])
+            assert torch.equal(images[torch.tensor([7])], PIXELS[7:8])
+        assert torch.equal(images[step[:4]], PIXELS[step[:4]])  # a second pass, as SAM's
+    assert not images._expected
+    pieces = [size for size in gathered if size not in (1, 4, 3, 2)]
+    assert pieces == ([15, 15, 15, 5] if ahead == 2**20 else pieces)
+
+
+def test_what_is_never_asked_for_does_not_pile_up():
+    images = HostImages(PIXELS, CPU)
+    for _ in range(20):
+        images.expect(torch.arange(10))
+    assert len(images._expected) == on_host.MOST_EXPECTED
+    assert torch.equal(images[torch.arange(10)], PIXELS[:10])

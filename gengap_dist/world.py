@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,30 +120,44 @@ def connect(config: LaunchConfig) -> World:
     On GPUs there are two: NCCL for what lies there, gloo for a few numbers on the CPU.
 
     Raises:
-        UsageError: if launch.device=cuda and this machine has no GPU for this rank.
+        UsageError: on every rank of a machine with fewer GPUs than ranks, if launch.device=cuda.
     """
     rank, local_rank, size = environment()
     num_gpus = torch.cuda.device_count()
-    if config.device == "cuda" and local_rank >= num_gpus:
-        raise UsageError(
-            f"launch.device (cuda) needs a GPU for local rank {local_rank}, and this machine shows {num_gpus}: "
-            "start fewer ranks, or choose launch.device=cpu"
-        )
+    _check_gpus(config, local_rank, num_gpus)
     on_gpu = config.device == "cuda" or (config.device == "auto" and local_size() <= num_gpus)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         timeout = timedelta(seconds=config.timeout_seconds)
+        # A group that is bound to its GPU connects at once, and no collective has to guess where it takes place.
+        options: dict[str, Any] = {"timeout": timeout, "device_id": device if on_gpu else None}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store, *_ = next(rendezvous("env://", timeout=timeout))
-            dist.init_process_group(
-                backend, store=_of_this_start(store, rank, size, timeout), rank=rank, world_size=size, timeout=timeout
-            )
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+            options |= {"store": _of_this_start(store, rank, size, timeout), "rank": rank, "world_size": size}
+        dist.init_process_group(_backend(device), **options)
     return World(rank, size, device, Whereabouts(on_gpu=on_gpu))
+
+
+def _check_gpus(config: LaunchConfig, local_rank: int, num_gpus: int) -> None:
+    """Refuse launch.device=cuda without a GPU for each rank of this machine.
+
+    On all of its ranks, because under torchrun the first speaks for the others. A launcher that does not say how many
+    there are leaves each rank to look for its own GPU.
+    """
+    needed = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
+    if config.device == "cuda" and needed > num_gpus:
+        remedy = "start fewer ranks" if num_gpus else "check nvidia-smi and torch's build"
+        raise UsageError(
+            f"launch.device (cuda) needs a GPU for each of {needed} local rank(s), and torch finds {num_gpus} on this "
+            f"machine: {remedy}, or choose launch.device=cpu"
+        )
+
+
+def _backend(device: torch.device) -> str:
+    """The backends of a process group of ranks on such a device."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
@@ -175,12 +190,14 @@ def _of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> St
     )
 
 
-def ensure_group(world: World) -> None:
-    """A process group also for a single rank, which some engines ask for; it talks to nobody."""
+def ensure_group(world: World, timeout_seconds: float) -> None:
+    """A process group also for a single rank, which some engines ask for; it talks to nobody.
+
+    It is not bound to its GPU: torch has NCCL split every further group from one that is, which one rank does not need.
+    """
     if not dist.is_initialized():
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        store, timeout = dist.HashStore(), timedelta(seconds=timeout_seconds)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(_backend(world.device), store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def disconnect() -> None:

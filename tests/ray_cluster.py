@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from gengap_dist.launchers.local import free_port
 
@@ -16,10 +18,14 @@ RAY = Path(sys.executable).parent / "ray"
 
 
 class Cluster:
-    """`ray start --head --block` on loopback, in its own folder and with its own ports."""
+    """`ray start --head --block` on loopback, in its own folder and with its own ports.
 
-    def __init__(self, folder: Path) -> None:
-        self.ports = {name: free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
+    All of Ray's processes have the variables `more`, and the cluster as many GPUs as it is told, whether there are any.
+    """
+
+    def __init__(self, folder: Path, *, num_gpus: int = 0, more: Mapping[str, str] = MappingProxyType({})) -> None:
+        names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+        self.ports = {name: free_port() for name in names}  # the defaults are one machine's, for one cluster
         self.address = f"127.0.0.1:{self.ports['port']}"
         self.env = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -28,9 +34,10 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.ports['dashboard-port']}",
+            **more,
         }
         self.env.pop("RAY_ADDRESS", None)
-        words = ["--head", "--block", "--num-cpus", "4", "--num-gpus", "0", "--resources", '{"slot": 1}']
+        words = ["--head", "--block", "--num-cpus", "4", "--num-gpus", str(num_gpus), "--resources", '{"slot": 1}']
         words += ["--object-store-memory", "100000000", "--temp-dir", str(folder), "--dashboard-host", "127.0.0.1"]
         for name, port in self.ports.items():
             words += [f"--{name}", str(port)]
@@ -55,17 +62,18 @@ class Cluster:
         return run([RAY, *words], env=self.env, **kwargs)
 
     def submit(
-        self, *words: object, name: str, path: Path = ROOT, wait: bool = True
+        self, *words: object, name: str, path: Path = ROOT, wait: bool = True, **more: str
     ) -> "subprocess.CompletedProcess[str]":
-        """`ray job submit`; modules in `path` can be imported in the job."""
+        """`ray job submit`; modules in `path` can be imported in the job, whose processes have the variables `more`."""
         flags = [f"--submission-id={name}", *([] if wait else ["--no-wait"])]
-        flags += [f"--runtime-env-json={json.dumps({'env_vars': {'PYTHONPATH': f'{ROOT}:{path}'}})}"]
+        flags += [f"--runtime-env-json={json.dumps({'env_vars': {'PYTHONPATH': f'{ROOT}:{path}'} | more})}"]
         job = [sys.executable, "-m", "gengap_dist.train", *words]
-        done = self.ray("job", "submit", *flags, "--", *job)
-        while "No available agent" in done.stderr:  # a cluster's first seconds: nothing was submitted
-            time.sleep(1)
+        end = time.monotonic() + 60
+        while True:
             done = self.ray("job", "submit", *flags, "--", *job)
-        return done
+            if "No available agent" not in done.stderr or time.monotonic() > end:
+                return done
+            time.sleep(1)  # a cluster's first seconds: nothing was submitted
 
     def train(self, *words: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
         """The command as a driver of its own, beside the cluster."""

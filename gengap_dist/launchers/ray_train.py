@@ -65,14 +65,14 @@ def asked(config: LaunchConfig) -> bool:
 
 
 def resources_per_rank(config: LaunchConfig) -> dict[str, float]:
-    """What Ray sets aside for one rank.
+    """What Ray sets aside for one rank: a CPU, a GPU if it computes on one, and what launch.resources_per_rank says.
 
     >>> resources_per_rank(LaunchConfig(device="cuda", resources_per_rank={"CPU": 4}))
-    {'CPU': 4.0}
-    >>> resources_per_rank(LaunchConfig(device="cuda"))
-    {'CPU': 1.0, 'GPU': 1.0}
+    {'CPU': 4.0, 'GPU': 1.0}
+    >>> resources_per_rank(LaunchConfig(device="cpu"))
+    {'CPU': 1.0}
     """
-    return {"CPU": 1.0} | (config.resources_per_rank or ({"GPU": 1.0} if config.device == "cuda" else {}))
+    return {"CPU": 1.0} | ({"GPU": 1.0} if config.device == "cuda" else {}) | config.resources_per_rank
 
 
 def room(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float], placement: str) -> int:
@@ -89,6 +89,65 @@ def room(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float], p
         case "STRICT_SPREAD":
             return sum(count > 0 for count in fit)
     return sum(fit)
+
+
+def resolve_device(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str, float]]) -> list[LaunchConfig]:
+    """The same launches with cpu or cuda for launch.device=auto: what their ranks are to use and Ray to set aside.
+
+    It is decided once, by the driver, when it has connected to the cluster and before any rank starts; the driver's own
+    machine does not matter. It holds for all restarts and resizings of these ranks (a run that is resumed later decides
+    again), and it is one decision for all runs of a study, whose arms are compared:
+    - cuda, if launch.resources_per_rank names GPU;
+    - else cuda, if the nodes that are alive now, with all that they have, in use or not, can hold launch.num_processes
+      ranks with a GPU each, as launch.placement wants them. Ranks up to launch.max_processes then wait for GPUs, too;
+    - else cpu, on which ranks never see a GPU. Nodes that come later do not change that: Ray's autoscaler adds only
+      what is asked for, so who waits for GPU nodes has to ask for them (launch.device=cuda).
+
+    Raises:
+        UsageError: if launch.device=cpu, and GPUs would be set aside for nobody.
+
+    >>> auto, nodes = LaunchConfig(num_processes=2), [{"CPU": 4, "GPU": 1}, {"CPU": 8, "GPU": 1}]
+    >>> [resolve_device([auto], nodes[:number])[0].device for number in (1, 2)]
+    ['cpu', 'cuda']
+    """
+    for launch in launches:
+        if launch.device == "cpu" and "GPU" in launch.resources_per_rank:
+            raise UsageError(
+                f"launch.resources_per_rank ({launch.resources_per_rank}) sets GPUs aside that ranks with "
+                "launch.device=cpu do not use: leave GPU out, or choose launch.device=cuda"
+            )
+    undecided = [launch for launch in launches if launch.device == "auto" and "GPU" not in launch.resources_per_rank]
+    short = [
+        launch
+        for launch in undecided
+        if room(nodes, resources_per_rank(_on("cuda", launch)), launch.placement) < launch.num_processes
+    ]
+    if short and any("GPU" in node for node in nodes):
+        _warn(
+            f"launch.device (auto) is cpu: launch.num_processes ({short[0].num_processes}) asks for more ranks with a "
+            f"GPU than the Ray cluster has room for, {short[0].placement}: choose fewer ranks, or launch.device=cuda, "
+            "which waits for more GPUs"
+        )
+
+    def device(launch: LaunchConfig) -> str:
+        return launch.device if launch.device != "auto" else "cpu" if short and launch in undecided else "cuda"
+
+    return [_on(device(launch), launch) for launch in launches]
+
+
+def _on(device: str, launch: LaunchConfig) -> LaunchConfig:
+    return launch.model_copy(update={"device": device})
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """What each node of the cluster has, in use or not."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _warn(text: str) -> None:
+    print(f"gengap: warning: {text}", file=sys.stderr, flush=True)
 
 
 def check_address(address: str) -> bool:
@@ -148,7 +207,8 @@ class RayTrain(Launcher):
             grows = not connect(config.launch)
             with terminated_is_interrupted():
                 teller, results = start_teller([(config, out)]), dict[int, Any]()
-                team = Team(uuid.uuid4().hex, config.launch, teller, out / "ray")
+                (launch,) = resolve_device([config.launch], alive_nodes())
+                team = Team(uuid.uuid4().hex, config.launch, launch, teller, out / "ray")
                 told = lambda number, done, total, note: progress(done, total, note)  # noqa: E731
                 Fit(team, told, results.__setitem__, config.launch.max_failures).wait(grows)
                 return results[0]
@@ -292,6 +352,9 @@ class Team(NamedTuple):
 
     name: str
     launch: LaunchConfig
+    """As its runs have it; by this the teller knows which are for them."""
+    resolved: LaunchConfig
+    """The same with cpu or cuda for launch.device; see `resolve_device`."""
     teller: Any
     storage: Path
     """Folder for Ray Train's own files, which nobody needs afterwards."""
@@ -322,7 +385,7 @@ class Fit:
         self._job = {
             "team": team,
             "max_failures": max_failures,
-            "num_threads": max(1, int(resources_per_rank(team.launch)["CPU"])),
+            "num_threads": max(1, int(resources_per_rank(team.resolved)["CPU"])),
             "folder": Path.cwd(),
             "command": sys.orig_argv,
         }
@@ -387,10 +450,8 @@ class Fit:
         raise RankFailed(f"Ray could not run the ranks: {text}")
 
     def _check_room(self, grows: bool) -> None:
-        import ray
-
-        launch, needs = self.team.launch, resources_per_rank(self.team.launch)
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        launch, nodes = self.team.resolved, alive_nodes()
+        needs = resources_per_rank(launch)
         fit = room(nodes, needs, launch.placement)
         self._warned = time.monotonic()
         if fit < launch.num_processes:
@@ -398,13 +459,15 @@ class Fit:
                 f"launch.num_processes ({launch.num_processes}) asks for more than the Ray cluster has: its "
                 f"{len(nodes)} node(s) hold {fit} rank(s) of {needs}, {launch.placement}"
             )
+            remedy = "choose fewer ranks or smaller launch.resources_per_rank"
+            remedy += ", or launch.device=cpu" if launch.device == "cuda" else ""
             if not grows:
-                raise UsageError(f"{text}: choose fewer ranks or smaller launch.resources_per_rank")
-            self._warn(f"{text}; waiting for it to grow: add nodes, or choose fewer ranks")
+                raise UsageError(f"{text}: {remedy}")
+            self._warn(f"{text}; waiting for it to grow: add nodes, or {remedy}")
 
     def _warn(self, text: str) -> None:
         self._warned = time.monotonic()
-        print(f"gengap: warning: {text}", file=sys.stderr, flush=True)
+        _warn(text)
 
 
 def _reason(troubles: list[News]) -> str:
@@ -445,8 +508,7 @@ def _trainer(job: dict[str, Any]) -> Any:
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    launch, resources = job["team"].launch, resources_per_rank(job["team"].launch)
-    on_gpu = launch.device != "cpu" and "GPU" in resources
+    launch, on_gpu = job["team"].resolved, job["team"].resolved.device == "cuda"
     most = launch.max_processes or launch.num_processes
     return TorchTrainer(
         _rank,
@@ -454,7 +516,7 @@ def _trainer(job: dict[str, Any]) -> Any:
         scaling_config=ScalingConfig(
             num_workers=most if most == launch.num_processes else (launch.num_processes, most),
             use_gpu=on_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=resources_per_rank(launch),
             placement_strategy=launch.placement,
         ),
         run_config=RayRunConfig(
@@ -462,7 +524,12 @@ def _trainer(job: dict[str, Any]) -> Any:
             storage_path=str(job["team"].storage),
             failure_config=FailureConfig(max_failures=job["max_failures"]),
             logging_config=LoggingConfig(log_level="CRITICAL"),
+            # Some releases of Ray hide GPUs from ranks that have none, others do not, and then each makes the first GPU
+            # its current one, which takes memory there.
+            worker_runtime_env={} if on_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
         ),
+        # It cannot bind the group to a GPU (device_id): NCCL connects at the first collective, on the rank's current GPU,
+        # which `connect` in world.py has set by then.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=launch.timeout_seconds),
     )
 
@@ -481,7 +548,7 @@ def _rank(job: dict[str, Any]) -> None:
     from gengap_dist.tracking.record import prepare_folder
     from gengap_dist.world import connect as join
 
-    name, launch, teller, _ = job["team"]
+    name, launch, resolved, teller, _ = job["team"]
     rank = int(os.environ["RANK"])
     if rank != 0:
         warnings.simplefilter("ignore")  # rank 0 says it for all
@@ -503,12 +570,13 @@ def _rank(job: dict[str, Any]) -> None:
     if rank == 0:
         tell("started", int(os.environ["WORLD_SIZE"]))
     try:
-        world, leaving = join(launch), _preemption_notice()
+        world, leaving = join(resolved), _preemption_notice()
         while (number := world.agree(ray.get(teller.begin.remote(name, launch)) if rank == 0 else 0)) >= 0:
             config, out = ray.get(teller.run.remote(number))
             if rank == 0 and not out.exists():  # a study's; one that is there was looked at before anything started
                 prepare_folder(out, "run.json", resume=True)
-            result = run(config, out, resume=True, progress=progress, leaving=leaving, launcher="ray")
+            own = join(resolved)  # no new group, but a run's own account of where its time went
+            result = run(config, out, resume=True, world=own, progress=progress, leaving=leaving, launcher="ray")
             if rank == 0:
                 tell("result", (number, result))
                 ray.get(teller.end.remote(name))

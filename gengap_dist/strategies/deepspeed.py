@@ -78,7 +78,7 @@ class Zero(Strategy):
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective."""
-        ensure_group(self.world)
+        ensure_group(self.world, self.config.launch.timeout_seconds)
         _adopt_group(self._deepspeed, self.world.device, self.config.launch.timeout_seconds)
         self._twin = Twin(model, self.world.device) if self.stage == 3 else None
         super().setup(model, build)

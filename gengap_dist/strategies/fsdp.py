@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gengap_dist.config import UsageError
@@ -56,7 +57,7 @@ class FSDP(Strategy):
         Raises:
             UsageError: if the model has a parameter without dimensions.
         """
-        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         for name, parameter in model.named_parameters():
@@ -65,9 +66,11 @@ class FSDP(Strategy):
                     f"launch.strategy (fsdp) cannot split parameter {name}, which has no dimension: "
                     "give it the shape [1], or choose zero3"
                 )
-        ensure_group(self.world)
+        ensure_group(self.world, self.config.launch.timeout_seconds)
         self._twin = Twin(model, self.world.device)
-        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        assert dist.group.WORLD is not None
+        # not init_device_mesh, which may make a group of its own, with torch's timeout in place of ours
+        mesh = DeviceMesh.from_group(dist.group.WORLD, self.world.device.type)
         for module in (*units(model), model):
             fully_shard(module, mesh=mesh)
         self._energy = LocalEnergy()

@@ -24,9 +24,11 @@ from gengap_dist.launchers.ray_train import (
     Fit,
     RayTrain,
     Team,
+    alive_nodes,
     check_folder,
     connect,
     here,
+    resolve_device,
     resources_per_rank,
     room,
     start_teller,
@@ -44,8 +46,8 @@ MOST_DEATHS = 3  # of a process that waits for ranks; each takes the run that wa
 class _Job(NamedTuple):
     """What every trial is told."""
 
-    launches: Sequence[LaunchConfig]
-    """Of every team."""
+    launches: Sequence[tuple[LaunchConfig, LaunchConfig]]
+    """Of every team: as its runs have it, and with the device that was resolved."""
     teller: Any
     storage: Path
     grows: bool
@@ -112,13 +114,14 @@ def _wait(
     """Let all trials run, and tell `watch` what they tell; `heard` gets how they ended, by number."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = alive_nodes()
     teller = start_teller([(cell.config, cell.folder) for cell in plan])
-    launches = [cell.config.launch for cell in plan]
-    num, teams = concurrency(launches, nodes, most), list[LaunchConfig]()
-    for launch in launches:
-        if teams.count(launch) < num:
-            teams.append(launch)
+    given = [cell.config.launch for cell in plan]
+    resolved = resolve_device(given, nodes)
+    num, teams = concurrency(resolved, nodes, most), list[tuple[LaunchConfig, LaunchConfig]]()
+    for launches in zip(given, resolved, strict=True):
+        if teams.count(launches) < num:
+            teams.append(launches)
     job = _Job(teams, teller, storage, grows, Path.cwd(), sys.orig_argv)
     task = ray.remote(_tune).options(max_retries=0, **here()).remote(job, num)
     over = False
@@ -174,7 +177,7 @@ def _trial(job: _Job, number: int) -> None:
     """A team, until no run is left for it."""
     import ray
 
-    team = Team(uuid.uuid4().hex, job.launches[number], job.teller, job.storage)
+    team = Team(uuid.uuid4().hex, *job.launches[number], job.teller, job.storage)
     os.chdir(job.folder)  # the driver's: settings may hold paths that start there
     sys.orig_argv = [*job.command]
 

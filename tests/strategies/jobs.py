@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import weakref
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -175,3 +176,11 @@ def forgotten(world: World, name: str, settings: State) -> bool:
     del trainer
     gc.collect()
     return model() is None
+
+
+def timeouts(world: World, name: str, settings: State) -> dict[str, timedelta]:
+    """How long each backend of each process group waits for its ranks, once a strategy is set up."""
+    Trainer(name, world, settings)
+    groups = dist.distributed_c10d._world.pg_map  # every group of this process; pyright: ignore[reportPrivateUsage]
+    backends = [(group, group._get_backend(device)) for group in groups for device in group._device_types]
+    return {f"{group.group_desc} {backend.name()}": backend.options._timeout for group, backend in backends}

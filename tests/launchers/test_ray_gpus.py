@@ -1,0 +1,157 @@
+"""Which GPUs the ranks of a Ray cluster take: those that Ray has set aside for them, and no others. On fake GPUs.
+
+What these compute is what a CPU computes. How they are found, set aside, hidden and joined is as on a machine that has
+GPUs.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gengap_dist.config import LaunchConfig, UsageError
+from gengap_dist.launchers.ray_train import resolve_device
+from gengap_dist.tracking.record import read_info, read_metrics
+from tests import fake_cuda
+from tests.conftest import cut_after
+from tests.ray_cluster import Cluster
+from tests.study import tiny
+
+SMALL = ["--train.dtype", "float64", "--probe.enabled", "false", "--mlflow.enabled", "false", "--train.steps", "4"]
+SMALL += ["--model.name", "telling:make", "--checkpoint.every_steps", "2", "--checkpoint.keep", "9"]
+TWO_ON_RAY = ["--launch.backend", "ray", "--launch.num_processes", "2"]
+
+TELLING = """
+import json, os, ray, torch, torch.distributed as dist
+from gengap_dist.models import build
+
+def make(num_classes, in_channels):
+    if ray.is_initialized():
+        context = ray.get_runtime_context()
+        said = {{
+            "set aside": context.get_assigned_resources(),
+            "gpus": context.get_accelerator_ids()["GPU"],
+            "seen": torch.cuda.device_count(),
+            "current": torch.cuda.current_device() if torch.cuda.is_available() else None,
+            "backend": dist.get_backend_config(),
+        }}
+        with open({here!r} + "/rank" + os.environ["RANK"], "w") as file:
+            json.dump(said, file)
+    return build("mlp", num_classes=num_classes, in_channels=in_channels, image_size=8, widths=(16,))
+"""
+
+
+@pytest.fixture
+def telling(tmp_path: Path):
+    """A network whose ranks write down what they have; `telling()` is what they said, by rank."""
+    (tmp_path / "telling.py").write_text(TELLING.format(here=str(tmp_path)))
+    return lambda: [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def two_gpus() -> dict[str, str]:
+    """Variables of a machine with two GPUs."""
+    if reason := fake_cuda.missing():
+        pytest.skip(reason)
+    return fake_cuda.environment(2, mib=2000)
+
+
+@pytest.fixture(scope="module")
+def gpu_cluster(two_gpus, tmp_path_factory):
+    """A cluster of four CPUs and two GPUs."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'gengap_dist[ray]'")
+    folder = tmp_path_factory.getbasetemp().parent / f"g{os.getpid()}"  # short, as sockets want it
+    folder.mkdir()
+    cluster = Cluster(folder, num_gpus=2, more=two_gpus)
+    yield cluster
+    cluster.close()
+
+
+def losses(out: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(out) if "train/loss" in line]
+
+
+def test_auto_takes_a_gpu_for_each_rank_and_goes_on_without(gpu_cluster, tmp_path, telling, gengap):
+    words = [*SMALL, "--data.image_size", 8]
+    done = gpu_cluster.train(*words, *TWO_ON_RAY, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    info = read_info(tmp_path / "run")
+    assert [info[fact] for fact in ("device", "strategy", "world_size")] == ["cuda", "ddp", 2]
+    assert info["config"]["launch"]["device"] == "auto"  # what was asked for, also of who resumes it
+    for rank, said in enumerate(telling()):
+        assert said["set aside"] == {"CPU": 1.0, "GPU": 1.0}
+        assert (said["gpus"], said["seen"], said["current"]) == ([str(rank)], 2, rank)
+        assert "cpu:gloo,cuda:nccl" in said["backend"]
+
+    on_cpu = gengap("train", *words, "--launch.num_processes", 2, "--out", "cpu")
+    assert on_cpu.returncode == 0, on_cpu.stderr
+    assert len(losses(tmp_path / "run")) == 4
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-12)
+
+    cut_after(tmp_path / "run", 2)
+    again = ["--resume", "--out", "run", "--launch.device", "cpu"]
+    done = gpu_cluster.train(*again, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    info = read_info(tmp_path / "run")
+    assert (info["device"], info["status"]) == ("cpu", "finished")
+    assert all(said["set aside"] == {"CPU": 1.0} and said["seen"] == 0 for said in telling())
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-12)
+
+
+def test_a_study_takes_one_kind_of_device_for_all(gpu_cluster, tmp_path, telling):
+    """One arm asks for a GPU and for two CPUs, the other leaves it open; both run at once, with a GPU each."""
+    arms = [{"name": "asks", "set": {"launch.device": "cuda", "launch.resources_per_rank": {"CPU": 2}}}, {"name": "open"}]
+    study = {"baseline": "open", "seeds": [0], "arms": arms}
+    still = {"model": {"name": "telling:make"}, "probe": {"enabled": False}, "train": {"steps": 4}}
+    config = tiny.write(tmp_path / "s.yaml", study, launch={"backend": "ray"}, **still)
+    done = tiny.start(config, tmp_path / "out", **(gpu_cluster.env | {"RAY_ADDRESS": gpu_cluster.address}))
+    assert done.returncode == 0, done.stderr
+    infos = [read_info(tmp_path / f"out/runs/{arm}/seed0") for arm in ("asks", "open")]
+    assert [(info["device"], info["world_size"]) for info in infos] == [("cuda", 1), ("cuda", 1)]
+    assert "launch.device" not in done.stderr
+
+
+@pytest.mark.parametrize("hides", ["0", "1"])
+def test_gpus_that_ray_does_not_have_are_left_alone(cluster, two_gpus, tmp_path, telling, hides):
+    """Releases of Ray differ in whether they hide GPUs from ranks that have set none aside."""
+    env = two_gpus | {"PYTHONPATH": f"{two_gpus['PYTHONPATH']}:{tmp_path}", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": hides}
+    words = [*SMALL, "--data.image_size", 8, "--launch.num_processes", 2, "--out", tmp_path / "run"]
+    done = cluster.submit(*words, name=f"left-{hides}-{tmp_path.name}", **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_info(tmp_path / "run")["device"] == "cpu"
+    for said in telling():
+        assert said["set aside"] == {"CPU": 1.0}
+        assert (said["seen"], said["current"]) == (0, None)
+
+
+CPUS, GPUS = {"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "launches", "devices"),
+    [
+        ([CPUS], [{}], ["cpu"]),
+        ([GPUS], [{"num_processes": 2}], ["cuda"]),
+        ([GPUS], [{"num_processes": 3}], ["cpu"]),
+        ([GPUS, GPUS], [{"num_processes": 3}], ["cuda"]),
+        ([GPUS, GPUS], [{"num_processes": 3, "placement": "STRICT_PACK"}], ["cpu"]),
+        ([GPUS, GPUS], [{"num_processes": 2, "max_processes": 9}], ["cuda"]),
+        ([{"CPU": 0.0, "GPU": 2.0}, CPUS], [{}], ["cpu"]),  # GPUs of a head node without CPUs are nobody's
+        ([GPUS], [{"resources_per_rank": {"CPU": 5.0}, "num_processes": 2}], ["cpu"]),
+        ([], [{"resources_per_rank": {"GPU": 1.0}}, {}], ["cuda", "cpu"]),
+        ([CPUS], [{"device": "cuda"}, {"device": "cpu"}], ["cuda", "cpu"]),
+        ([GPUS], [{"num_processes": 1}, {"num_processes": 3}], ["cpu", "cpu"]),  # arms that are compared
+    ],
+)
+def test_what_auto_stands_for(nodes, launches, devices, capsys):
+    given = [LaunchConfig(**launch) for launch in launches]
+    assert [launch.device for launch in resolve_device(given, nodes)] == devices
+    warned = "launch.device (auto) is cpu" in capsys.readouterr().err
+    assert warned == ("cpu" in devices and any("GPU" in node for node in nodes))
+
+
+def test_gpus_set_aside_for_a_cpu_are_refused():
+    launch = LaunchConfig(device="cpu", resources_per_rank={"GPU": 1.0})
+    with pytest.raises(UsageError, match=r"launch.resources_per_rank .* sets GPUs aside .*: leave GPU out, or"):
+        resolve_device([launch], [GPUS])

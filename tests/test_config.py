@@ -55,6 +55,7 @@ def test_extends_is_relative_to_the_file_and_may_name_several(tmp_path):
         ("data: {augment: [cutout], cutout_size: 33}", ["data.cutout_size (33)", "at most 32"]),
         ("data: {augment: [crop], crop_padding: 32}", ["data.crop_padding (32)", "less than 32"]),
         ("data: {streaming: true}", ["data.streaming", "imagefolder"]),
+        ("data: {name: imagefolder, streaming: true, device: cuda}", ["data.device (cuda)", "data.streaming (true)"]),
         ("recipe: {gradient_penalty: 0.1}", ["recipe.gradient_penalty (0.1)", "recipe.penalty_size"]),
         ("recipe: {gradient_penalty: 0.1, penalty_size: 48}", ["recipe.penalty_size (48)", "batch.global_size (64)"]),
         ("recipe: {gradient_penalty: 0.1, penalty_size: 32, sam_rho: 0.1}", ["recipe.sam_rho", "choose one"]),

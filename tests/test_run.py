@@ -212,6 +212,8 @@ def test_a_seed_of_any_size(tmp_path):
             r"recipe.sam_rho \(0.1\) is not for launch.strategy=zero1",
         ),
         ({"train__autocast": "float16", "launch__device": "cpu"}, r"train.autocast \(float16\) is for GPUs"),
+        ({"train__tf32": True, "launch__device": "cpu"}, r"train.tf32 \(true\) is for GPUs, and this run is on a CPU"),
+        ({"data__device": "cuda", "launch__device": "cpu"}, r"data.device \(cuda\) is for GPUs, and this run is on a"),
         (
             {
                 "model__name": "mlp",

@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+import torch
 
 from gengap_dist.launchers.local import Pool, _environment
 from gengap_dist.tracking.record import prepare_folder, read_info
@@ -30,19 +31,18 @@ pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.
 def ranks() -> Iterator[dict[tuple[str, int], Pool]]:
     """One and two ranks that stay, with GPUs and without."""
     with ExitStack() as stack:
-        found = {}
-        for device in ("cuda", "cpu"):
-            for size in (1, 2):
-                found[device, size] = stack.enter_context(closing(Pool(size)))
-                with _environment(fake_cuda.environment(size) if device == "cuda" else {"DS_ACCELERATOR": "cpu"}):
-                    found[device, size]._start()
-        yield found
+        yield {
+            (device, size): stack.enter_context(closing(Pool(size))) for device in ("cuda", "cpu") for size in (1, 2)
+        }
 
 
 def train(pool: Pool, device: str, settings: Settings, out: Path, *, resume: bool = False) -> None:
+    """A run; its ranks, if they have to be started, have what they need."""
     prepare_folder(out, "run.json", resume=resume)
     given = config(**(BASE | settings | {"launch__device": device}))
-    pool.run(given, out, resume=resume, progress=lambda done, total, note: None)
+    there = fake_cuda.environment(pool.num_processes) if device == "cuda" else {"DS_ACCELERATOR": "cpu"}
+    with _environment(there):
+        pool.run(given, out, resume=resume, progress=lambda done, total, note: None)
 
 
 def numbers(out: Path) -> Numbers:
@@ -58,6 +58,13 @@ def difference(a: float, b: float) -> float:
     if a == b or (math.isnan(a) and math.isnan(b)):
         return 0.0
     return abs(a - b) / max(abs(b), 1e-6) if math.isfinite(a + b) else math.inf
+
+
+def tabulate(**row: object) -> None:
+    """Keep a row for the tables of docs/gpu.md, if somebody wants them; see table.py."""
+    if path := os.environ.get("GENGAP_CUDA_TABLE"):
+        with Path(path).open("a") as file:
+            file.write(json.dumps({"torch": torch.__version__.partition("+")[0]} | row) + "\n")
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -81,8 +88,5 @@ def test_a_gpu_records_what_a_cpu_records(ranks, tmp_path, name):
     assert len(compared) > 5
     worst = max(compared, key=lambda key: difference(got[key], want[key]))
     report = f"{worst}: {got[worst]} on the GPU, {want[worst]} on the CPU"
-    if path := os.environ.get("GENGAP_CUDA_TABLE"):
-        with Path(path).open("a") as file:
-            row = {"name": name, "worst": difference(got[worst], want[worst]), "where": worst, "numbers": len(compared)}
-            file.write(json.dumps(row) + "\n")
+    tabulate(name=name, worst=difference(got[worst], want[worst]), where=worst, numbers=len(compared))
     assert difference(got[worst], want[worst]) <= scenario.tolerance, report

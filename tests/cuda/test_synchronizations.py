@@ -1,8 +1,6 @@
 """How often a step waits for the GPU: never, but for what is named here; counted on fake GPUs."""
 
 import importlib
-import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from gengap_dist.world import World
 from tests import fake_cuda
 from tests.conftest import config
 from tests.cuda.scenarios import ADAMW, AUGMENTED, BASE, FP16, LAMB, LOCAL, OFF, POST_LOCAL, SMALL, SYNC, Settings
+from tests.cuda.test_scenarios import tabulate
 from tests.ranks import Crew
 
 pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))
@@ -106,10 +105,11 @@ def ours(waits: Counter[str]) -> Counter[str]:
 def test_a_step_does_not_wait_for_the_gpu(crews, tmp_path, name, size):
     settings = QUIET | STEPS[name] | {"launch__device": "cuda"}
     waits = crews[size](counted, settings, tmp_path / "run", FIRST, LAST)
-    if path := os.environ.get("GENGAP_CUDA_TABLE"):
-        with Path(path).open("a") as file:
-            per_step = {wait: round(number / (LAST - FIRST), 2) for wait, number in waits[0].items()}
-            file.write(json.dumps({"name": name, "ranks": size, "waits": per_step}) + "\n")
+    mine, theirs = ours(waits[0]), Counter()
+    for wait, number in (waits[0] - mine).items():
+        theirs[re.sub(r":\d+ ", " ", wait.partition("@ [")[2].partition("]")[0])] += number
+    per_step = {where: round(number / (LAST - FIRST), 2) for where, number in theirs.items()}
+    tabulate(step=name, ranks=size, ours=mine.total() / (LAST - FIRST), theirs=per_step)
     for found in waits:
         assert not ours(found)
 

@@ -284,6 +284,21 @@ def install() -> None:
         _library.impl("copy_", _copy, "CUDA", allow_override=True)
     for switch in ("enable_flash_sdp", "enable_mem_efficient_sdp", "enable_cudnn_sdp"):  # C++ would choose these
         getattr(torch.backends.cuda, switch)(False)
+    _profile_the_cpu_only()
+
+
+def _profile_the_cpu_only() -> None:
+    """The profiler asks CUPTI for a GPU's events, which needs a driver: torch 2.15 ends without one."""
+    profiler = torch.autograd.profiler
+
+    def without_gpu(function: Callable[..., None]) -> Callable[..., None]:
+        def call(config: Any, activities: set[Any], **options: Any) -> None:
+            function(config, activities - {torch.profiler.ProfilerActivity.CUDA}, **options)
+
+        return call
+
+    for name in ("_prepare_profiler", "_enable_profiler"):
+        setattr(profiler, name, without_gpu(getattr(profiler, name)))
 
 
 def _operators() -> Iterable[tuple[str, Any]]:

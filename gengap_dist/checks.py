@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gengap_dist.batching import BatchPlan
 from gengap_dist.config import RunConfig, UsageError
 from gengap_dist.models.norm import has_batch_norm
+from gengap_dist.out_of_memory import ran_out
 from gengap_dist.probes.capture import observing
 from gengap_dist.strategies.deepspeed import check as check_zero
 
@@ -218,6 +219,8 @@ def check_logits(config: RunConfig, model: nn.Module, images: Tensor, num_classe
         try:
             logits = model(images)
         except RuntimeError as error:
+            if ran_out(error):
+                raise
             raise UsageError(
                 f"model.name ({config.model.name}) cannot take images of {list(images.shape[1:])} "
                 f"({str(error).splitlines()[0]}): change the model, or data.image_size"

@@ -11,7 +11,16 @@ from typing import Any, Never, NoReturn, TypeVar
 from pydantic import AliasChoices, Field, PositiveInt
 from pydantic_settings import BaseSettings, CliDualFlag, CliSettingsSource, CliToggleFlag, SettingsConfigDict
 
-from gengap_dist.config import RunConfig, Section, StudyConfig, UsageError, did_you_mean, field_names, validate
+from gengap_dist.config import (
+    OutOfMemory,
+    RunConfig,
+    Section,
+    StudyConfig,
+    UsageError,
+    did_you_mean,
+    field_names,
+    validate,
+)
 from gengap_dist.launchers.base import leave, started_elsewhere
 from gengap_dist.preemption import Preempted
 
@@ -149,6 +158,10 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
     debug = "--debug" in argv
     try:
         return command(argv)
+    except OutOfMemory as error:
+        if not error.told:
+            _complain(prog, str(error), debug, every_rank=True)
+        return USAGE
     except UsageError as error:
         _complain(prog, str(error), debug)
         return USAGE

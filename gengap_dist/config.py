@@ -46,6 +46,15 @@ class UsageError(ValueError):
     """Something the user gave is wrong: one sentence with name, value, rule and remedy. Commands exit with 2 on it."""
 
 
+class OutOfMemory(UsageError):
+    """A rank's GPU has too little memory for the run."""
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        """`told`: whether another rank says so."""
+        super().__init__(message)
+        self.told = told
+
+
 def _one_or_many(value: Any) -> Any:
     """A single number where a list may stand."""
     return value if isinstance(value, list | tuple) else (value,)

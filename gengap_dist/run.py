@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from gengap_dist.models.norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
+from gengap_dist.out_of_memory import explained
 from gengap_dist.planning.memory_format import settle_format
 from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.precision import training_float32
@@ -86,13 +87,16 @@ def run(
 
     Raises:
         UsageError: if the config does not fit the data, the model or the machine.
+        OutOfMemory: if it does not fit a GPU.
         Preempted: after a rank was asked to leave; the folder is ready to be resumed.
     """
     world = world or connect(config.launch)
     world = clocked(world) if config.profile else world
     float32 = training_float32(world.device, tf32=config.train.tf32)
     watched = watching(world, config.launch.hang_seconds)
-    with watched, deterministic(config.train.deterministic), float32, _enough_memory(config):
+    with watched, deterministic(config.train.deterministic), float32, explained(world):
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)  # the runs of a study share processes
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)
@@ -129,7 +133,7 @@ def probe(
     Raises:
         UsageError: if the config does not fit the data or the model, or the weights do not fit the model.
     """
-    with training_float32(world.device, tf32=config.train.tf32):
+    with training_float32(world.device, tf32=config.train.tf32), explained(world):
         splits = _load_data(config, world, lambda done, total, note: None)
         model = _build_model(config, splits, world)
         train_set = catalog.placed(splits, config.data, world.device).train
@@ -590,25 +594,8 @@ class _Session:
                 "images_per_second": round(samples / max(self.train_seconds, 1e-9), 1),
             }
             | _split(self.times)
+            | _memory_peaks(self.world)
         )
-
-
-@contextlib.contextmanager
-def _enough_memory(config: RunConfig) -> Iterator[None]:
-    """While open, a GPU that has no memory left ends the run with a sentence that says what takes less.
-
-    Raises:
-        UsageError: instead of torch's error.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        size = config.batch.micro_size
-        instead = "choose a number" if size == "auto" else "choose a smaller one"
-        raise UsageError(
-            f"batch.micro_size ({size}) takes more memory than the GPU has ({str(error).partition('. GPU ')[0]}): "
-            f"{instead}, set train.recompute=true, or start more ranks"
-        ) from error
 
 
 def _facts_before(out: Path) -> dict[str, Any]:
@@ -631,6 +618,15 @@ def _split(times: Tensor) -> dict[str, float]:
         slowest = int(busy.argmax())
         out |= {"time/slowest_rank": slowest, "time/slowest_over_mean": round(float(busy[slowest] / busy.mean()), 3)}
     return out
+
+
+def _memory_peaks(world: World) -> dict[str, list[float]]:
+    """The most GiB that torch had of each rank's GPU since this start, by rank; nothing on CPUs. Collective."""
+    if world.device.type != "cuda":
+        return {}
+    peaks = torch.zeros(world.size, dtype=torch.float64)
+    peaks[world.rank] = torch.cuda.max_memory_allocated(world.device) / 2**30
+    return {"memory_peak_gib": [round(peak, 3) for peak in world.sum(peaks, "peaks of memory").tolist()]}
 
 
 def _sampling(config: RunConfig, out: Path, world: World) -> contextlib.AbstractContextManager[None]:

@@ -33,6 +33,8 @@ class Whereabouts:
         """An empty notebook; the clock starts."""
         self.place = Place(0, "starting", time.monotonic(), 0, False)
         self.step = 0
+        self.trouble: Place | None = None
+        """Where the exception that is on its way began, if that was anywhere."""
         self._on_gpu = on_gpu
         self._kinds = ["other"]
         self._intervals: list[tuple[str, Any, Any]] = []
@@ -58,8 +60,13 @@ class Whereabouts:
         )
         self._charge(self._kinds[-1], self.now())
         self._kinds.append(kind)
+        self.trouble = None
         try:
             yield
+            self.trouble = None
+        except BaseException:
+            self.trouble = self.trouble or self.place
+            raise
         finally:
             self._charge(self._kinds.pop(), self.now())
             self.place = before._replace(since=time.monotonic(), num_collectives=self.place.num_collectives)

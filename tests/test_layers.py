@@ -17,6 +17,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.preemption": 0,
     "gengap_dist.world": 0.5,  # raises config's errors
     "gengap_dist.watchdog": 1,
+    "gengap_dist.out_of_memory": 1,
     "gengap_dist.data": 1,
     "gengap_dist.models": 1.1,  # dropout draws as augmentation does
     "gengap_dist.optim": 1.5,  # a schedule counts the steps of an order

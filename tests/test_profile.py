@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from gengap_dist.config import DataConfig
 from gengap_dist.models.lenet5 import LeNet5
 from gengap_dist.profiling.measure import Profile, clocked
 from gengap_dist.profiling.summary import PARTS, Measured, Setting, summary
+from gengap_dist.profiling.trace import Trace
 from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
 from gengap_dist.world import World
@@ -155,6 +158,48 @@ def test_a_folder_that_cannot_be_written_loses_the_profile_and_not_the_run(tmp_p
     with pytest.warns(UserWarning, match=r"profile could not be written .* \(rank 0: File exists, and 1 more\)"):
         run(config(**SHORT | {"train__steps": 3}), out, progress=block)
     assert read_info(out)["status"] == "finished"
+
+
+def event(name: str, start: float, end: float, *, on: str = "CPU", **more: Any) -> FunctionEvent:
+    """As torch's profiler makes one on a GPU; microseconds."""
+    kind = getattr(DeviceType, on)
+    return FunctionEvent(1, name, thread=1, start_us=start, end_us=end, use_device="cuda", device_type=kind, **more)
+
+
+def on_a_gpu(step: int, begin: float, late: float) -> list[FunctionEvent]:
+    """A step of 100 us on the host, whose kernels begin `late` us after it does, with their ranges on both."""
+    gpu = begin + late
+    name, region = f"gengap/step {step}", "Torch-Compiled Region: 0/0"
+    linear, compiled = event("aten::mm", begin + 10, begin + 20), event(region, begin + 30, begin + 60)
+    compiled.is_user_annotation = True
+    linear.append_kernel("gemm", 0, 40.0)
+    compiled.append_kernel("triton_relu", 0, 5.0)
+    compiled.append_kernel(region, 0, 70.0)  # torch links the copy of a range as it does a kernel
+    return [
+        event(name, begin, begin + 100, is_user_annotation=True),
+        linear,
+        compiled,
+        event("gemm", gpu, gpu + 40, on="CUDA"),
+        event("triton_relu", gpu + 105, gpu + 110, on="CUDA"),
+        event(region, gpu + 40, gpu + 110, on="CUDA", is_user_annotation=True),
+        event(name, gpu, gpu + 110, on="CUDA", is_user_annotation=True),
+    ]
+
+
+@pytest.mark.parametrize("late", [20.0, 250.0])
+def test_a_gpu_names_ranges_a_second_time(late):
+    """Steps are counted on the host; kernels count for who launched them, though they ran after the step."""
+    trace = Trace(on_a_gpu(1, 0.0, late) + on_a_gpu(2, 500.0, late))
+    assert trace.num_steps == 2
+    assert trace.operators() == [("aten::mm", 1.0, 0.04), ("Torch-Compiled Region: 0/0", 1.0, 0.005)]
+
+
+def test_what_a_gpu_does_is_no_meeting_of_the_host():
+    ranges = [("step 1", 0, 100, "CPU"), ("step 1", 90, 400, "CUDA")]
+    ranges += [("backward", 10, 50, "CPU"), ("backward", 95, 300, "CUDA")]
+    named = [event(f"gengap/{name}", *when, on=on, is_user_annotation=True) for name, *when, on in ranges]
+    meets = [event("gloo:all_reduce", 20, 40, is_async=True), event("nccl", 110, 200, on="CUDA", is_async=True)]
+    assert Trace(named + meets).exposed("backward") == pytest.approx(0.02)
 
 
 def test_many_ranks_are_folded():

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, final
 
-from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.config import OutOfMemory, RunConfig, UsageError
 from gengap_dist.imports import quickly
 from gengap_dist.launchers.base import Launcher, Progress, RankFailed, leave
 from gengap_dist.preemption import Notice, Preempted, listening
@@ -95,6 +95,8 @@ class Pool(Launcher):
                     results[rank] = value
                 elif kind == "usage":
                     raise UsageError(value)
+                elif kind == "memory":
+                    raise OutOfMemory(value)
                 elif kind == "preempted":
                     raise Preempted(value)
                 else:
@@ -181,6 +183,9 @@ def _rank_main(pipe: Connection, env: dict[str, str]) -> None:
                 pipe.send(("result", run(config, out, resume=resume, progress=progress, leaving=leaving)))
             except Preempted as error:
                 pipe.send(("preempted", error.step))
+            except OutOfMemory as error:
+                if not error.told:  # the rank that says so is heard, and then this one is ended
+                    pipe.send(("memory", str(error)))
             except UsageError as error:
                 pipe.send(("usage", str(error)))
             except Exception:

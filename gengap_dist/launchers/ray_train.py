@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Never, final
 
-from gengap_dist.config import LaunchConfig, RunConfig, UsageError
+from gengap_dist.config import LaunchConfig, OutOfMemory, RunConfig, UsageError
 from gengap_dist.launchers.base import Launcher, Progress, RankFailed
 from gengap_dist.preemption import Notice, Preempted
 
@@ -512,6 +512,9 @@ def _rank(job: dict[str, Any]) -> None:
             if rank == 0:
                 tell("result", (number, result))
                 ray.get(teller.end.remote(name))
+    except OutOfMemory as error:
+        if not error.told:
+            tell("usage", str(error))
     except UsageError as error:
         tell("usage", str(error))  # and no exception: Ray would start the ranks again
     except Preempted as error:

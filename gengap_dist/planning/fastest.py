@@ -16,6 +16,7 @@ from torch import nn
 from gengap_dist.batching import BatchPlan
 from gengap_dist.checks import strategy_name
 from gengap_dist.config import RunConfig
+from gengap_dist.out_of_memory import ran_out, said
 from gengap_dist.planning.memory import SHARDING
 from gengap_dist.planning.rehearsal import Rehearsal, most, timed
 from gengap_dist.world import World
@@ -25,7 +26,6 @@ GAIN = 1.02  # two sizes in a row that gain less end the climb
 CLOSE = 1.1  # within so much of the best: takes part in the last rounds
 TURN_SECONDS, ROUNDS_SECONDS = 0.05, 1.5  # of one size; of the last rounds, of which there are at least 2
 LONG_SECONDS = 1.0  # of a pass: what it costs besides its images is lost in that, larger ones cannot gain
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED", "could not create a memory")
 
 
 def images_per_second(
@@ -99,8 +99,9 @@ def turn_seconds(rehearsal: Rehearsal, num_images: int, times: int, world: World
     try:
         took = timed(job, world) / times  # ranks meet before it, never in it: one that fails leaves nobody waiting
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)):
+        if not ran_out(error):
             raise
+        rehearsal.refused = said(error)
     if took == math.inf and world.device.type == "cuda":
         torch.cuda.empty_cache()
     return took

@@ -106,7 +106,10 @@ def _found(config: RunConfig, network: Network, world: World, before: Mapping[st
         rehearsal = Rehearsal(plain, model, network.in_channels, network.num_classes, world.device)
         rates = images_per_second(rehearsal, config, sizes[-1], fitting, world)
         if not rates:
-            raise UsageError(f"batch.micro_size (auto) ran out of memory in a pass of {fitting[0]}: {REMEDY}")
+            raise UsageError(
+                f"batch.micro_size (auto) ran out of memory in a pass of {fitting[0]} "
+                f"({rehearsal.refused or 'on another rank'}): {REMEDY}"
+            )
     size = world.agree(max(rates, key=lambda size: rates[size], default=sizes[0]))
     found = MicroSize(size=size, images_per_second=rates, pass_bytes=pass_bytes(size), where=what)
     if world.rank == 0:

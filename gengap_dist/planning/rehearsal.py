@@ -29,6 +29,8 @@ class Rehearsal:
     ) -> None:
         """Passes of `model`, which is on `device`, over images that are augmented as `config` says."""
         self.batches = random_batches(config, in_channels, num_classes, NUM_IMAGES, device)
+        self.refused = ""
+        """What a library said when a pass of this rank last ran out of memory."""
         self.strategy = Single(config, World(device=device))
         self.strategy.setup(model.train(), partial(build_optimizer, config.optim))
         # the weights stay; momentum costs what it does in a run, but does not decay: denormal numbers would be slow

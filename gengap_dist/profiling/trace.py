@@ -19,11 +19,17 @@ class Trace:
     """The steps among a profiler's events; what was due between them is left out."""
 
     def __init__(self, events: Iterable[Any]) -> None:
-        """Of torch's FunctionEvents."""
+        """Of torch's FunctionEvents.
+
+        A GPU's events are left out: an operator knows the kernels that it launched, whenever they ran, and a range
+        comes again as one of the GPU, from the first of its kernels to the last.
+        """
         events = list(events)
-        self._spans = merged(_span(event) for event in events if event.name.startswith(STEP))
+        self._on_gpu = any(_on_gpu(event) for event in events)
+        on_host = [event for event in events if not _on_gpu(event)]
+        self._spans = merged(_span(event) for event in on_host if event.name.startswith(STEP))
         self.num_steps = len(self._spans)
-        self._events = [event for event in events if common([_start(event)], self._spans)]
+        self._events = [event for event in on_host if common([_start(event)], self._spans)]
 
     def operators(self) -> list[tuple[str, float, float]]:
         """Name, calls in a step and milliseconds of its own in a step, the dearest first, the rest as one.
@@ -32,11 +38,10 @@ class Trace:
         """
         calls: Counter[str] = Counter()
         spent: defaultdict[str, float] = defaultdict(float)
-        on_gpu = any(_on_gpu(event) for event in self._events)
         for event in self._events:
             if _is_operator(event):
                 calls[event.name] += 1
-                spent[event.name] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+                spent[event.name] += _kernels(event) if self._on_gpu else event.self_cpu_time_total
         each = 1 / max(1, self.num_steps)
         found = sorted(((name, calls[name] * each, us / 1000 * each) for name, us in spent.items()), key=_cost)
         others = found[MOST:]
@@ -100,9 +105,15 @@ def _on_gpu(event: Any) -> bool:
     return str(event.device_type).endswith("CUDA")
 
 
+def _kernels(event: Any) -> float:
+    """Microseconds of the kernels that an operator launched; torch counts a range's copy on the GPU as one of them."""
+    copies = (kernel for kernel in event.kernels if event.is_user_annotation and kernel.name == event.name)
+    return event.self_device_time_total - sum(copy.duration for copy in copies)
+
+
 def _is_operator(event: Any) -> bool:
     """Work, and not a range around it: those of torch, DeepSpeed and ours hold Python and waiting. Compiled code is."""
-    return not (event.is_async or _on_gpu(event)) and (not event.is_user_annotation or "ompiled" in event.name)
+    return not event.is_async and (not event.is_user_annotation or "ompiled" in event.name)
 
 
 def merged(spans: Iterable[tuple[float, float]]) -> Intervals:

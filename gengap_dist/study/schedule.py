@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist import launchers
-from gengap_dist.config import StudyConfig, UsageError, differences
+from gengap_dist.config import OutOfMemory, StudyConfig, UsageError, differences
 from gengap_dist.launchers import Launcher
 from gengap_dist.study import grid, ray_tune, tune
 from gengap_dist.study.grid import Cell
@@ -209,7 +209,9 @@ def _one_by_one(plan: list[Cell], watch: Watch, *, driver: bool) -> int:
             try:
                 ranks[launch].run(cell.config, cell.folder, resume=True, progress=partial(watch.step, cell))
                 watch.over(cell, status(cell))
-            except launchers.RankFailed as error:
+            except (launchers.RankFailed, OutOfMemory) as error:
+                if launchers.joining(cell.config.launch):
+                    raise  # the other ranks, which were not started here, have ended
                 record.close_abandoned(cell.folder, error)
                 watch.over(cell, f"failed: {str(error).strip().splitlines()[-1]}")
                 num_failed += 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from gengap_dist.config import LaunchConfig
 from gengap_dist.launchers.local import _environment, free_port
@@ -160,3 +161,45 @@ def test_gpus_round_float32_only_if_they_are_asked_to(crew, tmp_path, tf32, want
 def test_a_cpu_keeps_its_switches():
     with training_float32(torch.device("cpu"), tf32=False):
         assert torch.backends.cudnn.conv.fp32_precision != "ieee"
+
+
+class Uneven(nn.Module):
+    """Holds 100 MiB more on rank 1, for a moment in each pass."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Flatten(), nn.Linear(144, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [n, num_classes]."""
+        if os.environ["RANK"] == "1":
+            torch.empty(100 << 20, dtype=torch.uint8, device=images.device)
+        return self.layer(images)
+
+
+def uneven(num_classes: int, in_channels: int) -> nn.Module:
+    return Uneven(num_classes)
+
+
+def peaks(world: World, settings: Settings, out: Path) -> list[float]:
+    """What a run's record says of each GPU's memory."""
+    from gengap_dist.run import run
+
+    if world.rank == 0:
+        prepare_folder(out, "run.json", resume=False)
+    world.barrier()
+    result = run(config(**settings), out, world=world)
+    assert result["memory_peak_gib"] == read_info(out)["result"]["memory_peak_gib"]
+    return result["memory_peak_gib"]
+
+
+def test_the_record_knows_the_peak_of_each_gpu(crew, tmp_path):
+    """Of one run, though its processes have made others before."""
+    settings = BASE | OFF | {"train__steps": 2, "launch__device": "cuda"}
+    (first, second), other = crew(peaks, settings | {"model__name": f"{__name__}:uneven"}, tmp_path / "uneven")
+    assert other == [first, second]
+    assert 0 < first < 0.05
+    assert 0.098 <= second < 0.15
+    assert max(crew(peaks, settings, tmp_path / "even")[0]) < 0.05
+    train_here(tmp_path / "cpu", **(settings | {"launch__device": "cpu"}))
+    assert "memory_peak_gib" not in read_info(tmp_path / "cpu")["result"]

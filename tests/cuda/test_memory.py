@@ -1,19 +1,23 @@
 """What happens where a GPU's memory ends: on a fake GPU of few MiB."""
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gengap_dist.config import LaunchConfig, UsageError
-from gengap_dist.launchers.local import _environment
+from gengap_dist.launchers.local import _environment, free_port
 from gengap_dist.tracking.record import prepare_folder, read_info
 from gengap_dist.world import World
 from tests import fake_cuda
-from tests.conftest import config
+from tests.conftest import ROOT, config
 from tests.cuda.scenarios import BASE, OFF, Settings
 from tests.cuda.test_scenarios import numbers
 from tests.ranks import Crew
@@ -97,3 +101,131 @@ def test_auto_finds_a_micro_size_that_fits(gpu, tmp_path):
     settings |= {"launch__device": "cuda", "batch__global_size": 512, "batch__micro_size": "auto"}
     assert gpu(trained, settings, tmp_path / "run") == [""]
     assert 1 <= read_info(tmp_path / "run")["micro_size"] <= 256
+
+
+GPU = r"\(Fake H100 \(no GPU\), 0\.195 GiB\)"
+REMEDIES = ("batch.micro_size (or auto)", "train.recompute=true", "launch.strategy=fsdp or zero3", "data.device=cpu")
+HUNGRY: Settings = {"batch__global_size": 1024, "batch__micro_size": 1024, "data__image_size": 16}
+CUDNN = "GET was unable to find an engine to execute this computation"
+
+
+class Greedy(nn.Module):
+    """Takes 300 MiB where it is told to: in `start`, `training`, `evaluation` or nowhere, on some ranks."""
+
+    def __init__(self, where: str, ranks: str = "01") -> None:
+        super().__init__()
+        self.where, self.ranks, self.act = where, ranks, nn.ReLU()
+        self.layer = nn.Sequential(nn.Flatten(), nn.Linear(144, 24), nn.ReLU(), nn.Linear(24, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [n, 10]."""
+        now = "start" if len(images) == 2 else "training" if self.training else "evaluation"
+        if self.where == now and os.environ["RANK"] in self.ranks:
+            torch.empty(300 << 20, dtype=torch.uint8, device=images.device)
+        return self.layer(images)
+
+
+def greedy_at_the_start(num_classes: int, in_channels: int) -> nn.Module:
+    return Greedy("start")
+
+
+def greedy_in_training(num_classes: int, in_channels: int) -> nn.Module:
+    return Greedy("training")
+
+
+def greedy_in_evaluation(num_classes: int, in_channels: int) -> nn.Module:
+    return Greedy("evaluation")
+
+
+def greedy_on_rank_1(num_classes: int, in_channels: int) -> nn.Module:
+    return Greedy("training", ranks="1")
+
+
+def giant(num_classes: int, in_channels: int) -> nn.Module:
+    """230 MiB of parameters."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(144, 400_000), nn.ReLU(), nn.Linear(400_000, num_classes))
+
+
+class Unsupported(Greedy):
+    """What cuDNN says to a pass, which may be memory or not."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Nothing."""
+        if self.training and type(images) is Tensor:  # and not one of those that only have a shape
+            raise RuntimeError(CUDNN)
+        return super().forward(images)
+
+
+def unsupported(num_classes: int, in_channels: int) -> nn.Module:
+    return Unsupported("nowhere")
+
+
+class Buggy(Greedy):
+    """Fails in training, for another reason."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Nothing."""
+        if self.training:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().forward(images)
+
+
+def buggy(num_classes: int, in_channels: int) -> nn.Module:
+    return Buggy("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "doing", "words"),
+    [
+        ("giant", {}, r"starting \(step \d; ", "CUDA out of memory"),
+        ("hungry", HUNGRY, r"forward and backward \(step 1; ", "CUDA out"),
+        ("greedy_at_the_start", {}, r"starting \(step \d; ", "CUDA out of memory. Tried to allocate 300.00 MiB"),
+        ("greedy_in_training", {}, r"forward and backward \(step 1; ", "CUDA out of memory. Tried to allocate 300"),
+        ("greedy_in_evaluation", {}, r"evaluation \(step \d; ", "CUDA out of memory. Tried to allocate 300.00 MiB"),
+        ("greedy_in_evaluation", {"probe__enabled": True, "data__val_fraction": 0.0}, r"probe \(step \d; ", "CUDA out"),
+        ("unsupported", {}, r"forward and backward \(step 1; ", CUDNN),
+    ],
+)
+def test_a_run_that_does_not_fit_says_so_in_a_sentence(gpu, tmp_path, model, more, doing, words):
+    settings = BASE | OFF | {"model__name": f"{__name__}:{model}", "train__steps": 1, "launch__device": "cuda"} | more
+    (said,) = gpu(trained, settings, tmp_path / "run")
+    assert re.match(rf"rank 0 ran out of the memory of its GPU {GPU} in {doing}{re.escape(words)}", said), said
+    assert all(remedy in said.rpartition("): ")[2] for remedy in REMEDIES)
+    assert "\n" not in said
+
+
+def test_another_error_stays_what_it_is(gpu, tmp_path):
+    settings = BASE | OFF | {"model__name": f"{__name__}:buggy", "train__steps": 1, "launch__device": "cuda"}
+    with pytest.raises(AssertionError, match="RuntimeError: CUDA error: an illegal memory access"):
+        gpu(trained, settings, tmp_path / "run")
+
+
+def test_auto_passes_on_what_the_library_said(gpu, tmp_path):
+    settings = BASE | OFF | {"model__name": f"{__name__}:unsupported", "batch__micro_size": "auto"}
+    (said,) = gpu(trained, settings | {"launch__device": "cuda"}, tmp_path / "run")
+    assert said.startswith(f"batch.micro_size (auto) ran out of memory in a pass of 1 ({CUDNN}): set train.recompute")
+
+
+@pytest.mark.parametrize(("launcher", "model"), [("local", "greedy_in_training"), ("torchrun", "greedy_on_rank_1")])
+def test_a_command_says_it_once(tmp_path, launcher, model):
+    """Whether both ranks run out of memory or one does, while the other is in the middle of a step."""
+    start = ["-m", "gengap_dist.train", "--launch.num_processes", "2"]
+    if launcher == "torchrun":
+        start = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+        start += ["-m", "gengap_dist.train"]
+    given = ["--model.name", f"{__name__}:{model}", "--data.image_size", "12", "--data.crop_padding", "2"]
+    given += ["--mlflow.enabled", "false", "--probe.enabled", "false", "--train.steps", "2", "--launch.device", "cuda"]
+    done = subprocess.run(
+        [sys.executable, *start, *given, "--out", str(tmp_path / "run")],
+        env=os.environ | fake_cuda.environment(2, mib=MIB),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == (1 if launcher == "torchrun" else 2), done.stderr  # torchrun has but one code
+    assert "exitcode  : 2" in done.stderr or launcher == "local"
+    assert done.stderr.count("ran out of the memory of its GPU") == 1, done.stderr
+    ours = [line for line in done.stderr.splitlines() if line.startswith("gengap train")]
+    assert len(ours) == 1, done.stderr
+    assert "rank 1" in done.stderr or launcher == "local"

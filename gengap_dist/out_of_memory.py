@@ -1,0 +1,92 @@
+"""Out of memory: how libraries say it, and the one sentence that a user gets for it.
+
+torch has an error of its own for it. cuDNN, cuBLAS and the like, which ask the driver for memory themselves, say it
+each in its own way; some of their words have other causes, too, so whoever passes them on lets the library speak.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+import torch.distributed as dist
+
+from gengap_dist.config import OutOfMemory
+from gengap_dist.world import World
+
+OF_A_GPU = (
+    "out of memory",
+    "ALLOC_FAILED",  # of cuBLAS, cuSOLVER, cuFFT
+    "ALLOCATION_FAILED",  # of cuDNN
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # no memory for a handle; also the first call after an assertion in a kernel
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "CUSOLVER_STATUS_NOT_INITIALIZED",
+    "Unable to find a valid cuDNN algorithm",  # every algorithm lacks memory; also an operation cuDNN does not have
+    "unable to find an engine to execute this computation",
+    "no valid convolution algorithms available in CuDNN",
+)
+OF_A_CPU = ("can't allocate memory", "bad_alloc", "could not create a memory")
+MOST_WORDS = 200  # characters of a library's own that a sentence repeats
+REMEDY = (
+    "choose a smaller batch.micro_size (or auto), train.recompute=true, launch.strategy=fsdp or zero3, or "
+    "data.device=cpu"
+)
+
+
+def ran_out(error: BaseException, words: tuple[str, ...] = OF_A_GPU + OF_A_CPU) -> bool:
+    """Whether memory was short, by what the error says.
+
+    >>> ran_out(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    True
+    >>> ran_out(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    False
+    """
+    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
+
+
+def said(error: BaseException) -> str:
+    r"""What the library said, in one line; of much, the first sentences.
+
+    >>> said(RuntimeError("CUDA out of memory.\nTried to allocate 2.00 GiB."))
+    'CUDA out of memory. Tried to allocate 2.00 GiB'
+    """
+    text = " ".join(str(error).split())
+    if len(text) > MOST_WORDS:
+        sentences, stop, _ = text[:MOST_WORDS].rpartition(". ")
+        text = sentences if stop else text[:MOST_WORDS]
+    return text.rstrip(".") or type(error).__name__
+
+
+@contextmanager
+def explained(world: World) -> Iterator[None]:
+    """While open, a GPU that has no memory left is told about in one sentence, by one rank.
+
+    Raises:
+        OutOfMemory: instead of what torch or a library raised; also on ranks that failed because another had done so.
+    """
+    world.where.trouble = None  # of an earlier run
+    try:
+        yield
+    except RuntimeError as error:
+        if world.device.type != "cuda":
+            raise
+        mine = ran_out(error, OF_A_GPU)
+        count = _count(world, mine)
+        if count == 0:
+            raise
+        if not mine:
+            raise OutOfMemory(f"another rank ran out of its GPU's memory: {REMEDY}", told=True) from error
+        place = world.where.trouble or world.where.place
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        raise OutOfMemory(
+            f"rank {world.rank} ran out of the memory of its GPU ({torch.cuda.get_device_name(world.device)}, "
+            f"{total / 2**30:.3g} GiB) in {place.doing} (step {place.step}; {said(error)}): {REMEDY}",
+            told=count > 1,
+        ) from error
+
+
+def _count(world: World, mine: bool) -> int:
+    """How many ranks ran out of memory so far, this one included; 0 or 1 if the store went with another rank."""
+    if world.size > 1:
+        with suppress(RuntimeError):
+            return dist.distributed_c10d._get_default_store().add("gengap/out_of_memory", int(mine))
+    return int(mine)

@@ -101,7 +101,10 @@ def test_auto_takes_a_gpu_for_each_rank_and_goes_on_without(gpu_cluster, tmp_pat
 
 def test_a_study_takes_one_kind_of_device_for_all(gpu_cluster, tmp_path, telling):
     """One arm asks for a GPU and for two CPUs, the other leaves it open; both run at once, with a GPU each."""
-    arms = [{"name": "asks", "set": {"launch.device": "cuda", "launch.resources_per_rank": {"CPU": 2}}}, {"name": "open"}]
+    arms = [
+        {"name": "asks", "set": {"launch.device": "cuda", "launch.resources_per_rank": {"CPU": 2}}},
+        {"name": "open"},
+    ]
     study = {"baseline": "open", "seeds": [0], "arms": arms}
     still = {"model": {"name": "telling:make"}, "probe": {"enabled": False}, "train": {"steps": 4}}
     config = tiny.write(tmp_path / "s.yaml", study, launch={"backend": "ray"}, **still)

@@ -4,8 +4,10 @@ torch has an error of its own for it. cuDNN, cuBLAS and the like, which ask the 
 each in its own way; some of their words have other causes, too, so whoever passes them on lets the library speak.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ OF_A_GPU = (
 )
 OF_A_CPU = ("can't allocate memory", "bad_alloc", "could not create a memory")
 MOST_WORDS = 200  # characters of a library's own that a sentence repeats
+MOST_ALLOCATIONS = 100_000  # that a snapshot remembers, each with its stack
 REMEDY = (
     "choose a smaller batch.micro_size (or auto), train.recompute=true, launch.strategy=fsdp or zero3, or "
     "data.device=cpu"
@@ -82,6 +85,39 @@ def explained(world: World) -> Iterator[None]:
             f"{total / 2**30:.3g} GiB) in {place.doing} (step {place.step}; {said(error)}): {REMEDY}",
             told=count > 1,
         ) from error
+
+
+@contextmanager
+def snapshot(world: World, folder: Path | None) -> Iterator[None]:
+    """While open, allocations on this rank's GPU are recorded; where its memory runs out, `folder`/rank<R>.pickle is
+    written. It must be inside `explained`.
+
+    Args:
+        world: the ranks.
+        folder: made when it is needed; None: nothing is recorded, and nothing on a CPU.
+    """
+    if folder is None or world.device.type != "cuda":
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS, stacks="python")
+    try:
+        yield
+    except RuntimeError as error:
+        if ran_out(error, OF_A_GPU):
+            _write_snapshot(folder / f"rank{world.rank}.pickle")
+        raise
+    finally:
+        torch.cuda.memory._record_memory_history(None)
+
+
+def _write_snapshot(path: Path) -> None:
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(part))
+        part.replace(path)
+    except OSError as error:
+        warnings.warn(f"{path} could not be written ({error.strerror or error}): make room there", stacklevel=2)
 
 
 def _count(world: World, mine: bool) -> int:

@@ -29,7 +29,7 @@ from gengap_dist.models.norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
-from gengap_dist.out_of_memory import explained
+from gengap_dist.out_of_memory import explained, snapshot
 from gengap_dist.planning.memory_format import settle_format
 from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.precision import training_float32
@@ -94,7 +94,8 @@ def run(
     world = clocked(world) if config.profile else world
     float32 = training_float32(world.device, tf32=config.train.tf32)
     watched = watching(world, config.launch.hang_seconds)
-    with watched, deterministic(config.train.deterministic), float32, explained(world):
+    recorded = snapshot(world, out / "memory" if config.launch.memory_snapshot else None)
+    with watched, deterministic(config.train.deterministic), float32, explained(world), recorded:
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)  # the runs of a study share processes
         _check_shared(out, world)

@@ -39,7 +39,7 @@ REMEDY = (
 
 
 def ran_out(error: BaseException, words: tuple[str, ...] = OF_A_GPU + OF_A_CPU) -> bool:
-    """Whether memory was short, by what the error says; and, where its words have other causes, too, by the GPU's state.
+    """Whether memory was short, by what the error says; where its words have other causes, too, by the GPU as well.
 
     >>> ran_out(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     True

@@ -17,6 +17,7 @@ as it should be. 2: it could not begin.
 """
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -55,7 +56,11 @@ class Worker:
     def __init__(self) -> None:
         """Nothing is started before it is needed."""
         self._team: Team | None = None
-        self._cache = tempfile.TemporaryDirectory()  # nothing is read from the user's caches, nothing is left there
+        self._folder = tempfile.TemporaryDirectory(prefix="gengap_gpu_")
+        # for it and its children: nothing is read from the user's caches, nothing is left there
+        names = ("TMPDIR", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+        os.environ |= dict.fromkeys(names, self._folder.name)
+        os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # it ends by SIGKILL
 
     def __call__(self, item: Item, seconds: float) -> Answer:
         """What the item answers, within so many seconds.
@@ -81,8 +86,7 @@ class Worker:
 
     def _call(self, job: Any, *args: Any) -> Any:
         if self._team is None:
-            cache = {name: f"{self._cache.name}/{name}" for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-            self._team = Team(1, "cuda", threads_per_rank(1) | cache | {"XDG_CACHE_HOME": self._cache.name})
+            self._team = Team(1, "cuda", threads_per_rank(1))
         return self._team(job, *args)
 
     def end(self, *, kill: bool = False) -> None:
@@ -128,7 +132,7 @@ def measure(name: str, options: argparse.Namespace, ledger: Ledger, worker: Work
     items, left, bad = chosen(part_of(name), options.only), 0, 0
     console.rule(name, align="left")
     for number, item in enumerate(items, 1):
-        answer, seconds = ledger.answer(name, item.name), until - time.monotonic()
+        answer, seconds = ledger.answer(name, item.name), max(0.0, until - time.monotonic())
         head = f"{number:>3}/{len(items)} {item.name}: "
         if item.missing:
             answer = {"good": True, "text": f"{item.missing} is not installed", "missing": item.missing}

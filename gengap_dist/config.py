@@ -411,6 +411,9 @@ class LaunchConfig(Section):
     """How long a rank waits for the others before it gives up."""
     hang_seconds: PositiveFloat = 60.0
     """How long a rank waits before it says which rank it waits for, and where that one is."""
+    memory_snapshot: bool = False
+    """On a GPU: record allocations, and when memory runs out write OUT/memory/rank<R>.pickle, which
+    pytorch.org/memory_viz shows."""
     ray_address: str | None = None
     """ray: the cluster, host:port or ray://host:port; null takes RAY_ADDRESS, a cluster that is here, or starts one."""
     resources_per_rank: dict[str, PositiveFloat] = {}

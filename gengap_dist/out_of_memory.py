@@ -4,8 +4,10 @@ torch has an error of its own for it. cuDNN, cuBLAS and the like, which ask the 
 each in its own way; some of their words have other causes, too, so whoever passes them on lets the library speak.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,15 +19,19 @@ OF_A_GPU = (
     "out of memory",
     "ALLOC_FAILED",  # of cuBLAS, cuSOLVER, cuFFT
     "ALLOCATION_FAILED",  # of cuDNN
-    "CUBLAS_STATUS_NOT_INITIALIZED",  # no memory for a handle; also the first call after an assertion in a kernel
+)
+OR_ELSE = (  # what libraries say without memory, and also of an operation or a GPU that they do not have
+    "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_NOT_INITIALIZED",
     "CUSOLVER_STATUS_NOT_INITIALIZED",
-    "Unable to find a valid cuDNN algorithm",  # every algorithm lacks memory; also an operation cuDNN does not have
+    "Unable to find a valid cuDNN algorithm",
     "unable to find an engine to execute this computation",
     "no valid convolution algorithms available in CuDNN",
 )
+LITTLE = 512 * 2**20  # bytes free on a GPU, with which OR_ELSE is put down to memory: what handles and workspaces take
 OF_A_CPU = ("can't allocate memory", "bad_alloc", "could not create a memory")
 MOST_WORDS = 200  # characters of a library's own that a sentence repeats
+MOST_ALLOCATIONS = 100_000  # that a snapshot remembers, each with its stack
 REMEDY = (
     "choose a smaller batch.micro_size (or auto), train.recompute=true, launch.strategy=fsdp or zero3, or "
     "data.device=cpu"
@@ -33,14 +39,27 @@ REMEDY = (
 
 
 def ran_out(error: BaseException, words: tuple[str, ...] = OF_A_GPU + OF_A_CPU) -> bool:
-    """Whether memory was short, by what the error says.
+    """Whether memory was short, by what the error says; where its words have other causes, too, by the GPU as well.
 
     >>> ran_out(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     True
-    >>> ran_out(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    >>> ran_out(RuntimeError("GET was unable to find an engine to execute this computation"))  # here is no GPU
     False
     """
-    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
+    if isinstance(error, MemoryError) or any(part in str(error) for part in words):
+        return True
+    return any(part in str(error) for part in OR_ELSE) and _was_short()
+
+
+def _was_short() -> bool:
+    """Whether this process's GPU has little memory left, or had too little when torch asked for more.
+
+    A convolution passes over kernels whose workspace it cannot get, and says in the end that it has none.
+    """
+    if not torch.cuda.is_available():
+        return False
+    refused = torch.cuda.memory_stats().get("num_ooms", 0)
+    return refused > 0 or torch.cuda.mem_get_info()[0] < LITTLE
 
 
 def said(error: BaseException) -> str:
@@ -82,6 +101,39 @@ def explained(world: World) -> Iterator[None]:
             f"{total / 2**30:.3g} GiB) in {place.doing} (step {place.step}; {said(error)}): {REMEDY}",
             told=count > 1,
         ) from error
+
+
+@contextmanager
+def snapshot(world: World, folder: Path | None) -> Iterator[None]:
+    """While open, allocations on this rank's GPU are recorded; where its memory runs out, `folder`/rank<R>.pickle is
+    written. It must be inside `explained`.
+
+    Args:
+        world: the ranks.
+        folder: made when it is needed; None: nothing is recorded, and nothing on a CPU.
+    """
+    if folder is None or world.device.type != "cuda":
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS, stacks="python")
+    try:
+        yield
+    except RuntimeError as error:
+        if ran_out(error, OF_A_GPU):
+            _write_snapshot(folder / f"rank{world.rank}.pickle")
+        raise
+    finally:
+        torch.cuda.memory._record_memory_history(None)
+
+
+def _write_snapshot(path: Path) -> None:
+    part = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(part))
+        part.replace(path)
+    except OSError as error:
+        warnings.warn(f"{path} could not be written ({error.strerror or error}): make room there", stacklevel=2)
 
 
 def _count(world: World, mine: bool) -> int:

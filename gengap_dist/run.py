@@ -29,7 +29,7 @@ from gengap_dist.models.norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
-from gengap_dist.out_of_memory import explained
+from gengap_dist.out_of_memory import explained, snapshot
 from gengap_dist.planning.memory_format import settle_format
 from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.precision import training_float32
@@ -94,9 +94,8 @@ def run(
     world = clocked(world) if config.profile else world
     float32 = training_float32(world.device, tf32=config.train.tf32)
     watched = watching(world, config.launch.hang_seconds)
-    with watched, deterministic(config.train.deterministic), float32, explained(world):
-        if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(world.device)  # the runs of a study share processes
+    recorded = snapshot(world, out / "memory" if config.launch.memory_snapshot else None)
+    with watched, deterministic(config.train.deterministic), float32, explained(world), recorded:
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)
@@ -198,6 +197,8 @@ class _Session:
         before = _facts_before(out) if "auto" in choices else {}
         config, order_how = settle_format(config, network, world, before.get("channels_last_auto") or {})
         config, size_how = settle(config, network, world, before.get("micro_size_auto") or {})
+        if world.device.type == "cuda":  # neither what was tried counts nor an earlier run of this process
+            torch.cuda.reset_peak_memory_stats(world.device)
         self.config = config
         self.observer = Observer(config, self.train_set, self.normalise, flat(self.model), world)
         check_norm(config, self.model, self.order.sizes(), world.size)

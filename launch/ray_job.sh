@@ -12,6 +12,7 @@
 #   RAY_AUTH_TOKEN          its token [the one in ~/.ray/auth_token]
 #   NUM_PROCESSES           ranks [2]
 #   MLFLOW_*                go with the job; whoever may see the dashboard can read them
+#   TORCH_FR_*, TORCH_NCCL_*  go with the job
 #   PYTHON                  interpreter here, with Ray [python]
 
 set -euo pipefail
@@ -30,11 +31,15 @@ python=${PYTHON:-python}
 
 runtime_env=$(mktemp) # a file, because passwords on a command line show in `ps`
 trap 'rm -f "$runtime_env"' EXIT
-"$python" - launch/ray_runtime_env.yaml >"$runtime_env" <<'PYTHON'
+"$python" - launch/ray_runtime_env.yaml "$out" >"$runtime_env" <<'PYTHON'
 import os, sys, yaml
 
 runtime_env = yaml.safe_load(open(sys.argv[1]))
-runtime_env["env_vars"] |= {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+given = {name: value for name, value in os.environ.items() if name.startswith(("MLFLOW_", "TORCH_FR_", "TORCH_NCCL_"))}
+recorder = runtime_env["env_vars"] | {"TORCH_FR_DUMP_TEMP_FILE": f"{sys.argv[2]}/nccl_trace_rank_"}
+for name, older in {"BUFFER_SIZE": "TRACE_BUFFER_SIZE", "DUMP_TEMP_FILE": "DEBUG_INFO_TEMP_FILE"}.items():
+    recorder[f"TORCH_FR_{name}"] = given.get(f"TORCH_NCCL_{older}", recorder[f"TORCH_FR_{name}"])
+runtime_env["env_vars"] = recorder | given
 yaml.safe_dump(runtime_env, sys.stdout)
 PYTHON
 

@@ -82,10 +82,13 @@ def test_items_of_all_parts_run_and_a_second_command_skips_them():
     assert str(sentence) in page
     assert "### Speed\n\nHow fast" in page
 
+    whole = json.loads(Path("gpu.json").read_text())
+    whole["sessions"][0]["parts"]["correctness"]["no norm, float64"]["seconds"] = 1234.5
+    Path("gpu.json").write_text(json.dumps(whole))
     again = on_fake(*only)
     assert again.returncode == 0
     assert "ok    1/1 no norm, float64: " in again.stdout
-    assert recorded() == first  # with its seconds: nothing was measured anew
+    assert recorded() == whole["sessions"][0]["parts"]  # nothing was measured anew
 
 
 @FAKE
@@ -126,18 +129,25 @@ def test_items_that_die_hang_or_take_too_long():
     code = "import gpu; gpu.PARTS = {'mine': 'mine'}; gpu.main()"
     environment = fake_cuda.environment()
     paths = [str(Path.cwd()), str(ROOT / "benchmarks"), environment.pop("PYTHONPATH")]
-    found = subprocess.run(
-        [sys.executable, "-c", code, "--out", "gpu.json", "--seconds", "7"],
-        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+
+    def command(*words: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-c", code, "--out", "gpu.json", *words],
+            env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+
+    found = command("--only", "dies", "long", "answers")
     assert found.returncode == 1, found.stdout + found.stderr
-    answers = recorded()["mine"]
-    assert answers["dies"]["error"] == "its process died"
-    assert answers["answers"]["text"] == "cuda:0"  # in a new process
+    assert recorded()["mine"]["dies"]["error"] == "its process died"
+    assert recorded()["mine"]["answers"]["text"] == "cuda:0"  # in a new process
     assert "long: takes 1000000 s, and " in found.stdout
-    assert answers["hangs"]["cut_off"]
-    assert "2 of 4 items are left: run the same command again" in found.stdout
+    assert "1 of 3 items are left: run the same command again" in found.stdout
+
+    found = command("--only", "hangs", "--seconds", "2")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert recorded()["mine"]["hangs"]["cut_off"]
+    assert "hangs: was cut off after 2" in found.stdout
     page = Path("gpu.md").read_text()
     assert "found: answers\n\nNot measured yet: long, hangs." in page
     assert "**dies** its process died" in page

@@ -99,7 +99,7 @@ def recorded(tmp_path, monkeypatch):
     def run(script: str, *words: str, **env: str) -> dict:
         record = tmp_path / "record.json"
         slurm = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node0", "SLURM_JOB_NUM_NODES": "2"}
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "SLURM", "RAY"))}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "SLURM", "RAY", "TORCH_"))}
         done = subprocess.run(
             ["bash", script, "configs/demo_train.yaml", str(tmp_path / "run"), *words],
             env=clean | slurm | {"RECORD": str(record), "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"} | env,
@@ -152,6 +152,31 @@ def test_scripts_speak_to_train(recorded, script, env, backend):
     assert config.optim.lr == 0.125
     if backend == "ray":
         assert config.launch.num_processes == {"launch/ray_job.sh": 3, "launch/slurm/ray.sbatch": 8}[script]
+
+
+RECORDER_NAMES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name)
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, ("2000", "1", "{out}/nccl_trace_rank_")),
+        (
+            {"TORCH_FR_BUFFER_SIZE": "7", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_FR_DUMP_TEMP_FILE": "/x/y"},
+            ("7", "0", "/x/y"),
+        ),
+        (
+            {"TORCH_NCCL_TRACE_BUFFER_SIZE": "8", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/x/z"},
+            ("8", "1", "/x/z"),
+        ),
+    ],
+)
+def test_gpus_that_hang_leave_a_trace(recorded, tmp_path, script, given, wanted):
+    """What is set already stays, also under the names that torch had before."""
+    record = recorded(name(script), *SETTINGS, **given)
+    env = yaml.safe_load(record["runtime_env"])["env_vars"] if "runtime_env" in record else record["env"]
+    assert tuple(env[name] for name in RECORDER_NAMES) == tuple(w.format(out=tmp_path / "run") for w in wanted)
 
 
 @pytest.mark.parametrize("script", ["launch/torchrun/multi_node.sh", "launch/slurm/torchrun.sbatch"])
@@ -346,7 +371,11 @@ def test_the_ray_job_is_a_run():
     assert (job["shutdownAfterJobFinishes"], job["backoffLimit"] > 0) == (True, True)
     from ray.runtime_env import RuntimeEnv
 
-    RuntimeEnv(**yaml.safe_load(job["runtimeEnvYAML"]))
+    runtime_env = yaml.safe_load(job["runtimeEnvYAML"])
+    RuntimeEnv(**runtime_env)
+    out = words[words.index("--out") + 1]
+    wanted = ("2000", "1", f"{out}/nccl_trace_rank_")
+    assert tuple(runtime_env["env_vars"][name] for name in RECORDER_NAMES) == wanted
     assert load(ROOT / "launch/kuberay/raycluster.yaml")["spec"] == job["rayClusterSpec"]  # written twice, one thing
 
 

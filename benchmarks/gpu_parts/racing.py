@@ -59,20 +59,19 @@ WAYS: dict[str, Way] = {
 
 @cache
 def images() -> Path:
-    """A folder of random images in the shape of CIFAR-10's, for as long as this process lives."""
-    kept = _FOLDER.name
-    generator = torch.Generator().manual_seed(0)
-    for part, number in (("train", NUM_IMAGES), ("test", NUM_TEST)):
+    """A folder of random images in the shape of CIFAR-10's, made once for all processes of one command."""
+    folder = Path(tempfile.gettempdir()) / "images"
+    if folder.is_dir():
+        return folder
+    part, generator = Path(tempfile.mkdtemp()), torch.Generator().manual_seed(0)
+    for split, number in (("train", NUM_IMAGES), ("test", NUM_TEST)):
         pixels = torch.randint(256, (number, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator).numpy()
         for label in range(NUM_CLASSES):
-            (Path(kept) / part / str(label)).mkdir(parents=True)
+            (part / split / str(label)).mkdir(parents=True)
         for at, image in enumerate(pixels):
-            path = Path(kept) / part / str(at % NUM_CLASSES) / f"{at}.ppm"
+            path = part / split / str(at % NUM_CLASSES) / f"{at}.ppm"
             path.write_bytes(b"P6 %d %d 255\n" % (SIDE, SIDE) + image.tobytes())
-    return Path(kept)
-
-
-_FOLDER = tempfile.TemporaryDirectory(prefix="gengap_gpu_")
+    return part.rename(folder)
 
 
 def task(model: str, global_size: int) -> Workload:

@@ -5,20 +5,19 @@ of MLflow's own system metrics. Nothing here can hold up or fail a run.
 """
 
 import contextlib
-import csv
 import json
-import shutil
+import os
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MEGABYTE = 10**6
-GPU_FIELDS = ("index", "utilization.gpu", "memory.used", "memory.total", "power.draw")
-GPU_SECONDS = 5.0  # for nvidia-smi to answer
+GPU, MIG = "GPU-", "MIG-"  # what UUIDs begin with
+LAST_SECONDS = 10.0  # for the last sample
 
 
 @contextmanager
@@ -41,7 +40,7 @@ def sampling(out: Path, every: float | None, *, num_nodes: int) -> Iterator[None
         yield
     finally:
         over.set()
-        thread.join(2 * GPU_SECONDS)
+        thread.join(LAST_SECONDS)
 
 
 def _sample_until(over: threading.Event, every: float, path: Path) -> None:
@@ -51,12 +50,15 @@ def _sample_until(over: threading.Event, every: float, path: Path) -> None:
     network = psutil.net_io_counters()
     began = (network.bytes_recv, network.bytes_sent) if network else (0, 0)
     going_on = True
-    while going_on:
-        going_on = not over.wait(every)
-        with contextlib.suppress(OSError, ValueError, psutil.Error, subprocess.SubprocessError):  # the run comes first
-            line = {"time": round(time.time() * 1000), **_machine(path.parent, began), **_gpus()}
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+    with _gpus() as gpus:
+        while going_on:
+            going_on = not over.wait(every)
+            with contextlib.suppress(OSError, ValueError, psutil.Error):  # the run comes first
+                line = {"time": round(time.time() * 1000), **_machine(path.parent, began)}
+                for index, gpu in gpus.items():
+                    line |= _of_gpu(index, gpu)
+                with path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
 
 
 def _machine(folder: Path, began: tuple[int, int]) -> dict[str, float]:
@@ -78,31 +80,80 @@ def _machine(folder: Path, began: tuple[int, int]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in out.items()}
 
 
-def _gpus() -> dict[str, float]:
-    """All GPUs of this machine, as the driver's own tool tells them; nothing where there is none."""
-    if not (tool := shutil.which("nvidia-smi")):
-        return {}
-    command = [tool, f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=GPU_SECONDS, check=True).stdout
-    return gpus(told)
+@contextmanager
+def _gpus() -> Iterator[dict[int, Any]]:
+    """The driver's handles of the GPUs that this process may use, by nvidia-smi's number; none without a driver.
 
-
-def gpus(told: str) -> dict[str, float]:
-    r"""Metrics from nvidia-smi's lines; what a card does not tell is left out.
-
-    >>> gpus("0, 97, 20480, 81920, 350.5\n1, [N/A], 0, 81920, [N/A]\n")["gpu_0_memory_usage_percentage"]
-    25.0
+    Two runs of one machine that have a GPU each do not both call theirs 0. A MIG instance has the number of its GPU.
     """
-    mebibyte = 2**20 / MEGABYTE
-    out: dict[str, float] = {}
-    for row in csv.reader(told.splitlines(), skipinitialspace=True):
-        index, *cells = row
-        busy, used, total, watts = (float(cell) if cell[:1].isdigit() else None for cell in cells)
-        found = {
-            "utilization_percentage": busy,
-            "memory_usage_megabytes": used and round(used * mebibyte, 3),
-            "memory_usage_percentage": 100 * used / total if used is not None and total else None,
-            "power_usage_watts": watts,
-        }
-        out |= {f"gpu_{index}_{name}": value for name, value in found.items() if value is not None}
-    return out
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield {}
+        return
+    handles: dict[int, Any] = {}
+    with contextlib.suppress(pynvml.NVMLError):  # a UUID that the driver does not know hides what follows it
+        every = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        for uuid in visible(os.environ.get("CUDA_VISIBLE_DEVICES"), list(map(pynvml.nvmlDeviceGetUUID, every))):
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if uuid.startswith(MIG) else handle
+            handles[pynvml.nvmlDeviceGetIndex(whole)] = handle
+    yield handles
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlShutdown()
+
+
+def _of_gpu(index: int, handle: Any) -> dict[str, float]:
+    """Metrics of one GPU, or MIG instance of one; what the driver does not tell is left out."""
+    import pynvml
+
+    def told(ask: Callable[[Any], Any]) -> Any:
+        try:
+            return ask(handle)
+        except pynvml.NVMLError:  # not supported, mostly
+            return None
+
+    busy, milliwatts = told(pynvml.nvmlDeviceGetUtilizationRates), told(pynvml.nvmlDeviceGetPowerUsage)
+    memory = told(lambda handle: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))
+    found = {
+        "utilization_percentage": busy and busy.gpu,
+        "memory_usage_megabytes": memory and round(memory.used / MEGABYTE, 3),
+        "memory_usage_percentage": memory and round(100 * memory.used / memory.total, 3),
+        "power_usage_watts": milliwatts and milliwatts / 1000,
+    }
+    return {f"gpu_{index}_{name}": value for name, value in found.items() if value is not None}
+
+
+def visible(listed: str | None, uuids: Sequence[str]) -> list[str]:
+    """UUIDs of the GPUs, or MIG instances, that a process may use, in its order.
+
+    Entries are indices, beginnings of the UUIDs of GPUs, or UUIDs of MIG instances; the first says which. One that is
+    no such thing, or is true of several GPUs, hides itself and all that follow; one that comes twice hides all. Indices
+    are the driver's (CUDA_DEVICE_ORDER=PCI_BUS_ID): on machines with unlike GPUs CUDA may count the fastest first.
+
+    Args:
+        listed: CUDA_VISIBLE_DEVICES; None: it is not set.
+        uuids: those of all GPUs, by index.
+
+    >>> gpus = ["GPU-5a", "GPU-5b", "GPU-77"]
+    >>> visible("2,0", gpus), visible("GPU-5b,GPU-7", gpus), visible("0,3,1", gpus), visible("GPU-5", gpus)
+    (['GPU-77', 'GPU-5a'], ['GPU-5b', 'GPU-77'], ['GPU-5a'], [])
+    """
+    if listed is None:
+        return list(uuids)
+    entries = [entry.strip() for entry in listed.split(",")]
+    kind = entries[0][:4] if entries[0][:4] in (GPU, MIG) else ""
+    by_kind: dict[str, Callable[[str], list[str]]] = {
+        GPU: lambda entry: [uuid for uuid in uuids if uuid.startswith(entry)],
+        MIG: lambda entry: [entry],
+        "": lambda entry: list(uuids[int(entry) :][:1]) if entry.isdecimal() else [],
+    }
+    found: list[str] = []
+    for entry in entries:
+        matching = by_kind[kind](entry) if entry.startswith(kind) else []
+        if len(matching) != 1:
+            break
+        found += matching
+    return found if len(set(found)) == len(found) else []

@@ -35,6 +35,12 @@ fi
 device=${DEVICE:-cuda}
 [ "$device" = cuda ] || export DS_ACCELERATOR=$device
 
+# NCCL's flight recorder: where GPUs hang, each rank leaves OUT/nccl_trace_rank_<R> (docs/clusters.md); nodes of a
+# hostfile read these names from ~/.deepspeed_env, not from here
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$out/nccl_trace_rank_}}
+
 "${PYTHON:-python}" -m deepspeed.launcher.runner "${where[@]}" --master_port "${MASTER_PORT:-29500}" \
   --no_local_rank --module gengap_dist.train --config "$config" --out "$out" --resume \
   --launch.backend torchrun --launch.strategy "${STRATEGY:-zero2}" --launch.device "$device" "$@" &

@@ -37,6 +37,10 @@ fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # ranks that were asked to leave save before they go: give them longer than the 30 seconds torchrun would
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}
+# NCCL's flight recorder: where GPUs hang, each rank leaves OUT/nccl_trace_rank_<R> (docs/clusters.md)
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$out/nccl_trace_rank_}}
 exec "${PYTHON:-python}" -m torch.distributed.run \
   --nnodes "$nnodes" --nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts "${MAX_RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-gengap}" \

@@ -229,3 +229,26 @@ def test_a_command_says_it_once(tmp_path, launcher, model):
     ours = [line for line in done.stderr.splitlines() if line.startswith("gengap train")]
     assert len(ours) == 1, done.stderr
     assert "rank 1" in done.stderr or launcher == "local"
+
+
+def recording(world: World) -> bool:
+    """Whether allocations leave a trace."""
+    before = len(torch.cuda.memory._snapshot()["device_traces"][0])
+    torch.empty(3 << 20, dtype=torch.uint8, device=world.device)
+    return len(torch.cuda.memory._snapshot()["device_traces"][0]) > before
+
+
+@pytest.mark.parametrize(("wanted", "model"), [(True, "greedy_in_training"), (True, "plain"), (False, "giant")])
+def test_a_snapshot_of_memory_is_written_where_it_runs_out(gpu, tmp_path, wanted, model):
+    where = "tests.cuda.scenarios" if model == "plain" else __name__
+    settings = BASE | OFF | {"model__name": f"{where}:{model}", "train__steps": 1, "launch__device": "cuda"}
+    (said,) = gpu(trained, settings | {"launch__memory_snapshot": wanted}, tmp_path / "run")
+    assert ("ran out of the memory" in said) == (model != "plain")
+    if wanted and model != "plain":
+        (written,) = (tmp_path / "run/memory").iterdir()
+        assert written.name == "rank0.pickle"
+        text = written.read_bytes()  # never loaded: a pickle runs what it likes
+        assert all(word in text for word in (b"segments", b"oom", b"test_memory.py", b"forward"))
+    else:
+        assert not (tmp_path / "run/memory").exists()
+    assert gpu(recording) == [False]

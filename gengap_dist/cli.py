@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from gengap_dist.launchers.base import leave, started_elsewhere
 from gengap_dist.preemption import Preempted
 
 OptionsT = TypeVar("OptionsT", bound=Section)
+
+FIRST_RANK_SECONDS = 15.0  # for the first rank of a machine to say what is wrong there, before the others say it
 
 OK, FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL, "start me again"
 
@@ -163,7 +166,7 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
             _complain(prog, str(error), debug, every_rank=True)
         return USAGE
     except UsageError as error:
-        _complain(prog, str(error), debug)
+        _complain(prog, str(error), debug, patience=FIRST_RANK_SECONDS)
         return USAGE
     except Preempted as error:
         _complain(prog, str(error), debug)
@@ -179,11 +182,18 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
         return FAILED
 
 
-def _complain(prog: str, message: str, debug: bool, *, every_rank: bool = False) -> None:
+def _complain(prog: str, message: str, debug: bool, *, every_rank: bool = False, patience: float = 0.0) -> None:
+    """Say on stderr what ended the command, once on each machine unless every rank has something of its own to say.
+
+    torchrun ends all ranks when one has ended, also one that was about to speak for them. So the others wait for it,
+    for `patience` seconds if it may be; a rank that is still there then is the only one that found something wrong.
+    """
     rank = os.environ.get("RANK", "0")
     if started_elsewhere() and rank != "0":
         if not every_rank and os.environ.get("LOCAL_RANK", "0") != "0":
-            return  # one rank of each machine speaks for all there: what one lacks, another may have
+            if not patience:
+                return  # one rank of each machine speaks for all there: what one lacks, another may have
+            time.sleep(patience)
         prog = f"{prog}, rank {rank}"  # nobody else knows what happened here
     if debug:
         traceback.print_exc()

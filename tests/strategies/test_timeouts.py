@@ -3,14 +3,12 @@
 123 s is no default: torch's are 10 minutes (NCCL) and 30 (gloo), ours is 10.
 """
 
-import os
-import subprocess
-import sys
 from datetime import timedelta
 
 import pytest
 
 from gengap_dist.config import LaunchConfig, validate
+from gengap_dist.launchers.local import _environment as environment
 from tests import fake_cuda
 from tests.ranks import Crew, standing
 from tests.strategies import jobs
@@ -18,19 +16,6 @@ from tests.strategies.test_contract import NEEDS, SHARED
 
 LIMIT = timedelta(seconds=123)
 SETTINGS = {"model__name": "mlp", "launch__timeout_seconds": 123}
-ON_GPUS = """
-import sys
-from tests.ranks import standing
-from tests.strategies.test_timeouts import SETTINGS, crew_on
-from tests.strategies import jobs
-
-device, *names = sys.argv[1:]
-with standing(crew_on(device), (1, 2)) as crews:
-    for size, crew in crews.items():
-        for name in names if size == 2 else [name for name in names if name != "ddp"]:
-            for found in crew(jobs.timeouts, name, SETTINGS):
-                print(f"{device} {size} {name}", *(f"{key}={limit}" for key, limit in found.items()), sep="|")
-"""
 
 
 def crew_on(device: str):
@@ -60,14 +45,9 @@ def test_on_a_machine_with_gpus_too(device):
     if reason := fake_cuda.missing():
         pytest.skip(reason)
     names = ["ddp", "fsdp", *(["zero2"] if not NEEDS.args[0] else [])]  # each that makes groups of its own
-    command = [sys.executable, "-c", ON_GPUS, device, *names]
-    env = fake_cuda.environment(2, mib=2000)
-    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3 * len(names) - 1  # two ranks, and one alone without ddp
-    for line in lines:
-        who, *groups = line.split("|")
-        assert groups, who
-        assert {group.split("=")[1] for group in groups} == {str(LIMIT)}, line
-        assert any(" nccl=" in group for group in groups) == (device == "cuda"), line
+    with environment(fake_cuda.environment(2)), standing(crew_on(device), (1, 2)) as crews:
+        for size, crew in crews.items():
+            for name in names if size == 2 else names[1:]:
+                for found in crew(jobs.timeouts, name, SETTINGS):
+                    assert set(found.values()) == {LIMIT}, (name, size, found)
+                    assert any(key.endswith(" nccl") for key in found) == (device == "cuda"), (name, size, found)

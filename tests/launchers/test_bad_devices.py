@@ -1,0 +1,73 @@
+"""A device that is not there, or not enough of them: one sentence and exit code 2, whoever starts the ranks.
+
+torchrun adds its own report, and makes 1 of every exit code.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import fake_cuda
+
+NO_GPU = (
+    "launch.device (cuda) needs a GPU for each of {} local rank(s), and torch finds 0 on this machine: check nvidia"
+)
+TOO_FEW = "launch.device (cuda) needs a GPU for each of 2 local rank(s), and torch finds 1 on this machine: start fewer"
+FLOAT16 = "train.autocast (float16) is for GPUs, and this run is on a CPU: choose bfloat16, or null"
+LOCAL = ["-m", "gengap_dist.train", "--mlflow.enabled", "false"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *LOCAL]
+RAY = [*LOCAL, "--launch.backend", "ray", "--launch.ray_address", "local"]
+CUDA, HALF = ["--launch.device", "cuda"], ["--launch.device", "cpu", "--train.autocast", "float16"]
+TWO = ["--launch.num_processes", "2"]
+
+
+def sentence(words: list[str], cwd: Path, code: int = 2, **env: str) -> str:
+    """The one thing that a command says in ending with `code`."""
+    command = [sys.executable, *words, "--out", "run"]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("Traceback") == (1 if code == 1 else 0), done.stderr  # torchrun's own
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("gengap train"))
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([*LOCAL, *CUDA], NO_GPU.format(1)),
+        ([*LOCAL, *CUDA, *TWO], NO_GPU.format(2)),
+        ([*LOCAL, *HALF], FLOAT16),
+        ([*LOCAL, *HALF, *TWO], FLOAT16),
+    ],
+)
+def test_local_ranks(tmp_path, words, says):
+    assert sentence(words, tmp_path).startswith(f"gengap train: {says}")
+
+
+@pytest.mark.parametrize(("words", "says"), [(CUDA, NO_GPU.format(2)), (HALF, FLOAT16)])
+def test_ranks_of_torchrun(tmp_path, words, says):
+    """The first rank says it, though another may have ended before."""
+    assert sentence([*TORCHRUN, *words], tmp_path, code=1).startswith(f"gengap train: {says}")
+
+
+@pytest.mark.parametrize(("head", "code"), [([*LOCAL, *TWO], 2), (TORCHRUN, 1)], ids=["local", "torchrun"])
+def test_fewer_gpus_than_local_ranks(tmp_path, head, code):
+    if reason := fake_cuda.missing():
+        pytest.skip(reason)
+    said = sentence([*head, *CUDA], tmp_path, code, **fake_cuda.environment(1))
+    assert said.startswith(f"gengap train: {TOO_FEW}")
+
+
+NO_ROOM = (
+    "launch.num_processes (1) asks for more than the Ray cluster has: its 1 node(s) hold 0 rank(s) of {'CPU': 1.0, "
+    "'GPU': 1.0}, PACK: choose fewer ranks or smaller launch.resources_per_rank, or launch.device=cpu"
+)
+
+
+@pytest.mark.parametrize(("words", "says"), [(CUDA, NO_ROOM), ([*HALF, *TWO], FLOAT16)], ids=["no GPU", "float16"])
+def test_ranks_of_ray(tmp_path, words, says):
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'gengap_dist[ray]'")
+    assert sentence([*RAY, *words], tmp_path) == f"gengap train: {says}"

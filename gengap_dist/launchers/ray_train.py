@@ -528,8 +528,8 @@ def _trainer(job: dict[str, Any]) -> Any:
             # its current one, which takes memory there.
             worker_runtime_env={} if on_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
         ),
-        # It cannot bind the group to a GPU (device_id): NCCL connects at the first collective, on the current GPU,
-        # which `connect` in world.py has set by then.
+        # It cannot bind the group to a GPU (device_id). NCCL then connects at the first collective, on the current GPU,
+        # which world.connect has set.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=launch.timeout_seconds),
     )
 

@@ -211,6 +211,8 @@ def _one_by_one(plan: list[Cell], watch: Watch, *, driver: bool) -> int:
                 watch.over(cell, status(cell))
             except (launchers.RankFailed, OutOfMemory) as error:
                 if launchers.joining(cell.config.launch):
+                    if driver:
+                        record.close_abandoned(cell.folder, error)
                     raise  # the other ranks, which were not started here, have ended
                 record.close_abandoned(cell.folder, error)
                 watch.over(cell, f"failed: {str(error).strip().splitlines()[-1]}")

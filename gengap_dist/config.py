@@ -403,7 +403,8 @@ class LaunchConfig(Section):
     """ray: any number of ranks from launch.num_processes to this one will do, as the cluster has room; the global batch
     stays."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cpu (gloo), cuda (NCCL, one GPU a rank), or auto: cuda when every local rank can have one."""
+    """cpu (gloo), cuda (NCCL, one GPU a rank), or auto: cuda when every local rank can have one; under ray, when the
+    nodes that are there at the start have one for each of launch.num_processes ranks."""
     strategy: Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"] = "auto"
     """How gradients become one update: single (one rank), ddp, DeepSpeed's ZeRO stages, or torch's FSDP2, which shards
     parameters too; auto is single on one rank and ddp on more."""
@@ -417,7 +418,8 @@ class LaunchConfig(Section):
     ray_address: str | None = None
     """ray: the cluster, host:port or ray://host:port; null takes RAY_ADDRESS, a cluster that is here, or starts one."""
     resources_per_rank: dict[str, PositiveFloat] = {}
-    """ray: what a rank takes, such as {CPU: 4, GPU: 1}; without it one CPU, and a GPU if launch.device is cuda."""
+    """ray: what a rank takes, such as {CPU: 4}; beside what it names one CPU, and a GPU for ranks that compute on one.
+    Naming GPU makes cuda of launch.device=auto."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """ray: whether ranks share nodes or spread over them."""
     max_failures: NonNegativeInt = 3

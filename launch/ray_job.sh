@@ -14,6 +14,8 @@
 #   MLFLOW_*                go with the job; whoever may see the dashboard can read them
 #   TORCH_FR_*, TORCH_NCCL_*  go with the job
 #   PYTHON                  interpreter here, with Ray [python]
+#
+# Each rank has a GPU if the cluster's nodes have that many; `--launch.device cuda` waits for nodes that bring them.
 
 set -euo pipefail
 

@@ -223,15 +223,18 @@ def test_ray_job_wants_paths_that_hold_on_the_nodes():
         assert "must be" in done.stderr
 
 
-def test_symmetric_run_takes_it(recorded):
+@pytest.mark.parametrize(("env", "num_gpus"), [({}, None), ({"SLURM_GPUS_ON_NODE": "4"}, 4)])
+def test_symmetric_run_takes_it(recorded, env, num_gpus):
+    from ray.scripts.scripts import cli as ray
     from ray.scripts.symmetric_run import curate_and_validate_ray_start_args, symmetric_run
 
-    record = recorded("launch/slurm/ray.sbatch", *SETTINGS)
+    record = recorded("launch/slurm/ray.sbatch", *SETTINGS, **env)
     words = record["words"]
     assert words[:2] == ["ray.scripts.scripts", "symmetric-run"]
     params = symmetric_run.make_context("symmetric-run", words[2:]).params
     assert (params["address"], params["min_nodes"]) == ("node0:20007", 2)
-    curate_and_validate_ray_start_args(words[2 : words.index("--")])
+    start = curate_and_validate_ray_start_args(words[2 : words.index("--")])
+    assert ray.commands["start"].make_context("start", start).params["num_gpus"] == num_gpus
     assert check_train(words).launch.ray_address == "node0:20007"
     assert (record["env"]["RAY_AUTH_MODE"], len(record["env"]["RAY_AUTH_TOKEN"])) == ("token", 64)
 

@@ -36,17 +36,17 @@ def make(num_classes, in_channels):
             "current": torch.cuda.current_device() if torch.cuda.is_available() else None,
             "backend": dist.get_backend_config(),
         }}
-        with open({here!r} + "/rank" + os.environ["RANK"], "w") as file:
-            json.dump(said, file)
+        with open({here!r} + "/rank" + os.environ["RANK"], "a") as file:
+            print(json.dumps(said), file=file)
     return build("mlp", num_classes=num_classes, in_channels=in_channels, image_size=8, widths=(16,))
 """
 
 
 @pytest.fixture
 def telling(tmp_path: Path):
-    """A network whose ranks write down what they have; `telling()` is what they said, by rank."""
+    """A network whose ranks write down what they have; `telling(rank)` is what those ranks said, one after another."""
     (tmp_path / "telling.py").write_text(TELLING.format(here=str(tmp_path)))
-    return lambda: [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    return lambda rank: [json.loads(line) for line in (tmp_path / f"rank{rank}").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,8 @@ def test_auto_takes_a_gpu_for_each_rank_and_goes_on_without(gpu_cluster, tmp_pat
     info = read_info(tmp_path / "run")
     assert [info[fact] for fact in ("device", "strategy", "world_size")] == ["cuda", "ddp", 2]
     assert info["config"]["launch"]["device"] == "auto"  # what was asked for, also of who resumes it
-    for rank, said in enumerate(telling()):
+    for rank in (0, 1):
+        (said,) = telling(rank)
         assert said["set aside"] == {"CPU": 1.0, "GPU": 1.0}
         assert (said["gpus"], said["seen"], said["current"]) == ([str(rank)], 2, rank)
         assert "cpu:gloo,cuda:nccl" in said["backend"]
@@ -110,6 +111,9 @@ def test_a_study_takes_one_kind_of_device_for_all(gpu_cluster, tmp_path, telling
     assert done.returncode == 0, done.stderr
     infos = [read_info(tmp_path / f"out/runs/{arm}/seed0") for arm in ("asks", "open")]
     assert [(info["device"], info["world_size"]) for info in infos] == [("cuda", 1), ("cuda", 1)]
+    said = sorted(telling(0), key=lambda said: said["set aside"]["CPU"])
+    assert [one["set aside"] for one in said] == [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}]
+    assert {tuple(one["gpus"]) for one in said} == {("0",), ("1",)}
     assert "launch.device" not in done.stderr
 
 
@@ -121,7 +125,8 @@ def test_gpus_that_ray_does_not_have_are_left_alone(cluster, two_gpus, tmp_path,
     done = cluster.submit(*words, name=f"left-{hides}-{tmp_path.name}", **env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert read_info(tmp_path / "run")["device"] == "cpu"
-    for said in telling():
+    for rank in (0, 1):
+        (said,) = telling(rank)
         assert said["set aside"] == {"CPU": 1.0}
         assert (said["seen"], said["current"]) == (0, None)
 

@@ -29,15 +29,6 @@ class Scenario(NamedTuple):
     """Device of the first half, which is then resumed on GPUs; the twin is never interrupted."""
 
 
-def small(num_classes: int, in_channels: int) -> nn.Module:
-    """Convolutions and linear layers with batch norm and dropout."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(),
-        nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
-        nn.Linear(8 * 3 * 3, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, num_classes),
-    )  # fmt: skip
-
-
 def plain(num_classes: int, in_channels: int) -> nn.Module:
     """Linear layers only."""
     return nn.Sequential(
@@ -80,7 +71,7 @@ BASE: Settings = {
     "probe__per_decade": None,
 }
 OFF: Settings = {"probe__enabled": False}
-SMALL: Settings = {"model__name": f"{__name__}:small", "batch__ghost_size": 10}
+SMALL: Settings = {"model__name": "tests.recipes.test_law:small", "batch__ghost_size": 10}  # batch norm, dropout
 LENET: Settings = {"model__name": "lenet5", "data__image_size": 32}
 SYNC: Settings = SMALL | {"model__norm": "sync", "batch__ghost_size": None, "batch__micro_size": 64}
 RAGGED: Settings = {"batch__global_size": 50, "train__steps": 32}  # an epoch is 28 steps, the last of 15 images

@@ -53,7 +53,7 @@ class Cluster:
         """Ask; then make sure. Never `ray stop`, which ends every cluster of this machine."""
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(5)
+            self.process.wait(1)  # it takes up to 30 s to hand over what runs there
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

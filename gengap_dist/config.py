@@ -843,10 +843,14 @@ def flat(config: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, A
 def differences(before: Mapping[str, Any], after: BaseModel) -> str:
     """The settings that make two runs different experiments, as a clause of a sentence; empty if there are none.
 
+    A setting that there was not yet when a run began had its default then.
+
+    >>> differences({"seed": 3}, RunConfig(seed=3))
+    ''
     >>> differences(RunConfig().model_dump(mode="json"), RunConfig(seed=3, optim=OptimConfig(lr=1.0)))
     'seed (3) was 0 and optim.lr (1.0) was 0.02'
     """
-    old, new = flat(before), flat(after)
+    old, new = flat(RunConfig()) | flat(before), flat(after)
     names = [name for name in {**new, **old} if old.get(name) != new.get(name) and not name.startswith(MACHINERY)]
     return " and ".join(f"{name} ({new.get(name)}) was {old.get(name)}" for name in names)
 

@@ -58,8 +58,11 @@ def _was_short() -> bool:
     """
     if not torch.cuda.is_available():
         return False
-    refused = torch.cuda.memory_stats().get("num_ooms", 0)
-    return refused > 0 or torch.cuda.mem_get_info()[0] < LITTLE
+    if torch.cuda.memory_stats().get("num_ooms", 0):  # since a run's last reset of these counts
+        return True
+    with suppress(RuntimeError):  # a GPU after some errors answers nothing
+        return torch.cuda.mem_get_info()[0] < LITTLE
+    return False
 
 
 def said(error: BaseException) -> str:

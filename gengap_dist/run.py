@@ -199,6 +199,7 @@ class _Session:
         config, size_how = settle(config, network, world, before.get("micro_size_auto") or {})
         if world.device.type == "cuda":  # neither what was tried counts nor an earlier run of this process
             torch.cuda.reset_peak_memory_stats(world.device)
+            torch.cuda.reset_accumulated_memory_stats(world.device)
         self.config = config
         self.observer = Observer(config, self.train_set, self.normalise, flat(self.model), world)
         check_norm(config, self.model, self.order.sizes(), world.size)

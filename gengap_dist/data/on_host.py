@@ -60,10 +60,14 @@ class HostImages:
 
     def _host(self, indices: Tensor) -> Tensor:
         """The images in pinned memory: those expected next, or gathered now."""
-        head = self._expected[0] if self._expected else None
-        if head is None or not torch.equal(head.next(len(indices)), indices):
+        size = len(indices)
+        at = next((n for n, step in enumerate(self._expected) if torch.equal(step.next(size), indices)), None)
+        if at is None:
             return self._gather(indices)
-        start, head.num_taken = head.num_taken, head.num_taken + len(indices)
+        for _ in range(at):  # nobody asked for these
+            self._expected.popleft()
+        head = self._expected[0]
+        start, head.num_taken = head.num_taken, head.num_taken + size
         if head.num_taken == len(head.indices):
             self._expected.popleft()
         ready = head.num_taken <= head.num_gathered

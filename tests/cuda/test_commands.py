@@ -128,8 +128,7 @@ def test_a_gpu_that_does_not_answer_is_seen_by_the_watchdog(crew, tmp_path):
     """The CPU waits for the GPU in one place, which counts as waiting for the other ranks."""
     settings = BASE | OFF | {"train__steps": 3, "launch__device": "cuda", "launch__hang_seconds": 0.8}
     said = "".join(crew(stuck, settings, tmp_path / "run"))
-    assert said.count("gengap: after") == 1
-    assert "all ranks wait in metrics of the last steps (step " in said
+    assert said.count("all ranks wait in metrics of the last steps (step ") == 1
 
 
 def switches(world: World, settings: Settings, out: Path) -> tuple[list[Any], ...]:

@@ -19,13 +19,11 @@ def test_indexed_like_the_tensor():
     assert (len(images), images.shape) == (50, PIXELS.shape)
 
 
-@pytest.mark.parametrize("ahead", [1, 100, 5 * 48, 2**20])
-def test_what_is_expected_comes_in_any_pieces(monkeypatch, ahead):
+@pytest.mark.parametrize(("ahead", "gathered_ahead"), [(1, 1), (100, 2), (5 * 48, 5), (2**20, 15)])
+def test_what_is_expected_comes_in_any_pieces(monkeypatch, ahead, gathered_ahead):
     """Also where only some images are gathered ahead, and where others are asked for in between."""
     monkeypatch.setattr(on_host, "AHEAD_BYTES", ahead)
-    images, gathered = HostImages(PIXELS, CPU), []
-    gather = images._gather
-    images._gather = lambda indices: gathered.append(len(indices)) or gather(indices)
+    images = HostImages(PIXELS, CPU)
     steps = torch.randperm(50, generator=torch.Generator().manual_seed(1)).split(15)
     images.expect(steps[0])
     for step, coming in zip(steps, [*steps[1:], None], strict=True):
@@ -36,8 +34,19 @@ def test_what_is_expected_comes_in_any_pieces(monkeypatch, ahead):
             assert torch.equal(images[torch.tensor([7])], PIXELS[7:8])
         assert torch.equal(images[step[:4]], PIXELS[step[:4]])  # a second pass, as SAM's
     assert not images._expected
-    pieces = [size for size in gathered if size not in (1, 4, 3, 2)]
-    assert pieces == ([15, 15, 15, 5] if ahead == 2**20 else pieces)
+    images.expect(steps[0])
+    assert images._expected[0].num_gathered == gathered_ahead
+
+
+def test_one_that_was_never_asked_for_does_not_end_reading_ahead():
+    images, num_gathered = HostImages(PIXELS, CPU), []
+    gather = images._gather
+    images._gather = lambda indices: num_gathered.append(len(indices)) or gather(indices)
+    images.expect(torch.arange(40, 50))  # as a run that stops at its target leaves behind
+    for step in torch.arange(40).split(5):
+        images.expect(step)
+        assert torch.equal(images[step], PIXELS[step])
+    assert num_gathered == [10] + [5] * 8
 
 
 def test_what_is_never_asked_for_does_not_pile_up():

@@ -76,7 +76,7 @@ def test_items_of_all_parts_run_and_a_second_command_skips_them():
     assert first["correctness"]["no norm, float64"]["num_judged"] > 300  # type: ignore[operator]
     assert first["correctness"]["no norm, float64"]["tolerance"] == 1e-8
     sentence = first["memory"]["too large a micro_size, LeNet-5"]["text"]
-    assert str(sentence).startswith("batch.micro_size (1024) takes more memory than the GPU has")
+    assert str(sentence).startswith("rank 0 ran out of the memory of its GPU (")
     page = Path("gpu.md").read_text()
     assert "| no norm, float64 | yes | " in page
     assert str(sentence) in page
@@ -98,7 +98,7 @@ def test_a_broken_item_is_told_and_stops_nobody():
     broken, whole = (recorded()["correctness"][name] for name in ("ResNet-20", "no norm, float64"))
     assert whole["good"]
     assert not broken["good"]
-    assert "more memory than the GPU has" in str(broken["error"])
+    assert "ran out of the memory of its GPU" in str(broken["error"])
     assert str(broken["at"][1]).startswith("gengap_dist/models/")  # type: ignore[index]
     assert "1 of 2 are not as they should be" in found.stdout
     assert "**ResNet-20** failed: UsageError" in Path("gpu.md").read_text()

@@ -29,7 +29,7 @@ def sentence(words: list[str], cwd: Path, code: int = 2, **env: str) -> str:
     command = [sys.executable, *words, "--out", "run"]
     done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
-    assert done.stderr.count("Traceback") == (1 if code == 1 else 0), done.stderr  # torchrun's own
+    assert "/gengap_dist/" not in done.stderr  # no traceback of ours; torchrun and Ray's threads have their own
     (line,) = {line for line in done.stderr.splitlines() if line.startswith("gengap train")}
     return line
 

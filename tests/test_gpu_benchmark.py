@@ -101,7 +101,7 @@ def test_a_broken_item_is_told_and_stops_nobody():
     assert "ran out of the memory of its GPU" in str(broken["error"])
     assert str(broken["at"][1]).startswith("gengap_dist/models/")  # type: ignore[index]
     assert "1 of 2 are not as they should be" in found.stdout
-    assert "**ResNet-20** failed: UsageError" in Path("gpu.md").read_text()
+    assert "**ResNet-20** failed: OutOfMemory" in Path("gpu.md").read_text()
 
 
 MINE = """

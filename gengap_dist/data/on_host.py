@@ -7,7 +7,6 @@ copied needs it.
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ class HostImages:
         if not len(indices):
             return
         first = indices[: self._most_ahead]
-        self._expected.append(_Expected(indices, self._pool.submit(partial(self._gather, first)), len(first)))
+        self._expected.append(_Expected(indices, self._pool.submit(self._gather, first), len(first)))
 
     def _host(self, indices: Tensor) -> Tensor:
         """The images in pinned memory: those expected next, or gathered now."""

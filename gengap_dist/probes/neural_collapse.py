@@ -50,7 +50,7 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
         head[:2] = head.new_tensor([1, bool(wrong)])
     if features:
         head[2:] = head.new_tensor([features[0].shape[1], num_classes, torch.finfo(features[0].dtype).eps])
-    givers, num_wrong, *shared = world.sum(head).tolist()
+    givers, num_wrong, *shared = world.read(head).tolist()
     if not givers:
         raise UsageError("no rank has any samples: give at least one batch")
     if num_wrong:

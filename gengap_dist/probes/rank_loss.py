@@ -310,7 +310,7 @@ def _solve(
     for at, ((number, c), part) in enumerate(zip(jobs, values.split(sizes), strict=True)):
         if at % world.size == world.rank:
             part.copy_(ready[number].merged(c).singular_values()[: len(part)])
-    by_job = dict(zip(jobs, world.sum(values).cpu().split(sizes), strict=True))
+    by_job = dict(zip(jobs, world.read(values).split(sizes), strict=True))
     found: dict[int, list[LayerSpectrum]] = {}
     for number, matrix in ready.items():
         site = sites[number]

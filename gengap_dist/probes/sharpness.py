@@ -273,7 +273,7 @@ def _ritz(alphas: list[float], betas: list[float], beta: float) -> list[tuple[fl
 def _of_first(world: World, values: Sequence[float], device: torch.device) -> list[float]:
     """Rank 0's values, on every rank. Collective."""
     mine = torch.tensor(values, dtype=torch.float64, device=device)
-    return world.sum(mine if world.rank == 0 else torch.zeros_like(mine)).tolist()
+    return world.read(mine if world.rank == 0 else torch.zeros_like(mine)).tolist()
 
 
 def hessian_trace(

@@ -51,7 +51,7 @@ def weight_spectra(model: nn.Module, *, world: World | None = None) -> list[Laye
         if number % world.size == world.rank:
             values[number] = torch.linalg.svdvals(matrix.double())
     if values:
-        values = world.sum(torch.cat(values)).cpu().split([len(s) for s in values])
+        values = world.read(torch.cat(values)).split([len(s) for s in values])
     return [_spectrum(name, matrix, s) for (name, matrix), s in zip(matrices.items(), values, strict=True)]
 
 

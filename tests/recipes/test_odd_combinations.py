@@ -1,0 +1,120 @@
+"""Odd combinations of recipes under the world-size law; see test_law."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gengap_dist.tracking.record import read_info
+from tests.conftest import cut_after, weights
+from tests.recipes.test_law import BASE, SYNC, crews, curves, train  # noqa: F401
+
+
+class Shared(nn.Module):
+    """One batch norm and one dropout that are used twice."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(in_channels, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.norm, self.relu, self.dropout = nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3)
+        self.hidden, self.head = nn.Linear(6, 12), nn.Linear(12, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.dropout(self.relu(self.norm(self.first(x))))
+        h = self.dropout(self.relu(self.norm(self.second(h)))) + h
+        return self.head(self.relu(self.hidden(h.mean((2, 3)))))
+
+
+def shared(num_classes: int, in_channels: int) -> nn.Module:
+    return Shared(num_classes, in_channels)
+
+
+GROW: dict[str, Any] = {
+    "optim__schedule": "grow", "optim__gamma": 0.5, "optim__milestones": (0.34, 0.67), "train__epochs": 3
+}  # fmt: skip
+EMA, SWA = {"recipe__average": "ema"}, {"recipe__average": "swa"}
+SAM, RANK, AUTO = {"recipe__sam_rho": 0.05}, {"recipe__rank_penalty": 0.02}, {"recipe__rank_layers": ("auto",)}
+LOCAL = {"recipe__local": "post_local_sgd", "recipe__workers": 3, "recipe__local_steps": 3, "recipe__local_start": 0.4}
+SWAP = {"recipe__local": "swap", "recipe__workers": 3, "recipe__local_start": 0.4}
+LAMB = {"optim__name": "lamb", "optim__lr": 0.01}
+LARS = {"optim__name": "lars", "optim__lr": 2.0}
+OF_TWO_USES = {"model__name": f"{__name__}:shared"}
+ODD: dict[str, dict[str, Any]] = {
+    "lamb_ghost_ema_smooth_grow_cutout":
+        LAMB | {"optim__weight_decay": 1e-2, "recipe__label_smoothing": 0.1} | EMA | GROW,
+    "sam_clip_sync_swa": SAM | {"optim__clip_norm": 0.3} | SWA | {"recipe__average_start": 0.3} | SYNC,
+    "sam_clip_grow_adamw": {
+        "recipe__sam_rho": 0.1, "optim__clip_norm": 0.5, "optim__name": "adamw", "optim__lr": 3e-3,
+        "optim__weight_decay": 0.1,
+    } | GROW,
+    "postlocal_3_workers": LOCAL | {
+        "recipe__local_steps": 5, "recipe__local_start": 0.3, "optim__clip_norm": 0.5, "recipe__label_smoothing": 0.1,
+        "optim__nesterov": True,
+    },
+    "postlocal_sam": LOCAL | {"recipe__local_steps": 1, "recipe__local_start": 0.2} | SAM,
+    "postlocal_rank": LOCAL | {"recipe__workers": 2, "recipe__rank_penalty": 0.01, "recipe__rank_layers": ("5", "9")},
+    "postlocal_lamb": LOCAL | {"recipe__workers": 6} | LAMB,
+    "postlocal_gradpen": LOCAL | {"recipe__gradient_penalty": 0.05, "recipe__penalty_size": 10},
+    "rank_swa": RANK | {"recipe__rank_layers": ("2", "9")} | SWA | {"recipe__average_start": 0.4},
+    "rank_ema_sync_clip": RANK | AUTO | EMA | {"recipe__ema_decay": 0.9, "optim__clip_norm": 0.5} | SYNC,
+    "rank_sam": RANK | AUTO | SAM,
+    "rank_group_shuffle": RANK | AUTO | {
+        "recipe__rank_measure": "spread", "model__norm": "group", "batch__ghost_size": None,
+        "data__shuffle_labels": True,
+    },
+    "swap_cosine_uncorrected": SWAP | {
+        "optim__schedule": "cosine", "optim__momentum_correction": False, "optim__scaling": "sqrt",
+        "optim__base_size": 20, "optim__warmup_epochs": 0.2,
+    },
+    "swap_lars": SWAP | {"recipe__workers": 2} | LARS | {"optim__weight_decay": 1e-3},
+    "swap_rank_dropout": SWAP | {"recipe__rank_penalty": 0.01, "recipe__rank_layers": ("9",)},
+    "lars_uncorrected_step_ema": LARS | {"optim__schedule": "step", "optim__momentum_correction": False} | EMA,
+    "gradpen_ema_clip_wd": {
+        "recipe__gradient_penalty": 0.05, "recipe__penalty_size": 20, "optim__clip_norm": 0.4,
+        "optim__weight_decay": 1e-3,
+    } | EMA,
+    "legw_updates_target_swa": {
+        "optim__scaling": "legw", "optim__base_size": 30, "optim__warmup_epochs": 0.1, "train__budget": "updates"
+    } | SWA,
+    "shared_ghost_rank": OF_TWO_USES | {"recipe__rank_penalty": 0.01} | AUTO,
+    "shared_sync_sam_ema": OF_TWO_USES | SAM | EMA | SYNC,
+    "shared_swap": OF_TWO_USES | {"recipe__local": "swap", "recipe__workers": 2},
+    "shared_postlocal_swa_none": OF_TWO_USES | {
+        "recipe__local": "post_local_sgd", "recipe__workers": 3, "model__norm": "none", "batch__ghost_size": None
+    },
+}  # fmt: skip
+
+
+def micro_sizes(name: str, settings: dict[str, Any]) -> tuple[int, int]:
+    """Two micro-batch sizes that the combination allows: whole ghost groups, and sync norm's whole steps."""
+    if settings.get("model__norm") == "sync":
+        return (60, 64)
+    return (20, 45) if name == "gradpen_ema_clip_wd" else (10, 25)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_ranks_micro_batches_and_kills_change_nothing(crews, tmp_path, name):  # noqa: F811
+    if "lars" in name or "lamb" in name:
+        pytest.importorskip("timm", reason="timm is not installed")
+    settings = BASE | ODD[name]
+    small, large = micro_sizes(name, settings)
+    outs = []
+    for number, (size, micro_size) in enumerate([(1, small), (1, large), (2, large), (3, small)]):
+        outs.append(tmp_path / str(number))
+        crews[size](train, settings | {"batch__micro_size": micro_size}, outs[-1])
+    for before, after in ((2, 3), (3, 1), (1, 2)):  # ranks before and after a kill
+        outs.append(shutil.copytree(outs[before], tmp_path / f"moved{before}{after}"))
+        cut_after(outs[-1], 13)
+        crews[after](train, settings | {"batch__micro_size": large}, outs[-1], True)
+    first, *others = [(curves(out), weights(out), read_info(out)["result"]) for out in outs]
+    assert first[0]["train/loss"][-1] < first[0]["train/loss"][0]
+    for curve, state, result in others:
+        for key, values in curve.items():
+            assert values == pytest.approx(first[0][key], abs=1e-8), key
+        for key, value in state.items():
+            if value.is_floating_point():
+                torch.testing.assert_close(value, first[1][key], rtol=0, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
+        for key in ("test/accuracy", "test/loss", "best_val/accuracy"):
+            assert result[key] == pytest.approx(first[2][key], abs=1e-8)

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import track
 from scipy import stats
 
-from gengap_dist.config import RunConfig, validate
+from gengap_dist.config.loading import validate
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.report.collect import MEASURED_AT, read_study
 from gengap_dist.tracking.aggregate import Curves, curves
 from gengap_dist.tracking.record import FINISHED, Record, read_history, read_info

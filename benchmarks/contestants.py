@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from gengap_dist import models
-from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.config.loading import nested, validate
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.resident import Normalise
 from gengap_dist.run import run

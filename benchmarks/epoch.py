@@ -23,7 +23,8 @@ from rich.progress import track
 from torch.nn.functional import cross_entropy
 
 from gengap_dist import models
-from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.config.loading import nested, validate
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise

@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 
 from gengap_dist import checkpoint
-from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.config.loading import nested, validate
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
 

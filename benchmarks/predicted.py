@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 from gengap_dist import models
 from gengap_dist.checks import strategy_name
-from gengap_dist.config import RunConfig, validate
+from gengap_dist.config.loading import validate
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.planning import wire
 from gengap_dist.planning.constants import ComputeConstants

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gengap_dist.config import LaunchConfig
+from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.launchers.local import free_port
 from gengap_dist.probes import measure
 from gengap_dist.world import World, connect, disconnect

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from gengap_dist.config import LaunchConfig
+from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.launchers.base import leave
 from gengap_dist.launchers.local import free_port, rank_variables
 from gengap_dist.world import connect

@@ -27,7 +27,7 @@ def main() -> None:
     elif name == "--version":
         print(f"gengap_dist {__version__}")
     else:
-        from gengap_dist.config import did_you_mean
+        from gengap_dist.errors import did_you_mean
 
         near = did_you_mean(name, [*COMMANDS])
         print(f"gengap: {name} is no command{near}: choose {', '.join(COMMANDS)}", file=sys.stderr)

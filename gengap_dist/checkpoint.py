@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 
 State = dict[str, Any]
 Tell = Callable[[str], None]

@@ -6,7 +6,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from gengap_dist.batching import BatchPlan
-from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.models.norm import has_batch_norm
 from gengap_dist.out_of_memory import ran_out
 from gengap_dist.probes.capture import observing

@@ -12,16 +12,10 @@ from typing import Any, Never, NoReturn, TypeVar
 from pydantic import AliasChoices, Field, PositiveInt
 from pydantic_settings import BaseSettings, CliDualFlag, CliSettingsSource, CliToggleFlag, SettingsConfigDict
 
-from gengap_dist.config import (
-    OutOfMemory,
-    RunConfig,
-    Section,
-    StudyConfig,
-    UsageError,
-    did_you_mean,
-    field_names,
-    validate,
-)
+from gengap_dist.config.loading import field_names, validate
+from gengap_dist.config.sections import RunConfig, Section
+from gengap_dist.config.study import StudyConfig
+from gengap_dist.errors import OutOfMemory, UsageError, did_you_mean
 from gengap_dist.launchers.base import leave, started_elsewhere
 from gengap_dist.preemption import Preempted
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist import cli
-from gengap_dist.config import UsageError, did_you_mean
+from gengap_dist.errors import UsageError, did_you_mean
 
 PROG = "gengap compare"
 

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import TORCHVISION
+from gengap_dist.errors import UsageError
 from gengap_dist.launchers.ray_train import check_address
 from gengap_dist.launchers.torchrun import joining
 from gengap_dist.planning.constants import micro_sizes_path, read_micro_sizes

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config import ProbeConfig, RunConfig, UsageError
+from gengap_dist.config.sections import ProbeConfig, RunConfig
 from gengap_dist.data.catalog import Images
 from gengap_dist.data.order import stream
 from gengap_dist.data.resident import Normalise
+from gengap_dist.errors import UsageError
 from gengap_dist.loop import blocks
 from gengap_dist.probes import LayerSpectrum, measure, metrics
 from gengap_dist.probes.neural_collapse import nc1

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gengap_dist.config import OutOfMemory
+from gengap_dist.errors import OutOfMemory
 from gengap_dist.world import World
 
 OF_A_GPU = (

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gengap_dist import cli
-from gengap_dist.config import RunConfig, resolve, to_yaml
+from gengap_dist.config.loading import resolve, to_yaml
+from gengap_dist.config.sections import RunConfig
 
 PROG = "gengap plan"
 

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gengap_dist import cli
-from gengap_dist.config import RunConfig, UsageError, load_yaml, merge, nested, validate
+from gengap_dist.config.loading import load_yaml, merge, nested, validate
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import UsageError
 
 if TYPE_CHECKING:  # torch is slow to import, and --help does not need it
     from torch import Tensor

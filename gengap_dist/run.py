@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from gengap_dist import checkpoint, models
 from gengap_dist.allocator import keep_freed_memory
 from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, norm_size, strategy_name
-from gengap_dist.config import DataConfig, RunConfig, UsageError, differences
+from gengap_dist.config.identity import differences
+from gengap_dist.config.sections import DataConfig, RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth, stream
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.errors import UsageError
 from gengap_dist.loop import Score, evaluate, join_with_nothing
 from gengap_dist.models.norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from gengap_dist.config import DataConfig, LaunchConfig, UsageError
+from gengap_dist.config.sections import DataConfig, LaunchConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.launchers.base import leave
 from gengap_dist.launchers.local import free_port
 

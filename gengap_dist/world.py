@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from gengap_dist.config import LaunchConfig, UsageError
+from gengap_dist.config.sections import LaunchConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.whereabouts import Whereabouts
 
 

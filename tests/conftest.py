@@ -14,7 +14,8 @@ import torch
 from hypothesis import settings
 
 from gengap_dist import checkpoint
-from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.config.loading import nested, validate
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.launchers.local import Pool
 from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder, read_info

@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing, contextmanager
 from multiprocessing import get_context
 from typing import Any
 
-from gengap_dist.config import LaunchConfig
+from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.launchers.local import free_port
 
 ON_CPU = LaunchConfig(device="cpu")

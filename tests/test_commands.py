@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gengap_dist import cli
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.train import command as train_command
 from tests.conftest import ROOT, weights
 

@@ -5,7 +5,10 @@ import pytest
 import yaml
 
 from gengap_dist import cli
-from gengap_dist.config import RunConfig, StudyConfig, UsageError, load_yaml, nested, resolve, to_yaml, validate
+from gengap_dist.config.loading import load_yaml, nested, resolve, to_yaml, validate
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.config.study import StudyConfig
+from gengap_dist.errors import UsageError
 from tests.conftest import ROOT
 
 

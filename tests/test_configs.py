@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from gengap_dist import models
-from gengap_dist.config import RunConfig, StudyConfig, load_yaml, resolve
+from gengap_dist.config.loading import load_yaml, resolve
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.config.study import StudyConfig
 from gengap_dist.probes.layers import choose
 from tests.conftest import ROOT
 

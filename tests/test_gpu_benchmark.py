@@ -16,7 +16,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # as for a script that lies there
 from gpu_parts import correctness, items
 from gpu_parts.ledger import Ledger, read
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 
 FAKE = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))
 MACHINE = {"gpu": "A", "torch": "2", "sources": "abc"}

@@ -24,7 +24,9 @@ import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 
 from gengap_dist import cli
-from gengap_dist.config import RunConfig, UsageError, resolve
+from gengap_dist.config.loading import resolve
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import UsageError
 from tests.conftest import ROOT
 
 SCRIPTS = sorted([*(ROOT / "launch").rglob("*.sh"), *(ROOT / "launch").rglob("*.sbatch")])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gengap_dist.config import DataConfig
+from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import catalog
 from gengap_dist.observe import Observation, Observer
 from gengap_dist.probes.cadence import exceeds

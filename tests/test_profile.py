@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
-from gengap_dist.config import DataConfig
+from gengap_dist.config.sections import DataConfig
 from gengap_dist.models.lenet5 import LeNet5
 from gengap_dist.profiling.measure import Profile, clocked
 from gengap_dist.profiling.summary import PARTS, Measured, Setting, summary

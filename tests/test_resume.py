@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gengap_dist import checkpoint
-from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.preemption import Preempted
 from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
 from tests.conftest import ROOT, config, cut_after, train, weights

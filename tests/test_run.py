@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.tracking.record import load_spectra, read_info, read_metrics
 from tests.conftest import config, train, weights
 

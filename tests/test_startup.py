@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from gengap_dist.imports import quickly
+from gengap_dist.compat.fast_imports import quickly
 from tests.study.tiny import start, write
 
 COMMANDS = ["", ".train", ".study", ".probe", ".report", ".compare", ".plan", ".doctor"]
@@ -41,7 +41,7 @@ def test_help_imports_nothing_heavy(command):
 def test_a_rank_alone_imports_what_it_computes_with():
     code = (
         "import pathlib\n"
-        "from gengap_dist.config import RunConfig\n"
+        "from gengap_dist.config.sections import RunConfig\n"
         "from gengap_dist.launchers.local import InProcess\n"
         "config, out = RunConfig.model_validate({'train': {'steps': 2}}), pathlib.Path('run')\n"
         "out.mkdir()\n"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.cuda import nccl
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.planning.micro_size import device_name
 from gengap_dist.tracking.record import git_state, now, versions, write_atomically
 from gengap_dist.world import World

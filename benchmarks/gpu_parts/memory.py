@@ -14,7 +14,7 @@ import torch
 from tables import table
 
 from gengap_dist import models
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.planning.constants import Constants
 from gengap_dist.planning.fastest import turn_seconds
 from gengap_dist.planning.layout import Cluster

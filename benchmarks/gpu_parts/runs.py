@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.config.loading import nested, validate
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.preemption import Preempted
 from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder

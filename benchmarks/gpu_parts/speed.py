@@ -17,7 +17,8 @@ from contestants import lightning, torch_ddp
 from tables import table
 
 from gengap_dist import models
-from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.config.loading import nested, validate
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.planning.rehearsal import synchronise
 from gengap_dist.probes import measure
 from gengap_dist.world import World

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from gengap_dist.config import MACHINERY
+from gengap_dist.config.identity import MACHINERY
 
 BESIDES = (*MACHINERY, "study.", "seed", "batch.global_size", "probe.", "train.num_evals", "train.log_every")
 """Settings that are no part of a recipe: the batch itself, the seed, and what only looks at the run."""

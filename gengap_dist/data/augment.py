@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gengap_dist.config import DataConfig
+from gengap_dist.config.sections import DataConfig
 
 GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits
 NUM_DRAWS = 3  # a row of bits each for crop, flip and cutout

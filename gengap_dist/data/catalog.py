@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gengap_dist.config import DataConfig, UsageError
+from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import TORCHVISION
 from gengap_dist.data.on_host import HostImages
 from gengap_dist.data.streamed import AHEAD_BYTES, Pictures, read_picture
+from gengap_dist.errors import UsageError
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder

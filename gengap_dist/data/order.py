@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import UsageError
 
 
 def stream(seed: int, *purpose: int) -> np.random.Generator:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gengap_dist.config import DataConfig
+from gengap_dist.config.sections import DataConfig
 from gengap_dist.data.augment import augment
 from gengap_dist.data.catalog import Images, Splits
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 
 AHEAD_BYTES = 2**27  # pictures read ahead and not yet asked for
 

@@ -1,6 +1,6 @@
 """Where ranks come from: started here, by torchrun, or by a Ray cluster. Each ends in `run.run` on every rank."""
 
-from gengap_dist.config import LaunchConfig
+from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.launchers.base import Launcher, Progress, RankFailed
 from gengap_dist.launchers.local import InProcess, Pool
 from gengap_dist.launchers.ray_train import RayTrain, asked

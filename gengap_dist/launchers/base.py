@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Never, Self
 
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and a few words."""

@@ -10,8 +10,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, final
 
-from gengap_dist.config import OutOfMemory, RunConfig, UsageError
-from gengap_dist.imports import quickly
+from gengap_dist.compat.fast_imports import quickly
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import OutOfMemory, UsageError
 from gengap_dist.launchers.base import Launcher, Progress, RankFailed, leave
 from gengap_dist.preemption import Notice, Preempted, listening
 

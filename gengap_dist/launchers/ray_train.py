@@ -23,7 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Never, final
 
-from gengap_dist.config import LaunchConfig, OutOfMemory, RunConfig, UsageError
+from gengap_dist.config.sections import LaunchConfig, RunConfig
+from gengap_dist.errors import OutOfMemory, UsageError
 from gengap_dist.launchers.base import Launcher, Progress, RankFailed
 from gengap_dist.preemption import Notice, Preempted
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, final
 
-from gengap_dist.config import LaunchConfig, RunConfig
+from gengap_dist.config.sections import LaunchConfig, RunConfig
 from gengap_dist.launchers.base import Launcher, Progress, started_elsewhere
 from gengap_dist.preemption import listening
 from gengap_dist.tracking.record import read_info

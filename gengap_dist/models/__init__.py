@@ -7,7 +7,8 @@ from functools import partial
 
 from torch import nn
 
-from gengap_dist.config import RunConfig, UsageError, did_you_mean
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.models.c1 import c1
 from gengap_dist.models.dropout import treat_dropout
 from gengap_dist.models.lenet5 import lenet5

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.models.unit import unit
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from gengap_dist.config import UsageError, did_you_mean
+from gengap_dist.errors import UsageError, did_you_mean
 
 
 def torchvision_model(name: str, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gengap_dist.config import OptimConfig, UsageError
+from gengap_dist.config.sections import OptimConfig
+from gengap_dist.errors import UsageError
 
 
 def _plain(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:

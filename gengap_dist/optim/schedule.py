@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Self, final
 
-from gengap_dist.config import OptimConfig, RunConfig, UsageError
+from gengap_dist.config.sections import OptimConfig, RunConfig
 from gengap_dist.data.order import Order
+from gengap_dist.errors import UsageError
 
 
 def scaled_lr(config: OptimConfig, global_size: int) -> float:

@@ -15,7 +15,7 @@ import torch
 
 from gengap_dist import models
 from gengap_dist.allocator import keep_freed_memory
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.catalog import Sizes
 from gengap_dist.launchers.base import RankFailed, leave
 from gengap_dist.launchers.local import free_port, rank_variables, threads_per_rank

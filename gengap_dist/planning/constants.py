@@ -12,7 +12,9 @@ from typing import Any
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from gengap_dist.config import RunConfig, Section, UsageError, validate
+from gengap_dist.config.loading import validate
+from gengap_dist.config.sections import RunConfig, Section
+from gengap_dist.errors import UsageError
 from gengap_dist.tracking.record import write_atomically
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from gengap_dist.batching import BatchPlan
 from gengap_dist.checks import strategy_name
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.out_of_memory import ran_out, said
 from gengap_dist.planning.memory import SHARDING
 from gengap_dist.planning.rehearsal import Rehearsal, most, timed

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from gengap_dist.config import OptimConfig, RunConfig
+from gengap_dist.config.sections import OptimConfig, RunConfig
 from gengap_dist.probes.rank_loss import Piece, Site
 from gengap_dist.strategies.switches import blocks
 

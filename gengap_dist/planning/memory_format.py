@@ -13,7 +13,7 @@ from torch import nn
 
 from gengap_dist import models
 from gengap_dist.checks import strategy_name
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.planning.constants import MemoryFormat, recall, remember, told
 from gengap_dist.planning.fastest import turn_seconds
 from gengap_dist.planning.micro_size import Network, candidates, described, marked, place_of

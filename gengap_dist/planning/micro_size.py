@@ -18,8 +18,9 @@ from torch import nn
 
 from gengap_dist import models
 from gengap_dist.checks import strategy_name
-from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.order import growth
+from gengap_dist.errors import UsageError
 from gengap_dist.planning import memory
 from gengap_dist.planning.constants import MicroSize, load_micro_sizes, recall, remember, told
 from gengap_dist.planning.fastest import images_per_second

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gengap_dist.batching import Span
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.catalog import Images, Splits
 from gengap_dist.data.resident import Batches, Normalise
 from gengap_dist.loop import PLAIN, Work, accumulate

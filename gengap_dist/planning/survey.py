@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from gengap_dist import models
 from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, strategy_name
-from gengap_dist.config import BatchConfig, RunConfig, UsageError
+from gengap_dist.config.sections import BatchConfig, RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth
+from gengap_dist.errors import UsageError
 from gengap_dist.launchers.local import threads_per_rank
 from gengap_dist.loop import blocks
 from gengap_dist.models.norm import has_batch_norm

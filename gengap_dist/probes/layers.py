@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gengap_dist.config import UsageError, did_you_mean
+from gengap_dist.errors import UsageError, did_you_mean
 
 NON_LINEAR = {
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh", "sigmoid",

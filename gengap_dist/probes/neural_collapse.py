@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.probes.capture import bare, observing
 from gengap_dist.world import World
 

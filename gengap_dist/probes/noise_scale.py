@@ -6,7 +6,7 @@ other. Both are means over their samples. McCandlish et al. 2018 (arXiv 1812.061
 
 from dataclasses import dataclass
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 
 DECAY = 0.99  # of the moving averages, per recorded step
 

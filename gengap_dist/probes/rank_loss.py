@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.probes.capture import bare, capturing, observing
 from gengap_dist.probes.layers import Layer, Pattern, choose
 from gengap_dist.probes.matrices import METHODS, Tall, Wide, merge

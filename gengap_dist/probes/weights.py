@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.probes.capture import bare
 from gengap_dist.probes.spectrum import LayerSpectrum
 from gengap_dist.world import World

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast, final
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.profiling import trace
 from gengap_dist.profiling.summary import PARTS, Measured, Setting, summary
 from gengap_dist.tracking.record import write_atomically

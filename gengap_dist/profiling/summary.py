@@ -3,7 +3,7 @@
 from statistics import fmean, median
 from typing import NamedTuple
 
-from gengap_dist.config import DataConfig
+from gengap_dist.config.sections import DataConfig
 
 PARTS: tuple[str, ...] = ("data", "forward", "backward", "communication", "optimizer", "rest")
 WIDTH = 120

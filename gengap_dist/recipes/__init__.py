@@ -1,6 +1,6 @@
 """What is added to plain training: other gradients, another objective, other weights to evaluate."""
 
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches
 from gengap_dist.recipes.averaging import Averaging

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches
 from gengap_dist.models.norm import average_buffers, has_batch_norm

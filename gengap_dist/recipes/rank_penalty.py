@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config import RecipeConfig, UsageError
+from gengap_dist.config.sections import RecipeConfig
 from gengap_dist.data.resident import Batches
+from gengap_dist.errors import UsageError
 from gengap_dist.loop import Objective, Work
 from gengap_dist.models.norm import frozen
 from gengap_dist.probes.capture import capturing, observing

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.batching import Span
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches
 from gengap_dist.loop import NUM_SUMS, Work, train_step

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist import cli
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 
 PROG = "gengap report"
 

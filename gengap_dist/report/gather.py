@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.comparison.roles import differing, effective
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.report.collect import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, settings_of, tuned_in
 from gengap_dist.tracking import record
 from gengap_dist.tracking.mirror import connect, store_uri

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.strategies.base import OptimizerState, Strategy
 from gengap_dist.strategies.ddp import DDP
 from gengap_dist.strategies.deepspeed import Zero

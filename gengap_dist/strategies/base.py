@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.models.norm import GhostBatchNorm, SyncBatchNorm
 from gengap_dist.models.position import position_of
 from gengap_dist.strategies.switches import compiled, recompute_blocks

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gengap_dist.batching import BatchPlan
-from gengap_dist.config import RunConfig, UsageError
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.strategies.base import BuildOptimizer, OptimizerState, Strategy
 from gengap_dist.strategies.energy import LocalEnergy
 from gengap_dist.strategies.twin import Twin

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.strategies.base import BuildOptimizer, OptimizerState, Strategy
 from gengap_dist.strategies.energy import LocalEnergy
 from gengap_dist.strategies.twin import Twin

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.models.dropout import SampleDropout
 from gengap_dist.models.norm import frozen
 from gengap_dist.models.position import Position, position_of

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.config import RunConfig, StudyConfig
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.config.study import StudyConfig
 
 
 class Cell(NamedTuple):

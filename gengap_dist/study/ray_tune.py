@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.config import LaunchConfig, UsageError
+from gengap_dist.config.sections import LaunchConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.launchers.base import RankFailed
 from gengap_dist.launchers.ray_train import (
     NEWS_SECONDS,

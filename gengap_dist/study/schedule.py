@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist import launchers
-from gengap_dist.config import OutOfMemory, StudyConfig, UsageError, differences
+from gengap_dist.config.identity import differences
+from gengap_dist.config.study import StudyConfig
+from gengap_dist.errors import OutOfMemory, UsageError
 from gengap_dist.launchers import Launcher
 from gengap_dist.study import grid, ray_tune, tune
 from gengap_dist.study.grid import Cell

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.config import TuneSection
+from gengap_dist.config.study import TuneSection
 from gengap_dist.tracking import record
 
 Point = dict[str, Any]

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from gengap_dist.config import MACHINERY, UsageError, flat
-from gengap_dist.imports import quickly
+from gengap_dist.compat.fast_imports import quickly
+from gengap_dist.config.identity import MACHINERY
+from gengap_dist.config.loading import flat
+from gengap_dist.errors import UsageError
 from gengap_dist.tracking.record import (
     DIVERGED,
     FAILED,

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from gengap_dist.config import MlflowConfig, UsageError
-from gengap_dist.imports import quickly
+from gengap_dist.compat.fast_imports import quickly
+from gengap_dist.config.sections import MlflowConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.tracking.mirror import Mirror, Sent, comparison, prepare, store_uri
 from gengap_dist.tracking.record import read_info
 

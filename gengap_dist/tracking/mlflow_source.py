@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.config import UsageError, did_you_mean, nested
+from gengap_dist.config.loading import nested
+from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.tracking.record import write_atomically
 
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "running"}

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import checkpoint, models
-from gengap_dist.config import RunConfig, UsageError
-from gengap_dist.imports import quickly
+from gengap_dist.compat.fast_imports import quickly
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.world import World
 
 

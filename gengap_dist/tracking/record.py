@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
-from gengap_dist.config import RunConfig, UsageError, to_yaml
+from gengap_dist.config.loading import to_yaml
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import UsageError
 
 if TYPE_CHECKING:  # every command imports this module, and --help needs neither numpy nor torch
     import numpy as np

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config import LaunchConfig
+from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.launchers.local import _environment, free_port
 from gengap_dist.precision import training_float32
 from gengap_dist.tracking.record import prepare_folder, read_info

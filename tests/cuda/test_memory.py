@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config import LaunchConfig, UsageError
+from gengap_dist.config.sections import LaunchConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.launchers.local import _environment, free_port
 from gengap_dist.tracking.record import prepare_folder, read_info
 from gengap_dist.world import World

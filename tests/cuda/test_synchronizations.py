@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gengap_dist.config import LaunchConfig
+from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.launchers.local import _environment
 from gengap_dist.tracking.record import prepare_folder
 from gengap_dist.world import World

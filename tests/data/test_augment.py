@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gengap_dist.config import DataConfig
+from gengap_dist.config.sections import DataConfig
 from gengap_dist.data.augment import augment, counter_bits, crop_and_flip, cutout
 
 ALL = ("crop", "flip", "cutout")

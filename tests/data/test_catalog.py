@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from gengap_dist.config import DataConfig, UsageError
+from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -157,7 +158,7 @@ def test_images_larger_than_image_size_are_refused():
 LOADING = """
 from pathlib import Path
 import torch
-from gengap_dist.config import DataConfig
+from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import catalog
 
 def peak():

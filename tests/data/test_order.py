@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gengap_dist.config import UsageError
 from gengap_dist.data.order import Order, growth
+from gengap_dist.errors import UsageError
 from tests.conftest import config
 
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gengap_dist.config import DataConfig, UsageError
+from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.streamed import Pictures, read_picture
+from gengap_dist.errors import UsageError
 from tests.conftest import train, weights
 
 SIZE = 8

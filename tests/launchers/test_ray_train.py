@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gengap_dist import launchers
-from gengap_dist.config import LaunchConfig, RunConfig, UsageError
+from gengap_dist.config.sections import LaunchConfig, RunConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.launchers import ray_train
 from gengap_dist.tracking.record import read_info, read_metrics
 from tests.conftest import weights

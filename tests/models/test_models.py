@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gengap_dist import models
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.probes.layers import choose
 
 RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (20, 44, 56, 110)}  # blocks in a stage

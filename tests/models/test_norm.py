@@ -13,7 +13,7 @@ from torch import nn
 from gengap_dist import models
 from gengap_dist.batching import BatchPlan
 from gengap_dist.checks import check_norm, norm_size
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.models.norm import (
     GhostBatchNorm,
     SyncBatchNorm,

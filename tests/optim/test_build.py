@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config import OptimConfig
+from gengap_dist.config.sections import OptimConfig
 from gengap_dist.optim.build import build
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gengap_dist import models
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.launchers.local import threads_per_rank
 from gengap_dist.planning import constants, room
 from gengap_dist.planning.constants import Constants, MicroSize, load_micro_sizes, remember
@@ -182,7 +182,7 @@ def test_a_rank_that_runs_out_of_memory_decides_for_all():
 LIMITED = """
 import resource, sys, psutil, torch
 import gengap_dist.run
-from gengap_dist.config import RunConfig, nested, validate
+from gengap_dist.config.sections import RunConfig, nested, validate
 from gengap_dist.models import of
 from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.train import main

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from gengap_dist import models
 from gengap_dist.batching import BatchPlan, split
-from gengap_dist.config import DataConfig, UsageError
+from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.errors import UsageError
 from gengap_dist.loop import Work, blocks, train_step
 from gengap_dist.observe import PROBE_BLOCK
 from gengap_dist.optim.build import build as build_optimizer

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from gengap_dist import models
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
 from gengap_dist.probes.layers import Layer, Pattern, choose, trace
 

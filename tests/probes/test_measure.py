@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gengap_dist import models
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.loop import blocks
 from gengap_dist.probes import measure
 from gengap_dist.probes.layers import Layer

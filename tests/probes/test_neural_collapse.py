@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.probes.neural_collapse import _whiten, nc1
 from gengap_dist.world import World
 from tests.probes.test_sharpness import Fussy, dealt, left_as_found, refusal

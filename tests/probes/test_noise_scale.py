@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gengap_dist.batching import BatchPlan, Span
-from gengap_dist.config import DataConfig, RunConfig, UsageError
+from gengap_dist.config.sections import DataConfig, RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.errors import UsageError
 from gengap_dist.loop import Work, train_step
 from gengap_dist.probes.noise_scale import DECAY, NoiseScale, unbiased
 from gengap_dist.strategies import STRATEGIES

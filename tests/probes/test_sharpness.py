@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import cross_entropy
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.probes import sharpness
 from gengap_dist.probes.sharpness import MeanLoss, hessian_eigenvalues, hessian_trace, keskar, lanczos
 from gengap_dist.probes.weights import flat

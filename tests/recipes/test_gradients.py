@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist import models
 from gengap_dist.batching import Span
-from gengap_dist.config import RecipeConfig
+from gengap_dist.config.sections import RecipeConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.resident import Batches, Normalise
 from gengap_dist.loop import Objective, Work, accumulate

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from gengap_dist.config import ModelConfig, OptimConfig, RecipeConfig, TrainConfig
+from gengap_dist.config.sections import ModelConfig, OptimConfig, RecipeConfig, TrainConfig
 from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder, read_info
 from gengap_dist.world import World

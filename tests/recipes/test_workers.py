@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from gengap_dist import checkpoint, models
 from gengap_dist.batching import split
 from gengap_dist.checks import check_norm
-from gengap_dist.config import UsageError
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.errors import UsageError
 from gengap_dist.models.norm import has_batch_norm
 from gengap_dist.optim.build import build
 from gengap_dist.recipes import course_of

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gengap_dist import models
-from gengap_dist.config import DataConfig
+from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.resident import Normalise
 from gengap_dist.loop import evaluate

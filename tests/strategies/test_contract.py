@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.strategies import STRATEGIES
 from gengap_dist.strategies.fsdp import FSDP, units
 from gengap_dist.world import World

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gengap_dist import models
 from gengap_dist.checks import check_switches
-from gengap_dist.config import UsageError
+from gengap_dist.errors import UsageError
 from gengap_dist.models.dropout import treat_dropout
 from gengap_dist.models.norm import average_buffers
 from gengap_dist.models.position import Position

@@ -7,7 +7,8 @@ from datetime import timedelta
 
 import pytest
 
-from gengap_dist.config import LaunchConfig, validate
+from gengap_dist.config.loading import validate
+from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.launchers.local import _environment as environment
 from tests import fake_cuda
 from tests.ranks import Crew, standing

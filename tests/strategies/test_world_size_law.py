@@ -60,7 +60,7 @@ def test_gradient_is_the_mean_over_the_global_batch():
     """Against autograd on the whole batch at once, one step, no momentum: w_1 = w_0 - lr * mean gradient."""
     from gengap_dist import models
     from gengap_dist.batching import BatchPlan
-    from gengap_dist.config import DataConfig, RunConfig
+    from gengap_dist.config.sections import DataConfig, RunConfig
     from gengap_dist.data import catalog
     from gengap_dist.data.resident import Batches, Normalise
     from gengap_dist.loop import Work, train_step

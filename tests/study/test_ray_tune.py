@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from gengap_dist.config import LaunchConfig, RunConfig
+from gengap_dist.config.sections import LaunchConfig, RunConfig
 from gengap_dist.launchers.ray_train import Teller
 from gengap_dist.tracking.record import read_info
 from tests.ray_cluster import until

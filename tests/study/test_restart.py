@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from gengap_dist.config import StudyConfig, UsageError, resolve
+from gengap_dist.config.loading import resolve
+from gengap_dist.config.study import StudyConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.study import schedule
 from tests.ray_cluster import until
 from tests.study import tiny

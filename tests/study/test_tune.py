@@ -5,7 +5,9 @@ import math
 
 import pytest
 
-from gengap_dist.config import StudyConfig, TuneSection, UsageError, resolve, validate
+from gengap_dist.config.loading import resolve, validate
+from gengap_dist.config.study import StudyConfig, TuneSection
+from gengap_dist.errors import UsageError
 from gengap_dist.report.collect import read_study, tuned_in
 from gengap_dist.report.gather import gather
 from gengap_dist.study import schedule, tune

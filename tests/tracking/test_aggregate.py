@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from gengap_dist.comparison.arms import recipe
-from gengap_dist.config import RunConfig, flat, validate
+from gengap_dist.config.loading import flat, validate
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.tracking.aggregate import Seed, over_seeds, summary
 from gengap_dist.tracking.history import history
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gengap_dist.config import RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.tracking import history as module
 from gengap_dist.tracking.history import history
 from gengap_dist.tracking.record import Record, read_history, read_raw

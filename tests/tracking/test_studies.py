@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from gengap_dist.config import MlflowConfig, StudyConfig, UsageError, validate
+from gengap_dist.config.loading import validate
+from gengap_dist.config.sections import MlflowConfig
+from gengap_dist.config.study import StudyConfig
 from gengap_dist.data import catalog
+from gengap_dist.errors import UsageError
 from gengap_dist.report.collect import read_study
 from gengap_dist.report.gather import gather
 from gengap_dist.study import schedule
@@ -275,7 +278,7 @@ def test_a_model_scores_as_its_run_did(study, store, arm):
 
 
 def read_config(folder):
-    from gengap_dist.config import RunConfig
+    from gengap_dist.config.sections import RunConfig
 
     return RunConfig.model_validate(read_info(folder)["config"])
 

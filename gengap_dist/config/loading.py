@@ -1,0 +1,149 @@
+"""Settings from defaults, YAML files and the command line, as one checked config."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gengap_dist.errors import UsageError, did_you_mean
+
+C = TypeVar("C", bound=BaseModel)
+
+
+OWN_NAMES = ("study.axes.", "study.tune.space.")
+"""Mappings of a config whose keys stay as they are: they name settings, or what the user calls things."""
+
+
+def nested(flat: Mapping[str, Any], within: str = "") -> dict[str, Any]:
+    """Dotted keys opened into nested mappings; already nested ones stay, and so do the names in `OWN_NAMES`.
+
+    >>> nested({"batch.global_size": 8, "optim": {"lr": 0.1}, "study.axes": {"optim.lr": [1, 2]}})
+    {'batch': {'global_size': 8}, 'optim': {'lr': 0.1}, 'study': {'axes': {'optim.lr': [1, 2]}}}
+    """
+    if within in OWN_NAMES:
+        return dict(flat)
+    out: dict[str, Any] = {}
+    for key, value in flat.items():
+        head, _, tail = key.partition(".")
+        if tail:
+            value = nested({tail: value}, f"{within}{head}.")
+        elif isinstance(value, Mapping):
+            value = nested(value, f"{within}{head}.")
+        out = merge(out, {head: value})
+    return out
+
+
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both hold a value, `high` wins.
+
+    >>> merge({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
+    {'a': {'x': 1, 'y': 3}}
+    """
+    out = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def flat(config: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as dotted names and JSON values.
+
+    >>> flat({"optim": {"lr": 0.1}, "seed": 0})
+    {'optim.lr': 0.1, 'seed': 0}
+    """
+    tree = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings of a model, sections included."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from field_names(info.annotation, f"{prefix}{name}.")
+
+
+def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as nested settings, on top of the files its `extends` names (relative to itself).
+
+    Raises:
+        UsageError: if a file is missing, is not YAML, is not a mapping, or extends itself.
+    """
+    path = path.resolve()
+    if path in _chain:
+        raise UsageError(f"--config: {path} extends itself by way of {_chain[-1]}: break the circle")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UsageError(f"--config ({path}) cannot be read: {error.strerror}; give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or "it is no text"
+        raise UsageError(f"--config ({path}) is not YAML{where}: {what}; mend that line") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"--config ({path}) holds a {type(tree).__name__}, needs settings such as `batch: ...`")
+    parents = tree.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    below: dict[str, Any] = {}
+    for parent in parents:
+        below = merge(below, load_yaml(path.parent / parent, (*_chain, path)))
+    return merge(below, nested({str(key): value for key, value in tree.items()}))
+
+
+def validate(model: type[C], tree: Mapping[str, Any]) -> C:
+    """Nested settings as a checked config.
+
+    Raises:
+        UsageError: one sentence on the first thing that is wrong, with the nearest known name for an unknown key.
+    """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(_sentence(model, error)) from None
+
+
+def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+    first, *more = error.errors()
+    *path, last = first["loc"] or ("",)
+    name = ".".join(map(str, path if isinstance(last, int) else [*path, last]))  # the list, not its first element
+    rest = f" ({len(more)} more to mend)" if more else ""
+    match first["type"]:
+        case "extra_forbidden":
+            return f"{name} is no setting{did_you_mean(name, [*field_names(model)])}: see --help for all of them{rest}"
+        case "value_error":  # our own validators already speak in whole sentences
+            return str(first["ctx"]["error"]) + rest if "ctx" in first else first["msg"]
+        case "missing":
+            return f"{name} is not set and has no default: add it to the config{rest}"
+    rule = first["msg"][0].lower() + first["msg"][1:]
+    near = ""
+    if first["type"] == "literal_error":
+        near = did_you_mean(str(first["input"]), re.findall(r"'(\w+)'", first["msg"]))
+    return f"{name} ({first['input']}) is not valid{near}: {rule}{rest}"
+
+
+def resolve(model: type[C], files: list[Path], overrides: Mapping[str, Any]) -> C:
+    """Defaults, then YAML files in order, then overrides, as one checked config.
+
+    Raises:
+        UsageError: see `load_yaml` and `validate`.
+    """
+    tree: dict[str, Any] = {}
+    for file in files:
+        tree = merge(tree, load_yaml(file))
+    return validate(model, merge(tree, overrides))
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The config as YAML that `--config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)

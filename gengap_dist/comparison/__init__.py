@@ -6,9 +6,8 @@ Pure functions of numbers: no folder is read here, and nothing is drawn. `compar
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from gengap_dist.comparison.pairing import Paired
+from gengap_dist.statistics.paired import Interval, Paired
 
-Interval = tuple[float, float]
 Outcome = Literal["supported", "contradicted", "undecided"]
 
 

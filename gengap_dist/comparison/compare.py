@@ -7,10 +7,10 @@ import numpy as np
 
 from gengap_dist.comparison import Comparison, Gap, Run
 from gengap_dist.comparison.correlation import correlations
-from gengap_dist.comparison.pairing import detectable, holm, p_value, paired
 from gengap_dist.comparison.roles import Arm, arms_of, same
 from gengap_dist.comparison.target import target_of
 from gengap_dist.comparison.verdict import claims
+from gengap_dist.statistics.paired import detectable, holm, p_value, paired
 
 FEW_PAIRS = 8
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gengap_dist.comparison import Correlation, Interval, Run
-from gengap_dist.comparison.pairing import CONFIDENCE, holm
+from gengap_dist.comparison import Correlation, Run
+from gengap_dist.statistics.correlation import fisher, less_group_mean, p_value_of_r, partial_correlation, pearson
+from gengap_dist.statistics.paired import holm
 
 POSITIVE = ("noise_scale", "hessian/", "keskar_sharpness", "nc1", "updates")  # differ by factors: taken as logarithms
 UPDATES = "updates"
@@ -38,9 +39,9 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
     if num_arms < 3:
         return None
     seeds = [run.seed for run, _ in having]
-    x = _less_mean(np.array([value for _, value in having]), seeds)
-    y = _less_mean(np.array([-(run.accuracy or 0.0) for run, _ in having]), seeds)
-    u = _less_mean(np.log([max(1, run.num_updates) for run, _ in having]), seeds)
+    x = less_group_mean(np.array([value for _, value in having]), seeds)
+    y = less_group_mean(np.array([-(run.accuracy or 0.0) for run, _ in having]), seeds)
+    u = less_group_mean(np.log([max(1, run.num_updates) for run, _ in having]), seeds)
     r = pearson(x, y)
     if r is None:
         return None
@@ -52,7 +53,7 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
         interval=fisher(r, num_arms),
         partial=partial,
         partial_interval=None if partial is None else fisher(partial, num_arms, held=1),
-        p=_p(r, num_arms),
+        p=p_value_of_r(r, num_arms),
         holm=None,
         num_runs=len(having),
         num_arms=num_arms,
@@ -64,65 +65,3 @@ def _value(name: str, run: Run) -> float:
     if name.startswith(POSITIVE):
         return float(np.log(value)) if value > 0 else float("nan")
     return value
-
-
-def _less_mean(values: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
-    groups = np.array(seeds)
-    out = values.astype(float)
-    for seed in set(seeds):
-        out[groups == seed] -= out[groups == seed].mean()
-    return out
-
-
-def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Sum x y / sqrt(sum x^2 sum y^2) of two centred variables [n]; None if one does not vary.
-
-    >>> round(pearson(np.array([-1.0, 0.0, 1.0]), np.array([-1.0, -1.0, 2.0])), 6)
-    0.866025
-    """
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    if not scale > 1e-12:
-        return None
-    return float(np.clip(x @ y / scale, -1.0, 1.0))
-
-
-def partial_correlation(x: np.ndarray, y: np.ndarray, u: np.ndarray) -> float | None:
-    """Of x and y [n] with u held constant, all centred; None if u leaves nothing of one of them, or does not vary.
-
-    >>> x, y, u = np.array([[1.0, -1.0, 1.0, -1.0], [1.0, -1.0, -1.0, 1.0], [1.0, 1.0, -1.0, -1.0]])
-    >>> round(pearson(x + u, y + u), 6), abs(round(partial_correlation(x + u, y + u, u), 6))  # together only by u
-    (0.5, 0.0)
-    """
-    xy, xu, yu = pearson(x, y), pearson(x, u), pearson(y, u)
-    if xy is None or xu is None or yu is None:
-        return None
-    left = (1 - xu**2) * (1 - yu**2)
-    if left < 1e-9:
-        return None
-    return float(np.clip((xy - xu * yu) / left**0.5, -1.0, 1.0))
-
-
-def fisher(r: float, num: int, held: int = 0) -> Interval | None:
-    """95% interval of a correlation of `num` independent observations, `held` variables held constant.
-
-    >>> [round(end, 3) for end in fisher(0.5, 28)]
-    [0.156, 0.736]
-    >>> fisher(0.5, 3)
-    """
-    if num - 3 - held < 1:
-        return None
-    from scipy import stats  # slow, see pairing
-
-    half = stats.norm.ppf((1 + CONFIDENCE) / 2) / (num - 3 - held) ** 0.5
-    z = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
-    return (float(np.tanh(z - half)), float(np.tanh(z + half)))
-
-
-def _p(r: float, num: int) -> float | None:
-    df = num - 2
-    if df < 1:
-        return None
-    from scipy import stats
-
-    t = abs(r) * (df / max(1 - r**2, 1e-15)) ** 0.5
-    return float(2 * stats.t.sf(t, df))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gengap_dist.comparison import Run, Target
-from gengap_dist.comparison.pairing import CONFIDENCE
+from gengap_dist.statistics.paired import CONFIDENCE
 
 NOISE_SCALE = "noise_scale"
 BEYOND = 10.0  # times the largest batch, or below the smallest: nobody has looked there

@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import NamedTuple
 
 from gengap_dist.comparison import Claim, Correlation, Outcome, Run
-from gengap_dist.comparison.pairing import CONFIDENCE, differences, holm, p_value, t_interval
 from gengap_dist.comparison.roles import Arm, Roles, arms_of, roles, without_length, without_rate
+from gengap_dist.statistics.paired import CONFIDENCE, differences, holm, p_value, t_interval
 
 ALPHA = 1 - CONFIDENCE
 NEGLIGIBLE_GAP = 0.005  # half a percentage point of accuracy

@@ -13,10 +13,10 @@ import numpy as np
 from gengap_dist.comparison import Comparison, Run
 from gengap_dist.comparison.compare import compare
 from gengap_dist.comparison.measures import CONTROLS, MEASURED
-from gengap_dist.comparison.pairing import Paired, paired
 from gengap_dist.config.identity import MACHINERY
 from gengap_dist.config.loading import flat
 from gengap_dist.errors import UsageError
+from gengap_dist.statistics.paired import Paired, paired
 from gengap_dist.tracking.history import History
 from gengap_dist.tracking.record import FINISHED, load_spectra, read_history, read_info
 

@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gengap_dist.comparison import Comparison, Correlation, Interval
-from gengap_dist.comparison.pairing import differences, spread, t_interval
+from gengap_dist.comparison import Comparison, Correlation
 from gengap_dist.report.collect import StudyData
 from gengap_dist.report.drawing import (
     ACCENT,
@@ -32,6 +31,7 @@ from gengap_dist.report.drawing import (
     row_axis,
     row_colour,
 )
+from gengap_dist.statistics.paired import Interval, differences, spread, t_interval
 
 HIGHEST_LOSS = 20.0  # a diverging run leaves the picture here
 MAX_POINTS = 80  # of a curve: thousands of noisy steps hide its course

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gengap_dist.comparison import Comparison, Interval
-from gengap_dist.comparison.pairing import spread
+from gengap_dist.comparison import Comparison
 from gengap_dist.report.collect import RunData, StudyData, metric
 from gengap_dist.report.drawing import Row
 from gengap_dist.report.terminal import interval, last_layer, percent, points
+from gengap_dist.statistics.paired import Interval, spread
 
 
 class Cell(NamedTuple):

@@ -111,7 +111,7 @@ def _verdicts(study: Any) -> list[str]:
 
 def _headline(study: Any) -> dict[str, float]:
     """The study's numbers for its MLflow parent run."""
-    from gengap_dist.comparison.pairing import spread
+    from gengap_dist.statistics.paired import spread
 
     out: dict[str, float] = {}
     for arm in study.arms:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gengap_dist.comparison.measures import CONTROLS, MEASURED
-from gengap_dist.comparison.pairing import paired, t_half, t_interval
+from gengap_dist.statistics.paired import paired, t_half, t_interval
 from gengap_dist.tracking.history import History
 
 CHARTED = re.compile("val/(accuracy|loss)|" + MEASURED)

@@ -7,8 +7,8 @@ import pytest
 
 from gengap_dist.comparison import Claim, Run
 from gengap_dist.comparison.compare import compare
-from gengap_dist.comparison.pairing import detectable, holm, p_value, paired
 from gengap_dist.comparison.verdict import claims
+from gengap_dist.statistics.paired import detectable, holm, p_value, paired
 
 NUM = 500
 BASE = {"batch.global_size": 64, "optim.lr": 0.1, "train.epochs": 8, "recipe.rank_penalty": None}

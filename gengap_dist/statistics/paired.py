@@ -160,3 +160,6 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     """
     array = np.array(values)
     return float(array.mean()), float(array.std(ddof=1)) if len(values) > 1 else float("nan")
+
+
+Interval = tuple[float, float]

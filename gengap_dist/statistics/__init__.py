@@ -1,0 +1,1 @@
+"""Formulas over plain numbers: no runs, no settings. numpy and scipy only."""

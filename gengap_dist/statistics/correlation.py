@@ -1,0 +1,79 @@
+"""Correlations of centred variables, their intervals and p values. Pure."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gengap_dist.statistics.paired import CONFIDENCE, Interval
+
+
+def less_group_mean(values: np.ndarray, group_labels: Sequence[int]) -> np.ndarray:
+    """Values [n], each less the mean of the values that have the same label.
+
+    >>> less_group_mean(np.array([1.0, 3.0, 5.0]), [0, 0, 1])
+    array([-1.,  1.,  0.])
+    """
+    groups = np.array(group_labels)
+    out = values.astype(float)
+    for label in set(group_labels):
+        out[groups == label] -= out[groups == label].mean()
+    return out
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Sum x y / sqrt(sum x^2 sum y^2) of two centred variables [n]; None if one does not vary.
+
+    >>> round(pearson(np.array([-1.0, 0.0, 1.0]), np.array([-1.0, -1.0, 2.0])), 6)
+    0.866025
+    """
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    if not scale > 1e-12:
+        return None
+    return float(np.clip(x @ y / scale, -1.0, 1.0))
+
+
+def partial_correlation(x: np.ndarray, y: np.ndarray, u: np.ndarray) -> float | None:
+    """Of x and y [n] with u held constant, all centred; None if u leaves nothing of one of them, or does not vary.
+
+    >>> x, y, u = np.array([[1.0, -1.0, 1.0, -1.0], [1.0, -1.0, -1.0, 1.0], [1.0, 1.0, -1.0, -1.0]])
+    >>> round(pearson(x + u, y + u), 6), abs(round(partial_correlation(x + u, y + u, u), 6))  # together only by u
+    (0.5, 0.0)
+    """
+    xy, xu, yu = pearson(x, y), pearson(x, u), pearson(y, u)
+    if xy is None or xu is None or yu is None:
+        return None
+    left = (1 - xu**2) * (1 - yu**2)
+    if left < 1e-9:
+        return None
+    return float(np.clip((xy - xu * yu) / left**0.5, -1.0, 1.0))
+
+
+def fisher(r: float, num: int, held: int = 0) -> Interval | None:
+    """95% interval of a correlation of `num` independent observations, `held` variables held constant.
+
+    >>> [round(end, 3) for end in fisher(0.5, 28)]
+    [0.156, 0.736]
+    >>> fisher(0.5, 3)
+    """
+    if num - 3 - held < 1:
+        return None
+    from scipy import stats  # slow to import, see paired.py
+
+    half = stats.norm.ppf((1 + CONFIDENCE) / 2) / (num - 3 - held) ** 0.5
+    z = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
+    return (float(np.tanh(z - half)), float(np.tanh(z + half)))
+
+
+def p_value_of_r(r: float, num: int) -> float | None:
+    """Two-sided p of a correlation of `num` independent observations: t = r sqrt((num - 2) / (1 - r^2)), num - 2 df.
+
+    >>> round(p_value_of_r(0.5, 28), 4), p_value_of_r(0.5, 2)
+    (0.0067, None)
+    """
+    df = num - 2
+    if df < 1:
+        return None
+    from scipy import stats
+
+    t = abs(r) * (df / max(1 - r**2, 1e-15)) ** 0.5
+    return float(2 * stats.t.sf(t, df))

@@ -21,7 +21,7 @@ from contestants import AUTO, PLAIN, WORKLOADS
 from rich.console import Console
 from team import Team
 
-from gengap_dist.launchers.local import threads_per_rank
+from gengap_dist.distributed.launchers.local import threads_per_rank
 
 HERE = Path(__file__).parent
 

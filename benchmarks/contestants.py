@@ -33,9 +33,9 @@ from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.resident import Normalise
+from gengap_dist.distributed.phase_timer import Whereabouts
+from gengap_dist.distributed.process_group import World
 from gengap_dist.run import run
-from gengap_dist.whereabouts import Whereabouts
-from gengap_dist.world import World
 
 
 class Workload(NamedTuple):

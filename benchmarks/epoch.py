@@ -28,11 +28,11 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.distributed.process_group import World
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
 from gengap_dist.recipes.course import Course
 from gengap_dist.strategies import Single
-from gengap_dist.world import World
 
 
 def main() -> None:

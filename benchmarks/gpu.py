@@ -37,8 +37,8 @@ from gpu_parts.ledger import Ledger, machine
 from rich.console import Console
 from team import Team
 
+from gengap_dist.distributed.launchers.local import threads_per_rank
 from gengap_dist.errors import UsageError
-from gengap_dist.launchers.local import threads_per_rank
 
 PARTS = {name: f"gpu_parts.{name}" for name in ("correctness", "sync", "memory", "speed")}
 PARTS["compile"] = "gpu_parts.compilation"

@@ -31,8 +31,8 @@ from rich.console import Console
 from team import Team
 
 from gengap_dist.data import catalog
-from gengap_dist.launchers.local import threads_per_rank
-from gengap_dist.world import World
+from gengap_dist.distributed.launchers.local import threads_per_rank
+from gengap_dist.distributed.process_group import World
 
 MEMORY_OF = ("lenet5_8192", "mlp_4096", "resnet56_1024")
 MEMORY_STEPS = 3

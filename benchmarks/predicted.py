@@ -10,13 +10,13 @@ from gengap_dist.checks import strategy_name
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import catalog
+from gengap_dist.distributed.process_group import World
 from gengap_dist.planning import wire
 from gengap_dist.planning.constants import ComputeConstants
 from gengap_dist.planning.layout import Cluster, layout
 from gengap_dist.planning.survey import step_seconds
 from gengap_dist.planning.wire import Link
 from gengap_dist.recipes.course import plan_of
-from gengap_dist.world import World
 
 Mode = Literal["strong", "weak"]
 MODES: tuple[Mode, ...] = ("strong", "weak")

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.launchers.local import free_port
+from gengap_dist.distributed.launchers.local import free_port
+from gengap_dist.distributed.process_group import World, connect, disconnect
 from gengap_dist.probes import measure
-from gengap_dist.world import World, connect, disconnect
 
 NUM_SAMPLES, NUM_RANKS = 1024, 2
 LAYERS = {  # model: width of its flattened layers, and how many of each it has
@@ -114,7 +114,7 @@ def rank_main(rank: int, port: int, models: list[str], widths: list[int], rounds
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)  # as torchrun does
-    world = connect(LaunchConfig(device="cpu"))
+    world = connect("cpu", LaunchConfig().timeout_seconds)
     for width in widths:
         generator = torch.Generator().manual_seed(rank)
         mixing = torch.randn(512, width, generator=torch.Generator().manual_seed(99)) / 512**0.5

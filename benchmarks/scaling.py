@@ -35,6 +35,7 @@ from team import Team
 from gengap_dist import models
 from gengap_dist.checks import strategy_name
 from gengap_dist.data.resident import Batches
+from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import Work, train_step
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.planning import calibrate, rehearsal
@@ -43,7 +44,6 @@ from gengap_dist.planning.layout import Cluster
 from gengap_dist.planning.wire import Link
 from gengap_dist.recipes.course import plan_of
 from gengap_dist.strategies import STRATEGIES, Strategy
-from gengap_dist.world import World
 
 LARGEST = 8  # ranks
 MICRO_SIZES = {  # images in a micro-batch: on a CPU small ones fit the cache, and turns must be short

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.launchers.base import leave
-from gengap_dist.launchers.local import free_port, rank_variables
-from gengap_dist.world import connect
+from gengap_dist.distributed.launchers.base import leave
+from gengap_dist.distributed.launchers.local import free_port, rank_variables
+from gengap_dist.distributed.process_group import connect
 
 
 class Team:
@@ -65,7 +65,7 @@ def _stay(pipe: Any, env: dict[str, str], device: str) -> None:
         mallopt(-8, 1)  # M_ARENA_MAX: threads have the memory that they would have as programs of their own
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))  # the variable comes too late: torch is imported
-    world = connect(LaunchConfig.model_validate({"device": device}))
+    world = connect(device, LaunchConfig().timeout_seconds)
     while True:
         try:
             job, args = pipe.recv()

@@ -5,8 +5,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from gengap_dist.batching import BatchPlan
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.errors import UsageError
 from gengap_dist.models.norm import has_batch_norm
 from gengap_dist.out_of_memory import ran_out

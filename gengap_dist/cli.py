@@ -15,9 +15,9 @@ from pydantic_settings import BaseSettings, CliDualFlag, CliSettingsSource, CliT
 from gengap_dist.config.loading import field_names, validate
 from gengap_dist.config.sections import RunConfig, Section
 from gengap_dist.config.study import StudyConfig
+from gengap_dist.distributed.launchers.base import leave, started_elsewhere
+from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import OutOfMemory, UsageError, did_you_mean
-from gengap_dist.launchers.base import leave, started_elsewhere
-from gengap_dist.preemption import Preempted
 
 OptionsT = TypeVar("OptionsT", bound=Section)
 

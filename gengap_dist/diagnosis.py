@@ -27,9 +27,9 @@ from urllib.parse import urlsplit
 
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import TORCHVISION
+from gengap_dist.distributed.launchers.ray import check_address
+from gengap_dist.distributed.launchers.torchrun import joining
 from gengap_dist.errors import UsageError
-from gengap_dist.launchers.ray_train import check_address
-from gengap_dist.launchers.torchrun import joining
 from gengap_dist.planning.constants import micro_sizes_path, read_micro_sizes
 from gengap_dist.tracking.mirror import CLIENT_DEFAULTS, store_uri
 from gengap_dist.trials import GIB, IMPORT_SECONDS, Facts, attempt, line, two_ranks

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gengap_dist.batching import Span
 from gengap_dist.data.catalog import Images
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.distributed.batch_plan import Span, blocks
+from gengap_dist.distributed.process_group import World
 from gengap_dist.probes.capture import observing
 from gengap_dist.strategies import Strategy
-from gengap_dist.world import World
 
 EVAL_BLOCK = 250  # images in one evaluation pass; never cut by ranks, so the result is the same on any number of them
 NUM_SUMS = 7  # of a step, see `accumulate`
@@ -143,16 +143,6 @@ class Score(NamedTuple):
 
     loss: float
     accuracy: float
-
-
-def blocks(num_samples: int, size: int, world: World) -> list[Span]:
-    """This rank's blocks of 0 .. num_samples - 1: blocks are the same on any number of ranks, dealt out in turn.
-
-    >>> blocks(7, 3, World(rank=0, size=2))
-    [Span(start=0, stop=3), Span(start=6, stop=7)]
-    """
-    starts = range(world.rank * size, num_samples, world.size * size)
-    return [Span(start, min(start + size, num_samples)) for start in starts]
 
 
 def evaluate(model: nn.Module, images: Images, normalise: Normalise, world: World) -> Score:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import OutOfMemory
-from gengap_dist.world import World
 
 OF_A_GPU = (
     "out of memory",

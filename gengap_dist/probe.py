@@ -45,14 +45,14 @@ def command(argv: Sequence[str]) -> int:
     config = _config(options, base)
     out = Path(options.out).resolve() if options.out else None
 
+    from gengap_dist.distributed.process_group import connect, disconnect, environment
     from gengap_dist.run import probe
     from gengap_dist.tracking.record import prepare_folder
-    from gengap_dist.world import connect, disconnect, environment
 
     networks = _of_run(folder, wanted) if is_run else _of_file(options.weights)
     if out and environment()[0] == 0:
         prepare_folder(out, "run.json", resume=False)
-    world = connect(config.launch)
+    world = connect(config.launch.device, config.launch.timeout_seconds)
     world.barrier()  # the folder is there, or rank 0 has said why not
     found = probe(config, world, networks, out)
     if world.rank == 0:

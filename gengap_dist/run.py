@@ -25,6 +25,10 @@ from gengap_dist.config.sections import DataConfig, RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth, stream
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.distributed.phase_timer import KINDS
+from gengap_dist.distributed.preemption import Preempted
+from gengap_dist.distributed.process_group import World, connect, environment, local_size
+from gengap_dist.distributed.stall_detector import watching
 from gengap_dist.errors import UsageError
 from gengap_dist.loop import Score, evaluate, join_with_nothing
 from gengap_dist.models.norm import average_buffers, frozen
@@ -35,7 +39,6 @@ from gengap_dist.out_of_memory import explained, snapshot
 from gengap_dist.planning.memory_format import settle_format
 from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.precision import training_float32
-from gengap_dist.preemption import Preempted
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
@@ -45,11 +48,8 @@ from gengap_dist.recipes.course import Taken, plan_of
 from gengap_dist.recipes.statistics import untrained
 from gengap_dist.strategies import STRATEGIES, OptimizerState
 from gengap_dist.strategies.switches import check_compiler, deterministic
-from gengap_dist.tracking.record import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, read_info
+from gengap_dist.tracking.record import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, prepare_folder, read_info
 from gengap_dist.tracking.system import sampling
-from gengap_dist.watchdog import watching
-from gengap_dist.whereabouts import KINDS
-from gengap_dist.world import World, connect, environment, local_size
 
 FLUSH_EVERY = 32  # steps whose sums meet the other ranks' in one all-reduce
 SHARED_SECONDS = 5.0  # for a file to be seen on all nodes
@@ -80,7 +80,7 @@ def run(
 
     Args:
         config: the run.
-        out: its folder, made ready by the launcher (`record.prepare_folder`).
+        out: its folder, made here if it is not there (see `record.prepare_folder`).
         resume: go on from the folder's checkpoint, if there is one; rank 0's word holds for all.
         world: this process's place among the ranks; None connects as the environment says.
         progress: called on every rank after every step.
@@ -92,12 +92,14 @@ def run(
         OutOfMemory: if it does not fit a GPU.
         Preempted: after a rank was asked to leave; the folder is ready to be resumed.
     """
-    world = world or connect(config.launch)
+    world = world or connect(config.launch.device, config.launch.timeout_seconds)
     world = clocked(world) if config.profile else world
     float32 = training_float32(world.device, tf32=config.train.tf32)
     watched = watching(world, config.launch.hang_seconds)
     recorded = snapshot(world, out / "memory" if config.launch.memory_snapshot else None)
     with watched, deterministic(config.train.deterministic), float32, explained(world), recorded:
+        if world.rank == 0 and not out.exists():  # a study's run on a Ray cluster
+            prepare_folder(out, "run.json", resume=True)
         _check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)

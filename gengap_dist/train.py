@@ -14,13 +14,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gengap_dist import cli, launchers
+from gengap_dist import cli
 from gengap_dist.compat.fast_imports import quickly
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed import launchers
 from gengap_dist.errors import UsageError
 from gengap_dist.tracking import record
 from gengap_dist.tracking.mlflow_sink import Follower
+from gengap_dist.training import ENTRY_POINT
 
 PROG = "gengap train"
 
@@ -36,12 +38,18 @@ def command(argv: Sequence[str]) -> int:
         print(to_yaml(config), end="")
         return cli.OK
     out = (options.out or _name(config)).resolve()
-    resume = options.resume or launchers.restarted(out)
-    with launchers.choose(config.launch, many_runs=False) as ranks:
+    resume = options.resume or launchers.restarted() or _began_here(out)
+    with launchers.choose(config.launch, many_runs=False, entry_point=ENTRY_POINT) as ranks:
         if not launchers.is_driver(config.launch):
             ranks.run(config, out, resume=resume, progress=lambda done, total, note: None)
             return cli.OK
         return _drive(ranks, config, out, resume)
+
+
+def _began_here(out: Path) -> bool:
+    """Whether the run in this folder was begun by the launch that this process belongs to."""
+    launch_id = launchers.launch_id()
+    return launch_id is not None and (out / "run.json").exists() and record.read_info(out).get("launch_id") == launch_id
 
 
 def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool) -> int:

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from gengap_dist.config.sections import DataConfig, LaunchConfig
+from gengap_dist.config.sections import DataConfig
+from gengap_dist.distributed.launchers.base import leave
+from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.errors import UsageError
-from gengap_dist.launchers.base import leave
-from gengap_dist.launchers.local import free_port
 
 RANK_SECONDS = 20  # that two ranks on one machine may take to meet
 IMPORT_SECONDS = 120  # torch from a cold network drive, beside everything else that is checked
@@ -81,7 +81,7 @@ def rehearse() -> None:
         import torch
         import torch.distributed as dist
 
-        from gengap_dist.world import connect
+        from gengap_dist.distributed.process_group import connect
 
         gpus = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
         _say(torch=torch.__version__, gpus=[(gpu.name, gpu.total_memory / GIB) for gpu in gpus])
@@ -90,7 +90,7 @@ def rehearse() -> None:
         except Exception as error:
             _say(torchvision_error=line(error))
         began = time.monotonic()
-        world = connect(LaunchConfig(device="cpu", timeout_seconds=RANK_SECONDS))
+        world = connect("cpu", RANK_SECONDS)
         assert world.sum(torch.ones(1)).item() == 2
         _say(gloo=time.monotonic() - began)
         if gpus:

@@ -16,9 +16,10 @@ from hypothesis import settings
 from gengap_dist import checkpoint
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.launchers.local import Pool
+from gengap_dist.distributed.launchers.local import Pool
 from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder, read_info
+from gengap_dist.training import ENTRY_POINT
 from tests.ranks import standing
 from tests.ray_cluster import Cluster
 
@@ -77,7 +78,7 @@ def cut_after(out: Path, step: int) -> None:
 @pytest.fixture(scope="module")
 def pools() -> Iterator[dict[int, Pool]]:
     """One, two and three ranks that stay."""
-    with standing(Pool, (1, 2, 3)) as pools:
+    with standing(lambda size: Pool(size, ENTRY_POINT), (1, 2, 3)) as pools:
         yield pools
 
 

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.launchers.local import free_port
+from gengap_dist.distributed.launchers.local import free_port
 
 ON_CPU = LaunchConfig(device="cpu")
 
@@ -76,9 +76,9 @@ def standing(kind: Callable[[int], Any], sizes: Iterable[int]) -> Iterator[dict[
 
 def _stay(rank: int, size: int, port: int, pipe: Any, launch: LaunchConfig) -> None:
     _environment(rank, size, port)
-    from gengap_dist.world import connect
+    from gengap_dist.distributed.process_group import connect
 
-    world = connect(launch)
+    world = connect(launch.device, launch.timeout_seconds)
     while True:
         job, args = pipe.recv()
         try:
@@ -89,10 +89,10 @@ def _stay(rank: int, size: int, port: int, pipe: Any, launch: LaunchConfig) -> N
 
 def _rank(rank: int, size: int, port: int, results: Any, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
     _environment(rank, size, port)
-    from gengap_dist.world import connect, disconnect
+    from gengap_dist.distributed.process_group import connect, disconnect
 
     try:
-        results.put((rank, job(connect(ON_CPU), *args), None))
+        results.put((rank, job(connect(ON_CPU.device, ON_CPU.timeout_seconds), *args), None))
         disconnect()
     except Exception:
         results.put((rank, None, traceback.format_exc()))

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gengap_dist.batching import BatchPlan, split
+from gengap_dist.distributed.batch_plan import BatchPlan, split
 
 sizes = st.integers(1, 200)
 

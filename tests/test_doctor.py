@@ -19,8 +19,8 @@ import pytest
 from gengap_dist import diagnosis
 from gengap_dist.data.catalog import listings
 from gengap_dist.diagnosis import ABSENT, FAIL, OK, WARN, Ask, Finding
+from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.errors import UsageError
-from gengap_dist.launchers.local import free_port
 from tests.conftest import config
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gengap_dist.launchers.local import free_port
+from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.tracking.record import read_info, read_metrics
 from tests.conftest import ROOT
 

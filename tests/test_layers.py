@@ -12,11 +12,11 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.compat.fast_imports": 0,
     "gengap_dist.allocator": 0,
     "gengap_dist.precision": 0,
-    "gengap_dist.batching": 0,
-    "gengap_dist.whereabouts": 0,
-    "gengap_dist.preemption": 0,
-    "gengap_dist.world": 0.5,  # raises config's errors
-    "gengap_dist.watchdog": 1,
+    "gengap_dist.distributed.batch_plan": 0,
+    "gengap_dist.distributed.phase_timer": 0,
+    "gengap_dist.distributed.preemption": 0,
+    "gengap_dist.distributed.process_group": 0.5,  # raises config's errors
+    "gengap_dist.distributed.stall_detector": 1,
     "gengap_dist.out_of_memory": 1,
     "gengap_dist.data": 1,
     "gengap_dist.models": 1.1,  # dropout draws as augmentation does
@@ -35,7 +35,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.profiling": 3,
     "gengap_dist.observe": 3.5,
     "gengap_dist.run": 4,
-    "gengap_dist.launchers": 5,
+    "gengap_dist.distributed.launchers": 5,
     "gengap_dist.comparison": 0,
     "gengap_dist.comparison.arms": 0.25,  # knows which settings are machinery
     "gengap_dist.study": 5,

@@ -12,8 +12,8 @@ import torch
 
 from gengap_dist import checkpoint
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
-from gengap_dist.preemption import Preempted
 from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
 from tests.conftest import ROOT, config, cut_after, train, weights
 from tests.ranks import on_ranks

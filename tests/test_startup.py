@@ -42,10 +42,10 @@ def test_a_rank_alone_imports_what_it_computes_with():
     code = (
         "import pathlib\n"
         "from gengap_dist.config.sections import RunConfig\n"
-        "from gengap_dist.launchers.local import InProcess\n"
+        "from gengap_dist.distributed.launchers.local import InProcess\n"
         "config, out = RunConfig.model_validate({'train': {'steps': 2}}), pathlib.Path('run')\n"
         "out.mkdir()\n"
-        "InProcess().run(config, out, resume=False, progress=lambda *told: None)"
+        "InProcess('gengap_dist.run:run').run(config, out, resume=False, progress=lambda *told: None)"
     )
     found, _ = imported(code, SERVICES | COMPILER | {"torch"})
     assert found == {"torch"}

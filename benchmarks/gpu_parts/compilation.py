@@ -8,7 +8,7 @@ from typing import NamedTuple
 import fair
 from tables import table
 
-from gengap_dist.world import World
+from gengap_dist.distributed.process_group import World
 
 from .correctness import Judged, compare
 from .items import Answer, Item, Part

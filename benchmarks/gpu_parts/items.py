@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gengap_dist.world import World
+from gengap_dist.distributed.process_group import World
 
 Answer = dict[str, Any]
 """What an item found, as JSON values. `good` says whether it is as it should be, `text` what it is in one line;

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.cuda import nccl
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.planning.micro_size import device_name
 from gengap_dist.tracking.record import git_state, now, versions, write_atomically
-from gengap_dist.world import World
 
 from .items import Answer
 

@@ -14,6 +14,7 @@ import torch
 from tables import table
 
 from gengap_dist import models
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.planning.constants import Constants
 from gengap_dist.planning.fastest import turn_seconds
@@ -23,7 +24,6 @@ from gengap_dist.planning.micro_size import OTHER_BYTES, TEMPORARY
 from gengap_dist.planning.rehearsal import Rehearsal
 from gengap_dist.planning.survey import survey
 from gengap_dist.tracking.record import read_info
-from gengap_dist.world import World
 
 from .items import Answer, Item, Part, places
 from .runs import NO_PROBE, Settings, config, folder, train

@@ -14,11 +14,11 @@ from contestants import Field, Mode, Turn, Workload, come_to_rest, gengap, limit
 
 from gengap_dist import models
 from gengap_dist.data import catalog
+from gengap_dist.distributed.process_group import World
 from gengap_dist.planning.micro_size import in_passes
 from gengap_dist.planning.rehearsal import synchronise
 from gengap_dist.planning.room import room
 from gengap_dist.precision import training_float32
-from gengap_dist.world import World
 
 from .items import Answer, failure
 from .runs import Settings

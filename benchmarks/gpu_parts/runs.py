@@ -10,7 +10,7 @@ from typing import Any
 
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.preemption import Preempted
+from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.run import run
 from gengap_dist.tracking.record import prepare_folder
 

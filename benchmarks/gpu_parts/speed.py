@@ -19,9 +19,9 @@ from tables import table
 from gengap_dist import models
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.process_group import World
 from gengap_dist.planning.rehearsal import synchronise
 from gengap_dist.probes import measure
-from gengap_dist.world import World
 
 from .items import Answer, Item, Part
 from .racing import WAYS, Racer, bare, field, largest_that_fits, ours, race, task

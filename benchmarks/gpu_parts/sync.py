@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from tables import table
 
-from gengap_dist.world import World
+from gengap_dist.distributed.process_group import World
 
 from .items import Answer, Item, Part, short
 from .runs import NO_PROBE, Settings, folder, train

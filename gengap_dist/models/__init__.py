@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.models.c1 import c1
 from gengap_dist.models.dropout import treat_dropout
@@ -18,7 +19,6 @@ from gengap_dist.models.position import Position
 from gengap_dist.models.resnet import resnet
 from gengap_dist.models.vgg16 import vgg16
 from gengap_dist.models.zoo import timm_model, torchvision_model
-from gengap_dist.world import World
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet5": lenet5,

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.position import Position
-from gengap_dist.world import World
 
 GROUP_CHANNELS = 16  # of group norm, as in Wu & He 2018, table 3
 

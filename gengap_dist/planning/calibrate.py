@@ -17,12 +17,12 @@ from gengap_dist import models
 from gengap_dist.allocator import keep_freed_memory
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.catalog import Sizes
-from gengap_dist.launchers.base import RankFailed, leave
-from gengap_dist.launchers.local import free_port, rank_variables, threads_per_rank
+from gengap_dist.distributed.launchers.base import RankFailed, leave
+from gengap_dist.distributed.launchers.local import free_port, rank_variables, threads_per_rank
+from gengap_dist.distributed.process_group import World, connect, disconnect
 from gengap_dist.planning.constants import ComputeConstants, Constants, LinkConstants, workload
 from gengap_dist.planning.memory_format import settled_format
 from gengap_dist.planning.rehearsal import Rehearsal, median_seconds
-from gengap_dist.world import World, connect, disconnect
 
 SIZES = [2**power for power in range(10, 25, 2)]  # bytes of all-reduces
 
@@ -71,7 +71,7 @@ def _rank(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro
     os.environ.update(env)
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # the variable comes too late: torch is imported
     try:
-        world = connect(config.launch)
+        world = connect(config.launch.device, config.launch.timeout_seconds)
         if world.device.type == "cpu":
             keep_freed_memory()  # as a run does
         compute = time_compute(config, sizes, micro_size, world)

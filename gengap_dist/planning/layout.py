@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gengap_dist.batching import BatchPlan
+from gengap_dist.distributed.batch_plan import BatchPlan
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from gengap_dist import models
 from gengap_dist.checks import strategy_name
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.order import growth
+from gengap_dist.distributed.process_group import World, local_size
 from gengap_dist.errors import UsageError
 from gengap_dist.planning import memory
 from gengap_dist.planning.constants import MicroSize, load_micro_sizes, recall, remember, told
 from gengap_dist.planning.fastest import images_per_second
 from gengap_dist.planning.rehearsal import Rehearsal, most
 from gengap_dist.planning.room import room
-from gengap_dist.world import World, local_size
 
 TEMPORARY = 2  # what a pass holds at its most, over what it saves: 1.1 to 1.9 for LeNet-5, ResNets, VGG-16 and ViT
 OTHER_BYTES = 64 * 2**20  # buffers of libraries, which small networks do not outweigh

@@ -8,14 +8,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from gengap_dist.batching import Span
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.catalog import Images, Splits
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.distributed.batch_plan import Span
+from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import PLAIN, Work, accumulate
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.strategies import Single
-from gengap_dist.world import World
 
 LEAST_TIMES, LEAST_SECONDS = 5, 1.0  # of a median
 NUM_IMAGES = 64  # that passes take theirs from, again and again

@@ -14,9 +14,10 @@ from gengap_dist.checks import before_data, check_auto, check_logits, check_norm
 from gengap_dist.config.sections import BatchConfig, RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order, growth
+from gengap_dist.distributed.batch_plan import blocks
+from gengap_dist.distributed.launchers.local import threads_per_rank
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.launchers.local import threads_per_rank
-from gengap_dist.loop import blocks
 from gengap_dist.models.norm import has_batch_norm
 from gengap_dist.observe import PROBE_BLOCK
 from gengap_dist.optim.build import build as build_optimizer
@@ -33,7 +34,6 @@ from gengap_dist.probes.capture import observing
 from gengap_dist.probes.layers import choose
 from gengap_dist.recipes.course import plan_of
 from gengap_dist.recipes.rank_penalty import RankPenalty
-from gengap_dist.world import World
 
 T = TypeVar("T")
 

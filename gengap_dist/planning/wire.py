@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from gengap_dist.batching import split
+from gengap_dist.distributed.batch_plan import split
 from gengap_dist.planning.layout import Cluster
 from gengap_dist.probes.gram import BUCKET_BYTES
 from gengap_dist.probes.matrices import turns

@@ -10,7 +10,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from gengap_dist.world import World
+from gengap_dist.distributed.process_group import World
 
 PANEL = 256  # rows of one product: only blocks on and above the diagonal are computed
 BUCKET_BYTES = 16 * 2**20  # of packed triangles in one all-reduce

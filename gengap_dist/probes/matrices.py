@@ -16,10 +16,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gengap_dist.batching import Span, split
+from gengap_dist.distributed.batch_plan import Span, split
+from gengap_dist.distributed.process_group import World
 from gengap_dist.probes.gram import Gram, Square, all_reduce
 from gengap_dist.probes.tsqr import Triangle
-from gengap_dist.world import World
 
 METHODS: dict[str, type[Gram] | type[Triangle]] = {"gram": Gram, "tsqr": Triangle}
 

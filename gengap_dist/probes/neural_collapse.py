@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.capture import bare, observing
-from gengap_dist.world import World
 
 
 def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: World | None = None) -> float:

@@ -15,12 +15,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.capture import bare, capturing, observing
 from gengap_dist.probes.layers import Layer, Pattern, choose
 from gengap_dist.probes.matrices import METHODS, Tall, Wide, merge
 from gengap_dist.probes.spectrum import ACTIVATION_FLOORS, LayerSpectrum
-from gengap_dist.world import World
 
 VIEWS = ("channel", "token", "pool", "flatten")
 INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)

@@ -13,10 +13,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.capture import bare, observing
 from gengap_dist.probes.weights import flat, trainable
-from gengap_dist.world import World
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 

@@ -10,8 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.probes.gram import Square
-from gengap_dist.world import World
 
 
 @final

@@ -20,11 +20,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.phase_timer import Whereabouts
+from gengap_dist.distributed.process_group import World
 from gengap_dist.profiling import trace
 from gengap_dist.profiling.summary import PARTS, Measured, Setting, summary
 from gengap_dist.tracking.record import write_atomically
-from gengap_dist.whereabouts import Whereabouts
-from gengap_dist.world import World
 
 FOLDER, SUMMARY = "profile", "summary.txt"
 COMPUTING = ("forward", "backward", "optimizer")  # which whereabouts call compute

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.batching import BatchPlan, Span
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches
+from gengap_dist.distributed.batch_plan import BatchPlan, Span
 from gengap_dist.errors import UsageError
 from gengap_dist.loop import Objective, Work, train_step
 from gengap_dist.recipes.gradients import make_gradient

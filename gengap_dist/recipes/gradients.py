@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.batching import Span
 from gengap_dist.config.sections import RecipeConfig
 from gengap_dist.data.resident import Batches
+from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.loop import NUM_SUMS, MakeGradient, Objective, Work, accumulate, join_with_nothing
 from gengap_dist.models.norm import frozen
 from gengap_dist.strategies import Strategy

@@ -11,10 +11,11 @@ from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gengap_dist.data.resident import Batches
-from gengap_dist.loop import EVAL_BLOCK, blocks
+from gengap_dist.distributed.batch_plan import blocks
+from gengap_dist.distributed.process_group import World
+from gengap_dist.loop import EVAL_BLOCK
 from gengap_dist.models.norm import Normed, frozen, has_batch_norm
 from gengap_dist.models.position import position_of
-from gengap_dist.world import World
 
 MOST = 8192  # training images that are looked at, unless one block has more
 MOST_UNTRAINED = 1024

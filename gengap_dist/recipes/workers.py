@@ -14,10 +14,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.batching import Span
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches
+from gengap_dist.distributed.batch_plan import Span
+from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import NUM_SUMS, Work, train_step
 from gengap_dist.models.norm import average_buffers, has_batch_norm
 from gengap_dist.optim.build import build
@@ -25,7 +26,6 @@ from gengap_dist.optim.schedule import scaled_lr
 from gengap_dist.recipes.course import Course, Taken, first_of, plan_of
 from gengap_dist.recipes.statistics import recompute
 from gengap_dist.strategies import OptimizerState, Single, Strategy
-from gengap_dist.world import World
 
 
 @final

@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gengap_dist.batching import BatchPlan
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.batch_plan import BatchPlan
+from gengap_dist.distributed.process_group import World, ensure_group
 from gengap_dist.errors import UsageError
 from gengap_dist.strategies.base import BuildOptimizer, OptimizerState, Strategy
 from gengap_dist.strategies.energy import LocalEnergy
 from gengap_dist.strategies.twin import Twin
-from gengap_dist.world import World, ensure_group
 
 BUCKET = 50_000_000  # most gradients, in numbers, that wait to be reduced together
 PERSISTENT = 10_000  # stage 3: parameters of fewer numbers stay whole on every rank

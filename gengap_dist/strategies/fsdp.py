@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gengap_dist.distributed.process_group import ensure_group
 from gengap_dist.errors import UsageError
 from gengap_dist.strategies.base import BuildOptimizer, OptimizerState, Strategy
 from gengap_dist.strategies.energy import LocalEnergy
 from gengap_dist.strategies.twin import Twin
-from gengap_dist.world import ensure_group
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor  # a second of imports that other strategies need not wait for

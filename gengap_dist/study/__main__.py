@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gengap_dist import cli, launchers
+from gengap_dist import cli
 from gengap_dist.compat.fast_imports import quickly
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.study import StudyConfig
+from gengap_dist.distributed import launchers
 from gengap_dist.errors import UsageError
 from gengap_dist.study import schedule
 from gengap_dist.study.grid import Cell

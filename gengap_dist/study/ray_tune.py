@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.errors import UsageError
-from gengap_dist.launchers.base import RankFailed
-from gengap_dist.launchers.ray_train import (
+from gengap_dist.distributed.launchers.base import RankFailed
+from gengap_dist.distributed.launchers.ray import (
     NEWS_SECONDS,
     Fit,
     RayTrain,
@@ -35,10 +34,12 @@ from gengap_dist.launchers.ray_train import (
     start_teller,
     terminated_is_interrupted,
 )
-from gengap_dist.preemption import Preempted
+from gengap_dist.distributed.preemption import Preempted
+from gengap_dist.errors import UsageError
 from gengap_dist.study.grid import Cell
 from gengap_dist.study.watch import Watch
 from gengap_dist.tracking import record
+from gengap_dist.training import ENTRY_POINT
 
 STUDY = "study"  # what news of all runs are about
 MOST_DEATHS = 3  # of a process that waits for ranks; each takes the run that was under way along
@@ -90,7 +91,7 @@ def run_all(plan: Sequence[Cell], watch: Watch, most: int | None) -> int:
         with terminated_is_interrupted():
             _wait(plan, watch, grows, storage, most, heard)
     except BaseException as error:
-        RayTrain().close(kill=True)
+        RayTrain(ENTRY_POINT).close(kill=True)
         for cell in plan:
             _close(cell, error)
         raise
@@ -178,7 +179,7 @@ def _trial(job: _Job, number: int) -> None:
     """A team, until no run is left for it."""
     import ray
 
-    team = Team(uuid.uuid4().hex, *job.launches[number], job.teller, job.storage)
+    team = Team(uuid.uuid4().hex, *job.launches[number], job.teller, job.storage, ENTRY_POINT)
     os.chdir(job.folder)  # the driver's: settings may hold paths that start there
     sys.orig_argv = [*job.command]
 

@@ -13,15 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gengap_dist import launchers
 from gengap_dist.config.identity import differences
 from gengap_dist.config.study import StudyConfig
+from gengap_dist.distributed import launchers
+from gengap_dist.distributed.launchers import Launcher
 from gengap_dist.errors import OutOfMemory, UsageError
-from gengap_dist.launchers import Launcher
 from gengap_dist.study import grid, ray_tune, tune
 from gengap_dist.study.grid import Cell
 from gengap_dist.study.watch import Watch
 from gengap_dist.tracking import record
+from gengap_dist.training import ENTRY_POINT
 
 Warn = Callable[[str], None]
 """Called with one sentence."""
@@ -205,7 +206,9 @@ def _one_by_one(plan: list[Cell], watch: Watch, *, driver: bool) -> int:
         for cell in plan:
             launch = cell.config.launch.model_dump_json()
             if launch not in ranks:
-                ranks[launch] = stack.enter_context(launchers.choose(cell.config.launch, many_runs=True))
+                ranks[launch] = stack.enter_context(
+                    launchers.choose(cell.config.launch, many_runs=True, entry_point=ENTRY_POINT)
+                )
             if driver:
                 record.prepare_folder(cell.folder, "run.json", resume=True)
             try:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from gengap_dist import checkpoint, models
 from gengap_dist.compat.fast_imports import quickly
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.world import World
 
 
 class Scorer(nn.Module):

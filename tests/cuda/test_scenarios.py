@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gengap_dist.launchers.local import Pool, _environment
+from gengap_dist.distributed.launchers.local import Pool, _environment
 from gengap_dist.tracking.record import prepare_folder, read_info
+from gengap_dist.training import ENTRY_POINT
 from tests import fake_cuda
 from tests.conftest import config, cut_after
 from tests.cuda.scenarios import BASE, SCENARIOS, Scenario, Settings
@@ -32,7 +33,9 @@ def ranks() -> Iterator[dict[tuple[str, int], Pool]]:
     """One and two ranks that stay, with GPUs and without."""
     with ExitStack() as stack:
         yield {
-            (device, size): stack.enter_context(closing(Pool(size))) for device in ("cuda", "cpu") for size in (1, 2)
+            (device, size): stack.enter_context(closing(Pool(size, ENTRY_POINT)))
+            for device in ("cuda", "cpu")
+            for size in (1, 2)
         }
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from gengap_dist.config.sections import LaunchConfig
+from gengap_dist.distributed.launchers.ray import resolve_device
 from gengap_dist.errors import UsageError
-from gengap_dist.launchers.ray_train import resolve_device
 from gengap_dist.tracking.record import read_info, read_metrics
 from tests import fake_cuda
 from tests.conftest import cut_after

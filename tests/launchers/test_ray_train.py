@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gengap_dist import launchers
 from gengap_dist.config.sections import LaunchConfig, RunConfig
+from gengap_dist.distributed import launchers
+from gengap_dist.distributed.launchers import ray
 from gengap_dist.errors import UsageError
-from gengap_dist.launchers import ray_train
 from gengap_dist.tracking.record import read_info, read_metrics
+from gengap_dist.training import ENTRY_POINT
 from tests.conftest import weights
 from tests.ray_cluster import until
 
@@ -163,7 +164,7 @@ def test_an_address_that_answers_nothing_is_refused_in_time(scheme, answers, say
     pytest.importorskip("ray")
     began = time.monotonic()
     with listener(answers=answers) as address, pytest.raises(UsageError) as error:
-        ray_train.check_address(scheme + address)
+        ray.check_address(scheme + address)
     assert time.monotonic() - began < 15
     for word in (scheme + address, says, "ray status", "firewall", "6379", "10001", "RAY_AUTH_MODE", "token"):
         assert word in str(error.value)
@@ -172,27 +173,27 @@ def test_an_address_that_answers_nothing_is_refused_in_time(scheme, answers, say
 @pytest.mark.parametrize("address", ["nowhere", "host:port", "ray://host"])
 def test_what_is_no_address_is_refused(address):
     with pytest.raises(UsageError, match="is no address: give host:port or ray://host:port"):
-        ray_train.check_address(address)
+        ray.check_address(address)
 
 
 def test_who_asks_a_ray_cluster(monkeypatch):
-    for name in (ray_train.JOB, "RAY_ADDRESS", "TORCHELASTIC_RUN_ID"):
+    for name in (ray.JOB, "RAY_ADDRESS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    auto, ray, local = (LaunchConfig(backend=backend) for backend in ("auto", "ray", "local"))
-    kind = lambda config: type(launchers.choose(config, many_runs=False)).__name__  # noqa: E731
+    auto, on_ray, local = (LaunchConfig(backend=backend) for backend in ("auto", "ray", "local"))
+    kind = lambda config: type(launchers.choose(config, many_runs=False, entry_point=ENTRY_POINT)).__name__  # noqa: E731
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    assert [kind(config) for config in (auto, ray, local)] == ["InProcess", "RayTrain", "InProcess"]
-    monkeypatch.setenv(ray_train.JOB, "{}")
-    assert [kind(config) for config in (auto, ray, local)] == ["RayTrain", "RayTrain", "InProcess"]
+    assert [kind(config) for config in (auto, on_ray, local)] == ["InProcess", "RayTrain", "InProcess"]
+    monkeypatch.setenv(ray.JOB, "{}")
+    assert [kind(config) for config in (auto, on_ray, local)] == ["RayTrain", "RayTrain", "InProcess"]
     assert launchers.is_driver(auto)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("RANK", "1")
     assert (kind(auto), launchers.is_driver(auto)) == ("Joined", False)
     with pytest.raises(UsageError, match=r"launch.backend \(ray\) starts ranks, and torchrun has started some"):
-        launchers.choose(ray, many_runs=False)
+        launchers.choose(on_ray, many_runs=False, entry_point=ENTRY_POINT)
 
 
 def test_a_folder_that_ray_deletes_is_refused(tmp_path):
     out = tmp_path / "runtime_resources" / "working_dir_files" / "runs"
     with pytest.raises(UsageError, match="deleted after the job"):
-        ray_train.RayTrain().run(RunConfig(), out, resume=False, progress=lambda *_: None)
+        ray.RayTrain(ENTRY_POINT).run(RunConfig(), out, resume=False, progress=lambda *_: None)

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gengap_dist import models
-from gengap_dist.batching import BatchPlan
+from gengap_dist.distributed.batch_plan import BatchPlan
+from gengap_dist.distributed.process_group import World
 from gengap_dist.models.dropout import SampleDropout, treat_dropout
 from gengap_dist.models.position import Position, position_of
-from gengap_dist.world import World
 from tests.conftest import config
 
 NUM, UNITS = 64, 500

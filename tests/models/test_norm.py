@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gengap_dist import models
-from gengap_dist.batching import BatchPlan
 from gengap_dist.checks import check_norm, norm_size
+from gengap_dist.distributed.batch_plan import BatchPlan
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.norm import (
     GhostBatchNorm,
@@ -26,7 +27,6 @@ from gengap_dist.models.norm import (
 from gengap_dist.models.position import Position, position_of
 from gengap_dist.strategies import Single
 from gengap_dist.tracking.record import read_info
-from gengap_dist.world import World
 from tests.conftest import config, train
 from tests.ranks import Crew
 

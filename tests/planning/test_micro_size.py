@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from gengap_dist import models
+from gengap_dist.distributed.launchers.local import threads_per_rank
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.launchers.local import threads_per_rank
 from gengap_dist.planning import constants, room
 from gengap_dist.planning.constants import Constants, MicroSize, load_micro_sizes, remember
 from gengap_dist.planning.fastest import images_per_second
@@ -19,7 +20,6 @@ from gengap_dist.planning.micro_size import Network, candidates, settle
 from gengap_dist.planning.rehearsal import Rehearsal
 from gengap_dist.planning.survey import survey
 from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
-from gengap_dist.world import World
 from tests.conftest import ROOT, config, cut_after, train, weights
 from tests.ranks import Crew, standing
 
@@ -186,7 +186,7 @@ from gengap_dist.config.sections import RunConfig, nested, validate
 from gengap_dist.models import of
 from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.train import main
-from gengap_dist.world import World
+from gengap_dist.distributed.process_group import World
 
 def leave_only(mebibytes):
     most = psutil.Process().memory_info().vms + mebibytes * 2**20

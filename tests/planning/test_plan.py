@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gengap_dist import models
-from gengap_dist.batching import BatchPlan, split
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.distributed.batch_plan import BatchPlan, blocks, split
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.loop import Work, blocks, train_step
+from gengap_dist.loop import Work, train_step
 from gengap_dist.observe import PROBE_BLOCK
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.planning import memory, wire
@@ -31,7 +32,6 @@ from gengap_dist.probes.capture import observing
 from gengap_dist.probes.layers import choose
 from gengap_dist.probes.matrices import METHODS, Tall, Wide, merge
 from gengap_dist.strategies import DDP
-from gengap_dist.world import World
 from tests.conftest import ROOT, config
 from tests.ranks import on_ranks
 

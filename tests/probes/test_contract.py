@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.probes import LayerSpectrum, measure
 from gengap_dist.probes.neural_collapse import nc1
 from gengap_dist.probes.sharpness import hessian_eigenvalues, hessian_trace, keskar
 from gengap_dist.probes.weights import distance, flat, weight_spectra
-from gengap_dist.world import World
 from tests.ranks import on_ranks
 
 SIZES = (6, 5, 9, 3, 2)

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.probes import measure
-from gengap_dist.world import World
 from tests.ranks import Crew, standing
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from gengap_dist import models
+from gengap_dist.distributed.batch_plan import blocks
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.loop import blocks
 from gengap_dist.probes import measure
 from gengap_dist.probes.layers import Layer
 from gengap_dist.probes.rank_loss import Site, plan
-from gengap_dist.world import World
 from tests.ranks import on_ranks
 
 NUM = 201  # splits into blocks of 32 with a short last one: uneven on 2 and on 3 ranks

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.neural_collapse import _whiten, nc1
-from gengap_dist.world import World
 from tests.probes.test_sharpness import Fussy, dealt, left_as_found, refusal
 from tests.ranks import on_ranks
 

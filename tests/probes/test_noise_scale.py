@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gengap_dist.batching import BatchPlan, Span
 from gengap_dist.config.sections import DataConfig, RunConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.distributed.batch_plan import BatchPlan, Span
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.loop import Work, train_step
 from gengap_dist.probes.noise_scale import DECAY, NoiseScale, unbiased
 from gengap_dist.strategies import STRATEGIES
-from gengap_dist.world import World
 from tests.ranks import on_ranks
 
 

@@ -14,11 +14,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import cross_entropy
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import sharpness
 from gengap_dist.probes.sharpness import MeanLoss, hessian_eigenvalues, hessian_trace, keskar, lanczos
 from gengap_dist.probes.weights import flat
-from gengap_dist.world import World
 from tests.ranks import on_ranks
 
 SIZES = (7, 16, 1, 9, 4)  # blocks: uneven on 2 and on 3 ranks

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from gengap_dist import models
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.weights import distance, flat, weight_spectra
-from gengap_dist.world import World
 from tests.ranks import on_ranks
 
 

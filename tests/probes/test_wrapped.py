@@ -15,12 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
 from gengap_dist.probes.capture import bare
 from gengap_dist.probes.layers import Pattern
 from gengap_dist.probes.weights import weight_spectra
-from gengap_dist.world import World
 from tests.ranks import on_ranks
 
 SIZES = (7, 16, 1, 9, 4)

@@ -9,16 +9,16 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gengap_dist import models
-from gengap_dist.batching import Span
 from gengap_dist.config.sections import RecipeConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.distributed.batch_plan import Span
+from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import Objective, Work, accumulate
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.recipes.gradients import gradient_penalty, sam
 from gengap_dist.recipes.rank_penalty import MEASURES, RankPenalty
 from gengap_dist.strategies import Single
-from gengap_dist.world import World
 from tests.conftest import config
 
 NUM, CLASSES = 24, 5

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from gengap_dist.distributed.process_group import World
 from gengap_dist.models.dropout import SampleDropout, treat_dropout
 from gengap_dist.models.norm import treat
 from gengap_dist.models.position import Position
 from gengap_dist.recipes import statistics
 from gengap_dist.recipes.statistics import recompute, untrained
-from gengap_dist.world import World
 from tests.ranks import Crew
 
 

@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gengap_dist import checkpoint, models
-from gengap_dist.batching import split
 from gengap_dist.checks import check_norm
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.distributed.batch_plan import split
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.norm import has_batch_norm
 from gengap_dist.optim.build import build
@@ -23,7 +24,6 @@ from gengap_dist.recipes import course_of
 from gengap_dist.recipes.statistics import recompute
 from gengap_dist.strategies import DDP, Single
 from gengap_dist.tracking.record import prepare_folder, read_metrics
-from gengap_dist.world import World
 from tests.conftest import config, cut_after
 from tests.ranks import on_ranks
 

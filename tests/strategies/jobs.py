@@ -12,16 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gengap_dist import models
-from gengap_dist.batching import BatchPlan
 from gengap_dist.data import catalog
 from gengap_dist.data.order import Order
 from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.distributed.batch_plan import BatchPlan
+from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import Work, train_step
 from gengap_dist.models.norm import average_buffers
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.recipes.gradients import make_gradient
 from gengap_dist.strategies import STRATEGIES
-from gengap_dist.world import World
 from tests.conftest import config
 
 State = dict[str, Any]

@@ -8,9 +8,9 @@ from gengap_dist import models
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import catalog
 from gengap_dist.data.resident import Normalise
+from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import evaluate
 from gengap_dist.models.norm import average_buffers
-from gengap_dist.world import World
 from tests.ranks import on_ranks
 
 

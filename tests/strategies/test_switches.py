@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gengap_dist import models
 from gengap_dist.checks import check_switches
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.dropout import treat_dropout
 from gengap_dist.models.norm import average_buffers
@@ -26,7 +27,6 @@ from gengap_dist.recipes import course_of
 from gengap_dist.strategies import Single
 from gengap_dist.strategies.switches import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
 from gengap_dist.tracking.record import read_info, read_metrics
-from gengap_dist.world import World
 from tests.conftest import config, cut_after, train
 from tests.ranks import Crew, standing
 from tests.strategies import jobs

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from gengap_dist.launchers.local import Pool
+from gengap_dist.distributed.launchers.local import Pool
 from gengap_dist.tracking.record import prepare_folder, read_metrics
+from gengap_dist.training import ENTRY_POINT
 from tests.conftest import config, weights
 
 MICRO_SIZES = (7, 128)
@@ -23,7 +24,7 @@ def runs(tmp_path_factory):
     """(case, ranks, micro_size) to (losses, gradient norms, weights, test accuracy), all trained for real."""
     out = {}
     for size in (1, 2, 3):
-        with Pool(size) as pool:
+        with Pool(size, ENTRY_POINT) as pool:
             for case, settings in CASES.items():
                 for micro in MICRO_SIZES:
                     folder = tmp_path_factory.mktemp("law")
@@ -59,13 +60,13 @@ def test_world_size_law(runs, case, size, micro):
 def test_gradient_is_the_mean_over_the_global_batch():
     """Against autograd on the whole batch at once, one step, no momentum: w_1 = w_0 - lr * mean gradient."""
     from gengap_dist import models
-    from gengap_dist.batching import BatchPlan
     from gengap_dist.config.sections import DataConfig, RunConfig
     from gengap_dist.data import catalog
     from gengap_dist.data.resident import Batches, Normalise
+    from gengap_dist.distributed.batch_plan import BatchPlan
+    from gengap_dist.distributed.process_group import World
     from gengap_dist.loop import Work, train_step
     from gengap_dist.strategies import Single
-    from gengap_dist.world import World
 
     splits = catalog.load(DataConfig())
     normalise = Normalise(splits, torch.device("cpu"), torch.float64)

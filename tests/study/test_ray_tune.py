@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from gengap_dist.config.sections import LaunchConfig, RunConfig
-from gengap_dist.launchers.ray_train import Teller
+from gengap_dist.distributed.launchers.ray import Teller
 from gengap_dist.tracking.record import read_info
 from tests.ray_cluster import until
 from tests.study import tiny

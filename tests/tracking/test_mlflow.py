@@ -15,7 +15,7 @@ from collections import Counter
 import pytest
 
 from gengap_dist import run as run_module
-from gengap_dist.launchers.local import free_port
+from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.tracking.mirror import Mirror
 from gengap_dist.tracking.mlflow_sink import sync_now
 from gengap_dist.tracking.record import prepare_folder, read_metrics

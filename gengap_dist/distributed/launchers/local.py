@@ -12,9 +12,9 @@ from typing import Any, final
 
 from gengap_dist.compat.fast_imports import quickly
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, leave, load_entry_point
+from gengap_dist.distributed.preemption import Notice, Preempted, listening
 from gengap_dist.errors import OutOfMemory, UsageError
-from gengap_dist.launchers.base import Launcher, Progress, RankFailed, leave
-from gengap_dist.preemption import Notice, Preempted, listening
 
 PROGRESS_SECONDS = 0.1  # between two words from rank 0
 SIGNAL_SECONDS = 0.2  # between two looks at whether we were asked to leave
@@ -27,7 +27,7 @@ class InProcess(Launcher):
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
         """See `Launcher.run`; exceptions come as they are."""
         with quickly():
-            from gengap_dist.run import run  # torch, which --help does not need
+            run = load_entry_point(self.entry_point)  # imports torch, which --help does not need
 
         # whatever a scheduler left there, this is the only rank
         with _environment(rank_variables(0, 1)), listening() as leaving:
@@ -41,8 +41,9 @@ class InProcess(Launcher):
 class Pool(Launcher):
     """`num_processes` ranks on this machine. After a failure the next run starts new ones."""
 
-    def __init__(self, num_processes: int) -> None:
+    def __init__(self, num_processes: int, entry_point: str) -> None:
         """Ranks start at the first run."""
+        super().__init__(entry_point)
         self.num_processes = num_processes
         self._ranks: list[tuple[Any, Any]] = []  # process, pipe
 
@@ -65,7 +66,9 @@ class Pool(Launcher):
         for rank in range(self.num_processes):
             here, there = context.Pipe()
             env = rank_variables(rank, self.num_processes, port)
-            process = context.Process(target=_rank_main, args=(there, env), name=f"rank{rank}", daemon=True)
+            process = context.Process(
+                target=_rank_main, args=(there, env, self.entry_point), name=f"rank{rank}", daemon=True
+            )
             with _environment(threads_per_rank(self.num_processes)):
                 process.start()
             there.close()
@@ -154,7 +157,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank_main(pipe: Connection, env: dict[str, str]) -> None:
+def _rank_main(pipe: Connection, env: dict[str, str], entry_point: str) -> None:
     """A rank's life: run what comes through the pipe until None comes."""
     import signal
     import warnings
@@ -166,8 +169,9 @@ def _rank_main(pipe: Connection, env: dict[str, str]) -> None:
     if env["RANK"] != "0":
         warnings.simplefilter("ignore")  # rank 0 says it for all
     with quickly():
-        from gengap_dist.run import run
-        from gengap_dist.world import disconnect
+        from gengap_dist.distributed.process_group import disconnect
+
+        run = load_entry_point(entry_point)
 
     spoke = 0.0
 

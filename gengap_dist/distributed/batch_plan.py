@@ -6,6 +6,8 @@ Pure arithmetic on positions 0 .. global_size - 1 of one global batch. The gradi
 
 from typing import NamedTuple
 
+from gengap_dist.distributed.process_group import World
+
 
 class Span(NamedTuple):
     """Half-open range of positions in the global batch."""
@@ -91,3 +93,13 @@ class BatchPlan(NamedTuple):
         if ghost is None:
             return {span.size for span in spans}
         return {min(ghost, span.stop - at) for span in spans for at in range(span.start, span.stop, ghost)}
+
+
+def blocks(num_samples: int, size: int, world: World) -> list[Span]:
+    """This rank's blocks of 0 .. num_samples - 1: blocks are the same on any number of ranks, dealt out in turn.
+
+    >>> blocks(7, 3, World(rank=0, size=2))
+    [Span(start=0, stop=3), Span(start=6, stop=7)]
+    """
+    starts = range(world.rank * size, num_samples, world.size * size)
+    return [Span(start, min(start + size, num_samples)) for start in starts]

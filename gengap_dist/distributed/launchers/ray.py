@@ -24,9 +24,9 @@ from types import FrameType
 from typing import Any, NamedTuple, Never, final
 
 from gengap_dist.config.sections import LaunchConfig, RunConfig
+from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, load_entry_point
+from gengap_dist.distributed.preemption import Notice, Preempted
 from gengap_dist.errors import OutOfMemory, UsageError
-from gengap_dist.launchers.base import Launcher, Progress, RankFailed
-from gengap_dist.preemption import Notice, Preempted
 
 ANSWER_SECONDS = 12.0  # for a cluster to answer before it counts as silent
 NEWS_SECONDS = 0.5  # between two words from rank 0, and between two looks of the driver
@@ -209,7 +209,7 @@ class RayTrain(Launcher):
             with terminated_is_interrupted():
                 teller, results = start_teller([(config, out)]), dict[int, Any]()
                 (launch,) = resolve_device([config.launch], alive_nodes())
-                team = Team(uuid.uuid4().hex, config.launch, launch, teller, out / "ray")
+                team = Team(uuid.uuid4().hex, config.launch, launch, teller, out / "ray", self.entry_point)
                 told = lambda number, done, total, note: progress(done, total, note)  # noqa: E731
                 Fit(team, told, results.__setitem__, config.launch.max_failures).wait(grows)
                 return results[0]
@@ -359,6 +359,8 @@ class Team(NamedTuple):
     teller: Any
     storage: Path
     """Folder for Ray Train's own files, which nobody needs afterwards."""
+    entry_point: str
+    """What every rank calls for a run, as `module:function`."""
 
 
 class Fit:
@@ -545,11 +547,10 @@ def _rank(job: dict[str, Any]) -> None:
     import ray
     import torch
 
-    from gengap_dist.run import run
-    from gengap_dist.tracking.record import prepare_folder
-    from gengap_dist.world import connect as join
+    from gengap_dist.distributed.process_group import connect as join
 
-    name, launch, resolved, teller, _ = job["team"]
+    name, launch, resolved, teller, _, entry_point = job["team"]
+    run = load_entry_point(entry_point)
     rank = int(os.environ["RANK"])
     if rank != 0:
         warnings.simplefilter("ignore")  # rank 0 says it for all
@@ -571,12 +572,12 @@ def _rank(job: dict[str, Any]) -> None:
     if rank == 0:
         tell("started", int(os.environ["WORLD_SIZE"]))
     try:
-        world, leaving = join(resolved), _preemption_notice()
+        world, leaving = join(resolved.device, resolved.timeout_seconds), _preemption_notice()
         while (number := world.agree(ray.get(teller.begin.remote(name, launch)) if rank == 0 else 0)) >= 0:
             config, out = ray.get(teller.run.remote(number))
-            if rank == 0 and not out.exists():  # a study's; one that is there was looked at before anything started
-                prepare_folder(out, "run.json", resume=True)
-            own = join(resolved)  # no new group, but a run's own account of where its time went
+            own = join(
+                resolved.device, resolved.timeout_seconds
+            )  # no new group, but a run's own account of where its time went
             result = run(config, out, resume=True, world=own, progress=progress, leaving=leaving, launcher="ray")
             if rank == 0:
                 tell("result", (number, result))

@@ -1,5 +1,6 @@
 """The contract of a launcher."""
 
+import importlib
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -34,12 +35,26 @@ class RankFailed(RuntimeError):
     """A rank raised something unforeseen, or died; the message holds its traceback or exit code."""
 
 
+def load_entry_point(name: str) -> Callable[..., dict[str, Any]]:
+    """The function that every rank calls for a run, from `module:function`; imports its module.
+
+    >>> load_entry_point("os.path:join").__name__
+    'join'
+    """
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 class Launcher(ABC):
     """Ranks, ready for one run after another; a context manager that ends the ones it started."""
 
+    def __init__(self, entry_point: str) -> None:
+        """Every rank calls `entry_point`, as `module:function`, for a run; launchers know nothing else of runs."""
+        self.entry_point = entry_point
+
     @abstractmethod
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
-        """One run on all ranks; see `run.run`.
+        """One run on all ranks: each calls the entry point.
 
         Raises:
             UsageError: what a rank found wrong with the config.

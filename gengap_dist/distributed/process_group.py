@@ -5,8 +5,6 @@ collective: every rank must reach them, equally often and in the same order.
 """
 
 import os
-import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,12 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from gengap_dist.config.sections import LaunchConfig
+from gengap_dist.compat.torchrun_store import store_of_this_start
+from gengap_dist.distributed.phase_timer import Whereabouts
 from gengap_dist.errors import UsageError
-from gengap_dist.whereabouts import Whereabouts
 
 
 @dataclass(frozen=True)
@@ -115,40 +112,52 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or environment()[2])
 
 
-def connect(config: LaunchConfig) -> World:
+def connect(device: str, timeout_seconds: float) -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
     On GPUs there are two: NCCL for what lies there, gloo for a few numbers on the CPU.
 
+    Args:
+        device: `cpu`, `cuda`, or `auto`: a GPU for each rank of this machine if it has as many, else the CPU.
+        timeout_seconds: how long a rank waits for another.
+
     Raises:
-        UsageError: on every rank of a machine with fewer GPUs than ranks, if launch.device=cuda.
+        UsageError: on every rank of a machine with fewer GPUs than ranks, if `device` is cuda; if rank 0 does not come.
     """
     rank, local_rank, size = environment()
     num_gpus = torch.cuda.device_count()
-    _check_gpus(config, local_rank, num_gpus)
-    on_gpu = config.device == "cuda" or (config.device == "auto" and local_size() <= num_gpus)
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if device == "cuda":
+        _check_gpus(local_rank, num_gpus)
+    on_gpu = device == "cuda" or (device == "auto" and local_size() <= num_gpus)
+    place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        timeout = timedelta(seconds=config.timeout_seconds)
+        timeout = timedelta(seconds=timeout_seconds)
         # A group that is bound to its GPU connects at once, and no collective has to guess where it takes place.
-        options: dict[str, Any] = {"timeout": timeout, "device_id": device if on_gpu else None}
+        options: dict[str, Any] = {"timeout": timeout, "device_id": place if on_gpu else None}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store, *_ = next(rendezvous("env://", timeout=timeout))
-            options |= {"store": _of_this_start(store, rank, size, timeout), "rank": rank, "world_size": size}
-        dist.init_process_group(_backend(device), **options)
-    return World(rank, size, device, Whereabouts(on_gpu=on_gpu))
+            try:
+                own = store_of_this_start(store, rank, size, timeout)
+            except TimeoutError:
+                raise UsageError(
+                    f"rank {rank} met no rank 0 within launch.timeout_seconds ({timeout_seconds:.0f}): "
+                    "see what became of it, or raise the limit"
+                ) from None
+            options |= {"store": own, "rank": rank, "world_size": size}
+        dist.init_process_group(_backend(place), **options)
+    return World(rank, size, place, Whereabouts(on_gpu=on_gpu))
 
 
-def _check_gpus(config: LaunchConfig, local_rank: int, num_gpus: int) -> None:
+def _check_gpus(local_rank: int, num_gpus: int) -> None:
     """Refuse launch.device=cuda without a GPU for each rank of this machine.
 
     On all of its ranks, because under torchrun the first speaks for the others. A launcher that does not say how many
     there are leaves each rank to look for its own GPU.
     """
     needed = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
-    if config.device == "cuda" and needed > num_gpus:
+    if needed > num_gpus:
         remedy = "start fewer ranks" if num_gpus else "check nvidia-smi and torch's build"
         raise UsageError(
             f"launch.device (cuda) needs a GPU for each of {needed} local rank(s), and torch finds {num_gpus} on this "
@@ -159,36 +168,6 @@ def _check_gpus(config: LaunchConfig, local_rank: int, num_gpus: int) -> None:
 def _backend(device: torch.device) -> str:
     """The backends of a process group of ranks on such a device."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-def _of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
-    """A part of torchrun's store that only the ranks of this start use.
-
-    torchrun keeps its store when it starts ranks anew (torch 2.15), and with it the addresses of ranks that are dead:
-    gloo would try those. So rank 0 tells a name that is new, and confirms each rank that has heard it; one that has
-    heard the name of an earlier start is not confirmed, and asks again.
-
-    Raises:
-        UsageError: if rank 0 does not come.
-    """
-    me = uuid.uuid4().hex
-    until = time.monotonic() + timeout.total_seconds()
-    if rank == 0:
-        store.set("gengap/start", me)
-        for other in range(1, size):  # get waits for the key
-            store.set(f"gengap/{me}/confirmed/{other}", store.get(f"gengap/{me}/{other}").decode())
-        return PrefixStore(me, store)
-    while time.monotonic() < until:
-        start = store.get("gengap/start").decode()
-        store.set(f"gengap/{start}/{rank}", me)
-        confirmed = f"gengap/{start}/confirmed/{rank}"
-        if store.check([confirmed]) and store.get(confirmed).decode() == me:
-            return PrefixStore(start, store)
-        time.sleep(0.02)
-    raise UsageError(
-        f"rank {rank} met no rank 0 within launch.timeout_seconds ({timeout.total_seconds():.0f}): "
-        "see what became of it, or raise the limit"
-    )
 
 
 def ensure_group(world: World, timeout_seconds: float) -> None:

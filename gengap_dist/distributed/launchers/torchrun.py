@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, final
 
 from gengap_dist.config.sections import LaunchConfig, RunConfig
-from gengap_dist.launchers.base import Launcher, Progress, started_elsewhere
-from gengap_dist.preemption import listening
-from gengap_dist.tracking.record import read_info
+from gengap_dist.distributed.launchers.base import Launcher, Progress, load_entry_point, started_elsewhere
+from gengap_dist.distributed.preemption import listening
 
 
 def joining(config: LaunchConfig) -> bool:
@@ -21,12 +20,9 @@ def launch_id() -> str | None:
     return None if name == "none" else name
 
 
-def restarted(out: Path) -> bool:
+def restarted() -> bool:
     """Whether torchrun started these ranks anew, after a failure or because nodes came or went."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        return True
-    name = launch_id()
-    return name is not None and (out / "run.json").exists() and read_info(out).get("launch_id") == name
+    return bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
 
 @final
@@ -40,14 +36,13 @@ class Joined(Launcher):
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
         """See `Launcher.run`; exceptions come as they are."""
-        from gengap_dist.run import run  # torch, which --help does not need
-
+        run = load_entry_point(self.entry_point)  # imports torch, which --help does not need
         with listening() as leaving:
             return run(config, out, resume=resume, progress=progress, leaving=leaving, launcher="torchrun")
 
     def close(self, *, kill: bool = False) -> None:
         """Leave the process group."""
-        from gengap_dist.world import disconnect
+        from gengap_dist.distributed.process_group import disconnect
 
         if not kill:
             disconnect()

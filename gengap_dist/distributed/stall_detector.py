@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from gengap_dist.whereabouts import Place
-from gengap_dist.world import World
+from gengap_dist.distributed.phase_timer import Place
+from gengap_dist.distributed.process_group import World
 
 STORE_SECONDS = 2.0  # for the store to answer when all is over
 

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from gengap_dist import models
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data import catalog
-from gengap_dist.data.resident import Normalise
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Normalise
 from gengap_dist.distributed.phase_timer import Whereabouts
 from gengap_dist.distributed.process_group import World
 from gengap_dist.run import run
@@ -126,7 +126,7 @@ class Field(NamedTuple):
     """What all contestants are given."""
 
     workload: Workload
-    splits: catalog.Splits
+    splits: datasets.Splits
     world: World
     root: Path
     parts: int = 1
@@ -201,7 +201,7 @@ def come_to_rest() -> None:
 class Pictures(Dataset[tuple[Tensor, int]]):
     """What torchvision's own data sets of pictures in memory do for a sample: an array, a PIL picture, a transform."""
 
-    def __init__(self, images: catalog.Images, transform: Any) -> None:
+    def __init__(self, images: datasets.Images, transform: Any) -> None:
         """`images`, one by one."""
         assert isinstance(images.pixels, Tensor)
         self.arrays = images.pixels.permute(0, 2, 3, 1).squeeze(-1).contiguous().numpy()

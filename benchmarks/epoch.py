@@ -25,9 +25,9 @@ from torch.nn.functional import cross_entropy
 from gengap_dist import models
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data import catalog
-from gengap_dist.data.order import Order
-from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.process_group import World
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
@@ -54,7 +54,7 @@ def main() -> None:
     }
     config, world, console = validate(RunConfig, nested(settings)), World(), Console()
     began = time.perf_counter()
-    splits = catalog.load(config.data)
+    splits = datasets.load(config.data)
     console.print(f"{len(splits.train):,} training images read in {time.perf_counter() - began:.1f} s")
     order = Order(len(splits.train), config.batch.global_size, config.seed)
     schedule = Schedule.of(config, order)

@@ -30,7 +30,7 @@ from contestants import WORKLOADS, Field, Turn, Workload, come_to_rest, contesta
 from rich.console import Console
 from team import Team
 
-from gengap_dist.data import catalog
+from gengap_dist.data import datasets
 from gengap_dist.distributed.launchers.local import threads_per_rank
 from gengap_dist.distributed.process_group import World
 
@@ -45,9 +45,9 @@ TURNS: dict[str, Turn] = {}  # by contestant, in this rank
 
 
 @cache
-def pictures(name: str, data: Path) -> catalog.Splits:
+def pictures(name: str, data: Path) -> datasets.Splits:
     """Of a workload; loaded once."""
-    return catalog.load(WORKLOADS[name].settings(data).data)
+    return datasets.load(WORKLOADS[name].settings(data).data)
 
 
 def set_up(world: World, name: str, data: Path, who: str) -> float:

@@ -9,7 +9,7 @@ from gengap_dist import models
 from gengap_dist.checks import strategy_name
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data import catalog
+from gengap_dist.data import datasets
 from gengap_dist.distributed.process_group import World
 from gengap_dist.planning import wire
 from gengap_dist.planning.constants import ComputeConstants
@@ -33,7 +33,7 @@ class Task(NamedTuple):
     """A network to train, and what its steps are made of."""
 
     config: RunConfig
-    sizes: catalog.Sizes
+    sizes: datasets.Sizes
     gradient_bytes: int
 
 
@@ -42,7 +42,7 @@ def task(model: str, micro_size: int, device: str = "cpu") -> Task:
     settings: dict[str, Any] = {"model": {"name": model}, "data": {"name": DATA[model]}, "launch": {"device": device}}
     settings |= {"batch": {"micro_size": micro_size}, "probe": {"enabled": False}, "mlflow": {"enabled": False}}
     config = validate(RunConfig, settings)
-    sizes = catalog.sizes(config.data)
+    sizes = datasets.sizes(config.data)
     network = models.of(config, sizes.num_classes, sizes.in_channels, World())
     return Task(config, sizes, sum(p.numel() * p.itemsize for p in network.parameters() if p.requires_grad))
 

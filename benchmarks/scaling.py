@@ -34,7 +34,7 @@ from team import Team
 
 from gengap_dist import models
 from gengap_dist.checks import strategy_name
-from gengap_dist.data.resident import Batches
+from gengap_dist.data.batch_loader import Batches
 from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import Work, train_step
 from gengap_dist.optim.build import build as build_optimizer

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gengap_dist.data.catalog import Images
-from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.datasets import Images
 from gengap_dist.distributed.batch_plan import Span, blocks
 from gengap_dist.distributed.process_group import World
 from gengap_dist.probes.capture import observing

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import ProbeConfig, RunConfig
-from gengap_dist.data.catalog import Images
-from gengap_dist.data.order import stream
-from gengap_dist.data.resident import Normalise
+from gengap_dist.data.batch_loader import Normalise
+from gengap_dist.data.datasets import Images
+from gengap_dist.data.sampler import stream
 from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError

@@ -22,9 +22,9 @@ from gengap_dist.allocator import keep_freed_memory
 from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, norm_size, strategy_name
 from gengap_dist.config.identity import differences
 from gengap_dist.config.sections import DataConfig, RunConfig
-from gengap_dist.data import catalog
-from gengap_dist.data.order import Order, growth, stream
-from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.sampler import Order, growth, stream
 from gengap_dist.distributed.phase_timer import KINDS
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.distributed.process_group import World, connect, environment, local_size
@@ -139,7 +139,7 @@ def probe(
     with training_float32(world.device, tf32=config.train.tf32), explained(world):
         splits = _load_data(config, world, lambda done, total, note: None)
         model = _build_model(config, splits, world)
-        train_set = catalog.placed(splits, config.data, world.device).train
+        train_set = datasets.placed(splits, config.data, world.device).train
         normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         batches = Batches(train_set, normalise, config.data, config.seed)
         observer = Observer(config, train_set, normalise, flat(model), world)
@@ -150,7 +150,7 @@ def probe(
                 checkpoint.restore(model, state, path)
             if number == 0:
                 facts = {
-                    "data": catalog.summary(splits, config.data) if world.rank == 0 else None,
+                    "data": datasets.summary(splits, config.data) if world.rank == 0 else None,
                     "world_size": world.size,
                     "device": str(world.device.type),
                     "launcher": "probe",
@@ -183,7 +183,7 @@ class _Session:
         if world.device.type == "cpu":
             keep_freed_memory()
         splits = _load_data(config, world, progress)
-        there = catalog.placed(splits, config.data, world.device)
+        there = datasets.placed(splits, config.data, world.device)
         self.train_set, self.val_set, self.test_set = there.train, there.val, there.test
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         self.batches = Batches(self.train_set, self.normalise, config.data, config.seed)
@@ -213,7 +213,7 @@ class _Session:
         self.profile = Profile(out, world, config, strategy, hidden=hidden) if config.profile else NoProfile()
         self.saver = checkpoint.Saver(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
         self.facts = {
-            "data": catalog.summary(splits, config.data) if world.rank == 0 else None,
+            "data": datasets.summary(splits, config.data) if world.rank == 0 else None,
             "world_size": world.size,
             "device": str(world.device.type),
             "launcher": launcher,
@@ -564,7 +564,7 @@ class _Session:
         epochs = None if self.reached is None else self._epoch(self.reached)
         return {"updates_to_target": self.reached, "epochs_to_target": epochs}
 
-    def _score(self, model: nn.Module, images: catalog.Images) -> Score:
+    def _score(self, model: nn.Module, images: datasets.Images) -> Score:
         return evaluate(model, images, self.normalise, self.world)
 
     def result(self) -> dict[str, Any]:
@@ -668,10 +668,10 @@ def _check_shared(out: Path, world: World) -> None:
         )
 
 
-_LOADED: dict[DataConfig, catalog.Splits] = {}  # the last data set: the runs of a study share it
+_LOADED: dict[DataConfig, datasets.Splits] = {}  # the last data set: the runs of a study share it
 
 
-def _load_data(config: RunConfig, world: World, progress: Progress) -> catalog.Splits:
+def _load_data(config: RunConfig, world: World, progress: Progress) -> datasets.Splits:
     def report(what: str, done: int, total: int) -> None:
         progress(0, 0, f"{what} {done:,}/{total:,}")
 
@@ -680,10 +680,10 @@ def _load_data(config: RunConfig, world: World, progress: Progress) -> catalog.S
     _LOADED.clear()
     local_rank = environment()[1]
     if config.data.download and local_rank == 0:
-        catalog.load(config.data, report)  # one rank per machine fetches the files, the others find them
+        datasets.load(config.data, report)  # one rank per machine fetches the files, the others find them
     if config.data.download:
         world.barrier()
-    _LOADED[config.data] = catalog.load(config.data, report)
+    _LOADED[config.data] = datasets.load(config.data, report)
     return _LOADED[config.data]
 
 
@@ -696,7 +696,7 @@ def _cadence(config: RunConfig, order: Order) -> Cadence:
     return either(*wanted)
 
 
-def _build_model(config: RunConfig, splits: catalog.Splits, world: World) -> nn.Module:
+def _build_model(config: RunConfig, splits: datasets.Splits, world: World) -> nn.Module:
     """The network with the weights that the seed gives it, on this rank's device.
 
     Raises:

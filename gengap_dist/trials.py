@@ -123,14 +123,14 @@ def ask_mlflow() -> None:
 
 def read_data() -> None:
     """Read the data set that the command line describes; pictures are counted and not decoded."""
-    from gengap_dist.data import catalog
+    from gengap_dist.data import datasets
 
     config = DataConfig.model_validate_json(sys.argv[1]).model_copy(update={"download": False})
     try:
         if config.name == "imagefolder":
-            _say(images=sum(len(listing.samples) for listing in catalog.listings(config)))
+            _say(images=sum(len(listing.samples) for listing in datasets.listings(config)))
         else:
-            splits = catalog.load(config)
+            splits = datasets.load(config)
             _say(images=len(splits.train) + len(splits.val) + len(splits.test))
     except UsageError as error:
         _say(error=str(error))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from gengap_dist import diagnosis
-from gengap_dist.data.catalog import listings
+from gengap_dist.data.datasets import listings
 from gengap_dist.diagnosis import ABSENT, FAIL, OK, WARN, Ask, Finding
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.errors import UsageError

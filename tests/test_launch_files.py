@@ -305,7 +305,7 @@ def test_the_upload_leaves_data_and_runs_here(tmp_path):
     tree = tmp_path / "tree"
     left = ("data/MNIST/raw/x", "runs/a/run.json", "studies/a/x", "mlflow.db", "mlartifacts/1/x", ".venv/bin/python")
     left += (".git/HEAD", "gengap_dist/__pycache__/a.pyc", "demo/study.json", "docker/.env", "a.npz", "slurm-x-7.out")
-    taken = ("gengap_dist/data/digits.npz", "gengap_dist/data/order.py", "configs/demo.yaml", "launch/ray_job.sh")
+    taken = ("gengap_dist/data/digits.npz", "gengap_dist/data/sampler.py", "configs/demo.yaml", "launch/ray_job.sh")
     for file in (*left, *taken):
         (tree / file).parent.mkdir(parents=True, exist_ok=True)
         (tree / file).touch()

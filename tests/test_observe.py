@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gengap_dist.config.sections import DataConfig
-from gengap_dist.data import catalog
+from gengap_dist.data import datasets
 from gengap_dist.observe import Observation, Observer
 from gengap_dist.probes.cadence import exceeds
 from gengap_dist.run import run
@@ -86,7 +86,7 @@ def test_cadences_add_up(tmp_path):
 
 
 def test_labels_shuffled():
-    plain, shuffled = (catalog.load(DataConfig(shuffle_labels=on)) for on in (False, True))
+    plain, shuffled = (datasets.load(DataConfig(shuffle_labels=on)) for on in (False, True))
     same = plain.train.labels == shuffled.train.labels
     assert 0.05 < same.double().mean() < 0.2  # by chance, one in ten
     assert torch.equal(plain.train.labels.bincount(), shuffled.train.labels.bincount())

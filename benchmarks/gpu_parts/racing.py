@@ -13,7 +13,7 @@ import torch
 from contestants import Field, Mode, Turn, Workload, come_to_rest, gengap, limit
 
 from gengap_dist import models
-from gengap_dist.data import catalog
+from gengap_dist.data import datasets
 from gengap_dist.distributed.process_group import World
 from gengap_dist.planning.micro_size import in_passes
 from gengap_dist.planning.rehearsal import synchronise
@@ -86,8 +86,8 @@ def field(world: World, workload: Workload, way: Way) -> Field:
 
 
 @cache
-def _splits() -> catalog.Splits:
-    return catalog.load(task("lenet5", 64).settings(images()).data)
+def _splits() -> datasets.Splits:
+    return datasets.load(task("lenet5", 64).settings(images()).data)
 
 
 @cache

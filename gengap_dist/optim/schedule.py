@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Self, final
 
 from gengap_dist.config.sections import OptimConfig, RunConfig
-from gengap_dist.data.order import Order
+from gengap_dist.data.sampler import Order
 from gengap_dist.errors import UsageError
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from gengap_dist import models
 from gengap_dist.checks import strategy_name
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.order import growth
+from gengap_dist.data.sampler import growth
 from gengap_dist.distributed.process_group import World, local_size
 from gengap_dist.errors import UsageError
 from gengap_dist.planning import memory

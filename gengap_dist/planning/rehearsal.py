@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.catalog import Images, Splits
-from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.datasets import Images, Splits
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import PLAIN, Work, accumulate

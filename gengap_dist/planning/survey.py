@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from gengap_dist import models
 from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, strategy_name
 from gengap_dist.config.sections import BatchConfig, RunConfig
-from gengap_dist.data import catalog
-from gengap_dist.data.order import Order, growth
+from gengap_dist.data import datasets
+from gengap_dist.data.sampler import Order, growth
 from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.launchers.local import threads_per_rank
 from gengap_dist.distributed.process_group import World
@@ -79,7 +79,7 @@ class Plan:
     strategy: str
     model: str
     num_parameters: int | None = None
-    data: catalog.Sizes | None = None
+    data: datasets.Sizes | None = None
     steps_per_epoch: int | None = None
     num_steps: int | None = None
     batch: Layout | None = None
@@ -135,7 +135,7 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
         tried(check)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        if sizes := tried(lambda: catalog.sizes(config.data)):
+        if sizes := tried(lambda: datasets.sizes(config.data)):
             order = tried(lambda: Order(sizes.num_train, batch.global_size, config.seed, growth=growth(config)))
             found |= {"data": sizes} | _steps(config, order, num_ranks, tried)
             if model := tried(lambda: _model(config, sizes)):
@@ -158,7 +158,7 @@ def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, li
         return config, []
     known = None
     with suppress(UsageError):  # the plan will list it
-        sizes = catalog.sizes(config.data)
+        sizes = datasets.sizes(config.data)
         network = Network(_model(config, sizes), sizes.in_channels, sizes.num_classes)
         known = earlier(config, network, _place(config, cluster))
     if known:
@@ -191,7 +191,7 @@ def _steps(config: RunConfig, order: Order | None, num_ranks: int, tried: Callab
     }
 
 
-def _model(config: RunConfig, sizes: catalog.Sizes) -> nn.Module:
+def _model(config: RunConfig, sizes: datasets.Sizes) -> nn.Module:
     side, dtype = config.data.image_size, getattr(torch, config.train.dtype)
     model = models.of(config, sizes.num_classes, sizes.in_channels, World()).to(dtype)
     check_logits(config, model, torch.zeros(2, sizes.in_channels, side, side, dtype=dtype), sizes.num_classes)
@@ -202,7 +202,7 @@ def _of_model(
     config: RunConfig,
     cluster: Cluster,
     model: nn.Module,
-    sizes: catalog.Sizes,
+    sizes: datasets.Sizes,
     batch: Layout,
     tried: Callable[..., Any],
 ) -> dict[str, Any]:
@@ -235,18 +235,18 @@ def _of_model(
     }
 
 
-def probe_counts(config: RunConfig, sizes: catalog.Sizes, num_ranks: int) -> list[int]:
+def probe_counts(config: RunConfig, sizes: datasets.Sizes, num_ranks: int) -> list[int]:
     """Images of the probe set on every rank."""
     size = min(max(config.probe.num_samples), sizes.num_train)
     return [sum(s.size for s in blocks(size, PROBE_BLOCK, World(rank, num_ranks))) for rank in range(num_ranks)]
 
 
-def _example(config: RunConfig, sizes: catalog.Sizes) -> Tensor:
+def _example(config: RunConfig, sizes: datasets.Sizes) -> Tensor:
     side = config.data.image_size
     return torch.zeros(1, sizes.in_channels, side, side, dtype=getattr(torch, config.train.dtype))
 
 
-def _probe(config: RunConfig, model: nn.Module, sizes: catalog.Sizes, num_ranks: int) -> tuple[Probe, int] | None:
+def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks: int) -> tuple[Probe, int] | None:
     probe = config.probe
     if not probe.enabled:
         return None

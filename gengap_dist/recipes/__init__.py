@@ -1,8 +1,8 @@
 """What is added to plain training: other gradients, another objective, other weights to evaluate."""
 
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.order import Order
-from gengap_dist.data.resident import Batches
+from gengap_dist.data.batch_loader import Batches
+from gengap_dist.data.sampler import Order
 from gengap_dist.recipes.averaging import Averaging
 from gengap_dist.recipes.course import Course
 from gengap_dist.recipes.workers import Local

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.order import Order
-from gengap_dist.data.resident import Batches
+from gengap_dist.data.batch_loader import Batches
+from gengap_dist.data.sampler import Order
 from gengap_dist.models.norm import average_buffers, has_batch_norm
 from gengap_dist.recipes.course import Course, Taken, first_of
 from gengap_dist.recipes.statistics import recompute

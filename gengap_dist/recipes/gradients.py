@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import RecipeConfig
-from gengap_dist.data.resident import Batches
+from gengap_dist.data.batch_loader import Batches
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.loop import NUM_SUMS, MakeGradient, Objective, Work, accumulate, join_with_nothing
 from gengap_dist.models.norm import frozen

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import RecipeConfig
-from gengap_dist.data.resident import Batches
+from gengap_dist.data.batch_loader import Batches
 from gengap_dist.errors import UsageError
 from gengap_dist.loop import Objective, Work
 from gengap_dist.models.norm import frozen

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.order import Order
-from gengap_dist.data.resident import Batches
+from gengap_dist.data.batch_loader import Batches
+from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import NUM_SUMS, Work, train_step

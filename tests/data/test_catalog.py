@@ -11,8 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from gengap_dist.config.sections import DataConfig
-from gengap_dist.data import catalog
-from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def test_digits_are_scikit_learns():
     theirs = load_digits()
-    splits = catalog.load(DataConfig(val_fraction=0.0))
+    splits = datasets.load(DataConfig(val_fraction=0.0))
     test = np.arange(len(theirs.target)) % 5 == 0
     assert (len(splits.train), len(splits.test)) == (1437, 360)
     assert np.array_equal(splits.test.labels.numpy(), theirs.target[test])
@@ -30,24 +30,24 @@ def test_digits_are_scikit_learns():
 
 
 def test_validation_is_held_out_by_its_own_seed():
-    a, b, c = (catalog.load(DataConfig(split_seed=seed)) for seed in (0, 0, 1))
+    a, b, c = (datasets.load(DataConfig(split_seed=seed)) for seed in (0, 0, 1))
     assert (len(a.train), len(a.val)) == (1294, 143)
     assert a.digest() == b.digest() != c.digest()
     assert torch.equal(a.test.pixels, c.test.pixels)
     both = torch.cat([a.train.pixels, a.val.pixels]).flatten(1)
-    whole = catalog.load(DataConfig(val_fraction=0.0)).train.pixels.flatten(1)
+    whole = datasets.load(DataConfig(val_fraction=0.0)).train.pixels.flatten(1)
     assert sorted(map(bytes, both.numpy())) == sorted(map(bytes, whole.numpy()))
 
 
 def test_normalised_pixels_have_mean_0_and_deviation_1_where_there_is_no_padding():
-    splits = catalog.load(DataConfig())
+    splits = datasets.load(DataConfig())
     normal = Normalise(splits, CPU, torch.float64)(splits.train.pixels)[:, :, 12:20, 12:20]
     assert abs(float(normal.mean())) < 1e-12
     assert abs(float(normal.std(correction=0)) - 1) < 1e-12
 
 
 def test_batches_are_the_images_asked_for():
-    splits = catalog.load(DataConfig())
+    splits = datasets.load(DataConfig())
     normalise = Normalise(splits, CPU, torch.float32)
     images, labels = Batches(splits.train, normalise, DataConfig(), seed=0)(torch.tensor([5, 2, 2]), epoch=0)
     assert torch.equal(labels, splits.train.labels[[5, 2, 2]])
@@ -55,7 +55,7 @@ def test_batches_are_the_images_asked_for():
 
 
 def test_real_fashion_mnist(real_data):
-    splits = catalog.load(DataConfig(name="fashion_mnist", root=real_data))
+    splits = datasets.load(DataConfig(name="fashion_mnist", root=real_data))
     assert (len(splits.train), len(splits.val), len(splits.test)) == (54_000, 6_000, 10_000)
     assert splits.train.pixels.shape[1:] == (1, 32, 32)
     assert float(splits.mean_C) / 255 == pytest.approx(0.286, abs=2e-3)
@@ -65,9 +65,9 @@ def test_real_fashion_mnist(real_data):
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_missing_files_are_named_with_a_remedy(tmp_path, name):
     with pytest.raises(UsageError) as error:
-        catalog.load(DataConfig(name=name, root=tmp_path))
+        datasets.load(DataConfig(name=name, root=tmp_path))
     message = str(error.value)
-    assert str(tmp_path / catalog.TORCHVISION[name][1]) in message
+    assert str(tmp_path / datasets.TORCHVISION[name][1]) in message
     assert {"mnist": "train-images-idx3-ubyte", "fashion_mnist": "t10k-labels", "cifar10": "data_batch_5"}.get(
         name, "train, test"
     ) in message
@@ -79,7 +79,7 @@ def test_a_cut_file_is_damaged_not_a_traceback(tmp_path, real_data):
     path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:100_000])
     with pytest.raises(UsageError, match=r"mnist in .* are damaged"):
-        catalog.load(DataConfig(name="mnist", root=tmp_path))
+        datasets.load(DataConfig(name="mnist", root=tmp_path))
 
 
 def test_cifar100_in_its_own_file_format(tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_cifar100_in_its_own_file_format(tmp_path, monkeypatch):
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class{i}" for i in range(100)]}))
     monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)  # our small files have other checksums
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
-    splits = catalog.load(DataConfig(name="cifar100", root=tmp_path, val_fraction=0.0))
+    splits = datasets.load(DataConfig(name="cifar100", root=tmp_path, val_fraction=0.0))
     assert splits.num_classes == 100
     assert splits.train.pixels.shape == (200, 3, 32, 32)
     first = pickle.loads((folder / "train").read_bytes())["data"][0].reshape(3, 32, 32)
@@ -116,7 +116,7 @@ def pictures(tmp_path):
 
 
 def test_a_folder_of_pictures(pictures):
-    splits = catalog.load(DataConfig(name="imagefolder", root=pictures, image_size=16, val_fraction=0.0))
+    splits = datasets.load(DataConfig(name="imagefolder", root=pictures, image_size=16, val_fraction=0.0))
     assert splits.num_classes == 2
     assert splits.train.pixels.shape == (12, 3, 16, 16)
     assert splits.train.labels.tolist() == [0] * 6 + [1] * 6
@@ -134,25 +134,25 @@ def test_a_folder_of_pictures(pictures):
 def test_broken_picture_folders(pictures, damage, says):
     damage(pictures)
     with pytest.raises(UsageError, match=says):
-        catalog.load(DataConfig(name="imagefolder", root=pictures, image_size=16))
+        datasets.load(DataConfig(name="imagefolder", root=pictures, image_size=16))
 
 
 def test_jpeg_cifar10(real_data):
     config = DataConfig(name="imagefolder", root=real_data / "cifar10-jpeg", memory_gib=0.01)
     with pytest.raises(UsageError, match=r"data.memory_gib \(0.01\) is less than"):
-        catalog.load(config)
+        datasets.load(config)
 
 
 def test_labels_out_of_range_are_refused():
     with pytest.raises(UsageError, match="hold 10 at position 2, outside 0 to 9"):
-        catalog.check_labels(torch.tensor([0, 9, 10]), 10, "training")
+        datasets.check_labels(torch.tensor([0, 9, 10]), 10, "training")
     with pytest.raises(UsageError, match="hold -1 at position 0"):
-        catalog.check_labels(torch.tensor([-1]), 10, "test")
+        datasets.check_labels(torch.tensor([-1]), 10, "test")
 
 
 def test_images_larger_than_image_size_are_refused():
     with pytest.raises(UsageError, match=r"data.image_size \(4\) is smaller than the 8 x 8 images"):
-        catalog.load(DataConfig(image_size=4))
+        datasets.load(DataConfig(image_size=4))
 
 
 LOADING = """

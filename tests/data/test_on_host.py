@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gengap_dist.data import on_host
-from gengap_dist.data.on_host import HostImages
+from gengap_dist.data import host_images
+from gengap_dist.data.host_images import HostImages
 
 PIXELS = torch.randint(256, (50, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def test_indexed_like_the_tensor():
 @pytest.mark.parametrize(("ahead", "gathered_ahead"), [(1, 1), (100, 2), (5 * 48, 5), (2**20, 15)])
 def test_what_is_expected_comes_in_any_pieces(monkeypatch, ahead, gathered_ahead):
     """Also where only some images are gathered ahead, and where others are asked for in between."""
-    monkeypatch.setattr(on_host, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(host_images, "AHEAD_BYTES", ahead)
     images = HostImages(PIXELS, CPU)
     steps = torch.randperm(50, generator=torch.Generator().manual_seed(1)).split(15)
     images.expect(steps[0])
@@ -53,5 +53,5 @@ def test_what_is_never_asked_for_does_not_pile_up():
     images = HostImages(PIXELS, CPU)
     for _ in range(20):
         images.expect(torch.arange(10))
-    assert len(images._expected) == on_host.MOST_EXPECTED
+    assert len(images._expected) == host_images.MOST_EXPECTED
     assert torch.equal(images[torch.arange(10)], PIXELS[:10])

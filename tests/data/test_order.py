@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gengap_dist.data.order import Order, growth
+from gengap_dist.data.sampler import Order, growth
 from gengap_dist.errors import UsageError
 from tests.conftest import config
 

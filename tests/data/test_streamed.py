@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gengap_dist.config.sections import DataConfig
-from gengap_dist.data import catalog
-from gengap_dist.data.streamed import Pictures, read_picture
+from gengap_dist.data import datasets
+from gengap_dist.data.streaming import Pictures, read_picture
 from gengap_dist.errors import UsageError
 from tests.conftest import train, weights
 
@@ -51,8 +51,8 @@ def folder_config(root: Path, **settings: object) -> DataConfig:
 
 def test_the_splits_are_those_in_memory(folder):
     for settings in ({}, {"shuffle_labels": True}, {"split_seed": 3, "workers": 1}):
-        held = catalog.load(folder_config(folder, **settings))
-        on_disk = catalog.load(folder_config(folder, streaming=True, **settings))
+        held = datasets.load(folder_config(folder, **settings))
+        on_disk = datasets.load(folder_config(folder, streaming=True, **settings))
         for ours, theirs in zip(on_disk[:3], held[:3], strict=True):
             assert len(ours) == len(theirs)
             assert ours.pixels.shape == theirs.pixels.shape
@@ -135,24 +135,24 @@ def test_a_picture_expected_twice_is_read_ahead_twice(shelf):
 
 
 def test_mean_and_deviation_of_large_folders_come_from_a_fixed_sample(folder, monkeypatch):
-    monkeypatch.setattr(catalog, "MEAN_OF", 7)
+    monkeypatch.setattr(datasets, "MEAN_OF", 7)
     config = folder_config(folder, streaming=True)
-    splits, again, other = (catalog.load(c) for c in (config, config, config.model_copy(update={"split_seed": 1})))
+    splits, again, other = (datasets.load(c) for c in (config, config, config.model_copy(update={"split_seed": 1})))
     assert torch.equal(splits.mean_C, again.mean_C)
     assert not torch.equal(splits.mean_C, other.mean_C)
     chosen = np.random.default_rng([0, 4]).permutation(len(splits.train))[:7]
     pixels = splits.train.pixels[:][torch.from_numpy(chosen)].double()
     assert torch.allclose(splits.mean_C, pixels.mean((0, 2, 3)))
     assert torch.allclose(splits.std_C, pixels.std((0, 2, 3), correction=0))
-    assert catalog.summary(splits, config)["num_mean"] == 7
+    assert datasets.summary(splits, config)["num_mean"] == 7
     held = config.model_copy(update={"streaming": False})
-    assert catalog.summary(catalog.load(held), held)["num_mean"] == 30
+    assert datasets.summary(datasets.load(held), held)["num_mean"] == 30
 
 
 def test_the_digest_is_of_paths_sizes_and_labels(folder, own):
     def digest(root: Path, **settings: object) -> str:
         config = folder_config(root, streaming=True, **settings)
-        return catalog.load(config).digest(root)
+        return datasets.load(config).digest(root)
 
     first = digest(folder)
     assert digest(own) == first  # wherever the folder lies
@@ -167,11 +167,11 @@ def test_the_digest_is_of_paths_sizes_and_labels(folder, own):
 def test_memory_is_not_asked_for_pictures_on_disk(folder, monkeypatch):
     config = folder_config(folder, memory_gib=1e-9)
     with pytest.raises(UsageError, match=r"data.memory_gib \(1e-09\) is less than"):
-        catalog.sizes(config)
+        datasets.sizes(config)
     on_disk = config.model_copy(update={"streaming": True})
-    assert len(catalog.load(on_disk).train) == catalog.sizes(on_disk).num_train == 30
-    monkeypatch.setattr(catalog, "AHEAD_BYTES", 100)
-    assert catalog.sizes(on_disk).num_bytes == 100 + 8 * 48
+    assert len(datasets.load(on_disk).train) == datasets.sizes(on_disk).num_train == 30
+    monkeypatch.setattr(datasets, "AHEAD_BYTES", 100)
+    assert datasets.sizes(on_disk).num_bytes == 100 + 8 * 48
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff\xd8\xff\xe0 no picture", "half"])
@@ -179,8 +179,8 @@ def test_a_damaged_picture_is_named_as_if_it_were_read_into_memory(own, damage):
     path = own / "test/dog/1.jpg"
     path.write_bytes(path.read_bytes()[:300] if damage == "half" else damage)
     with pytest.raises(UsageError) as in_memory:
-        catalog.load(folder_config(own))
-    splits = catalog.load(folder_config(own, streaming=True))
+        datasets.load(folder_config(own))
+    splits = datasets.load(folder_config(own, streaming=True))
     splits.test.expect(torch.arange(8))
     with pytest.raises(UsageError) as when_asked:
         splits.test.pixels[:]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gengap_dist.config.sections import OptimConfig
-from gengap_dist.data.order import Order, growth
+from gengap_dist.data.sampler import Order, growth
 from gengap_dist.errors import UsageError
 from gengap_dist.optim.build import build
 from gengap_dist.optim.schedule import Schedule, lr_at, momentum_at, scaled_lr, warmup_steps

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from gengap_dist import models
 from gengap_dist.config.sections import DataConfig
-from gengap_dist.data import catalog
-from gengap_dist.data.order import Order
-from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import BatchPlan, blocks, split
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -293,7 +293,7 @@ def brute_turns(options: dict[str, Any], counts: list[int]) -> int:
 
 def ddp_bytes(world: World) -> tuple[int, int]:
     """Bytes and number of all-reduces in one step, as torch.distributed is given them."""
-    splits = catalog.load(DataConfig())
+    splits = datasets.load(DataConfig())
     given: list[int] = []
     real = dist.all_reduce
     settings = config(batch__micro_size=8, launch__strategy="ddp")
@@ -389,7 +389,7 @@ def test_the_probe_keeps_to_its_limit():
 
 def test_sizes_are_those_of_the_data_loaded(pictures):
     for settings in [DataConfig(), DataConfig(val_fraction=0.0, image_size=40), pictures]:
-        splits, sizes = catalog.load(settings), catalog.sizes(settings)
+        splits, sizes = datasets.load(settings), datasets.sizes(settings)
         parts = (splits.train, splits.val, splits.test)
         assert sizes[:3] == tuple(map(len, parts))
         assert (sizes.num_classes, sizes.in_channels) == (splits.num_classes, splits.in_channels)
@@ -411,7 +411,7 @@ def pictures(tmp_path) -> DataConfig:
 
 def test_sizes_of_real_fashion_mnist(real_data):
     settings = DataConfig(name="fashion_mnist", root=real_data)
-    splits, sizes = catalog.load(settings), catalog.sizes(settings)
+    splits, sizes = datasets.load(settings), datasets.sizes(settings)
     assert sizes[:3] == (len(splits.train), len(splits.val), len(splits.test))
     assert (sizes.num_classes, sizes.in_channels) == (splits.num_classes, splits.in_channels)
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gengap_dist.config.sections import DataConfig, RunConfig
-from gengap_dist.data import catalog
-from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.distributed.batch_plan import BatchPlan, Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -153,7 +153,7 @@ def expected(model: nn.Module, batches: Batches, indices: torch.Tensor, plan: Ba
 
 def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], list[float]]]:
     """Found and expected in every case over three steps; nobody watches in the second."""
-    splits = catalog.load(DataConfig())
+    splits = datasets.load(DataConfig())
     batches = Batches(splits.train, Normalise(splits, world.device, torch.float64), DataConfig(), 0)
     out = []
     for global_size, micro_size in CASES[name, world.size]:

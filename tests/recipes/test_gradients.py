@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist import models
 from gengap_dist.config.sections import RecipeConfig
-from gengap_dist.data import catalog
-from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import Objective, Work, accumulate
@@ -141,7 +141,7 @@ def test_the_rank_penalty_under_bfloat16_points_the_same_way():
     found = []
     for dtype, autocast in ((torch.float64, None), (torch.float32, "bfloat16")):
         run = config(data__image_size=16, recipe__rank_penalty=1.0, train__autocast=autocast)
-        splits = catalog.load(run.data)
+        splits = datasets.load(run.data)
         torch.manual_seed(0)
         net = models.of(run, splits.num_classes, splits.in_channels, World()).to(dtype)
         strategy = Single(run, World())

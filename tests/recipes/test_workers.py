@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist import checkpoint, models
 from gengap_dist.checks import check_norm
-from gengap_dist.data import catalog
-from gengap_dist.data.order import Order
-from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import split
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -41,7 +41,7 @@ TINY = {
 def start(world, local, workers, **settings):
     """A course, and its network, from which a twin can be made."""
     run = config(**TINY | {"recipe__local": local, "recipe__workers": workers} | settings)
-    splits = catalog.load(run.data)
+    splits = datasets.load(run.data)
     batches = Batches(splits.train, Normalise(splits, world.device, torch.float64), run.data, run.seed)
     torch.manual_seed(7)
     model = models.of(run, splits.num_classes, splits.in_channels, world).double()

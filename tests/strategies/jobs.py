@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gengap_dist import models
-from gengap_dist.data import catalog
-from gengap_dist.data.order import Order
-from gengap_dist.data.resident import Batches, Normalise
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import Work, train_step
@@ -40,7 +40,7 @@ class Trainer:
     def __init__(self, name: str, world: World, settings: State, saved: State | None = None) -> None:
         self.world = World() if name == "single" else world
         self.config = config(**settings)
-        splits = catalog.load(self.config.data)
+        splits = datasets.load(self.config.data)
         dtype = getattr(torch, self.config.train.dtype)
         self.batches = Batches(splits.train, Normalise(splits, self.world.device, dtype), self.config.data, 0)
         self.order = Order(len(splits.train), self.config.batch.global_size, 0)

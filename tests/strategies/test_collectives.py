@@ -6,8 +6,8 @@ from torch import nn
 
 from gengap_dist import models
 from gengap_dist.config.sections import DataConfig
-from gengap_dist.data import catalog
-from gengap_dist.data.resident import Normalise
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Normalise
 from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import evaluate
 from gengap_dist.models.norm import average_buffers
@@ -23,7 +23,7 @@ def talk(world: World) -> dict:
     norm.running_mean.fill_(world.rank)
     norm.num_batches_tracked.fill_(7)
     average_buffers(norm, world)
-    splits = catalog.load(DataConfig())
+    splits = datasets.load(DataConfig())
     scores = {}
     for name in ("lenet5", "mlp"):
         for dtype in (torch.float32, torch.float64):
@@ -31,7 +31,7 @@ def talk(world: World) -> dict:
             model = models.build(name, num_classes=10, in_channels=1, widths=(32,)).to(dtype)
             normalise = Normalise(splits, world.device, dtype)
             scores[name, dtype] = evaluate(model, splits.test, normalise, world)  # 360 does not divide into 250s
-            few = catalog.Images(splits.test.pixels[:7], splits.test.labels[:7])  # fewer images than one block
+            few = datasets.Images(splits.test.pixels[:7], splits.test.labels[:7])  # fewer images than one block
             scores[name, dtype, "few"] = evaluate(model, few, normalise, world)
     return {
         "sum": total.tolist(),
@@ -62,7 +62,7 @@ def test_evaluation_is_the_same_number_on_any_world(said, size):
 
 
 def test_evaluation_counts_every_image_once(said):
-    splits = catalog.load(DataConfig())
+    splits = datasets.load(DataConfig())
     torch.manual_seed(1)
     model = models.build("lenet5", num_classes=10, in_channels=1).double().eval()
     normalise = Normalise(splits, torch.device("cpu"), torch.float64)

@@ -61,14 +61,14 @@ def test_gradient_is_the_mean_over_the_global_batch():
     """Against autograd on the whole batch at once, one step, no momentum: w_1 = w_0 - lr * mean gradient."""
     from gengap_dist import models
     from gengap_dist.config.sections import DataConfig, RunConfig
-    from gengap_dist.data import catalog
-    from gengap_dist.data.resident import Batches, Normalise
+    from gengap_dist.data import datasets
+    from gengap_dist.data.batch_loader import Batches, Normalise
     from gengap_dist.distributed.batch_plan import BatchPlan
     from gengap_dist.distributed.process_group import World
     from gengap_dist.loop import Work, train_step
     from gengap_dist.strategies import Single
 
-    splits = catalog.load(DataConfig())
+    splits = datasets.load(DataConfig())
     normalise = Normalise(splits, torch.device("cpu"), torch.float64)
     torch.manual_seed(0)
     model = models.build("lenet5", num_classes=10, in_channels=1).double()

@@ -15,7 +15,7 @@ import torch
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.config.study import StudyConfig
-from gengap_dist.data import catalog
+from gengap_dist.data import datasets
 from gengap_dist.errors import UsageError
 from gengap_dist.report.collect import read_study
 from gengap_dist.report.gather import gather
@@ -260,7 +260,7 @@ def test_a_model_scores_as_its_run_did(study, store, arm):
     kept = state(mirror.folder)
     mlflow.set_tracking_uri(store)
     model = mlflow.pytorch.load_model(f"runs:/{kept['run_id']}/model")
-    test = catalog.load(read_config(mirror.folder).data).test
+    test = datasets.load(read_config(mirror.folder).data).test
     logits = model(test.pixels.float())
     result = read_info(mirror.folder)["result"]
     assert (logits.argmax(1) == test.labels).double().mean().item() == result["test/accuracy"]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data.augment import augment
-from gengap_dist.data.catalog import Images, Splits
+from gengap_dist.data.datasets import Images, Splits
 
 
 class Normalise:

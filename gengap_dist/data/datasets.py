@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import TORCHVISION
-from gengap_dist.data.on_host import HostImages
-from gengap_dist.data.streamed import AHEAD_BYTES, Pictures, read_picture
+from gengap_dist.data.host_images import HostImages
+from gengap_dist.data.streaming import AHEAD_BYTES, Pictures, read_picture
 from gengap_dist.errors import UsageError
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from gengap_dist.distributed.process_group import World, connect, environment, l
 from gengap_dist.distributed.stall_detector import watching
 from gengap_dist.errors import UsageError
 from gengap_dist.loop import Score, evaluate, join_with_nothing
-from gengap_dist.models.norm import average_buffers, frozen
+from gengap_dist.models.batch_norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule

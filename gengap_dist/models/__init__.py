@@ -10,13 +10,13 @@ from torch import nn
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError, did_you_mean
+from gengap_dist.models.batch_norm import treat
 from gengap_dist.models.c1 import c1
 from gengap_dist.models.dropout import treat_dropout
 from gengap_dist.models.lenet5 import lenet5
 from gengap_dist.models.mlp import f1, mlp
-from gengap_dist.models.norm import treat
-from gengap_dist.models.position import Position
 from gengap_dist.models.resnet import resnet
+from gengap_dist.models.sample_position import Position
 from gengap_dist.models.vgg16 import vgg16
 from gengap_dist.models.zoo import timm_model, torchvision_model
 

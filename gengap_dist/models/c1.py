@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from gengap_dist.models.unit import unit
+from gengap_dist.models.blocks import unit
 
 
 def c1(*, num_classes: int, in_channels: int, image_size: int = 32) -> nn.Sequential:

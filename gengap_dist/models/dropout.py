@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.data.augment import counter_bits
-from gengap_dist.models.position import Position
+from gengap_dist.models.sample_position import Position
 
 
 class SampleDropout(nn.Dropout):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from gengap_dist.errors import UsageError
-from gengap_dist.models.unit import unit
+from gengap_dist.models.blocks import unit
 
 
 class LeNet5(nn.Module):

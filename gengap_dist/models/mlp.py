@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from gengap_dist.models.unit import unit
+from gengap_dist.models.blocks import unit
 
 F1_WIDTHS = (512,) * 5
 

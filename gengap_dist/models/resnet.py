@@ -5,7 +5,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from gengap_dist.models.unit import he_init, unit
+from gengap_dist.models.blocks import he_init, unit
 
 
 class Block(nn.Module):

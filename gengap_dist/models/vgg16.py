@@ -5,7 +5,7 @@ from collections import OrderedDict
 from torch import nn
 
 from gengap_dist.errors import UsageError
-from gengap_dist.models.unit import he_init, unit
+from gengap_dist.models.blocks import he_init, unit
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of the convolutions between two poolings."""

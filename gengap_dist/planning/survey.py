@@ -18,7 +18,7 @@ from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.launchers.local import threads_per_rank
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.models.norm import has_batch_norm
+from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.observe import PROBE_BLOCK
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule

@@ -15,7 +15,7 @@ from gengap_dist.config.sections import RecipeConfig
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.errors import UsageError
 from gengap_dist.loop import Objective, Work
-from gengap_dist.models.norm import frozen
+from gengap_dist.models.batch_norm import frozen
 from gengap_dist.probes.capture import capturing, observing
 from gengap_dist.probes.layers import Layer, choose
 from gengap_dist.strategies import Strategy

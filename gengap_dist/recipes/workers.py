@@ -20,7 +20,7 @@ from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import NUM_SUMS, Work, train_step
-from gengap_dist.models.norm import average_buffers, has_batch_norm
+from gengap_dist.models.batch_norm import average_buffers, has_batch_norm
 from gengap_dist.optim.build import build
 from gengap_dist.optim.schedule import scaled_lr
 from gengap_dist.recipes.course import Course, Taken, first_of, plan_of

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
-from gengap_dist.models.norm import GhostBatchNorm, SyncBatchNorm
-from gengap_dist.models.position import position_of
+from gengap_dist.models.batch_norm import GhostBatchNorm, SyncBatchNorm
+from gengap_dist.models.sample_position import position_of
 from gengap_dist.strategies.switches import compiled, recompute_blocks
 
 OptimizerState = dict[str, dict[str, Tensor]]

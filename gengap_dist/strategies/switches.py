@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gengap_dist.errors import UsageError
+from gengap_dist.models.batch_norm import frozen
 from gengap_dist.models.dropout import SampleDropout
-from gengap_dist.models.norm import frozen
-from gengap_dist.models.position import Position, position_of
+from gengap_dist.models.sample_position import Position, position_of
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 

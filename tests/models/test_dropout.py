@@ -10,7 +10,7 @@ from gengap_dist import models
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.dropout import SampleDropout, treat_dropout
-from gengap_dist.models.position import Position, position_of
+from gengap_dist.models.sample_position import Position, position_of
 from tests.conftest import config
 
 NUM, UNITS = 64, 500

@@ -15,7 +15,7 @@ from gengap_dist.checks import check_norm, norm_size
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.models.norm import (
+from gengap_dist.models.batch_norm import (
     GhostBatchNorm,
     SyncBatchNorm,
     _OverRanks,
@@ -24,7 +24,7 @@ from gengap_dist.models.norm import (
     has_batch_norm,
     treat,
 )
-from gengap_dist.models.position import Position, position_of
+from gengap_dist.models.sample_position import Position, position_of
 from gengap_dist.strategies import Single
 from gengap_dist.tracking.record import read_info
 from tests.conftest import config, train

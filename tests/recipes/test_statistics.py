@@ -8,9 +8,9 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from gengap_dist.distributed.process_group import World
+from gengap_dist.models.batch_norm import treat
 from gengap_dist.models.dropout import SampleDropout, treat_dropout
-from gengap_dist.models.norm import treat
-from gengap_dist.models.position import Position
+from gengap_dist.models.sample_position import Position
 from gengap_dist.recipes import statistics
 from gengap_dist.recipes.statistics import recompute, untrained
 from tests.ranks import Crew

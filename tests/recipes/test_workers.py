@@ -18,7 +18,7 @@ from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import split
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.models.norm import has_batch_norm
+from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.optim.build import build
 from gengap_dist.recipes import course_of
 from gengap_dist.recipes.statistics import recompute

@@ -19,9 +19,9 @@ from gengap_dist import models
 from gengap_dist.checks import check_switches
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
+from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.models.dropout import treat_dropout
-from gengap_dist.models.norm import average_buffers
-from gengap_dist.models.position import Position
+from gengap_dist.models.sample_position import Position
 from gengap_dist.planning import memory
 from gengap_dist.recipes import course_of
 from gengap_dist.strategies import Single

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.models.position import Position
+from gengap_dist.models.sample_position import Position
 
 GROUP_CHANNELS = 16  # of group norm, as in Wu & He 2018, table 3
 

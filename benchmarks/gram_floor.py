@@ -9,8 +9,8 @@ see the last column.
 
 import torch
 
-from gengap_dist.probes.gram import Gram, Square
-from gengap_dist.probes.tsqr import Triangle
+from gengap_dist.probes.spectra.gram import Gram, Square
+from gengap_dist.probes.spectra.tsqr import Triangle
 
 EPS = torch.finfo(torch.float64).eps
 NUM_SAMPLES = 2048

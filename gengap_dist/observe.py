@@ -16,8 +16,8 @@ from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import LayerSpectrum, measure, metrics
+from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar
 from gengap_dist.probes.neural_collapse import nc1
-from gengap_dist.probes.sharpness import hessian_eigenvalues, hessian_trace, keskar
 from gengap_dist.probes.weights import distance, weight_spectra
 
 PROBE_BLOCK = 128  # probe images in one pass; never cut by ranks, so spectra do not depend on their number

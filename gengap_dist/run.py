@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gengap_dist import checkpoint, models
 from gengap_dist.allocator import keep_freed_memory
 from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, norm_size, strategy_name
+from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.config.identity import differences
 from gengap_dist.config.sections import DataConfig, RunConfig
 from gengap_dist.data import datasets
@@ -38,7 +39,6 @@ from gengap_dist.optim.schedule import Schedule
 from gengap_dist.out_of_memory import explained, snapshot
 from gengap_dist.planning.memory_format import settle_format
 from gengap_dist.planning.micro_size import Network, settle
-from gengap_dist.precision import training_float32
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat

@@ -11,7 +11,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.config.sections": 0,
     "gengap_dist.compat.fast_imports": 0,
     "gengap_dist.allocator": 0,
-    "gengap_dist.precision": 0,
+    "gengap_dist.compat.float32_precision": 0,
     "gengap_dist.distributed.batch_plan": 0,
     "gengap_dist.distributed.phase_timer": 0,
     "gengap_dist.distributed.preemption": 0,

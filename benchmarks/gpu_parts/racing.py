@@ -13,12 +13,12 @@ import torch
 from contestants import Field, Mode, Turn, Workload, come_to_rest, gengap, limit
 
 from gengap_dist import models
+from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.data import datasets
 from gengap_dist.distributed.process_group import World
 from gengap_dist.planning.micro_size import in_passes
 from gengap_dist.planning.rehearsal import synchronise
 from gengap_dist.planning.room import room
-from gengap_dist.precision import training_float32
 
 from .items import Answer, failure
 from .runs import Settings

@@ -13,7 +13,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from gengap_dist.config.sections import OptimConfig, RunConfig
-from gengap_dist.probes.rank_loss import Piece, Site
+from gengap_dist.probes.layer_view import Site
+from gengap_dist.probes.spectra.measure import Piece
 from gengap_dist.strategies.switches import blocks
 
 

@@ -29,9 +29,10 @@ from gengap_dist.planning.memory import Memory
 from gengap_dist.planning.memory_format import settled_format
 from gengap_dist.planning.micro_size import Network, Place, candidates, device_name, earlier, settled
 from gengap_dist.planning.wire import Link, Message
-from gengap_dist.probes import rank_loss
-from gengap_dist.probes.capture import observing
+from gengap_dist.probes import layer_view
+from gengap_dist.probes.activations import observing
 from gengap_dist.probes.layers import choose
+from gengap_dist.probes.spectra import measure
 from gengap_dist.recipes.course import plan_of
 from gengap_dist.recipes.rank_penalty import RankPenalty
 
@@ -253,12 +254,12 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     counts = probe_counts(config, sizes, num_ranks)
     example = _example(config, sizes)
     with observing(model):
-        sites = rank_loss.sites_of(choose(model, example, probe.layers), probe.views, sum(counts))
-    passes = rank_loss.plan(sites, max(counts), probe.memory_mib)
+        sites = layer_view.sites_of(choose(model, example, probe.layers), probe.views, sum(counts))
+    passes = measure.plan(sites, max(counts), probe.memory_mib)
     device_type = "cuda" if config.launch.device == "cuda" else "cpu"
     options = {"method": probe.method, "memory_mib": probe.memory_mib, "device_type": device_type}
     messages = wire.probe_messages(sites, passes, counts, **options)
-    stream = rank_loss.stream_bytes(device_type, probe.memory_mib)
+    stream = measure.stream_bytes(device_type, probe.memory_mib)
     num_bytes = memory.probe_bytes(sites, passes, max(counts), stream) + max(counts) * example.nbytes
     forms = {
         "/".join(filter(None, (site.layer.name, site.view))): f"{site.num_rows} x {site.num_units}, kept as "

@@ -24,9 +24,10 @@ import numpy as np
 
 from gengap_dist.distributed.batch_plan import split
 from gengap_dist.planning.layout import Cluster
-from gengap_dist.probes.gram import BUCKET_BYTES
-from gengap_dist.probes.matrices import turns
-from gengap_dist.probes.rank_loss import Piece, Site, stream_bytes
+from gengap_dist.probes.layer_view import Site
+from gengap_dist.probes.spectra.accumulate import turns
+from gengap_dist.probes.spectra.gram import BUCKET_BYTES
+from gengap_dist.probes.spectra.measure import Piece, stream_bytes
 
 MIB = 2**20
 DDP_BUCKETS = (MIB, 25 * MIB)  # torch's own: the first, and each of the others

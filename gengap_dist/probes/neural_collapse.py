@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.capture import bare, observing
+from gengap_dist.probes.activations import bare, observing
 
 
 def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: World | None = None) -> float:

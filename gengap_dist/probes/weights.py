@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.capture import bare
-from gengap_dist.probes.spectrum import LayerSpectrum
+from gengap_dist.probes.activations import bare
+from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 
 FLOOR = 64 * 2.0**-52  # of a matrix's own s_1: what a float64 SVD leaves of an exact zero
 

@@ -16,7 +16,7 @@ from gengap_dist.data.batch_loader import Batches
 from gengap_dist.errors import UsageError
 from gengap_dist.loop import Objective, Work
 from gengap_dist.models.batch_norm import frozen
-from gengap_dist.probes.capture import capturing, observing
+from gengap_dist.probes.activations import capturing, observing
 from gengap_dist.probes.layers import Layer, choose
 from gengap_dist.strategies import Strategy
 

@@ -25,7 +25,7 @@ from gengap_dist.statistics.paired import Paired, spread
 
 if TYPE_CHECKING:  # they would import torch, and the driver of ranks needs none
     from gengap_dist.observe import Observation
-    from gengap_dist.probes.spectrum import LayerSpectrum
+    from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 
 QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
 OUTCOMES = {"supported": "blue", "contradicted": "dark_orange3", "undecided": "dim"}

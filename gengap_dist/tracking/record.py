@@ -30,7 +30,7 @@ from gengap_dist.errors import UsageError
 if TYPE_CHECKING:  # every command imports this module, and --help needs neither numpy nor torch
     import numpy as np
 
-    from gengap_dist.probes.spectrum import LayerSpectrum
+    from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
     from gengap_dist.tracking.history import History
 
 Metrics = Mapping[str, float]

@@ -49,7 +49,7 @@ def trained(world: World, settings: Settings, out: Path) -> str:
 
 def curvature(world: World) -> tuple[list[float], int]:
     """Hessian eigenvalues of 250,000 parameters, and the most MiB that it took of the GPU."""
-    from gengap_dist.probes.sharpness import hessian_eigenvalues
+    from gengap_dist.probes.hessian import hessian_eigenvalues
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 3)).to(world.device)

@@ -27,10 +27,11 @@ from gengap_dist.planning.constants import ComputeConstants, Constants, LinkCons
 from gengap_dist.planning.layout import Cluster, layout
 from gengap_dist.planning.survey import Plan, survey
 from gengap_dist.planning.wire import Link, Message, seconds
-from gengap_dist.probes import measure, rank_loss
-from gengap_dist.probes.capture import observing
+from gengap_dist.probes import layer_view, measure
+from gengap_dist.probes.activations import observing
 from gengap_dist.probes.layers import choose
-from gengap_dist.probes.matrices import METHODS, Tall, Wide, merge
+from gengap_dist.probes.spectra import measure
+from gengap_dist.probes.spectra.accumulate import METHODS, Tall, Wide, merge
 from gengap_dist.strategies import DDP
 from tests.conftest import ROOT, config
 from tests.ranks import on_ranks
@@ -210,8 +211,8 @@ def planned(options: dict[str, Any], counts: list[int]) -> list[Message]:
     model = probed_model()
     with observing(model):
         layers = choose(model, torch.zeros(1, 1, 32, 32), ["auto"])
-        sites = rank_loss.sites_of(layers, options.pop("views"), sum(counts))
-    passes = rank_loss.plan(sites, max(counts), options["memory_mib"])
+        sites = layer_view.sites_of(layers, options.pop("views"), sum(counts))
+    passes = measure.plan(sites, max(counts), options["memory_mib"])
     return wire.probe_messages(sites, passes, counts, device_type="cpu", **options)
 
 
@@ -273,11 +274,11 @@ def brute_turns(options: dict[str, Any], counts: list[int]) -> int:
     """What the busiest rank sends or receives when lenet5's wide layers are turned."""
     model = probed_model()
     with observing(model):
-        sites = rank_loss.sites_of(choose(model, torch.zeros(1, 1, 32, 32), ["auto"]), ["flatten"], sum(counts))
+        sites = layer_view.sites_of(choose(model, torch.zeros(1, 1, 32, 32), ["auto"]), ["flatten"], sum(counts))
     sent, received = Counter(), Counter()
-    for pieces in rank_loss.plan(sites, max(counts), options["memory_mib"]):
+    for pieces in measure.plan(sites, max(counts), options["memory_mib"]):
         for piece in (piece for piece in pieces if sites[piece.site].wide):
-            block = rank_loss.stream_bytes("cpu", options["memory_mib"]) // (8 * (sites[piece.site].num_rows + 1))
+            block = measure.stream_bytes("cpu", options["memory_mib"]) // (8 * (sites[piece.site].num_rows + 1))
             left = piece.stop - piece.start
             while left > 0:
                 width = min(left, max(1, block) * MANY)

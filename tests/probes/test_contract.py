@@ -13,8 +13,8 @@ from torch.nn.modules import module as global_hooks
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.probes import LayerSpectrum, measure
+from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar
 from gengap_dist.probes.neural_collapse import nc1
-from gengap_dist.probes.sharpness import hessian_eigenvalues, hessian_trace, keskar
 from gengap_dist.probes.weights import distance, flat, weight_spectra
 from tests.ranks import on_ranks
 

@@ -13,8 +13,9 @@ from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
+from gengap_dist.probes.layer_view import Site
 from gengap_dist.probes.layers import Layer
-from gengap_dist.probes.rank_loss import Site, plan
+from gengap_dist.probes.spectra.measure import plan
 from tests.ranks import on_ranks
 
 NUM = 201  # splits into blocks of 32 with a short last one: uneven on 2 and on 3 ranks

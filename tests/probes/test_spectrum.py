@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gengap_dist.probes import measure
-from gengap_dist.probes.spectrum import LayerSpectrum
+from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 
 
 def measured(matrix: torch.Tensor, *, centred: bool = False) -> LayerSpectrum:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
-from gengap_dist.probes.capture import bare
+from gengap_dist.probes.activations import bare
 from gengap_dist.probes.layers import Pattern
 from gengap_dist.probes.weights import weight_spectra
 from tests.ranks import on_ranks

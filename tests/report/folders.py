@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gengap_dist.probes.spectrum import LayerSpectrum
+from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 from gengap_dist.report.collect import metric
 from gengap_dist.tracking.record import DIVERGED, FINISHED, Record
 from tests.conftest import config

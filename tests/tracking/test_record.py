@@ -6,7 +6,7 @@ import torch
 
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.spectrum import LayerSpectrum
+from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 from gengap_dist.tracking import record
 from gengap_dist.tracking.record import Record, load_spectra, prepare_folder, read_info, read_metrics
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gengap_dist.distributed.process_group import World
-from gengap_dist.probes.gram import Square
+from gengap_dist.probes.spectra.gram import Square
 
 
 @final

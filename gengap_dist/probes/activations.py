@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from gengap_dist.compat.float32_precision import exact_float32
 from gengap_dist.errors import UsageError
-from gengap_dist.precision import exact_float32
 from gengap_dist.probes.layers import Layer
 
 

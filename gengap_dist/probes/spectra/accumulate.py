@@ -18,8 +18,8 @@ from torch import Tensor
 
 from gengap_dist.distributed.batch_plan import Span, split
 from gengap_dist.distributed.process_group import World
-from gengap_dist.probes.gram import Gram, Square, all_reduce
-from gengap_dist.probes.tsqr import Triangle
+from gengap_dist.probes.spectra.gram import Gram, Square, all_reduce
+from gengap_dist.probes.spectra.tsqr import Triangle
 
 METHODS: dict[str, type[Gram] | type[Triangle]] = {"gram": Gram, "tsqr": Triangle}
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.capture import bare, observing
+from gengap_dist.probes.activations import bare, observing
 from gengap_dist.probes.weights import flat, trainable
 
 Batches = Sequence[tuple[Tensor, Tensor]]

@@ -29,8 +29,8 @@ from scipy import stats
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.report.collect import MEASURED_AT, read_study
+from gengap_dist.runs.run_folder import FINISHED, Record, read_history, read_info
 from gengap_dist.tracking.aggregate import Curves, curves
-from gengap_dist.tracking.record import FINISHED, Record, read_history, read_info
 
 LIMIT_SECONDS, LIMIT_MIB = 30, 1024
 

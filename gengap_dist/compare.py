@@ -30,10 +30,10 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.report.gather import gather
     from gengap_dist.report.page import write_report
     from gengap_dist.report.terminal import print_study
-    from gengap_dist.tracking import record
+    from gengap_dist.runs import run_folder
     from gengap_dist.tracking.mlflow_source import Names
 
-    record.prepare_folder(out, "study.json", resume=True)
+    run_folder.prepare_folder(out, "study.json", resume=True)
     names = Names(options.accuracy, options.size, options.seed, options.updates, options.percent)
     study, problems = gather(options.runs, out, names, options.tracking_uri, options.question)
     for problem in problems:
@@ -42,7 +42,7 @@ def command(argv: Sequence[str]) -> int:
         near = did_you_mean(options.baseline, study.arms)
         raise UsageError(f"--baseline ({options.baseline}) is no arm{near}: choose one of {', '.join(study.arms)}")
     study = study.against(options.baseline or study.baseline)
-    record.write_atomically(out / "study.json", json.dumps(study.info, indent=1))
+    run_folder.write_atomically(out / "study.json", json.dumps(study.info, indent=1))
     print_study(study, write_report(study), None)
     return cli.OK
 

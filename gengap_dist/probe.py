@@ -47,7 +47,7 @@ def command(argv: Sequence[str]) -> int:
 
     from gengap_dist.distributed.process_group import connect, disconnect, environment
     from gengap_dist.run import probe
-    from gengap_dist.tracking.record import prepare_folder
+    from gengap_dist.runs.run_folder import prepare_folder
 
     networks = _of_run(folder, wanted) if is_run else _of_file(options.weights)
     if out and environment()[0] == 0:
@@ -95,7 +95,7 @@ def _split(model: str) -> tuple[Path, str]:
 
 def _of_run(folder: Path, wanted: str) -> "list[Network]":
     """The untrained network and the weights wanted: `last`, `best`, or a step that the run has kept."""
-    from gengap_dist import checkpoint
+    from gengap_dist.runs import checkpoint
 
     if wanted == "0":
         return [(0, folder, None)]
@@ -120,7 +120,7 @@ def _of_file(weights: Path | None) -> "list[Network]":
     """The untrained network, and the one in a file if one is given."""
     if weights is None:
         return [(0, Path(), None)]
-    from gengap_dist import checkpoint
+    from gengap_dist.runs import checkpoint
 
     state = checkpoint.load(weights)
     for key in ("model", "state_dict"):  # as many tools nest them

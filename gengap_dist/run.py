@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gengap_dist import checkpoint, models
+from gengap_dist import models
 from gengap_dist.allocator import keep_freed_memory
 from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, norm_size, strategy_name
 from gengap_dist.compat.float32_precision import training_float32
@@ -46,10 +46,11 @@ from gengap_dist.profiling.measure import NoProfile, Profile, clocked
 from gengap_dist.recipes import course_of
 from gengap_dist.recipes.course import Taken, plan_of
 from gengap_dist.recipes.statistics import untrained
+from gengap_dist.runs import checkpoint
+from gengap_dist.runs.run_folder import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, prepare_folder, read_info
+from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.strategies import STRATEGIES, OptimizerState
 from gengap_dist.strategies.switches import check_compiler, deterministic
-from gengap_dist.tracking.record import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, prepare_folder, read_info
-from gengap_dist.tracking.system import sampling
 
 FLUSH_EVERY = 32  # steps whose sums meet the other ranks' in one all-reduce
 SHARED_SECONDS = 5.0  # for a file to be seen on all nodes

@@ -20,7 +20,7 @@ from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.errors import UsageError
-from gengap_dist.tracking import record
+from gengap_dist.runs import run_folder
 from gengap_dist.tracking.mlflow_sink import Follower
 from gengap_dist.training import ENTRY_POINT
 
@@ -49,14 +49,18 @@ def command(argv: Sequence[str]) -> int:
 def _began_here(out: Path) -> bool:
     """Whether the run in this folder was begun by the launch that this process belongs to."""
     launch_id = launchers.launch_id()
-    return launch_id is not None and (out / "run.json").exists() and record.read_info(out).get("launch_id") == launch_id
+    return (
+        launch_id is not None
+        and (out / "run.json").exists()
+        and run_folder.read_info(out).get("launch_id") == launch_id
+    )
 
 
 def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool) -> int:
     """What only one process does: the folder, progress, MLflow, the report."""
     from gengap_dist.report.terminal import RunProgress, print_profile, print_run
 
-    record.prepare_folder(out, "run.json", resume=resume)
+    run_folder.prepare_folder(out, "run.json", resume=resume)
     follower = Follower(out, config.mlflow) if config.mlflow.enabled else None
     try:
         with RunProgress(out.name) as progress:
@@ -67,7 +71,7 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
 
         page = write_report(read_study(out), pdf=False)  # `gengap report` has the time for it
     except BaseException as error:
-        record.close_abandoned(out, error)
+        run_folder.close_abandoned(out, error)
         raise
     finally:
         behind = follower.finish() if follower else None

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gengap_dist import checkpoint
 from gengap_dist.errors import UsageError
+from gengap_dist.runs import checkpoint
 from tests.conftest import ROOT
 
 STATE = {"w": torch.arange(3000.0), "step": 3, "nested": {"names": ["a", "b"], "none": None}}

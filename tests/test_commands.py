@@ -136,7 +136,7 @@ def test_probe_measures_untrained_and_trained(tmp_path, gengap):
     done = gengap("probe", "--model", "run", *words, "--out", "again", "--mlflow")
     assert done.returncode == 0, done.stderr
     assert "hessian/eigenvalue_1" in done.stdout
-    from gengap_dist.tracking.record import load_spectra, read_metrics
+    from gengap_dist.runs.run_folder import load_spectra, read_metrics
 
     assert gengap("probe", "--model", "run", "--out", "third").returncode == 0
     for step in ("00000000", "00000003"):  # the untrained network and the run's own
@@ -199,7 +199,7 @@ def test_probe_under_torchrun_is_the_probe_alone(tmp_path, gengap):
     command = [torchrun, "--standalone", "--nproc_per_node", "2", "-m", "gengap_dist.probe", *words, "--out", "two"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    from gengap_dist.tracking.record import load_spectra
+    from gengap_dist.runs.run_folder import load_spectra
 
     one, two = (load_spectra(tmp_path / name / "spectra" / "step_00000000.npz") for name in ("one", "two"))
     assert one.keys() == two.keys()

@@ -17,8 +17,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from gengap_dist import checkpoint
-from gengap_dist.tracking.record import read_info, read_metrics
+from gengap_dist.runs import checkpoint
+from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import weights
 from tests.ray_cluster import Cluster
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from gengap_dist.distributed.launchers.local import free_port
-from gengap_dist.tracking.record import read_info, read_metrics
+from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import ROOT
 
 SMALL = ["--train.steps", "6", "--launch.device", "cpu", "--probe.enabled", "false", "--mlflow.enabled", "false"]

@@ -29,7 +29,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.tracking.mlflow_sink": 3.75,
     "gengap_dist.tracking.mlflow_source": 3.75,
     "gengap_dist.loop": 3,
-    "gengap_dist.checkpoint": 3,
+    "gengap_dist.runs.checkpoint": 3,
     "gengap_dist.checks": 3,
     "gengap_dist.recipes": 3.25,
     "gengap_dist.profiling": 3,

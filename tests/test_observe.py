@@ -13,7 +13,7 @@ from gengap_dist.data import datasets
 from gengap_dist.observe import Observation, Observer
 from gengap_dist.probes.cadence import exceeds
 from gengap_dist.run import run
-from gengap_dist.tracking.record import load_spectra, prepare_folder, read_info, read_metrics
+from gengap_dist.runs.run_folder import load_spectra, prepare_folder, read_info, read_metrics
 from tests.conftest import config, train
 
 SHORT = {"train__steps": 6, "batch__global_size": 40, "probe__num_samples": 100}

@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 
-from gengap_dist import checkpoint
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
-from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
+from gengap_dist.runs import checkpoint
+from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from tests.conftest import ROOT, config, cut_after, train, weights
 from tests.ranks import on_ranks
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gengap_dist.errors import UsageError
-from gengap_dist.tracking.record import load_spectra, read_info, read_metrics
+from gengap_dist.runs.run_folder import load_spectra, read_info, read_metrics
 from tests.conftest import config, train, weights
 
 SMALL = {

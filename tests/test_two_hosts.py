@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gengap_dist.tracking.record import read_info, read_metrics
+from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import ROOT, weights
 
 NAMES = (f"gengap{os.getpid()}.{number}" for number in itertools.count())

@@ -11,7 +11,7 @@ import torch
 from gengap_dist.distributed.phase_timer import KINDS, Whereabouts
 from gengap_dist.distributed.stall_detector import Watchdog, watching
 from gengap_dist.run import run
-from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
+from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from tests.conftest import config, train
 from tests.ranks import on_ranks
 

@@ -23,9 +23,9 @@ import torch
 from tables import table
 from torch import Tensor
 
-from gengap_dist import checkpoint
 from gengap_dist.distributed.process_group import World
-from gengap_dist.tracking.record import read_info
+from gengap_dist.runs import checkpoint
+from gengap_dist.runs.run_folder import read_info
 
 from .items import Answer, Item, Part
 from .runs import NO_PROBE, Numbers, Settings, folder, numbers, recorded, train

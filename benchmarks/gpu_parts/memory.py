@@ -23,7 +23,7 @@ from gengap_dist.planning.memory import saved_for_backward
 from gengap_dist.planning.micro_size import OTHER_BYTES, TEMPORARY
 from gengap_dist.planning.rehearsal import Rehearsal
 from gengap_dist.planning.survey import survey
-from gengap_dist.tracking.record import read_info
+from gengap_dist.runs.run_folder import read_info
 
 from .items import Answer, Item, Part, places
 from .runs import NO_PROBE, Settings, config, folder, train

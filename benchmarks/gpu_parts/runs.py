@@ -12,7 +12,7 @@ from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.run import run
-from gengap_dist.tracking.record import prepare_folder
+from gengap_dist.runs.run_folder import prepare_folder
 
 Settings = Mapping[str, Any]
 Numbers = dict[tuple[int, str], float]

@@ -15,7 +15,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig, Section
 from gengap_dist.errors import UsageError
-from gengap_dist.tracking.record import write_atomically
+from gengap_dist.runs.run_folder import write_atomically
 
 
 class LinkConstants(Section):

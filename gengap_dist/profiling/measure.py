@@ -24,7 +24,7 @@ from gengap_dist.distributed.phase_timer import Whereabouts
 from gengap_dist.distributed.process_group import World
 from gengap_dist.profiling import trace
 from gengap_dist.profiling.summary import PARTS, Measured, Setting, summary
-from gengap_dist.tracking.record import write_atomically
+from gengap_dist.runs.run_folder import write_atomically
 
 FOLDER, SUMMARY = "profile", "summary.txt"
 COMPUTING = ("forward", "backward", "optimizer")  # which whereabouts call compute

@@ -16,9 +16,9 @@ from gengap_dist.comparison.measures import CONTROLS, MEASURED
 from gengap_dist.config.identity import MACHINERY
 from gengap_dist.config.loading import flat
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.metrics_table import History
+from gengap_dist.runs.run_folder import FINISHED, load_spectra, read_history, read_info
 from gengap_dist.statistics.paired import Paired, paired
-from gengap_dist.tracking.history import History
-from gengap_dist.tracking.record import FINISHED, load_spectra, read_history, read_info
 
 EXPLANATIONS = re.compile(MEASURED + "|relative_distance_from_init")
 CURVES = ("step", "epoch", "train/loss", "val/accuracy")  # what figures draw of every run

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from gengap_dist.comparison.roles import differing, effective
 from gengap_dist.errors import UsageError
 from gengap_dist.report.collect import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, settings_of, tuned_in
-from gengap_dist.tracking import record
+from gengap_dist.runs import run_folder
+from gengap_dist.runs.run_folder import read_info
 from gengap_dist.tracking.mirror import connect, store_uri
 from gengap_dist.tracking.mlflow_source import Names, find, save
-from gengap_dist.tracking.record import read_info
 
 MOST_TOLD = 3  # settings in an arm's name
 CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", MEASURED_AT)
@@ -70,7 +70,7 @@ def gather(
     for arm, of_arm in arms.items():
         for seed in sorted({run.seed for run in of_arm}):
             same = [run for run in of_arm if run.seed == seed]
-            same.sort(key=lambda run: (run.info["status"] == record.FINISHED, accuracy_of(run) is not None))
+            same.sort(key=lambda run: (run.info["status"] == run_folder.FINISHED, accuracy_of(run) is not None))
             doubled += [f"{arm}, seed {seed}"] if len(same) > 1 else []
             members.append(RunData(same[-1].folder, arm, same[-1].info))
     data = sorted({str(_of_data(run)) for run in runs})
@@ -80,18 +80,18 @@ def gather(
         problems.append(f"several runs are the same arm and seed, of which one counts: {'; '.join(doubled)}")
     info = {
         "schema": 1,
-        "status": record.FINISHED,
+        "status": run_folder.FINISHED,
         "name": out.name,
         "question": question,
         "baseline": baseline,
         "arms": list(arms),
         "seeds": sorted({run.seed for run in runs}),
         "tuned": {arm: {"best": dict.fromkeys(tuned)} for arm in arms} if tuned else {},
-        "started": record.now(),
+        "started": run_folder.now(),
         "command": sys.orig_argv,
         "config": {"sources": [str(source) for source in sources]},
-        "versions": record.versions(),
-        "git": record.git_state(),
+        "versions": run_folder.versions(),
+        "git": run_folder.git_state(),
         "members": [{"arm": run.arm, "folder": str(run.folder)} for run in members],
     }
     return StudyData(out, info["name"], question, baseline, list(arms), members, info), problems
@@ -126,7 +126,7 @@ def accuracy_of(run: RunData) -> float | None:
 def _first_choice(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> tuple[bool, int, int]:
     """Smallest for the arm to compare with: a study's own baseline, else the smallest batch with the most results."""
     of_study = any(sources[run.folder].is_baseline for run in arm)
-    return (not of_study, arm[0].global_size, -sum(run.info["status"] == record.FINISHED for run in arm))
+    return (not of_study, arm[0].global_size, -sum(run.info["status"] == run_folder.FINISHED for run in arm))
 
 
 def _on_disk(folder: Path) -> Iterator[Source]:

@@ -16,7 +16,7 @@ from gengap_dist.report.collect import StudyData
 from gengap_dist.report.drawing import STYLE, THEME, save
 from gengap_dist.report.tables import Table, arm_table, data_table, first_to_show, run_table, tuning_tables
 from gengap_dist.report.terminal import percent
-from gengap_dist.tracking.record import write_atomically
+from gengap_dist.runs.run_folder import write_atomically
 
 MOST_ROWS = 150  # of a picture's data as a table on the page; the CSV has all
 

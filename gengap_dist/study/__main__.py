@@ -20,10 +20,10 @@ from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.errors import UsageError
+from gengap_dist.runs import run_folder
 from gengap_dist.study import schedule
 from gengap_dist.study.grid import Cell
 from gengap_dist.study.watch import Watch
-from gengap_dist.tracking import record
 from gengap_dist.tracking.mlflow_sink import Follower
 
 PROG = "gengap study"
@@ -42,7 +42,7 @@ def command(argv: Sequence[str]) -> int:
     if not launchers.is_driver(config.launch):
         schedule.run_study(config, out, Watch(), driver=False)
         return cli.OK
-    record.prepare_folder(out, "study.json", resume=True)
+    run_folder.prepare_folder(out, "study.json", resume=True)
     with schedule.alone(out):
         return _drive(config, out)
 
@@ -58,11 +58,11 @@ def _drive(config: StudyConfig, out: Path) -> int:
             from gengap_dist.report.page import write_report
 
         found = read_study(out)
-        outcome = record.FAILED if num_failed else record.FINISHED
+        outcome = run_folder.FAILED if num_failed else run_folder.FINISHED
         study = replace(found, info=schedule.conclude(out, outcome, _headline(found), _verdicts(found)))
         page = write_report(study)
     except BaseException as error:
-        schedule.conclude(out, record.FAILED if isinstance(error, Exception) else record.KILLED, {})
+        schedule.conclude(out, run_folder.FAILED if isinstance(error, Exception) else run_folder.KILLED, {})
         raise
     finally:
         behind = follower.finish() if follower else None
@@ -96,7 +96,9 @@ def _run(config: StudyConfig, out: Path) -> int:
 
             def over(self, cell: Cell, note: str) -> None:
                 done = progress.over(cell.title)
-                result = record.read_info(cell.folder).get("result", {}) if (cell.folder / "run.json").exists() else {}
+                result = (
+                    run_folder.read_info(cell.folder).get("result", {}) if (cell.folder / "run.json").exists() else {}
+                )
                 which = "best_val/accuracy" if cell.label.startswith("trial") else "test/accuracy"
                 progress.say(
                     f"[{done}/{total}] {cell.title}: {note}, {which.replace('/', ' ')} {percent(result.get(which))}"

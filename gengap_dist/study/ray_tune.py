@@ -36,9 +36,9 @@ from gengap_dist.distributed.launchers.ray import (
 )
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
+from gengap_dist.runs import run_folder
 from gengap_dist.study.grid import Cell
 from gengap_dist.study.watch import Watch
-from gengap_dist.tracking import record
 from gengap_dist.training import ENTRY_POINT
 
 STUDY = "study"  # what news of all runs are about
@@ -99,15 +99,17 @@ def run_all(plan: Sequence[Cell], watch: Watch, most: int | None) -> int:
         shutil.rmtree(storage, ignore_errors=True)
     for number in set(range(len(plan))) - heard.keys():  # the process that waited for its ranks died
         _close(plan[number], RankFailed("the process that started the ranks died"))
-        status = record.read_info(plan[number].folder)["status"] if plan[number].folder.exists() else record.FAILED
-        heard[number] = status if status in record.ENDED else "failed: the process that started the ranks died"
+        status = (
+            run_folder.read_info(plan[number].folder)["status"] if plan[number].folder.exists() else run_folder.FAILED
+        )
+        heard[number] = status if status in run_folder.ENDED else "failed: the process that started the ranks died"
         watch.over(plan[number], heard[number])
-    return sum(note.startswith(record.FAILED) for note in heard.values())
+    return sum(note.startswith(run_folder.FAILED) for note in heard.values())
 
 
 def _close(cell: Cell, error: BaseException) -> None:
     if cell.folder.exists():
-        record.close_abandoned(cell.folder, error)
+        run_folder.close_abandoned(cell.folder, error)
 
 
 def _wait(
@@ -193,7 +195,7 @@ def _trial(job: _Job, number: int) -> None:
         team.teller.tell.remote(STUDY, "progress", (run, done, total, note))
 
     def over(run: int, result: dict[str, Any]) -> None:
-        tell("over", (run, record.read_info(folder(run))["status"]))
+        tell("over", (run, run_folder.read_info(folder(run))["status"]))
 
     def given() -> tuple[int, int] | None:
         return ray.get(team.teller.give.remote(team.name, team.launch))  # a run, and how often it was begun
@@ -209,7 +211,7 @@ def _trial(job: _Job, number: int) -> None:
                 if isinstance(error, Preempted):
                     return tell("preempted", error.step)
                 if folder(now[0]).exists():
-                    record.close_abandoned(folder(now[0]), error)
+                    run_folder.close_abandoned(folder(now[0]), error)
                 ray.get(team.teller.end.remote(team.name))
                 tell("over", (now[0], f"failed: {str(error).strip().splitlines()[-1]}"))
     except UsageError as error:

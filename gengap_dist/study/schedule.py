@@ -18,10 +18,10 @@ from gengap_dist.config.study import StudyConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.launchers import Launcher
 from gengap_dist.errors import OutOfMemory, UsageError
+from gengap_dist.runs import run_folder
 from gengap_dist.study import grid, ray_tune, tune
 from gengap_dist.study.grid import Cell
 from gengap_dist.study.watch import Watch
-from gengap_dist.tracking import record
 from gengap_dist.training import ENTRY_POINT
 
 Warn = Callable[[str], None]
@@ -65,8 +65,8 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
     if before.get("question", config.study.question) != config.study.question:
         warn(f"study.question was another when {out} was begun ({before['question']}): the report has the new one")
     for folder in sorted([*out.glob("runs/*/*"), *out.glob("tune/*/*")]):
-        if what := record.damage(folder):
-            kept = record.set_aside(folder, out / "damaged")
+        if what := run_folder.damage(folder):
+            kept = run_folder.set_aside(folder, out / "damaged")
             warn(f"{folder} is damaged ({what}): kept as {kept}, and run again if it is part of this study")
     _check_same(plan)
     tuned = (before.get("config") or {}).get("study", {}).get("tune")
@@ -83,20 +83,20 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
         warn(f"arm {name} is the same run as {twin}, and is not run twice")
     info = {
         "schema": 1,
-        "status": record.RUNNING,
+        "status": run_folder.RUNNING,
         "name": config.study.name,
         "question": config.study.question,
         "baseline": config.baseline,
         "arms": arms,
         "twins": config.twins,
         "seeds": list(config.study.seeds),
-        "started": before.get("started", record.now()),
+        "started": before.get("started", run_folder.now()),
         "command": sys.orig_argv,
         "config": config.model_dump(mode="json"),
-        "versions": record.versions(),
-        "git": record.git_state(),
+        "versions": run_folder.versions(),
+        "git": run_folder.git_state(),
     }
-    record.write_atomically(out / "study.json", json.dumps(info, indent=1))
+    run_folder.write_atomically(out / "study.json", json.dumps(info, indent=1))
 
 
 def _before(out: Path, warn: Warn) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _check_same(plan: list[Cell]) -> None:
     for cell in plan:
         if not status(cell):
             continue
-        if changed := differences(record.read_info(cell.folder)["config"], cell.config):
+        if changed := differences(run_folder.read_info(cell.folder)["config"], cell.config):
             raise UsageError(
                 f"{changed} when {cell.arm}/{cell.folder.name} was run in {cell.folder}: "
                 "choose a new --out, or remove that run's folder"
@@ -125,8 +125,8 @@ def _check_same(plan: list[Cell]) -> None:
 
 def status(cell: Cell) -> str:
     """What a run's folder says: a status of run.json, or "" before it began or if it is damaged."""
-    whole = (cell.folder / "run.json").exists() and not record.damage(cell.folder)
-    return record.read_info(cell.folder)["status"] if whole else ""
+    whole = (cell.folder / "run.json").exists() and not run_folder.damage(cell.folder)
+    return run_folder.read_info(cell.folder)["status"] if whole else ""
 
 
 def num_runs(config: StudyConfig) -> int:
@@ -151,7 +151,7 @@ def run_study(config: StudyConfig, out: Path, watch: Watch, *, driver: bool, war
     trials = _trials(config, out)
     # a trial that failed is tried again until its arm's own runs have begun: they must all have the same settings
     settled = {arm.name for arm in config.arms if (out / "runs" / arm.name).exists()}
-    num_failed = run([cell for cell in trials if cell.arm not in settled or status(cell) != record.FAILED])
+    num_failed = run([cell for cell in trials if cell.arm not in settled or status(cell) != run_folder.FAILED])
     found = _searches(config, trials)
     tuned = {arm: search["best"] for arm, search in found.items() if search["best"] is not None}
     plan = grid.cells(config, out, tuned)
@@ -189,7 +189,7 @@ def run_all(plan: list[Cell], watch: Watch, *, driver: bool, most: int | None = 
     """
     to_do = []
     for cell in plan:
-        if status(cell) in record.ENDED:
+        if status(cell) in run_folder.ENDED:
             watch.over(cell, "already there")
         else:
             to_do.append(cell)
@@ -210,31 +210,31 @@ def _one_by_one(plan: list[Cell], watch: Watch, *, driver: bool) -> int:
                     launchers.choose(cell.config.launch, many_runs=True, entry_point=ENTRY_POINT)
                 )
             if driver:
-                record.prepare_folder(cell.folder, "run.json", resume=True)
+                run_folder.prepare_folder(cell.folder, "run.json", resume=True)
             try:
                 ranks[launch].run(cell.config, cell.folder, resume=True, progress=partial(watch.step, cell))
                 watch.over(cell, status(cell))
             except (launchers.RankFailed, OutOfMemory) as error:
                 if launchers.joining(cell.config.launch):
                     if driver:
-                        record.close_abandoned(cell.folder, error)
+                        run_folder.close_abandoned(cell.folder, error)
                     raise  # the other ranks, which were not started here, have ended
-                record.close_abandoned(cell.folder, error)
+                run_folder.close_abandoned(cell.folder, error)
                 watch.over(cell, f"failed: {str(error).strip().splitlines()[-1]}")
                 num_failed += 1
             except BaseException as error:
                 if driver:
-                    record.close_abandoned(cell.folder, error)
+                    run_folder.close_abandoned(cell.folder, error)
                 raise
     return num_failed
 
 
 def conclude(out: Path, outcome: str, numbers: dict[str, Any], verdicts: Sequence[str] = ()) -> dict[str, Any]:
     """Write the study's last status, its headline numbers, and what it says in sentences; study.json as it is then."""
-    return _update(out, status=outcome, ended=record.now(), metrics=numbers, verdicts=[*verdicts])
+    return _update(out, status=outcome, ended=run_folder.now(), metrics=numbers, verdicts=[*verdicts])
 
 
 def _update(out: Path, **news: Any) -> dict[str, Any]:
-    info = record.read_info(out / "study.json") | news
-    record.write_atomically(out / "study.json", json.dumps(info, indent=1))
+    info = run_folder.read_info(out / "study.json") | news
+    run_folder.write_atomically(out / "study.json", json.dumps(info, indent=1))
     return info

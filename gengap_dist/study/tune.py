@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.config.study import TuneSection
-from gengap_dist.tracking import record
+from gengap_dist.runs import run_folder
 
 Point = dict[str, Any]
 """Dotted settings to values."""
@@ -61,11 +61,11 @@ def _value(tune: TuneSection, name: str, drawn: float) -> Any:
 
 def read_trial(point: Point, folder: Path) -> Trial:
     """What a trial's folder says; the status is "" before it began."""
-    info = record.read_info(folder) if (folder / "run.json").exists() else {}
-    if info.get("status") != record.FINISHED:
+    info = run_folder.read_info(folder) if (folder / "run.json").exists() else {}
+    if info.get("status") != run_folder.FINISHED:
         return Trial(point, info.get("status", ""))
-    accuracies = [line["val/accuracy"] for line in record.read_metrics(folder) if "val/accuracy" in line]
-    return Trial(point, record.FINISHED, accuracies[-1], info["result"].get("updates_to_target"))
+    accuracies = [line["val/accuracy"] for line in run_folder.read_metrics(folder) if "val/accuracy" in line]
+    return Trial(point, run_folder.FINISHED, accuracies[-1], info["result"].get("updates_to_target"))
 
 
 def best(trials: Sequence[Trial], *, to_target: bool) -> Trial | None:
@@ -85,7 +85,7 @@ def best(trials: Sequence[Trial], *, to_target: bool) -> Trial | None:
         updates = trial.updates if to_target and trial.updates is not None else float("inf")
         return -updates, trial.accuracy or 0.0
 
-    return max((trial for trial in trials if trial.status == record.FINISHED), key=rank, default=None)
+    return max((trial for trial in trials if trial.status == run_folder.FINISHED), key=rank, default=None)
 
 
 def edges(tune: TuneSection, trials: Sequence[Trial], chosen: Point) -> list[str]:

@@ -22,7 +22,7 @@ from gengap_dist.compat.fast_imports import quickly
 from gengap_dist.config.identity import MACHINERY
 from gengap_dist.config.loading import flat
 from gengap_dist.errors import UsageError
-from gengap_dist.tracking.record import (
+from gengap_dist.runs.run_folder import (
     DIVERGED,
     FAILED,
     FINISHED,
@@ -37,7 +37,7 @@ from gengap_dist.tracking.record import (
 )
 
 if TYPE_CHECKING:  # numpy, which the command that starts a mirror does not need
-    from gengap_dist.tracking.history import History
+    from gengap_dist.runs.metrics_table import History
 
 MAX_REQUEST = 1000  # metrics that MLflow takes at once
 STATUS = {
@@ -409,7 +409,7 @@ def _all_ended(runs: Runs, num_seeds: int) -> bool:
 
 
 def _history(folder: Path, info: Line) -> "History":
-    from gengap_dist.tracking.history import history
+    from gengap_dist.runs.metrics_table import history
 
     return read_history(folder) if info["status"] == FINISHED else history(())
 

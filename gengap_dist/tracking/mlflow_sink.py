@@ -21,8 +21,8 @@ from typing import IO
 from gengap_dist.compat.fast_imports import quickly
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.run_folder import read_info
 from gengap_dist.tracking.mirror import Mirror, Sent, comparison, prepare, store_uri
-from gengap_dist.tracking.record import read_info
 
 POLL_SECONDS = 1.0
 REST = 20  # times as long as a look at the folder took: a long record is read again at every look

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from gengap_dist.config.loading import nested
 from gengap_dist.errors import UsageError, did_you_mean
-from gengap_dist.tracking.record import write_atomically
+from gengap_dist.runs.run_folder import write_atomically
 
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "running"}
 

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gengap_dist import checkpoint, models
+from gengap_dist import models
 from gengap_dist.compat.fast_imports import quickly
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
+from gengap_dist.runs import checkpoint
 
 
 class Scorer(nn.Module):

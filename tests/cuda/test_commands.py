@@ -19,7 +19,7 @@ from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.launchers.local import _environment, free_port
 from gengap_dist.distributed.process_group import World
-from gengap_dist.tracking.record import prepare_folder, read_info
+from gengap_dist.runs.run_folder import prepare_folder, read_info
 from tests import fake_cuda
 from tests.conftest import config
 from tests.conftest import train as train_here

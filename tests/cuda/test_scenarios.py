@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gengap_dist.distributed.launchers.local import Pool, _environment
-from gengap_dist.tracking.record import prepare_folder, read_info
+from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training import ENTRY_POINT
 from tests import fake_cuda
 from tests.conftest import config, cut_after

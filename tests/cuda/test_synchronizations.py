@@ -13,7 +13,7 @@ import pytest
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.launchers.local import _environment
 from gengap_dist.distributed.process_group import World
-from gengap_dist.tracking.record import prepare_folder
+from gengap_dist.runs.run_folder import prepare_folder
 from tests import fake_cuda
 from tests.conftest import config
 from tests.cuda.scenarios import ADAMW, AUGMENTED, BASE, FP16, LAMB, LOCAL, OFF, POST_LOCAL, SMALL, SYNC, Settings

@@ -13,7 +13,7 @@ import pytest
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.launchers.ray import resolve_device
 from gengap_dist.errors import UsageError
-from gengap_dist.tracking.record import read_info, read_metrics
+from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests import fake_cuda
 from tests.conftest import cut_after
 from tests.ray_cluster import Cluster

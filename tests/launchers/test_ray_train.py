@@ -14,7 +14,7 @@ from gengap_dist.config.sections import LaunchConfig, RunConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.launchers import ray
 from gengap_dist.errors import UsageError
-from gengap_dist.tracking.record import read_info, read_metrics
+from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.training import ENTRY_POINT
 from tests.conftest import weights
 from tests.ray_cluster import until

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gengap_dist.planning import constants
-from gengap_dist.tracking.record import read_info
+from gengap_dist.runs.run_folder import read_info
 from tests.conftest import cut_after, train
 from tests.planning.test_micro_size import go, timeless
 

@@ -19,7 +19,7 @@ from gengap_dist.planning.layout import Cluster
 from gengap_dist.planning.micro_size import Network, candidates, settle
 from gengap_dist.planning.rehearsal import Rehearsal
 from gengap_dist.planning.survey import survey
-from gengap_dist.tracking.record import prepare_folder, read_info, read_metrics
+from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from tests.conftest import ROOT, config, cut_after, train, weights
 from tests.ranks import Crew, standing
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.tracking.record import read_info
+from gengap_dist.runs.run_folder import read_info
 from tests.conftest import cut_after, weights
 from tests.recipes.test_law import BASE, SYNC, crews, curves, train  # noqa: F401
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gengap_dist import checkpoint, models
+from gengap_dist import models
 from gengap_dist.checks import check_norm
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Batches, Normalise
@@ -22,8 +22,9 @@ from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.optim.build import build
 from gengap_dist.recipes import course_of
 from gengap_dist.recipes.statistics import recompute
+from gengap_dist.runs import checkpoint
+from gengap_dist.runs.run_folder import prepare_folder, read_metrics
 from gengap_dist.strategies import DDP, Single
-from gengap_dist.tracking.record import prepare_folder, read_metrics
 from tests.conftest import config, cut_after
 from tests.ranks import on_ranks
 

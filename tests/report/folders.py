@@ -8,7 +8,7 @@ import torch
 
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 from gengap_dist.report.collect import metric
-from gengap_dist.tracking.record import DIVERGED, FINISHED, Record
+from gengap_dist.runs.run_folder import DIVERGED, FINISHED, Record
 from tests.conftest import config
 
 LAYERS = ("fc1", "fc2")

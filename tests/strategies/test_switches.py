@@ -24,9 +24,9 @@ from gengap_dist.models.dropout import treat_dropout
 from gengap_dist.models.sample_position import Position
 from gengap_dist.planning import memory
 from gengap_dist.recipes import course_of
+from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.strategies import Single
 from gengap_dist.strategies.switches import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
-from gengap_dist.tracking.record import read_info, read_metrics
 from tests.conftest import config, cut_after, train
 from tests.ranks import Crew, standing
 from tests.strategies import jobs

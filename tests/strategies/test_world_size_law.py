@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gengap_dist.distributed.launchers.local import Pool
-from gengap_dist.tracking.record import prepare_folder, read_metrics
+from gengap_dist.runs.run_folder import prepare_folder, read_metrics
 from gengap_dist.training import ENTRY_POINT
 from tests.conftest import config, weights
 

@@ -8,7 +8,7 @@ import pytest
 
 from gengap_dist.config.sections import LaunchConfig, RunConfig
 from gengap_dist.distributed.launchers.ray import Teller
-from gengap_dist.tracking.record import read_info
+from gengap_dist.runs.run_folder import read_info
 from tests.ray_cluster import until
 from tests.study import tiny
 

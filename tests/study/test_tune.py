@@ -10,9 +10,9 @@ from gengap_dist.config.study import StudyConfig, TuneSection
 from gengap_dist.errors import UsageError
 from gengap_dist.report.collect import read_study, tuned_in
 from gengap_dist.report.gather import gather
+from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.study import schedule, tune
 from gengap_dist.tracking.mlflow_source import Names
-from gengap_dist.tracking.record import read_info, read_metrics
 from tests.study import tiny
 
 SPACE = {"optim.lr": {"low": 0.005, "high": 0.5, "log": True}, "optim.momentum": {"low": 0.5, "high": 0.98}}

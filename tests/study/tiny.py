@@ -10,7 +10,7 @@ import yaml
 
 from gengap_dist.report.collect import read_study
 from gengap_dist.report.terminal import study_rows
-from gengap_dist.tracking.record import read_info
+from gengap_dist.runs.run_folder import read_info
 from tests.ray_cluster import ROOT
 
 SETTINGS = {

@@ -7,8 +7,8 @@ from scipy import stats
 from gengap_dist.comparison.arms import recipe
 from gengap_dist.config.loading import flat, validate
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.runs.metrics_table import history
 from gengap_dist.tracking.aggregate import Seed, over_seeds, summary
-from gengap_dist.tracking.history import history
 
 
 def seed(number, accuracy=None, status="finished", lines=()):

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.tracking import history as module
-from gengap_dist.tracking.history import history
-from gengap_dist.tracking.record import Record, read_history, read_raw
+from gengap_dist.runs import metrics_table as module
+from gengap_dist.runs.metrics_table import history
+from gengap_dist.runs.run_folder import Record, read_history, read_raw
 
 NAMES = st.sampled_from(["train/loss", "val/accuracy", "near_rank_loss/fc2/rel_1e-2", "nc1"])
 VALUES = st.floats(allow_nan=False) | st.sampled_from(["nan", "inf", "-inf"]) | st.integers(-(2**53), 2**53)

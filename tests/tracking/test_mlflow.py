@@ -16,9 +16,9 @@ import pytest
 
 from gengap_dist import run as run_module
 from gengap_dist.distributed.launchers.local import free_port
+from gengap_dist.runs.run_folder import prepare_folder, read_metrics
 from gengap_dist.tracking.mirror import Mirror
 from gengap_dist.tracking.mlflow_sink import sync_now
-from gengap_dist.tracking.record import prepare_folder, read_metrics
 from gengap_dist.train import command as train_command
 from tests.conftest import ROOT, config, train
 

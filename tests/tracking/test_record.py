@@ -7,8 +7,8 @@ import torch
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
-from gengap_dist.tracking import record
-from gengap_dist.tracking.record import Record, load_spectra, prepare_folder, read_info, read_metrics
+from gengap_dist.runs import run_folder
+from gengap_dist.runs.run_folder import Record, load_spectra, prepare_folder, read_info, read_metrics
 
 
 def test_lines_are_held_until_their_step_is_over(tmp_path):
@@ -73,10 +73,10 @@ def test_spectra_read_back(tmp_path):
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
-    record.write_atomically(path, "old")
+    run_folder.write_atomically(path, "old")
     monkeypatch.setattr("os.fsync", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        record.write_atomically(path, "new")
+        run_folder.write_atomically(path, "new")
     assert path.read_text() == "old"
 
 
@@ -99,11 +99,11 @@ def test_an_abandoned_run_gets_its_last_status(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     Record(out).start(RunConfig(), {})
-    record.close_abandoned(out, RuntimeError("rank 1 died"))
+    run_folder.close_abandoned(out, RuntimeError("rank 1 died"))
     assert read_info(out)["status"] == "failed"
     assert read_info(out)["error"] == "RuntimeError: rank 1 died"
     Record(out).start(RunConfig(), {})
-    record.close_abandoned(out, KeyboardInterrupt())
+    run_folder.close_abandoned(out, KeyboardInterrupt())
     assert read_info(out)["status"] == "killed"
 
 
@@ -111,7 +111,7 @@ def test_a_run_that_never_began_leaves_no_folder(tmp_path):
     out = tmp_path / "run"
     prepare_folder(out, "run.json", resume=False)
     Record(out)
-    record.close_abandoned(out, UsageError("no data"))
+    run_folder.close_abandoned(out, UsageError("no data"))
     assert not out.exists()
 
 

@@ -19,13 +19,13 @@ from gengap_dist.data import datasets
 from gengap_dist.errors import UsageError
 from gengap_dist.report.collect import read_study
 from gengap_dist.report.gather import gather
+from gengap_dist.runs.run_folder import FINISHED, read_info, read_lines, read_metrics
+from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.study import schedule
 from gengap_dist.study.watch import Watch
 from gengap_dist.tracking.mirror import Mirror, comparison
 from gengap_dist.tracking.mlflow_sink import Follower, sync_now
 from gengap_dist.tracking.mlflow_source import Names
-from gengap_dist.tracking.record import FINISHED, read_info, read_lines, read_metrics
-from gengap_dist.tracking.system import sampling
 from tests.browser import NEEDS_CHROMIUM, page, pictures
 from tests.tracking.servers import mlflow_server, postgresql, refusing
 

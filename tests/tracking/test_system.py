@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 SAMPLE = """
 import sys, pathlib
-from gengap_dist.tracking.system import sampling
+from gengap_dist.runs.system_metrics import sampling
 
 assert "pynvml" not in sys.modules
 with sampling(pathlib.Path(sys.argv[1]), 0.01, num_nodes=1):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # every command imports this module, and --help needs neither
     import numpy as np
 
     from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
-    from gengap_dist.tracking.history import History
+    from gengap_dist.runs.metrics_table import History
 
 Metrics = Mapping[str, float]
 RUNNING, FINISHED, DIVERGED, FAILED, KILLED = "running", "finished", "diverged", "failed", "killed"
@@ -244,7 +244,7 @@ class Record(NoRecord):
         self._save()
         lines = self.out / "metrics.jsonl"
         if status in ENDED and lines.exists() and (size := lines.stat().st_size) > SLOW_TO_READ:
-            from gengap_dist.tracking.history import dump, history
+            from gengap_dist.runs.metrics_table import dump, history
 
             write_atomically(self.out / "metrics.npz", dump(history(read_raw(lines)), size))
 
@@ -298,7 +298,7 @@ def read_history(out: Path) -> "History":
     Raises:
         ValueError: if a line of metrics.jsonl is damaged.
     """
-    from gengap_dist.tracking.history import history, load
+    from gengap_dist.runs.metrics_table import history, load
 
     lines, columns = out / "metrics.jsonl", out / "metrics.npz"
     if columns.exists() and lines.exists() and (found := load(columns, lines.stat().st_size)):

@@ -31,7 +31,7 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.report.page import write_report
     from gengap_dist.report.terminal import print_study
     from gengap_dist.runs import run_folder
-    from gengap_dist.tracking.mlflow_source import Names
+    from gengap_dist.tracking.mlflow.importer import Names
 
     run_folder.prepare_folder(out, "study.json", resume=True)
     names = Names(options.accuracy, options.size, options.seed, options.updates, options.percent)

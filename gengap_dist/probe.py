@@ -77,7 +77,7 @@ def _show(options: argparse.Namespace, config: RunConfig, found: list[Any], out:
     say(f"spectra  {out / 'spectra'}\nfigures  {out / 'figures'}\nreport   {page}", highlight=False, soft_wrap=True)
     if options.mlflow:
         from gengap_dist.report.terminal import ui_command
-        from gengap_dist.tracking.mlflow_sink import sync_now
+        from gengap_dist.tracking.mlflow.process import sync_now
 
         uri = sync_now(out, options.tracking_uri, lambda name, done, total: None)
         say(f"mlflow   {ui_command(uri)}", highlight=False, soft_wrap=True)

@@ -21,7 +21,7 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
-from gengap_dist.tracking.mlflow_sink import Follower
+from gengap_dist.tracking.mlflow.process import Follower
 from gengap_dist.training import ENTRY_POINT
 
 PROG = "gengap train"

@@ -25,9 +25,9 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.strategies": 2,
     "gengap_dist.tracking": 2.5,  # records what probes found
     "gengap_dist.tracking.model": 3.25,  # builds the network of a checkpoint
-    "gengap_dist.tracking.mirror": 3.5,
-    "gengap_dist.tracking.mlflow_sink": 3.75,
-    "gengap_dist.tracking.mlflow_source": 3.75,
+    "gengap_dist.tracking.mlflow.uploader": 3.5,
+    "gengap_dist.tracking.mlflow.process": 3.75,
+    "gengap_dist.tracking.mlflow.importer": 3.75,
     "gengap_dist.loop": 3,
     "gengap_dist.runs.checkpoint": 3,
     "gengap_dist.checks": 3,

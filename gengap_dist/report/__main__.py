@@ -51,7 +51,7 @@ def _draw(folder: Path) -> int:
 
 def _sync(folder: Path, uri: str | None) -> int:
     from gengap_dist.report.terminal import RunProgress
-    from gengap_dist.tracking.mlflow_sink import sync_now
+    from gengap_dist.tracking.mlflow.process import sync_now
 
     with RunProgress("sending") as progress:
         reached = sync_now(folder, uri, lambda name, done, total: progress(done, total, name))

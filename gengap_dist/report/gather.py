@@ -10,8 +10,8 @@ from gengap_dist.errors import UsageError
 from gengap_dist.report.collect import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, settings_of, tuned_in
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.run_folder import read_info
-from gengap_dist.tracking.mirror import connect, store_uri
-from gengap_dist.tracking.mlflow_source import Names, find, save
+from gengap_dist.tracking.mlflow.importer import Names, find, save
+from gengap_dist.tracking.mlflow.uploader import connect, store_uri
 
 MOST_TOLD = 3  # settings in an arm's name
 CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", MEASURED_AT)

@@ -24,7 +24,7 @@ from gengap_dist.runs import run_folder
 from gengap_dist.study import schedule
 from gengap_dist.study.grid import Cell
 from gengap_dist.study.watch import Watch
-from gengap_dist.tracking.mlflow_sink import Follower
+from gengap_dist.tracking.mlflow.process import Follower
 
 PROG = "gengap study"
 

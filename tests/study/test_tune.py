@@ -12,7 +12,7 @@ from gengap_dist.report.collect import read_study, tuned_in
 from gengap_dist.report.gather import gather
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.study import schedule, tune
-from gengap_dist.tracking.mlflow_source import Names
+from gengap_dist.tracking.mlflow.importer import Names
 from tests.study import tiny
 
 SPACE = {"optim.lr": {"low": 0.005, "high": 0.5, "log": True}, "optim.momentum": {"low": 0.5, "high": 0.98}}

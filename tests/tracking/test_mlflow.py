@@ -17,8 +17,8 @@ import pytest
 from gengap_dist import run as run_module
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
-from gengap_dist.tracking.mirror import Mirror
-from gengap_dist.tracking.mlflow_sink import sync_now
+from gengap_dist.tracking.mlflow.process import sync_now
+from gengap_dist.tracking.mlflow.uploader import Mirror
 from gengap_dist.train import command as train_command
 from tests.conftest import ROOT, config, train
 
@@ -197,7 +197,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
 def test_a_fresh_sqlite_store_survives_several_first_users(tmp_path):
     uri = f"sqlite:///{tmp_path}/fresh.db"
     code = (
-        "import sys; from pathlib import Path; from gengap_dist.tracking.mirror import Mirror; "
+        "import sys; from pathlib import Path; from gengap_dist.tracking.mlflow.uploader import Mirror; "
         "Mirror(Path('.'), sys.argv[1], 'e')"
     )
     users = [subprocess.Popen([sys.executable, "-c", code, uri]) for _ in range(3)]

@@ -23,9 +23,9 @@ from gengap_dist.runs.run_folder import FINISHED, read_info, read_lines, read_me
 from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.study import schedule
 from gengap_dist.study.watch import Watch
-from gengap_dist.tracking.mirror import Mirror, comparison
-from gengap_dist.tracking.mlflow_sink import Follower, sync_now
-from gengap_dist.tracking.mlflow_source import Names
+from gengap_dist.tracking.mlflow.importer import Names
+from gengap_dist.tracking.mlflow.process import Follower, sync_now
+from gengap_dist.tracking.mlflow.uploader import Mirror, comparison
 from tests.browser import NEEDS_CHROMIUM, page, pictures
 from tests.tracking.servers import mlflow_server, postgresql, refusing
 
@@ -163,7 +163,7 @@ def test_a_seed_that_the_study_does_without_is_in_no_mean(study, store):
 
 
 def test_a_folder_is_sent_by_one_at_a_time(study, store, monkeypatch):
-    monkeypatch.setattr("gengap_dist.tracking.mlflow_sink.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("gengap_dist.tracking.mlflow.process.LOCK_SECONDS", 0.2)
     with (study / "mlflow.log").open("w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="is being sent to MLflow just now"):

@@ -1,6 +1,6 @@
 """The process that mirrors the folder of a run or study to MLflow. Folders are the truth: what it missed is sent later.
 
-`python -m gengap_dist.tracking.mlflow_sink FOLDER ...` tails the folder and ends when its standard input closes. So no
+`python -m gengap_dist.tracking.mlflow.process FOLDER ...` tails the folder and ends when its standard input closes. So no
 server can ever hold up a training step, and a training rank never imports mlflow.
 """
 
@@ -22,7 +22,7 @@ from gengap_dist.compat.fast_imports import quickly
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
-from gengap_dist.tracking.mirror import Mirror, Sent, comparison, prepare, store_uri
+from gengap_dist.tracking.mlflow.uploader import Mirror, Sent, comparison, prepare, store_uri
 
 POLL_SECONDS = 1.0
 REST = 20  # times as long as a look at the folder took: a long record is read again at every look

@@ -9,9 +9,9 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
-from gengap_dist.out_of_memory import ran_out
+from gengap_dist.parallel.out_of_memory import ran_out
+from gengap_dist.parallel.strategies.deepspeed import check as check_zero
 from gengap_dist.probes.activations import observing
-from gengap_dist.strategies.deepspeed import check as check_zero
 
 
 def strategy_name(config: RunConfig, num_ranks: int) -> str:

@@ -15,8 +15,8 @@ from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.data.datasets import Images
 from gengap_dist.distributed.batch_plan import Span, blocks
 from gengap_dist.distributed.process_group import World
+from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.probes.activations import observing
-from gengap_dist.strategies import Strategy
 
 EVAL_BLOCK = 250  # images in one evaluation pass; never cut by ranks, so the result is the same on any number of them
 NUM_SUMS = 7  # of a step, see `accumulate`

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import models
-from gengap_dist.allocator import keep_freed_memory
 from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, norm_size, strategy_name
 from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.config.identity import differences
@@ -36,7 +35,10 @@ from gengap_dist.models.batch_norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
-from gengap_dist.out_of_memory import explained, snapshot
+from gengap_dist.parallel.execution import keep_freed_memory
+from gengap_dist.parallel.out_of_memory import explained, snapshot
+from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
+from gengap_dist.parallel.strategies.switches import check_compiler, deterministic
 from gengap_dist.planning.memory_format import settle_format
 from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
@@ -49,8 +51,6 @@ from gengap_dist.recipes.statistics import untrained
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, prepare_folder, read_info
 from gengap_dist.runs.system_metrics import sampling
-from gengap_dist.strategies import STRATEGIES, OptimizerState
-from gengap_dist.strategies.switches import check_compiler, deterministic
 
 FLUSH_EVERY = 32  # steps whose sums meet the other ranks' in one all-reduce
 SHARED_SECONDS = 5.0  # for a file to be seen on all nodes

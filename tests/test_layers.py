@@ -17,12 +17,12 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.distributed.preemption": 0,
     "gengap_dist.distributed.process_group": 0.5,  # raises config's errors
     "gengap_dist.distributed.stall_detector": 1,
-    "gengap_dist.out_of_memory": 1,
+    "gengap_dist.parallel.out_of_memory": 1,
     "gengap_dist.data": 1,
     "gengap_dist.models": 1.1,  # dropout draws as augmentation does
     "gengap_dist.optim": 1.5,  # a schedule counts the steps of an order
     "gengap_dist.probes": 2,
-    "gengap_dist.strategies": 2,
+    "gengap_dist.parallel.strategies": 2,
     "gengap_dist.tracking": 2.5,  # records what probes found
     "gengap_dist.tracking.model": 3.25,  # builds the network of a checkpoint
     "gengap_dist.tracking.mlflow.uploader": 3.5,
@@ -45,7 +45,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.planning": 5.1,  # starts ranks, to measure them
     "gengap_dist.planning.constants": 3,
     "gengap_dist.planning.room": 3,
-    "gengap_dist.planning.memory": 3,
+    "gengap_dist.parallel.memory_model": 3,
     "gengap_dist.planning.rehearsal": 3.25,  # passes of the loop
     "gengap_dist.planning.fastest": 3.5,
     "gengap_dist.planning.memory_format": 3.8,

@@ -16,10 +16,10 @@ from tables import table
 from gengap_dist import models
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
+from gengap_dist.parallel.memory_model import saved_for_backward
 from gengap_dist.planning.constants import Constants
 from gengap_dist.planning.fastest import turn_seconds
 from gengap_dist.planning.layout import Cluster
-from gengap_dist.planning.memory import saved_for_backward
 from gengap_dist.planning.micro_size import OTHER_BYTES, TEMPORARY
 from gengap_dist.planning.rehearsal import Rehearsal
 from gengap_dist.planning.survey import survey

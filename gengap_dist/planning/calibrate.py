@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from gengap_dist import models
-from gengap_dist.allocator import keep_freed_memory
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.datasets import Sizes
 from gengap_dist.distributed.launchers.base import RankFailed, leave
 from gengap_dist.distributed.launchers.local import free_port, rank_variables, threads_per_rank
 from gengap_dist.distributed.process_group import World, connect, disconnect
+from gengap_dist.parallel.execution import keep_freed_memory
 from gengap_dist.planning.constants import ComputeConstants, Constants, LinkConstants, workload
 from gengap_dist.planning.memory_format import settled_format
 from gengap_dist.planning.rehearsal import Rehearsal, median_seconds

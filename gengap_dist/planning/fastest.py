@@ -17,8 +17,8 @@ from gengap_dist.checks import strategy_name
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
-from gengap_dist.out_of_memory import ran_out, said
-from gengap_dist.planning.memory import SHARDING
+from gengap_dist.parallel.memory_model import SHARDING
+from gengap_dist.parallel.out_of_memory import ran_out, said
 from gengap_dist.planning.rehearsal import Rehearsal, most, timed
 
 SMALLEST = 16  # smaller ones are tried only where nothing else fits

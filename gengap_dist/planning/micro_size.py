@@ -22,7 +22,7 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.sampler import growth
 from gengap_dist.distributed.process_group import World, local_size
 from gengap_dist.errors import UsageError
-from gengap_dist.planning import memory
+from gengap_dist.parallel import memory_model
 from gengap_dist.planning.constants import MicroSize, load_micro_sizes, recall, remember, told
 from gengap_dist.planning.fastest import images_per_second
 from gengap_dist.planning.rehearsal import Rehearsal, most
@@ -192,7 +192,7 @@ def fixed_bytes(config: RunConfig, model: nn.Module, num_ranks: int) -> int:
 
     Or, while sizes are measured, for a twin of the network and its gradients.
     """
-    held = memory.weights(config, model, strategy_name(config, num_ranks), num_ranks)
+    held = memory_model.weights(config, model, strategy_name(config, num_ranks), num_ranks)
     coming = held["gradients"] + held["optimizer_state"] + held["kept_weights"]
     return OTHER_BYTES + max(coming, 2 * sum(parameter.nbytes for parameter in model.parameters()))
 
@@ -201,5 +201,5 @@ def in_passes(config: RunConfig, model: nn.Module, in_channels: int) -> Callable
     """Bytes that a pass takes at its most, by its images: what it saves grows along a line, which fake passes give."""
     group = config.batch.ghost_size or 2
     shape = (in_channels, config.data.image_size, config.data.image_size)
-    one, two = (memory.saved_for_backward(config, model, shape, size)[0] for size in (group, 2 * group))
+    one, two = (memory_model.saved_for_backward(config, model, shape, size)[0] for size in (group, 2 * group))
     return lambda size: TEMPORARY * (one + (two - one) * (size - group) // group)

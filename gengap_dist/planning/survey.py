@@ -22,10 +22,11 @@ from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.observe import PROBE_BLOCK
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
-from gengap_dist.planning import memory, wire
+from gengap_dist.parallel import memory_model
+from gengap_dist.parallel.memory_model import Memory
+from gengap_dist.planning import wire
 from gengap_dist.planning.constants import ComputeConstants, Constants, workload
 from gengap_dist.planning.layout import Cluster, Layout, layout
-from gengap_dist.planning.memory import Memory
 from gengap_dist.planning.memory_format import settled_format
 from gengap_dist.planning.micro_size import Network, Place, candidates, device_name, earlier, settled
 from gengap_dist.planning.wire import Link, Message
@@ -87,7 +88,7 @@ class Plan:
     ragged: Layout | None = None
     """The last step of each epoch, if it is smaller."""
     has_batch_norm: bool = False
-    memory: Memory | None = None
+    memory_model: Memory | None = None
     messages: list[Message] = field(default_factory=list)
     """Of one step."""
     bytes_on_wire: int = 0
@@ -212,13 +213,13 @@ def _of_model(
     whole = itemsize * sum(p.numel() for p in model.parameters())
     trained = itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
     messages = wire.step_messages(strategy, trained, whole, batch.micro_batches_per_rank[1]) if num_ranks > 1 else []
-    held = memory.weights(config, model, strategy, num_ranks)
+    held = memory_model.weights(config, model, strategy, num_ranks)
     probe, probe_bytes = tried(lambda: _probe(config, model, sizes, num_ranks)) or (None, 0)
-    if probe and memory.SHARDING[strategy].parameters:
+    if probe and memory_model.SHARDING[strategy].parameters:
         probe_bytes += whole
     least = 2 if has_batch_norm(model) else 1  # which refuses to train on one image
     micro_size = max(batch.micro_sizes[1], least)
-    saved, how = memory.saved_for_backward(config, model, (sizes.in_channels, side, side), micro_size)
+    saved, how = memory_model.saved_for_backward(config, model, (sizes.in_channels, side, side), micro_size)
     return {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "has_batch_norm": has_batch_norm(model),
@@ -260,7 +261,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     options = {"method": probe.method, "memory_mib": probe.memory_mib, "device_type": device_type}
     messages = wire.probe_messages(sites, passes, counts, **options)
     stream = measure.stream_bytes(device_type, probe.memory_mib)
-    num_bytes = memory.probe_bytes(sites, passes, max(counts), stream) + max(counts) * example.nbytes
+    num_bytes = memory_model.probe_bytes(sites, passes, max(counts), stream) + max(counts) * example.nbytes
     forms = {
         "/".join(filter(None, (site.layer.name, site.view))): f"{site.num_rows} x {site.num_units}, kept as "
         + f"{site.size} x {site.size} ({'rows' if site.wide else 'units'})"

@@ -25,8 +25,8 @@ from gengap_dist.models.batch_norm import (
     treat,
 )
 from gengap_dist.models.sample_position import Position, position_of
+from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info
-from gengap_dist.strategies import Single
 from tests.conftest import config, train
 from tests.ranks import Crew
 

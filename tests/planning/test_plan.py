@@ -22,7 +22,9 @@ from gengap_dist.errors import UsageError
 from gengap_dist.loop import Work, train_step
 from gengap_dist.observe import PROBE_BLOCK
 from gengap_dist.optim.build import build as build_optimizer
-from gengap_dist.planning import memory, wire
+from gengap_dist.parallel import memory_model
+from gengap_dist.parallel.strategies import DDP
+from gengap_dist.planning import wire
 from gengap_dist.planning.constants import ComputeConstants, Constants, LinkConstants, load, save, workload
 from gengap_dist.planning.layout import Cluster, layout
 from gengap_dist.planning.survey import Plan, survey
@@ -32,7 +34,6 @@ from gengap_dist.probes.activations import observing
 from gengap_dist.probes.layers import choose
 from gengap_dist.probes.spectra import measure
 from gengap_dist.probes.spectra.accumulate import METHODS, Tall, Wide, merge
-from gengap_dist.strategies import DDP
 from tests.conftest import ROOT, config
 from tests.ranks import on_ranks
 
@@ -328,7 +329,7 @@ def test_saved_activations_of_lenet5_are_known():
     n, settings = 12, config()
     per_image = 4 * (32 * 32 + 6 * 28 * 28 + 16 * 10 * 10 + 6 * 14 * 14 + 16 * 5 * 5 + 120 + 84 + 10)
     per_image += 8 * (6 * 14 * 14 + 16 * 5 * 5 + 1)  # int64: where the maxima were; labels
-    found, how = memory.saved_for_backward(settings, probed_model(), (1, 32, 32), n)
+    found, how = memory_model.saved_for_backward(settings, probed_model(), (1, 32, 32), n)
     assert how == "one pass of 12 fake images"
     assert found - n * per_image in range(0, 9)  # the loss's own weight, a scalar
 
@@ -341,9 +342,9 @@ class NeedsValues(nn.Sequential):
 def test_a_network_that_needs_values_is_run_with_real_images():
     model = NeedsValues(nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 3))
     with pytest.warns(UserWarning, match="needs values"):
-        found, how = memory.saved_for_backward(config(), model, (1, 4, 4), 100)
+        found, how = memory_model.saved_for_backward(config(), model, (1, 4, 4), 100)
     assert how == "passes of 2 and 4 images, extrapolated"
-    real = memory._saved(config(), model, dict(model.named_parameters()), torch.zeros(100, 1, 4, 4))
+    real = memory_model._saved(config(), model, dict(model.named_parameters()), torch.zeros(100, 1, 4, 4))
     assert found == real
 
 
@@ -359,7 +360,7 @@ def test_optimizer_state_is_what_an_optimizer_holds(settings):
     model(torch.rand(2, 1, 32, 32)).sum().backward()
     optimizer.step()
     held = sum(v.nbytes for kept in optimizer.state.values() for v in kept.values() if v is not None and v.ndim)
-    assert memory.weights(given, model, "ddp", 8)["optimizer_state"] == held
+    assert memory_model.weights(given, model, "ddp", 8)["optimizer_state"] == held
 
 
 def test_sharded_memory_adds_up_to_the_whole():
@@ -372,7 +373,7 @@ def test_sharded_memory_adds_up_to_the_whole():
         "zero3": (1 / ranks, 1 / ranks, 2 / ranks),
         "fsdp": (1 / ranks, 1 / ranks, 1 / ranks),
     }.items():
-        found = memory.weights(config(), model, strategy, ranks)
+        found = memory_model.weights(config(), model, strategy, ranks)
         assert found["parameters"] == math.ceil(parameters * whole)
         assert found["gradients"] == math.ceil(gradients * whole)
         assert found["optimizer_state"] == pytest.approx(state * whole, abs=1)

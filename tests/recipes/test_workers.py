@@ -20,11 +20,11 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.optim.build import build
+from gengap_dist.parallel.strategies import DDP, Single
 from gengap_dist.recipes import course_of
 from gengap_dist.recipes.statistics import recompute
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
-from gengap_dist.strategies import DDP, Single
 from tests.conftest import config, cut_after
 from tests.ranks import on_ranks
 

@@ -20,8 +20,8 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.loop import Work, train_step
 from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.optim.build import build as build_optimizer
+from gengap_dist.parallel.strategies import STRATEGIES
 from gengap_dist.recipes.gradients import make_gradient
-from gengap_dist.strategies import STRATEGIES
 from tests.conftest import config
 
 State = dict[str, Any]

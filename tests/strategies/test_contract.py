@@ -13,8 +13,8 @@ import torch
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.strategies import STRATEGIES
-from gengap_dist.strategies.fsdp import FSDP, units
+from gengap_dist.parallel.strategies import STRATEGIES
+from gengap_dist.parallel.strategies.fsdp import FSDP, units
 from tests.conftest import config
 from tests.ranks import Crew, on_ranks, standing
 from tests.strategies import jobs

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from gengap_dist.parallel.strategies.switches import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
 from torch import Tensor, nn
 
 from gengap_dist import models
@@ -22,11 +23,10 @@ from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.models.dropout import treat_dropout
 from gengap_dist.models.sample_position import Position
-from gengap_dist.planning import memory
+from gengap_dist.parallel import memory_model
+from gengap_dist.parallel.strategies import Single
 from gengap_dist.recipes import course_of
 from gengap_dist.runs.run_folder import read_info, read_metrics
-from gengap_dist.strategies import Single
-from gengap_dist.strategies.switches import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
 from tests.conftest import config, cut_after, train
 from tests.ranks import Crew, standing
 from tests.strategies import jobs
@@ -207,7 +207,7 @@ def test_recompute_keeps_less_than_a_third_of_resnet56():
     for on in (False, True):
         settings = config(model__name="resnet56", train__recompute=on)
         model = models.of(settings, 10, 3, World())
-        planned.append(memory.saved_for_backward(settings, model, (3, 32, 32), 4)[0])
+        planned.append(memory_model.saved_for_backward(settings, model, (3, 32, 32), 4)[0])
         if on:
             recompute_blocks(model)
         own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}

@@ -5,11 +5,11 @@ from functools import partial
 
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
-from gengap_dist.strategies.base import OptimizerState, Strategy
-from gengap_dist.strategies.ddp import DDP
-from gengap_dist.strategies.deepspeed import Zero
-from gengap_dist.strategies.fsdp import FSDP
-from gengap_dist.strategies.single import Single
+from gengap_dist.parallel.strategies.base import OptimizerState, Strategy
+from gengap_dist.parallel.strategies.ddp import DDP
+from gengap_dist.parallel.strategies.deepspeed import Zero
+from gengap_dist.parallel.strategies.fsdp import FSDP
+from gengap_dist.parallel.strategies.single import Single
 
 STRATEGIES: dict[str, Callable[[RunConfig, World], Strategy]] = {
     "single": Single,

@@ -5,7 +5,7 @@ from typing import final
 
 from torch import Tensor
 
-from gengap_dist.strategies.base import Strategy
+from gengap_dist.parallel.strategies.base import Strategy
 
 
 @final

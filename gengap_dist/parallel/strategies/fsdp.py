@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from gengap_dist.distributed.process_group import ensure_group
 from gengap_dist.errors import UsageError
-from gengap_dist.strategies.base import BuildOptimizer, OptimizerState, Strategy
-from gengap_dist.strategies.energy import LocalEnergy
-from gengap_dist.strategies.twin import Twin
+from gengap_dist.parallel.strategies.base import BuildOptimizer, OptimizerState, Strategy
+from gengap_dist.parallel.strategies.local_grad_norm import LocalEnergy
+from gengap_dist.parallel.strategies.unsharded_copy import Twin
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor  # a second of imports that other strategies need not wait for

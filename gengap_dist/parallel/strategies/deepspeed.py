@@ -24,9 +24,9 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World, ensure_group
 from gengap_dist.errors import UsageError
-from gengap_dist.strategies.base import BuildOptimizer, OptimizerState, Strategy
-from gengap_dist.strategies.energy import LocalEnergy
-from gengap_dist.strategies.twin import Twin
+from gengap_dist.parallel.strategies.base import BuildOptimizer, OptimizerState, Strategy
+from gengap_dist.parallel.strategies.local_grad_norm import LocalEnergy
+from gengap_dist.parallel.strategies.unsharded_copy import Twin
 
 BUCKET = 50_000_000  # most gradients, in numbers, that wait to be reduced together
 PERSISTENT = 10_000  # stage 3: parameters of fewer numbers stay whole on every rank

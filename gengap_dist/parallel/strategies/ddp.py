@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gengap_dist.strategies.base import BuildOptimizer, Strategy
+from gengap_dist.parallel.strategies.base import BuildOptimizer, Strategy
 
 # Running statistics are averaged before evaluation instead of copied from rank 0 at every forward pass; torch has two
 # names for that, by version.

@@ -1,0 +1,1 @@
+"""How a network is held and computed on many ranks: strategies, precision, layout, memory."""

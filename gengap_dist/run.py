@@ -35,10 +35,9 @@ from gengap_dist.models.batch_norm import average_buffers, frozen
 from gengap_dist.observe import Observation, Observer, seconds
 from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.optim.schedule import Schedule
-from gengap_dist.parallel.execution import keep_freed_memory
+from gengap_dist.parallel.execution import check_compiler, deterministic, keep_freed_memory
 from gengap_dist.parallel.out_of_memory import explained, snapshot
 from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
-from gengap_dist.parallel.strategies.switches import check_compiler, deterministic
 from gengap_dist.planning.memory_format import settle_format
 from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced

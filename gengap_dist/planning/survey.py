@@ -88,7 +88,7 @@ class Plan:
     ragged: Layout | None = None
     """The last step of each epoch, if it is smaller."""
     has_batch_norm: bool = False
-    memory_model: Memory | None = None
+    memory: Memory | None = None
     messages: list[Message] = field(default_factory=list)
     """Of one step."""
     bytes_on_wire: int = 0

@@ -32,8 +32,8 @@ from gengap_dist.planning.wire import Link, Message, seconds
 from gengap_dist.probes import layer_view, measure
 from gengap_dist.probes.activations import observing
 from gengap_dist.probes.layers import choose
-from gengap_dist.probes.spectra import measure
 from gengap_dist.probes.spectra.accumulate import METHODS, Tall, Wide, merge
+from gengap_dist.probes.spectra.measure import plan, stream_bytes
 from tests.conftest import ROOT, config
 from tests.ranks import on_ranks
 
@@ -213,7 +213,7 @@ def planned(options: dict[str, Any], counts: list[int]) -> list[Message]:
     with observing(model):
         layers = choose(model, torch.zeros(1, 1, 32, 32), ["auto"])
         sites = layer_view.sites_of(layers, options.pop("views"), sum(counts))
-    passes = measure.plan(sites, max(counts), options["memory_mib"])
+    passes = plan(sites, max(counts), options["memory_mib"])
     return wire.probe_messages(sites, passes, counts, device_type="cpu", **options)
 
 
@@ -277,9 +277,9 @@ def brute_turns(options: dict[str, Any], counts: list[int]) -> int:
     with observing(model):
         sites = layer_view.sites_of(choose(model, torch.zeros(1, 1, 32, 32), ["auto"]), ["flatten"], sum(counts))
     sent, received = Counter(), Counter()
-    for pieces in measure.plan(sites, max(counts), options["memory_mib"]):
+    for pieces in plan(sites, max(counts), options["memory_mib"]):
         for piece in (piece for piece in pieces if sites[piece.site].wide):
-            block = measure.stream_bytes("cpu", options["memory_mib"]) // (8 * (sites[piece.site].num_rows + 1))
+            block = stream_bytes("cpu", options["memory_mib"]) // (8 * (sites[piece.site].num_rows + 1))
             left = piece.stop - piece.start
             while left > 0:
                 width = min(left, max(1, block) * MANY)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from gengap_dist.parallel.strategies.switches import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
 from torch import Tensor, nn
 
 from gengap_dist import models
@@ -24,6 +23,7 @@ from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.models.dropout import treat_dropout
 from gengap_dist.models.sample_position import Position
 from gengap_dist.parallel import memory_model
+from gengap_dist.parallel.execution import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.recipes import course_of
 from gengap_dist.runs.run_folder import read_info, read_metrics

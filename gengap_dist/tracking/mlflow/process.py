@@ -1,7 +1,7 @@
 """The process that mirrors the folder of a run or study to MLflow. Folders are the truth: what it missed is sent later.
 
-`python -m gengap_dist.tracking.mlflow.process FOLDER ...` tails the folder and ends when its standard input closes. So no
-server can ever hold up a training step, and a training rank never imports mlflow.
+`python -m gengap_dist.tracking.mlflow.process FOLDER ...` tails the folder and ends when its standard input closes. So
+no server can ever hold up a training step, and a training rank never imports mlflow.
 """
 
 import argparse

@@ -6,7 +6,6 @@ A rank's samples one after the other, one update, and then the messages of the a
 from typing import Any, Literal, NamedTuple
 
 from gengap_dist import models
-from gengap_dist.checks import strategy_name
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
@@ -17,6 +16,7 @@ from gengap_dist.planning.layout import Cluster, layout
 from gengap_dist.planning.survey import step_seconds
 from gengap_dist.planning.wire import Link
 from gengap_dist.recipes.course import plan_of
+from gengap_dist.training.checks import strategy_name
 
 Mode = Literal["strong", "weak"]
 MODES: tuple[Mode, ...] = ("strong", "weak")

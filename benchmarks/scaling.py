@@ -33,17 +33,17 @@ from rich.table import Table
 from team import Team
 
 from gengap_dist import models
-from gengap_dist.checks import strategy_name
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.distributed.process_group import World
-from gengap_dist.loop import Work, train_step
-from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.parallel.strategies import STRATEGIES, Strategy
 from gengap_dist.planning import calibrate, rehearsal
 from gengap_dist.planning.constants import ComputeConstants, LinkConstants
 from gengap_dist.planning.layout import Cluster
 from gengap_dist.planning.wire import Link
 from gengap_dist.recipes.course import plan_of
+from gengap_dist.training.checks import strategy_name
+from gengap_dist.training.optimizer import build as build_optimizer
+from gengap_dist.training.step import Work, train_step
 
 LARGEST = 8  # ranks
 MICRO_SIZES = {  # images in a micro-batch: on a CPU small ones fit the cache, and turns must be short

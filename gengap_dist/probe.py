@@ -46,8 +46,8 @@ def command(argv: Sequence[str]) -> int:
     out = Path(options.out).resolve() if options.out else None
 
     from gengap_dist.distributed.process_group import connect, disconnect, environment
-    from gengap_dist.run import probe
     from gengap_dist.runs.run_folder import prepare_folder
+    from gengap_dist.training.probe_only import probe
 
     networks = _of_run(folder, wanted) if is_run else _of_file(options.weights)
     if out and environment()[0] == 0:

@@ -24,17 +24,17 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.probes": 2,
     "gengap_dist.parallel.strategies": 2,
     "gengap_dist.tracking": 2.5,  # records what probes found
-    "gengap_dist.tracking.model": 3.25,  # builds the network of a checkpoint
+    "gengap_dist.training.export": 3.25,  # builds the network of a checkpoint
     "gengap_dist.tracking.mlflow.uploader": 3.5,
     "gengap_dist.tracking.mlflow.process": 3.75,
     "gengap_dist.tracking.mlflow.importer": 3.75,
-    "gengap_dist.loop": 3,
+    "gengap_dist.training.step": 3,
     "gengap_dist.runs.checkpoint": 3,
-    "gengap_dist.checks": 3,
+    "gengap_dist.training.checks": 3,
     "gengap_dist.recipes": 3.25,
     "gengap_dist.profiling": 3,
-    "gengap_dist.observe": 3.5,
-    "gengap_dist.run": 4,
+    "gengap_dist.training.observer": 3.5,
+    "gengap_dist.training.trainer": 4,
     "gengap_dist.distributed.launchers": 5,
     "gengap_dist.comparison": 0,
     "gengap_dist.comparison.arms": 0.25,  # knows which settings are machinery

@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from gengap_dist.checks import strategy_name
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.memory_model import SHARDING
 from gengap_dist.parallel.out_of_memory import ran_out, said
 from gengap_dist.planning.rehearsal import Rehearsal, most, timed
+from gengap_dist.training.checks import strategy_name
 
 SMALLEST = 16  # smaller ones are tried only where nothing else fits
 GAIN = 1.02  # two sizes in a row that gain less end the climb

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from gengap_dist import models
-from gengap_dist.checks import strategy_name
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.planning.constants import MemoryFormat, recall, remember, told
 from gengap_dist.planning.fastest import turn_seconds
 from gengap_dist.planning.micro_size import Network, candidates, described, marked, place_of
 from gengap_dist.planning.rehearsal import Rehearsal, most
+from gengap_dist.training.checks import strategy_name
 
 LEAST_GAIN = 1.03  # for the order that is not torch's own
 MOST_IMAGES = 128  # in a pass

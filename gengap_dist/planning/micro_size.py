@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from gengap_dist import models
-from gengap_dist.checks import strategy_name
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.sampler import growth
 from gengap_dist.distributed.process_group import World, local_size
@@ -27,6 +26,7 @@ from gengap_dist.planning.constants import MicroSize, load_micro_sizes, recall, 
 from gengap_dist.planning.fastest import images_per_second
 from gengap_dist.planning.rehearsal import Rehearsal, most
 from gengap_dist.planning.room import room
+from gengap_dist.training.checks import strategy_name
 
 TEMPORARY = 2  # what a pass holds at its most, over what it saves: 1.1 to 1.9 for LeNet-5, ResNets, VGG-16 and ViT
 OTHER_BYTES = 64 * 2**20  # buffers of libraries, which small networks do not outweigh

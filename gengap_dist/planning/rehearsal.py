@@ -13,9 +13,9 @@ from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.data.datasets import Images, Splits
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
-from gengap_dist.loop import PLAIN, Work, accumulate
-from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.parallel.strategies import Single
+from gengap_dist.training.optimizer import build as build_optimizer
+from gengap_dist.training.step import PLAIN, Work, accumulate
 
 LEAST_TIMES, LEAST_SECONDS = 5, 1.0  # of a median
 NUM_IMAGES = 64  # that passes take theirs from, again and again

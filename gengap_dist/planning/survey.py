@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import models
-from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, strategy_name
 from gengap_dist.config.sections import BatchConfig, RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.sampler import Order, growth
@@ -19,9 +18,6 @@ from gengap_dist.distributed.launchers.local import threads_per_rank
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
-from gengap_dist.observe import PROBE_BLOCK
-from gengap_dist.optim.build import build as build_optimizer
-from gengap_dist.optim.schedule import Schedule
 from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.memory_model import Memory
 from gengap_dist.planning import wire
@@ -36,6 +32,10 @@ from gengap_dist.probes.layers import choose
 from gengap_dist.probes.spectra import measure
 from gengap_dist.recipes.course import plan_of
 from gengap_dist.recipes.rank_penalty import RankPenalty
+from gengap_dist.training.checks import before_data, check_auto, check_logits, check_norm, strategy_name
+from gengap_dist.training.lr_schedule import Schedule
+from gengap_dist.training.observer import PROBE_BLOCK
+from gengap_dist.training.optimizer import build as build_optimizer
 
 T = TypeVar("T")
 

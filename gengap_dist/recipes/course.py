@@ -12,10 +12,10 @@ from gengap_dist.data.batch_loader import Batches
 from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import BatchPlan, Span
 from gengap_dist.errors import UsageError
-from gengap_dist.loop import Objective, Work, train_step
 from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.recipes.gradients import make_gradient
 from gengap_dist.recipes.rank_penalty import RankPenalty
+from gengap_dist.training.step import Objective, Work, train_step
 
 
 class Taken(NamedTuple):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from gengap_dist.config.sections import RecipeConfig
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.distributed.batch_plan import Span
-from gengap_dist.loop import NUM_SUMS, MakeGradient, Objective, Work, accumulate, join_with_nothing
 from gengap_dist.models.batch_norm import frozen
 from gengap_dist.parallel.strategies import Strategy
+from gengap_dist.training.step import NUM_SUMS, MakeGradient, Objective, Work, accumulate, join_with_nothing
 
 STEP = 0.01  # length of the forward difference in parameter space, as in DARTS (Liu et al. 2019)
 TINY = 1e-12

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from gengap_dist.config.sections import RecipeConfig
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.errors import UsageError
-from gengap_dist.loop import Objective, Work
 from gengap_dist.models.batch_norm import frozen
 from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.probes.activations import capturing, observing
 from gengap_dist.probes.layers import Layer, choose
+from gengap_dist.training.step import Objective, Work
 
 FLOOR = 1e-3  # relative to the mean eigenvalue: what logdet takes for zero, so that a dead unit costs 7, not infinity
 

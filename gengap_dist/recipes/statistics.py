@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
-from gengap_dist.loop import EVAL_BLOCK
 from gengap_dist.models.batch_norm import Normed, frozen, has_batch_norm
 from gengap_dist.models.sample_position import position_of
+from gengap_dist.training.evaluation import EVAL_BLOCK
 
 MOST = 8192  # training images that are looked at, unless one block has more
 MOST_UNTRAINED = 1024

@@ -24,8 +24,8 @@ from gengap_dist.report.collect import RunData, StudyData, metric, read_run
 from gengap_dist.statistics.paired import Paired, spread
 
 if TYPE_CHECKING:  # they would import torch, and the driver of ranks needs none
-    from gengap_dist.observe import Observation
     from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
+    from gengap_dist.training.observer import Observation
 
 QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
 OUTCOMES = {"supported": "blue", "contradicted": "dark_orange3", "undecided": "dim"}

@@ -181,7 +181,7 @@ def test_a_rank_that_runs_out_of_memory_decides_for_all():
 
 LIMITED = """
 import resource, sys, psutil, torch
-import gengap_dist.run
+import gengap_dist.training.trainer
 from gengap_dist.config.sections import RunConfig, nested, validate
 from gengap_dist.models import of
 from gengap_dist.planning.micro_size import Network, settle

@@ -19,9 +19,6 @@ from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import BatchPlan, blocks, split
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.loop import Work, train_step
-from gengap_dist.observe import PROBE_BLOCK
-from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.strategies import DDP
 from gengap_dist.planning import wire
@@ -34,6 +31,9 @@ from gengap_dist.probes.activations import observing
 from gengap_dist.probes.layers import choose
 from gengap_dist.probes.spectra.accumulate import METHODS, Tall, Wide, merge
 from gengap_dist.probes.spectra.measure import plan, stream_bytes
+from gengap_dist.training.observer import PROBE_BLOCK
+from gengap_dist.training.optimizer import build as build_optimizer
+from gengap_dist.training.step import Work, train_step
 from tests.conftest import ROOT, config
 from tests.ranks import on_ranks
 

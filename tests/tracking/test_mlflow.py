@@ -14,12 +14,12 @@ from collections import Counter
 
 import pytest
 
-from gengap_dist import run as run_module
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
 from gengap_dist.tracking.mlflow.process import sync_now
 from gengap_dist.tracking.mlflow.uploader import Mirror
 from gengap_dist.train import command as train_command
+from gengap_dist.training import trainer as run_module
 from tests.conftest import ROOT, config, train
 
 SMALL = {"train__steps": 12, "batch__global_size": 50, "train__num_evals": 3, "probe__num_samples": 64}

@@ -115,8 +115,8 @@ def _import(log_model: bool) -> None:
     prepare()
     if log_model:
         with quickly():
-            from gengap_dist.tracking import model
-        model.prepare()
+            from gengap_dist.training import export
+        export.prepare()
 
 
 def _rest(seconds: float, folder: Path, pause: Callable[[float], bool]) -> bool:

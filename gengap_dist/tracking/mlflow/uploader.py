@@ -350,7 +350,7 @@ class Mirror:
             return
         from mlflow.entities import LoggedModelOutput
 
-        from gengap_dist.tracking.model import export  # imports torch
+        from gengap_dist.training.export import export  # imports torch
 
         if "model_id" not in state:
             made = self.client.create_logged_model(self.experiment, MODEL, state["run_id"])

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,24 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gengap_dist import models
-from gengap_dist.checks import before_data, check_auto, check_logits, check_norm, norm_size, strategy_name
 from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.config.identity import differences
-from gengap_dist.config.sections import DataConfig, RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Batches, Normalise
-from gengap_dist.data.sampler import Order, growth, stream
+from gengap_dist.data.sampler import Order, growth
 from gengap_dist.distributed.phase_timer import KINDS
 from gengap_dist.distributed.preemption import Preempted
-from gengap_dist.distributed.process_group import World, connect, environment, local_size
+from gengap_dist.distributed.process_group import World, connect
 from gengap_dist.distributed.stall_detector import watching
 from gengap_dist.errors import UsageError
-from gengap_dist.loop import Score, evaluate, join_with_nothing
 from gengap_dist.models.batch_norm import average_buffers, frozen
-from gengap_dist.observe import Observation, Observer, seconds
-from gengap_dist.optim.build import build as build_optimizer
-from gengap_dist.optim.schedule import Schedule
 from gengap_dist.parallel.execution import check_compiler, deterministic, keep_freed_memory
 from gengap_dist.parallel.out_of_memory import explained, snapshot
 from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
@@ -49,21 +43,23 @@ from gengap_dist.recipes.course import Taken, plan_of
 from gengap_dist.recipes.statistics import untrained
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, prepare_folder, read_info
-from gengap_dist.runs.system_metrics import sampling
+from gengap_dist.training.checks import before_data, check_auto, check_norm, norm_size, strategy_name
+from gengap_dist.training.evaluation import Score, evaluate
+from gengap_dist.training.lr_schedule import Schedule
+from gengap_dist.training.observer import Observer, seconds
+from gengap_dist.training.optimizer import build as build_optimizer
+from gengap_dist.training.setup import (
+    Diverged,
+    Progress,
+    build_model,
+    check_shared,
+    facts_before,
+    load_data,
+    sampling_system_metrics,
+)
+from gengap_dist.training.step import join_with_nothing
 
 FLUSH_EVERY = 32  # steps whose sums meet the other ranks' in one all-reduce
-SHARED_SECONDS = 5.0  # for a file to be seen on all nodes
-
-Progress = Callable[[int, int, str], None]
-"""Called with steps done, steps in all, and a few words."""
-
-
-class Diverged(Exception):
-    """The loss is no longer a number; that is a result, not a crash."""
-
-    def __init__(self, step: int, loss: float, name: str = "train/loss") -> None:
-        super().__init__(f"{name} was {loss} at step {step}")
-        self.step = step
 
 
 def run(
@@ -100,12 +96,12 @@ def run(
     with watched, deterministic(config.train.deterministic), float32, explained(world), recorded:
         if world.rank == 0 and not out.exists():  # a study's run on a Ray cluster
             prepare_folder(out, "run.json", resume=True)
-        _check_shared(out, world)
+        check_shared(out, world)
         record = Record(out) if world.rank == 0 else NoRecord()
         session = _Session(config, out, world, record, progress, launcher)
         session.start(bool(world.agree(resume)))  # a node that joins late cannot know what the others were told
         try:
-            with _sampling(config, out, world):
+            with sampling_system_metrics(config, out, world):
                 session.train(leaving)
                 result = session.result()
             record.finish(FINISHED, result)
@@ -122,53 +118,6 @@ def run(
     return result
 
 
-def probe(
-    config: RunConfig, world: World, networks: Sequence[tuple[int, Path, dict[str, Tensor] | None]], out: Path | None
-) -> list[tuple[int, Observation]]:
-    """Measure networks on the config's probe set without training, controls included. Collective.
-
-    Args:
-        config: data, model and probe.
-        world: the ranks.
-        networks: optimizer steps behind the weights, the file they are from, and the weights; None: untrained.
-        out: folder for a record like a run's, or None.
-
-    Raises:
-        UsageError: if the config does not fit the data or the model, or the weights do not fit the model.
-    """
-    with training_float32(world.device, tf32=config.train.tf32), explained(world):
-        splits = _load_data(config, world, lambda done, total, note: None)
-        model = _build_model(config, splits, world)
-        train_set = datasets.placed(splits, config.data, world.device).train
-        normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
-        batches = Batches(train_set, normalise, config.data, config.seed)
-        observer = Observer(config, train_set, normalise, flat(model), world)
-        record = Record(out) if out and world.rank == 0 else NoRecord()
-        found = []
-        for number, (step, path, state) in enumerate(networks):
-            if state is not None:
-                checkpoint.restore(model, state, path)
-            if number == 0:
-                facts = {
-                    "data": datasets.summary(splits, config.data) if world.rank == 0 else None,
-                    "world_size": world.size,
-                    "device": str(world.device.type),
-                    "launcher": "probe",
-                    "num_parameters": sum(p.numel() for p in model.parameters()),
-                    "num_steps": networks[-1][0],
-                    "num_probe_samples": observer.num_samples,
-                }
-                record.start(config, facts)
-                record.resume(0, 0.0, {})
-            shown = model if state is not None else untrained(model, batches, world, config.batch.ghost_size)
-            found.append((step, observer(shown, controls=True)))
-            for probe_set, spectra in found[-1][1].spectra.items():
-                record.spectra(step, spectra, probe_set)
-            record.log(step, 0.0, found[-1][1].metrics)
-        record.finish(FINISHED, {"num_steps": networks[-1][0]})
-        return found
-
-
 class _Session:
     """What a run holds between steps, on one rank."""
 
@@ -182,7 +131,7 @@ class _Session:
             check_compiler(world.device.type)
         if world.device.type == "cpu":
             keep_freed_memory()
-        splits = _load_data(config, world, progress)
+        splits = load_data(config, world, progress)
         there = datasets.placed(splits, config.data, world.device)
         self.train_set, self.val_set, self.test_set = there.train, there.val, there.test
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
@@ -191,14 +140,14 @@ class _Session:
         self.schedule = Schedule.of(config, self.order)
         self.num_steps = self.schedule.num_steps
 
-        self.model = _build_model(config, splits, world)  # all of it; once the strategy has it, only the strategy does
+        self.model = build_model(config, splits, world)  # all of it; once the strategy has it, only the strategy does
         self.given = config  # what the record keeps
         check_auto(config, self.model)
         choices = config.batch.micro_size, config.train.channels_last
         if "auto" in choices:
             progress(0, 0, "measuring what is fastest here")
         network = Network(self.model, splits.in_channels, splits.num_classes)
-        before = _facts_before(out) if "auto" in choices else {}
+        before = facts_before(out) if "auto" in choices else {}
         config, order_how = settle_format(config, network, world, before.get("channels_last_auto") or {})
         config, size_how = settle(config, network, world, before.get("micro_size_auto") or {})
         if world.device.type == "cuda":  # neither what was tried counts nor an earlier run of this process
@@ -604,14 +553,6 @@ class _Session:
         )
 
 
-def _facts_before(out: Path) -> dict[str, Any]:
-    """What the record of the run in `out` says, if there is one."""
-    try:
-        return read_info(out)
-    except UsageError:  # none yet; a damaged one is complained of by whoever needs more of it
-        return {}
-
-
 def _split(times: Tensor) -> dict[str, float]:
     """Where time went, from seconds by rank and kind [ranks, kinds], and which of several ranks computes longest.
 
@@ -635,58 +576,6 @@ def _memory_peaks(world: World) -> dict[str, list[float]]:
     return {"memory_peak_gib": [round(peak, 3) for peak in world.sum(peaks, "peaks of memory").tolist()]}
 
 
-def _sampling(config: RunConfig, out: Path, world: World) -> contextlib.AbstractContextManager[None]:
-    """One rank of each node looks at its machine meanwhile."""
-    leads = environment()[1] == 0
-    return sampling(out, config.mlflow.system_seconds if leads else None, num_nodes=-(-world.size // local_size()))
-
-
-def _check_shared(out: Path, world: World) -> None:
-    """Refuse a run folder that not every rank sees. Collective.
-
-    Raises:
-        UsageError: naming the ranks that do not see a file which rank 0 wrote.
-    """
-    if world.size == 1:
-        return
-    token = out / f".shared.{world.agree(os.getpid())}"
-    if world.rank == 0:
-        token.touch()
-    world.barrier()
-    until = time.monotonic() + SHARED_SECONDS  # network file systems may take a moment
-    while not token.exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    blind = torch.zeros(world.size, dtype=torch.int64)
-    blind[world.rank] = not token.exists()
-    blind = world.sum(blind, "check of the run folder").nonzero().flatten().tolist()
-    if world.rank == 0:
-        token.unlink()
-    if blind:
-        raise UsageError(
-            f"--out ({out}) is not the same folder for rank {', '.join(map(str, blind))} as for rank 0: "
-            "give a folder on storage that all nodes share"
-        )
-
-
-_LOADED: dict[DataConfig, datasets.Splits] = {}  # the last data set: the runs of a study share it
-
-
-def _load_data(config: RunConfig, world: World, progress: Progress) -> datasets.Splits:
-    def report(what: str, done: int, total: int) -> None:
-        progress(0, 0, f"{what} {done:,}/{total:,}")
-
-    if config.data in _LOADED:
-        return _LOADED[config.data]
-    _LOADED.clear()
-    local_rank = environment()[1]
-    if config.data.download and local_rank == 0:
-        datasets.load(config.data, report)  # one rank per machine fetches the files, the others find them
-    if config.data.download:
-        world.barrier()
-    _LOADED[config.data] = datasets.load(config.data, report)
-    return _LOADED[config.data]
-
-
 def _cadence(config: RunConfig, order: Order) -> Cadence:
     """When the run measures, but for its first and last step, which always do."""
     probe = config.probe
@@ -694,17 +583,3 @@ def _cadence(config: RunConfig, order: Order) -> Cadence:
     wanted += [log_spaced(probe.per_decade)] if probe.per_decade else []
     wanted += [every(probe.every)] if probe.every else []
     return either(*wanted)
-
-
-def _build_model(config: RunConfig, splits: datasets.Splits, world: World) -> nn.Module:
-    """The network with the weights that the seed gives it, on this rank's device.
-
-    Raises:
-        UsageError: if there is no such model, or its output does not match the images and classes.
-    """
-    torch.manual_seed(int(stream(config.seed, 0).integers(2**62)))
-    dtype = getattr(torch, config.train.dtype)
-    model = models.of(config, splits.num_classes, splits.in_channels, world).to(world.device, dtype)
-    images = Normalise(splits, world.device, dtype)(splits.train.pixels[:2].to(world.device))
-    check_logits(config, model, images, splits.num_classes)
-    return model

@@ -15,7 +15,7 @@ from gengap_dist.planning.constants import ComputeConstants
 from gengap_dist.planning.layout import Cluster, layout
 from gengap_dist.planning.survey import step_seconds
 from gengap_dist.planning.wire import Link
-from gengap_dist.recipes.course import plan_of
+from gengap_dist.training.algorithms.base import plan_of
 from gengap_dist.training.checks import strategy_name
 
 Mode = Literal["strong", "weak"]

@@ -40,7 +40,7 @@ from gengap_dist.planning import calibrate, rehearsal
 from gengap_dist.planning.constants import ComputeConstants, LinkConstants
 from gengap_dist.planning.layout import Cluster
 from gengap_dist.planning.wire import Link
-from gengap_dist.recipes.course import plan_of
+from gengap_dist.training.algorithms.base import plan_of
 from gengap_dist.training.checks import strategy_name
 from gengap_dist.training.optimizer import build as build_optimizer
 from gengap_dist.training.step import Work, train_step

@@ -31,7 +31,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.training.step": 3,
     "gengap_dist.runs.checkpoint": 3,
     "gengap_dist.training.checks": 3,
-    "gengap_dist.recipes": 3.25,
+    "gengap_dist.training.algorithms": 3.25,
     "gengap_dist.profiling": 3,
     "gengap_dist.training.observer": 3.5,
     "gengap_dist.training.trainer": 4,

@@ -30,8 +30,8 @@ from gengap_dist.probes import layer_view
 from gengap_dist.probes.activations import observing
 from gengap_dist.probes.layers import choose
 from gengap_dist.probes.spectra import measure
-from gengap_dist.recipes.course import plan_of
-from gengap_dist.recipes.rank_penalty import RankPenalty
+from gengap_dist.training.algorithms.base import plan_of
+from gengap_dist.training.algorithms.rank_penalty import RankPenalty
 from gengap_dist.training.checks import before_data, check_auto, check_logits, check_norm, strategy_name
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import PROBE_BLOCK

@@ -13,9 +13,9 @@ from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.out_of_memory import explained
 from gengap_dist.probes.weights import flat
-from gengap_dist.recipes.statistics import untrained
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import FINISHED, NoRecord, Record
+from gengap_dist.training.algorithms.update_bn import untrained
 from gengap_dist.training.observer import Observation, Observer
 from gengap_dist.training.setup import build_model, load_data
 

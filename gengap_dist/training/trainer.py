@@ -38,11 +38,11 @@ from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, excee
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
 from gengap_dist.profiling.measure import NoProfile, Profile, clocked
-from gengap_dist.recipes import course_of
-from gengap_dist.recipes.course import Taken, plan_of
-from gengap_dist.recipes.statistics import untrained
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, prepare_folder, read_info
+from gengap_dist.training.algorithms import course_of
+from gengap_dist.training.algorithms.base import Taken, plan_of
+from gengap_dist.training.algorithms.update_bn import untrained
 from gengap_dist.training.checks import before_data, check_auto, check_norm, norm_size, strategy_name
 from gengap_dist.training.evaluation import Score, evaluate
 from gengap_dist.training.lr_schedule import Schedule

@@ -19,10 +19,10 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.parallel.strategies import DDP, Single
-from gengap_dist.recipes import course_of
-from gengap_dist.recipes.statistics import recompute
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
+from gengap_dist.training.algorithms import course_of
+from gengap_dist.training.algorithms.update_bn import recompute
 from gengap_dist.training.checks import check_norm
 from gengap_dist.training.optimizer import build
 from tests.conftest import config, cut_after

@@ -24,8 +24,8 @@ from gengap_dist.models.sample_position import Position
 from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.execution import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
 from gengap_dist.parallel.strategies import Single
-from gengap_dist.recipes import course_of
 from gengap_dist.runs.run_folder import read_info, read_metrics
+from gengap_dist.training.algorithms import course_of
 from gengap_dist.training.checks import check_switches
 from tests.conftest import config, cut_after, train
 from tests.ranks import Crew, standing

@@ -13,8 +13,8 @@ from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import BatchPlan, Span
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.recipes.gradients import make_gradient
-from gengap_dist.recipes.rank_penalty import RankPenalty
+from gengap_dist.training.algorithms.gradients import make_gradient
+from gengap_dist.training.algorithms.rank_penalty import RankPenalty
 from gengap_dist.training.step import Objective, Work, train_step
 
 

@@ -13,8 +13,8 @@ from gengap_dist.data.batch_loader import Batches
 from gengap_dist.data.sampler import Order
 from gengap_dist.models.batch_norm import average_buffers, has_batch_norm
 from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.recipes.course import Course, Taken, first_of
-from gengap_dist.recipes.statistics import recompute
+from gengap_dist.training.algorithms.base import Course, Taken, first_of
+from gengap_dist.training.algorithms.update_bn import recompute
 
 
 @final

@@ -21,8 +21,8 @@ from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import average_buffers, has_batch_norm
 from gengap_dist.parallel.strategies import OptimizerState, Single, Strategy
-from gengap_dist.recipes.course import Course, Taken, first_of, plan_of
-from gengap_dist.recipes.statistics import recompute
+from gengap_dist.training.algorithms.base import Course, Taken, first_of, plan_of
+from gengap_dist.training.algorithms.update_bn import recompute
 from gengap_dist.training.lr_schedule import scaled_lr
 from gengap_dist.training.optimizer import build
 from gengap_dist.training.step import NUM_SUMS, Work, train_step

@@ -4,9 +4,9 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.data.sampler import Order
 from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.recipes.averaging import Averaging
-from gengap_dist.recipes.course import Course
-from gengap_dist.recipes.workers import Local
+from gengap_dist.training.algorithms.base import Course
+from gengap_dist.training.algorithms.local_sgd import Local
+from gengap_dist.training.algorithms.weight_averaging import Averaging
 
 
 def course_of(config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> Course:

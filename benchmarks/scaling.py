@@ -36,11 +36,12 @@ from gengap_dist import models
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import STRATEGIES, Strategy
-from gengap_dist.planning import calibrate, rehearsal
+from gengap_dist.planning import calibrate
 from gengap_dist.planning.constants import ComputeConstants, LinkConstants
 from gengap_dist.planning.layout import Cluster
 from gengap_dist.planning.wire import Link
 from gengap_dist.training.algorithms.base import plan_of
+from gengap_dist.training.autotune import synthetic_workload
 from gengap_dist.training.checks import strategy_name
 from gengap_dist.training.optimizer import build as build_optimizer
 from gengap_dist.training.step import Work, train_step
@@ -65,7 +66,10 @@ def get_ready(world: World, name: str, what: Task) -> None:
     strategy = STRATEGIES[strategy_name(config, world.size)](config, world)
     strategy.setup(network.train(), partial(build_optimizer, config.optim))
     number = LARGEST * config.batch.most_at_once
-    READY[name] = strategy, rehearsal.random_batches(config, sizes.in_channels, sizes.num_classes, number, world.device)
+    READY[name] = (
+        strategy,
+        synthetic_workload.random_batches(config, sizes.in_channels, sizes.num_classes, number, world.device),
+    )
 
 
 def train(world: World, name: str, what: Task, global_size: int, num_steps: int) -> float:
@@ -73,12 +77,12 @@ def train(world: World, name: str, what: Task, global_size: int, num_steps: int)
     strategy, batches = READY[name]
     spans = plan_of(what.config, global_size, world.size).micro_batches(world.rank)
     work = Work(torch.randperm(global_size), 0, spans)
-    rehearsal.synchronise(world)
+    synthetic_workload.synchronise(world)
     world.barrier()
     began = time.perf_counter()
     for _ in range(num_steps):
         train_step(strategy, batches, work)
-    rehearsal.synchronise(world)
+    synthetic_workload.synchronise(world)
     world.barrier()
     return (time.perf_counter() - began) / num_steps
 

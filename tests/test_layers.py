@@ -44,12 +44,12 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.report": 5.25,
     "gengap_dist.planning": 5.1,  # starts ranks, to measure them
     "gengap_dist.planning.constants": 3,
-    "gengap_dist.planning.room": 3,
+    "gengap_dist.training.autotune.available_memory": 3,
     "gengap_dist.parallel.memory_model": 3,
-    "gengap_dist.planning.rehearsal": 3.25,  # passes of the loop
-    "gengap_dist.planning.fastest": 3.5,
-    "gengap_dist.planning.memory_format": 3.8,
-    "gengap_dist.planning.micro_size": 3.75,  # a run settles it before its first step
+    "gengap_dist.training.autotune.synthetic_workload": 3.25,  # passes of the loop
+    "gengap_dist.training.autotune.search": 3.5,
+    "gengap_dist.training.autotune.memory_format": 3.8,
+    "gengap_dist.training.autotune.micro_batch": 3.75,  # a run settles it before its first step
     "gengap_dist.cli": 5.5,
     "gengap_dist.trials": 5.25,  # runs launchers' ranks
     "gengap_dist.diagnosis": 5.5,

@@ -21,8 +21,8 @@ from gengap_dist.distributed.launchers.local import free_port, rank_variables, t
 from gengap_dist.distributed.process_group import World, connect, disconnect
 from gengap_dist.parallel.execution import keep_freed_memory
 from gengap_dist.planning.constants import ComputeConstants, Constants, LinkConstants, workload
-from gengap_dist.planning.memory_format import settled_format
-from gengap_dist.planning.rehearsal import Rehearsal, median_seconds
+from gengap_dist.training.autotune.memory_format import settled_format
+from gengap_dist.training.autotune.synthetic_workload import Rehearsal, median_seconds
 
 SIZES = [2**power for power in range(10, 25, 2)]  # bytes of all-reduces
 

@@ -23,8 +23,6 @@ from gengap_dist.parallel.memory_model import Memory
 from gengap_dist.planning import wire
 from gengap_dist.planning.constants import ComputeConstants, Constants, workload
 from gengap_dist.planning.layout import Cluster, Layout, layout
-from gengap_dist.planning.memory_format import settled_format
-from gengap_dist.planning.micro_size import Network, Place, candidates, device_name, earlier, settled
 from gengap_dist.planning.wire import Link, Message
 from gengap_dist.probes import layer_view
 from gengap_dist.probes.activations import observing
@@ -32,6 +30,8 @@ from gengap_dist.probes.layers import choose
 from gengap_dist.probes.spectra import measure
 from gengap_dist.training.algorithms.base import plan_of
 from gengap_dist.training.algorithms.rank_penalty import RankPenalty
+from gengap_dist.training.autotune.memory_format import settled_format
+from gengap_dist.training.autotune.micro_batch import Network, Place, candidates, device_name, earlier, settled
 from gengap_dist.training.checks import before_data, check_auto, check_logits, check_norm, strategy_name
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import PROBE_BLOCK

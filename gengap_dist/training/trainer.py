@@ -32,8 +32,6 @@ from gengap_dist.models.batch_norm import average_buffers, frozen
 from gengap_dist.parallel.execution import check_compiler, deterministic, keep_freed_memory
 from gengap_dist.parallel.out_of_memory import explained, snapshot
 from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
-from gengap_dist.planning.memory_format import settle_format
-from gengap_dist.planning.micro_size import Network, settle
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
@@ -43,6 +41,8 @@ from gengap_dist.runs.run_folder import DIVERGED, FINISHED, PREEMPTED, NoRecord,
 from gengap_dist.training.algorithms import course_of
 from gengap_dist.training.algorithms.base import Taken, plan_of
 from gengap_dist.training.algorithms.update_bn import untrained
+from gengap_dist.training.autotune.memory_format import settle_format
+from gengap_dist.training.autotune.micro_batch import Network, settle
 from gengap_dist.training.checks import before_data, check_auto, check_norm, norm_size, strategy_name
 from gengap_dist.training.evaluation import Score, evaluate
 from gengap_dist.training.lr_schedule import Schedule

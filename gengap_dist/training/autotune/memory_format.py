@@ -14,10 +14,10 @@ from torch import nn
 from gengap_dist import models
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
-from gengap_dist.planning.constants import MemoryFormat, recall, remember, told
-from gengap_dist.planning.fastest import turn_seconds
-from gengap_dist.planning.micro_size import Network, candidates, described, marked, place_of
-from gengap_dist.planning.rehearsal import Rehearsal, most
+from gengap_dist.training.autotune.cache import MemoryFormat, recall, remember, told
+from gengap_dist.training.autotune.micro_batch import Network, candidates, described, marked, place_of
+from gengap_dist.training.autotune.search import turn_seconds
+from gengap_dist.training.autotune.synthetic_workload import Rehearsal, most
 from gengap_dist.training.checks import strategy_name
 
 LEAST_GAIN = 1.03  # for the order that is not torch's own

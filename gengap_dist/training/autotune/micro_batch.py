@@ -22,10 +22,10 @@ from gengap_dist.data.sampler import growth
 from gengap_dist.distributed.process_group import World, local_size
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel import memory_model
-from gengap_dist.planning.constants import MicroSize, load_micro_sizes, recall, remember, told
-from gengap_dist.planning.fastest import images_per_second
-from gengap_dist.planning.rehearsal import Rehearsal, most
-from gengap_dist.planning.room import room
+from gengap_dist.training.autotune.available_memory import room
+from gengap_dist.training.autotune.cache import MicroSize, load_micro_sizes, recall, remember, told
+from gengap_dist.training.autotune.search import images_per_second
+from gengap_dist.training.autotune.synthetic_workload import Rehearsal, most
 from gengap_dist.training.checks import strategy_name
 
 TEMPORARY = 2  # what a pass holds at its most, over what it saves: 1.1 to 1.9 for LeNet-5, ResNets, VGG-16 and ViT

@@ -18,7 +18,7 @@ from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.memory_model import SHARDING
 from gengap_dist.parallel.out_of_memory import ran_out, said
-from gengap_dist.planning.rehearsal import Rehearsal, most, timed
+from gengap_dist.training.autotune.synthetic_workload import Rehearsal, most, timed
 from gengap_dist.training.checks import strategy_name
 
 SMALLEST = 16  # smaller ones are tried only where nothing else fits

@@ -35,7 +35,6 @@ from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
-from gengap_dist.profiling.measure import NoProfile, Profile, clocked
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, prepare_folder, read_info
 from gengap_dist.training.algorithms import course_of
@@ -48,6 +47,7 @@ from gengap_dist.training.evaluation import Score, evaluate
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import Observer, seconds
 from gengap_dist.training.optimizer import build as build_optimizer
+from gengap_dist.training.profiler.profile import NoProfile, Profile, clocked
 from gengap_dist.training.setup import (
     Diverged,
     Progress,

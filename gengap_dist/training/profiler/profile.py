@@ -22,9 +22,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.phase_timer import Whereabouts
 from gengap_dist.distributed.process_group import World
-from gengap_dist.profiling import trace
-from gengap_dist.profiling.summary import PARTS, Measured, Setting, summary
 from gengap_dist.runs.run_folder import write_atomically
+from gengap_dist.training.profiler import trace
+from gengap_dist.training.profiler.summary import PARTS, Measured, Setting, summary
 
 FOLDER, SUMMARY = "profile", "summary.txt"
 COMPUTING = ("forward", "backward", "optimizer")  # which whereabouts call compute

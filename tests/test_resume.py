@@ -15,6 +15,7 @@ from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
+from gengap_dist.training.trainer import run
 from tests.conftest import ROOT, config, cut_after, train, weights
 from tests.ranks import on_ranks
 
@@ -59,11 +60,11 @@ def go(pools, size, run_config, out, *, resume=False):
 @pytest.mark.parametrize("case", ["sgd", "several buckets"])
 def test_the_same_number_of_ranks_is_bitwise(pools, tmp_path, case, size):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    trainer = settings("sgd", "float32") if case == "sgd" else config(**SETTINGS | SEVERAL_BUCKETS)
-    go(pools, size, trainer, whole)
+    run_config = settings("sgd", "float32") if case == "sgd" else config(**SETTINGS | SEVERAL_BUCKETS)
+    go(pools, size, run_config, whole)
     shutil.copytree(whole, cut)
     cut_after(cut, 8)
-    go(pools, size, trainer, cut, resume=True)
+    go(pools, size, run_config, cut, resume=True)
     assert timeless(cut) == timeless(whole)
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(cut)[name]), name
@@ -136,11 +137,11 @@ def test_from_ddp_to_sharded_to_single(pools, float32_run, tmp_path, between):
 
 def test_a_sharded_run_goes_on_bitwise(pools, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    trainer = config(launch__strategy="zero2", **SHARDED)
-    go(pools, 2, trainer, whole)
+    run_config = config(launch__strategy="zero2", **SHARDED)
+    go(pools, 2, run_config, whole)
     shutil.copytree(whole, cut)
     cut_after(cut, 20)
-    go(pools, 2, trainer, cut, resume=True)
+    go(pools, 2, run_config, cut, resume=True)
     assert timeless(cut) == timeless(whole)
     assert all(torch.equal(weight, weights(cut)[name]) for name, weight in weights(whole).items())
 
@@ -250,7 +251,6 @@ def test_one_rank_that_is_asked_takes_the_others_along(tmp_path):
 
 
 def leave_when_rank_two_is_asked(world, out):
-
     asked = False
 
     def progress(done, total, note):
@@ -258,7 +258,7 @@ def leave_when_rank_two_is_asked(world, out):
         asked = world.rank == 2 and done == 5
 
     try:
-        trainer(config(train__steps=20), out, world=world, progress=progress, leaving=lambda: asked)
+        run(config(train__steps=20), out, world=world, progress=progress, leaving=lambda: asked)
     except Preempted as error:
         return error.step
 
@@ -294,8 +294,7 @@ def test_rank_0_decides_whether_to_resume(tmp_path):
 
 
 def resume_if_rank_is(world, rank, run_config, out):
-
-    return trainer(run_config, out, resume=world.rank == rank, world=world)["num_steps"]
+    return run(run_config, out, resume=world.rank == rank, world=world)["num_steps"]
 
 
 def test_more_ranks_than_samples_are_refused(tmp_path):
@@ -307,6 +306,6 @@ def test_more_ranks_than_samples_are_refused(tmp_path):
 def run_with_one_sample(world, out):
 
     try:
-        trainer(config(batch__global_size=1), out, world=world)
+        run(config(batch__global_size=1), out, world=world)
     except UsageError as error:
         return str(error)

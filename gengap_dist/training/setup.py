@@ -81,6 +81,8 @@ _LOADED: dict[DataConfig, datasets.Splits] = {}  # the last data set: the runs o
 
 
 def load_data(config: RunConfig, world: World, progress: Progress) -> datasets.Splits:
+    """The data of a run; the last data set is kept, because the runs of a study share it."""
+
     def report(what: str, done: int, total: int) -> None:
         progress(0, 0, f"{what} {done:,}/{total:,}")
 

@@ -16,8 +16,8 @@ from gengap_dist.planning.constants import Constants
 from gengap_dist.planning.layout import Cluster
 from gengap_dist.planning.survey import survey
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
-from gengap_dist.training.autotune import available_memory, cache
-from gengap_dist.training.autotune.cache import MicroSize, load_micro_sizes, remember
+from gengap_dist.training.autotune import available_memory
+from gengap_dist.training.autotune.cache import MicroSize, load_micro_sizes, micro_sizes_path, remember
 from gengap_dist.training.autotune.micro_batch import Network, candidates, settle
 from gengap_dist.training.autotune.search import images_per_second
 from gengap_dist.training.autotune.synthetic_workload import Rehearsal
@@ -33,7 +33,7 @@ def cache(tmp_path_factory):
     """The file of this module's tests, and of the ranks that they start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield cache.micro_sizes_path()
+        yield micro_sizes_path()
 
 
 def go(pool, out, *, resume: bool = False, **settings):
@@ -108,7 +108,7 @@ def test_a_plan_takes_what_a_run_found(cache):
 
 def test_a_damaged_or_locked_file_costs_a_measurement(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = cache.micro_sizes_path()
+    path = micro_sizes_path()
     path.parent.mkdir()
     for text in ("{", "[]", '{"found": {"x": {"size": 0}}}'):
         path.write_text(text)

@@ -19,7 +19,7 @@ from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.parallel.strategies import STRATEGIES
-from gengap_dist.training.algorithms.gradients import make_gradient
+from gengap_dist.training.algorithms.base import make_gradient
 from gengap_dist.training.optimizer import build as build_optimizer
 from gengap_dist.training.step import Work, train_step
 from tests.conftest import config

@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config.sections import RunConfig
+from gengap_dist.config.sections import RecipeConfig, RunConfig
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import BatchPlan, Span
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.training.algorithms.gradients import make_gradient
+from gengap_dist.training.algorithms.gradient_penalty import gradient_penalty
 from gengap_dist.training.algorithms.rank_penalty import RankPenalty
-from gengap_dist.training.step import Objective, Work, train_step
+from gengap_dist.training.algorithms.sam import sam
+from gengap_dist.training.step import MakeGradient, Objective, Work, train_step
 
 
 class Taken(NamedTuple):
@@ -120,3 +121,12 @@ def plan_of(config: RunConfig, size: int, num_ranks: int) -> BatchPlan:
     if group:
         return BatchPlan(size, num_ranks, group, group)
     return BatchPlan(size, num_ranks, batch.most_at_once, batch.ghost_size)
+
+
+def make_gradient(recipe: RecipeConfig) -> MakeGradient | None:
+    """How this recipe makes a step's direction; None: as plain training does."""
+    if recipe.sam_rho is not None:
+        return sam(recipe.sam_rho)
+    if recipe.gradient_penalty is not None:
+        return gradient_penalty(recipe.gradient_penalty)
+    return None

@@ -1,62 +1,16 @@
-"""Other directions than the gradient of the mean loss: SAM, and the penalty on micro-batches' gradient norms."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Gradient penalty: the mean loss plus a multiple of the squared gradient norms of groups of samples."""
 
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config.sections import RecipeConfig
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.models.batch_norm import frozen
 from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.training.step import NUM_SUMS, MakeGradient, Objective, Work, accumulate, join_with_nothing
+from gengap_dist.training.algorithms.sam import TINY, moved
+from gengap_dist.training.step import NUM_SUMS, MakeGradient, Objective, Work, join_with_nothing
 
 STEP = 0.01  # length of the forward difference in parameter space, as in DARTS (Liu et al. 2019)
-TINY = 1e-12
-
-
-def make_gradient(recipe: RecipeConfig) -> MakeGradient | None:
-    """How this recipe makes a step's direction; None: as plain training does."""
-    if recipe.sam_rho is not None:
-        return sam(recipe.sam_rho)
-    if recipe.gradient_penalty is not None:
-        return gradient_penalty(recipe.gradient_penalty)
-    return None
-
-
-@contextmanager
-def moved(parameters: list[nn.Parameter], along: list[Tensor], by: Tensor) -> Iterator[None]:
-    """Parameters + by * along, while open; then exactly what they were."""
-    before = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for p, direction in zip(parameters, along, strict=True):
-            p.add_(direction * by)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, old in zip(parameters, before, strict=True):
-                p.copy_(old)
-
-
-def sam(rho: float) -> MakeGradient:
-    """The global batch's gradient at w + rho g / |g|, g its gradient at w (Foret et al. 2021, with m = global size)."""
-
-    def make(strategy: Strategy, batches: Batches, work: Work, objective: Objective) -> tuple[Tensor, Tensor]:
-        sums = accumulate(strategy, batches, work, objective)
-        scaled = strategy.gradient_norm()
-        parameters = [p for p in strategy.model.parameters() if p.grad is not None]
-        ascent = [p.grad.clone() for p in parameters if p.grad is not None]
-        strategy.optimizer.zero_grad(set_to_none=False)
-        watching, strategy.watching = strategy.watching, False
-        with moved(parameters, ascent, rho / (scaled + TINY)), frozen(strategy.model):
-            accumulate(strategy, batches, work, objective)
-        strategy.watching = watching
-        return sums, strategy.unscaled(scaled)
-
-    return make
 
 
 def gradient_penalty(coefficient: float) -> MakeGradient:

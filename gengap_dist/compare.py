@@ -27,7 +27,7 @@ def command(argv: Sequence[str]) -> int:
     """Find the runs, sort them into arms, write and print the comparison."""
     options = _parse(argv)
     out = Path(options.out or f"comparisons/{datetime.now():%Y%m%d-%H%M%S}").resolve()
-    from gengap_dist.report.gather import gather
+    from gengap_dist.analysis.group_runs import gather
     from gengap_dist.report.page import write_report
     from gengap_dist.report.terminal import print_study
     from gengap_dist.runs import run_folder

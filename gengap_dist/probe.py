@@ -69,7 +69,7 @@ def _show(options: argparse.Namespace, config: RunConfig, found: list[Any], out:
     print_observation(last, untrained, title=f"{options.model} on {config.data.name}, step {step:,}")
     if not out:
         return
-    from gengap_dist.report.collect import read_study
+    from gengap_dist.analysis.study_data import read_study
     from gengap_dist.report.page import write_report
 
     say = wide_console().print

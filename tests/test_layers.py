@@ -36,8 +36,8 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.training.observer": 3.5,
     "gengap_dist.training.trainer": 4,
     "gengap_dist.distributed.launchers": 5,
-    "gengap_dist.comparison": 0,
-    "gengap_dist.comparison.arms": 0.25,  # knows which settings are machinery
+    "gengap_dist.analysis.results": 0,
+    "gengap_dist.analysis.results.arms": 0.25,  # knows which settings are machinery
     "gengap_dist.study": 5,
     "gengap_dist.study.ray_tune": 5.25,  # starts launchers' ranks
     "gengap_dist.study.schedule": 5.5,

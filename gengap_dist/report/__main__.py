@@ -36,7 +36,7 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _draw(folder: Path) -> int:
-    from gengap_dist.report.collect import read_study
+    from gengap_dist.analysis.study_data import read_study
     from gengap_dist.report.page import write_report
     from gengap_dist.report.terminal import print_run, print_study
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gengap_dist.comparison import Comparison
+from gengap_dist.analysis.results import Comparison
+from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.report import figures, probe_figures
-from gengap_dist.report.collect import StudyData
 from gengap_dist.report.drawing import Picture, in_rows
 
 

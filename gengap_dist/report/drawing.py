@@ -16,7 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from gengap_dist.report.collect import RunData, StudyData
+from gengap_dist.analysis.study_data import RunData, StudyData
 
 THEME = {  # CSS variable: light, dark. Pictures are drawn in the light ones; on the page they follow the variables.
     "ink": ("#1b1f24", "#e8eaed"),

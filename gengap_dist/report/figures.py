@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gengap_dist.comparison import Comparison, Correlation
-from gengap_dist.report.collect import StudyData
+from gengap_dist.analysis.results import Comparison, Correlation
+from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.report.drawing import (
     ACCENT,
     COLOURS,

@@ -10,9 +10,9 @@ import matplotlib
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from gengap_dist.comparison import Comparison
+from gengap_dist.analysis.results import Comparison
+from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.report.catalogue import RUN_FIGURES, STUDY_FIGURES
-from gengap_dist.report.collect import StudyData
 from gengap_dist.report.drawing import STYLE, THEME, save
 from gengap_dist.report.tables import Table, arm_table, data_table, first_to_show, run_table, tuning_tables
 from gengap_dist.report.terminal import percent

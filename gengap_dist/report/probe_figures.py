@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from gengap_dist.report.collect import RunData, StudyData, metric
+from gengap_dist.analysis.study_data import RunData, StudyData, metric
 from gengap_dist.report.drawing import (
     ACCENT,
     COLOURS,

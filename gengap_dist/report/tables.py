@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gengap_dist.comparison import Comparison
-from gengap_dist.report.collect import RunData, StudyData, metric
+from gengap_dist.analysis.results import Comparison
+from gengap_dist.analysis.study_data import RunData, StudyData, metric
 from gengap_dist.report.drawing import Row
 from gengap_dist.report.terminal import interval, last_layer, percent, points
 from gengap_dist.statistics.paired import Interval, spread

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from gengap_dist.report.collect import RunData, StudyData, metric, read_run
+from gengap_dist.analysis.study_data import RunData, StudyData, metric, read_run
 from gengap_dist.statistics.paired import Paired, spread
 
 if TYPE_CHECKING:  # they would import torch, and the driver of ranks needs none

@@ -54,7 +54,7 @@ def _drive(config: StudyConfig, out: Path) -> int:
     try:
         num_failed = _run(config, out)
         with quickly():
-            from gengap_dist.report.collect import read_study
+            from gengap_dist.analysis.study_data import read_study
             from gengap_dist.report.page import write_report
 
         found = read_study(out)

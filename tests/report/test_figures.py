@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from gengap_dist.comparison import Comparison, Correlation, Target
+from gengap_dist.analysis.results import Comparison, Correlation, Target
+from gengap_dist.analysis.study_data import StudyData, read_study
 from gengap_dist.report import drawing, figures, probe_figures
 from gengap_dist.report.catalogue import STUDY_FIGURES
-from gengap_dist.report.collect import StudyData, read_study
 from gengap_dist.report.drawing import Picture
 from tests.report.folders import ARMS, accuracy, write_study
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gengap_dist.report.collect import read_study
+from gengap_dist.analysis.study_data import read_study
 from gengap_dist.report.drawing import THEME
 from gengap_dist.report.page import write_report
 from tests.browser import NEEDS_CHROMIUM, page, pictures

@@ -12,7 +12,7 @@ import sys
 import pytest
 import yaml
 
-from gengap_dist.report.collect import read_study
+from gengap_dist.analysis.study_data import read_study
 
 STUDY = {
     "train": {"epochs": 1, "num_evals": 2},

@@ -5,11 +5,11 @@ import math
 
 import pytest
 
+from gengap_dist.analysis.group_runs import gather
+from gengap_dist.analysis.study_data import read_study, tuned_in
 from gengap_dist.config.loading import resolve, validate
 from gengap_dist.config.study import StudyConfig, TuneSection
 from gengap_dist.errors import UsageError
-from gengap_dist.report.collect import read_study, tuned_in
-from gengap_dist.report.gather import gather
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.study import schedule, tune
 from gengap_dist.tracking.mlflow.importer import Names

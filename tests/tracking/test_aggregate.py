@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gengap_dist.comparison.arms import recipe
+from gengap_dist.analysis.seed_aggregates import Seed, over_seeds, summary
+from gengap_dist.config.identity import recipe
 from gengap_dist.config.loading import flat, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.runs.metrics_table import history
-from gengap_dist.tracking.aggregate import Seed, over_seeds, summary
 
 
 def seed(number, accuracy=None, status="finished", lines=()):

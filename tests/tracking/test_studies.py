@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from gengap_dist.analysis.group_runs import gather
+from gengap_dist.analysis.study_data import read_study
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.data import datasets
 from gengap_dist.errors import UsageError
-from gengap_dist.report.collect import read_study
-from gengap_dist.report.gather import gather
 from gengap_dist.runs.run_folder import FINISHED, read_info, read_lines, read_metrics
 from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.study import schedule

@@ -128,7 +128,7 @@ class Mirror:
     # -- a study, its arms, its runs ----------------------------------------------------------------------------------
 
     def _sync_study(self, study: Line, closing: bool, sent: Sent) -> None:
-        from gengap_dist.comparison.arms import recipe  # its room imports scipy, which is slow
+        from gengap_dist.config.identity import recipe  # its room imports scipy, which is slow
 
         tune = study["config"]["study"].get("tune") or {}
         shared = {"study": study["name"], "tuned": ",".join(tune.get("space", ())) or None}
@@ -209,7 +209,7 @@ class Mirror:
             if state.get("made_of") != made_of:
                 self._keep(folder, state, made_of=made_of, summed=False)
             if not state["summed"]:
-                from gengap_dist.tracking.aggregate import Seed, over_seeds  # scipy is slow to import
+                from gengap_dist.analysis.seed_aggregates import Seed, over_seeds  # scipy is slow to import
 
                 arm, against = (
                     [Seed(info, _history(path, info)) for path, info in of.items()] for of in (runs, theirs)

@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.comparison.roles import differing, effective
+from gengap_dist.analysis.study_data import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, tuned_in
+from gengap_dist.config.identity import differing, effective, settings_of
 from gengap_dist.errors import UsageError
-from gengap_dist.report.collect import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, settings_of, tuned_in
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.tracking.mlflow.importer import Names, find, save

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gengap_dist.comparison import Run, Target
+from gengap_dist.analysis.results import Run, Target
 from gengap_dist.statistics.paired import CONFIDENCE
 
 NOISE_SCALE = "noise_scale"

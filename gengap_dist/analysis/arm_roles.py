@@ -7,7 +7,8 @@ that `optim.scaling=sqrt` at optim.base_size is no scaling, and train.budget=upd
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from gengap_dist.comparison import Run
+from gengap_dist.analysis.results import Run
+from gengap_dist.config.identity import Settings, differing, effective
 
 SAME = 0.02  # epochs and updates that differ by less are the same: the last step of an epoch may be ragged
 
@@ -15,49 +16,6 @@ RATE = {"optim.lr", "optim.warmup_epochs"}
 LENGTH = {"train.epochs", "train.steps", "train.num_evals"}
 NORM = {"model.norm", "batch.ghost_size"}
 RANK = {"recipe.rank_penalty", "recipe.rank_measure", "recipe.rank_layers"}
-
-Settings = Mapping[str, object]
-
-
-def effective(settings: Settings) -> dict[str, object]:
-    """Settings without the batch, with rate, warm-up and epochs as they are at that batch (see `optim.schedule`).
-
-    >>> scaled = {"batch.global_size": 512, "optim.scaling": "sqrt", "optim.base_size": 128, "optim.lr": 0.1}
-    >>> effective(scaled)
-    {'optim.lr': 0.2}
-    >>> effective(scaled | {"optim.scaling": "none", "train.budget": "updates", "train.epochs": 3})
-    {'optim.lr': 0.1, 'train.epochs': 12.0}
-    >>> effective({"batch.global_size": 128, "batch.ghost_size": 128, "model.norm": "ghost"})  # one group is the batch
-    {'batch.ghost_size': None, 'model.norm': 'sync'}
-    """
-    out = dict(settings)
-    size, scaling = out.pop("batch.global_size", None), out.pop("optim.scaling", "none")
-    base, budget = out.pop("optim.base_size", None), out.pop("train.budget", "epochs")
-    factor = 1.0
-    if isinstance(size, int | float) and isinstance(base, int | float) and base > 0:
-        factor = size / base
-    if size is not None and out.get("batch.ghost_size") == size:
-        out |= {"batch.ghost_size": None, "model.norm": "sync"}
-    _times(out, "optim.lr", {"linear": factor, "sqrt": factor**0.5, "legw": factor**0.5}.get(str(scaling), 1.0))
-    _times(out, "optim.warmup_epochs", factor if scaling == "legw" or budget == "updates" else 1.0)
-    _times(out, "train.epochs", factor if budget == "updates" else 1.0)
-    return out
-
-
-def _times(settings: dict[str, object], name: str, factor: float) -> None:
-    value = settings.get(name)
-    if isinstance(value, int | float) and factor != 1.0:
-        settings[name] = float(f"{value * factor:.9g}")
-
-
-def differing(one: Settings, other: Settings) -> set[str]:
-    """Names of the settings in which two arms differ, but for the batch.
-
-    >>> differing({"batch.global_size": 8, "optim.lr": 0.1}, {"batch.global_size": 64, "optim.lr": 0.1})
-    set()
-    """
-    ours, theirs = effective(one), effective(other)
-    return {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
 
 
 class Arm(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gengap_dist.comparison.measures import CONTROLS, MEASURED
+from gengap_dist.config.metric_key import CONTROLS, MEASURED
 from gengap_dist.runs.metrics_table import History
 from gengap_dist.statistics.paired import paired, t_half, t_interval
 

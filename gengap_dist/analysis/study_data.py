@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gengap_dist.comparison import Comparison, Run
-from gengap_dist.comparison.compare import compare
-from gengap_dist.comparison.measures import CONTROLS, MEASURED
-from gengap_dist.config.identity import MACHINERY
-from gengap_dist.config.loading import flat
+from gengap_dist.analysis.compare import compare
+from gengap_dist.analysis.results import Comparison, Run
+from gengap_dist.config.identity import settings_of
+from gengap_dist.config.metric_key import CONTROLS, MEASURED
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metrics_table import History
 from gengap_dist.runs.run_folder import FINISHED, load_spectra, read_history, read_info
@@ -175,9 +174,6 @@ class StudyData:
         return []
 
 
-LOOKS = ("seed", "train.num_evals", "train.log_every", "train.target_accuracy")  # besides what a run computes
-
-
 def _seen(run: RunData, tuned: Collection[str]) -> Run:
     """A run as comparisons see it; settings that were tuned for each arm do not tell arms apart."""
     info, result = run.info, run.info.get("result") or {}
@@ -205,15 +201,6 @@ def _seen(run: RunData, tuned: Collection[str]) -> Run:
 def tuned_in(study: Mapping[str, Any]) -> frozenset[str]:
     """Settings that a study has tuned."""
     return frozenset(name for found in (study.get("tuned") or {}).values() for name in found.get("best") or {})
-
-
-def settings_of(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run computes, as dotted settings: without seed, probes and machinery."""
-    return {
-        name: value
-        for name, value in flat(info["config"]).items()
-        if not name.startswith((*MACHINERY, "probe.")) and name not in LOOKS
-    }
 
 
 def _section(info: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from gengap_dist.comparison import Claim, Correlation, Outcome, Run
-from gengap_dist.comparison.roles import Arm, Roles, arms_of, roles, without_length, without_rate
+from gengap_dist.analysis.arm_roles import Arm, Roles, arms_of, roles, without_length, without_rate
+from gengap_dist.analysis.results import Claim, Correlation, Outcome, Run
 from gengap_dist.statistics.paired import CONFIDENCE, differences, holm, p_value, t_interval
 
 ALPHA = 1 - CONFIDENCE

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gengap_dist.comparison import Correlation, Run
+from gengap_dist.analysis.results import Correlation, Run
 from gengap_dist.statistics.correlation import fisher, less_group_mean, p_value_of_r, partial_correlation, pearson
 from gengap_dist.statistics.paired import holm
 

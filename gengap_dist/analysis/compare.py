@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gengap_dist.comparison import Comparison, Gap, Run
-from gengap_dist.comparison.correlation import correlations
-from gengap_dist.comparison.roles import Arm, arms_of, same
-from gengap_dist.comparison.target import target_of
-from gengap_dist.comparison.verdict import claims
+from gengap_dist.analysis.arm_roles import Arm, arms_of, same
+from gengap_dist.analysis.claims import claims
+from gengap_dist.analysis.correlations import correlations
+from gengap_dist.analysis.critical_batch import target_of
+from gengap_dist.analysis.results import Comparison, Gap, Run
 from gengap_dist.statistics.paired import detectable, holm, p_value, paired
 
 FEW_PAIRS = 8

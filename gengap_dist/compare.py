@@ -28,7 +28,7 @@ def command(argv: Sequence[str]) -> int:
     options = _parse(argv)
     out = Path(options.out or f"comparisons/{datetime.now():%Y%m%d-%H%M%S}").resolve()
     from gengap_dist.analysis.group_runs import gather
-    from gengap_dist.report.page import write_report
+    from gengap_dist.analysis.report.html import write_report
     from gengap_dist.report.terminal import print_study
     from gengap_dist.runs import run_folder
     from gengap_dist.tracking.mlflow.importer import Names

@@ -69,14 +69,14 @@ def _show(options: argparse.Namespace, config: RunConfig, found: list[Any], out:
     print_observation(last, untrained, title=f"{options.model} on {config.data.name}, step {step:,}")
     if not out:
         return
+    from gengap_dist.analysis.report.html import write_report
     from gengap_dist.analysis.study_data import read_study
-    from gengap_dist.report.page import write_report
 
     say = wide_console().print
     page = write_report(read_study(out))
     say(f"spectra  {out / 'spectra'}\nfigures  {out / 'figures'}\nreport   {page}", highlight=False, soft_wrap=True)
     if options.mlflow:
-        from gengap_dist.report.terminal import ui_command
+        from gengap_dist.analysis.report.text import ui_command
         from gengap_dist.tracking.mlflow.process import sync_now
 
         uri = sync_now(out, options.tracking_uri, lambda name, done, total: None)

@@ -66,8 +66,8 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
         with RunProgress(out.name) as progress:
             ranks.run(config, out, resume=resume, progress=progress)
         with quickly():
+            from gengap_dist.analysis.report.html import write_report
             from gengap_dist.analysis.study_data import read_study
-            from gengap_dist.report.page import write_report
 
         page = write_report(read_study(out), pdf=False)  # `gengap report` has the time for it
     except BaseException as error:

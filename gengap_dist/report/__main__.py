@@ -36,8 +36,8 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _draw(folder: Path) -> int:
+    from gengap_dist.analysis.report.html import write_report
     from gengap_dist.analysis.study_data import read_study
-    from gengap_dist.report.page import write_report
     from gengap_dist.report.terminal import print_run, print_study
 
     study = read_study(folder)

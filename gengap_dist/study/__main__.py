@@ -54,8 +54,8 @@ def _drive(config: StudyConfig, out: Path) -> int:
     try:
         num_failed = _run(config, out)
         with quickly():
+            from gengap_dist.analysis.report.html import write_report
             from gengap_dist.analysis.study_data import read_study
-            from gengap_dist.report.page import write_report
 
         found = read_study(out)
         outcome = run_folder.FAILED if num_failed else run_folder.FINISHED
@@ -83,7 +83,8 @@ def _warn(text: str) -> None:
 
 
 def _run(config: StudyConfig, out: Path) -> int:
-    from gengap_dist.report.terminal import RunProgress, percent
+    from gengap_dist.analysis.report.text import percent
+    from gengap_dist.report.terminal import RunProgress
 
     total = schedule.num_runs(config)
     with RunProgress(out.name, total) as progress:

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from gengap_dist.analysis.report.text import study_rows
 from gengap_dist.analysis.study_data import read_study
-from gengap_dist.report.terminal import study_rows
 from gengap_dist.runs.run_folder import read_info
 from tests.ray_cluster import ROOT
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gengap_dist.analysis.report.plotting import Row
+from gengap_dist.analysis.report.text import interval, last_layer, percent, points
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import RunData, StudyData, metric
-from gengap_dist.report.drawing import Row
-from gengap_dist.report.terminal import interval, last_layer, percent, points
 from gengap_dist.statistics.paired import Interval, spread
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from gengap_dist.analysis.report import figures, probe_figures
+from gengap_dist.analysis.report.plotting import Picture, in_rows
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
-from gengap_dist.report import figures, probe_figures
-from gengap_dist.report.drawing import Picture, in_rows
 
 
 class Entry(NamedTuple):

@@ -10,12 +10,12 @@ import matplotlib
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from gengap_dist.analysis.report.figure_list import RUN_FIGURES, STUDY_FIGURES
+from gengap_dist.analysis.report.plotting import STYLE, THEME, save
+from gengap_dist.analysis.report.tables import Table, arm_table, data_table, first_to_show, run_table, tuning_tables
+from gengap_dist.analysis.report.text import percent
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
-from gengap_dist.report.catalogue import RUN_FIGURES, STUDY_FIGURES
-from gengap_dist.report.drawing import STYLE, THEME, save
-from gengap_dist.report.tables import Table, arm_table, data_table, first_to_show, run_table, tuning_tables
-from gengap_dist.report.terminal import percent
 from gengap_dist.runs.run_folder import write_atomically
 
 MOST_ROWS = 150  # of a picture's data as a table on the page; the CSV has all
@@ -44,7 +44,7 @@ def write_report(study: StudyData, *, pdf: bool = True) -> Path:
     said = study.comparison if is_study else Comparison(study.baseline, {}, [], None, [], [])
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(files("gengap_dist.report").joinpath("template.html").read_text())
+    ).from_string(files("gengap_dist.analysis.report").joinpath("template.html").read_text())
     page = study.folder / "report.html"
     config = study.info.get("config") or {}
     html = template.render(

@@ -8,9 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gengap_dist.analysis.results import Comparison, Correlation
-from gengap_dist.analysis.study_data import StudyData
-from gengap_dist.report.drawing import (
+from gengap_dist.analysis.report.plotting import (
     ACCENT,
     COLOURS,
     PAPER,
@@ -31,6 +29,8 @@ from gengap_dist.report.drawing import (
     row_axis,
     row_colour,
 )
+from gengap_dist.analysis.results import Comparison, Correlation
+from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.statistics.paired import Interval, differences, spread, t_interval
 
 HIGHEST_LOSS = 20.0  # a diverging run leaves the picture here

@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from gengap_dist.analysis.study_data import RunData, StudyData, metric
-from gengap_dist.report.drawing import (
+from gengap_dist.analysis.report.plotting import (
     ACCENT,
     COLOURS,
     INK,
@@ -34,6 +33,7 @@ from gengap_dist.report.drawing import (
     row_axis,
     row_colour,
 )
+from gengap_dist.analysis.study_data import RunData, StudyData, metric
 
 MEASURES = (
     ("near_rank_loss", "rel_1e-2", "near-rank loss (share < 0.01 s1)"),

@@ -39,8 +39,8 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.analysis.results": 0,
     "gengap_dist.analysis.results.arms": 0.25,  # knows which settings are machinery
     "gengap_dist.study": 5,
-    "gengap_dist.study.ray_tune": 5.25,  # starts launchers' ranks
-    "gengap_dist.study.schedule": 5.5,
+    "gengap_dist.study.ray_runner": 5.25,  # starts launchers' ranks
+    "gengap_dist.study.runner": 5.5,
     "gengap_dist.report": 5.25,
     "gengap_dist.planning": 5.1,  # starts ranks, to measure them
     "gengap_dist.planning.constants": 3,

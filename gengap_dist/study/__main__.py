@@ -21,9 +21,8 @@ from gengap_dist.config.study import StudyConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
-from gengap_dist.study import schedule
-from gengap_dist.study.grid import Cell
-from gengap_dist.study.watch import Watch
+from gengap_dist.study import runner
+from gengap_dist.study.run_matrix import Cell, Watch
 from gengap_dist.tracking.mlflow.process import Follower
 
 PROG = "gengap study"
@@ -40,16 +39,16 @@ def command(argv: Sequence[str]) -> int:
         return cli.OK
     out = (options.out or Path("studies") / config.study.name).resolve()
     if not launchers.is_driver(config.launch):
-        schedule.run_study(config, out, Watch(), driver=False)
+        runner.run_study(config, out, Watch(), driver=False)
         return cli.OK
     run_folder.prepare_folder(out, "study.json", resume=True)
-    with schedule.alone(out):
+    with runner.alone(out):
         return _drive(config, out)
 
 
 def _drive(config: StudyConfig, out: Path) -> int:
     """What only one process does: folders, progress, MLflow, the report."""
-    schedule.prepare(config, out, _warn)
+    runner.prepare(config, out, _warn)
     follower = Follower(out, config.mlflow) if config.mlflow.enabled else None
     try:
         num_failed = _run(config, out)
@@ -59,10 +58,10 @@ def _drive(config: StudyConfig, out: Path) -> int:
 
         found = read_study(out)
         outcome = run_folder.FAILED if num_failed else run_folder.FINISHED
-        study = replace(found, info=schedule.conclude(out, outcome, _headline(found), _verdicts(found)))
+        study = replace(found, info=runner.conclude(out, outcome, _headline(found), _verdicts(found)))
         page = write_report(study)
     except BaseException as error:
-        schedule.conclude(out, run_folder.FAILED if isinstance(error, Exception) else run_folder.KILLED, {})
+        runner.conclude(out, run_folder.FAILED if isinstance(error, Exception) else run_folder.KILLED, {})
         raise
     finally:
         behind = follower.finish() if follower else None
@@ -86,7 +85,7 @@ def _run(config: StudyConfig, out: Path) -> int:
     from gengap_dist.analysis.report.text import percent
     from gengap_dist.report.terminal import RunProgress
 
-    total = schedule.num_runs(config)
+    total = runner.num_runs(config)
     with RunProgress(out.name, total) as progress:
 
         class Shown(Watch):
@@ -105,7 +104,7 @@ def _run(config: StudyConfig, out: Path) -> int:
                     f"[{done}/{total}] {cell.title}: {note}, {which.replace('/', ' ')} {percent(result.get(which))}"
                 )
 
-        return schedule.run_study(config, out, Shown(), driver=True, warn=_warn)
+        return runner.run_study(config, out, Shown(), driver=True, warn=_warn)
 
 
 def _verdicts(study: Any) -> list[str]:

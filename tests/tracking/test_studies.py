@@ -21,8 +21,8 @@ from gengap_dist.data import datasets
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import FINISHED, read_info, read_lines, read_metrics
 from gengap_dist.runs.system_metrics import sampling
-from gengap_dist.study import schedule
-from gengap_dist.study.watch import Watch
+from gengap_dist.study import runner
+from gengap_dist.study.run_matrix import Watch
 from gengap_dist.tracking.mlflow.importer import Names
 from gengap_dist.tracking.mlflow.process import Follower, sync_now
 from gengap_dist.tracking.mlflow.uploader import Mirror, comparison
@@ -48,10 +48,10 @@ def run_study(out: Path) -> None:
     """What `gengap study` does without its report."""
     study = validate(StudyConfig, SETTINGS)
     out.mkdir()
-    schedule.prepare(study, out, pytest.fail)
-    schedule.run_study(study, out, Watch(), driver=True)
+    runner.prepare(study, out, pytest.fail)
+    runner.run_study(study, out, Watch(), driver=True)
     numbers = {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a+b/mean": 0.5}
-    schedule.conclude(out, FINISHED, numbers, ["A claim. **undecided**: too few seeds."])
+    runner.conclude(out, FINISHED, numbers, ["A claim. **undecided**: too few seeds."])
 
 
 @pytest.fixture(scope="module")

@@ -65,3 +65,13 @@ def trials(config: StudyConfig, out: Path, points: Sequence[Mapping[str, Any]]) 
         for number, point in enumerate(points)
         for arm in config.arms
     ]
+
+
+class Watch:
+    """Told of everything; this one keeps it to itself."""
+
+    def step(self, cell: Cell, done: int, total: int, note: str) -> None:
+        """`done` of `total` steps of a run, and a few words."""
+
+    def over(self, cell: Cell, note: str) -> None:
+        """A run has ended: a status of run.json, "already there", or why it failed."""

@@ -19,9 +19,8 @@ from gengap_dist.distributed import launchers
 from gengap_dist.distributed.launchers import Launcher
 from gengap_dist.errors import OutOfMemory, UsageError
 from gengap_dist.runs import run_folder
-from gengap_dist.study import grid, ray_tune, tune
-from gengap_dist.study.grid import Cell
-from gengap_dist.study.watch import Watch
+from gengap_dist.study import ray_runner, run_matrix, tuning
+from gengap_dist.study.run_matrix import Cell, Watch
 from gengap_dist.training import ENTRY_POINT
 
 Warn = Callable[[str], None]
@@ -56,7 +55,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
     Raises:
         UsageError: if an arm is not valid, or runs or another study there had other settings.
     """
-    plan = _trials(config, out) or grid.cells(config, out, {})
+    plan = _trials(config, out) or run_matrix.cells(config, out, {})
     before = _before(out, warn)
     if before.get("name", config.study.name) != config.study.name:
         raise UsageError(
@@ -109,7 +108,7 @@ def _before(out: Path, warn: Warn) -> dict[str, Any]:
 
 
 def _trials(config: StudyConfig, out: Path) -> list[Cell]:
-    return grid.trials(config, out, tune.points(config.study.tune)) if config.study.tune else []
+    return run_matrix.trials(config, out, tuning.points(config.study.tune)) if config.study.tune else []
 
 
 def _check_same(plan: list[Cell]) -> None:
@@ -147,14 +146,14 @@ def run_study(config: StudyConfig, out: Path, watch: Watch, *, driver: bool, war
     """
     run = partial(run_all, watch=watch, driver=driver, most=config.study.concurrent)
     if not config.study.tune:
-        return run(grid.cells(config, out, {}))
+        return run(run_matrix.cells(config, out, {}))
     trials = _trials(config, out)
     # a trial that failed is tried again until its arm's own runs have begun: they must all have the same settings
     settled = {arm.name for arm in config.arms if (out / "runs" / arm.name).exists()}
     num_failed = run([cell for cell in trials if cell.arm not in settled or status(cell) != run_folder.FAILED])
     found = _searches(config, trials)
     tuned = {arm: search["best"] for arm, search in found.items() if search["best"] is not None}
-    plan = grid.cells(config, out, tuned)
+    plan = run_matrix.cells(config, out, tuned)
     if driver:
         _update(out, tuned=found)
         _check_same(plan)
@@ -169,12 +168,12 @@ def run_study(config: StudyConfig, out: Path, watch: Watch, *, driver: bool, war
 
 def _searches(config: StudyConfig, trials: list[Cell]) -> dict[str, Mapping[str, Any]]:
     assert config.study.tune is not None
-    points = tune.points(config.study.tune)
+    points = tuning.points(config.study.tune)
     found = {}
     for arm in config.arms:
         mine = [cell for cell in trials if cell.arm == arm.name]
-        read = [tune.read_trial(point, cell.folder) for point, cell in zip(points, mine, strict=True)]
-        found[arm.name] = tune.summary(config.study.tune, read, to_target=mine[0].config.train.stop_at_target)
+        read = [tuning.read_trial(point, cell.folder) for point, cell in zip(points, mine, strict=True)]
+        found[arm.name] = tuning.summary(config.study.tune, read, to_target=mine[0].config.train.stop_at_target)
     return found
 
 
@@ -194,7 +193,7 @@ def run_all(plan: list[Cell], watch: Watch, *, driver: bool, most: int | None = 
         else:
             to_do.append(cell)
     on_ray = [cell for cell in to_do if launchers.asked(cell.config.launch)]
-    num_failed = ray_tune.run_all(on_ray, watch, most) if on_ray else 0
+    num_failed = ray_runner.run_all(on_ray, watch, most) if on_ray else 0
     return num_failed + _one_by_one([cell for cell in to_do if cell not in on_ray], watch, driver=driver)
 
 

@@ -37,8 +37,7 @@ from gengap_dist.distributed.launchers.ray import (
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
-from gengap_dist.study.grid import Cell
-from gengap_dist.study.watch import Watch
+from gengap_dist.study.run_matrix import Cell, Watch
 from gengap_dist.training import ENTRY_POINT
 
 STUDY = "study"  # what news of all runs are about

@@ -36,10 +36,10 @@ from gengap_dist import models
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import STRATEGIES, Strategy
-from gengap_dist.planning import calibrate
-from gengap_dist.planning.constants import ComputeConstants, LinkConstants
-from gengap_dist.planning.layout import Cluster
-from gengap_dist.planning.wire import Link
+from gengap_dist.preflight import calibrate
+from gengap_dist.preflight.batch_layout import Cluster
+from gengap_dist.preflight.communication_model import Link
+from gengap_dist.preflight.machine_constants import ComputeConstants, LinkConstants
 from gengap_dist.training.algorithms.base import plan_of
 from gengap_dist.training.autotune import synthetic_workload
 from gengap_dist.training.checks import strategy_name

@@ -29,7 +29,7 @@ def command(argv: Sequence[str]) -> int:
         return cli.OK
     from rich.console import Console
 
-    from gengap_dist.diagnosis import Ask, examine
+    from gengap_dist.preflight.doctor_checks import Ask, examine
 
     with Console(stderr=True).status("checking") as spinner:
         found = examine(Ask(config, options.out), lambda waiting: spinner.update(f"checking {', '.join(waiting)}"))

@@ -27,16 +27,16 @@ def command(argv: Sequence[str]) -> int:
         print(to_yaml(config), end="")
         return cli.OK
 
-    from gengap_dist.planning.constants import Constants, load, save
-    from gengap_dist.planning.layout import Cluster
-    from gengap_dist.planning.survey import survey
+    from gengap_dist.preflight.batch_layout import Cluster
+    from gengap_dist.preflight.machine_constants import Constants, load, save
+    from gengap_dist.preflight.plan import survey
 
     new = options.calibrate and options.constants is not None and not options.constants.exists()
     constants = Constants() if new else load(options.constants)
     cluster = Cluster(options.nodes, options.gpus_per_node)
     plan = survey(config, cluster, constants)
     if options.calibrate and plan.memory:
-        from gengap_dist.planning.calibrate import calibrate
+        from gengap_dist.preflight.calibrate import calibrate
 
         assert plan.data
         assert plan.batch
@@ -46,7 +46,7 @@ def command(argv: Sequence[str]) -> int:
     if options.as_json:
         print(json.dumps(plan.as_json(), indent=1))
     else:
-        from gengap_dist.report.plan_table import print_plan
+        from gengap_dist.preflight.plan_table import print_plan
 
         print_plan(plan, constants)
     return cli.USAGE if plan.refused else cli.OK

@@ -43,7 +43,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.study.runner": 5.5,
     "gengap_dist.report": 5.25,
     "gengap_dist.planning": 5.1,  # starts ranks, to measure them
-    "gengap_dist.planning.constants": 3,
+    "gengap_dist.preflight.machine_constants": 3,
     "gengap_dist.training.autotune.available_memory": 3,
     "gengap_dist.parallel.memory_model": 3,
     "gengap_dist.training.autotune.synthetic_workload": 3.25,  # passes of the loop
@@ -51,8 +51,8 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.training.autotune.memory_format": 3.8,
     "gengap_dist.training.autotune.micro_batch": 3.75,  # a run settles it before its first step
     "gengap_dist.cli": 5.5,
-    "gengap_dist.trials": 5.25,  # runs launchers' ranks
-    "gengap_dist.diagnosis": 5.5,
+    "gengap_dist.preflight.doctor_subprocess": 5.25,  # runs launchers' ranks
+    "gengap_dist.preflight.doctor_checks": 5.5,
     "gengap_dist.train": 6,
     "gengap_dist.compare": 6,
     "gengap_dist.doctor": 6,

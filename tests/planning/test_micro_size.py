@@ -12,9 +12,9 @@ from gengap_dist import models
 from gengap_dist.distributed.launchers.local import threads_per_rank
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.planning.constants import Constants
-from gengap_dist.planning.layout import Cluster
-from gengap_dist.planning.survey import survey
+from gengap_dist.preflight.batch_layout import Cluster
+from gengap_dist.preflight.machine_constants import Constants
+from gengap_dist.preflight.plan import survey
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from gengap_dist.training.autotune import available_memory
 from gengap_dist.training.autotune.cache import MicroSize, load_micro_sizes, micro_sizes_path, remember

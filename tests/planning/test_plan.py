@@ -21,11 +21,11 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.strategies import DDP
-from gengap_dist.planning import wire
-from gengap_dist.planning.constants import ComputeConstants, Constants, LinkConstants, load, save, workload
-from gengap_dist.planning.layout import Cluster, layout
-from gengap_dist.planning.survey import Plan, survey
-from gengap_dist.planning.wire import Link, Message, seconds
+from gengap_dist.preflight import communication_model
+from gengap_dist.preflight.batch_layout import Cluster, layout
+from gengap_dist.preflight.communication_model import Link, Message, seconds
+from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, load, save, workload
+from gengap_dist.preflight.plan import Plan, survey
 from gengap_dist.probes import layer_view, measure
 from gengap_dist.probes.activations import observing
 from gengap_dist.probes.layers import choose
@@ -214,7 +214,7 @@ def planned(options: dict[str, Any], counts: list[int]) -> list[Message]:
         layers = choose(model, torch.zeros(1, 1, 32, 32), ["auto"])
         sites = layer_view.sites_of(layers, options.pop("views"), sum(counts))
     passes = plan(sites, max(counts), options["memory_mib"])
-    return wire.probe_messages(sites, passes, counts, device_type="cpu", **options)
+    return communication_model.probe_messages(sites, passes, counts, device_type="cpu", **options)
 
 
 def shares_of_probe(num_samples: int, size: int) -> list[int]:

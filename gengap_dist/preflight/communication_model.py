@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from gengap_dist.distributed.batch_plan import split
-from gengap_dist.planning.layout import Cluster
+from gengap_dist.preflight.batch_layout import Cluster
 from gengap_dist.probes.layer_view import Site
 from gengap_dist.probes.spectra.accumulate import turns
 from gengap_dist.probes.spectra.gram import BUCKET_BYTES

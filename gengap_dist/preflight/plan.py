@@ -20,10 +20,10 @@ from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.memory_model import Memory
-from gengap_dist.planning import wire
-from gengap_dist.planning.constants import ComputeConstants, Constants, workload
-from gengap_dist.planning.layout import Cluster, Layout, layout
-from gengap_dist.planning.wire import Link, Message
+from gengap_dist.preflight import communication_model
+from gengap_dist.preflight.batch_layout import Cluster, Layout, layout
+from gengap_dist.preflight.communication_model import Link, Message
+from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, workload
 from gengap_dist.probes import layer_view
 from gengap_dist.probes.activations import observing
 from gengap_dist.probes.layers import choose
@@ -212,7 +212,11 @@ def _of_model(
     side, itemsize = config.data.image_size, getattr(torch, config.train.dtype).itemsize
     whole = itemsize * sum(p.numel() for p in model.parameters())
     trained = itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    messages = wire.step_messages(strategy, trained, whole, batch.micro_batches_per_rank[1]) if num_ranks > 1 else []
+    messages = (
+        communication_model.step_messages(strategy, trained, whole, batch.micro_batches_per_rank[1])
+        if num_ranks > 1
+        else []
+    )
     held = memory_model.weights(config, model, strategy, num_ranks)
     probe, probe_bytes = tried(lambda: _probe(config, model, sizes, num_ranks)) or (None, 0)
     if probe and memory_model.SHARDING[strategy].parameters:
@@ -259,7 +263,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     passes = measure.plan(sites, max(counts), probe.memory_mib)
     device_type = "cuda" if config.launch.device == "cuda" else "cpu"
     options = {"method": probe.method, "memory_mib": probe.memory_mib, "device_type": device_type}
-    messages = wire.probe_messages(sites, passes, counts, **options)
+    messages = communication_model.probe_messages(sites, passes, counts, **options)
     stream = measure.stream_bytes(device_type, probe.memory_mib)
     num_bytes = memory_model.probe_bytes(sites, passes, max(counts), stream) + max(counts) * example.nbytes
     forms = {
@@ -282,7 +286,7 @@ def _time(config: RunConfig, constants: Constants, found: dict[str, Any]) -> dic
     near, far = inside or Link(0.0, 0.0), between or inside or Link(0.0, 0.0)
     computing, talking = step_seconds(cluster, batch, found["messages"], compute, near, far)
     probed = found["probe"].messages if found["probe"] else []
-    probing = sum(wire.seconds(message, cluster, near, far) for message in probed)
+    probing = sum(communication_model.seconds(message, cluster, near, far) for message in probed)
     # a batch larger than the data set is refused, and has no steps
     time = Time(computing, talking, probing, (found.get("num_steps") or 0) * (computing + talking))
     if cluster.nodes > 1 and between is None:
@@ -301,7 +305,7 @@ def step_seconds(
 ) -> tuple[float, float]:
     """Seconds of one step: computing, of the rank with the most samples, and then talking."""
     computing = batch.samples_per_rank[1] * compute.seconds_per_sample + compute.seconds_per_update
-    return computing, sum(wire.seconds(message, cluster, inside, between) for message in messages)
+    return computing, sum(communication_model.seconds(message, cluster, inside, between) for message in messages)
 
 
 def _assumed(config: RunConfig, strategy: str, found: dict[str, Any]) -> list[str]:

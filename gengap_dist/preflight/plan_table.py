@@ -4,9 +4,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gengap_dist.planning.constants import Constants
-from gengap_dist.planning.layout import Layout
-from gengap_dist.planning.survey import Plan, Time
+from gengap_dist.preflight.batch_layout import Layout
+from gengap_dist.preflight.machine_constants import Constants
+from gengap_dist.preflight.plan import Plan, Time
 from gengap_dist.report.terminal import wide_console
 
 

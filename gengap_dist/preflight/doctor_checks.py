@@ -30,9 +30,9 @@ from gengap_dist.data import TORCHVISION
 from gengap_dist.distributed.launchers.ray import check_address
 from gengap_dist.distributed.launchers.torchrun import joining
 from gengap_dist.errors import UsageError
+from gengap_dist.preflight.doctor_subprocess import GIB, IMPORT_SECONDS, Facts, attempt, line, two_ranks
 from gengap_dist.tracking.mlflow.uploader import CLIENT_DEFAULTS, store_uri
 from gengap_dist.training.autotune.cache import micro_sizes_path, read_micro_sizes
-from gengap_dist.trials import GIB, IMPORT_SECONDS, Facts, attempt, line, two_ranks
 
 OK, WARN, FAIL, ABSENT = "ok", "warn", "fail", "absent"
 SERVER_SECONDS = 5

@@ -20,7 +20,7 @@ from gengap_dist.distributed.launchers.base import RankFailed, leave
 from gengap_dist.distributed.launchers.local import free_port, rank_variables, threads_per_rank
 from gengap_dist.distributed.process_group import World, connect, disconnect
 from gengap_dist.parallel.execution import keep_freed_memory
-from gengap_dist.planning.constants import ComputeConstants, Constants, LinkConstants, workload
+from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, workload
 from gengap_dist.training.autotune.memory_format import settled_format
 from gengap_dist.training.autotune.synthetic_workload import Rehearsal, median_seconds
 

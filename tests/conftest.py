@@ -91,7 +91,7 @@ def gengap(tmp_path: Path) -> Command:
 
     def call(command: str, *words: object, **env: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [sys.executable, "-m", f"gengap_dist.{command}", *map(str, words)],
+            [sys.executable, "-m", "gengap_dist", command, *map(str, words)],
             cwd=tmp_path,
             env=os.environ | env,
             capture_output=True,

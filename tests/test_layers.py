@@ -50,7 +50,7 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.training.autotune.search": 3.5,
     "gengap_dist.training.autotune.memory_format": 3.8,
     "gengap_dist.training.autotune.micro_batch": 3.75,  # a run settles it before its first step
-    "gengap_dist.cli": 5.5,
+    "gengap_dist.cli.options": 5.5,
     "gengap_dist.preflight.doctor_subprocess": 5.25,  # runs launchers' ranks
     "gengap_dist.preflight.doctor_checks": 5.5,
     "gengap_dist.train": 6,
@@ -58,8 +58,8 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.doctor": 6,
     "gengap_dist.probe": 6,
     "gengap_dist.plan": 6,
-    "gengap_dist.study.__main__": 6,
-    "gengap_dist.report.__main__": 6,
+    "gengap_dist.cli.study": 6,
+    "gengap_dist.cli.report": 6,
     "gengap_dist.__main__": 7,
 }
 MODULES = sorted((ROOT / "gengap_dist").rglob("*.py"))

@@ -70,7 +70,7 @@ def test_only_an_import_keeps_what_was_made_from_the_garbage_collector(tmp_path,
 
 
 def test_the_driver_of_ranks_computes_nothing():
-    found, _ = imported("import gengap_dist.study.__main__, gengap_dist.report.terminal", SERVICES | {"torch"})
+    found, _ = imported("import gengap_dist.cli.study, gengap_dist.cli.terminal", SERVICES | {"torch"})
     assert not found
 
 

@@ -6,7 +6,7 @@ Pure functions of what run folders hold.
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -14,18 +14,12 @@ import numpy as np
 
 from gengap_dist.config.metric_key import CONTROLS, MEASURED
 from gengap_dist.runs.metrics_table import History
+from gengap_dist.runs.run_folder import SeedRun
 from gengap_dist.statistics.paired import paired, t_half, t_interval
 
 CHARTED = re.compile("val/(accuracy|loss)|" + MEASURED)
 
 Line = dict[str, Any]
-
-
-class Seed(NamedTuple):
-    """What a run folder says: run.json, and the metrics if the run has finished."""
-
-    info: Mapping[str, Any]
-    history: History
 
 
 class Curves(NamedTuple):
@@ -58,7 +52,7 @@ def summary(name: str, values: Sequence[float]) -> dict[str, float]:
     return mean | ({f"{name}/ci_low": interval[0], f"{name}/ci_high": interval[1]} if interval else {})
 
 
-def over_seeds(arm: Sequence[Seed], baseline: Sequence[Seed] = ()) -> list[Line]:
+def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list[Line]:
     """Lines as those of metrics.jsonl, in rising order of step; the last one also has the results.
 
     Curves are NAME/mean, /ci_low and /ci_high over the finished seeds, at the steps where each of them has NAME.
@@ -128,7 +122,7 @@ def _charted(name: str) -> bool:
     return name == "train/loss" or (bool(CHARTED.fullmatch(name)) and not CONTROLS.search(name))
 
 
-def _accuracies(seeds: Sequence[Seed]) -> dict[int, float]:
+def _accuracies(seeds: Sequence[SeedRun]) -> dict[int, float]:
     """Seed to test accuracy, of the runs that have one."""
     found = {seed.info["seed"]: seed.info.get("result", {}).get("test/accuracy") for seed in seeds}
     return {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}

@@ -1,39 +1,33 @@
 """A plan on one screen."""
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from gengap_dist.preflight.batch_layout import Layout
 from gengap_dist.preflight.machine_constants import Constants
 from gengap_dist.preflight.plan import Plan, Time
-from gengap_dist.report.terminal import wide_console
 
 
-def print_plan(plan: Plan, constants: Constants) -> None:
-    """Batches, memory, bytes and time; then what is refused, and what the numbers assume."""
-    console = wide_console()
+def plan_page(plan: Plan, constants: Constants) -> list[Table | str]:
+    """Batches, memory, bytes and time; then what is refused, and what the numbers assume: lines in rich's markup."""
     cluster = plan.cluster
     size = f", {plan.num_parameters:,} parameters" if plan.num_parameters else ""
     images = f", {plan.data.num_train:,} training images" if plan.data else ""
-    console.print(
+    head = (
         f"[bold]{escape(plan.model)}[/]{size}{images}; {cluster.nodes:,} node(s) x {cluster.gpus_per_node:,} = "
-        f"{cluster.num_ranks:,} rank(s), {plan.strategy}",
-        highlight=False,
+        f"{cluster.num_ranks:,} rank(s), {plan.strategy}"
     )
-    tables = [_steps(plan), _memory(plan), _traffic(plan)]
-    for table in filter(None, tables):
-        console.print(table)
-    for line in _notes(plan):
-        console.print(line, highlight=False, soft_wrap=True)
-    _say_time(console, plan, constants)
-    for style, head, lines in (
-        ("bold red", "refused", plan.refused),
-        ("yellow", "warning", plan.warned),
-        ("dim", "assumed", plan.assumed),
-    ):
-        for line in lines:
-            console.print(f"[{style}]{head:8}[/]     {escape(line)}", highlight=False, soft_wrap=True)
+    tables = [table for table in (_steps(plan), _memory(plan), _traffic(plan)) if table]
+    remarks = [
+        f"[{style}]{head:8}[/]     {escape(line)}"
+        for style, head, lines in (
+            ("bold red", "refused", plan.refused),
+            ("yellow", "warning", plan.warned),
+            ("dim", "assumed", plan.assumed),
+        )
+        for line in lines
+    ]
+    return [head, *tables, *_notes(plan), *_times(plan, constants), *remarks]
 
 
 def _steps(plan: Plan) -> Table | None:
@@ -109,21 +103,20 @@ def _notes(plan: Plan) -> list[str]:
     return said
 
 
-def _say_time(console: Console, plan: Plan, constants: Constants) -> None:
+def _times(plan: Plan, constants: Constants) -> list[str]:
+    lines = []
     if plan.time:
-        console.print(f"predicted    {_time(plan.time)}", highlight=False, soft_wrap=True)
+        lines.append(f"predicted    {_time(plan.time)}")
     if plan.time_at_best:
-        console.print(
-            f"[bold]at best[/]      {_time(plan.time_at_best)}, if nodes were joined as the ranks of this machine are",
-            highlight=False,
-            soft_wrap=True,
-        )
+        best = _time(plan.time_at_best)
+        lines.append(f"[bold]at best[/]      {best}, if nodes were joined as the ranks of this machine are")
     if plan.missing:
-        console.print(f"time         {escape(plan.missing)}", highlight=False, soft_wrap=True)
+        lines.append(f"time         {escape(plan.missing)}")
     links = {"inside": constants.inside, "between": constants.between}
     known = [f"{name} nodes {c.alpha:.3g} s + {c.beta:.3g} s/byte" for name, c in links.items() if c]
     if known and (plan.time or plan.time_at_best):
-        console.print(f"constants    {', '.join(known)}; {escape(constants.where)}", highlight=False, soft_wrap=True)
+        lines.append(f"constants    {', '.join(known)}; {escape(constants.where)}")
+    return lines
 
 
 def _time(time: Time) -> str:

@@ -186,7 +186,7 @@ import gengap_dist.training.trainer
 from gengap_dist.config.sections import RunConfig, nested, validate
 from gengap_dist.models import of
 from gengap_dist.training.autotune.micro_batch import Network, settle
-from gengap_dist.train import main
+from gengap_dist.cli.train import main
 from gengap_dist.distributed.process_group import World
 
 def leave_only(mebibytes):

@@ -32,7 +32,7 @@ def write(path: Path, study: dict[str, Any], **settings: Any) -> Path:
 
 
 def command(config: Path, out: Path, *words: object) -> list[str]:
-    return [sys.executable, "-m", "gengap_dist.study", "--config", str(config), "--out", str(out), *map(str, words)]
+    return [sys.executable, "-m", "gengap_dist", "study", "--config", str(config), "--out", str(out), *map(str, words)]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -12,7 +12,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gengap_dist import cli
+from gengap_dist.cli.exit_codes import OK, USAGE, guarded
+from gengap_dist.cli.options import PlanOptions, PlanSettings, parse
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 
@@ -21,11 +22,11 @@ PROG = "gengap plan"
 
 def command(argv: Sequence[str]) -> int:
     """Print the plan."""
-    options, overrides = cli.parse(cli.PlanSettings, cli.PlanOptions, argv, prog=PROG, description=str(__doc__))
+    options, overrides = parse(PlanSettings, PlanOptions, argv, prog=PROG, description=str(__doc__))
     config = resolve(RunConfig, list(options.config), overrides)
     if options.print_config:
         print(to_yaml(config), end="")
-        return cli.OK
+        return OK
 
     from gengap_dist.preflight.batch_layout import Cluster
     from gengap_dist.preflight.machine_constants import Constants, load, save
@@ -46,16 +47,13 @@ def command(argv: Sequence[str]) -> int:
     if options.as_json:
         print(json.dumps(plan.as_json(), indent=1))
     else:
-        from gengap_dist.preflight.plan_table import print_plan
+        from gengap_dist.cli.terminal import print_page
+        from gengap_dist.preflight.plan_table import plan_page
 
-        print_plan(plan, constants)
-    return cli.USAGE if plan.refused else cli.OK
+        print_page(plan_page(plan, constants))
+    return USAGE if plan.refused else OK
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    cli.guarded(PROG, command, argv)
-
-
-if __name__ == "__main__":
-    main()
+    guarded(PROG, command, argv)

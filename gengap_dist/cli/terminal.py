@@ -1,6 +1,7 @@
 """What people see on the terminal: progress while it runs, tables when it is done."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -211,6 +212,16 @@ def wide_console() -> Console:
     """A terminal as wide as it is; files and pipes get lines long enough for a whole table."""
     console = Console()
     return console if console.is_terminal else Console(width=150)
+
+
+def print_page(parts: Iterable[Table | str]) -> None:
+    """Tables, and lines in rich's markup, which the terminal may break and a file keeps whole."""
+    console = wide_console()
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, highlight=False, soft_wrap=True)
+        else:
+            console.print(part)
 
 
 def print_study(study: StudyData, page: Path, uri: str | None) -> None:

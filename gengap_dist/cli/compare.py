@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gengap_dist import cli
+from gengap_dist.cli.exit_codes import OK, guarded
 from gengap_dist.errors import UsageError, did_you_mean
 
 PROG = "gengap compare"
@@ -29,7 +29,7 @@ def command(argv: Sequence[str]) -> int:
     out = Path(options.out or f"comparisons/{datetime.now():%Y%m%d-%H%M%S}").resolve()
     from gengap_dist.analysis.group_runs import gather
     from gengap_dist.analysis.report.html import write_report
-    from gengap_dist.report.terminal import print_study
+    from gengap_dist.cli.terminal import print_study
     from gengap_dist.runs import run_folder
     from gengap_dist.tracking.mlflow.importer import Names
 
@@ -44,7 +44,7 @@ def command(argv: Sequence[str]) -> int:
     study = study.against(options.baseline or study.baseline)
     run_folder.write_atomically(out / "study.json", json.dumps(study.info, indent=1))
     print_study(study, write_report(study), None)
-    return cli.OK
+    return OK
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -73,8 +73,4 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    cli.guarded(PROG, command, argv)
-
-
-if __name__ == "__main__":
-    main()
+    guarded(PROG, command, argv)

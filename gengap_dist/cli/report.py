@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gengap_dist import cli
+from gengap_dist.cli.exit_codes import OK, guarded
 from gengap_dist.errors import UsageError
 
 PROG = "gengap report"
@@ -38,7 +38,7 @@ def command(argv: Sequence[str]) -> int:
 def _draw(folder: Path) -> int:
     from gengap_dist.analysis.report.html import write_report
     from gengap_dist.analysis.study_data import read_study
-    from gengap_dist.report.terminal import print_run, print_study
+    from gengap_dist.cli.terminal import print_run, print_study
 
     study = read_study(folder)
     page = write_report(study)
@@ -46,23 +46,20 @@ def _draw(folder: Path) -> int:
         print_study(study, page, None)
     else:
         print_run(folder, page, None)
-    return cli.OK
+    return OK
 
 
 def _sync(folder: Path, uri: str | None) -> int:
-    from gengap_dist.report.terminal import RunProgress
+    from gengap_dist.cli.terminal import RunProgress
+    from gengap_dist.cli.upload import COMPUTED
     from gengap_dist.tracking.mlflow.process import sync_now
 
     with RunProgress("sending") as progress:
-        reached = sync_now(folder, uri, lambda name, done, total: progress(done, total, name))
+        reached = sync_now(folder, uri, COMPUTED, lambda name, done, total: progress(done, total, name))
     print(f"all of {folder} is in MLflow at {reached}")
-    return cli.OK
+    return OK
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    cli.guarded(PROG, command, argv)
-
-
-if __name__ == "__main__":
-    main()
+    guarded(PROG, command, argv)

@@ -7,7 +7,7 @@ Examples:
   gengap probe --model runs/lb4096@best --rivals hessian keskar --out probes/lb4096
   gengap probe --model torchvision:vgg16 --data cifar10 --data_root DIR --views flatten --num_samples 128 256 512 1024
   gengap probe --model timm:resnet18 --weights resnet18.pt --layers auto 'layer*.*' --out probes/mine --mlflow
-  torchrun --nproc_per_node 2 -m gengap_dist.probe --model my.module:make
+  torchrun --nproc_per_node 2 -m gengap_dist probe --model my.module:make
 """
 
 import argparse
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gengap_dist import cli
+from gengap_dist.cli.exit_codes import OK, guarded
 from gengap_dist.config.loading import load_yaml, merge, nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
@@ -58,11 +58,11 @@ def command(argv: Sequence[str]) -> int:
     if world.rank == 0:
         _show(options, config, found, out)
     disconnect()
-    return cli.OK
+    return OK
 
 
 def _show(options: argparse.Namespace, config: RunConfig, found: list[Any], out: Path | None) -> None:
-    from gengap_dist.report.terminal import print_observation, wide_console
+    from gengap_dist.cli.terminal import print_observation, wide_console
 
     step, last = found[-1]
     untrained = found[0][1] if len(found) > 1 else None
@@ -77,9 +77,10 @@ def _show(options: argparse.Namespace, config: RunConfig, found: list[Any], out:
     say(f"spectra  {out / 'spectra'}\nfigures  {out / 'figures'}\nreport   {page}", highlight=False, soft_wrap=True)
     if options.mlflow:
         from gengap_dist.analysis.report.text import ui_command
+        from gengap_dist.cli.upload import COMPUTED
         from gengap_dist.tracking.mlflow.process import sync_now
 
-        uri = sync_now(out, options.tracking_uri, lambda name, done, total: None)
+        uri = sync_now(out, options.tracking_uri, COMPUTED, lambda name, done, total: None)
         say(f"mlflow   {ui_command(uri)}", highlight=False, soft_wrap=True)
 
 
@@ -177,8 +178,4 @@ def _config(options: argparse.Namespace, base: dict[str, Any]) -> RunConfig:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    cli.guarded(PROG, command, argv)
-
-
-if __name__ == "__main__":
-    main()
+    guarded(PROG, command, argv)

@@ -12,7 +12,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gengap_dist import cli
+from gengap_dist.cli.exit_codes import FAILED, OK, guarded
+from gengap_dist.cli.options import DoctorOptions, DoctorSettings, parse
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 
@@ -22,11 +23,11 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red", "absent": "dim"}
 
 def command(argv: Sequence[str]) -> int:
     """Check everything side by side, and print one table and a verdict; the exit code."""
-    options, overrides = cli.parse(cli.DoctorSettings, cli.DoctorOptions, argv, prog=PROG, description=str(__doc__))
+    options, overrides = parse(DoctorSettings, DoctorOptions, argv, prog=PROG, description=str(__doc__))
     config = resolve(RunConfig, options.config, overrides)
     if options.print_config:
         print(to_yaml(config), end="")
-        return cli.OK
+        return OK
     from rich.console import Console
 
     from gengap_dist.preflight.doctor_checks import Ask, examine
@@ -41,7 +42,7 @@ def command(argv: Sequence[str]) -> int:
         print(json.dumps({"ok": not broken, "verdict": verdict, "checks": checks}, indent=1))
     else:
         _print(found, verdict)
-    return cli.FAILED if broken else cli.OK
+    return FAILED if broken else OK
 
 
 def _verdict(broken: list[str], less: list[str]) -> str:
@@ -77,8 +78,4 @@ def _print(found: "dict[str, Any]", verdict: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    cli.guarded(PROG, command, argv)
-
-
-if __name__ == "__main__":
-    main()
+    guarded(PROG, command, argv)

@@ -5,7 +5,7 @@ Runs that are finished are skipped, so a study that was interrupted goes on when
 Examples:
   gengap study --config configs/demo.yaml --out studies/demo
   gengap study --config configs/lenet5_fashionmnist.yaml --data.root DIR
-  torchrun --nproc_per_node 2 -m gengap_dist.study --config configs/lenet5_fashionmnist.yaml --data.root DIR
+  torchrun --nproc_per_node 2 -m gengap_dist study --config configs/lenet5_fashionmnist.yaml --data.root DIR
 """
 
 import sys
@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gengap_dist import cli
+from gengap_dist.cli.exit_codes import FAILED, OK, guarded
+from gengap_dist.cli.options import Options, StudySettings, parse
 from gengap_dist.compat.fast_imports import quickly
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.study import StudyConfig
@@ -30,17 +31,17 @@ PROG = "gengap study"
 
 def command(argv: Sequence[str]) -> int:
     """A whole study; the exit code is 1 if a run failed."""
-    options, overrides = cli.parse(cli.StudySettings, cli.Options, argv, prog=PROG, description=str(__doc__))
+    options, overrides = parse(StudySettings, Options, argv, prog=PROG, description=str(__doc__))
     if not options.config and not overrides:
         raise UsageError("a study needs its arms: give --config FILE, for example --config configs/demo.yaml")
     config = resolve(StudyConfig, list(options.config), overrides)
     if options.print_config:
         print(to_yaml(config), end="")
-        return cli.OK
+        return OK
     out = (options.out or Path("studies") / config.study.name).resolve()
     if not launchers.is_driver(config.launch):
         runner.run_study(config, out, Watch(), driver=False)
-        return cli.OK
+        return OK
     run_folder.prepare_folder(out, "study.json", resume=True)
     with runner.alone(out):
         return _drive(config, out)
@@ -49,7 +50,7 @@ def command(argv: Sequence[str]) -> int:
 def _drive(config: StudyConfig, out: Path) -> int:
     """What only one process does: folders, progress, MLflow, the report."""
     runner.prepare(config, out, _warn)
-    follower = Follower(out, config.mlflow) if config.mlflow.enabled else None
+    follower = Follower(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
     try:
         num_failed = _run(config, out)
         with quickly():
@@ -65,7 +66,7 @@ def _drive(config: StudyConfig, out: Path) -> int:
         raise
     finally:
         behind = follower.finish() if follower else None
-    from gengap_dist.report.terminal import print_study
+    from gengap_dist.cli.terminal import print_study
 
     print_study(study, page, follower.uri if follower and not behind else None)
     if follower and not behind:
@@ -74,7 +75,7 @@ def _drive(config: StudyConfig, out: Path) -> int:
         _warn(behind)
     if num_failed:
         print(f"{PROG}: {num_failed} run(s) failed; error in their run.json; start again to retry", file=sys.stderr)
-    return cli.FAILED if num_failed else cli.OK
+    return FAILED if num_failed else OK
 
 
 def _warn(text: str) -> None:
@@ -83,7 +84,7 @@ def _warn(text: str) -> None:
 
 def _run(config: StudyConfig, out: Path) -> int:
     from gengap_dist.analysis.report.text import percent
-    from gengap_dist.report.terminal import RunProgress
+    from gengap_dist.cli.terminal import RunProgress
 
     total = runner.num_runs(config)
     with RunProgress(out.name, total) as progress:
@@ -135,8 +136,4 @@ def _headline(study: Any) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    cli.guarded(PROG, command, argv)
-
-
-if __name__ == "__main__":
-    main()
+    guarded(PROG, command, argv)

@@ -3,7 +3,7 @@
     git worktree add ../before COMMIT
     python benchmarks/before_after.py --data DIR --before ../before [--only lenet5_512 resnet56_128] [--ranks 2]
 
-Workloads and turns are those of peers.py, of our own contestants: each checkout has ranks of its own, which import its
+Workloads and turns are those of peers.py, of our own candidates: each checkout has ranks of its own, which import its
 modules. Printed is the time of a step after the change over that before it, round by round; below 1 is faster.
 """
 
@@ -15,40 +15,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fair
+import paired_timing
 import peers
-from contestants import AUTO, PLAIN, WORKLOADS
+from baselines import AUTO, PLAIN, WORKLOADS
 from rich.console import Console
-from team import Team
+from worker_pool import WorkerPool
 
 from gengap_dist.distributed.launchers.local import threads_per_rank
 
 HERE = Path(__file__).parent
 
 
-def ranks_of(checkout: Path, num_ranks: int) -> Team:
+def ranks_of(checkout: Path, num_ranks: int) -> WorkerPool:
     """Ranks that import their modules from a checkout: multiprocessing's children have their parent's sys.path."""
     before = sys.path[:]
     sys.path[:0] = [str(checkout / "benchmarks"), str(checkout)]
     try:
-        return Team(num_ranks, "cpu", threads_per_rank(num_ranks))
+        return WorkerPool(num_ranks, "cpu", threads_per_rank(num_ranks))
     finally:
         sys.path[:] = before
 
 
-def seconds(teams: dict[str, Team], name: str, who: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of a step of a contestant, round by round, by checkout."""
+def seconds(pools: dict[str, WorkerPool], name: str, who: str, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of a step of a candidate, round by round, by checkout."""
     workload = WORKLOADS[name]
-    for team in teams.values():
-        team(peers.set_up, name, options.data, who)
-        team(peers.take_turn, who, peers.WARM_STEPS)
-    each = teams["before"](peers.take_turn, who, peers.WARM_STEPS) / peers.WARM_STEPS
+    for pool in pools.values():
+        pool(peers.set_up, name, options.data, who)
+        pool(peers.take_turn, who, peers.WARM_STEPS)
+    each = pools["before"](peers.take_turn, who, peers.WARM_STEPS) / peers.WARM_STEPS
     num_steps = max(1, round(options.seconds / each))
 
     def turn(when: str) -> float:
-        return teams[when](peers.take_turn, who, num_steps, workload.untimed) / num_steps
+        return pools[when](peers.take_turn, who, num_steps, workload.untimed) / num_steps
 
-    return fair.in_turns({when: partial(turn, when) for when in teams}, options.rounds)
+    return paired_timing.in_turns({when: partial(turn, when) for when in pools}, options.rounds)
 
 
 def main() -> None:
@@ -57,25 +57,27 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds FashionMNIST, MNIST, cifar10-jpeg")
     parser.add_argument("--before", type=Path, required=True, help="a checkout of the commit to compare with")
     parser.add_argument("--only", nargs="+", choices=list(WORKLOADS), default=["lenet5_512", "resnet56_128"])
-    parser.add_argument("--who", nargs="+", default=[PLAIN, AUTO], help="our contestants")
+    parser.add_argument("--who", nargs="+", default=[PLAIN, AUTO], help="our candidates")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=1.0, help="that a turn takes")
     options = parser.parse_args()
     os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # ranks end by os._exit
     console = Console(highlight=False)
-    console.print(f"{fair.in_words(fair.machine())}; {options.ranks} rank(s), {options.rounds} rounds in turns")
+    console.print(
+        f"{paired_timing.in_words(paired_timing.machine())}; {options.ranks} rank(s), {options.rounds} rounds in turns"
+    )
     for name in options.only:
         checkouts = {"before": options.before.resolve(), "after": HERE.parent}
-        teams = {when: ranks_of(checkout, options.ranks) for when, checkout in checkouts.items()}
+        pools = {when: ranks_of(checkout, options.ranks) for when, checkout in checkouts.items()}
         for who in options.who:
-            found = seconds(teams, name, who, options)
+            found = seconds(pools, name, who, options)
             medians: Any = {when: f"{1000 * statistics.median(values):.2f} ms" for when, values in found.items()}
-            ratio = fair.ratio(found["after"], found["before"])
+            ratio = paired_timing.ratio(found["after"], found["before"])
             console.print(f"{WORKLOADS[name].title}, {who}: {medians['before']} -> {medians['after']}, ratio {ratio}")
-        for team in teams.values():
-            team(peers.end_loaders)
-            team.leave()
+        for pool in pools.values():
+            pool(peers.end_loaders)
+            pool.leave()
 
 
 if __name__ == "__main__":

@@ -86,11 +86,11 @@ def main() -> None:
     turns: list[tuple[float, float]] = []
     for number, start in enumerate(track(range(0, num_steps, args.block), console=console, transient=True)):
         seconds = {}
-        for contestant in (gengap, limit) if number % 2 else (limit, gengap):
+        for candidate in (gengap, limit) if number % 2 else (limit, gengap):
             began = time.perf_counter()
             for step in range(start, min(start + args.block, num_steps)):
-                contestant(step)
-            seconds[contestant] = time.perf_counter() - began
+                candidate(step)
+            seconds[candidate] = time.perf_counter() - began
         turns.append((seconds[gengap], seconds[limit]))
     ours, theirs = (sum(column) for column in zip(*turns, strict=True))
     ratios = sorted(a / b for a, b in turns)

@@ -35,7 +35,7 @@ from gpu_parts import written
 from gpu_parts.items import Answer, Item, Part, attempt
 from gpu_parts.ledger import Ledger, machine
 from rich.console import Console
-from team import Team
+from worker_pool import WorkerPool
 
 from gengap_dist.distributed.launchers.local import threads_per_rank
 from gengap_dist.errors import UsageError
@@ -55,7 +55,7 @@ class Worker:
 
     def __init__(self) -> None:
         """Nothing is started before it is needed."""
-        self._team: Team | None = None
+        self._pool: WorkerPool | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="gengap_gpu_")
         # for it and its children: nothing is read from the user's caches, nothing is left there
         names = ("TMPDIR", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -71,7 +71,7 @@ class Worker:
         try:
             with _alarm(seconds):
                 answer = self._call(attempt, item.job)
-        except SystemExit:  # the team's word for a process that died
+        except SystemExit:  # the pool's word for a process that died
             answer = {"good": False, "text": "its process died", "error": "its process died", "at": []}
         except BaseException:
             self.end(kill=True)
@@ -85,18 +85,18 @@ class Worker:
         return self._call(machine)
 
     def _call(self, job: Any, *args: Any) -> Any:
-        if self._team is None:
-            self._team = Team(1, "cuda", threads_per_rank(1))
-        return self._team(job, *args)
+        if self._pool is None:
+            self._pool = WorkerPool(1, "cuda", threads_per_rank(1))
+        return self._pool(job, *args)
 
     def end(self, *, kill: bool = False) -> None:
         """Let it go."""
-        if self._team is None:
+        if self._pool is None:
             return
-        for process in self._team.processes if kill else ():
+        for process in self._pool.processes if kill else ():
             process.kill()
-        self._team.leave()
-        self._team = None
+        self._pool.leave()
+        self._pool = None
 
 
 class _alarm:

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import fair
 import matplotlib
+import paired_timing
 from matplotlib.figure import Figure
 from tables import fill, table
 
@@ -56,9 +56,9 @@ def headline(peers: Mapping[str, Any]) -> str:
         for num_ranks, speeds in found["images_per_second"].items():
             best = max((who for who in speeds if found["kinds"][who] == "peer"), key=lambda who: median(speeds[who]))
             for who in (who for who in speeds if found["kinds"][who] == "ours"):
-                against = [str(fair.ratio(speeds[who], speeds[other])) for other in (best, "limit")]
+                against = [str(paired_timing.ratio(speeds[who], speeds[other])) for other in (best, "limit")]
                 rows.append([found["title"], num_ranks, who, best, *against])
-    words = sorted({fair.in_words(found["machine"]) for found in peers.values()})
+    words = sorted({paired_timing.in_words(found["machine"]) for found in peers.values()})
     head = ["workload", "ranks", "", "best peer", "over the best peer", "over the limit"]
     return "\n\n".join([table(head, rows), f"Machine: {'; '.join(words)}."])
 
@@ -73,7 +73,7 @@ def details(peers: Mapping[str, Any]) -> str:
                 [
                     who,
                     f"{median(values):,.0f}",
-                    *(str(fair.ratio(speeds[us], values)) if us != who else "" for us in ours),
+                    *(str(paired_timing.ratio(speeds[us], values)) if us != who else "" for us in ours),
                 ]
                 for who, values in speeds.items()
             ]
@@ -96,7 +96,7 @@ def memory(peers: Mapping[str, Any]) -> str:
 
 
 def draw(peers: Mapping[str, Any], path: Path) -> None:
-    """A panel for each workload and number of ranks, a bar for each contestant: speed over the limit's.
+    """A panel for each workload and number of ranks, a bar for each candidate: speed over the limit's.
 
     Without any speed there is nothing to draw.
     """
@@ -112,7 +112,7 @@ def draw(peers: Mapping[str, Any], path: Path) -> None:
         for number, (found, num_ranks, speeds) in enumerate(panels, 1):
             axes = figure.add_subplot(-(-len(panels) // 2), 2, number)
             who = [name for name in speeds if name != "limit"]
-            ratios = [fair.ratio(speeds[name], speeds["limit"]) for name in who]
+            ratios = [paired_timing.ratio(speeds[name], speeds["limit"]) for name in who]
             for row, (name, ratio) in enumerate(zip(who, ratios, strict=True)):
                 colour = COLOUR[found["kinds"][name]]
                 noisy = ratio.doubt in ("too noisy", "too few rounds")  # no bar: there is no telling where it ends

@@ -2,12 +2,12 @@
 
     python benchmarks/peers.py --data DIR [--only lenet5_512 mlp_4096] [--ranks 1 2] [--rounds 15]
 
-Every round gives each contestant a turn of as many steps as the limit takes --seconds for; ratios are taken within a
+Every round gives each candidate a turn of as many steps as the limit takes --seconds for; ratios are taken within a
 round, and one that the machine's noise covers is not printed. Ours and theirs have ranks of their own, because a run of
 ours tells malloc to keep freed memory for its whole process. Before turns the loaders' processes come to rest, and the
 first steps of a turn do not count: they use up what a loader has read ahead in the others' time, and take up memory
 that was given back after the turn before. Peak memory is that of a rank's own process (not of its loader's), each
-contestant alone on fresh ranks.
+candidate alone on fresh ranks.
 
 Figures go to docs/benchmarks/peers.json, workload by workload, and from there into docs/benchmarks.md with a picture.
 """
@@ -22,13 +22,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import fair
 import page
+import paired_timing
 import psutil
 import torch
-from contestants import WORKLOADS, Field, Turn, Workload, come_to_rest, contestants
+from baselines import WORKLOADS, Field, Turn, Workload, candidates, come_to_rest
 from rich.console import Console
-from team import Team
+from worker_pool import WorkerPool
 
 from gengap_dist.data import datasets
 from gengap_dist.distributed.launchers.local import threads_per_rank
@@ -41,7 +41,7 @@ WARM_STEPS = 3
 
 # -- what ranks do ----------------------------------------------------------------------------------------------------
 
-TURNS: dict[str, Turn] = {}  # by contestant, in this rank
+TURNS: dict[str, Turn] = {}  # by candidate, in this rank
 
 
 @cache
@@ -51,11 +51,11 @@ def pictures(name: str, data: Path) -> datasets.Splits:
 
 
 def set_up(world: World, name: str, data: Path, who: str) -> float:
-    """Let a contestant take its first step; MiB of the training pictures."""
+    """Let a candidate take its first step; MiB of the training pictures."""
     if world.rank:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, for as long as it lives
     workload, splits = WORKLOADS[name], pictures(name, data)
-    given, work = Field(workload, splits, world, data), contestants(workload)[who].work
+    given, work = Field(workload, splits, world, data), candidates(workload)[who].work
     TURNS[who] = Turn(lambda turn: work(given, turn))
     TURNS[who].steps(1)
     give_back()
@@ -77,7 +77,7 @@ def take_turn(world: World, who: str, num_steps: int, untimed: int = 0) -> float
 
 
 def give_back() -> None:
-    """Free memory, to the system: all contestants' together would be more than there is."""
+    """Free memory, to the system: all candidates' together would be more than there is."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
@@ -100,46 +100,46 @@ def end_loaders(world: World) -> None:
 
 
 def speeds(name: str, num_ranks: int, options: argparse.Namespace, kinds: dict[str, str]) -> tuple[Any, float]:
-    """Images per second of every contestant in every round, and MiB of the training pictures."""
+    """Images per second of every candidate in every round, and MiB of the training pictures."""
     workload, threads = WORKLOADS[name], threads_per_rank(num_ranks)
-    ours, theirs = Team(num_ranks, "cpu", threads), Team(num_ranks, "cpu", threads)
-    teams = {who: ours if kind == "ours" else theirs for who, kind in kinds.items()}
+    ours, theirs = WorkerPool(num_ranks, "cpu", threads), WorkerPool(num_ranks, "cpu", threads)
+    pools = {who: ours if kind == "ours" else theirs for who, kind in kinds.items()}
     data_mib = 0.0
-    for who, team in teams.items():
+    for who, pool in pools.items():
         print(f"  {who}", file=sys.stderr, flush=True)
-        data_mib = team(set_up, name, options.data, who)
+        data_mib = pool(set_up, name, options.data, who)
     each = theirs(take_turn, "limit", WARM_STEPS) / WARM_STEPS
     num_steps = max(1, round(options.seconds / each))
-    for who, team in teams.items():
-        team(take_turn, who, min(WARM_STEPS, num_steps))
+    for who, pool in pools.items():
+        pool(take_turn, who, min(WARM_STEPS, num_steps))
 
     def speed(who: str) -> float:
-        return num_steps * workload.global_size / teams[who](take_turn, who, num_steps, workload.untimed)
+        return num_steps * workload.global_size / pools[who](take_turn, who, num_steps, workload.untimed)
 
-    found = fair.in_turns({who: partial(speed, who) for who in teams}, options.rounds or workload.rounds)
-    for team in (ours, theirs):
-        team(end_loaders)
-        team.leave()
+    found = paired_timing.in_turns({who: partial(speed, who) for who in pools}, options.rounds or workload.rounds)
+    for pool in (ours, theirs):
+        pool(end_loaders)
+        pool.leave()
     return found, data_mib
 
 
 def memory(name: str, num_ranks: int, options: argparse.Namespace, who: str) -> tuple[float, float]:
     """Peak MiB of a rank of its own, after some steps, and MiB of the training pictures."""
-    team = Team(num_ranks, "cpu", threads_per_rank(num_ranks))
-    data_mib = team(set_up, name, options.data, who)
-    team(take_turn, who, MEMORY_STEPS)
-    peak = team(peak_mib)
-    team(end_loaders)
-    team.leave()
+    pool = WorkerPool(num_ranks, "cpu", threads_per_rank(num_ranks))
+    data_mib = pool(set_up, name, options.data, who)
+    pool(take_turn, who, MEMORY_STEPS)
+    peak = pool(peak_mib)
+    pool(end_loaders)
+    pool.leave()
     return peak, data_mib
 
 
 def about(workload: Workload) -> dict[str, Any]:
     """What stands beside the figures, those who are not installed among it."""
-    everybody = contestants(workload)
+    everybody = candidates(workload)
     return {
         "title": workload.title,
-        "machine": fair.machine(),
+        "machine": paired_timing.machine(),
         "kinds": {who: one.kind for who, one in everybody.items()},
         "missing": {who: one.package for who, one in everybody.items() if not one.installed},
     }

@@ -20,25 +20,24 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import fair
+import paired_timing
 import torch
-from predicted import MODES, TITLES, Mode, Task, predict, task
+from predicted import MODES, TITLES, Task, task
 from rich.console import Console
 from rich.table import Table
-from team import Team
+from scaling_data import Found, Point, middle, middle_link
+from worker_pool import WorkerPool
 
 from gengap_dist import models
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import STRATEGIES, Strategy
 from gengap_dist.preflight import calibrate
-from gengap_dist.preflight.batch_layout import Cluster
-from gengap_dist.preflight.communication_model import Link
 from gengap_dist.preflight.machine_constants import ComputeConstants, LinkConstants
 from gengap_dist.training.algorithms.base import plan_of
 from gengap_dist.training.autotune import synthetic_workload
@@ -100,75 +99,27 @@ def time_link(world: World) -> LinkConstants:
 # -- the rounds -------------------------------------------------------------------------------------------------------
 
 
-class Point(NamedTuple):
-    """One kind of step."""
-
-    model: str
-    mode: Mode
-    ranks: int
-    global_size: int
-
-
-class Found(NamedTuple):
-    """What the rounds brought, each list by round."""
-
-    tasks: dict[str, Task]
-    steps: dict[Point, list[float]]
-    """Seconds."""
-    beside: dict[str, list[ComputeConstants]]
-    """By network, of two ranks at once: as plan calibrates."""
-    alone: dict[str, list[ComputeConstants]]
-    links: list[LinkConstants]
-
-    def predicted(self, point: Point, compute: Mapping[str, Sequence[ComputeConstants]]) -> list[float]:
-        """Seconds of a step with the constants of each round."""
-        cluster, what = Cluster(1, point.ranks), self.tasks[point.model]
-        links = [Link(link.alpha, link.beta) for link in self.links]
-        pairs = zip(compute[point.model], links, strict=True)
-        return [predict(what, point.global_size, cluster, each, link, link) for each, link in pairs]
-
-    def single(self, point: Point) -> list[float]:
-        """Seconds of one rank's step in the same mode."""
-        return next(
-            self.steps[one] for one in self.steps if (one.model, one.mode, one.ranks) == (point.model, point.mode, 1)
-        )
-
-    def efficiency(self, point: Point) -> fair.Ratio:
-        """A rank's images per second over those of one alone."""
-        share = point.ranks if point.mode == "strong" else 1
-        return fair.ratio(self.single(point), [share * seconds for seconds in self.steps[point]])
-
-    def error(self, point: Point, compute: Mapping[str, Sequence[ComputeConstants]] | None = None) -> fair.Ratio:
-        """Predicted over measured."""
-        return fair.ratio(self.predicted(point, compute or self.beside), self.steps[point])
-
-    def crowding(self, model: str) -> fair.Ratio:
-        """A sample's time beside a second busy rank over its time alone."""
-        kinds = (self.beside[model], self.alone[model])
-        return fair.ratio(*([each.seconds_per_sample for each in kind] for kind in kinds))
-
-
 def measure(names: Sequence[str], most: int, rounds: int, seconds: float, device: str) -> Found:
     """Everybody's turns."""
     tasks = {name: task(name, MICRO_SIZES[device][name], device) for name in names}
-    teams = {size: Team(size, device) for size in (1, 2, 4, 8) if size <= most}
-    contestants: dict[Any, Callable[[], Any]] = {"link": partial(teams[2], time_link)}
+    pools = {size: WorkerPool(size, device) for size in (1, 2, 4, 8) if size <= most}
+    candidates: dict[Any, Callable[[], Any]] = {"link": partial(pools[2], time_link)}
     for name, what in tasks.items():
         micro = what.config.batch.most_at_once
-        for team in teams.values():
-            team(get_ready, name, what)
+        for pool in pools.values():
+            pool(get_ready, name, what)
         for mode in MODES:
-            for size, team in teams.items():
+            for size, pool in pools.items():
                 point = Point(name, mode, size, LARGEST * micro if mode == "strong" else micro * size)
-                team(train, name, what, point.global_size, 2)  # nobody's first steps count
-                once = team(train, name, what, point.global_size, 1)
+                pool(train, name, what, point.global_size, 2)  # nobody's first steps count
+                once = pool(train, name, what, point.global_size, 1)
                 num_steps = max(1, round(seconds / once))
-                contestants[point] = partial(team, train, name, what, point.global_size, num_steps)
-        contestants[name, "alone"] = partial(teams[1], time_compute, what)
-        contestants[name, "beside"] = partial(teams[2], time_compute, what)
-    by_turn = fair.in_turns(contestants, rounds)
-    for team in teams.values():
-        team.leave()
+                candidates[point] = partial(pool, train, name, what, point.global_size, num_steps)
+        candidates[name, "alone"] = partial(pools[1], time_compute, what)
+        candidates[name, "beside"] = partial(pools[2], time_compute, what)
+    by_turn = paired_timing.in_turns(candidates, rounds)
+    for pool in pools.values():
+        pool.leave()
     return Found(
         tasks,
         {point: values for point, values in by_turn.items() if isinstance(point, Point)},
@@ -179,19 +130,6 @@ def measure(names: Sequence[str], most: int, rounds: int, seconds: float, device
 
 
 # -- what they mean ---------------------------------------------------------------------------------------------------
-
-
-def middle(constants: Sequence[ComputeConstants]) -> ComputeConstants:
-    """Median of each."""
-    return ComputeConstants(
-        seconds_per_sample=statistics.median(each.seconds_per_sample for each in constants),
-        seconds_per_update=statistics.median(each.seconds_per_update for each in constants),
-    )
-
-
-def middle_link(links: Sequence[LinkConstants]) -> Link:
-    """Median of each."""
-    return Link(statistics.median(link.alpha for link in links), statistics.median(link.beta for link in links))
 
 
 def show(found: Found, title: str, rounds: int) -> None:
@@ -269,15 +207,15 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # the ranks' too
     torch.set_num_threads(1)
-    num_gpus, machine = torch.cuda.device_count(), fair.machine()
+    num_gpus, machine = torch.cuda.device_count(), paired_timing.machine()
     device = options.device or ("cuda" if num_gpus > 1 else "cpu")
     most = min(LARGEST, num_gpus if device == "cuda" else machine["cores"])
     if most < 2:
         parser.error(f"scaling needs two ranks, and this machine has room for {most} on {device}: choose --device cpu")
 
-    from scaling_pictures import measured, save, simulated, simulation
+    from scaling_figures import measured, save, simulated, simulation
 
-    began, name, busy = time.monotonic(), fair.in_words(machine), fair.busy()
+    began, name, busy = time.monotonic(), paired_timing.in_words(machine), paired_timing.busy()
     beside = f"Others kept {busy:.0%} of the cores busy: the figures hold beside them only. " if busy > 0.1 else ""
     if beside:
         print(beside)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import fair
+import paired_timing
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -65,7 +65,7 @@ def study(folder: Path, names: "itertools.count[int]", *words: object) -> float:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=fair.LEAST_ROUNDS)
+    parser.add_argument("--rounds", type=int, default=paired_timing.LEAST_ROUNDS)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write what was measured as JSON")
     options = parser.parse_args()
@@ -73,15 +73,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, names = Path(temporary), itertools.count()
         one(folder, names)  # the store is made, and the machine has read its files once
-        contestants: dict[str, Callable[[], float]] = {
+        candidates: dict[str, Callable[[], float]] = {
             HELP: partial(seconds, "train", "--help", folder=folder),
             RUN: partial(one, folder, names),
             NINE: partial(nine, folder, names, *words),
             STUDY: partial(study, folder, names, *words),
         }
-        found = fair.in_turns(contestants, options.rounds)
-    faster, machine = fair.ratio(found[NINE], found[STUDY]), fair.machine()
-    table = Table(title=f"{fair.in_words(machine)}; {options.rounds} rounds; nine runs on {options.ranks} rank(s)")
+        found = paired_timing.in_turns(candidates, options.rounds)
+    faster, machine = paired_timing.ratio(found[NINE], found[STUDY]), paired_timing.machine()
+    table = Table(
+        title=f"{paired_timing.in_words(machine)}; {options.rounds} rounds; nine runs on {options.ranks} rank(s)"
+    )
     for head in ("", "seconds (median)", "min to max"):
         table.add_column(head, justify="right")
     for name, values in found.items():

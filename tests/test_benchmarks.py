@@ -14,15 +14,15 @@ from gengap_dist.preflight.plan import survey
 from tests.conftest import ROOT, config
 
 sys.path.append(str(ROOT / "benchmarks"))  # as for a script that lies there
-import contestants
-import fair
+import baselines
 import page
+import paired_timing
 import peers
 import predicted
 
 
 def test_examples_hold():
-    found = doctest.testmod(fair)
+    found = doctest.testmod(paired_timing)
     assert found.attempted >= 4
     assert not found.failed
 
@@ -40,9 +40,9 @@ def test_examples_hold():
 )
 def test_a_ratio_is_printed_only_where_noise_leaves_it_standing(rounds, doubt):
     drift = [10.0**number for number in range(len(rounds))]  # the machine's own, which both share in a round
-    found = fair.ratio([a * b for a, b in zip(rounds, drift, strict=True)], drift)
+    found = paired_timing.ratio([a * b for a, b in zip(rounds, drift, strict=True)], drift)
     assert found.doubt == doubt
-    assert (found.low, found.high) == pytest.approx(fair.interval(rounds))
+    assert (found.low, found.high) == pytest.approx(paired_timing.interval(rounds))
     assert str(found).startswith(doubt or f"{statistics.median(rounds):.2f} ")
 
 
@@ -51,15 +51,15 @@ def test_the_interval_holds_the_median_as_often_as_it_says(num_rounds):
     random, times = np.random.default_rng(0), 4000
     inside = 0
     for _ in range(times):  # a skewed distribution, whose median is 1
-        low, high = fair.interval(np.exp(random.standard_normal(num_rounds)).tolist())
+        low, high = paired_timing.interval(np.exp(random.standard_normal(num_rounds)).tolist())
         inside += low < 1 < high
-    assert inside / times > fair.CONFIDENCE - 0.012  # three standard errors
-    assert fair.interval(range(num_rounds))[0] == {6: 0, 7: 0, 15: 3, 40: 13}[num_rounds]  # Conover, table A3
+    assert inside / times > paired_timing.CONFIDENCE - 0.012  # three standard errors
+    assert paired_timing.interval(range(num_rounds))[0] == {6: 0, 7: 0, 15: 3, 40: 13}[num_rounds]  # Conover, table A3
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(contestants, "find_spec", lambda name: None if name == "lightning" else find_spec(name))
-    found = peers.about(contestants.WORKLOADS["mlp_4096"])
+    monkeypatch.setattr(baselines, "find_spec", lambda name: None if name == "lightning" else find_spec(name))
+    found = peers.about(baselines.WORKLOADS["mlp_4096"])
     assert found["missing"] == {"Lightning Trainer": "lightning"}
     speeds = {who: [1.0] * 6 for who in found["kinds"] if who not in found["missing"]}
     text = page.details({"mlp_4096": {**found, "images_per_second": {"2": speeds}}})
@@ -67,7 +67,7 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
 
 
 def test_peak_memory_alone_makes_a_page(tmp_path):
-    about = peers.about(contestants.WORKLOADS["mlp_4096"])
+    about = peers.about(baselines.WORKLOADS["mlp_4096"])
     found = {**about, "images_per_second": {}, "peak_mib": dict.fromkeys(about["kinds"], 900.0), "data_mib": 45.0}
     (tmp_path / "benchmarks.md").write_text(
         "<!-- headline -->\n<!-- /headline -->\n<!-- memory -->\n<!-- /memory -->\n"
@@ -85,15 +85,15 @@ def test_contestants_take_turns_and_nobody_is_always_first():
         calls.append(name)
         return float(len(calls))
 
-    found = fair.in_turns({name: lambda name=name: job(name) for name in "abc"}, 3)
+    found = paired_timing.in_turns({name: lambda name=name: job(name) for name in "abc"}, 3)
     assert "".join(calls) == "abcbcacab"
     assert found == {"a": [1, 6, 8], "b": [2, 4, 9], "c": [3, 5, 7]}
 
 
 def test_the_machine_is_named():
-    found = fair.machine()
+    found = paired_timing.machine()
     assert found["cores"] >= 1
-    assert str(found["cpu"]) in fair.in_words(found)
+    assert str(found["cpu"]) in paired_timing.in_words(found)
 
 
 @pytest.mark.parametrize("mode", predicted.MODES)  # weak: more images than there are, which plan refuses but predicts

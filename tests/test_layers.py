@@ -1,102 +1,124 @@
-"""The direction of imports: a module imports from lower floors, or from its own room."""
+"""The house: one line of packages, no circle, and what an import may load."""
 
 import ast
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
-FLOORS = {  # the longest matching name decides; higher may import lower
-    "gengap_dist": -1,  # __init__: imports nothing
-    "gengap_dist.config.sections": 0,
-    "gengap_dist.compat.fast_imports": 0,
-    "gengap_dist.allocator": 0,
-    "gengap_dist.compat.float32_precision": 0,
-    "gengap_dist.distributed.batch_plan": 0,
-    "gengap_dist.distributed.phase_timer": 0,
-    "gengap_dist.distributed.preemption": 0,
-    "gengap_dist.distributed.process_group": 0.5,  # raises config's errors
-    "gengap_dist.distributed.stall_detector": 1,
-    "gengap_dist.parallel.out_of_memory": 1,
-    "gengap_dist.data": 1,
-    "gengap_dist.models": 1.1,  # dropout draws as augmentation does
-    "gengap_dist.optim": 1.5,  # a schedule counts the steps of an order
-    "gengap_dist.probes": 2,
-    "gengap_dist.parallel.strategies": 2,
-    "gengap_dist.tracking": 2.5,  # records what probes found
-    "gengap_dist.training.export": 3.25,  # builds the network of a checkpoint
-    "gengap_dist.tracking.mlflow.uploader": 3.5,
-    "gengap_dist.tracking.mlflow.process": 3.75,
-    "gengap_dist.tracking.mlflow.importer": 3.75,
-    "gengap_dist.training.step": 3,
-    "gengap_dist.runs.checkpoint": 3,
-    "gengap_dist.training.checks": 3,
-    "gengap_dist.training.algorithms": 3.25,
-    "gengap_dist.profiling": 3,
-    "gengap_dist.training.observer": 3.5,
-    "gengap_dist.training.trainer": 4,
-    "gengap_dist.distributed.launchers": 5,
-    "gengap_dist.analysis.results": 0,
-    "gengap_dist.analysis.results.arms": 0.25,  # knows which settings are machinery
-    "gengap_dist.study": 5,
-    "gengap_dist.study.ray_runner": 5.25,  # starts launchers' ranks
-    "gengap_dist.study.runner": 5.5,
-    "gengap_dist.report": 5.25,
-    "gengap_dist.planning": 5.1,  # starts ranks, to measure them
-    "gengap_dist.preflight.machine_constants": 3,
-    "gengap_dist.training.autotune.available_memory": 3,
-    "gengap_dist.parallel.memory_model": 3,
-    "gengap_dist.training.autotune.synthetic_workload": 3.25,  # passes of the loop
-    "gengap_dist.training.autotune.search": 3.5,
-    "gengap_dist.training.autotune.memory_format": 3.8,
-    "gengap_dist.training.autotune.micro_batch": 3.75,  # a run settles it before its first step
-    "gengap_dist.cli.options": 5.5,
-    "gengap_dist.preflight.doctor_subprocess": 5.25,  # runs launchers' ranks
-    "gengap_dist.preflight.doctor_checks": 5.5,
-    "gengap_dist.train": 6,
-    "gengap_dist.compare": 6,
-    "gengap_dist.doctor": 6,
-    "gengap_dist.probe": 6,
-    "gengap_dist.plan": 6,
-    "gengap_dist.cli.study": 6,
-    "gengap_dist.cli.report": 6,
-    "gengap_dist.__main__": 7,
-}
+LINE = (
+    "config", "statistics", "distributed", "data", "models", "probes", "runs", "tracking", "parallel", "training",
+    "analysis", "study", "preflight", "cli",
+)  # fmt: skip
+"""A package imports from itself, and from what stands to its left."""
+OUTSIDE = ("errors", "compat")  # import nothing of ours, and anything may import them
+DOORS = ("__init__", "__main__", "train")
 MODULES = sorted((ROOT / "gengap_dist").rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 
-def floor(name: str) -> float:
-    return FLOORS[max((known for known in FLOORS if name == known or name.startswith(known + ".")), key=len)]
-
-
-def room(name: str) -> str:
-    return ".".join(name.split(".")[:2])
-
-
-def module_name(path) -> str:
+def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path) -> set[str]:
+def imported(path: Path, root: Path, own: str) -> set[str]:
+    """Modules below `root` whose names begin with `own` that a file imports, also inside functions and for types."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = (ROOT / node.module.replace(".", "/")).is_dir()
-            names |= {f"{node.module}.{alias.name}" if inside else node.module for alias in node.names}
-    return {name for name in names if name.split(".")[0] == "gengap_dist"}
+            inside = (root / node.module.replace(".", "/")).is_dir()
+            files = {f"{node.module}.{alias.name}" for alias in node.names if inside}
+            known = {name for name in files if exists(root, name)}
+            names |= known | ({node.module} if not inside or files - known else set())
+    return {name for name in names if name.startswith(own) and exists(root, name)}
+
+
+def exists(root: Path, name: str) -> bool:
+    path = root / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def package(name: str) -> str:
+    return [*name.split("."), "__init__"][1]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_imports_point_down(path):
-    name = module_name(path)
-    for other in imported(path):
-        assert floor(other) < floor(name) or (floor(other) == floor(name) and room(other) == room(name)), (
-            f"{name} (floor {floor(name)}) imports {other} (floor {floor(other)})"
-        )
+def test_imports_point_left(path):
+    name = package(module_name(path))
+    others = {package(other) for other in imported(path, ROOT, "gengap_dist")} - {name}
+    if name in OUTSIDE:
+        assert others <= {"__init__"}
+    elif name not in DOORS:
+        assert others - {*OUTSIDE, "__init__"} <= {*LINE[: LINE.index(name)]}
 
 
-def test_every_module_has_a_floor():
-    assert {room(module_name(path)) for path in MODULES} <= set(FLOORS)
+def test_every_file_has_its_place():
+    assert {package(module_name(path)) for path in MODULES} == {*LINE, *OUTSIDE, *DOORS}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names that import each other in a circle; empty if there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                if found := visit(other, [*trail, name]):
+                    return found
+            done.add(name)
+        return []
+
+    return next(filter(None, (visit(name, []) for name in graph)), [])
+
+
+@pytest.mark.parametrize("own", ["gengap_dist", "benchmarks"])
+def test_no_file_imports_itself_by_way_of_others(own):
+    root = ROOT if own == "gengap_dist" else ROOT / "benchmarks"
+    paths = MODULES if own == "gengap_dist" else BENCHMARKS
+    prefix = "gengap_dist" if own == "gengap_dist" else ""
+    names = {path: ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__") for path in paths}
+    graph = {names[path]: imported(path, root, prefix) - {names[path]} for path in paths}
+    assert sum(map(len, graph.values())) > 20
+    assert not circle(graph)
+
+
+def test_no_package_within_a_package_imports_back():
+    """`probes.spectra` and the other files of `probes`, and so on: files beside a package stand for themselves."""
+    graph: dict[str, set[str]] = {}
+    folders = {module_name(path) for path in MODULES if path.name == "__init__.py"}
+
+    def room(name: str) -> str:
+        inner = [folder for folder in folders if folder.count(".") > 1 and f"{name}.".startswith(f"{folder}.")]
+        return max(inner, key=len, default=name)
+
+    for path in MODULES:
+        name = room(module_name(path))
+        graph.setdefault(name, set()).update(room(other) for other in imported(path, ROOT, "gengap_dist"))
+    assert not circle({name: others - {name} for name, others in graph.items()})
+
+
+def loaded(code: str, suspects: set[str]) -> set[str]:
+    code += f"\nimport sys; print(*sorted({suspects} & {{*sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {*done.stdout.split()}
+
+
+def test_the_probes_are_a_library():
+    """They load torch and numpy, and neither settings nor services."""
+    suspects = {"pydantic", "yaml", "rich", "mlflow", "ray", "scipy", "matplotlib", "gengap_dist.config", "torchvision"}
+    assert not loaded("import gengap_dist.probes", suspects)
+
+
+def test_reading_and_comparing_runs_loads_no_torch():
+    modules = ["config.study", "statistics.correlation", "runs.run_folder", "runs.metrics_table", "analysis.compare"]
+    modules += ["analysis.study_data", "analysis.group_runs", "analysis.report.html"]
+    code = "\n".join(f"import gengap_dist.{name}" for name in modules)
+    assert not loaded(code, {"torch"})

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
-import fair
+import paired_timing
 from tables import table
 
 from gengap_dist.distributed.process_group import World
@@ -83,7 +83,7 @@ def compiled(case: Case, world: World) -> Answer:
     answer |= found
     answer["good"] = bool(answer["good"] and not answer["recompiled"] and answer["graphs"] and not found["failed"])
     if not found["failed"]:
-        gain = fair.ratio(*(found["images_per_second"][who] for who in ("compiled", "as it is")))
+        gain = paired_timing.ratio(*(found["images_per_second"][who] for who in ("compiled", "as it is")))
         first = found["first_step_seconds"]["compiled"]
         answer["text"] += f"; first step {first:.1f} s, {gain} times as fast"
     answer["text"] += f"; {answer['graphs']} graphs, {answer['recompiled']} compiled after the first step"
@@ -102,7 +102,7 @@ def write(answers: Mapping[str, Answer]) -> str:
         else:
             row.append(f"{answer['first_step_seconds']['compiled']:.1f}")
             row.append(f"{statistics.median(speeds['compiled']):,.0f}")
-            row.append(str(fair.ratio(speeds["compiled"], speeds["as it is"])))
+            row.append(str(paired_timing.ratio(speeds["compiled"], speeds["as it is"])))
         rows.append(row)
     head = ["configuration", "as it should be", "worst difference", "graphs", "compiled later", "first step, s"]
     return table([*head, "images/s", "over uncompiled"], rows)

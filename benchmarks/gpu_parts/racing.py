@@ -1,4 +1,4 @@
-"""Who is faster on one GPU: contestants take turns, as in `peers.py`, and the GPU is waited for around every clock."""
+"""Who is faster on one GPU: candidates take turns, as in `peers.py`, and the GPU is waited for around every clock."""
 
 import statistics
 import tempfile
@@ -8,9 +8,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fair
+import paired_timing
 import torch
-from contestants import Field, Mode, Turn, Workload, come_to_rest, gengap, limit
+from baselines import Field, Mode, Turn, Workload, come_to_rest, gengap, limit
 
 from gengap_dist import models
 from gengap_dist.compat.float32_precision import training_float32
@@ -25,11 +25,11 @@ from .runs import Settings
 
 NUM_IMAGES, NUM_TEST, NUM_CLASSES, SIDE = 16_384, 100, 10, 32
 ROUNDS, TURN_SECONDS, UNTIMED, HOST_TURNS = 6, 0.3, 2, 5
-MEMORY_SHARE = 0.5  # of the GPU, for one contestant's pass: what others have given back may lie about
+MEMORY_SHARE = 0.5  # of the GPU, for one candidate's pass: what others have given back may lie about
 
 
 class Racer(NamedTuple):
-    """A contestant."""
+    """A candidate."""
 
     work: Callable[[Turn], None]
     tf32: bool = False
@@ -80,7 +80,7 @@ def task(model: str, global_size: int) -> Workload:
 
 
 def field(world: World, workload: Workload, way: Way) -> Field:
-    """What contestants of one way are given; micro-batches are the largest that fit in float32."""
+    """What candidates of one way are given; micro-batches are the largest that fit in float32."""
     parts = workload.global_size // largest_that_fits(world, workload.model, workload.global_size)
     return Field(workload, _splits(), world, images(), parts, way.mode)
 
@@ -139,7 +139,7 @@ def race(world: World, global_size: int, racers: Mapping[str, Racer], rounds: in
         torch.cuda.empty_cache()
         return num_steps * global_size / took
 
-    speeds = fair.in_turns({who: partial(images_per_second, who) for who in turns}, rounds)
+    speeds = paired_timing.in_turns({who: partial(images_per_second, who) for who in turns}, rounds)
     host = {who: _host(world, racers[who], turns[who]) for who in turns}
     return {
         "images_per_second": speeds,

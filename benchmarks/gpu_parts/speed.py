@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import fair
+import paired_timing
 import torch
-from contestants import lightning, torch_ddp
+from baselines import lightning, torch_ddp
 from tables import table
 
 from gengap_dist import models
@@ -72,7 +72,7 @@ def _told(found: Answer, world: World, model: str, global_size: int, way: str) -
     speeds = found["images_per_second"]
     mine, limit = speeds.get(f"ours, {way}"), speeds.get(f"bare step, {way}")
     said = f"ours, {way}: failed" if mine is None else f"ours, {way}: {statistics.median(mine):,.0f} images/s"
-    said += f", {fair.ratio(mine, limit)} of the bare step" if mine and limit else ""
+    said += f", {paired_timing.ratio(mine, limit)} of the bare step" if mine and limit else ""
     failed = found["failed"]
     said += f"; failed: {', '.join(failed)}" if failed else ""
     good = not any(who.startswith("ours") for who in failed)
@@ -196,8 +196,8 @@ def speeds(answer: Answer) -> str:
     for who, values in found.items():
         way = who.partition(", ")[2].removesuffix(", micro_size=auto")
         others = [found.get(f"{other}, {way}") for other in ("bare step", "torch")]
-        ratios = [str(fair.ratio(values, other)) if other and other is not values else "" for other in others]
-        low, high = fair.interval(values)
+        ratios = [str(paired_timing.ratio(values, other)) if other and other is not values else "" for other in others]
+        low, high = paired_timing.interval(values)
         host, step = answer["host_ms"][who], answer["step_ms"][who]
         times = [f"{step:.2f}", f"{host:.2f}", "yes" if host < AHEAD * step else "no"]
         rows.append([who, f"{statistics.median(values):,.0f} ({low:,.0f} to {high:,.0f})", *ratios, *times])

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gengap_dist.runs.run_folder import SeedRun
 from gengap_dist.analysis.seed_aggregates import over_seeds, summary
 from gengap_dist.config.identity import recipe
 from gengap_dist.config.loading import flat, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.runs.metrics_table import history
+from gengap_dist.runs.run_folder import SeedRun
 
 
 def seed(number, accuracy=None, status="finished", lines=()):

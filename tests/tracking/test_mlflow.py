@@ -199,6 +199,7 @@ def test_a_fresh_sqlite_store_survives_several_first_users(tmp_path):
     uri = f"sqlite:///{tmp_path}/fresh.db"
     code = (
         "import sys; from pathlib import Path; from gengap_dist.tracking.mlflow.uploader import Mirror; "
+        "from gengap_dist.cli.upload import COMPUTED; "
         "Mirror(Path('.'), sys.argv[1], 'e', COMPUTED)"
     )
     users = [subprocess.Popen([sys.executable, "-c", code, uri]) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""What makes a comparison on one machine fair: contestants take turns, ratios are taken within a round, noise is named.
+"""What makes a comparison on one machine fair: candidates take turns, ratios are taken within a round, noise is named.
 
 A machine's speed drifts, so a figure of one round is compared only with figures of the same round, and a ratio that the
 machine's noise covers is not printed.
@@ -37,18 +37,18 @@ def orders(names: Sequence[K], num_rounds: int) -> Iterator[list[K]]:
         yield [*names[first:], *names[:first]]
 
 
-def in_turns(contestants: Mapping[K, Callable[[], V]], num_rounds: int) -> dict[K, list[V]]:
-    """What each contestant's call returns, round by round; a bar on stderr says whose turn it is.
+def in_turns(candidates: Mapping[K, Callable[[], V]], num_rounds: int) -> dict[K, list[V]]:
+    """What each candidate's call returns, round by round; a bar on stderr says whose turn it is.
 
     The bar is drawn between turns only: no thread of it disturbs one.
     """
-    found: dict[K, list[V]] = {name: [] for name in contestants}
+    found: dict[K, list[V]] = {name: [] for name in candidates}
     with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
-        turns = bar.add_task("", total=num_rounds * len(contestants))
-        for names in orders(list(contestants), num_rounds):
+        turns = bar.add_task("", total=num_rounds * len(candidates))
+        for names in orders(list(candidates), num_rounds):
             for name in names:
                 bar.update(turns, description=str(name), refresh=True)
-                found[name].append(contestants[name]())
+                found[name].append(candidates[name]())
                 bar.advance(turns)
     return found
 

@@ -1,6 +1,6 @@
 """Who takes part in `peers.py`, each doing the same work the way its own documentation teaches it.
 
-A contestant trains on for ever, in a thread of its own, and calls `turn()` after every step: that is where it waits
+A candidate trains on for ever, in a thread of its own, and calls `turn()` after every step: that is where it waits
 while the others have theirs. All are on the same ranks, in the same process group, with the same network, pictures,
 optimizer and number of threads.
 
@@ -72,7 +72,7 @@ class Workload(NamedTuple):
 
 
 class Turn:
-    """Where a contestant's thread waits for its turn."""
+    """Where a candidate's thread waits for its turn."""
 
     def __init__(self, work: Callable[["Turn"], None]) -> None:
         """A thread for `work`, which is called with this turn and calls it after every step."""
@@ -106,7 +106,7 @@ class Turn:
         self._go.release()
         self._over.acquire()
         if self._error or not self._thread.is_alive():
-            raise RuntimeError("a contestant stopped") from self._error
+            raise RuntimeError("a candidate stopped") from self._error
 
 
 class Mode(NamedTuple):
@@ -123,7 +123,7 @@ class Mode(NamedTuple):
 
 
 class Field(NamedTuple):
-    """What all contestants are given."""
+    """What all candidates are given."""
 
     workload: Workload
     splits: datasets.Splits
@@ -367,7 +367,7 @@ def limit(field: Field, turn: Turn, *, real: bool = False) -> None:
         turn()
 
 
-class Contestant(NamedTuple):
+class Candidate(NamedTuple):
     """Somebody who takes part."""
 
     work: Callable[[Field, Turn], None]
@@ -385,24 +385,24 @@ class Contestant(NamedTuple):
 PLAIN, AUTO, COMPILED = "gengap_dist", "gengap_dist, auto", "gengap_dist, compiled"
 
 
-def contestants(workload: Workload) -> dict[str, Contestant]:
+def candidates(workload: Workload) -> dict[str, Candidate]:
     """All that fit the workload, whether installed or not."""
     found = {
-        "torch DDP, DataLoader, no worker": Contestant(partial(torch_ddp, workers=0), "peer"),
-        "torch DDP, DataLoader, 1 worker a rank": Contestant(partial(torch_ddp, workers=1), "peer"),
-        "Lightning Trainer": Contestant(lightning, "peer", "lightning"),
-        "Accelerate": Contestant(accelerate, "peer", "accelerate"),
+        "torch DDP, DataLoader, no worker": Candidate(partial(torch_ddp, workers=0), "peer"),
+        "torch DDP, DataLoader, 1 worker a rank": Candidate(partial(torch_ddp, workers=1), "peer"),
+        "Lightning Trainer": Candidate(lightning, "peer", "lightning"),
+        "Accelerate": Candidate(accelerate, "peer", "accelerate"),
     }
     if workload.model.startswith("resnet"):
-        found["timm"] = Contestant(timm, "peer", "timm")
-    found[PLAIN] = Contestant(gengap, "ours")
+        found["timm"] = Candidate(timm, "peer", "timm")
+    found[PLAIN] = Candidate(gengap, "ours")
     tuned = {"train.channels_last": "auto"} if workload.whole_share else {"batch.micro_size": "auto"}
-    found[AUTO] = Contestant(partial(gengap, **{"train.channels_last": "auto"} | tuned), "ours")
+    found[AUTO] = Candidate(partial(gengap, **{"train.channels_last": "auto"} | tuned), "ours")
     if workload.model.startswith("resnet"):
-        found[COMPILED] = Contestant(partial(gengap, **{"train.compile": True}), "ours")
+        found[COMPILED] = Candidate(partial(gengap, **{"train.compile": True}), "ours")
     return found | {
-        "limit": Contestant(limit, "limit"),
-        "limit, real pictures": Contestant(partial(limit, real=True), "limit"),
+        "limit": Candidate(limit, "limit"),
+        "limit, real pictures": Candidate(partial(limit, real=True), "limit"),
     }
 
 

@@ -31,7 +31,7 @@ from gengap_dist.preflight.communication_model import Link
 from gengap_dist.preflight.machine_constants import ComputeConstants
 
 if TYPE_CHECKING:
-    from scaling import Found
+    from scaling_data import Found
 
 FAR = ("resnet56", "vgg16")  # networks that are worth 4,096 ranks
 Curve = dict[str, Any]

@@ -15,7 +15,7 @@ from gengap_dist.distributed.launchers.local import free_port, rank_variables
 from gengap_dist.distributed.process_group import connect
 
 
-class Team:
+class WorkerPool:
     """A process group of its own on this machine."""
 
     def __init__(self, size: int, device: str, environment: dict[str, str] | None = None) -> None:

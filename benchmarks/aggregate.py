@@ -26,11 +26,11 @@ from rich.console import Console
 from rich.progress import track
 from scipy import stats
 
+from gengap_dist.analysis.seed_aggregates import Curves, curves
+from gengap_dist.analysis.study_data import MEASURED_AT, read_study
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.report.collect import MEASURED_AT, read_study
 from gengap_dist.runs.run_folder import FINISHED, Record, read_history, read_info
-from gengap_dist.tracking.aggregate import Curves, curves
 
 LIMIT_SECONDS, LIMIT_MIB = 30, 1024
 

@@ -35,7 +35,7 @@ from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Normalise
 from gengap_dist.distributed.phase_timer import Whereabouts
 from gengap_dist.distributed.process_group import World
-from gengap_dist.run import run
+from gengap_dist.training.trainer import run
 
 
 class Workload(NamedTuple):

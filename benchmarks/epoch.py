@@ -29,10 +29,10 @@ from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.process_group import World
-from gengap_dist.optim.build import build as build_optimizer
-from gengap_dist.optim.schedule import Schedule
 from gengap_dist.parallel.strategies import Single
-from gengap_dist.recipes.course import Course
+from gengap_dist.training.algorithms.base import Course
+from gengap_dist.training.lr_schedule import Schedule
+from gengap_dist.training.optimizer import build as build_optimizer
 
 
 def main() -> None:

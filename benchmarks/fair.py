@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from gengap_dist.planning.micro_size import device_name
+from gengap_dist.training.autotune.micro_batch import device_name
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -22,9 +22,9 @@ from rich.console import Console
 
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.run import run
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
+from gengap_dist.training.trainer import run
 
 EVERY = 50
 

@@ -17,7 +17,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from tables import fill, table
 
-from gengap_dist.report.drawing import ACCENT, INK, QUIET, SOFT, STYLE, WARM
+from gengap_dist.analysis.report.plotting import ACCENT, INK, QUIET, SOFT, STYLE, WARM
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLOUR = {"ours": ACCENT, "peer": WARM, "limit": QUIET}

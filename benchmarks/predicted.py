@@ -6,17 +6,17 @@ A rank's samples one after the other, one update, and then the messages of the a
 from typing import Any, Literal, NamedTuple
 
 from gengap_dist import models
-from gengap_dist.checks import strategy_name
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.distributed.process_group import World
-from gengap_dist.planning import wire
-from gengap_dist.planning.constants import ComputeConstants
-from gengap_dist.planning.layout import Cluster, layout
-from gengap_dist.planning.survey import step_seconds
-from gengap_dist.planning.wire import Link
-from gengap_dist.recipes.course import plan_of
+from gengap_dist.preflight import communication_model
+from gengap_dist.preflight.batch_layout import Cluster, layout
+from gengap_dist.preflight.communication_model import Link
+from gengap_dist.preflight.machine_constants import ComputeConstants
+from gengap_dist.preflight.plan import step_seconds
+from gengap_dist.training.algorithms.base import plan_of
+from gengap_dist.training.checks import strategy_name
 
 Mode = Literal["strong", "weak"]
 MODES: tuple[Mode, ...] = ("strong", "weak")
@@ -54,7 +54,7 @@ def predict(
     num_ranks = cluster.num_ranks
     batch = layout(plan_of(task.config, global_size, num_ranks))
     whole, num_micro = task.gradient_bytes, batch.micro_batches_per_rank[1]
-    messages = wire.step_messages(strategy_name(task.config, num_ranks), whole, whole, num_micro)
+    messages = communication_model.step_messages(strategy_name(task.config, num_ranks), whole, whole, num_micro)
     return sum(step_seconds(cluster, batch, messages, compute, inside, between))
 
 

@@ -33,17 +33,18 @@ from rich.table import Table
 from team import Team
 
 from gengap_dist import models
-from gengap_dist.checks import strategy_name
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.distributed.process_group import World
-from gengap_dist.loop import Work, train_step
-from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.parallel.strategies import STRATEGIES, Strategy
-from gengap_dist.planning import calibrate, rehearsal
-from gengap_dist.planning.constants import ComputeConstants, LinkConstants
-from gengap_dist.planning.layout import Cluster
-from gengap_dist.planning.wire import Link
-from gengap_dist.recipes.course import plan_of
+from gengap_dist.preflight import calibrate
+from gengap_dist.preflight.batch_layout import Cluster
+from gengap_dist.preflight.communication_model import Link
+from gengap_dist.preflight.machine_constants import ComputeConstants, LinkConstants
+from gengap_dist.training.algorithms.base import plan_of
+from gengap_dist.training.autotune import synthetic_workload
+from gengap_dist.training.checks import strategy_name
+from gengap_dist.training.optimizer import build as build_optimizer
+from gengap_dist.training.step import Work, train_step
 
 LARGEST = 8  # ranks
 MICRO_SIZES = {  # images in a micro-batch: on a CPU small ones fit the cache, and turns must be short
@@ -65,7 +66,10 @@ def get_ready(world: World, name: str, what: Task) -> None:
     strategy = STRATEGIES[strategy_name(config, world.size)](config, world)
     strategy.setup(network.train(), partial(build_optimizer, config.optim))
     number = LARGEST * config.batch.most_at_once
-    READY[name] = strategy, rehearsal.random_batches(config, sizes.in_channels, sizes.num_classes, number, world.device)
+    READY[name] = (
+        strategy,
+        synthetic_workload.random_batches(config, sizes.in_channels, sizes.num_classes, number, world.device),
+    )
 
 
 def train(world: World, name: str, what: Task, global_size: int, num_steps: int) -> float:
@@ -73,12 +77,12 @@ def train(world: World, name: str, what: Task, global_size: int, num_steps: int)
     strategy, batches = READY[name]
     spans = plan_of(what.config, global_size, world.size).micro_batches(world.rank)
     work = Work(torch.randperm(global_size), 0, spans)
-    rehearsal.synchronise(world)
+    synthetic_workload.synchronise(world)
     world.barrier()
     began = time.perf_counter()
     for _ in range(num_steps):
         train_step(strategy, batches, work)
-    rehearsal.synchronise(world)
+    synthetic_workload.synchronise(world)
     world.barrier()
     return (time.perf_counter() - began) / num_steps
 

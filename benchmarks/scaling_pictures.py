@@ -26,9 +26,9 @@ from predicted import (
     task,
 )
 
-from gengap_dist.planning.constants import ComputeConstants
-from gengap_dist.planning.wire import Link
-from gengap_dist.report.drawing import COLOURS, INK, QUIET, SOFT, STYLE, plain
+from gengap_dist.analysis.report.plotting import COLOURS, INK, QUIET, SOFT, STYLE, plain
+from gengap_dist.preflight.communication_model import Link
+from gengap_dist.preflight.machine_constants import ComputeConstants
 
 if TYPE_CHECKING:
     from scaling import Found

@@ -6,13 +6,13 @@ import sys
 from gengap_dist import __version__
 
 COMMANDS = {  # name: module, what it does
-    "train": ("gengap_dist.train", "train one network with one global batch"),
-    "study": ("gengap_dist.study.__main__", "train arms x seeds, compare them with the baseline, write a report"),
-    "probe": ("gengap_dist.probe", "measure the near-rank loss of a network, trained or not"),
-    "compare": ("gengap_dist.compare", "compare runs that are there, from folders or from MLflow"),
-    "report": ("gengap_dist.report.__main__", "draw a run or a study again, or send it to MLflow"),
-    "doctor": ("gengap_dist.doctor", "tell whether this machine can do what a config asks"),
-    "plan": ("gengap_dist.plan", "say what a run will take on a cluster, and what is refused"),
+    "train": ("gengap_dist.cli.train", "train one network with one global batch"),
+    "study": ("gengap_dist.cli.study", "train arms x seeds, compare them with the baseline, write a report"),
+    "probe": ("gengap_dist.cli.probe", "measure the near-rank loss of a network, trained or not"),
+    "compare": ("gengap_dist.cli.compare", "compare runs that are there, from folders or from MLflow"),
+    "report": ("gengap_dist.cli.report", "draw a run or a study again, or send it to MLflow"),
+    "doctor": ("gengap_dist.cli.doctor", "tell whether this machine can do what a config asks"),
+    "plan": ("gengap_dist.cli.plan", "say what a run will take on a cluster, and what is refused"),
 }
 
 

@@ -16,10 +16,10 @@ from hypothesis import settings
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.launchers.local import Pool
-from gengap_dist.run import run
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training import ENTRY_POINT
+from gengap_dist.training.trainer import run
 from tests.ranks import standing
 from tests.ray_cluster import Cluster
 
@@ -91,7 +91,7 @@ def gengap(tmp_path: Path) -> Command:
 
     def call(command: str, *words: object, **env: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [sys.executable, "-m", f"gengap_dist.{command}", *map(str, words)],
+            [sys.executable, "-m", "gengap_dist", command, *map(str, words)],
             cwd=tmp_path,
             env=os.environ | env,
             capture_output=True,

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from gengap_dist.planning.constants import Constants, LinkConstants, workload
-from gengap_dist.planning.layout import Cluster
-from gengap_dist.planning.survey import survey
+from gengap_dist.preflight.batch_layout import Cluster
+from gengap_dist.preflight.machine_constants import Constants, LinkConstants, workload
+from gengap_dist.preflight.plan import survey
 from tests.conftest import ROOT, config
 
 sys.path.append(str(ROOT / "benchmarks"))  # as for a script that lies there

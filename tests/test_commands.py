@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gengap_dist import cli
+from gengap_dist.cli.exit_codes import guarded
+from gengap_dist.cli.train import command as train_command
 from gengap_dist.errors import UsageError
-from gengap_dist.train import command as train_command
 from tests.conftest import ROOT, weights
 
 DEMO = ROOT / "configs" / "demo_train.yaml"
@@ -57,7 +57,7 @@ def test_torchrun_gives_the_same_run(tmp_path, gengap):
 def test_usage_errors_are_one_sentence_and_leave_nothing(tmp_path, capsys, words, says):
     out = [] if "--out" in words else ["--out", "run"]
     with pytest.raises(SystemExit) as exit_:
-        cli.guarded("gengap train", train_command, [*words, *out])
+        guarded("gengap train", train_command, [*words, *out])
     assert exit_.value.code == 2
     said = capsys.readouterr().err
     assert says in said
@@ -196,7 +196,7 @@ def test_probe_under_torchrun_is_the_probe_alone(tmp_path, gengap):
     words = ["--model", "lenet5", "--num_samples", "200", "--views", "pool", "flatten", "--dtype", "float64"]
     assert gengap("probe", *words, "--out", "one").returncode == 0
     torchrun = Path(sys.executable).parent / "torchrun"
-    command = [torchrun, "--standalone", "--nproc_per_node", "2", "-m", "gengap_dist.probe", *words, "--out", "two"]
+    command = [torchrun, "--standalone", "--nproc_per_node", "2", "-m", "gengap_dist", "probe", *words, "--out", "two"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     from gengap_dist.runs.run_folder import load_spectra
@@ -254,7 +254,7 @@ def test_unforeseen_errors_are_one_line(capsys):
         raise ZeroDivisionError("a\nb")
 
     with pytest.raises(SystemExit) as exit_:
-        cli.guarded("gengap x", broken, [])
+        guarded("gengap x", broken, [])
     assert exit_.value.code == 1
     assert capsys.readouterr().err == "gengap x: ZeroDivisionError: a b; --debug shows where\n"
 
@@ -262,5 +262,5 @@ def test_unforeseen_errors_are_one_line(capsys):
         raise UsageError("no")
 
     with pytest.raises(SystemExit) as exit_:
-        cli.guarded("gengap x", mistaken, [])
+        guarded("gengap x", mistaken, [])
     assert exit_.value.code == 2

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gengap_dist.report.collect import read_study
+from gengap_dist.analysis.study_data import read_study
 from tests.conftest import config
 
 

@@ -4,7 +4,7 @@ import sys
 import pytest
 import yaml
 
-from gengap_dist import cli
+from gengap_dist.cli.options import Options, TrainSettings, parse
 from gengap_dist.config.loading import load_yaml, nested, resolve, to_yaml, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig
@@ -130,12 +130,12 @@ def test_settings_are_frozen():
         RunConfig().seed = 3  # type: ignore[misc]
 
 
-def parse(*words: str) -> tuple[cli.Options, dict]:
-    return cli.parse(cli.TrainSettings, cli.Options, words, prog="p", description="d")
+def parse_words(*words: str) -> tuple[Options, dict]:
+    return parse(TrainSettings, Options, words, prog="p", description="d")
 
 
 def test_command_line_values_have_types():
-    options, overrides = parse(
+    options, overrides = parse_words(
         "--config", "a", "--config=b", "--resume", "--batch.ghost_size", "null", "--model.widths", "3,4",
         "--optim.lr=1e-2",
     )  # fmt: skip
@@ -147,7 +147,7 @@ def test_command_line_values_have_types():
 
 def test_only_what_was_given_overrides(tmp_path):
     (tmp_path / "c.yaml").write_text("optim: {lr: 0.5}\ndata: {download: true}\n")
-    _, overrides = parse("--seed", "3")
+    _, overrides = parse_words("--seed", "3")
     assert resolve(RunConfig, [tmp_path / "c.yaml"], overrides).optim.lr == 0.5
 
 
@@ -162,7 +162,7 @@ def test_only_what_was_given_overrides(tmp_path):
 )
 def test_bad_command_line_gets_one_sentence(words, says):
     with pytest.raises(UsageError, match=says):
-        parse(*words)
+        parse_words(*words)
 
 
 def test_print_config_can_be_run_again(tmp_path):

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from gengap_dist import diagnosis
 from gengap_dist.data.datasets import listings
-from gengap_dist.diagnosis import ABSENT, FAIL, OK, WARN, Ask, Finding
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.errors import UsageError
+from gengap_dist.preflight import doctor_checks
+from gengap_dist.preflight.doctor_checks import ABSENT, FAIL, OK, WARN, Ask, Finding
 from tests.conftest import config
 
 
@@ -67,14 +67,14 @@ def test_usage_errors(gengap):
 
 
 def test_a_check_that_hangs_or_breaks_does_not_hold_up_the_others(monkeypatch):
-    def broken(ask: Ask) -> diagnosis.Findings:
+    def broken(ask: Ask) -> doctor_checks.Findings:
         raise ZeroDivisionError("a\nb")
 
     stuck = threading.Event()
     slow = {("slow", "too"): (0.2, lambda ask: stuck.wait(60) and {}), ("broken",): (5, broken)}
-    monkeypatch.setattr(diagnosis, "CHECKS", slow | {("open files",): (5, diagnosis.open_files)})
+    monkeypatch.setattr(doctor_checks, "CHECKS", slow | {("open files",): (5, doctor_checks.open_files)})
     began = time.monotonic()
-    found = diagnosis.examine(ask())
+    found = doctor_checks.examine(ask())
     stuck.set()
     assert time.monotonic() - began < 2
     assert [finding.status for finding in found.values()] == [FAIL, FAIL, FAIL, OK]
@@ -86,7 +86,7 @@ def test_a_check_that_hangs_or_breaks_does_not_hold_up_the_others(monkeypatch):
 
 
 def store(uri: str, *, needed: bool) -> Finding:
-    return diagnosis.mlflow(ask(mlflow__enabled=needed, mlflow__tracking_uri=uri))["mlflow"]
+    return doctor_checks.mlflow(ask(mlflow__enabled=needed, mlflow__tracking_uri=uri))["mlflow"]
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path):
@@ -172,7 +172,7 @@ def test_sqlite_stores_are_neither_made_nor_touched(tmp_path):
 def test_deepspeed_without_what_builds_its_operations(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    finding = diagnosis.deepspeed(ask(launch__strategy="zero2"))["deepspeed"]  # it can be imported all the same
+    finding = doctor_checks.deepspeed(ask(launch__strategy="zero2"))["deepspeed"]  # it can be imported all the same
     assert finding.status == ABSENT
     assert "no g++ and no ninja on PATH" in finding.found
     assert list(tmp_path.iterdir()) == []
@@ -182,7 +182,7 @@ def test_torch_that_cannot_be_imported(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so is missing')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    found = diagnosis.ranks(ask())
+    found = doctor_checks.ranks(ask())
     assert found["torch"].status == FAIL
     assert "libcudart.so is missing" in found["torch"].found
     assert {found[what].status for what in ("gpu", "gloo", "nccl")} == {WARN}
@@ -193,7 +193,7 @@ def test_a_broken_pair_and_a_network_interface_that_is_not_there(tmp_path, monke
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     needs_both = ask(launch__num_processes=2, model__name="torchvision:resnet18", launch__device="cuda")
-    found = diagnosis.ranks(needs_both) | diagnosis.network(needs_both)
+    found = doctor_checks.ranks(needs_both) | doctor_checks.network(needs_both)
     assert {what: finding.status for what, finding in found.items() if what != "nccl"} == {
         "torch": FAIL,
         "gpu": FAIL,
@@ -225,7 +225,7 @@ def test_rays_dashboard_and_its_token(tmp_path, monkeypatch):
         found = []
         for token in ("right", "wrong"):
             monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-            found.append(diagnosis.ray(ask())["ray"])
+            found.append(doctor_checks.ray(ask())["ray"])
         web.shutdown()
     assert [finding.status for finding in found] == [OK, WARN]
     assert "auth token (RAY_AUTH_TOKEN)" in found[0].found
@@ -234,15 +234,15 @@ def test_rays_dashboard_and_its_token(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "nowhere"))
-    assert "there is no token" in diagnosis.ray(ask())["ray"].found
+    assert "there is no token" in doctor_checks.ray(ask())["ray"].found
 
 
 def test_what_is_not_needed_is_only_absent(monkeypatch):
-    monkeypatch.setattr(diagnosis, "installed", lambda package: None)
-    for check in (diagnosis.ray, diagnosis.deepspeed, diagnosis.timm):
+    monkeypatch.setattr(doctor_checks, "installed", lambda package: None)
+    for check in (doctor_checks.ray, doctor_checks.deepspeed, doctor_checks.timm):
         assert {finding.status for finding in check(ask()).values()} == {ABSENT}
     needs = ask(launch__backend="ray", launch__strategy="zero1", model__name="timm:resnet18")
-    for check in (diagnosis.ray, diagnosis.deepspeed, diagnosis.timm):
+    for check in (doctor_checks.ray, doctor_checks.deepspeed, doctor_checks.timm):
         (finding,) = check(needs).values()
         assert finding.status == FAIL
         assert "pip install" in finding.remedy
@@ -266,7 +266,7 @@ def test_data_are_read_as_a_run_reads_them(tmp_path):
     for part, num in (("train", 20), ("t10k", 10)):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(idx((num, 28, 28)))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx((num,)))
-    finding = diagnosis.data(ask(data__name="mnist"))["data"]
+    finding = doctor_checks.data(ask(data__name="mnist"))["data"]
     assert finding == Finding(OK, "mnist: 30 images in data; data also has cifar10")
 
 
@@ -280,7 +280,7 @@ def test_folders_of_pictures(tmp_path):
     (tmp_path / "test" / "c").rename(tmp_path / "test" / "b")
     assert [len(listing.samples) for listing in listings(wanted)] == [2, 2]
     (tmp_path / "train" / "b" / "1.png").unlink()
-    finding = diagnosis.data(ask(data__name="imagefolder", data__root=str(tmp_path)))["data"]
+    finding = doctor_checks.data(ask(data__name="imagefolder", data__root=str(tmp_path)))["data"]
     assert finding.status == FAIL
     assert "needs one sub-folder of pictures per class" in finding.found
     assert finding.remedy == f"arrange the files as {tmp_path}/train/CLASS/PICTURE.jpg"
@@ -289,10 +289,10 @@ def test_folders_of_pictures(tmp_path):
 def test_what_auto_remembers(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     auto = ask(batch__micro_size="auto")
-    assert diagnosis.micro_sizes(ask())["micro sizes"].status == ABSENT
-    assert diagnosis.micro_sizes(auto)["micro sizes"].found.startswith("0 known, in ")
+    assert doctor_checks.micro_sizes(ask())["micro sizes"].status == ABSENT
+    assert doctor_checks.micro_sizes(auto)["micro sizes"].found.startswith("0 known, in ")
     folder = tmp_path / "gengap_dist"
     folder.mkdir()
     (folder / "micro_sizes.json").write_text("{")
-    assert diagnosis.micro_sizes(auto)["micro sizes"].status == WARN
+    assert doctor_checks.micro_sizes(auto)["micro sizes"].status == WARN
     assert list(folder.iterdir()) == [folder / "micro_sizes.json"]

@@ -24,42 +24,42 @@ FLOORS = {  # the longest matching name decides; higher may import lower
     "gengap_dist.probes": 2,
     "gengap_dist.parallel.strategies": 2,
     "gengap_dist.tracking": 2.5,  # records what probes found
-    "gengap_dist.tracking.model": 3.25,  # builds the network of a checkpoint
+    "gengap_dist.training.export": 3.25,  # builds the network of a checkpoint
     "gengap_dist.tracking.mlflow.uploader": 3.5,
     "gengap_dist.tracking.mlflow.process": 3.75,
     "gengap_dist.tracking.mlflow.importer": 3.75,
-    "gengap_dist.loop": 3,
+    "gengap_dist.training.step": 3,
     "gengap_dist.runs.checkpoint": 3,
-    "gengap_dist.checks": 3,
-    "gengap_dist.recipes": 3.25,
+    "gengap_dist.training.checks": 3,
+    "gengap_dist.training.algorithms": 3.25,
     "gengap_dist.profiling": 3,
-    "gengap_dist.observe": 3.5,
-    "gengap_dist.run": 4,
+    "gengap_dist.training.observer": 3.5,
+    "gengap_dist.training.trainer": 4,
     "gengap_dist.distributed.launchers": 5,
-    "gengap_dist.comparison": 0,
-    "gengap_dist.comparison.arms": 0.25,  # knows which settings are machinery
+    "gengap_dist.analysis.results": 0,
+    "gengap_dist.analysis.results.arms": 0.25,  # knows which settings are machinery
     "gengap_dist.study": 5,
-    "gengap_dist.study.ray_tune": 5.25,  # starts launchers' ranks
-    "gengap_dist.study.schedule": 5.5,
+    "gengap_dist.study.ray_runner": 5.25,  # starts launchers' ranks
+    "gengap_dist.study.runner": 5.5,
     "gengap_dist.report": 5.25,
     "gengap_dist.planning": 5.1,  # starts ranks, to measure them
-    "gengap_dist.planning.constants": 3,
-    "gengap_dist.planning.room": 3,
+    "gengap_dist.preflight.machine_constants": 3,
+    "gengap_dist.training.autotune.available_memory": 3,
     "gengap_dist.parallel.memory_model": 3,
-    "gengap_dist.planning.rehearsal": 3.25,  # passes of the loop
-    "gengap_dist.planning.fastest": 3.5,
-    "gengap_dist.planning.memory_format": 3.8,
-    "gengap_dist.planning.micro_size": 3.75,  # a run settles it before its first step
-    "gengap_dist.cli": 5.5,
-    "gengap_dist.trials": 5.25,  # runs launchers' ranks
-    "gengap_dist.diagnosis": 5.5,
+    "gengap_dist.training.autotune.synthetic_workload": 3.25,  # passes of the loop
+    "gengap_dist.training.autotune.search": 3.5,
+    "gengap_dist.training.autotune.memory_format": 3.8,
+    "gengap_dist.training.autotune.micro_batch": 3.75,  # a run settles it before its first step
+    "gengap_dist.cli.options": 5.5,
+    "gengap_dist.preflight.doctor_subprocess": 5.25,  # runs launchers' ranks
+    "gengap_dist.preflight.doctor_checks": 5.5,
     "gengap_dist.train": 6,
     "gengap_dist.compare": 6,
     "gengap_dist.doctor": 6,
     "gengap_dist.probe": 6,
     "gengap_dist.plan": 6,
-    "gengap_dist.study.__main__": 6,
-    "gengap_dist.report.__main__": 6,
+    "gengap_dist.cli.study": 6,
+    "gengap_dist.cli.report": 6,
     "gengap_dist.__main__": 7,
 }
 MODULES = sorted((ROOT / "gengap_dist").rglob("*.py"))

@@ -10,10 +10,10 @@ from torch import nn
 
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
-from gengap_dist.observe import Observation, Observer
 from gengap_dist.probes.cadence import exceeds
-from gengap_dist.run import run
 from gengap_dist.runs.run_folder import load_spectra, prepare_folder, read_info, read_metrics
+from gengap_dist.training.observer import Observation, Observer
+from gengap_dist.training.trainer import run
 from tests.conftest import config, train
 
 SHORT = {"train__steps": 6, "batch__global_size": 40, "probe__num_samples": 100}
@@ -145,7 +145,7 @@ def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):
             time.sleep(first.pop())
 
     monkeypatch.setattr(Observer, "__call__", slow)
-    monkeypatch.setattr("gengap_dist.run.seconds", lambda metrics: 0.1)
+    monkeypatch.setattr("gengap_dist.training.trainer.seconds", lambda metrics: 0.1)
     settings = {"train__steps": 100, "batch__global_size": 8, "probe__num_samples": 20, "probe__rivals": []}
     prepare_folder(tmp_path / "run", "run.json", resume=False)
     result = run(config(probe__budget=0.05, **settings), tmp_path / "run", progress=progress)

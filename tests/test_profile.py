@@ -17,11 +17,11 @@ from torch.autograd.profiler_util import FunctionEvent
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.lenet5 import LeNet5
-from gengap_dist.profiling.measure import Profile, clocked
-from gengap_dist.profiling.summary import PARTS, Measured, Setting, summary
-from gengap_dist.profiling.trace import Trace
-from gengap_dist.run import run
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
+from gengap_dist.training.profiler.profile import Profile, clocked
+from gengap_dist.training.profiler.summary import PARTS, Measured, Setting, summary
+from gengap_dist.training.profiler.trace import Trace
+from gengap_dist.training.trainer import run
 from tests.conftest import config, cut_after, train, weights
 
 SHORT: dict[str, Any] = {"train__steps": 20, "batch__global_size": 40, "probe__num_samples": 64, "profile": True}

@@ -15,6 +15,7 @@ from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
+from gengap_dist.training.trainer import run
 from tests.conftest import ROOT, config, cut_after, train, weights
 from tests.ranks import on_ranks
 
@@ -59,11 +60,11 @@ def go(pools, size, run_config, out, *, resume=False):
 @pytest.mark.parametrize("case", ["sgd", "several buckets"])
 def test_the_same_number_of_ranks_is_bitwise(pools, tmp_path, case, size):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run = settings("sgd", "float32") if case == "sgd" else config(**SETTINGS | SEVERAL_BUCKETS)
-    go(pools, size, run, whole)
+    run_config = settings("sgd", "float32") if case == "sgd" else config(**SETTINGS | SEVERAL_BUCKETS)
+    go(pools, size, run_config, whole)
     shutil.copytree(whole, cut)
     cut_after(cut, 8)
-    go(pools, size, run, cut, resume=True)
+    go(pools, size, run_config, cut, resume=True)
     assert timeless(cut) == timeless(whole)
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(cut)[name]), name
@@ -136,11 +137,11 @@ def test_from_ddp_to_sharded_to_single(pools, float32_run, tmp_path, between):
 
 def test_a_sharded_run_goes_on_bitwise(pools, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run = config(launch__strategy="zero2", **SHARDED)
-    go(pools, 2, run, whole)
+    run_config = config(launch__strategy="zero2", **SHARDED)
+    go(pools, 2, run_config, whole)
     shutil.copytree(whole, cut)
     cut_after(cut, 20)
-    go(pools, 2, run, cut, resume=True)
+    go(pools, 2, run_config, cut, resume=True)
     assert timeless(cut) == timeless(whole)
     assert all(torch.equal(weight, weights(cut)[name]) for name, weight in weights(whole).items())
 
@@ -250,8 +251,6 @@ def test_one_rank_that_is_asked_takes_the_others_along(tmp_path):
 
 
 def leave_when_rank_two_is_asked(world, out):
-    from gengap_dist.run import run
-
     asked = False
 
     def progress(done, total, note):
@@ -275,11 +274,11 @@ def test_a_folder_that_not_all_ranks_see_is_refused(tmp_path):
 
 
 def run_on_node(world, folder):
-    from gengap_dist import run
+    from gengap_dist.training import setup, trainer
 
-    run.SHARED_SECONDS = 0.3
+    setup.SHARED_SECONDS = 0.3
     try:
-        run.run(config(train__steps=1), folder / f"node{min(world.rank, 1)}", world=world)
+        trainer.run(config(train__steps=1), folder / f"node{min(world.rank, 1)}", world=world)
     except UsageError as error:
         return str(error)
 
@@ -295,8 +294,6 @@ def test_rank_0_decides_whether_to_resume(tmp_path):
 
 
 def resume_if_rank_is(world, rank, run_config, out):
-    from gengap_dist.run import run
-
     return run(run_config, out, resume=world.rank == rank, world=world)["num_steps"]
 
 
@@ -307,7 +304,6 @@ def test_more_ranks_than_samples_are_refused(tmp_path):
 
 
 def run_with_one_sample(world, out):
-    from gengap_dist.run import run
 
     try:
         run(config(batch__global_size=1), out, world=world)

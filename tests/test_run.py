@@ -85,8 +85,8 @@ def timeless(out):
 @pytest.mark.parametrize("moment", ["step", "save", "result"])
 def test_resume_is_bitwise_the_uninterrupted_run(whole, tmp_path, monkeypatch, moment):
     """The run is cut off in the middle of a step, right after a checkpoint, or before its result was written."""
-    from gengap_dist import run as run_module
-    from gengap_dist.recipes import course
+    from gengap_dist.training import trainer as run_module
+    from gengap_dist.training.algorithms import base
 
     session = run_module._Session
     settings = SMALL | {"checkpoint__every_seconds": 0.0}  # save at every log point
@@ -105,8 +105,8 @@ def test_resume_is_bitwise_the_uninterrupted_run(whole, tmp_path, monkeypatch, m
         return original(self, *args)
 
     if moment == "step":
-        original = course.train_step
-        monkeypatch.setattr(course, "train_step", lambda *args: cut(*args, original=lambda s, *a: original(s, *a)))
+        original = base.train_step
+        monkeypatch.setattr(base, "train_step", lambda *args: cut(*args, original=lambda s, *a: original(s, *a)))
     else:
         original = getattr(session, "observe" if moment == "save" else "result")
         monkeypatch.setattr(

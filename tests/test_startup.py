@@ -45,7 +45,7 @@ def test_a_rank_alone_imports_what_it_computes_with():
         "from gengap_dist.distributed.launchers.local import InProcess\n"
         "config, out = RunConfig.model_validate({'train': {'steps': 2}}), pathlib.Path('run')\n"
         "out.mkdir()\n"
-        "InProcess('gengap_dist.run:run').run(config, out, resume=False, progress=lambda *told: None)"
+        "InProcess('gengap_dist.training.trainer:run').run(config, out, resume=False, progress=lambda *told: None)"
     )
     found, _ = imported(code, SERVICES | COMPILER | {"torch"})
     assert found == {"torch"}
@@ -70,7 +70,7 @@ def test_only_an_import_keeps_what_was_made_from_the_garbage_collector(tmp_path,
 
 
 def test_the_driver_of_ranks_computes_nothing():
-    found, _ = imported("import gengap_dist.study.__main__, gengap_dist.report.terminal", SERVICES | {"torch"})
+    found, _ = imported("import gengap_dist.cli.study, gengap_dist.cli.terminal", SERVICES | {"torch"})
     assert not found
 
 

@@ -10,8 +10,8 @@ import torch
 
 from gengap_dist.distributed.phase_timer import KINDS, Whereabouts
 from gengap_dist.distributed.stall_detector import Watchdog, watching
-from gengap_dist.run import run
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
+from gengap_dist.training.trainer import run
 from tests.conftest import config, train
 from tests.ranks import on_ranks
 
@@ -101,7 +101,7 @@ class Slow(torch.nn.Module):
 
 
 def run_with_a_slow_rank(world, out):
-    from gengap_dist.run import run
+    from gengap_dist.training.trainer import run
 
     settings = {"model__name": "tests.test_watchdog:Slow", "train__steps": 10, "probe__enabled": False}
     return run(config(**settings), out, world=world)

@@ -16,8 +16,8 @@ from torch.cuda import nccl
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.planning.micro_size import device_name
 from gengap_dist.runs.run_folder import git_state, now, versions, write_atomically
+from gengap_dist.training.autotune.micro_batch import device_name
 
 from .items import Answer
 

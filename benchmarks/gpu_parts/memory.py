@@ -17,13 +17,13 @@ from gengap_dist import models
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel.memory_model import saved_for_backward
-from gengap_dist.planning.constants import Constants
-from gengap_dist.planning.fastest import turn_seconds
-from gengap_dist.planning.layout import Cluster
-from gengap_dist.planning.micro_size import OTHER_BYTES, TEMPORARY
-from gengap_dist.planning.rehearsal import Rehearsal
-from gengap_dist.planning.survey import survey
+from gengap_dist.preflight.batch_layout import Cluster
+from gengap_dist.preflight.machine_constants import Constants
+from gengap_dist.preflight.plan import survey
 from gengap_dist.runs.run_folder import read_info
+from gengap_dist.training.autotune.micro_batch import OTHER_BYTES, TEMPORARY
+from gengap_dist.training.autotune.search import turn_seconds
+from gengap_dist.training.autotune.synthetic_workload import Rehearsal
 
 from .items import Answer, Item, Part, places
 from .runs import NO_PROBE, Settings, config, folder, train

@@ -16,9 +16,9 @@ from gengap_dist import models
 from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.data import datasets
 from gengap_dist.distributed.process_group import World
-from gengap_dist.planning.micro_size import in_passes
-from gengap_dist.planning.rehearsal import synchronise
-from gengap_dist.planning.room import room
+from gengap_dist.training.autotune.available_memory import room
+from gengap_dist.training.autotune.micro_batch import in_passes
+from gengap_dist.training.autotune.synthetic_workload import synchronise
 
 from .items import Answer, failure
 from .runs import Settings

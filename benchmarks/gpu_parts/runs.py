@@ -11,8 +11,8 @@ from typing import Any
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.preemption import Preempted
-from gengap_dist.run import run
 from gengap_dist.runs.run_folder import prepare_folder
+from gengap_dist.training.trainer import run
 
 Settings = Mapping[str, Any]
 Numbers = dict[tuple[int, str], float]

@@ -20,8 +20,8 @@ from gengap_dist import models
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
-from gengap_dist.planning.rehearsal import synchronise
 from gengap_dist.probes import measure
+from gengap_dist.training.autotune.synthetic_workload import synchronise
 
 from .items import Answer, Item, Part
 from .racing import WAYS, Racer, bare, field, largest_that_fits, ours, race, task

@@ -1,5 +1,6 @@
 """What makes two runs the same experiment."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,3 +30,92 @@ def differences(before: Mapping[str, Any], after: BaseModel) -> str:
     old, new = flat(RunConfig()) | flat(before), flat(after)
     names = [name for name in {**new, **old} if old.get(name) != new.get(name) and not name.startswith(MACHINERY)]
     return " and ".join(f"{name} ({new.get(name)}) was {old.get(name)}" for name in names)
+
+
+BESIDES = (*MACHINERY, "study.", "seed", "batch.global_size", "probe.", "train.num_evals", "train.log_every")
+"""Settings that are no part of a recipe: the batch itself, the seed, and what only looks at the run."""
+
+
+def recipe(settings: Mapping[str, object], baseline: Mapping[str, object]) -> str:
+    """What an arm changes besides the batch, as `setting=value` words; "plain" if nothing.
+
+    `optim.base_size` is left out where it is the baseline's batch: it says from where the rate is scaled, as it should.
+
+    Args:
+        settings: the arm's, by dotted name.
+        baseline: the baseline's.
+
+    >>> baseline = {"batch.global_size": 32, "optim.scaling": "none", "optim.base_size": None, "data.augment": []}
+    >>> recipe(baseline | {"batch.global_size": 256, "probe.every": 5}, baseline)
+    'plain'
+    >>> recipe(baseline | {"optim.scaling": "sqrt", "optim.base_size": 32, "data.augment": ["flip"]}, baseline)
+    'data.augment=["flip"] optim.scaling=sqrt'
+    """
+    names = sorted(
+        name
+        for name in {*settings, *baseline}
+        if settings.get(name) != baseline.get(name)
+        and not name.startswith(BESIDES)
+        and not (name == "optim.base_size" and settings.get(name) == baseline.get("batch.global_size"))
+    )
+    return " ".join(f"{name}={_word(settings.get(name))}" for name in names) or "plain"
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+Settings = Mapping[str, object]
+
+
+def effective(settings: Settings) -> dict[str, object]:
+    """Settings without the batch, with rate, warm-up and epochs as they are at that batch (see `optim.schedule`).
+
+    >>> scaled = {"batch.global_size": 512, "optim.scaling": "sqrt", "optim.base_size": 128, "optim.lr": 0.1}
+    >>> effective(scaled)
+    {'optim.lr': 0.2}
+    >>> effective(scaled | {"optim.scaling": "none", "train.budget": "updates", "train.epochs": 3})
+    {'optim.lr': 0.1, 'train.epochs': 12.0}
+    >>> effective({"batch.global_size": 128, "batch.ghost_size": 128, "model.norm": "ghost"})  # one group is the batch
+    {'batch.ghost_size': None, 'model.norm': 'sync'}
+    """
+    out = dict(settings)
+    size, scaling = out.pop("batch.global_size", None), out.pop("optim.scaling", "none")
+    base, budget = out.pop("optim.base_size", None), out.pop("train.budget", "epochs")
+    factor = 1.0
+    if isinstance(size, int | float) and isinstance(base, int | float) and base > 0:
+        factor = size / base
+    if size is not None and out.get("batch.ghost_size") == size:
+        out |= {"batch.ghost_size": None, "model.norm": "sync"}
+    _times(out, "optim.lr", {"linear": factor, "sqrt": factor**0.5, "legw": factor**0.5}.get(str(scaling), 1.0))
+    _times(out, "optim.warmup_epochs", factor if scaling == "legw" or budget == "updates" else 1.0)
+    _times(out, "train.epochs", factor if budget == "updates" else 1.0)
+    return out
+
+
+def _times(settings: dict[str, object], name: str, factor: float) -> None:
+    value = settings.get(name)
+    if isinstance(value, int | float) and factor != 1.0:
+        settings[name] = float(f"{value * factor:.9g}")
+
+
+def differing(one: Settings, other: Settings) -> set[str]:
+    """Names of the settings in which two arms differ, but for the batch.
+
+    >>> differing({"batch.global_size": 8, "optim.lr": 0.1}, {"batch.global_size": 64, "optim.lr": 0.1})
+    set()
+    """
+    ours, theirs = effective(one), effective(other)
+    return {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
+
+
+LOOKS = ("seed", "train.num_evals", "train.log_every", "train.target_accuracy")  # besides what a run computes
+
+
+def settings_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run computes, as dotted settings: without seed, probes and machinery."""
+    return {
+        name: value
+        for name, value in flat(info["config"]).items()
+        if not name.startswith((*MACHINERY, "probe.")) and name not in LOOKS
+    }

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from gengap_dist.config.sections import OptimConfig, RunConfig
-from gengap_dist.parallel.strategies.switches import blocks
+from gengap_dist.parallel.execution import blocks
 from gengap_dist.probes.layer_view import Site
 from gengap_dist.probes.spectra.measure import Piece
 

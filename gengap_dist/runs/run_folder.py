@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic_core import from_json
 
@@ -307,6 +307,15 @@ def read_history(out: Path) -> "History":
     if len(found.values) and not ("step" in found.columns and found.known[:, found.columns["step"]].all()):
         raise ValueError("metrics.jsonl has a line without its step")
     return found
+
+
+class SeedRun(NamedTuple):
+    """What a run folder says."""
+
+    info: Mapping[str, Any]
+    """run.json."""
+    history: "History"
+    """The metrics, if the run has finished."""
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

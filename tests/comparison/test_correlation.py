@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gengap_dist.comparison import Correlation, Run
-from gengap_dist.comparison.correlation import correlations
+from gengap_dist.analysis.correlations import correlations
+from gengap_dist.analysis.results import Correlation, Run
 from tests.comparison.test_verdict import BASE
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from gengap_dist.comparison import Run
-from gengap_dist.comparison.target import fit_curve, target_of
+from gengap_dist.analysis.critical_batch import fit_curve, target_of
+from gengap_dist.analysis.results import Run
 from tests.comparison.test_verdict import BASE
 
 

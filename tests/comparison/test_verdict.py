@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gengap_dist.comparison import Claim, Run
-from gengap_dist.comparison.compare import compare
-from gengap_dist.comparison.verdict import claims
+from gengap_dist.analysis.claims import claims
+from gengap_dist.analysis.compare import compare
+from gengap_dist.analysis.results import Claim, Run
 from gengap_dist.statistics.paired import detectable, holm, p_value, paired
 
 NUM = 500

@@ -102,7 +102,7 @@ def crew() -> Iterator[Crew]:
 
 def stuck(world: World, settings: Settings, out: Path) -> str:
     """What a rank says of a run in which the GPUs take 3 s to hand out the sums of the first steps."""
-    from gengap_dist.run import run
+    from gengap_dist.training.trainer import run
 
     kernels: Any = importlib.import_module("fake_cuda.kernels")
     note, trained, waited = kernels.note, [], []
@@ -133,7 +133,7 @@ def test_a_gpu_that_does_not_answer_is_seen_by_the_watchdog(crew, tmp_path):
 
 def switches(world: World, settings: Settings, out: Path) -> tuple[list[Any], ...]:
     """How float32 is multiplied: before, in and after a run."""
-    from gengap_dist.run import run
+    from gengap_dist.training.trainer import run
 
     def now() -> list[Any]:
         cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -182,7 +182,7 @@ def uneven(num_classes: int, in_channels: int) -> nn.Module:
 
 def peaks(world: World, settings: Settings, out: Path) -> list[float]:
     """What a run's record says of each GPU's memory."""
-    from gengap_dist.run import run
+    from gengap_dist.training.trainer import run
 
     if world.rank == 0:
         prepare_folder(out, "run.json", resume=False)

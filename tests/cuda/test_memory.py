@@ -37,7 +37,7 @@ def gpu() -> Iterator[Crew]:
 
 def trained(world: World, settings: Settings, out: Path) -> str:
     """A run; what it was refused for, or nothing."""
-    from gengap_dist.run import run
+    from gengap_dist.training.trainer import run
 
     prepare_folder(out, "run.json", resume=False)
     try:

@@ -73,7 +73,7 @@ def crews() -> Iterator[dict[int, Crew]]:
 
 def counted(world: World, settings: Settings, out: Path, first: int, last: int) -> Counter[str]:
     """Waits for the GPU after step `first` until step `last` is done, by kind and place."""
-    from gengap_dist.run import run
+    from gengap_dist.training.trainer import run
 
     counting: Any = importlib.import_module("fake_cuda.counting").Counting()
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gengap_dist import models
-from gengap_dist.checks import check_norm, norm_size
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -27,6 +26,7 @@ from gengap_dist.models.batch_norm import (
 from gengap_dist.models.sample_position import Position, position_of
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info
+from gengap_dist.training.checks import check_norm, norm_size
 from tests.conftest import config, train
 from tests.ranks import Crew
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import OptimConfig
-from gengap_dist.optim.build import build
+from gengap_dist.training.optimizer import build
 
 
 def network() -> nn.Module:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from gengap_dist.config.sections import OptimConfig
 from gengap_dist.data.sampler import Order, growth
 from gengap_dist.errors import UsageError
-from gengap_dist.optim.build import build
-from gengap_dist.optim.schedule import Schedule, lr_at, momentum_at, scaled_lr, warmup_steps
+from gengap_dist.training.lr_schedule import Schedule, lr_at, momentum_at, scaled_lr, warmup_steps
+from gengap_dist.training.optimizer import build
 from tests.conftest import config
 
 RUN = {"global_size": 8, "steps_per_epoch": 5, "num_steps": 30}

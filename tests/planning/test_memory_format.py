@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from gengap_dist.planning import constants
 from gengap_dist.runs.run_folder import read_info
+from gengap_dist.training.autotune.cache import micro_sizes_path
 from tests.conftest import cut_after, train
 from tests.planning.test_micro_size import go, timeless
 
@@ -16,7 +16,7 @@ AUTO = {"train__channels_last": "auto", "batch__global_size": 96, "train__steps"
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield constants.micro_sizes_path()
+        yield micro_sizes_path()
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -12,14 +12,15 @@ from gengap_dist import models
 from gengap_dist.distributed.launchers.local import threads_per_rank
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.planning import constants, room
-from gengap_dist.planning.constants import Constants, MicroSize, load_micro_sizes, remember
-from gengap_dist.planning.fastest import images_per_second
-from gengap_dist.planning.layout import Cluster
-from gengap_dist.planning.micro_size import Network, candidates, settle
-from gengap_dist.planning.rehearsal import Rehearsal
-from gengap_dist.planning.survey import survey
+from gengap_dist.preflight.batch_layout import Cluster
+from gengap_dist.preflight.machine_constants import Constants
+from gengap_dist.preflight.plan import survey
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
+from gengap_dist.training.autotune import available_memory
+from gengap_dist.training.autotune.cache import MicroSize, load_micro_sizes, micro_sizes_path, remember
+from gengap_dist.training.autotune.micro_batch import Network, candidates, settle
+from gengap_dist.training.autotune.search import images_per_second
+from gengap_dist.training.autotune.synthetic_workload import Rehearsal
 from tests.conftest import ROOT, config, cut_after, train, weights
 from tests.ranks import Crew, standing
 
@@ -32,7 +33,7 @@ def cache(tmp_path_factory):
     """The file of this module's tests, and of the ranks that they start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield constants.micro_sizes_path()
+        yield micro_sizes_path()
 
 
 def go(pool, out, *, resume: bool = False, **settings):
@@ -107,7 +108,7 @@ def test_a_plan_takes_what_a_run_found(cache):
 
 def test_a_damaged_or_locked_file_costs_a_measurement(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = constants.micro_sizes_path()
+    path = micro_sizes_path()
     path.parent.mkdir()
     for text in ("{", "[]", '{"found": {"x": {"size": 0}}}'):
         path.write_text(text)
@@ -181,11 +182,11 @@ def test_a_rank_that_runs_out_of_memory_decides_for_all():
 
 LIMITED = """
 import resource, sys, psutil, torch
-import gengap_dist.run
+import gengap_dist.training.trainer
 from gengap_dist.config.sections import RunConfig, nested, validate
 from gengap_dist.models import of
-from gengap_dist.planning.micro_size import Network, settle
-from gengap_dist.train import main
+from gengap_dist.training.autotune.micro_batch import Network, settle
+from gengap_dist.cli.train import main
 from gengap_dist.distributed.process_group import World
 
 def leave_only(mebibytes):
@@ -230,7 +231,7 @@ def test_what_does_not_fit_is_told_before_it_is_tried(tmp_path):
 
 def test_a_container_counts(tmp_path, monkeypatch):
     """Both versions of control groups, with limits in the group and above it."""
-    old, new = (names._replace(folder=tmp_path / str(number)) for number, names in enumerate(room.VERSIONS))
+    old, new = (names._replace(folder=tmp_path / str(number)) for number, names in enumerate(available_memory.VERSIONS))
     for names, levels in (
         (new, {"": ("9000", "10"), "a/b": ("max", "5")}),
         (old, {"a": ("700", "100"), "a/b": ("900", "5")}),
@@ -241,12 +242,12 @@ def test_a_container_counts(tmp_path, monkeypatch):
             (folder / names.limit).write_text(f"{limit}\n")
             (folder / names.used).write_text(f"{used}\n")
             (folder / "memory.stat").write_text(f"other 7\n{names.cache} 50\n")
-    monkeypatch.setattr(room, "VERSIONS", (old, new))
-    monkeypatch.setattr(room, "MEMBERSHIPS", tmp_path / "cgroup")
+    monkeypatch.setattr(available_memory, "VERSIONS", (old, new))
+    monkeypatch.setattr(available_memory, "MEMBERSHIPS", tmp_path / "cgroup")
     (tmp_path / "cgroup").write_text("4:memory:/a/b\n3:cpu:/a\n0::/a/b\n")
-    assert room.room(torch.device("cpu"), 1) == 700 - 100 + 50
-    assert room.room(torch.device("cpu"), 3) == 650 // 3
+    assert available_memory.room(torch.device("cpu"), 1) == 700 - 100 + 50
+    assert available_memory.room(torch.device("cpu"), 3) == 650 // 3
     (tmp_path / "cgroup").write_text("0::/a/b\n")
-    assert room.room(torch.device("cpu"), 1) == 9000 - 10 + 50
+    assert available_memory.room(torch.device("cpu"), 1) == 9000 - 10 + 50
     (tmp_path / "cgroup").unlink()
-    assert room.room(torch.device("cpu"), 1) > 2**20
+    assert available_memory.room(torch.device("cpu"), 1) > 2**20

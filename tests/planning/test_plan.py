@@ -19,21 +19,21 @@ from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import BatchPlan, blocks, split
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.loop import Work, train_step
-from gengap_dist.observe import PROBE_BLOCK
-from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.strategies import DDP
-from gengap_dist.planning import wire
-from gengap_dist.planning.constants import ComputeConstants, Constants, LinkConstants, load, save, workload
-from gengap_dist.planning.layout import Cluster, layout
-from gengap_dist.planning.survey import Plan, survey
-from gengap_dist.planning.wire import Link, Message, seconds
+from gengap_dist.preflight import communication_model
+from gengap_dist.preflight.batch_layout import Cluster, layout
+from gengap_dist.preflight.communication_model import Link, Message, seconds
+from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, load, save, workload
+from gengap_dist.preflight.plan import Plan, survey
 from gengap_dist.probes import layer_view, measure
 from gengap_dist.probes.activations import observing
 from gengap_dist.probes.layers import choose
-from gengap_dist.probes.spectra import measure
 from gengap_dist.probes.spectra.accumulate import METHODS, Tall, Wide, merge
+from gengap_dist.probes.spectra.measure import plan, stream_bytes
+from gengap_dist.training.observer import PROBE_BLOCK
+from gengap_dist.training.optimizer import build as build_optimizer
+from gengap_dist.training.step import Work, train_step
 from tests.conftest import ROOT, config
 from tests.ranks import on_ranks
 
@@ -213,8 +213,8 @@ def planned(options: dict[str, Any], counts: list[int]) -> list[Message]:
     with observing(model):
         layers = choose(model, torch.zeros(1, 1, 32, 32), ["auto"])
         sites = layer_view.sites_of(layers, options.pop("views"), sum(counts))
-    passes = measure.plan(sites, max(counts), options["memory_mib"])
-    return wire.probe_messages(sites, passes, counts, device_type="cpu", **options)
+    passes = plan(sites, max(counts), options["memory_mib"])
+    return communication_model.probe_messages(sites, passes, counts, device_type="cpu", **options)
 
 
 def shares_of_probe(num_samples: int, size: int) -> list[int]:
@@ -277,9 +277,9 @@ def brute_turns(options: dict[str, Any], counts: list[int]) -> int:
     with observing(model):
         sites = layer_view.sites_of(choose(model, torch.zeros(1, 1, 32, 32), ["auto"]), ["flatten"], sum(counts))
     sent, received = Counter(), Counter()
-    for pieces in measure.plan(sites, max(counts), options["memory_mib"]):
+    for pieces in plan(sites, max(counts), options["memory_mib"]):
         for piece in (piece for piece in pieces if sites[piece.site].wide):
-            block = measure.stream_bytes("cpu", options["memory_mib"]) // (8 * (sites[piece.site].num_rows + 1))
+            block = stream_bytes("cpu", options["memory_mib"]) // (8 * (sites[piece.site].num_rows + 1))
             left = piece.stop - piece.start
             while left > 0:
                 width = min(left, max(1, block) * MANY)

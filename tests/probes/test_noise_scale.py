@@ -16,9 +16,9 @@ from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.distributed.batch_plan import BatchPlan, Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.loop import Work, train_step
 from gengap_dist.parallel.strategies import STRATEGIES
 from gengap_dist.probes.noise_scale import DECAY, NoiseScale, unbiased
+from gengap_dist.training.step import Work, train_step
 from tests.ranks import on_ranks
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.probes import hessian
+from gengap_dist.probes import hessian as hessian_module
 from gengap_dist.probes.hessian import MeanLoss, hessian_eigenvalues, hessian_trace, keskar, lanczos
 from gengap_dist.probes.weights import flat
 from tests.ranks import on_ranks
@@ -222,7 +222,7 @@ def test_attention_is_differentiated_twice():
 
 def test_an_operation_without_second_derivative_is_named(monkeypatch):
     """With the math kernel taken from attention, torch itself has none."""
-    monkeypatch.setattr(hessian, "SDPBackend", SimpleNamespace(MATH=SDPBackend.FLASH_ATTENTION))
+    monkeypatch.setattr(hessian_module, "SDPBackend", SimpleNamespace(MATH=SDPBackend.FLASH_ATTENTION))
 
     class Attention(nn.Module):
         def __init__(self) -> None:

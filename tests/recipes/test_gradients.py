@@ -14,11 +14,12 @@ from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
-from gengap_dist.loop import Objective, Work, accumulate
-from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.parallel.strategies import Single
-from gengap_dist.recipes.gradients import gradient_penalty, sam
-from gengap_dist.recipes.rank_penalty import MEASURES, RankPenalty
+from gengap_dist.training.algorithms.gradient_penalty import gradient_penalty
+from gengap_dist.training.algorithms.rank_penalty import MEASURES, RankPenalty
+from gengap_dist.training.algorithms.sam import sam
+from gengap_dist.training.optimizer import build as build_optimizer
+from gengap_dist.training.step import Objective, Work, accumulate
 from tests.conftest import config
 
 NUM, CLASSES = 24, 5

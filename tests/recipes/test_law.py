@@ -17,8 +17,8 @@ from torch import nn
 
 from gengap_dist.config.sections import ModelConfig, OptimConfig, RecipeConfig, TrainConfig
 from gengap_dist.distributed.process_group import World
-from gengap_dist.run import run
 from gengap_dist.runs.run_folder import prepare_folder, read_info
+from gengap_dist.training.trainer import run
 from tests.conftest import config, cut_after, weights
 from tests.ranks import Crew, standing
 

@@ -11,8 +11,8 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import treat
 from gengap_dist.models.dropout import SampleDropout, treat_dropout
 from gengap_dist.models.sample_position import Position
-from gengap_dist.recipes import statistics
-from gengap_dist.recipes.statistics import recompute, untrained
+from gengap_dist.training.algorithms import update_bn as ours
+from gengap_dist.training.algorithms.update_bn import recompute, untrained
 from tests.ranks import Crew
 
 
@@ -89,7 +89,7 @@ def test_a_layer_that_is_called_twice():
 
 def test_images_are_drawn_from_all(monkeypatch):
     """An image folder is sorted by class: the first images are of few."""
-    monkeypatch.setattr(statistics, "MOST", 400)
+    monkeypatch.setattr(ours, "MOST", 400)
     _, asked = found(World(), 4000, 100)
     assert len(asked) == 4
     for indices in asked:

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gengap_dist import models
-from gengap_dist.checks import check_norm
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.data.sampler import Order
@@ -19,12 +18,13 @@ from gengap_dist.distributed.batch_plan import split
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
-from gengap_dist.optim.build import build
 from gengap_dist.parallel.strategies import DDP, Single
-from gengap_dist.recipes import course_of
-from gengap_dist.recipes.statistics import recompute
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
+from gengap_dist.training.algorithms import course_of
+from gengap_dist.training.algorithms.update_bn import recompute
+from gengap_dist.training.checks import check_norm
+from gengap_dist.training.optimizer import build
 from tests.conftest import config, cut_after
 from tests.ranks import on_ranks
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from gengap_dist.analysis.study_data import metric
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
-from gengap_dist.report.collect import metric
 from gengap_dist.runs.run_folder import DIVERGED, FINISHED, Record
 from tests.conftest import config
 

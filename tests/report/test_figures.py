@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from gengap_dist.comparison import Comparison, Correlation, Target
-from gengap_dist.report import drawing, figures, probe_figures
-from gengap_dist.report.catalogue import STUDY_FIGURES
-from gengap_dist.report.collect import StudyData, read_study
-from gengap_dist.report.drawing import Picture
+from gengap_dist.analysis.report import figures, plotting, probe_figures
+from gengap_dist.analysis.report.figure_list import STUDY_FIGURES
+from gengap_dist.analysis.report.plotting import Picture
+from gengap_dist.analysis.results import Comparison, Correlation, Target
+from gengap_dist.analysis.study_data import StudyData, read_study
 from tests.report.folders import ARMS, accuracy, write_study
 
 NOTHING = Comparison("sb8", {}, [], None, [], [])
@@ -61,7 +61,7 @@ def test_gaps_are_in_the_study_s_order_and_lost_runs_counted(study):
     expected.append(100 * (mean_accuracy(0, range(2)) - mean_accuracy(3, range(2))))
     assert means(picture.figure) == [(pytest.approx(gap), row) for row, gap in enumerate(expected)]
     (axes,) = picture.figure.axes
-    filled = [line.get_markerfacecolor() == drawing.ACCENT for line in axes.lines if line.get_marker() == "D"]
+    filled = [line.get_markerfacecolor() == plotting.ACCENT for line in axes.lines if line.get_marker() == "D"]
     assert filled == [(said.gaps[arm].holm or 1) < 0.05 for arm in [*ARMS][1:]]
     assert {*filled} == {True, False}
     assert [label.get_text() for label in axes.get_yticklabels()] == [*ARMS][1:]
@@ -79,7 +79,7 @@ def test_gaps_are_in_the_study_s_order_and_lost_runs_counted(study):
 
 def test_more_than_three_arms_of_one_batch_have_rows(tmp_path):
     found = read_study(write_study(tmp_path, {"sb8": {}} | {f"lb{n}": {"batch__global_size": 64} for n in range(4)}, 2))
-    assert drawing.in_rows(found)
+    assert plotting.in_rows(found)
     picture = drawn(figures.accuracy(found))
     assert [row for _, row in means(picture.figure)] == [0, 1, 2, 3, 4]
     assert [label.get_text() for label in picture.figure.axes[0].get_yticklabels()] == found.arms
@@ -149,11 +149,11 @@ def test_files_are_the_same_each_time_and_csv_holds_the_rows(study, tmp_path):
 
     texts = []
     for again in range(2):
-        with matplotlib.rc_context(drawing.STYLE):
+        with matplotlib.rc_context(plotting.STYLE):
             picture = drawn(figures.gap(study, study.comparison))
             folder = tmp_path / str(again)
             folder.mkdir()
-            inline, table = drawing.save(picture, folder, "gap", pdf=True)
+            inline, table = plotting.save(picture, folder, "gap", pdf=True)
         texts.append([path.read_bytes() for path in sorted(folder.iterdir())])
     assert texts[0] == texts[1]
     assert sorted(path.name for path in folder.iterdir()) == ["gap.csv", "gap.pdf", "gap.svg"]
@@ -164,15 +164,15 @@ def test_files_are_the_same_each_time_and_csv_holds_the_rows(study, tmp_path):
         assert float(cells["sb_lb_gap"] or "nan") == pytest.approx(value, rel=1e-5, nan_ok=True)
     assert "<text" in inline  # text stays text
     assert "points of test accuracy lost" in inline
-    assert not {light for light, _ in drawing.THEME.values() if light in inline}  # every colour follows the theme
+    assert not {light for light, _ in plotting.THEME.values() if light in inline}  # every colour follows the theme
     assert "var(--c0)" in inline
-    assert (tmp_path / "0" / "gap.svg").read_text().count(drawing.ACCENT) > 2  # the file for a paper has colours
+    assert (tmp_path / "0" / "gap.svg").read_text().count(plotting.ACCENT) > 2  # the file for a paper has colours
 
 
 def test_ids_of_two_pictures_do_not_collide():
     parts = '<defs><path id="m1" d="M 1.23456 2"/></defs><g id="unused"/><use xlink:href="#m1"/>'
     svg = f'<svg viewBox="0 0 72 36">{parts}</svg>'
-    one, two = (drawing.inline(svg, name, 'a "b" <c>') for name in ("one", "two"))
+    one, two = (plotting.inline(svg, name, 'a "b" <c>') for name in ("one", "two"))
     assert 'id="one-m1"' in one
     assert '"#one-m1"' in one
     assert 'id="two-m1"' in two

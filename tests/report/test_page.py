@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from gengap_dist.report.collect import read_study
-from gengap_dist.report.drawing import THEME
-from gengap_dist.report.page import write_report
+from gengap_dist.analysis.report.html import write_report
+from gengap_dist.analysis.report.plotting import THEME
+from gengap_dist.analysis.study_data import read_study
 from tests.browser import NEEDS_CHROMIUM, page, pictures
 from tests.report.folders import ARMS, TUNED, write_run, write_study
 

@@ -17,11 +17,11 @@ from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
-from gengap_dist.loop import Work, train_step
 from gengap_dist.models.batch_norm import average_buffers
-from gengap_dist.optim.build import build as build_optimizer
 from gengap_dist.parallel.strategies import STRATEGIES
-from gengap_dist.recipes.gradients import make_gradient
+from gengap_dist.training.algorithms.base import make_gradient
+from gengap_dist.training.optimizer import build as build_optimizer
+from gengap_dist.training.step import Work, train_step
 from tests.conftest import config
 
 State = dict[str, Any]

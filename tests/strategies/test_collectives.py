@@ -9,8 +9,8 @@ from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Normalise
 from gengap_dist.distributed.process_group import World
-from gengap_dist.loop import evaluate
 from gengap_dist.models.batch_norm import average_buffers
+from gengap_dist.training.evaluation import evaluate
 from tests.ranks import on_ranks
 
 

@@ -13,20 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from gengap_dist.parallel.strategies.switches import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
 from torch import Tensor, nn
 
 from gengap_dist import models
-from gengap_dist.checks import check_switches
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.models.dropout import treat_dropout
 from gengap_dist.models.sample_position import Position
 from gengap_dist.parallel import memory_model
+from gengap_dist.parallel.execution import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
 from gengap_dist.parallel.strategies import Single
-from gengap_dist.recipes import course_of
 from gengap_dist.runs.run_folder import read_info, read_metrics
+from gengap_dist.training.algorithms import course_of
+from gengap_dist.training.checks import check_switches
 from tests.conftest import config, cut_after, train
 from tests.ranks import Crew, standing
 from tests.strategies import jobs

@@ -65,8 +65,8 @@ def test_gradient_is_the_mean_over_the_global_batch():
     from gengap_dist.data.batch_loader import Batches, Normalise
     from gengap_dist.distributed.batch_plan import BatchPlan
     from gengap_dist.distributed.process_group import World
-    from gengap_dist.loop import Work, train_step
     from gengap_dist.parallel.strategies import Single
+    from gengap_dist.training.step import Work, train_step
 
     splits = datasets.load(DataConfig())
     normalise = Normalise(splits, torch.device("cpu"), torch.float64)

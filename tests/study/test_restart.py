@@ -11,7 +11,7 @@ import pytest
 from gengap_dist.config.loading import resolve
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.errors import UsageError
-from gengap_dist.study import schedule
+from gengap_dist.study import runner
 from tests.ray_cluster import until
 from tests.study import tiny
 
@@ -88,7 +88,7 @@ def test_damaged_runs_are_set_aside_and_run_again(whole, copy):
 
 def prepare(config, out) -> list[str]:
     warnings: list[str] = []
-    schedule.prepare(config, out, warnings.append)
+    runner.prepare(config, out, warnings.append)
     return warnings
 
 
@@ -108,11 +108,11 @@ def test_what_another_study_left_is_told_or_refused(whole, copy):
 
 
 def test_two_starts_at_once_are_refused(whole, copy):
-    with schedule.alone(copy):
+    with runner.alone(copy):
         done = tiny.start(whole[0], copy)
     assert done.returncode == 2
     assert "holds a study that is running just now" in done.stderr
-    with schedule.alone(copy):
+    with runner.alone(copy):
         pass
 
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 import yaml
 
-from gengap_dist.report.collect import read_study
+from gengap_dist.analysis.study_data import read_study
 
 STUDY = {
     "train": {"epochs": 1, "num_evals": 2},
@@ -37,7 +37,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
     words = ["--config", "tiny.yaml", "--out", "out", "--mlflow.tracking_uri", f"sqlite:///{folder}/mlflow.db"]
-    command = [sys.executable, "-m", "gengap_dist.study", *words]
+    command = [sys.executable, "-m", "gengap_dist", "study", *words]
     return folder, words, subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
 
 
@@ -107,7 +107,7 @@ def test_a_second_start_runs_only_what_is_missing(done):
     out = folder / "out"
     times = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/run.json")}
     shutil.rmtree(out / "runs" / "lb" / "seed1")
-    again = [sys.executable, "-m", "gengap_dist.study", *words, "--mlflow.enabled", "false"]
+    again = [sys.executable, "-m", "gengap_dist", "study", *words, "--mlflow.enabled", "false"]
     process = subprocess.run(again, cwd=folder, capture_output=True, text=True, timeout=200)
     assert process.returncode == 0, process.stderr
     changed = {path for path, before in times.items() if path.stat().st_mtime_ns != before}
@@ -146,7 +146,7 @@ def test_progress_on_a_real_terminal(tmp_path):
     """Bars over runs and steps, drawn on a pseudo-terminal."""
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY))
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "gengap_dist.study", "--config", "s.yaml", "--out", "out"]
+    command = [sys.executable, "-m", "gengap_dist", "study", "--config", "s.yaml", "--out", "out"]
     process = subprocess.Popen(
         [*command, "--mlflow.enabled", "false", "--train.steps", "40"], cwd=tmp_path, stdout=theirs, stderr=theirs
     )
@@ -167,7 +167,7 @@ def test_a_study_under_torchrun(tmp_path):
     study = STUDY | {"train": {"steps": 3}, "mlflow": {"enabled": False}}
     study["study"] = STUDY["study"] | {"arms": arms, "baseline": "a", "seeds": [0]}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(study))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "gengap_dist.study"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "gengap_dist", "study"]
     done = subprocess.run(
         [*command, "--config", "s.yaml", "--out", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=200
     )

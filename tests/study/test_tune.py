@@ -5,13 +5,13 @@ import math
 
 import pytest
 
+from gengap_dist.analysis.group_runs import gather
+from gengap_dist.analysis.study_data import read_study, tuned_in
 from gengap_dist.config.loading import resolve, validate
 from gengap_dist.config.study import StudyConfig, TuneSection
 from gengap_dist.errors import UsageError
-from gengap_dist.report.collect import read_study, tuned_in
-from gengap_dist.report.gather import gather
 from gengap_dist.runs.run_folder import read_info, read_metrics
-from gengap_dist.study import schedule, tune
+from gengap_dist.study import runner, tuning
 from gengap_dist.tracking.mlflow.importer import Names
 from tests.study import tiny
 
@@ -23,17 +23,17 @@ def section(**settings) -> TuneSection:
 
 
 def test_points_are_fixed_by_the_section_and_fill_the_space():
-    found = tune.points(section(trials=8))
-    assert found == tune.points(section(trials=8))
-    assert tune.points(section(trials=16))[:8] == found
-    assert tune.points(section(trials=8, seed=1)) != found
+    found = tuning.points(section(trials=8))
+    assert found == tuning.points(section(trials=8))
+    assert tuning.points(section(trials=16))[:8] == found
+    assert tuning.points(section(trials=8, seed=1)) != found
     eighths = [int(8 * math.log(point["optim.lr"] / 0.005) / math.log(100)) for point in found]
     assert sorted(eighths) == [*range(8)]  # what a Sobol sequence promises
     assert sorted(int(8 * (point["optim.momentum"] - 0.5) / 0.48) for point in found) == [*range(8)]
 
 
 def test_values_are_tried_equally_often():
-    found = tune.points(section(trials=8, space={"recipe.sam_rho": {"values": [None, 0.05]}}))
+    found = tuning.points(section(trials=8, space={"recipe.sam_rho": {"values": [None, 0.05]}}))
     assert sorted(str(point["recipe.sam_rho"]) for point in found) == ["0.05"] * 4 + ["None"] * 4
 
 
@@ -41,15 +41,15 @@ def test_edges_are_told_for_numbers_with_something_between():
     space = {"optim.lr": {"low": 0.1, "high": 1.0}, "recipe.sam_rho": {"values": [None, 0.1, 0.2, 0.4]}}
     found = section(space=space)
     points = [{"optim.lr": lr, "recipe.sam_rho": rho} for lr, rho in [(0.2, None), (0.5, 0.1), (0.8, 0.2), (0.6, 0.4)]]
-    trials = [tune.Trial(point, "finished", 0.5) for point in points]
-    said = [tune.edges(found, trials, point) for point in points]
+    trials = [tuning.Trial(point, "finished", 0.5) for point in points]
+    said = [tuning.edges(found, trials, point) for point in points]
     assert said == [
         ["optim.lr at its low end (0.2, of 0.1 to 1)"],
         ["recipe.sam_rho at its low end (0.1, of 0.1 to 0.4)"],
         ["optim.lr at its high end (0.8, of 0.1 to 1)"],
         ["recipe.sam_rho at its high end (0.4, of 0.1 to 0.4)"],
     ]
-    assert tune.edges(found, trials[:2], points[0]) == []  # one of two is always an end
+    assert tuning.edges(found, trials[:2], points[0]) == []  # one of two is always an end
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_comparing_a_tuned_study_again_is_the_study(done, tmp_path):
 
 
 def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):
-    class Counted(schedule.Watch):
+    class Counted(runner.Watch):
         def __init__(self):
             self.told = []
 
@@ -137,9 +137,9 @@ def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):
     out.mkdir()
 
     def go(num_failed=0):
-        schedule.prepare(config, out, lambda text: None)
+        runner.prepare(config, out, lambda text: None)
         watch = Counted()
-        assert schedule.run_study(config, out, watch, driver=True) == num_failed
+        assert runner.run_study(config, out, watch, driver=True) == num_failed
         return watch.told
 
     assert go() == [("trial 0", "finished"), ("trial 1", "finished"), ("seed 0", "finished")]
@@ -152,10 +152,10 @@ def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):
 
 def test_the_fewest_updates_to_a_target_win_where_that_is_the_question():
     ends = [(0.9, None), (0.8, 40), (0.8, 30)]
-    trials = [tune.Trial({"x": n}, "finished", *end) for n, end in enumerate(ends)]
-    assert tune.best(trials, to_target=True) is trials[2]
-    assert tune.best(trials, to_target=False) is trials[0]
-    assert tune.best(trials[:1], to_target=True) is trials[0]
+    trials = [tuning.Trial({"x": n}, "finished", *end) for n, end in enumerate(ends)]
+    assert tuning.best(trials, to_target=True) is trials[2]
+    assert tuning.best(trials, to_target=False) is trials[0]
+    assert tuning.best(trials[:1], to_target=True) is trials[0]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from gengap_dist.report.collect import read_study
-from gengap_dist.report.terminal import study_rows
+from gengap_dist.analysis.report.text import study_rows
+from gengap_dist.analysis.study_data import read_study
 from gengap_dist.runs.run_folder import read_info
 from tests.ray_cluster import ROOT
 
@@ -32,7 +32,7 @@ def write(path: Path, study: dict[str, Any], **settings: Any) -> Path:
 
 
 def command(config: Path, out: Path, *words: object) -> list[str]:
-    return [sys.executable, "-m", "gengap_dist.study", "--config", str(config), "--out", str(out), *map(str, words)]
+    return [sys.executable, "-m", "gengap_dist", "study", "--config", str(config), "--out", str(out), *map(str, words)]
 
 
 def environment(**more: str) -> dict[str, str]:

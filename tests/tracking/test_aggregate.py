@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gengap_dist.comparison.arms import recipe
+from gengap_dist.runs.run_folder import SeedRun
+from gengap_dist.analysis.seed_aggregates import over_seeds, summary
+from gengap_dist.config.identity import recipe
 from gengap_dist.config.loading import flat, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.runs.metrics_table import history
-from gengap_dist.tracking.aggregate import Seed, over_seeds, summary
 
 
 def seed(number, accuracy=None, status="finished", lines=()):
     result = (
         {} if accuracy is None else {"test/accuracy": accuracy, "num_steps": 9, "probe_left_out": [], "time/data": 1}
     )
-    return Seed({"seed": number, "status": status, "result": result}, history(lines))
+    return SeedRun({"seed": number, "status": status, "result": result}, history(lines))
 
 
 @pytest.mark.parametrize("number", [2, 3, 7])

@@ -14,12 +14,13 @@ from collections import Counter
 
 import pytest
 
-from gengap_dist import run as run_module
+from gengap_dist.cli.train import command as train_command
+from gengap_dist.cli.upload import COMPUTED
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
 from gengap_dist.tracking.mlflow.process import sync_now
 from gengap_dist.tracking.mlflow.uploader import Mirror
-from gengap_dist.train import command as train_command
+from gengap_dist.training import trainer as run_module
 from tests.conftest import ROOT, config, train
 
 SMALL = {"train__steps": 12, "batch__global_size": 50, "train__num_evals": 3, "probe__num_samples": 64}
@@ -138,7 +139,7 @@ def test_nothing_is_sent_twice(tmp_path):
     out = tmp_path / "run"
     train(out, **SMALL)
     for _ in range(3):
-        sync_now(out, uri, NOBODY)
+        sync_now(out, uri, COMPUTED, NOBODY)
     assert same(logged(uri, state(out)["run_id"]), recorded(out))
 
 
@@ -148,7 +149,7 @@ def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arr
     uri = f"sqlite:///{tmp_path}/m.db"
     out = tmp_path / "run"
     train(out, **SMALL)
-    mirror = Mirror(out, uri, "e")
+    mirror = Mirror(out, uri, "e", COMPUTED)
     send = mirror.client.log_batch
     requests = 0
 
@@ -164,7 +165,7 @@ def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arr
     with pytest.raises(ConnectionError):
         mirror.sync(closing=True)
     assert state(out)["in_flight"] is not None
-    Mirror(out, uri, "e").sync(closing=True)
+    Mirror(out, uri, "e", COMPUTED).sync(closing=True)
     values = logged(uri, state(out)["run_id"])
     assert same(values, recorded(out))
     assert all(count == 1 for points in values.values() for count in Counter(step for step, _ in points).values())
@@ -177,7 +178,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module._Session, "result", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(out, **SMALL)
-    Mirror(out, uri, "e").sync(closing=True)  # the driver is gone: the run is closed as killed
+    Mirror(out, uri, "e", COMPUTED).sync(closing=True)  # the driver is gone: the run is closed as killed
     from mlflow import MlflowClient
 
     first = state(out)["run_id"]
@@ -186,7 +187,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     assert found.data.tags["launcher"] == "local"
     monkeypatch.setattr(run_module._Session, "result", original)
     run_module.run(config(**SMALL), out, resume=True, launcher="torchrun")
-    Mirror(out, uri, "e").sync(closing=True)
+    Mirror(out, uri, "e", COMPUTED).sync(closing=True)
     assert state(out)["run_id"] == first
     found = MlflowClient(uri).get_run(first)
     assert found.info.status == "FINISHED"
@@ -198,7 +199,7 @@ def test_a_fresh_sqlite_store_survives_several_first_users(tmp_path):
     uri = f"sqlite:///{tmp_path}/fresh.db"
     code = (
         "import sys; from pathlib import Path; from gengap_dist.tracking.mlflow.uploader import Mirror; "
-        "Mirror(Path('.'), sys.argv[1], 'e')"
+        "Mirror(Path('.'), sys.argv[1], 'e', COMPUTED)"
     )
     users = [subprocess.Popen([sys.executable, "-c", code, uri]) for _ in range(3)]
     assert [user.wait() for user in users] == [0, 0, 0]

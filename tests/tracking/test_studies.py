@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from gengap_dist.analysis.group_runs import gather
+from gengap_dist.analysis.study_data import read_study
+from gengap_dist.cli.upload import COMPUTED
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.data import datasets
 from gengap_dist.errors import UsageError
-from gengap_dist.report.collect import read_study
-from gengap_dist.report.gather import gather
 from gengap_dist.runs.run_folder import FINISHED, read_info, read_lines, read_metrics
 from gengap_dist.runs.system_metrics import sampling
-from gengap_dist.study import schedule
-from gengap_dist.study.watch import Watch
+from gengap_dist.study import runner
+from gengap_dist.study.run_matrix import Watch
 from gengap_dist.tracking.mlflow.importer import Names
 from gengap_dist.tracking.mlflow.process import Follower, sync_now
 from gengap_dist.tracking.mlflow.uploader import Mirror, comparison
@@ -48,10 +49,10 @@ def run_study(out: Path) -> None:
     """What `gengap study` does without its report."""
     study = validate(StudyConfig, SETTINGS)
     out.mkdir()
-    schedule.prepare(study, out, pytest.fail)
-    schedule.run_study(study, out, Watch(), driver=True)
+    runner.prepare(study, out, pytest.fail)
+    runner.run_study(study, out, Watch(), driver=True)
     numbers = {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a+b/mean": 0.5}
-    schedule.conclude(out, FINISHED, numbers, ["A claim. **undecided**: too few seeds."])
+    runner.conclude(out, FINISHED, numbers, ["A claim. **undecided**: too few seeds."])
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def named(client, experiment, text) -> list[str]:
 
 
 def test_a_study_is_a_parent_its_arms_and_their_seeds(study, store):
-    mirror = Mirror(study, store, "levels")
+    mirror = Mirror(study, store, "levels", COMPUTED)
     mirror.sync(closing=True)
     client, experiment = mirror.client, mirror.experiment
     parent = state(study)["run_id"]
@@ -123,13 +124,13 @@ def test_a_study_is_a_parent_its_arms_and_their_seeds(study, store):
     assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a_b/mean": 0.5}
 
     before = everything(client, experiment)  # a second start, and a catch-up: nothing is sent twice
-    Mirror(study, store, "levels").sync()
-    Mirror(study, store, "levels").sync(closing=True)
+    Mirror(study, store, "levels", COMPUTED).sync()
+    Mirror(study, store, "levels", COMPUTED).sync(closing=True)
     assert everything(client, experiment) == before
 
 
 def test_an_arm_has_means_and_intervals_over_its_seeds(study, store):
-    mirror = Mirror(study, store, "means")
+    mirror = Mirror(study, store, "means", COMPUTED)
     mirror.sync(closing=True)
     arm = state(study / "runs/lb256-ema")["run_id"]
     found = mirror.client.get_run(arm).data.metrics
@@ -155,7 +156,7 @@ def test_an_arm_has_means_and_intervals_over_its_seeds(study, store):
 def test_a_seed_that_the_study_does_without_is_in_no_mean(study, store):
     info = read_info(study / "study.json")
     (study / "study.json").write_text(json.dumps(info | {"seeds": [1]}))
-    mirror = Mirror(study, store, "fewer")
+    mirror = Mirror(study, store, "fewer", COMPUTED)
     mirror.sync(closing=True)
     arm = mirror.client.get_run(state(study / "runs/sb32")["run_id"])
     assert arm.data.metrics["test/accuracy/num_seeds"] == 1
@@ -167,12 +168,12 @@ def test_a_folder_is_sent_by_one_at_a_time(study, store, monkeypatch):
     with (study / "mlflow.log").open("w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="is being sent to MLflow just now"):
-            sync_now(study, store, lambda name, done, total: None)
-    assert sync_now(study, store, lambda name, done, total: None) == store
+            sync_now(study, store, COMPUTED, lambda name, done, total: None)
+    assert sync_now(study, store, COMPUTED, lambda name, done, total: None) == store
 
 
 def test_a_study_read_back_from_mlflow_compares_as_its_folder(study, store, tmp_path):
-    mirror = Mirror(study, store, "back")
+    mirror = Mirror(study, store, "back", COMPUTED)
     mirror.sync(closing=True)
     source = f"runs:/{state(study)['run_id']}"
     found, problems = gather([source], tmp_path / "out", Names(), store, "")
@@ -196,7 +197,7 @@ def test_an_arm_waits_for_its_seeds_and_is_made_anew_when_one_is_done_again(stud
     whole = read_info(study / "study.json")
     going_on = {key: value for key, value in whole.items() if key not in ("ended", "metrics")} | {"status": "running"}
     (study / "study.json").write_text(json.dumps(going_on))
-    mirror = Mirror(study, store, "again")
+    mirror = Mirror(study, store, "again", COMPUTED)
     client = mirror.client
     mirror.sync()
     first = state(study / "runs/lb256-ema")["run_id"]
@@ -229,7 +230,7 @@ def test_an_arm_waits_for_its_seeds_and_is_made_anew_when_one_is_done_again(stud
 
 
 def test_a_mirror_that_broke_off_anywhere_sends_an_arm_once(study, store, monkeypatch):
-    mirror = Mirror(study, store, "broken")
+    mirror = Mirror(study, store, "broken", COMPUTED)
     send, sent = mirror.client.log_batch, 0
 
     def lossy(run_id, metrics=(), params=(), tags=()):
@@ -243,7 +244,7 @@ def test_a_mirror_that_broke_off_anywhere_sends_an_arm_once(study, store, monkey
     with pytest.raises(ConnectionError):
         mirror.sync(closing=True)
     assert sent == 1
-    again = Mirror(study, store, "broken")
+    again = Mirror(study, store, "broken", COMPUTED)
     again.sync(closing=True)
     arm = state(study / "runs/sb32")["run_id"]
     for name in again.client.get_run(arm).data.metrics:
@@ -255,7 +256,7 @@ def test_a_mirror_that_broke_off_anywhere_sends_an_arm_once(study, store, monkey
 def test_a_model_scores_as_its_run_did(study, store, arm):
     import mlflow
 
-    mirror = Mirror(study / "runs" / arm / "seed0", store, "models")
+    mirror = Mirror(study / "runs" / arm / "seed0", store, "models", COMPUTED)
     mirror.sync(closing=True)
     kept = state(mirror.folder)
     mlflow.set_tracking_uri(store)
@@ -286,7 +287,7 @@ def read_config(folder):
 def test_a_model_that_cannot_be_exported_is_no_failure(study, store):
     run = study / "runs/sb32/seed0"
     shutil.rmtree(run / "checkpoints")
-    mirror = Mirror(run, store, "none")
+    mirror = Mirror(run, store, "none", COMPUTED)
     mirror.sync(closing=True)
     found = mirror.client.get_run(state(run)["run_id"])
     assert found.info.status == "FINISHED"
@@ -301,7 +302,7 @@ def test_machines_are_watched_in_the_folder_and_sent_once(study, store):
     with sampling(run, 0.05, num_nodes=2):
         torch.randn(400, 400).matmul(torch.randn(400, 400))
     (node,) = run.glob("system_*.jsonl")
-    mirror = Mirror(run, store, "system")
+    mirror = Mirror(run, store, "system", COMPUTED)
     mirror.sync(closing=True)
     metrics = mirror.client.get_run(state(run)["run_id"]).data.metrics
     name = node.stem.removeprefix("system_")
@@ -315,7 +316,7 @@ def test_two_studies_of_one_name_are_told_apart(study, store):
     info = read_info(other / "study.json")
     (other / "study.json").write_text(json.dumps(info | {"started": "2030-01-01T00:00:00+00:00"}))
     for folder in (study, other):
-        mirror = Mirror(folder, store, "twice")
+        mirror = Mirror(folder, store, "twice", COMPUTED)
         mirror.sync(closing=True)
     parents = mirror.client.search_runs([mirror.experiment], "tags.level = 'study' and tags.study = 'tiny'")
     assert len({run.info.run_name for run in parents}) == len({run.data.tags["folder"] for run in parents}) == 2
@@ -328,7 +329,7 @@ def test_half_a_folder_does_not_keep_the_others_back(study, store):
     (study / "runs/lb256-ema/seed1/run.json").write_text('{"status": "fin')
     with (study / "runs/sb32/seed0/metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "val/acc')
-    mirror = Mirror(study, store, "half")
+    mirror = Mirror(study, store, "half", COMPUTED)
     mirror.sync(closing=True)
     arm = mirror.client.get_run(state(study / "runs/lb256-ema")["run_id"])
     assert arm.data.tags["runs"] == "1 finished, 1 not started"
@@ -348,12 +349,12 @@ REFUSALS = [
 def test_a_server_that_refuses_costs_one_sentence(study, status, body):
     run = study / "runs/sb32/seed0"
     with refusing(status, body) as uri:
-        behind = Follower(run, MlflowConfig(tracking_uri=uri)).finish()
+        behind = Follower(run, MlflowConfig(tracking_uri=uri), "gengap_dist.cli.upload").finish()
         assert behind is not None
         assert "\n" not in behind
         assert f"gengap report sync {run}" in behind
         with pytest.raises(UsageError, match=re.escape(uri)) as refused:
-            sync_now(run, uri, lambda name, done, total: None)
+            sync_now(run, uri, COMPUTED, lambda name, done, total: None)
     assert "\n" not in str(refused.value)
 
 
@@ -361,7 +362,9 @@ def test_a_server_on_postgresql_takes_a_whole_study(study, tmp_path):
     import mlflow
 
     with postgresql() as database, mlflow_server(database, tmp_path) as uri:
-        follower = Follower(study, MlflowConfig(tracking_uri=uri, experiment="pg", wait_seconds=300))
+        follower = Follower(
+            study, MlflowConfig(tracking_uri=uri, experiment="pg", wait_seconds=300), "gengap_dist.cli.upload"
+        )
         assert follower.finish() is None, (study / "mlflow.log").read_text()
         assert follower.comparison() == f"{uri}/{comparison(study)}"
         client = mlflow.MlflowClient(uri)
@@ -373,7 +376,7 @@ def test_a_server_on_postgresql_takes_a_whole_study(study, tmp_path):
         names = ("test/accuracy", "test/accuracy/mean", "val/loss/mean", "train/loss")
         before = everything(client, experiment, names)
         assert len(before) == 1 + 3 + 6
-        sync_now(study, uri, lambda name, done, total: None)
+        sync_now(study, uri, COMPUTED, lambda name, done, total: None)
         assert everything(client, experiment, names) == before
         mlflow.set_tracking_uri(uri)
         seed = state(study / "runs/sb32/seed0")["run_id"]
@@ -382,7 +385,7 @@ def test_a_server_on_postgresql_takes_a_whole_study(study, tmp_path):
 
 @NEEDS_CHROMIUM
 def test_the_ui_shows_the_study_its_arms_their_means_and_charts(study, store, tmp_path):
-    mirror = Mirror(study, store, "ui")
+    mirror = Mirror(study, store, "ui", COMPUTED)
     mirror.sync(closing=True)
     runs, title = f"#/experiments/{mirror.experiment}/runs", state(study)["tags"]["mlflow.runName"]
     seed = state(study / "runs/sb32/seed0")["run_id"]

@@ -14,7 +14,7 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import GhostBatchNorm, SyncBatchNorm
 from gengap_dist.models.sample_position import position_of
-from gengap_dist.parallel.strategies.switches import compiled, recompute_blocks
+from gengap_dist.parallel.execution import compiled, recompute_blocks
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """What an optimizer remembers, by name of the parameter and of the quantity, whole; the same for every strategy."""

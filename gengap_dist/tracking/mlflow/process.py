@@ -1,7 +1,7 @@
 """The process that mirrors the folder of a run or study to MLflow. Folders are the truth: what it missed is sent later.
 
-`python -m gengap_dist.tracking.mlflow.process FOLDER ...` tails the folder and ends when its standard input closes. So no
-server can ever hold up a training step, and a training rank never imports mlflow.
+`python -m gengap_dist.tracking.mlflow.process FOLDER ...` tails the folder and ends when its standard input closes. So
+no server can ever hold up a training step, and a training rank never imports mlflow.
 """
 
 import argparse
@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from gengap_dist.compat.fast_imports import quickly
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
-from gengap_dist.tracking.mlflow.uploader import Mirror, Sent, comparison, prepare, store_uri
+from gengap_dist.tracking.mlflow.uploader import Computed, Mirror, Sent, comparison, prepare, store_uri
 
 POLL_SECONDS = 1.0
 REST = 20  # times as long as a look at the folder took: a long record is read again at every look
@@ -39,13 +38,13 @@ class Follower:
     to say that the run was killed. It ends when its standard input closes, however the command ends.
     """
 
-    def __init__(self, folder: Path, config: MlflowConfig) -> None:
-        """Start mirroring `folder` in a process of its own."""
+    def __init__(self, folder: Path, config: MlflowConfig, module: str) -> None:
+        """Start mirroring `folder` in a process of its own, whose module calls `main`."""
         self.folder, self.config, self.uri = folder, config, store_uri(config.tracking_uri)
         words = [str(folder), self.uri, config.experiment] + ["--model"] * config.log_model
         with (folder / "mlflow.log").open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, *words],
+                [sys.executable, "-m", module, *words],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,  # only for its last word
                 stderr=log,
@@ -80,7 +79,9 @@ class Follower:
         )
 
 
-def follow(folder: Path, uri: str, experiment: str, *, log_model: bool, pause: Callable[[float], bool]) -> None:
+def follow(
+    folder: Path, uri: str, experiment: str, computed: Computed, *, log_model: bool, pause: Callable[[float], bool]
+) -> None:
     """Mirror until `pause(seconds)` says that the command is over, then once more, to the end.
 
     What that needs is imported while the command is still on its way to its first step.
@@ -89,7 +90,7 @@ def follow(folder: Path, uri: str, experiment: str, *, log_model: bool, pause: C
         Exception: what the last try met, if it failed.
     """
     mirror, wait, over = None, POLL_SECONDS, False
-    imports = threading.Thread(target=_import, args=(log_model,), daemon=True)
+    imports = threading.Thread(target=_import, args=(computed if log_model else None,), daemon=True)
     imports.start()
     while not ((folder / "run.json").exists() or (folder / "study.json").exists()):
         if pause(POLL_SECONDS):
@@ -97,7 +98,7 @@ def follow(folder: Path, uri: str, experiment: str, *, log_model: bool, pause: C
     imports.join()
     while True:
         try:
-            mirror = mirror or Mirror(folder, uri, experiment)
+            mirror = mirror or Mirror(folder, uri, experiment, computed)
             began = time.monotonic()
             mirror.sync(closing=over)
             wait = min(LONGEST_WAIT, max(POLL_SECONDS, REST * (time.monotonic() - began)))
@@ -111,12 +112,10 @@ def follow(folder: Path, uri: str, experiment: str, *, log_model: bool, pause: C
         over = _rest(wait, folder, pause)
 
 
-def _import(log_model: bool) -> None:
+def _import(computed: Computed | None) -> None:
     prepare()
-    if log_model:
-        with quickly():
-            from gengap_dist.tracking import model
-        model.prepare()
+    if computed:
+        computed.prepare_export()
 
 
 def _rest(seconds: float, folder: Path, pause: Callable[[float], bool]) -> bool:
@@ -138,7 +137,8 @@ def _stdin_closes_within(seconds: float) -> bool:
     return bool(ready)
 
 
-def _main() -> None:
+def main(computed: Computed) -> None:
+    """The whole process."""
     parser = argparse.ArgumentParser(description="Mirror a run or study folder to MLflow until standard input closes.")
     for name in ("folder", "uri", "experiment"):
         parser.add_argument(name)
@@ -152,14 +152,14 @@ def _main() -> None:
     os.nice(10)  # training comes first
     try:
         words = (Path(arguments.folder), arguments.uri, arguments.experiment)
-        follow(*words, log_model=arguments.model, pause=_stdin_closes_within)
+        follow(*words, computed, log_model=arguments.model, pause=_stdin_closes_within)
         os.write(last_word, DONE)
     except Exception as error:
         print(f"{type(error).__name__}: {_line(error)}", flush=True)
     os._exit(0)  # also in the midst of an import
 
 
-def sync_now(folder: Path, uri: str | None, sent: Sent) -> str:
+def sync_now(folder: Path, uri: str | None, computed: Computed, sent: Sent) -> str:
     """Send everything a folder holds that its MLflow store has not seen; the store's address.
 
     Raises:
@@ -173,7 +173,7 @@ def sync_now(folder: Path, uri: str | None, sent: Sent) -> str:
     with (folder / "mlflow.log").open("a") as log:  # as the followers of commands do
         if not _locked(log, time.monotonic() + LOCK_SECONDS):
             raise UsageError(f"{folder} is being sent to MLflow just now: wait for the end of what sends it")
-        return _send_all(folder, target, config.experiment, sent)
+        return _send_all(folder, target, config.experiment, computed, sent)
 
 
 def _locked(file: IO[str], until: float) -> bool:
@@ -188,15 +188,11 @@ def _locked(file: IO[str], until: float) -> bool:
             time.sleep(0.1)
 
 
-def _send_all(folder: Path, target: str, experiment: str, sent: Sent) -> str:
+def _send_all(folder: Path, target: str, experiment: str, computed: Computed, sent: Sent) -> str:
     try:
-        Mirror(folder, target, experiment).sync(closing=True, sent=sent)
+        Mirror(folder, target, experiment, computed).sync(closing=True, sent=sent)
     except Exception as error:
         raise UsageError(
             f"MLflow at {target} cannot be reached ({_line(error)[:300]}): check the address, or start the server"
         ) from None
     return target
-
-
-if __name__ == "__main__":
-    _main()

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from gengap_dist.compat.fast_imports import quickly
@@ -29,6 +29,7 @@ from gengap_dist.runs.run_folder import (
     KILLED,
     PREEMPTED,
     RUNNING,
+    SeedRun,
     read_history,
     read_info,
     read_lines,
@@ -70,6 +71,17 @@ Sent = Callable[[str, int, int], None]
 """Called with a run's name, the last step sent and the last step there is."""
 
 
+class Computed(NamedTuple):
+    """What MLflow gets beside what a folder holds: functions of packages that this one does not know."""
+
+    over_seeds: Callable[[Sequence[SeedRun], Sequence[SeedRun]], list[Line]]
+    """The runs of an arm, and of the baseline, as lines of an aggregated history."""
+    export_model: Callable[..., None]
+    """Writes a finished run's network: `export_model(folder, info, to, model_id=..., run_id=...)`."""
+    prepare_export: Callable[[], object]
+    """Imports what `export_model` needs, which takes seconds."""
+
+
 def store_uri(configured: str | None) -> str:
     """The MLflow store to use: the configured one, MLFLOW_TRACKING_URI, or a file in the current folder."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
@@ -104,13 +116,13 @@ def connect(uri: str) -> Any:
 class Mirror:
     """What MLflow has of one folder, of a run or of a study."""
 
-    def __init__(self, folder: Path, uri: str, experiment: str) -> None:
+    def __init__(self, folder: Path, uri: str, experiment: str, computed: Computed) -> None:
         """Connect, and make the experiment if there is none.
 
         Raises:
             Exception: whatever the MLflow client meets on its way to the store.
         """
-        self.folder, self.uri = folder, uri
+        self.folder, self.uri, self.computed = folder, uri, computed
         with _alone(uri):
             self.client = connect(uri)
             found = self.client.get_experiment_by_name(experiment)
@@ -128,7 +140,7 @@ class Mirror:
     # -- a study, its arms, its runs ----------------------------------------------------------------------------------
 
     def _sync_study(self, study: Line, closing: bool, sent: Sent) -> None:
-        from gengap_dist.comparison.arms import recipe  # its room imports scipy, which is slow
+        from gengap_dist.config.identity import recipe  # its room imports scipy, which is slow
 
         tune = study["config"]["study"].get("tune") or {}
         shared = {"study": study["name"], "tuned": ",".join(tune.get("space", ())) or None}
@@ -209,12 +221,10 @@ class Mirror:
             if state.get("made_of") != made_of:
                 self._keep(folder, state, made_of=made_of, summed=False)
             if not state["summed"]:
-                from gengap_dist.tracking.aggregate import Seed, over_seeds  # scipy is slow to import
-
                 arm, against = (
-                    [Seed(info, _history(path, info)) for path, info in of.items()] for of in (runs, theirs)
+                    [SeedRun(info, _history(path, info)) for path, info in of.items()] for of in (runs, theirs)
                 )
-                self._log(state["run_id"], _points(over_seeds(arm, against), info))
+                self._log(state["run_id"], _points(self.computed.over_seeds(arm, against), info))
                 self._keep(folder, state, summed=True)
         if over and state.get("closed") != (info["ended"] or LOST):
             self._close(folder, state, info)
@@ -350,8 +360,6 @@ class Mirror:
             return
         from mlflow.entities import LoggedModelOutput
 
-        from gengap_dist.tracking.model import export  # imports torch
-
         if "model_id" not in state:
             made = self.client.create_logged_model(self.experiment, MODEL, state["run_id"])
             self._keep(folder, state, model_id=made.model_id)
@@ -359,7 +367,7 @@ class Mirror:
         with tempfile.TemporaryDirectory() as temporary:
             files = Path(temporary) / MODEL
             try:
-                export(folder, info, files, model_id=model_id, run_id=state["run_id"])
+                self.computed.export_model(folder, info, files, model_id=model_id, run_id=state["run_id"])
             except Exception as error:  # torch.export meets whatever a network of the user's own does
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 print(f"warning: the model of {folder} could not be exported: {reason}", flush=True)

@@ -1,1 +1,0 @@
-"""Memory that one pass frees is kept for the next, where it computes on a CPU with glibc's malloc."""

@@ -1,0 +1,127 @@
+"""One self-contained HTML page and its figures, from a run folder or a study folder."""
+
+import base64
+import shlex
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from gengap_dist.analysis.report.figure_list import RUN_FIGURES, STUDY_FIGURES
+from gengap_dist.analysis.report.plotting import STYLE, THEME, save
+from gengap_dist.analysis.report.tables import Table, arm_table, data_table, first_to_show, run_table, tuning_tables
+from gengap_dist.analysis.report.text import percent
+from gengap_dist.analysis.results import Comparison
+from gengap_dist.analysis.study_data import StudyData
+from gengap_dist.runs.run_folder import write_atomically
+
+MOST_ROWS = 150  # of a picture's data as a table on the page; the CSV has all
+
+
+class Drawn(NamedTuple):
+    """A picture on the page."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    csv: str
+    """Its data as a data: URI."""
+    table: Table | None
+
+
+def write_report(study: StudyData, *, pdf: bool = True) -> Path:
+    """Report and figures of a study (or of a run, as `read_study` sees it); the page's path.
+
+    Args:
+        study: what to show.
+        pdf: write the pictures as PDF, too, which takes as long as all the rest.
+    """
+    is_study = (study.folder / "study.json").exists()
+    said = study.comparison if is_study else Comparison(study.baseline, {}, [], None, [], [])
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(files("gengap_dist.analysis.report").joinpath("template.html").read_text())
+    page = study.folder / "report.html"
+    config = study.info.get("config") or {}
+    html = template.render(
+        study=study,
+        title=study.name,
+        summary=_summary(study, is_study),
+        said=said,
+        theme=THEME,
+        arms=arm_table(study, said) if is_study else None,
+        runs=run_table(study),
+        pictures=_pictures(study, said, is_study, pdf=pdf),
+        pdf=pdf,
+        tuned=tuning_tables(study.info.get("tuned") or {}),
+        space=_yaml((config.get("study") or {}).get("tune")),
+        facts=_facts(study),
+        command=shlex.join(_readable(study.info.get("command") or [])),
+        config=_yaml(config),
+    )
+    write_atomically(page, html)
+    return page
+
+
+def _pictures(study: StudyData, said: Comparison, is_study: bool, *, pdf: bool) -> list[Drawn]:
+    """Draw every picture that has something to show, and write its files."""
+    folder = study.folder / "figures"
+    folder.mkdir(exist_ok=True)
+    out = []
+    with matplotlib.rc_context(STYLE):
+        for name, (title, draw, caption) in (STUDY_FIGURES if is_study else RUN_FIGURES).items():
+            if not study.runs or (picture := draw(study, said)) is None:
+                continue
+            svg, csv = save(picture, folder, name, pdf=pdf)
+            uri = "data:text/csv;base64," + base64.b64encode(csv.encode()).decode()
+            table = data_table(f"Data: {title}", picture.rows) if len(picture.rows) <= MOST_ROWS else None
+            out.append(Drawn(name, title, caption, svg, uri, table))
+    return out
+
+
+def _summary(study: StudyData, is_study: bool) -> str:
+    """What was run, in a line."""
+    done = sum(len(study.finished(arm)) for arm in study.arms)
+    if is_study:
+        return f"{len(study.arms)} arms, {len(study.runs) + len(study.unreadable)} runs, {done} finished"
+    result = study.runs[0].info.get("result") or {}
+    accuracy = result.get("test/accuracy")
+    shown = f", test accuracy {percent(float(accuracy))}" if accuracy is not None else ""
+    return f"One run, {study.runs[0].info['status']}{shown}"
+
+
+def _facts(study: StudyData) -> dict[str, str]:
+    """Where and on what it ran."""
+    found = first_to_show(study)
+    run = found.info if found else study.info
+    data, git = run.get("data") or {}, study.info.get("git") or {}
+    model = (run.get("config") or {}).get("model") or {}
+    model = model if isinstance(model, dict) else {"name": model}  # of a run that something else has trained
+    return {
+        "data": f"{data.get('name', '-')}: {_count(data.get('num_train'))} training, {_count(data.get('num_val'))} "
+        f"validation, {_count(data.get('num_test'))} test images, digest {data.get('digest', '-')[:12]}",
+        "model": f"{model.get('name', '-')}, {_count(run.get('num_parameters'))} parameters",
+        "ranks": f"{_count(run.get('world_size'))} on {run.get('device', '-')} "
+        f"({run.get('strategy', '-')}, {run.get('launcher', '-')})",
+        "probe": f"{_count(run.get('num_probe_samples'))} fixed training images, eval mode, no augmentation",
+        "versions": ", ".join(f"{name} {version}" for name, version in (study.info.get("versions") or {}).items()),
+        "commit": f"{git['commit'][:12]}{' with uncommitted changes' if git['dirty'] else ''}" if git else "none",
+        "status": study.info.get("status", "-"),
+        "started": study.info.get("started", "-"),
+    }
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=110) if value else ""
+
+
+def _readable(argv: list[str]) -> list[str]:
+    return ["python" if number == 0 else word for number, word in enumerate(argv)]

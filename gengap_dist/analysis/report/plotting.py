@@ -1,0 +1,241 @@
+"""What all pictures of a report share: colours of both themes, axes of batches and of rows, and how they are saved."""
+
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from gengap_dist.analysis.study_data import RunData, StudyData
+
+THEME = {  # CSS variable: light, dark. Pictures are drawn in the light ones; on the page they follow the variables.
+    "ink": ("#1b1f24", "#e8eaed"),
+    "soft": ("#586069", "#a3abb4"),
+    "line": ("#dfe3e7", "#343b43"),
+    "paper": ("#ffffff", "#14171b"),
+    "card": ("#f5f7f9", "#1c2126"),
+    "quiet": ("#8d949b", "#868e97"),
+    "c0": ("#0072b2", "#5fb4ea"),  # Okabe & Ito; c0 is the accent
+    "c1": ("#d55e00", "#f58b4c"),
+    "c2": ("#009e73", "#35c79d"),
+    "c3": ("#cc79a7", "#e3a1c6"),
+    "c4": ("#e69f00", "#f2bd4b"),
+    "c5": ("#56b4e9", "#97d5f7"),
+    "c6": ("#5a5a5a", "#bdbdbd"),
+    "c7": ("#8c510a", "#d19a5b"),
+}
+INK, SOFT, LINE, PAPER, QUIET = (THEME[name][0] for name in ("ink", "soft", "line", "paper", "quiet"))
+COLOURS = [light for name, (light, _) in THEME.items() if re.fullmatch(r"c\d", name)]
+ACCENT, WARM = COLOURS[:2]
+UNTRAINED = QUIET
+MAX_PANELS = 9  # layers in one figure; a deeper network shows a spread of them
+MAX_BESIDE = 3  # arms of one batch that fit side by side on the batch axis
+ROW = 0.25  # inches
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": QUIET,
+    "axes.linewidth": 0.8,
+    "axes.titlecolor": INK,
+    "axes.facecolor": "none",
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "gengap_dist",
+    "pdf.fonttype": 42,
+}
+Row = dict[str, Any]
+
+
+class Picture(NamedTuple):
+    """A figure, what it says in one sentence, and the numbers that it shows, one row per point."""
+
+    figure: Figure
+    says: str
+    rows: Sequence[Row]
+
+
+def save(picture: Picture, folder: Path, name: str, *, pdf: bool) -> tuple[str, str]:
+    """Write NAME.svg, NAME.csv and perhaps NAME.pdf; the SVG as it stands on the page, and the CSV."""
+    text, table = io.StringIO(), as_csv(picture.rows)
+    if layout := picture.figure.get_layout_engine():  # once, while savefig would draw all of it to lay it out
+        FigureCanvasSVG(picture.figure)
+        layout.execute(picture.figure)
+        picture.figure.set_layout_engine("none")
+    picture.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    (folder / f"{name}.svg").write_text(text.getvalue())
+    (folder / f"{name}.pdf").unlink(missing_ok=True)  # of another picture
+    if pdf:
+        picture.figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    (folder / f"{name}.csv").write_text(table)
+    return inline(text.getvalue(), name, picture.says), table
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    r"""Rows as CSV; numbers to six digits, what is missing is empty.
+
+    >>> as_csv([{"arm": "a", "x": 1 / 3}, {"arm": "b", "x": float("nan")}])
+    'arm,x\na,0.333333\nb,\n'
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer.writerow(names)
+    writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: object) -> object:
+    if value is None or value != value:
+        return ""
+    return format(value, ".6g") if isinstance(value, float) else value
+
+
+def inline(svg: str, name: str, says: str) -> str:
+    """A saved SVG as part of a page: ids of its own, colours and fonts of the page, no digits that nobody sees."""
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda at: f' id="{name}-{at[1]}"' if at[1] in used else "", svg)
+    svg = re.sub(r'((?:href="|url\()#)', rf"\1{name}-", svg)
+    svg = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]).replace("\n", ""), svg)
+    svg = re.sub(r'( [xy]="-?\d+\.\d\d)\d+"', r'\1"', svg)
+    svg = re.sub(r"font: ((?:bold|\d00) )?([\d.]+px)[^;\"]*", _font, svg)
+    for variable, (light, _) in THEME.items():
+        svg = svg.replace(light, f"var(--{variable})")
+    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0]) * 4 / 3  # points to CSS pixels
+    label = says.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return re.sub(
+        r'<svg.*?(viewBox="[^"]*").*?>',
+        lambda head: f'<svg role="img" aria-label="{label}" style="--width: {width:.0f}px" {head[1]}>',
+        re.sub(r"\n\s*", "\n", svg),
+        count=1,
+        flags=re.S,
+    )
+
+
+def _font(found: re.Match[str]) -> str:
+    return f"font-size: {found[2]}" + (f"; font-weight: {found[1].strip()}" if found[1] else "")
+
+
+def listed(words: Sequence[str], most: int = 6) -> str:
+    """Some words in a sentence.
+
+    >>> listed(["a 1", "b 2"]), listed(list("abcd"), 2)
+    ('a 1, b 2', 'a, b and 2 more')
+    """
+    rest = len(words) - most
+    return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def colour(study: StudyData, arm: str) -> str:
+    """The arm's colour, the same in every figure."""
+    return COLOURS[study.arms.index(arm) % len(COLOURS)]
+
+
+def row_colour(study: StudyData, arm: str) -> str:
+    """In rows, where names tell arms apart: the baseline's colour, and one for all others."""
+    return WARM if arm == study.baseline else ACCENT
+
+
+def size_label(size: float) -> str:
+    """A batch size as people say it.
+
+    >>> size_label(16384), size_label(1294)
+    ('16,384', '1,294')
+    """
+    return f"{size:,.0f}"
+
+
+def plain(axis: Any) -> None:
+    """Labels of a logarithmic axis as plain numbers."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def batch_axis(axes: Axes, sizes: Sequence[int]) -> None:
+    """A base-2 axis with a tick at each of `sizes`."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(sizes)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: size_label(size)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+    if len(set(sizes)) > 4:
+        axes.tick_params(axis="x", labelrotation=45)
+    axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)
+
+
+def row_axis(axes: Axes, names: Sequence[str]) -> None:
+    """A row for each of `names`, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+
+
+def beside(sizes: Sequence[int], number: int, gap: float) -> float:
+    """Where arm `number` stands on the batch axis: arms of one batch stand side by side.
+
+    >>> [beside([8, 64, 64], number, 2.0) for number in range(3)]
+    [8.0, 32.0, 128.0]
+    """
+    twins = [i for i, size in enumerate(sizes) if size == sizes[number]]
+    return sizes[number] * gap ** (2 * twins.index(number) - len(twins) + 1)
+
+
+def dots(axes: Axes, rows: bool, at: float, values: Any, **style: Any) -> None:
+    """Marks of an arm's values: in its row, or over its place on the batch axis."""
+    along = np.full(len(values), at)
+    axes.plot(*((values, along) if rows else (along, values)), **{"linestyle": "", **style})
+
+
+def arms_with_runs(study: StudyData) -> list[tuple[str, list[RunData]]]:
+    """Arms that have a run, in the study's order."""
+    return [(arm, runs) for arm in study.arms if (runs := study.of(arm))]
+
+
+def in_rows(study: StudyData) -> bool:
+    """Whether every arm has a row of its own, because too many share a batch to stand side by side on its axis."""
+    sizes = [runs[0].global_size for _, runs in arms_with_runs(study)]
+    return max(map(sizes.count, sizes), default=0) > MAX_BESIDE
+
+
+def chosen_layers(study: StudyData, most: int = MAX_PANELS) -> list[str]:
+    """Raw layer keys, at most `most` of them, spread over the depth of the network."""
+    keys = [key for key in study.layer_keys() if not key.endswith("/centred")]
+    if len(keys) <= most:
+        return keys
+    return [keys[round(i * (len(keys) - 1) / (most - 1))] for i in range(most)]
+
+
+def one_per_batch(study: StudyData, has: Callable[[RunData], object]) -> Mapping[str, RunData]:
+    """The first arm of each batch size, with its first run that `has` something; four at most."""
+    found: dict[int, tuple[str, RunData]] = {}
+    for arm, runs in arms_with_runs(study):
+        if (run := next(filter(has, runs), None)) is not None:
+            found.setdefault(run.global_size, (arm, run))
+    return dict(list(found.values())[:4])

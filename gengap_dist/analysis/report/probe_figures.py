@@ -1,0 +1,402 @@
+"""Pictures of what probes found, drawn from run folders; None where there is nothing to draw."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from gengap_dist.analysis.report.plotting import (
+    ACCENT,
+    COLOURS,
+    INK,
+    PAPER,
+    QUIET,
+    ROW,
+    SOFT,
+    UNTRAINED,
+    WARM,
+    Picture,
+    Row,
+    arms_with_runs,
+    batch_axis,
+    beside,
+    chosen_layers,
+    colour,
+    dots,
+    in_rows,
+    listed,
+    one_per_batch,
+    plain,
+    row_axis,
+    row_colour,
+)
+from gengap_dist.analysis.study_data import RunData, StudyData, metric
+
+MEASURES = (
+    ("near_rank_loss", "rel_1e-2", "near-rank loss (share < 0.01 s1)"),
+    ("effective_rank", "", "effective rank"),
+)
+RIVALS = {  # metric: what it is called on its axis
+    "noise_scale": "gradient noise scale (samples)",
+    "distance_from_init": "distance from initialisation",
+    "train/update_norm": "norm of the update",
+    "nc1": "NC1",
+    "hessian/eigenvalue_1": "largest Hessian eigenvalue",
+    "hessian/trace": "Hessian trace",
+    "keskar_sharpness": "sharpness (Keskar), %",
+}
+MAX_RIDGES = 7  # steps of one panel
+MAX_VALUES = 128  # singular values of one spectrum in its CSV; spectra/*.npz have all
+BANDWIDTH = 0.12  # decades of singular value, of the kernel that makes a ridge
+NEAR = -2.0  # log10 of the relative threshold of the near-rank loss that is drawn
+
+
+def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Picture | None:
+    """A measure of every layer by global batch, or in rows: trained (means and seeds) beside untrained (dashed)."""
+    keys, arms, rows = chosen_layers(study), arms_with_runs(study), in_rows(study)
+    if not keys or not arms:
+        return None
+    num_columns = min(3, len(keys))
+    num_rows = -(-len(keys) // num_columns)
+    height = ROW * len(arms) + 0.5 if rows else 2.5
+    figure = Figure(figsize=(3.1 * num_columns + 0.8 * rows, height * num_rows + 0.5))
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey="row" if rows else "none")
+    sizes = [runs[0].global_size for _, runs in arms]
+    data: list[Row] = []
+    for panel, key in zip(grid.flatten(), keys, strict=False):
+        untrained = [run.untrained_and_trained(metric(name, key, threshold))[0] for _, runs in arms for run in runs]
+        if np.isfinite(untrained).any():
+            line = panel.axvline if rows else panel.axhline
+            line(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
+        for number, (arm, _) in enumerate(arms):
+            runs = study.finished(arm)
+            ends = [run.untrained_and_trained(metric(name, key, threshold)) for run in runs]
+            values = [trained for _, trained in ends]
+            at, c = number if rows else beside(sizes, number, 1.18), (row_colour if rows else colour)(study, arm)
+            dots(panel, rows, at, values, marker="o", color=c, alpha=0.45, markersize=4, mew=0)
+            if np.isfinite(values).any():
+                dots(panel, rows, at, [np.nanmean(values)], marker="D", color=c, markersize=6)
+            of_arm = {"arm": arm, "global_size": sizes[number], "layer": key}
+            data += [
+                of_arm | {"seed": run.seed, "untrained": a, metric(name, "", threshold): b}
+                for run, (a, b) in zip(runs, ends, strict=True)
+            ]
+        if rows:
+            row_axis(panel, [arm for arm, _ in arms])
+        else:
+            batch_axis(panel, sizes)
+        panel.set_title(key)
+        limits = panel.set_xlim if rows else panel.set_ylim
+        top = (panel.dataLim.x1 if rows else panel.dataLim.y1) * 1.08
+        limits(*((-0.04, 1.04) if name == "near_rank_loss" else (0, top if top > 0 else None)))
+    for panel in grid.flatten()[len(keys) :]:
+        panel.set_visible(False)
+    handles = [Line2D([], [], color=colour(study, arm), linestyle="", marker="D", label=arm) for arm, _ in arms]
+    handles = [*([] if rows else handles), Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained")]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
+    figure.supxlabel(label if rows else "global batch", fontsize=10, color=SOFT)
+    figure.supylabel("" if rows else label, fontsize=10, color=SOFT)
+    column, last = metric(name, "", threshold), keys[-1]
+    means = []
+    for arm, _ in arms:
+        values = [row[column] for row in data if row["arm"] == arm and row["layer"] == last]
+        if np.isfinite(values).any():
+            means.append(f"{arm} {np.nanmean(values):.3g}")
+    return Picture(figure, f"{label[0].upper()}{label[1:]} of {len(keys)} layers; of {last}: {listed(means)}.", data)
+
+
+def near_rank_change(study: StudyData) -> Picture | None:
+    """Arm x layer: how far training moved the near-rank loss from the untrained network's; means over finished runs."""
+    keys = chosen_layers(study, 12)
+    arms = [arm for arm in study.arms if study.finished(arm)]
+    table = np.full((len(arms), len(keys)), np.nan)
+    data: list[Row] = []
+    for i, arm in enumerate(arms):
+        for j, key in enumerate(keys):
+            runs = study.finished(arm)
+            ends = np.array([run.untrained_and_trained(metric("near_rank_loss", key, "rel_1e-2")) for run in runs])
+            if not (both := np.isfinite(ends).all(axis=1)).any():
+                continue
+            untrained, trained = ends[both].mean(axis=0)
+            table[i, j] = trained - untrained
+            data.append(
+                {
+                    "arm": arm,
+                    "global_size": runs[0].global_size,
+                    "layer": key,
+                    "num_runs": int(both.sum()),
+                    "untrained": float(untrained),
+                    "near_rank_loss/rel_1e-2": float(trained),
+                    "change": float(trained - untrained),
+                }
+            )
+    if not data:
+        return None
+    wide = max(0.8, 0.1 + 0.085 * max(map(len, keys)))  # inches
+    turned = wide * len(keys) > 8
+    figure = Figure(figsize=(2 + min(wide * len(keys), 8), 0.3 * len(arms) + (1.5 if turned else 0.5)))
+    axes = figure.subplots()
+    largest = max(np.nanmax(np.abs(table)), 0.01)
+    for (i, j), change in np.ndenumerate(table):
+        if np.isfinite(change):
+            # transparency over the page's own paper: 0 is no colour at all, in both themes
+            shade = {"facecolor": WARM if change > 0 else ACCENT, "alpha": 0.6 * abs(change) / largest}
+            axes.add_patch(Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, linewidth=0, **shade))
+        text = f"{100 * change:+.1f}" if np.isfinite(change) else "-"
+        axes.text(j, i, "0" if text in ("+0.0", "-0.0") else text, ha="center", va="center", fontsize=9, color=INK)
+    row_axis(axes, arms)
+    axes.set_xlim(-0.55, len(keys) - 0.45)
+    axes.set_xticks(range(len(keys)), keys, rotation=40 if turned else 0, ha="left" if turned else "center")
+    axes.xaxis.tick_top()
+    axes.tick_params(axis="x", length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    worst = max(data, key=lambda row: abs(row["change"]))
+    says = (
+        f"Change of near-rank loss by training, points of share, {len(arms)} arms by {len(keys)} layers; largest: "
+        f"{worst['arm']}, {worst['layer']}: {100 * worst['change']:+.1f}."
+    )
+    return Picture(figure, says, data)
+
+
+def spectra_over_steps(study: StudyData) -> Picture | None:
+    """Ridgelines: how singular values of a few layers lie on a logarithmic axis, a ridge for each measured step."""
+    keys = chosen_layers(study, 3)
+    runs = one_per_batch(study, RunData.spectra_steps)
+    if not keys or not runs:
+        return None
+    figure = Figure(figsize=(min(2.7 * len(runs) + 1.2, 10.6), 2.4 * len(keys) + 0.6))
+    grid = figure.subplots(len(keys), len(runs), squeeze=False, sharex="row")
+    data: list[Row] = []
+    for column, (arm, run) in enumerate(runs.items()):
+        steps = run.spectra_steps()
+        if len(steps) > MAX_RIDGES:
+            steps = [steps[round(i * (len(steps) - 1) / (MAX_RIDGES - 1))] for i in range(MAX_RIDGES)]
+        spectra = {step: run.spectra(step) for step in steps}
+        for row, key in enumerate(keys):
+            axes = grid[row, column]
+            for number, (step, found) in enumerate(spectra.items()):
+                if key in found and found[key][0][0] > 0:
+                    _ridge(axes, number, len(steps), *found[key])
+                    of_run = {"arm": arm, "global_size": run.global_size, "seed": run.seed, "layer": key, "step": step}
+                    data += [of_run | point for point in _thinned(*found[key])]
+            axes.axvline(NEAR, color=WARM, linewidth=1.1, linestyle="--", zorder=9)
+            axes.set_yticks(range(len(steps)), [f"{step:,}" for step in steps])
+            axes.set_ylim(len(steps) - 0.8, -2.1)
+            axes.tick_params(axis="y", length=0)
+            axes.spines["left"].set_visible(False)
+            axes.set_title(key if row else f"{arm}, seed {run.seed}\n{key}")
+        grid[-1, column].set_xlabel("log10 of value / largest")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("step")
+    handles = [
+        Line2D([], [], color=WARM, linestyle="--", label="0.01 s1: what lies left of it is near-rank loss"),
+        Line2D([], [], color=QUIET, marker="|", linestyle="", label="numerical floor"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=9)
+    last = metric("near_rank_loss", keys[-1], "rel_1e-2")
+    ends = [(arm, run.untrained_and_trained(last)) for arm, run in runs.items()]
+    shares = listed([f"{arm} {a:.1%} to {b:.1%}" for arm, (a, b) in ends])
+    says = f"Share of the singular values of {keys[-1]} below 0.01 s1, from the first step to the last: {shares}."
+    return Picture(figure, says, data)
+
+
+def _ridge(axes: Axes, number: int, count: int, values: np.ndarray, facts: dict) -> None:
+    """One spectrum as a ridge on row `number` of `count`: the density of log10 of its values over its largest."""
+    floor = float(np.log10(facts["floor"] / values[0]))
+    seen = np.log10(values[values > facts["floor"]] / values[0])
+    x = np.linspace(min(seen.min(), NEAR) - 0.6, 0.45, 110)
+    height = np.exp(-(((x[:, None] - seen) / BANDWIDTH) ** 2) / 2).sum(axis=1)
+    height *= 1.9 / height.max()
+    c, order = QUIET if number == 0 else ACCENT, 2 + number / count
+    axes.fill_between(x, number - height, number, color=PAPER, alpha=0.85, linewidth=0, zorder=order)
+    axes.fill_between(x, number - height, number, color=c, alpha=0.25 + 0.4 * number / count, linewidth=0, zorder=order)
+    axes.plot(x, number - height, color=c, linewidth=1.1, zorder=order + 0.5 / count)
+    if len(seen) < len(values):  # some are lost in rounding: where that begins
+        axes.plot(floor, number, "|", color=QUIET, markersize=8, zorder=order)
+
+
+def _thinned(values: np.ndarray, facts: dict) -> Iterator[Row]:
+    for i in np.unique(np.linspace(0, len(values) - 1, min(len(values), MAX_VALUES)).astype(int)):
+        yield {
+            "index": int(i) + 1,
+            "singular_value": float(f"{values[i]:.4g}"),
+            "floor": float(f"{facts['floor']:.3g}"),
+        }
+
+
+def all_spectra(study: StudyData) -> Picture | None:
+    """Every layer of a run at its last measurement, raw and centred, with its floor and its untrained control."""
+    run = study.runs[0]
+    steps = run.spectra_steps()
+    if not steps:
+        return None
+    first, last = run.spectra(steps[0]), run.spectra(steps[-1])
+    keys = [key for key in last if not key.endswith("/centred")]
+    num_columns = min(len(keys), 4 if len(keys) <= 24 else 6)
+    num_rows = -(-len(keys) // num_columns)
+    figure = Figure(figsize=(2.6 * num_columns + 0.4, 2.1 * num_rows + 0.6))
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    data: list[Row] = []
+    for panel, key in zip(panels, keys, strict=False):
+        facts = last[key][1]
+        drawn = {"trained": (last[key], {"color": ACCENT, "linewidth": 1.6})}
+        if f"{key}/centred" in last:
+            drawn["centred"] = (last[f"{key}/centred"], {"color": WARM, "linewidth": 0.9})
+        if len(steps) > 1 and key in first:
+            drawn["untrained"] = (first[key], {"color": UNTRAINED, "linestyle": "--", "linewidth": 1.2})
+        for which, (spectrum, style) in drawn.items():
+            _line(panel, *spectrum, **style)
+            data += [{"layer": key, "which": which} | point for point in _thinned(*spectrum)]
+        panel.axhline(facts["floor"], color=QUIET, linewidth=1, linestyle=":")
+        panel.set_yscale("log")
+        plain(panel.yaxis)
+        panel.set_title(key, fontsize=8)
+        note = f"N {facts['num_samples']:,}, D {facts['num_units']:,}"
+        panel.annotate(note, (0.97, 0.93), xycoords="axes fraction", ha="right", va="top", fontsize=7, color=SOFT)
+        panel.tick_params(labelsize=7)
+    for panel in panels[len(keys) :]:
+        panel.set_visible(False)
+    handles = [
+        Line2D([], [], color=ACCENT, linewidth=1.6, label="raw"),
+        Line2D([], [], color=WARM, linewidth=0.9, label="centred"),
+        Line2D([], [], color=QUIET, linewidth=1, linestyle=":", label="floor"),
+    ]
+    if len(steps) > 1:
+        handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained, raw"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
+    figure.supxlabel("index of singular value", fontsize=9, color=SOFT)
+    return Picture(figure, f"Singular values of {len(keys)} layers at step {steps[-1]:,}: {listed(keys)}.", data)
+
+
+def _line(panel: Axes, values: np.ndarray, facts: dict, **style: object) -> None:
+    seen = values > facts["floor"]
+    marker = "." if seen.sum() < 3 else ""
+    panel.plot(np.arange(1, len(values) + 1)[seen], values[seen], marker=marker, **style)  # pyright: ignore[reportArgumentType]
+
+
+def rank_by_samples(study: StudyData) -> Picture | None:
+    """Two measures of three layers against N, trained and untrained, for every arm that has control probe sets."""
+    keys = chosen_layers(study, 3)
+    arms = [arm for arm in study.arms if any(len(_sets(run)) > 1 for run in study.of(arm))]
+    if not keys or not arms:
+        return None
+    figure = Figure(figsize=(3.1 * len(keys) + 0.6, 5.2))
+    grid = figure.subplots(2, len(keys), squeeze=False, sharex=True)
+    data: list[Row] = []
+    for row, (name, threshold, label) in enumerate(MEASURES):
+        for panel, key in zip(grid[row], keys, strict=True):
+            for arm in arms:
+                points: dict[str, list[tuple[int, float, float]]] = {}
+                for run in study.of(arm):
+                    for probe_set, size in _sets(run).items():
+                        key_of_set = "/".join(filter(None, (key, probe_set)))
+                        ends = run.untrained_and_trained(metric(name, key_of_set, threshold))
+                        if np.isfinite(ends).any():
+                            points.setdefault(probe_set, []).append((size, *ends))
+                means = {which: _mean(values) for which, values in points.items()}
+                data += [
+                    {
+                        "arm": arm,
+                        "layer": key,
+                        "measure": metric(name, "", threshold),
+                        "probe_set": which or "fixed",
+                        "num_samples": int(size),
+                        "untrained": untrained,
+                        "trained": trained,
+                    }
+                    for which, (size, untrained, trained) in means.items()
+                ]
+                own = means.pop("own_batch", None)
+                if means:
+                    size, untrained, trained = np.array(sorted(means.values())).T
+                    panel.plot(size, untrained, color=colour(study, arm), linestyle="--", linewidth=1, marker=".")
+                    panel.plot(size, trained, color=colour(study, arm), marker="o", markersize=4)
+                if own is not None:
+                    panel.plot(own[0], own[1], "*", color=colour(study, arm), markersize=9, markerfacecolor="none")
+                    panel.plot(own[0], own[2], "*", color=colour(study, arm), markersize=9)
+            panel.set_title(key if row == 0 else "")
+            panel.set_ylim(*((-0.04, 1.04) if name == "near_rank_loss" else (0, None)))
+        grid[row, 0].set_ylabel(label)
+    if not data:
+        return None
+    for panel in grid[1]:
+        batch_axis(panel, sorted({row["num_samples"] for row in data}))
+        panel.set_xlabel("probe samples N")
+    handles = [Line2D([], [], color=colour(study, arm), marker="o", label=arm) for arm in arms]
+    handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", marker=".", label="untrained"))
+    if any("own_batch" in _sets(run) for arm in arms for run in study.of(arm)):
+        handles.append(Line2D([], [], color=UNTRAINED, linestyle="", marker="*", label="own batch"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
+    sizes = sorted({row["num_samples"] for row in data})
+    says = f"Near-rank loss and effective rank of {listed(keys)} against {sizes[0]:,} to {sizes[-1]:,} probe samples."
+    return Picture(figure, says, data)
+
+
+def _mean(values: list[tuple[int, float, float]]) -> tuple[float, ...]:
+    """Column means; what no run has stays nan."""
+    columns = [[v for v in column if v == v] for column in zip(*values, strict=True)]
+    return tuple(float(np.mean(column)) if column else float("nan") for column in columns)
+
+
+def _sets(run: RunData) -> dict[str, int]:
+    """Probe sets of a run and their sizes: the fixed one is ""."""
+    names = {path.parent.name for path in (run.folder / "spectra").glob("*/step_*.npz")}
+    sizes = {name: int(name[1:]) for name in names if name[0] == "n" and name[1:].isdigit()}
+    if "own_batch" in names:
+        sizes["own_batch"] = run.global_size
+    return ({"": known} if (known := run.info.get("num_probe_samples")) else {}) | sizes
+
+
+def measures_over_steps(study: StudyData) -> Picture | None:
+    """One run: near-rank loss and effective rank of every layer while it trains."""
+    keys = chosen_layers(study)
+    if not keys:
+        return None
+    recorded = study.runs[0].history()
+    figure = Figure(figsize=(9.5, 3.4))
+    panels = figure.subplots(1, 2)
+    data: list[Row] = []
+    for axes, (name, threshold, label) in zip(panels, MEASURES, strict=True):
+        for number, key in enumerate(keys):
+            x, y = recorded.series(metric(name, key, threshold))
+            axes.plot(x, y, marker=".", color=COLOURS[number % len(COLOURS)], label=key)
+            of_layer = {"measure": metric(name, "", threshold), "layer": key}
+            data += [of_layer | {"step": int(at), "value": float(v)} for at, v in zip(x, y, strict=True)]
+        axes.set_xscale("symlog", linthresh=1)
+        plain(axes.xaxis)
+        axes.set_title(label)
+        axes.set_xlabel("step")
+    panels[1].legend(fontsize=8)
+    return Picture(figure, f"Near-rank loss and effective rank of {listed(keys)} over steps.", data)
+
+
+def rivals_over_steps(study: StudyData) -> Picture | None:
+    """One run: every rival explanation that was measured more than once."""
+    recorded = study.runs[0].history()
+    series = {name: recorded.series(name) for name in RIVALS}
+    series = {name: (x, y) for name, (x, y) in series.items() if len(x) > 1}
+    if not series:
+        return None
+    num_columns = min(4, len(series))
+    num_rows = -(-len(series) // num_columns)
+    figure = Figure(figsize=(3.1 * num_columns, 2.5 * num_rows))
+    panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    data: list[Row] = []
+    for number, (panel, (name, (x, y))) in enumerate(zip(panels, series.items(), strict=False)):
+        panel.plot(x, y, color=COLOURS[number % len(COLOURS)], marker="." if len(x) < 30 else "")
+        panel.set_xscale("symlog", linthresh=1)
+        plain(panel.xaxis)
+        if y.min() > 0 and y.max() > 20 * y.min():
+            panel.set_yscale("log")
+            plain(panel.yaxis)
+        panel.set_title(RIVALS[name], fontsize=9)
+        panel.set_xlabel("step")
+        data += [{"measure": name, "step": int(at), "value": float(v)} for at, v in zip(x, y, strict=True)]
+    for panel in panels[len(series) :]:
+        panel.set_visible(False)
+    ends = [f"{RIVALS[name]} {y[-1]:.3g}" for name, (_, y) in series.items()]
+    return Picture(figure, f"Other explanations at the last step: {listed(ends)}.", data)

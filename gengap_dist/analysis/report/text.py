@@ -1,0 +1,86 @@
+"""Numbers and rows as text, for the terminal and the page."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gengap_dist.analysis.study_data import StudyData, metric
+from gengap_dist.statistics.paired import Paired, spread
+
+if TYPE_CHECKING:  # they would import torch, and the driver of ranks needs none
+    pass
+
+
+def percent(value: float | None) -> str:
+    """A share as percent, or a dash.
+
+    >>> percent(0.9735), percent(None)
+    ('97.35%', '-')
+    """
+    return "-" if value is None else f"{value:.2%}"
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points, signed.
+
+    >>> points(0.0123)
+    '+1.23'
+    """
+    return f"{100 * value:+.2f}"
+
+
+def interval(pair: tuple[float, float] | None) -> str:
+    """An interval in percentage points, or a dash.
+
+    >>> interval((-0.001, 0.02))
+    '[-0.10, +2.00]'
+    """
+    return "-" if pair is None else f"[{points(pair[0])}, {points(pair[1])}]"
+
+
+def last_layer(study: StudyData) -> str | None:
+    """The last layer measured, raw: where the network's representation ends."""
+    keys = [key for key in study.layer_keys() if not key.endswith("/centred")]
+    return keys[-1] if keys else None
+
+
+def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
+    """The cells of `study_table`, as text."""
+    rows = []
+    for arm in study.arms:
+        runs, accuracies = study.of(arm), list(study.results(arm, "test/accuracy").values())
+        if not runs:
+            if lost := study.not_finished(arm):
+                rows.append([arm, "-", "-", f"0, {lost}", *["-"] * (6 if last else 4)])
+            continue
+        mean, deviation = spread(accuracies) if accuracies else (None, float("nan"))
+        accuracy = percent(mean) + (f" ({100 * deviation:.2f})" if deviation == deviation else "")
+        lost = study.not_finished(arm)
+        gap: Paired | None = None if arm == study.baseline else study.gap(arm)
+        row = [
+            arm,
+            f"{runs[0].global_size:,}",
+            f"{runs[0].info['num_steps']:,}",
+            str(len(accuracies)) + (f" + {lost}" if lost else ""),
+            accuracy,
+            "baseline" if arm == study.baseline else points(gap.mean) if gap else "-",
+            interval(gap.bootstrap if gap else None),
+            interval(gap.student if gap else None),
+        ]
+        if last:
+            for name, threshold in (("near_rank_loss", "rel_1e-2"), ("effective_rank", "")):
+                ends = [run.untrained_and_trained(metric(name, last, threshold))[1] for run in study.finished(arm)]
+                row.append(f"{spread(ends)[0]:.3g}" if ends else "-")
+        rows.append(row)
+    return rows
+
+
+def ui_command(uri: str) -> str:
+    """How to look at an MLflow store.
+
+    >>> ui_command("http://mlflow:5000")
+    'open http://mlflow:5000'
+    """
+    if uri.startswith(("http://", "https://")):
+        return f"open {uri}"
+    return f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"

@@ -1,0 +1,1 @@
+"""Commands: one file each. Only this package writes to the terminal."""

@@ -1,0 +1,181 @@
+"""Measure the near-rank loss of a network's layers, and its rivals, on a fixed set of training images; trains nothing.
+
+Examples:
+  gengap probe --model lenet5                             an untrained LeNet-5 on digits
+  gengap probe --model runs/lb4096                        a run's last weights, on the run's own data and probe set,
+                                                          beside its untrained network
+  gengap probe --model runs/lb4096@best --rivals hessian keskar --out probes/lb4096
+  gengap probe --model torchvision:vgg16 --data cifar10 --data_root DIR --views flatten --num_samples 128 256 512 1024
+  gengap probe --model timm:resnet18 --weights resnet18.pt --layers auto 'layer*.*' --out probes/mine --mlflow
+  torchrun --nproc_per_node 2 -m gengap_dist probe --model my.module:make
+"""
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gengap_dist.cli.exit_codes import OK, guarded
+from gengap_dist.config.loading import load_yaml, merge, nested, validate
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import UsageError
+
+if TYPE_CHECKING:  # torch is slow to import, and --help does not need it
+    from torch import Tensor
+
+    Network = tuple[int, Path, dict[str, Tensor] | None]
+
+PROG = "gengap probe"
+RIVALS = ("norms", "weights", "neural_collapse", "hessian", "keskar")
+
+
+def command(argv: Sequence[str]) -> int:
+    """Measure, print a table, and with --out write spectra, figures and a page."""
+    options = _parse(argv)
+    folder, wanted = _split(options.model)
+    is_run = (folder / "run.json").exists()
+    if folder.is_dir() and not is_run:
+        raise UsageError(f"--model ({options.model}) is a folder without run.json: give the folder of a run")
+    if options.mlflow and not options.out:
+        raise UsageError("--mlflow sends what is in --out: give --out DIR as well")
+    # of a run all but where it was computed: that may have been on GPUs, or under Ray
+    base = load_yaml(folder / "config.yaml") | {"launch": {}} if is_run else {"model": {"name": options.model}}
+    config = _config(options, base)
+    out = Path(options.out).resolve() if options.out else None
+
+    from gengap_dist.distributed.process_group import connect, disconnect, environment
+    from gengap_dist.runs.run_folder import prepare_folder
+    from gengap_dist.training.probe_only import probe
+
+    networks = _of_run(folder, wanted) if is_run else _of_file(options.weights)
+    if out and environment()[0] == 0:
+        prepare_folder(out, "run.json", resume=False)
+    world = connect(config.launch.device, config.launch.timeout_seconds)
+    world.barrier()  # the folder is there, or rank 0 has said why not
+    found = probe(config, world, networks, out)
+    if world.rank == 0:
+        _show(options, config, found, out)
+    disconnect()
+    return OK
+
+
+def _show(options: argparse.Namespace, config: RunConfig, found: list[Any], out: Path | None) -> None:
+    from gengap_dist.cli.terminal import print_observation, wide_console
+
+    step, last = found[-1]
+    untrained = found[0][1] if len(found) > 1 else None
+    print_observation(last, untrained, title=f"{options.model} on {config.data.name}, step {step:,}")
+    if not out:
+        return
+    from gengap_dist.analysis.report.html import write_report
+    from gengap_dist.analysis.study_data import read_study
+
+    say = wide_console().print
+    page = write_report(read_study(out))
+    say(f"spectra  {out / 'spectra'}\nfigures  {out / 'figures'}\nreport   {page}", highlight=False, soft_wrap=True)
+    if options.mlflow:
+        from gengap_dist.analysis.report.text import ui_command
+        from gengap_dist.cli.upload import COMPUTED
+        from gengap_dist.tracking.mlflow.process import sync_now
+
+        uri = sync_now(out, options.tracking_uri, COMPUTED, lambda name, done, total: None)
+        say(f"mlflow   {ui_command(uri)}", highlight=False, soft_wrap=True)
+
+
+def _split(model: str) -> tuple[Path, str]:
+    """A run's folder and which of its weights; the last, unless `@` says otherwise.
+
+    >>> _split("runs/a@0"), _split("runs/a")
+    ((PosixPath('runs/a'), '0'), (PosixPath('runs/a'), 'last'))
+    """
+    folder, at, step = model.rpartition("@")
+    return (Path(folder), step) if at else (Path(model), "last")
+
+
+def _of_run(folder: Path, wanted: str) -> "list[Network]":
+    """The untrained network and the weights wanted: `last`, `best`, or a step that the run has kept."""
+    from gengap_dist.runs import checkpoint
+
+    if wanted == "0":
+        return [(0, folder, None)]
+    kept = {str(step): (step, path / "model.pt") for step, path in checkpoint.steps(folder / "checkpoints").items()}
+    if kept:
+        path = checkpoint.newest(folder / "checkpoints", partial(warnings.warn, stacklevel=2))
+        assert path is not None
+        state = checkpoint.load(path / "run.pt")
+        kept["last"] = (state["step"], path / "model.pt")
+        if best := state["best"]:
+            kept["best"] = (best["step"], path / "best.pt")
+    if wanted not in kept:
+        names = ", ".join(
+            ["0", *(f"{name} (step {step})" if name in ("last", "best") else name for name, (step, _) in kept.items())]
+        )
+        raise UsageError(f"--model: the run in {folder} has kept no weights of step {wanted}: choose {names}")
+    step, path = kept[wanted]
+    return [(0, folder, None), (step, path, checkpoint.standing_for(path))]
+
+
+def _of_file(weights: Path | None) -> "list[Network]":
+    """The untrained network, and the one in a file if one is given."""
+    if weights is None:
+        return [(0, Path(), None)]
+    from gengap_dist.runs import checkpoint
+
+    state = checkpoint.load(weights)
+    for key in ("model", "state_dict"):  # as many tools nest them
+        state = state.get(key, state)
+    return [(0, weights, None), (1, weights, state)]
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        help="lenet5, vgg16, resnet20 (44, 56, 110), f1, c1, mlp, torchvision:NAME, timm:NAME, module.path:factory, "
+        "or the folder of a run: RUN_DIR (its last weights), RUN_DIR@best, RUN_DIR@STEP, RUN_DIR@0 (untrained)",
+    )
+    add("--weights", type=Path, metavar="FILE", help="state dict for the model (torch.save); a run has its own")
+    add("--data", help="data set: digits (default), mnist, fashion_mnist, cifar10, cifar100, imagefolder")
+    add("--data_root", help="folder with the data set's files")
+    add("--image_size", type=int, help="side of the images; smaller ones are zero-padded (default 32)")
+    add("--num_samples", type=int, nargs="+", help="training images in the probe set; several numbers give rank by N")
+    add("--layers", nargs="+", help="auto (every non-linearity and residual block; default), layer names or globs")
+    add("--views", nargs="+", help="channel, token, pool, flatten: how an activation becomes a matrix")
+    add("--method", help="gram (default) or tsqr (slower, lower floor)")
+    add("--memory_mib", type=int, help="most memory that the probe may take on a rank (default 512)")
+    add("--rivals", nargs="*", choices=RIVALS, help="what else to measure (default: norms weights neural_collapse)")
+    add("--seed", type=int, help="seed of an untrained network's weights")
+    add("--dtype", help="float32 (default) or float64")
+    add("--out", help="folder for spectra (npz), figures and a page; must be new or empty")
+    add("--mlflow", action="store_true", help="send what is in --out to MLflow as a run")
+    add("--tracking_uri", help="MLflow store (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)")
+    add("--debug", action="store_true", help="show Python's traceback when something goes wrong")
+    return parser.parse_args(list(argv))
+
+
+def _config(options: argparse.Namespace, base: dict[str, Any]) -> RunConfig:
+    given = {
+        "data.name": options.data,
+        "data.root": options.data_root,
+        "data.image_size": options.image_size,
+        "probe.num_samples": options.num_samples,
+        "probe.layers": options.layers,
+        "probe.views": options.views,
+        "probe.method": options.method,
+        "probe.memory_mib": options.memory_mib,
+        "probe.rivals": options.rivals,
+        "seed": options.seed,
+        "train.dtype": options.dtype,
+    }
+    return validate(RunConfig, merge(base, nested({name: value for name, value in given.items() if value is not None})))
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Entry point."""
+    guarded(PROG, command, argv)

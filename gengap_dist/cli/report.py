@@ -1,0 +1,65 @@
+"""Draw the report of a run or study again, or send its numbers to MLflow.
+
+Examples:
+  gengap report studies/demo            writes studies/demo/report.html and figures/ (SVG, PDF, CSV)
+  gengap report sync studies/demo       sends MLflow what it has not seen yet
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gengap_dist.cli.exit_codes import OK, guarded
+from gengap_dist.errors import UsageError
+
+PROG = "gengap report"
+
+
+def command(argv: Sequence[str]) -> int:
+    """`[draw] DIR` or `sync DIR`."""
+    words = list(argv)
+    action = words.pop(0) if words[:1] in (["draw"], ["sync"]) else "draw"
+    parser = argparse.ArgumentParser(
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=f"{PROG} [sync] DIR"
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a run or of a study")
+    parser.add_argument("--tracking_uri", help="sync: MLflow store; by default the one the folder was mirrored to")
+    parser.add_argument("--debug", action="store_true", help="show Python's traceback when something goes wrong")
+    options = parser.parse_args(words)
+    folder = options.folder.resolve()
+    if not ((folder / "run.json").exists() or (folder / "study.json").exists()):
+        raise UsageError(
+            f"DIR ({options.folder}) holds neither run.json nor study.json: give the folder of a run or study"
+        )
+    return _sync(folder, options.tracking_uri) if action == "sync" else _draw(folder)
+
+
+def _draw(folder: Path) -> int:
+    from gengap_dist.analysis.report.html import write_report
+    from gengap_dist.analysis.study_data import read_study
+    from gengap_dist.cli.terminal import print_run, print_study
+
+    study = read_study(folder)
+    page = write_report(study)
+    if (folder / "study.json").exists():
+        print_study(study, page, None)
+    else:
+        print_run(folder, page, None)
+    return OK
+
+
+def _sync(folder: Path, uri: str | None) -> int:
+    from gengap_dist.cli.terminal import RunProgress
+    from gengap_dist.cli.upload import COMPUTED
+    from gengap_dist.tracking.mlflow.process import sync_now
+
+    with RunProgress("sending") as progress:
+        reached = sync_now(folder, uri, COMPUTED, lambda name, done, total: progress(done, total, name))
+    print(f"all of {folder} is in MLflow at {reached}")
+    return OK
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Entry point."""
+    guarded(PROG, command, argv)

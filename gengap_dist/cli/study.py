@@ -1,0 +1,139 @@
+"""Train every arm of a study with every seed, compare the arms with the baseline seed by seed, and write a report.
+
+Runs that are finished are skipped, so a study that was interrupted goes on when it is started again.
+
+Examples:
+  gengap study --config configs/demo.yaml --out studies/demo
+  gengap study --config configs/lenet5_fashionmnist.yaml --data.root DIR
+  torchrun --nproc_per_node 2 -m gengap_dist study --config configs/lenet5_fashionmnist.yaml --data.root DIR
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gengap_dist.cli.exit_codes import FAILED, OK, guarded
+from gengap_dist.cli.options import Options, StudySettings, parse
+from gengap_dist.compat.fast_imports import quickly
+from gengap_dist.config.loading import resolve, to_yaml
+from gengap_dist.config.study import StudyConfig
+from gengap_dist.distributed import launchers
+from gengap_dist.errors import UsageError
+from gengap_dist.runs import run_folder
+from gengap_dist.study import runner
+from gengap_dist.study.run_matrix import Cell, Watch
+from gengap_dist.tracking.mlflow.process import Follower
+
+PROG = "gengap study"
+
+
+def command(argv: Sequence[str]) -> int:
+    """A whole study; the exit code is 1 if a run failed."""
+    options, overrides = parse(StudySettings, Options, argv, prog=PROG, description=str(__doc__))
+    if not options.config and not overrides:
+        raise UsageError("a study needs its arms: give --config FILE, for example --config configs/demo.yaml")
+    config = resolve(StudyConfig, list(options.config), overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return OK
+    out = (options.out or Path("studies") / config.study.name).resolve()
+    if not launchers.is_driver(config.launch):
+        runner.run_study(config, out, Watch(), driver=False)
+        return OK
+    run_folder.prepare_folder(out, "study.json", resume=True)
+    with runner.alone(out):
+        return _drive(config, out)
+
+
+def _drive(config: StudyConfig, out: Path) -> int:
+    """What only one process does: folders, progress, MLflow, the report."""
+    runner.prepare(config, out, _warn)
+    follower = Follower(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
+    try:
+        num_failed = _run(config, out)
+        with quickly():
+            from gengap_dist.analysis.report.html import write_report
+            from gengap_dist.analysis.study_data import read_study
+
+        found = read_study(out)
+        outcome = run_folder.FAILED if num_failed else run_folder.FINISHED
+        study = replace(found, info=runner.conclude(out, outcome, _headline(found), _verdicts(found)))
+        page = write_report(study)
+    except BaseException as error:
+        runner.conclude(out, run_folder.FAILED if isinstance(error, Exception) else run_folder.KILLED, {})
+        raise
+    finally:
+        behind = follower.finish() if follower else None
+    from gengap_dist.cli.terminal import print_study
+
+    print_study(study, page, follower.uri if follower and not behind else None)
+    if follower and not behind:
+        print(f"compare {follower.comparison()}")
+    if behind:
+        _warn(behind)
+    if num_failed:
+        print(f"{PROG}: {num_failed} run(s) failed; error in their run.json; start again to retry", file=sys.stderr)
+    return FAILED if num_failed else OK
+
+
+def _warn(text: str) -> None:
+    print(f"{PROG}: warning: {text}", file=sys.stderr, flush=True)
+
+
+def _run(config: StudyConfig, out: Path) -> int:
+    from gengap_dist.analysis.report.text import percent
+    from gengap_dist.cli.terminal import RunProgress
+
+    total = runner.num_runs(config)
+    with RunProgress(out.name, total) as progress:
+
+        class Shown(Watch):
+            """Draws a bar for every run that is under way, and leaves a line for every run that has ended."""
+
+            def step(self, cell: Cell, done: int, total: int, note: str) -> None:
+                progress(done, total, note, cell.title)
+
+            def over(self, cell: Cell, note: str) -> None:
+                done = progress.over(cell.title)
+                result = (
+                    run_folder.read_info(cell.folder).get("result", {}) if (cell.folder / "run.json").exists() else {}
+                )
+                which = "best_val/accuracy" if cell.label.startswith("trial") else "test/accuracy"
+                progress.say(
+                    f"[{done}/{total}] {cell.title}: {note}, {which.replace('/', ' ')} {percent(result.get(which))}"
+                )
+
+        return runner.run_study(config, out, Shown(), driver=True, warn=_warn)
+
+
+def _verdicts(study: Any) -> list[str]:
+    """What becomes of each claim, a sentence or two each, for the note of the study's MLflow run."""
+    return [f"{claim.claim} **{claim.outcome}**: {claim.because}" for claim in study.comparison.claims]
+
+
+def _headline(study: Any) -> dict[str, float]:
+    """The study's numbers for its MLflow parent run."""
+    from gengap_dist.statistics.paired import spread
+
+    out: dict[str, float] = {}
+    for arm in study.arms:
+        if accuracies := list(study.results(arm, "test/accuracy").values()):
+            mean, deviation = spread(accuracies)
+            out |= {f"test_accuracy/{arm}/mean": mean, f"test_accuracy/{arm}/num_seeds": len(accuracies)}
+            if deviation == deviation:
+                out[f"test_accuracy/{arm}/sd"] = deviation
+        gap = study.gap(arm)
+        if arm == study.baseline or gap is None:
+            continue
+        out[f"sb_lb_gap/{arm}/mean"] = gap.mean
+        for name, pair in (("bootstrap", gap.bootstrap), ("t", gap.student)):
+            if pair:
+                out |= {f"sb_lb_gap/{arm}/{name}_low": pair[0], f"sb_lb_gap/{arm}/{name}_high": pair[1]}
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Entry point."""
+    guarded(PROG, command, argv)

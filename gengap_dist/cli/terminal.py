@@ -1,0 +1,256 @@
+"""What people see on the terminal: progress while it runs, tables when it is done."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from gengap_dist.analysis.report.text import last_layer, percent, study_rows, ui_command
+from gengap_dist.analysis.study_data import RunData, StudyData, metric, read_run
+
+if TYPE_CHECKING:  # they would import torch, and the driver of ranks needs none
+    from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
+    from gengap_dist.training.observer import Observation
+
+QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
+OUTCOMES = {"supported": "blue", "contradicted": "dark_orange3", "undecided": "dim"}
+MEASURES = (("near_rank_loss", "rel_1e-2"), ("near_rank_loss", "abs_1e-2"), ("effective_rank", ""))
+
+
+class RunProgress:
+    """A bar over the steps of every run that is under way; plain lines now and then where there is no terminal."""
+
+    def __init__(self, title: str, num_runs: int = 1) -> None:
+        """A bar called `title`; with several runs, another one counts them, and runs have titles of their own."""
+        self.console = Console(stderr=True)
+        self.title, self.num_runs, self._spoke = title, num_runs, time.monotonic()
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._runs = self._bar.add_task("runs", total=num_runs, note="starting") if num_runs > 1 else None
+        self._steps: dict[str, TaskID] = {}
+        self._num_over = 0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        if self._runs is None:
+            self(0, 0, "starting")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int, note: str, run: str = "") -> None:
+        """`done` of `total` steps of a run."""
+        run = run or self.title
+        if run not in self._steps:
+            self._steps[run] = self._bar.add_task(run, total=None, note="")
+            self._count()
+        self._bar.update(self._steps[run], completed=done, total=total or None)
+        if note:
+            self._bar.update(self._steps[run], note=note)
+        if not self.console.is_terminal and time.monotonic() - self._spoke > QUIET_SECONDS:
+            (task,) = (task for task in self._bar.tasks if task.id == self._steps[run])
+            self.say(f"{run}: step {done}/{total} {task.fields['note']}".rstrip())
+
+    def over(self, run: str) -> int:
+        """A run has ended; how many have."""
+        if run in self._steps:
+            self._bar.remove_task(self._steps.pop(run))
+        self._num_over += 1
+        self._count()
+        return self._num_over
+
+    def _count(self) -> None:
+        if self._runs is not None:
+            self._bar.update(self._runs, completed=self._num_over, note=f"{len(self._steps)} under way")
+
+    def say(self, text: str) -> None:
+        """A line above the bars, which stays."""
+        self._spoke = time.monotonic()
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def print_run(out: Path, page: Path, uri: str | None) -> None:
+    """The outcome of one run: result, layers, where to look further."""
+    run = read_run(out)
+    console = wide_console()
+    result = run.info["result"]
+    if run.info["status"] != "finished":
+        console.print(f"[bold red]{run.info['status']}[/]: {run.info.get('error', '')}", highlight=False)
+    else:
+        console.print(
+            f"test accuracy [bold]{percent(result['test/accuracy'])}[/] "
+            f"(train {percent(result['train_full/accuracy'])}, val best {percent(result['best_val/accuracy'])}) "
+            f"after {result['num_steps']:,} steps of {run.global_size:,}, {result['images_per_second']:,.0f} images/s",
+            highlight=False,
+        )
+    if table := layer_table(run):
+        console.print(table)
+    if left_out := result.get("probe_left_out"):
+        console.print(
+            f"probe.budget ({run.info['config']['probe']['budget']:.0%} of the run's time) left out {len(left_out)} "
+            f"measurement(s), at steps {', '.join(map(str, left_out))}; probe.budget=null takes them all",
+            highlight=False,
+        )
+    console.print(f"run     {out}\nreport  {page}", highlight=False, soft_wrap=True)
+    if uri:
+        console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)
+
+
+def print_profile(out: Path) -> None:
+    """What a profiled run says of its steps, and where its traces are."""
+    folder = out / "profile"
+    if not (folder / "summary.txt").exists():
+        return  # it could not be written, of which the run has warned, or there was no steady step
+    console = wide_console()
+    console.print((folder / "summary.txt").read_text(), highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"profile {folder}: traces of all ranks for https://ui.perfetto.dev, and this summary\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def layer_table(run: RunData) -> Table | None:
+    """Near-rank loss and effective rank of every layer, untrained and trained."""
+    steps = run.spectra_steps()
+    if not steps:
+        return None
+    spectra = run.spectra(steps[-1])
+    table = Table(title=f"activation spectra: step {steps[0]} -> step {steps[-1]}", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("units", justify="right")
+    for name, threshold in MEASURES:
+        table.add_column(" ".join(filter(None, (name.replace("_", " "), threshold))), justify="right")
+    for key, (_, facts) in spectra.items():
+        ends = [run.untrained_and_trained(metric(name, key, threshold)) for name, threshold in MEASURES]
+        cells = [f"{a:.3g} -> {b:.3g}" for a, b in ends]
+        table.add_row(key, str(facts["num_units"]), *cells)
+    return table
+
+
+def print_observation(found: "Observation", untrained: "Observation | None", title: str) -> None:
+    """One row per layer and view, with a bar for the near-rank loss; then the controls and the rivals."""
+    before = {s.key: s.measures() for s in untrained.spectra[""]} if untrained else {}
+    table = Table(title=f"{title}: near-rank loss" + (" (untrained -> now)" if before else ""), title_justify="left")
+    heads = ("layer", "N", "D", "dead", "below 0.01 s1", "", "below 0.01", "effective rank", "s max", "floor")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number in (0, 5) else "right", no_wrap=True)
+    for s in found.spectra[""]:
+        values, then = s.measures(), before.get(s.key, {})
+        small = values["near_rank_loss/rel_1e-2"]
+        table.add_row(
+            s.key,
+            f"{s.num_samples:,}",
+            f"{s.num_units:,}" + (" > N" if s.num_units > s.num_samples else ""),
+            str(s.dead_units),
+            _change(then, values, "near_rank_loss/rel_1e-2", ".1%"),
+            "\u2588" * round(10 * small),
+            _change(then, values, "near_rank_loss/abs_1e-2", ".1%"),
+            _change(then, values, "effective_rank", ".2f"),
+            f"{values['sigma_max']:.3g}",
+            f"{s.floor:.1g}",
+        )
+    console = wide_console()
+    console.print(table)
+    if len(sets := {name: spectra for name, spectra in found.spectra.items() if name != "weights"}) > 1:
+        console.print(_samples_table(sets))
+    for name, value in found.metrics.items():
+        if name.split("/")[0] in ("nc1", "hessian", "keskar_sharpness", "distance_from_init", "weight_norm"):
+            console.print(f"{name} {value:.4g}", highlight=False)
+
+
+def _samples_table(sets: dict[str, list["LayerSpectrum"]]) -> Table:
+    """Raw near-rank loss and effective rank of every layer, by probe set, smaller sets first."""
+    table = Table(title="by number of probe samples: share below 0.01 s1, effective rank", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    columns = [*(name for name in sets if name), ""]
+    for name in columns:
+        table.add_column(name or "the probe set", justify="right", no_wrap=True)
+    for key in [s.key for s in sets[""] if not s.centred]:
+        found = [next((s.measures() for s in sets[name] if s.key == key), {}) for name in columns]
+        shown = [f"{m['near_rank_loss/rel_1e-2']:.1%}, {m['effective_rank']:.2f}" if m else "-" for m in found]
+        table.add_row(key, *shown)
+    return table
+
+
+def _change(then: dict[str, float], now: dict[str, float], name: str, style: str) -> str:
+    """A measure, after what it was in the untrained network.
+
+    >>> _change({"a": 0.5}, {"a": 0.25}, "a", ".0%"), _change({}, {}, "a", ".0%")
+    ('50% -> 25%', '-')
+    """
+    shown = format(now[name], style) if name in now else "-"
+    return f"{format(then[name], style)} -> {shown}" if name in then else shown
+
+
+def wide_console() -> Console:
+    """A terminal as wide as it is; files and pipes get lines long enough for a whole table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
+def print_page(parts: Iterable[Table | str]) -> None:
+    """Tables, and lines in rich's markup, which the terminal may break and a file keeps whole."""
+    console = wide_console()
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, highlight=False, soft_wrap=True)
+        else:
+            console.print(part)
+
+
+def print_study(study: StudyData, page: Path, uri: str | None) -> None:
+    """The outcome of a study: one row per arm, then where to look further."""
+    console = wide_console()
+    console.print(study_table(study, every_column=console.width >= 118))
+    console.print(
+        f"[dim]sb_lb_gap: accuracy of {study.baseline} minus the arm's, in points, paired by seed; "
+        "intervals are 95%; with few seeds read the t interval[/]",
+        highlight=False,
+    )
+    for claim in study.comparison.claims:
+        console.print(f"[{OUTCOMES[claim.outcome]}]{claim.outcome:12}[/] [bold]{claim.claim}[/]", highlight=False)
+        console.print(Padding(escape(claim.because), (0, 0, 0, 13)), highlight=False)
+    for caveat in study.comparison.caveats:
+        console.print(Padding(f"[dim]{escape(caveat)}[/]", (0, 0, 0, 13)), highlight=False)
+    console.print(f"report  {page}", highlight=False, soft_wrap=True)
+    if uri:
+        console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)
+
+
+def study_table(study: StudyData, *, every_column: bool = True) -> Table:
+    """One row per arm: accuracy, gap with intervals; on a wide terminal also ranks of the last hidden layer."""
+    table = Table(title=study.name, title_justify="left")
+    last = last_layer(study) if every_column else None
+    heads = ["arm", "batch", "steps", "seeds", "test acc. (sd)", "sb_lb_gap", "bootstrap", "t"]
+    heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number == 0 else "right", no_wrap=number in (0, 5, 6, 7))
+    for row in study_rows(study, last):
+        table.add_row(*row)
+    return table

@@ -1,0 +1,114 @@
+"""Measure this machine: a sample's forward and backward pass, an update, and the link between two ranks.
+
+Two ranks of this machine do it together, as they would in training: on two GPUs over NCCL, else on the CPU over gloo,
+sharing the cores. One GPU alone has no link to measure.
+"""
+
+import os
+import platform
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+
+from gengap_dist import models
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.data.datasets import Sizes
+from gengap_dist.distributed.launchers.base import RankFailed, leave
+from gengap_dist.distributed.launchers.local import free_port, rank_variables, threads_per_rank
+from gengap_dist.distributed.process_group import World, connect, disconnect
+from gengap_dist.parallel.execution import keep_freed_memory
+from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, workload
+from gengap_dist.training.autotune.memory_format import settled_format
+from gengap_dist.training.autotune.synthetic_workload import Rehearsal, median_seconds
+
+SIZES = [2**power for power in range(10, 25, 2)]  # bytes of all-reduces
+
+
+def calibrate(config: RunConfig, sizes: Sizes, micro_size: int, known: Constants) -> Constants:
+    """`known`, with what two ranks of this machine find for `config`.
+
+    Raises:
+        RankFailed: if a rank fails.
+    """
+    if config.train.channels_last == "auto":
+        config = settled_format(config, False)  # as the plan takes it
+    num_ranks = 1 if torch.cuda.device_count() == 1 and config.launch.device != "cpu" else 2
+    context = get_context("spawn")
+    port = free_port()
+    pipes: list[Any] = []
+    for rank in range(num_ranks):
+        here, there = context.Pipe()
+        env = rank_variables(rank, num_ranks, port) | threads_per_rank(num_ranks)
+        context.Process(target=_rank, args=(there, env, config, sizes, micro_size), daemon=True).start()
+        there.close()
+        pipes.append(here)
+    found = [_answer(rank, pipe) for rank, pipe in enumerate(pipes)]
+    where, compute, link = found[0]
+    key = workload(config, sizes.in_channels, micro_size)
+    return known.model_copy(
+        update={"where": where, "inside": link or known.inside, "compute": known.compute | {key: compute}}
+    )
+
+
+Found = tuple[str, ComputeConstants, LinkConstants | None]
+
+
+def _answer(rank: int, pipe: Any) -> Found:
+    try:
+        found, error = pipe.recv()
+    except EOFError:
+        raise RankFailed(f"rank {rank} of the calibration died") from None
+    if error:
+        raise RankFailed(f"rank {rank} of the calibration failed: {error}")
+    return found
+
+
+def _rank(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro_size: int) -> None:
+    """One rank's life."""
+    os.environ.update(env)
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # the variable comes too late: torch is imported
+    try:
+        world = connect(config.launch.device, config.launch.timeout_seconds)
+        if world.device.type == "cpu":
+            keep_freed_memory()  # as a run does
+        compute = time_compute(config, sizes, micro_size, world)
+        link = time_link(world) if world.size > 1 else None
+        threads = torch.get_num_threads()
+        where = f"{platform.machine()}, {world.size} rank(s) on {world.device.type}, {threads} thread(s) each"
+        disconnect()
+        pipe.send(((where, compute, link), None))
+    except Exception as error:
+        pipe.send((None, f"{type(error).__name__}: {error}"))
+    leave(0)
+
+
+def time_compute(config: RunConfig, sizes: Sizes, micro_size: int, world: World) -> ComputeConstants:
+    """The slowest rank's time for one micro-batch of random images, and for an update. Collective."""
+    model = models.of(config, sizes.num_classes, sizes.in_channels, World())
+    model = model.to(world.device, getattr(torch, config.train.dtype))
+    rehearsal = Rehearsal(config, model, sizes.in_channels, sizes.num_classes, world.device)
+    of_pass, of_update = (
+        median_seconds(job, world) for job in (partial(rehearsal.micro_batch, micro_size), rehearsal.update)
+    )
+    return ComputeConstants(seconds_per_sample=of_pass / micro_size, seconds_per_update=of_update)
+
+
+def time_link(world: World) -> LinkConstants:
+    """Constants of the ring of these ranks, from all-reduces of many sizes. Collective."""
+    times = [median_seconds(partial(world.sum, torch.zeros(size // 4, device=world.device)), world) for size in SIZES]
+    return fit_link(SIZES, times, world.size)
+
+
+def fit_link(sizes: list[int], times: list[float], num_ranks: int) -> LinkConstants:
+    """Constants of T = 2 (P-1) alpha + 2 (P-1)/P M beta, by least squares of relative errors.
+
+    >>> fit_link([100, 10_000], [0.02 + 100e-6, 0.02 + 10_000e-6], num_ranks=2)
+    LinkConstants(alpha=0.01, beta=1e-06)
+    """
+    turns = 2 * (num_ranks - 1)
+    rows = np.array([[turns, turns / num_ranks * size] for size in sizes]) / np.array(times)[:, None]
+    (alpha, beta), *_ = np.linalg.lstsq(rows, np.ones(len(sizes)), rcond=None)
+    return LinkConstants(alpha=round(max(alpha, 0.0), 12), beta=round(max(beta, 0.0), 18))

@@ -1,0 +1,150 @@
+"""A plan on one screen."""
+
+from rich.markup import escape
+from rich.table import Table
+
+from gengap_dist.preflight.batch_layout import Layout
+from gengap_dist.preflight.machine_constants import Constants
+from gengap_dist.preflight.plan import Plan, Time
+
+
+def plan_page(plan: Plan, constants: Constants) -> list[Table | str]:
+    """Batches, memory, bytes and time; then what is refused, and what the numbers assume: lines in rich's markup."""
+    cluster = plan.cluster
+    size = f", {plan.num_parameters:,} parameters" if plan.num_parameters else ""
+    images = f", {plan.data.num_train:,} training images" if plan.data else ""
+    head = (
+        f"[bold]{escape(plan.model)}[/]{size}{images}; {cluster.nodes:,} node(s) x {cluster.gpus_per_node:,} = "
+        f"{cluster.num_ranks:,} rank(s), {plan.strategy}"
+    )
+    tables = [table for table in (_steps(plan), _memory(plan), _traffic(plan)) if table]
+    remarks = [
+        f"[{style}]{head:8}[/]     {escape(line)}"
+        for style, head, lines in (
+            ("bold red", "refused", plan.refused),
+            ("yellow", "warning", plan.warned),
+            ("dim", "assumed", plan.assumed),
+        )
+        for line in lines
+    ]
+    return [head, *tables, *_notes(plan), *_times(plan, constants), *remarks]
+
+
+def _steps(plan: Plan) -> Table | None:
+    if plan.batch is None:
+        return None
+    updates = f": {plan.num_steps:,} updates, {plan.steps_per_epoch:,} an epoch" if plan.num_steps else ""
+    table = Table(title=f"steps{updates}", title_justify="left")
+    for number, head in enumerate(
+        ("step", "samples", "a rank", "micro-batches a rank", "of size", "idle ranks", "batch-norm groups of")
+    ):
+        table.add_column(head, justify="left" if number == 0 else "right", no_wrap=True)
+    table.add_row("every", *_layout(plan.batch, plan.has_batch_norm))
+    if plan.ragged:
+        table.add_row("last of an epoch", *_layout(plan.ragged, plan.has_batch_norm))
+    return table
+
+
+def _layout(found: Layout, norm: bool) -> list[str]:
+    groups = ", ".join(map(str, found.norm_sizes[:4])) + (", ..." if len(found.norm_sizes) > 4 else "")
+    spans = (found.samples_per_rank, found.micro_batches_per_rank, found.micro_sizes)
+    shown = [f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in spans]
+    return [f"{found.global_size:,}", *shown, f"{found.num_idle:,}", groups if norm else "-"]
+
+
+def _memory(plan: Plan) -> Table | None:
+    found = plan.memory
+    if found is None:
+        return None
+    table = Table(title=f"memory of a rank: {in_bytes(found.total)}", title_justify="left")
+    rows = {
+        "weights": found.parameters,
+        "gradients": found.gradients,
+        "optimizer": found.optimizer_state,
+        "kept weights": found.kept_weights,
+        "data set": found.data,
+        "a micro-batch": found.activations,
+        "or the probe": found.probe,
+        "(its limit)": found.probe_limit,
+    }
+    for name in rows:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row(*map(in_bytes, rows.values()))
+    return table
+
+
+def _traffic(plan: Plan) -> Table | None:
+    if plan.memory is None or plan.cluster.num_ranks == 1:
+        return None
+    probe = plan.probe
+    table = Table(title="messages of a rank", title_justify="left")
+    for number, head in enumerate(("for", "what", "operation", "times", "bytes", "on the wire")):
+        table.add_column(head, justify="left" if number < 3 else "right", no_wrap=True)
+    for name, messages in (("a step", plan.messages), ("a probe", probe.messages if probe else [])):
+        for message in messages:
+            wire = in_bytes(message.on_wire(plan.cluster.num_ranks))
+            table.add_row(
+                name, message.what, message.operation, f"{message.times:,}", in_bytes(message.num_bytes), wire
+            )
+            name = ""
+    return table
+
+
+def _notes(plan: Plan) -> list[str]:
+    said = []
+    if plan.memory:
+        said.append(f"micro-batch  what it saves for its backward pass, by {plan.memory.activations_by}")
+    if probe := plan.probe:
+        wide = sum("rows" in form for form in probe.forms.values())
+        said.append(
+            f"probe        {probe.num_samples:,} images on {probe.num_ranks_with_images:,} rank(s), {len(probe.forms)} "
+            f"matrices ({wide} wider than high), {probe.num_passes} pass(es), {in_bytes(probe.bytes_on_wire)} sent"
+        )
+    return said
+
+
+def _times(plan: Plan, constants: Constants) -> list[str]:
+    lines = []
+    if plan.time:
+        lines.append(f"predicted    {_time(plan.time)}")
+    if plan.time_at_best:
+        best = _time(plan.time_at_best)
+        lines.append(f"[bold]at best[/]      {best}, if nodes were joined as the ranks of this machine are")
+    if plan.missing:
+        lines.append(f"time         {escape(plan.missing)}")
+    links = {"inside": constants.inside, "between": constants.between}
+    known = [f"{name} nodes {c.alpha:.3g} s + {c.beta:.3g} s/byte" for name, c in links.items() if c]
+    if known and (plan.time or plan.time_at_best):
+        lines.append(f"constants    {', '.join(known)}; {escape(constants.where)}")
+    return lines
+
+
+def _time(time: Time) -> str:
+    return (
+        f"{in_seconds(time.step)} a step (compute {in_seconds(time.compute)} + communication "
+        f"{in_seconds(time.communication)}), {in_seconds(time.of_run)} for all of them; "
+        f"a probe's communication {in_seconds(time.probe_communication)}"
+    )
+
+
+def in_bytes(num_bytes: float) -> str:
+    """With the unit that suits.
+
+    >>> in_bytes(12), in_bytes(1536), in_bytes(3 * 2**30)
+    ('12 B', '1.5 KiB', '3.0 GiB')
+    """
+    power = min(4, (max(1, int(num_bytes)).bit_length() - 1) // 10)
+    return f"{num_bytes / 1024**power:.{min(1, power)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def in_seconds(seconds: float) -> str:
+    """With the unit that suits.
+
+    >>> in_seconds(2e-5), in_seconds(0.0123), in_seconds(90), in_seconds(7200)
+    ('20 us', '12.3 ms', '90.0 s', '2.0 h')
+    """
+    if seconds < 1e-3:
+        return f"{1e6 * seconds:.0f} us"
+    if seconds < 1:
+        return f"{1e3 * seconds:.1f} ms"
+    return f"{seconds:.1f} s" if seconds < 3600 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,77 @@
+"""The runs of a study, and the trials that come before them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.config.study import StudyConfig
+
+
+class Cell(NamedTuple):
+    """One run of a study."""
+
+    arm: str
+    label: str
+    """Which of the arm's runs: `seed 0`, `trial 3`."""
+    config: RunConfig
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return f"{self.arm} {self.label}"
+
+
+def cells(config: StudyConfig, out: Path, tuned: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+    """Every arm with every seed; all arms of one seed come before the next seed, so that pairs are complete early.
+
+    Args:
+        config: the study.
+        out: its folder.
+        tuned: arm to settings found for it; with study.tune an arm without any has no runs.
+
+    Raises:
+        UsageError: if an arm's overrides are no settings of a run.
+    """
+    arms = [arm for arm in config.arms if not config.study.tune or arm.name in tuned]
+    return [
+        Cell(
+            arm.name,
+            f"seed {seed}",
+            config.run_config(arm, seed, tuned.get(arm.name)),
+            out / "runs" / arm.name / f"seed{seed}",
+        )
+        for seed in config.study.seeds
+        for arm in arms
+    ]
+
+
+def trials(config: StudyConfig, out: Path, points: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """Every arm at every point, without probes; all arms at one point come before the next.
+
+    Raises:
+        UsageError: if a point's settings do not hold together with an arm's.
+    """
+    assert config.study.tune is not None
+    seed, still = config.study.tune.seed, {"probe.enabled": False}
+    return [
+        Cell(
+            arm.name,
+            f"trial {number}",
+            config.run_config(arm, seed, {**point, **still}),
+            out / "tune" / arm.name / f"trial{number:03d}",
+        )
+        for number, point in enumerate(points)
+        for arm in config.arms
+    ]
+
+
+class Watch:
+    """Told of everything; this one keeps it to itself."""
+
+    def step(self, cell: Cell, done: int, total: int, note: str) -> None:
+        """`done` of `total` steps of a run, and a few words."""
+
+    def over(self, cell: Cell, note: str) -> None:
+        """A run has ended: a status of run.json, "already there", or why it failed."""

@@ -1,0 +1,16 @@
+"""What is added to plain training: other gradients, another objective, other weights to evaluate."""
+
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.data.batch_loader import Batches
+from gengap_dist.data.sampler import Order
+from gengap_dist.parallel.strategies import Strategy
+from gengap_dist.training.algorithms.base import Course
+from gengap_dist.training.algorithms.local_sgd import Local
+from gengap_dist.training.algorithms.weight_averaging import Averaging
+
+
+def course_of(config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> Course:
+    """The course that `config.recipe` asks for, of a strategy that is set up."""
+    recipe = config.recipe
+    kind = Averaging if recipe.average else Local if recipe.local else Course
+    return kind(config, strategy, batches, order, num_steps)

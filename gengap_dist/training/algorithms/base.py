@@ -1,0 +1,132 @@
+"""How a run goes from step to step, and which network it stands for; plain training, and what all recipes share."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gengap_dist.config.sections import RecipeConfig, RunConfig
+from gengap_dist.data.batch_loader import Batches
+from gengap_dist.data.sampler import Order
+from gengap_dist.distributed.batch_plan import BatchPlan, Span
+from gengap_dist.errors import UsageError
+from gengap_dist.parallel.strategies import Strategy
+from gengap_dist.training.algorithms.gradient_penalty import gradient_penalty
+from gengap_dist.training.algorithms.rank_penalty import RankPenalty
+from gengap_dist.training.algorithms.sam import sam
+from gengap_dist.training.step import MakeGradient, Objective, Work, train_step
+
+
+class Taken(NamedTuple):
+    """What one rank knows of a step."""
+
+    size: int
+    """Samples behind it, over all ranks."""
+    lr: float
+    """The rate it was taken at."""
+    sums: Tensor
+    """This rank's, see `accumulate`."""
+    norm: Tensor | None
+    """Of the global gradient; None: the root of the last of the sums, over all ranks."""
+
+
+class Course:
+    """One strategy's steps; the network of the run is the one that trains."""
+
+    def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> None:
+        """The course of `strategy`, which is set up, over `batches` in `order`, for `num_steps` steps.
+
+        Raises:
+            UsageError: if recipe.rank_layers names a layer that the network does not have.
+        """
+        recipe = config.recipe
+        self.config, self.strategy, self.batches, self.order = config, strategy, batches, order
+        self.num_steps = num_steps  # that the strategy takes; what comes after them is not read ahead
+        self.objective = Objective(recipe.label_smoothing)
+        if recipe.rank_penalty is not None:
+            self.objective = RankPenalty(recipe)
+            self.objective.layers(strategy.model, lambda: batches(order.indices(0)[:1], 0)[0])
+        self.make = make_gradient(recipe)
+        self._spans: dict[int, list[Span]] = {}
+        for phase in order.phases:
+            spans = plan_of(config, phase.size, strategy.world.size).micro_batches(strategy.world.rank)
+            strategy.sizes.update(span.size for span in spans)
+
+    def step(self, step: int, lr: float, momentum: float) -> Taken:
+        """Step number `step`, from 0. Collective."""
+        self._seed(step, self.strategy.world.rank)
+        self.strategy.set_rates(lr, momentum)
+        work = self._work(step)
+        if step + 1 < self.num_steps:
+            coming = self._work(step + 1)
+            with self.strategy.world.where.during("data"):  # what is coming is read while this step computes
+                self.batches.expect(coming.indices[coming.spans[0].start : coming.spans[-1].stop])
+        return Taken(len(work.indices), lr, *train_step(self.strategy, self.batches, work, self.objective, self.make))
+
+    def _seed(self, step: int, who: int) -> None:
+        """For layers that ask torch for their draws; torch.manual_seed takes 0.3 ms, most of it for other devices."""
+        seed = ((self.config.seed * 1_000_003 + step) * 65_537 + who) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if self.strategy.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _work(self, step: int) -> Work:
+        world = self.strategy.world
+        with world.where.during("data"):
+            indices, epoch = self.order.indices(step), self.order.epoch(step)
+        size = len(indices)
+        if size not in self._spans:
+            plan, lockstep = plan_of(self.config, size, world.size), self.strategy.lockstep
+            self._spans[size] = plan.micro_batches(world.rank, lockstep=lockstep)
+        return Work(indices, epoch, self._spans[size], (self.config.seed, step))
+
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        """The plain network that trains, as checkpoints keep it; see `Strategy.whole`. Collective."""
+        return self.strategy.whole()
+
+    def network(self) -> AbstractContextManager[nn.Module]:
+        """The plain network that the run stands for, on every rank, to look at; see `Strategy.whole`. Collective.
+
+        Buffers of the network that trains are to be averaged before.
+        """
+        return self.whole()
+
+    def state(self) -> dict[str, Any]:
+        """What it remembers besides the strategy's network and optimizer; whole on rank 0. Collective."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, which is whole on every rank. Collective."""
+
+
+def first_of(setting: str, share: float, num_steps: int) -> int:
+    """The step, from 0, with which the last part of a run begins, after `share` of its steps.
+
+    >>> first_of("recipe.average_start", 0.75, num_steps=10)
+    8
+
+    Raises:
+        UsageError: if nothing is left.
+    """
+    if (first := round(share * num_steps)) < num_steps:
+        return first
+    raise UsageError(f"{setting} ({share:g}) leaves none of {num_steps} steps after it: choose less, or a longer run")
+
+
+def plan_of(config: RunConfig, size: int, num_ranks: int) -> BatchPlan:
+    """How a global batch of `size` is cut among so many ranks: a penalty's groups are micro-batches of their own."""
+    batch, group = config.batch, config.recipe.penalty_size
+    if group:
+        return BatchPlan(size, num_ranks, group, group)
+    return BatchPlan(size, num_ranks, batch.most_at_once, batch.ghost_size)
+
+
+def make_gradient(recipe: RecipeConfig) -> MakeGradient | None:
+    """How this recipe makes a step's direction; None: as plain training does."""
+    if recipe.sam_rho is not None:
+        return sam(recipe.sam_rho)
+    if recipe.gradient_penalty is not None:
+        return gradient_penalty(recipe.gradient_penalty)
+    return None

@@ -1,0 +1,173 @@
+"""The causal arm: a loss that raises the rank of layers' activations directly.
+
+Shapes: N rows (samples, or samples x positions of a convolution) of the whole global batch, D units.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from gengap_dist.config.sections import RecipeConfig
+from gengap_dist.data.batch_loader import Batches
+from gengap_dist.errors import UsageError
+from gengap_dist.models.batch_norm import frozen
+from gengap_dist.parallel.strategies import Strategy
+from gengap_dist.probes.activations import capturing, observing
+from gengap_dist.probes.layers import Layer, choose
+from gengap_dist.training.step import Objective, Work
+
+FLOOR = 1e-3  # relative to the mean eigenvalue: what logdet takes for zero, so that a dead unit costs 7, not infinity
+
+
+def logdet(covariance_DD: Tensor) -> Tensor:
+    """-1/D sum_i log(l_i / mean(l) + FLOOR): 0 (but for FLOOR) if all eigenvalues l are equal, more the fewer matter.
+
+    >>> round(logdet(torch.eye(3).double()).item(), 4), round(logdet(torch.diag(torch.tensor([1.0, 1e-9]))).item(), 4)
+    (-0.001, 3.1071)
+    """
+    size = len(covariance_DD)
+    relative = covariance_DD / (covariance_DD.trace() / size)
+    return -torch.logdet(relative + FLOOR * torch.eye(size, dtype=relative.dtype, device=relative.device)) / size
+
+
+def spread(covariance_DD: Tensor) -> Tensor:
+    """1/D sum_i (l_i / mean(l) - 1)^2 = D |C|^2 / tr(C)^2 - 1 = D / participation ratio - 1.
+
+    >>> spread(torch.eye(3)).item(), spread(torch.diag(torch.tensor([1.0, 0.0]))).item()
+    (0.0, 1.0)
+    """
+    return len(covariance_DD) * covariance_DD.square().sum() / covariance_DD.trace().square() - 1
+
+
+MEASURES = {"logdet": logdet, "spread": spread}
+
+
+@final
+class RankPenalty(Objective):
+    """Cross-entropy plus `strength` times a measure of the activations' covariance C over the whole global batch.
+
+    C needs every rank and micro-batch, and its gradient must reach each: so one pass without gradients finds C and the
+    mean m, then with M = dR/dC, a constant, every row h of the training pass adds (h - m)^T M (h - m) / N, whose
+    gradient 2 M (h - m) / N is that of R, exactly.
+    """
+
+    def __init__(self, config: RecipeConfig) -> None:
+        """See RecipeConfig."""
+        super().__init__(config.label_smoothing)
+        self.strength, self.patterns = config.rank_penalty or 0.0, config.rank_layers
+        self.measure = MEASURES[config.rank_measure]
+        self._layers: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()
+        self._terms: list[Tensor] = []
+        self._value: Tensor | float = 0.0
+
+    def layers(self, model: nn.Module, example: Callable[[], Tensor]) -> list[Layer]:
+        """The layers it holds for, which one pass of an example finds.
+
+        Raises:
+            UsageError: if a pattern matches none.
+        """
+        if model not in self._layers:
+            try:
+                with observing(model):
+                    self._layers[model] = choose(model, example(), self.patterns)
+            except UsageError as error:
+                raise UsageError(str(error).replace("probe.layers", "recipe.rank_layers")) from None
+        return self._layers[model]
+
+    @contextmanager
+    def over(self, strategy: Strategy, batches: Batches, work: Work) -> Iterator[None]:
+        """See `Objective.over`. Collective: one forward pass, and one sum over ranks."""
+        model, world = strategy.model, strategy.world
+        layers = self.layers(model, lambda: batches(work.indices[:1], work.epoch)[0])
+        sums = {
+            layer.name: torch.zeros(units + 1, units + 1, dtype=torch.float64, device=world.device)
+            for layer, units in ((layer, _units(layer)) for layer in layers)
+        }
+
+        def add(layer: Layer, output: Tensor) -> None:
+            rows = _rows(layer, output).double()
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)  # [rows, D + 1]
+            sums[layer.name] += rows.T @ rows  # sum of h h^T; of h; and the number of rows
+
+        with torch.no_grad(), frozen(model), capturing(layers, add) as begin:
+            for span in work.spans:
+                if span.size or strategy.synced:
+                    begin()
+                    strategy.position.at(span.start, len(work.indices), world.size, *work.key)
+                    images, _ = batches(
+                        work.indices[span.start : span.stop] if span.size else work.indices[:1], work.epoch
+                    )
+                    with world.where.part("forward"):
+                        strategy.local_forward(images if span.size else images[:0])
+        told = world.sum(torch.cat([matrix.flatten() for matrix in sums.values()]), "covariance of activations")
+        weights, values = {}, []
+        for layer, flat in zip(layers, told.split([matrix.numel() for matrix in sums.values()]), strict=True):
+            found, mean_D, matrix_DD, count = self._linearise(flat)
+            values.append(found)
+            weights[layer.name] = mean_D, matrix_DD / count
+        self._value = self.strength * torch.stack(values).sum()
+
+        def charge(layer: Layer, output: Tensor) -> None:
+            kind = torch.promote_types(output.dtype, torch.float32)  # bfloat16 would leave nothing of the differences
+            mean_D, matrix_DD = (tensor.to(kind) for tensor in weights[layer.name])
+            with torch.autocast(output.device.type, enabled=False):
+                rows = _rows(layer, output).to(kind) - mean_D
+                self._terms.append((rows @ matrix_DD * rows).sum())
+
+        with capturing(layers, charge) as begin:
+
+            def forget(module: nn.Module, args: object) -> None:
+                begin()
+                self._terms.clear()
+
+            hook = model.register_forward_pre_hook(forget)
+            try:
+                yield
+            finally:
+                hook.remove()
+                self._terms.clear()
+
+    def _linearise(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """R(C), m, dR/dC and N from the summed moments, all on the device.
+
+        Of one row, or of a layer that is dead, R and its gradient are 0: there is no spread to shape.
+        """
+        size = int(flat.numel() ** 0.5)
+        moments = flat.view(size, size) / flat[-1]
+        mean_D = moments[-1, :-1]
+        covariance = moments[:-1, :-1] - torch.outer(mean_D, mean_D)
+        alive = covariance.trace() > 0
+        covariance = torch.where(
+            alive, covariance, torch.eye(size - 1, dtype=flat.dtype, device=flat.device)
+        ).requires_grad_()
+        with torch.enable_grad():
+            value = self.measure(covariance)
+            (matrix,) = torch.autograd.grad(value, covariance)
+        none = torch.zeros_like(value)
+        return (
+            torch.where(alive, value.detach(), none),
+            mean_D,
+            torch.where(alive, matrix + matrix.T, none) / 2,
+            flat[-1],
+        )
+
+    def extra(self) -> Tensor | float:
+        """See `Objective.extra`."""
+        return self.strength * sum(self._terms)
+
+    def value(self) -> Tensor | float:
+        """See `Objective.value`."""
+        return self._value
+
+
+def _units(layer: Layer) -> int:
+    return layer.output[-1 if layer.channels_last else 1]
+
+
+def _rows(layer: Layer, output: Tensor) -> Tensor:
+    """[rows, D] of a layer's output."""
+    return (output if layer.channels_last else output.movedim(1, -1)).flatten(0, -2)

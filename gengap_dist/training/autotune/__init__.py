@@ -1,0 +1,1 @@
+"""What is chosen by measuring this machine: micro-batches and memory format."""

@@ -1,0 +1,67 @@
+"""Measure networks without training them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gengap_dist.compat.float32_precision import training_float32
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.distributed.process_group import World
+from gengap_dist.parallel.out_of_memory import explained
+from gengap_dist.probes.weights import flat
+from gengap_dist.runs import checkpoint
+from gengap_dist.runs.run_folder import FINISHED, NoRecord, Record
+from gengap_dist.training.algorithms.update_bn import untrained
+from gengap_dist.training.observer import Observation, Observer
+from gengap_dist.training.setup import build_model, load_data
+
+
+def probe(
+    config: RunConfig, world: World, networks: Sequence[tuple[int, Path, dict[str, Tensor] | None]], out: Path | None
+) -> list[tuple[int, Observation]]:
+    """Measure networks on the config's probe set without training, controls included. Collective.
+
+    Args:
+        config: data, model and probe.
+        world: the ranks.
+        networks: optimizer steps behind the weights, the file they are from, and the weights; None: untrained.
+        out: folder for a record like a run's, or None.
+
+    Raises:
+        UsageError: if the config does not fit the data or the model, or the weights do not fit the model.
+    """
+    with training_float32(world.device, tf32=config.train.tf32), explained(world):
+        splits = load_data(config, world, lambda done, total, note: None)
+        model = build_model(config, splits, world)
+        train_set = datasets.placed(splits, config.data, world.device).train
+        normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
+        batches = Batches(train_set, normalise, config.data, config.seed)
+        observer = Observer(config, train_set, normalise, flat(model), world)
+        record = Record(out) if out and world.rank == 0 else NoRecord()
+        found = []
+        for number, (step, path, state) in enumerate(networks):
+            if state is not None:
+                checkpoint.restore(model, state, path)
+            if number == 0:
+                facts = {
+                    "data": datasets.summary(splits, config.data) if world.rank == 0 else None,
+                    "world_size": world.size,
+                    "device": str(world.device.type),
+                    "launcher": "probe",
+                    "num_parameters": sum(p.numel() for p in model.parameters()),
+                    "num_steps": networks[-1][0],
+                    "num_probe_samples": observer.num_samples,
+                }
+                record.start(config, facts)
+                record.resume(0, 0.0, {})
+            shown = model if state is not None else untrained(model, batches, world, config.batch.ghost_size)
+            found.append((step, observer(shown, controls=True)))
+            for probe_set, spectra in found[-1][1].spectra.items():
+                record.spectra(step, spectra, probe_set)
+            record.log(step, 0.0, found[-1][1].metrics)
+        record.finish(FINISHED, {"num_steps": networks[-1][0]})
+        return found

@@ -71,7 +71,10 @@ BASE: Settings = {
     "probe__per_decade": None,
 }
 OFF: Settings = {"probe__enabled": False}
-SMALL: Settings = {"model__name": "tests.recipes.test_law:small", "batch__ghost_size": 10}  # batch norm, dropout
+SMALL: Settings = {
+    "model__name": "tests.training.algorithms.test_world_size_law:small",
+    "batch__ghost_size": 10,
+}  # batch norm, dropout
 LENET: Settings = {"model__name": "lenet5", "data__image_size": 32}
 SYNC: Settings = SMALL | {"model__norm": "sync", "batch__ghost_size": None, "batch__micro_size": 64}
 RAGGED: Settings = {"batch__global_size": 50, "train__steps": 32}  # an epoch is 28 steps, the last of 15 images

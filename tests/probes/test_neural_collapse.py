@@ -10,7 +10,7 @@ from torch import nn
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.neural_collapse import _whiten, nc1
-from tests.probes.test_sharpness import Fussy, dealt, left_as_found, refusal
+from tests.probes.test_hessian import Fussy, dealt, left_as_found, refusal
 from tests.ranks import on_ranks
 
 SIZES = (7, 16, 1, 9, 4)

@@ -16,8 +16,8 @@ from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies import STRATEGIES
 from gengap_dist.parallel.strategies.fsdp import FSDP, units
 from tests.conftest import config
+from tests.parallel.strategies import jobs
 from tests.ranks import Crew, on_ranks, standing
-from tests.strategies import jobs
 
 NEEDS = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 SHARED = [pytest.param(name, marks=NEEDS) if "zero" in name else name for name in STRATEGIES if name != "single"]
@@ -106,7 +106,7 @@ def test_batch_norm(crews, alone, name):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_frozen_weights_stay(crews, alone, name):
-    settings = {"model__name": "tests.strategies.jobs:half_frozen", "batch__global_size": 30}
+    settings = {"model__name": "tests.parallel.strategies.jobs:half_frozen", "batch__global_size": 30}
     answers = crews[2](jobs.trained, name, settings, 3, True)
     agree(answers, alone(settings, 3), 1e-5)
     start = alone(settings, 0)["model"]

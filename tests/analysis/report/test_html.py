@@ -13,8 +13,8 @@ import pytest
 from gengap_dist.analysis.report.html import write_report
 from gengap_dist.analysis.report.plotting import THEME
 from gengap_dist.analysis.study_data import read_study
+from tests.analysis.report.folders import ARMS, TUNED, write_run, write_study
 from tests.browser import NEEDS_CHROMIUM, page, pictures
-from tests.report.folders import ARMS, TUNED, write_run, write_study
 
 ALL = ["gap", "accuracy", "updates_to_target", "explanations", "gap_against_explanations", "near_rank_change",
        "near_rank_loss_rel", "effective_rank", "spectra", "curves"]  # fmt: skip

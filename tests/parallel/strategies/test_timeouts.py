@@ -11,9 +11,9 @@ from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.launchers.local import _environment as environment
 from tests import fake_cuda
+from tests.parallel.strategies import jobs
+from tests.parallel.strategies.test_contract import NEEDS, SHARED
 from tests.ranks import Crew, standing
-from tests.strategies import jobs
-from tests.strategies.test_contract import NEEDS, SHARED
 
 LIMIT = timedelta(seconds=123)
 SETTINGS = {"model__name": "mlp", "launch__timeout_seconds": 123}

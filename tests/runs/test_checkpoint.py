@@ -77,7 +77,7 @@ def test_every_flipped_byte_is_noticed(tmp_path):
 SAVE_UNDER_A_LIMIT = """
 import resource, signal, sys
 from pathlib import Path
-from tests.test_checkpoint import save
+from tests.runs.test_checkpoint import save
 limit, action = int(sys.argv[1]), sys.argv[2]
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL if action == "kill" else signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -172,7 +172,7 @@ def test_a_full_disk_does_not_stop_the_run(tmp_path):
         "from pathlib import Path\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))\n"
         "from tests.conftest import train\n"
-        "from tests.test_resume import SETTINGS\n"
+        "from tests.training.test_resume import SETTINGS\n"
         "train(Path(sys.argv[1]), **SETTINGS)\n"
     )
     out = tmp_path / "run"

@@ -3,7 +3,7 @@ import pytest
 
 from gengap_dist.analysis.critical_batch import fit_curve, target_of
 from gengap_dist.analysis.results import Run
-from tests.comparison.test_verdict import BASE
+from tests.analysis.test_claims import BASE
 
 
 def run(arm: str, seed: int, size: int, updates: int | None, status: str = "finished", **more) -> Run:

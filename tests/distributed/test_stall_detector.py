@@ -103,7 +103,11 @@ class Slow(torch.nn.Module):
 def run_with_a_slow_rank(world, out):
     from gengap_dist.training.trainer import run
 
-    settings = {"model__name": "tests.test_watchdog:Slow", "train__steps": 10, "probe__enabled": False}
+    settings = {
+        "model__name": "tests.distributed.test_stall_detector:Slow",
+        "train__steps": 10,
+        "probe__enabled": False,
+    }
     return run(config(**settings), out, world=world)
 
 

@@ -101,7 +101,7 @@ def test_a_profiled_run_is_the_same_run(tmp_path, pools, size, more):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_the_slow_rank_is_named(tmp_path, pools, strategy):
     prepare_folder(tmp_path / "run", "run.json", resume=False)
-    more = {"model__name": "tests.test_profile:slow", "train__steps": 6, "launch__strategy": strategy}
+    more = {"model__name": "tests.training.test_profiler:slow", "train__steps": 6, "launch__strategy": strategy}
     pools[2].run(config(**SHORT | more), tmp_path / "run", resume=False, progress=lambda *_: None)
     text = said(tmp_path / "run")
     assert re.search(r"^rank 1 computes \d\.\d\dx as long as the mean of all ranks, most of it in forward", text, re.M)

@@ -12,7 +12,7 @@ from gengap_dist.analysis.report.figure_list import STUDY_FIGURES
 from gengap_dist.analysis.report.plotting import Picture
 from gengap_dist.analysis.results import Comparison, Correlation, Target
 from gengap_dist.analysis.study_data import StudyData, read_study
-from tests.report.folders import ARMS, accuracy, write_study
+from tests.analysis.report.folders import ARMS, accuracy, write_study
 
 NOTHING = Comparison("sb8", {}, [], None, [], [])
 

@@ -28,8 +28,8 @@ from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.training.algorithms import course_of
 from gengap_dist.training.checks import check_switches
 from tests.conftest import config, cut_after, train
+from tests.parallel.strategies import jobs
 from tests.ranks import Crew, standing
-from tests.strategies import jobs
 
 EXACT = {"train__dtype": "float64"}  # rounding is told from all else best where it is small
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -509,7 +509,7 @@ def test_a_run_is_deterministic_from_end_to_end(tmp_path):
     before = state()
     for on in (True, False):
         Asked.said.clear()
-        settings = {"model__name": "tests.strategies.test_switches:asked", "probe__enabled": False, "train__steps": 2}
+        settings = {"model__name": "tests.parallel.test_execution:asked", "probe__enabled": False, "train__steps": 2}
         train(tmp_path / str(on), train__deterministic=on, **settings)
         assert set(Asked.said) == {on}
         assert state() == before

@@ -57,7 +57,7 @@ def all_convolutional(num_classes: int, in_channels: int) -> nn.Module:
 
 def test_a_rival_that_does_not_fit_the_model_is_left_out_and_training_goes_on(tmp_path):
     with pytest.warns(UserWarning, match="neural_collapse is left out: NC1 needs a network that ends in an nn.Linear"):
-        train(tmp_path / "run", **SHORT, model__name="tests.test_observe:all_convolutional")
+        train(tmp_path / "run", **SHORT, model__name="tests.training.test_observer:all_convolutional")
     lines = list(read_metrics(tmp_path / "run"))
     assert not any("nc1" in line for line in lines)
     assert "distance_from_init" in lines[-1]

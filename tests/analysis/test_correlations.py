@@ -4,7 +4,7 @@ from scipy import stats
 
 from gengap_dist.analysis.correlations import correlations
 from gengap_dist.analysis.results import Correlation, Run
-from tests.comparison.test_verdict import BASE
+from tests.analysis.test_claims import BASE
 
 
 def runs_of(values: np.ndarray, lost: np.ndarray, updates: np.ndarray, name: str = "effective_rank/fc") -> list[Run]:

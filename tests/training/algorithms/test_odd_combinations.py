@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gengap_dist.runs.run_folder import read_info
 from tests.conftest import cut_after, weights
-from tests.recipes.test_law import BASE, SYNC, crews, curves, train  # noqa: F401
+from tests.training.algorithms.test_world_size_law import BASE, SYNC, crews, curves, train  # noqa: F401
 
 
 class Shared(nn.Module):

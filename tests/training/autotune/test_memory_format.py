@@ -7,7 +7,7 @@ import pytest
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.training.autotune.cache import micro_sizes_path
 from tests.conftest import cut_after, train
-from tests.planning.test_micro_size import go, timeless
+from tests.training.autotune.test_micro_batch import go, timeless
 
 AUTO = {"train__channels_last": "auto", "batch__global_size": 96, "train__steps": 4, "probe__num_samples": 64}
 

@@ -66,7 +66,7 @@ def probes(console: Console) -> None:
     for title, (model, global_size, steps) in runs.items():
         for budget in (0.05, None):
             given = {"model.name": model, "batch.global_size": global_size, "train.steps": steps}
-            given |= {"probe.budget": budget, "mlflow.enabled": False}
+            given |= {"probe.max_time_fraction": budget, "mlflow.enabled": False}
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "run"
                 prepare_folder(out, "run.json", resume=False)
@@ -74,7 +74,7 @@ def probes(console: Console) -> None:
                 measured = sum("nc1" in line for line in read_metrics(out))
                 seconds = read_info(out)["seconds"]
             console.print(
-                f"{title}, {steps} steps, probe.budget={budget}: {measured} measurements took "
+                f"{title}, {steps} steps, probe.max_time_fraction={budget}: {measured} measurements took "
                 f"{result['probe_seconds']:.2f} of {seconds:.1f} s, {result['probe_seconds'] / seconds:.1%}; "
                 f"left out {len(result['probe_left_out'])}"
             )
@@ -91,7 +91,7 @@ def one(launcher: str, out: Path) -> float:
     """Milliseconds a step under a launcher: the median over blocks but the first ten, when Ray still starts up."""
     python = [sys.executable, "-m"]
     torchrun = [*python, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gengap_dist.train"]
-    ray = [*python, "gengap_dist.train", "--launch.backend", "ray", "--launch.num_processes", "2"]
+    ray = [*python, "gengap_dist.train", "--launch.launcher", "ray", "--launch.num_processes", "2"]
     command = [*(torchrun if launcher == "torchrun" else ray), *RUN, "--out", str(out)]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     clock = {line["step"]: line["seconds"] for line in read_metrics(out)}

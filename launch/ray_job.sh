@@ -49,4 +49,4 @@ PYTHON
   --address "${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}" \
   --working-dir . --runtime-env "$runtime_env" \
   -- python -m gengap_dist.train --config "$config" --out "$out" --resume \
-  --launch.backend ray --launch.num_processes "${NUM_PROCESSES:-2}" "$@"
+  --launch.launcher ray --launch.num_processes "${NUM_PROCESSES:-2}" "$@"

@@ -52,7 +52,7 @@ def real_data() -> Path:
 def config(**settings: object) -> RunConfig:
     """A run config; `config(batch__global_size=8)`, without MLflow, measuring whatever the clock says."""
     given = {key.replace("__", "."): value for key, value in settings.items()}
-    return validate(RunConfig, nested({"mlflow.enabled": False, "probe.budget": None} | given))
+    return validate(RunConfig, nested({"mlflow.enabled": False, "probe.max_time_fraction": None} | given))
 
 
 def train(out: Path, *, resume: bool = False, **settings: object) -> dict[str, object]:

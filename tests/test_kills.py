@@ -98,7 +98,7 @@ def check_uninterrupted(killed: Path, whole: Path, uri: str) -> None:
 def test_ray_ranks_killed_at_random_moments(cluster, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    on_ray = [*WORDS, "--launch.backend", "ray", "--launch.num_processes", "2"]
+    on_ray = [*WORDS, "--launch.launcher", "ray", "--launch.num_processes", "2"]
     assert cluster.train(*on_ray, "--mlflow.enabled", "false", "--out", whole, cwd=tmp_path).returncode == 0
 
     env = cluster.env | {"RAY_ADDRESS": cluster.address, "MLFLOW_TRACKING_URI": store}

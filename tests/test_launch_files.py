@@ -150,7 +150,7 @@ def test_scripts_say_how_they_are_used(script):
 )
 def test_scripts_speak_to_train(recorded, script, env, backend):
     config = check_train(recorded(script, *SETTINGS, **env)["words"])
-    assert config.launch.backend == backend
+    assert config.launch.launcher == backend
     assert config.optim.lr == 0.125
     if backend == "ray":
         assert config.launch.num_processes == {"launch/ray_job.sh": 3, "launch/slurm/ray.sbatch": 8}[script]
@@ -369,7 +369,7 @@ def test_the_ray_job_is_a_run():
     job = load(ROOT / "launch/kuberay/rayjob.yaml")["spec"]
     words = job["entrypoint"].split()
     config = check_train(words)
-    assert config.launch.backend == "ray"
+    assert config.launch.launcher == "ray"
     assert words[words.index("--out") + 1].startswith("/runs/")
     (ranks,) = job["rayClusterSpec"]["workerGroupSpecs"]
     assert config.launch.num_processes <= ranks["minReplicas"]
@@ -430,7 +430,7 @@ def test_compose_trains_on_its_cluster():
     services = load(COMPOSE)["services"]
     words = services["train"]["command"].split()
     config = check_train(words)
-    assert config.launch.backend == "ray"
+    assert config.launch.launcher == "ray"
     assert words[words.index("--out") + 1].startswith("/runs/")
     for service in ("ray-head", "ray-worker", "train"):
         assert services[service]["volumes"] == ["runs:/runs"]

@@ -198,7 +198,12 @@ def test_a_node_is_killed_and_the_other_goes_on_alone(hosts, gate, whole):
 
 
 def test_the_link_is_cut_and_the_run_is_started_again(hosts, gate, whole):
-    limits = ["--launch.timeout_seconds", 12, "--launch.hang_seconds", 6]  # at 4 the far word is on the edge of silence
+    limits = [
+        "--launch.timeout_seconds",
+        12,
+        "--launch.stall_report_seconds",
+        6,
+    ]  # at 4 the far word is on the edge of silence
     agents = torchrun(hosts, gate, *limits, nnodes="2", max_restarts=0)
     until(lambda: len([*gate.glob("at_gate.*")]) == 2, *agents)
     hosts[1].link("down")
@@ -245,7 +250,7 @@ def ray_nodes(hosts):
 
 
 def test_a_node_of_a_ray_cluster_dies(hosts, ray_nodes, gate, whole):
-    words = ["--launch.backend", "ray", "--launch.max_processes", 2, "--launch.placement", "SPREAD"]
+    words = ["--launch.launcher", "ray", "--launch.max_processes", 2, "--launch.placement", "SPREAD"]
     words += ["--launch.ray_address", ray_nodes, "--launch.timeout_seconds", 30, "--out", gate / "run"]
     command = [sys.executable, "-m", "gengap_dist.train", *WORDS, *words]
     driver = hosts[0].start(*command, log=gate / "driver.log", **RAY)

@@ -63,7 +63,7 @@ GHOST: Settings = {**MLP, "batch.ghost_size": 16}
 SMALL_RESNET: Settings = {"model.name": "resnet20", "data.image_size": 16}
 ADAMW: Settings = {"optim.name": "adamw", "optim.lr": 1e-3, "optim.weight_decay": 0.1}
 EVERY_DIAGNOSTIC: Settings = {
-    "probe.rivals": ["noise_scale", "norms", "weights", "neural_collapse", "hessian", "keskar"]
+    "probe.diagnostics": ["noise_scale", "norms", "weights", "neural_collapse", "hessian", "keskar"]
 }
 IN_FLOAT32: Settings = {"train.autocast": None}
 SINGLE: Settings = {"launch.strategy": "single"}
@@ -102,31 +102,33 @@ CHECKS: dict[str, Check] = {
     "AdamW, clipped, float64": _in_float64({**ADAMW, "optim.clip_norm": 0.5}),
     "LARS, float64": _in_float64({"optim.name": "lars", "optim.lr": 2.0, "optim.weight_decay": 1e-3}, needs="timm"),
     "LAMB, float64": _in_float64({"optim.name": "lamb", "optim.lr": 0.01}, needs="timm"),
-    "label smoothing, float64": _in_float64({**NO_PROBE, "recipe.label_smoothing": 0.1}),
-    "SAM, float64": _in_float64({**NO_PROBE, **GHOST, "recipe.sam_rho": 0.05}),
+    "label smoothing, float64": _in_float64({**NO_PROBE, "algorithm.label_smoothing": 0.1}),
+    "SAM, float64": _in_float64({**NO_PROBE, **GHOST, "algorithm.sam_rho": 0.05}),
     "gradient penalty, float64": _in_float64(
-        {**NO_PROBE, "recipe.gradient_penalty": 0.05, "recipe.penalty_size": 16}, tolerance=1e-6
+        {**NO_PROBE, "algorithm.gradient_penalty": 0.05, "algorithm.penalty_size": 16}, tolerance=1e-6
     ),
-    "rank penalty, logdet, float64": _in_float64({**NO_PROBE, "recipe.rank_penalty": 0.02}, tolerance=1e-6),
+    "rank penalty, logdet, float64": _in_float64({**NO_PROBE, "algorithm.rank_penalty": 0.02}, tolerance=1e-6),
     "rank penalty, spread, bfloat16": _rounded(
-        {"recipe.rank_penalty": 0.02, "recipe.rank_measure": "spread", "train.autocast": "bfloat16"}, 1e-1, IN_FLOAT32
+        {"algorithm.rank_penalty": 0.02, "algorithm.rank_measure": "spread", "train.autocast": "bfloat16"},
+        1e-1,
+        IN_FLOAT32,
     ),
-    "EMA, float64": _in_float64({**GHOST, "recipe.average": "ema"}),
-    "SWA, float64": _in_float64({**GHOST, "recipe.average": "swa", "recipe.average_start": 0.25}),
+    "EMA, float64": _in_float64({**GHOST, "algorithm.weight_averaging": "ema"}),
+    "SWA, float64": _in_float64({**GHOST, "algorithm.weight_averaging": "swa", "algorithm.average_start": 0.25}),
     "post-local SGD, float64": _in_float64(
         {
             **NO_PROBE,
-            "recipe.local": "post_local_sgd",
-            "recipe.workers": 2,
-            "recipe.local_steps": 1,
-            "recipe.local_start": 0.25,
+            "algorithm.local_sgd": "post_local_sgd",
+            "algorithm.workers": 2,
+            "algorithm.local_steps": 1,
+            "algorithm.local_start": 0.25,
         }
     ),
     "SWAP, float64": _in_float64(
-        {**NO_PROBE, **GHOST, "recipe.local": "swap", "recipe.workers": 2, "recipe.local_start": 0.25}
+        {**NO_PROBE, **GHOST, "algorithm.local_sgd": "swap", "algorithm.workers": 2, "algorithm.local_start": 0.25}
     ),
     "recompute, float64": _in_float64(
-        {**NO_PROBE, **SMALL_RESNET, "batch.ghost_size": 32, "train.recompute": True}, seconds=20.0
+        {**NO_PROBE, **SMALL_RESNET, "batch.ghost_size": 32, "train.activation_checkpointing": True}, seconds=20.0
     ),
     "channels_last": Check({"train.channels_last": True}),
     "micro_size=auto, channels_last=auto": Check(
@@ -137,7 +139,7 @@ CHECKS: dict[str, Check] = {
     "bfloat16": _rounded({"train.autocast": "bfloat16"}, 5e-2, IN_FLOAT32),
     "float16": _rounded({"train.autocast": "float16"}, 2e-2, IN_FLOAT32),
     "float16, SAM, clipped": _rounded(
-        {"train.autocast": "float16", "recipe.sam_rho": 0.05, "optim.clip_norm": 1.0}, 2e-2, IN_FLOAT32
+        {"train.autocast": "float16", "algorithm.sam_rho": 0.05, "optim.clip_norm": 1.0}, 2e-2, IN_FLOAT32
     ),
     "TF32": _rounded({"train.tf32": True}, 2e-2, {"train.tf32": False}),
     "FSDP, float64": _in_float64({"launch.strategy": "fsdp"}, twin=SINGLE, seconds=10.0),

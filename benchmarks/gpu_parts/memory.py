@@ -38,7 +38,11 @@ PEAKS: dict[str, Settings] = {
     "LeNet-5, 128, with a probe": {**LENET5, "batch.micro_size": 128, "probe.enabled": True},
     "ResNet-56, 256": {"model.name": "resnet56", "batch.micro_size": 256},
     "ResNet-56, 256, bfloat16": {"model.name": "resnet56", "batch.micro_size": 256, "train.autocast": "bfloat16"},
-    "ResNet-56, 256, recompute": {"model.name": "resnet56", "batch.micro_size": 256, "train.recompute": True},
+    "ResNet-56, 256, recompute": {
+        "model.name": "resnet56",
+        "batch.micro_size": 256,
+        "train.activation_checkpointing": True,
+    },
     "VGG-16, 256": {"model.name": "vgg16", "batch.micro_size": 256},
     "VGG-16, 256, AdamW": {"model.name": "vgg16", "batch.micro_size": 256, "optim.name": "adamw", "optim.lr": 1e-3},
 }

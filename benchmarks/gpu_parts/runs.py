@@ -26,7 +26,7 @@ SHORT: Settings = {  # digits, which ship with the package
     "train.num_evals": 1,
     "probe.num_samples": 128,
     "probe.per_decade": None,
-    "probe.budget": None,
+    "probe.max_time_fraction": None,
     "checkpoint.every_seconds": 1e9,
 }
 NO_PROBE: Settings = {"probe.enabled": False}

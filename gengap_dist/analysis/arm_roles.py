@@ -1,7 +1,7 @@
 """What an arm is to the baseline: only a larger batch, a scaled rate, longer training, or a penalty on rank.
 
 Told by settings, not by names: those of two arms are first brought to what they amount to at the arm's own batch, so
-that `optim.scaling=sqrt` at optim.base_size is no scaling, and train.budget=updates is a number of epochs.
+that `optim.scaling=sqrt` at optim.base_size is no scaling, and train.length_unit=updates is a number of epochs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ SAME = 0.02  # epochs and updates that differ by less are the same: the last ste
 RATE = {"optim.lr", "optim.warmup_epochs"}
 LENGTH = {"train.epochs", "train.steps", "train.num_evals"}
 NORM = {"model.norm", "batch.ghost_size"}
-RANK = {"recipe.rank_penalty", "recipe.rank_measure", "recipe.rank_layers"}
+RANK = {"algorithm.rank_penalty", "algorithm.rank_measure", "algorithm.rank_layers"}
 
 
 class Arm(NamedTuple):
@@ -61,11 +61,11 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
         return found
     base = arms[baseline]
     for arm in arms.values():
-        if arm.settings.get("recipe.rank_penalty") is not None:
+        if arm.settings.get("algorithm.rank_penalty") is not None:
             twins = [
                 twin
                 for twin in arms.values()
-                if twin.settings.get("recipe.rank_penalty") is None
+                if twin.settings.get("algorithm.rank_penalty") is None
                 and twin.global_size == arm.global_size
                 and differing(arm.settings, twin.settings) <= RANK
             ]
@@ -98,7 +98,7 @@ def without_rate(arm: Arm, arms: Sequence[Arm], base: Arm) -> Arm | None:
 
 def without_length(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     """The arm of the same batch that differs in its length only, and is shorter; None if there is none."""
-    allowed = LENGTH | {"optim.warmup_epochs"}  # which train.budget=updates makes longer, too
+    allowed = LENGTH | {"optim.warmup_epochs"}  # which train.length_unit=updates makes longer, too
     twins = (
         twin
         for twin in arms

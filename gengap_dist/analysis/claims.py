@@ -263,7 +263,7 @@ def _of_penalty(less: Contrast, gain: Contrast, growth: float, lost: float) -> t
 
 def _penalised_layers(arm: Arm) -> Sequence[str]:
     """Layers that an arm's penalty holds for; none for all."""
-    layers = arm.settings.get("recipe.rank_layers")
+    layers = arm.settings.get("algorithm.rank_layers")
     named = [str(layer) for layer in layers] if isinstance(layers, list | tuple) else []
     return [] if any(layer == "auto" or "*" in layer for layer in named) else named
 

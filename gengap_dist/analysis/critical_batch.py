@@ -32,8 +32,8 @@ def target_of(runs: Sequence[Run], baseline: str) -> Target | None:
     sizes = {run.arm: run.global_size for run in done}
     fastest: dict[int, str] = {}
     for arm, by_seed in updates.items():
-        rival = fastest.get(sizes[arm])
-        if arm not in missed and (rival is None or _mean(by_seed) < _mean(updates[rival])):
+        diagnostic = fastest.get(sizes[arm])
+        if arm not in missed and (diagnostic is None or _mean(by_seed) < _mean(updates[diagnostic])):
             fastest[sizes[arm]] = arm
     points = [(size, steps) for size, arm in fastest.items() for steps in updates[arm].values() if steps > 0]
     enough = len({size for size, _ in points}) > 2

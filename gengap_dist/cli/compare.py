@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, guarded
+from gengap_dist.cli.options import Parser
 from gengap_dist.errors import UsageError, did_you_mean
 
 PROG = "gengap compare"
@@ -48,9 +49,7 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Any = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run or study, runs:/ID or experiments:/NAME of MLflow")
     add("--baseline", metavar="ARM", help="arm that the others are compared with; by default of the smallest batch")

@@ -3,7 +3,7 @@
 Examples:
   gengap doctor                                        for the default run: LeNet-5 on digits, MLflow in a file
   gengap doctor --config configs/lenet5_fashionmnist.yaml --data.root DIR
-  gengap doctor --launch.backend ray --launch.ray_address head:6379 --launch.strategy zero2 --json
+  gengap doctor --launch.launcher ray --launch.ray_address head:6379 --launch.strategy zero2 --json
 
 Exit code: 0 all is well, or only what this config does not need is missing; 1 something it needs is broken; 2 usage.
 """

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import AliasChoices, Field, PositiveInt
 from pydantic_settings import BaseSettings, CliDualFlag, CliSettingsSource, CliToggleFlag, SettingsConfigDict
 
-from gengap_dist.config.loading import field_names, validate
+from gengap_dist.config.loading import field_names, renamed, validate
 from gengap_dist.config.sections import RunConfig, Section
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.errors import UsageError, did_you_mean
@@ -92,15 +92,24 @@ class DoctorSettings(Flags, RunConfig, DoctorOptions, BaseSettings):  # pyright:
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse that raises instead of exiting, and names the nearest option for an unknown one."""
 
-    known: Sequence[str] = ()
+    settings: Sequence[str] = ()
+    """Names of settings that are options, too."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise what is wrong as one sentence.
+
+        Raises:
+            UsageError: always.
+        """
         if message.startswith("unrecognized arguments: "):
             name = message.split()[2].split("=")[0]
-            message = f"{name} is no setting{did_you_mean(name, [f'--{k}' for k in self.known])}: see --help for all"
+            if new := renamed(name.removeprefix("--")):
+                raise UsageError(f"{name} is called --{new} now: use that name")
+            known = [*self._option_string_actions, *(f"--{setting}" for setting in self.settings)]
+            message = f"{name} is not a setting{did_you_mean(name, known)}: see --help for all"
         raise UsageError(message)
 
 
@@ -113,14 +122,14 @@ def parse(
         UsageError: for an unknown option, or one without its value.
     """
     width = min(120, max(80, os.get_terminal_size().columns if sys.stdout.isatty() else 100))
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description=description,
         usage=f"{prog} [--config FILE]... [--option VALUE]... [--section.setting VALUE]...",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=width),
     )
-    parser.known = [*field_names(settings)]
+    parser.settings = [*field_names(settings)]
     source = CliSettingsSource[Any](
         settings, root_parser=parser, cli_parse_none_str="null", cli_hide_none_type=True, cli_avoid_json=True
     )

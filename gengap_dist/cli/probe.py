@@ -1,10 +1,10 @@
-"""Measure the near-rank loss of a network's layers, and its rivals, on a fixed set of training images; trains nothing.
+"""Measure the near-rank loss of a network's layers, and other diagnostics, on a fixed set of training images.
 
 Examples:
   gengap probe --model lenet5                             an untrained LeNet-5 on digits
   gengap probe --model runs/lb4096                        a run's last weights, on the run's own data and probe set,
                                                           beside its untrained network
-  gengap probe --model runs/lb4096@best --rivals hessian keskar --out probes/lb4096
+  gengap probe --model runs/lb4096@best --diagnostics hessian keskar --out probes/lb4096
   gengap probe --model torchvision:vgg16 --data cifar10 --data_root DIR --views flatten --num_samples 128 256 512 1024
   gengap probe --model timm:resnet18 --weights resnet18.pt --layers auto 'layer*.*' --out probes/mine --mlflow
   torchrun --nproc_per_node 2 -m gengap_dist probe --model my.module:make
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gengap_dist.cli.exit_codes import OK, guarded
+from gengap_dist.cli.options import Parser
 from gengap_dist.config.loading import load_yaml, merge, nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # torch is slow to import, and --help does not need it
     Network = tuple[int, Path, dict[str, Tensor] | None]
 
 PROG = "gengap probe"
-RIVALS = ("norms", "weights", "neural_collapse", "hessian", "keskar")
+DIAGNOSTICS = ("norms", "weights", "neural_collapse", "hessian", "keskar")
 
 
 def command(argv: Sequence[str]) -> int:
@@ -130,7 +131,7 @@ def _of_file(weights: Path | None) -> "list[Network]":
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
@@ -149,7 +150,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--views", nargs="+", help="channel, token, pool, flatten: how an activation becomes a matrix")
     add("--method", help="gram (default) or tsqr (slower, lower floor)")
     add("--memory_mib", type=int, help="most memory that the probe may take on a rank (default 512)")
-    add("--rivals", nargs="*", choices=RIVALS, help="what else to measure (default: norms weights neural_collapse)")
+    add(
+        "--diagnostics",
+        nargs="*",
+        choices=DIAGNOSTICS,
+        help="what else to measure (default: norms weights neural_collapse)",
+    )
     add("--seed", type=int, help="seed of an untrained network's weights")
     add("--dtype", help="float32 (default) or float64")
     add("--out", help="folder for spectra (npz), figures and a page; must be new or empty")
@@ -169,7 +175,7 @@ def _config(options: argparse.Namespace, base: dict[str, Any]) -> RunConfig:
         "probe.views": options.views,
         "probe.method": options.method,
         "probe.memory_mib": options.memory_mib,
-        "probe.rivals": options.rivals,
+        "probe.diagnostics": options.diagnostics,
         "seed": options.seed,
         "train.dtype": options.dtype,
     }

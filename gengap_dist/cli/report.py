@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, guarded
+from gengap_dist.cli.options import Parser
 from gengap_dist.errors import UsageError
 
 PROG = "gengap report"
@@ -20,7 +21,7 @@ def command(argv: Sequence[str]) -> int:
     """`[draw] DIR` or `sync DIR`."""
     words = list(argv)
     action = words.pop(0) if words[:1] in (["draw"], ["sync"]) else "draw"
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=f"{PROG} [sync] DIR"
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a run or of a study")

@@ -112,8 +112,9 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
         console.print(table)
     if left_out := result.get("probe_left_out"):
         console.print(
-            f"probe.budget ({run.info['config']['probe']['budget']:.0%} of the run's time) left out {len(left_out)} "
-            f"measurement(s), at steps {', '.join(map(str, left_out))}; probe.budget=null takes them all",
+            f"probe.max_time_fraction ({run.info['config']['probe']['max_time_fraction']:.0%}) left out "
+            f"{len(left_out)} measurement(s), at steps {', '.join(map(str, left_out))}; "
+            "probe.max_time_fraction=null takes them all",
             highlight=False,
         )
     console.print(f"run     {out}\nreport  {page}", highlight=False, soft_wrap=True)
@@ -154,7 +155,7 @@ def layer_table(run: RunData) -> Table | None:
 
 
 def print_observation(found: "Observation", untrained: "Observation | None", title: str) -> None:
-    """One row per layer and view, with a bar for the near-rank loss; then the controls and the rivals."""
+    """One row per layer and view, with a bar for the near-rank loss; then the controls and the diagnostics."""
     before = {s.key: s.measures() for s in untrained.spectra[""]} if untrained else {}
     table = Table(title=f"{title}: near-rank loss" + (" (untrained -> now)" if before else ""), title_justify="left")
     heads = ("layer", "N", "D", "dead", "below 0.01 s1", "", "below 0.01", "effective rank", "s max", "floor")

@@ -11,7 +11,7 @@ from gengap_dist.config.sections import RunConfig
 
 MACHINERY = (
     "launch.", "mlflow.", "checkpoint.", "batch.micro_size", "data.root", "data.download", "data.memory_gib",
-    "data.workers", "data.device", "train.compile", "train.recompute", "train.channels_last", "profile",
+    "data.workers", "data.device", "train.compile", "train.activation_checkpointing", "train.channels_last", "profile",
 )  # fmt: skip
 """Settings that say how and where a run is computed, not what it computes: they may change when it is resumed."""
 
@@ -33,10 +33,10 @@ def differences(before: Mapping[str, Any], after: BaseModel) -> str:
 
 
 BESIDES = (*MACHINERY, "study.", "seed", "batch.global_size", "probe.", "train.num_evals", "train.log_every")
-"""Settings that are no part of a recipe: the batch itself, the seed, and what only looks at the run."""
+"""Settings that are no part of a treatment: the batch itself, the seed, and what only looks at the run."""
 
 
-def recipe(settings: Mapping[str, object], baseline: Mapping[str, object]) -> str:
+def treatment(settings: Mapping[str, object], baseline: Mapping[str, object]) -> str:
     """What an arm changes besides the batch, as `setting=value` words; "plain" if nothing.
 
     `optim.base_size` is left out where it is the baseline's batch: it says from where the rate is scaled, as it should.
@@ -46,9 +46,9 @@ def recipe(settings: Mapping[str, object], baseline: Mapping[str, object]) -> st
         baseline: the baseline's.
 
     >>> baseline = {"batch.global_size": 32, "optim.scaling": "none", "optim.base_size": None, "data.augment": []}
-    >>> recipe(baseline | {"batch.global_size": 256, "probe.every": 5}, baseline)
+    >>> treatment(baseline | {"batch.global_size": 256, "probe.every": 5}, baseline)
     'plain'
-    >>> recipe(baseline | {"optim.scaling": "sqrt", "optim.base_size": 32, "data.augment": ["flip"]}, baseline)
+    >>> treatment(baseline | {"optim.scaling": "sqrt", "optim.base_size": 32, "data.augment": ["flip"]}, baseline)
     'data.augment=["flip"] optim.scaling=sqrt'
     """
     names = sorted(
@@ -74,14 +74,14 @@ def effective(settings: Settings) -> dict[str, object]:
     >>> scaled = {"batch.global_size": 512, "optim.scaling": "sqrt", "optim.base_size": 128, "optim.lr": 0.1}
     >>> effective(scaled)
     {'optim.lr': 0.2}
-    >>> effective(scaled | {"optim.scaling": "none", "train.budget": "updates", "train.epochs": 3})
+    >>> effective(scaled | {"optim.scaling": "none", "train.length_unit": "updates", "train.epochs": 3})
     {'optim.lr': 0.1, 'train.epochs': 12.0}
     >>> effective({"batch.global_size": 128, "batch.ghost_size": 128, "model.norm": "ghost"})  # one group is the batch
     {'batch.ghost_size': None, 'model.norm': 'sync'}
     """
     out = dict(settings)
     size, scaling = out.pop("batch.global_size", None), out.pop("optim.scaling", "none")
-    base, budget = out.pop("optim.base_size", None), out.pop("train.budget", "epochs")
+    base, budget = out.pop("optim.base_size", None), out.pop("train.length_unit", "epochs")
     factor = 1.0
     if isinstance(size, int | float) and isinstance(base, int | float) and base > 0:
         factor = size / base

@@ -13,6 +13,33 @@ from gengap_dist.errors import UsageError, did_you_mean
 C = TypeVar("C", bound=BaseModel)
 
 
+RENAMED = {
+    "recipe": "algorithm",
+    "recipe.local": "algorithm.local_sgd",
+    "recipe.average": "algorithm.weight_averaging",
+    "train.budget": "train.length_unit",
+    "train.recompute": "train.activation_checkpointing",
+    "probe.budget": "probe.max_time_fraction",
+    "probe.rivals": "probe.diagnostics",
+    "launch.backend": "launch.launcher",
+    "launch.hang_seconds": "launch.stall_report_seconds",
+    "mlflow.wait_seconds": "mlflow.flush_timeout_seconds",
+    "study.budgets": "study.length_units",
+    "rivals": "diagnostics",
+}
+"""Settings and options by the names that they had before, and the names that they have now."""
+
+
+def renamed(name: str) -> str | None:
+    """The new name of a setting that had another name before; None if it had none.
+
+    >>> renamed("train.budget"), renamed("recipe.sam_rho"), renamed("train.epochs")
+    ('train.length_unit', 'algorithm.sam_rho', None)
+    """
+    section, _, rest = name.partition(".")
+    return RENAMED.get(name) or (f"{RENAMED[section]}.{rest}" if rest and section in RENAMED else None)
+
+
 OWN_NAMES = ("study.axes.", "study.tune.space.")
 """Mappings of a config whose keys stay as they are: they name settings, or what the user calls things."""
 
@@ -120,7 +147,13 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     rest = f" ({len(more)} more to mend)" if more else ""
     match first["type"]:
         case "extra_forbidden":
-            return f"{name} is no setting{did_you_mean(name, [*field_names(model)])}: see --help for all of them{rest}"
+            inside = next(iter(first["input"]), None) if isinstance(first["input"], Mapping) else None
+            old = f"{name}.{inside}" if inside and renamed(name) else name  # a section: the first setting in it
+            if new := renamed(old):
+                return f"{old} is called {new} now: use that name{rest}"
+            return (
+                f"{name} is not a setting{did_you_mean(name, [*field_names(model)])}: see --help for all of them{rest}"
+            )
         case "value_error":  # our own validators already speak in whole sentences
             return str(first["ctx"]["error"]) + rest if "ctx" in first else first["msg"]
         case "missing":

@@ -183,7 +183,7 @@ class OptimConfig(Section):
     """How the rate follows the global batch, k = B / optim.base_size: lr * k (linear), lr * sqrt(k) (sqrt), or
     lr * sqrt(k) with k times the warm-up (legw)."""
     base_size: PositiveInt | None = None
-    """Global batch at which optim.lr holds; needed when optim.scaling is not none, and by train.budget=updates."""
+    """Global batch at which optim.lr holds; needed when optim.scaling is not none, and by train.length_unit=updates."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs over which the rate rises from near 0 to its full value."""
     schedule: Literal["constant", "step", "cosine", "polynomial", "grow"] = "constant"
@@ -230,7 +230,7 @@ class TrainConfig(Section):
 
     epochs: PositiveInt = 5
     """Passes over the training images."""
-    budget: Literal["epochs", "updates"] = "epochs"
+    length_unit: Literal["epochs", "updates"] = "epochs"
     """What train.epochs grants: so many passes, or the number of updates that a global batch of optim.base_size would
     make in them (regime adaptation; Hoffer et al. 2017), warm-up epochs counting likewise."""
     steps: PositiveInt | None = None
@@ -252,7 +252,7 @@ class TrainConfig(Section):
     remembers the answer for this network on this machine."""
     compile: bool = False
     """Compile the network with torch.compile; a CPU needs a C++ compiler for that."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Forget activations inside blocks and compute them again in the backward pass: less memory, a third more time."""
     deterministic: bool = False
     """Allow only operations that give the same bits every time; CPUs do so anyway."""
@@ -262,7 +262,7 @@ class TrainConfig(Section):
     """Record every k-th step's loss, accuracy, learning rate and gradient norm."""
 
 
-class RecipeConfig(Section):
+class AlgorithmConfig(Section):
     """What is added to plain training to win the accuracy of small batches back, or to test what costs it."""
 
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -270,33 +270,35 @@ class RecipeConfig(Section):
     sam_rho: PositiveFloat | None = None
     """Take the gradient at w + rho g / |g|, g the global batch's (SAM; Foret et al. 2021): two passes a step."""
     gradient_penalty: PositiveFloat | None = None
-    """Add c/2 times the mean of |g_b|^2 over groups of recipe.penalty_size samples to the loss (Geiping et al. 2022;
+    """Add c/2 times the mean of |g_b|^2 over groups of algorithm.penalty_size samples to the loss (Geiping et al. 2022;
     Novack et al. 2023), by forward difference: two passes a step."""
     penalty_size: PositiveInt | None = None
     """Consecutive samples of the global batch behind one g_b of the gradient penalty."""
     rank_penalty: PositiveFloat | None = None
-    """Add this times recipe.rank_measure, summed over recipe.rank_layers, to the loss: it raises the rank of their
-    activations over the global batch directly, which tells cause from correlation. One more forward pass a step."""
+    """Add this times algorithm.rank_measure, summed over algorithm.rank_layers, to the loss: it raises the rank of
+    their activations over the global batch directly, which tells cause from correlation. One more forward pass a
+    step."""
     rank_measure: Literal["logdet", "spread"] = "logdet"
     """Of the eigenvalues of the activations' D x D covariance, divided by their mean: minus the mean log (logdet), or
     the variance (spread)."""
     rank_layers: tuple[str, ...] = ("auto",)
     """Layers that the rank penalty holds for, as in probe.layers; convolutions by channel."""
-    average: Literal["ema", "swa"] | None = None
-    """Evaluate and probe an average of the weights: exponential (ema), or of all since recipe.average_start (swa)."""
+    weight_averaging: Literal["ema", "swa"] | None = None
+    """Evaluate and probe an average of the weights: exponential (ema), or of all since algorithm.average_start
+    (swa)."""
     ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
     """What a step keeps of the exponential average."""
     average_start: float = Field(default=0.75, ge=0.0, lt=1.0)
     """Share of the run before swa begins to average."""
-    local: Literal["post_local_sgd", "swap"] | None = None
-    """In the last part of the run recipe.workers networks step on their own, with an equal share of the global batch
-    each. post_local_sgd (Lin et al. 2020) averages them every recipe.local_steps; swap (Gupta et al. 2020) gives each
-    an order of its own, and the rate that optim.scaling has for its share, and never puts them together. Their average
-    is what is evaluated."""
+    local_sgd: Literal["post_local_sgd", "swap"] | None = None
+    """In the last part of the run algorithm.workers networks step on their own, with an equal share of the global batch
+    each. post_local_sgd (Lin et al. 2020) averages them every algorithm.local_steps; swap (Gupta et al. 2020) gives
+    each an order of its own, and the rate that optim.scaling has for its share, and never puts them together. Their
+    average is what is evaluated."""
     workers: Annotated[int, Field(ge=2)] = 4
-    """Networks of recipe.local, whatever the number of ranks."""
+    """Networks of algorithm.local_sgd, whatever the number of ranks."""
     local_start: float = Field(default=0.5, ge=0.0, lt=1.0)
-    """Share of the run before recipe.local begins."""
+    """Share of the run before algorithm.local_sgd begins."""
     local_steps: PositiveInt = 8
     """Steps between two averages of post_local_sgd."""
 
@@ -304,17 +306,19 @@ class RecipeConfig(Section):
     def _together(self) -> Self:
         if (self.gradient_penalty is None) != (self.penalty_size is None):
             given, needed = ("gradient_penalty", "penalty_size")[:: 1 if self.gradient_penalty else -1]
-            raise ValueError(f"recipe.{given} ({getattr(self, given)}) needs recipe.{needed}: set both, or none")
-        rivals = [name for name in ("sam_rho", "gradient_penalty", "rank_penalty") if getattr(self, name) is not None]
-        if "gradient_penalty" in rivals and len(rivals) > 1:
-            other = next(name for name in rivals if name != "gradient_penalty")
+            raise ValueError(f"algorithm.{given} ({getattr(self, given)}) needs algorithm.{needed}: set both, or none")
+        directions = [
+            name for name in ("sam_rho", "gradient_penalty", "rank_penalty") if getattr(self, name) is not None
+        ]
+        if "gradient_penalty" in directions and len(directions) > 1:
+            other = next(name for name in directions if name != "gradient_penalty")
             raise ValueError(
-                f"recipe.gradient_penalty and recipe.{other} both say how a step's gradient is made: choose one"
+                f"algorithm.gradient_penalty and algorithm.{other} both say how a step's gradient is made: choose one"
             )
-        if self.average and self.local:
+        if self.weight_averaging and self.local_sgd:
             raise ValueError(
-                f"recipe.average ({self.average}) and recipe.local ({self.local}) both say which network is evaluated: "
-                "choose one"
+                f"algorithm.weight_averaging ({self.weight_averaging}) and algorithm.local_sgd "
+                f"({self.local_sgd}) both say which network is evaluated: choose one"
             )
         return self
 
@@ -338,7 +342,7 @@ class ProbeConfig(Section):
     """Measure every so many steps, too."""
     at_epochs: tuple[NonNegativeFloat, ...] = ()
     """Measure at these epochs, too; 0.5 is half-way through the first."""
-    budget: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.05
+    max_time_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.05
     """Largest share of the run's time for probes: where the cadence would exceed it, measurements between the first and
     the last are thinned out, and the result says which; null: measure them all."""
     layers: tuple[str, ...] = ("auto",)
@@ -352,7 +356,7 @@ class ProbeConfig(Section):
     memory_mib: PositiveInt = 512
     """Most memory of a rank that the probe may take, in MiB; wide layers take several passes over the images if need
     be."""
-    rivals: tuple[Literal["noise_scale", "norms", "weights", "neural_collapse", "hessian", "keskar"], ...] = (
+    diagnostics: tuple[Literal["noise_scale", "norms", "weights", "neural_collapse", "hessian", "keskar"], ...] = (
         "noise_scale", "norms", "weights", "neural_collapse",
     )  # fmt: skip
     """Other explanations to measure beside it: noise_scale (of the gradient), norms (distance from initialisation,
@@ -363,7 +367,7 @@ class ProbeConfig(Section):
 class LaunchConfig(Section):
     """Where the ranks come from."""
 
-    backend: Literal["auto", "local", "torchrun", "ray"] = "auto"
+    launcher: Literal["auto", "local", "torchrun", "ray"] = "auto"
     """local starts the ranks itself; torchrun joins those already started (by torchrun, deepspeed or the like); ray
     asks a Ray cluster for them; auto looks at the environment (ray under `ray job submit`)."""
     num_processes: PositiveInt = 1
@@ -379,7 +383,7 @@ class LaunchConfig(Section):
     parameters too; auto is single on one rank and ddp on more."""
     timeout_seconds: PositiveInt = 600
     """How long a rank waits for the others before it gives up."""
-    hang_seconds: PositiveFloat = 60.0
+    stall_report_seconds: PositiveFloat = 60.0
     """How long a rank waits before it says which rank it waits for, and where that one is."""
     memory_snapshot: bool = False
     """On a GPU: record allocations, and when memory runs out write OUT/memory/rank<R>.pickle, which
@@ -424,7 +428,7 @@ class MlflowConfig(Section):
     """MLflow store; null takes MLFLOW_TRACKING_URI, and without it sqlite:///mlflow.db in the current folder."""
     experiment: str = "gengap_dist"
     """MLflow experiment."""
-    wait_seconds: NonNegativeFloat = 60.0
+    flush_timeout_seconds: NonNegativeFloat = 60.0
     """How long a finished command waits for a slow server before it leaves the rest to `gengap report sync`."""
     log_model: bool = True
     """Log the final network of a finished run, with its signature, as a model that MLflow loads and serves."""
@@ -444,7 +448,7 @@ class RunConfig(Section):
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
-    recipe: RecipeConfig = RecipeConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
     probe: ProbeConfig = ProbeConfig()
     launch: LaunchConfig = LaunchConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -474,13 +478,15 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _budget_fits_schedule(self) -> Self:
         train, optim = self.train, self.optim
-        if train.budget == "updates" and (optim.base_size is None or train.steps):
+        if train.length_unit == "updates" and (optim.base_size is None or train.steps):
             what = "is of no use beside train.steps" if train.steps else "needs the batch whose updates are counted"
-            raise ValueError(f"train.budget (updates) {what}: set optim.base_size and train.epochs, not train.steps")
-        if optim.schedule == "grow" and (train.steps or train.budget == "updates"):
+            raise ValueError(
+                f"train.length_unit (updates) {what}: set optim.base_size and train.epochs, not train.steps"
+            )
+        if optim.schedule == "grow" and (train.steps or train.length_unit == "updates"):
             raise ValueError(
                 "optim.schedule (grow) changes how many updates an epoch has: set train.epochs, with "
-                "train.budget=epochs and train.steps=null"
+                "train.length_unit=epochs and train.steps=null"
             )
         if train.stop_at_target and train.target_accuracy is None:
             raise ValueError("train.stop_at_target (true) needs a target: set train.target_accuracy")
@@ -492,35 +498,40 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _recipe_fits_batch(self) -> Self:
-        recipe, batch, size = self.recipe, self.batch, self.recipe.penalty_size
+    def _algorithm_fits_batch(self) -> Self:
+        algorithm, batch, size = self.algorithm, self.batch, self.algorithm.penalty_size
         too_small = size and batch.micro_size != "auto" and batch.micro_size < size
         if size and (batch.global_size % size or size % (batch.ghost_size or 1) or too_small):
             raise ValueError(
-                f"recipe.penalty_size ({size}) must divide batch.global_size ({batch.global_size}), be a multiple of "
-                f"batch.ghost_size ({batch.ghost_size}) if that is set, and fit into batch.micro_size "
+                f"algorithm.penalty_size ({size}) must divide batch.global_size ({batch.global_size}), be a multiple "
+                f"of batch.ghost_size ({batch.ghost_size}) if that is set, and fit into batch.micro_size "
                 f"({batch.micro_size}): choose another"
             )
         if size and self.norm == "sync":
             raise ValueError(
-                "recipe.gradient_penalty takes gradients of groups, and model.norm (sync) ties all samples together: "
-                f"choose model.norm=ghost with batch.ghost_size={size}, or another norm"
+                "algorithm.gradient_penalty takes gradients of groups, and model.norm (sync) ties all samples together"
+                f": choose model.norm=ghost with batch.ghost_size={size}, or another norm"
             )
-        if recipe.local and self.norm == "sync":
+        if algorithm.local_sgd and self.norm == "sync":
             raise ValueError(
-                f"recipe.local ({recipe.local}) lets networks step on their own, and model.norm (sync) ties them "
-                "together: choose model.norm=ghost, or another norm"
+                f"algorithm.local_sgd ({algorithm.local_sgd}) lets networks step on their own, and model.norm (sync) "
+                "ties them together: choose model.norm=ghost, or another norm"
             )
         group = size or batch.ghost_size
-        if recipe.local and batch.global_size % (recipe.workers * (group or 1)):
+        if algorithm.local_sgd and batch.global_size % (algorithm.workers * (group or 1)):
             raise ValueError(
-                f"batch.global_size ({batch.global_size}) cannot be split evenly among recipe.workers "
-                f"({recipe.workers})"
-                + (f" in groups of {'recipe.penalty_size' if size else 'batch.ghost_size'} ({group})" if group else "")
-                + f": choose a multiple of {recipe.workers * (group or 1)}"
+                f"batch.global_size ({batch.global_size}) cannot be split evenly among algorithm.workers "
+                f"({algorithm.workers})"
+                + (
+                    f" in groups of {'algorithm.penalty_size' if size else 'batch.ghost_size'} ({group})"
+                    if group
+                    else ""
+                )
+                + f": choose a multiple of {algorithm.workers * (group or 1)}"
             )
-        if recipe.local and self.optim.schedule == "grow":
+        if algorithm.local_sgd and self.optim.schedule == "grow":
             raise ValueError(
-                f"recipe.local ({recipe.local}) has a fixed batch: choose another optim.schedule than grow"
+                f"algorithm.local_sgd ({algorithm.local_sgd}) has a fixed batch: choose another optim.schedule "
+                "than grow"
             )
         return self

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
 
-from gengap_dist.config.loading import field_names, flat, merge, nested, validate
+from gengap_dist.config.loading import field_names, flat, merge, nested, renamed, validate
 from gengap_dist.config.sections import RunConfig, Section
 from gengap_dist.errors import UsageError, did_you_mean
 
@@ -60,7 +60,7 @@ class TuneSection(Section):
     seed: NonNegativeInt = 1000
     """Seed of the points that are tried, and of every trial's own training; none of study.seeds."""
     space: Annotated[dict[str, Space], Field(min_length=1)]
-    """Settings of optim and recipe to {low, high} or {low, high, log: true} or {values: [...]}."""
+    """Settings of optim and algorithm to {low, high} or {low, high, log: true} or {values: [...]}."""
 
 
 class StudySection(Section):
@@ -79,10 +79,10 @@ class StudySection(Section):
     axes: dict[str, Annotated[list[Any] | dict[str, dict[str, Any]], Field(min_length=1)]] = {}
     """More arms: every combination of one entry of each axis. An axis is a setting and its values, such as
     {batch.global_size: [128, 1024]}, or has entries with names and settings of their own, such as
-    {recipe: {plain: {}, sqrt: {optim.scaling: sqrt}}}. Names are joined: b128-plain, b128-sqrt, ...; an entry named ""
-    adds nothing to them. A combination that would be the same run as an earlier arm is that arm."""
-    budgets: tuple[Literal["epochs", "updates"], ...] = ()
-    """One more axis: values of train.budget."""
+    {algorithm: {plain: {}, sqrt: {optim.scaling: sqrt}}}. Names are joined: b128-plain, b128-sqrt, ...; an entry named
+    "" adds nothing to them. A combination that would be the same run as an earlier arm is that arm."""
+    length_units: tuple[Literal["epochs", "updates"], ...] = ()
+    """One more axis: values of train.length_unit."""
     tune: TuneSection | None = None
     """Find settings for every arm by validation before its seeds are run: as many trials, at the same points, for each
     arm. The test images play no part in the choice."""
@@ -126,11 +126,13 @@ class StudyConfig(RunConfig):
                 f"study.tune.seed ({tune.seed}) is one of study.seeds, and no arm is to be judged by a run it was "
                 "tuned on: choose another"
             )
-        known = [name for name in field_names(RunConfig) if name.startswith(("optim.", "recipe."))]
+        known = [name for name in field_names(RunConfig) if name.startswith(("optim.", "algorithm."))]
         for name in tune.space:
+            if name not in known and (new := renamed(name)):
+                raise ValueError(f"study.tune.space ({name}) is called {new} now: use that name")
             if name not in known:
                 raise ValueError(
-                    f"study.tune.space ({name}) is no setting of optim or recipe{did_you_mean(name, known)}: "
+                    f"study.tune.space ({name}) is no setting of optim or algorithm{did_you_mean(name, known)}: "
                     "the others are the question or the budget, put them into study.axes"
                 )
         for arm in self.candidates:
@@ -140,7 +142,7 @@ class StudyConfig(RunConfig):
     @cached_property
     def candidates(self) -> list[Arm]:
         """The arms that are listed, then all combinations of the axes."""
-        axes = self.study.axes | ({"train.budget": [*self.study.budgets]} if self.study.budgets else {})
+        axes = self.study.axes | ({"train.length_unit": [*self.study.length_units]} if self.study.length_units else {})
         return [
             *self.study.arms,
             *(_combined(entries) for entries in product(*map(_entries, axes, axes.values())) if axes),
@@ -198,14 +200,14 @@ class StudyConfig(RunConfig):
 def _entries(axis: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """Labels and settings of an axis.
 
-    >>> _entries("batch.global_size", [128]), _entries("optim.lr", [0.1]), _entries("recipe", {"plain": {}})
+    >>> _entries("batch.global_size", [128]), _entries("optim.lr", [0.1]), _entries("algorithm", {"plain": {}})
     ([('b128', {'batch.global_size': 128})], [('lr0.1', {'optim.lr': 0.1})], [('plain', {})])
-    >>> [label for label, _ in _entries("optim.scaling", ["none", "sqrt"])], _entries("train.budget", ["updates"])
-    (['scaling-none', 'scaling-sqrt'], [('updates', {'train.budget': 'updates'})])
+    >>> [label for label, _ in _entries("optim.scaling", ["none", "sqrt"])], _entries("train.length_unit", ["updates"])
+    (['scaling-none', 'scaling-sqrt'], [('updates', {'train.length_unit': 'updates'})])
     """
     if isinstance(values, dict):
         return [*values.items()]
-    start = {"batch.global_size": "b", "train.budget": ""}.get(axis, axis.rpartition(".")[2])
+    start = {"batch.global_size": "b", "train.length_unit": ""}.get(axis, axis.rpartition(".")[2])
 
     def label(value: Any) -> str:
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -232,8 +234,10 @@ def _essence(config: RunConfig) -> dict[str, Any]:
     True
     """
     found = {name: value for name, value in flat(config).items() if not name.startswith(("mlflow.", "checkpoint."))}
-    if config.batch.global_size == config.optim.base_size and config.recipe.local is None:  # k = 1: no rule scales
-        found |= {"optim.scaling": "none", "train.budget": "epochs"}
-    if (found["optim.scaling"], found["train.budget"]) == ("none", "epochs"):
+    if (
+        config.batch.global_size == config.optim.base_size and config.algorithm.local_sgd is None
+    ):  # k = 1: no rule scales
+        found |= {"optim.scaling": "none", "train.length_unit": "epochs"}
+    if (found["optim.scaling"], found["train.length_unit"]) == ("none", "epochs"):
         del found["optim.base_size"]
     return found

@@ -75,7 +75,7 @@ class Order:
             global_size: images in a step; with `growth`, at first.
             seed: of the order.
             growth: (first epoch, images in a step from there on), epochs rising, see `growth`.
-            worker: which network's own order it is, for recipe.local=swap; None: the order of all.
+            worker: which network's own order it is, for algorithm.local_sgd=swap; None: the order of all.
 
         Raises:
             UsageError: if one step would need more images than there are.

@@ -1,7 +1,7 @@
 """A thread beside each rank that tells, when ranks wait too long, whom they wait for and where that one is.
 
 Every rank's thread leaves word in the process group's store from time to time. When a rank has waited for longer than
-`launch.hang_seconds`, its thread reads what all ranks said last; the first to notice speaks for all.
+`launch.stall_report_seconds`, its thread reads what all ranks said last; the first to notice speaks for all.
 """
 
 import json

@@ -77,19 +77,23 @@ def state_copies(config: OptimConfig) -> int:
     return 2 if config.name in ("adamw", "lamb") else int(config.momentum > 0)
 
 
-def recipe_copies(config: RunConfig, num_ranks: int) -> int:
-    """Copies of the weights that a rank's recipe keeps beside the network that trains, at the fullest moment.
+def algorithm_copies(config: RunConfig, num_ranks: int) -> int:
+    """Copies of the weights that a rank's algorithm keeps beside the network that trains, at the fullest moment.
 
     SAM: the weights and the ascent. Gradient penalty: the weights, two gradients and their sum. Averages: one. Networks
     that step on their own: weights, gradient and optimizer state of each that the rank has.
 
-    >>> recipe_copies(RunConfig.model_validate({"recipe": {"local": "swap", "workers": 4}}), num_ranks=3)
+    >>> algorithm_copies(RunConfig.model_validate({"algorithm": {"local_sgd": "swap", "workers": 4}}), num_ranks=3)
     6
     """
-    recipe = config.recipe
-    copies = 2 * (recipe.sam_rho is not None) + 4 * (recipe.gradient_penalty is not None) + bool(recipe.average)
-    if recipe.local:
-        copies += -(-recipe.workers // num_ranks) * (2 + state_copies(config.optim))
+    algorithm = config.algorithm
+    copies = (
+        2 * (algorithm.sam_rho is not None)
+        + 4 * (algorithm.gradient_penalty is not None)
+        + bool(algorithm.weight_averaging)
+    )
+    if algorithm.local_sgd:
+        copies += -(-algorithm.workers // num_ranks) * (2 + state_copies(config.optim))
     return copies
 
 
@@ -100,7 +104,7 @@ def weights(config: RunConfig, model: nn.Module, strategy: str, num_ranks: int) 
     whole = itemsize * sum(p.numel() for p in model.parameters())
     trained = itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    copies = int(config.probe.enabled) + int(config.data.val_fraction > 0) + recipe_copies(config, num_ranks)
+    copies = int(config.probe.enabled) + int(config.data.val_fraction > 0) + algorithm_copies(config, num_ranks)
 
     def part(num_bytes: int, shared: bool) -> int:
         return -(-num_bytes // num_ranks) if shared else num_bytes
@@ -116,10 +120,11 @@ def weights(config: RunConfig, model: nn.Module, strategy: str, num_ranks: int) 
 def saved_for_backward(config: RunConfig, model: nn.Module, shape: Sequence[int], micro_size: int) -> tuple[int, str]:
     """Bytes that autograd saves in one forward pass of `micro_size` images [C, H, W] and its loss, and how it is known.
 
-    Every storage that is saved counts once; parameters and buffers do not count. With train.recompute they are those of
-    blocks' inputs, those saved outside blocks, and the most that one block saves when its turn comes. Tensors are fake:
-    they have shapes and no values, so the pass takes neither the memory nor the time of a real one. A network that
-    cannot run so (its path depends on values) is run with 2 and 4 real images, and the line through both is drawn.
+    Every storage that is saved counts once; parameters and buffers do not count. With
+    train.activation_checkpointing they are those of blocks' inputs, those saved outside blocks, and the most that one
+    block saves when its turn comes. Tensors are fake: they have shapes and no values, so the pass takes neither the
+    memory nor the time of a real one. A network that cannot run so (its path depends on values) is run with 2 and 4
+    real images, and the line through both is drawn.
     """
     try:
         with FakeTensorMode() as mode:
@@ -169,7 +174,7 @@ def _saved(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], ima
         saved = outside
 
     hooks = ExitStack()
-    for block in blocks(model) if config.train.recompute else []:
+    for block in blocks(model) if config.train.activation_checkpointing else []:
         hooks.callback(block.register_forward_pre_hook(enter).remove)
         hooks.callback(block.register_forward_hook(leave).remove)
     autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=config.train.autocast is not None)

@@ -33,8 +33,8 @@ OF_A_CPU = ("can't allocate memory", "bad_alloc", "could not create a memory")
 MOST_WORDS = 200  # characters of a library's own that a sentence repeats
 MOST_ALLOCATIONS = 100_000  # that a snapshot remembers, each with its stack
 REMEDY = (
-    "choose a smaller batch.micro_size (or auto), train.recompute=true, launch.strategy=fsdp or zero3, or "
-    "data.device=cpu"
+    "choose a smaller batch.micro_size (or auto), train.activation_checkpointing=true, launch.strategy=fsdp or zero3, "
+    "or data.device=cpu"
 )
 
 

@@ -61,7 +61,7 @@ class Ask(NamedTuple):
     @property
     def ray(self) -> bool:
         """Whether the ranks come from Ray."""
-        backend = self.config.launch.backend
+        backend = self.config.launch.launcher
         return backend == "ray" or (backend == "auto" and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ)
 
     @property
@@ -325,7 +325,7 @@ def deepspeed(ask: Ask) -> Findings:
 
 
 def ray(ask: Ask) -> Findings:
-    """For launch.backend=ray: the package, and the cluster if an address is given."""
+    """For launch.launcher=ray: the package, and the cluster if an address is given."""
     version = installed("ray")
     if not version:
         return {"ray": Finding(FAIL if ask.ray else ABSENT, "not installed", "pip install 'ray[train,default]'")}

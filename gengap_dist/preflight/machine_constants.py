@@ -56,7 +56,9 @@ def workload(config: RunConfig, in_channels: int, micro_size: int) -> str:
     words += [f"{in_channels}x{side}x{side}", config.train.autocast or config.train.dtype, *config.data.augment]
     words += [f"norm={config.norm}{config.batch.ghost_size or ''}"] if config.norm != "local" else []
     words += [
-        name for name in ("channels_last", "compile", "recompute", "deterministic") if getattr(config.train, name)
+        name
+        for name in ("channels_last", "compile", "activation_checkpointing", "deterministic")
+        if getattr(config.train, name)
     ]
     return " ".join([*words, config.optim.name, f"micro_size={micro_size}"])
 

@@ -144,8 +144,8 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
                 tried(lambda: check_auto(given, model))
                 tried(lambda: check_norm(config, model, order.sizes() if order else [], num_ranks))
                 tried(lambda: build_optimizer(config.optim, model))
-                if config.recipe.rank_penalty is not None:
-                    tried(lambda: RankPenalty(config.recipe).layers(model, lambda: _example(config, sizes)))
+                if config.algorithm.rank_penalty is not None:
+                    tried(lambda: RankPenalty(config.algorithm).layers(model, lambda: _example(config, sizes)))
                 found |= _of_model(config, cluster, model, sizes, found["batch"], tried)
                 found |= _time(config, constants, found)
     found["warned"] = sorted({str(warning.message) for warning in caught})
@@ -313,8 +313,8 @@ def _assumed(config: RunConfig, strategy: str, found: dict[str, Any]) -> list[st
     counted = "pictures are counted, not opened"
     said = [
         counted if config.data.name == "imagefolder" else f"{config.data.name} has as many images as was published",
-        "bytes are of one rank; sums of losses, validation and checkpoints are not counted, nor are the rivals "
-        f"({', '.join(config.probe.rivals) or 'none'})",
+        "bytes are of one rank; sums of losses, validation and checkpoints are not counted, nor are the diagnostics "
+        f"({', '.join(config.probe.diagnostics) or 'none'})",
         "memory leaves out temporaries of single operations, buckets, libraries and the CUDA context",
         "time is computing and then talking: backward passes that hide communication are faster; nodes share no links",
     ]

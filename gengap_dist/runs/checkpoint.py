@@ -4,7 +4,7 @@
         model.pt        parameters and buffers, whole, by name: a plain state dict
         optimizer.pt    {parameter name: {quantity: tensor}}, whole, whatever strategy trained it
         best.pt         state dict of the best network so far, if the run validates
-        recipe.pt       what the recipe remembers, such as averaged weights
+        algorithm.pt       what the algorithm remembers, such as averaged weights
         run.pt          step, clocks, metrics not yet written: what the run itself remembers
         checkpoint.json who wrote it, and each file's SHA-256
 
@@ -55,7 +55,7 @@ class Saver:
 
         Args:
             step: optimizer steps behind them.
-            states: `model`, `optimizer`, `recipe`, `best`, `run`, each of tensors and plain values.
+            states: `model`, `optimizer`, `algorithm`, `best`, `run`, each of tensors and plain values.
             facts: what a person may want to know, for checkpoint.json.
 
         Raises:
@@ -229,7 +229,7 @@ def standing_for(path: Path) -> State:
     Raises:
         UsageError: see `load`.
     """
-    average = load(path.with_name("recipe.pt")).get("average") if path.name == "model.pt" else None
+    average = load(path.with_name("algorithm.pt")).get("average") if path.name == "model.pt" else None
     if not average or not average["n_averaged"]:
         return load(path)
     return {name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")}

@@ -28,7 +28,7 @@ def strategy_name(config: RunConfig, num_ranks: int) -> str:
 
 def before_data(config: RunConfig, num_ranks: int, device_type: str | None) -> list[Callable[[], None]]:
     """Every check that needs neither data nor network: a run stops at the first that raises, a plan lists them all."""
-    each = [partial(check, config, num_ranks) for check in (check_ranks, check_strategy, check_recipe)]
+    each = [partial(check, config, num_ranks) for check in (check_ranks, check_strategy, check_algorithm)]
     return [*each, partial(check_switches, config, num_ranks, device_type)]
 
 
@@ -61,24 +61,24 @@ def check_strategy(config: RunConfig, num_ranks: int) -> None:
         check_zero(config, int(name[-1]))
 
 
-RECIPES = {  # what needs to see or to copy whole parameters or gradients between passes, and where it can
-    "recipe.sam_rho": ("single", "ddp", "fsdp"),
-    "recipe.gradient_penalty": ("single", "ddp"),
-    "recipe.rank_penalty": ("single", "ddp"),
-    "recipe.average": ("single", "ddp", "zero0", "zero1", "zero2"),
-    "recipe.local": ("single", "ddp"),
+ALGORITHMS = {  # what needs to see or to copy whole parameters or gradients between passes, and where it can
+    "algorithm.sam_rho": ("single", "ddp", "fsdp"),
+    "algorithm.gradient_penalty": ("single", "ddp"),
+    "algorithm.rank_penalty": ("single", "ddp"),
+    "algorithm.weight_averaging": ("single", "ddp", "zero0", "zero1", "zero2"),
+    "algorithm.local_sgd": ("single", "ddp"),
 }
 
 
-def check_recipe(config: RunConfig, num_ranks: int) -> None:
-    """Refuse a recipe that the strategy cannot serve.
+def check_algorithm(config: RunConfig, num_ranks: int) -> None:
+    """Refuse a algorithm that the strategy cannot serve.
 
     Raises:
-        UsageError: naming the recipe and the strategies that can.
+        UsageError: naming the algorithm and the strategies that can.
     """
     name = strategy_name(config, num_ranks)
-    for setting, able in RECIPES.items():
-        value = getattr(config.recipe, setting.removeprefix("recipe."))
+    for setting, able in ALGORITHMS.items():
+        value = getattr(config.algorithm, setting.removeprefix("algorithm."))
         if value is not None and name not in able:
             raise UsageError(
                 f"{setting} ({value}) is not for launch.strategy={name}, where a rank does not see whole weights and "
@@ -94,7 +94,7 @@ SWITCHES = {  # the others keep parameters in pieces, or call the network and sc
 
 
 def check_switches(config: RunConfig, num_ranks: int, device_type: str | None) -> None:
-    """Refuse switches of precision and speed that the strategy, the device or the recipe cannot serve.
+    """Refuse switches of precision and speed that the strategy, the device or the algorithm cannot serve.
 
     Args:
         config: the run.
@@ -104,7 +104,7 @@ def check_switches(config: RunConfig, num_ranks: int, device_type: str | None) -
     Raises:
         UsageError: naming the switch, what it does not go with, and what does.
     """
-    name, train, recipe = strategy_name(config, num_ranks), config.train, config.recipe
+    name, train, algorithm = strategy_name(config, num_ranks), config.train, config.algorithm
     for setting, (refused, able, instead) in SWITCHES.items():
         if getattr(train, setting.removeprefix("train.")) == refused and name not in able:
             raise UsageError(
@@ -117,28 +117,31 @@ def check_switches(config: RunConfig, num_ranks: int, device_type: str | None) -
         raise UsageError("train.tf32 (true) is for GPUs, and this run is on a CPU: choose train.tf32=false")
     if config.data.device == "cuda" and device_type == "cpu":
         raise UsageError("data.device (cuda) is for GPUs, and this run is on a CPU: choose data.device=auto")
-    if train.compile and train.recompute:
-        raise UsageError("train.compile and train.recompute both decide what is computed twice: choose one, or neither")
+    if train.compile and train.activation_checkpointing:
+        raise UsageError(
+            "train.compile and train.activation_checkpointing both decide what is computed twice: choose one, or "
+            "neither"
+        )
     if train.compile and config.norm == "sync":
         raise UsageError(
             "train.compile (true) cannot look into model.norm (sync), where ranks meet in every layer: choose "
             "model.norm=ghost, or train.compile=false"
         )
-    inside = [switch for switch in ("compile", "recompute") if getattr(train, switch)]
-    if recipe.rank_penalty is not None and inside:
+    inside = [switch for switch in ("compile", "activation_checkpointing") if getattr(train, switch)]
+    if algorithm.rank_penalty is not None and inside:
         raise UsageError(
-            f"recipe.rank_penalty ({recipe.rank_penalty}) takes activations out of forward passes, which "
+            f"algorithm.rank_penalty ({algorithm.rank_penalty}) takes activations out of forward passes, which "
             f"train.{inside[0]} (true) hides or repeats: choose train.{inside[0]}=false"
         )
-    if recipe.gradient_penalty is not None and train.autocast:
+    if algorithm.gradient_penalty is not None and train.autocast:
         raise UsageError(
-            f"recipe.gradient_penalty ({recipe.gradient_penalty}) takes small differences of gradients, which "
+            f"algorithm.gradient_penalty ({algorithm.gradient_penalty}) takes small differences of gradients, which "
             f"train.autocast ({train.autocast}) rounds away: choose train.autocast=null"
         )
-    if recipe.rank_penalty is not None and train.autocast == "float16":
+    if algorithm.rank_penalty is not None and train.autocast == "float16":
         raise UsageError(
-            f"recipe.rank_penalty ({recipe.rank_penalty}) works with numbers too small for train.autocast (float16): "
-            "choose bfloat16, or null"
+            f"algorithm.rank_penalty ({algorithm.rank_penalty}) works with numbers too small for train.autocast "
+            "(float16): choose bfloat16, or null"
         )
 
 
@@ -150,17 +153,17 @@ def norm_size(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ran
 
 
 def _norm_sizes(config: RunConfig, size: int, num_ranks: int) -> set[int]:
-    """Sizes of batch norm's groups in a step of `size`, and in the one that recipe.local makes of it."""
-    batch, recipe = config.batch, config.recipe
+    """Sizes of batch norm's groups in a step of `size`, and in the one that algorithm.local_sgd makes of it."""
+    batch, algorithm = config.batch, config.algorithm
     if config.norm == "sync":
         return {size}
     cuts = [(size, num_ranks)]
-    if recipe.local == "post_local_sgd":
-        cuts.append((size, recipe.workers))
-    elif recipe.local == "swap":  # a worker's epoch ends with the same images modulo its own batch
-        own = batch.global_size // recipe.workers
+    if algorithm.local_sgd == "post_local_sgd":
+        cuts.append((size, algorithm.workers))
+    elif algorithm.local_sgd == "swap":  # a worker's epoch ends with the same images modulo its own batch
+        own = batch.global_size // algorithm.workers
         cuts.append((size % own or own, 1))
-    group = batch.ghost_size or recipe.penalty_size  # a penalty's groups are micro-batches of their own
+    group = batch.ghost_size or algorithm.penalty_size  # a penalty's groups are micro-batches of their own
     return set().union(*(BatchPlan(*cut, batch.most_at_once, group).norm_sizes() for cut in cuts))
 
 
@@ -202,7 +205,7 @@ def check_norm(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ra
                 "or model.norm=ghost"
             )
         if 1 in _norm_sizes(config, size, num_ranks):
-            workers = f", {config.recipe.workers} recipe.workers," if config.recipe.local else ""
+            workers = f", {config.algorithm.workers} algorithm.workers," if config.algorithm.local_sgd else ""
             raise UsageError(
                 f"batch.global_size ({batch.global_size}) on {num_ranks} rank(s){workers} leaves batch norm a group "
                 f"of one sample in a step of {size}: choose another global_size, a larger micro_size or fewer "

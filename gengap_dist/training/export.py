@@ -2,8 +2,8 @@
 
 It is kept as an exported graph (torch.export), not as a pickle: it loads without this package and its classes, loading
 it executes nothing, and the number of images is free. Normalisation is part of it, so nobody has to know the training
-images' mean. What it computes is what the run was scored with: its last weights, or their average where the recipe has
-one, in eval mode.
+images' mean. What it computes is what the run was scored with: its last weights, or their average where the algorithm
+has one, in eval mode.
 """
 
 import io

@@ -112,14 +112,14 @@ class Schedule:
     def of(cls, config: RunConfig, order: Order) -> Self:
         """The schedule of a run that visits images in `order`.
 
-        train.steps, or train.epochs passes; with train.budget=updates as many steps as a global batch of
+        train.steps, or train.epochs passes; with train.length_unit=updates as many steps as a global batch of
         optim.base_size makes in them, and warm-up epochs have its steps, too (regime adaptation; Hoffer et al. 2017).
 
         >>> settings = {"batch": {"global_size": 50}, "optim": {"base_size": 10}, "train": {"epochs": 3}}
         >>> order = Order(100, 50, seed=0)
         >>> Schedule.of(RunConfig.model_validate(settings), order).num_steps
         6
-        >>> settings["train"]["budget"] = "updates"
+        >>> settings["train"]["length_unit"] = "updates"
         >>> Schedule.of(RunConfig.model_validate(settings), order).num_steps
         30
 
@@ -128,7 +128,7 @@ class Schedule:
         """
         train, optim = config.train, config.optim
         steps_per_epoch, num_steps = order.steps_per_epoch, train.steps or order.num_steps(train.epochs)
-        if train.budget == "updates" and optim.base_size:
+        if train.length_unit == "updates" and optim.base_size:
             base_steps = -(-order.num_samples // optim.base_size)
             num_steps = train.epochs * base_steps
             if optim.scaling != "legw":  # which has the same factor already

@@ -1,4 +1,4 @@
-"""What a run measures of its network on a fixed probe set: near-rank loss, its controls, and the rival explanations."""
+"""What a run measures of its network on a fixed probe set: near-rank loss, its controls, and other diagnostics."""
 
 import time
 import warnings
@@ -86,12 +86,12 @@ class Observer:
             found |= metrics(spectra[name], name)
             found[f"probe_seconds/{f'control/{name}' if name else 'near_rank_loss'}"] = time.monotonic() - began
         batches = self._batches(self.num_samples)
-        for name, rival in RIVALS.items():
-            if name not in self.config.rivals or name in self._left_out:
+        for name, diagnostic in DIAGNOSTICS.items():
+            if name not in self.config.diagnostics or name in self._left_out:
                 continue
             began = time.monotonic()
             try:
-                values, spectra_of_it = rival(model, batches, self)
+                values, spectra_of_it = diagnostic(model, batches, self)
             except UsageError as error:  # the same on every rank: this network cannot be measured so
                 warnings.warn(f"{name} is left out: {error}", stacklevel=2)
                 self._left_out.add(name)
@@ -111,7 +111,7 @@ class Observer:
         return out
 
 
-Rival = Callable[[nn.Module, Batches, Observer], tuple[Metrics, list[LayerSpectrum]]]
+Diagnostic = Callable[[nn.Module, Batches, Observer], tuple[Metrics, list[LayerSpectrum]]]
 
 
 def _norms(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Metrics, list[LayerSpectrum]]:
@@ -138,7 +138,7 @@ def _keskar(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Met
     return {"keskar_sharpness": keskar(model, batches, world=observer.world)}, []
 
 
-RIVALS: dict[str, Rival] = {  # noise_scale is not here: it comes from the gradients of training
+DIAGNOSTICS: dict[str, Diagnostic] = {  # noise_scale is not here: it comes from the gradients of training
     "norms": _norms,
     "weights": _weights,
     "neural_collapse": _neural_collapse,

@@ -91,7 +91,7 @@ def run(
     world = world or connect(config.launch.device, config.launch.timeout_seconds)
     world = clocked(world) if config.profile else world
     float32 = training_float32(world.device, tf32=config.train.tf32)
-    watched = watching(world, config.launch.hang_seconds)
+    watched = watching(world, config.launch.stall_report_seconds)
     recorded = snapshot(world, out / "memory" if config.launch.memory_snapshot else None)
     with watched, deterministic(config.train.deterministic), float32, explained(world), recorded:
         if world.rank == 0 and not out.exists():  # a study's run on a Ray cluster
@@ -223,7 +223,7 @@ class _Session:
         self.step, self.best, self.reached = state["step"], state["best"], state["reached"]
         if self.reached is not None and self.config.train.stop_at_target:
             self.num_steps = self.reached
-        self._set_up(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "recipe.pt"))
+        self._set_up(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "algorithm.pt"))
         self.strategy.scaler.load_state_dict(state["scaler"])
         if self.best:
             self.best["model"] = checkpoint.load(path / "best.pt")
@@ -246,7 +246,7 @@ class _Session:
             raise error or UsageError("rank 0 found every checkpoint damaged")
         return None if step < 0 else checkpoint.steps(folder)[step]
 
-    def _set_up(self, optimizer_state: OptimizerState, recipe_state: dict[str, Any]) -> None:
+    def _set_up(self, optimizer_state: OptimizerState, algorithm_state: dict[str, Any]) -> None:
         self.strategy.setup(self.model, partial(build_optimizer, self.config.optim))
         self.strategy.load_optimizer_state(optimizer_state)
         self.model = self.strategy.model
@@ -256,8 +256,8 @@ class _Session:
                 join_with_nothing(self.strategy, self.batches, epoch=0)
             self.strategy.optimizer.zero_grad(set_to_none=False)
         self.course = course_of(self.config, self.strategy, self.batches, self.order, self.schedule.num_steps)
-        if recipe_state:
-            self.course.load(recipe_state)
+        if algorithm_state:
+            self.course.load(algorithm_state)
 
     def save(self, *, wait: bool = False) -> None:
         """Write the checkpoint; with `wait`, until it is on the disk. Collective.
@@ -266,10 +266,10 @@ class _Session:
             UsageError: with `wait`, if it cannot be written.
         """
         with self.world.where.during("checkpoint"):
-            optimizer, recipe = self.strategy.optimizer_state(), self.course.state()
+            optimizer, algorithm = self.strategy.optimizer_state(), self.course.state()
             with self.course.whole() as model:
                 if self.saver:
-                    self._write(self.saver, model.state_dict(), optimizer, recipe, wait=wait)
+                    self._write(self.saver, model.state_dict(), optimizer, algorithm, wait=wait)
         self._saved_at = time.monotonic()
 
     def _write(
@@ -277,7 +277,7 @@ class _Session:
         saver: checkpoint.Saver,
         model: dict[str, Tensor],
         optimizer: OptimizerState,
-        recipe: dict[str, Any],
+        algorithm: dict[str, Any],
         *,
         wait: bool,
     ) -> None:
@@ -291,7 +291,7 @@ class _Session:
             "noise": asdict(self.noise),
             "scaler": self.strategy.scaler.state_dict(),
         }
-        states: dict[str, Any] = {"model": model, "optimizer": optimizer, "recipe": recipe}
+        states: dict[str, Any] = {"model": model, "optimizer": optimizer, "algorithm": algorithm}
         states |= {"best": self.best["model"]} if self.best else {}
         facts = {key: self.facts[key] for key in ("world_size", "strategy", "launcher")}
         try:
@@ -338,7 +338,7 @@ class _Session:
             lr, momentum = self.schedule.lr(self.step), self.schedule.momentum(self.step)
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0
-            self.strategy.watching = logged and "noise_scale" in config.probe.rivals
+            self.strategy.watching = logged and "noise_scale" in config.probe.diagnostics
             before_P = self._weights() if self._probe_may_come(self.step + 1) else None
             with where.during("compute", "forward and backward"):
                 taken = self.course.step(self.step, lr, momentum)
@@ -408,7 +408,7 @@ class _Session:
                 "train/grad_norm": norm,
                 "train/lr": taken.lr,
             }
-            if self.config.recipe.rank_penalty is not None:
+            if self.config.algorithm.rank_penalty is not None:
                 found["train/rank_penalty"] = extra
             if self.config.optim.schedule == "grow":
                 found["train/global_size"] = size
@@ -441,7 +441,7 @@ class _Session:
 
     def _probe_exceeds_budget(self) -> bool:
         """Whether to leave out the measurement that the cadence has for this step; the ends are always measured."""
-        budget = self.config.probe.budget
+        budget = self.config.probe.max_time_fraction
         if budget is None or self.step == self.num_steps or not self._probe_may_come(self.step):
             return False
         began, step = self._window  # not all of the run: what came before its first step comes once
@@ -494,13 +494,13 @@ class _Session:
         self.progress(self.step, self.num_steps, f"val {score.accuracy:.1%}")
 
     def probe(self, model: nn.Module) -> None:
-        """Measure near-rank loss and its rivals on the probe set; at both ends also the controls. Collective."""
+        """Measure near-rank loss and its diagnostics on the probe set; at both ends also the controls. Collective."""
         began = time.monotonic()
         edge = self.step in (0, self.num_steps)
         found, spectra = self.observer(model, controls=edge)
         for probe_set, spectra_of_it in spectra.items():
             self.record.spectra(self.step, spectra_of_it, probe_set)
-        if self._update_norm is not None and "norms" in self.config.probe.rivals:
+        if self._update_norm is not None and "norms" in self.config.probe.diagnostics:
             found["train/update_norm"] = float(self._update_norm)
         self.record.log(self.step, self._epoch(self.step), found)
         self.probe_seconds += time.monotonic() - began

@@ -43,7 +43,7 @@ export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-${TORCH_NCCL_DEBUG_INF
 
 "${PYTHON:-python}" -m deepspeed.launcher.runner "${where[@]}" --master_port "${MASTER_PORT:-29500}" \
   --no_local_rank --module gengap_dist.train --config "$config" --out "$out" --resume \
-  --launch.backend torchrun --launch.strategy "${STRATEGY:-zero2}" --launch.device "$device" "$@" &
+  --launch.launcher torchrun --launch.strategy "${STRATEGY:-zero2}" --launch.device "$device" "$@" &
 runner=$!
 
 # Told to leave, the launcher of a hostfile tells its nodes. The local one would go and leave its ranks running: its

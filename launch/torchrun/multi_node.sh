@@ -45,4 +45,4 @@ exec "${PYTHON:-python}" -m torch.distributed.run \
   --nnodes "$nnodes" --nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts "${MAX_RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-gengap}" \
   ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
-  -m gengap_dist.train --config "$config" --out "$out" --resume --launch.backend torchrun "$@"
+  -m gengap_dist.train --config "$config" --out "$out" --resume --launch.launcher torchrun "$@"

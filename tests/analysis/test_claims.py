@@ -11,12 +11,12 @@ from gengap_dist.analysis.results import Claim, Run
 from gengap_dist.statistics.paired import detectable, holm, p_value, paired
 
 NUM = 500
-BASE = {"batch.global_size": 64, "optim.lr": 0.1, "train.epochs": 8, "recipe.rank_penalty": None}
+BASE = {"batch.global_size": 64, "optim.lr": 0.1, "train.epochs": 8, "algorithm.rank_penalty": None}
 LARGE = BASE | {"batch.global_size": 1024}
 PLAIN = {"sb": BASE, "lb256": BASE | {"batch.global_size": 256}, "lb1024": LARGE}
 SCALED = {"lb1024-sqrt": LARGE | {"optim.scaling": "sqrt", "optim.base_size": 64}}
-LONGER = {"lb1024-long": LARGE | {"train.budget": "updates", "optim.base_size": 64}}
-RANK = {"recipe.rank_penalty": 0.1, "recipe.rank_layers": ["fc"]}
+LONGER = {"lb1024-long": LARGE | {"train.length_unit": "updates", "optim.base_size": 64}}
+RANK = {"algorithm.rank_penalty": 0.1, "algorithm.rank_layers": ["fc"]}
 PENALISED = {"sb-rank": BASE | RANK, "lb1024-rank": LARGE | RANK}
 FELL = {"lb1024": 0.1, "sb-rank": -0.1}  # near-rank loss where it grew, and where the penalty lowers it
 
@@ -41,7 +41,7 @@ def study(
         common = rng.normal(0, 0.01, 2)
         for arm, chosen in settings.items():
             size = chosen["batch.global_size"]
-            long = chosen.get("train.budget") == "updates"
+            long = chosen.get("train.length_unit") == "updates"
             loss = 0.3 + grown.get(arm, 0.0) + common[1] + rng.normal(0, noise)
             measures = {"near_rank_loss/fc/rel_1e-2": loss, "near_rank_loss/fc/abs_1e-2": loss / 2}
             runs.append(
@@ -159,7 +159,7 @@ def test_what_the_penalty_does_for_the_baseline_must_be_known():
 
 
 def test_penalties_on_different_layers_are_told_apart():
-    other = {"lb1024-other": LARGE | {"recipe.rank_penalty": 0.1, "recipe.rank_layers": ["other"]}}
+    other = {"lb1024-other": LARGE | {"algorithm.rank_penalty": 0.1, "algorithm.rank_layers": ["other"]}}
     runs = study(np.random.default_rng(0), PLAIN | PENALISED | other, lost={"lb1024": 0.02}, grown=FELL)
     added = {"near_rank_loss/other/rel_1e-2": 0.7, "near_rank_loss/other/abs_1e-2": 0.7}
     told = verdict([run._replace(measures={**run.measures, **added}) for run in runs])["explains"].because
@@ -207,11 +207,11 @@ def test_where_all_large_arms_diverged_that_is_said():
 def test_a_remedy_needs_a_twin_that_loses():
     """An arm of a batch that loses nothing resolves nothing; nor does length where the rate has done it all."""
     more = {"lb256-sqrt": PLAIN["lb256"] | {"optim.scaling": "sqrt", "optim.base_size": 64}}
-    more["lb256-long"] = PLAIN["lb256"] | {"train.budget": "updates", "optim.base_size": 64}
+    more["lb256-long"] = PLAIN["lb256"] | {"train.length_unit": "updates", "optim.base_size": 64}
     lost = {"lb1024": 0.04, "lb1024-sqrt": 0.04, "lb1024-long": 0.04}
     found = outcomes(PLAIN | SCALED | LONGER | more, num=100, lost=lost)
     assert found["scaling"]["contradicted"] + found["longer_training"]["contradicted"] <= 10
-    both = {"lb1024-sqrt-long": SCALED["lb1024-sqrt"] | {"train.budget": "updates"}}
+    both = {"lb1024-sqrt-long": SCALED["lb1024-sqrt"] | {"train.length_unit": "updates"}}
     found = outcomes(PLAIN | SCALED | both, num=100, lost={"lb1024": 0.04})
     assert found["scaling"]["contradicted"] >= 95
     assert found["longer_training"]["contradicted"] <= 5

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from gengap_dist.analysis.seed_aggregates import over_seeds, summary
-from gengap_dist.config.identity import recipe
+from gengap_dist.config.identity import treatment
 from gengap_dist.config.loading import flat, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.runs.metrics_table import history
@@ -68,19 +68,19 @@ def test_a_gap_is_paired_by_seed_and_lost_runs_are_counted():
     assert "test/accuracy/ci_low" not in over_seeds([seed(0, 0.5)])[0]
 
 
-def test_a_recipe_says_what_differs_besides_the_batch():
+def test_a_treatment_says_what_differs_besides_the_batch():
     def settings(**given):
         return flat(validate(RunConfig, given))
 
     baseline = settings(batch={"global_size": 32})
     assert (
-        recipe(settings(batch={"global_size": 512, "micro_size": 64}, seed=3, launch={"num_processes": 2}), baseline)
+        treatment(settings(batch={"global_size": 512, "micro_size": 64}, seed=3, launch={"num_processes": 2}), baseline)
         == "plain"
     )
     scaled = settings(batch={"global_size": 512, "ghost_size": 32}, optim={"scaling": "sqrt", "base_size": 32})
-    assert recipe(scaled, baseline) == "batch.ghost_size=32 optim.scaling=sqrt"
+    assert treatment(scaled, baseline) == "batch.ghost_size=32 optim.scaling=sqrt"
     other = settings(batch={"global_size": 512}, optim={"scaling": "sqrt", "base_size": 64}, data={"augment": ["flip"]})
-    assert recipe(other, baseline) == 'data.augment=["flip"] optim.base_size=64 optim.scaling=sqrt'
+    assert treatment(other, baseline) == 'data.augment=["flip"] optim.base_size=64 optim.scaling=sqrt'
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2, 5])

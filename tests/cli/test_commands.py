@@ -131,8 +131,10 @@ def test_probe_measures_untrained_and_trained(tmp_path, gengap):
     assert "conv1" not in done.stdout
     assert (tmp_path / "spectra" / "spectra" / "step_00000000.npz").exists()
     assert (tmp_path / "spectra" / "figures" / "all_spectra.pdf").stat().st_size > 5_000
-    assert gengap("train", *QUICK, "--recipe.average", "ema", "--out", "run").returncode == 0  # whose network it is
-    words = ["--num_samples", 16, 32, "--rivals", "norms", "hessian"]
+    assert (
+        gengap("train", *QUICK, "--algorithm.weight_averaging", "ema", "--out", "run").returncode == 0
+    )  # whose network it is
+    words = ["--num_samples", 16, 32, "--diagnostics", "norms", "hessian"]
     done = gengap("probe", "--model", "run", *words, "--out", "again", "--mlflow")
     assert done.returncode == 0, done.stderr
     assert "hessian/eigenvalue_1" in done.stdout
@@ -164,7 +166,7 @@ def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, gengap):
 
     assert gengap("train", *QUICK, "--out", "run").returncode == 0
     for which, shown in {"@0": "step 0", "@3": "step 3", "@best": "step"}.items():
-        done = gengap("probe", "--model", f"run{which}", "--rivals")
+        done = gengap("probe", "--model", f"run{which}", "--diagnostics")
         assert done.returncode == 0, done.stderr
         assert shown in done.stdout
     done = gengap("probe", "--model", "run@7")
@@ -172,7 +174,7 @@ def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, gengap):
     assert "has kept no weights of step 7: choose 0, 3, last (step 3)" in done.stderr
     state = weights(tmp_path / "run")
     torch.save({"state_dict": state}, tmp_path / "weights.pt")
-    words = ["--num_samples", 60, "--rivals"]
+    words = ["--num_samples", 60, "--diagnostics"]
     from_file = gengap("probe", "--model", "lenet5", "--weights", "weights.pt", *words)
     from_run = gengap("probe", "--model", "run", *words)
     assert from_file.returncode == 0, from_file.stderr

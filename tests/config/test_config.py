@@ -49,7 +49,7 @@ def test_extends_is_relative_to_the_file_and_may_name_several(tmp_path):
         ("optim: {milestones: [0.5, 0.2]}", ["optim.milestones ([0.5, 0.2])", "in order"]),
         ("optim: {schedule: grow, gamma: 0.3}", ["optim.gamma (0.3)", "0.5"]),
         ("{optim: {schedule: grow, gamma: 0.5}, train: {steps: 9}}", ["optim.schedule (grow)", "train.epochs"]),
-        ("train: {budget: updates}", ["train.budget (updates)", "optim.base_size"]),
+        ("train: {length_unit: updates}", ["train.length_unit (updates)", "optim.base_size"]),
         ("train: {stop_at_target: true}", ["train.stop_at_target", "train.target_accuracy"]),
         ("{train: {target_accuracy: 0.9}, data: {val_fraction: 0}}", ["train.target_accuracy (0.9)", "val_fraction"]),
         ("model: {norm: ghost}", ["model.norm (ghost)", "batch.ghost_size"]),
@@ -59,13 +59,19 @@ def test_extends_is_relative_to_the_file_and_may_name_several(tmp_path):
         ("data: {augment: [crop], crop_padding: 32}", ["data.crop_padding (32)", "less than 32"]),
         ("data: {streaming: true}", ["data.streaming", "imagefolder"]),
         ("data: {name: imagefolder, streaming: true, device: cuda}", ["data.device (cuda)", "data.streaming (true)"]),
-        ("recipe: {gradient_penalty: 0.1}", ["recipe.gradient_penalty (0.1)", "recipe.penalty_size"]),
-        ("recipe: {gradient_penalty: 0.1, penalty_size: 48}", ["recipe.penalty_size (48)", "batch.global_size (64)"]),
-        ("recipe: {gradient_penalty: 0.1, penalty_size: 32, sam_rho: 0.1}", ["recipe.sam_rho", "choose one"]),
-        ("recipe: {average: ema, local: swap}", ["recipe.average (ema)", "recipe.local (swap)"]),
-        ("recipe: {local: swap, workers: 5}", ["batch.global_size (64)", "recipe.workers (5)"]),
-        ("{recipe: {local: swap}, model: {norm: sync}}", ["recipe.local (swap)", "model.norm (sync)"]),
-        ("recipe: {sam_rho: -1}", ["recipe.sam_rho (-1)", "greater than 0"]),
+        ("algorithm: {gradient_penalty: 0.1}", ["algorithm.gradient_penalty (0.1)", "algorithm.penalty_size"]),
+        (
+            "algorithm: {gradient_penalty: 0.1, penalty_size: 48}",
+            ["algorithm.penalty_size (48)", "batch.global_size (64)"],
+        ),
+        ("algorithm: {gradient_penalty: 0.1, penalty_size: 32, sam_rho: 0.1}", ["algorithm.sam_rho", "choose one"]),
+        (
+            "algorithm: {weight_averaging: ema, local_sgd: swap}",
+            ["algorithm.weight_averaging (ema)", "algorithm.local_sgd (swap)"],
+        ),
+        ("algorithm: {local_sgd: swap, workers: 5}", ["batch.global_size (64)", "algorithm.workers (5)"]),
+        ("{algorithm: {local_sgd: swap}, model: {norm: sync}}", ["algorithm.local_sgd (swap)", "model.norm (sync)"]),
+        ("algorithm: {sam_rho: -1}", ["algorithm.sam_rho (-1)", "greater than 0"]),
         ("data: {name: cifar11}", ["data.name (cifar11)", "cifar10"]),
         ("seed: 1.5", ["seed (1.5)", "integer"]),
         ("just words", ["settings"]),
@@ -182,19 +188,19 @@ def test_help_says_what_every_setting_is():
         assert name in done.stdout
 
 
-def study(axes, budgets=(), arms=(), **settings) -> StudyConfig:
-    block = {"axes": axes, "budgets": list(budgets), "arms": list(arms)}
+def study(axes, length_units=(), arms=(), **settings) -> StudyConfig:
+    block = {"axes": axes, "length_units": list(length_units), "arms": list(arms)}
     return validate(StudyConfig, nested(settings | {"optim.base_size": 64, "study": block}))
 
 
 def test_axes_are_every_combination_with_names_that_can_be_read():
     config = study(
-        {"batch.global_size": [64, 512], "recipe": {"": {}, "smooth": {"recipe.label_smoothing": 0.1}}},
+        {"batch.global_size": [64, 512], "algorithm": {"": {}, "smooth": {"algorithm.label_smoothing": 0.1}}},
         arms=[{"name": "adamw", "set": {"optim.name": "adamw"}}],
     )
     assert [arm.name for arm in config.arms] == ["adamw", "b64", "b64-smooth", "b512", "b512-smooth"]
     run = config.run_config(config.arms[-1], seed=0)
-    assert (run.batch.global_size, run.recipe.label_smoothing) == (512, 0.1)
+    assert (run.batch.global_size, run.algorithm.label_smoothing) == (512, 0.1)
     assert config.baseline == "adamw"
     names = study({"optim.lr": [0.1, 1e-5], "optim.nesterov": [True, False], "model.name": ["torchvision:vgg"]}).arms
     assert names[0].name == "lr0.1-nesterov-true-name-torchvision.vgg"
@@ -203,7 +209,7 @@ def test_axes_are_every_combination_with_names_that_can_be_read():
 
 def test_what_would_be_the_same_run_is_one_arm():
     rules = {"batch.global_size": [64, 512], "optim.scaling": ["none", "sqrt"]}
-    config = study(rules, budgets=["epochs", "updates"])
+    config = study(rules, length_units=["epochs", "updates"])
     assert [arm.name for arm in config.arms] == [
         "b64-scaling-none-epochs", "b512-scaling-none-epochs", "b512-scaling-none-updates",
         "b512-scaling-sqrt-epochs", "b512-scaling-sqrt-updates",
@@ -211,7 +217,7 @@ def test_what_would_be_the_same_run_is_one_arm():
     assert set(config.twins.values()) == {"b64-scaling-none-epochs"}
     assert len(config.twins) == 3
     runs = [config.run_config(arm, 0) for arm in config.arms]
-    assert [run.train.budget for run in runs] == ["epochs", "epochs", "updates", "epochs", "updates"]
+    assert [run.train.length_unit for run in runs] == ["epochs", "epochs", "updates", "epochs", "updates"]
     block = config.study.model_dump() | {"baseline": "b64-scaling-sqrt-updates"}
     named = validate(StudyConfig, config.model_dump() | {"study": block})
     assert named.baseline == "b64-scaling-none-epochs"
@@ -219,13 +225,13 @@ def test_what_would_be_the_same_run_is_one_arm():
 
 def test_swap_needs_the_rule_even_where_it_does_not_scale():
     """Its networks step with the rate for a share of the batch."""
-    config = study({"optim.scaling": ["none", "sqrt"]}, **{"recipe.local": "swap", "batch.global_size": 64})
+    config = study({"optim.scaling": ["none", "sqrt"]}, **{"algorithm.local_sgd": "swap", "batch.global_size": 64})
     assert len(config.arms) == 2
 
 
 def test_axes_survive_a_file_and_extend_another(tmp_path):
-    (tmp_path / "base.yaml").write_text("study:\n  axes: {batch.global_size: [64], recipe: {a: {}}}\n")
-    (tmp_path / "top.yaml").write_text("extends: base.yaml\nstudy.axes: {recipe: {b: {optim.lr: 0.5}}}\n")
+    (tmp_path / "base.yaml").write_text("study:\n  axes: {batch.global_size: [64], algorithm: {a: {}}}\n")
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\nstudy.axes: {algorithm: {b: {optim.lr: 0.5}}}\n")
     config = resolve(StudyConfig, [tmp_path / "top.yaml"], {})
     assert [arm.name for arm in config.arms] == ["b64-a", "b64-b"]
     (tmp_path / "again.yaml").write_text(to_yaml(config))

@@ -51,8 +51,8 @@ def test_a_pair_is_a_study_of_its_own_name_with_a_small_batch_as_its_baseline(na
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_layers_of_a_rank_penalty_exist(path):
     for config in runs(path):
-        if config.seed or not config.recipe.rank_penalty:
+        if config.seed or not config.algorithm.rank_penalty:
             continue
         size, channels = config.data.image_size, CHANNELS[config.data.name]
         model = models.build(config.model.name, num_classes=10, in_channels=channels, image_size=size).eval()
-        assert choose(model, torch.zeros(1, channels, size, size), config.recipe.rank_layers)
+        assert choose(model, torch.zeros(1, channels, size, size), config.algorithm.rank_layers)

@@ -79,14 +79,18 @@ LENET: Settings = {"model__name": "lenet5", "data__image_size": 32}
 SYNC: Settings = SMALL | {"model__norm": "sync", "batch__ghost_size": None, "batch__micro_size": 64}
 RAGGED: Settings = {"batch__global_size": 50, "train__steps": 32}  # an epoch is 28 steps, the last of 15 images
 ONE_LEFT: Settings = {"batch__global_size": 52, "train__steps": 27, "probe__every": None}  # the last of 1 image
-RIVALS = ("noise_scale", "norms", "weights", "neural_collapse", "hessian", "keskar")
+DIAGNOSTICS = ("noise_scale", "norms", "weights", "neural_collapse", "hessian", "keskar")
 AUGMENTED: Settings = {"data__augment": ("crop", "flip", "cutout")}
 ADAMW: Settings = {"optim__name": "adamw", "optim__lr": 3e-3, "optim__weight_decay": 0.1}
 BF16: Settings = {"train__autocast": "bfloat16"}
 FP16: Settings = {"train__autocast": "float16"}
-LOCAL: Settings = {"recipe__local_start": 0.34}
-POST_LOCAL: Settings = LOCAL | {"recipe__local": "post_local_sgd", "recipe__workers": 3, "recipe__local_steps": 2}
-SWAP: Settings = LOCAL | SMALL | {"recipe__local": "swap", "recipe__workers": 2}
+LOCAL: Settings = {"algorithm__local_start": 0.34}
+POST_LOCAL: Settings = LOCAL | {
+    "algorithm__local_sgd": "post_local_sgd",
+    "algorithm__workers": 3,
+    "algorithm__local_steps": 2,
+}
+SWAP: Settings = LOCAL | SMALL | {"algorithm__local_sgd": "swap", "algorithm__workers": 2}
 TOKENS: Settings = {  # attention has another kernel on a CPU, which rounds otherwise in float32
     "model__name": f"{__name__}:tokens",
     "probe__views": ("token", "pool", "flatten"),
@@ -126,13 +130,13 @@ ALONE: dict[str, Scenario] = {
     ),
     "tokens": Scenario(TOKENS),
     "tsqr, float64": Scenario({"probe__method": "tsqr", "train__dtype": "float64"}),
-    "every rival": Scenario({"probe__rivals": RIVALS, "probe__every": None, "train__steps": 3}),
+    "every diagnostic": Scenario({"probe__diagnostics": DIAGNOSTICS, "probe__every": None, "train__steps": 3}),
     "probe in little memory": Scenario(
         LENET | {"probe__views": ("flatten",), "probe__memory_mib": 4, "train__steps": 2}
     ),
     "augmentation": Scenario(OFF | AUGMENTED),
     "images kept on the host, augmented": Scenario(
-        OFF | RAGGED | AUGMENTED | {"data__device": "cpu", "batch__micro_size": 20, "recipe__sam_rho": 0.05},
+        OFF | RAGGED | AUGMENTED | {"data__device": "cpu", "batch__micro_size": 20, "algorithm__sam_rho": 0.05},
         twin={"data__device": "auto"},
     ),
     "shuffled labels": Scenario(OFF | {"data__shuffle_labels": True}),
@@ -168,7 +172,7 @@ ALONE: dict[str, Scenario] = {
     "bfloat16": Scenario(BF16),
     "float16": Scenario(OFF | FP16, **IN_FLOAT32),
     "float16, adamw": Scenario(OFF | FP16 | ADAMW, **IN_FLOAT32),
-    "float16, sam, clipped": Scenario(OFF | FP16 | {"recipe__sam_rho": 0.05, "optim__clip_norm": 1.0}, **IN_FLOAT32),
+    "float16, sam, clipped": Scenario(OFF | FP16 | {"algorithm__sam_rho": 0.05, "optim__clip_norm": 1.0}, **IN_FLOAT32),
     "channels_last": Scenario(SMALL | {"train__channels_last": True}),
     "channels_last=auto, micro_size=auto": Scenario(
         OFF | SMALL | {"train__channels_last": "auto", "batch__micro_size": "auto"}, twin={"batch__micro_size": 60}
@@ -179,7 +183,7 @@ ALONE: dict[str, Scenario] = {
     "sync norm": Scenario(OFF | SYNC),
     "group norm": Scenario(OFF | SMALL | {"model__norm": "group", "batch__ghost_size": None}),
     "no norm": Scenario(OFF | SMALL | {"model__norm": "none", "batch__ghost_size": None}),
-    "recompute": Scenario(
+    "activation_checkpointing": Scenario(
         OFF
         | LENET
         | {
@@ -188,18 +192,18 @@ ALONE: dict[str, Scenario] = {
             "batch__ghost_size": 16,
             "batch__global_size": 32,
             "train__steps": 2,
-            "train__recompute": True,
+            "train__activation_checkpointing": True,
         }
     ),
-    "label smoothing": Scenario(OFF | {"recipe__label_smoothing": 0.1}),
-    "sam": Scenario(OFF | SMALL | {"recipe__sam_rho": 0.05}),
-    "gradient penalty": Scenario(OFF | {"recipe__gradient_penalty": 0.05, "recipe__penalty_size": 10}),
-    "rank penalty, logdet": Scenario(OFF | {"recipe__rank_penalty": 0.02}),
+    "label smoothing": Scenario(OFF | {"algorithm__label_smoothing": 0.1}),
+    "sam": Scenario(OFF | SMALL | {"algorithm__sam_rho": 0.05}),
+    "gradient penalty": Scenario(OFF | {"algorithm__gradient_penalty": 0.05, "algorithm__penalty_size": 10}),
+    "rank penalty, logdet": Scenario(OFF | {"algorithm__rank_penalty": 0.02}),
     "rank penalty, spread, bfloat16": Scenario(
-        OFF | BF16 | {"recipe__rank_penalty": 0.02, "recipe__rank_measure": "spread"}
+        OFF | BF16 | {"algorithm__rank_penalty": 0.02, "algorithm__rank_measure": "spread"}
     ),
-    "ema": Scenario(OFF | SMALL | {"recipe__average": "ema"}),
-    "swa": Scenario(OFF | SMALL | {"recipe__average": "swa", "recipe__average_start": 0.34}),
+    "ema": Scenario(OFF | SMALL | {"algorithm__weight_averaging": "ema"}),
+    "swa": Scenario(OFF | SMALL | {"algorithm__weight_averaging": "swa", "algorithm__average_start": 0.34}),
     "post-local sgd": Scenario(OFF | POST_LOCAL),
     "swap": Scenario(OFF | SWAP),
     "fsdp on one rank": Scenario({"launch__strategy": "fsdp"}),
@@ -225,7 +229,7 @@ TOGETHER: dict[str, Scenario] = {
                 "train__steps": 2,
             }
         ),
-        "every rival": Scenario({"probe__rivals": RIVALS, "probe__every": None, "train__steps": 3}),
+        "every diagnostic": Scenario({"probe__diagnostics": DIAGNOSTICS, "probe__every": None, "train__steps": 3}),
         "a ragged epoch, augmented": Scenario(OFF | RAGGED | AUGMENTED),
         "a step of one image": Scenario(OFF | ONE_LEFT),
         "images kept on the host": Scenario(
@@ -245,17 +249,19 @@ TOGETHER: dict[str, Scenario] = {
         "sync norm, bfloat16": Scenario(OFF | SYNC | BF16),
         "sync norm, bfloat16, a rank without images": Scenario(OFF | SYNC | BF16 | ONE_LEFT),
         "group norm": Scenario(OFF | SMALL | {"model__norm": "group", "batch__ghost_size": None}),
-        "recompute, sync norm": Scenario(OFF | SYNC | {"train__recompute": True}),
-        "sam, sync norm": Scenario(OFF | SYNC | {"recipe__sam_rho": 0.05}),
-        "gradient penalty": Scenario(OFF | {"recipe__gradient_penalty": 0.05, "recipe__penalty_size": 10}),
-        "rank penalty": Scenario(OFF | SMALL | {"recipe__rank_penalty": 0.02, "recipe__rank_layers": ("5", "9")}),
-        "ema": Scenario(OFF | SMALL | {"recipe__average": "ema"}),
-        "swa, sync norm": Scenario(OFF | SYNC | {"recipe__average": "swa", "recipe__average_start": 0.34}),
+        "recompute, sync norm": Scenario(OFF | SYNC | {"train__activation_checkpointing": True}),
+        "sam, sync norm": Scenario(OFF | SYNC | {"algorithm__sam_rho": 0.05}),
+        "gradient penalty": Scenario(OFF | {"algorithm__gradient_penalty": 0.05, "algorithm__penalty_size": 10}),
+        "rank penalty": Scenario(OFF | SMALL | {"algorithm__rank_penalty": 0.02, "algorithm__rank_layers": ("5", "9")}),
+        "ema": Scenario(OFF | SMALL | {"algorithm__weight_averaging": "ema"}),
+        "swa, sync norm": Scenario(
+            OFF | SYNC | {"algorithm__weight_averaging": "swa", "algorithm__average_start": 0.34}
+        ),
         "post-local sgd": Scenario(POST_LOCAL),
         "swap": Scenario(OFF | SWAP),
         "fsdp": Scenario({"launch__strategy": "fsdp"}),
         "fsdp, adamw, ghost": Scenario(OFF | SMALL | ADAMW | {"launch__strategy": "fsdp"}),
-        "fsdp, sam, ragged": Scenario(OFF | RAGGED | {"launch__strategy": "fsdp", "recipe__sam_rho": 0.05}),
+        "fsdp, sam, ragged": Scenario(OFF | RAGGED | {"launch__strategy": "fsdp", "algorithm__sam_rho": 0.05}),
         "fsdp, bfloat16": Scenario(OFF | BF16 | {"launch__strategy": "fsdp"}),
         "zero0": Scenario(OFF | {"launch__strategy": "zero0"}),
         "zero1, adamw": Scenario(ADAMW | {"launch__strategy": "zero1"}),

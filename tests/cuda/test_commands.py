@@ -63,7 +63,9 @@ def test_torchrun(tmp_path):
     assert done.returncode == 0, done.stderr
     info = read_info(tmp_path / "gpu")
     assert (info["device"], info["world_size"], info["strategy"]) == ("cuda", 2, "ddp")
-    train_here(tmp_path / "cpu", train__steps=3, train__dtype="float64", probe__num_samples=100, probe__budget=0.05)
+    train_here(
+        tmp_path / "cpu", train__steps=3, train__dtype="float64", probe__num_samples=100, probe__max_time_fraction=0.05
+    )
     got, want = numbers(tmp_path / "gpu"), numbers(tmp_path / "cpu")
     losses = [key for key in want if key[1] in ("train/loss", "test/loss", "val/loss", "train/grad_norm")]
     assert len(losses) > 5
@@ -74,7 +76,7 @@ def test_probe_of_a_run_made_elsewhere(tmp_path, gengap):
     """A run that was made on GPUs is measured where there is none, and the other way round."""
     model = {"model__name": "mlp", "model__widths": (24, 16), "seed": 3}
     train_here(tmp_path / "run", **(BASE | OFF | model | {"train__steps": 2, "launch__device": "cpu"}))
-    measured = ["--model", tmp_path / "run", "--num_samples", 100, "--rivals", "norms", "weights", "--out"]
+    measured = ["--model", tmp_path / "run", "--num_samples", 100, "--diagnostics", "norms", "weights", "--out"]
     done = command("gengap_dist.probe", *measured, tmp_path / "gpu", num_gpus=1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert read_info(tmp_path / "gpu")["device"] == "cuda"
@@ -126,7 +128,7 @@ def stuck(world: World, settings: Settings, out: Path) -> str:
 
 def test_a_gpu_that_does_not_answer_is_seen_by_the_watchdog(crew, tmp_path):
     """The CPU waits for the GPU in one place, which counts as waiting for the other ranks."""
-    settings = BASE | OFF | {"train__steps": 3, "launch__device": "cuda", "launch__hang_seconds": 0.8}
+    settings = BASE | OFF | {"train__steps": 3, "launch__device": "cuda", "launch__stall_report_seconds": 0.8}
     said = "".join(crew(stuck, settings, tmp_path / "run"))
     assert said.count("all ranks wait in metrics of the last steps (step ") == 1
 

@@ -105,7 +105,12 @@ def test_auto_finds_a_micro_size_that_fits(gpu, tmp_path):
 
 
 GPU = r"\(Fake H100 \(no GPU\), 0\.195 GiB\)"
-REMEDIES = ("batch.micro_size (or auto)", "train.recompute=true", "launch.strategy=fsdp or zero3", "data.device=cpu")
+REMEDIES = (
+    "batch.micro_size (or auto)",
+    "train.activation_checkpointing=true",
+    "launch.strategy=fsdp or zero3",
+    "data.device=cpu",
+)
 HUNGRY: Settings = {"batch__global_size": 1024, "batch__micro_size": 1024, "data__image_size": 16}
 CUDNN = "GET was unable to find an engine to execute this computation"
 
@@ -204,7 +209,9 @@ def test_another_error_stays_what_it_is(gpu, tmp_path):
 def test_auto_passes_on_what_the_library_said(gpu, tmp_path):
     settings = BASE | OFF | {"model__name": f"{__name__}:unsupported", "batch__micro_size": "auto"}
     (said,) = gpu(trained, settings | {"launch__device": "cuda"}, tmp_path / "run")
-    assert said.startswith(f"batch.micro_size (auto) ran out of memory in a pass of 1 ({CUDNN}): set train.recompute")
+    assert said.startswith(
+        f"batch.micro_size (auto) ran out of memory in a pass of 1 ({CUDNN}): set train.activation_checkpointing"
+    )
 
 
 @pytest.mark.parametrize(("launcher", "model"), [("local", "greedy_in_training"), ("torchrun", "greedy_on_rank_1")])

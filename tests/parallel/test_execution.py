@@ -37,7 +37,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "mlp-ghost": {"model__name": "mlp", "model__widths": [12, 12], "batch__global_size": 60, "batch__ghost_size": 10,
                   "batch__micro_size": 20},
 }  # fmt: skip
-SAME = {"recompute": 0.0, "channels_last": 1e-9, "deterministic": 0.0}  # how far losses may be off
+SAME = {"activation_checkpointing": 0.0, "channels_last": 1e-9, "deterministic": 0.0}  # how far losses may be off
 HAS_COMPILER = pytest.mark.skipif(
     subprocess.run(["sh", "-c", "command -v ${CXX:-g++}"], capture_output=True).returncode != 0,
     reason="no C++ compiler on the PATH",
@@ -96,7 +96,9 @@ def test_recompute_under_sharded_strategies(crews, name):
     if "zero" in name:
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     settings = NETWORKS["mlp-ghost"] | {"model__widths": [120, 120]}
-    plain, twice = (crews[2](jobs.trained, name, settings | {"train__recompute": on}, 3) for on in (False, True))
+    plain, twice = (
+        crews[2](jobs.trained, name, settings | {"train__activation_checkpointing": on}, 3) for on in (False, True)
+    )
     for here, there in zip(twice, plain, strict=True):
         assert here["loss"] == there["loss"]
         assert all((here["model"][key] == value).all() for key, value in there["model"].items())
@@ -205,7 +207,7 @@ def test_recompute_keeps_less_than_a_third_of_resnet56():
     """Counted in a real pass, and as `plan` says: with the largest block's own on top, as in its backward pass."""
     kept, planned = [], []
     for on in (False, True):
-        settings = config(model__name="resnet56", train__recompute=on)
+        settings = config(model__name="resnet56", train__activation_checkpointing=on)
         model = models.of(settings, 10, 3, World())
         planned.append(memory_model.saved_for_backward(settings, model, (3, 32, 32), 4)[0])
         if on:
@@ -290,7 +292,7 @@ def test_small_gradients_survive_float16_by_the_scale():
 
 
 def test_sam_under_float16(crews):
-    settings = EXACT | NETWORKS["mlp-ghost"] | {"recipe__sam_rho": 0.05}
+    settings = EXACT | NETWORKS["mlp-ghost"] | {"algorithm__sam_rho": 0.05}
     for size, name in ((1, "single"), (2, "ddp")):
         plain, half = (crews[size](sam_steps, name, settings | more)[0] for more in ({}, HALF))
         assert half["loss"] == pytest.approx(plain["loss"], rel=1e-12)
@@ -298,7 +300,7 @@ def test_sam_under_float16(crews):
 
 
 def sam_steps(world: World, name: str, settings: dict[str, Any]) -> dict[str, list[float]]:
-    """Losses, running statistics averaged, and norms of four steps of a recipe."""
+    """Losses, running statistics averaged, and norms of four steps of a algorithm."""
     trainer = jobs.Trainer(name, world, settings)
     course = course_of(trainer.config, trainer.strategy, trainer.batches, trainer.order, 4)
     trainer.strategy.model.train()
@@ -367,8 +369,8 @@ def compiled_steps(world: World, name: str, settings: dict[str, Any]) -> dict[st
     ("size", "name", "more"),
     [
         (1, "single", {}),
-        (1, "single", {"recipe__sam_rho": 0.05}),
-        (1, "single", {"recipe__gradient_penalty": 0.1, "recipe__penalty_size": 6}),
+        (1, "single", {"algorithm__sam_rho": 0.05}),
+        (1, "single", {"algorithm__gradient_penalty": 0.1, "algorithm__penalty_size": 6}),
         (2, "ddp", {"train__channels_last": True}),
     ],
     ids=["single", "sam", "gradient_penalty", "ddp"],
@@ -437,7 +439,7 @@ def test_probes_and_evaluation_see_the_plain_network_of_a_compiled_run(tmp_path)
 # -- resuming with other switches -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("switch", ["recompute", "channels_last"])
+@pytest.mark.parametrize("switch", ["activation_checkpointing", "channels_last"])
 @pytest.mark.parametrize("first", [False, True])
 def test_switches_may_change_at_a_resume(switch, first):
     """Momentum is taken over in the order that the weights have then: fused SGD would mix up pixels otherwise."""
@@ -539,8 +541,8 @@ REFUSED = [
         for name in ("fsdp", "zero1")
     ),
     (
-        {"train__compile": True, "train__recompute": True}, 1, None,
-        "train.compile and train.recompute both decide what is computed twice: choose one, or neither",
+        {"train__compile": True, "train__activation_checkpointing": True}, 1, None,
+        "train.compile and train.activation_checkpointing both decide what is computed twice: choose one, or neither",
     ),
     (
         {"train__compile": True, "model__norm": "sync"}, 1, None,
@@ -549,20 +551,21 @@ REFUSED = [
     ),
     *(
         (
-            {f"train__{switch}": True, "recipe__rank_penalty": 0.1}, 1, None,
-            "recipe.rank_penalty (0.1) takes activations out of forward passes, which "
+            {f"train__{switch}": True, "algorithm__rank_penalty": 0.1}, 1, None,
+            "algorithm.rank_penalty (0.1) takes activations out of forward passes, which "
             f"train.{switch} (true) hides or repeats: choose train.{switch}=false",
         )
-        for switch in ("compile", "recompute")
+        for switch in ("compile", "activation_checkpointing")
     ),
     (
-        {"train__autocast": "float16", "recipe__rank_penalty": 0.1}, 1, "cuda",
-        "recipe.rank_penalty (0.1) works with numbers too small for train.autocast (float16): choose bfloat16, or null",
+        {"train__autocast": "float16", "algorithm__rank_penalty": 0.1}, 1, "cuda",
+        "algorithm.rank_penalty (0.1) works with numbers too small for train.autocast (float16): choose bfloat16, or "
+        "null",
     ),
     *(
         (
-            {"train__autocast": kind, "recipe__gradient_penalty": 0.1, "recipe__penalty_size": 32}, 1, "cuda",
-            "recipe.gradient_penalty (0.1) takes small differences of gradients, which "
+            {"train__autocast": kind, "algorithm__gradient_penalty": 0.1, "algorithm__penalty_size": 32}, 1, "cuda",
+            "algorithm.gradient_penalty (0.1) takes small differences of gradients, which "
             f"train.autocast ({kind}) rounds away: choose train.autocast=null",
         )
         for kind in ("float16", "bfloat16")
@@ -579,8 +582,8 @@ def test_refusals(settings, num_ranks, device, sentence):
 
 def test_what_is_not_refused():
     check_switches(config(train__autocast="float16"), 1, None)
-    check_switches(config(train__autocast="float16", recipe__sam_rho=0.1), 2, "cuda")
-    check_switches(config(train__recompute=True, model__norm="sync", launch__strategy="zero3"), 2, "cpu")
+    check_switches(config(train__autocast="float16", algorithm__sam_rho=0.1), 2, "cuda")
+    check_switches(config(train__activation_checkpointing=True, model__norm="sync", launch__strategy="zero3"), 2, "cpu")
 
 
 def test_a_float16_run_on_a_cpu_ends_before_it_begins(tmp_path):

@@ -42,7 +42,7 @@ def test_a_healthy_machine_fits_on_a_screen(tmp_path, gengap):
 def test_everything_broken_at_once_is_named_in_json(tmp_path, gengap):
     dead = f"127.0.0.1:{free_port()}"
     words = ["--data.name", "mnist", "--data.root", "nowhere", "--mlflow.tracking_uri", f"http://{dead}"]
-    words += ["--launch.backend", "ray", "--launch.ray_address", dead, "--launch.device", "cuda"]
+    words += ["--launch.launcher", "ray", "--launch.ray_address", dead, "--launch.device", "cuda"]
     done = gengap("doctor", *words, "--out", "/proc/run", "--json")
     assert done.returncode == 1, done.stderr
     told = json.loads(done.stdout)
@@ -241,7 +241,7 @@ def test_what_is_not_needed_is_only_absent(monkeypatch):
     monkeypatch.setattr(doctor_checks, "installed", lambda package: None)
     for check in (doctor_checks.ray, doctor_checks.deepspeed, doctor_checks.timm):
         assert {finding.status for finding in check(ask()).values()} == {ABSENT}
-    needs = ask(launch__backend="ray", launch__strategy="zero1", model__name="timm:resnet18")
+    needs = ask(launch__launcher="ray", launch__strategy="zero1", model__name="timm:resnet18")
     for check in (doctor_checks.ray, doctor_checks.deepspeed, doctor_checks.timm):
         (finding,) = check(needs).values()
         assert finding.status == FAIL

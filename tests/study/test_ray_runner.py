@@ -43,7 +43,7 @@ def both(cluster, tmp_path_factory):
     config = tiny.write(folder / "s.yaml", STUDY, launch={"max_failures": 0})
     alone = tiny.start(config, folder / "alone")
     env = cluster.env | {"RAY_ADDRESS": cluster.address}
-    words = tiny.command(config, folder / "ray", "--launch.backend", "ray")
+    words = tiny.command(config, folder / "ray", "--launch.launcher", "ray")
     (folder / "wait").touch()  # so Ctrl-C finds a run under way
     first = subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until(lambda: any(tiny.ended(folder / "ray")) or first.poll() is not None)
@@ -133,7 +133,7 @@ def telling(folder, num_seeds, deadly=(), **launch):
     """A study on 2 ranks that write down who makes a network; rank 1 dies in passes of those in `deadly` (from 1)."""
     (folder / "telling.py").write_text(TELLING.format(pids=str(folder / "pids"), deadly=deadly))
     study = {"baseline": "sb", "concurrent": 1, "seeds": [*range(num_seeds)], "arms": [{"name": "sb"}]}
-    launch = {"backend": "ray", "num_processes": 2, **launch}
+    launch = {"launcher": "ray", "num_processes": 2, **launch}
     return tiny.write(folder / "s.yaml", study, model={"name": "telling:make"}, launch=launch)
 
 
@@ -148,7 +148,7 @@ def test_ranks_stay_up_from_run_to_run(cluster, tmp_path):
     done = tiny.start(config, tmp_path / "out", **(cluster.env | {"RAY_ADDRESS": cluster.address}))
     assert done.returncode == 0, done.stderr
     assert starts(tmp_path) == [4]
-    alone = tiny.start(config, tmp_path / "alone", "--launch.backend", "local")
+    alone = tiny.start(config, tmp_path / "alone", "--launch.launcher", "local")
     assert alone.returncode == 0, alone.stderr
     assert tiny.scores(tmp_path / "out") == tiny.scores(tmp_path / "alone")
     assert len(tiny.scores(tmp_path / "out")) == 4

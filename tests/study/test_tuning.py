@@ -33,21 +33,23 @@ def test_points_are_fixed_by_the_section_and_fill_the_space():
 
 
 def test_values_are_tried_equally_often():
-    found = tuning.points(section(trials=8, space={"recipe.sam_rho": {"values": [None, 0.05]}}))
-    assert sorted(str(point["recipe.sam_rho"]) for point in found) == ["0.05"] * 4 + ["None"] * 4
+    found = tuning.points(section(trials=8, space={"algorithm.sam_rho": {"values": [None, 0.05]}}))
+    assert sorted(str(point["algorithm.sam_rho"]) for point in found) == ["0.05"] * 4 + ["None"] * 4
 
 
 def test_edges_are_told_for_numbers_with_something_between():
-    space = {"optim.lr": {"low": 0.1, "high": 1.0}, "recipe.sam_rho": {"values": [None, 0.1, 0.2, 0.4]}}
+    space = {"optim.lr": {"low": 0.1, "high": 1.0}, "algorithm.sam_rho": {"values": [None, 0.1, 0.2, 0.4]}}
     found = section(space=space)
-    points = [{"optim.lr": lr, "recipe.sam_rho": rho} for lr, rho in [(0.2, None), (0.5, 0.1), (0.8, 0.2), (0.6, 0.4)]]
+    points = [
+        {"optim.lr": lr, "algorithm.sam_rho": rho} for lr, rho in [(0.2, None), (0.5, 0.1), (0.8, 0.2), (0.6, 0.4)]
+    ]
     trials = [tuning.Trial(point, "finished", 0.5) for point in points]
     said = [tuning.edges(found, trials, point) for point in points]
     assert said == [
         ["optim.lr at its low end (0.2, of 0.1 to 1)"],
-        ["recipe.sam_rho at its low end (0.1, of 0.1 to 0.4)"],
+        ["algorithm.sam_rho at its low end (0.1, of 0.1 to 0.4)"],
         ["optim.lr at its high end (0.8, of 0.1 to 1)"],
-        ["recipe.sam_rho at its high end (0.4, of 0.1 to 0.4)"],
+        ["algorithm.sam_rho at its high end (0.4, of 0.1 to 0.4)"],
     ]
     assert tuning.edges(found, trials[:2], points[0]) == []  # one of two is always an end
 

@@ -18,7 +18,7 @@ SETTINGS = {
     "model": {"name": "mlp", "widths": [16]},
     "optim": {"base_size": 64},
     "train": {"epochs": 2, "num_evals": 2},
-    "probe": {"num_samples": 64, "per_decade": 1, "budget": None, "rivals": []},
+    "probe": {"num_samples": 64, "per_decade": 1, "max_time_fraction": None, "diagnostics": []},
     "checkpoint": {"every_steps": 5},
     "mlflow": {"enabled": False},
 }

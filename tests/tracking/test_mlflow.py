@@ -109,7 +109,7 @@ def test_a_dead_server_delays_nothing_and_is_caught_up_later(tmp_path, gengap):
     out = tmp_path / "run"
     dead = f"http://127.0.0.1:{free_port()}"
     began = time.monotonic()
-    done = gengap("train", *WORDS, "--mlflow.wait_seconds", "5", "--out", out, MLFLOW_TRACKING_URI=dead)
+    done = gengap("train", *WORDS, "--mlflow.flush_timeout_seconds", "5", "--out", out, MLFLOW_TRACKING_URI=dead)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 60
     assert f"gengap report sync {out}" in done.stderr
@@ -128,9 +128,9 @@ def test_a_hanging_server_does_not_hold_up_the_steps(tmp_path, gengap):
         deaf.listen(50)
         uri = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         out = tmp_path / "run"
-        done = gengap("train", *WORDS, "--mlflow.wait_seconds", "1", "--out", out, MLFLOW_TRACKING_URI=uri)
+        done = gengap("train", *WORDS, "--mlflow.flush_timeout_seconds", "1", "--out", out, MLFLOW_TRACKING_URI=uri)
     assert done.returncode == 0
-    assert "slower than mlflow.wait_seconds (1)" in done.stderr
+    assert "slower than mlflow.flush_timeout_seconds (1)" in done.stderr
     assert json.loads((out / "run.json").read_text())["seconds"] < 30
 
 

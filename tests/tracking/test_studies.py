@@ -34,12 +34,12 @@ pytestmark = pytest.mark.filterwarnings("default")  # what MLflow warns of is no
 
 ARMS = [
     {"name": "sb32", "set": {"batch.global_size": 32}},
-    {"name": "lb256-ema", "set": {"batch.global_size": 256, "recipe.average": "ema"}},
+    {"name": "lb256-ema", "set": {"batch.global_size": 256, "algorithm.weight_averaging": "ema"}},
     {"name": "wild", "set": {"batch.global_size": 256, "optim.lr": 1e9}},
 ]
 SETTINGS = {
     "train": {"steps": 12, "num_evals": 3},
-    "probe": {"num_samples": 64, "budget": None},
+    "probe": {"num_samples": 64, "max_time_fraction": None},
     "model": {"name": "lenet5"},
     "study": {"name": "tiny", "question": "Does it *work*?", "seeds": [0, 1], "arms": ARMS},
 }
@@ -114,9 +114,11 @@ def test_a_study_is_a_parent_its_arms_and_their_seeds(study, store):
         assert "seed" not in arm.data.params
     wanted = "tags.\"batch.global_size\" = '256' and tags.role = 'arm' and tags.level = 'arm'"
     assert named(client, experiment, wanted) == ["lb256-ema", "wild"]
-    assert named(client, experiment, "tags.recipe LIKE '%average=ema%' and tags.seed = '1'") == ["lb256-ema/seed1"]
+    assert named(client, experiment, "tags.treatment LIKE '%weight_averaging=ema%' and tags.seed = '1'") == [
+        "lb256-ema/seed1"
+    ]
     assert named(client, experiment, "tags.status = 'diverged' and tags.level = 'arm'") == ["wild"]
-    assert named(client, experiment, "tags.recipe = 'plain' and tags.level = 'arm'") == ["sb32"]
+    assert named(client, experiment, "tags.algorithm = 'plain' and tags.level = 'arm'") == ["sb32"]
     assert {run.info.status for run in arms} == {"FINISHED"}
     note = client.get_run(parent).data.tags["mlflow.note.content"]
     verdict = "- A claim. **undecided**: too few seeds."
@@ -363,7 +365,7 @@ def test_a_server_on_postgresql_takes_a_whole_study(study, tmp_path):
 
     with postgresql() as database, mlflow_server(database, tmp_path) as uri:
         follower = Follower(
-            study, MlflowConfig(tracking_uri=uri, experiment="pg", wait_seconds=300), "gengap_dist.cli.upload"
+            study, MlflowConfig(tracking_uri=uri, experiment="pg", flush_timeout_seconds=300), "gengap_dist.cli.upload"
         )
         assert follower.finish() is None, (study / "mlflow.log").read_text()
         assert follower.comparison() == f"{uri}/{comparison(study)}"

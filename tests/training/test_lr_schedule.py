@@ -139,7 +139,7 @@ def test_lengths():
     sizes = {"batch__global_size": 100, "optim__base_size": 30}
     assert schedule(**sizes, train__epochs=3).num_steps == 30
     assert schedule(**sizes, train__steps=7).num_steps == 7
-    assert schedule(**sizes, train__epochs=3, train__budget="updates").num_steps == 3 * 34
+    assert schedule(**sizes, train__epochs=3, train__length_unit="updates").num_steps == 3 * 34
     grown = schedule(batch__global_size=100, train__epochs=6, optim__schedule="grow", optim__gamma=0.5)
     assert grown.num_steps == 3 * 10 + 5 + 2 * 3
     assert [grown.lr(step) for step in (0, 20)] == [0.02, 0.02]
@@ -149,7 +149,7 @@ def test_regime_adaptation_is_the_small_batch_step_for_step():
     """Same number of updates, same warm-up, same milestones as a run at base_size, only the batch differs."""
     rule = {
         "optim__base_size": 25, "optim__schedule": "step", "optim__warmup_epochs": 1.5, "train__epochs": 4,
-        "train__budget": "updates", "optim__momentum_correction": False,
+        "train__length_unit": "updates", "optim__momentum_correction": False,
     }  # fmt: skip
     small, large = schedule(**rule, batch__global_size=25), schedule(**rule, batch__global_size=500)
     assert small.num_steps == large.num_steps == 160
@@ -159,14 +159,14 @@ def test_regime_adaptation_is_the_small_batch_step_for_step():
     assert small.lr(58) < small.lr(59) == 0.02
 
 
-@pytest.mark.parametrize("budget", ["epochs", "updates"])
-def test_legw_warms_up_for_the_small_batch_updates_whatever_the_budget(budget):
+@pytest.mark.parametrize("length_unit", ["epochs", "updates"])
+def test_legw_warms_up_for_the_small_batch_updates_whatever_the_length_unit(length_unit):
     """Half an epoch of 40 steps at the base batch of 25 is 20 updates, at 100, too."""
     found = schedule(
         optim__lr=1.0, optim__scaling="legw", optim__base_size=25, optim__warmup_epochs=0.5,
-        batch__global_size=100, train__epochs=6, train__budget=budget,
+        batch__global_size=100, train__epochs=6, train__length_unit=length_unit,
     )  # fmt: skip
-    assert found.num_steps == {"epochs": 60, "updates": 240}[budget]
+    assert found.num_steps == {"epochs": 60, "updates": 240}[length_unit]
     assert [found.lr(step) for step in (18, 19, 20)] == pytest.approx([1.9, 2.0, 2.0])
 
 

@@ -1,4 +1,4 @@
-"""Controls and rivals in a run: what is measured when, and what it costs."""
+"""Controls and diagnostics in a run: what is measured when, and what it costs."""
 
 import json
 import time
@@ -64,7 +64,7 @@ def test_a_rival_that_does_not_fit_the_model_is_left_out_and_training_goes_on(tm
 
 
 def test_dear_rivals_when_asked(tmp_path):
-    train(tmp_path / "run", **SHORT, probe__rivals=["hessian", "keskar"])
+    train(tmp_path / "run", **SHORT, probe__diagnostics=["hessian", "keskar"])
     last = list(read_metrics(tmp_path / "run"))[-1]
     assert last["hessian/eigenvalue_1"] >= last["hessian/eigenvalue_2"]
     assert last["keskar_sharpness"] > 0
@@ -123,7 +123,7 @@ def test_a_budget_is_kept(cost, spacing):
 
 def test_a_run_keeps_its_budget_on_all_ranks_and_says_so(tmp_path, gengap):
     words = ["--train.steps", 12, "--probe.num_samples", 50, "--probe.every", 2, "--mlflow.enabled", "false"]
-    words += ["--launch.num_processes", 2, "--probe.budget", 1e-6, "--out", "run"]
+    words += ["--launch.num_processes", 2, "--probe.max_time_fraction", 1e-6, "--out", "run"]
     done = gengap("train", *words)
     assert done.returncode == 0, done.stderr
     probed = [line["step"] for line in read_metrics(tmp_path / "run") if "effective_rank/fc2" in line]
@@ -146,7 +146,7 @@ def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Observer, "__call__", slow)
     monkeypatch.setattr("gengap_dist.training.trainer.seconds", lambda metrics: 0.1)
-    settings = {"train__steps": 100, "batch__global_size": 8, "probe__num_samples": 20, "probe__rivals": []}
+    settings = {"train__steps": 100, "batch__global_size": 8, "probe__num_samples": 20, "probe__diagnostics": []}
     prepare_folder(tmp_path / "run", "run.json", resume=False)
-    result = run(config(probe__budget=0.05, **settings), tmp_path / "run", progress=progress)
+    result = run(config(probe__max_time_fraction=0.05, **settings), tmp_path / "run", progress=progress)
     assert result["probe_left_out"] == [2, 5, 10, 22, 46]

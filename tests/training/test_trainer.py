@@ -18,7 +18,7 @@ SMALL = {
     "batch__micro_size": 20,
     "train__num_evals": 4,
     "probe__num_samples": 100,
-    "probe__budget": None,
+    "probe__max_time_fraction": None,
 }
 
 
@@ -51,8 +51,8 @@ def test_run_folder_is_complete(whole):
     for line in lines[1:]:  # 17 of 50 samples in the first micro-batch: two sizes of gradient
         assert line["noise_scale/trace_covariance"] == line["noise_scale/trace_covariance"]
     assert info["small_size"] == 16
-    rivals = {"nc1", "distance_from_init", "train/update_norm", "effective_rank/fc2.affine/weight"}
-    assert rivals <= lines[10].keys()
+    diagnostics = {"nc1", "distance_from_init", "train/update_norm", "effective_rank/fc2.affine/weight"}
+    assert diagnostics <= lines[10].keys()
     assert lines[0]["distance_from_init"] == 0 < lines[1]["distance_from_init"]
     assert lines[1]["distance_from_init"] == pytest.approx(lines[1]["train/update_norm"])  # one step from the start
     assert lines[-1]["test/accuracy"] == result["test/accuracy"]
@@ -196,10 +196,10 @@ def test_a_seed_of_any_size(tmp_path):
             {
                 "model__name": "mlp",
                 "model__activation": "linear",
-                "recipe__rank_penalty": 1.0,
-                "recipe__rank_layers": ["fc9"],
+                "algorithm__rank_penalty": 1.0,
+                "algorithm__rank_layers": ["fc9"],
             },
-            r"recipe.rank_layers \(fc9\) matches no layer",
+            r"algorithm.rank_layers \(fc9\) matches no layer",
         ),
         ({"model__name": "resnet65"}, r"did you mean resnet56\?"),
         (
@@ -208,8 +208,8 @@ def test_a_seed_of_any_size(tmp_path):
         ),
         ({"optim__warmup_epochs": 6.0}, r"optim.warmup_epochs \(6\) are 126 steps, and the run has 105"),
         (
-            {"recipe__sam_rho": 0.1, "launch__strategy": "zero1"},
-            r"recipe.sam_rho \(0.1\) is not for launch.strategy=zero1",
+            {"algorithm__sam_rho": 0.1, "launch__strategy": "zero1"},
+            r"algorithm.sam_rho \(0.1\) is not for launch.strategy=zero1",
         ),
         ({"train__autocast": "float16", "launch__device": "cpu"}, r"train.autocast \(float16\) is for GPUs"),
         ({"train__tf32": True, "launch__device": "cpu"}, r"train.tf32 \(true\) is for GPUs, and this run is on a CPU"),
@@ -218,8 +218,8 @@ def test_a_seed_of_any_size(tmp_path):
             {
                 "model__name": "mlp",
                 "batch__global_size": 100,
-                "recipe__gradient_penalty": 0.1,
-                "recipe__penalty_size": 1,
+                "algorithm__gradient_penalty": 0.1,
+                "algorithm__penalty_size": 1,
             },
             "a group of one sample in a step of 100",
         ),

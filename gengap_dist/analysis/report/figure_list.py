@@ -105,7 +105,7 @@ RUN_FIGURES: dict[str, Entry] = {
         "untrained network (dashed grey). Nothing is drawn below the numerical floor (dotted).",
     ),
     "rank_by_samples": SAMPLES,
-    "rivals": Entry(
+    "diagnostics": Entry(
         "Other explanations",
         lambda study, _: probe_figures.rivals_over_steps(study),
         "Other explanations of the gap, measured in the same run: docs/measures.md has their formulas.",

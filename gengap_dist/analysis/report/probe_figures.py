@@ -39,7 +39,7 @@ MEASURES = (
     ("near_rank_loss", "rel_1e-2", "near-rank loss (share < 0.01 s1)"),
     ("effective_rank", "", "effective rank"),
 )
-RIVALS = {  # metric: what it is called on its axis
+DIAGNOSTICS = {  # metric: what it is called on its axis
     "noise_scale": "gradient noise scale (samples)",
     "distance_from_init": "distance from initialisation",
     "train/update_norm": "norm of the update",
@@ -375,9 +375,9 @@ def measures_over_steps(study: StudyData) -> Picture | None:
 
 
 def rivals_over_steps(study: StudyData) -> Picture | None:
-    """One run: every rival explanation that was measured more than once."""
+    """One run: every diagnostic explanation that was measured more than once."""
     recorded = study.runs[0].history()
-    series = {name: recorded.series(name) for name in RIVALS}
+    series = {name: recorded.series(name) for name in DIAGNOSTICS}
     series = {name: (x, y) for name, (x, y) in series.items() if len(x) > 1}
     if not series:
         return None
@@ -393,10 +393,10 @@ def rivals_over_steps(study: StudyData) -> Picture | None:
         if y.min() > 0 and y.max() > 20 * y.min():
             panel.set_yscale("log")
             plain(panel.yaxis)
-        panel.set_title(RIVALS[name], fontsize=9)
+        panel.set_title(DIAGNOSTICS[name], fontsize=9)
         panel.set_xlabel("step")
         data += [{"measure": name, "step": int(at), "value": float(v)} for at, v in zip(x, y, strict=True)]
     for panel in panels[len(series) :]:
         panel.set_visible(False)
-    ends = [f"{RIVALS[name]} {y[-1]:.3g}" for name, (_, y) in series.items()]
+    ends = [f"{DIAGNOSTICS[name]} {y[-1]:.3g}" for name, (_, y) in series.items()]
     return Picture(figure, f"Other explanations at the last step: {listed(ends)}.", data)

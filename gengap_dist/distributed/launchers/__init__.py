@@ -13,7 +13,7 @@ def choose(config: LaunchConfig, *, many_runs: bool, entry_point: str) -> Launch
     """The launcher for a config.
 
     Args:
-        config: launch.backend and launch.num_processes.
+        config: launch.launcher and launch.num_processes.
         entry_point: what every rank calls for a run, as `module:function`.
         many_runs: a study follows: even one rank gets a process of its own, so that its crash ends one run only.
     """

@@ -53,16 +53,16 @@ def asked(config: LaunchConfig) -> bool:
     """Whether a Ray cluster is to give the ranks.
 
     Raises:
-        UsageError: for launch.backend=ray on ranks that torchrun has started: each would ask for ranks of its own.
+        UsageError: for launch.launcher=ray on ranks that torchrun has started: each would ask for ranks of its own.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if config.backend == "ray" and under_torchrun:
+    if config.launcher == "ray" and under_torchrun:
         raise UsageError(
-            "launch.backend (ray) starts ranks, and torchrun has started some already: start the command without "
-            "torchrun, or choose launch.backend=auto"
+            "launch.launcher (ray) starts ranks, and torchrun has started some already: start the command without "
+            "torchrun, or choose launch.launcher=auto"
         )
     submitted = JOB in os.environ and "RAY_ADDRESS" in os.environ
-    return config.backend == "ray" or (config.backend == "auto" and submitted and not under_torchrun)
+    return config.launcher == "ray" or (config.launcher == "auto" and submitted and not under_torchrun)
 
 
 def resources_per_rank(config: LaunchConfig) -> dict[str, float]:

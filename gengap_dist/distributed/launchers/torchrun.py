@@ -11,7 +11,7 @@ from gengap_dist.distributed.preemption import listening
 
 def joining(config: LaunchConfig) -> bool:
     """Whether this process is one of the ranks that somebody else started."""
-    return config.backend == "torchrun" or (config.backend == "auto" and started_elsewhere())
+    return config.launcher == "torchrun" or (config.launcher == "auto" and started_elsewhere())
 
 
 def launch_id() -> str | None:

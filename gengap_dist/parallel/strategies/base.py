@@ -60,7 +60,7 @@ class Strategy(ABC):
         train = self.config.train
         if train.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if train.recompute:
+        if train.activation_checkpointing:
             recompute_blocks(model)
         self.model, self.optimizer = model, build(model)
         self.net = compiled(model) if train.compile else model

@@ -63,7 +63,7 @@ class Follower:
         assert self._process.stdout is not None
         self._process.stdin.close()
         with self._process.stdout as stdout:
-            over, _, _ = select.select([stdout], [], [], self.config.wait_seconds)
+            over, _, _ = select.select([stdout], [], [], self.config.flush_timeout_seconds)
             if not over:
                 os.killpg(self._process.pid, signal.SIGKILL)
             last_word = stdout.read()
@@ -72,7 +72,7 @@ class Follower:
             return None
         reason = (self.folder / "mlflow.log").read_text().strip().splitlines()[-1:] or ["it gave no reason"]
         if not over:
-            reason = [f"it is slower than mlflow.wait_seconds ({self.config.wait_seconds:g})"]
+            reason = [f"it is slower than mlflow.flush_timeout_seconds ({self.config.flush_timeout_seconds:g})"]
         return (
             f"MLflow at {self.uri} did not take everything ({reason[0][:200]}); nothing is lost: "
             f"send the rest later with `gengap report sync {self.folder}`"

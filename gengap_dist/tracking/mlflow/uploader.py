@@ -140,7 +140,7 @@ class Mirror:
     # -- a study, its arms, its runs ----------------------------------------------------------------------------------
 
     def _sync_study(self, study: Line, closing: bool, sent: Sent) -> None:
-        from gengap_dist.config.identity import recipe  # its room imports scipy, which is slow
+        from gengap_dist.config.identity import treatment  # its room imports scipy, which is slow
 
         tune = study["config"]["study"].get("tune") or {}
         shared = {"study": study["name"], "tuned": ",".join(tune.get("space", ())) or None}
@@ -159,7 +159,7 @@ class Mirror:
                 "arm": arm,
                 "role": "baseline" if runs is baseline else "arm",
                 "batch.global_size": first["config"]["batch"]["global_size"],
-                "recipe": recipe(_settings(first), against) if against else None,
+                "treatment": treatment(_settings(first), against) if against else None,
             }
             above = self._sync_arm(runs, None if runs is baseline else baseline, study, tags, closing)
             for path, info in runs.items():

@@ -10,7 +10,7 @@ from gengap_dist.training.algorithms.weight_averaging import Averaging
 
 
 def course_of(config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> Course:
-    """The course that `config.recipe` asks for, of a strategy that is set up."""
-    recipe = config.recipe
-    kind = Averaging if recipe.average else Local if recipe.local else Course
+    """The course that `config.algorithm` asks for, of a strategy that is set up."""
+    algorithm = config.algorithm
+    kind = Averaging if algorithm.weight_averaging else Local if algorithm.local_sgd else Course
     return kind(config, strategy, batches, order, num_steps)

@@ -1,4 +1,4 @@
-"""How a run goes from step to step, and which network it stands for; plain training, and what all recipes share."""
+"""How a run goes from step to step, and which network it stands for; plain training, and what all algorithms share."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config.sections import RecipeConfig, RunConfig
+from gengap_dist.config.sections import AlgorithmConfig, RunConfig
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.data.sampler import Order
 from gengap_dist.distributed.batch_plan import BatchPlan, Span
@@ -39,16 +39,16 @@ class Course:
         """The course of `strategy`, which is set up, over `batches` in `order`, for `num_steps` steps.
 
         Raises:
-            UsageError: if recipe.rank_layers names a layer that the network does not have.
+            UsageError: if algorithm.rank_layers names a layer that the network does not have.
         """
-        recipe = config.recipe
+        algorithm = config.algorithm
         self.config, self.strategy, self.batches, self.order = config, strategy, batches, order
         self.num_steps = num_steps  # that the strategy takes; what comes after them is not read ahead
-        self.objective = Objective(recipe.label_smoothing)
-        if recipe.rank_penalty is not None:
-            self.objective = RankPenalty(recipe)
+        self.objective = Objective(algorithm.label_smoothing)
+        if algorithm.rank_penalty is not None:
+            self.objective = RankPenalty(algorithm)
             self.objective.layers(strategy.model, lambda: batches(order.indices(0)[:1], 0)[0])
-        self.make = make_gradient(recipe)
+        self.make = make_gradient(algorithm)
         self._spans: dict[int, list[Span]] = {}
         for phase in order.phases:
             spans = plan_of(config, phase.size, strategy.world.size).micro_batches(strategy.world.rank)
@@ -104,7 +104,7 @@ class Course:
 def first_of(setting: str, share: float, num_steps: int) -> int:
     """The step, from 0, with which the last part of a run begins, after `share` of its steps.
 
-    >>> first_of("recipe.average_start", 0.75, num_steps=10)
+    >>> first_of("algorithm.average_start", 0.75, num_steps=10)
     8
 
     Raises:
@@ -117,16 +117,16 @@ def first_of(setting: str, share: float, num_steps: int) -> int:
 
 def plan_of(config: RunConfig, size: int, num_ranks: int) -> BatchPlan:
     """How a global batch of `size` is cut among so many ranks: a penalty's groups are micro-batches of their own."""
-    batch, group = config.batch, config.recipe.penalty_size
+    batch, group = config.batch, config.algorithm.penalty_size
     if group:
         return BatchPlan(size, num_ranks, group, group)
     return BatchPlan(size, num_ranks, batch.most_at_once, batch.ghost_size)
 
 
-def make_gradient(recipe: RecipeConfig) -> MakeGradient | None:
-    """How this recipe makes a step's direction; None: as plain training does."""
-    if recipe.sam_rho is not None:
-        return sam(recipe.sam_rho)
-    if recipe.gradient_penalty is not None:
-        return gradient_penalty(recipe.gradient_penalty)
+def make_gradient(algorithm: AlgorithmConfig) -> MakeGradient | None:
+    """How this algorithm makes a step's direction; None: as plain training does."""
+    if algorithm.sam_rho is not None:
+        return sam(algorithm.sam_rho)
+    if algorithm.gradient_penalty is not None:
+        return gradient_penalty(algorithm.gradient_penalty)
     return None

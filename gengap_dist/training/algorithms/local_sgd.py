@@ -1,7 +1,8 @@
 """Runs whose last part is trained by several networks, each on its own: post-local SGD and SWAP.
 
-There are K = recipe.workers of them, dealt out to the ranks in turn, so the algorithm does not depend on the number of
-ranks; a rank holds at most ceil(K / ranks), with their optimizers. Between two averages no gradient or weight crosses.
+There are K = algorithm.workers of them, dealt out to the ranks in turn, so the algorithm does not depend on the number
+of ranks; a rank holds at most ceil(K / ranks), with their optimizers. Between two averages no gradient or weight
+crosses.
 """
 
 import io
@@ -33,7 +34,7 @@ class Local(Course):
     """Plain up to `first_step`; from there the network of the run is the average of K, each a copy of it at first.
 
     post_local_sgd (Lin et al. 2020): a worker has its share of every global batch, and the run's rate; after every
-    recipe.local_steps all have the average's parameters and running statistics, and keep their own momentum.
+    algorithm.local_steps all have the average's parameters and running statistics, and keep their own momentum.
 
     swap (Gupta et al. 2020): a worker visits all images in an order of its own, B / K in a step, at the run's rate
     times scaled_lr(B / K) / scaled_lr(B). The average gets running statistics of its own.
@@ -43,15 +44,15 @@ class Local(Course):
 
     def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> None:
         """See `Course`."""
-        self.first_step = first_of("recipe.local_start", config.recipe.local_start, num_steps)
+        self.first_step = first_of("algorithm.local_start", config.algorithm.local_start, num_steps)
         super().__init__(config, strategy, batches, order, self.first_step)
-        self.num_workers, self.world = config.recipe.workers, strategy.world
+        self.num_workers, self.world = config.algorithm.workers, strategy.world
         self.begun = False
         self.workers: dict[int, Strategy] = {}  # those of this rank
         self._is_average = False  # what the strategy's network holds is the average of the workers as they are
         self._shares: dict[int, list[Span]] = {}  # of the workers, by the size of the step
         self.rate = 1.0
-        if config.recipe.local == "swap":
+        if config.algorithm.local_sgd == "swap":
             own = config.batch.global_size // self.num_workers
             self.rate = scaled_lr(config.optim, own) / scaled_lr(config.optim, config.batch.global_size)
             self.orders = [Order(order.num_samples, own, config.seed, worker=w) for w in range(self.num_workers)]
@@ -86,8 +87,8 @@ class Local(Course):
             sums[-2] += found[-2] / num_active
             sums[-1] += norm.double().square() / num_active
         self._is_average = False
-        recipe = self.config.recipe
-        if recipe.local == "post_local_sgd" and (step - self.first_step + 1) % recipe.local_steps == 0:
+        algorithm = self.config.algorithm
+        if algorithm.local_sgd == "post_local_sgd" and (step - self.first_step + 1) % algorithm.local_steps == 0:
             self._average()
             for strategy in self.workers.values():
                 _put(_flat(self.strategy.model), strategy.model)
@@ -95,7 +96,7 @@ class Local(Course):
 
     def _parts(self, step: int) -> tuple[list[int], dict[int, tuple[Tensor, int]]]:
         """Number of each worker's images in a step; and of this rank's workers the images, and the epoch they show."""
-        if self.config.recipe.local == "swap":
+        if self.config.algorithm.local_sgd == "swap":
             at, begun = step - self.first_step, self.order.epoch(self.first_step)
             # epochs that augment as neither another worker's do nor those of the run before
             epoch = begun + 1 + self.orders[0].epoch(at) * self.num_workers
@@ -133,7 +134,7 @@ class Local(Course):
         model = self.strategy.model
         if self.begun and not self._is_average:
             self._average()
-            if self.config.recipe.local == "swap" and has_batch_norm(model):
+            if self.config.algorithm.local_sgd == "swap" and has_batch_norm(model):
                 recompute(model, self.batches, self.world, self.config.batch.ghost_size)
         return self.strategy.whole()
 

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config.sections import RecipeConfig
+from gengap_dist.config.sections import AlgorithmConfig
 from gengap_dist.data.batch_loader import Batches
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import frozen
@@ -55,8 +55,8 @@ class RankPenalty(Objective):
     gradient 2 M (h - m) / N is that of R, exactly.
     """
 
-    def __init__(self, config: RecipeConfig) -> None:
-        """See RecipeConfig."""
+    def __init__(self, config: AlgorithmConfig) -> None:
+        """See AlgorithmConfig."""
         super().__init__(config.label_smoothing)
         self.strength, self.patterns = config.rank_penalty or 0.0, config.rank_layers
         self.measure = MEASURES[config.rank_measure]
@@ -75,7 +75,7 @@ class RankPenalty(Objective):
                 with observing(model):
                     self._layers[model] = choose(model, example(), self.patterns)
             except UsageError as error:
-                raise UsageError(str(error).replace("probe.layers", "recipe.rank_layers")) from None
+                raise UsageError(str(error).replace("probe.layers", "algorithm.rank_layers")) from None
         return self._layers[model]
 
     @contextmanager

@@ -28,9 +28,9 @@ class Averaging(Course):
     def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> None:
         """See `Course`."""
         super().__init__(config, strategy, batches, order, num_steps)
-        recipe = config.recipe
-        self.equal = recipe.average == "swa"
-        self.first_step = first_of("recipe.average_start", recipe.average_start, num_steps) if self.equal else 0
+        algorithm = config.algorithm
+        self.equal = algorithm.weight_averaging == "swa"
+        self.first_step = first_of("algorithm.average_start", algorithm.average_start, num_steps) if self.equal else 0
         self.average, self.num_averaged = deepcopy(strategy.model), 0
 
     def step(self, step: int, lr: float, momentum: float) -> Taken:
@@ -44,7 +44,7 @@ class Averaging(Course):
     def _add(self) -> None:
         """Let the weights that train enter the average; the first are the average."""
         n, model = self.num_averaged, self.strategy.model
-        weight = 1 / (n + 1) if self.equal else ema_weight(n, self.config.recipe.ema_decay)
+        weight = 1 / (n + 1) if self.equal else ema_weight(n, self.config.algorithm.ema_decay)
         pairs: list[tuple[Tensor, Tensor]] = [*zip(self.average.parameters(), model.parameters(), strict=True)]
         copied: list[tuple[Tensor, Tensor]] = []
         for average, new in zip(self.average.buffers(), model.buffers(), strict=True):

@@ -31,7 +31,7 @@ from gengap_dist.training.checks import strategy_name
 TEMPORARY = 2  # what a pass holds at its most, over what it saves: 1.1 to 1.9 for LeNet-5, ResNets, VGG-16 and ViT
 OTHER_BYTES = 64 * 2**20  # buffers of libraries, which small networks do not outweigh
 GIB = 2**30
-REMEDY = "set train.recompute=true, start more ranks, or choose a smaller network or data.image_size"
+REMEDY = "set train.activation_checkpointing=true, start more ranks, or choose a smaller network or data.image_size"
 
 
 class Network(NamedTuple):
@@ -155,7 +155,10 @@ def described(config: RunConfig, network: Network, place: Place) -> dict[str, An
         "num_classes": network.num_classes,
         "augment": list(config.data.augment),
         "sizes": candidates(config, place.num_ranks),
-        **{name: getattr(train, name) for name in ("dtype", "autocast", "channels_last", "recompute", "deterministic")},
+        **{
+            name: getattr(train, name)
+            for name in ("dtype", "autocast", "channels_last", "activation_checkpointing", "deterministic")
+        },
         "strategy": strategy_name(config, place.num_ranks),
         **place._asdict(),
         "torch": torch.__version__,
@@ -178,8 +181,8 @@ def candidates(config: RunConfig, num_ranks: int) -> list[int]:
     >>> candidates(RunConfig.model_validate({"batch": {"global_size": 300, "ghost_size": 20}}), num_ranks=2)
     [20, 40, 80, 160]
     """
-    if config.recipe.penalty_size:
-        return [config.recipe.penalty_size]
+    if config.algorithm.penalty_size:
+        return [config.algorithm.penalty_size]
     group = config.batch.ghost_size or 1
     largest = max([config.batch.global_size, *(size for _, size in growth(config))])
     share = -(-largest // group // num_ranks)  # in groups, of which the last may be short

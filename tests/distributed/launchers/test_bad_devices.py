@@ -19,7 +19,7 @@ TOO_FEW = "launch.device (cuda) needs a GPU for each of 2 local rank(s), and tor
 FLOAT16 = "train.autocast (float16) is for GPUs, and this run is on a CPU: choose bfloat16, or null"
 LOCAL = ["-m", "gengap_dist.train", "--mlflow.enabled", "false"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *LOCAL]
-RAY = [*LOCAL, "--launch.backend", "ray", "--launch.ray_address", "local"]
+RAY = [*LOCAL, "--launch.launcher", "ray", "--launch.ray_address", "local"]
 CUDA, HALF = ["--launch.device", "cuda"], ["--launch.device", "cpu", "--train.autocast", "float16"]
 TWO = ["--launch.num_processes", "2"]
 

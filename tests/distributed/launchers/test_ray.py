@@ -19,9 +19,18 @@ from gengap_dist.training import ENTRY_POINT
 from tests.conftest import weights
 from tests.ray_cluster import until
 
-SMALL = ["--train.dtype", "float64", "--probe.num_samples", "64", "--probe.budget", "null", "--train.num_evals", "4"]
+SMALL = [
+    "--train.dtype",
+    "float64",
+    "--probe.num_samples",
+    "64",
+    "--probe.max_time_fraction",
+    "null",
+    "--train.num_evals",
+    "4",
+]
 NO_MLFLOW = ["--mlflow.enabled", "false"]
-ON_RAY = ["--launch.backend", "ray", "--launch.num_processes", "2"]
+ON_RAY = ["--launch.launcher", "ray", "--launch.num_processes", "2"]
 
 FACTORY = """
 import os, time
@@ -133,7 +142,7 @@ def test_what_a_rank_raises_comes_out_of_the_driver(cluster, tmp_path, factory):
 
 def test_as_many_ranks_as_there_is_room_for(cluster, tmp_path):
     """From 1 to 2 ranks, each of which takes the cluster's only slot."""
-    words = [*SMALL, *NO_MLFLOW, "--launch.backend", "ray", "--launch.max_processes", 2, "--train.steps", 4]
+    words = [*SMALL, *NO_MLFLOW, "--launch.launcher", "ray", "--launch.max_processes", 2, "--train.steps", 4]
     words += ["--launch.resources_per_rank", '{"CPU": 1, "slot": 1}', "--out", "run"]
     done = cluster.train(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -179,7 +188,7 @@ def test_what_is_no_address_is_refused(address):
 def test_who_asks_a_ray_cluster(monkeypatch):
     for name in (ray.JOB, "RAY_ADDRESS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    auto, on_ray, local = (LaunchConfig(backend=backend) for backend in ("auto", "ray", "local"))
+    auto, on_ray, local = (LaunchConfig(launcher=name) for name in ("auto", "ray", "local"))
     kind = lambda config: type(launchers.choose(config, many_runs=False, entry_point=ENTRY_POINT)).__name__  # noqa: E731
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     assert [kind(config) for config in (auto, on_ray, local)] == ["InProcess", "RayTrain", "InProcess"]
@@ -189,7 +198,7 @@ def test_who_asks_a_ray_cluster(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("RANK", "1")
     assert (kind(auto), launchers.is_driver(auto)) == ("Joined", False)
-    with pytest.raises(UsageError, match=r"launch.backend \(ray\) starts ranks, and torchrun has started some"):
+    with pytest.raises(UsageError, match=r"launch.launcher \(ray\) starts ranks, and torchrun has started some"):
         launchers.choose(on_ray, many_runs=False, entry_point=ENTRY_POINT)
 
 

@@ -21,7 +21,7 @@ from tests.study import tiny
 
 SMALL = ["--train.dtype", "float64", "--probe.enabled", "false", "--mlflow.enabled", "false", "--train.steps", "4"]
 SMALL += ["--model.name", "telling:make", "--checkpoint.every_steps", "2", "--checkpoint.keep", "9"]
-TWO_ON_RAY = ["--launch.backend", "ray", "--launch.num_processes", "2"]
+TWO_ON_RAY = ["--launch.launcher", "ray", "--launch.num_processes", "2"]
 
 TELLING = """
 import json, os, ray, torch, torch.distributed as dist
@@ -92,7 +92,7 @@ def test_auto_takes_a_gpu_for_each_rank_and_goes_on_without(gpu_cluster, tmp_pat
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-12)
 
     cut_after(tmp_path / "run", 2)
-    again = gengap("train", "--resume", "--out", "run", "--launch.backend", "local")
+    again = gengap("train", "--resume", "--out", "run", "--launch.launcher", "local")
     assert again.returncode == 0, again.stderr
     info = read_info(tmp_path / "run")
     assert (info["device"], info["status"], len(info["resumed"])) == ("cpu", "finished", 1)
@@ -107,7 +107,7 @@ def test_a_study_takes_one_kind_of_device_for_all(gpu_cluster, tmp_path, telling
     ]
     study = {"baseline": "open", "seeds": [0], "arms": arms}
     still = {"model": {"name": "telling:make"}, "probe": {"enabled": False}, "train": {"steps": 4}}
-    config = tiny.write(tmp_path / "s.yaml", study, launch={"backend": "ray"}, **still)
+    config = tiny.write(tmp_path / "s.yaml", study, launch={"launcher": "ray"}, **still)
     done = tiny.start(config, tmp_path / "out", **(gpu_cluster.env | {"RAY_ADDRESS": gpu_cluster.address}))
     assert done.returncode == 0, done.stderr
     infos = [read_info(tmp_path / f"out/runs/{arm}/seed0") for arm in ("asks", "open")]

@@ -65,7 +65,7 @@ class Trainer:
             plan = BatchPlan(len(indices), self.world.size, batch.micro_size, batch.ghost_size)
             spans = plan.micro_batches(self.world.rank, lockstep=strategy.lockstep)
             work = Work(indices, epoch, spans)
-            sums, norm = train_step(strategy, self.batches, work, make=make_gradient(self.config.recipe))
+            sums, norm = train_step(strategy, self.batches, work, make=make_gradient(self.config.algorithm))
             assert norm.shape == ()
             mine = torch.zeros(self.world.size, 2, dtype=torch.float64)
             mine[self.world.rank] = sums[2:4]

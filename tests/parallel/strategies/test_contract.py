@@ -163,7 +163,7 @@ def test_clipping(crews, alone, name):
 
 
 def test_sam_under_fsdp(crews):
-    settings = {"batch__global_size": 50, "recipe__sam_rho": 0.1, "train__dtype": "float64"}
+    settings = {"batch__global_size": 50, "algorithm__sam_rho": 0.1, "train__dtype": "float64"}
     agree(crews[2](jobs.trained, "fsdp", settings, 6), crews[2](jobs.trained, "ddp", settings, 6)[0], 1e-12)
 
 

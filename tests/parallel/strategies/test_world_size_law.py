@@ -1,6 +1,6 @@
 """The same global batch gives the same training, whatever the number of ranks and the micro-batches.
 
-very algorithm and norm is in tests/training/algorithms/test_world_size_law.py.
+Every algorithm and norm is in tests/training/algorithms/test_world_size_law.py.
 """
 
 import numpy as np

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gengap_dist import models
-from gengap_dist.config.sections import RecipeConfig
+from gengap_dist.config.sections import AlgorithmConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Batches, Normalise
 from gengap_dist.distributed.batch_plan import Span
@@ -117,8 +117,8 @@ def test_the_forward_difference_to_the_last_digit(problem):
 def test_the_rank_penalty_is_differentiated_through_the_covariance(problem, measure):
     """Autograd of the whole batch's covariance at once, convolutions by channel; the direction and the value."""
     strength = 0.4
-    recipe = RecipeConfig(rank_penalty=strength, rank_measure=measure)
-    objective = RankPenalty(recipe)
+    algorithm = AlgorithmConfig(rank_penalty=strength, rank_measure=measure)
+    objective = RankPenalty(algorithm)
     sums = accumulate(problem.strategy, problem.given, problem.work, objective)
     got = gradients(problem)
     first = torch.tanh(problem.net[0](problem.given.images))
@@ -141,14 +141,14 @@ def test_the_rank_penalty_under_bfloat16_points_the_same_way():
 
     found = []
     for dtype, autocast in ((torch.float64, None), (torch.float32, "bfloat16")):
-        run = config(data__image_size=16, recipe__rank_penalty=1.0, train__autocast=autocast)
+        run = config(data__image_size=16, algorithm__rank_penalty=1.0, train__autocast=autocast)
         splits = datasets.load(run.data)
         torch.manual_seed(0)
         net = models.of(run, splits.num_classes, splits.in_channels, World()).to(dtype)
         strategy = Single(run, World())
         strategy.setup(net, partial(build_optimizer, run.optim))
         batches = Batches(splits.train, Normalise(splits, torch.device("cpu"), dtype), run.data, run.seed)
-        accumulate(strategy, batches, Work(torch.arange(64), 0, [Span(0, 64)]), Alone(run.recipe))
+        accumulate(strategy, batches, Work(torch.arange(64), 0, [Span(0, 64)]), Alone(run.algorithm))
         found.append(torch.cat([p.grad.double().flatten() for p in net.parameters()]))
     assert torch.cosine_similarity(*found, dim=0) > 0.98
 
@@ -156,7 +156,7 @@ def test_the_rank_penalty_under_bfloat16_points_the_same_way():
 @pytest.mark.parametrize("measure", ["logdet", "spread"])
 @pytest.mark.parametrize("spans", [[Span(0, 1)], [Span(0, 8)]])
 def test_the_rank_penalty_of_one_row_or_of_a_dead_layer_is_nothing(problem, measure, spans):
-    objective = RankPenalty(RecipeConfig(rank_penalty=1.0, rank_measure=measure, rank_layers=("4",)))
+    objective = RankPenalty(AlgorithmConfig(rank_penalty=1.0, rank_measure=measure, rank_layers=("4",)))
     if spans[0].size > 1:
         with torch.no_grad():
             problem.net[3].weight.zero_()
@@ -184,7 +184,7 @@ def test_the_gradient_penalty_of_a_parameter_that_nothing_uses(problem):
 @pytest.mark.parametrize("measure", ["logdet", "spread"])
 def test_the_rank_penalty_raises_the_effective_rank(problem, measure):
     """Steps along it, of nothing else."""
-    objective = RankPenalty(RecipeConfig(rank_penalty=1.0, rank_measure=measure))
+    objective = RankPenalty(AlgorithmConfig(rank_penalty=1.0, rank_measure=measure))
 
     def participation():
         rows = torch.tanh(problem.net[3](torch.tanh(problem.net[0](problem.given.images)).flatten(1))).detach()

@@ -34,14 +34,14 @@ TINY = {
     "batch__global_size": 24,
     "batch__micro_size": 5,
     "data__augment": ["flip"],
-    "recipe__local_start": FIRST / STEPS,
-    "recipe__local_steps": EVERY,
+    "algorithm__local_start": FIRST / STEPS,
+    "algorithm__local_steps": EVERY,
 }
 
 
 def start(world, local, workers, **settings):
     """A course, and its network, from which a twin can be made."""
-    run = config(**TINY | {"recipe__local": local, "recipe__workers": workers} | settings)
+    run = config(**TINY | {"algorithm__local_sgd": local, "algorithm__workers": workers} | settings)
     splits = datasets.load(run.data)
     batches = Batches(splits.train, Normalise(splits, world.device, torch.float64), run.data, run.seed)
     torch.manual_seed(7)
@@ -181,7 +181,7 @@ def test_two_workers_on_two_ranks_are_torchs_post_local_sgd_and_meet_only_to_ave
 
 def test_a_worker_without_a_sample_stands_still():
     """Two samples are left at the end of an epoch, and there are four workers."""
-    course, _ = start(World(), "post_local_sgd", 4, recipe__local_steps=99)
+    course, _ = start(World(), "post_local_sgd", 4, algorithm__local_steps=99)
     course.first_step = 0
     course.order = Order(50, 24, seed=0)
     for step in range(2):
@@ -215,12 +215,14 @@ def test_workers_keep_their_loss_scales():
 
 
 @pytest.mark.parametrize(("share", "steps"), [(0.97, STEPS), (0.6, 1)])
-@pytest.mark.parametrize("settings", [{"local": "swap", "workers": 2}, {"average": "swa"}])
+@pytest.mark.parametrize("settings", [{"local_sgd": "swap", "workers": 2}, {"weight_averaging": "swa"}])
 def test_a_last_part_without_steps_is_refused(settings, share, steps):
     """It would be plain training under another name."""
-    name = "local_start" if "local" in settings else "average_start"
-    run = config(**{f"recipe__{key}": value for key, value in (settings | {name: share}).items()})
-    with pytest.raises(UsageError, match=rf"recipe.{name} \({share:g}\) leaves none of {steps} steps after it: choose"):
+    name = "local_start" if "local_sgd" in settings else "average_start"
+    run = config(**{f"algorithm__{key}": value for key, value in (settings | {name: share}).items()})
+    with pytest.raises(
+        UsageError, match=rf"algorithm.{name} \({share:g}\) leaves none of {steps} steps after it: choose"
+    ):
         course_of(run, Single(run, World()), None, Order(48, 24, 0), steps)
 
 
@@ -245,9 +247,9 @@ def test_a_worker_that_would_normalise_one_sample_is_refused(local, sizes):
     """Five samples on four workers, and nine that leave one after batches of eight of a worker's own."""
     workers = 4 if local == "post_local_sgd" else 3
     course, model = start(World(), local, workers, model__name="mlp", batch__micro_size=24)
-    with pytest.raises(UsageError, match=rf"{workers} recipe.workers, leaves batch norm a group of one sample"):
+    with pytest.raises(UsageError, match=rf"{workers} algorithm.workers, leaves batch norm a group of one sample"):
         check_norm(course.config, model, sizes, 1)
-    check_norm(course.config.model_copy(update={"recipe": config().recipe}), model, sizes, 1)
+    check_norm(course.config.model_copy(update={"algorithm": config().algorithm}), model, sizes, 1)
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
@@ -262,16 +264,26 @@ RUN = {
     "checkpoint__keep": 9,
     "probe__num_samples": 64,
     "probe__per_decade": 1,
-    "recipe__local_start": 0.25,  # from the fourth step on
-    "recipe__local_steps": 4,
+    "algorithm__local_start": 0.25,  # from the fourth step on
+    "algorithm__local_steps": 4,
 }
-GHOST = {"model__name": "mlp", "model__widths": [32, 16], "batch__ghost_size": 6, "recipe__workers": 4}
+GHOST = {"model__name": "mlp", "model__widths": [32, 16], "batch__ghost_size": 6, "algorithm__workers": 4}
 CASES = {
-    "post-local": {"recipe__local": "post_local_sgd", "recipe__workers": 4},
-    "post-local, ghost norm": {"recipe__local": "post_local_sgd", **GHOST},
-    "post-local, SAM": {"recipe__local": "post_local_sgd", **GHOST, "recipe__workers": 2, "recipe__sam_rho": 0.05},
-    "swap": {"recipe__local": "swap", "recipe__workers": 2, "optim__scaling": "linear", "optim__base_size": 120},
-    "swap, ghost norm": {"recipe__local": "swap", **GHOST},
+    "post-local": {"algorithm__local_sgd": "post_local_sgd", "algorithm__workers": 4},
+    "post-local, ghost norm": {"algorithm__local_sgd": "post_local_sgd", **GHOST},
+    "post-local, SAM": {
+        "algorithm__local_sgd": "post_local_sgd",
+        **GHOST,
+        "algorithm__workers": 2,
+        "algorithm__sam_rho": 0.05,
+    },
+    "swap": {
+        "algorithm__local_sgd": "swap",
+        "algorithm__workers": 2,
+        "optim__scaling": "linear",
+        "optim__base_size": 120,
+    },
+    "swap, ghost norm": {"algorithm__local_sgd": "swap", **GHOST},
 }
 
 
@@ -313,7 +325,7 @@ def same(ours, theirs, tolerance):
 
 def check_same(out, whole, tolerance=1e-9):
     same(last(out, "model.pt"), last(whole, "model.pt"), tolerance)
-    same(last(out, "recipe.pt"), last(whole, "recipe.pt"), tolerance)
+    same(last(out, "algorithm.pt"), last(whole, "algorithm.pt"), tolerance)
     lines, expected = [*read_metrics(out)], [*read_metrics(whole)]
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for line, other in zip(lines, expected, strict=True):
@@ -332,8 +344,8 @@ def test_world_size_law(pools, truth, tmp_path, case, size, micro):
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_learns_on_its_own_and_keeps_the_average(truth, case):
     """Workers differ, and the checkpoint's network is their mean: what `gengap probe` is to look at."""
-    workers = [state["model"] for state in last(truth[case], "recipe.pt")["workers"]]
-    assert len(workers) == CASES[case]["recipe__workers"]
+    workers = [state["model"] for state in last(truth[case], "algorithm.pt")["workers"]]
+    assert len(workers) == CASES[case]["algorithm__workers"]
     average = last(truth[case], "model.pt")
     assert any((workers[0][name] - workers[1][name]).norm() > 1e-3 for name in average if name.endswith("weight"))
     for name in (name for name in average if "running" not in name and "batches" not in name):

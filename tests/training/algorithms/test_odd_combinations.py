@@ -1,4 +1,4 @@
-"""Odd combinations of recipes under the world-size law; see test_law."""
+"""Odd combinations of algorithms under the world-size law; see test_law."""
 
 import shutil
 from typing import Any
@@ -34,55 +34,63 @@ def shared(num_classes: int, in_channels: int) -> nn.Module:
 GROW: dict[str, Any] = {
     "optim__schedule": "grow", "optim__gamma": 0.5, "optim__milestones": (0.34, 0.67), "train__epochs": 3
 }  # fmt: skip
-EMA, SWA = {"recipe__average": "ema"}, {"recipe__average": "swa"}
-SAM, RANK, AUTO = {"recipe__sam_rho": 0.05}, {"recipe__rank_penalty": 0.02}, {"recipe__rank_layers": ("auto",)}
-LOCAL = {"recipe__local": "post_local_sgd", "recipe__workers": 3, "recipe__local_steps": 3, "recipe__local_start": 0.4}
-SWAP = {"recipe__local": "swap", "recipe__workers": 3, "recipe__local_start": 0.4}
+EMA, SWA = {"algorithm__weight_averaging": "ema"}, {"algorithm__weight_averaging": "swa"}
+SAM, RANK, AUTO = {"algorithm__sam_rho": 0.05}, {"algorithm__rank_penalty": 0.02}, {"algorithm__rank_layers": ("auto",)}
+LOCAL = {
+    "algorithm__local_sgd": "post_local_sgd",
+    "algorithm__workers": 3,
+    "algorithm__local_steps": 3,
+    "algorithm__local_start": 0.4,
+}
+SWAP = {"algorithm__local_sgd": "swap", "algorithm__workers": 3, "algorithm__local_start": 0.4}
 LAMB = {"optim__name": "lamb", "optim__lr": 0.01}
 LARS = {"optim__name": "lars", "optim__lr": 2.0}
 OF_TWO_USES = {"model__name": f"{__name__}:shared"}
 ODD: dict[str, dict[str, Any]] = {
     "lamb_ghost_ema_smooth_grow_cutout":
-        LAMB | {"optim__weight_decay": 1e-2, "recipe__label_smoothing": 0.1} | EMA | GROW,
-    "sam_clip_sync_swa": SAM | {"optim__clip_norm": 0.3} | SWA | {"recipe__average_start": 0.3} | SYNC,
+        LAMB | {"optim__weight_decay": 1e-2, "algorithm__label_smoothing": 0.1} | EMA | GROW,
+    "sam_clip_sync_swa": SAM | {"optim__clip_norm": 0.3} | SWA | {"algorithm__average_start": 0.3} | SYNC,
     "sam_clip_grow_adamw": {
-        "recipe__sam_rho": 0.1, "optim__clip_norm": 0.5, "optim__name": "adamw", "optim__lr": 3e-3,
+        "algorithm__sam_rho": 0.1, "optim__clip_norm": 0.5, "optim__name": "adamw", "optim__lr": 3e-3,
         "optim__weight_decay": 0.1,
     } | GROW,
     "postlocal_3_workers": LOCAL | {
-        "recipe__local_steps": 5, "recipe__local_start": 0.3, "optim__clip_norm": 0.5, "recipe__label_smoothing": 0.1,
-        "optim__nesterov": True,
+        "algorithm__local_steps": 5, "algorithm__local_start": 0.3, "optim__clip_norm": 0.5,
+        "algorithm__label_smoothing": 0.1, "optim__nesterov": True,
     },
-    "postlocal_sam": LOCAL | {"recipe__local_steps": 1, "recipe__local_start": 0.2} | SAM,
-    "postlocal_rank": LOCAL | {"recipe__workers": 2, "recipe__rank_penalty": 0.01, "recipe__rank_layers": ("5", "9")},
-    "postlocal_lamb": LOCAL | {"recipe__workers": 6} | LAMB,
-    "postlocal_gradpen": LOCAL | {"recipe__gradient_penalty": 0.05, "recipe__penalty_size": 10},
-    "rank_swa": RANK | {"recipe__rank_layers": ("2", "9")} | SWA | {"recipe__average_start": 0.4},
-    "rank_ema_sync_clip": RANK | AUTO | EMA | {"recipe__ema_decay": 0.9, "optim__clip_norm": 0.5} | SYNC,
+    "postlocal_sam": LOCAL | {"algorithm__local_steps": 1, "algorithm__local_start": 0.2} | SAM,
+    "postlocal_rank": LOCAL | {
+        "algorithm__workers": 2, "algorithm__rank_penalty": 0.01, "algorithm__rank_layers": ("5", "9")
+    },
+    "postlocal_lamb": LOCAL | {"algorithm__workers": 6} | LAMB,
+    "postlocal_gradpen": LOCAL | {"algorithm__gradient_penalty": 0.05, "algorithm__penalty_size": 10},
+    "rank_swa": RANK | {"algorithm__rank_layers": ("2", "9")} | SWA | {"algorithm__average_start": 0.4},
+    "rank_ema_sync_clip": RANK | AUTO | EMA | {"algorithm__ema_decay": 0.9, "optim__clip_norm": 0.5} | SYNC,
     "rank_sam": RANK | AUTO | SAM,
     "rank_group_shuffle": RANK | AUTO | {
-        "recipe__rank_measure": "spread", "model__norm": "group", "batch__ghost_size": None,
+        "algorithm__rank_measure": "spread", "model__norm": "group", "batch__ghost_size": None,
         "data__shuffle_labels": True,
     },
     "swap_cosine_uncorrected": SWAP | {
         "optim__schedule": "cosine", "optim__momentum_correction": False, "optim__scaling": "sqrt",
         "optim__base_size": 20, "optim__warmup_epochs": 0.2,
     },
-    "swap_lars": SWAP | {"recipe__workers": 2} | LARS | {"optim__weight_decay": 1e-3},
-    "swap_rank_dropout": SWAP | {"recipe__rank_penalty": 0.01, "recipe__rank_layers": ("9",)},
+    "swap_lars": SWAP | {"algorithm__workers": 2} | LARS | {"optim__weight_decay": 1e-3},
+    "swap_rank_dropout": SWAP | {"algorithm__rank_penalty": 0.01, "algorithm__rank_layers": ("9",)},
     "lars_uncorrected_step_ema": LARS | {"optim__schedule": "step", "optim__momentum_correction": False} | EMA,
     "gradpen_ema_clip_wd": {
-        "recipe__gradient_penalty": 0.05, "recipe__penalty_size": 20, "optim__clip_norm": 0.4,
+        "algorithm__gradient_penalty": 0.05, "algorithm__penalty_size": 20, "optim__clip_norm": 0.4,
         "optim__weight_decay": 1e-3,
     } | EMA,
     "legw_updates_target_swa": {
-        "optim__scaling": "legw", "optim__base_size": 30, "optim__warmup_epochs": 0.1, "train__budget": "updates"
+        "optim__scaling": "legw", "optim__base_size": 30, "optim__warmup_epochs": 0.1, "train__length_unit": "updates"
     } | SWA,
-    "shared_ghost_rank": OF_TWO_USES | {"recipe__rank_penalty": 0.01} | AUTO,
+    "shared_ghost_rank": OF_TWO_USES | {"algorithm__rank_penalty": 0.01} | AUTO,
     "shared_sync_sam_ema": OF_TWO_USES | SAM | EMA | SYNC,
-    "shared_swap": OF_TWO_USES | {"recipe__local": "swap", "recipe__workers": 2},
+    "shared_swap": OF_TWO_USES | {"algorithm__local_sgd": "swap", "algorithm__workers": 2},
     "shared_postlocal_swa_none": OF_TWO_USES | {
-        "recipe__local": "post_local_sgd", "recipe__workers": 3, "model__norm": "none", "batch__ghost_size": None
+        "algorithm__local_sgd": "post_local_sgd", "algorithm__workers": 3, "model__norm": "none",
+        "batch__ghost_size": None,
     },
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""The world-size law: whatever the recipe and the norm, ranks and micro-batches change nothing.
+"""The world-size law: whatever the algorithm and the norm, ranks and micro-batches change nothing.
 
-Every row of RECIPES is trained for an epoch with a ragged last step, augmentation on, in float64, on 1, 2 and 3 real
+Every row of ALGORITHMS is trained for an epoch with a ragged last step, augmentation on, in float64, on 1, 2 and 3 real
 ranks, in micro-batches of two sizes, and from 2 ranks through a kill to 3. Losses, validation, weights and running
 statistics must agree to 1e-8.
 """
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from gengap_dist.config.sections import ModelConfig, OptimConfig, RecipeConfig, TrainConfig
+from gengap_dist.config.sections import AlgorithmConfig, ModelConfig, OptimConfig, TrainConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training.trainer import run
@@ -48,11 +48,11 @@ BASE: dict[str, Any] = {
     "checkpoint__every_steps": 13,  # with no evaluation there, which would tidy up
     "checkpoint__keep": 9,
     "probe__enabled": False,
-    "probe__rivals": ("noise_scale",),
+    "probe__diagnostics": ("noise_scale",),
 }
 MICRO = (10, 25)
 SYNC: dict[str, Any] = {"model__norm": "sync", "batch__ghost_size": None}
-RECIPES: dict[str, dict[str, Any]] = {
+ALGORITHMS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "plain": {"optim__momentum": 0.0},
     "nesterov": {"optim__nesterov": True, "optim__weight_decay": 1e-3},
@@ -74,21 +74,25 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optim__milestones": (0.34, 0.67),
         "train__epochs": 3,
     },
-    "updates": {"train__budget": "updates", "optim__base_size": 40},
+    "updates": {"train__length_unit": "updates", "optim__base_size": 40},
     "target": {"train__target_accuracy": 0.2, "train__stop_at_target": True},
     "clip": {"optim__clip_norm": 0.5},
-    "label_smoothing": {"recipe__label_smoothing": 0.1},
-    "sam": {"recipe__sam_rho": 0.05},
-    "sam_sync": {"recipe__sam_rho": 0.05} | SYNC,
-    "gradient_penalty": {"recipe__gradient_penalty": 0.05, "recipe__penalty_size": 10},
-    "rank_logdet": {"recipe__rank_penalty": 0.01, "recipe__rank_layers": ("5", "9")},
-    "rank_spread": {"recipe__rank_penalty": 0.01, "recipe__rank_measure": "spread", "recipe__rank_layers": ("5",)},
-    "rank_sync": {"recipe__rank_penalty": 0.01, "recipe__rank_layers": ("5", "9")} | SYNC,
-    "ema": {"recipe__average": "ema"},
-    "swa": {"recipe__average": "swa", "recipe__average_start": 0.5},
-    "swa_sync": {"recipe__average": "swa", "recipe__average_start": 0.5} | SYNC,
-    "post_local_sgd": {"recipe__local": "post_local_sgd", "recipe__workers": 3, "recipe__local_steps": 4},
-    "swap": {"recipe__local": "swap", "recipe__workers": 2},
+    "label_smoothing": {"algorithm__label_smoothing": 0.1},
+    "sam": {"algorithm__sam_rho": 0.05},
+    "sam_sync": {"algorithm__sam_rho": 0.05} | SYNC,
+    "gradient_penalty": {"algorithm__gradient_penalty": 0.05, "algorithm__penalty_size": 10},
+    "rank_logdet": {"algorithm__rank_penalty": 0.01, "algorithm__rank_layers": ("5", "9")},
+    "rank_spread": {
+        "algorithm__rank_penalty": 0.01,
+        "algorithm__rank_measure": "spread",
+        "algorithm__rank_layers": ("5",),
+    },
+    "rank_sync": {"algorithm__rank_penalty": 0.01, "algorithm__rank_layers": ("5", "9")} | SYNC,
+    "ema": {"algorithm__weight_averaging": "ema"},
+    "swa": {"algorithm__weight_averaging": "swa", "algorithm__average_start": 0.5},
+    "swa_sync": {"algorithm__weight_averaging": "swa", "algorithm__average_start": 0.5} | SYNC,
+    "post_local_sgd": {"algorithm__local_sgd": "post_local_sgd", "algorithm__workers": 3, "algorithm__local_steps": 4},
+    "swap": {"algorithm__local_sgd": "swap", "algorithm__workers": 2},
 }
 
 
@@ -111,11 +115,11 @@ def curves(out: Path) -> dict[str, list[float]]:
     return {name: [row[name] for row in rows if name in row] for name in names}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_ranks_and_micro_batches_change_nothing(crews, tmp_path, name):
     if name in ("lars", "lamb"):
         pytest.importorskip("timm", reason="timm is not installed")
-    settings = BASE | RECIPES[name]
+    settings = BASE | ALGORITHMS[name]
     micro = (60, 64) if settings.get("model__norm") == "sync" else MICRO
     outs = []
     for number, (size, micro_size) in enumerate([(1, micro[0]), (1, micro[1]), (2, micro[1]), (3, micro[0])]):
@@ -149,13 +153,13 @@ def test_local_norm_depends_on_the_cut_and_the_run_says_so(crews, tmp_path):
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) > 1e-3
 
 
-def test_the_table_holds_every_recipe():
+def test_the_table_holds_every_algorithm():
     """Every choice of a setting that changes how a network trains is in some row."""
-    rows = [BASE | row for row in RECIPES.values()]
+    rows = [BASE | row for row in ALGORITHMS.values()]
     choices = {
         "optim__name": OptimConfig, "optim__schedule": OptimConfig, "optim__scaling": OptimConfig,
-        "model__norm": ModelConfig, "train__budget": TrainConfig, "recipe__local": RecipeConfig,
-        "recipe__average": RecipeConfig, "recipe__rank_measure": RecipeConfig,
+        "model__norm": ModelConfig, "train__length_unit": TrainConfig, "algorithm__local_sgd": AlgorithmConfig,
+        "algorithm__weight_averaging": AlgorithmConfig, "algorithm__rank_measure": AlgorithmConfig,
     }  # fmt: skip
     for key, section in choices.items():
         field = section.model_fields[key.partition("__")[2]]
@@ -163,6 +167,6 @@ def test_the_table_holds_every_recipe():
         words = {word for word in known if isinstance(word, str)} - {"local", field.default}
         shown = {config(**row).norm if key == "model__norm" else row.get(key) for row in rows}
         assert words <= shown, (key, words - shown)
-    for name, field in RecipeConfig.model_fields.items():
+    for name, field in AlgorithmConfig.model_fields.items():
         if field.default is None or field.default == 0:
-            assert any(f"recipe__{name}" in row for row in rows), name
+            assert any(f"algorithm__{name}" in row for row in rows), name

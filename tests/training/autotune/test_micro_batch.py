@@ -130,7 +130,7 @@ def test_what_has_no_choice_or_must_not_have_one(tmp_path, cache):
     assert not cache.exists()  # and the order of pictures was not measured for nothing
     assert "would depend on the machine" in survey(config(**AUTO, **SMALL), Cluster(1, 1), Constants()).refused[0]
     assert candidates(config(**AUTO, model__norm="sync"), 2) == [48]
-    assert candidates(config(**AUTO, recipe__gradient_penalty=0.1, recipe__penalty_size=12), 2) == [12]
+    assert candidates(config(**AUTO, algorithm__gradient_penalty=0.1, algorithm__penalty_size=12), 2) == [12]
     assert candidates(config(**AUTO, batch__ghost_size=32), 2) == [32, 64]  # a rank has two groups, or one
     grown = {"optim__schedule": "grow", "optim__milestones": [0.5], "optim__gamma": 0.5, "train__epochs": 4}
     assert candidates(config(**grown, batch__global_size=20), 2) == [1, 2, 4, 8, 16, 20]
@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_told_before_it_is_tried(tmp_path):
     assert done.returncode == 2, done.stderr
     told = done.stderr  # in which libraries that ended early may say more
     assert "batch.micro_size (auto) finds nothing that fits: a pass of 1 takes about 0.19" in told
-    assert "train.recompute=true" in told
+    assert "train.activation_checkpointing=true" in told
 
 
 def test_a_container_counts(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def main() -> None:
         from gengap_dist.errors import did_you_mean
 
         near = did_you_mean(name, [*COMMANDS])
-        print(f"gengap: {name} is no command{near}: choose {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"gengap: {name} is not a command{near}: choose {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
 

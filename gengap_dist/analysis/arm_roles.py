@@ -1,7 +1,7 @@
 """What an arm is to the baseline: only a larger batch, a scaled rate, longer training, or a penalty on rank.
 
 Told by settings, not by names: those of two arms are first brought to what they amount to at the arm's own batch, so
-that `optim.scaling=sqrt` at optim.base_size is no scaling, and train.length_unit=updates is a number of epochs.
+that `optim.scaling=sqrt` at optim.base_size does not scale, and train.length_unit=updates is a number of epochs.
 """
 
 from collections.abc import Mapping, Sequence

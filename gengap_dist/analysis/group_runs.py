@@ -112,7 +112,7 @@ def _whole(source: Source) -> RunData:
     if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(size, int):
         raise UsageError(f"its seed ({seed}) and batch ({size}) are no whole numbers: mend its run.json")
     if accuracy is not None and not 0 <= accuracy <= 1:
-        raise UsageError(f"its test accuracy ({accuracy}) is no share of 1: mend its run.json")
+        raise UsageError(f"its test accuracy ({accuracy}) is not a share of 1: mend its run.json")
     run.check()
     _ = run.info["status"], settings_of(run.info)
     return run
@@ -150,7 +150,7 @@ def _on_disk(folder: Path) -> Iterator[Source]:
 
 def _from_mlflow(source: str, out: Path, names: Names, uri: str | None) -> Iterator[Source]:
     if not source.startswith(("runs:/", "experiments:/")):
-        raise UsageError(f"RUN ({source}) is no folder and no MLflow run: give runs:/ID or experiments:/NAME")
+        raise UsageError(f"RUN ({source}) is neither a folder nor an MLflow run: give runs:/ID or experiments:/NAME")
     address = store_uri(uri)
     try:
         client = connect(address)

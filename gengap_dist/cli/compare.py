@@ -41,7 +41,7 @@ def command(argv: Sequence[str]) -> int:
         print(f"{PROG}: warning: {problem}", file=sys.stderr)
     if options.baseline and options.baseline not in study.arms:
         near = did_you_mean(options.baseline, study.arms)
-        raise UsageError(f"--baseline ({options.baseline}) is no arm{near}: choose one of {', '.join(study.arms)}")
+        raise UsageError(f"--baseline ({options.baseline}) is not an arm{near}: choose one of {', '.join(study.arms)}")
     study = study.against(options.baseline or study.baseline)
     run_folder.write_atomically(out / "study.json", json.dumps(study.info, indent=1))
     print_study(study, write_report(study), None)

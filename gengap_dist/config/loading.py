@@ -116,7 +116,7 @@ def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "it is no text"
+        what = getattr(error, "problem", None) or "it is not text"
         raise UsageError(f"--config ({path}) is not YAML{where}: {what}; mend that line") from None
     if not isinstance(tree, dict):
         raise UsageError(f"--config ({path}) holds a {type(tree).__name__}, needs settings such as `batch: ...`")

@@ -47,7 +47,7 @@ class Space(Section):
         if not low < high or (self.log and low <= 0):
             rule = "low above 0 for log, and " if self.log else ""
             raise ValueError(
-                f"study.tune.space: low ({low:g}) to high ({high:g}) is no range: choose {rule}high above low"
+                f"study.tune.space: low ({low:g}) to high ({high:g}) is not a range: choose {rule}high above low"
             )
         return self
 
@@ -113,7 +113,7 @@ class StudyConfig(RunConfig):
             raise ValueError(f"study.seeds ({list(study.seeds)}) holds a seed twice: list each once")
         if study.baseline and study.baseline not in names:
             raise ValueError(
-                f"study.baseline ({study.baseline}) is no arm: choose one of {', '.join(names)}"
+                f"study.baseline ({study.baseline}) is not an arm: choose one of {', '.join(names)}"
                 + did_you_mean(study.baseline, names)
             )
         if study.tune:
@@ -132,7 +132,7 @@ class StudyConfig(RunConfig):
                 raise ValueError(f"study.tune.space ({name}) is called {new} now: use that name")
             if name not in known:
                 raise ValueError(
-                    f"study.tune.space ({name}) is no setting of optim or algorithm{did_you_mean(name, known)}: "
+                    f"study.tune.space ({name}) is not a setting of optim or algorithm{did_you_mean(name, known)}: "
                     "the others are the question or the budget, put them into study.axes"
                 )
         for arm in self.candidates:

@@ -200,7 +200,7 @@ def listings(config: DataConfig) -> "list[ImageFolder]":
             found.append(ImageFolder(str(folder)))
         except (OSError, RuntimeError) as error:
             raise UsageError(
-                f"data.root ({config.root}) is no image folder: {folder} needs one sub-folder of pictures per class "
+                f"data.root ({config.root}) is not an image folder: {folder} needs one sub-folder of pictures per class "
                 f"({error}); arrange the files as {folder}/CLASS/PICTURE.jpg"
             ) from None
     if odd := sorted(set(found[0].classes) ^ set(found[1].classes)):

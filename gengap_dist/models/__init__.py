@@ -101,7 +101,7 @@ def _factory(name: str) -> Callable[..., nn.Module]:
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise UsageError(
-            f"model.name ({name}) is no model{did_you_mean(name, [*MODELS])}: "
+            f"model.name ({name}) is not a model{did_you_mean(name, [*MODELS])}: "
             f"choose one of {', '.join(MODELS)}, torchvision:NAME, timm:NAME, or module.path:factory"
         )
     if module_name in ZOOS:

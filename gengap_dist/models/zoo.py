@@ -21,7 +21,7 @@ def torchvision_model(name: str, *, num_classes: int, in_channels: int, image_si
     known = models.list_models(module=models)
     if name not in known:
         raise UsageError(
-            f"model.name (torchvision:{name}) is no network of torchvision.models{did_you_mean(name, known)}: "
+            f"model.name (torchvision:{name}) is not a network of torchvision.models{did_you_mean(name, known)}: "
             "see torchvision.models.list_models()"
         )
     options: dict[str, Any] = {"num_classes": num_classes}
@@ -62,7 +62,7 @@ def timm_model(name: str, *, num_classes: int, in_channels: int, image_size: int
         raise UsageError(f"model.name (timm:{name}) needs the package timm: pip install timm") from None
     if not timm.is_model(name):
         raise UsageError(
-            f"model.name (timm:{name}) is no network of timm{did_you_mean(name, timm.list_models())}: "
+            f"model.name (timm:{name}) is not a network of timm{did_you_mean(name, timm.list_models())}: "
             "see timm.list_models()"
         )
     facts = timm.get_pretrained_cfg(name)

@@ -159,7 +159,7 @@ def network(ask: Ask) -> Findings:
         with socket.socket(family, kind) as mine:
             mine.bind(address)
     except OSError as error:
-        return {"network": Finding(WARN, f"host name {host} is no address of this machine ({line(error)})", pin)}
+        return {"network": Finding(WARN, f"host name {host} is not an address of this machine ({line(error)})", pin)}
     if ask.nodes and str(address[0]).startswith(("127.", "::1")):
         return {"network": Finding(WARN, f"{host} is {address[0]}, which other nodes cannot reach", pin)}
     return {"network": Finding(OK, f"{host} is {address[0]}")}
@@ -367,7 +367,7 @@ def _ask_dashboard(address: str, token: str) -> None:
             json.load(answer)["ray_version"]
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"RAY_ADDRESS ({address}) is no Ray dashboard that lets us in ({line(error)}): start the cluster, correct "
+            f"RAY_ADDRESS ({address}) is not a Ray dashboard that lets us in ({line(error)}): start the cluster, correct "
             "the address, or set RAY_AUTH_TOKEN to its token"
         ) from None
 
@@ -433,7 +433,7 @@ def _sqlite(version: str, path: Path) -> Finding:
     except OSError as error:
         return Finding(FAIL, f"{version}; {path} cannot be written ({error.strerror})", remedy)
     if head and head != b"SQLite format 3\0":
-        return Finding(FAIL, f"{version}; {path} is no SQLite file", remedy)
+        return Finding(FAIL, f"{version}; {path} is not an SQLite file", remedy)
     return Finding(OK, f"{version}; {path} can be written")
 
 

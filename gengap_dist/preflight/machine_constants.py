@@ -67,7 +67,7 @@ def load(path: Path | None) -> Constants:
     """The constants in `path`, or in the user's cache folder, where there may be none yet.
 
     Raises:
-        UsageError: if the file that was asked for is missing, or a file is no constants.
+        UsageError: if the file that was asked for is missing, or a file does not hold constants.
     """
     where = path or default_path()
     if not where.exists() and path is None:

@@ -52,7 +52,7 @@ class Site(NamedTuple):
 def sites_of(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> list[Site]:
     """Every layer in every view that was asked for and that its output has."""
     if unknown := [view for view in views if view not in VIEWS]:
-        raise UsageError(f"probe.views ({unknown[0]}) is no view: choose among {', '.join(VIEWS)}")
+        raise UsageError(f"probe.views ({unknown[0]}) is not a view: choose among {', '.join(VIEWS)}")
     sites = []
     for layer in layers:
         shape = layer.output

@@ -331,7 +331,7 @@ def read_raw(path: Path) -> Iterator[dict[str, Any]]:
     """The same with the words as they are, which takes less time.
 
     Raises:
-        ValueError: if a line is no JSON object.
+        ValueError: if a line is not a JSON object.
     """
     if not path.exists():
         return
@@ -340,7 +340,7 @@ def read_raw(path: Path) -> Iterator[dict[str, Any]]:
             if line.endswith(b"\n"):
                 values = from_json(line, cache_strings="keys")  # four times as fast as json.loads, and as exact
                 if not isinstance(values, dict):
-                    raise ValueError(f"{path} has a line that is no JSON object ({values!r})")
+                    raise ValueError(f"{path} has a line that is not a JSON object ({values!r})")
                 yield values
 
 

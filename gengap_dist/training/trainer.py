@@ -325,7 +325,7 @@ class _Session:
         """Every step from the current one to the last, with what is due in between. Collective.
 
         Raises:
-            Diverged: if the loss is no number.
+            Diverged: if the loss is not a number.
             Preempted: if a rank was asked to leave.
         """
         config, where = self.config, self.world.where

@@ -167,7 +167,7 @@ def test_penalties_on_different_layers_are_told_apart():
 
 
 def test_only_layers_that_both_have_are_compared():
-    """A baseline that was probed in one layer more, with less near-rank loss there, is no growth elsewhere."""
+    """A baseline that was probed in one layer more, with less near-rank loss there, is not a growth elsewhere."""
     runs = study(np.random.default_rng(0), PLAIN)
     low = {"near_rank_loss/more/rel_1e-2": 0.0, "near_rank_loss/more/abs_1e-2": 0.0}
     runs = [run._replace(measures={**run.measures, **low}) if run.arm == "sb" else run for run in runs]

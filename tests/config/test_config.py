@@ -161,9 +161,9 @@ def test_only_what_was_given_overrides(tmp_path):
     ("words", "says"),
     [
         (["--batch.globl_size", "3"], "did you mean --batch.global_size"),
-        (["--batch.glob", "3"], "--batch.glob is no setting"),
+        (["--batch.glob", "3"], "--batch.glob is not a setting"),
         (["--batch.global_size"], "expected one argument"),
-        (["stray"], "stray is no setting"),
+        (["stray"], "stray is not a setting"),
     ],
 )
 def test_bad_command_line_gets_one_sentence(words, says):
@@ -242,7 +242,7 @@ def test_axes_survive_a_file_and_extend_another(tmp_path):
     ("axes", "says"),
     [
         ({"batch.global_size": []}, "study.axes.batch.global_size"),
-        ({"batch.globl_size": [3]}, "study arm globl_size3: batch.globl_size is no setting.*did you mean"),
+        ({"batch.globl_size": [3]}, "study arm globl_size3: batch.globl_size is not a setting.*did you mean"),
         ({"seed": [1, 2]}, "study arm seed1: seed is not an arm's to set"),
         ({"optim.lr": [0.1, 0.1]}, "name lr0.1 more than once"),
         ({"a": {"x y": {}}}, r"x y"),

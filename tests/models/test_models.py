@@ -193,5 +193,5 @@ def test_own_factory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "near"), [("lenet", "lenet5"), ("resnet65", "resnet56"), ("vgg-16", "vgg16")])
 def test_unknown_model_names_the_nearest(name, near):
-    with pytest.raises(UsageError, match=rf"model.name \({name}\) is no model \(did you mean {near}\?\)"):
+    with pytest.raises(UsageError, match=rf"model.name \({name}\) is not a model \(did you mean {near}\?\)"):
         models.build(name, num_classes=10, in_channels=1)

@@ -110,7 +110,7 @@ def names(model: nn.Module) -> list[str]:
 
 
 class Encoder(nn.Module):
-    """A network as transformers are written: blocks in a list, inside a module that is no row."""
+    """A network as transformers are written: blocks in a list, inside a module that is not a row."""
 
     def __init__(self) -> None:
         super().__init__()

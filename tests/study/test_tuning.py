@@ -167,11 +167,11 @@ def test_the_fewest_updates_to_a_target_win_where_that_is_the_question():
         ({"space": {"optim.lrr": {"low": 1, "high": 2}}}, r"study.tune.space \(optim.lrr\).*did you mean optim.lr"),
         (
             {"space": {"train.epochs": {"values": [1, 2]}}},
-            r"study.tune.space \(train.epochs\) is no setting of optim or",
+            r"study.tune.space \(train.epochs\) is not a setting of optim or",
         ),
         ({"space": {"optim.lr": {"low": 1}}}, "needs either low and high"),
         ({"space": {"optim.lr": {"low": 1, "high": 2, "values": [1]}}}, "needs either low and high"),
-        ({"space": {"optim.lr": {"low": 2, "high": 1}}}, r"low \(2\) to high \(1\) is no range: choose high"),
+        ({"space": {"optim.lr": {"low": 2, "high": 1}}}, r"low \(2\) to high \(1\) is not a range: choose high"),
         ({"space": {"optim.lr": {"low": 0, "high": 1, "log": True}}}, "low above 0 for log"),
         ({"space": {"optim.lr": {"low": 0.1, "high": float("inf")}}}, "finite number"),
         ({"space": {"optim.nesterov": {"values": [True]}}}, "leave no choice"),

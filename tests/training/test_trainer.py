@@ -225,7 +225,7 @@ def test_a_seed_of_any_size(tmp_path):
         ),
         ({"launch__device": "cuda"}, r"launch.device \(cuda\) needs a GPU"),
         ({"data__image_size": 12}, r"data.image_size \(12\) is too small for lenet5"),
-        ({"model__name": "lenet"}, r"model.name \(lenet\) is no model \(did you mean lenet5\?\)"),
+        ({"model__name": "lenet"}, r"model.name \(lenet\) is not a model \(did you mean lenet5\?\)"),
         ({"model__name": "torch.nn:Flatten"}, r"puts out \[2, 1024\] for 2 images, needs \[2, 10\]"),
         ({"probe__layers": ["fc22"]}, r"probe.layers \(fc22\) matches no layer"),
     ],

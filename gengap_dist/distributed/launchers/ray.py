@@ -171,7 +171,7 @@ def check_address(address: str) -> bool:
     if address != "auto":
         host, _, port = plain.rpartition(":")
         if not host or not port.isdecimal():
-            raise UsageError(f"launch.ray_address ({address}) is no address: give host:port or ray://host:port")
+            raise UsageError(f"launch.ray_address ({address}) is not an address: give host:port or ray://host:port")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=3.0).close()
         except (OSError, OverflowError) as error:

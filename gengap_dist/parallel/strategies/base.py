@@ -135,7 +135,7 @@ class Strategy(ABC):
 
         Returns:
             The global gradient's 2-norm, before optim.clip_norm is applied; a scalar on the device. Of a gradient that
-            was too large for float16 it is no finite number, and the parameters stay what they were.
+            was too large for float16 it is not finite, and the parameters stay what they were.
         """
         self.scaler.unscale_(self.optimizer)
         norm = self.gradient_norm()

@@ -45,7 +45,7 @@ def find(client: Any, source: str) -> Iterator[Any]:
             run = client.get_run(name)
         except Exception as error:
             text = " ".join(str(error).split())[:200]
-            raise UsageError(f"{source} is no run there ({text}): give the id that MLflow shows") from None
+            raise UsageError(f"{source} is not a run there ({text}): give the id that MLflow shows") from None
         below = list(_below(client, run))
         yield from below or _runs([run])
         return
@@ -53,7 +53,7 @@ def find(client: Any, source: str) -> Iterator[Any]:
     if experiment is None:
         known = [found.name for found in client.search_experiments()]
         raise UsageError(
-            f"{source} is no experiment there{did_you_mean(name, known)}: choose one of {', '.join(known)}"
+            f"{source} is not an experiment there{did_you_mean(name, known)}: choose one of {', '.join(known)}"
         )
     runs = _search(client, experiment.experiment_id)
     parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
@@ -92,7 +92,7 @@ def save(client: Any, run: Any, folder: Path, names: Names, wanted: Iterable[str
         wanted: names of metrics whose whole course is fetched.
 
     Raises:
-        UsageError: if a parameter cannot be read as what it has to be, or the accuracy is no share of 1.
+        UsageError: if a parameter cannot be read as what it has to be, or the accuracy is not a share of 1.
     """
     params, metrics = dict(run.data.params), dict(run.data.metrics)
     size = _whole(run, names.size, params.get(names.size, run.data.tags.get(names.size)), None)
@@ -102,7 +102,7 @@ def save(client: Any, run: Any, folder: Path, names: Names, wanted: Iterable[str
         accuracy = accuracy / 100 if names.percent else accuracy
         if not 0 <= accuracy <= 1:
             raise UsageError(
-                f"{names.accuracy} of {_title(run)} ({accuracy:g}) is no share of 1: add --percent if it is in "
+                f"{names.accuracy} of {_title(run)} ({accuracy:g}) is not a share of 1: add --percent if it is in "
                 "percent, or choose another --accuracy"
             )
         result["test/accuracy"] = accuracy

@@ -163,7 +163,7 @@ def sync_now(folder: Path, uri: str | None, computed: Computed, sent: Sent) -> s
     """Send everything a folder holds that its MLflow store has not seen; the store's address.
 
     Raises:
-        UsageError: if the folder is no run or study, is being mirrored just now, or the store cannot be reached.
+        UsageError: if the folder is not a run or study, is being mirrored just now, or the store cannot be reached.
     """
     info = read_info(folder / "study.json" if (folder / "study.json").exists() else folder)
     config = MlflowConfig.model_validate(info["config"]["mlflow"])

@@ -235,5 +235,5 @@ def test_views_that_a_layer_does_not_have():
     model, inputs = setting("lenet5", torch.float32)
     with pytest.raises(UsageError, match=r"probe.views \(token\) are no views of layer conv1.*add channel or pool or"):
         measure(model, [inputs], views=["token"])
-    with pytest.raises(UsageError, match=r"probe.views \(chanel\) is no view"):
+    with pytest.raises(UsageError, match=r"probe.views \(chanel\) is not a view"):
         measure(model, [inputs], views=["chanel"])

@@ -15,7 +15,7 @@ from tests.ranks import on_ranks
 
 
 def talk(world: World) -> dict:
-    total = world.sum(torch.tensor([world.rank + 1.0, 1.0], dtype=torch.float64))
+    total = world.all_reduce(torch.tensor([world.rank + 1.0, 1.0], dtype=torch.float64))
     heights = [of + world.rank for of in range(world.size)]  # ragged, rank 0 sends itself nothing
     chunks = [torch.full((world.rank + to, 2), 10.0 * world.rank + to) for to in range(world.size)]
     swapped = world.all_to_all(chunks, heights)

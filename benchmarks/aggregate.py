@@ -96,7 +96,7 @@ def _error(arm: Path, found: Curves) -> float:
         for column, name in enumerate(found.names):
             values = np.array([lines[found.steps[row]][name] for lines in runs])
             low, _ = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-            mine = found.mean[row, column], found.half[row, column]
+            mine = found.mean[row, column], found.ci_half_width[row, column]
             worst = max(worst, abs(mine[0] - values.mean()), abs(mine[1] - (values.mean() - low)))
     return worst
 

@@ -26,7 +26,7 @@ from predicted import (
     task,
 )
 
-from gengap_dist.analysis.report.plotting import COLOURS, INK, QUIET, SOFT, STYLE, plain
+from gengap_dist.analysis.report.plotting import COLOURS, INK, QUIET, SOFT, STYLE, plain_tick_labels
 from gengap_dist.preflight.communication_model import Link
 from gengap_dist.preflight.machine_constants import ComputeConstants
 
@@ -79,7 +79,7 @@ def _measured_panel(axes: Axes, found: "Found", mode: str, model: str) -> None:
             label = f"efficiency\n{ratio.median:.2f}" if ratio.told else f"efficiency\n{ratio.doubt}"
             axes.annotate(label, (point.ranks, speed), (4, -30), textcoords="offset points", ha="right", fontsize=8.5)
     axes.set_xticks(ranks, [str(number) for number in ranks])
-    plain(axes.yaxis)
+    plain_tick_labels(axes.yaxis)
     axes.margins(x=0.12)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("images per second")
@@ -167,7 +167,7 @@ def simulated(curves: Sequence[Curve], assumptions: Sequence[str]) -> Figure:
                     axes.set_ylabel("efficiency: a rank over one alone")
                 else:
                     axes.set_yscale("log")
-                    plain(axes.yaxis)
+                    plain_tick_labels(axes.yaxis)
                     axes.set_ylabel("images per second")
                     axes.set_title(f"{mode}: {size}")
         handles = [Line2D([], [], color=colour, label=TITLES[model]) for model, colour in colours.items()]

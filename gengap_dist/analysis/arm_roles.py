@@ -31,7 +31,7 @@ class Arm(NamedTuple):
         return {seed: run.accuracy for seed, run in self.runs.items() if run.accuracy is not None}
 
 
-def arms_of(runs: Sequence[Run]) -> dict[str, Arm]:
+def group_by_arm(runs: Sequence[Run]) -> dict[str, Arm]:
     """Arms with their finished runs, in the order in which they come first."""
     out: dict[str, Arm] = {}
     for run in runs:
@@ -72,7 +72,7 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
             found.penalised.extend((arm, twin) for twin in twins[:1])
         elif arm.global_size > base.global_size:
             differs = differing(arm.settings, base.settings)
-            if not differs and same(_epochs(arm), _epochs(base)) is not False:
+            if not differs and nearly_equal(_epochs(arm), _epochs(base)) is not False:
                 found.plain.append(arm)
             elif differs <= RATE and _rate(arm) > _rate(base):
                 found.scaled.append(arm)
@@ -81,7 +81,7 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
     return found
 
 
-def same(one: float, other: float) -> bool | None:
+def nearly_equal(one: float, other: float) -> bool | None:
     """Whether two counts of updates or epochs are the same; None if one is not known.
 
     >>> same(8.0, 8.1), same(8.0, 2.0), same(0.0, 8.0)
@@ -90,13 +90,13 @@ def same(one: float, other: float) -> bool | None:
     return abs(one - other) <= SAME * other if one > 0 and other > 0 else None
 
 
-def without_rate(arm: Arm, arms: Sequence[Arm], base: Arm) -> Arm | None:
+def unscaled_counterpart(arm: Arm, arms: Sequence[Arm], base: Arm) -> Arm | None:
     """The arm of the same batch at the baseline's rate; None if there is none."""
     same_batch = (twin for twin in arms if twin.global_size == arm.global_size)
     return next((twin for twin in same_batch if not differing(twin.settings, base.settings)), None)
 
 
-def without_length(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+def shorter_counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     """The arm of the same batch that differs in its length only, and is shorter; None if there is none."""
     allowed = LENGTH | {"optim.warmup_epochs"}  # which train.length_unit=updates makes longer, too
     twins = (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from gengap_dist.analysis.arm_roles import Arm, Roles, arms_of, roles, without_length, without_rate
+from gengap_dist.analysis.arm_roles import Arm, Roles, group_by_arm, roles, shorter_counterpart, unscaled_counterpart
 from gengap_dist.analysis.results import Claim, Correlation, Outcome, Run
 from gengap_dist.statistics.paired import CONFIDENCE, differences, holm, p_value, t_interval
 
@@ -22,7 +22,7 @@ HALF = 0.5  # what a penalty has to undo of the growth, and what has to come bac
 LOSS = "near_rank_loss/"
 RELATIVE, ABSOLUTE = "/rel_1e-2", "/abs_1e-2"
 
-NEEDS_GAP = "Asked of a gap only, and here none is told apart from chance."
+NO_GAP = "Asked of a gap only, and here none is told apart from chance."
 
 Measures = Callable[[Run], Mapping[str, float]]
 Difference = Callable[[Arm, Arm], Mapping[int, float]]
@@ -76,7 +76,7 @@ def accuracy_lost(arm: Arm, other: Arm) -> dict[int, float]:
     return differences(other.accuracies(), arm.accuracies())
 
 
-def loss_grown(threshold: str, of: Measures, layers: Sequence[str] = ()) -> Difference:
+def near_rank_loss_increase(threshold: str, measures_of: Measures, layers: Sequence[str] = ()) -> Difference:
     """Seed to how much more near-rank loss an arm has, mean over the layers that both runs have measured.
 
     Args:
@@ -89,11 +89,11 @@ def loss_grown(threshold: str, of: Measures, layers: Sequence[str] = ()) -> Diff
         out: dict[int, float] = {}
         for seed in sorted(arm.runs.keys() & other.runs.keys()):
             one, two = arm.runs[seed], other.runs[seed]
-            names = [name for name in of(one) if name in of(two) and name.startswith(LOSS) and name.endswith(threshold)]
+            names = [name for name in measures_of(one) if name in measures_of(two) and name.startswith(LOSS) and name.endswith(threshold)]
             names = [name for name in names if not layers or _within(name, layers)]
-            same_size = of is not _trained or one.num_probe_samples == two.num_probe_samples
+            same_size = measures_of is not _trained or one.num_probe_samples == two.num_probe_samples
             if names and same_size:
-                out[seed] = fmean(of(one)[name] - of(two)[name] for name in names)
+                out[seed] = fmean(measures_of(one)[name] - measures_of(two)[name] for name in names)
         return out
 
     return difference
@@ -121,17 +121,17 @@ def _own_untrained(run: Run) -> Mapping[str, float]:
 
 def claims(runs: Sequence[Run], baseline: str, correlations: Sequence[Correlation] = ()) -> list[Claim]:
     """The paper's claims, in its order; none where the baseline has no finished run."""
-    arms = arms_of(runs)
+    arms = group_by_arm(runs)
     if baseline not in arms or not arms[baseline].runs:
         return []
     base, found = arms[baseline], roles(arms, baseline)
     plain = [(arm, base) for arm in found.plain]
-    lost, grown = corrected(contrasts(plain, accuracy_lost), contrasts(plain, loss_grown(RELATIVE, _trained)))
+    lost, grown = corrected(contrasts(plain, accuracy_lost), contrasts(plain, near_rank_loss_increase(RELATIVE, _trained)))
     gap = _gap(lost, found, base)
     grows = _grows(grown, found, base)
     others = [arm for arm in arms.values() if arm.runs]
-    scaled = [(arm, without_rate(arm, others, base)) for arm in found.scaled]
-    longer = [(arm, without_length(arm, others)) for arm in found.longer]
+    scaled = [(arm, unscaled_counterpart(arm, others, base)) for arm in found.scaled]
+    longer = [(arm, shorter_counterpart(arm, others)) for arm in found.longer]
     return [
         gap,
         grows,
@@ -145,13 +145,13 @@ def _gap(lost: Sequence[Contrast], found: Roles, base: Arm) -> Claim:
     claim = "Networks trained with large batches generalize worse than with small ones."
     control = "The same seeds, initial weights, epochs and settings; only the batch differs."
     if not lost:
-        return Claim("gap", claim, "undecided", _nobody(found, base), control)
+        return Claim("gap", claim, "undecided", _no_contrast_reason(found, base), control)
     return Claim(
         "gap", claim, _outcome(lost, NEGLIGIBLE_GAP), f"Test accuracy lost: {_listed(lost, _points)}.", control
     )
 
 
-def _nobody(found: Roles, base: Arm) -> str:
+def _no_contrast_reason(found: Roles, base: Arm) -> str:
     if found.plain:
         names = ", ".join(arm.name for arm in found.plain)
         return f"No seed came to a result in both {base.name} and an arm that differs in its batch only ({names})."
@@ -177,12 +177,12 @@ def _grows(relative: Sequence[Contrast], found: Roles, base: Arm) -> Claim:
     pairs = [(arm, base) for arm in found.plain]
 
     def grown(threshold: str, of: Measures) -> list[Contrast]:
-        return corrected(contrasts(pairs, loss_grown(threshold, of)))[0]
+        return corrected(contrasts(pairs, near_rank_loss_increase(threshold, of)))[0]
 
     own, absolute = grown(RELATIVE, _own), grown(ABSOLUTE, _trained)
     if not relative:
         what = "only on each run's own batch, which cannot tell" if own else "on no probe set that two arms share"
-        because = f"Near-rank loss was measured {what}." if found.plain else _nobody(found, base)
+        because = f"Near-rank loss was measured {what}." if found.plain else _no_contrast_reason(found, base)
         return Claim("near_rank_loss_grows", claim, "undecided", because, control)
     outcome, other = _outcome(relative, NEGLIGIBLE_LOSS), _outcome(absolute, NEGLIGIBLE_LOSS) if absolute else None
     because = f"Change of the share of singular values below 0.01 s1, mean over layers: {_listed(relative, _share)}."
@@ -205,7 +205,7 @@ def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: S
         "does for the baseline."
     )
     if gap.outcome != "supported":
-        return Claim(key, claim, "undecided", NEEDS_GAP, control)
+        return Claim(key, claim, "undecided", NO_GAP, control)
     pairs = [
         (arm, twin)
         for arm, twin in found.penalised
@@ -220,7 +220,7 @@ def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: S
         gain = {
             seed: value - small_gain.get(seed, 0.0) for seed, value in gain.items() if not small or seed in small_gain
         }
-        fall = contrast(arm.name, loss_grown(RELATIVE, _trained, _penalised_layers(arm))(arm, twin))
+        fall = contrast(arm.name, near_rank_loss_increase(RELATIVE, _trained, _penalised_layers(arm))(arm, twin))
         if fall and (back := contrast(arm.name, gain)):
             lowered.append(fall)
             gains.append(back)
@@ -229,8 +229,8 @@ def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: S
     words: list[str] = []
     for less, gain in zip(lowered, gains, strict=True):
         arm, twin = next(pair for pair in pairs if pair[0].name == less.name)
-        growth = loss_grown(RELATIVE, _trained, _penalised_layers(arm))(twin, base)
-        verdict, told = _of_penalty(less, gain, _mean(growth) if growth else 0.0, _mean(accuracy_lost(twin, base)))
+        growth = near_rank_loss_increase(RELATIVE, _trained, _penalised_layers(arm))(twin, base)
+        verdict, told = _penalty_outcome(less, gain, _mean(growth) if growth else 0.0, _mean(accuracy_lost(twin, base)))
         if verdict == "supported" and not small:
             verdict, told = "undecided", "accuracy comes back, but no arm says what the penalty does for the baseline"
         verdicts.append(verdict)
@@ -239,7 +239,7 @@ def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: S
             f"{100 * _mean(accuracy_lost(twin, base)):.2f} lost: {told}"
         )
     because = "; ".join(words) or "No arm lowers near-rank loss directly"
-    beside = _beside(correlations)
+    beside = _correlation_note(correlations)
     decided: list[Outcome] = [verdict for verdict in verdicts if verdict != "undecided"]
     if not decided and grows.outcome == "contradicted":
         because = f"The gap is there, and near-rank loss does not grow with the batch. {because}"
@@ -248,7 +248,7 @@ def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: S
     return Claim(key, claim, outcome, f"{because}. {beside}".strip(), control)
 
 
-def _of_penalty(less: Contrast, gain: Contrast, growth: float, lost: float) -> tuple[Outcome, str]:
+def _penalty_outcome(less: Contrast, gain: Contrast, growth: float, lost: float) -> tuple[Outcome, str]:
     """What one penalised arm says, and why, from what it lowers and gains, and what grew and was lost without it."""
     if not less.is_significant(-1) or -less.mean < HALF * growth:
         return "undecided", "it does not lower near-rank loss by half of what it grew, and so decides nothing"
@@ -272,7 +272,7 @@ def _mean(values: Mapping[int, float]) -> float:
     return fmean(values.values())
 
 
-def _beside(correlations: Sequence[Correlation]) -> str:
+def _correlation_note(correlations: Sequence[Correlation]) -> str:
     """The strongest correlations, in words; they decide nothing."""
     told = ", ".join(
         f"{c.measure} {c.r:+.2f} [{c.interval[0]:+.2f}, {c.interval[1]:+.2f}]"
@@ -291,7 +291,7 @@ def _remedy(key: str, claim: str, pairs: Sequence[tuple[Arm, Arm | None]], base:
     """
     control = "The arm of the same batch that is without it, which must lose accuracy, and the baseline."
     if gap.outcome != "supported":
-        return Claim(key, claim, "undecided", NEEDS_GAP, control)
+        return Claim(key, claim, "undecided", NO_GAP, control)
     both = [(arm, twin) for arm, twin in pairs if twin and accuracy_lost(arm, base) and accuracy_lost(twin, base)]
     (left,) = corrected(contrasts([(arm, base) for arm, _ in both], accuracy_lost))
     twins = {twin.name: twin for _, twin in both}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gengap_dist.analysis.arm_roles import Arm, arms_of, same
+from gengap_dist.analysis.arm_roles import Arm, group_by_arm, nearly_equal
 from gengap_dist.analysis.claims import claims
 from gengap_dist.analysis.correlations import correlations
 from gengap_dist.analysis.critical_batch import updates_to_target
@@ -22,7 +22,7 @@ def compare(runs: Sequence[Run], baseline: str) -> Comparison:
         runs: all runs, also those that came to no end; arms stand in the order of their first runs.
         baseline: name of the arm that the others are compared with.
     """
-    arms = arms_of(runs)
+    arms = group_by_arm(runs)
     gaps = _gaps(runs, arms, baseline)
     found = correlations(runs)
     return Comparison(
@@ -53,7 +53,7 @@ def _gaps(runs: Sequence[Run], arms: dict[str, Arm], baseline: str) -> dict[str,
             if difference.student
             else None,
             matched=_matched(arm, arms[baseline]),
-            lost=lost(runs, name),
+            unfinished_runs=unfinished_runs(runs, name),
         )
     corrected = holm([gap.p for gap in out.values()])
     return {name: gap._replace(holm=p) for (name, gap), p in zip(out.items(), corrected, strict=True)}
@@ -63,12 +63,12 @@ def _matched(arm: Arm, base: Arm) -> str:
     words = []
     for word, of in (("epochs", lambda run: run.num_epochs), ("updates", lambda run: run.num_updates)):
         ours, theirs = (float(np.mean([of(run) for run in each.runs.values()])) for each in (arm, base))
-        if same(ours, theirs):
+        if nearly_equal(ours, theirs):
             words.append(word)
     return " and ".join(words)
 
 
-def lost(runs: Sequence[Run], arm: str) -> str:
+def unfinished_runs(runs: Sequence[Run], arm: str) -> str:
     """How many runs of an arm ended otherwise than finished, in words; empty if none."""
     counts = Counter(run.status for run in runs if run.arm == arm and run.status != "finished")
     return ", ".join(f"{number} {status}" for status, number in counts.items())
@@ -78,7 +78,7 @@ def _caveats(runs: Sequence[Run], arms: dict[str, Arm], baseline: str, gaps: dic
     out = []
     if baseline not in arms or not arms[baseline].runs:
         out.append(f"The baseline ({baseline}) has no finished run: there is nothing to compare the others with.")
-    ended = [f"{name}: {words}" for name in arms if (words := lost(runs, name))]
+    ended = [f"{name}: {words}" for name in arms if (words := unfinished_runs(runs, name))]
     if ended:
         out.append(
             "Runs that came to no result are counted and left out of means, so what is left may look better than the "

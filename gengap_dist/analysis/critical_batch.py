@@ -9,7 +9,7 @@ from gengap_dist.analysis.results import Run, Target
 from gengap_dist.statistics.paired import CONFIDENCE
 
 NOISE_SCALE = "noise_scale"
-BEYOND = 10.0  # times the largest batch, or below the smallest: nobody has looked there
+MAX_EXTRAPOLATION = 10.0  # times the largest batch, or below the smallest: nobody has looked there
 
 
 def updates_to_target(runs: Sequence[Run], baseline: str) -> Target | None:
@@ -76,7 +76,7 @@ def fit_curve(
             found, covariance, *_ = optimize.curve_fit(curve, b, log_s, p0=start, maxfev=10000)
     except RuntimeError:
         return None
-    if not b.min() / BEYOND <= np.exp(found[1]) <= b.max() * BEYOND:
+    if not b.min() / MAX_EXTRAPOLATION <= np.exp(found[1]) <= b.max() * MAX_EXTRAPOLATION:
         return None
     df, variance = len(b) - 2, float(covariance[1, 1])
     interval = None

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.analysis.study_data import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, tuned_in
+from gengap_dist.analysis.study_data import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, tuned_settings
 from gengap_dist.config.identity import differing, effective, settings_of
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
@@ -13,7 +13,7 @@ from gengap_dist.runs.run_folder import read_info
 from gengap_dist.tracking.mlflow.importer import Names, find, save
 from gengap_dist.tracking.mlflow.uploader import connect, store_uri
 
-MOST_TOLD = 3  # settings in an arm's name
+MAX_NAMED_SETTINGS = 3  # settings in an arm's name
 CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", MEASURED_AT)
 
 
@@ -53,7 +53,7 @@ def gather(
     runs: list[RunData] = []
     for each in found:
         try:
-            runs.append(_whole(each))
+            runs.append(_checked_run(each))
         except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
             problems.append(f"{each.folder} is left out: it is no whole run folder ({error})")
     if not runs:
@@ -65,7 +65,7 @@ def gather(
     of = {source.folder: source for source in found}
     tuned = {name for run in runs for name in of[run.folder].tuned}
     arms = _arms(runs, tuned)
-    baseline = min(arms, key=lambda arm: _first_choice(arms[arm], of))
+    baseline = min(arms, key=lambda arm: _baseline_order(arms[arm], of))
     members, doubled = [], []
     for arm, of_arm in arms.items():
         for seed in sorted({run.seed for run in of_arm}):
@@ -101,7 +101,7 @@ def _of_data(run: RunData) -> object:
     return (run.info.get("data") or {}).get("name") or settings_of(run.info).get("data.name")
 
 
-def _whole(source: Source) -> RunData:
+def _checked_run(source: Source) -> RunData:
     """A run that has what every comparison needs.
 
     Raises:
@@ -123,7 +123,7 @@ def accuracy_of(run: RunData) -> float | None:
     return (run.info.get("result") or {}).get("test/accuracy")
 
 
-def _first_choice(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> tuple[bool, int, int]:
+def _baseline_order(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> tuple[bool, int, int]:
     """Smallest for the arm to compare with: a study's own baseline, else the smallest batch with the most results."""
     of_study = any(sources[run.folder].is_baseline for run in arm)
     return (not of_study, arm[0].global_size, -sum(run.info["status"] == run_folder.FINISHED for run in arm))
@@ -143,7 +143,7 @@ def _on_disk(folder: Path) -> Iterator[Source]:
     yield from (Source(path) for path in loose)
     for path in studies:
         study = read_study(path)
-        tuned = tuned_in(study.info)
+        tuned = tuned_settings(study.info)
         for run in study.runs:
             yield Source(run.folder, run.arm, tuned, run.arm == study.baseline)
 
@@ -172,7 +172,7 @@ def _arms(runs: Iterable[RunData], tuned: Collection[str]) -> dict[str, list[Run
     """Runs of equal settings, but for the seed and what was tuned, under one name: their study's, or what differs."""
     groups: list[list[RunData]] = []
     for run in runs:
-        group = next((group for group in groups if _alike(group[0], run, tuned)), None)
+        group = next((group for group in groups if _same_arm(group[0], run, tuned)), None)
         if group is None:
             groups.append([run])
         else:
@@ -188,7 +188,7 @@ def _arms(runs: Iterable[RunData], tuned: Collection[str]) -> dict[str, list[Run
     return out
 
 
-def _alike(one: RunData, other: RunData, tuned: Collection[str]) -> bool:
+def _same_arm(one: RunData, other: RunData, tuned: Collection[str]) -> bool:
     apart = differing(settings_of(one.info), settings_of(other.info)) - set(tuned)
     return one.global_size == other.global_size and not apart and (not tuned or one.arm == other.arm)
 
@@ -197,5 +197,5 @@ def _name(run: RunData, first: RunData) -> str:
     """The batch, and what else differs from the first arm."""
     settings: dict[str, Any] = effective(settings_of(run.info))
     differs = sorted(differing(settings_of(run.info), settings_of(first.info)))
-    told = [f"{name}={settings.get(name)}" for name in differs[:MOST_TOLD]]
-    return " ".join([f"b{run.global_size}", *told, *(["..."] if len(differs) > MOST_TOLD else [])])
+    told = [f"{name}={settings.get(name)}" for name in differs[:MAX_NAMED_SETTINGS]]
+    return " ".join([f"b{run.global_size}", *told, *(["..."] if len(differs) > MAX_NAMED_SETTINGS else [])])

@@ -54,7 +54,7 @@ class Gap(NamedTuple):
     """A true difference that the paired t test finds four times in five, with these seeds and this spread."""
     matched: str
     """What the arm has in common with the baseline: "epochs", "updates", "epochs and updates" or ""."""
-    lost: str
+    unfinished_runs: str
     """Runs of the arm that gave no result, in words: "1 diverged"; empty if none."""
 
 

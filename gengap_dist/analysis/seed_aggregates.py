@@ -32,7 +32,7 @@ class Curves(NamedTuple):
     names: Sequence[str]
     mean: np.ndarray
     """float64 [steps, names]."""
-    half: np.ndarray
+    ci_half_width: np.ndarray
     """Half of the interval, of the same shape: t_{0.975, n-1} s / sqrt(n); nan for one seed and for values that are not
     finite."""
     known: np.ndarray
@@ -109,7 +109,7 @@ def _lines(found: Curves) -> list[Line]:
     for row, step in enumerate(found.steps.tolist()):
         line: Line = {"step": step, "seconds": float(found.seconds[row])}
         for column in np.flatnonzero(found.known[row]).tolist():
-            name, mean, half = found.names[column], float(found.mean[row, column]), float(found.half[row, column])
+            name, mean, half = found.names[column], float(found.mean[row, column]), float(found.ci_half_width[row, column])
             line[f"{name}/mean"] = mean
             if math.isfinite(half):
                 line |= {f"{name}/ci_low": mean - half, f"{name}/ci_high": mean + half}

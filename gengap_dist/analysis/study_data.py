@@ -24,7 +24,7 @@ CURVES = ("step", "epoch", "train/loss", "val/accuracy")  # what figures draw of
 MEASURED_AT = "probe_seconds/near_rank_loss"  # in every line of a measurement
 
 
-class _Recorded(NamedTuple):
+class _MetricsSummary(NamedTuple):
     """What is kept in memory of metrics.jsonl: a study may have thousands of runs."""
 
     first: Mapping[str, float]
@@ -33,7 +33,7 @@ class _Recorded(NamedTuple):
     curves: MetricsTable
 
 
-def _digest(found: MetricsTable) -> _Recorded:
+def _summarise_metrics(found: MetricsTable) -> _MetricsSummary:
     if MEASURED_AT in found.columns:
         measured = np.flatnonzero(found.known[:, found.columns[MEASURED_AT]])
         first, last = found.line(measured[0]), found.line(measured[-1])
@@ -41,7 +41,7 @@ def _digest(found: MetricsTable) -> _Recorded:
         ends = {name: found.series(name)[1][[0, -1]] for name in found.columns if EXPLANATIONS.fullmatch(name)}
         first, last = ({name: float(end[at]) for name, end in ends.items()} for at in (0, 1))
     epochs = found.series("epoch")[1]
-    return _Recorded(first, last, float(epochs[-1]) if len(epochs) else 0.0, found.only(CURVES))
+    return _MetricsSummary(first, last, float(epochs[-1]) if len(epochs) else 0.0, found.only(CURVES))
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class RunData:
         return read_metrics_table(self.folder)
 
     @cached_property
-    def _recorded(self) -> _Recorded:
-        return _digest(self.history())
+    def _recorded(self) -> _MetricsSummary:
+        return _summarise_metrics(self.history())
 
     @property
     def num_epochs(self) -> float:
@@ -87,13 +87,13 @@ class RunData:
         """Values of `against` and of `name`, one of CURVES, where it was recorded."""
         return self._recorded.curves.series(name, against)
 
-    def probed(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    def first_and_last_probe(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """The lines of the first and of the last measurement; empty if there is none."""
         return self._recorded.first, self._recorded.last
 
     def untrained_and_trained(self, name: str) -> tuple[float, float]:
         """A probe's metric at the first and at the last measurement; nan where that measurement lacks it."""
-        first, last = self.probed()
+        first, last = self.first_and_last_probe()
         return first.get(name, float("nan")), last.get(name, float("nan"))
 
     def explanation(self, name: str) -> float:
@@ -125,17 +125,17 @@ class StudyData:
     unreadable: list[str] = field(default_factory=list)
     """Folders of runs whose run.json is missing or damaged, in words."""
 
-    def of(self, arm: str) -> list[RunData]:
+    def runs_of(self, arm: str) -> list[RunData]:
         """Runs of one arm, by seed."""
         return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
 
-    def finished(self, arm: str) -> list[RunData]:
+    def finished_runs(self, arm: str) -> list[RunData]:
         """Runs of one arm that came to their end, by seed."""
-        return [run for run in self.of(arm) if run.info["status"] == FINISHED]
+        return [run for run in self.runs_of(arm) if run.info["status"] == FINISHED]
 
     def results(self, arm: str, name: str) -> dict[int, float]:
         """Seed to a final result, over the finished runs of an arm that have it."""
-        values = {run.seed: (run.info.get("result") or {}).get(name) for run in self.finished(arm)}
+        values = {run.seed: (run.info.get("result") or {}).get(name) for run in self.finished_runs(arm)}
         return {seed: value for seed, value in values.items() if value is not None}
 
     def gap(self, arm: str, name: str = "test/accuracy") -> Paired | None:
@@ -143,14 +143,14 @@ class StudyData:
         ours, theirs = self.results(arm, name), self.results(self.baseline, name)
         return paired(theirs, ours) if ours.keys() & theirs.keys() else None
 
-    def not_finished(self, arm: str) -> str:
+    def unfinished_runs(self, arm: str) -> str:
         """How many runs of an arm ended otherwise, in words; empty if none."""
         counts: dict[str, int] = {}
-        for run in self.of(arm):
+        for run in self.runs_of(arm):
             if run.info["status"] != FINISHED:
                 counts[run.info["status"]] = counts.get(run.info["status"], 0) + 1
         trials = (self.info.get("tuned") or {}).get(arm, {}).get("trials", ())
-        if trials and not self.of(arm):
+        if trials and not self.runs_of(arm):
             return f"none of {len(trials)} trials finished"
         return ", ".join(f"{number} {status}" for status, number in counts.items())
 
@@ -158,11 +158,11 @@ class StudyData:
     def comparison(self) -> Comparison:
         """What the study says, see `compare.compare`."""
         order = {arm: number for number, arm in enumerate(self.arms)}
-        tuned = tuned_in(self.info)
+        tuned = tuned_settings(self.info)
         runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))
-        return compare([_seen(run, tuned) for run in runs], self.baseline)
+        return compare([_comparison_run(run, tuned) for run in runs], self.baseline)
 
-    def against(self, baseline: str) -> "StudyData":
+    def with_baseline(self, baseline: str) -> "StudyData":
         """The same with another baseline."""
         return replace(self, baseline=baseline, info=self.info | {"baseline": baseline})
 
@@ -174,11 +174,11 @@ class StudyData:
         return []
 
 
-def _seen(run: RunData, tuned: Collection[str]) -> Run:
+def _comparison_run(run: RunData, tuned: Collection[str]) -> Run:
     """A run as comparisons see it; settings that were tuned for each arm do not tell arms apart."""
     info, result = run.info, run.info.get("result") or {}
     settings = {name: value for name, value in settings_of(info).items() if name not in tuned}
-    first, last = run.probed()
+    first, last = run.first_and_last_probe()
     num_updates = int(result.get("num_steps") or info.get("num_steps") or 0)
     return Run(
         arm=run.arm,
@@ -198,7 +198,7 @@ def _seen(run: RunData, tuned: Collection[str]) -> Run:
     )
 
 
-def tuned_in(study: Mapping[str, Any]) -> frozenset[str]:
+def tuned_settings(study: Mapping[str, Any]) -> frozenset[str]:
     """Settings that a study has tuned."""
     return frozenset(name for found in (study.get("tuned") or {}).values() for name in found.get("best") or {})
 

@@ -42,7 +42,7 @@ def command(argv: Sequence[str]) -> int:
     if options.baseline and options.baseline not in study.arms:
         near = did_you_mean(options.baseline, study.arms)
         raise UsageError(f"--baseline ({options.baseline}) is not an arm{near}: choose one of {', '.join(study.arms)}")
-    study = study.against(options.baseline or study.baseline)
+    study = study.with_baseline(options.baseline or study.baseline)
     run_folder.write_atomically(out / "study.json", json.dumps(study.info, indent=1))
     print_study(study, write_report(study), None)
     return OK

@@ -37,26 +37,26 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
         return command(argv)
     except OutOfMemory as error:
         if not error.reported_elsewhere:
-            _complain(prog, str(error), debug, every_rank=True)
+            _print_error(prog, str(error), debug, every_rank=True)
         return USAGE
     except UsageError as error:
-        _complain(prog, str(error), debug, patience=FIRST_RANK_SECONDS)
+        _print_error(prog, str(error), debug, wait_seconds=FIRST_RANK_SECONDS)
         return USAGE
     except Preempted as error:
-        _complain(prog, str(error), debug)
+        _print_error(prog, str(error), debug)
         return PREEMPTED
     except KeyboardInterrupt:
-        _complain(prog, "interrupted; add --resume to go on", debug)
+        _print_error(prog, "interrupted; add --resume to go on", debug)
         return INTERRUPTED
     except BrokenPipeError:
         raise
     except Exception as error:
         text = str(error) if debug else " ".join(str(error).split()) + "; --debug shows where"
-        _complain(prog, f"{type(error).__name__}: {text}", debug, every_rank=True)
+        _print_error(prog, f"{type(error).__name__}: {text}", debug, every_rank=True)
         return FAILED
 
 
-def _complain(prog: str, message: str, debug: bool, *, every_rank: bool = False, patience: float = 0.0) -> None:
+def _print_error(prog: str, message: str, debug: bool, *, every_rank: bool = False, wait_seconds: float = 0.0) -> None:
     """Say on stderr what ended the command, once on each machine unless every rank has something of its own to say.
 
     torchrun ends all ranks when one has ended, also one that was about to speak for them. So the others wait for it,
@@ -65,9 +65,9 @@ def _complain(prog: str, message: str, debug: bool, *, every_rank: bool = False,
     rank = os.environ.get("RANK", "0")
     if started_externally() and rank != "0":
         if not every_rank and os.environ.get("LOCAL_RANK", "0") != "0":
-            if not patience:
+            if not wait_seconds:
                 return  # one rank of each machine speaks for all there: what one lacks, another may have
-            time.sleep(patience)
+            time.sleep(wait_seconds)
         prog = f"{prog}, rank {rank}"  # nobody else knows what happened here
     if debug:
         traceback.print_exc()

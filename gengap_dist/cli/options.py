@@ -18,7 +18,7 @@ from gengap_dist.errors import UsageError, did_you_mean
 OptionsT = TypeVar("OptionsT", bound=Section)
 
 
-class Settled(Section):
+class CommonOptions(Section):
     """What every command that reads settings takes beside them."""
 
     config: list[Path] = []
@@ -29,7 +29,7 @@ class Settled(Section):
     """Show Python's traceback when something goes wrong."""
 
 
-class Options(Settled):
+class Options(CommonOptions):
     """What a command that trains takes beside the settings."""
 
     out: Path | None = None
@@ -38,7 +38,7 @@ class Options(Settled):
     """Go on with what is in --out instead of refusing to touch it."""
 
 
-class PlanOptions(Settled):
+class PlanOptions(CommonOptions):
     """What `plan` takes beside the settings of the run."""
 
     nodes: PositiveInt = 1
@@ -53,7 +53,7 @@ class PlanOptions(Settled):
     """Print the plan as JSON."""
 
 
-class DoctorOptions(Settled):
+class DoctorOptions(CommonOptions):
     """What `doctor` takes beside the settings."""
 
     out: Path = Path()

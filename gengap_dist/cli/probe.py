@@ -35,7 +35,7 @@ DIAGNOSTICS = ("norms", "weights", "neural_collapse", "hessian", "keskar")
 def command(argv: Sequence[str]) -> int:
     """Measure, print a table, and with --out write spectra, figures and a page."""
     options = _parse(argv)
-    folder, wanted = _split(options.model)
+    folder, wanted = _split_run_and_step(options.model)
     is_run = (folder / "run.json").exists()
     if folder.is_dir() and not is_run:
         raise UsageError(f"--model ({options.model}) is a folder without run.json: give the folder of a run")
@@ -85,7 +85,7 @@ def _show(options: argparse.Namespace, config: RunConfig, found: list[Any], out:
         say(f"mlflow   {ui_command(uri)}", highlight=False, soft_wrap=True)
 
 
-def _split(model: str) -> tuple[Path, str]:
+def _split_run_and_step(model: str) -> tuple[Path, str]:
     """A run's folder and which of its weights; the last, unless `@` says otherwise.
 
     >>> _split("runs/a@0"), _split("runs/a")

@@ -96,14 +96,14 @@ def _run(config: StudyConfig, out: Path) -> int:
                 progress(done, total, note, planned_run.title)
 
             def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
-                done = progress.over(planned_run.title)
+                done = progress.run_ended(planned_run.title)
                 result = (
                     run_folder.read_info(planned_run.folder).get("result", {})
                     if (planned_run.folder / "run.json").exists()
                     else {}
                 )
                 which = "best_val/accuracy" if planned_run.label.startswith("trial") else "test/accuracy"
-                progress.say(
+                progress.print_line(
                     f"[{done}/{total}] {planned_run.title}: {note}, {which.replace('/', ' ')} {percent(result.get(which))}"
                 )
 

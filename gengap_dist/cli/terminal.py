@@ -38,7 +38,7 @@ class RunProgress:
     def __init__(self, title: str, num_runs: int = 1) -> None:
         """A bar called `title`; with several runs, another one counts them, and runs have titles of their own."""
         self.console = Console(stderr=True)
-        self.title, self.num_runs, self._spoke = title, num_runs, time.monotonic()
+        self.title, self.num_runs, self._last_line_time = title, num_runs, time.monotonic()
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -52,7 +52,7 @@ class RunProgress:
         )
         self._runs = self._bar.add_task("runs", total=num_runs, note="starting") if num_runs > 1 else None
         self._steps: dict[str, TaskID] = {}
-        self._num_over = 0
+        self._num_ended = 0
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -72,25 +72,25 @@ class RunProgress:
         self._bar.update(self._steps[run], completed=done, total=total or None)
         if note:
             self._bar.update(self._steps[run], note=note)
-        if not self.console.is_terminal and time.monotonic() - self._spoke > QUIET_SECONDS:
+        if not self.console.is_terminal and time.monotonic() - self._last_line_time > QUIET_SECONDS:
             (task,) = (task for task in self._bar.tasks if task.id == self._steps[run])
-            self.say(f"{run}: step {done}/{total} {task.fields['note']}".rstrip())
+            self.print_line(f"{run}: step {done}/{total} {task.fields['note']}".rstrip())
 
-    def over(self, run: str) -> int:
+    def run_ended(self, run: str) -> int:
         """A run has ended; how many have."""
         if run in self._steps:
             self._bar.remove_task(self._steps.pop(run))
-        self._num_over += 1
+        self._num_ended += 1
         self._count()
-        return self._num_over
+        return self._num_ended
 
     def _count(self) -> None:
         if self._runs is not None:
-            self._bar.update(self._runs, completed=self._num_over, note=f"{len(self._steps)} under way")
+            self._bar.update(self._runs, completed=self._num_ended, note=f"{len(self._steps)} under way")
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """A line above the bars, which stays."""
-        self._spoke = time.monotonic()
+        self._last_line_time = time.monotonic()
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
@@ -169,10 +169,10 @@ def print_observation(found: "Observation", untrained: "Observation | None", tit
             f"{s.num_samples:,}",
             f"{s.num_units:,}" + (" > N" if s.num_units > s.num_samples else ""),
             str(s.dead_units),
-            _change(then, values, "near_rank_loss/rel_1e-2", ".1%"),
+            _before_and_after(then, values, "near_rank_loss/rel_1e-2", ".1%"),
             "\u2588" * round(10 * small),
-            _change(then, values, "near_rank_loss/abs_1e-2", ".1%"),
-            _change(then, values, "effective_rank", ".2f"),
+            _before_and_after(then, values, "near_rank_loss/abs_1e-2", ".1%"),
+            _before_and_after(then, values, "effective_rank", ".2f"),
             f"{values['sigma_max']:.3g}",
             f"{s.floor:.1g}",
         )
@@ -199,7 +199,7 @@ def _samples_table(sets: dict[str, list["LayerSpectrum"]]) -> Table:
     return table
 
 
-def _change(then: dict[str, float], now: dict[str, float], name: str, style: str) -> str:
+def _before_and_after(then: dict[str, float], now: dict[str, float], name: str, style: str) -> str:
     """A measure, after what it was in the untrained network.
 
     >>> _change({"a": 0.5}, {"a": 0.25}, "a", ".0%"), _change({}, {}, "a", ".0%")

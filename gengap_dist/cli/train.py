@@ -38,8 +38,8 @@ def command(argv: Sequence[str]) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return OK
-    out = (options.out or _name(config)).resolve()
-    resume = options.resume or launchers.restarted() or _began_here(out)
+    out = (options.out or _default_out(config)).resolve()
+    resume = options.resume or launchers.restarted() or _started_by_this_launch(out)
     with launchers.choose(config.launch, many_runs=False, entry_point=ENTRY_POINT) as ranks:
         if not launchers.is_driver(config.launch):
             ranks.run(config, out, resume=resume, progress=lambda done, total, note: None)
@@ -47,7 +47,7 @@ def command(argv: Sequence[str]) -> int:
         return _drive(ranks, config, out, resume)
 
 
-def _began_here(out: Path) -> bool:
+def _started_by_this_launch(out: Path) -> bool:
     """Whether the run in this folder was begun by the launch that this process belongs to."""
     launch_id = launchers.launch_id()
     return (
@@ -84,7 +84,7 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
     return OK
 
 
-def _name(config: RunConfig) -> Path:
+def _default_out(config: RunConfig) -> Path:
     if launchers.uses_torchrun(config.launch) and not launchers.launch_id():
         raise UsageError("--out is needed here: ranks that something else started must be told one folder")
     stamp = launchers.launch_id() or datetime.now().strftime("%Y%m%d-%H%M%S")

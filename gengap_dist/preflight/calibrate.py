@@ -42,10 +42,10 @@ def calibrate(config: RunConfig, sizes: Sizes, micro_size: int, known: Constants
     for rank in range(num_ranks):
         here, there = context.Pipe()
         env = rank_variables(rank, num_ranks, port) | threads_per_rank(num_ranks)
-        context.Process(target=_rank, args=(there, env, config, sizes, micro_size), daemon=True).start()
+        context.Process(target=_rank_main, args=(there, env, config, sizes, micro_size), daemon=True).start()
         there.close()
         pipes.append(here)
-    found = [_answer(rank, pipe) for rank, pipe in enumerate(pipes)]
+    found = [_receive(rank, pipe) for rank, pipe in enumerate(pipes)]
     where, compute, link = found[0]
     key = workload(config, sizes.in_channels, micro_size)
     return known.model_copy(
@@ -53,10 +53,10 @@ def calibrate(config: RunConfig, sizes: Sizes, micro_size: int, known: Constants
     )
 
 
-Found = tuple[str, ComputeConstants, LinkConstants | None]
+Measurement = tuple[str, ComputeConstants, LinkConstants | None]
 
 
-def _answer(rank: int, pipe: Any) -> Found:
+def _receive(rank: int, pipe: Any) -> Measurement:
     try:
         found, error = pipe.recv()
     except EOFError:
@@ -66,7 +66,7 @@ def _answer(rank: int, pipe: Any) -> Found:
     return found
 
 
-def _rank(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro_size: int) -> None:
+def _rank_main(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro_size: int) -> None:
     """One rank's life."""
     os.environ.update(env)
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # the variable comes too late: torch is imported

@@ -68,7 +68,7 @@ class Link:
     """Seconds per byte of one rank."""
 
 
-def seconds(message: Message, cluster: Cluster, inside: Link, between: Link) -> float:
+def collective_seconds(message: Message, cluster: Cluster, inside: Link, between: Link) -> float:
     """Time that the collectives of `message` take; see the head of this file.
 
     >>> link = Link(alpha=1.0, beta=0.01)

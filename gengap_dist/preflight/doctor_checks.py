@@ -30,7 +30,7 @@ from gengap_dist.data import TORCHVISION
 from gengap_dist.distributed.launchers.ray import check_address
 from gengap_dist.distributed.launchers.torchrun import uses_torchrun
 from gengap_dist.errors import UsageError
-from gengap_dist.preflight.doctor_subprocess import GIB, IMPORT_SECONDS, Facts, attempt, line, two_ranks
+from gengap_dist.preflight.doctor_subprocess import GIB, IMPORT_SECONDS, Facts, run_in_subprocess, first_line, run_two_ranks
 from gengap_dist.tracking.mlflow.uploader import CLIENT_DEFAULTS, store_uri
 from gengap_dist.training.autotune.cache import micro_sizes_path, read_micro_sizes
 
@@ -46,7 +46,7 @@ class CheckResult(NamedTuple):
     found: str
     remedy: str = ""
 
-    def needed(self, needed: bool) -> "CheckResult":
+    def if_needed(self, needed: bool) -> "CheckResult":
         """The same, but no failure if nothing needs it."""
         return self if needed or self.status != FAIL else self._replace(status=WARN)
 
@@ -59,26 +59,26 @@ class CheckRequest(NamedTuple):
     """Folder that the run would write."""
 
     @property
-    def ray(self) -> bool:
+    def uses_ray(self) -> bool:
         """Whether the ranks come from Ray."""
         backend = self.config.launch.launcher
         return backend == "ray" or (backend == "auto" and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ)
 
     @property
-    def zero(self) -> bool:
+    def uses_deepspeed(self) -> bool:
         """Whether DeepSpeed makes the updates."""
         return self.config.launch.strategy.startswith("zero")
 
     @property
-    def nodes(self) -> bool:
+    def may_span_nodes(self) -> bool:
         """Whether the ranks may live on several machines."""
-        return self.ray or uses_torchrun(self.config.launch)
+        return self.uses_ray or uses_torchrun(self.config.launch)
 
 
 CheckResults = dict[str, CheckResult]
 
 
-def run_checks(ask: CheckRequest, tell: Callable[[list[str]], None] = lambda waiting: None) -> CheckResults:
+def run_checks(request: CheckRequest, on_waiting: Callable[[list[str]], None] = lambda waiting: None) -> CheckResults:
     """All findings, in the order of CHECKS; `tell` hears what is still waited for.
 
     The checks run side by side; one that overruns its limit is left behind and reported.
@@ -88,9 +88,9 @@ def run_checks(ask: CheckRequest, tell: Callable[[list[str]], None] = lambda wai
 
     def work(names: tuple[str, ...], check: Callable[[CheckRequest], CheckResults]) -> None:
         try:
-            answers.put((names, check(ask)))
+            answers.put((names, check(request)))
         except Exception as error:
-            reason = f"cannot be checked ({type(error).__name__}: {line(error)})"
+            reason = f"cannot be checked ({type(error).__name__}: {first_line(error)})"
             answers.put((names, dict.fromkeys(names, CheckResult(FAIL, reason, "mend what the message names"))))
 
     for names, (_, check) in CHECKS.items():  # daemons, so that one that hangs cannot hold up the exit
@@ -98,7 +98,7 @@ def run_checks(ask: CheckRequest, tell: Callable[[list[str]], None] = lambda wai
     waiting = {names: began + seconds for names, (seconds, _) in CHECKS.items()}
     found: CheckResults = {}
     while waiting:
-        tell([name for names in waiting for name in names])
+        on_waiting([name for names in waiting for name in names])
         try:
             names, findings = answers.get(timeout=max(0.0, min(waiting.values()) - time.monotonic()))
             if waiting.pop(names, None):
@@ -128,20 +128,20 @@ def processors(ask: CheckRequest) -> CheckResults:
     """Cores and memory that this process may use, a container's limits included."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    quota, _, period = _control("cpu.max").partition(" ")
+    quota, _, period = _cgroup_limit("cpu.max").partition(" ")
     if quota.isdigit():
         cores = min(cores, int(quota) / int(period))
-    if (limit := _control("memory.max")).isdigit():
+    if (limit := _cgroup_limit("memory.max")).isdigit():
         memory = min(memory, int(limit))
     found = f"{cores:.3g} cores, {memory / GIB:.1f} GiB of memory"
     launch = ask.config.launch
-    if not ask.nodes and launch.device == "cpu" and launch.num_processes > cores:
+    if not ask.may_span_nodes and launch.device == "cpu" and launch.num_processes > cores:
         remedy = f"launch.num_processes ({launch.num_processes}) ranks share them: start fewer to be faster"
         return {"cpu": CheckResult(WARN, found, remedy)}
     return {"cpu": CheckResult(OK, found)}
 
 
-def _control(name: str) -> str:
+def _cgroup_limit(name: str) -> str:
     """A limit of the container this runs in; empty if there is none."""
     path = Path("/sys/fs/cgroup") / name
     return path.read_text().strip() if path.exists() else ""
@@ -162,9 +162,9 @@ def network(ask: CheckRequest) -> CheckResults:
             mine.bind(address)
     except OSError as error:
         return {
-            "network": CheckResult(WARN, f"host name {host} is not an address of this machine ({line(error)})", pin)
+            "network": CheckResult(WARN, f"host name {host} is not an address of this machine ({first_line(error)})", pin)
         }
-    if ask.nodes and str(address[0]).startswith(("127.", "::1")):
+    if ask.may_span_nodes and str(address[0]).startswith(("127.", "::1")):
         return {"network": CheckResult(WARN, f"{host} is {address[0]}, which other nodes cannot reach", pin)}
     return {"network": CheckResult(OK, f"{host} is {address[0]}")}
 
@@ -191,7 +191,7 @@ def disk(ask: CheckRequest) -> CheckResults:
         return {"disk": here, "shm": CheckResult(ABSENT, "no /dev/shm on this system")}
     shared = shutil.disk_usage(shm).free / GIB
     found = f"{shared:.1f} GiB free in {shm}"
-    if shared < 1 and (ask.ray or ask.config.launch.device == "cuda"):
+    if shared < 1 and (ask.uses_ray or ask.config.launch.device == "cuda"):
         return {"disk": here, "shm": CheckResult(WARN, found, "Ray and NCCL use it: in a container, --shm-size=8g")}
     return {"disk": here, "shm": CheckResult(OK, found)}
 
@@ -230,7 +230,7 @@ def micro_sizes(ask: CheckRequest) -> CheckResults:
 def open_files(ask: CheckRequest) -> CheckResults:
     """How many files a process may open: ranks and Ray's workers hold a socket for each other."""
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4096 if ask.ray else 1024
+    wanted = 4096 if ask.uses_ray else 1024
     if limit < wanted:
         return {"open files": CheckResult(WARN, f"{limit:,} at once", f"ulimit -n {min(65536, max(most, wanted))}")}
     return {"open files": CheckResult(OK, f"{limit:,} at once")}
@@ -241,7 +241,7 @@ def open_files(ask: CheckRequest) -> CheckResults:
 
 def ranks(ask: CheckRequest) -> CheckResults:
     """Torch, its GPUs, and two ranks on this machine that meet over gloo and, where there are GPUs, NCCL."""
-    first, second = two_ranks()
+    first, second = run_two_ranks()
     launch = ask.config.launch
     error = first.get("error") or second.get("error") or "no answer"
     if "torch" not in first:
@@ -252,8 +252,8 @@ def ranks(ask: CheckRequest) -> CheckResults:
         gloo = CheckResult(OK, f"two ranks here met in {first['gloo']:.1f} s")
     else:
         remedy = "export GLOO_SOCKET_IFNAME=lo (one machine) or its network interface; see what a firewall stops"
-        gloo = CheckResult(FAIL, f"two ranks here do not meet ({error})", remedy).needed(
-            launch.num_processes > 1 or ask.nodes
+        gloo = CheckResult(FAIL, f"two ranks here do not meet ({error})", remedy).if_needed(
+            launch.num_processes > 1 or ask.may_span_nodes
         )
     return {
         "torch": _torch(ask, first),
@@ -275,16 +275,16 @@ def _torch(ask: CheckRequest, facts: Facts) -> CheckResult:
         FAIL,
         f"{version}, but torchvision cannot be imported ({error})",
         "install the two as a pair, from one index: pip install --force-reinstall torch torchvision",
-    ).needed(ask.config.data.name != "digits" or name.startswith(("torchvision:", "timm:")))
+    ).if_needed(ask.config.data.name != "digits" or name.startswith(("torchvision:", "timm:")))
 
 
 def _gpu(ask: CheckRequest, gpus: list[tuple[str, float]]) -> CheckResult:
     launch = ask.config.launch
     kinds = Counter(f"{name}, {memory:.0f} GiB" for name, memory in gpus)
     found = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "none that torch can use"
-    here = 1 if ask.nodes else launch.num_processes
+    here = 1 if ask.may_span_nodes else launch.num_processes
     if launch.device == "cuda" and len(gpus) < here:
-        if ask.ray:
+        if ask.uses_ray:
             return CheckResult(WARN, found, "launch.device=cuda: see that the nodes of Ray's workers have GPUs")
         lacks = f"launch.device=cuda needs {here}: check nvidia-smi and torch's build, or launch.device=cpu"
         return CheckResult(FAIL, found, lacks)
@@ -298,7 +298,7 @@ def _nccl(ask: CheckRequest, facts: Facts, error: str) -> CheckResult:
         num, seconds = facts["nccl"]
         return CheckResult(OK, f"{num} rank{'s' * (num > 1)} met in {seconds:.1f} s")
     remedy = "NCCL_DEBUG=INFO says more; launch.device=cpu goes without"
-    return CheckResult(FAIL, f"ranks do not meet ({error})", remedy).needed(ask.config.launch.device != "cpu")
+    return CheckResult(FAIL, f"ranks do not meet ({error})", remedy).if_needed(ask.config.launch.device != "cpu")
 
 
 # -- packages and services --------------------------------------------------------------------------------------------
@@ -316,11 +316,11 @@ def deepspeed(ask: CheckRequest) -> CheckResults:
     """For launch.strategy=zero0 to zero3: the package, and what builds its operations."""
     version = installed("deepspeed")
     if not version:
-        return {"deepspeed": CheckResult(FAIL if ask.zero else ABSENT, "not installed", "pip install deepspeed")}
+        return {"deepspeed": CheckResult(FAIL if ask.uses_deepspeed else ABSENT, "not installed", "pip install deepspeed")}
     compiler = os.environ.get("CXX", "c++")  # as torch's extensions choose it
     tools = {compiler: "g++", "ninja": "ninja"}
     missing = [package for tool, package in tools.items() if not shutil.which(tool)]
-    if ask.zero and (error := _import("deepspeed")):
+    if ask.uses_deepspeed and (error := _import("deepspeed")):
         return {"deepspeed": CheckResult(FAIL, f"{version} cannot be imported ({error})", "pip install -U deepspeed")}
     if missing:
         found = f"{version}, no {' and no '.join(missing)} on PATH: it cannot build its operations; runs do without"
@@ -334,24 +334,24 @@ def ray(ask: CheckRequest) -> CheckResults:
     """For launch.launcher=ray: the package, and the cluster if an address is given."""
     version = installed("ray")
     if not version:
-        return {"ray": CheckResult(FAIL if ask.ray else ABSENT, "not installed", "pip install 'ray[train,default]'")}
+        return {"ray": CheckResult(FAIL if ask.uses_ray else ABSENT, "not installed", "pip install 'ray[train,default]'")}
     address = ask.config.launch.ray_address or os.environ.get("RAY_ADDRESS")
     token, origin = _ray_token()
     mode = os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")  # Ray takes a token if it finds one
     auth = f"auth {mode}" + (f" ({origin})" if mode == "token" and token else "")
     if mode == "token" and not token and address:  # a cluster of one's own gets a new token
         remedy = "set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_MODE=disabled if it has none"
-        return {"ray": CheckResult(FAIL, f"{version}, auth token, but there is no token", remedy).needed(ask.ray)}
+        return {"ray": CheckResult(FAIL, f"{version}, auth token, but there is no token", remedy).if_needed(ask.uses_ray)}
     cluster = "no address: a cluster here, or a new one"
     try:
-        if address and address.startswith("http") and not ask.ray:  # where `ray job submit` goes
-            _ask_dashboard(address, token if mode == "token" else "")
+        if address and address.startswith("http") and not ask.uses_ray:  # where `ray job submit` goes
+            _query_dashboard(address, token if mode == "token" else "")
             cluster = f"{address} answers"
         elif address and check_address(address):
             cluster = f"{address} answers"
     except UsageError as error:
-        return {"ray": CheckResult(FAIL, *_split(str(error))).needed(ask.ray)}
-    if ask.ray and (error := _import("ray.train")):
+        return {"ray": CheckResult(FAIL, *_split_remedy(str(error))).if_needed(ask.uses_ray)}
+    if ask.uses_ray and (error := _import("ray.train")):
         return {
             "ray": CheckResult(FAIL, f"{version}: ray.train cannot be imported ({error})", "pip install 'ray[train]'")
         }
@@ -366,7 +366,7 @@ def _ray_token() -> tuple[str, str]:
     return (path.read_text().strip(), str(path)) if path.exists() else ("", "")
 
 
-def _ask_dashboard(address: str, token: str) -> None:
+def _query_dashboard(address: str, token: str) -> None:
     """Refuse the address of a dashboard that does not answer, or not to us."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     request = urllib.request.Request(f"{address.rstrip('/')}/api/version", headers=headers)
@@ -375,7 +375,7 @@ def _ask_dashboard(address: str, token: str) -> None:
             json.load(answer)["ray_version"]
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"RAY_ADDRESS ({address}) is not a Ray dashboard that lets us in ({line(error)}): start the cluster, correct "
+            f"RAY_ADDRESS ({address}) is not a Ray dashboard that lets us in ({first_line(error)}): start the cluster, correct "
             "the address, or set RAY_AUTH_TOKEN to its token"
         ) from None
 
@@ -384,17 +384,17 @@ def mlflow(ask: CheckRequest) -> CheckResults:
     """The store that runs are mirrored to: an SQLite file that can be written, or a server that answers its API."""
     version, needed = installed("mlflow"), ask.config.mlflow.enabled
     if not version:
-        return {"mlflow": CheckResult(FAIL, "not installed", "pip install mlflow").needed(needed)}
+        return {"mlflow": CheckResult(FAIL, "not installed", "pip install mlflow").if_needed(needed)}
     uri = store_uri(ask.config.mlflow.tracking_uri)
     if uri.startswith("sqlite:///"):
-        return {"mlflow": _sqlite(version, Path(uri.removeprefix("sqlite:///"))).needed(needed)}
+        return {"mlflow": _sqlite(version, Path(uri.removeprefix("sqlite:///"))).if_needed(needed)}
     shown = _without_password(uri)
     if urlsplit(uri).scheme not in ("http", "https", "databricks"):
         found = f"{version}; {shown} is not tried: opening a database would make its tables"
         return {"mlflow": CheckResult(WARN, found, "give the address of a server (http://...) or sqlite:///FILE")}
     env = CLIENT_DEFAULTS | os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_SECONDS)}
     env |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    facts = attempt("ask_mlflow", uri, env=env)
+    facts = run_in_subprocess("ask_mlflow", uri, env=env)
     if "seconds" in facts:
         return {"mlflow": CheckResult(OK, f"{version}; {shown} answers in {facts['seconds']:.2f} s")}
     error = str(facts.get("error"))
@@ -404,7 +404,7 @@ def mlflow(ask: CheckRequest) -> CheckResults:
         remedy = f"start the server with --allowed-hosts {host}, or name a user that it lets in"
     elif "401" in error:
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    return {"mlflow": CheckResult(FAIL, f"{shown}: {_mlflow_reason(error)}", remedy).needed(needed)}
+    return {"mlflow": CheckResult(FAIL, f"{shown}: {_mlflow_reason(error)}", remedy).if_needed(needed)}
 
 
 def _mlflow_reason(error: str) -> str:
@@ -463,13 +463,13 @@ def data(ask: CheckRequest) -> CheckResults:
     beside = f"; {config.root} also has {', '.join(others)}" if others else ""
     if config.name == "digits":
         return {"data": CheckResult(OK, f"digits come with the package{beside}")}
-    facts = attempt("read_data", config.model_dump_json())
+    facts = run_in_subprocess("read_data", config.model_dump_json())
     if "images" in facts:
         return {"data": CheckResult(OK, f"{config.name}: {facts['images']:,} images in {config.root}{beside}")}
     if facts.get("late"):
         found = f"{config.name} in {config.root} takes more than {IMPORT_SECONDS} s to look through: not checked"
         return {"data": CheckResult(WARN, found, "copy it to a faster disk")}
-    found, remedy = _split(facts["error"])
+    found, remedy = _split_remedy(facts["error"])
     if config.download:
         return {"data": CheckResult(WARN, f"{config.name} is not whole in {config.root}: the run will download it")}
     return {"data": CheckResult(FAIL, found, remedy)}
@@ -485,10 +485,10 @@ def installed(package: str) -> str | None:
 
 def _import(module: str) -> str:
     """Why a module cannot be imported; empty if it can."""
-    return attempt("try_import", module, env={"MLFLOW_DISABLE_TELEMETRY": "true"}).get("error", "")
+    return run_in_subprocess("try_import", module, env={"MLFLOW_DISABLE_TELEMETRY": "true"}).get("error", "")
 
 
-def _split(sentence: str) -> tuple[str, str]:
+def _split_remedy(sentence: str) -> tuple[str, str]:
     """What is wrong, and what to do about it: our errors end in the remedy.
 
     >>> _split("data.root (data) does not hold mnist: it needs the files a, b; copy them there")

@@ -29,19 +29,19 @@ Facts = dict[str, Any]
 # -- here --------------------------------------------------------------------------------------------------------------
 
 
-def attempt(function: str, *words: str, env: Mapping[str, str] | None = None) -> Facts:
+def run_in_subprocess(function: str, *words: str, env: Mapping[str, str] | None = None) -> Facts:
     """What a function of this module says in a process of its own, within IMPORT_SECONDS."""
-    return _listen(_start(function, os.environ | (env or {}), *words), time.monotonic() + IMPORT_SECONDS)
+    return _collect(_start(function, os.environ | (env or {}), *words), time.monotonic() + IMPORT_SECONDS)
 
 
-def two_ranks() -> list[Facts]:
+def run_two_ranks() -> list[Facts]:
     """What each of two ranks said before it ended or the time was up."""
     env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     env["MASTER_PORT"] = str(free_port())
     env.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # these two are nobody else's ranks
     started = [_start("rehearse", env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     until = time.monotonic() + IMPORT_SECONDS
-    return [_listen(process, until) for process in started]
+    return [_collect(process, until) for process in started]
 
 
 def _start(function: str, env: Mapping[str, str], *words: str) -> "subprocess.Popen[str]":
@@ -52,7 +52,7 @@ def _start(function: str, env: Mapping[str, str], *words: str) -> "subprocess.Po
     return subprocess.Popen(command, env=env, stdin=null, stdout=pipe, stderr=null, text=True)
 
 
-def _listen(process: "subprocess.Popen[str]", until: float) -> Facts:
+def _collect(process: "subprocess.Popen[str]", until: float) -> Facts:
     """What a process says until it ends, or is ended."""
     try:
         said, _ = process.communicate(timeout=max(0.1, until - time.monotonic()))
@@ -67,7 +67,7 @@ def _listen(process: "subprocess.Popen[str]", until: float) -> Facts:
     return facts
 
 
-def line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """An error's first line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
@@ -75,7 +75,7 @@ def line(error: Exception) -> str:
 # -- there -------------------------------------------------------------------------------------------------------------
 
 
-def rehearse() -> None:
+def rank_main() -> None:
     """One of the two ranks: a JSON object per line for each thing that worked, and the first that did not."""
     try:
         import torch
@@ -84,15 +84,15 @@ def rehearse() -> None:
         from gengap_dist.distributed.process_group import init_process_group
 
         gpus = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
-        _say(torch=torch.__version__, gpus=[(gpu.name, gpu.total_memory / GIB) for gpu in gpus])
+        _emit(torch=torch.__version__, gpus=[(gpu.name, gpu.total_memory / GIB) for gpu in gpus])
         try:
-            _say(torchvision=importlib.import_module("torchvision").__version__)
+            _emit(torchvision=importlib.import_module("torchvision").__version__)
         except Exception as error:
-            _say(torchvision_error=line(error))
+            _emit(torchvision_error=first_line(error))
         began = time.monotonic()
         world = init_process_group("cpu", RANK_SECONDS)
         assert world.all_reduce(torch.ones(1)).item() == 2
-        _say(gloo=time.monotonic() - began)
+        _emit(gloo=time.monotonic() - began)
         if gpus:
             began = time.monotonic()
             size = min(2, len(gpus))  # NCCL wants a GPU for each rank
@@ -101,24 +101,24 @@ def rehearse() -> None:
                 ones = torch.ones(1, device=f"cuda:{world.rank}")
                 dist.all_reduce(ones, group=group)
                 assert ones.item() == size
-                _say(nccl=(size, time.monotonic() - began))
+                _emit(nccl=(size, time.monotonic() - began))
         world.barrier()  # none hangs up on the other
     except Exception as error:
-        _say(error=line(error))
+        _emit(error=first_line(error))
         hard_exit(1)
     hard_exit(0)
 
 
-def ask_mlflow() -> None:
+def query_mlflow() -> None:
     """One request that any MLflow server answers, by MLflow's own client: health pages answer those it turns away."""
     from mlflow import MlflowClient
 
     began = time.monotonic()
     try:
         MlflowClient(sys.argv[1]).search_experiments(max_results=1)
-        _say(seconds=time.monotonic() - began)
+        _emit(seconds=time.monotonic() - began)
     except Exception as error:
-        _say(error=" ".join(str(error).split()))
+        _emit(error=" ".join(str(error).split()))
 
 
 def read_data() -> None:
@@ -128,12 +128,12 @@ def read_data() -> None:
     config = DataConfig.model_validate_json(sys.argv[1]).model_copy(update={"download": False})
     try:
         if config.name == "imagefolder":
-            _say(images=sum(len(listing.samples) for listing in datasets.listings(config)))
+            _emit(images=sum(len(listing.samples) for listing in datasets.listings(config)))
         else:
             splits = datasets.load(config)
-            _say(images=len(splits.train) + len(splits.val) + len(splits.test))
+            _emit(images=len(splits.train) + len(splits.val) + len(splits.test))
     except UsageError as error:
-        _say(error=str(error))
+        _emit(error=str(error))
 
 
 def try_import() -> None:
@@ -141,8 +141,8 @@ def try_import() -> None:
     try:
         importlib.import_module(sys.argv[1])
     except Exception as error:
-        _say(error=f"{type(error).__name__}: {line(error)}")
+        _emit(error=f"{type(error).__name__}: {first_line(error)}")
 
 
-def _say(**facts: Any) -> None:
+def _emit(**facts: Any) -> None:
     print(json.dumps(facts), flush=True)

@@ -150,17 +150,17 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
                     sizes.num_train, batch.global_size, config.seed, growth=batch_size_schedule(config)
                 )
             )
-            found |= {"data": sizes} | _steps(config, order, num_ranks, tried)
+            found |= {"data": sizes} | _step_fields(config, order, num_ranks, tried)
             if model := tried(lambda: _model(config, sizes)):
                 tried(lambda: check_auto(given, model))
                 tried(lambda: check_norm(config, model, order.sizes() if order else [], num_ranks))
                 tried(lambda: build_optimizer(config.optim, model))
                 if config.algorithm.rank_penalty is not None:
                     tried(lambda: RankPenalty(config.algorithm).layers(model, lambda: _example(config, sizes)))
-                found |= _of_model(config, cluster, model, sizes, found["batch"], tried)
-                found |= _time(config, constants, found)
+                found |= _model_fields(config, cluster, model, sizes, found["batch"], tried)
+                found |= _time_fields(config, constants, found)
     found["warned"] = sorted({str(warning.message) for warning in caught})
-    return Plan(**found, assumed=assumed + _assumed(config, strategy, found))
+    return Plan(**found, assumed=assumed + _assumptions(config, strategy, found))
 
 
 def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, list[str]]:
@@ -173,7 +173,7 @@ def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, li
     with suppress(UsageError):  # the plan will list it
         sizes = datasets.sizes(config.data)
         network = ModelShape(_model(config, sizes), sizes.in_channels, sizes.num_classes)
-        known = earlier(config, network, _place(config, cluster))
+        known = earlier(config, network, _hardware(config, cluster))
     if known:
         return resolved_micro_size(config, known), [
             f"batch.micro_size=auto found {known} on this machine before; another may differ"
@@ -184,7 +184,7 @@ def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, li
     return resolved_micro_size(config, size), [said] if len(choice) > 1 else []
 
 
-def _place(config: RunConfig, cluster: Cluster) -> Hardware:
+def _hardware(config: RunConfig, cluster: Cluster) -> Hardware:
     """Where a rank of the cluster would compute, if its machines were like this one."""
     local, kind = cluster.gpus_per_node, config.launch.device
     on_gpu = kind == "cuda" or (kind == "auto" and local <= torch.cuda.device_count())
@@ -192,7 +192,7 @@ def _place(config: RunConfig, cluster: Cluster) -> Hardware:
     return Hardware(device_name(device), int(threads_per_rank(local)["OMP_NUM_THREADS"]), local, cluster.num_ranks)
 
 
-def _steps(config: RunConfig, order: EpochSampler | None, num_ranks: int, tried: Callable[..., Any]) -> dict[str, Any]:
+def _step_fields(config: RunConfig, order: EpochSampler | None, num_ranks: int, tried: Callable[..., Any]) -> dict[str, Any]:
     batch, schedule = config.batch, order and tried(lambda: Schedule.of(config, order))
     if order is None or schedule is None:
         return {}
@@ -211,7 +211,7 @@ def _model(config: RunConfig, sizes: datasets.Sizes) -> nn.Module:
     return model
 
 
-def _of_model(
+def _model_fields(
     config: RunConfig,
     cluster: Cluster,
     model: nn.Module,
@@ -286,7 +286,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     return Probe(sum(counts), sum(map(bool, counts)), len(passes), forms, messages, on_wire), num_bytes
 
 
-def _time(config: RunConfig, constants: Constants, found: dict[str, Any]) -> dict[str, Any]:
+def _time_fields(config: RunConfig, constants: Constants, found: dict[str, Any]) -> dict[str, Any]:
     cluster, batch = found["cluster"], found["batch"]
     compute = constants.compute.get(workload(config, found["data"].in_channels, batch.micro_sizes[1]))
     inside, between = (Link(c.alpha, c.beta) if c else None for c in (constants.inside, constants.between))
@@ -297,7 +297,7 @@ def _time(config: RunConfig, constants: Constants, found: dict[str, Any]) -> dic
     near, far = inside or Link(0.0, 0.0), between or inside or Link(0.0, 0.0)
     computing, talking = step_seconds(cluster, batch, found["messages"], compute, near, far)
     probed = found["probe"].messages if found["probe"] else []
-    probing = sum(communication_model.seconds(message, cluster, near, far) for message in probed)
+    probing = sum(communication_model.collective_seconds(message, cluster, near, far) for message in probed)
     # a batch larger than the data set is refused, and has no steps
     time = Time(computing, talking, probing, (found.get("num_steps") or 0) * (computing + talking))
     if cluster.nodes > 1 and between is None:
@@ -316,10 +316,10 @@ def step_seconds(
 ) -> tuple[float, float]:
     """Seconds of one step: computing, of the rank with the most samples, and then talking."""
     computing = batch.samples_per_rank[1] * compute.seconds_per_sample + compute.seconds_per_update
-    return computing, sum(communication_model.seconds(message, cluster, inside, between) for message in messages)
+    return computing, sum(communication_model.collective_seconds(message, cluster, inside, between) for message in messages)
 
 
-def _assumed(config: RunConfig, strategy: str, found: dict[str, Any]) -> list[str]:
+def _assumptions(config: RunConfig, strategy: str, found: dict[str, Any]) -> list[str]:
     """What the numbers take for granted."""
     counted = "pictures are counted, not opened"
     said = [

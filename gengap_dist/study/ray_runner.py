@@ -41,23 +41,23 @@ from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.training import ENTRY_POINT
 
 STUDY = "study"  # what news of all runs are about
-MOST_DEATHS = 3  # of a process that waits for ranks; each takes the run that was under way along
+MAX_TRIAL_FAILURES = 3  # of a process that waits for ranks; each takes the run that was under way along
 
 
-class _Job(NamedTuple):
+class _TrialJob(NamedTuple):
     """What every trial is told."""
 
     launches: Sequence[tuple[LaunchConfig, LaunchConfig]]
     """Of every team: as its runs have it, and with the device that was resolved."""
-    teller: Any
+    run_queue: Any
     storage: Path
-    grows: bool
+    wait_for_nodes: bool
     """Whether to wait for nodes that are not there yet."""
     folder: Path
     command: Sequence[str]
 
 
-def concurrency(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str, float]], most: int | None) -> int:
+def concurrency(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str, float]], max_concurrent: int | None) -> int:
     """How many runs find room at a time, whichever of them they are; at least 1, which then waits for nodes.
 
     >>> nodes, small, large = [{"CPU": 8.0}], LaunchConfig(num_processes=2), LaunchConfig(num_processes=3)
@@ -67,10 +67,10 @@ def concurrency(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str, f
     rooms = [
         num_slots(nodes, resources_per_rank(launch), launch.placement) // launch.num_processes for launch in launches
     ]
-    return max(1, min([*rooms, *([most] if most else [])]))
+    return max(1, min([*rooms, *([max_concurrent] if max_concurrent else [])]))
 
 
-def run_all(plan: Sequence[PlannedRun], watch: StudyCallback, most: int | None) -> int:
+def run_all(plan: Sequence[PlannedRun], callback: StudyCallback, max_concurrent: int | None) -> int:
     """Run all of the plan; the number of runs that failed. A run that fails or diverges does not stop the others.
 
     Args:
@@ -90,7 +90,7 @@ def run_all(plan: Sequence[PlannedRun], watch: StudyCallback, most: int | None) 
     try:
         grows = not connect(largest)
         with sigterm_as_interrupt():
-            _wait(plan, watch, grows, storage, most, heard)
+            _run_trials(plan, callback, grows, storage, max_concurrent, heard)
     except BaseException as error:
         RayLauncher(ENTRY_POINT).close(kill=True)
         for cell in plan:
@@ -104,22 +104,22 @@ def run_all(plan: Sequence[PlannedRun], watch: StudyCallback, most: int | None) 
             run_folder.read_info(plan[number].folder)["status"] if plan[number].folder.exists() else run_folder.FAILED
         )
         heard[number] = status if status in run_folder.ENDED else "failed: the process that started the ranks died"
-        watch.on_run_end(plan[number], heard[number])
+        callback.on_run_end(plan[number], heard[number])
     return sum(note.startswith(run_folder.FAILED) for note in heard.values())
 
 
-def _close(cell: PlannedRun, error: BaseException) -> None:
-    if cell.folder.exists():
-        run_folder.close_abandoned(cell.folder, error)
+def _close(planned: PlannedRun, error: BaseException) -> None:
+    if planned.folder.exists():
+        run_folder.close_abandoned(planned.folder, error)
 
 
-def _wait(
+def _run_trials(
     plan: Sequence[PlannedRun],
-    watch: StudyCallback,
-    grows: bool,
+    callback: StudyCallback,
+    wait_for_nodes: bool,
     storage: Path,
-    most: int | None,
-    heard: dict[int, str],
+    max_concurrent: int | None,
+    outcomes: dict[int, str],
 ) -> None:
     """Let all trials run, and tell `watch` what they tell; `heard` gets how they ended, by number."""
     import ray
@@ -128,11 +128,11 @@ def _wait(
     teller = start_run_queue([(cell.config, cell.folder) for cell in plan])
     given = [cell.config.launch for cell in plan]
     resolved = resolve_device(given, nodes)
-    num, teams = concurrency(resolved, nodes, most), list[tuple[LaunchConfig, LaunchConfig]]()
+    num, teams = concurrency(resolved, nodes, max_concurrent), list[tuple[LaunchConfig, LaunchConfig]]()
     for launches in zip(given, resolved, strict=True):
         if teams.count(launches) < num:
             teams.append(launches)
-    job = _Job(teams, teller, storage, grows, Path.cwd(), sys.orig_argv)
+    job = _TrialJob(teams, teller, storage, wait_for_nodes, Path.cwd(), sys.orig_argv)
     task = ray.remote(_tune).options(max_retries=0, **on_this_node()).remote(job, num)
     over = False
     while not over:
@@ -141,10 +141,10 @@ def _wait(
             match kind:
                 case "progress":
                     number, *step = value
-                    watch.on_step(plan[number], *step)
+                    callback.on_step(plan[number], *step)
                 case "over":
-                    number, heard[number] = value
-                    watch.on_run_end(plan[number], heard[number])
+                    number, outcomes[number] = value
+                    callback.on_run_end(plan[number], outcomes[number])
                 case "preempted":
                     raise Preempted(value)
                 case _:
@@ -155,7 +155,7 @@ def _wait(
 # -- in processes of Ray's, on the driver's node ----------------------------------------------------------------------
 
 
-def _tune(job: _Job, num_concurrent: int) -> None:
+def _tune(job: _TrialJob, num_concurrent: int) -> None:
     """Ray Tune, from start to end: a task, because in the driver's main thread it would take Ctrl-C for itself."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     import ray
@@ -175,7 +175,7 @@ def _tune(job: _Job, num_concurrent: int) -> None:
         run_config=tune.RunConfig(
             name=uuid.uuid4().hex,
             storage_path=str(job.storage),
-            failure_config=tune.FailureConfig(max_failures=MOST_DEATHS),
+            failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
             verbose=0,
         ),
     )
@@ -183,11 +183,11 @@ def _tune(job: _Job, num_concurrent: int) -> None:
         tuner.fit()
 
 
-def _trial(job: _Job, number: int) -> None:
+def _trial(job: _TrialJob, number: int) -> None:
     """A team, until no run is left for it."""
     import ray
 
-    team = WorkerGroup(uuid.uuid4().hex, *job.launches[number], job.teller, job.storage, ENTRY_POINT)
+    team = WorkerGroup(uuid.uuid4().hex, *job.launches[number], job.run_queue, job.storage, ENTRY_POINT)
     os.chdir(job.folder)  # the driver's: settings may hold paths that start there
     sys.orig_argv = [*job.command]
 
@@ -209,7 +209,7 @@ def _trial(job: _Job, number: int) -> None:
     try:
         while before := given():
             try:
-                WorkerGroupRun(team, progress, over, team.launch.max_failures - before[1]).wait(job.grows)
+                WorkerGroupRun(team, progress, over, team.launch.max_failures - before[1]).wait(job.wait_for_nodes)
             except (RankFailed, Preempted) as error:
                 now = given()
                 if now is None or (now != before and now[1] <= team.launch.max_failures):

@@ -56,7 +56,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
         UsageError: if an arm is not valid, or runs or another study there had other settings.
     """
     plan = _trials(config, out) or run_matrix.planned_runs(config, out, {})
-    before = _before(out, warn)
+    before = _read_previous(out, warn)
     if before.get("name", config.study.name) != config.study.name:
         raise UsageError(
             f"--out ({out}) holds the study {before['name']}, and this one is {config.study.name}: choose another"
@@ -67,7 +67,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
         if what := run_folder.damage(folder):
             kept = run_folder.quarantine(folder, out / "damaged")
             warn(f"{folder} is damaged ({what}): kept as {kept}, and run again if it is part of this study")
-    _check_same(plan)
+    _check_same_settings(plan)
     tuned = (before.get("config") or {}).get("study", {}).get("tune")
     now = config.study.tune.model_dump(mode="json") if config.study.tune else None
     if before and tuned != now and any(out.glob("runs/*/*/run.json")):
@@ -98,7 +98,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
     run_folder.write_atomically(out / "study.json", json.dumps(info, indent=1))
 
 
-def _before(out: Path, warn: Warn) -> dict[str, Any]:
+def _read_previous(out: Path, warn: Warn) -> dict[str, Any]:
     path = out / "study.json"
     try:
         return json.loads(path.read_text()) if path.exists() else {}
@@ -111,7 +111,7 @@ def _trials(config: StudyConfig, out: Path) -> list[PlannedRun]:
     return run_matrix.planned_trials(config, out, tuning.points(config.study.tune)) if config.study.tune else []
 
 
-def _check_same(plan: list[PlannedRun]) -> None:
+def _check_same_settings(plan: list[PlannedRun]) -> None:
     for cell in plan:
         if not status(cell):
             continue
@@ -122,10 +122,10 @@ def _check_same(plan: list[PlannedRun]) -> None:
             )
 
 
-def status(cell: PlannedRun) -> str:
+def status(planned: PlannedRun) -> str:
     """What a run's folder says: a status of run.json, or "" before it began or if it is damaged."""
-    whole = (cell.folder / "run.json").exists() and not run_folder.damage(cell.folder)
-    return run_folder.read_info(cell.folder)["status"] if whole else ""
+    whole = (planned.folder / "run.json").exists() and not run_folder.damage(planned.folder)
+    return run_folder.read_info(planned.folder)["status"] if whole else ""
 
 
 def num_runs(config: StudyConfig) -> int:
@@ -135,7 +135,7 @@ def num_runs(config: StudyConfig) -> int:
 
 
 def run_study(
-    config: StudyConfig, out: Path, watch: StudyCallback, *, driver: bool, warn: Warn = lambda text: None
+    config: StudyConfig, out: Path, callback: StudyCallback, *, driver: bool, warn: Warn = lambda text: None
 ) -> int:
     """Tune, then run what is not finished; the number of runs that failed.
 
@@ -146,19 +146,19 @@ def run_study(
         driver: whether this process prepares folders; under torchrun the other ranks only take part.
         warn: called with what people should know.
     """
-    run = partial(run_all, watch=watch, driver=driver, most=config.study.concurrent)
+    run = partial(run_all, callback=callback, driver=driver, max_concurrent=config.study.concurrent)
     if not config.study.tune:
         return run(run_matrix.planned_runs(config, out, {}))
     trials = _trials(config, out)
     # a trial that failed is tried again until its arm's own runs have begun: they must all have the same settings
     settled = {arm.name for arm in config.arms if (out / "runs" / arm.name).exists()}
     num_failed = run([cell for cell in trials if cell.arm not in settled or status(cell) != run_folder.FAILED])
-    found = _searches(config, trials)
+    found = _summarise_trials(config, trials)
     tuned = {arm: search["best"] for arm, search in found.items() if search["best"] is not None}
     plan = run_matrix.planned_runs(config, out, tuned)
     if driver:
         _update(out, tuned=found)
-        _check_same(plan)
+        _check_same_settings(plan)
         for arm, search in found.items():
             if search["best"] is None:
                 warn(f"none of the {len(search['trials'])} trials of arm {arm} came to its end, so it has no runs: "
@@ -168,7 +168,7 @@ def run_study(
     return num_failed + run(plan)
 
 
-def _searches(config: StudyConfig, trials: list[PlannedRun]) -> dict[str, Mapping[str, Any]]:
+def _summarise_trials(config: StudyConfig, trials: list[PlannedRun]) -> dict[str, Mapping[str, Any]]:
     assert config.study.tune is not None
     points = tuning.points(config.study.tune)
     found = {}
@@ -179,7 +179,7 @@ def _searches(config: StudyConfig, trials: list[PlannedRun]) -> dict[str, Mappin
     return found
 
 
-def run_all(plan: list[PlannedRun], watch: StudyCallback, *, driver: bool, most: int | None = None) -> int:
+def run_all(plan: list[PlannedRun], callback: StudyCallback, *, driver: bool, max_concurrent: int | None = None) -> int:
     """Run what is not finished; the number of runs that failed. A run that fails or diverges does not stop the others.
 
     Args:
@@ -191,15 +191,15 @@ def run_all(plan: list[PlannedRun], watch: StudyCallback, *, driver: bool, most:
     to_do = []
     for cell in plan:
         if status(cell) in run_folder.ENDED:
-            watch.on_run_end(cell, "already there")
+            callback.on_run_end(cell, "already there")
         else:
             to_do.append(cell)
     on_ray = [cell for cell in to_do if launchers.uses_ray(cell.config.launch)]
-    num_failed = ray_runner.run_all(on_ray, watch, most) if on_ray else 0
-    return num_failed + _one_by_one([cell for cell in to_do if cell not in on_ray], watch, driver=driver)
+    num_failed = ray_runner.run_all(on_ray, callback, max_concurrent) if on_ray else 0
+    return num_failed + _run_sequentially([cell for cell in to_do if cell not in on_ray], callback, driver=driver)
 
 
-def _one_by_one(plan: list[PlannedRun], watch: StudyCallback, *, driver: bool) -> int:
+def _run_sequentially(plan: list[PlannedRun], callback: StudyCallback, *, driver: bool) -> int:
     """On ranks that stay up from run to run."""
     num_failed = 0
     with contextlib.ExitStack() as stack:
@@ -213,15 +213,15 @@ def _one_by_one(plan: list[PlannedRun], watch: StudyCallback, *, driver: bool) -
             if driver:
                 run_folder.prepare_folder(cell.folder, "run.json", resume=True)
             try:
-                ranks[launch].run(cell.config, cell.folder, resume=True, progress=partial(watch.on_step, cell))
-                watch.on_run_end(cell, status(cell))
+                ranks[launch].run(cell.config, cell.folder, resume=True, progress=partial(callback.on_step, cell))
+                callback.on_run_end(cell, status(cell))
             except (launchers.RankFailed, OutOfMemory) as error:
                 if launchers.uses_torchrun(cell.config.launch):
                     if driver:
                         run_folder.close_abandoned(cell.folder, error)
                     raise  # the other ranks, which were not started here, have ended
                 run_folder.close_abandoned(cell.folder, error)
-                watch.on_run_end(cell, f"failed: {str(error).strip().splitlines()[-1]}")
+                callback.on_run_end(cell, f"failed: {str(error).strip().splitlines()[-1]}")
                 num_failed += 1
             except BaseException as error:
                 if driver:

@@ -260,7 +260,7 @@ def test_what_is_lost_or_missing_is_said():
     runs = [run._replace(accuracy=None) if (run.arm, run.seed) == ("lb256", 0) else run for run in runs]
     runs = [run._replace(measures={}) if (run.arm, run.seed) == ("lb256", 2) else run for run in runs]
     found = compare(runs, "sb")
-    assert found.gaps["lb1024"].lost == "1 diverged"
+    assert found.gaps["lb1024"].unfinished_runs == "1 diverged"
     assert sorted(found.gaps["lb1024"].paired.differences) == [0, 2]
     said = " ".join(found.caveats)
     assert "lb1024: 1 diverged" in said

@@ -94,7 +94,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path):
         began = time.monotonic()
         finding = store(f"http://127.0.0.1:{listener.getsockname()[1]}", needed=False)
         assert time.monotonic() - began < 30
-    assert (finding.status, finding.needed(True).status) == (WARN, WARN)
+    assert (finding.status, finding.if_needed(True).status) == (WARN, WARN)
     assert "no answer within 5 s" in finding.found
 
 

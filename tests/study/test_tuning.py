@@ -6,7 +6,7 @@ import math
 import pytest
 
 from gengap_dist.analysis.group_runs import gather
-from gengap_dist.analysis.study_data import read_study, tuned_in
+from gengap_dist.analysis.study_data import read_study, tuned_settings
 from gengap_dist.config.loading import resolve, validate
 from gengap_dist.config.study import StudyConfig, TuneSection
 from gengap_dist.errors import UsageError
@@ -122,7 +122,7 @@ def test_comparing_a_tuned_study_again_is_the_study(done, tmp_path):
     assert {run.folder for run in found.runs} == {run.folder for run in study.runs}
     assert found.results("tame", "test/accuracy") == study.results("tame", "test/accuracy")
     assert found.baseline == study.baseline == "tame"
-    assert tuned_in(found.info) == {"optim.lr"}
+    assert tuned_settings(found.info) == {"optim.lr"}
 
 
 def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):

@@ -20,12 +20,12 @@ from gengap_dist.analysis.report.plotting import (
     Row,
     arms_with_runs,
     batch_axis,
-    beside,
+    batch_axis_position,
     colour,
     dots,
     in_rows,
     listed,
-    plain,
+    plain_tick_labels,
     row_axis,
     row_colour,
 )
@@ -48,11 +48,11 @@ def accuracy(study: StudyData) -> ReportFigure | None:
     rows = in_rows(study)
     figure = Figure(figsize=(7.2, ROW * len(arms) + 0.8 if rows else 4.0))
     axes = figure.subplots()
-    sizes = [study.of(arm)[0].global_size for arm in arms]
+    sizes = [study.runs_of(arm)[0].global_size for arm in arms]
     data: list[Row] = []
     for number, arm in enumerate(arms):
         values, c = 100 * np.array(list(results[arm].values())), (row_colour if rows else colour)(study, arm)
-        at, mean, half = number if rows else beside(sizes, number, 1.09), float(values.mean()), _t_half(values)
+        at, mean, half = number if rows else batch_axis_position(sizes, number, 1.09), float(values.mean()), _t_half(values)
         dots(axes, rows, at, values, marker="o", color=c, alpha=0.45, markersize=5, mew=0)
         middle = [mean, at] if rows else [at, mean]
         bar = {"xerr" if rows else "yerr": half or None}
@@ -77,10 +77,10 @@ def accuracy(study: StudyData) -> ReportFigure | None:
     return ReportFigure(figure, f"Mean test accuracy: {listed(means)}.", data)
 
 
-def gap(study: StudyData, said: Comparison) -> ReportFigure | None:
+def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
     """What each arm loses against the baseline, in rows: seeds, means, t intervals; runs without a result counted."""
-    arms = [arm for arm, _ in arms_with_runs(study) if arm != said.baseline]
-    if not any(arm in said.gaps for arm in arms):
+    arms = [arm for arm, _ in arms_with_runs(study) if arm != comparison.baseline]
+    if not any(arm in comparison.gaps for arm in arms):
         return None
     figure = Figure(figsize=(7.2, ROW * len(arms) + 1.1))
     axes = figure.subplots()
@@ -88,8 +88,8 @@ def gap(study: StudyData, said: Comparison) -> ReportFigure | None:
     axes.axvline(0, color=SOFT, linestyle="--", linewidth=1.2)
     edge = axes.get_yaxis_transform()
     for number, arm in enumerate(arms):
-        found, lost = said.gaps.get(arm), study.not_finished(arm)
-        row: Row = {"arm": arm, "global_size": study.of(arm)[0].global_size, "lost": lost}
+        found, lost = comparison.gaps.get(arm), study.unfinished_runs(arm)
+        row: Row = {"arm": arm, "global_size": study.runs_of(arm)[0].global_size, "lost": lost}
         words = [f"{lost}"] if lost else []
         if found is None:
             data.append(row | {"kind": "mean"})
@@ -110,7 +110,7 @@ def gap(study: StudyData, said: Comparison) -> ReportFigure | None:
         if words:
             axes.text(1.01, number, ", ".join(words), transform=edge, va="center", color=WARM, fontsize=9)
     row_axis(axes, arms)
-    axes.set_xlabel(f"points of test accuracy lost against {said.baseline} (right of 0: the arm is worse)")
+    axes.set_xlabel(f"points of test accuracy lost against {comparison.baseline} (right of 0: the arm is worse)")
     handles = [
         Line2D([], [], color=ACCENT, marker="D", label=f"differs (Holm p < {SIGNIFICANT:g})"),
         Line2D([], [], color=SOFT, marker="D", mfc=PAPER, mew=1.6, label="not told apart"),
@@ -120,13 +120,13 @@ def gap(study: StudyData, said: Comparison) -> ReportFigure | None:
     means = [
         f"{row['arm']} {100 * row['sb_lb_gap']:+.2f}" for row in data if row["kind"] == "mean" and "sb_lb_gap" in row
     ]
-    return ReportFigure(figure, f"Points of test accuracy lost against {said.baseline}: {listed(means)}.", data)
+    return ReportFigure(figure, f"Points of test accuracy lost against {comparison.baseline}: {listed(means)}.", data)
 
 
-def updates_to_target(study: StudyData, said: Comparison) -> ReportFigure | None:
+def updates_to_target(study: StudyData, comparison: Comparison) -> ReportFigure | None:
     """Updates to the validation target by batch (Shallue et al. 2019), with the curve, its bend and perfect scaling."""
-    target = said.target
-    reached = {arm: seeds for arm, seeds in target.updates.items() if seeds and study.of(arm)} if target else {}
+    target = comparison.target
+    reached = {arm: seeds for arm, seeds in target.updates.items() if seeds and study.runs_of(arm)} if target else {}
     if target is None or not reached:
         return None
     size_of = {arm: runs[0].global_size for arm, runs in arms_with_runs(study)}
@@ -135,7 +135,7 @@ def updates_to_target(study: StudyData, said: Comparison) -> ReportFigure | None
     axes = figure.subplots()
     data: list[Row] = []
     for number, (arm, seeds) in enumerate(reached.items()):
-        at = beside(sizes, number, 1.06)
+        at = batch_axis_position(sizes, number, 1.06)
         label = arm if len(reached) <= MAX_LINES else None
         dots(axes, False, at, list(seeds.values()), marker="o", color=colour(study, arm), alpha=0.7, mew=0, label=label)
         data += [
@@ -182,7 +182,7 @@ def updates_to_target(study: StudyData, said: Comparison) -> ReportFigure | None
         style = {"transform": axes.get_xaxis_transform(), "color": WARM, "ha": "center", "fontsize": 9}
         axes.text(size, 0.97, f"{count} missed", **style)
     axes.set_xlim(low, high)
-    plain(axes.yaxis)
+    plain_tick_labels(axes.yaxis)
     axes.set_xlabel("global batch (samples per step)")
     axes.set_ylabel(f"updates to {target.accuracy:.1%} validation accuracy")
     axes.legend(fontsize=9)
@@ -193,9 +193,9 @@ def updates_to_target(study: StudyData, said: Comparison) -> ReportFigure | None
     )
 
 
-def explanations(_: StudyData, said: Comparison) -> ReportFigure | None:
+def explanations(_: StudyData, comparison: Comparison) -> ReportFigure | None:
     """Correlation of each explanation with accuracy lost, as it is and given the number of updates."""
-    known = _strongest_first(said)[:MAX_EXPLANATIONS]
+    known = _strongest_first(comparison)[:MAX_EXPLANATIONS]
     if not known:
         return None
     figure = Figure(figsize=(7.2, 0.34 * len(known) + 1.1))
@@ -235,8 +235,8 @@ def explanations(_: StudyData, said: Comparison) -> ReportFigure | None:
     return ReportFigure(figure, f"Correlation with test accuracy lost, strongest first: {strongest}.", data)
 
 
-def _strongest_first(said: Comparison) -> list[Correlation]:
-    return sorted(said.correlations, key=lambda one: -abs(one.r))
+def _strongest_first(comparison: Comparison) -> list[Correlation]:
+    return sorted(comparison.correlations, key=lambda one: -abs(one.r))
 
 
 def _correlation(axes: Axes, at: float, r: float, ends: Interval | None, *, color: str, **style: Any) -> None:
@@ -245,18 +245,18 @@ def _correlation(axes: Axes, at: float, r: float, ends: Interval | None, *, colo
     axes.plot(r, at, color=color, markersize=5.5, **style)
 
 
-def gap_against_explanations(study: StudyData, said: Comparison) -> ReportFigure | None:
+def gap_against_explanations(study: StudyData, comparison: Comparison) -> ReportFigure | None:
     """Accuracy lost in each run against its strongest explanations, a panel each."""
     lost = {
-        arm: differences(study.results(said.baseline, "test/accuracy"), study.results(arm, "test/accuracy"))
+        arm: differences(study.results(comparison.baseline, "test/accuracy"), study.results(arm, "test/accuracy"))
         for arm in study.arms
     }
     panels: dict[str, list[Row]] = {}
-    for name in (one.measure for one in _strongest_first(said)):
+    for name in (one.measure for one in _strongest_first(comparison)):
         rows: list[Row] = [
             {"measure": name, "arm": arm, "seed": run.seed, "value": value, "sb_lb_gap": by_seed[run.seed]}
             for arm, by_seed in lost.items()
-            for run in study.finished(arm)
+            for run in study.finished_runs(arm)
             if run.seed in by_seed and np.isfinite(value := run.explanation(name))
         ]
         if len({row["value"] for row in rows}) > 1:
@@ -279,14 +279,14 @@ def gap_against_explanations(study: StudyData, said: Comparison) -> ReportFigure
         values = [row["value"] for row in rows]
         if min(values) > 0 and max(values) > 30 * min(values):
             axes.set_xscale("log")
-            plain(axes.xaxis)
+            plain_tick_labels(axes.xaxis)
         axes.axhline(0, color=QUIET, linewidth=1, linestyle="--")
         axes.set_title(name, fontsize=9)
     for axes in grid.flatten()[len(panels) :]:
         axes.set_visible(False)
     figure.supylabel("points of test accuracy lost", fontsize=10, color=SOFT)
     named = (
-        [(arm, colour(study, arm)) for arm in study.arms] if few else [(said.baseline, WARM), ("other arms", ACCENT)]
+        [(arm, colour(study, arm)) for arm in study.arms] if few else [(comparison.baseline, WARM), ("other arms", ACCENT)]
     )
     handles = [Line2D([], [], color=c, linestyle="", marker="o", label=arm) for arm, c in named]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
@@ -307,7 +307,7 @@ def curves(study: StudyData) -> ReportFigure | None:
         (panels[1], "train/loss", "epoch", "training loss", "epoch"),
         (panels[2], "val/accuracy", "epoch", "validation accuracy", "epoch"),
     )
-    looks, data = _looks(study, [arm for arm, _ in arms]), []
+    looks, data = _line_styles(study, [arm for arm, _ in arms]), []
     for axes, name, against, title, label in plots:
         for arm, runs in arms:
             for number, run in enumerate(runs):
@@ -324,11 +324,11 @@ def curves(study: StudyData) -> ReportFigure | None:
         axes.set_title(title)
         axes.set_xlabel(label)
     panels[0].set_xscale("log")
-    plain(panels[0].xaxis)
+    plain_tick_labels(panels[0].xaxis)
     for axes in panels[:2]:
         axes.set_yscale("log")
         axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST_LOSS))
-        plain(axes.yaxis)
+        plain_tick_labels(axes.yaxis)
     handles = {look["label"]: Line2D([], [], **look) for look in looks.values()}
     figure.legend(handles=[*handles.values()], loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
     ends = {arm: [y[-1] for run in runs if len(y := run.series("train/loss")[1])] for arm, runs in arms}
@@ -336,7 +336,7 @@ def curves(study: StudyData) -> ReportFigure | None:
     return ReportFigure(figure, says, data)
 
 
-def _looks(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]:
+def _line_styles(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]:
     """How each arm's lines look; of more than MAX_LINES arms the baseline, the best and the worst stand out."""
     if len(arms) <= MAX_LINES:
         return {arm: {"color": colour(study, arm), "linewidth": 1.6, "label": arm} for arm in arms}

@@ -12,13 +12,13 @@ from jinja2 import Environment, StrictUndefined
 
 from gengap_dist.analysis.report.figure_list import RUN_FIGURES, STUDY_FIGURES
 from gengap_dist.analysis.report.plotting import STYLE, THEME, save
-from gengap_dist.analysis.report.tables import Table, arm_table, data_table, first_to_show, run_table, tuning_tables
+from gengap_dist.analysis.report.tables import Table, arm_table, data_table, representative_run, run_table, tuning_tables
 from gengap_dist.analysis.report.text import percent
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.runs.run_folder import write_atomically
 
-MOST_ROWS = 150  # of a picture's data as a table on the page; the CSV has all
+MAX_ROWS = 150  # of a picture's data as a table on the page; the CSV has all
 
 
 class RenderedFigure(NamedTuple):
@@ -60,32 +60,32 @@ def write_report(study: StudyData, *, pdf: bool = True) -> Path:
         tuned=tuning_tables(study.info.get("tuned") or {}),
         space=_yaml((config.get("study") or {}).get("tune")),
         facts=_facts(study),
-        command=shlex.join(_readable(study.info.get("command") or [])),
+        command=shlex.join(_without_interpreter_path(study.info.get("command") or [])),
         config=_yaml(config),
     )
     write_atomically(page, html)
     return page
 
 
-def _render_figures(study: StudyData, said: Comparison, is_study: bool, *, pdf: bool) -> list[RenderedFigure]:
+def _render_figures(study: StudyData, comparison: Comparison, is_study: bool, *, pdf: bool) -> list[RenderedFigure]:
     """Draw every picture that has something to show, and write its files."""
     folder = study.folder / "figures"
     folder.mkdir(exist_ok=True)
     out = []
     with matplotlib.rc_context(STYLE):
         for name, (title, draw, caption) in (STUDY_FIGURES if is_study else RUN_FIGURES).items():
-            if not study.runs or (picture := draw(study, said)) is None:
+            if not study.runs or (picture := draw(study, comparison)) is None:
                 continue
             svg, csv = save(picture, folder, name, pdf=pdf)
             uri = "data:text/csv;base64," + base64.b64encode(csv.encode()).decode()
-            table = data_table(f"Data: {title}", picture.rows) if len(picture.rows) <= MOST_ROWS else None
+            table = data_table(f"Data: {title}", picture.rows) if len(picture.rows) <= MAX_ROWS else None
             out.append(RenderedFigure(name, title, caption, svg, uri, table))
     return out
 
 
 def _summary(study: StudyData, is_study: bool) -> str:
     """What was run, in a line."""
-    done = sum(len(study.finished(arm)) for arm in study.arms)
+    done = sum(len(study.finished_runs(arm)) for arm in study.arms)
     if is_study:
         return f"{len(study.arms)} arms, {len(study.runs) + len(study.unreadable)} runs, {done} finished"
     result = study.runs[0].info.get("result") or {}
@@ -96,7 +96,7 @@ def _summary(study: StudyData, is_study: bool) -> str:
 
 def _facts(study: StudyData) -> dict[str, str]:
     """Where and on what it ran."""
-    found = first_to_show(study)
+    found = representative_run(study)
     run = found.info if found else study.info
     data, git = run.get("data") or {}, study.info.get("git") or {}
     model = (run.get("config") or {}).get("model") or {}
@@ -123,5 +123,5 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=110) if value else ""
 
 
-def _readable(argv: list[str]) -> list[str]:
+def _without_interpreter_path(argv: list[str]) -> list[str]:
     return ["python" if number == 0 else word for number, word in enumerate(argv)]

@@ -39,7 +39,7 @@ COLOURS = [light for name, (light, _) in THEME.items() if re.fullmatch(r"c\d", n
 ACCENT, WARM = COLOURS[:2]
 UNTRAINED = QUIET
 MAX_PANELS = 9  # layers in one figure; a deeper network shows a spread of them
-MAX_BESIDE = 3  # arms of one batch that fit side by side on the batch axis
+MAX_ARMS_PER_BATCH = 3  # arms of one batch that fit side by side on the batch axis
 ROW = 0.25  # inches
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -76,24 +76,24 @@ class ReportFigure(NamedTuple):
     """A figure, what it says in one sentence, and the numbers that it shows, one row per point."""
 
     figure: Figure
-    says: str
+    alt_text: str
     rows: Sequence[Row]
 
 
-def save(picture: ReportFigure, folder: Path, name: str, *, pdf: bool) -> tuple[str, str]:
+def save(figure: ReportFigure, folder: Path, name: str, *, pdf: bool) -> tuple[str, str]:
     """Write NAME.svg, NAME.csv and perhaps NAME.pdf; the SVG as it stands on the page, and the CSV."""
-    text, table = io.StringIO(), as_csv(picture.rows)
-    if layout := picture.figure.get_layout_engine():  # once, while savefig would draw all of it to lay it out
-        FigureCanvasSVG(picture.figure)
-        layout.execute(picture.figure)
-        picture.figure.set_layout_engine("none")
-    picture.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    text, table = io.StringIO(), as_csv(figure.rows)
+    if layout := figure.figure.get_layout_engine():  # once, while savefig would draw all of it to lay it out
+        FigureCanvasSVG(figure.figure)
+        layout.execute(figure.figure)
+        figure.figure.set_layout_engine("none")
+    figure.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     (folder / f"{name}.svg").write_text(text.getvalue())
     (folder / f"{name}.pdf").unlink(missing_ok=True)  # of another picture
     if pdf:
-        picture.figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        figure.figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
     (folder / f"{name}.csv").write_text(table)
-    return inline(text.getvalue(), name, picture.says), table
+    return inline(text.getvalue(), name, figure.alt_text), table
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -116,7 +116,7 @@ def _cell(value: object) -> object:
     return format(value, ".6g") if isinstance(value, float) else value
 
 
-def inline(svg: str, name: str, says: str) -> str:
+def inline(svg: str, name: str, alt_text: str) -> str:
     """A saved SVG as part of a page: ids of its own, colours and fonts of the page, no digits that nobody sees."""
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
@@ -128,7 +128,7 @@ def inline(svg: str, name: str, says: str) -> str:
     for variable, (light, _) in THEME.items():
         svg = svg.replace(light, f"var(--{variable})")
     width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0]) * 4 / 3  # points to CSS pixels
-    label = says.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    label = alt_text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return re.sub(
         r'<svg.*?(viewBox="[^"]*").*?>',
         lambda head: f'<svg role="img" aria-label="{label}" style="--width: {width:.0f}px" {head[1]}>',
@@ -142,14 +142,14 @@ def _font(found: re.Match[str]) -> str:
     return f"font-size: {found[2]}" + (f"; font-weight: {found[1].strip()}" if found[1] else "")
 
 
-def listed(words: Sequence[str], most: int = 6) -> str:
+def listed(words: Sequence[str], max_words: int = 6) -> str:
     """Some words in a sentence.
 
     >>> listed(["a 1", "b 2"]), listed(list("abcd"), 2)
     ('a 1, b 2', 'a, b and 2 more')
     """
-    rest = len(words) - most
-    return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(words) - max_words
+    return ", ".join(words[:max_words]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def colour(study: StudyData, arm: str) -> str:
@@ -171,7 +171,7 @@ def size_label(size: float) -> str:
     return f"{size:,.0f}"
 
 
-def plain(axis: Any) -> None:
+def plain_tick_labels(axis: Any) -> None:
     """Labels of a logarithmic axis as plain numbers."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -197,7 +197,7 @@ def row_axis(axes: Axes, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def beside(sizes: Sequence[int], number: int, gap: float) -> float:
+def batch_axis_position(sizes: Sequence[int], number: int, gap: float) -> float:
     """Where arm `number` stands on the batch axis: arms of one batch stand side by side.
 
     >>> [beside([8, 64, 64], number, 2.0) for number in range(3)]
@@ -215,21 +215,21 @@ def dots(axes: Axes, rows: bool, at: float, values: Any, **style: Any) -> None:
 
 def arms_with_runs(study: StudyData) -> list[tuple[str, list[RunData]]]:
     """Arms that have a run, in the study's order."""
-    return [(arm, runs) for arm in study.arms if (runs := study.of(arm))]
+    return [(arm, runs) for arm in study.arms if (runs := study.runs_of(arm))]
 
 
 def in_rows(study: StudyData) -> bool:
     """Whether every arm has a row of its own, because too many share a batch to stand side by side on its axis."""
     sizes = [runs[0].global_size for _, runs in arms_with_runs(study)]
-    return max(map(sizes.count, sizes), default=0) > MAX_BESIDE
+    return max(map(sizes.count, sizes), default=0) > MAX_ARMS_PER_BATCH
 
 
-def chosen_layers(study: StudyData, most: int = MAX_PANELS) -> list[str]:
+def chosen_layers(study: StudyData, max_layers: int = MAX_PANELS) -> list[str]:
     """Raw layer keys, at most `most` of them, spread over the depth of the network."""
     keys = [key for key in study.layer_keys() if not key.endswith("/centred")]
-    if len(keys) <= most:
+    if len(keys) <= max_layers:
         return keys
-    return [keys[round(i * (len(keys) - 1) / (most - 1))] for i in range(most)]
+    return [keys[round(i * (len(keys) - 1) / (max_layers - 1))] for i in range(max_layers)]
 
 
 def one_per_batch(study: StudyData, has: Callable[[RunData], object]) -> Mapping[str, RunData]:

@@ -22,14 +22,14 @@ from gengap_dist.analysis.report.plotting import (
     Row,
     arms_with_runs,
     batch_axis,
-    beside,
+    batch_axis_position,
     chosen_layers,
     colour,
     dots,
     in_rows,
     listed,
     one_per_batch,
-    plain,
+    plain_tick_labels,
     row_axis,
     row_colour,
 )
@@ -72,10 +72,10 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> ReportF
             line = panel.axvline if rows else panel.axhline
             line(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
         for number, (arm, _) in enumerate(arms):
-            runs = study.finished(arm)
+            runs = study.finished_runs(arm)
             ends = [run.untrained_and_trained(metric(name, key, threshold)) for run in runs]
             values = [trained for _, trained in ends]
-            at, c = number if rows else beside(sizes, number, 1.18), (row_colour if rows else colour)(study, arm)
+            at, c = number if rows else batch_axis_position(sizes, number, 1.18), (row_colour if rows else colour)(study, arm)
             dots(panel, rows, at, values, marker="o", color=c, alpha=0.45, markersize=4, mew=0)
             if np.isfinite(values).any():
                 dots(panel, rows, at, [np.nanmean(values)], marker="D", color=c, markersize=6)
@@ -113,12 +113,12 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> ReportF
 def near_rank_change(study: StudyData) -> ReportFigure | None:
     """Arm x layer: how far training moved the near-rank loss from the untrained network's; means over finished runs."""
     keys = chosen_layers(study, 12)
-    arms = [arm for arm in study.arms if study.finished(arm)]
+    arms = [arm for arm in study.arms if study.finished_runs(arm)]
     table = np.full((len(arms), len(keys)), np.nan)
     data: list[Row] = []
     for i, arm in enumerate(arms):
         for j, key in enumerate(keys):
-            runs = study.finished(arm)
+            runs = study.finished_runs(arm)
             ends = np.array([run.untrained_and_trained(metric("near_rank_loss", key, "rel_1e-2")) for run in runs])
             if not (both := np.isfinite(ends).all(axis=1)).any():
                 continue
@@ -255,7 +255,7 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
             data += [{"layer": key, "which": which} | point for point in _thinned(*spectrum)]
         panel.axhline(facts["floor"], color=QUIET, linewidth=1, linestyle=":")
         panel.set_yscale("log")
-        plain(panel.yaxis)
+        plain_tick_labels(panel.yaxis)
         panel.set_title(key, fontsize=8)
         note = f"N {facts['num_samples']:,}, D {facts['num_units']:,}"
         panel.annotate(note, (0.97, 0.93), xycoords="axes fraction", ha="right", va="top", fontsize=7, color=SOFT)
@@ -283,7 +283,7 @@ def _line(panel: Axes, values: np.ndarray, facts: dict, **style: object) -> None
 def rank_by_samples(study: StudyData) -> ReportFigure | None:
     """Two measures of three layers against N, trained and untrained, for every arm that has control probe sets."""
     keys = chosen_layers(study, 3)
-    arms = [arm for arm in study.arms if any(len(_sets(run)) > 1 for run in study.of(arm))]
+    arms = [arm for arm in study.arms if any(len(_probe_set_sizes(run)) > 1 for run in study.runs_of(arm))]
     if not keys or not arms:
         return None
     figure = Figure(figsize=(3.1 * len(keys) + 0.6, 5.2))
@@ -293,8 +293,8 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
         for panel, key in zip(grid[row], keys, strict=True):
             for arm in arms:
                 points: dict[str, list[tuple[int, float, float]]] = {}
-                for run in study.of(arm):
-                    for probe_set, size in _sets(run).items():
+                for run in study.runs_of(arm):
+                    for probe_set, size in _probe_set_sizes(run).items():
                         key_of_set = "/".join(filter(None, (key, probe_set)))
                         ends = run.untrained_and_trained(metric(name, key_of_set, threshold))
                         if np.isfinite(ends).any():
@@ -330,7 +330,7 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
         panel.set_xlabel("probe samples N")
     handles = [Line2D([], [], color=colour(study, arm), marker="o", label=arm) for arm in arms]
     handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", marker=".", label="untrained"))
-    if any("own_batch" in _sets(run) for arm in arms for run in study.of(arm)):
+    if any("own_batch" in _probe_set_sizes(run) for arm in arms for run in study.runs_of(arm)):
         handles.append(Line2D([], [], color=UNTRAINED, linestyle="", marker="*", label="own batch"))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
     sizes = sorted({row["num_samples"] for row in data})
@@ -344,7 +344,7 @@ def _mean(values: list[tuple[int, float, float]]) -> tuple[float, ...]:
     return tuple(float(np.mean(column)) if column else float("nan") for column in columns)
 
 
-def _sets(run: RunData) -> dict[str, int]:
+def _probe_set_sizes(run: RunData) -> dict[str, int]:
     """Probe sets of a run and their sizes: the fixed one is ""."""
     names = {path.parent.name for path in (run.folder / "spectra").glob("*/step_*.npz")}
     sizes = {name: int(name[1:]) for name in names if name[0] == "n" and name[1:].isdigit()}
@@ -369,7 +369,7 @@ def measures_over_steps(study: StudyData) -> ReportFigure | None:
             of_layer = {"measure": metric(name, "", threshold), "layer": key}
             data += [of_layer | {"step": int(at), "value": float(v)} for at, v in zip(x, y, strict=True)]
         axes.set_xscale("symlog", linthresh=1)
-        plain(axes.xaxis)
+        plain_tick_labels(axes.xaxis)
         axes.set_title(label)
         axes.set_xlabel("step")
     panels[1].legend(fontsize=8)
@@ -391,10 +391,10 @@ def diagnostics_over_steps(study: StudyData) -> ReportFigure | None:
     for number, (panel, (name, (x, y))) in enumerate(zip(panels, series.items(), strict=False)):
         panel.plot(x, y, color=COLOURS[number % len(COLOURS)], marker="." if len(x) < 30 else "")
         panel.set_xscale("symlog", linthresh=1)
-        plain(panel.xaxis)
+        plain_tick_labels(panel.xaxis)
         if y.min() > 0 and y.max() > 20 * y.min():
             panel.set_yscale("log")
-            plain(panel.yaxis)
+            plain_tick_labels(panel.yaxis)
         panel.set_title(DIAGNOSTICS[name], fontsize=9)
         panel.set_xlabel("step")
         data += [{"measure": name, "step": int(at), "value": float(v)} for at, v in zip(x, y, strict=True)]

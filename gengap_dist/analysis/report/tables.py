@@ -45,7 +45,7 @@ def _interval(pair: Interval | None) -> Cell:
     return MISSING if pair is None else Cell(interval(pair), sum(pair) / 2)
 
 
-def arm_table(study: StudyData, said: Comparison) -> Table:
+def arm_table(study: StudyData, comparison: Comparison) -> Table:
     """One row per arm: accuracy, gap, what could have been seen, and what was lost."""
     last = last_layer(study)
     heads = ["arm", "batch", "updates", "seeds", "test acc. (sd)", "gap", "95% t", "95% bootstrap", "Holm p"]
@@ -53,21 +53,21 @@ def arm_table(study: StudyData, said: Comparison) -> Table:
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     rows = []
     for arm in study.arms:
-        if not (runs := study.of(arm)):
-            if lost := study.not_finished(arm):
+        if not (runs := study.runs_of(arm)):
+            if lost := study.unfinished_runs(arm):
                 row = [Cell(arm), MISSING, MISSING, Cell(f"0, {lost}", 0)]
                 rows.append([*row, *[MISSING] * (len(heads) - len(row))])
             continue
-        accuracies, found = list(study.results(arm, "test/accuracy").values()), said.gaps.get(arm)
+        accuracies, found = list(study.results(arm, "test/accuracy").values()), comparison.gaps.get(arm)
         mean, deviation = spread(accuracies) if accuracies else (None, float("nan"))
         row = [
             Cell(arm),
             number(runs[0].global_size, ","),
             number(runs[0].info.get("num_steps"), ","),
-            Cell(str(len(accuracies)) + (f" + {lost}" if (lost := study.not_finished(arm)) else ""), len(accuracies)),
+            Cell(str(len(accuracies)) + (f" + {lost}" if (lost := study.unfinished_runs(arm)) else ""), len(accuracies)),
             number(mean, text=percent(mean) + (f" ({100 * deviation:.2f})" if deviation == deviation else "")),
         ]
-        if arm == said.baseline:
+        if arm == comparison.baseline:
             row += [Cell("baseline", 0.0), *[MISSING] * 5, Cell("")]
         elif found is None:
             row += [*[MISSING] * 6, Cell("no pair")]
@@ -84,12 +84,12 @@ def arm_table(study: StudyData, said: Comparison) -> Table:
                 Cell(found.matched or "nothing"),
             ]
         for name, threshold in (("near_rank_loss", "rel_1e-2"), ("effective_rank", "")) if last else ():
-            ends = [run.untrained_and_trained(metric(name, last or "", threshold))[1] for run in study.finished(arm)]
+            ends = [run.untrained_and_trained(metric(name, last or "", threshold))[1] for run in study.finished_runs(arm)]
             row.append(number(spread(ends)[0] if ends else None, ".3g"))
         rows.append(row)
     return Table(
         "Arms",
-        f"Gap: test accuracy of {said.baseline} minus the arm's, in percentage points, paired by seed; p by the paired "
+        f"Gap: test accuracy of {comparison.baseline} minus the arm's, in percentage points, paired by seed; p by the paired "
         't test, corrected for all arms (Holm). With this spread and these seeds a difference below "unseen below" is '
         'not told from none, and a true one of "found from" is found four times in five. Matched: what the arm has in '
         "common with the baseline.",
@@ -103,7 +103,7 @@ def run_table(study: StudyData) -> Table:
     heads = ["arm", "seed", "status", "updates", "test, last", "test, best by validation", "train", "train_test_gap"]
     heads += ["images/s", "seconds"]
     rows = []
-    for run in (run for arm in study.arms for run in study.of(arm)):
+    for run in (run for arm in study.arms for run in study.runs_of(arm)):
         result = run.info.get("result") or {}
         shares = [result.get(f"{name}/accuracy") for name in ("test", "test_at_best_val", "train_full")]
         shares = [None if share is None else float(share) for share in shares]
@@ -149,7 +149,7 @@ def _any(value: object) -> Cell:
     return number(value, ",.4g" if isinstance(value, float) else "") if isinstance(value, int | float) else MISSING
 
 
-def first_to_show(study: StudyData) -> RunData | None:
+def representative_run(study: StudyData) -> RunData | None:
     """The run whose facts stand for all: the first finished one, else the first."""
-    done = [run for arm in study.arms for run in study.finished(arm)]
+    done = [run for arm in study.arms for run in study.finished_runs(arm)]
     return next(iter([*done, *study.runs]), None)

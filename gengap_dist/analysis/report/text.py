@@ -48,14 +48,14 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
     """The cells of `study_table`, as text."""
     rows = []
     for arm in study.arms:
-        runs, accuracies = study.of(arm), list(study.results(arm, "test/accuracy").values())
+        runs, accuracies = study.runs_of(arm), list(study.results(arm, "test/accuracy").values())
         if not runs:
-            if lost := study.not_finished(arm):
+            if lost := study.unfinished_runs(arm):
                 rows.append([arm, "-", "-", f"0, {lost}", *["-"] * (6 if last else 4)])
             continue
         mean, deviation = spread(accuracies) if accuracies else (None, float("nan"))
         accuracy = percent(mean) + (f" ({100 * deviation:.2f})" if deviation == deviation else "")
-        lost = study.not_finished(arm)
+        lost = study.unfinished_runs(arm)
         gap: Paired | None = None if arm == study.baseline else study.gap(arm)
         row = [
             arm,
@@ -69,7 +69,7 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
         ]
         if last:
             for name, threshold in (("near_rank_loss", "rel_1e-2"), ("effective_rank", "")):
-                ends = [run.untrained_and_trained(metric(name, last, threshold))[1] for run in study.finished(arm)]
+                ends = [run.untrained_and_trained(metric(name, last, threshold))[1] for run in study.finished_runs(arm)]
                 row.append(f"{spread(ends)[0]:.3g}" if ends else "-")
         rows.append(row)
     return rows

@@ -404,8 +404,8 @@ def _query_dashboard(address: str, token: str) -> None:
             json.load(answer)["ray_version"]
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"RAY_ADDRESS ({address}) is not a Ray dashboard that accepts this client ({first_line(error)}): start the cluster, correct "
-            "the address, or set RAY_AUTH_TOKEN to its token"
+            f"RAY_ADDRESS ({address}) is not a Ray dashboard that accepts this client ({first_line(error)}): "
+            "start the cluster, correct the address, or set RAY_AUTH_TOKEN to its token"
         ) from None
 
 

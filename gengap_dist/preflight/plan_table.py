@@ -98,7 +98,8 @@ def _notes(plan: Plan) -> list[str]:
         wide = sum("rows" in form for form in probe.forms.values())
         notes.append(
             f"probe        {probe.num_samples:,} images on {probe.num_ranks_with_images:,} rank(s), {len(probe.forms)} "
-            f"matrices ({wide} with more columns than rows), {probe.num_passes} pass(es), {in_bytes(probe.bytes_on_wire)} sent"
+            f"matrices ({wide} with more columns than rows), {probe.num_passes} pass(es), "
+            f"{in_bytes(probe.bytes_on_wire)} sent"
         )
     return notes
 

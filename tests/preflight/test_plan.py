@@ -515,7 +515,11 @@ def test_constants_are_kept(tmp_path, monkeypatch):
     constants = Constants(where="here", inside=LinkConstants(alpha=1e-5, beta=1e-9))
     assert save(constants, None) == tmp_path / "cache" / "gengap_dist" / "constants.json"
     assert load(None) == constants
-    for text, says in (("{", "holds no constants"), ('{"alpha": 3}', "alpha is not a setting"), ("[]", "holds no")):
+    for text, says in (
+        ("{", "does not contain constants"),
+        ('{"alpha": 3}', "alpha is not a setting"),
+        ("[]", "does not contain"),
+    ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UsageError, match=says):
             load(tmp_path / "bad.json")

@@ -90,7 +90,7 @@ def test_an_arm_that_cannot_be_tuned_is_told_and_does_not_stop_the_others(done):
     found = json.loads((out / "study.json").read_text())["tuned"]["wild"]
     assert [trial["status"] for trial in found["trials"]] == ["diverged"] * 4
     assert (found["best"], found["edge"]) == (None, [])
-    assert "none of the 4 trials of arm wild came to its end, so it has no runs" in process.stderr
+    assert "none of the 4 trials of arm wild finished, so it has no runs" in process.stderr
     assert not (out / "runs/wild").exists()
     assert tiny.table(out)[-1][:4] == ["wild", "-", "-", "0, none of 4 trials finished"]
     assert "0, none of 4 trials finished" in (out / "report.html").read_text()
@@ -109,7 +109,7 @@ def test_a_tuned_study_starts_again_without_doing_anything_twice(done):
     whole = (out / "study.json").read_text()
     longer = tiny.start(config, out, "--study.tune.trials", 8)
     assert longer.returncode == 2
-    assert "study.tune was another when the runs in" in longer.stderr
+    assert "study.tune has changed since the runs in" in longer.stderr
     assert (out / "study.json").read_text() == whole
     assert tiny.ended(out) == before
 

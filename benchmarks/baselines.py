@@ -273,8 +273,8 @@ def lightning(field: Field, turn: Turn, *, workers: int = 1, **more: Any) -> Non
     is_distributed = field.world.size > 1
     trainer = L.Trainer(
         accelerator=field.world.device.type, devices=field.world.size, strategy="ddp" if is_distributed else "auto",
-        max_epochs=-1, plugins=[TorchElasticEnvironment()] if is_distributed else None, callbacks=[Ends()], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=-1, plugins=[TorchElasticEnvironment()] if is_distributed else None, callbacks=[Ends()],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         accumulate_grad_batches=field.parts, **more,
     )  # fmt: skip
     trainer.fit(Module(), field.loader(workers=workers))

@@ -67,7 +67,8 @@ def main() -> None:
     os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # ranks end by os._exit
     console = Console(highlight=False)
     console.print(
-        f"{paired_timing.machine_summary(paired_timing.machine())}; {options.ranks} rank(s), {options.rounds} rounds in turns"
+        f"{paired_timing.machine_summary(paired_timing.machine())}; {options.ranks} rank(s), "
+        f"{options.rounds} rounds in turns"
     )
     for name in options.only:
         checkouts = {"before": options.before.resolve(), "after": HERE.parent}

@@ -66,8 +66,8 @@ def main() -> None:
         strategy.setup(model, lambda model: build_optimizer(config.optim, model))
         return strategy
 
-    algorithm = TrainingAlgorithm(config, new_strategy(), BatchLoader(splits.train, Normalise(splits, world.device, torch.float32), config.data,
-                                             config.seed), sampler, schedule.num_steps)  # fmt: skip
+    loader = BatchLoader(splits.train, Normalise(splits, world.device, torch.float32), config.data, config.seed)
+    algorithm = TrainingAlgorithm(config, new_strategy(), loader, sampler, schedule.num_steps)
     baseline_strategy = new_strategy()
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(splits.num_classes, (128,))
 
@@ -96,7 +96,8 @@ def main() -> None:
     ratios = sorted(own / baseline for own, baseline in turns)
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
     console.print(
-        f"{num_steps} steps of 128, {args.threads} thread(s): gengap {gengap_seconds:.1f} s, synthetic baseline {baseline_seconds:.1f} s; ratio of the "
+        f"{num_steps} steps of 128, {args.threads} thread(s): gengap {gengap_seconds:.1f} s, "
+        f"synthetic baseline {baseline_seconds:.1f} s; ratio of the "
         f"sums {gengap_seconds / baseline_seconds:.3f}; of {len(turns)} turns median {statistics.median(ratios):.3f}, "
         f"middle half {low:.3f} to {high:.3f}"
     )

@@ -12,8 +12,8 @@ One GPU is enough; Ray, MLflow and the network are not used. Parts, all in this 
   compile      torch.compile: agreement, first step, recompilations, gain
 
 Each part has a time limit of --seconds. Every result is written to the JSON immediately, and a page is generated from
-it; the same command continues with the remaining items, as long as GPU, torch and code are the same. Exit code 1: an item
-failed. 2: the measurement could not start.
+it; the same command continues with the remaining items, as long as GPU, torch and code are the same. Exit code 1: an
+item failed. 2: the measurement could not start.
 """
 
 import argparse

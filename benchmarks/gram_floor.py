@@ -2,9 +2,9 @@
 
     python benchmarks/gram_floor.py
 
-Half of the D singular values of each matrix are exactly zero. The first of them as computed from the Gram
-matrix and by TSQR, relative to the largest, is noise; `sqrt(eps)` is 1.5e-8, `eps` 2.2e-16. Float32 matrices are only zero to 1e-8 there,
-see the last column.
+Half of the D singular values of each matrix are exactly zero. The first of them, as computed from the
+Gram matrix and by TSQR, relative to the largest, is noise; `sqrt(eps)` is 1.5e-8, `eps` 2.2e-16. In float32 matrices
+these values are zero only to 1e-8, see the last column.
 """
 
 import torch

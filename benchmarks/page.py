@@ -99,7 +99,7 @@ def memory(peers: Mapping[str, Any]) -> str:
 
 
 def draw(peers: Mapping[str, Any], path: Path) -> None:
-    """A panel for each workload and number of ranks, a bar for each candidate: speed relative to the synthetic baseline.
+    """A panel for each workload and number of ranks, a bar for each candidate: speed over the synthetic baseline.
 
     Without any speeds, no figure is drawn.
     """

@@ -94,8 +94,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """The ratio `ours` / `theirs` over rounds.
 
-    It is inconclusive ("not told from 1") if the interval of the median contains 1, "too noisy" if the interval is wider
-    than MAX_SPREAD of the median, and has "too few rounds" below MIN_ROUNDS.
+    It is inconclusive ("not told from 1") if the interval of the median contains 1, "too noisy" if it is wider than
+    MAX_SPREAD of the median, and has "too few rounds" below MIN_ROUNDS.
 
     >>> print(ratio([2.0, 2.02, 1.98, 2.0, 2.0, 2.02, 1.96, 0.7, 4.0], [1.0] * 9))
     2.00 (1.96 to 2.02)

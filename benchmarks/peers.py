@@ -6,8 +6,8 @@ In every round each candidate has a turn; the number of steps is what the synthe
 are computed within a round; if the 95% interval contains 1 or is wider than 20% of the median, only the interval is
 shown. gengap_dist and its peers use separate ranks, because a run of gengap_dist configures malloc to keep freed memory
 for the whole process. A turn starts when the loader processes are idle, and its first steps are not timed: they consume
-batches that a loader has prefetched during other turns, and allocate memory that was freed after the previous turn. Peak
-memory is that of the rank's process, without its loaders, with one candidate on new ranks.
+batches that a loader has prefetched during other turns, and allocate memory that was freed after the previous turn.
+Peak memory is that of the rank's process, without its loaders, with one candidate on new ranks.
 
 Results are written to docs/benchmarks/peers.json by workload, and from there to docs/benchmarks.md, with a figure.
 """

@@ -144,7 +144,9 @@ CHECKS: dict[str, Check] = {
     "TF32": _rounded({"train.tf32": True}, 2e-2, {"train.tf32": False}),
     "FSDP, float64": _in_float64({"launch.strategy": "fsdp"}, reference=SINGLE, seconds=10.0),
     **{
-        f"ZeRO {stage}": Check({**ADAMW, "launch.strategy": f"zero{stage}"}, reference=SINGLE, needs="deepspeed", seconds=15)
+        f"ZeRO {stage}": Check(
+            {**ADAMW, "launch.strategy": f"zero{stage}"}, reference=SINGLE, needs="deepspeed", seconds=15
+        )
         for stage in range(4)
     },
     "profile": Check({**NO_PROBE, "profile": True, "train.steps": 14}, seconds=20.0),
@@ -183,7 +185,8 @@ def compare(measured: Numbers, reference: Numbers, tolerance: float, judged: Jud
 
     largest = max(judged_differences.values(), default=math.inf)
     good = largest <= tolerance and not only
-    text = f"{len(judged_differences)} of {len(differences)} numbers judged ({judged}), worst {_place(worst(judged_differences))}"
+    text = f"{len(judged_differences)} of {len(differences)} numbers judged ({judged}), "
+    text += f"worst {_place(worst(judged_differences))}"
     text += "" if largest <= tolerance else f", more than {tolerance:g}"
     text += f"; {len(only)} numbers are on one side only, such as {only[0]}" if only else ""
     return {

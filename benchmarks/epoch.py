@@ -66,8 +66,9 @@ def main() -> None:
         strategy.setup(model, lambda model: build_optimizer(config.optim, model))
         return strategy
 
+    strategy = new_strategy()
     loader = BatchLoader(splits.train, Normalise(splits, world.device, torch.float32), config.data, config.seed)
-    algorithm = TrainingAlgorithm(config, new_strategy(), loader, sampler, schedule.num_steps)
+    algorithm = TrainingAlgorithm(config, strategy, loader, sampler, schedule.num_steps)
     baseline_strategy = new_strategy()
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(splits.num_classes, (128,))
 

@@ -110,10 +110,12 @@ def simulation(
     for model in FAR:
         for links in (INFINIBAND, ETHERNET):
             add(model, task(model, micro_size), ACCELERATOR, links)
-    here = [model for model in FAR if model in computed]
-    for model in here:
+    measured_models = [model for model in FAR if model in computed]
+    for model in measured_models:
         add(model, tasks[model], computed[model], cores(inside))
-    limit = tasks[here[0]].sizes.num_train if here else task(FAR[0], micro_size).sizes.num_train
+    num_train = (
+        tasks[measured_models[0]].sizes.num_train if measured_models else task(FAR[0], micro_size).sizes.num_train
+    )
     assumptions = [
         "Simulated, not measured: the alpha-beta model of gengap plan. A step is compute plus communication, without "
         "overlap; collectives are hierarchical, inside nodes and then between nodes, over a ring or two trees; "
@@ -124,12 +126,12 @@ def simulation(
         "images: real accelerators are slower if a rank has few images.",
         f"{INFINIBAND.name}: {INFINIBAND.words}",
         f"{ETHERNET.name}: {ETHERNET.words}",
-        f"Weak scaling past {limit // WEAK_SIZE:,} ranks asks for more images than CIFAR-10 trains on ({limit:,}): the "
+        f"Weak scaling past {num_train // WEAK_SIZE:,} ranks asks for more images than CIFAR-10 trains on ({num_train:,}): the "
         f"set would have to be larger. Strong scaling ends at {STRONG_SIZE // MAX_RANKS} images a rank.",
     ]
-    if here:
+    if measured_models:
         seconds = " and ".join(
-            f"{TITLES[model]} {computed[model].seconds_per_sample * 1e3:.2f} ms an image" for model in here
+            f"{TITLES[model]} {computed[model].seconds_per_sample * 1e3:.2f} ms an image" for model in measured_models
         )
         links = cores(inside)
         assumptions.insert(4, f"{links.name}: {seconds}, measured on this machine ({machine}); {links.words}")

@@ -3,8 +3,8 @@
     python benchmarks/startup.py [--rounds 6] [--ranks 1] [--out FILE]
 
 The commands are run with their defaults (digits, LeNet-5, reports, MLflow); all except --help take turns. Nine commands
-and a study of 3 arms x 3 seeds compute the same nine runs. If the 95% interval of a ratio contains 1 or is wider than 20% of the median, only the
-interval is shown.
+and a study of 3 arms x 3 seeds compute the same nine runs. If the 95% interval of a ratio contains 1 or is wider than
+20% of the median, only the interval is shown.
 """
 
 import argparse

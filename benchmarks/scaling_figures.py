@@ -126,8 +126,8 @@ def simulation(
         "images: real accelerators are slower if a rank has few images.",
         f"{INFINIBAND.name}: {INFINIBAND.words}",
         f"{ETHERNET.name}: {ETHERNET.words}",
-        f"Weak scaling past {num_train // WEAK_SIZE:,} ranks asks for more images than CIFAR-10 trains on ({num_train:,}): the "
-        f"set would have to be larger. Strong scaling ends at {STRONG_SIZE // MAX_RANKS} images a rank.",
+        f"Weak scaling past {num_train // WEAK_SIZE:,} ranks needs more images than CIFAR-10 has for "
+        f"training ({num_train:,}): a larger data set is assumed. Strong scaling ends at {STRONG_SIZE // MAX_RANKS} images a rank.",
     ]
     if measured_models:
         seconds = " and ".join(

@@ -103,7 +103,7 @@ def test_what_another_study_left_is_told_or_refused(whole, copy):
     (question,) = prepare(study(whole, question="Why?"), copy)
     assert "study.question has changed since" in question
     assert "(How much?)" in question
-    with pytest.raises(UsageError, match="holds the study tiny, and this one is other: choose another"):
+    with pytest.raises(UsageError, match="contains the study tiny, not other: choose another folder"):
         prepare(study(whole, name="other"), copy)
 
 

@@ -127,7 +127,8 @@ def simulation(
         f"{INFINIBAND.name}: {INFINIBAND.words}",
         f"{ETHERNET.name}: {ETHERNET.words}",
         f"Weak scaling past {num_train // WEAK_SIZE:,} ranks needs more images than CIFAR-10 has for "
-        f"training ({num_train:,}): a larger data set is assumed. Strong scaling ends at {STRONG_SIZE // MAX_RANKS} images a rank.",
+        f"training ({num_train:,}): a larger data set is assumed. "
+        f"Strong scaling ends at {STRONG_SIZE // MAX_RANKS} images a rank.",
     ]
     if measured_models:
         seconds = " and ".join(

@@ -69,7 +69,7 @@ def test_damaged_runs_are_set_aside_and_run_again(whole, copy):
     kept = tiny.ended(runs / "b64/seed2"), tiny.ended(runs / "b256/seed2")
     done = tiny.start(whole[0], copy)
     assert done.returncode == 0, done.stderr
-    said = re.findall(r"warning: .*runs/(\w+/\w+) is damaged \((.*)\): kept as (\S+), and run again", done.stderr)
+    said = re.findall(r"warning: .*runs/(\w+/\w+) is damaged \((.*)\): moved to (\S+); it is run again", done.stderr)
     assert {run: why for run, why, _ in said} == {
         "b64/seed0": "its run.json is not whole",
         "b64/seed1": "its run.json is not whole",

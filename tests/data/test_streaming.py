@@ -247,16 +247,16 @@ def test_a_damaged_picture_ends_a_run_of_two_ranks_with_one_sentence(own, gengap
 
 
 def test_only_image_folders_stay_on_disk():
-    with pytest.raises(ValueError, match=r"data.streaming \(true\) reads image folders, and digits is held in memory"):
+    with pytest.raises(ValueError, match=r"data.streaming \(true\) reads image folders only, and digits is loaded"):
         DataConfig(streaming=True)
 
 
 def test_a_cutout_larger_than_the_picture_is_refused():
     DataConfig(augment=("cutout",), cutout_size=32)
-    with pytest.raises(ValueError, match=r"data.cutout_size \(33\) is larger than the pictures of data.image_size"):
+    with pytest.raises(ValueError, match=r"data.cutout_size \(33\) is larger than the images of data.image_size"):
         DataConfig(augment=("cutout",), cutout_size=33)
 
 
 def test_a_crop_that_shifts_pictures_out_of_sight_is_refused():
-    with pytest.raises(ValueError, match=r"data.crop_padding \(32\) can shift a picture of 32 pixels out of"):
+    with pytest.raises(ValueError, match=r"data.crop_padding \(32\) can shift an image of 32 pixels out of"):
         DataConfig(augment=("crop",), crop_padding=32)

@@ -243,7 +243,7 @@ def test_axes_survive_a_file_and_extend_another(tmp_path):
     [
         ({"batch.global_size": []}, "study.axes.batch.global_size"),
         ({"batch.globl_size": [3]}, "study arm globl_size3: batch.globl_size is not a setting.*did you mean"),
-        ({"seed": [1, 2]}, "study arm seed1: seed is not an arm's to set"),
+        ({"seed": [1, 2]}, "study arm seed1: seed cannot be set by an arm"),
         ({"optim.lr": [0.1, 0.1]}, "name lr0.1 more than once"),
         ({"a": {"x y": {}}}, r"x y"),
         ({"batch": {"global_size": [64]}}, "study.axes"),

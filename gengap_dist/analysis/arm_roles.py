@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gengap_dist.analysis.results import Run
-from gengap_dist.config.identity import Settings, differing, effective
+from gengap_dist.config.identity import Settings, differing_settings, effective_settings
 
 SAME = 0.02  # epochs and updates that differ by less are the same: the last step of an epoch may be ragged
 
@@ -67,11 +67,11 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
                 for twin in arms.values()
                 if twin.settings.get("algorithm.rank_penalty") is None
                 and twin.global_size == arm.global_size
-                and differing(arm.settings, twin.settings) <= RANK
+                and differing_settings(arm.settings, twin.settings) <= RANK
             ]
             found.penalised.extend((arm, twin) for twin in twins[:1])
         elif arm.global_size > base.global_size:
-            differs = differing(arm.settings, base.settings)
+            differs = differing_settings(arm.settings, base.settings)
             if not differs and same(_epochs(arm), _epochs(base)) is not False:
                 found.plain.append(arm)
             elif differs <= RATE and _rate(arm) > _rate(base):
@@ -93,7 +93,7 @@ def same(one: float, other: float) -> bool | None:
 def without_rate(arm: Arm, arms: Sequence[Arm], base: Arm) -> Arm | None:
     """The arm of the same batch at the baseline's rate; None if there is none."""
     same_batch = (twin for twin in arms if twin.global_size == arm.global_size)
-    return next((twin for twin in same_batch if not differing(twin.settings, base.settings)), None)
+    return next((twin for twin in same_batch if not differing_settings(twin.settings, base.settings)), None)
 
 
 def without_length(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
@@ -103,14 +103,14 @@ def without_length(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
         twin
         for twin in arms
         if twin.global_size == arm.global_size
-        and differing(twin.settings, arm.settings) <= allowed
+        and differing_settings(twin.settings, arm.settings) <= allowed
         and _epochs(twin) < (1 - SAME) * _epochs(arm)
     )
     return min(twins, key=_epochs, default=None)
 
 
 def _rate(arm: Arm) -> float:
-    rate = effective(arm.settings).get("optim.lr")
+    rate = effective_settings(arm.settings).get("optim.lr")
     return float(rate) if isinstance(rate, int | float) else 0.0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.analysis.study_data import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, tuned_in
-from gengap_dist.config.identity import differing, effective, settings_of
+from gengap_dist.config.identity import differing_settings, effective_settings, computed_settings
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.run_folder import read_info
@@ -98,7 +98,7 @@ def gather(
 
 
 def _of_data(run: RunData) -> object:
-    return (run.info.get("data") or {}).get("name") or settings_of(run.info).get("data.name")
+    return (run.info.get("data") or {}).get("name") or computed_settings(run.info).get("data.name")
 
 
 def _whole(source: Source) -> RunData:
@@ -114,7 +114,7 @@ def _whole(source: Source) -> RunData:
     if accuracy is not None and not 0 <= accuracy <= 1:
         raise UsageError(f"its test accuracy ({accuracy}) is not a share of 1: mend its run.json")
     run.check()
-    _ = run.info["status"], settings_of(run.info)
+    _ = run.info["status"], computed_settings(run.info)
     return run
 
 
@@ -189,13 +189,13 @@ def _arms(runs: Iterable[RunData], tuned: Collection[str]) -> dict[str, list[Run
 
 
 def _alike(one: RunData, other: RunData, tuned: Collection[str]) -> bool:
-    apart = differing(settings_of(one.info), settings_of(other.info)) - set(tuned)
+    apart = differing_settings(computed_settings(one.info), computed_settings(other.info)) - set(tuned)
     return one.global_size == other.global_size and not apart and (not tuned or one.arm == other.arm)
 
 
 def _name(run: RunData, first: RunData) -> str:
     """The batch, and what else differs from the first arm."""
-    settings: dict[str, Any] = effective(settings_of(run.info))
-    differs = sorted(differing(settings_of(run.info), settings_of(first.info)))
+    settings: dict[str, Any] = effective_settings(computed_settings(run.info))
+    differs = sorted(differing_settings(computed_settings(run.info), computed_settings(first.info)))
     told = [f"{name}={settings.get(name)}" for name in differs[:MOST_TOLD]]
     return " ".join([f"b{run.global_size}", *told, *(["..."] if len(differs) > MOST_TOLD else [])])

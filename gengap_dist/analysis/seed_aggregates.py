@@ -15,7 +15,7 @@ import numpy as np
 from gengap_dist.config.metric_key import CONTROLS, MEASURED
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import SeedRun
-from gengap_dist.statistics.paired import paired, t_half, t_interval
+from gengap_dist.statistics.paired import paired, t_half_width, t_interval
 
 CHARTED = re.compile("val/(accuracy|loss)|" + MEASURED)
 
@@ -99,7 +99,7 @@ def curves(runs: Sequence[MetricsTable]) -> Curves:
         known[:, 1 + names.index("train/loss")] &= beside
     mean = values.mean(axis=0)
     with np.errstate(invalid="ignore"):  # inf - inf
-        half = t_half(values) if len(runs) > 1 else np.full(mean.shape, np.nan)
+        half = t_half_width(values) if len(runs) > 1 else np.full(mean.shape, np.nan)
     return Curves(steps.astype(np.int64), mean[:, 0], names, mean[:, 1:], half[:, 1:], known[:, 1:])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.results import Comparison, Run
-from gengap_dist.config.identity import settings_of
+from gengap_dist.config.identity import computed_settings
 from gengap_dist.config.metric_key import CONTROLS, MEASURED
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metrics_table import MetricsTable
@@ -177,7 +177,7 @@ class StudyData:
 def _seen(run: RunData, tuned: Collection[str]) -> Run:
     """A run as comparisons see it; settings that were tuned for each arm do not tell arms apart."""
     info, result = run.info, run.info.get("result") or {}
-    settings = {name: value for name, value in settings_of(info).items() if name not in tuned}
+    settings = {name: value for name, value in computed_settings(info).items() if name not in tuned}
     first, last = run.probed()
     num_updates = int(result.get("num_steps") or info.get("num_steps") or 0)
     return Run(

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from gengap_dist.config.loading import flat
 from gengap_dist.config.sections import RunConfig
 
-MACHINERY = (
+EXECUTION_SETTINGS = (
     "launch.", "mlflow.", "checkpoint.", "batch.micro_size", "data.root", "data.download", "data.memory_gib",
     "data.workers", "data.device", "train.compile", "train.activation_checkpointing", "train.channels_last", "profile",
 )  # fmt: skip
@@ -28,11 +28,11 @@ def differences(before: Mapping[str, Any], after: BaseModel) -> str:
     'seed (3) was 0 and optim.lr (1.0) was 0.02'
     """
     old, new = flat(RunConfig()) | flat(before), flat(after)
-    names = [name for name in {**new, **old} if old.get(name) != new.get(name) and not name.startswith(MACHINERY)]
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name) and not name.startswith(EXECUTION_SETTINGS)]
     return " and ".join(f"{name} ({new.get(name)}) was {old.get(name)}" for name in names)
 
 
-BESIDES = (*MACHINERY, "study.", "seed", "batch.global_size", "probe.", "train.num_evals", "train.log_every")
+NON_TREATMENT_SETTINGS = (*EXECUTION_SETTINGS, "study.", "seed", "batch.global_size", "probe.", "train.num_evals", "train.log_every")
 """Settings that are not part of a treatment: the global batch, the seed, and settings that only observe the run."""
 
 
@@ -55,7 +55,7 @@ def treatment(settings: Mapping[str, object], baseline: Mapping[str, object]) ->
         name
         for name in {*settings, *baseline}
         if settings.get(name) != baseline.get(name)
-        and not name.startswith(BESIDES)
+        and not name.startswith(NON_TREATMENT_SETTINGS)
         and not (name == "optim.base_size" and settings.get(name) == baseline.get("batch.global_size"))
     )
     return " ".join(f"{name}={_word(settings.get(name))}" for name in names) or "plain"
@@ -68,15 +68,15 @@ def _word(value: object) -> str:
 Settings = Mapping[str, object]
 
 
-def effective(settings: Settings) -> dict[str, object]:
+def effective_settings(settings: Settings) -> dict[str, object]:
     """Settings without the batch; learning rate, warm-up and epochs are those at that batch (see `optim.scaling`).
 
     >>> scaled = {"batch.global_size": 512, "optim.scaling": "sqrt", "optim.base_size": 128, "optim.lr": 0.1}
-    >>> effective(scaled)
+    >>> effective_settings(scaled)
     {'optim.lr': 0.2}
-    >>> effective(scaled | {"optim.scaling": "none", "train.length_unit": "updates", "train.epochs": 3})
+    >>> effective_settings(scaled | {"optim.scaling": "none", "train.length_unit": "updates", "train.epochs": 3})
     {'optim.lr': 0.1, 'train.epochs': 12.0}
-    >>> effective({"batch.global_size": 128, "batch.ghost_size": 128, "model.norm": "ghost"})  # one group
+    >>> effective_settings({"batch.global_size": 128, "batch.ghost_size": 128, "model.norm": "ghost"})  # one group
     {'batch.ghost_size': None, 'model.norm': 'sync'}
     """
     out = dict(settings)
@@ -99,20 +99,20 @@ def _scale(settings: dict[str, object], name: str, factor: float) -> None:
         settings[name] = float(f"{value * factor:.9g}")
 
 
-def differing(one: Settings, other: Settings) -> set[str]:
+def differing_settings(one: Settings, other: Settings) -> set[str]:
     """Names of the settings in which two arms differ, except the batch.
 
-    >>> differing({"batch.global_size": 8, "optim.lr": 0.1}, {"batch.global_size": 64, "optim.lr": 0.1})
+    >>> differing_settings({"batch.global_size": 8, "optim.lr": 0.1}, {"batch.global_size": 64, "optim.lr": 0.1})
     set()
     """
-    first, second = effective(one), effective(other)
+    first, second = effective_settings(one), effective_settings(other)
     return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
 
 
-LOOKS = ("seed", "train.num_evals", "train.log_every", "train.target_accuracy")  # do not change what a run computes
+REPORTING_SETTINGS = ("seed", "train.num_evals", "train.log_every", "train.target_accuracy")  # do not change what a run computes
 
 
-def settings_of(info: Mapping[str, Any]) -> dict[str, Any]:
+def computed_settings(info: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that determine what a run computes, by dotted name: without seed, probes and execution.
 
     Args:
@@ -121,5 +121,5 @@ def settings_of(info: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat(info["config"]).items()
-        if not name.startswith((*MACHINERY, "probe.")) and name not in LOOKS
+        if not name.startswith((*EXECUTION_SETTINGS, "probe.")) and name not in REPORTING_SETTINGS
     }

@@ -7,10 +7,10 @@ import numpy as np
 from gengap_dist.statistics.paired import CONFIDENCE, Interval
 
 
-def less_group_mean(values: np.ndarray, group_labels: Sequence[int]) -> np.ndarray:
+def subtract_group_mean(values: np.ndarray, group_labels: Sequence[int]) -> np.ndarray:
     """Values [n] minus the mean of the values with the same label, [n].
 
-    >>> less_group_mean(np.array([1.0, 3.0, 5.0]), [0, 0, 1])
+    >>> subtract_group_mean(np.array([1.0, 3.0, 5.0]), [0, 0, 1])
     array([-1.,  1.,  0.])
     """
     groups = np.array(group_labels)
@@ -48,14 +48,14 @@ def partial_correlation(x: np.ndarray, y: np.ndarray, u: np.ndarray) -> float | 
     return float(np.clip((xy - xu * yu) / unexplained**0.5, -1.0, 1.0))
 
 
-def fisher(r: float, num: int, num_controls: int = 0) -> Interval | None:
+def fisher_interval(r: float, num: int, num_controls: int = 0) -> Interval | None:
     """95% interval of a correlation of `num` independent observations (Fisher's z), given `num_controls` variables.
 
     None for fewer than num_controls + 4 observations.
 
-    >>> [round(end, 3) for end in fisher(0.5, 28)]
+    >>> [round(end, 3) for end in fisher_interval(0.5, 28)]
     [0.156, 0.736]
-    >>> fisher(0.5, 3)
+    >>> fisher_interval(0.5, 3)
     """
     if num - 3 - num_controls < 1:
         return None

@@ -74,7 +74,7 @@ def differences(baseline: Mapping[int, float], arm: Mapping[int, float]) -> dict
 
 
 def t_interval(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """t interval: mean -+ t_{(1 + confidence) / 2, n-1} sd / sqrt(n), sd as in `spread`; None for fewer than two values.
+    """t interval of the mean: mean -+ t_{(1 + confidence) / 2, n-1} sd / sqrt(n), sd with n - 1; None for n < 2.
 
     >>> [round(end, 6) for end in t_interval([1.0, 3.0])]  # t = 12.7062, sd / sqrt(n) = 1
     [-10.706205, 14.706205]
@@ -82,14 +82,14 @@ def t_interval(values: Sequence[float] | np.ndarray, confidence: float = CONFIDE
     n = len(values)
     if n < 2:
         return None
-    mean, half_width = float(np.mean(values)), float(t_half(values, confidence))
+    mean, half_width = float(np.mean(values)), float(t_half_width(values, confidence))
     return (mean - half_width, mean + half_width)
 
 
-def t_half(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
+def t_half_width(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
     """Half width of the t interval over the first axis, [n, ...] to [...], n > 1.
 
-    >>> t_half(np.array([[1.0, 10.0], [3.0, 30.0]])).round(4)
+    >>> t_half_width(np.array([[1.0, 10.0], [3.0, 30.0]])).round(4)
     array([ 12.7062, 127.062 ])
     """
     from scipy import stats
@@ -115,7 +115,7 @@ def p_value(values: Sequence[float] | np.ndarray) -> float | None:
     return float(2 * stats.t.sf(abs(t), n - 1))
 
 
-def holm(ps: Sequence[float | None]) -> list[float | None]:
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """P values corrected for multiple tests (Holm 1979): p_(i) becomes min(1, max over j <= i of (m - j + 1) p_(j)).
 
     With a threshold of 0.05 the probability of one or more false positives is at most 5%. None stays None and is not
@@ -124,8 +124,8 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     >>> holm([0.01, 0.04, None, 0.03])
     [0.03, 0.06, None, 0.06]
     """
-    ascending = sorted((p, position) for position, p in enumerate(ps) if p is not None)
-    corrected: list[float | None] = [None] * len(ps)
+    ascending = sorted((p, position) for position, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
     for number, (p, position) in enumerate(ascending):
         highest = max(highest, min(1.0, (len(ascending) - number) * p))
@@ -158,10 +158,10 @@ def minimum_detectable_effect(deviation: float, num_pairs: int) -> float:
     return optimize.root_scalar(missing_power, bracket=(0.0, 20.0)).root * deviation / num_pairs**0.5
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard deviation (n - 1) over seeds; the standard deviation of one value is nan.
 
-    >>> spread([1.0, 3.0])
+    >>> mean_and_std([1.0, 3.0])
     (2.0, 1.4142135623730951)
     """
     array = np.array(values)

@@ -31,7 +31,7 @@ from gengap_dist.analysis.report.plotting import (
 )
 from gengap_dist.analysis.results import Comparison, Correlation
 from gengap_dist.analysis.study_data import StudyData
-from gengap_dist.statistics.paired import Interval, differences, spread, t_interval
+from gengap_dist.statistics.paired import Interval, differences, mean_and_std, t_interval
 
 HIGHEST_LOSS = 20.0  # a diverging run leaves the picture here
 MAX_POINTS = 80  # of a curve: thousands of noisy steps hide its course
@@ -332,7 +332,7 @@ def curves(study: StudyData) -> ReportFigure | None:
     handles = {look["label"]: Line2D([], [], **look) for look in looks.values()}
     figure.legend(handles=[*handles.values()], loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
     ends = {arm: [y[-1] for run in runs if len(y := run.series("train/loss")[1])] for arm, runs in arms}
-    says = f"Last training loss: {listed([f'{arm} {spread(values)[0]:.3g}' for arm, values in ends.items()])}."
+    says = f"Last training loss: {listed([f'{arm} {mean_and_std(values)[0]:.3g}' for arm, values in ends.items()])}."
     return ReportFigure(figure, says, data)
 
 
@@ -340,7 +340,7 @@ def _looks(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]:
     """How each arm's lines look; of more than MAX_LINES arms the baseline, the best and the worst stand out."""
     if len(arms) <= MAX_LINES:
         return {arm: {"color": colour(study, arm), "linewidth": 1.6, "label": arm} for arm in arms}
-    means = {arm: spread([*found.values()])[0] for arm in arms if (found := study.results(arm, "test/accuracy"))}
+    means = {arm: mean_and_std([*found.values()])[0] for arm in arms if (found := study.results(arm, "test/accuracy"))}
     rest = sorted((arm for arm in means if arm != study.baseline), key=means.__getitem__)
     marked = {study.baseline: (WARM, "baseline")}
     if rest:

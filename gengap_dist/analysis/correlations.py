@@ -8,7 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from gengap_dist.analysis.results import Correlation, Run
-from gengap_dist.statistics.correlation import fisher_interval, subtract_group_mean, p_value_of_r, partial_correlation, pearson
+from gengap_dist.statistics.correlation import (
+    fisher_interval,
+    p_value_of_r,
+    partial_correlation,
+    pearson,
+    subtract_group_mean,
+)
 from gengap_dist.statistics.paired import holm
 
 POSITIVE = ("noise_scale", "hessian/", "keskar_sharpness", "nc1", "updates")  # differ by factors: taken as logarithms

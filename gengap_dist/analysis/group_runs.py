@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.analysis.study_data import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, tuned_in
-from gengap_dist.config.identity import differing_settings, effective_settings, computed_settings
+from gengap_dist.config.identity import computed_settings, differing_settings, effective_settings
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.run_folder import read_info

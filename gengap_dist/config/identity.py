@@ -28,11 +28,21 @@ def differences(before: Mapping[str, Any], after: BaseModel) -> str:
     'seed (3) was 0 and optim.lr (1.0) was 0.02'
     """
     old, new = flat(RunConfig()) | flat(before), flat(after)
-    names = [name for name in {**new, **old} if old.get(name) != new.get(name) and not name.startswith(EXECUTION_SETTINGS)]
+    names = [
+        name for name in {**new, **old} if old.get(name) != new.get(name) and not name.startswith(EXECUTION_SETTINGS)
+    ]
     return " and ".join(f"{name} ({new.get(name)}) was {old.get(name)}" for name in names)
 
 
-NON_TREATMENT_SETTINGS = (*EXECUTION_SETTINGS, "study.", "seed", "batch.global_size", "probe.", "train.num_evals", "train.log_every")
+NON_TREATMENT_SETTINGS = (
+    *EXECUTION_SETTINGS,
+    "study.",
+    "seed",
+    "batch.global_size",
+    "probe.",
+    "train.num_evals",
+    "train.log_every",
+)
 """Settings that are not part of a treatment: the global batch, the seed, and settings that only observe the run."""
 
 
@@ -109,7 +119,12 @@ def differing_settings(one: Settings, other: Settings) -> set[str]:
     return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
 
 
-REPORTING_SETTINGS = ("seed", "train.num_evals", "train.log_every", "train.target_accuracy")  # do not change what a run computes
+REPORTING_SETTINGS = (
+    "seed",
+    "train.num_evals",
+    "train.log_every",
+    "train.target_accuracy",
+)  # do not change what a run computes
 
 
 def computed_settings(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def differences(baseline: Mapping[int, float], arm: Mapping[int, float]) -> dict
 
 
 def t_interval(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """t interval of the mean: mean -+ t_{(1 + confidence) / 2, n-1} sd / sqrt(n), sd with n - 1; None for n < 2.
+    """Confidence interval mean -+ t_{(1 + confidence) / 2, n-1} sd / sqrt(n), sd with n - 1; None for n < 2.
 
     >>> [round(end, 6) for end in t_interval([1.0, 3.0])]  # t = 12.7062, sd / sqrt(n) = 1
     [-10.706205, 14.706205]

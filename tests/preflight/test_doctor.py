@@ -282,8 +282,8 @@ def test_folders_of_pictures(tmp_path):
     (tmp_path / "train" / "b" / "1.png").unlink()
     finding = doctor_checks.data(ask(data__name="imagefolder", data__root=str(tmp_path)))["data"]
     assert finding.status == FAIL
-    assert "needs one sub-folder of pictures per class" in finding.found
-    assert finding.remedy == f"arrange the files as {tmp_path}/train/CLASS/PICTURE.jpg"
+    assert "needs one sub-folder of images per class" in finding.found
+    assert finding.remedy == f"arrange the files as {tmp_path}/train/CLASS/IMAGE.jpg"
 
 
 def test_what_auto_remembers(tmp_path, monkeypatch):

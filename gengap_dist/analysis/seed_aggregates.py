@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gengap_dist.config.metric_key import CONTROLS, MEASURED
+from gengap_dist.config.metric_key import CONTROLS, EXPLANATORY_METRICS
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import SeedRun
 from gengap_dist.statistics.paired import paired, t_half_width, t_interval
 
-CHARTED = re.compile("val/(accuracy|loss)|" + MEASURED)
+CHARTED = re.compile("val/(accuracy|loss)|" + EXPLANATORY_METRICS)
 
 Line = dict[str, Any]
 

@@ -13,13 +13,13 @@ import numpy as np
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.results import Comparison, Run
 from gengap_dist.config.identity import computed_settings
-from gengap_dist.config.metric_key import CONTROLS, MEASURED
+from gengap_dist.config.metric_key import CONTROLS, EXPLANATORY_METRICS
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import FINISHED, load_spectra, read_info, read_metrics_table
 from gengap_dist.statistics.paired import Paired, paired
 
-EXPLANATIONS = re.compile(MEASURED + "|relative_distance_from_init")
+EXPLANATIONS = re.compile(EXPLANATORY_METRICS + "|relative_distance_from_init")
 CURVES = ("step", "epoch", "train/loss", "val/accuracy")  # what figures draw of every run
 MEASURED_AT = "probe_seconds/near_rank_loss"  # in every line of a measurement
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 
-def store_of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
+def restart_store(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
     """A part of torchrun's store that only the ranks of the current restart use.
 
     The kept store contains the addresses of processes that have ended, and gloo would connect to them. So rank 0

@@ -40,17 +40,17 @@ def renamed(name: str) -> str | None:
     return RENAMED.get(name) or (f"{RENAMED[section]}.{rest}" if rest and section in RENAMED else None)
 
 
-OWN_NAMES = ("study.axes.", "study.tune.space.")
+UNNESTED_MAPPINGS = ("study.axes.", "study.tune.space.")
 """Mappings of a config whose keys are not nested: they are names of settings, or names that the user chooses."""
 
 
 def nested(flat: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    """A mapping with dotted keys as nested mappings; keys inside the mappings of `OWN_NAMES` do not change.
+    """A mapping with dotted keys as nested mappings; keys inside the mappings of `UNNESTED_MAPPINGS` do not change.
 
     >>> nested({"batch.global_size": 8, "optim": {"lr": 0.1}, "study.axes": {"optim.lr": [1, 2]}})
     {'batch': {'global_size': 8}, 'optim': {'lr': 0.1}, 'study': {'axes': {'optim.lr': [1, 2]}}}
     """
-    if within in OWN_NAMES:
+    if within in UNNESTED_MAPPINGS:
         return dict(flat)
     out: dict[str, Any] = {}
     for key, value in flat.items():

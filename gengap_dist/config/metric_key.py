@@ -2,7 +2,7 @@
 
 import re
 
-MEASURED = (
+EXPLANATORY_METRICS = (
     r"near_rank_loss/.+/(?:rel|abs)_1e-2|effective_rank/.+|noise_scale|hessian/eigenvalue_1|hessian/trace"
     r"|keskar_sharpness|nc1"
 )

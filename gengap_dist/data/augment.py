@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gengap_dist.config.sections import DataConfig
 
-GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits
+GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits
 NUM_DRAWS = 3  # one row of bits each for crop, flip and cutout
 
 
@@ -34,7 +34,7 @@ def counter_bits(indices: Tensor, *counters: int | Tensor) -> Tensor:
     x = indices
     for counter in counters:
         word = counter + 1
-        x = x + (_signed(word * GOLDEN) if isinstance(word, int) else word * _signed(GOLDEN))
+        x = x + (_signed(word * GOLDEN_RATIO_64) if isinstance(word, int) else word * _signed(GOLDEN_RATIO_64))
         x = (x ^ _logical_shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
         x = (x ^ _logical_shift(x, 27)) * _signed(0x94D049BB133111EB)
         x = x ^ _logical_shift(x, 31)

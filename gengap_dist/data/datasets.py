@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
 
 
-CHUNK = 1_024  # images copied or counted at a time, to keep temporaries small
-SHARE_OF_GPU = 0.5  # largest fraction of free GPU memory that data.device=auto uses for images
-MEAN_OF = 4_096  # training images that give mean and standard deviation of a streamed data set
+CHUNK_SIZE = 1_024  # images copied or counted at a time, to keep temporaries small
+MAX_GPU_MEMORY_FRACTION = 0.5  # largest fraction of free GPU memory that data.device=auto uses for images
+NUM_MEAN_IMAGES = 4_096  # training images that give mean and standard deviation of a streamed data set
 
 
 class Images(NamedTuple):
@@ -43,7 +43,7 @@ class Images(NamedTuple):
         assert not isinstance(self.pixels, HostImages)  # already has its device
         return Images(self.pixels.to(device), self.labels.to(device))
 
-    def kept_on_host(self, device: torch.device) -> "Images":
+    def on_host(self, device: torch.device) -> "Images":
         """The same images in host memory, copied to `device` when indexed; labels are on `device`."""
         assert isinstance(self.pixels, Tensor)
         return Images(HostImages(self.pixels, device), self.labels.to(device))
@@ -78,7 +78,7 @@ class Splits(NamedTuple):
     test: Images
     num_classes: int
     mean_C: Tensor
-    """[C] float64, mean of the training pixels without padding; of at most MEAN_OF streamed images."""
+    """[C] float64, mean of the training pixels without padding; of at most NUM_MEAN_IMAGES streamed images."""
     std_C: Tensor
     """[C] float64, standard deviation of the same pixels, at least 1 grey level."""
 
@@ -96,7 +96,7 @@ class Splits(NamedTuple):
         return digest.hexdigest()
 
 
-def placed(splits: Splits, config: DataConfig, device: torch.device) -> Splits:
+def place_splits(splits: Splits, config: DataConfig, device: torch.device) -> Splits:
     """The splits with their images in the memory that `data.device` requests, for training on `device`.
 
     Raises:
@@ -113,8 +113,8 @@ def placed(splits: Splits, config: DataConfig, device: torch.device) -> Splits:
                 f"and {torch.cuda.get_device_name(device)} has {free / 2**30:.3g} GiB free: choose data.device=auto, "
                 "or cpu"
             )
-        if config.device == "cpu" or (config.device == "auto" and needed > free * SHARE_OF_GPU):
-            move = Images.kept_on_host
+        if config.device == "cpu" or (config.device == "auto" and needed > free * MAX_GPU_MEMORY_FRACTION):
+            move = Images.on_host
     train, val, test = (move(images, device) for images in (splits.train, splits.val, splits.test))
     return splits._replace(train=train, val=val, test=test)
 
@@ -186,7 +186,7 @@ def _torchvision(config: DataConfig, progress: Progress) -> _Raw:
     return _Raw(*sets, num_classes=len(train.classes))
 
 
-def listings(config: DataConfig) -> "list[ImageFolder]":
+def list_image_folders(config: DataConfig) -> "list[ImageFolder]":
     """The image files in root/train/CLASS and root/test/CLASS, as [train, test]; no file is opened.
 
     Raises:
@@ -215,7 +215,7 @@ def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
     """root/train/CLASS/*.jpg and root/test/CLASS/*.jpg, decoded once, resized to image_size, three channels."""
     size = config.image_size
     sets: list[Tensor] = []
-    folders = listings(config)
+    folders = list_image_folders(config)
     for part, listing in zip(("train", "test"), folders, strict=True):
         _check_memory(len(listing.samples) * 3 * size * size, config)
         pixels = torch.empty(len(listing.samples), 3, size, size, dtype=torch.uint8)
@@ -270,7 +270,7 @@ def sizes(config: DataConfig) -> Sizes:
     Sizes(num_train=45000, num_val=5000, num_test=10000, num_classes=10, in_channels=3, num_bytes=184800000)
     """
     if config.name == "imagefolder":
-        train, test = listings(config)
+        train, test = list_image_folders(config)
         num, num_test, num_classes, channels = len(train.samples), len(test.samples), len(train.classes), 3
     else:
         num, num_test, num_classes, channels = COUNTS[config.name]
@@ -298,7 +298,7 @@ def _select_and_pad(pixels: Tensor, size: int, indices: Tensor) -> Tensor:
     left, top = (size - width) // 2, (size - height) // 2
     out = pixels.new_zeros(len(indices), channels, size, size)
     center = out[:, :, top : top + height, left : left + width]
-    for target, chunk in zip(center.split(CHUNK), indices.split(CHUNK), strict=True):
+    for target, chunk in zip(center.split(CHUNK_SIZE), indices.split(CHUNK_SIZE), strict=True):
         target.copy_(pixels[chunk])
     return out
 
@@ -339,26 +339,26 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
         check_labels(labels, raw.num_classes, split_name)
     pixels, test_pixels = (p if p.ndim == 4 else p[:, None] for p in (raw.train_pixels, raw.test_pixels))
     _check_memory((len(pixels) + len(test_pixels)) * pixels.shape[1] * config.image_size**2, config)
-    train, val = _parts(len(pixels), config)
+    train, val = _train_val_positions(len(pixels), config)
     test = torch.arange(len(test_pixels))
     return Splits(
         Images(_select_and_pad(pixels, config.image_size, train), _training_labels(raw.train_labels[train], config)),
         Images(_select_and_pad(pixels, config.image_size, val), raw.train_labels[val]),
         Images(_select_and_pad(test_pixels, config.image_size, test), raw.test_labels),
         raw.num_classes,
-        *_mean_and_std(pixels[chunk] for chunk in train.split(CHUNK)),
+        *_mean_and_std(pixels[chunk] for chunk in train.split(CHUNK_SIZE)),
     )
 
 
 def _streamed(config: DataConfig) -> Splits:
     """An image folder kept on disk; only the images for mean and std are read. The splits are those of `load`."""
     pool = ThreadPoolExecutor(config.workers, thread_name_prefix="image-reader")
-    folders = listings(config)
+    folders = list_image_folders(config)
     images, test = (StreamedImages([path for path, _ in part.samples], config.image_size, pool) for part in folders)
     labels, test_labels = (torch.tensor(part.targets) for part in folders)
-    train, val = _parts(len(images), config)
+    train, val = _train_val_positions(len(images), config)
     train_images = images.subset(train)
-    chosen = np.random.default_rng([config.split_seed, 4]).permutation(len(train))[:MEAN_OF]
+    chosen = np.random.default_rng([config.split_seed, 4]).permutation(len(train))[:NUM_MEAN_IMAGES]
     return Splits(
         Images(train_images, _training_labels(labels[train], config)),
         Images(images.subset(val), labels[val]),
@@ -368,7 +368,7 @@ def _streamed(config: DataConfig) -> Splits:
     )
 
 
-def _parts(num: int, config: DataConfig) -> tuple[Tensor, Tensor]:
+def _train_val_positions(num: int, config: DataConfig) -> tuple[Tensor, Tensor]:
     """Positions of the training and the validation images among `num` images, both in ascending order."""
     permutation = torch.from_numpy(np.random.default_rng([config.split_seed, 0]).permutation(num))
     num_val = _num_val(num, config)
@@ -408,7 +408,7 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
         "num_classes": splits.num_classes,
         "mean": splits.mean_C.tolist(),
         "std": splits.std_C.tolist(),
-        "num_mean": min(len(splits.train), MEAN_OF) if config.streaming else len(splits.train),
+        "num_mean": min(len(splits.train), NUM_MEAN_IMAGES) if config.streaming else len(splits.train),
         "shuffle_labels": config.shuffle_labels,
         "shape": list(splits.train.pixels.shape[1:]),
         "digest": splits.digest(config.root),

@@ -48,7 +48,7 @@ def batch_size_schedule(config: RunConfig) -> tuple[tuple[int, int], ...]:
     return tuple((start, config.batch.global_size * factor**k) for k, start in enumerate(starts, 1))
 
 
-class Phase(NamedTuple):
+class BatchSizePhase(NamedTuple):
     """Consecutive epochs with the same global batch: first epoch, first step, global size."""
 
     epoch: int
@@ -82,7 +82,7 @@ class EpochSampler:
             UsageError: if a global batch is larger than `num_samples`.
         """
         self.num_samples, self.global_size, self.seed, self.worker = num_samples, global_size, seed, worker
-        self.phases: list[Phase] = []
+        self.phases: list[BatchSizePhase] = []
         for epoch, size in [(0, global_size), *growth]:
             if size > num_samples:
                 given, remedy = f"batch.global_size ({global_size})", f"choose at most {num_samples}"
@@ -91,11 +91,11 @@ class EpochSampler:
                     remedy = "choose a smaller one, fewer milestones or a larger optim.gamma"
                 raise UsageError(f"{given} is larger than the training set of {num_samples} images: {remedy}")
             step = self.num_steps(epoch) if self.phases else 0
-            self.phases.append(Phase(epoch, step, size, -(-num_samples // size)))
+            self.phases.append(BatchSizePhase(epoch, step, size, -(-num_samples // size)))
         self.steps_per_epoch = self.phases[0].steps_per_epoch
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
-    def phase(self, step: int) -> Phase:
+    def phase(self, step: int) -> BatchSizePhase:
         """The phase of step `step` (from 0); `size` is its global batch, the last step of an epoch may be smaller."""
         return self.phases[bisect_right(self.phases, step, key=attrgetter("step")) - 1]
 

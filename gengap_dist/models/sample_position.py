@@ -23,7 +23,7 @@ class SamplePosition:
     calls: dict[int, int] = field(default_factory=dict)
     """Layer number to its number of calls in this pass minus 1: a network may call a layer several times."""
 
-    def at(self, start: int, global_size: int, num_ranks: int, *key: int) -> None:
+    def move_to(self, start: int, global_size: int, num_ranks: int, *key: int) -> None:
         """Set the position, and start a new pass."""
         self.start, self.global_size, self.num_ranks, self.key = start, global_size, num_ranks, key
         self.calls.clear()

@@ -64,7 +64,7 @@ def test_the_splits_are_those_in_memory(folder):
                 assert torch.equal(found, expected)
         assert on_disk.num_classes == held.num_classes
         assert on_disk.in_channels == 3
-        assert torch.equal(on_disk.mean_C, held.mean_C)  # of all 30: fewer than MEAN_OF
+        assert torch.equal(on_disk.mean_C, held.mean_C)  # of all 30: fewer than NUM_MEAN_IMAGES
         assert torch.equal(on_disk.std_C, held.std_C)
 
 
@@ -135,7 +135,7 @@ def test_a_picture_expected_twice_is_read_ahead_twice(shelf):
 
 
 def test_mean_and_deviation_of_large_folders_come_from_a_fixed_sample(folder, monkeypatch):
-    monkeypatch.setattr(datasets, "MEAN_OF", 7)
+    monkeypatch.setattr(datasets, "NUM_MEAN_IMAGES", 7)
     config = folder_config(folder, streaming=True)
     splits, again, other = (datasets.load(c) for c in (config, config, config.model_copy(update={"split_seed": 1})))
     assert torch.equal(splits.mean_C, again.mean_C)

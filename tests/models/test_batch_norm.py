@@ -125,7 +125,7 @@ def test_ghost_does_not_know_ranks_and_micro_batches(cut, average_each_step):
             for start, stop in plan.micro_batches(rank):
                 if start == stop:
                     continue
-                strategy.position.at(start, cut.num, cut.ranks, step)
+                strategy.position.move_to(start, cut.num, cut.ranks, step)
                 outs.append(strategy.model(x[start:stop]))
                 (outs[-1] * pull[start:stop]).sum().backward()
         close(torch.cat(outs), want)
@@ -150,7 +150,7 @@ def statistics(model: nn.Module) -> list[torch.Tensor]:
 def test_all_ghost_layers_of_a_copy_look_at_one_position_of_their_own():
     net = treated(models.build("mlp", num_classes=2, in_channels=1, widths=(4, 4)), "ghost", 2)
     twin = copy.deepcopy(net)
-    position_of(twin).at(6, 12, 3)
+    position_of(twin).move_to(6, 12, 3)
     layers = [module for module in twin.modules() if isinstance(module, GhostBatchNorm)]
     assert [layer.position.start for layer in layers] == [6, 6]
     assert position_of(net) == SamplePosition()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AHEAD_BYTES = 2**28  # images prefetched for one step, in bytes; the rest of a larger step is gathered on demand
+PREFETCH_BYTES = 2**28  # images prefetched for one step, in bytes; the rest of a larger step is gathered on demand
 MAX_PREFETCHED = 4  # prefetched steps kept; steps that were announced but never read are dropped
 
 
@@ -36,7 +36,7 @@ class HostImages:
     def __init__(self, pixels: Tensor, device: torch.device) -> None:
         """Images `pixels` [N, C, H, W] uint8 on the CPU; indexing copies to `device`."""
         self.pixels, self.device, self.shape = pixels, device, pixels.shape
-        self._max_prefetched = max(1, AHEAD_BYTES // pixels[:1].numel())
+        self._max_prefetched = max(1, PREFETCH_BYTES // pixels[:1].numel())
         self._prefetched: deque[_Prefetched] = deque(maxlen=MAX_PREFETCHED)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="images")
 

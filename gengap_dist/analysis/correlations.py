@@ -58,7 +58,7 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
         r=r,
         interval=fisher_interval(r, num_arms),
         partial=partial,
-        partial_interval=None if partial is None else fisher_interval(partial, num_arms, held=1),
+        partial_interval=None if partial is None else fisher_interval(partial, num_arms, num_controls=1),
         p=p_value_of_r(r, num_arms),
         holm=None,
         num_runs=len(having),

@@ -1,6 +1,6 @@
-"""Large-batch training across ranks, with near-rank loss measured while it trains.
+"""Large-batch training on many ranks, with near-rank loss measured during training.
 
-Importing this package imports nothing heavy: torch, matplotlib and mlflow are imported by the modules that need them.
+Importing it imports no large package: torch, matplotlib and mlflow are imported by the modules that need them.
 """
 
 __version__ = "0.1.0"

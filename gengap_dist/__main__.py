@@ -1,28 +1,28 @@
-"""`gengap COMMAND`: the commands under one name."""
+"""`gengap COMMAND`: the entry point of all commands."""
 
 import importlib
 import sys
 
 from gengap_dist import __version__
 
-COMMANDS = {  # name: module, what it does
-    "train": ("gengap_dist.cli.train", "train one network with one global batch"),
-    "study": ("gengap_dist.cli.study", "train arms x seeds, compare them with the baseline, write a report"),
-    "probe": ("gengap_dist.cli.probe", "measure the near-rank loss of a network, trained or not"),
-    "compare": ("gengap_dist.cli.compare", "compare runs that are there, from folders or from MLflow"),
-    "report": ("gengap_dist.cli.report", "draw a run or a study again, or send it to MLflow"),
-    "doctor": ("gengap_dist.cli.doctor", "tell whether this machine can do what a config asks"),
-    "plan": ("gengap_dist.cli.plan", "say what a run will take on a cluster, and what is refused"),
+COMMANDS = {  # name: module, help text
+    "train": ("gengap_dist.cli.train", "train one network with one global batch size"),
+    "study": ("gengap_dist.cli.study", "train all arms with all seeds, compare them, and write a report"),
+    "probe": ("gengap_dist.cli.probe", "measure the near-rank loss of a trained or untrained network"),
+    "compare": ("gengap_dist.cli.compare", "compare existing runs from folders or from MLflow"),
+    "report": ("gengap_dist.cli.report", "write the report of a run or a study again, or upload it to MLflow"),
+    "doctor": ("gengap_dist.cli.doctor", "check whether this machine can run a config"),
+    "plan": ("gengap_dist.cli.plan", "predict memory and time of a run on a cluster, and list refused settings"),
 }
 
 
 def main() -> None:
-    """Hand over to the command that was asked for."""
+    """Run the command named by the first argument."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         importlib.import_module(COMMANDS[name][0]).main(sys.argv[2:])
     elif name in ("-h", "--help"):
-        print("usage: gengap COMMAND ...\n\nLarge batches, measured.\n\ncommands (each has its own --help):")
+        print("usage: gengap COMMAND ...\n\nLarge-batch training laboratory.\n\ncommands (each has its own --help):")
         print("\n".join(f"  {command:8} {text}" for command, (_, text) in COMMANDS.items()))
     elif name == "--version":
         print(f"gengap_dist {__version__}")

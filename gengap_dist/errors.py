@@ -1,23 +1,23 @@
-"""What ends a command with a sentence for the user: one sentence with name, value, rule and remedy."""
+"""Errors that end a command with one sentence for the user: name, value, rule and remedy."""
 
 import difflib
 
 
 class UsageError(ValueError):
-    """Something the user gave is wrong: one sentence with name, value, rule and remedy. Commands exit with 2 on it."""
+    """An input of the user is invalid: one sentence with name, value, rule and remedy. Commands exit with code 2."""
 
 
 class OutOfMemory(UsageError):
     """A rank's GPU has too little memory for the run."""
 
-    def __init__(self, message: str, *, told: bool = False) -> None:
-        """`told`: whether another rank says so."""
+    def __init__(self, message: str, *, reported_elsewhere: bool = False) -> None:
+        """`reported_elsewhere`: whether another rank reports it."""
         super().__init__(message)
-        self.reported_elsewhere = told
+        self.reported_elsewhere = reported_elsewhere
 
 
 def did_you_mean(given: str, known: list[str] | tuple[str, ...]) -> str:
-    """A hint that names the nearest known word, or nothing.
+    """A hint with the most similar known word; empty if there is none.
 
     >>> did_you_mean("batch.globl_size", ["batch.global_size", "optim.lr"])
     ' (did you mean batch.global_size?)'

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gengap_dist.analysis.results import Run
-from gengap_dist.config.identity import Settings, differing, effective
+from gengap_dist.config.identity import Settings, differing_settings, effective_settings
 
 SAME = 0.02  # epochs and updates that differ by less count as equal: the last step of an epoch may be smaller
 
@@ -68,11 +68,11 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
                 for other in arms.values()
                 if other.settings.get("algorithm.rank_penalty") is None
                 and other.global_size == arm.global_size
-                and differing(arm.settings, other.settings) <= RANK
+                and differing_settings(arm.settings, other.settings) <= RANK
             ]
             groups.penalised.extend((arm, other) for other in controls[:1])
         elif arm.global_size > base.global_size:
-            differs = differing(arm.settings, base.settings)
+            differs = differing_settings(arm.settings, base.settings)
             if not differs and nearly_equal(_epochs(arm), _epochs(base)) is not False:
                 groups.plain.append(arm)
             elif differs <= RATE and _rate(arm) > _rate(base):
@@ -94,7 +94,7 @@ def nearly_equal(one: float, other: float) -> bool | None:
 def unscaled_counterpart(arm: Arm, arms: Sequence[Arm], base: Arm) -> Arm | None:
     """The arm with the same batch size at the baseline's learning rate; None if there is none."""
     same_batch = (other for other in arms if other.global_size == arm.global_size)
-    return next((other for other in same_batch if not differing(other.settings, base.settings)), None)
+    return next((other for other in same_batch if not differing_settings(other.settings, base.settings)), None)
 
 
 def shorter_counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
@@ -104,14 +104,14 @@ def shorter_counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
         other
         for other in arms
         if other.global_size == arm.global_size
-        and differing(other.settings, arm.settings) <= allowed
+        and differing_settings(other.settings, arm.settings) <= allowed
         and _epochs(other) < (1 - SAME) * _epochs(arm)
     )
     return min(shorter, key=_epochs, default=None)
 
 
 def _rate(arm: Arm) -> float:
-    rate = effective(arm.settings).get("optim.lr")
+    rate = effective_settings(arm.settings).get("optim.lr")
     return float(rate) if isinstance(rate, int | float) else 0.0
 
 

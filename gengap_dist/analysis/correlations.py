@@ -8,7 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from gengap_dist.analysis.results import Correlation, Run
-from gengap_dist.statistics.correlation import fisher, less_group_mean, p_value_of_r, partial_correlation, pearson
+from gengap_dist.statistics.correlation import (
+    fisher_interval,
+    p_value_of_r,
+    partial_correlation,
+    pearson,
+    subtract_group_mean,
+)
 from gengap_dist.statistics.paired import holm
 
 POSITIVE = (
@@ -45,9 +51,9 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
     if num_arms < 3:
         return None
     seeds = [run.seed for run, _ in measured]
-    x = less_group_mean(np.array([value for _, value in measured]), seeds)
-    y = less_group_mean(np.array([-(run.accuracy or 0.0) for run, _ in measured]), seeds)
-    u = less_group_mean(np.log([max(1, run.num_updates) for run, _ in measured]), seeds)
+    x = subtract_group_mean(np.array([value for _, value in measured]), seeds)
+    y = subtract_group_mean(np.array([-(run.accuracy or 0.0) for run, _ in measured]), seeds)
+    u = subtract_group_mean(np.log([max(1, run.num_updates) for run, _ in measured]), seeds)
     r = pearson(x, y)
     if r is None:
         return None
@@ -56,9 +62,9 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
     return Correlation(
         measure=name,
         r=r,
-        interval=fisher(r, num_arms),
+        interval=fisher_interval(r, num_arms),
         partial=partial,
-        partial_interval=None if partial is None else fisher(partial, num_arms, held=1),
+        partial_interval=None if partial is None else fisher_interval(partial, num_arms, num_controls=1),
         p=p_value_of_r(r, num_arms),
         holm=None,
         num_runs=len(measured),

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gengap_dist.config.metric_key import CONTROLS, MEASURED
+from gengap_dist.config.metric_key import CONTROLS, EXPLANATORY_METRICS
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import SeedRun
-from gengap_dist.statistics.paired import paired, t_half, t_interval
+from gengap_dist.statistics.paired import paired, t_half_width, t_interval
 
-CHARTED = re.compile("val/(accuracy|loss)|" + MEASURED)
+CHARTED = re.compile("val/(accuracy|loss)|" + EXPLANATORY_METRICS)
 
 Line = dict[str, Any]
 
@@ -98,7 +98,7 @@ def curves(runs: Sequence[MetricsTable]) -> Curves:
         known[:, 1 + names.index("train/loss")] &= with_validation
     mean = values.mean(axis=0)
     with np.errstate(invalid="ignore"):  # inf - inf
-        half_width = t_half(values) if len(runs) > 1 else np.full(mean.shape, np.nan)
+        half_width = t_half_width(values) if len(runs) > 1 else np.full(mean.shape, np.nan)
     return Curves(steps.astype(np.int64), mean[:, 0], names, mean[:, 1:], half_width[:, 1:], known[:, 1:])
 
 

@@ -12,14 +12,14 @@ import numpy as np
 
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.results import Comparison, Run
-from gengap_dist.config.identity import settings_of
-from gengap_dist.config.metric_key import CONTROLS, MEASURED
+from gengap_dist.config.identity import computed_settings
+from gengap_dist.config.metric_key import CONTROLS, EXPLANATORY_METRICS
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import FINISHED, load_spectra, read_info, read_metrics_table
 from gengap_dist.statistics.paired import Paired, paired
 
-EXPLANATIONS = re.compile(MEASURED + "|relative_distance_from_init")
+EXPLANATIONS = re.compile(EXPLANATORY_METRICS + "|relative_distance_from_init")
 CURVES = ("step", "epoch", "train/loss", "val/accuracy")  # drawn for every run
 MEASURED_AT = "probe_seconds/near_rank_loss"  # present in every line with a probe measurement
 
@@ -177,7 +177,7 @@ class StudyData:
 def _comparison_run(run: RunData, tuned: Collection[str]) -> Run:
     """The data of a run that a comparison uses; settings tuned for each arm are left out."""
     info, result = run.info, run.info.get("result") or {}
-    settings = {name: value for name, value in settings_of(info).items() if name not in tuned}
+    settings = {name: value for name, value in computed_settings(info).items() if name not in tuned}
     first, last = run.first_and_last_probe()
     num_updates = int(result.get("num_steps") or info.get("num_steps") or 0)
     return Run(

@@ -121,12 +121,12 @@ def _verdicts(study: Any) -> list[str]:
 
 def _headline(study: Any) -> dict[str, float]:
     """Accuracy and gap of each arm, as metrics of the study's MLflow parent run."""
-    from gengap_dist.statistics.paired import spread
+    from gengap_dist.statistics.paired import mean_and_std
 
     out: dict[str, float] = {}
     for arm in study.arms:
         if accuracies := list(study.results(arm, "test/accuracy").values()):
-            mean, deviation = spread(accuracies)
+            mean, deviation = mean_and_std(accuracies)
             out |= {f"test_accuracy/{arm}/mean": mean, f"test_accuracy/{arm}/num_seeds": len(accuracies)}
             if deviation == deviation:
                 out[f"test_accuracy/{arm}/sd"] = deviation

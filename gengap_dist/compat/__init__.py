@@ -1,1 +1,1 @@
-"""Workarounds for faults and gaps of other packages, one small file each, naming the version that ends it."""
+"""Workarounds for defects of other packages, one file each; each states when it becomes unnecessary."""

@@ -1,4 +1,4 @@
-"""Large packages, imported in less time."""
+"""Faster import of large packages."""
 
 import contextlib
 import gc
@@ -8,14 +8,14 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def fast_imports(*without: str) -> Iterator[None]:
-    """For imports of large packages: nobody looks for garbage meanwhile, which takes a fifth to a third of their time.
+def fast_imports(*hidden_packages: str) -> Iterator[None]:
+    """Disable garbage collection in the context, which takes a fifth to a third of the import time of large packages.
 
     Args:
-        without: packages that seem not to be installed meanwhile: what another imports only to offer more.
+        hidden_packages: packages that appear not to be installed in the context: optional imports of the large package.
     """
     modules: dict[str, Any] = sys.modules
-    before, hidden = len(modules), [name for name in without if name not in modules]
+    num_before, hidden = len(modules), [name for name in hidden_packages if name not in modules]
     modules.update(dict.fromkeys(hidden))
     gc.disable()
     try:
@@ -23,6 +23,6 @@ def fast_imports(*without: str) -> Iterator[None]:
     finally:
         for name in hidden:
             del modules[name]
-        if len(modules) > before:  # what they have made stays, and need not be looked at again
+        if len(modules) > num_before:  # imported objects stay alive: exclude them from later collections
             gc.freeze()
         gc.enable()

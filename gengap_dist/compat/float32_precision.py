@@ -1,7 +1,8 @@
-"""How GPUs and CPUs multiply float32: exactly, or with inputs rounded to TF32 or bfloat16.
+"""Precision of float32 products on GPUs and CPUs: exact, or with inputs rounded to TF32 or bfloat16.
 
-Torch has two interfaces to this. The older refuses to answer, inside as well as outside of a context of ours, once the
-newer one has been used in a way that it cannot express; the newer is a tree, in which what is set above holds below.
+Torch has two interfaces for this. The older one raises when it is read, inside and outside of the contexts below, after
+the newer one was set to a state that the older cannot express. The newer one is a tree: a setting also applies to the
+nodes below it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,33 +13,33 @@ from typing import Any
 import torch
 
 Setting = tuple[Callable[[], Any], Callable[[Any], None], Any]
-"""How a global setting is read and written, and the value it is to have."""
+"""Getter and setter of a global setting, and its new value."""
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """While open, deterministic convolutions, and no TF32 or bfloat16 where float32 is multiplied, on any device."""
+    """In the context, convolutions are deterministic, and float32 products use no TF32 or bfloat16, on any device."""
     cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
     ops = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
-    newer = [_setting(place, "fp32_precision", "ieee") for place in (torch.backends, cudnn, *ops)]
-    with _holding([_setting(cudnn, "deterministic", True), *_older("highest", tf32=False), *newer]):
+    newer = [_setting(owner, "fp32_precision", "ieee") for owner in (torch.backends, cudnn, *ops)]
+    with _temporarily([_setting(cudnn, "deterministic", True), *_older("highest", tf32=False), *newer]):
         yield
 
 
 @contextmanager
 def training_float32(device: torch.device, *, tf32: bool) -> Iterator[None]:
-    """While open, a GPU multiplies float32 as asked: with `tf32` inputs are rounded to 10 mantissa bits, else exactly.
+    """In the context, a GPU computes float32 products with inputs rounded to 10 mantissa bits if `tf32`, else exactly.
 
-    As it comes torch rounds in convolutions and not in matrix products. On a CPU nothing changes.
+    By default torch rounds in convolutions and not in matrix products. On a CPU nothing changes.
     """
     if device.type == "cpu":
         yield
         return
     cuda, cudnn, cpu = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
     newer = [_setting(op, "fp32_precision", "tf32" if tf32 else "ieee") for op in (cuda.matmul, cudnn.conv, cudnn.rnn)]
-    # what the older interface sets holds for a CPU's products, too
+    # the older interface also changes products on a CPU
     newer.append(_setting(cpu.matmul, "fp32_precision", "ieee"))  # pyright: ignore[reportAttributeAccessIssue]
-    with _holding([*_older("high" if tf32 else "highest", tf32=tf32), *newer]):
+    with _temporarily([*_older("high" if tf32 else "highest", tf32=tf32), *newer]):
         yield
 
 
@@ -49,13 +50,13 @@ def _older(matmul: str, *, tf32: bool) -> list[Setting]:
     ]
 
 
-def _setting(place: object, name: str, value: Any) -> Setting:
-    return partial(getattr, place, name), partial(setattr, place, name), value
+def _setting(owner: object, name: str, value: Any) -> Setting:
+    return partial(getattr, owner, name), partial(setattr, owner, name), value
 
 
 @contextmanager
-def _holding(settings: Sequence[Setting]) -> Iterator[None]:
-    """While open, all settings have their values; then those that they had before, the newer interface's last."""
+def _temporarily(settings: Sequence[Setting]) -> Iterator[None]:
+    """In the context, all settings have their new values; then the old ones, the newer interface's last."""
     before = [(setting, _read(setting)) for setting in settings]
     try:
         for setting in settings:
@@ -66,7 +67,7 @@ def _holding(settings: Sequence[Setting]) -> Iterator[None]:
             _write(setting, value)
 
 
-_UNKNOWN = object()  # what the older interface says of a state for which it has no word
+_UNKNOWN = object()  # state that the older interface cannot express
 
 
 def _read(setting: Setting) -> Any:
@@ -77,6 +78,6 @@ def _read(setting: Setting) -> Any:
 
 
 def _write(setting: Setting, value: Any) -> None:
-    """Only what changes something: writing a default anew would no longer be a default."""
+    """Write only if the value changes: writing a default value would make it an explicit setting."""
     if _UNKNOWN not in (value, now := _read(setting)) and now != value:
         setting[1](value)

@@ -1,6 +1,6 @@
-"""A store that only the ranks of this start use, where torchrun keeps one store over restarts (torch 2.15).
+"""A separate store for the ranks of each restart: torchrun keeps one store over all restarts (torch 2.15).
 
-Unnecessary from the release on in which torchrun hands out a new store with each restart.
+Unnecessary as soon as torchrun creates a new store for each restart.
 """
 
 import time
@@ -10,28 +10,28 @@ from datetime import timedelta
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 
-def store_of_this_start(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
-    """A part of torchrun's store that only the ranks of this start use.
+def restart_store(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
+    """A part of torchrun's store that only the ranks of the current restart use.
 
-    The kept store holds the addresses of ranks that are dead, and gloo would try those. So rank 0 publishes a new name
-    and confirms each rank that has read it; a rank that has read the name of an earlier start is not confirmed, and
-    asks again.
+    The kept store contains the addresses of processes that have ended, and gloo would connect to them. So rank 0
+    publishes a new prefix and confirms each rank that has read it; a rank that has read the prefix of an earlier start
+    is not confirmed, and reads again.
 
     Raises:
-        TimeoutError: if rank 0 does not come.
+        TimeoutError: if rank 0 does not confirm within `timeout`.
     """
-    me = uuid.uuid4().hex
-    until = time.monotonic() + timeout.total_seconds()
+    token = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout.total_seconds()
     if rank == 0:
-        store.set("gengap/start", me)
-        for other in range(1, size):  # get waits for the key
-            store.set(f"gengap/{me}/confirmed/{other}", store.get(f"gengap/{me}/{other}").decode())
-        return PrefixStore(me, store)
-    while time.monotonic() < until:
+        store.set("gengap/start", token)
+        for other in range(1, size):  # get blocks until the key exists
+            store.set(f"gengap/{token}/confirmed/{other}", store.get(f"gengap/{token}/{other}").decode())
+        return PrefixStore(token, store)
+    while time.monotonic() < deadline:
         start = store.get("gengap/start").decode()
-        store.set(f"gengap/{start}/{rank}", me)
+        store.set(f"gengap/{start}/{rank}", token)
         confirmed = f"gengap/{start}/confirmed/{rank}"
-        if store.check([confirmed]) and store.get(confirmed).decode() == me:
+        if store.check([confirmed]) and store.get(confirmed).decode() == token:
             return PrefixStore(start, store)
         time.sleep(0.02)
-    raise TimeoutError(f"rank {rank} found no rank 0 within {timeout.total_seconds():.0f} s")
+    raise TimeoutError(f"rank {rank} was not confirmed by rank 0 within {timeout.total_seconds():.0f} s")

@@ -1,1 +1,1 @@
-"""Settings: their sections, how they are read, and what makes two runs the same experiment. Without torch."""
+"""Settings: sections, loading, and comparison of the settings of two runs. Imports no torch."""

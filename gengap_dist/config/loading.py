@@ -1,4 +1,4 @@
-"""Settings from defaults, YAML files and the command line, as one checked config."""
+"""Merges defaults, YAML files and the command line into one validated config."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -27,11 +27,11 @@ RENAMED = {
     "study.budgets": "study.length_units",
     "rivals": "diagnostics",
 }
-"""Settings and options by the names that they had before, and the names that they have now."""
+"""Former names of settings and options, and their current names."""
 
 
 def renamed(name: str) -> str | None:
-    """The new name of a setting that had another name before; None if it had none.
+    """The current name of a setting, given its former name; None if `name` is not a former name.
 
     >>> renamed("train.budget"), renamed("recipe.sam_rho"), renamed("train.epochs")
     ('train.length_unit', 'algorithm.sam_rho', None)
@@ -40,17 +40,17 @@ def renamed(name: str) -> str | None:
     return RENAMED.get(name) or (f"{RENAMED[section]}.{rest}" if rest and section in RENAMED else None)
 
 
-OWN_NAMES = ("study.axes.", "study.tune.space.")
-"""Mappings of a config whose keys stay as they are: they name settings, or what the user calls things."""
+UNNESTED_MAPPINGS = ("study.axes.", "study.tune.space.")
+"""Mappings of a config whose keys are not nested: they are names of settings, or names that the user chooses."""
 
 
 def nested(flat: Mapping[str, Any], within: str = "") -> dict[str, Any]:
-    """Dotted keys opened into nested mappings; already nested ones stay, and so do the names in `OWN_NAMES`.
+    """A mapping with dotted keys as nested mappings; keys inside the mappings of `UNNESTED_MAPPINGS` do not change.
 
     >>> nested({"batch.global_size": 8, "optim": {"lr": 0.1}, "study.axes": {"optim.lr": [1, 2]}})
     {'batch': {'global_size': 8}, 'optim': {'lr': 0.1}, 'study': {'axes': {'optim.lr': [1, 2]}}}
     """
-    if within in OWN_NAMES:
+    if within in UNNESTED_MAPPINGS:
         return dict(flat)
     out: dict[str, Any] = {}
     for key, value in flat.items():
@@ -64,7 +64,7 @@ def nested(flat: Mapping[str, Any], within: str = "") -> dict[str, Any]:
 
 
 def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """Two nested mappings as one; where both hold a value, `high` wins.
+    """Two nested mappings merged into one; values of `high` override values of `low`.
 
     >>> merge({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
     {'a': {'x': 1, 'y': 3}}
@@ -77,7 +77,7 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(config: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as dotted names and JSON values.
+    """A nested config as a flat mapping from dotted names to JSON values.
 
     >>> flat({"optim": {"lr": 0.1}, "seed": 0})
     {'optim.lr': 0.1, 'seed': 0}
@@ -93,7 +93,7 @@ def flat(config: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, A
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings of a model, sections included."""
+    """Dotted names of all settings of a config class, including its sections."""
     for name, info in model.model_fields.items():
         yield prefix + name
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
@@ -101,38 +101,38 @@ def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file as nested settings, on top of the files its `extends` names (relative to itself).
+    """A YAML file as nested settings, merged over the files in its `extends` (paths relative to the file).
 
     Raises:
         UsageError: if a file is missing, is not YAML, is not a mapping, or extends itself.
     """
     path = path.resolve()
     if path in _chain:
-        raise UsageError(f"--config: {path} extends itself by way of {_chain[-1]}: break the circle")
+        raise UsageError(f"--config: {path} extends itself through {_chain[-1]}: remove one `extends`")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise UsageError(f"--config ({path}) cannot be read: {error.strerror}; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "it is not text"
-        raise UsageError(f"--config ({path}) is not YAML{where}: {what}; mend that line") from None
+        position = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it is not text"
+        raise UsageError(f"--config ({path}) is not YAML{position}: {problem}; fix that line") from None
     if not isinstance(tree, dict):
-        raise UsageError(f"--config ({path}) holds a {type(tree).__name__}, needs settings such as `batch: ...`")
+        raise UsageError(f"--config ({path}) is a {type(tree).__name__}, needs settings such as `batch: ...`")
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
-    below: dict[str, Any] = {}
+    inherited: dict[str, Any] = {}
     for parent in parents:
-        below = merge(below, load_yaml(path.parent / parent, (*_chain, path)))
-    return merge(below, nested({str(key): value for key, value in tree.items()}))
+        inherited = merge(inherited, load_yaml(path.parent / parent, (*_chain, path)))
+    return merge(inherited, nested({str(key): value for key, value in tree.items()}))
 
 
 def validate(model: type[C], tree: Mapping[str, Any]) -> C:
-    """Nested settings as a checked config.
+    """Nested settings as a validated config.
 
     Raises:
-        UsageError: one sentence on the first thing that is wrong, with the nearest known name for an unknown key.
+        UsageError: one sentence about the first error, with the most similar known name for an unknown key.
     """
     try:
         return model.model_validate(tree)
@@ -143,18 +143,18 @@ def validate(model: type[C], tree: Mapping[str, Any]) -> C:
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     first, *more = error.errors()
     *path, last = first["loc"] or ("",)
-    name = ".".join(map(str, path if isinstance(last, int) else [*path, last]))  # the list, not its first element
-    rest = f" ({len(more)} more to mend)" if more else ""
+    name = ".".join(map(str, path if isinstance(last, int) else [*path, last]))  # name the list, not its element
+    rest = f" ({len(more)} more to fix)" if more else ""
     match first["type"]:
         case "extra_forbidden":
             inside = next(iter(first["input"]), None) if isinstance(first["input"], Mapping) else None
-            old = f"{name}.{inside}" if inside and renamed(name) else name  # a section: the first setting in it
+            old = f"{name}.{inside}" if inside and renamed(name) else name  # for a section: its first setting
             if new := renamed(old):
                 return f"{old} is called {new} now: use that name{rest}"
             return (
                 f"{name} is not a setting{did_you_mean(name, [*field_names(model)])}: see --help for all of them{rest}"
             )
-        case "value_error":  # our own validators already speak in whole sentences
+        case "value_error":  # messages of this package's validators are whole sentences
             return str(first["ctx"]["error"]) + rest if "ctx" in first else first["msg"]
         case "missing":
             return f"{name} is not set and has no default: add it to the config{rest}"
@@ -166,7 +166,7 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
 
 
 def resolve(model: type[C], files: list[Path], overrides: Mapping[str, Any]) -> C:
-    """Defaults, then YAML files in order, then overrides, as one checked config.
+    """Defaults, then YAML files in order, then overrides, merged into one validated config.
 
     Raises:
         UsageError: see `load_yaml` and `validate`.
@@ -178,5 +178,5 @@ def resolve(model: type[C], files: list[Path], overrides: Mapping[str, Any]) -> 
 
 
 def to_yaml(config: BaseModel) -> str:
-    """The config as YAML that `--config` reads back."""
+    """The config as YAML text that `--config` can read."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)

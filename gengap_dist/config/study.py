@@ -15,28 +15,28 @@ from gengap_dist.errors import UsageError, did_you_mean
 
 
 class Arm(Section):
-    """One column of a study: a name, and what differs from the base."""
+    """One arm of a study: a name, and its changes to the settings of the study."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
-    """Short name; it becomes a folder."""
+    """Short name; also the name of its folder."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Settings of this arm, nested or dotted: {batch.global_size: 512}."""
+    """Settings of this arm, nested or with dotted names: {batch.global_size: 512}."""
 
 
 class Space(Section):
-    """Where a tuned setting is looked for: from low to high, or among values."""
+    """Search space of a tuned setting: a range from low to high, or a list of values."""
 
     low: FiniteFloat | None = None
     """Smallest value."""
     high: FiniteFloat | None = None
     """Largest value."""
     log: bool = False
-    """Look evenly among orders of magnitude."""
+    """Sample the logarithm uniformly."""
     values: tuple[Any, ...] = ()
     """The values to choose from, instead of low and high."""
 
     @model_validator(mode="after")
-    def _a_range_or_values(self) -> Self:
+    def _check_range_or_values(self) -> Self:
         low, high = self.low, self.high
         if self.values and (low, high, self.log) == (None, None, False):
             if len(self.values) < 2:
@@ -53,14 +53,14 @@ class Space(Section):
 
 
 class TuneSection(Section):
-    """Tuning, with the same trials for every arm."""
+    """Tuning, with the same number of trials for every arm."""
 
     trials: Annotated[int, Field(ge=2)] = 16
-    """Trials of every arm; powers of two fill the space most evenly."""
+    """Number of trials per arm; powers of two cover the space most evenly."""
     seed: NonNegativeInt = 1000
-    """Seed of the points that are tried, and of every trial's own training; none of study.seeds."""
+    """Seed of the sampled points and of the training in every trial; it must not be one of study.seeds."""
     space: Annotated[dict[str, Space], Field(min_length=1)]
-    """Settings of optim and algorithm to {low, high} or {low, high, log: true} or {values: [...]}."""
+    """Settings of optim and algorithm, each with {low, high} or {low, high, log: true} or {values: [...]}."""
 
 
 class StudySection(Section):
@@ -69,44 +69,44 @@ class StudySection(Section):
     name: str = "study"
     """Title of the study."""
     question: str = ""
-    """What the study is meant to answer; printed at the head of its report."""
+    """The research question of the study; printed at the top of its report."""
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
-    """Seeds; every arm is run with each, and arms are compared seed by seed."""
+    """Seeds; every arm runs with each of them, and arms are compared seed by seed."""
     baseline: str = ""
-    """Name of the arm the others are compared with (empty: that of the smallest batch, of several the first)."""
+    """Name of the arm that the others are compared with (empty: the first arm with the smallest global batch)."""
     arms: tuple[Arm, ...] = ()
-    """Arms one by one: a list of {name, set}."""
+    """Explicit arms: a list of {name, set}."""
     axes: dict[str, Annotated[list[Any] | dict[str, dict[str, Any]], Field(min_length=1)]] = {}
-    """More arms: every combination of one entry of each axis. An axis is a setting and its values, such as
-    {batch.global_size: [128, 1024]}, or has entries with names and settings of their own, such as
+    """Additional arms: every combination of one entry of each axis. An axis is a setting and its values, such as
+    {batch.global_size: [128, 1024]}, or a name and named entries with settings, such as
     {algorithm: {plain: {}, sqrt: {optim.scaling: sqrt}}}. Names are joined: b128-plain, b128-sqrt, ...; an entry named
-    "" adds nothing to them. A combination that would be the same run as an earlier arm is that arm."""
+    "" adds nothing to the name. A combination that computes the same run as an earlier arm is not repeated."""
     length_units: tuple[Literal["epochs", "updates"], ...] = ()
-    """One more axis: values of train.length_unit."""
+    """An additional axis: values of train.length_unit."""
     tune: TuneSection | None = None
-    """Find settings for every arm by validation before its seeds are run: as many trials, at the same points, for each
-    arm. The test images play no part in the choice."""
+    """Tune settings of every arm by validation accuracy before its seeds run: the same number of trials at the same
+    points for each arm. Test images are not used."""
     concurrent: PositiveInt | None = None
-    """ray: most runs at a time; null: as many as the cluster has room for."""
+    """ray: largest number of concurrent runs; null: limited only by the resources of the cluster."""
 
 
 class StudyConfig(RunConfig):
-    """A study: the settings of a run, and what varies over its arms."""
+    """A study: the settings of a run, and the changes of its arms."""
 
     study: StudySection
 
     @model_validator(mode="after")
-    def _arms_are_runs(self) -> Self:
+    def _check_arms(self) -> Self:
         study = self.study
         names = [arm.name for arm in self.candidates]
         if not names:
             raise ValueError(
                 "study.arms is empty, and so is study.axes: list at least one arm as {name: ..., set: {...}}"
             )
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
             raise ValueError(
-                f"study.arms and study.axes name {doubled[0]} more than once: give every arm and every entry of an "
+                f"study.arms and study.axes name {repeated[0]} more than once: give every arm and every entry of an "
                 "axis its own name"
             )
         if len(set(study.seeds)) < len(study.seeds):
@@ -123,8 +123,8 @@ class StudyConfig(RunConfig):
     def _check_tuning(self, tune: TuneSection) -> None:
         if tune.seed in self.study.seeds:
             raise ValueError(
-                f"study.tune.seed ({tune.seed}) is one of study.seeds, and no arm is to be judged by a run it was "
-                "tuned on: choose another"
+                f"study.tune.seed ({tune.seed}) is one of study.seeds, and the seeds of tuning and of the compared "
+                "runs must differ: choose another"
             )
         known = [name for name in field_names(RunConfig) if name.startswith(("optim.", "algorithm."))]
         for name in tune.space:
@@ -133,7 +133,7 @@ class StudyConfig(RunConfig):
             if name not in known:
                 raise ValueError(
                     f"study.tune.space ({name}) is not a setting of optim or algorithm{did_you_mean(name, known)}: "
-                    "the others are the question or the budget, put them into study.axes"
+                    "put other settings into study.axes"
                 )
         for arm in self.candidates:
             if both := sorted(flat(nested(arm.set)).keys() & tune.space.keys()):
@@ -141,7 +141,7 @@ class StudyConfig(RunConfig):
 
     @cached_property
     def candidates(self) -> list[Arm]:
-        """The arms that are listed, then all combinations of the axes."""
+        """The explicit arms, then all combinations of the axes."""
         axes = self.study.axes | ({"train.length_unit": [*self.study.length_units]} if self.study.length_units else {})
         return [
             *self.study.arms,
@@ -150,24 +150,24 @@ class StudyConfig(RunConfig):
 
     @cached_property
     def duplicates(self) -> dict[str, str]:
-        """Combinations of the axes that would be the same run as an earlier arm, and that arm.
+        """Combinations of the axes that compute the same run as an earlier arm: their names to the name of that arm.
 
         Raises:
             UsageError: if an arm's overrides are not settings of a run.
         """
-        first: dict[str, str] = {}
-        twins: dict[str, str] = {}
+        first_names: dict[str, str] = {}
+        duplicates: dict[str, str] = {}
         for number, arm in enumerate(self.candidates):
-            what = json.dumps(_essence(self.run_config(arm, seed=0)))
-            if what not in first:
-                first[what] = arm.name
+            key = json.dumps(_computed_settings(self.run_config(arm, seed=0)))
+            if key not in first_names:
+                first_names[key] = arm.name
             elif number >= len(self.study.arms):
-                twins[arm.name] = first[what]
-        return twins
+                duplicates[arm.name] = first_names[key]
+        return duplicates
 
     @property
     def arms(self) -> list[Arm]:
-        """All arms, each once; see `twins`."""
+        """All arms without the `duplicates`."""
         return [arm for arm in self.candidates if arm.name not in self.duplicates]
 
     @property
@@ -178,7 +178,7 @@ class StudyConfig(RunConfig):
         return self.duplicates.get(name, name)
 
     def run_config(self, arm: Arm, seed: int, tuned: Mapping[str, Any] | None = None) -> RunConfig:
-        """The settings of one run of the study; `tuned` are settings found for its arm.
+        """The settings of one run of the study; `tuned` are the settings that tuning selected for its arm.
 
         Raises:
             UsageError: if the arm's overrides are not settings of a run.
@@ -186,19 +186,19 @@ class StudyConfig(RunConfig):
         base = self.model_dump(mode="json", exclude={"study"})
         try:
             if "seed" in arm.set:
-                raise UsageError("seed is not an arm's to set: list the seeds in study.seeds")
+                raise UsageError("seed cannot be set by an arm: list the seeds in study.seeds")
             config = validate(
                 RunConfig, merge(merge(merge(base, nested(arm.set)), nested(tuned or {})), {"seed": seed})
             )
             if self.study.tune and not config.data.val_fraction:
-                raise UsageError("study.tune chooses by validation accuracy, and data.val_fraction is 0: hold some out")
+                raise UsageError("study.tune needs validation images, and data.val_fraction is 0: set it above 0")
         except UsageError as error:
             raise UsageError(f"study arm {arm.name}: {error}") from None
         return config
 
 
 def _entries(axis: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Labels and settings of an axis.
+    """(label, settings) of each entry of an axis.
 
     >>> _entries("batch.global_size", [128]), _entries("optim.lr", [0.1]), _entries("algorithm", {"plain": {}})
     ([('b128', {'batch.global_size': 128})], [('lr0.1', {'optim.lr': 0.1})], [('plain', {})])
@@ -207,37 +207,36 @@ def _entries(axis: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[t
     """
     if isinstance(values, dict):
         return [*values.items()]
-    start = {"batch.global_size": "b", "train.length_unit": ""}.get(axis, axis.rpartition(".")[2])
+    prefix = {"batch.global_size": "b", "train.length_unit": ""}.get(axis, axis.rpartition(".")[2])
 
     def label(value: Any) -> str:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         text = re.sub(r"[^A-Za-z0-9.+-]+", ".", json.dumps(value).strip('"[]{}'))
-        return f"{start}{text}" if number or not start else f"{start}-{text}"
+        return f"{prefix}{text}" if number or not prefix else f"{prefix}-{text}"
 
     return [(label(value), {axis: value}) for value in values]
 
 
 def _combined(entries: Iterable[tuple[str, dict[str, Any]]]) -> Arm:
-    """One entry of each axis as an arm; where two set the same, the later axis wins."""
+    """One entry of each axis as an arm; if two axes set the same setting, the later axis is used."""
     settings: dict[str, Any] = {}
     for _, change in entries:
         settings = merge(settings, nested(change))
     return validate(Arm, {"name": "-".join(label for label, _ in entries if label) or "plain", "set": settings})
 
 
-def _essence(config: RunConfig) -> dict[str, Any]:
-    """What a run computes: equal for two configs that differ only in words.
+def _computed_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that determine the computation: equal for two configs that describe the same run.
 
     >>> small = {"batch": {"global_size": 8}, "optim": {"base_size": 8}}
     >>> a, b = ({"optim": {"base_size": 8, "scaling": rule}} for rule in ("none", "sqrt"))
-    >>> _essence(validate(RunConfig, merge(small, a))) == _essence(validate(RunConfig, merge(small, b)))
+    >>> a, b = (_computed_settings(validate(RunConfig, merge(small, changes))) for changes in (a, b))
+    >>> a == b
     True
     """
-    found = {name: value for name, value in flat(config).items() if not name.startswith(("mlflow.", "checkpoint."))}
-    if (
-        config.batch.global_size == config.optim.base_size and config.algorithm.local_sgd is None
-    ):  # k = 1: no rule scales
-        found |= {"optim.scaling": "none", "train.length_unit": "epochs"}
-    if (found["optim.scaling"], found["train.length_unit"]) == ("none", "epochs"):
-        del found["optim.base_size"]
-    return found
+    settings = {name: value for name, value in flat(config).items() if not name.startswith(("mlflow.", "checkpoint."))}
+    if config.batch.global_size == config.optim.base_size and config.algorithm.local_sgd is None:
+        settings |= {"optim.scaling": "none", "train.length_unit": "epochs"}  # k = 1: all rules give the same rate
+    if (settings["optim.scaling"], settings["train.length_unit"]) == ("none", "epochs"):
+        del settings["optim.base_size"]
+    return settings

@@ -1,6 +1,6 @@
-"""Images and labels in memory, the order they are visited in, and how they become batches."""
+"""Data sets in memory or on disk, the order of samples, and batches."""
 
-TORCHVISION = {  # name: class, folder below data.root
+TORCHVISION = {  # name: torchvision class, folder in data.root
     "mnist": ("MNIST", "MNIST/raw"),
     "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw"),
     "cifar10": ("CIFAR10", "cifar-10-batches-py"),

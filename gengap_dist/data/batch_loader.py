@@ -1,4 +1,4 @@
-"""From images to batches: indexed, augmented and normalised whole batches at a time."""
+"""Builds batches: images are indexed, augmented and normalised one batch at a time."""
 
 import torch
 from torch import Tensor
@@ -9,33 +9,33 @@ from gengap_dist.data.datasets import Images, Splits
 
 
 class Normalise:
-    """(pixel - mean) / std per channel, with the training images' own mean and standard deviation."""
+    """(pixel - mean) / std per channel, with mean and standard deviation of the training images."""
 
     def __init__(self, splits: Splits, device: torch.device, dtype: torch.dtype) -> None:
-        """Normalise as `splits` says, on `device`, to `dtype`."""
+        """Use the mean and standard deviation of `splits`; inputs are on `device`, outputs have `dtype`."""
         mean, std = (v.to(device)[:, None, None] for v in (splits.mean_C, splits.std_C))
         self.mean, self.scale, self.dtype = mean.to(dtype), (1 / std).to(dtype), dtype
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """[n, C, H, W] uint8 to the training dtype."""
+        """[n, C, H, W] uint8 to normalised [n, C, H, W] of the training dtype."""
         return pixels.to(self.dtype).sub_(self.mean).mul_(self.scale)
 
 
 class BatchLoader:
-    """Training batches of one data set; see `EpochSampler` for which indices and `BatchPlan` for which ranks."""
+    """Training batches of one data set; `EpochSampler` chooses the indices, `BatchPlan` assigns them to ranks."""
 
     def __init__(self, images: Images, normalise: Normalise, config: DataConfig, seed: int) -> None:
-        """Batches of `images`, augmented as `config` says under `seed`."""
+        """Batches of `images`, with the augmentations of `config` and random bits from `seed`."""
         self.images, self.normalise, self.config, self.seed = images, normalise, config, seed
 
     def __call__(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Inputs [n, C, H, W] and labels [n] of the images `indices` as epoch `epoch` sees them."""
-        there = indices
-        if self.images.labels.is_cuda:  # from pageable memory the copy would wait until the GPU has nothing to do
-            there = indices.pin_memory().to(self.images.labels.device, non_blocking=True)
-        pixels, labels = self.images.take(indices, there)
-        return augment(pixels, there, self.normalise, self.config, self.seed, epoch), labels
+        """Inputs [n, C, H, W] and labels [n] of the images `indices`, with the augmentation of epoch `epoch`."""
+        device_indices = indices
+        if self.images.labels.is_cuda:  # a copy from pageable memory would wait for all work of the GPU
+            device_indices = indices.pin_memory().to(self.images.labels.device, non_blocking=True)
+        pixels, labels = self.images.take(indices, device_indices)
+        return augment(pixels, device_indices, self.normalise, self.config, self.seed, epoch), labels
 
     def prefetch(self, indices: Tensor) -> None:
-        """Say which images, in which order, are asked for after those expected before; see `Images.expect`."""
+        """Announce the images `indices` [n] of the next batch; see `Images.prefetch`."""
         self.images.prefetch(indices)

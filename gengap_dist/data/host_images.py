@@ -1,8 +1,7 @@
-"""Images that stay in the machine's memory while a GPU trains on them, for data sets larger than a GPU's memory.
+"""Images kept in host memory during training on a GPU, for data sets larger than GPU memory.
 
-A thread gathers what is expected into pinned memory, while a step computes; the copy from there to the GPU does not
-hold up the CPU. The data set itself is not pinned: memory that the system may not move is scarce, and only what is
-copied needs it.
+A thread gathers the next images into pinned memory during the current step; the copy from there to the GPU does not
+block the CPU. The data set itself is not pinned: pinned memory is scarce, and only copied images need it.
 """
 
 from collections import deque
@@ -12,35 +11,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PREFETCH_BYTES = (
-    2**28
-)  # of images gathered ahead for one step; the rest of a larger step is gathered when it is asked for
-MAX_PREFETCHED = 4  # steps that are kept ready; a loop that asks for other images than it said leaves some behind
+PREFETCH_BYTES = 2**28  # images prefetched for one step, in bytes; the rest of a larger step is gathered on demand
+MAX_PREFETCHED = 4  # prefetched steps kept; steps that were announced but never read are dropped
 
 
 class _Prefetched:
-    """The images of a step, of which the first are being gathered."""
+    """The indices of a step; the pixels of the first `num_gathered` are being gathered."""
 
     def __init__(self, indices: Tensor, gathered: "Future[Tensor]", num_gathered: int) -> None:
         self.indices, self.gathered, self.num_gathered = indices, gathered, num_gathered
         self.num_taken = 0
 
     def next(self, num: int) -> Tensor:
-        """Which images come next, if so many are asked for."""
+        """Indices of the next `num` images that were not taken yet."""
         return self.indices[self.num_taken : self.num_taken + num]
 
 
 class HostImages:
-    """N images in the machine's memory, indexed like the [N, C, H, W] uint8 tensor that they are; results on a device.
+    """N images in host memory, indexed like an [N, C, H, W] uint8 tensor; results are on a device.
 
-    One thread may index and expect.
+    Not thread-safe: one thread may index and prefetch.
     """
 
     def __init__(self, pixels: Tensor, device: torch.device) -> None:
-        """Images `pixels` [N, C, H, W] uint8, on the CPU, for `device`."""
+        """Images `pixels` [N, C, H, W] uint8 on the CPU; indexing copies to `device`."""
         self.pixels, self.device, self.shape = pixels, device, pixels.shape
-        self._most_ahead = max(1, PREFETCH_BYTES // pixels[:1].numel())
-        self._expected: deque[_Prefetched] = deque(maxlen=MAX_PREFETCHED)
+        self._max_prefetched = max(1, PREFETCH_BYTES // pixels[:1].numel())
+        self._prefetched: deque[_Prefetched] = deque(maxlen=MAX_PREFETCHED)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="images")
 
     def __len__(self) -> int:
@@ -53,29 +50,29 @@ class HostImages:
         return self._host(indices).to(self.device, non_blocking=True)
 
     def prefetch(self, indices: Tensor) -> None:
-        """Gather `indices` [n] ahead: they are asked for, in this order, after those expected before."""
+        """Start to gather `indices` [n]; they must be indexed in this order, after those of earlier calls."""
         if not len(indices):
             return
-        first = indices[: self._most_ahead]
-        self._expected.append(_Prefetched(indices, self._pool.submit(self._gather, first), len(first)))
+        first = indices[: self._max_prefetched]
+        self._prefetched.append(_Prefetched(indices, self._pool.submit(self._gather, first), len(first)))
 
     def _host(self, indices: Tensor) -> Tensor:
-        """The images in pinned memory: those expected next, or gathered now."""
+        """Images `indices` in pinned host memory: prefetched, or gathered now."""
         size = len(indices)
-        at = next((n for n, step in enumerate(self._expected) if torch.equal(step.next(size), indices)), None)
-        if at is None:
+        position = next((n for n, step in enumerate(self._prefetched) if torch.equal(step.next(size), indices)), None)
+        if position is None:
             return self._gather(indices)
-        for _ in range(at):  # nobody asked for these
-            self._expected.popleft()
-        head = self._expected[0]
+        for _ in range(position):  # these were not used
+            self._prefetched.popleft()
+        head = self._prefetched[0]
         start, head.num_taken = head.num_taken, head.num_taken + size
         if head.num_taken == len(head.indices):
-            self._expected.popleft()
-        ready = head.num_taken <= head.num_gathered
-        return head.gathered.result()[start : head.num_taken] if ready else self._gather(indices)
+            self._prefetched.popleft()
+        is_prefetched = head.num_taken <= head.num_gathered
+        return head.gathered.result()[start : head.num_taken] if is_prefetched else self._gather(indices)
 
     def _gather(self, indices: Tensor) -> Tensor:
-        """By numpy: a second thread must not start torch's own threads again."""
+        """Gather with numpy: torch would start its threads again in a second thread."""
         out = torch.empty(len(indices), *self.shape[1:], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        np.take(self.pixels.numpy(), indices.numpy(), axis=0, out=out.numpy(), mode="clip")  # "raise" copies twice
+        np.take(self.pixels.numpy(), indices.numpy(), axis=0, out=out.numpy(), mode="clip")  # mode="raise" copies twice
         return out

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from gengap_dist.compat.torchrun_store import store_of_this_start
+from gengap_dist.compat.torchrun_store import restart_store
 from gengap_dist.distributed.phase_timer import PhaseTimer
 from gengap_dist.errors import UsageError
 
@@ -139,7 +139,7 @@ def init_process_group(device: str, timeout_seconds: float) -> World:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store, *_ = next(rendezvous("env://", timeout=timeout))
             try:
-                own = store_of_this_start(store, rank, size, timeout)
+                own = restart_store(store, rank, size, timeout)
             except TimeoutError:
                 raise UsageError(
                     f"rank {rank} met no rank 0 within launch.timeout_seconds ({timeout_seconds:.0f}): "

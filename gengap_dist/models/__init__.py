@@ -1,4 +1,4 @@
-"""Networks by name. A layer's non-linearity is a module called `<layer>.act`, so that probes can name the layer."""
+"""Networks by name. The non-linearity of a layer is a module named `<layer>.act`, so that probes can name the layer."""
 
 import importlib
 import inspect
@@ -32,10 +32,10 @@ ZOOS: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "
 
 
 def from_config(config: RunConfig, num_classes: int, in_channels: int, world: World) -> nn.Module:
-    """The network that `config` names, freshly initialised, on the CPU, its batch norm and dropout as the run has them.
+    """The network of `config`, newly initialised, on the CPU, with the batch norm and dropout layers of the run.
 
     Raises:
-        UsageError: see `build` and `treat`.
+        UsageError: see `build` and `replace_batch_norm`.
     """
     model = build(
         config.model.name,
@@ -60,37 +60,37 @@ def build(
     widths: tuple[int, ...] | None = None,
     activation: str = "relu",
 ) -> nn.Module:
-    """A freshly initialised network; images [n, in_channels, image_size, image_size] to logits [n, num_classes].
+    """A newly initialised network: images [n, in_channels, image_size, image_size] to logits [n, num_classes].
 
     Args:
-        name: a key of MODELS, `torchvision:NAME`, `timm:NAME`, or `module.path:factory` of the caller's own. A factory
-            is given what its signature names of num_classes, in_channels, image_size, widths and activation.
-        num_classes: width of the last layer.
-        in_channels: channels of the images.
-        image_size: side of the square images.
-        widths: hidden widths, for models that have a choice.
-        activation: `relu`, or `linear` for none at all, for models that have a choice.
+        name: a key of MODELS, `torchvision:NAME`, `timm:NAME`, or a `module.path:factory` of the user. A factory
+            receives those of num_classes, in_channels, image_size, widths and activation that its signature names.
+        num_classes: number of outputs.
+        in_channels: number of image channels.
+        image_size: height and width of the images, in pixels.
+        widths: units in each hidden layer, for models with this argument.
+        activation: `relu`, or `linear` for none, for models with this argument.
 
     Raises:
-        UsageError: if there is no such model, its factory fails, or it has no choice of activation.
+        UsageError: if the model is unknown or cannot be imported, or has no such activation.
 
     >>> sum(p.numel() for p in build("lenet5", num_classes=10, in_channels=1).parameters())
     61706
     """
     factory = _factory(name)
-    offered = dict(
+    arguments = dict(
         num_classes=num_classes, in_channels=in_channels, image_size=image_size, widths=widths, activation=activation
     )
     parameters = inspect.signature(factory).parameters.values()
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    names = {"num_classes", "in_channels"} if takes_all else set()
+    has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = {"num_classes", "in_channels"} if has_kwargs else set()
     names |= {p.name for p in parameters}
     if activation != "relu" and "activation" not in names:
         raise UsageError(f"model.activation ({activation}) has no effect on {name}: choose relu, or lenet5 or mlp")
-    model = factory(**{key: value for key, value in offered.items() if key in names and value is not None})
+    model = factory(**{key: value for key, value in arguments.items() if key in names and value is not None})
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"model.name ({name}) made a {type(model).__name__}, needs a torch.nn.Module: return the network"
+            f"model.name ({name}) returned a {type(model).__name__}, needs a torch.nn.Module: return the network"
         )
     return model
 

@@ -1,4 +1,4 @@
-"""The layer that this package's networks are made of."""
+"""The building block of this package's networks, and He initialisation."""
 
 from collections import OrderedDict
 
@@ -10,7 +10,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "linear": nn.Identit
 def activated(
     affine: nn.Module, norm: nn.Module | None = None, activation: str = "relu", **more: nn.Module
 ) -> nn.Sequential:
-    """An affine map, its norm if it has one, its non-linearity as `act` (a key of ACTIVATIONS), then `more`.
+    """Sequence of an affine map, an optional norm, the non-linearity `act` (a key of ACTIVATIONS), and `more`.
 
     >>> [name for name, _ in activated(nn.Linear(2, 2), nn.BatchNorm1d(2), dropout=nn.Dropout()).named_children()]
     ['affine', 'norm', 'act', 'dropout']
@@ -20,7 +20,7 @@ def activated(
 
 
 def he_init(model: nn.Module) -> None:
-    """Every convolution drawn as in He et al. 2015, eq. 10: normal, of variance 2 / (inputs of one unit); biases 0."""
+    """Initialise convolutions as in He et al. 2015, eq. 10: normal with variance 2 / fan-in; biases 0. In place."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""C1 of Keskar et al. 2017, a small AlexNet; our reading of one paragraph."""
+"""C1 of Keskar et al. 2017, a small AlexNet. The paper describes it in one paragraph; other details are chosen here."""
 
 from collections import OrderedDict
 
@@ -8,11 +8,11 @@ from gengap_dist.models.blocks import activated
 
 
 def c1(*, num_classes: int, in_channels: int, image_size: int = 32) -> nn.Sequential:
-    """Two convolutions of 64 filters, 5 x 5 with stride 2, each with max pooling over 3; 384 and 192 units; `head`.
+    """Two 5 x 5 convolutions with 64 filters and stride 2, each with 3 x 3 max pooling; 384 and 192 units; `head`.
 
-    Batch norm in every hidden layer, dropout of one half in the two fully connected ones. The paper gives neither the
-    pooling's stride nor paddings: here pooling has stride 2, as AlexNet's has, and both are padded so that each halves
-    the image, rounding up, whatever its size. On 32 x 32 x 3 with 10 classes: 283,274 parameters.
+    All hidden layers have batch norm; the two fully connected ones have dropout with probability 0.5. The paper gives
+    neither pooling stride nor padding: here pooling has stride 2 as in AlexNet, and the padding is chosen so that
+    convolution and pooling each halve the image, rounding up. 283,274 parameters on 32 x 32 x 3 with 10 classes.
     """
     side = -(-image_size // 16)
     layers: OrderedDict[str, nn.Module] = OrderedDict()

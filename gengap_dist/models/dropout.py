@@ -1,4 +1,4 @@
-"""Dropout whose draws belong to a sample of a step, not to the rank or the micro-batch that the sample is in."""
+"""Dropout whose random mask depends on step and sample, not on the rank or the micro-batch of the sample."""
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +8,10 @@ from gengap_dist.models.sample_position import SamplePosition
 
 
 class SampleDropout(nn.Dropout):
-    """nn.Dropout, drawn from (step, layer, call of it in a pass, position in the global batch, unit)."""
+    """nn.Dropout whose mask is a hash of (step, layer, call in a pass, position in the global batch, unit)."""
 
     def __init__(self, p: float, layer: int, position: SamplePosition) -> None:
-        """Drop units with probability p; `layer` tells this layer's draws from others'."""
+        """Drop units with probability p; `layer` is a number that gives each layer its own mask."""
         super().__init__(p)
         self.layer, self.position = layer, position
 
@@ -28,8 +28,8 @@ class SampleDropout(nn.Dropout):
 
 
 def replace_dropout(model: nn.Module, position: SamplePosition) -> None:
-    """Put SampleDropout in the place of every nn.Dropout, in place; dropout of other kinds stays what it is."""
-    every = model.named_modules(remove_duplicate=False)  # a layer that goes by two names gets draws for each
-    for number, (path, old) in enumerate([(path, old) for path, old in every if type(old) is nn.Dropout]):
+    """Replace every nn.Dropout by SampleDropout, in place; other kinds of dropout do not change."""
+    modules = model.named_modules(remove_duplicate=False)  # a layer with two names gets a mask for each
+    for number, (path, old) in enumerate([(path, old) for path, old in modules if type(old) is nn.Dropout]):
         parent, _, last = path.rpartition(".")
         setattr(model.get_submodule(parent), last, SampleDropout(old.p, number, position))

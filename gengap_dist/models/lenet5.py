@@ -1,4 +1,4 @@
-"""LeNet-5 (LeCun et al. 1998) as it is used today: ReLU, max pooling, a plain linear classifier."""
+"""LeNet-5 (LeCun et al. 1998) in its present form: ReLU, max pooling and a linear classifier."""
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ class LeNet5(nn.Module):
     """Two convolutions with pooling, then 120, 84 and num_classes units."""
 
     def __init__(self, num_classes: int, in_channels: int, image_size: int, activation: str) -> None:
-        """Weights as torch initialises them."""
+        """Build the layers, with torch's default initialisation."""
         super().__init__()
         side = ((image_size - 4) // 2 - 4) // 2
         if side < 1:
@@ -28,8 +28,8 @@ class LeNet5(nn.Module):
 
 
 def lenet5(*, num_classes: int, in_channels: int, image_size: int = 32, activation: str = "relu") -> LeNet5:
-    """LeNet-5 for images of any size from 16; 61,706 parameters on 32 x 32 x 1 with 10 classes.
+    """LeNet-5 for images of at least 16 x 16 pixels; 61,706 parameters on 32 x 32 x 1 with 10 classes.
 
-    Its linear variant keeps the max pooling, so it is a control without ReLU, not a linear map of the image.
+    The linear variant keeps max pooling: it is a control without ReLU, not a linear map of the image.
     """
     return LeNet5(num_classes, in_channels, image_size, activation)

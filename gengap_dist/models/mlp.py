@@ -17,7 +17,7 @@ def mlp(
     widths: tuple[int, ...] = F1_WIDTHS,
     activation: str = "relu",
 ) -> nn.Sequential:
-    """Images to logits through `widths` hidden units; layers are named fc1, fc2, ... and the classifier `head`.
+    """Multilayer perceptron with `widths` hidden units; layers are named fc1, fc2, ..., and the classifier `head`.
 
     >>> model = mlp(num_classes=10, in_channels=1, image_size=4, widths=(8,))
     >>> [name for name, _ in model.named_children()]
@@ -32,5 +32,5 @@ def mlp(
 
 
 def f1(*, num_classes: int, in_channels: int, image_size: int = 28) -> nn.Sequential:
-    """F1 of Keskar et al. 2017: five hidden layers of 512, on their 28 x 28 x 1 images 1,462,794 parameters."""
+    """F1 of Keskar et al. 2017: five hidden layers of 512 units; 1,462,794 parameters on 28 x 28 x 1 images."""
     return mlp(num_classes=num_classes, in_channels=in_channels, image_size=image_size, widths=F1_WIDTHS)

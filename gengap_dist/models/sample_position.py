@@ -1,4 +1,4 @@
-"""Where in the global batch the samples are that a network is given: what a layer must know to be cut-independent."""
+"""Position of a micro-batch in the global batch, for layers whose result must not depend on ranks or micro-batches."""
 
 from dataclasses import dataclass, field
 
@@ -7,30 +7,29 @@ from torch import nn
 
 @dataclass
 class SamplePosition:
-    """Samples `start` .. `start + n` of a global batch; one object for all layers of a network that ask for it.
+    """Samples `start` .. `start + n` of a global batch; all layers of a network share one object.
 
-    Layers that never hear of a global batch, as when a network is tried out alone, take what they are given for all
-    of it.
+    If no position is set, as for a network outside of a run, layers treat their input as the whole global batch.
     """
 
     start: int = 0
     global_size: int | None = None
-    """Samples of the whole step; None: as many as are given."""
+    """Number of samples in the step; None: the size of the input."""
     num_ranks: int = 1
-    """Over which the step's samples are spread, and whose buffers are averaged before they are used."""
+    """Number of ranks that share the step; their buffers are averaged before use."""
     key: tuple[int, ...] = (0,)
-    """Tells the draws of one step from another's, as dropout needs."""
+    """Numbers that identify the step, for the random masks of dropout."""
 
     calls: dict[int, int] = field(default_factory=dict)
-    """How often each layer that draws was called here: a network may call one several times in a pass."""
+    """Layer number to its number of calls in this pass minus 1: a network may call a layer several times."""
 
-    def at(self, start: int, global_size: int, num_ranks: int, *key: int) -> None:
-        """Move, or begin another pass at the same place."""
+    def move_to(self, start: int, global_size: int, num_ranks: int, *key: int) -> None:
+        """Set the position, and start a new pass."""
         self.start, self.global_size, self.num_ranks, self.key = start, global_size, num_ranks, key
         self.calls.clear()
 
 
 def position_of(model: nn.Module) -> SamplePosition:
-    """The position that the layers of `model` look at, or one that nobody looks at."""
-    found = (getattr(module, "position", None) for module in model.modules())
-    return next((position for position in found if isinstance(position, SamplePosition)), SamplePosition())
+    """The position object that the layers of `model` share; a new one if no layer uses it."""
+    positions = (getattr(module, "position", None) for module in model.modules())
+    return next((position for position in positions if isinstance(position, SamplePosition)), SamplePosition())

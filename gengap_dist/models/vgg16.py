@@ -1,4 +1,4 @@
-"""VGG-16 for small images: our reading of configuration D of Simonyan & Zisserman 2015, as it is used on CIFAR."""
+"""VGG-16 for small images: configuration D of Simonyan & Zisserman 2015, adapted as usual on CIFAR."""
 
 from collections import OrderedDict
 
@@ -8,15 +8,15 @@ from gengap_dist.errors import UsageError
 from gengap_dist.models.blocks import activated, he_init
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Channels of the convolutions between two poolings."""
+"""Channels of the convolutions of each stage; max pooling follows each stage."""
 
 
 def vgg16(*, num_classes: int, in_channels: int, image_size: int = 32) -> nn.Sequential:
     """13 convolutions conv1_1 ... conv5_3 with batch norm, in five stages that halve the image; then fc1, fc2, fc3.
 
-    The original's fully connected layers of 4,096 are 512 wide here, for an image of 32 pixels is 1 x 1 x 512 after the
-    last pooling; they have neither batch norm nor dropout. Convolutions keep their biases, so that without batch norm
-    this is the plain VGG-16. Parameters on 32 x 32 x 3 with 10 classes: 15,253,578, of which 8,448 are batch norm's.
+    The fully connected layers have 512 units, not 4,096 as in the paper, because a 32 x 32 image is 1 x 1 x 512 after
+    the last pooling; they have neither batch norm nor dropout. Convolutions keep their biases, so that without batch
+    norm this is the original VGG-16. 15,253,578 parameters on 32 x 32 x 3 with 10 classes, 8,448 of them in batch norm.
 
     Raises:
         UsageError: if the image cannot be halved five times.

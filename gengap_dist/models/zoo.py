@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm by name, untrained, for any number of classes and channels."""
+"""Untrained networks of torchvision and timm by name, for any number of classes and channels."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from gengap_dist.errors import UsageError, did_you_mean
 
 
 def torchvision_model(name: str, *, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """`torchvision.models` by name; the first convolution is made anew if the images have not three channels.
+    """A network of `torchvision.models`; the first convolution is replaced if the images do not have three channels.
 
     Raises:
-        UsageError: if there is no such network, or it cannot take images of this size.
+        UsageError: if the network is unknown, or does not accept images of this size.
 
     >>> torchvision_model("resnet18", num_classes=10, in_channels=1, image_size=32).conv1.in_channels
     1
@@ -27,7 +27,7 @@ def torchvision_model(name: str, *, num_classes: int, in_channels: int, image_si
     options: dict[str, Any] = {"num_classes": num_classes}
     if name.startswith("vit_"):
         options["image_size"] = image_size
-    if name in ("googlenet", "inception_v3"):  # one output, in training as well
+    if name in ("googlenet", "inception_v3"):  # a single output, also in training
         options |= {"aux_logits": False, "init_weights": True}
     try:
         model = models.get_model(name, weights=None, **options)
@@ -37,11 +37,11 @@ def torchvision_model(name: str, *, num_classes: int, in_channels: int, image_si
             f"({error or type(error).__name__}): choose another data.image_size or another network"
         ) from None
     if in_channels != 3:
-        _take_channels(model, in_channels)
+        _replace_first_convolution(model, in_channels)
     return model
 
 
-def _take_channels(model: nn.Module, in_channels: int) -> None:
+def _replace_first_convolution(model: nn.Module, in_channels: int) -> None:
     path, first = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     parent, _, last = path.rpartition(".")
     settings: dict[str, Any] = {
@@ -54,7 +54,7 @@ def timm_model(name: str, *, num_classes: int, in_channels: int, image_size: int
     """A network of timm by name.
 
     Raises:
-        UsageError: if timm is not installed, has no such network, or it cannot take images of this size.
+        UsageError: if timm is not installed, or the network is unknown or does not accept images of this size.
     """
     try:
         import timm
@@ -65,9 +65,9 @@ def timm_model(name: str, *, num_classes: int, in_channels: int, image_size: int
             f"model.name (timm:{name}) is not a network of timm{did_you_mean(name, timm.list_models())}: "
             "see timm.list_models()"
         )
-    facts = timm.get_pretrained_cfg(name)
+    pretrained_config = timm.get_pretrained_cfg(name)
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_channels}
-    if getattr(facts, "fixed_input_size", False):
+    if getattr(pretrained_config, "fixed_input_size", False):
         options["img_size"] = image_size
     try:
         return timm.create_model(name, pretrained=False, **options)

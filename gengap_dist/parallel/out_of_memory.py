@@ -96,13 +96,13 @@ def explaining_out_of_memory(world: World) -> Iterator[None]:
         if count == 0:
             raise
         if not mine:
-            raise OutOfMemory(f"another rank ran out of its GPU's memory: {REMEDY}", told=True) from error
+            raise OutOfMemory(f"another rank ran out of its GPU's memory: {REMEDY}", reported_elsewhere=True) from error
         place = world.timer.failed_phase or world.timer.current
         total = torch.cuda.get_device_properties(world.device).total_memory
         raise OutOfMemory(
             f"rank {world.rank} ran out of the memory of its GPU ({torch.cuda.get_device_name(world.device)}, "
             f"{total / 2**30:.3g} GiB) in {place.activity} (step {place.step}; {library_message(error)}): {REMEDY}",
-            told=count > 1,
+            reported_elsewhere=count > 1,
         ) from error
 
 

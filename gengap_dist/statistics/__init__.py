@@ -1,1 +1,1 @@
-"""Formulas over plain numbers: no runs, no settings. numpy and scipy only."""
+"""Statistical formulas on plain numbers, without runs or settings. Needs only numpy and scipy."""

@@ -1,4 +1,4 @@
-"""Correlations of centred variables, their intervals and p values. Pure."""
+"""Correlations of centred variables, their confidence intervals and p values; pure functions."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ import numpy as np
 from gengap_dist.statistics.paired import CONFIDENCE, Interval
 
 
-def less_group_mean(values: np.ndarray, group_labels: Sequence[int]) -> np.ndarray:
-    """Values [n], each less the mean of the values that have the same label.
+def subtract_group_mean(values: np.ndarray, group_labels: Sequence[int]) -> np.ndarray:
+    """Values [n] minus the mean of the values with the same label, [n].
 
-    >>> less_group_mean(np.array([1.0, 3.0, 5.0]), [0, 0, 1])
+    >>> subtract_group_mean(np.array([1.0, 3.0, 5.0]), [0, 0, 1])
     array([-1.,  1.,  0.])
     """
     groups = np.array(group_labels)
@@ -21,7 +21,7 @@ def less_group_mean(values: np.ndarray, group_labels: Sequence[int]) -> np.ndarr
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Sum x y / sqrt(sum x^2 sum y^2) of two centred variables [n]; None if one does not vary.
+    """Sum x y / sqrt(sum x^2 sum y^2) of two centred variables [n]; None if one of them is constant.
 
     >>> round(pearson(np.array([-1.0, 0.0, 1.0]), np.array([-1.0, -1.0, 2.0])), 6)
     0.866025
@@ -33,39 +33,41 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def partial_correlation(x: np.ndarray, y: np.ndarray, u: np.ndarray) -> float | None:
-    """Of x and y [n] with u held constant, all centred; None if u leaves nothing of one of them, or does not vary.
+    """Partial correlation of x and y [n] given u, all centred; None if u explains one of them, or one is constant.
 
     >>> x, y, u = np.array([[1.0, -1.0, 1.0, -1.0], [1.0, -1.0, -1.0, 1.0], [1.0, 1.0, -1.0, -1.0]])
-    >>> round(pearson(x + u, y + u), 6), abs(round(partial_correlation(x + u, y + u, u), 6))  # together only by u
+    >>> round(pearson(x + u, y + u), 6), abs(round(partial_correlation(x + u, y + u, u), 6))  # related only through u
     (0.5, 0.0)
     """
     xy, xu, yu = pearson(x, y), pearson(x, u), pearson(y, u)
     if xy is None or xu is None or yu is None:
         return None
-    left = (1 - xu**2) * (1 - yu**2)
-    if left < 1e-9:
+    unexplained = (1 - xu**2) * (1 - yu**2)
+    if unexplained < 1e-9:
         return None
-    return float(np.clip((xy - xu * yu) / left**0.5, -1.0, 1.0))
+    return float(np.clip((xy - xu * yu) / unexplained**0.5, -1.0, 1.0))
 
 
-def fisher(r: float, num: int, held: int = 0) -> Interval | None:
-    """95% interval of a correlation of `num` independent observations, `held` variables held constant.
+def fisher_interval(r: float, num: int, num_controls: int = 0) -> Interval | None:
+    """95% interval of a correlation of `num` independent observations (Fisher's z), given `num_controls` variables.
 
-    >>> [round(end, 3) for end in fisher(0.5, 28)]
+    None for fewer than num_controls + 4 observations.
+
+    >>> [round(end, 3) for end in fisher_interval(0.5, 28)]
     [0.156, 0.736]
-    >>> fisher(0.5, 3)
+    >>> fisher_interval(0.5, 3)
     """
-    if num - 3 - held < 1:
+    if num - 3 - num_controls < 1:
         return None
     from scipy import stats  # slow to import, see paired.py
 
-    half = stats.norm.ppf((1 + CONFIDENCE) / 2) / (num - 3 - held) ** 0.5
+    half = stats.norm.ppf((1 + CONFIDENCE) / 2) / (num - 3 - num_controls) ** 0.5
     z = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
     return (float(np.tanh(z - half)), float(np.tanh(z + half)))
 
 
 def p_value_of_r(r: float, num: int) -> float | None:
-    """Two-sided p of a correlation of `num` independent observations: t = r sqrt((num - 2) / (1 - r^2)), num - 2 df.
+    """Two-sided p value of a correlation of `num` observations: t = r sqrt((num - 2) / (1 - r^2)), num - 2 df.
 
     >>> round(p_value_of_r(0.5, 28), 4), p_value_of_r(0.5, 2)
     (0.0067, None)

@@ -1,6 +1,6 @@
-"""Paired comparison of arms: same seed, same initialisation, same order seed; only the arm differs.
+"""Paired comparison of arms: runs with the same seed share initialisation and sample order; only the arm differs.
 
-scipy takes a second to import, and one run alone has nothing to compare: it is imported where it is needed.
+scipy takes a second to import and a single run does not need it, so functions import it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,33 +9,34 @@ from typing import NamedTuple
 import numpy as np
 
 CONFIDENCE = 0.95
-POWER = 0.8  # with which a detectable difference is found
+POWER = 0.8  # of the test that defines the minimum detectable effect
 NUM_RESAMPLES = 9999
 
 
 class Paired(NamedTuple):
-    """Mean of paired differences, with two intervals: which to trust is in the note of `paired`."""
+    """Mean of paired differences, with two confidence intervals; `paired` explains which to use."""
 
     mean: float
     bootstrap: tuple[float, float] | None
     """95% bootstrap over pairs; None for fewer than two pairs."""
     student: tuple[float, float] | None
-    """95% Student t interval; None for fewer than two pairs, and where equal differences give no spread to judge by."""
+    """95% Student t interval; None for fewer than two pairs, and if all differences are equal."""
     differences: dict[int, float]
     """Seed to difference."""
 
 
 def paired(baseline: Mapping[int, float], arm: Mapping[int, float]) -> Paired:
-    """Baseline minus arm over the seeds that both have.
+    """Mean of baseline minus arm over the common seeds, with intervals.
 
-    The bootstrap takes expanded percentiles (Hesterberg 2015, The American Statistician 69:371): those at
-    Phi(-sqrt(n / (n - 1)) t_{0.975, n-1}) and its mirror, not at 0.025 and 0.975, which are too narrow by as much as
-    the spread of few values is too small. It assumes nothing, but cannot reach beyond the smallest and largest
-    difference: of normal differences it covers the truth in 77% of cases with 3 pairs, 92% with 5, 94% with 8. The t
-    interval assumes normal differences and keeps its 95% for any n. For fewer than 8 pairs read the t interval.
+    The bootstrap uses expanded percentiles (Hesterberg 2015, The American Statistician 69:371), p =
+    Phi(-sqrt(n / (n - 1)) t_{0.975, n-1}) and 1 - p. The usual 0.025 and 0.975 give too narrow intervals for small n,
+    because the standard deviation of few values is too small. The bootstrap assumes no distribution, but cannot extend
+    beyond the smallest and the largest difference: for normal differences it covers the true mean in 77% of cases with
+    3 pairs, 92% with 5, 94% with 8. The t interval assumes normal differences and covers 95% for any n. For fewer than
+    8 pairs use the t interval.
 
     Raises:
-        ValueError: if no seed is in both.
+        ValueError: if there is no common seed.
 
     >>> result = paired({0: 0.9, 1: 0.8, 2: 0.85}, {0: 0.8, 1: 0.7, 2: 0.75})
     >>> round(result.mean, 9), sorted(result.differences)
@@ -50,7 +51,7 @@ def paired(baseline: Mapping[int, float], arm: Mapping[int, float]) -> Paired:
         from scipy import stats
 
         tail = float(stats.norm.cdf(-((n / (n - 1)) ** 0.5) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)))
-        drawn = stats.bootstrap(
+        interval = stats.bootstrap(
             (values,),
             np.mean,
             n_resamples=NUM_RESAMPLES,
@@ -58,13 +59,13 @@ def paired(baseline: Mapping[int, float], arm: Mapping[int, float]) -> Paired:
             method="percentile",
             rng=np.random.default_rng(0),
         ).confidence_interval
-        bootstrap = (float(drawn.low), float(drawn.high))
+        bootstrap = (float(interval.low), float(interval.high))
     student = None if p_value(values) is None else t_interval(values)
     return Paired(float(values.mean()), bootstrap, student, by_seed)
 
 
 def differences(baseline: Mapping[int, float], arm: Mapping[int, float]) -> dict[int, float]:
-    """Baseline minus arm, of the seeds that both have, in order.
+    """Seed to baseline minus arm, for the common seeds in ascending order.
 
     >>> differences({0: 3.0, 1: 5.0, 2: 1.0}, {1: 1.0, 0: 1.0, 7: 0.0})
     {0: 2.0, 1: 4.0}
@@ -73,7 +74,7 @@ def differences(baseline: Mapping[int, float], arm: Mapping[int, float]) -> dict
 
 
 def t_interval(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """The mean -+ t_{(1 + confidence) / 2, n-1} sd / sqrt(n), sd with n - 1; None for fewer than two values.
+    """Confidence interval mean -+ t_{(1 + confidence) / 2, n-1} sd / sqrt(n), sd with n - 1; None for n < 2.
 
     >>> [round(end, 6) for end in t_interval([1.0, 3.0])]  # t = 12.7062, sd / sqrt(n) = 1
     [-10.706205, 14.706205]
@@ -81,14 +82,14 @@ def t_interval(values: Sequence[float] | np.ndarray, confidence: float = CONFIDE
     n = len(values)
     if n < 2:
         return None
-    mean, half = float(np.mean(values)), float(t_half(values, confidence))
-    return (mean - half, mean + half)
+    mean, half_width = float(np.mean(values)), float(t_half_width(values, confidence))
+    return (mean - half_width, mean + half_width)
 
 
-def t_half(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
-    """Half of the t interval over the first axis, [n, ...] to [...], n > 1.
+def t_half_width(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
+    """Half width of the t interval over the first axis, [n, ...] to [...], n > 1.
 
-    >>> t_half(np.array([[1.0, 10.0], [3.0, 30.0]])).round(4)
+    >>> t_half_width(np.array([[1.0, 10.0], [3.0, 30.0]])).round(4)
     array([ 12.7062, 127.062 ])
     """
     from scipy import stats
@@ -98,7 +99,7 @@ def t_half(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENCE)
 
 
 def p_value(values: Sequence[float] | np.ndarray) -> float | None:
-    """Two-sided p of Student's t test that the mean is 0; None where equal or fewer than two values give no spread.
+    """Two-sided p value of Student's t test that the mean is 0; None for fewer than two values or all equal values.
 
     >>> round(p_value([1.0, 3.0]), 6)  # t = 2 with one degree of freedom
     0.295167
@@ -114,28 +115,33 @@ def p_value(values: Sequence[float] | np.ndarray) -> float | None:
     return float(2 * stats.t.sf(abs(t), n - 1))
 
 
-def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """P values corrected for their number (Holm 1979): p_(i) becomes min(1, max over j <= i of (m - j + 1) p_(j)).
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """P values corrected for multiple tests (Holm 1979): p_(i) becomes min(1, max over j <= i of (m - j + 1) p_(j)).
 
-    Where all are compared with 0.05, the chance of one or more false alarms is 5%. None stays None and is not counted.
+    With a threshold of 0.05 the probability of one or more false positives is at most 5%. None stays None and is not
+    counted.
 
     >>> holm([0.01, 0.04, None, 0.03])
     [0.03, 0.06, None, 0.06]
     """
-    found = sorted((p, at) for at, p in enumerate(ps) if p is not None)
-    out: list[float | None] = [None] * len(ps)
+    ascending = sorted((p, position) for position, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
-    for number, (p, at) in enumerate(found):
-        highest = max(highest, min(1.0, (len(found) - number) * p))
-        out[at] = highest
-    return out
+    for number, (p, position) in enumerate(ascending):
+        highest = max(highest, min(1.0, (len(ascending) - number) * p))
+        corrected[position] = highest
+    return corrected
 
 
 def minimum_detectable_effect(deviation: float, num_pairs: int) -> float:
-    """The true difference that the two-sided paired t test at 5% finds with a power of 80%; nan below two pairs.
+    """The true difference that the two-sided paired t test at 5% detects with power 80%; nan for fewer than two pairs.
 
-    It solves P(T > t_{0.975, n-1}) = 0.8 for d, where T is noncentral t with d sqrt(n) / deviation (the other tail has
-    less than 1e-4 there).
+    Solves P(T > t_{0.975, n-1}) = 0.8 for d, where T is noncentral t with parameter d sqrt(n) / deviation (the other
+    tail is below 1e-4 there).
+
+    Args:
+        deviation: standard deviation of the paired differences.
+        num_pairs: n.
 
     >>> round(minimum_detectable_effect(1.0, 3), 2), round(minimum_detectable_effect(1.0, 16), 2)
     (3.26, 0.75)
@@ -146,16 +152,16 @@ def minimum_detectable_effect(deviation: float, num_pairs: int) -> float:
 
     df, limit = num_pairs - 1, stats.t.ppf((1 + CONFIDENCE) / 2, num_pairs - 1)
 
-    def lacking(shift: float) -> float:
-        return float(stats.nct.sf(limit, df, shift)) - POWER
+    def missing_power(noncentrality: float) -> float:
+        return float(stats.nct.sf(limit, df, noncentrality)) - POWER
 
-    return optimize.root_scalar(lacking, bracket=(0.0, 20.0)).root * deviation / num_pairs**0.5
+    return optimize.root_scalar(missing_power, bracket=(0.0, 20.0)).root * deviation / num_pairs**0.5
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1) over seeds; the deviation of one value is nan.
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1) over seeds; the standard deviation of one value is nan.
 
-    >>> spread([1.0, 3.0])
+    >>> mean_and_std([1.0, 3.0])
     (2.0, 1.4142135623730951)
     """
     array = np.array(values)

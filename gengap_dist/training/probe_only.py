@@ -37,7 +37,7 @@ def probe(
     with training_float32(world.device, tf32=config.train.tf32), explaining_out_of_memory(world):
         splits = load_data(config, world, lambda done, total, note: None)
         model = build_model(config, splits, world)
-        train_set = datasets.placed(splits, config.data, world.device).train
+        train_set = datasets.place_splits(splits, config.data, world.device).train
         normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         batches = BatchLoader(train_set, normalise, config.data, config.seed)
         observer = ProbeObserver(config, train_set, normalise, flat(model), world)

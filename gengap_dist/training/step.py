@@ -96,7 +96,7 @@ def accumulate(strategy: Strategy, batches: BatchLoader, work: StepBatch, object
     watch = strategy.track_local_grad_norm and 0 < spans[0].size < len(indices)
     with objective.step_context(strategy, batches, work):
         for number, span in enumerate(spans, 1):
-            strategy.position.at(span.start, len(indices), world.size, *key)
+            strategy.position.move_to(span.start, len(indices), world.size, *key)
             with strategy.micro_step(last=number == len(spans)):
                 if not span.size:
                     zero_contribution_pass(strategy, batches, epoch)

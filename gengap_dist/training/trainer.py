@@ -140,7 +140,7 @@ class _Session:
         if world.device.type == "cpu":
             keep_freed_memory()
         splits = load_data(config, world, progress)
-        there = datasets.placed(splits, config.data, world.device)
+        there = datasets.place_splits(splits, config.data, world.device)
         self.train_set, self.val_set, self.test_set = there.train, there.val, there.test
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         self.batches = BatchLoader(self.train_set, self.normalise, config.data, config.seed)

@@ -48,7 +48,7 @@ def test_torchrun_gives_the_same_run(tmp_path, gengap):
         (["--batch.global_size", "-4"], "greater than 0"),
         (["--batch.global_size", "100000"], "larger than the training set of 1294"),
         (["--batch.ghost_size", "64", "--batch.global_size", "1000"], "ghost groups of 64"),
-        (["--data.name", "mnist"], "does not hold mnist"),
+        (["--data.name", "mnist"], "does not contain mnist"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--out", "/proc/nowhere"], "cannot be written"),
         (["--model.name", "tests.nothing:make"], "cannot be imported"),

@@ -36,7 +36,7 @@ def test_extends_is_relative_to_the_file_and_may_name_several(tmp_path):
         ("optmi: {lr: 1}", ["optmi", "did you mean optim"]),
         ("batch: {global_size: many}", ["batch.global_size (many)", "integer"]),
         ("batch: {global_size: 0}", ["batch.global_size (0)", "greater than 0"]),
-        ("batch: {micro_size: -3}", ["batch.micro_size (-3)", "greater than 0"]),
+        ("batch: {micro_size: -3}", ["batch.micro_size (-3)", "positive integer"]),
         ("batch: {global_size: 1000, ghost_size: 64}", ["1000", "ghost groups of 64", "multiple of 64"]),
         ("batch: {global_size: 64, ghost_size: 1}", ["batch.ghost_size (1)", "at least 2"]),
         ("batch: {global_size: 64, ghost_size: 32, micro_size: 8}", ["batch.micro_size (8)", "at least 32"]),
@@ -243,7 +243,7 @@ def test_axes_survive_a_file_and_extend_another(tmp_path):
     [
         ({"batch.global_size": []}, "study.axes.batch.global_size"),
         ({"batch.globl_size": [3]}, "study arm globl_size3: batch.globl_size is not a setting.*did you mean"),
-        ({"seed": [1, 2]}, "study arm seed1: seed is not an arm's to set"),
+        ({"seed": [1, 2]}, "study arm seed1: seed cannot be set by an arm"),
         ({"optim.lr": [0.1, 0.1]}, "name lr0.1 more than once"),
         ({"a": {"x y": {}}}, r"x y"),
         ({"batch": {"global_size": [64]}}, "study.axes"),

@@ -127,7 +127,7 @@ def test_a_folder_of_pictures(pictures):
     ("damage", "says"),
     [
         (lambda root: (root / "train/cat/0.png").write_bytes(b"\x89PNG"), "0.png cannot be read"),
-        (lambda root: shutil.rmtree(root / "test"), "not an image folder"),
+        (lambda root: shutil.rmtree(root / "test"), "is not an image folder"),
         (lambda root: (root / "test/dog").rename(root / "test/fox"), "class dog is not in both"),
     ],
 )
@@ -144,9 +144,9 @@ def test_jpeg_cifar10(real_data):
 
 
 def test_labels_out_of_range_are_refused():
-    with pytest.raises(UsageError, match="hold 10 at position 2, outside 0 to 9"):
+    with pytest.raises(UsageError, match="contain 10 at position 2, outside 0 to 9"):
         datasets.check_labels(torch.tensor([0, 9, 10]), 10, "training")
-    with pytest.raises(UsageError, match="hold -1 at position 0"):
+    with pytest.raises(UsageError, match="contain -1 at position 0"):
         datasets.check_labels(torch.tensor([-1]), 10, "test")
 
 

@@ -33,9 +33,9 @@ def test_what_is_expected_comes_in_any_pieces(monkeypatch, ahead, gathered_ahead
             assert torch.equal(images[piece], PIXELS[piece])
             assert torch.equal(images[torch.tensor([7])], PIXELS[7:8])
         assert torch.equal(images[step[:4]], PIXELS[step[:4]])  # a second pass, as SAM's
-    assert not images._expected
+    assert not images._prefetched
     images.prefetch(steps[0])
-    assert images._expected[0].num_gathered == gathered_ahead
+    assert images._prefetched[0].num_gathered == gathered_ahead
 
 
 def test_one_that_was_never_asked_for_does_not_end_reading_ahead():
@@ -53,5 +53,5 @@ def test_what_is_never_asked_for_does_not_pile_up():
     images = HostImages(PIXELS, CPU)
     for _ in range(20):
         images.prefetch(torch.arange(10))
-    assert len(images._expected) == host_images.MAX_PREFETCHED
+    assert len(images._prefetched) == host_images.MAX_PREFETCHED
     assert torch.equal(images[torch.arange(10)], PIXELS[:10])

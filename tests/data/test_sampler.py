@@ -95,13 +95,13 @@ def test_growth_is_none_but_under_grow():
 
 @pytest.mark.parametrize("milestones", [(0.5, 0.54), (0.01,), (0.99,)])
 def test_growth_that_no_epoch_would_see_is_refused(milestones):
-    with pytest.raises(UsageError, match=r"optim.milestones \(.*\) let the batch grow before epochs .* of 0 to 9"):
+    with pytest.raises(UsageError, match=r"optim.milestones \(.*\) increase the batch at epochs .* of 0 to 9"):
         batch_size_schedule(config(**GROW, optim__milestones=milestones, train__epochs=10))
 
 
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(UsageError, match=r"batch.global_size \(24\) is larger than the training set of 23"):
         EpochSampler(23, 24, seed=0)
-    says = r"batch.global_size \(4\), which optim.milestones let grow to 40 at epoch 3, is larger than .* 23 images"
+    says = r"batch.global_size \(4\), which optim.milestones increase to 40 at epoch 3, is larger than .* 23 images"
     with pytest.raises(UsageError, match=says):
         EpochSampler(23, 4, seed=0, growth=[(1, 8), (3, 40)])

@@ -64,7 +64,7 @@ def test_the_splits_are_those_in_memory(folder):
                 assert torch.equal(found, expected)
         assert on_disk.num_classes == held.num_classes
         assert on_disk.in_channels == 3
-        assert torch.equal(on_disk.mean_C, held.mean_C)  # of all 30: fewer than MEAN_OF
+        assert torch.equal(on_disk.mean_C, held.mean_C)  # of all 30: fewer than NUM_MEAN_IMAGES
         assert torch.equal(on_disk.std_C, held.std_C)
 
 
@@ -80,23 +80,23 @@ images = st.lists(st.integers(0, 2 * NUM - 1), max_size=12)
 
 
 @given(st.lists(st.tuples(images, images), max_size=6), st.integers(1, 15))
-def test_whatever_is_expected_the_pictures_asked_for_come(shelf, steps, most_ahead):
+def test_whatever_is_expected_the_pictures_asked_for_come(shelf, steps, max_prefetched):
     paths, pixels, pool = shelf
     pictures = StreamedImages(paths, SIZE, pool)
-    pictures.most_ahead = most_ahead
+    pictures.max_prefetched = max_prefetched
     for expected, _ in steps:  # as a run does: a step ahead, and probes in between
         pictures.prefetch(torch.tensor(expected, dtype=torch.int64))
     for expected, between in steps:
         for asked in (between, expected):
             assert torch.equal(pictures[torch.tensor(asked, dtype=torch.int64)], pixels[asked])
-            assert len(pictures._held) <= most_ahead
+            assert len(pictures._prefetched) <= max_prefetched
 
 
 @given(st.integers(1, 15), st.integers(1, 40), st.integers(0, 99))
-def test_nothing_that_was_expected_stays_behind(shelf, most_ahead, size, seed):
+def test_nothing_that_was_expected_stays_behind(shelf, max_prefetched, size, seed):
     paths, pixels, pool = shelf
     pictures = StreamedImages(paths, SIZE, pool)
-    pictures.most_ahead = most_ahead
+    pictures.max_prefetched = max_prefetched
     random = np.random.default_rng(seed)
     order = torch.from_numpy(np.concatenate([random.permutation(len(paths)) for _ in range(3)])).split(size)
     pictures.prefetch(order[0])
@@ -104,8 +104,8 @@ def test_nothing_that_was_expected_stays_behind(shelf, most_ahead, size, seed):
         pictures.prefetch(coming)
         for asked in step.split(7):
             assert torch.equal(pictures[asked], pixels[asked])
-    assert not pictures._held
-    assert not pictures._coming
+    assert not pictures._prefetched
+    assert not pictures._expected
 
 
 def test_expected_pictures_are_read_before_they_are_asked_for(own):
@@ -113,13 +113,13 @@ def test_expected_pictures_are_read_before_they_are_asked_for(own):
     pixels = torch.stack([read_image(path, SIZE) for path in paths])
     pool = ThreadPoolExecutor(2)
     pictures = StreamedImages(paths, SIZE, pool)
-    pictures.most_ahead = 6
+    pictures.max_prefetched = 6
     pictures.prefetch(torch.arange(10))
     pool.shutdown(wait=True)  # what was begun is done
     shutil.rmtree(own)
-    with pytest.raises(RuntimeError, match="shutdown"):  # the seventh is beyond most_ahead
+    with pytest.raises(RuntimeError, match="shutdown"):  # the seventh is beyond max_prefetched
         pictures[torch.tensor([6])]
-    pictures._coming.clear()
+    pictures._expected.clear()
     assert torch.equal(pictures[torch.arange(6)], pixels[:6])
 
 
@@ -135,7 +135,7 @@ def test_a_picture_expected_twice_is_read_ahead_twice(shelf):
 
 
 def test_mean_and_deviation_of_large_folders_come_from_a_fixed_sample(folder, monkeypatch):
-    monkeypatch.setattr(datasets, "MEAN_OF", 7)
+    monkeypatch.setattr(datasets, "NUM_MEAN_IMAGES", 7)
     config = folder_config(folder, streaming=True)
     splits, again, other = (datasets.load(c) for c in (config, config, config.model_copy(update={"split_seed": 1})))
     assert torch.equal(splits.mean_C, again.mean_C)
@@ -247,16 +247,16 @@ def test_a_damaged_picture_ends_a_run_of_two_ranks_with_one_sentence(own, gengap
 
 
 def test_only_image_folders_stay_on_disk():
-    with pytest.raises(ValueError, match=r"data.streaming \(true\) reads image folders, and digits is held in memory"):
+    with pytest.raises(ValueError, match=r"data.streaming \(true\) reads image folders only, and digits is loaded"):
         DataConfig(streaming=True)
 
 
 def test_a_cutout_larger_than_the_picture_is_refused():
     DataConfig(augment=("cutout",), cutout_size=32)
-    with pytest.raises(ValueError, match=r"data.cutout_size \(33\) is larger than the pictures of data.image_size"):
+    with pytest.raises(ValueError, match=r"data.cutout_size \(33\) is larger than the images of data.image_size"):
         DataConfig(augment=("cutout",), cutout_size=33)
 
 
 def test_a_crop_that_shifts_pictures_out_of_sight_is_refused():
-    with pytest.raises(ValueError, match=r"data.crop_padding \(32\) can shift a picture of 32 pixels out of"):
+    with pytest.raises(ValueError, match=r"data.crop_padding \(32\) can shift an image of 32 pixels out of"):
         DataConfig(augment=("crop",), crop_padding=32)

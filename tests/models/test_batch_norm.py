@@ -17,7 +17,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import (
     GhostBatchNorm,
     SyncBatchNorm,
-    _OverRanks,
+    _SyncBatchNormFunction,
     average_buffers,
     frozen_running_stats,
     has_batch_norm,
@@ -125,7 +125,7 @@ def test_ghost_does_not_know_ranks_and_micro_batches(cut, average_each_step):
             for start, stop in plan.micro_batches(rank):
                 if start == stop:
                     continue
-                strategy.position.at(start, cut.num, cut.ranks, step)
+                strategy.position.move_to(start, cut.num, cut.ranks, step)
                 outs.append(strategy.model(x[start:stop]))
                 (outs[-1] * pull[start:stop]).sum().backward()
         close(torch.cat(outs), want)
@@ -150,7 +150,7 @@ def statistics(model: nn.Module) -> list[torch.Tensor]:
 def test_all_ghost_layers_of_a_copy_look_at_one_position_of_their_own():
     net = treated(models.build("mlp", num_classes=2, in_channels=1, widths=(4, 4)), "ghost", 2)
     twin = copy.deepcopy(net)
-    position_of(twin).at(6, 12, 3)
+    position_of(twin).move_to(6, 12, 3)
     layers = [module for module in twin.modules() if isinstance(module, GhostBatchNorm)]
     assert [layer.position.start for layer in layers] == [6, 6]
     assert position_of(net) == SamplePosition()
@@ -225,7 +225,9 @@ def test_gradcheck_of_the_function_over_ranks(affine, channels_last):
     x = torch.randn(4, 2, 2, 2).double()
     x = (x.to(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
     weights = [torch.randn(2).double().requires_grad_() for _ in range(2)] if affine else [None, None]
-    assert torch.autograd.gradcheck(lambda *given: _OverRanks.apply(*given, 1e-3, World())[0], (x, *weights))
+    assert torch.autograd.gradcheck(
+        lambda *given: _SyncBatchNormFunction.apply(*given, 1e-3, World())[0], (x, *weights)
+    )
 
 
 def numeric(world, x, pull):
@@ -334,7 +336,7 @@ def test_sync_talks_in_training_only_and_a_copy_talks_to_the_same_ranks():
 
 def test_sync_over_ranks_refuses_a_second_derivative():
     x = torch.randn(4, 2, requires_grad=True)
-    out, *_ = _OverRanks.apply(x, None, None, 1e-5, World())
+    out, *_ = _SyncBatchNormFunction.apply(x, None, None, 1e-5, World())
     (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
@@ -439,14 +441,14 @@ class Own(nn.BatchNorm2d):
 @pytest.mark.parametrize("layer", [Own(3), nn.SyncBatchNorm(3)])
 def test_other_kinds_of_batch_norm_are_refused(layer, kind):
     net = nn.Sequential(nn.Sequential(layer))
-    with pytest.raises(UsageError, match=rf"model.norm cannot treat 0.0, a {type(layer).__name__}: leave it unset"):
+    with pytest.raises(UsageError, match=rf"model.norm cannot replace 0.0, a {type(layer).__name__}: leave it unset"):
         treated(net, kind, 2)
     assert type(treated(net, "local")[0][0]) is type(layer)
 
 
 @pytest.mark.parametrize("kind", ["ghost", "sync"])
 def test_a_cumulative_average_is_refused(kind):
-    with pytest.raises(UsageError, match=rf"model.norm \({kind}\) cannot treat 0, whose momentum is None"):
+    with pytest.raises(UsageError, match=rf"model.norm \({kind}\) cannot replace 0, whose momentum is None"):
         treated(nn.Sequential(nn.BatchNorm1d(3, momentum=None)), kind, 2)
 
 

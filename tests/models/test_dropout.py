@@ -19,7 +19,7 @@ NUM, UNITS = 64, 500
 def masks(p: float, step: int = 0, layer: int = 0, start: int = 0, num: int = NUM, seed: int = 0) -> torch.Tensor:
     """[num, UNITS], 1 where a unit is kept."""
     position = SamplePosition()
-    position.at(start, NUM, 1, seed, step)
+    position.move_to(start, NUM, 1, seed, step)
     return SampleDropout(p, layer, position)(torch.ones(num, UNITS)) * (1 - p)
 
 
@@ -48,7 +48,7 @@ def test_a_layer_called_twice_in_a_pass_draws_twice():
     position = SamplePosition()
     dropout, x, passes = SampleDropout(0.5, 0, position), torch.ones(NUM, UNITS), []
     for _ in range(2):
-        position.at(0, NUM, 1, 0, 0)
+        position.move_to(0, NUM, 1, 0, 0)
         passes.append((dropout(x), dropout(x)))
     (one, two), again = passes
     assert abs((one == two).float().mean() - 0.5) < 4 * 0.5 / one.numel() ** 0.5
@@ -61,11 +61,11 @@ def test_a_samples_draws_are_its_own_however_the_batch_is_cut(num, ranks, micro)
     x = torch.arange(1.0, num * 6 + 1).view(num, 2, 3)
     position = SamplePosition()
     dropout = SampleDropout(0.5, 3, position)
-    position.at(0, num, 1, 7, 1)
+    position.move_to(0, num, 1, 7, 1)
     want, parts = dropout(x), []
     for rank in range(ranks):
         for start, stop in BatchPlan(num, ranks, micro).micro_batches(rank):  # some are empty
-            position.at(start, num, ranks, 7, 1)
+            position.move_to(start, num, ranks, 7, 1)
             parts.append(dropout(x[start:stop]))
     assert torch.equal(torch.cat(parts), want)
 
@@ -121,7 +121,7 @@ def test_the_network_of_a_run_has_it():
     net.double()
 
     def out(step, start=0, stop=8):
-        position_of(net).at(start, 8, 1, 0, step)
+        position_of(net).move_to(start, 8, 1, 0, step)
         return net(images[start:stop].double())
 
     assert torch.equal(out(0), out(0))

@@ -185,7 +185,7 @@ def test_own_factory(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert models.build("mynet:make", num_classes=7, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
-    with pytest.raises(UsageError, match=r"mynet:wrong\) made a int"):
+    with pytest.raises(UsageError, match=r"mynet:wrong\) returned a int"):
         models.build("mynet:wrong", num_classes=7, in_channels=1)
     with pytest.raises(UsageError, match=r"mynet:mkae\) cannot be imported"):
         models.build("mynet:mkae", num_classes=7, in_channels=1)

@@ -170,7 +170,7 @@ def test_recompute_draws_the_same_where_a_layer_drops_twice():
     twice = copy.deepcopy(plain)
     checkpoint_blocks(twice)
     for model in (plain, twice):
-        model[0].drop.position.at(0, 3, 1, 0)
+        model[0].drop.position.move_to(0, 3, 1, 0)
         model(x).square().sum().backward()
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), twice.parameters(), strict=True))
     assert twice[0].drop.position.calls == plain[0].drop.position.calls != {}

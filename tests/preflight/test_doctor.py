@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gengap_dist.data.datasets import listings
+from gengap_dist.data.datasets import list_image_folders
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.errors import UsageError
 from gengap_dist.preflight import doctor_checks
@@ -276,14 +276,14 @@ def test_folders_of_pictures(tmp_path):
         (tmp_path / folder / "1.png").touch()
     wanted = config(data__name="imagefolder", data__root=str(tmp_path)).data
     with pytest.raises(UsageError, match="class b is not in both"):
-        listings(wanted)
+        list_image_folders(wanted)
     (tmp_path / "test" / "c").rename(tmp_path / "test" / "b")
-    assert [len(listing.samples) for listing in listings(wanted)] == [2, 2]
+    assert [len(listing.samples) for listing in list_image_folders(wanted)] == [2, 2]
     (tmp_path / "train" / "b" / "1.png").unlink()
     finding = doctor_checks.data(ask(data__name="imagefolder", data__root=str(tmp_path)))["data"]
     assert finding.status == FAIL
-    assert "needs one sub-folder of pictures per class" in finding.found
-    assert finding.remedy == f"arrange the files as {tmp_path}/train/CLASS/PICTURE.jpg"
+    assert "needs one sub-folder of images per class" in finding.found
+    assert finding.remedy == f"arrange the files as {tmp_path}/train/CLASS/IMAGE.jpg"
 
 
 def test_what_auto_remembers(tmp_path, monkeypatch):

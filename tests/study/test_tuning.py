@@ -188,7 +188,7 @@ def test_a_bad_tune_block_gets_one_sentence(change, says):
 def test_tuning_needs_validation_images_and_settings_that_no_arm_has():
     block = {"space": {"optim.lr": {"low": 0.1, "high": 1.0}}}
     config = validate(StudyConfig, {"data": {"val_fraction": 0}, "study": {"arms": [{"name": "a"}], "tune": block}})
-    with pytest.raises(UsageError, match=r"data.val_fraction is 0: hold some out"):
+    with pytest.raises(UsageError, match=r"data.val_fraction is 0: set it above 0"):
         config.run_config(config.arms[0], seed=0)
     with pytest.raises(UsageError, match=r"study arm a sets optim.lr, which study.tune.space tunes: leave one out"):
         validate(StudyConfig, {"study": {"arms": [{"name": "a", "set": {"optim.lr": 1}}], "tune": block}})

@@ -31,7 +31,7 @@ from gengap_dist.analysis.report.plotting import (
 )
 from gengap_dist.analysis.results import Comparison, Correlation
 from gengap_dist.analysis.study_data import StudyData
-from gengap_dist.statistics.paired import Interval, differences, spread, t_interval
+from gengap_dist.statistics.paired import Interval, differences, mean_and_std, t_interval
 
 HIGHEST_LOSS = 20.0  # upper limit of the axis; a diverging run may exceed it
 MAX_POINTS = 80  # of a curve: thousands of noisy steps hide the trend
@@ -360,9 +360,7 @@ def curves(study: StudyData) -> ReportFigure | None:
     handles = {line_style["label"]: Line2D([], [], **line_style) for line_style in line_styles.values()}
     figure.legend(handles=[*handles.values()], loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
     last_losses = {arm: [y[-1] for run in runs if len(y := run.series("train/loss")[1])] for arm, runs in arms}
-    alt_text = (
-        f"Last training loss: {listed([f'{arm} {spread(values)[0]:.3g}' for arm, values in last_losses.items()])}."
-    )
+    alt_text = f"Last training loss: {listed([f'{arm} {mean_and_std(values)[0]:.3g}' for arm, values in last_losses.items()])}."
     return ReportFigure(figure, alt_text, data)
 
 
@@ -370,7 +368,9 @@ def _line_styles(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]
     """Line style of each arm; of more than MAX_LINES arms, only the baseline, best and worst are highlighted."""
     if len(arms) <= MAX_LINES:
         return {arm: {"color": colour(study, arm), "linewidth": 1.6, "label": arm} for arm in arms}
-    means = {arm: spread([*results.values()])[0] for arm in arms if (results := study.results(arm, "test/accuracy"))}
+    means = {
+        arm: mean_and_std([*results.values()])[0] for arm in arms if (results := study.results(arm, "test/accuracy"))
+    }
     rest = sorted((arm for arm in means if arm != study.baseline), key=means.__getitem__)
     highlighted = {study.baseline: (WARM, "baseline")}
     if rest:

@@ -7,7 +7,7 @@ from gengap_dist.analysis.report.plotting import Row
 from gengap_dist.analysis.report.text import interval, last_layer, percent, points
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import RunData, StudyData, metric
-from gengap_dist.statistics.paired import Interval, spread
+from gengap_dist.statistics.paired import Interval, mean_and_std
 
 
 class Cell(NamedTuple):
@@ -59,7 +59,7 @@ def arm_table(study: StudyData, comparison: Comparison) -> Table:
                 rows.append([*row, *[MISSING] * (len(heads) - len(row))])
             continue
         accuracies, arm_gap = list(study.results(arm, "test/accuracy").values()), comparison.gaps.get(arm)
-        mean, deviation = spread(accuracies) if accuracies else (None, float("nan"))
+        mean, deviation = mean_and_std(accuracies) if accuracies else (None, float("nan"))
         row = [
             Cell(arm),
             number(runs[0].global_size, ","),
@@ -90,7 +90,7 @@ def arm_table(study: StudyData, comparison: Comparison) -> Table:
             final_values = [
                 run.untrained_and_trained(metric(name, last or "", threshold))[1] for run in study.finished_runs(arm)
             ]
-            row.append(number(spread(final_values)[0] if final_values else None, ".3g"))
+            row.append(number(mean_and_std(final_values)[0] if final_values else None, ".3g"))
         rows.append(row)
     return Table(
         "Arms",

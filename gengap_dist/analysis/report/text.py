@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gengap_dist.analysis.study_data import StudyData, metric
-from gengap_dist.statistics.paired import Paired, spread
+from gengap_dist.statistics.paired import Paired, mean_and_std
 
 if TYPE_CHECKING:  # they would import torch, and the driver of ranks needs none
     pass
@@ -53,7 +53,7 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
             if unfinished := study.unfinished_runs(arm):
                 rows.append([arm, "-", "-", f"0, {unfinished}", *["-"] * (6 if last else 4)])
             continue
-        mean, deviation = spread(accuracies) if accuracies else (None, float("nan"))
+        mean, deviation = mean_and_std(accuracies) if accuracies else (None, float("nan"))
         accuracy = percent(mean) + (f" ({100 * deviation:.2f})" if deviation == deviation else "")
         unfinished = study.unfinished_runs(arm)
         gap: Paired | None = None if arm == study.baseline else study.gap(arm)
@@ -72,7 +72,7 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
                 final_values = [
                     run.untrained_and_trained(metric(name, last, threshold))[1] for run in study.finished_runs(arm)
                 ]
-                row.append(f"{spread(final_values)[0]:.3g}" if final_values else "-")
+                row.append(f"{mean_and_std(final_values)[0]:.3g}" if final_values else "-")
         rows.append(row)
     return rows
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from gengap_dist.compat.fast_imports import fast_imports
-from gengap_dist.config.identity import MACHINERY
+from gengap_dist.config.identity import EXECUTION_SETTINGS
 from gengap_dist.config.loading import flat
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import (
@@ -298,7 +298,9 @@ class MlflowUploader:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         settings = flat(info["config"])
-        final = {key: value for key, value in settings.items() if not key.startswith(MACHINERY)}  # as params must be
+        final = {
+            key: value for key, value in settings.items() if not key.startswith(EXECUTION_SETTINGS)
+        }  # as params must be
         params = [Param(key, str(value)[:6000]) for key, value in final.items()]
         for at in range(0, len(params), 100):
             self.client.log_batch(run_id, params=params[at : at + 100])

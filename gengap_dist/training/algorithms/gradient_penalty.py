@@ -28,7 +28,7 @@ def gradient_penalty(coefficient: float) -> ComputeGradient:
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=world.device)
 
         def gradient(span: Span, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-            strategy.position.at(span.start, len(work.indices), world.size, *work.key)
+            strategy.position.move_to(span.start, len(work.indices), world.size, *work.key)
             with world.timer.span("forward"):
                 logits = strategy.local_forward(images)
                 loss_sum = objective.loss_sum(logits, labels)

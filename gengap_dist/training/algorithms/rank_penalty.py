@@ -97,7 +97,7 @@ class RankPenalty(Objective):
             for span in work.spans:
                 if span.size or strategy.has_sync_bn:
                     begin()
-                    strategy.position.at(span.start, len(work.indices), world.size, *work.key)
+                    strategy.position.move_to(span.start, len(work.indices), world.size, *work.key)
                     images, _ = batches(
                         work.indices[span.start : span.stop] if span.size else work.indices[:1], work.epoch
                     )

@@ -60,7 +60,7 @@ def recompute_running_stats(
         model.train()
         position = position_of(model)
         for start, stop in blocks(num_images, size, world):
-            position.at(start, num_images, 1, 0)
+            position.move_to(start, num_images, 1, 0)
             images, _ = batches(drawn[start:stop], epoch=0)
             model(images)
     told = world.all_reduce(torch.cat([total.flatten() for total in sums]), "running statistics")

@@ -25,7 +25,7 @@ import numpy as np
 from gengap_dist.distributed.batch_plan import split
 from gengap_dist.preflight.batch_layout import Cluster
 from gengap_dist.probes.layer_view import LayerView
-from gengap_dist.probes.spectra.accumulate import num_redistributions
+from gengap_dist.probes.spectra.accumulate import redistribution_blocks
 from gengap_dist.probes.spectra.gram import BUCKET_BYTES
 from gengap_dist.probes.spectra.measure import ColumnBlock, stream_bytes
 
@@ -149,15 +149,15 @@ def probe_messages(
     block_bytes = stream_bytes(device_type, memory_mib)
     rows = np.array(counts)
     sent, received, num_turns = np.zeros_like(rows), np.zeros_like(rows), 0
-    for piece in (piece for pieces in passes for piece in pieces if sites[piece.site].wide):
-        site = sites[piece.site]
-        row_bytes = site.rows_each * site.dtype.itemsize
-        for block in num_redistributions(piece.stop - piece.start, site.num_rows, num_ranks, block_bytes):
+    for piece in (piece for pieces in passes for piece in pieces if sites[piece.view_index].is_wide):
+        site = sites[piece.view_index]
+        row_bytes = site.rows_per_input * site.dtype.itemsize
+        for block in redistribution_blocks(piece.stop - piece.start, site.num_rows, num_ranks, block_bytes):
             shares = np.array([share.size for share in split(block.size, num_ranks)])
             sent += row_bytes * rows * (block.size - shares)
             received += row_bytes * (rows.sum() - rows) * shares
             num_turns += 1
-    facts = sum(1 if site.wide else site.num_units + 1 for site in sites)
+    facts = sum(1 if site.is_wide else site.num_units + 1 for site in sites)
     values = num_centrings * sum(min(site.num_units, site.num_rows) for site in sites)
     found = [
         Message("who has images", "all-reduce", 8 * (num_ranks + 10), 2),

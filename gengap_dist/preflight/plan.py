@@ -26,7 +26,7 @@ from gengap_dist.preflight.communication_model import Link, Message
 from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, workload
 from gengap_dist.probes import layer_view
 from gengap_dist.probes.activations import eval_context
-from gengap_dist.probes.layers import choose
+from gengap_dist.probes.layers import select_layers
 from gengap_dist.probes.spectra import measure
 from gengap_dist.training.algorithms.base import batch_plan_for
 from gengap_dist.training.algorithms.rank_penalty import RankPenalty
@@ -270,7 +270,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     counts = probe_counts(config, sizes, num_ranks)
     example = _example(config, sizes)
     with eval_context(model):
-        sites = layer_view.layer_views(choose(model, example, probe.layers), probe.views, sum(counts))
+        sites = layer_view.build_layer_views(select_layers(model, example, probe.layers), probe.views, sum(counts))
     passes = measure.plan_passes(sites, max(counts), probe.memory_mib)
     device_type = "cuda" if config.launch.device == "cuda" else "cpu"
     options = {"method": probe.method, "memory_mib": probe.memory_mib, "device_type": device_type}
@@ -279,7 +279,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     num_bytes = memory_model.probe_bytes(sites, passes, max(counts), stream) + max(counts) * example.nbytes
     forms = {
         "/".join(filter(None, (site.layer.name, site.view))): f"{site.num_rows} x {site.num_units}, kept as "
-        + f"{site.size} x {site.size} ({'rows' if site.wide else 'units'})"
+        + f"{site.size} x {site.size} ({'rows' if site.is_wide else 'units'})"
         for site in sites
     }
     on_wire = sum(message.on_wire(num_ranks) for message in messages)

@@ -65,7 +65,7 @@ def eval_context(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def capture_activations(layers: Sequence[Layer], take: Callable[[Layer, Tensor], None]) -> Iterator[Callable[[], None]]:
+def capture_activations(layers: Sequence[Layer], callback: Callable[[Layer, Tensor], None]) -> Iterator[Callable[[], None]]:
     """While open, `take(layer, activation)` is called for every layer of a forward pass.
 
     Yields a function to call before each forward pass: it starts counting the calls of a module anew.
@@ -76,7 +76,7 @@ def capture_activations(layers: Sequence[Layer], take: Callable[[Layer, Tensor],
     def fired(module: nn.Module, args: object, output: Tensor) -> None:
         calls[id(module)] += 1
         if layer := wanted.get((id(module), calls[id(module)])):
-            take(layer, output)
+            callback(layer, output)
 
     handles = [module.register_forward_hook(fired) for module in {id(m.module): m.module for m in layers}.values()]
     try:

@@ -37,7 +37,7 @@ def evenly(num: int, num_steps: int) -> Cadence:
     return due
 
 
-def at(steps: Iterable[int]) -> Cadence:
+def at_steps(steps: Iterable[int]) -> Cadence:
     """At these steps.
 
     >>> due = at([2, 8])
@@ -47,7 +47,7 @@ def at(steps: Iterable[int]) -> Cadence:
     return frozenset(steps).__contains__
 
 
-def either(*cadences: Cadence) -> Cadence:
+def any_of(*cadences: Cadence) -> Cadence:
     """Whenever any of them is due.
 
     >>> [step for step in range(13) if either(every(5), every(6))(step)]
@@ -56,8 +56,8 @@ def either(*cadences: Cadence) -> Cadence:
     return lambda step: any(due(step) for due in cadences)
 
 
-def exceeds(
-    budget: float, *, spent: float, each: float, rest_of_run: float, num_to_come: int, left_out_in_a_row: int
+def should_skip(
+    max_time_fraction: float, *, spent_seconds: float, seconds_each: float, other_seconds: float, num_remaining: int, num_skipped_in_a_row: int
 ) -> bool:
     """Whether to leave out a measurement that is due, so that all together keep to a share of the run's time.
 
@@ -78,10 +78,10 @@ def exceeds(
     >>> left_out(4, 0), left_out(8, 0), left_out(7, 1)
     (False, True, False)
     """
-    if budget >= 1:
+    if max_time_fraction >= 1:
         return False
-    affordable = math.floor((budget / (1 - budget) * rest_of_run - spent) / max(each, 1e-9) + 1e-9) - 1
-    return affordable < 1 or left_out_in_a_row + 1 < -(-num_to_come // affordable)
+    affordable = math.floor((max_time_fraction / (1 - max_time_fraction) * other_seconds - spent_seconds) / max(seconds_each, 1e-9) + 1e-9) - 1
+    return affordable < 1 or num_skipped_in_a_row + 1 < -(-num_remaining // affordable)
 
 
 def every(num: int) -> Cadence:

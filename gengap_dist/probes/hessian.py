@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.activations import eval_context, unwrapped
-from gengap_dist.probes.weights import flat, trainable
+from gengap_dist.probes.weights import flat_parameters, trainable_parameters
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -47,8 +47,8 @@ class MeanLoss:
             UsageError: if there are no samples on any rank, or no trainable parameters.
         """
         self._model, self._batches, self._world = unwrapped(model), batches, world
-        self._trainable = trainable(model)
-        self.weights_P = flat(model)
+        self._trainable = trainable_parameters(model)
+        self.weights_P = flat_parameters(model)
         samples = torch.tensor([sum(len(labels) for _, labels in batches)], device=self.weights_P.device)
         self._num_samples = int(world.all_reduce(samples))
         if not self._num_samples:
@@ -60,10 +60,10 @@ class MeanLoss:
         def block(weights: list[Tensor], loss: Tensor) -> Sequence[Tensor]:
             return loss, *torch.autograd.grad(loss, weights, materialize_grads=True)
 
-        mean = self._mean(block, at_P, 1 + len(at_P))
+        mean = self._mean_over_samples(block, at_P, 1 + len(at_P))
         return float(mean[0]), mean[1:]
 
-    def product(self, vector_P: Tensor) -> Tensor:
+    def hessian_vector_product(self, vector_P: Tensor) -> Tensor:
         """The Hessian at the model's weights times `vector_P`: [P] float64, by differentiating twice.
 
         Raises:
@@ -77,9 +77,9 @@ class MeanLoss:
             along = torch.stack([(slope * v).sum().double() for slope, v in zip(slopes, vectors, strict=True)]).sum()
             return torch.autograd.grad(along, weights, materialize_grads=True)
 
-        return self._mean(block, self.weights_P, len(vector_P))
+        return self._mean_over_samples(block, self.weights_P, len(vector_P))
 
-    def _mean(self, block: Callable[[list[Tensor], Tensor], Sequence[Tensor]], at_P: Tensor, length: int) -> Tensor:
+    def _mean_over_samples(self, per_block: Callable[[list[Tensor], Tensor], Sequence[Tensor]], at_P: Tensor, length: int) -> Tensor:
         """What `block(weights, sum of losses)` gives, end to end, summed over all blocks of all ranks, per sample."""
         total = torch.zeros(length + 1, dtype=torch.float64, device=self.weights_P.device)
         problem = None
@@ -88,7 +88,7 @@ class MeanLoss:
             try:
                 for images, labels in self._batches:
                     weights = [w.requires_grad_() for w in self._split(at_P)]
-                    parts = block(weights, self._loss_sum(weights, images, labels))
+                    parts = per_block(weights, self._loss_sum(weights, images, labels))
                     total[:-1] += torch.cat([part.detach().double().reshape(-1) for part in parts])
             except RuntimeError as error:
                 if "derivative" not in str(error):
@@ -173,7 +173,7 @@ def hessian_eigenvalues(
         return torch.randn(len(loss.weights_P), dtype=torch.float64, generator=generator)
 
     def product(vector_P: Tensor) -> Tensor:
-        return loss.product(vector_P.to(loss.weights_P.device)).cpu()
+        return loss.hessian_vector_product(vector_P.to(loss.weights_P.device)).cpu()
 
     rounding = min(64 * torch.finfo(loss.weights_P.dtype).eps, tolerance)
     found, residual = lanczos(product, draw, world, num, max_steps, tolerance, rounding)
@@ -189,8 +189,8 @@ def hessian_eigenvalues(
 
 
 def lanczos(
-    product: Callable[[Tensor], Tensor],
-    draw: Callable[[], Tensor],
+    operator: Callable[[Tensor], Tensor],
+    draw_vector: Callable[[], Tensor],
     world: World,
     num: int,
     max_steps: int,
@@ -218,7 +218,7 @@ def lanczos(
     >>> [round(value, 9) for value in values]
     [5.0, 5.0, 1.0]
     """
-    vector_P = draw()
+    vector_P = draw_vector()
     num, max_steps = min(num, len(vector_P)), min(max_steps, len(vector_P))
     basis_MP = vector_P.new_empty(max_steps, len(vector_P))
     known: list[tuple[float, float]] = []  # eigenvalues of closed subspaces, with their residuals
@@ -227,39 +227,39 @@ def lanczos(
     scale = 0.0
     for step in range(max_steps):
         basis_MP[step] = vector_P / vector_P.norm()
-        image_P = product(basis_MP[step])
+        image_P = operator(basis_MP[step])
         alphas.append(float(basis_MP[step] @ image_P))
-        vector_P = _outside(basis_MP[: step + 1], image_P)
+        vector_P = _orthogonalize(basis_MP[: step + 1], image_P)
         beta = float(vector_P.norm())
         if not math.isfinite(alphas[-1] + beta):  # the same on every rank, as `product` is
             return [math.nan] * num, math.nan
-        pairs = _ritz(alphas, betas, beta)
+        pairs = _ritz_pairs(alphas, betas, beta)
         best = sorted(known + pairs, reverse=True)
         scale = max(abs(best[0][0]), abs(best[-1][0]))
         closed = beta <= rounding * scale
         settled = len(pairs) >= num and all(residual <= tolerance * scale for _, residual in pairs[:num])
         done = num_closed + 1 == num if closed else settled
         # ranks on unlike machines may differ in the last bit: all do what rank 0 does
-        closed, done = map(bool, _of_first(world, [closed, done], basis_MP.device))
+        closed, done = map(bool, _broadcast_from_rank_0(world, [closed, done], basis_MP.device))
         if done:
             break
         betas.append(beta)
         if closed and step + 1 < max_steps:
             known, num_closed, alphas, betas = known + pairs, num_closed + 1, [], []
-            vector_P = _outside(basis_MP[: step + 1], draw())
+            vector_P = _orthogonalize(basis_MP[: step + 1], draw_vector())
     residual = max(residual for _, residual in best[:num]) / (scale or 1.0)
-    *found, residual = _of_first(world, [value for value, _ in best[:num]] + [residual], basis_MP.device)
+    *found, residual = _broadcast_from_rank_0(world, [value for value, _ in best[:num]] + [residual], basis_MP.device)
     return found, residual
 
 
-def _outside(basis_MP: Tensor, vector_P: Tensor) -> Tensor:
+def _orthogonalize(basis_MP: Tensor, vector_P: Tensor) -> Tensor:
     """`vector_P` without its part in the span of the rows; twice, as the first time leaves rounding of what it took."""
     for _ in range(2):
         vector_P = vector_P - basis_MP.T @ (basis_MP @ vector_P)
     return vector_P
 
 
-def _ritz(alphas: list[float], betas: list[float], beta: float) -> list[tuple[float, float]]:
+def _ritz_pairs(alphas: list[float], betas: list[float], beta: float) -> list[tuple[float, float]]:
     """Eigenvalues of the tridiagonal T, descending, each with its residual beta |last component of its eigenvector|.
 
     >>> _ritz([2.0, 1.0], [0.0], 0.5)
@@ -270,7 +270,7 @@ def _ritz(alphas: list[float], betas: list[float], beta: float) -> list[tuple[fl
     return [*zip(values.flip(0).tolist(), (beta * vectors[-1].abs()).flip(0).tolist(), strict=True)]
 
 
-def _of_first(world: World, values: Sequence[float], device: torch.device) -> list[float]:
+def _broadcast_from_rank_0(world: World, values: Sequence[float], device: torch.device) -> list[float]:
     """Rank 0's values, on every rank. Collective."""
     mine = torch.tensor(values, dtype=torch.float64, device=device)
     return world.all_reduce_to_cpu(mine if world.rank == 0 else torch.zeros_like(mine)).tolist()
@@ -308,12 +308,12 @@ def hessian_trace(
     for _ in range(num_vectors):
         signs_P = 2.0 * torch.randint(2, loss.weights_P.shape, generator=generator) - 1
         signs_P = signs_P.to(loss.weights_P.device, torch.float64)
-        found.append(float(signs_P @ loss.product(signs_P)))
-    values = torch.tensor(_of_first(world, found, loss.weights_P.device), dtype=torch.float64)
+        found.append(float(signs_P @ loss.hessian_vector_product(signs_P)))
+    values = torch.tensor(_broadcast_from_rank_0(world, found, loss.weights_P.device), dtype=torch.float64)
     return float(values.mean()), float(values.std() / num_vectors**0.5)
 
 
-def keskar(
+def keskar_sharpness(
     model: nn.Module, batches: Batches, *, world: World | None = None, epsilon: float = 1e-3, steps: int = 20
 ) -> float:
     """Sharpness by Keskar et al. 2017 (eq. 4, full space): 100 (max f(x + z) - f(x)) / (1 + f(x)). Collective.

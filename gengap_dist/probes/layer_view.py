@@ -17,7 +17,7 @@ class LayerView(NamedTuple):
 
     layer: Layer
     view: str
-    rows_each: int
+    rows_per_input: int
     """Rows that one input gives."""
     num_rows: int
     """N, over all inputs of all ranks."""
@@ -25,14 +25,14 @@ class LayerView(NamedTuple):
     """D."""
 
     @property
-    def wide(self) -> bool:
+    def is_wide(self) -> bool:
         """Whether the N x N form is the smaller one."""
         return self.num_units > self.num_rows
 
     @property
     def size(self) -> int:
         """k, the side of the matrix that is kept."""
-        return self.num_rows + 1 if self.wide else self.num_units
+        return self.num_rows + 1 if self.is_wide else self.num_units
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,10 +46,10 @@ class LayerView(NamedTuple):
 
     def column_bytes(self, num_inputs: int) -> int:
         """What a rank with so many inputs holds of a column until it is turned; nothing of a tall site's."""
-        return num_inputs * self.rows_each * self.dtype.itemsize if self.wide else 0
+        return num_inputs * self.rows_per_input * self.dtype.itemsize if self.is_wide else 0
 
 
-def layer_views(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> list[LayerView]:
+def build_layer_views(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> list[LayerView]:
     """Every layer in every view that was asked for and that its output has."""
     if unknown := [view for view in views if view not in VIEWS]:
         raise UsageError(f"probe.views ({unknown[0]}) is not a view: choose among {', '.join(VIEWS)}")

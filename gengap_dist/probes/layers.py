@@ -52,7 +52,7 @@ def reported_names(model: nn.Module) -> dict[str, str]:
     >>> reported_names(nn.Sequential(OrderedDict(fc1=unit)))
     {'fc1': 'fc1', 'fc1.affine': 'fc1.affine', 'fc1.act': 'fc1'}
     """
-    modules = uncompiled(model)
+    modules = uncompiled_modules(model)
     names = {}
     for name in modules:
         parent, _, last = name.rpartition(".")
@@ -61,7 +61,7 @@ def reported_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def uncompiled(model: nn.Module) -> dict[str, nn.Module]:
+def uncompiled_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All modules inside a network by name, as if torch.compile had wrapped none of them.
 
     >>> uncompiled(nn.Sequential(torch.compile(nn.ReLU())))
@@ -71,39 +71,39 @@ def uncompiled(model: nn.Module) -> dict[str, nn.Module]:
     return {name.replace("._orig_mod", ""): module for name, module in model.named_modules() if name}
 
 
-def trace(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]]:
+def trace_calls(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]]:
     """Every call of every module in a forward pass of `example`, in the order in which they end.
 
     Returns:
         The calls, and the non-linear functions that were called where no module puts out their result.
     """
-    watch = _Watch()
+    watch = _TensorTracker()
     calls: list[Layer] = []
     counts: Counter[int] = Counter()
     handles = []
-    modules = uncompiled(model)
+    modules = uncompiled_modules(model)
     for name, given in reported_names(model).items():
-        handles.append(modules[name].register_forward_pre_hook(watch.enter))
-        handles.append(modules[name].register_forward_hook(_recorder(name, given, watch, calls, counts)))
+        handles.append(modules[name].register_forward_pre_hook(watch.enter_module))
+        handles.append(modules[name].register_forward_hook(_make_forward_hook(name, given, watch, calls, counts)))
     try:
         with watch:
             model(example)
     finally:
         for handle in handles:
             handle.remove()
-    return calls, watch.unclaimed()
+    return calls, watch.functions_outside_modules()
 
 
-def _recorder(name: str, given: str, watch: "_Watch", calls: list[Layer], counts: Counter[int]) -> Callable[..., None]:
+def _make_forward_hook(name: str, reported: str, tracker: "_TensorTracker", calls: list[Layer], counts: Counter[int]) -> Callable[..., None]:
     def ended(module: nn.Module, args: object, output: object) -> None:
         counts[id(module)] += 1
         call = counts[id(module)]
-        kind = watch.leave(module, output)
-        if given != name and isinstance(module, nn.Identity):
+        kind = tracker.exit_module(module, output)
+        if reported != name and isinstance(module, nn.Identity):
             kind = "linear"  # a network without non-linearities is measured where its twin is
-        shown = f"{given}#{call}" if call > 1 else given
+        shown = f"{reported}#{call}" if call > 1 else reported
         if isinstance(output, Tensor) and output.is_floating_point():
-            last = watch.channels_last(output)
+            last = tracker.channels_last(output)
             calls.append(Layer(shown, module, call, output.shape, output.dtype, last, kind))
         else:
             calls.append(Layer(shown, module, call, type(output).__name__, torch.float32, False, ""))
@@ -111,14 +111,14 @@ def _recorder(name: str, given: str, watch: "_Watch", calls: list[Layer], counts
     return ended
 
 
-class _Watch(TorchFunctionMode):
+class _TensorTracker(TorchFunctionMode):
     """Follows tensors through a forward pass: what made them, and which of their dimensions holds the units."""
 
     def __init__(self) -> None:
         super().__init__()
         self.alive: list[Tensor] = []  # an id is a tensor's own only while the tensor lives
         self.made_by: dict[int, str] = {}  # tensors that no module has put out yet
-        self.last: dict[int, bool] = {}  # whether units are the last dimension, where that is known
+        self.units_are_last: dict[int, bool] = {}  # whether units are the last dimension, where that is known
         self.entered: list[int] = []  # for each module now running, how many non-linear functions ran before it
         self.non_linear: list[tuple[int, str]] = []
 
@@ -127,10 +127,10 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
-            self.saw(getattr(func, "__name__", "").strip("_"), args, out)
+            self.record_operation(getattr(func, "__name__", "").strip("_"), args, out)
         return out
 
-    def saw(self, name: str, args: Sequence[Any], out: Tensor) -> None:
+    def record_operation(self, name: str, args: Sequence[Any], out: Tensor) -> None:
         self.alive.append(out)
         inputs = [arg for arg in args if isinstance(arg, Tensor)]
         if name in NON_LINEAR:
@@ -139,33 +139,33 @@ class _Watch(TorchFunctionMode):
         elif name in ("add", "iadd") and out.ndim > 1 and [_activation(arg) for arg in inputs] == [out.shape] * 2:
             self.made_by[id(out)] = "residual"
         if any(word in name for word in CHANNELS_LAST):
-            self.last[id(out)] = True
+            self.units_are_last[id(out)] = True
         elif any(word in name for word in CHANNELS_FIRST):
-            self.last[id(out)] = False
+            self.units_are_last[id(out)] = False
         elif name in REORDERS:
             if name in RESHAPES and inputs:
-                self.reshaped(name, inputs[0], out)
+                self.record_reshape(name, inputs[0], out)
         else:
-            known = [self.last[id(arg)] for arg in inputs if id(arg) in self.last and arg.shape == out.shape]
+            known = [self.units_are_last[id(arg)] for arg in inputs if id(arg) in self.units_are_last and arg.shape == out.shape]
             if known:
-                self.last[id(out)] = known[0]
+                self.units_are_last[id(out)] = known[0]
 
-    def reshaped(self, name: str, tensor: Tensor, out: Tensor) -> None:
+    def record_reshape(self, name: str, tensor: Tensor, out: Tensor) -> None:
         """The same activation, and the same dimension of units unless that was split or merged with another."""
         if self.made_by.get(id(tensor)) == "residual" and name in ("reshape", "view"):
             self.made_by[id(out)] = "residual"
-        last = self.last.get(id(tensor))
+        last = self.units_are_last.get(id(tensor))
         if last is not None and (out.shape[-1:] == tensor.shape[-1:] if last else out.shape[:2] == tensor.shape[:2]):
-            self.last[id(out)] = last
+            self.units_are_last[id(out)] = last
 
     def channels_last(self, out: Tensor) -> bool:
         """As followed; where that is not known, [N, T, D] and [N, D, H, W] are assumed."""
-        return self.last.get(id(out), out.ndim <= 3)
+        return self.units_are_last.get(id(out), out.ndim <= 3)
 
-    def enter(self, module: nn.Module, args: object) -> None:
+    def enter_module(self, module: nn.Module, args: object) -> None:
         self.entered.append(len(self.non_linear))
 
-    def leave(self, module: nn.Module, output: object) -> str:
+    def exit_module(self, module: nn.Module, output: object) -> str:
         """The kind of what a module puts out; only the innermost module that puts out a tensor has it."""
         before = self.entered.pop()
         kind = self.made_by.pop(id(output), "")
@@ -175,7 +175,7 @@ class _Watch(TorchFunctionMode):
                 self.made_by.pop(tensor, None)
         return kind
 
-    def unclaimed(self) -> list[str]:
+    def functions_outside_modules(self) -> list[str]:
         return [name for tensor, name in self.non_linear if self.made_by.get(tensor) == "non-linear"]
 
 
@@ -184,7 +184,7 @@ def _activation(tensor: Tensor) -> torch.Size | None:
     return None if isinstance(tensor, nn.Parameter) else tensor.shape
 
 
-def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> list[Layer]:
+def select_layers(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> list[Layer]:
     """The layers asked for, in the order in which they run.
 
     Args:
@@ -196,7 +196,7 @@ def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> li
     Raises:
         UsageError: if a pattern matches nothing, or a layer puts out no tensor.
     """
-    calls, unclaimed = trace(model, example)
+    calls, unclaimed = trace_calls(model, example)
     chosen: set[int] = set()
     for pattern in patterns:
         if pattern == "auto":
@@ -228,12 +228,12 @@ def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> li
             names = list(dict.fromkeys(reported_names(model).values()))
             raise UsageError(
                 f"probe.layers ({shown}) matches no layer of {type(model).__name__}{did_you_mean(shown, names)}: "
-                f"choose among {_listed(shown, names)}"
+                f"choose among {_list_names(shown, names)}"
             )
         chosen |= {id(call) for call in found}
     layers = [call for call in calls if id(call) in chosen]
     times = Counter(layer.name for layer in layers)
-    full = {id(module): name for name, module in uncompiled(model).items()}
+    full = {id(module): name for name, module in uncompiled_modules(model).items()}
     return [
         layer._replace(name=full[id(layer.module)] + layer.name[layer.name.find("#") :] * ("#" in layer.name))
         if times[layer.name] > 1  # a unit and its own non-linearity
@@ -243,7 +243,7 @@ def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> li
 
 
 def _modules(model: nn.Module, pattern: Pattern) -> set[int]:
-    modules, names = uncompiled(model), reported_names(model)
+    modules, names = uncompiled_modules(model), reported_names(model)
     if not isinstance(pattern, str):
         return {id(modules[name]) for name in names if isinstance(modules[name], pattern)}
     units = {given for name, given in names.items() if given != name}
@@ -251,14 +251,14 @@ def _modules(model: nn.Module, pattern: Pattern) -> set[int]:
     return {id(modules[name]) for name in found or names if found or _matches(name, pattern)}
 
 
-def _listed(wanted: str, names: list[str], most: int = 20) -> str:
+def _list_names(wanted: str, names: list[str], max_names: int = 20) -> str:
     """The names, or of many the nearest."""
     import difflib
 
-    if len(names) <= most:
+    if len(names) <= max_names:
         return ", ".join(names)
-    near = difflib.get_close_matches(wanted, names, n=most, cutoff=0.0)
-    return f"{', '.join(near)} and {len(names) - most} more"
+    near = difflib.get_close_matches(wanted, names, n=max_names, cutoff=0.0)
+    return f"{', '.join(near)} and {len(names) - max_names} more"
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -11,7 +11,7 @@ from gengap_dist.errors import UsageError
 DECAY = 0.99  # of the moving averages, per recorded step
 
 
-def unbiased(small_squared: float, small_size: float, big_squared: float, big_size: float) -> tuple[float, float]:
+def unbiased_noise_estimates(small_squared: float, small_size: float, big_squared: float, big_size: float) -> tuple[float, float]:
     """Unbiased estimates of |G|^2 and tr S from the squared norms of gradients over two sizes of batch.
 
     E|G_b|^2 = |G|^2 + tr S / b, so |G|^2 = (B |G_B|^2 - b |G_b|^2) / (B - b) and
@@ -56,7 +56,7 @@ class NoiseScale:
 
     def add(self, small_squared: float, small_size: float, big_squared: float, big_size: float) -> None:
         """One step's gradients, see `unbiased`."""
-        squared, trace = unbiased(small_squared, small_size, big_squared, big_size)
+        squared, trace = unbiased_noise_estimates(small_squared, small_size, big_squared, big_size)
         self.squared = DECAY * self.squared + (1 - DECAY) * squared
         self.trace = DECAY * self.trace + (1 - DECAY) * trace
         self.weight = DECAY * self.weight + (1 - DECAY)

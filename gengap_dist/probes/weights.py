@@ -39,7 +39,7 @@ def weight_spectra(model: nn.Module, *, world: World | None = None) -> list[Laye
     """
     world = world or World()
     matrices: dict[str, Tensor] = {}
-    for name, weight in trainable(model).items():
+    for name, weight in trainable_parameters(model).items():
         if weight.ndim < 2 or not weight.numel():
             continue
         if not weight.isfinite().all():
@@ -69,7 +69,7 @@ def _spectrum(name: str, matrix: Tensor, s: Tensor) -> LayerSpectrum:
     )
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
+def trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that are trained, by name and without gradients, tied ones once; they share the model's memory.
 
     Raises:
@@ -85,16 +85,16 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def flat(model: nn.Module) -> Tensor:
+def flat_parameters(model: nn.Module) -> Tensor:
     """A copy of all trainable parameters, end to end: [P].
 
     >>> flat(nn.Linear(3, 2)).shape
     torch.Size([8])
     """
-    return torch.cat([p.reshape(-1) for p in trainable(model).values()])
+    return torch.cat([p.reshape(-1) for p in trainable_parameters(model).values()])
 
 
-def distance(model: nn.Module, initial: Tensor) -> dict[str, float]:
+def distance_from_init(model: nn.Module, initial: Tensor) -> dict[str, float]:
     """How far training has gone; Euclidean norms over all trainable parameters, summed in float64. No communication.
 
     Args:
@@ -113,7 +113,7 @@ def distance(model: nn.Module, initial: Tensor) -> dict[str, float]:
     >>> distance(model, torch.tensor([3.0, 0.0]))
     {'weight_norm': 5.0, 'distance_from_init': 4.0, 'relative_distance_from_init': 1.3333333333333333}
     """
-    now_P = flat(model).double()
+    now_P = flat_parameters(model).double()
     if initial.shape != now_P.shape:
         raise UsageError(
             f"initial has shape {[*initial.shape]}, the model has {len(now_P)} trainable parameters: "

@@ -16,9 +16,9 @@ from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import LayerSpectrum, measure, metrics
-from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar
+from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar_sharpness
 from gengap_dist.probes.neural_collapse import nc1
-from gengap_dist.probes.weights import distance, weight_spectra
+from gengap_dist.probes.weights import distance_from_init, weight_spectra
 
 PROBE_BLOCK = 128  # probe images in one pass; never cut by ranks, so spectra do not depend on their number
 NUM_EIGENVALUES = 3
@@ -115,7 +115,7 @@ Diagnostic = Callable[[nn.Module, Batches, ProbeObserver], tuple[Metrics, list[L
 
 
 def _norms(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
-    return distance(model, observer.initial_P), []
+    return distance_from_init(model, observer.initial_P), []
 
 
 def _weights(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
@@ -137,7 +137,7 @@ def _hessian(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tup
 
 
 def _keskar(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
-    return {"keskar_sharpness": keskar(model, batches, world=observer.world)}, []
+    return {"keskar_sharpness": keskar_sharpness(model, batches, world=observer.world)}, []
 
 
 DIAGNOSTICS: dict[str, Diagnostic] = {  # noise_scale is not here: it comes from the gradients of training

@@ -12,7 +12,7 @@ from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import BatchLoader, Normalise
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.out_of_memory import explaining_out_of_memory
-from gengap_dist.probes.weights import flat
+from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import FINISHED, NullRecorder, RunRecorder
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
@@ -40,7 +40,7 @@ def probe(
         train_set = datasets.placed(splits, config.data, world.device).train
         normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         batches = BatchLoader(train_set, normalise, config.data, config.seed)
-        observer = ProbeObserver(config, train_set, normalise, flat(model), world)
+        observer = ProbeObserver(config, train_set, normalise, flat_parameters(model), world)
         record = RunRecorder(out) if out and world.rank == 0 else NullRecorder()
         found = []
         for number, (step, path, state) in enumerate(networks):

@@ -32,9 +32,9 @@ from gengap_dist.models.batch_norm import average_buffers, frozen_running_stats
 from gengap_dist.parallel.execution import check_compiler, deterministic, keep_freed_memory
 from gengap_dist.parallel.out_of_memory import explaining_out_of_memory, memory_snapshot
 from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
-from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
+from gengap_dist.probes.cadence import Cadence, at_steps, any_of, evenly, every, should_skip, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
-from gengap_dist.probes.weights import flat
+from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import (
     DIVERGED,
@@ -164,7 +164,7 @@ class _Session:
             torch.cuda.reset_peak_memory_stats(world.device)
             torch.cuda.reset_accumulated_memory_stats(world.device)
         self.config = config
-        self.observer = ProbeObserver(config, self.train_set, self.normalise, flat(self.model), world)
+        self.observer = ProbeObserver(config, self.train_set, self.normalise, flat_parameters(self.model), world)
         check_norm(config, self.model, self.order.sizes(), world.size)
         strategy = strategy_name(config, world.size)
         self.strategy = STRATEGIES[strategy](config, world)
@@ -377,7 +377,7 @@ class _Session:
     def _weights(self) -> Tensor:
         """A copy of all trainable parameters, whole: [P]. Collective."""
         with self.course.unsharded_model() as model:
-            return flat(model)
+            return flat_parameters(model)
 
     def _due(self) -> bool:
         every_steps = self.config.checkpoint.every_steps
@@ -459,13 +459,13 @@ class _Session:
         began, step = self._window  # not all of the run: what came before its first step comes once
         each_step = (time.monotonic() - began) / (self.step - step)
         elapsed = self.record.seconds() - self.probe_seconds
-        return exceeds(
+        return should_skip(
             budget,
-            spent=self.probe_seconds,
-            each=self._probe_seconds_each,
-            rest_of_run=elapsed + (self.num_steps - self.step) * each_step,
-            num_to_come=sum(map(self.probe_due, range(self.step, self.num_steps))),
-            left_out_in_a_row=self._left_out_in_a_row,
+            spent_seconds=self.probe_seconds,
+            seconds_each=self._probe_seconds_each,
+            other_seconds=elapsed + (self.num_steps - self.step) * each_step,
+            num_remaining=sum(map(self.probe_due, range(self.step, self.num_steps))),
+            num_skipped_in_a_row=self._left_out_in_a_row,
         )
 
     # -- measurements -------------------------------------------------------------------------------------------------
@@ -591,7 +591,7 @@ def _memory_peaks(world: World) -> dict[str, list[float]]:
 def _cadence(config: RunConfig, order: EpochSampler) -> Cadence:
     """When the run measures, but for its first and last step, which always do."""
     probe = config.probe
-    wanted = [at(map(order.step_at, probe.at_epochs))]
+    wanted = [at_steps(map(order.step_at, probe.at_epochs))]
     wanted += [log_spaced(probe.per_decade)] if probe.per_decade else []
     wanted += [every(probe.every)] if probe.every else []
-    return either(*wanted)
+    return any_of(*wanted)

@@ -23,7 +23,7 @@ class SpectrumAccumulator(ABC):
     """Singular values below this times the largest are rounding noise."""
 
     @abstractmethod
-    def add(self, piece_kn: Tensor) -> None:
+    def add(self, block_kn: Tensor) -> None:
         """More columns of B, float64; they may be overwritten."""
 
     @abstractmethod
@@ -58,10 +58,10 @@ class GramAccumulator(SpectrumAccumulator):
         new.matrix_kk = matrix_kk
         return new
 
-    def add(self, piece_kn: Tensor) -> None:
+    def add(self, block_kn: Tensor) -> None:
         """See `SpectrumAccumulator.add`."""
-        for at in range(0, len(piece_kn), PANEL):
-            self.matrix_kk[at : at + PANEL, at:].addmm_(piece_kn[at : at + PANEL], piece_kn[at:].T)
+        for at in range(0, len(block_kn), PANEL):
+            self.matrix_kk[at : at + PANEL, at:].addmm_(block_kn[at : at + PANEL], block_kn[at:].T)
 
     def fold(self, weight: float) -> "GramAccumulator":
         """See `SpectrumAccumulator.fold`."""
@@ -92,7 +92,7 @@ class GramAccumulator(SpectrumAccumulator):
         return (self.matrix_kk[at, at:] for at in range(len(self.matrix_kk)))
 
 
-def all_reduce(grams: Sequence[GramAccumulator], world: World) -> None:
+def all_reduce_grams(grams: Sequence[GramAccumulator], world: World) -> None:
     """Sum Gram matrices over ranks, in place: k (k + 1) / 2 numbers each. Collective."""
     if world.size == 1:
         return

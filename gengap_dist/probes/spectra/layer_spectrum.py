@@ -18,7 +18,7 @@ ACTIVATION_FLOORS = {  # of the raw matrix's s_1: what is lost when activations 
     torch.bfloat16: 1.5e-4,
 }
 
-RANKS = ("effective_rank", "energy_effective_rank", "stable_rank", "participation_ratio", "pca_99", "srank_1e-2")
+RANK_MEASURES = ("effective_rank", "energy_effective_rank", "stable_rank", "participation_ratio", "pca_99", "srank_1e-2")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LayerSpectrum:
                     out[f"near_rank_count/{kind}_{name}"] = float(count)
                     out[f"near_rank_loss/{kind}_{name}"] = count / m
         if len(alive) == 0:
-            return out | dict.fromkeys(RANKS, 0.0)
+            return out | dict.fromkeys(RANK_MEASURES, 0.0)
         if len(alive) == m:
             out["sigma_min"] = float(s[-1])
             out["condition_number"] = float(s[0] / s[-1])

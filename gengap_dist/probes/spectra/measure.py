@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.activations import capture_activations, eval_context, unwrapped
-from gengap_dist.probes.layer_view import LayerView, columns, layer_views
-from gengap_dist.probes.layers import Layer, Pattern, choose
-from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, PrimalAccumulator, merge
+from gengap_dist.probes.layer_view import LayerView, columns, build_layer_views
+from gengap_dist.probes.layers import Layer, Pattern, select_layers
+from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, PrimalAccumulator, merge_ranks
 from gengap_dist.probes.spectra.layer_spectrum import ACTIVATION_FLOORS, LayerSpectrum
 
 INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
@@ -73,30 +73,30 @@ def measure(
     world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
     inputs = list(batches) if iter(batches) is batches else batches
     patterns = [layers] if isinstance(layers, str | type) else layers
-    counts = _counts(inputs, world)
+    counts = _count_inputs(inputs, world)
     if sum(counts) < 2:
         raise UsageError(f"the probe set holds {sum(counts)} sample(s), needs at least 2: give more inputs")
     found: dict[int, list[LayerSpectrum]] = {}
     with eval_context(model):
-        sites = layer_views(choose(model, _example(inputs, world), patterns), views, sum(counts))
+        sites = build_layer_views(select_layers(model, _example_input(inputs, world), patterns), views, sum(counts))
         block_bytes = stream_bytes(world.device.type, memory_mib)
         matrices: dict[int, PrimalAccumulator | DualAccumulator] = {}
         for pieces in plan_passes(sites, max(counts), memory_mib):
-            for number in dict.fromkeys(piece.site for piece in pieces):
+            for number in dict.fromkeys(piece.view_index for piece in pieces):
                 site = sites[number]
                 if number not in matrices:  # a site whose columns take several passes has one from the last pass
-                    matrices[number] = (DualAccumulator if site.wide else PrimalAccumulator)(
+                    matrices[number] = (DualAccumulator if site.is_wide else PrimalAccumulator)(
                         METHODS[method](site.size, world.device)
                     )
-            held = _run(model, inputs, sites, pieces, matrices, counts[world.rank], block_bytes)
+            held = _run_pass(model, inputs, sites, pieces, matrices, counts[world.rank], block_bytes)
             for piece, held_nw in held.items():
-                site, wide = sites[piece.site], matrices[piece.site]
+                site, wide = sites[piece.view_index], matrices[piece.view_index]
                 assert isinstance(wide, DualAccumulator)
-                wide.redistribute_columns(held_nw, [count * site.rows_each for count in counts], world, block_bytes)
+                wide.redistribute_columns(held_nw, [count * site.rows_per_input for count in counts], world, block_bytes)
             del held
-            complete = {piece.site for piece in pieces if piece.stop == sites[piece.site].num_units}
+            complete = {piece.view_index for piece in pieces if piece.stop == sites[piece.view_index].num_units}
             ready = {number: matrices.pop(number) for number in sorted(complete)}
-            merge(list(ready.values()), world)
+            merge_ranks(list(ready.values()), world)
             found |= _solve(ready, sites, centred, world)
     return [spectrum for number in range(len(sites)) for spectrum in found[number]]
 
@@ -104,7 +104,7 @@ def measure(
 class ColumnBlock(NamedTuple):
     """Columns of a site that one pass measures."""
 
-    site: int
+    view_index: int
     start: int
     stop: int
 
@@ -114,7 +114,7 @@ def stream_bytes(device_type: str, memory_mib: int) -> int:
     return min(STREAM_BYTES[device_type], memory_mib * 2**20 // 16)
 
 
-def plan_passes(sites: Sequence[LayerView], most_inputs: int, memory_mib: int) -> list[list[ColumnBlock]]:
+def plan_passes(layer_views: Sequence[LayerView], max_inputs: int, memory_mib: int) -> list[list[ColumnBlock]]:
     """What each pass over the inputs measures; the same on every rank.
 
     Three quarters of the budget are for what stays during a pass: k x k matrices (twice, for solving) and the held
@@ -126,8 +126,8 @@ def plan_passes(sites: Sequence[LayerView], most_inputs: int, memory_mib: int) -
     budget = memory_mib * 2**20 * 3 // 4
     passes: list[list[ColumnBlock]] = [[]]
     room = budget
-    for number, site in enumerate(sites):
-        state, column = site.state_bytes, site.column_bytes(most_inputs)
+    for number, site in enumerate(layer_views):
+        state, column = site.state_bytes, site.column_bytes(max_inputs)
         if state + column > budget:
             raise UsageError(
                 f"layer {site.layer.name} has {site.num_rows:,} rows and {site.num_units:,} units in view "
@@ -149,14 +149,14 @@ def plan_passes(sites: Sequence[LayerView], most_inputs: int, memory_mib: int) -
     return [pieces for pieces in passes if pieces]
 
 
-def _counts(inputs: Iterable[Tensor], world: World) -> list[int]:
+def _count_inputs(inputs: Iterable[Tensor], world: World) -> list[int]:
     """Inputs of every rank. Collective."""
     counts = torch.zeros(world.size, dtype=torch.float64, device=world.device)
     counts[world.rank] = sum(len(batch) for batch in inputs)
     return [int(count) for count in world.all_reduce(counts)]
 
 
-def _example(inputs: Iterable[Tensor], world: World) -> Tensor:
+def _example_input(inputs: Iterable[Tensor], world: World) -> Tensor:
     """One input: the first of this rank, or zeros like those that other ranks have. Collective."""
     mine = next((batch[:1] for batch in inputs if len(batch)), None)
     seen = torch.zeros(10, dtype=torch.float64, device=world.device)  # ranks with inputs, dtype, shape
@@ -169,7 +169,7 @@ def _example(inputs: Iterable[Tensor], world: World) -> Tensor:
     return torch.zeros(1, *filter(None, dims), dtype=INPUT_DTYPES[dtype], device=world.device)
 
 
-def _run(
+def _run_pass(
     model: nn.Module,
     inputs: Iterable[Tensor],
     sites: Sequence[LayerView],
@@ -183,7 +183,7 @@ def _run(
     filled: Counter[ColumnBlock] = Counter()
     wanted: dict[str, list[ColumnBlock]] = {}
     for piece in pieces:
-        wanted.setdefault(sites[piece.site].layer.name, []).append(piece)
+        wanted.setdefault(sites[piece.view_index].layer.name, []).append(piece)
 
     def take(layer: Layer, activation: Tensor) -> None:
         if activation.numel() != num * layer.output.numel():
@@ -192,9 +192,9 @@ def _run(
                 "one, so its rows are not the samples': leave it out of probe.layers"
             )
         for piece in wanted[layer.name]:
-            site, matrix = sites[piece.site], matrices[piece.site]
-            if site.wide and piece not in held:
-                rows = count * site.rows_each
+            site, matrix = sites[piece.view_index], matrices[piece.view_index]
+            if site.is_wide and piece not in held:
+                rows = count * site.rows_per_input
                 held[piece] = activation.new_empty(rows, piece.stop - piece.start, dtype=site.dtype)
             for part in activation.split(max(1, block_bytes // (8 * activation[0].numel()))):
                 matrix_Dn = columns(part, site.view, channels_last=layer.channels_last)
@@ -205,14 +205,14 @@ def _run(
                     filled[piece] += matrix_Dn.shape[1]
                     held[piece][at : filled[piece]] = matrix_Dn[piece.start : piece.stop].T
 
-    with capture_activations([sites[piece.site].layer for piece in pieces], take) as new_pass:
+    with capture_activations([sites[piece.view_index].layer for piece in pieces], take) as new_pass:
         for batch in inputs:
             if num := len(batch):
                 new_pass()
                 model(batch)
-    device = next(iter(matrices.values())).square.squared_row_norms().device
-    nothing = (piece for piece in pieces if sites[piece.site].wide and piece not in held)  # no inputs on this rank
-    held |= {p: torch.empty(0, p.stop - p.start, dtype=sites[p.site].dtype, device=device) for p in nothing}
+    device = next(iter(matrices.values())).accumulator.squared_row_norms().device
+    nothing = (piece for piece in pieces if sites[piece.view_index].is_wide and piece not in held)  # no inputs on this rank
+    held |= {p: torch.empty(0, p.stop - p.start, dtype=sites[p.view_index].dtype, device=device) for p in nothing}
     return {piece: held[piece] for piece in pieces if piece in held}
 
 
@@ -233,7 +233,7 @@ def _solve(
     values = torch.zeros(sum(sizes), dtype=torch.float64, device=world.device)
     for at, ((number, c), part) in enumerate(zip(jobs, values.split(sizes), strict=True)):
         if at % world.size == world.rank:
-            part.copy_(ready[number].merged(c).singular_values()[: len(part)])
+            part.copy_(ready[number].finalized(c).singular_values()[: len(part)])
     by_job = dict(zip(jobs, world.all_reduce_to_cpu(values).split(sizes), strict=True))
     found: dict[int, list[LayerSpectrum]] = {}
     for number, matrix in ready.items():
@@ -245,7 +245,7 @@ def _solve(
         rounding = ACTIVATION_FLOORS[site.layer.dtype] * float(by_job[number, False][0])
         for c in centred:
             s = by_job[number, c]
-            floor = matrix.square.relative_floor * float(s[0]) + rounding
+            floor = matrix.accumulator.relative_floor * float(s[0]) + rounding
             found[number].append(
                 LayerSpectrum(
                     layer=site.layer.name,
@@ -261,7 +261,7 @@ def _solve(
     return found
 
 
-def metrics(found: Iterable[LayerSpectrum], probe_set: str = "") -> dict[str, float]:
+def metrics(spectra: Iterable[LayerSpectrum], probe_set: str = "") -> dict[str, float]:
     """Flat metric names, `<measure>/<layer>[/<view>][/centred][/<probe set>][/<threshold>]`.
 
     >>> s = LayerSpectrum("fc2", "", False, 9, 2, torch.tensor([1.0, 1e-3]).double(), 0.0, 0)
@@ -269,7 +269,7 @@ def metrics(found: Iterable[LayerSpectrum], probe_set: str = "") -> dict[str, fl
     (0.5, 1.0)
     """
     out = {}
-    for layer in found:
+    for layer in spectra:
         for name, value in layer.measures().items():
             measure_name, _, threshold = name.partition("/")
             out["/".join(filter(None, (measure_name, layer.key, probe_set, threshold)))] = value

@@ -30,9 +30,9 @@ class QRAccumulator(SpectrumAccumulator):
         new.root_kk = root_kk
         return new
 
-    def add(self, piece_kn: Tensor) -> None:
+    def add(self, block_kn: Tensor) -> None:
         """See `SpectrumAccumulator.add`."""
-        self.root_kk = torch.linalg.qr(torch.cat([self.root_kk, piece_kn.T]), mode="r").R
+        self.root_kk = torch.linalg.qr(torch.cat([self.root_kk, block_kn.T]), mode="r").R
 
     def fold(self, weight: float) -> "QRAccumulator":
         """See `SpectrumAccumulator.fold`."""

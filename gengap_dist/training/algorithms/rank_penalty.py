@@ -17,7 +17,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.probes.activations import capture_activations, eval_context
-from gengap_dist.probes.layers import Layer, choose
+from gengap_dist.probes.layers import Layer, select_layers
 from gengap_dist.training.step import Objective, StepBatch
 
 FLOOR = 1e-3  # relative to the mean eigenvalue: what logdet takes for zero, so that a dead unit costs 7, not infinity
@@ -73,7 +73,7 @@ class RankPenalty(Objective):
         if model not in self._layers:
             try:
                 with eval_context(model):
-                    self._layers[model] = choose(model, example(), self.patterns)
+                    self._layers[model] = select_layers(model, example(), self.patterns)
             except UsageError as error:
                 raise UsageError(str(error).replace("probe.layers", "algorithm.rank_layers")) from None
         return self._layers[model]

@@ -188,12 +188,12 @@ def test_passes_keep_the_budget():
     passes = plan_passes(sites, 60, 1)
     for pieces in passes:
         assert (
-            sum(16 * sites[n].size ** 2 for n in {p.site for p in pieces})
-            + sum(240 * (p.stop - p.start) for p in pieces if sites[p.site].wide)
+            sum(16 * sites[n].size ** 2 for n in {p.view_index for p in pieces})
+            + sum(240 * (p.stop - p.start) for p in pieces if sites[p.view_index].is_wide)
             <= budget
         )
     for number, site in enumerate(sites):
-        cuts = [(p.start, p.stop) for pieces in passes for p in pieces if p.site == number]
+        cuts = [(p.start, p.stop) for pieces in passes for p in pieces if p.view_index == number]
         assert cuts[0][0] == 0
         assert cuts[-1][1] == site.num_units
         assert all(before[1] == after[0] for before, after in pairwise(cuts))

@@ -39,7 +39,7 @@ from gengap_dist.training.autotune.micro_batch import (
     earlier,
     resolved_micro_size,
 )
-from gengap_dist.training.checks import before_data, check_auto, check_logits, check_norm, strategy_name
+from gengap_dist.training.checks import startup_checks, check_auto_micro_size, check_logits, check_norm, strategy_name
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
@@ -140,7 +140,7 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
     found: dict[str, Any] = {"cluster": cluster, "strategy": strategy, "model": config.model.name, "refused": refused}
     found["batch"] = layout(batch_plan_for(config, batch.global_size, num_ranks))
     device = config.launch.device
-    for check in before_data(config, num_ranks, None if device == "auto" else device):
+    for check in startup_checks(config, num_ranks, None if device == "auto" else device):
         tried(check)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -152,11 +152,11 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
             )
             found |= {"data": sizes} | _steps(config, order, num_ranks, tried)
             if model := tried(lambda: _model(config, sizes)):
-                tried(lambda: check_auto(given, model))
+                tried(lambda: check_auto_micro_size(given, model))
                 tried(lambda: check_norm(config, model, order.sizes() if order else [], num_ranks))
                 tried(lambda: build_optimizer(config.optim, model))
                 if config.algorithm.rank_penalty is not None:
-                    tried(lambda: RankPenalty(config.algorithm).layers(model, lambda: _example(config, sizes)))
+                    tried(lambda: RankPenalty(config.algorithm).penalized_layers(model, lambda: _example(config, sizes)))
                 found |= _of_model(config, cluster, model, sizes, found["batch"], tried)
                 found |= _time(config, constants, found)
     found["warned"] = sorted({str(warning.message) for warning in caught})

@@ -26,7 +26,7 @@ def strategy_name(config: RunConfig, num_ranks: int) -> str:
     return name
 
 
-def before_data(config: RunConfig, num_ranks: int, device_type: str | None) -> list[Callable[[], None]]:
+def startup_checks(config: RunConfig, num_ranks: int, device_type: str | None) -> list[Callable[[], None]]:
     """Every check that needs neither data nor network: a run stops at the first that raises, a plan lists them all."""
     each = [partial(check, config, num_ranks) for check in (check_ranks, check_strategy, check_algorithm)]
     return [*each, partial(check_switches, config, num_ranks, device_type)]
@@ -61,7 +61,7 @@ def check_strategy(config: RunConfig, num_ranks: int) -> None:
         check_zero(config, int(name[-1]))
 
 
-ALGORITHMS = {  # what needs to see or to copy whole parameters or gradients between passes, and where it can
+ALGORITHM_STRATEGIES = {  # what needs to see or to copy whole parameters or gradients between passes, and where it can
     "algorithm.sam_rho": ("single", "ddp", "fsdp"),
     "algorithm.gradient_penalty": ("single", "ddp"),
     "algorithm.rank_penalty": ("single", "ddp"),
@@ -77,7 +77,7 @@ def check_algorithm(config: RunConfig, num_ranks: int) -> None:
         UsageError: naming the algorithm and the strategies that can.
     """
     name = strategy_name(config, num_ranks)
-    for setting, able in ALGORITHMS.items():
+    for setting, able in ALGORITHM_STRATEGIES.items():
         value = getattr(config.algorithm, setting.removeprefix("algorithm."))
         if value is not None and name not in able:
             raise UsageError(
@@ -145,14 +145,14 @@ def check_switches(config: RunConfig, num_ranks: int, device_type: str | None) -
         )
 
 
-def norm_size(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ranks: int) -> list[int] | None:
+def norm_group_sizes(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ranks: int) -> list[int] | None:
     """Sizes of batch norm's groups of samples in steps of `sizes`; None for a network without batch norm."""
     if not has_batch_norm(model):
         return None
-    return sorted(set().union(*(_norm_sizes(config, size, num_ranks) for size in sizes)))
+    return sorted(set().union(*(_norm_group_sizes_of_step(config, size, num_ranks) for size in sizes)))
 
 
-def _norm_sizes(config: RunConfig, size: int, num_ranks: int) -> set[int]:
+def _norm_group_sizes_of_step(config: RunConfig, size: int, num_ranks: int) -> set[int]:
     """Sizes of batch norm's groups in a step of `size`, and in the one that algorithm.local_sgd makes of it."""
     batch, algorithm = config.batch, config.algorithm
     if config.norm == "sync":
@@ -167,7 +167,7 @@ def _norm_sizes(config: RunConfig, size: int, num_ranks: int) -> set[int]:
     return set().union(*(BatchPlan(*cut, batch.max_micro_size, group).norm_sizes() for cut in cuts))
 
 
-def check_auto(config: RunConfig, model: nn.Module) -> None:
+def check_auto_micro_size(config: RunConfig, model: nn.Module) -> None:
     """Refuse to choose micro-batches by speed where they decide what is learned.
 
     Raises:
@@ -204,7 +204,7 @@ def check_norm(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ra
                 f"and model.norm (sync) takes its statistics over the whole step: choose at least {share}, more ranks, "
                 "or model.norm=ghost"
             )
-        if 1 in _norm_sizes(config, size, num_ranks):
+        if 1 in _norm_group_sizes_of_step(config, size, num_ranks):
             workers = f", {config.algorithm.workers} algorithm.workers," if config.algorithm.local_sgd else ""
             raise UsageError(
                 f"batch.global_size ({batch.global_size}) on {num_ranks} rank(s){workers} leaves batch norm a group "

@@ -109,7 +109,7 @@ class Schedule:
     num_steps: int
 
     @classmethod
-    def of(cls, config: RunConfig, order: EpochSampler) -> Self:
+    def of(cls, config: RunConfig, sampler: EpochSampler) -> Self:
         """The schedule of a run that visits images in `order`.
 
         train.steps, or train.epochs passes; with train.length_unit=updates as many steps as a global batch of
@@ -127,24 +127,24 @@ class Schedule:
             UsageError: if warm-up does not end before the run does, or before the first milestone of step or grow.
         """
         train, optim = config.train, config.optim
-        steps_per_epoch, num_steps = order.steps_per_epoch, train.steps or order.num_steps(train.epochs)
+        steps_per_epoch, num_steps = sampler.steps_per_epoch, train.steps or sampler.num_steps(train.epochs)
         if train.length_unit == "updates" and optim.base_size:
-            base_steps = -(-order.num_samples // optim.base_size)
+            base_steps = -(-sampler.num_samples // optim.base_size)
             num_steps = train.epochs * base_steps
             if optim.scaling != "legw":  # which has the same factor already
                 steps_per_epoch = base_steps
         schedule = cls(optim, config.batch.global_size, steps_per_epoch, num_steps)
-        schedule._check_warmup(order)
+        schedule._check_warmup(sampler)
         return schedule
 
-    def _check_warmup(self, order: EpochSampler) -> None:
+    def _check_warmup(self, sampler: EpochSampler) -> None:
         optim, size = self.optim, self.global_size
         steps = warmup_steps(optim, global_size=size, steps_per_epoch=self.steps_per_epoch)
         end, what = self.num_steps, "the run"
         if optim.schedule == "step" and optim.milestones:
             end, what = round(optim.milestones[0] * self.num_steps), "all before the first of optim.milestones"
-        elif len(order.phases) > 1:
-            end, what = order.phases[1].step, "all before the first of optim.milestones"
+        elif len(sampler.phases) > 1:
+            end, what = sampler.phases[1].step, "all before the first of optim.milestones"
         if steps and steps >= end:
             legw = f", {size / (optim.base_size or size):g} times as many under optim.scaling=legw,"
             raise UsageError(
@@ -154,12 +154,12 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         """The learning rate of step number `step` (from 0), see `lr_at`."""
-        return lr_at(step, self.optim, **self._run())
+        return lr_at(step, self.optim, **self._run_sizes())
 
     def momentum(self, step: int) -> float:
         """The momentum of step number `step` (from 0), see `momentum_at`."""
-        return momentum_at(step, self.optim, **self._run())
+        return momentum_at(step, self.optim, **self._run_sizes())
 
-    def _run(self) -> dict[str, int]:
+    def _run_sizes(self) -> dict[str, int]:
         sizes = {"global_size": self.global_size, "steps_per_epoch": self.steps_per_epoch}
         return sizes | {"num_steps": self.num_steps}

@@ -47,7 +47,7 @@ class ProbeObserver:
         """
         self.config: ProbeConfig = config.probe
         self.train_set, self.normalise, self.initial_P, self.world = train_set, normalise, initial_P, world
-        self._order = torch.from_numpy(seeded_rng(config.data.split_seed, 2).permutation(len(train_set)))
+        self._permutation = torch.from_numpy(seeded_rng(config.data.split_seed, 2).permutation(len(train_set)))
         asked = max(self.config.num_samples)
         if self.config.enabled and asked > len(train_set):
             warnings.warn(
@@ -60,7 +60,7 @@ class ProbeObserver:
         self.controls = {f"n{size}": size for size in sizes[:-1]}
         if self.config.own_batch:
             self.controls["own_batch"] = config.batch.global_size
-        self._left_out: set[str] = set()
+        self._failed_diagnostics: set[str] = set()
 
     def __call__(self, model: nn.Module, *, controls: bool) -> Observation:
         """Everything the config asks for, each with its `probe_seconds/...`. Collective.
@@ -87,14 +87,14 @@ class ProbeObserver:
             found[f"probe_seconds/{f'control/{name}' if name else 'near_rank_loss'}"] = time.monotonic() - began
         batches = self._batches(self.num_samples)
         for name, diagnostic in DIAGNOSTICS.items():
-            if name not in self.config.diagnostics or name in self._left_out:
+            if name not in self.config.diagnostics or name in self._failed_diagnostics:
                 continue
             began = time.monotonic()
             try:
                 values, spectra_of_it = diagnostic(model, batches, self)
             except UsageError as error:  # the same on every rank: this network cannot be measured so
                 warnings.warn(f"{name} is left out: {error}", stacklevel=2)
-                self._left_out.add(name)
+                self._failed_diagnostics.add(name)
                 continue
             found |= values | {f"probe_seconds/{name}": time.monotonic() - began}
             if spectra_of_it:
@@ -103,7 +103,7 @@ class ProbeObserver:
 
     def _batches(self, size: int) -> Batches:
         """This rank's blocks of the first `size` probe images; smaller probe sets are part of larger ones."""
-        chosen = self._order[:size].sort().values.to(self.world.device)
+        chosen = self._permutation[:size].sort().values.to(self.world.device)
         out = []
         for start, stop in blocks(size, PROBE_BLOCK, self.world):
             indices = chosen[start:stop]
@@ -149,11 +149,11 @@ DIAGNOSTICS: dict[str, Diagnostic] = {  # noise_scale is not here: it comes from
 }
 
 
-def measurement_seconds(found: Metrics) -> float:
+def measurement_seconds(values: Metrics) -> float:
     """Time that a measurement took, controls left aside.
 
     >>> measurement_seconds({"nc1": 9.0, "probe_seconds/near_rank_loss": 1.0, "probe_seconds/control/n64": 5.0})
     1.0
     """
-    times = {name: value for name, value in found.items() if name.startswith("probe_seconds/")}
+    times = {name: value for name, value in values.items() if name.startswith("probe_seconds/")}
     return sum(value for name, value in times.items() if "/control/" not in name)

@@ -11,18 +11,18 @@ from gengap_dist.config.sections import OptimConfig
 from gengap_dist.errors import UsageError
 
 
-def _plain(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+def _without_compile_wrappers(optimizer_class: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     """`kind` with the same methods, but for the wrappers that hide them from torch.compile.
 
     At their first call these import all of torch.compile, which takes longer than a small run. Networks are compiled
     here, optimizers are not.
     """
     wrapped = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
-    methods = {name: inspect.unwrap(getattr(kind, name)) for name in wrapped}
-    return type(kind.__name__, (kind,), methods | {"step": torch.no_grad()(inspect.unwrap(kind.step))})
+    methods = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in wrapped}
+    return type(optimizer_class.__name__, (optimizer_class,), methods | {"step": torch.no_grad()(inspect.unwrap(optimizer_class.step))})
 
 
-_SGD, _AdamW = _plain(torch.optim.SGD), _plain(torch.optim.AdamW)
+_SGD, _AdamW = _without_compile_wrappers(torch.optim.SGD), _without_compile_wrappers(torch.optim.AdamW)
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -43,8 +43,8 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
             return _timm("Lars")(_layers(parameters), **common, **momentum)
         case "lamb":  # without a word it would clip the gradient's norm at 1
             lamb = _timm("Lamb")(_layers(parameters), **common, max_grad_norm=None)
-            lamb.register_step_pre_hook(_recall_count)
-            lamb.register_step_post_hook(_keep_count)
+            lamb.register_step_pre_hook(_restore_step_count)
+            lamb.register_step_post_hook(_save_step_count)
             return lamb
 
 
@@ -67,14 +67,14 @@ def _layers(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _recall_count(lamb: torch.optim.Optimizer, *_: object) -> None:
+def _restore_step_count(lamb: torch.optim.Optimizer, *_: object) -> None:
     """LAMB of timm counts steps in a group, which a checkpoint of parameters' states does not hold."""
     for group in lamb.param_groups:
         if kept := lamb.state.get(group["params"][0]):
             group["step"] = kept["step"].cpu()  # where it is already, unless a checkpoint has just been loaded
 
 
-def _keep_count(lamb: torch.optim.Optimizer, *_: object) -> None:
+def _save_step_count(lamb: torch.optim.Optimizer, *_: object) -> None:
     for group in lamb.param_groups:
         for parameter in group["params"]:
             if kept := lamb.state.get(parameter):

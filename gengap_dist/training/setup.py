@@ -36,7 +36,7 @@ class Diverged(Exception):
         self.step = step
 
 
-def facts_before(out: Path) -> dict[str, Any]:
+def previous_run_info(out: Path) -> dict[str, Any]:
     """What the record of the run in `out` says, if there is one."""
     try:
         return read_info(out)

@@ -26,7 +26,7 @@ class StepBatch(NamedTuple):
     epoch: int
     spans: list[Span]
     """This rank's micro-batches."""
-    key: tuple[int, ...] = (0,)
+    rng_key: tuple[int, ...] = (0,)
     """Tells this step's draws, of dropout, from others'."""
 
 
@@ -37,7 +37,7 @@ class Objective:
         """Cross-entropy, `label_smoothing` of each target being spread over all classes."""
         self.label_smoothing = label_smoothing
 
-    def step_context(self, strategy: Strategy, batches: BatchLoader, work: StepBatch) -> AbstractContextManager[object]:
+    def step_context(self, strategy: Strategy, batches: BatchLoader, step_batch: StepBatch) -> AbstractContextManager[object]:
         """Around the passes of one gradient. Collective."""
         return nullcontext()
 
@@ -63,26 +63,26 @@ PLAIN_OBJECTIVE = Objective()
 def train_step(
     strategy: Strategy,
     batches: BatchLoader,
-    work: StepBatch,
+    step_batch: StepBatch,
     objective: Objective = PLAIN_OBJECTIVE,
-    make: ComputeGradient | None = None,
+    compute_gradient: ComputeGradient | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on a global batch, this rank doing its part. Collective.
 
     Returns:
         The sums of `accumulate`, and the norm of the global gradient. Both stay on the device.
     """
-    strategy.begin_step(len(work.indices))
-    if make is None:
-        sums, norm = accumulate(strategy, batches, work, objective), None
+    strategy.begin_step(len(step_batch.indices))
+    if compute_gradient is None:
+        sums, norm = accumulate(strategy, batches, step_batch, objective), None
     else:
-        sums, norm = make(strategy, batches, work, objective)
+        sums, norm = compute_gradient(strategy, batches, step_batch, objective)
     with strategy.world.timer.span("optimizer"):
         norm_of_step = strategy.step()
     return sums, norm_of_step if norm is None else norm
 
 
-def accumulate(strategy: Strategy, batches: BatchLoader, work: StepBatch, objective: Objective) -> Tensor:
+def accumulate(strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective) -> Tensor:
     """Add the gradient of the global batch to the parameters' gradients. Collective.
 
     Returns:
@@ -90,11 +90,11 @@ def accumulate(strategy: Strategy, batches: BatchLoader, work: StepBatch, object
         strategy is watching, for the noise scale |G_b|^2 and 1/b of its first micro-batch, and 1; its share of what
         the objective adds to the mean loss; and 0, where networks that step on their own put their gradients' norms.
     """
-    indices, epoch, spans, key = work
+    indices, epoch, spans, key = step_batch
     world = strategy.world
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=world.device)
     watch = strategy.track_local_grad_norm and 0 < spans[0].size < len(indices)
-    with objective.step_context(strategy, batches, work):
+    with objective.step_context(strategy, batches, step_batch):
         for number, span in enumerate(spans, 1):
             strategy.position.at(span.start, len(indices), world.size, *key)
             with strategy.micro_step(last=number == len(spans)):

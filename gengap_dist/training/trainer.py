@@ -50,7 +50,7 @@ from gengap_dist.training.algorithms.base import StepResult, batch_plan_for
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
 from gengap_dist.training.autotune.memory_format import resolve_memory_format
 from gengap_dist.training.autotune.micro_batch import ModelShape, resolve_micro_size
-from gengap_dist.training.checks import before_data, check_auto, check_norm, norm_size, strategy_name
+from gengap_dist.training.checks import startup_checks, check_auto_micro_size, check_norm, norm_group_sizes, strategy_name
 from gengap_dist.training.evaluation import Score, evaluate
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import ProbeObserver, measurement_seconds
@@ -61,7 +61,7 @@ from gengap_dist.training.setup import (
     Progress,
     build_model,
     check_shared,
-    facts_before,
+    previous_run_info,
     load_data,
     sampling_system_metrics,
 )
@@ -130,10 +130,10 @@ class _Session:
     """What a run holds between steps, on one rank."""
 
     def __init__(
-        self, config: RunConfig, out: Path, world: World, record: NullRecorder, progress: Progress, launcher: str
+        self, config: RunConfig, out: Path, world: World, recorder: NullRecorder, progress: Progress, launcher: str
     ) -> None:
-        self.config, self.out, self.world, self.record, self.progress = config, out, world, record, progress
-        for check in before_data(config, world.size, world.device.type):
+        self.config, self.out, self.world, self.recorder, self.progress = config, out, world, recorder, progress
+        for check in startup_checks(config, world.size, world.device.type):
             check()
         if config.train.compile:
             check_compiler(world.device.type)
@@ -144,20 +144,20 @@ class _Session:
         self.train_set, self.val_set, self.test_set = there.train, there.val, there.test
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         self.batches = BatchLoader(self.train_set, self.normalise, config.data, config.seed)
-        self.order = EpochSampler(
+        self.sampler = EpochSampler(
             len(self.train_set), config.batch.global_size, config.seed, growth=batch_size_schedule(config)
         )
-        self.schedule = Schedule.of(config, self.order)
+        self.schedule = Schedule.of(config, self.sampler)
         self.num_steps = self.schedule.num_steps
 
         self.model = build_model(config, splits, world)  # all of it; once the strategy has it, only the strategy does
-        self.given = config  # what the record keeps
-        check_auto(config, self.model)
+        self.requested_config = config  # what the record keeps
+        check_auto_micro_size(config, self.model)
         choices = config.batch.micro_size, config.train.channels_last
         if "auto" in choices:
             progress(0, 0, "measuring what is fastest here")
         network = ModelShape(self.model, splits.in_channels, splits.num_classes)
-        before = facts_before(out) if "auto" in choices else {}
+        before = previous_run_info(out) if "auto" in choices else {}
         config, order_how = resolve_memory_format(config, network, world, before.get("channels_last_auto") or {})
         config, size_how = resolve_micro_size(config, network, world, before.get("micro_size_auto") or {})
         if world.device.type == "cuda":  # neither what was tried counts nor an earlier run of this process
@@ -165,12 +165,12 @@ class _Session:
             torch.cuda.reset_accumulated_memory_stats(world.device)
         self.config = config
         self.observer = ProbeObserver(config, self.train_set, self.normalise, flat_parameters(self.model), world)
-        check_norm(config, self.model, self.order.sizes(), world.size)
+        check_norm(config, self.model, self.sampler.sizes(), world.size)
         strategy = strategy_name(config, world.size)
         self.strategy = STRATEGIES[strategy](config, world)
         hidden = self.strategy.has_untimed_collectives
         self.profile = Profile(out, world, config, strategy, hidden=hidden) if config.profile else NoProfile()
-        self.saver = (
+        self.checkpoint_writer = (
             checkpoint.CheckpointWriter(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
         )
         self.facts = {
@@ -181,32 +181,32 @@ class _Session:
             "launch_id": os.environ.get("TORCHELASTIC_RUN_ID"),
             "strategy": strategy,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
-            "steps_per_epoch": self.order.steps_per_epoch,
+            "steps_per_epoch": self.sampler.steps_per_epoch,
             "num_steps": self.num_steps,
             "num_probe_samples": self.observer.num_samples,
-            "norm_size": norm_size(config, self.model, [phase.size for phase in self.order.phases], world.size),
-            "small_size": self._small_size(),
+            "norm_size": norm_group_sizes(config, self.model, [phase.size for phase in self.sampler.phases], world.size),
+            "small_size": self._noise_small_size(),
             "micro_size": config.batch.micro_size,
             "micro_size_auto": size_how,
             "channels_last": config.train.channels_last,
             "channels_last_auto": order_how,
         }
         self.step = 0
-        self.best: dict[str, Any] = {}
-        self.reached: int | None = None  # the step after which train.target_accuracy was met
-        self.noise = NoiseScale()
+        self.best_val: dict[str, Any] = {}
+        self.target_step: int | None = None  # the step after which train.target_accuracy was met
+        self.noise_scale = NoiseScale()
         self._pending: list[tuple[int, StepResult]] = []
         self._saved_at = time.monotonic()
         self.probe_seconds = self.eval_seconds = self.train_seconds = 0.0
-        self.times = torch.zeros(world.size, len(PHASES), dtype=torch.float64)  # by rank, since this start
-        self.probe_due = _cadence(config, self.order)
-        self.probe_left_out: list[int] = []
-        self._probe_seconds_each, self._left_out_in_a_row = 0.0, 0
+        self.phase_seconds = torch.zeros(world.size, len(PHASES), dtype=torch.float64)  # by rank, since this start
+        self.probe_due = _probe_cadence(config, self.sampler)
+        self.skipped_probe_steps: list[int] = []
+        self._probe_seconds_each, self._num_skipped_in_a_row = 0.0, 0
         self._window = time.monotonic(), 0  # since when training goes on, and from which step
         self._update_norm: Tensor | None = None
         self.eval_due = evenly(config.train.num_evals, self.num_steps)
 
-    def _small_size(self) -> float | None:
+    def _noise_small_size(self) -> float | None:
         """B of the noise scale, the harmonic mean over ranks; None if there is no gradient smaller than the batch."""
         size = self.config.batch.global_size
         plan = batch_plan_for(self.config, size, self.world.size)
@@ -220,9 +220,9 @@ class _Session:
         """Begin, or go on from the last good checkpoint if that was asked for and there is one. Collective."""
         path = self._last_checkpoint() if resume else None
         if path is None:
-            self._set_up({}, {})
-            self.record.start(self.given, self.facts)
-            self.record.resume(0, 0.0, {})
+            self._setup_strategy({}, {})
+            self.recorder.start(self.requested_config, self.facts)
+            self.recorder.resume(0, 0.0, {})
             self.observe()
             return
         if changed := differences(read_info(self.out)["config"], self.config):
@@ -232,17 +232,17 @@ class _Session:
             )
         checkpoint.restore(self.model, checkpoint.load(path / "model.pt"), path / "model.pt")
         state = checkpoint.load(path / "run.pt")
-        self.step, self.best, self.reached = state["step"], state["best"], state["reached"]
-        if self.reached is not None and self.config.train.stop_at_target:
-            self.num_steps = self.reached
-        self._set_up(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "algorithm.pt"))
+        self.step, self.best_val, self.target_step = state["step"], state["best"], state["reached"]
+        if self.target_step is not None and self.config.train.stop_at_target:
+            self.num_steps = self.target_step
+        self._setup_strategy(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "algorithm.pt"))
         self.strategy.scaler.load_state_dict(state["scaler"])
-        if self.best:
-            self.best["model"] = checkpoint.load(path / "best.pt")
+        if self.best_val:
+            self.best_val["model"] = checkpoint.load(path / "best.pt")
         self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each = state["timers"]
-        self.probe_left_out, self.noise = state["probe_left_out"], NoiseScale(**state["noise"])
-        self.record.start(self.given, self.facts)
-        self.record.resume(self.step, state["seconds"], state["held"])
+        self.skipped_probe_steps, self.noise_scale = state["probe_left_out"], NoiseScale(**state["noise"])
+        self.recorder.start(self.requested_config, self.facts)
+        self.recorder.resume(self.step, state["seconds"], state["held"])
 
     def _last_checkpoint(self) -> Path | None:
         """The checkpoint that rank 0 finds good; the other ranks take its word. Collective."""
@@ -258,7 +258,7 @@ class _Session:
             raise error or UsageError("rank 0 found every checkpoint damaged")
         return None if step < 0 else checkpoint.steps(folder)[step]
 
-    def _set_up(self, optimizer_state: OptimizerState, algorithm_state: dict[str, Any]) -> None:
+    def _setup_strategy(self, optimizer_state: OptimizerState, algorithm_state: dict[str, Any]) -> None:
         self.strategy.setup(self.model, partial(build_optimizer, self.config.optim))
         self.strategy.load_optimizer_state(optimizer_state)
         self.model = self.strategy.model
@@ -267,9 +267,9 @@ class _Session:
             with first, frozen_running_stats(self.model), self.strategy.micro_step(last=True):
                 zero_contribution_pass(self.strategy, self.batches, epoch=0)
             self.strategy.optimizer.zero_grad(set_to_none=False)
-        self.course = build_algorithm(self.config, self.strategy, self.batches, self.order, self.schedule.num_steps)
+        self.algorithm = build_algorithm(self.config, self.strategy, self.batches, self.sampler, self.schedule.num_steps)
         if algorithm_state:
-            self.course.load(algorithm_state)
+            self.algorithm.load(algorithm_state)
 
     def save(self, *, wait: bool = False) -> None:
         """Write the checkpoint; with `wait`, until it is on the disk. Collective.
@@ -278,15 +278,15 @@ class _Session:
             UsageError: with `wait`, if it cannot be written.
         """
         with self.world.timer.phase("checkpoint"):
-            optimizer, algorithm = self.strategy.optimizer_state(), self.course.state()
-            with self.course.unsharded_model() as model:
-                if self.saver:
-                    self._write(self.saver, model.state_dict(), optimizer, algorithm, wait=wait)
+            optimizer, algorithm = self.strategy.optimizer_state(), self.algorithm.state()
+            with self.algorithm.unsharded_model() as model:
+                if self.checkpoint_writer:
+                    self._write(self.checkpoint_writer, model.state_dict(), optimizer, algorithm, wait=wait)
         self._saved_at = time.monotonic()
 
     def _write(
         self,
-        saver: checkpoint.CheckpointWriter,
+        checkpoint_writer: checkpoint.CheckpointWriter,
         model: dict[str, Tensor],
         optimizer: OptimizerState,
         algorithm: dict[str, Any],
@@ -295,25 +295,25 @@ class _Session:
     ) -> None:
         run = {
             "step": self.step,
-            "best": {key: value for key, value in self.best.items() if key != "model"},
-            "reached": self.reached,
-            "seconds": self.record.seconds(),
+            "best": {key: value for key, value in self.best_val.items() if key != "model"},
+            "reached": self.target_step,
+            "seconds": self.recorder.seconds(),
             "timers": [self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each],
-            "probe_left_out": self.probe_left_out,
-            "noise": asdict(self.noise),
+            "probe_left_out": self.skipped_probe_steps,
+            "noise": asdict(self.noise_scale),
             "scaler": self.strategy.scaler.state_dict(),
         }
         states: dict[str, Any] = {"model": model, "optimizer": optimizer, "algorithm": algorithm}
-        states |= {"best": self.best["model"]} if self.best else {}
+        states |= {"best": self.best_val["model"]} if self.best_val else {}
         facts = {key: self.facts[key] for key in ("world_size", "strategy", "launcher")}
         try:
-            self.record.flush(before=self.step)
-            states["run"] = run | {"held": self.record.pending_rows()}
-            saver.save(self.step, states, facts | {"mlflow_run_id": self.record.mlflow_run_id()})
+            self.recorder.flush(before=self.step)
+            states["run"] = run | {"held": self.recorder.pending_rows()}
+            checkpoint_writer.save(self.step, states, facts | {"mlflow_run_id": self.recorder.mlflow_run_id()})
             if wait:
-                saver.wait()
+                checkpoint_writer.wait()
         except OSError as error:
-            kept = max(checkpoint.steps(saver.folder), default=None)
+            kept = max(checkpoint.steps(checkpoint_writer.folder), default=None)
             message = (
                 f"a checkpoint could not be written after step {self.step} ({error.strerror or error}); "
                 + ("there is none yet" if kept is None else f"the one of step {kept} is whole")
@@ -326,14 +326,14 @@ class _Session:
     def close(self) -> None:
         """Let a checkpoint that is being written be finished, and let go of the model."""
         with contextlib.suppress(OSError):
-            if self.saver:
-                self.saver.wait()
+            if self.checkpoint_writer:
+                self.checkpoint_writer.wait()
         self.profile.close()
         self.strategy.close()
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def train(self, leaving: Callable[[], bool]) -> None:
+    def train(self, preemption_requested: Callable[[], bool]) -> None:
         """Every step from the current one to the last, with what is due in between. Collective.
 
         Raises:
@@ -346,14 +346,14 @@ class _Session:
         while self.step < self.num_steps:
             where.step = self.step + 1
             self.profile.begin(self.num_steps - self.step)
-            asked = self.world.all_reduce_async(torch.tensor([int(leaving())]))  # it crosses while this step computes
+            asked = self.world.all_reduce_async(torch.tensor([int(preemption_requested())]))  # it crosses while this step computes
             lr, momentum = self.schedule.lr(self.step), self.schedule.momentum(self.step)
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0
             self.strategy.track_local_grad_norm = logged and "noise_scale" in config.probe.diagnostics
-            before_P = self._weights() if self._probe_may_come(self.step + 1) else None
+            before_P = self._weights() if self._probe_possible(self.step + 1) else None
             with where.phase("compute", "forward and backward"):
-                taken = self.course.step(self.step, lr, momentum)
+                taken = self.algorithm.step(self.step, lr, momentum)
             self.step += 1
             self._update_norm = None if before_P is None else (self._weights() - before_P).double().norm()
             if logged:
@@ -361,7 +361,7 @@ class _Session:
             self.progress(self.step, self.num_steps, "")
             leave = bool(asked()) and not last
             self._window = self._window[0] + self.profile.end(), self._window[1]
-            if leave or self.step % FLUSH_EVERY == 0 or self._due():
+            if leave or self.step % FLUSH_EVERY == 0 or self._flush_due():
                 save_due = self._flush()
                 self.train_seconds += time.monotonic() - self._window[0]
                 average_buffers(self.model, self.world)
@@ -376,41 +376,41 @@ class _Session:
 
     def _weights(self) -> Tensor:
         """A copy of all trainable parameters, whole: [P]. Collective."""
-        with self.course.unsharded_model() as model:
+        with self.algorithm.unsharded_model() as model:
             return flat_parameters(model)
 
-    def _due(self) -> bool:
+    def _flush_due(self) -> bool:
         every_steps = self.config.checkpoint.every_steps
         return (
             self.step == self.num_steps
-            or self._probe_may_come(self.step)
+            or self._probe_possible(self.step)
             or self.eval_due(self.step)
             or (every_steps is not None and self.step % every_steps == 0)
         )
 
-    def _probe_may_come(self, step: int) -> bool:
+    def _probe_possible(self, step: int) -> bool:
         return self.config.probe.enabled and (step == self.num_steps or self.probe_due(step))
 
     def _epoch(self, step: int) -> float:
-        return self.order.epochs_done(step)
+        return self.sampler.epochs_done(step)
 
     def _flush(self) -> bool:
         """Record the pending steps; whether a checkpoint is due by steps or by rank 0's clock. Collective.
 
         A GPU is waited for once, for the sums of the steps. What ranks know without it crosses in the CPU's memory.
         """
-        rows = self._sums_of_steps()
+        rows = self._reduce_pending_sums()
         every_steps = self.config.checkpoint.every_steps
         overdue = time.monotonic() - self._saved_at > self.config.checkpoint.every_seconds
-        mine = torch.zeros(2 + self.times.numel(), dtype=torch.float64)
-        times = mine[2:].view_as(self.times)
+        mine = torch.zeros(2 + self.phase_seconds.numel(), dtype=torch.float64)
+        times = mine[2:].view_as(self.phase_seconds)
         times[self.world.rank] = torch.tensor(self.world.timer.pop_seconds())
-        if self.saver:  # rank 0, whose clock and budget hold for all
-            mine[:2] = torch.tensor([overdue and not self.saver.busy, self._probe_exceeds_budget()])
+        if self.checkpoint_writer:  # rank 0, whose clock and budget hold for all
+            mine[:2] = torch.tensor([overdue and not self.checkpoint_writer.busy, self._probe_to_skip()])
         self.world.all_reduce(mine, "times of the last steps")
         save_due, leave_out = mine[:2].bool().tolist()
-        self._left_out_in_a_row += leave_out
-        self.probe_left_out += [self.step] if leave_out else []
+        self._num_skipped_in_a_row += leave_out
+        self.skipped_probe_steps += [self.step] if leave_out else []
         for (step, taken), (loss, correct, *small, extra, square, norm) in zip(self._pending, rows, strict=True):
             size, norm = taken.size, square**0.5 if taken.norm is None else norm
             loss /= size
@@ -424,16 +424,16 @@ class _Session:
                 found["train/rank_penalty"] = extra
             if self.config.optim.schedule == "grow":
                 found["train/global_size"] = size
-            self.record.log(step, self._epoch(step), found | self._noise(small, norm, size))
+            self.recorder.log(step, self._epoch(step), found | self._noise_metrics(small, norm, size))
             if not math.isfinite(loss):
                 self._pending.clear()
                 raise Diverged(step, loss)
         self._pending.clear()
-        self.times += times
-        self.record.log(self.step, self._epoch(self.step), _split(times))
+        self.phase_seconds += times
+        self.recorder.log(self.step, self._epoch(self.step), _time_metrics(times))
         return save_due or (every_steps is not None and self.step % every_steps == 0)
 
-    def _sums_of_steps(self) -> list[list[float]]:
+    def _reduce_pending_sums(self) -> list[list[float]]:
         """Of each pending step the sums of `accumulate` over all ranks, and the norm of its gradient. Collective."""
         if not self._pending:
             return []
@@ -443,29 +443,29 @@ class _Session:
         norms = torch.stack([norm.double() for norm in known])  # one number on all ranks: rank 0 gives it
         return self.world.all_reduce_to_cpu(torch.cat([sums, norms[:, None]], 1), "metrics of the last steps").tolist()
 
-    def _noise(self, small: list[float], norm: float, size: int) -> dict[str, float]:
+    def _noise_metrics(self, small: list[float], norm: float, size: int) -> dict[str, float]:
         """The noise scale after a step, if its gradients came in two sizes."""
         squares, inverses, count = small
         if not count or count / inverses >= size or not math.isfinite(squares + norm):
             return {}
-        self.noise.add(squares / count, count / inverses, norm**2, size)
-        return self.noise.metrics()
+        self.noise_scale.add(squares / count, count / inverses, norm**2, size)
+        return self.noise_scale.metrics()
 
-    def _probe_exceeds_budget(self) -> bool:
+    def _probe_to_skip(self) -> bool:
         """Whether to leave out the measurement that the cadence has for this step; the ends are always measured."""
         budget = self.config.probe.max_time_fraction
-        if budget is None or self.step == self.num_steps or not self._probe_may_come(self.step):
+        if budget is None or self.step == self.num_steps or not self._probe_possible(self.step):
             return False
         began, step = self._window  # not all of the run: what came before its first step comes once
         each_step = (time.monotonic() - began) / (self.step - step)
-        elapsed = self.record.seconds() - self.probe_seconds
+        elapsed = self.recorder.seconds() - self.probe_seconds
         return should_skip(
             budget,
             spent_seconds=self.probe_seconds,
             seconds_each=self._probe_seconds_each,
             other_seconds=elapsed + (self.num_steps - self.step) * each_step,
             num_remaining=sum(map(self.probe_due, range(self.step, self.num_steps))),
-            num_skipped_in_a_row=self._left_out_in_a_row,
+            num_skipped_in_a_row=self._num_skipped_in_a_row,
         )
 
     # -- measurements -------------------------------------------------------------------------------------------------
@@ -474,11 +474,11 @@ class _Session:
         """Validate and probe, whichever is due at this step. Collective."""
         edge = self.step in (0, self.num_steps)
         validate = len(self.val_set) and (edge or self.eval_due(self.step))
-        left_out = self.step in self.probe_left_out[-1:]
+        left_out = self.step in self.skipped_probe_steps[-1:]
         probe = self.config.probe.enabled and (edge or (self.probe_due(self.step) and not left_out))
         if not (validate or probe):
             return
-        with self.course.evaluated_model() as model:
+        with self.algorithm.evaluated_model() as model:
             if self.step == 0:
                 with self.world.timer.phase("evaluation"):
                     model = untrained_with_statistics(model, self.batches, self.world, self.config.batch.ghost_size)
@@ -493,13 +493,13 @@ class _Session:
         """Score the validation images, and remember the model if it is the best so far. Collective."""
         began = time.monotonic()
         score = self._score(model, self.val_set)
-        if score.accuracy > self.best.get("accuracy", -1.0):
+        if score.accuracy > self.best_val.get("accuracy", -1.0):
             state = {key: value.clone() for key, value in model.state_dict().items()}
-            self.best = {"step": self.step, "accuracy": score.accuracy, "model": state}
-        self.record.log(self.step, self._epoch(self.step), {"val/loss": score.loss, "val/accuracy": score.accuracy})
+            self.best_val = {"step": self.step, "accuracy": score.accuracy, "model": state}
+        self.recorder.log(self.step, self._epoch(self.step), {"val/loss": score.loss, "val/accuracy": score.accuracy})
         train = self.config.train
-        if self.reached is None and train.target_accuracy is not None and score.accuracy >= train.target_accuracy:
-            self.reached = self.step
+        if self.target_step is None and train.target_accuracy is not None and score.accuracy >= train.target_accuracy:
+            self.target_step = self.step
             if train.stop_at_target:
                 self.num_steps = self.step
         self.eval_seconds += time.monotonic() - began
@@ -511,26 +511,26 @@ class _Session:
         edge = self.step in (0, self.num_steps)
         found, spectra = self.observer(model, controls=edge)
         for probe_set, spectra_of_it in spectra.items():
-            self.record.spectra(self.step, spectra_of_it, probe_set)
+            self.recorder.spectra(self.step, spectra_of_it, probe_set)
         if self._update_norm is not None and "norms" in self.config.probe.diagnostics:
             found["train/update_norm"] = float(self._update_norm)
-        self.record.log(self.step, self._epoch(self.step), found)
+        self.recorder.log(self.step, self._epoch(self.step), found)
         self.probe_seconds += time.monotonic() - began
-        self._probe_seconds_each, self._left_out_in_a_row = measurement_seconds(found), 0
+        self._probe_seconds_each, self._num_skipped_in_a_row = measurement_seconds(found), 0
 
-    def _to_target(self) -> dict[str, Any]:
+    def _target_metrics(self) -> dict[str, Any]:
         """Updates and epochs to train.target_accuracy, None if it was not reached; nothing without a target."""
         if self.config.train.target_accuracy is None:
             return {}
-        epochs = None if self.reached is None else self._epoch(self.reached)
-        return {"updates_to_target": self.reached, "epochs_to_target": epochs}
+        epochs = None if self.target_step is None else self._epoch(self.target_step)
+        return {"updates_to_target": self.target_step, "epochs_to_target": epochs}
 
     def _score(self, model: nn.Module, images: datasets.Images) -> Score:
         return evaluate(model, images, self.normalise, self.world)
 
     def result(self) -> dict[str, Any]:
         """Score the last and the best model on the test images: the only time they are touched. Collective."""
-        with self.course.evaluated_model() as model, self.world.timer.phase("evaluation"):
+        with self.algorithm.evaluated_model() as model, self.world.timer.phase("evaluation"):
             train, test = self._score(model, self.train_set), self._score(model, self.test_set)
             if not math.isfinite(train.loss):  # the loss of a step is of the weights before it
                 raise Diverged(self.step, train.loss, "train_full/loss")
@@ -541,31 +541,31 @@ class _Session:
                 "test/accuracy": test.accuracy,
                 "train_test_gap": train.accuracy - test.accuracy,
             }
-            if self.best:
-                model.load_state_dict(self.best["model"])
+            if self.best_val:
+                model.load_state_dict(self.best_val["model"])
                 out["test_at_best_val/accuracy"] = self._score(model, self.test_set).accuracy
-        reached = {name: value for name, value in self._to_target().items() if value is not None}
-        self.record.log(self.step, self._epoch(self.step), out | reached)
+        reached = {name: value for name, value in self._target_metrics().items() if value is not None}
+        self.recorder.log(self.step, self._epoch(self.step), out | reached)
         samples = self._epoch(self.step) * len(self.train_set)
         return (
             out
             | {
-                "best_val_step": self.best.get("step"),
-                "best_val/accuracy": self.best.get("accuracy"),
+                "best_val_step": self.best_val.get("step"),
+                "best_val/accuracy": self.best_val.get("accuracy"),
                 "num_steps": self.step,
-                **self._to_target(),
+                **self._target_metrics(),
                 "train_seconds": round(self.train_seconds, 3),
                 "probe_seconds": round(self.probe_seconds, 3),
-                "probe_left_out": self.probe_left_out,
+                "probe_left_out": self.skipped_probe_steps,
                 "eval_seconds": round(self.eval_seconds, 3),
                 "images_per_second": round(samples / max(self.train_seconds, 1e-9), 1),
             }
-            | _split(self.times)
+            | _time_metrics(self.phase_seconds)
             | _memory_peaks(self.world)
         )
 
 
-def _split(times: Tensor) -> dict[str, float]:
+def _time_metrics(times: Tensor) -> dict[str, float]:
     """Where time went, from seconds by rank and kind [ranks, kinds], and which of several ranks computes longest.
 
     >>> _split(torch.tensor([[0.0, 3.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 0.0, 0.0]]))["time/slowest_rank"]
@@ -588,10 +588,10 @@ def _memory_peaks(world: World) -> dict[str, list[float]]:
     return {"memory_peak_gib": [round(peak, 3) for peak in world.all_reduce(peaks, "peaks of memory").tolist()]}
 
 
-def _cadence(config: RunConfig, order: EpochSampler) -> Cadence:
+def _probe_cadence(config: RunConfig, sampler: EpochSampler) -> Cadence:
     """When the run measures, but for its first and last step, which always do."""
     probe = config.probe
-    wanted = [at_steps(map(order.step_at, probe.at_epochs))]
+    wanted = [at_steps(map(sampler.step_at, probe.at_epochs))]
     wanted += [log_spaced(probe.per_decade)] if probe.per_decade else []
     wanted += [every(probe.every)] if probe.every else []
     return any_of(*wanted)

@@ -10,9 +10,9 @@ from gengap_dist.training.algorithms.weight_averaging import WeightAveraging
 
 
 def build_algorithm(
-    config: RunConfig, strategy: Strategy, batches: BatchLoader, order: EpochSampler, num_steps: int
+    config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
 ) -> TrainingAlgorithm:
     """The course that `config.algorithm` asks for, of a strategy that is set up."""
     algorithm = config.algorithm
     kind = WeightAveraging if algorithm.weight_averaging else LocalSGD if algorithm.local_sgd else TrainingAlgorithm
-    return kind(config, strategy, batches, order, num_steps)
+    return kind(config, strategy, batches, sampler, num_steps)

@@ -36,7 +36,7 @@ class TrainingAlgorithm:
     """One strategy's steps; the network of the run is the one that trains."""
 
     def __init__(
-        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, order: EpochSampler, num_steps: int
+        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
     ) -> None:
         """The course of `strategy`, which is set up, over `batches` in `order`, for `num_steps` steps.
 
@@ -44,15 +44,15 @@ class TrainingAlgorithm:
             UsageError: if algorithm.rank_layers names a layer that the network does not have.
         """
         algorithm = config.algorithm
-        self.config, self.strategy, self.batches, self.order = config, strategy, batches, order
+        self.config, self.strategy, self.batches, self.sampler = config, strategy, batches, sampler
         self.num_steps = num_steps  # that the strategy takes; what comes after them is not read ahead
         self.objective = Objective(algorithm.label_smoothing)
         if algorithm.rank_penalty is not None:
             self.objective = RankPenalty(algorithm)
-            self.objective.layers(strategy.model, lambda: batches(order.indices(0)[:1], 0)[0])
-        self.make = make_gradient(algorithm)
+            self.objective.penalized_layers(strategy.model, lambda: batches(sampler.indices(0)[:1], 0)[0])
+        self.compute_gradient = gradient_function(algorithm)
         self._spans: dict[int, list[Span]] = {}
-        for phase in order.phases:
+        for phase in sampler.phases:
             spans = batch_plan_for(config, phase.size, strategy.world.size).micro_batches(strategy.world.rank)
             strategy.compiled_batch_sizes.update(span.size for span in spans)
 
@@ -60,26 +60,26 @@ class TrainingAlgorithm:
         """Step number `step`, from 0. Collective."""
         self._seed(step, self.strategy.world.rank)
         self.strategy.set_rates(lr, momentum)
-        work = self._work(step)
+        work = self._step_batch(step)
         if step + 1 < self.num_steps:
-            coming = self._work(step + 1)
+            coming = self._step_batch(step + 1)
             with self.strategy.world.timer.phase("data"):  # what is coming is read while this step computes
                 self.batches.prefetch(coming.indices[coming.spans[0].start : coming.spans[-1].stop])
         return StepResult(
-            len(work.indices), lr, *train_step(self.strategy, self.batches, work, self.objective, self.make)
+            len(work.indices), lr, *train_step(self.strategy, self.batches, work, self.objective, self.compute_gradient)
         )
 
-    def _seed(self, step: int, who: int) -> None:
+    def _seed(self, step: int, stream: int) -> None:
         """For layers that ask torch for their draws; torch.manual_seed takes 0.3 ms, most of it for other devices."""
-        seed = ((self.config.seed * 1_000_003 + step) * 65_537 + who) % 2**63
+        seed = ((self.config.seed * 1_000_003 + step) * 65_537 + stream) % 2**63
         torch.default_generator.manual_seed(seed)
         if self.strategy.world.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _work(self, step: int) -> StepBatch:
+    def _step_batch(self, step: int) -> StepBatch:
         world = self.strategy.world
         with world.timer.phase("data"):
-            indices, epoch = self.order.indices(step), self.order.epoch(step)
+            indices, epoch = self.sampler.indices(step), self.sampler.epoch(step)
         size = len(indices)
         if size not in self._spans:
             plan, lockstep = batch_plan_for(self.config, size, world.size), self.strategy.equal_micro_batches_required
@@ -127,7 +127,7 @@ def batch_plan_for(config: RunConfig, size: int, num_ranks: int) -> BatchPlan:
     return BatchPlan(size, num_ranks, batch.max_micro_size, batch.ghost_size)
 
 
-def make_gradient(algorithm: AlgorithmConfig) -> ComputeGradient | None:
+def gradient_function(algorithm: AlgorithmConfig) -> ComputeGradient | None:
     """How this algorithm makes a step's direction; None: as plain training does."""
     if algorithm.sam_rho is not None:
         return sam(algorithm.sam_rho)

@@ -21,14 +21,14 @@ def gradient_penalty(coefficient: float) -> ComputeGradient:
     2022).
     """
 
-    def make(strategy: Strategy, batches: BatchLoader, work: StepBatch, objective: Objective) -> tuple[Tensor, None]:
+    def compute_gradient(strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective) -> tuple[Tensor, None]:
         world = strategy.world
         parameters = [p for p in strategy.model.parameters() if p.requires_grad]
         direction = [torch.zeros_like(p) for p in parameters]
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=world.device)
 
         def gradient(span: Span, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-            strategy.position.at(span.start, len(work.indices), world.size, *work.key)
+            strategy.position.at(span.start, len(step_batch.indices), world.size, *step_batch.rng_key)
             with world.timer.span("forward"):
                 logits = strategy.local_forward(images)
                 loss_sum = objective.loss_sum(logits, labels)
@@ -36,23 +36,23 @@ def gradient_penalty(coefficient: float) -> ComputeGradient:
                 found = torch.autograd.grad(loss_sum / len(labels), parameters, materialize_grads=True)
             return logits, loss_sum, found
 
-        for span in work.spans:
+        for span in step_batch.spans:
             if not span.size:
                 continue
             with world.timer.phase("data"):
-                images, labels = batches(work.indices[span.start : span.stop], work.epoch)
+                images, labels = batches(step_batch.indices[span.start : span.stop], step_batch.epoch)
             logits, loss_sum, here = gradient(span, images, labels)
             step = STEP / (nn.utils.get_total_norm(here) + TINY)
             with perturbed(parameters, list(here), step), frozen_running_stats(strategy.model):
                 *_, there = gradient(span, images, labels)
-            weight = span.size / len(work.indices)
+            weight = span.size / len(step_batch.indices)
             for total, g, ahead in zip(direction, here, there, strict=True):
                 total += weight * (g + coefficient * (ahead - g) / step)
             sums[0] += loss_sum.detach()
             sums[1] += (logits.detach().argmax(1) == labels).sum()
         with strategy.micro_step(last=True):  # the gradient of <p, direction> is the direction: ranks' are summed
             linear = sum((p * d).sum() for p, d in zip(parameters, direction, strict=True))
-            zero_contribution_pass(strategy, batches, work.epoch, linear)
+            zero_contribution_pass(strategy, batches, step_batch.epoch, linear)
         return sums, None
 
-    return make
+    return compute_gradient

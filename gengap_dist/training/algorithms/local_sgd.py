@@ -43,21 +43,21 @@ class LocalSGD(TrainingAlgorithm):
     """
 
     def __init__(
-        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, order: EpochSampler, num_steps: int
+        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
     ) -> None:
         """See `TrainingAlgorithm`."""
         self.first_step = first_step_after("algorithm.local_start", config.algorithm.local_start, num_steps)
-        super().__init__(config, strategy, batches, order, self.first_step)
+        super().__init__(config, strategy, batches, sampler, self.first_step)
         self.num_workers, self.world = config.algorithm.workers, strategy.world
-        self.begun = False
+        self.has_workers = False
         self.workers: dict[int, Strategy] = {}  # those of this rank
-        self._is_average = False  # what the strategy's network holds is the average of the workers as they are
+        self._holds_average = False  # what the strategy's network holds is the average of the workers as they are
         self._shares: dict[int, list[Span]] = {}  # of the workers, by the size of the step
-        self.rate = 1.0
+        self.lr_factor = 1.0
         if config.algorithm.local_sgd == "swap":
             own = config.batch.global_size // self.num_workers
-            self.rate = scaled_lr(config.optim, own) / scaled_lr(config.optim, config.batch.global_size)
-            self.orders = [EpochSampler(order.num_samples, own, config.seed, worker=w) for w in range(self.num_workers)]
+            self.lr_factor = scaled_lr(config.optim, own) / scaled_lr(config.optim, config.batch.global_size)
+            self.samplers = [EpochSampler(sampler.num_samples, own, config.seed, worker=w) for w in range(self.num_workers)]
 
     def step(self, step: int, lr: float, momentum: float) -> StepResult:
         """See `TrainingAlgorithm.step`. In the local part collective only where workers are averaged.
@@ -66,14 +66,14 @@ class LocalSGD(TrainingAlgorithm):
         """
         if step < self.first_step:
             return super().step(step, lr, momentum)
-        if not self.begun:
+        if not self.has_workers:
             average_buffers(self.strategy.model, self.world)
-            self._begin(self.strategy.optimizer_state())
+            self._create_workers(self.strategy.optimizer_state())
         with self.world.timer.phase("data"):
-            sizes, parts = self._parts(step)
+            sizes, parts = self._worker_batches(step)
         if step == self.first_step and not self.config.optim.momentum_correction:
-            momentum /= self.rate  # the form v = m v + lr g, in which momentum keeps the rate before
-        lr *= self.rate
+            momentum /= self.lr_factor  # the form v = m v + lr g, in which momentum keeps the rate before
+        lr *= self.lr_factor
         num_active = sum(size > 0 for size in sizes)
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.world.device)
         for worker, strategy in self.workers.items():
@@ -84,27 +84,27 @@ class LocalSGD(TrainingAlgorithm):
             strategy.set_rates(lr, momentum)
             spans = batch_plan_for(self.config, len(indices), 1).micro_batches(0)
             work = StepBatch(indices, epoch, spans, (self.config.seed, step, worker))
-            found, norm = train_step(strategy, self.batches, work, self.objective, self.make)
+            found, norm = train_step(strategy, self.batches, work, self.objective, self.compute_gradient)
             sums[:2] += found[:2]
             sums[-2] += found[-2] / num_active
             sums[-1] += norm.double().square() / num_active
-        self._is_average = False
+        self._holds_average = False
         algorithm = self.config.algorithm
         if algorithm.local_sgd == "post_local_sgd" and (step - self.first_step + 1) % algorithm.local_steps == 0:
             self._average()
             for strategy in self.workers.values():
-                _put(_flat(self.strategy.model), strategy.model)
+                _copy_from_flat(_flat(self.strategy.model), strategy.model)
         return StepResult(sum(sizes), lr, sums, None)
 
-    def _parts(self, step: int) -> tuple[list[int], dict[int, tuple[Tensor, int]]]:
+    def _worker_batches(self, step: int) -> tuple[list[int], dict[int, tuple[Tensor, int]]]:
         """Number of each worker's images in a step; and of this rank's workers the images, and the epoch they show."""
         if self.config.algorithm.local_sgd == "swap":
-            at, begun = step - self.first_step, self.order.epoch(self.first_step)
+            at, begun = step - self.first_step, self.sampler.epoch(self.first_step)
             # epochs that augment as neither another worker's do nor those of the run before
-            epoch = begun + 1 + self.orders[0].epoch(at) * self.num_workers
-            sizes = [len(self.orders[0].indices(at))] * self.num_workers
-            return sizes, {worker: (self.orders[worker].indices(at), epoch + worker) for worker in self.workers}
-        indices, epoch = self.order.indices(step), self.order.epoch(step)
+            epoch = begun + 1 + self.samplers[0].epoch(at) * self.num_workers
+            sizes = [len(self.samplers[0].indices(at))] * self.num_workers
+            return sizes, {worker: (self.samplers[worker].indices(at), epoch + worker) for worker in self.workers}
+        indices, epoch = self.sampler.indices(step), self.sampler.epoch(step)
         if len(indices) not in self._shares:
             plan = batch_plan_for(self.config, len(indices), self.num_workers)
             cuts = map(plan.micro_batches, range(self.num_workers))
@@ -112,9 +112,9 @@ class LocalSGD(TrainingAlgorithm):
         shares = self._shares[len(indices)]
         return [span.size for span in shares], {w: (indices[slice(*shares[w])], epoch) for w in self.workers}
 
-    def _begin(self, optimizer_state: OptimizerState) -> None:
+    def _create_workers(self, optimizer_state: OptimizerState) -> None:
         """Make this rank's workers, all like the strategy's network."""
-        self.begun = True
+        self.has_workers = True
         alone = World(0, 1, self.world.device, self.world.timer)
         for worker in range(self.world.rank, self.num_workers, self.world.size):
             strategy = self.workers[worker] = Single(self.config, alone)
@@ -128,13 +128,13 @@ class LocalSGD(TrainingAlgorithm):
         total = torch.zeros_like(_flat(self.strategy.model))
         for strategy in self.workers.values():
             total += _flat(strategy.model)
-        _put(self.world.all_reduce(total, "average of the workers") / self.num_workers, self.strategy.model)
-        self._is_average = True
+        _copy_from_flat(self.world.all_reduce(total, "average of the workers") / self.num_workers, self.strategy.model)
+        self._holds_average = True
 
     def unsharded_model(self) -> AbstractContextManager[nn.Module]:
         """See `TrainingAlgorithm.whole`."""
         model = self.strategy.model
-        if self.begun and not self._is_average:
+        if self.has_workers and not self._holds_average:
             self._average()
             if self.config.algorithm.local_sgd == "swap" and has_batch_norm(model):
                 recompute_running_stats(model, self.batches, self.world, self.config.batch.ghost_size)
@@ -142,9 +142,9 @@ class LocalSGD(TrainingAlgorithm):
 
     def state(self) -> dict[str, Any]:
         """See `TrainingAlgorithm.state`. Rank 0 has all workers' on its CPU."""
-        if not self.begun:
+        if not self.has_workers:
             return {}
-        mine = {worker: _packed(strategy) for worker, strategy in self.workers.items()}
+        mine = {worker: _serialized(strategy) for worker, strategy in self.workers.items()}
         sizes = torch.zeros(self.num_workers, dtype=torch.int64)
         for worker, packed in mine.items():
             sizes[worker] = len(packed)
@@ -159,7 +159,7 @@ class LocalSGD(TrainingAlgorithm):
 
     def load(self, state: Mapping[str, Any]) -> None:
         """See `TrainingAlgorithm.load`."""
-        self._begin({})
+        self._create_workers({})
         for worker, strategy in self.workers.items():
             strategy.model.load_state_dict(state["workers"][worker]["model"])
             strategy.load_optimizer_state(state["workers"][worker]["optimizer"])
@@ -177,13 +177,13 @@ def _flat(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _put(flat: Tensor, model: nn.Module) -> None:
+def _copy_from_flat(flat: Tensor, model: nn.Module) -> None:
     tensors = _tensors(model)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
-def _packed(strategy: Strategy) -> Tensor:
+def _serialized(strategy: Strategy) -> Tensor:
     """Network and optimizer as bytes [n], on the CPU: so they go from rank to rank bit for bit, whatever is in them."""
     file = io.BytesIO()
     scaler = strategy.scaler.state_dict()

@@ -64,7 +64,7 @@ class RankPenalty(Objective):
         self._terms: list[Tensor] = []
         self._value: Tensor | float = 0.0
 
-    def layers(self, model: nn.Module, example: Callable[[], Tensor]) -> list[Layer]:
+    def penalized_layers(self, model: nn.Module, example: Callable[[], Tensor]) -> list[Layer]:
         """The layers it holds for, which one pass of an example finds.
 
         Raises:
@@ -79,10 +79,10 @@ class RankPenalty(Objective):
         return self._layers[model]
 
     @contextmanager
-    def step_context(self, strategy: Strategy, batches: BatchLoader, work: StepBatch) -> Iterator[None]:
+    def step_context(self, strategy: Strategy, batches: BatchLoader, step_batch: StepBatch) -> Iterator[None]:
         """See `Objective.over`. Collective: one forward pass, and one sum over ranks."""
         model, world = strategy.model, strategy.world
-        layers = self.layers(model, lambda: batches(work.indices[:1], work.epoch)[0])
+        layers = self.penalized_layers(model, lambda: batches(step_batch.indices[:1], step_batch.epoch)[0])
         sums = {
             layer.name: torch.zeros(units + 1, units + 1, dtype=torch.float64, device=world.device)
             for layer, units in ((layer, _units(layer)) for layer in layers)
@@ -94,12 +94,12 @@ class RankPenalty(Objective):
             sums[layer.name] += rows.T @ rows  # sum of h h^T; of h; and the number of rows
 
         with torch.no_grad(), frozen_running_stats(model), capture_activations(layers, add) as begin:
-            for span in work.spans:
+            for span in step_batch.spans:
                 if span.size or strategy.has_sync_bn:
                     begin()
-                    strategy.position.at(span.start, len(work.indices), world.size, *work.key)
+                    strategy.position.at(span.start, len(step_batch.indices), world.size, *step_batch.rng_key)
                     images, _ = batches(
-                        work.indices[span.start : span.stop] if span.size else work.indices[:1], work.epoch
+                        step_batch.indices[span.start : span.stop] if span.size else step_batch.indices[:1], step_batch.epoch
                     )
                     with world.timer.span("forward"):
                         strategy.local_forward(images if span.size else images[:0])

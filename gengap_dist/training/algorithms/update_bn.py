@@ -17,13 +17,13 @@ from gengap_dist.models.batch_norm import ReplacedBatchNorm, frozen_running_stat
 from gengap_dist.models.sample_position import position_of
 from gengap_dist.training.evaluation import EVAL_BLOCK
 
-MOST = 8192  # training images that are looked at, unless one block has more
-MOST_UNTRAINED = 1024
+MAX_IMAGES = 8192  # training images that are looked at, unless one block has more
+MAX_IMAGES_UNTRAINED = 1024
 
 
 @torch.no_grad()
 def recompute_running_stats(
-    model: nn.Module, batches: BatchLoader, world: World, block_size: int | None, most: int | None = None
+    model: nn.Module, batches: BatchLoader, world: World, block_size: int | None, max_images: int | None = None
 ) -> None:
     """Make running statistics the mean over blocks of training images, as epoch 0 sees them. Collective.
 
@@ -42,7 +42,7 @@ def recompute_running_stats(
     if not layers:
         return
     size = min(block_size or EVAL_BLOCK, len(batches.images))
-    num_images = max(size, min(most or MOST, len(batches.images)) // size * size)  # whole blocks
+    num_images = max(size, min(max_images or MAX_IMAGES, len(batches.images)) // size * size)  # whole blocks
     drawn = torch.randperm(len(batches.images), generator=torch.Generator().manual_seed(0))
     sums = [torch.zeros(3, layer.num_features, dtype=torch.float64, device=world.device) for layer in layers]
     with ExitStack() as stack:
@@ -50,13 +50,13 @@ def recompute_running_stats(
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
         for layer, total in zip(layers, sums, strict=True):
-            stack.callback(layer.register_forward_pre_hook(partial(_add, total=total)).remove)
+            stack.callback(layer.register_forward_pre_hook(partial(_add_statistics, total=total)).remove)
         for layer in every:
             if isinstance(
                 layer, ReplacedBatchNorm | nn.SyncBatchNorm
             ):  # a block is one group, whatever else this layer does
                 stack.callback(layer.__dict__.pop, "forward")
-                layer.forward = partial(_by_itself, layer)
+                layer.forward = partial(_normalize_by_block, layer)
         model.train()
         position = position_of(model)
         for start, stop in blocks(num_images, size, world):
@@ -82,15 +82,15 @@ def untrained_with_statistics(
     """
     if has_batch_norm(model):
         model = deepcopy(model)
-        recompute_running_stats(model, batches, world, block_size, MOST_UNTRAINED)
+        recompute_running_stats(model, batches, world, block_size, MAX_IMAGES_UNTRAINED)
     return model
 
 
-def _add(layer: nn.Module, args: tuple[Any, ...], *, total: Tensor) -> None:
+def _add_statistics(layer: nn.Module, args: tuple[Any, ...], *, total: Tensor) -> None:
     (images,) = args
     var, mean = torch.var_mean(images, [dim for dim in range(images.ndim) if dim != 1])
     total += torch.stack([mean, var, torch.ones_like(mean)])  # a network may call a layer several times
 
 
-def _by_itself(layer: Any, input: Tensor) -> Tensor:
+def _normalize_by_block(layer: Any, input: Tensor) -> Tensor:
     return batch_norm(input, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)

@@ -26,14 +26,14 @@ class WeightAveraging(TrainingAlgorithm):
     """
 
     def __init__(
-        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, order: EpochSampler, num_steps: int
+        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
     ) -> None:
         """See `TrainingAlgorithm`."""
-        super().__init__(config, strategy, batches, order, num_steps)
+        super().__init__(config, strategy, batches, sampler, num_steps)
         algorithm = config.algorithm
-        self.equal = algorithm.weight_averaging == "swa"
+        self.is_swa = algorithm.weight_averaging == "swa"
         self.first_step = (
-            first_step_after("algorithm.average_start", algorithm.average_start, num_steps) if self.equal else 0
+            first_step_after("algorithm.average_start", algorithm.average_start, num_steps) if self.is_swa else 0
         )
         self.average, self.num_averaged = deepcopy(strategy.model), 0
 
@@ -41,18 +41,18 @@ class WeightAveraging(TrainingAlgorithm):
         """See `TrainingAlgorithm.step`."""
         out = super().step(step, lr, momentum)
         if step >= self.first_step:
-            self._add()
+            self._update_average()
         return out
 
     @torch.no_grad()
-    def _add(self) -> None:
+    def _update_average(self) -> None:
         """Let the weights that train enter the average; the first are the average."""
         n, model = self.num_averaged, self.strategy.model
-        weight = 1 / (n + 1) if self.equal else ema_weight(n, self.config.algorithm.ema_decay)
+        weight = 1 / (n + 1) if self.is_swa else ema_weight(n, self.config.algorithm.ema_decay)
         pairs: list[tuple[Tensor, Tensor]] = [*zip(self.average.parameters(), model.parameters(), strict=True)]
         copied: list[tuple[Tensor, Tensor]] = []
         for average, new in zip(self.average.buffers(), model.buffers(), strict=True):
-            (copied if self.equal or not average.is_floating_point() else pairs).append((average, new))
+            (copied if self.is_swa or not average.is_floating_point() else pairs).append((average, new))
         for average, new in pairs:
             average.lerp_(new, weight if n else 1.0)
         for average, new in copied:
@@ -67,7 +67,7 @@ class WeightAveraging(TrainingAlgorithm):
                 yield model
                 return
         average_buffers(self.average, self.strategy.world)
-        if self.equal and has_batch_norm(self.average):
+        if self.is_swa and has_batch_norm(self.average):
             recompute_running_stats(self.average, self.batches, self.strategy.world, self.config.batch.ghost_size)
         yield self.average
 

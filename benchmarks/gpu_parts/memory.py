@@ -22,7 +22,7 @@ from gengap_dist.preflight.machine_constants import Constants
 from gengap_dist.preflight.plan import make_plan
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.training.autotune.micro_batch import OTHER_BYTES, TEMPORARY
-from gengap_dist.training.autotune.search import turn_seconds
+from gengap_dist.training.autotune.search import pass_seconds
 from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload
 
 from .items import Answer, Item, Part, places
@@ -82,7 +82,7 @@ def passes(settings: Settings, share: float, world: World) -> Answer:
     with room_for(room, world.device):
         rehearsal = SyntheticWorkload(given, model, 1, 10, world.device)
         for name, size in {"before": 64, "whole": given.batch.global_size, "after": 64}.items():
-            took[name] = turn_seconds(rehearsal, size, 1, world)
+            took[name] = pass_seconds(rehearsal, size, 1, world)
         kept = torch.cuda.memory_allocated()
     fits = {name: seconds < math.inf for name, seconds in took.items()}
     good = fits == {"before": True, "whole": False, "after": True} and ooms() > before

@@ -30,14 +30,14 @@ from gengap_dist.probes.layers import select_layers
 from gengap_dist.probes.spectra import measure
 from gengap_dist.training.algorithms.base import batch_plan_for
 from gengap_dist.training.algorithms.rank_penalty import RankPenalty
-from gengap_dist.training.autotune.memory_format import resolved_memory_format
+from gengap_dist.training.autotune.memory_format import with_memory_format
 from gengap_dist.training.autotune.micro_batch import (
     Hardware,
     ModelShape,
     candidates,
     device_name,
-    earlier,
-    resolved_micro_size,
+    cached_micro_size,
+    with_micro_size,
 )
 from gengap_dist.training.checks import startup_checks, check_auto_micro_size, check_logits, check_norm, strategy_name
 from gengap_dist.training.lr_schedule import Schedule
@@ -166,22 +166,22 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
 def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, list[str]]:
     """The config with a number for batch.micro_size=auto, and in words why that one; torch's own order of pictures."""
     if config.train.channels_last == "auto":
-        config = resolved_memory_format(config, False)
+        config = with_memory_format(config, False)
     if config.batch.micro_size != "auto":
         return config, []
     known = None
     with suppress(UsageError):  # the plan will list it
         sizes = datasets.sizes(config.data)
         network = ModelShape(_model(config, sizes), sizes.in_channels, sizes.num_classes)
-        known = earlier(config, network, _place(config, cluster))
+        known = cached_micro_size(config, network, _place(config, cluster))
     if known:
-        return resolved_micro_size(config, known), [
+        return with_micro_size(config, known), [
             f"batch.micro_size=auto found {known} on this machine before; another may differ"
         ]
     choice = candidates(config, cluster.num_ranks)
     size = max([size for size in choice if size <= BatchConfig().max_micro_size] or choice[:1])
     said = f"batch.micro_size=auto is taken to find {size}: nothing was measured yet of such a run on this machine"
-    return resolved_micro_size(config, size), [said] if len(choice) > 1 else []
+    return with_micro_size(config, size), [said] if len(choice) > 1 else []
 
 
 def _place(config: RunConfig, cluster: Cluster) -> Hardware:

@@ -169,7 +169,7 @@ class _Session:
         strategy = strategy_name(config, world.size)
         self.strategy = STRATEGIES[strategy](config, world)
         hidden = self.strategy.has_untimed_collectives
-        self.profile = Profile(out, world, config, strategy, hidden=hidden) if config.profile else NoProfile()
+        self.profile = Profile(out, world, config, strategy, has_untimed_collectives=hidden) if config.profile else NoProfile()
         self.checkpoint_writer = (
             checkpoint.CheckpointWriter(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
         )

@@ -11,7 +11,7 @@ import torch
 MEMBERSHIPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
-class _Names(NamedTuple):
+class _CgroupVersion(NamedTuple):
     """What a version of Linux's control groups calls things."""
 
     controllers: str
@@ -23,8 +23,8 @@ class _Names(NamedTuple):
 
 
 VERSIONS = (
-    _Names("memory", GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
-    _Names("", GROUPS, "memory.max", "memory.current", "file"),
+    _CgroupVersion("memory", GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    _CgroupVersion("", GROUPS, "memory.max", "memory.current", "file"),
 )
 
 
@@ -33,21 +33,21 @@ def available_memory(device: torch.device, num_local: int) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for later is free, too
         return torch.cuda.mem_get_info(device)[0]
-    shared = [psutil.virtual_memory().available, *_of_groups()]
-    return max(0, min([*(free // num_local for free in shared), *_of_process()]))
+    shared = [psutil.virtual_memory().available, *_free_in_cgroups()]
+    return max(0, min([*(free // num_local for free in shared), *_free_address_space()]))
 
 
-def _of_groups() -> Iterator[int]:
+def _free_in_cgroups() -> Iterator[int]:
     """What is free in each control group, such as a container, that this process belongs to."""
     lines = MEMBERSHIPS.read_text().splitlines() if MEMBERSHIPS.exists() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         for names in VERSIONS:
             inside = names.folder / path.lstrip("/")
             for folder in (inside, *inside.parents) if controllers == names.controllers else ():
-                yield from _of_group(folder, names)
+                yield from _free_in_cgroup(folder, names)
 
 
-def _of_group(folder: Path, names: _Names) -> Iterator[int]:
+def _free_in_cgroup(folder: Path, names: _CgroupVersion) -> Iterator[int]:
     if not (folder / names.limit).exists():
         return
     limit = (folder / names.limit).read_text().strip()
@@ -56,7 +56,7 @@ def _of_group(folder: Path, names: _Names) -> Iterator[int]:
         yield int(limit) - int((folder / names.used).read_text()) + int(counts[names.cache])
 
 
-def _of_process() -> Iterator[int]:
+def _free_address_space() -> Iterator[int]:
     """What is left of the process's own limits on addresses (ulimit -v)."""
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:

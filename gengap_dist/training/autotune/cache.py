@@ -50,7 +50,7 @@ class MicroSizes(Section):
     memory_formats: dict[str, MemoryFormat] = {}
 
 
-KINDS: dict[type, str] = {MicroSize: "found", MemoryFormat: "memory_formats"}
+FIELDS: dict[type, str] = {MicroSize: "found", MemoryFormat: "memory_formats"}
 
 
 def micro_sizes_path() -> Path:
@@ -80,24 +80,24 @@ def load_micro_sizes() -> MicroSizes:
         return MicroSizes()
 
 
-def lookup(kind: type[MicroSize | MemoryFormat], mark: str, before: Mapping[str, Any]) -> dict[str, Any]:
+def lookup(kind: type[MicroSize | MemoryFormat], key: str, previous: Mapping[str, Any]) -> dict[str, Any]:
     """What is known under `mark`, as a run's record tells it: from the record `before`, or else from the file."""
-    if before.get("mark") == mark:
-        return {**before, "by": "this run's record"}
-    found = getattr(load_micro_sizes(), KINDS[kind]).get(mark)
-    return as_fact(found, mark, "an earlier measurement") if found else {}
+    if previous.get("mark") == key:
+        return {**previous, "by": "this run's record"}
+    found = getattr(load_micro_sizes(), FIELDS[kind]).get(key)
+    return as_run_info(found, key, "an earlier measurement") if found else {}
 
 
-def as_fact(found: MicroSize | MemoryFormat, mark: str, by: str) -> dict[str, Any]:
+def as_run_info(result: MicroSize | MemoryFormat, key: str, source: str) -> dict[str, Any]:
     """What was found, and how, as a run's record tells it."""
-    return {"by": by, "mark": mark, **found.model_dump(mode="json", exclude={"where"})}
+    return {"by": source, "mark": key, **result.model_dump(mode="json", exclude={"where"})}
 
 
-def store(mark: str, found: MicroSize | MemoryFormat) -> None:
+def store(key: str, result: MicroSize | MemoryFormat) -> None:
     """Add what was measured to the file; a warning if it cannot be written."""
     path, known = micro_sizes_path(), load_micro_sizes()
-    kind = KINDS[type(found)]
-    known = known.model_copy(update={kind: getattr(known, kind) | {mark: found}})
+    kind = FIELDS[type(result)]
+    known = known.model_copy(update={kind: getattr(known, kind) | {key: result}})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(known.model_dump(mode="json"), indent=1) + "\n")

@@ -23,9 +23,9 @@ from gengap_dist.distributed.process_group import World, local_size
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel import memory_model
 from gengap_dist.training.autotune.available_memory import available_memory
-from gengap_dist.training.autotune.cache import MicroSize, as_fact, load_micro_sizes, lookup, store
+from gengap_dist.training.autotune.cache import MicroSize, as_run_info, load_micro_sizes, lookup, store
 from gengap_dist.training.autotune.search import images_per_second
-from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload, most
+from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload, max_over_ranks
 from gengap_dist.training.checks import strategy_name
 
 TEMPORARY = 2  # what a pass holds at its most, over what it saves: 1.1 to 1.9 for LeNet-5, ResNets, VGG-16 and ViT
@@ -52,7 +52,7 @@ class Hardware(NamedTuple):
 
 
 def resolve_micro_size(
-    config: RunConfig, network: ModelShape, world: World, before: Mapping[str, Any]
+    config: RunConfig, network: ModelShape, world: World, previous: Mapping[str, Any]
 ) -> tuple[RunConfig, dict[str, Any] | None]:
     """The config with a number for batch.micro_size, and how that was found; None if it was one already. Collective.
 
@@ -72,31 +72,31 @@ def resolve_micro_size(
         return config, None
     gpus = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), world.timer.phase("other", "choosing batch.micro_size"):
-        found = _found(config, network, world, before)
+        found = _choose_micro_size(config, network, world, previous)
     world.timer.pop_seconds()  # that time is not the run's
-    return resolved_micro_size(config, found["size"]), found
+    return with_micro_size(config, found["size"]), found
 
 
-def resolved_micro_size(config: RunConfig, size: int) -> RunConfig:
+def with_micro_size(config: RunConfig, size: int) -> RunConfig:
     """The config with `size` for batch.micro_size."""
     return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": size})})
 
 
-def _found(config: RunConfig, network: ModelShape, world: World, before: Mapping[str, Any]) -> dict[str, Any]:
+def _choose_micro_size(config: RunConfig, network: ModelShape, world: World, previous: Mapping[str, Any]) -> dict[str, Any]:
     place = hardware_of(world)
-    what, sizes = described(config, network, place), candidates(config, world.size)
+    what, sizes = describe_workload(config, network, place), candidates(config, world.size)
     mark = cache_key(what)
-    left = -most(-float(available_memory(world.device, place.local_ranks)), world) - fixed_bytes(
+    left = -max_over_ranks(-float(available_memory(world.device, place.local_ranks)), world) - fixed_bytes(
         config, network.model, world.size
     )
-    known = lookup(MicroSize, mark, before) if world.rank == 0 else {}
+    known = lookup(MicroSize, mark, previous) if world.rank == 0 else {}
     size, num_bytes = (world.broadcast_int(known.get(name, 0)) for name in ("size", "pass_bytes"))
     if size and num_bytes <= left:
         return {**known, "size": size}  # only rank 0 records it
     plain = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
     dtype = getattr(torch, config.train.dtype)
     model = models.from_config(plain, network.num_classes, network.in_channels, World()).to(world.device, dtype)
-    pass_bytes = in_passes(config, model, network.in_channels)
+    pass_bytes = pass_bytes_function(config, model, network.in_channels)
     fitting = [size for size in sizes if pass_bytes(size) <= left]
     if not fitting:
         least, free = pass_bytes(sizes[0]) / GIB, max(0.0, left) / GIB
@@ -111,18 +111,18 @@ def _found(config: RunConfig, network: ModelShape, world: World, before: Mapping
         if not rates:
             raise UsageError(
                 f"batch.micro_size (auto) ran out of memory in a pass of {fitting[0]} "
-                f"({rehearsal.refused or 'on another rank'}): {REMEDY}"
+                f"({rehearsal.out_of_memory_message or 'on another rank'}): {REMEDY}"
             )
     size = world.broadcast_int(max(rates, key=lambda size: rates[size], default=sizes[0]))
     found = MicroSize(size=size, images_per_second=rates, pass_bytes=pass_bytes(size), where=what)
     if world.rank == 0:
         store(mark, found)
-    return as_fact(found, mark, "measurement" if rates else "there is no other")
+    return as_run_info(found, mark, "measurement" if rates else "there is no other")
 
 
-def earlier(config: RunConfig, network: ModelShape, place: Hardware) -> int | None:
+def cached_micro_size(config: RunConfig, network: ModelShape, hardware: Hardware) -> int | None:
     """What was found before for such a run in such a place."""
-    found = load_micro_sizes().found.get(cache_key(described(config, network, place)))
+    found = load_micro_sizes().found.get(cache_key(describe_workload(config, network, hardware)))
     return found and found.size
 
 
@@ -142,7 +142,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def described(config: RunConfig, network: ModelShape, place: Hardware) -> dict[str, Any]:
+def describe_workload(config: RunConfig, network: ModelShape, hardware: Hardware) -> dict[str, Any]:
     """All that the answer depends on: the network, its pictures and switches, how the batch is cut, and the machine.
 
     A network of the user's own is known by its name and by the names and shapes of its parameters: one that changes in
@@ -156,20 +156,20 @@ def described(config: RunConfig, network: ModelShape, place: Hardware) -> dict[s
         "images": [network.in_channels, side, side],
         "num_classes": network.num_classes,
         "augment": list(config.data.augment),
-        "sizes": candidates(config, place.num_ranks),
+        "sizes": candidates(config, hardware.num_ranks),
         **{
             name: getattr(train, name)
             for name in ("dtype", "autocast", "channels_last", "activation_checkpointing", "deterministic")
         },
-        "strategy": strategy_name(config, place.num_ranks),
-        **place._asdict(),
+        "strategy": strategy_name(config, hardware.num_ranks),
+        **hardware._asdict(),
         "torch": torch.__version__,
     }
 
 
-def cache_key(what: Mapping[str, Any]) -> str:
+def cache_key(description: Mapping[str, Any]) -> str:
     """A short name for `what`, another for anything else."""
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(description).encode()).hexdigest()[:16]
 
 
 def candidates(config: RunConfig, num_ranks: int) -> list[int]:
@@ -202,7 +202,7 @@ def fixed_bytes(config: RunConfig, model: nn.Module, num_ranks: int) -> int:
     return OTHER_BYTES + max(coming, 2 * sum(parameter.nbytes for parameter in model.parameters()))
 
 
-def in_passes(config: RunConfig, model: nn.Module, in_channels: int) -> Callable[[int], int]:
+def pass_bytes_function(config: RunConfig, model: nn.Module, in_channels: int) -> Callable[[int], int]:
     """Bytes that a pass takes at its most, by its images: what it saves grows along a line, which fake passes give."""
     group = config.batch.ghost_size or 2
     shape = (in_channels, config.data.image_size, config.data.image_size)

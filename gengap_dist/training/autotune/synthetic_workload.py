@@ -17,7 +17,7 @@ from gengap_dist.parallel.strategies import Single
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.step import PLAIN_OBJECTIVE, StepBatch, accumulate
 
-LEAST_TIMES, LEAST_SECONDS = 5, 1.0  # of a median
+MIN_REPEATS, MIN_SECONDS = 5, 1.0  # of a median
 NUM_IMAGES = 64  # that passes take theirs from, again and again
 
 
@@ -29,7 +29,7 @@ class SyntheticWorkload:
     ) -> None:
         """Passes of `model`, which is on `device`, over images that are augmented as `config` says."""
         self.batches = random_batches(config, in_channels, num_classes, NUM_IMAGES, device)
-        self.refused = ""
+        self.out_of_memory_message = ""
         """What a library said when a pass of this rank last ran out of memory."""
         self.strategy = Single(config, World(device=device))
         self.strategy.setup(model.train(), partial(build_optimizer, config.optim))
@@ -68,7 +68,7 @@ def timed(job: Callable[[], object], world: World) -> float:
     return time.perf_counter() - start
 
 
-def most(value: float, world: World) -> float:
+def max_over_ranks(value: float, world: World) -> float:
     """The largest of what ranks say. Collective."""
     by_rank = torch.zeros(world.size, dtype=torch.float64)
     by_rank[world.rank] = value
@@ -83,8 +83,8 @@ def median_seconds(job: Callable[[], object], world: World) -> float:
     enough = False
     while not enough:
         took.append(timed(job, world))
-        enough = bool(world.broadcast_int(len(took) >= LEAST_TIMES and time.monotonic() - began > LEAST_SECONDS))
-    return most(statistics.median(took), world)
+        enough = bool(world.broadcast_int(len(took) >= MIN_REPEATS and time.monotonic() - began > MIN_SECONDS))
+    return max_over_ranks(statistics.median(took), world)
 
 
 def synchronise(world: World) -> None:

@@ -24,18 +24,18 @@ from gengap_dist.distributed.phase_timer import PhaseTimer
 from gengap_dist.distributed.process_group import World
 from gengap_dist.runs.run_folder import write_atomically
 from gengap_dist.training.profiler import trace
-from gengap_dist.training.profiler.summary import PARTS, Measured, Setting, summary
+from gengap_dist.training.profiler.summary import PARTS, RankProfile, ProfileSetting, summary
 
 FOLDER, SUMMARY = "profile", "summary.txt"
-COMPUTING = ("forward", "backward", "optimizer")  # which whereabouts call compute
-PASSES = 16  # most in a trace, if that is one step or more: it is read event by event
-QUIET = "99"  # kineto's log level at which it does not say that it starts, stops, or finds no GPU
+COMPUTE_PARTS = ("forward", "backward", "optimizer")  # which whereabouts call compute
+MAX_PASSES = 16  # most in a trace, if that is one step or more: it is read event by event
+QUIET_LOG_LEVEL = "99"  # kineto's log level at which it does not say that it starts, stops, or finds no GPU
 
 
 class Window(NamedTuple):
     """How many steps go by, how many are then timed, and how many are then traced."""
 
-    cold: int
+    warmup: int
     timed: int
     traced: int
 
@@ -48,26 +48,26 @@ class Window(NamedTuple):
         >>> Window.of(1000, num_passes=8).traced
         2
         """
-        most = max(1, min(5, PASSES // num_passes))
+        most = max(1, min(5, MAX_PASSES // num_passes))
         cold, traced = min(5, num_steps // 3), min(most, -(-num_steps // 3))
         return cls(cold, min(10, num_steps - cold - traced), traced)
 
 
 @final
-class Clock(PhaseTimer):
+class ProfilerClock(PhaseTimer):
     """Whereabouts that tell the parts of computing apart in the steps that a profile listens to."""
 
     def __init__(self, *, on_gpu: bool) -> None:
         """See `PhaseTimer`; nothing is listened to yet."""
         super().__init__(on_gpu=on_gpu)
-        self._heard: list[tuple[str, Any, Any]] | None = None
-        self._apart = False
+        self._step_intervals: list[tuple[str, Any, Any]] | None = None
+        self._paused = False
         self.tracing = False
         """Whether what goes on is to have a name in the profiler's trace, too."""
 
     def span(self, name: str) -> Any:
         """See `PhaseTimer.part`."""
-        return nullcontext() if self._heard is None else self.phase(name)
+        return nullcontext() if self._step_intervals is None else self.phase(name)
 
     @contextmanager
     def phase(self, kind: str, doing: str = "", *, meeting: bool = False) -> Iterator[None]:
@@ -77,40 +77,40 @@ class Clock(PhaseTimer):
             yield
 
     def _charge(self, kind: str, until: Any) -> None:
-        if self._apart:
+        if self._paused:
             self._mark = until
             return
-        if self._heard is not None:
-            self._heard.append((kind, self._mark, until))
-        super()._charge("compute" if kind in COMPUTING else kind, until)
+        if self._step_intervals is not None:
+            self._step_intervals.append((kind, self._mark, until))
+        super()._charge("compute" if kind in COMPUTE_PARTS else kind, until)
 
-    def _cut(self) -> None:
+    def _charge_until_now(self) -> None:
         self._charge(self._kinds[-1], self.now())
 
-    def listen(self) -> None:
+    def begin_step(self) -> None:
         """Begin a step."""
-        self._cut()
-        self._heard = []
+        self._charge_until_now()
+        self._step_intervals = []
 
-    def heard(self) -> list[tuple[str, Any, Any]]:
+    def end_step(self) -> list[tuple[str, Any, Any]]:
         """What the step was made of since `listen`: kinds and moments."""
-        self._cut()
-        found, self._heard = self._heard, None
+        self._charge_until_now()
+        found, self._step_intervals = self._step_intervals, None
         assert found
         return found
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """While open, time is nobody's: a profile is not part of the run."""
-        self._cut()
-        self._apart = True
+        self._charge_until_now()
+        self._paused = True
         try:
             yield
         finally:
-            self._cut()
-            self._apart = False
+            self._charge_until_now()
+            self._paused = False
 
-    def split(self, heard: list[tuple[str, Any, Any]]) -> dict[str, float]:
+    def milliseconds_by_part(self, intervals: list[tuple[str, Any, Any]]) -> dict[str, float]:
         """Milliseconds of a step by part; their sum is from its beginning to its end.
 
         >>> clock = Clock(on_gpu=False)
@@ -119,7 +119,7 @@ class Clock(PhaseTimer):
         {'forward': 250.0, 'rest': 750.0}
         """
         found = dict.fromkeys(PARTS, 0.0)
-        for kind, start, end in heard:
+        for kind, start, end in intervals:
             if self._on_gpu:
                 end.synchronize()
             elapsed = start.elapsed_time(end) if self._on_gpu else 1000 * (end - start)
@@ -129,13 +129,13 @@ class Clock(PhaseTimer):
 
 def with_profiler_clock(world: World) -> World:
     """The same ranks, with a clock that tells parts of a step apart."""
-    return replace(world, where=Clock(on_gpu=world.device.type == "cuda"))
+    return replace(world, where=ProfilerClock(on_gpu=world.device.type == "cuda"))
 
 
 class NoProfile:
     """Of a run that nobody profiles."""
 
-    def begin(self, left: int) -> None:
+    def begin(self, num_remaining: int) -> None:
         """A step begins, and with it there are `left` to come."""
 
     def end(self) -> float:
@@ -154,7 +154,7 @@ class NoProfile:
 class Profile(NoProfile):
     """Of one start of a run: its first steady steps."""
 
-    def __init__(self, out: Path, world: World, config: RunConfig, strategy: str, *, hidden: bool) -> None:
+    def __init__(self, out: Path, world: World, config: RunConfig, strategy: str, *, has_untimed_collectives: bool) -> None:
         """A profile that goes to `out`/profile.
 
         Args:
@@ -165,39 +165,39 @@ class Profile(NoProfile):
             hidden: whether the ranks also meet where whereabouts do not see it.
         """
         self.folder, self.world, self.config, self.strategy = out / FOLDER, world, config, strategy
-        self.clock = cast("Clock", world.timer)
-        self.hidden = hidden and world.size > 1 and world.device.type == "cpu"  # the only one whose trace can tell
+        self.clock = cast("ProfilerClock", world.timer)
+        self.has_untimed_collectives = has_untimed_collectives and world.size > 1 and world.device.type == "cpu"  # the only one whose trace can tell
         self.window: Window | None = None
         self.first_step = 0
-        self._number = 0  # of the step that is under way, from 1
+        self._step_number = 0  # of the step that is under way, from 1
         self._steps: list[list[tuple[str, Any, Any]]] = []  # those of the window that are over
         self._profiler: Any = None
-        self._named: Any = nullcontext()
+        self._step_range: Any = nullcontext()
 
-    def begin(self, left: int) -> None:
+    def begin(self, num_remaining: int) -> None:
         """See `NoProfile.begin`."""
         if self.window is None:
             batch = self.config.batch
             num_passes = -(-batch.global_size // (batch.max_micro_size * self.world.size))
-            self.window, self.first_step = Window.of(left, num_passes), self.clock.step
-            with self.clock.apart():
+            self.window, self.first_step = Window.of(num_remaining, num_passes), self.clock.step
+            with self.clock.paused():
                 gc.collect()  # the first large collection would fall among the timed steps of one rank
-        self._number += 1
-        if not self._listens():
+        self._step_number += 1
+        if not self._in_window():
             return
-        if self._number > self.window.cold + self.window.timed:
+        if self._step_number > self.window.warmup + self.window.timed:
             if self._profiler is None:
-                self._start()
-            self._named = record_function(trace.STEP + str(self.clock.step))
-        self.clock.listen()
-        self._named.__enter__()
+                self._start_profiler()
+            self._step_range = record_function(trace.STEP + str(self.clock.step))
+        self.clock.begin_step()
+        self._step_range.__enter__()
 
-    def _listens(self) -> bool:
-        return self.window is not None and self.window.cold < self._number <= sum(self.window)
+    def _in_window(self) -> bool:
+        return self.window is not None and self.window.warmup < self._step_number <= sum(self.window)
 
-    def _start(self) -> None:
-        with self.clock.apart():
-            os.environ.setdefault("KINETO_LOG_LEVEL", QUIET)
+    def _start_profiler(self) -> None:
+        with self.clock.paused():
+            os.environ.setdefault("KINETO_LOG_LEVEL", QUIET_LOG_LEVEL)
             on_gpu = self.world.device.type == "cuda"
             self._profiler = profile(
                 activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
@@ -208,37 +208,37 @@ class Profile(NoProfile):
 
     def end(self) -> float:
         """See `NoProfile.end`."""
-        if not self._listens():
+        if not self._in_window():
             return 0.0
-        self._named.__exit__(None, None, None)
-        self._named = nullcontext()
-        self._steps.append(self.clock.heard())
-        return self.finish() if self.window and self._number == sum(self.window) else 0.0
+        self._step_range.__exit__(None, None, None)
+        self._step_range = nullcontext()
+        self._steps.append(self.clock.end_step())
+        return self.finish() if self.window and self._step_number == sum(self.window) else 0.0
 
     def finish(self) -> float:
         """See `NoProfile.finish`."""
         if not self._steps:
             return 0.0
         began = time.monotonic()
-        with self.clock.apart():
-            self._write(self._measured())
+        with self.clock.paused():
+            self._write(self._own_profile())
         self._steps.clear()
-        self._number = sum(self.window or ())  # it is over, too, where the run ended in the middle of the window
+        self._step_number = sum(self.window or ())  # it is over, too, where the run ended in the middle of the window
         return time.monotonic() - began
 
     def close(self) -> None:
         """See `NoProfile.close`."""
         self.clock.tracing = False
-        self._named.__exit__(None, None, None)
-        self._named = nullcontext()
+        self._step_range.__exit__(None, None, None)
+        self._step_range = nullcontext()
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None
 
-    def _measured(self) -> Measured:
+    def _own_profile(self) -> RankProfile:
         """What this rank has to tell; its trace is written."""
         assert self.window
-        splits = [self.clock.split(heard) for heard in self._steps]
+        splits = [self.clock.milliseconds_by_part(heard) for heard in self._steps]
         timed, traced = splits[: self.window.timed], splits[self.window.timed :]
         profiler = self._profiler
         self.close()
@@ -246,37 +246,37 @@ class Profile(NoProfile):
         if profiler is not None:
             found = trace.Trace(profiler.events())
             error = trace.export(profiler, self.folder / f"rank{self.world.rank}.json.gz")
-        counted = traced if traced and (self.hidden or not timed) else timed
+        counted = traced if traced and (self.has_untimed_collectives or not timed) else timed
         parts = {name: fmean(split[name] for split in counted) for name in PARTS}
         own = median(sum(split.values()) - split["communication"] for split in counted)
-        if self.hidden:
-            for name in COMPUTING:
-                waited = min(parts[name], found.exposed(name))
+        if self.has_untimed_collectives:
+            for name in COMPUTE_PARTS:
+                waited = min(parts[name], found.exposed_communication(name))
                 parts[name] -= waited
                 parts["communication"] += waited
                 own -= waited
-        return Measured(
+        return RankProfile(
             rank=self.world.rank,
             timed=[sum(split.values()) for split in timed],
             traced=[sum(split.values()) for split in traced],
             parts=parts,
-            own=own,
+            own_ms=own,
             operators=found.operators(),
             error=error,
         )
 
-    def _write(self, mine: Measured) -> None:
+    def _write(self, mine: RankProfile) -> None:
         """Rank 0 writes what all ranks measured. Collective."""
-        told = [Measured(**json.loads(text)) for text in gather(self.world, json.dumps(mine._asdict()))]
+        told = [RankProfile(**json.loads(text)) for text in all_gather_text(self.world, json.dumps(mine._asdict()))]
         if self.world.rank:
             return
         assert self.window
-        setting = Setting(
-            first_timed=self.first_step + self.window.cold,
-            first_traced=self.first_step + self.window.cold + self.window.timed,
+        setting = ProfileSetting(
+            first_timed=self.first_step + self.window.warmup,
+            first_traced=self.first_step + self.window.warmup + self.window.timed,
             device=self.world.device.type,
             strategy=self.strategy,
-            hidden=self.hidden,
+            has_untimed_collectives=self.has_untimed_collectives,
             data=self.config.data,
         )
         errors = [f"rank {one.rank}: {one.error}" for one in told if one.error]
@@ -294,7 +294,7 @@ class Profile(NoProfile):
             )
 
 
-def gather(world: World, text: str) -> list[str]:
+def all_gather_text(world: World, text: str) -> list[str]:
     """What every rank says, on every rank. Collective."""
     mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     sizes = torch.zeros(world.size, dtype=torch.int64)

@@ -9,7 +9,7 @@ from typing import Any
 
 PREFIX = "gengap/"  # of our own ranges
 STEP = PREFIX + "step "
-MOST = 10  # operators in a summary
+MAX_OPERATORS = 10  # operators in a summary
 
 Intervals = list[tuple[float, float]]
 """Microseconds from and to; ascending, none touching the next."""
@@ -27,9 +27,9 @@ class Trace:
         events = list(events)
         self._on_gpu = any(_on_gpu(event) for event in events)
         on_host = [event for event in events if not _on_gpu(event)]
-        self._spans = merged(_span(event) for event in on_host if event.name.startswith(STEP))
+        self._spans = union(_span(event) for event in on_host if event.name.startswith(STEP))
         self.num_steps = len(self._spans)
-        self._events = [event for event in on_host if common([_start(event)], self._spans)]
+        self._events = [event for event in on_host if intersection([_start(event)], self._spans)]
 
     def operators(self) -> list[tuple[str, float, float]]:
         """Name, calls in a step and milliseconds of its own in a step, the dearest first, the rest as one.
@@ -44,18 +44,18 @@ class Trace:
                 spent[event.name] += _kernels(event) if self._on_gpu else event.self_cpu_time_total
         each = 1 / max(1, self.num_steps)
         found = sorted(((name, calls[name] * each, us / 1000 * each) for name, us in spent.items()), key=_cost)
-        others = found[MOST:]
+        others = found[MAX_OPERATORS:]
         rest = [(f"{len(others)} others", sum(o[1] for o in others), sum(o[2] for o in others))] if others else []
-        return found[:MOST] + rest
+        return found[:MAX_OPERATORS] + rest
 
-    def exposed(self, part: str) -> float:
+    def exposed_communication(self, part: str) -> float:
         """Milliseconds in a step in which, within this part, ranks met and no operator ran beside that; CPU."""
-        inside = merged(_span(event) for event in self._events if event.name == PREFIX + part)
+        inside = union(_span(event) for event in self._events if event.name == PREFIX + part)
         # what began outside is not this part's: word on whether to leave crosses while a step computes
-        meets = (_span(event) for event in self._events if event.is_async and common([_start(event)], inside))
-        meeting = common(merged(meets), inside)
-        busy = merged(_span(e) for e in self._events if _is_operator(e) and not e.cpu_children and "c10d" not in e.name)
-        return (length(meeting) - length(common(meeting, busy))) / 1000 / max(1, self.num_steps)
+        meets = (_span(event) for event in self._events if event.is_async and intersection([_start(event)], inside))
+        meeting = intersection(union(meets), inside)
+        busy = union(_span(e) for e in self._events if _is_operator(e) and not e.cpu_children and "c10d" not in e.name)
+        return (total_length(meeting) - total_length(intersection(meeting, busy))) / 1000 / max(1, self.num_steps)
 
 
 def export(profiler: Any, path: Path) -> str | None:
@@ -116,7 +116,7 @@ def _is_operator(event: Any) -> bool:
     return not event.is_async and (not event.is_user_annotation or "ompiled" in event.name)
 
 
-def merged(spans: Iterable[tuple[float, float]]) -> Intervals:
+def union(spans: Iterable[tuple[float, float]]) -> Intervals:
     """Their union.
 
     >>> merged([(4, 6), (0, 2), (1, 3)])
@@ -131,7 +131,7 @@ def merged(spans: Iterable[tuple[float, float]]) -> Intervals:
     return out
 
 
-def common(these: Intervals, those: Intervals) -> Intervals:
+def intersection(these: Intervals, those: Intervals) -> Intervals:
     """What lies in both.
 
     >>> common([(0, 3), (4, 6)], [(1, 5)])
@@ -150,6 +150,6 @@ def common(these: Intervals, those: Intervals) -> Intervals:
     return out
 
 
-def length(spans: Sequence[tuple[float, float]]) -> float:
+def total_length(spans: Sequence[tuple[float, float]]) -> float:
     """Their lengths, summed."""
     return sum(end - start for start, end in spans)

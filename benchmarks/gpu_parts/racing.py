@@ -95,7 +95,10 @@ def largest_that_fits(world: World, model_name: str, global_size: int) -> int:
     """Images of a pass: the whole batch, or as often halved as its memory asks for."""
     config, splits = task(model_name, global_size).settings(images()), _splits()
     model = models.from_config(config, splits.num_classes, splits.in_channels, World())
-    num_bytes, free = pass_bytes_function(config, model, splits.in_channels), MEMORY_SHARE * available_memory(world.device, 1)
+    num_bytes, free = (
+        pass_bytes_function(config, model, splits.in_channels),
+        MEMORY_SHARE * available_memory(world.device, 1),
+    )
     size = global_size
     while num_bytes(size) > free and size % 2 == 0:
         size //= 2

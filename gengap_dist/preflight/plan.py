@@ -34,12 +34,12 @@ from gengap_dist.training.autotune.memory_format import with_memory_format
 from gengap_dist.training.autotune.micro_batch import (
     Hardware,
     ModelShape,
+    cached_micro_size,
     candidates,
     device_name,
-    cached_micro_size,
     with_micro_size,
 )
-from gengap_dist.training.checks import startup_checks, check_auto_micro_size, check_logits, check_norm, strategy_name
+from gengap_dist.training.checks import check_auto_micro_size, check_logits, check_norm, startup_checks, strategy_name
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
@@ -156,7 +156,9 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
                 tried(lambda: check_norm(config, model, order.sizes() if order else [], num_ranks))
                 tried(lambda: build_optimizer(config.optim, model))
                 if config.algorithm.rank_penalty is not None:
-                    tried(lambda: RankPenalty(config.algorithm).penalized_layers(model, lambda: _example(config, sizes)))
+                    tried(
+                        lambda: RankPenalty(config.algorithm).penalized_layers(model, lambda: _example(config, sizes))
+                    )
                 found |= _of_model(config, cluster, model, sizes, found["batch"], tried)
                 found |= _time(config, constants, found)
     found["warned"] = sorted({str(warning.message) for warning in caught})

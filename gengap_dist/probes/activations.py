@@ -65,7 +65,9 @@ def eval_context(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def capture_activations(layers: Sequence[Layer], callback: Callable[[Layer, Tensor], None]) -> Iterator[Callable[[], None]]:
+def capture_activations(
+    layers: Sequence[Layer], callback: Callable[[Layer, Tensor], None]
+) -> Iterator[Callable[[], None]]:
     """While open, `take(layer, activation)` is called for every layer of a forward pass.
 
     Yields a function to call before each forward pass: it starts counting the calls of a module anew.

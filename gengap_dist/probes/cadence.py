@@ -57,7 +57,13 @@ def any_of(*cadences: Cadence) -> Cadence:
 
 
 def should_skip(
-    max_time_fraction: float, *, spent_seconds: float, seconds_each: float, other_seconds: float, num_remaining: int, num_skipped_in_a_row: int
+    max_time_fraction: float,
+    *,
+    spent_seconds: float,
+    seconds_each: float,
+    other_seconds: float,
+    num_remaining: int,
+    num_skipped_in_a_row: int,
 ) -> bool:
     """Whether to leave out a measurement that is due, so that all together keep to a share of the run's time.
 
@@ -80,7 +86,13 @@ def should_skip(
     """
     if max_time_fraction >= 1:
         return False
-    affordable = math.floor((max_time_fraction / (1 - max_time_fraction) * other_seconds - spent_seconds) / max(seconds_each, 1e-9) + 1e-9) - 1
+    affordable = (
+        math.floor(
+            (max_time_fraction / (1 - max_time_fraction) * other_seconds - spent_seconds) / max(seconds_each, 1e-9)
+            + 1e-9
+        )
+        - 1
+    )
     return affordable < 1 or num_skipped_in_a_row + 1 < -(-num_remaining // affordable)
 
 

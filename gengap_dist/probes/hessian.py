@@ -79,7 +79,9 @@ class MeanLoss:
 
         return self._mean_over_samples(block, self.weights_P, len(vector_P))
 
-    def _mean_over_samples(self, per_block: Callable[[list[Tensor], Tensor], Sequence[Tensor]], at_P: Tensor, length: int) -> Tensor:
+    def _mean_over_samples(
+        self, per_block: Callable[[list[Tensor], Tensor], Sequence[Tensor]], at_P: Tensor, length: int
+    ) -> Tensor:
         """What `block(weights, sum of losses)` gives, end to end, summed over all blocks of all ranks, per sample."""
         total = torch.zeros(length + 1, dtype=torch.float64, device=self.weights_P.device)
         problem = None

@@ -94,7 +94,9 @@ def trace_calls(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[st
     return calls, watch.functions_outside_modules()
 
 
-def _make_forward_hook(name: str, reported: str, tracker: "_TensorTracker", calls: list[Layer], counts: Counter[int]) -> Callable[..., None]:
+def _make_forward_hook(
+    name: str, reported: str, tracker: "_TensorTracker", calls: list[Layer], counts: Counter[int]
+) -> Callable[..., None]:
     def ended(module: nn.Module, args: object, output: object) -> None:
         counts[id(module)] += 1
         call = counts[id(module)]
@@ -146,7 +148,11 @@ class _TensorTracker(TorchFunctionMode):
             if name in RESHAPES and inputs:
                 self.record_reshape(name, inputs[0], out)
         else:
-            known = [self.units_are_last[id(arg)] for arg in inputs if id(arg) in self.units_are_last and arg.shape == out.shape]
+            known = [
+                self.units_are_last[id(arg)]
+                for arg in inputs
+                if id(arg) in self.units_are_last and arg.shape == out.shape
+            ]
             if known:
                 self.units_are_last[id(out)] = known[0]
 

@@ -11,7 +11,9 @@ from gengap_dist.errors import UsageError
 DECAY = 0.99  # of the moving averages, per recorded step
 
 
-def unbiased_noise_estimates(small_squared: float, small_size: float, big_squared: float, big_size: float) -> tuple[float, float]:
+def unbiased_noise_estimates(
+    small_squared: float, small_size: float, big_squared: float, big_size: float
+) -> tuple[float, float]:
     """Unbiased estimates of |G|^2 and tr S from the squared norms of gradients over two sizes of batch.
 
     E|G_b|^2 = |G|^2 + tr S / b, so |G|^2 = (B |G_B|^2 - b |G_b|^2) / (B - b) and

@@ -19,7 +19,11 @@ def _without_compile_wrappers(optimizer_class: type[torch.optim.Optimizer]) -> C
     """
     wrapped = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     methods = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in wrapped}
-    return type(optimizer_class.__name__, (optimizer_class,), methods | {"step": torch.no_grad()(inspect.unwrap(optimizer_class.step))})
+    return type(
+        optimizer_class.__name__,
+        (optimizer_class,),
+        methods | {"step": torch.no_grad()(inspect.unwrap(optimizer_class.step))},
+    )
 
 
 _SGD, _AdamW = _without_compile_wrappers(torch.optim.SGD), _without_compile_wrappers(torch.optim.AdamW)

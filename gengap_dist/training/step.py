@@ -37,7 +37,9 @@ class Objective:
         """Cross-entropy, `label_smoothing` of each target being spread over all classes."""
         self.label_smoothing = label_smoothing
 
-    def step_context(self, strategy: Strategy, batches: BatchLoader, step_batch: StepBatch) -> AbstractContextManager[object]:
+    def step_context(
+        self, strategy: Strategy, batches: BatchLoader, step_batch: StepBatch
+    ) -> AbstractContextManager[object]:
         """Around the passes of one gradient. Collective."""
         return nullcontext()
 

@@ -32,7 +32,7 @@ from gengap_dist.models.batch_norm import average_buffers, frozen_running_stats
 from gengap_dist.parallel.execution import check_compiler, deterministic, keep_freed_memory
 from gengap_dist.parallel.out_of_memory import explaining_out_of_memory, memory_snapshot
 from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
-from gengap_dist.probes.cadence import Cadence, at_steps, any_of, evenly, every, should_skip, log_spaced
+from gengap_dist.probes.cadence import Cadence, any_of, at_steps, evenly, every, log_spaced, should_skip
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
@@ -50,7 +50,13 @@ from gengap_dist.training.algorithms.base import StepResult, batch_plan_for
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
 from gengap_dist.training.autotune.memory_format import resolve_memory_format
 from gengap_dist.training.autotune.micro_batch import ModelShape, resolve_micro_size
-from gengap_dist.training.checks import startup_checks, check_auto_micro_size, check_norm, norm_group_sizes, strategy_name
+from gengap_dist.training.checks import (
+    check_auto_micro_size,
+    check_norm,
+    norm_group_sizes,
+    startup_checks,
+    strategy_name,
+)
 from gengap_dist.training.evaluation import Score, evaluate
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import ProbeObserver, measurement_seconds
@@ -61,8 +67,8 @@ from gengap_dist.training.setup import (
     Progress,
     build_model,
     check_shared,
-    previous_run_info,
     load_data,
+    previous_run_info,
     sampling_system_metrics,
 )
 from gengap_dist.training.step import zero_contribution_pass
@@ -169,7 +175,9 @@ class _Session:
         strategy = strategy_name(config, world.size)
         self.strategy = STRATEGIES[strategy](config, world)
         hidden = self.strategy.has_untimed_collectives
-        self.profile = Profile(out, world, config, strategy, has_untimed_collectives=hidden) if config.profile else NoProfile()
+        self.profile = (
+            Profile(out, world, config, strategy, has_untimed_collectives=hidden) if config.profile else NoProfile()
+        )
         self.checkpoint_writer = (
             checkpoint.CheckpointWriter(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
         )
@@ -184,7 +192,9 @@ class _Session:
             "steps_per_epoch": self.sampler.steps_per_epoch,
             "num_steps": self.num_steps,
             "num_probe_samples": self.observer.num_samples,
-            "norm_size": norm_group_sizes(config, self.model, [phase.size for phase in self.sampler.phases], world.size),
+            "norm_size": norm_group_sizes(
+                config, self.model, [phase.size for phase in self.sampler.phases], world.size
+            ),
             "small_size": self._noise_small_size(),
             "micro_size": config.batch.micro_size,
             "micro_size_auto": size_how,
@@ -267,7 +277,9 @@ class _Session:
             with first, frozen_running_stats(self.model), self.strategy.micro_step(last=True):
                 zero_contribution_pass(self.strategy, self.batches, epoch=0)
             self.strategy.optimizer.zero_grad(set_to_none=False)
-        self.algorithm = build_algorithm(self.config, self.strategy, self.batches, self.sampler, self.schedule.num_steps)
+        self.algorithm = build_algorithm(
+            self.config, self.strategy, self.batches, self.sampler, self.schedule.num_steps
+        )
         if algorithm_state:
             self.algorithm.load(algorithm_state)
 
@@ -346,7 +358,9 @@ class _Session:
         while self.step < self.num_steps:
             where.step = self.step + 1
             self.profile.begin(self.num_steps - self.step)
-            asked = self.world.all_reduce_async(torch.tensor([int(preemption_requested())]))  # it crosses while this step computes
+            asked = self.world.all_reduce_async(
+                torch.tensor([int(preemption_requested())])
+            )  # it crosses while this step computes
             lr, momentum = self.schedule.lr(self.step), self.schedule.momentum(self.step)
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0

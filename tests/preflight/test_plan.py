@@ -275,7 +275,9 @@ def brute_turns(options: dict[str, Any], counts: list[int]) -> int:
     """What the busiest rank sends or receives when lenet5's wide layers are turned."""
     model = probed_model()
     with eval_context(model):
-        sites = layer_view.build_layer_views(select_layers(model, torch.zeros(1, 1, 32, 32), ["auto"]), ["flatten"], sum(counts))
+        sites = layer_view.build_layer_views(
+            select_layers(model, torch.zeros(1, 1, 32, 32), ["auto"]), ["flatten"], sum(counts)
+        )
     sent, received = Counter(), Counter()
     for pieces in plan_passes(sites, max(counts), options["memory_mib"]):
         for piece in (piece for piece in pieces if sites[piece.view_index].is_wide):

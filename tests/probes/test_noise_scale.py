@@ -33,7 +33,10 @@ from tests.ranks import on_ranks
     ],
 )
 def test_known_answers(small, b, big, B, squared, trace):
-    assert unbiased_noise_estimates(small, b, big, B) == (pytest.approx(squared, abs=1e-12), pytest.approx(trace, abs=1e-12))
+    assert unbiased_noise_estimates(small, b, big, B) == (
+        pytest.approx(squared, abs=1e-12),
+        pytest.approx(trace, abs=1e-12),
+    )
 
 
 @given(

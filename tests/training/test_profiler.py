@@ -19,7 +19,7 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.models.lenet5 import LeNet5
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from gengap_dist.training.profiler.profile import Profile, with_profiler_clock
-from gengap_dist.training.profiler.summary import PARTS, RankProfile, ProfileSetting, summary
+from gengap_dist.training.profiler.summary import PARTS, ProfileSetting, RankProfile, summary
 from gengap_dist.training.profiler.trace import Trace
 from gengap_dist.training.trainer import run
 from tests.conftest import config, cut_after, train, weights

@@ -18,7 +18,14 @@ ACTIVATION_FLOORS = {  # of the raw matrix's s_1: what is lost when activations 
     torch.bfloat16: 1.5e-4,
 }
 
-RANK_MEASURES = ("effective_rank", "energy_effective_rank", "stable_rank", "participation_ratio", "pca_99", "srank_1e-2")
+RANK_MEASURES = (
+    "effective_rank",
+    "energy_effective_rank",
+    "stable_rank",
+    "participation_ratio",
+    "pca_99",
+    "srank_1e-2",
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.activations import capture_activations, eval_context, unwrapped
-from gengap_dist.probes.layer_view import LayerView, columns, build_layer_views
+from gengap_dist.probes.layer_view import LayerView, build_layer_views, columns
 from gengap_dist.probes.layers import Layer, Pattern, select_layers
 from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, PrimalAccumulator, merge_ranks
 from gengap_dist.probes.spectra.layer_spectrum import ACTIVATION_FLOORS, LayerSpectrum
@@ -92,7 +92,9 @@ def measure(
             for piece, held_nw in held.items():
                 site, wide = sites[piece.view_index], matrices[piece.view_index]
                 assert isinstance(wide, DualAccumulator)
-                wide.redistribute_columns(held_nw, [count * site.rows_per_input for count in counts], world, block_bytes)
+                wide.redistribute_columns(
+                    held_nw, [count * site.rows_per_input for count in counts], world, block_bytes
+                )
             del held
             complete = {piece.view_index for piece in pieces if piece.stop == sites[piece.view_index].num_units}
             ready = {number: matrices.pop(number) for number in sorted(complete)}
@@ -211,7 +213,9 @@ def _run_pass(
                 new_pass()
                 model(batch)
     device = next(iter(matrices.values())).accumulator.squared_row_norms().device
-    nothing = (piece for piece in pieces if sites[piece.view_index].is_wide and piece not in held)  # no inputs on this rank
+    nothing = (
+        piece for piece in pieces if sites[piece.view_index].is_wide and piece not in held
+    )  # no inputs on this rank
     held |= {p: torch.empty(0, p.stop - p.start, dtype=sites[p.view_index].dtype, device=device) for p in nothing}
     return {piece: held[piece] for piece in pieces if piece in held}
 

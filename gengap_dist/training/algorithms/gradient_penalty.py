@@ -21,7 +21,9 @@ def gradient_penalty(coefficient: float) -> ComputeGradient:
     2022).
     """
 
-    def compute_gradient(strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective) -> tuple[Tensor, None]:
+    def compute_gradient(
+        strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective
+    ) -> tuple[Tensor, None]:
         world = strategy.world
         parameters = [p for p in strategy.model.parameters() if p.requires_grad]
         direction = [torch.zeros_like(p) for p in parameters]

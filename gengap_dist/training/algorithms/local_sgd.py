@@ -57,7 +57,9 @@ class LocalSGD(TrainingAlgorithm):
         if config.algorithm.local_sgd == "swap":
             own = config.batch.global_size // self.num_workers
             self.lr_factor = scaled_lr(config.optim, own) / scaled_lr(config.optim, config.batch.global_size)
-            self.samplers = [EpochSampler(sampler.num_samples, own, config.seed, worker=w) for w in range(self.num_workers)]
+            self.samplers = [
+                EpochSampler(sampler.num_samples, own, config.seed, worker=w) for w in range(self.num_workers)
+            ]
 
     def step(self, step: int, lr: float, momentum: float) -> StepResult:
         """See `TrainingAlgorithm.step`. In the local part collective only where workers are averaged.

@@ -99,7 +99,8 @@ class RankPenalty(Objective):
                     begin()
                     strategy.position.at(span.start, len(step_batch.indices), world.size, *step_batch.rng_key)
                     images, _ = batches(
-                        step_batch.indices[span.start : span.stop] if span.size else step_batch.indices[:1], step_batch.epoch
+                        step_batch.indices[span.start : span.stop] if span.size else step_batch.indices[:1],
+                        step_batch.epoch,
                     )
                     with world.timer.span("forward"):
                         strategy.local_forward(images if span.size else images[:0])

@@ -32,7 +32,9 @@ def perturbed(parameters: list[nn.Parameter], directions: list[Tensor], scale: T
 def sam(rho: float) -> ComputeGradient:
     """The global batch's gradient at w + rho g / |g|, g its gradient at w (Foret et al. 2021, with m = global size)."""
 
-    def compute_gradient(strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective) -> tuple[Tensor, Tensor]:
+    def compute_gradient(
+        strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective
+    ) -> tuple[Tensor, Tensor]:
         sums = accumulate(strategy, batches, step_batch, objective)
         scaled = strategy.gradient_norm()
         parameters = [p for p in strategy.model.parameters() if p.grad is not None]

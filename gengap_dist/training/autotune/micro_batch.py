@@ -82,7 +82,9 @@ def with_micro_size(config: RunConfig, size: int) -> RunConfig:
     return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": size})})
 
 
-def _choose_micro_size(config: RunConfig, network: ModelShape, world: World, previous: Mapping[str, Any]) -> dict[str, Any]:
+def _choose_micro_size(
+    config: RunConfig, network: ModelShape, world: World, previous: Mapping[str, Any]
+) -> dict[str, Any]:
     place = hardware_of(world)
     what, sizes = describe_workload(config, network, place), candidates(config, world.size)
     mark = cache_key(what)

@@ -24,7 +24,7 @@ from gengap_dist.distributed.phase_timer import PhaseTimer
 from gengap_dist.distributed.process_group import World
 from gengap_dist.runs.run_folder import write_atomically
 from gengap_dist.training.profiler import trace
-from gengap_dist.training.profiler.summary import PARTS, RankProfile, ProfileSetting, summary
+from gengap_dist.training.profiler.summary import PARTS, ProfileSetting, RankProfile, summary
 
 FOLDER, SUMMARY = "profile", "summary.txt"
 COMPUTE_PARTS = ("forward", "backward", "optimizer")  # which whereabouts call compute
@@ -154,7 +154,9 @@ class NoProfile:
 class Profile(NoProfile):
     """Of one start of a run: its first steady steps."""
 
-    def __init__(self, out: Path, world: World, config: RunConfig, strategy: str, *, has_untimed_collectives: bool) -> None:
+    def __init__(
+        self, out: Path, world: World, config: RunConfig, strategy: str, *, has_untimed_collectives: bool
+    ) -> None:
         """A profile that goes to `out`/profile.
 
         Args:
@@ -166,7 +168,9 @@ class Profile(NoProfile):
         """
         self.folder, self.world, self.config, self.strategy = out / FOLDER, world, config, strategy
         self.clock = cast("ProfilerClock", world.timer)
-        self.has_untimed_collectives = has_untimed_collectives and world.size > 1 and world.device.type == "cpu"  # the only one whose trace can tell
+        self.has_untimed_collectives = (
+            has_untimed_collectives and world.size > 1 and world.device.type == "cpu"
+        )  # the only one whose trace can tell
         self.window: Window | None = None
         self.first_step = 0
         self._step_number = 0  # of the step that is under way, from 1

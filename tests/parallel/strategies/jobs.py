@@ -65,7 +65,9 @@ class Trainer:
             plan = BatchPlan(len(indices), self.world.size, batch.micro_size, batch.ghost_size)
             spans = plan.micro_batches(self.world.rank, equal_counts=strategy.equal_micro_batches_required)
             work = StepBatch(indices, epoch, spans)
-            sums, norm = train_step(strategy, self.batches, work, compute_gradient=gradient_function(self.config.algorithm))
+            sums, norm = train_step(
+                strategy, self.batches, work, compute_gradient=gradient_function(self.config.algorithm)
+            )
             assert norm.shape == ()
             mine = torch.zeros(self.world.size, 2, dtype=torch.float64)
             mine[self.world.rank] = sums[2:4]

@@ -1,4 +1,4 @@
-"""Which layers a network has, found by running it once on one example and watching what its modules put out."""
+"""Finds the layers of a network by tracing one forward pass on one example."""
 
 import fnmatch
 import warnings
@@ -28,24 +28,24 @@ class Layer(NamedTuple):
     """One call of one module in a forward pass."""
 
     name: str
-    """As reported, see `reported_names`; `#2`, `#3` follow for later calls of the same module."""
+    """As reported, see `reported_names`; later calls of the same module have the suffix `#2`, `#3`, ..."""
     module: nn.Module
     call: int
     """1 for the module's first call in a forward pass."""
     output: Any
-    """What it put out for one example: a shape, or the type where that was no tensor of floating point."""
+    """Shape of the output for one example, or the name of its type if it is not a floating-point tensor."""
     dtype: torch.dtype
     channels_last: bool
-    """Whether units are the last dimension, [N, ..., D], rather than the second, [N, D, ...]."""
+    """True if units are the last dimension, [N, ..., D]; False if they are the second, [N, D, ...]."""
     kind: str
-    """`non-linear`, `residual` (a sum of two activations), `linear` (where a unit's `act` is nn.Identity), or empty."""
+    """`non-linear`, `residual` (a sum of two activations), `linear` (a unit whose `act` is nn.Identity), or empty."""
 
 
 def reported_names(model: nn.Module) -> dict[str, str]:
-    """What every module is called in results: its name, but `conv1` for `conv1.act`.
+    """The name of every module in results: its module name, except that `conv1.act` is reported as `conv1`.
 
-    This package's models are made of nn.Sequential units whose non-linearity is named `act`: that is the layer's
-    output, whatever pooling follows.
+    The models of this package consist of nn.Sequential units whose non-linearity is named `act`. Its output is the
+    layer's output, before any pooling.
 
     >>> from collections import OrderedDict
     >>> unit = nn.Sequential(OrderedDict(affine=nn.Linear(1, 1), act=nn.ReLU()))
@@ -62,20 +62,20 @@ def reported_names(model: nn.Module) -> dict[str, str]:
 
 
 def uncompiled_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules inside a network by name, as if torch.compile had wrapped none of them.
+    """All modules inside a network by name, without the wrappers of torch.compile.
 
-    >>> uncompiled(nn.Sequential(torch.compile(nn.ReLU())))
+    >>> uncompiled_modules(nn.Sequential(torch.compile(nn.ReLU())))
     {'0': ReLU()}
     """
-    # what torch.compile wrapped comes right after the wrapper, and takes its place
+    # the wrapped module follows its torch.compile wrapper and replaces it in the dict
     return {name.replace("._orig_mod", ""): module for name, module in model.named_modules() if name}
 
 
 def trace_calls(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]]:
-    """Every call of every module in a forward pass of `example`, in the order in which they end.
+    """Every call of every module in a forward pass of `example`, in order of completion.
 
     Returns:
-        The calls, and the non-linear functions that were called where no module puts out their result.
+        The calls, and the names of non-linear functions whose result is not the output of a module.
     """
     watch = _TensorTracker()
     calls: list[Layer] = []
@@ -102,7 +102,7 @@ def _make_forward_hook(
         call = counts[id(module)]
         kind = tracker.exit_module(module, output)
         if reported != name and isinstance(module, nn.Identity):
-            kind = "linear"  # a network without non-linearities is measured where its twin is
+            kind = "linear"  # so a linear network is measured at the same layers as the non-linear one
         shown = f"{reported}#{call}" if call > 1 else reported
         if isinstance(output, Tensor) and output.is_floating_point():
             last = tracker.channels_last(output)
@@ -114,14 +114,14 @@ def _make_forward_hook(
 
 
 class _TensorTracker(TorchFunctionMode):
-    """Follows tensors through a forward pass: what made them, and which of their dimensions holds the units."""
+    """Tracks tensors through a forward pass: which operation made them, and which dimension holds the units."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: list[Tensor] = []  # an id is a tensor's own only while the tensor lives
-        self.made_by: dict[int, str] = {}  # tensors that no module has put out yet
-        self.units_are_last: dict[int, bool] = {}  # whether units are the last dimension, where that is known
-        self.entered: list[int] = []  # for each module now running, how many non-linear functions ran before it
+        self.alive: list[Tensor] = []  # an id is unique only while the tensor is alive
+        self.made_by: dict[int, str] = {}  # tensors that are not yet the output of a module
+        self.units_are_last: dict[int, bool] = {}  # whether units are the last dimension, if known
+        self.entered: list[int] = []  # per running module: number of non-linear functions called before it
         self.non_linear: list[tuple[int, str]] = []
 
     def __torch_function__(
@@ -157,7 +157,7 @@ class _TensorTracker(TorchFunctionMode):
                 self.units_are_last[id(out)] = known[0]
 
     def record_reshape(self, name: str, tensor: Tensor, out: Tensor) -> None:
-        """The same activation, and the same dimension of units unless that was split or merged with another."""
+        """Keep the kind of the activation, and its unit dimension unless that was split or merged with another."""
         if self.made_by.get(id(tensor)) == "residual" and name in ("reshape", "view"):
             self.made_by[id(out)] = "residual"
         last = self.units_are_last.get(id(tensor))
@@ -165,18 +165,18 @@ class _TensorTracker(TorchFunctionMode):
             self.units_are_last[id(out)] = last
 
     def channels_last(self, out: Tensor) -> bool:
-        """As followed; where that is not known, [N, T, D] and [N, D, H, W] are assumed."""
+        """As tracked; if not known, [N, T, D] or [N, D, H, W] is assumed."""
         return self.units_are_last.get(id(out), out.ndim <= 3)
 
     def enter_module(self, module: nn.Module, args: object) -> None:
         self.entered.append(len(self.non_linear))
 
     def exit_module(self, module: nn.Module, output: object) -> str:
-        """The kind of what a module puts out; only the innermost module that puts out a tensor has it."""
+        """The kind of a module's output; only the innermost module that outputs a tensor gets it."""
         before = self.entered.pop()
         kind = self.made_by.pop(id(output), "")
         if not kind and not [*module.children(), *module.parameters()] and len(self.non_linear) > before:
-            kind = "non-linear"  # a formula of its own, such as x * sigmoid(x)
+            kind = "non-linear"  # a composed function, such as x * sigmoid(x)
             for tensor, _ in self.non_linear[before:]:
                 self.made_by.pop(tensor, None)
         return kind
@@ -186,12 +186,12 @@ class _TensorTracker(TorchFunctionMode):
 
 
 def _activation(tensor: Tensor) -> torch.Size | None:
-    """The shape of an activation; a parameter, such as a position embedding, is none."""
+    """The shape of an activation; None for a parameter, such as a position embedding."""
     return None if isinstance(tensor, nn.Parameter) else tensor.shape
 
 
 def select_layers(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> list[Layer]:
-    """The layers asked for, in the order in which they run.
+    """The layers that match `patterns`, in the order in which they run.
 
     Args:
         model: any network, uncompiled and unwrapped.
@@ -200,7 +200,7 @@ def select_layers(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]
             its addition), names as reported, module names, globs, or classes of modules.
 
     Raises:
-        UsageError: if a pattern matches nothing, or a layer puts out no tensor.
+        UsageError: if a pattern matches nothing, or the output of a layer is not a tensor of 2 or more dimensions.
     """
     calls, unclaimed = trace_calls(model, example)
     chosen: set[int] = set()
@@ -225,7 +225,7 @@ def select_layers(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]
             for call in found:
                 if isinstance(call.output, str) or len(call.output) < 2:
                     raise UsageError(
-                        f"layer {call.name} puts out "
+                        f"layer {call.name} outputs "
                         f"{call.output if isinstance(call.output, str) else list(call.output)}, needs one tensor of 2 "
                         "or more dimensions: leave it out of probe.layers, or name a layer inside it"
                     )
@@ -258,7 +258,7 @@ def _modules(model: nn.Module, pattern: Pattern) -> set[int]:
 
 
 def _list_names(wanted: str, names: list[str], max_names: int = 20) -> str:
-    """The names, or of many the nearest."""
+    """All names, or the closest matches if there are many."""
     import difflib
 
     if len(names) <= max_names:
@@ -268,7 +268,7 @@ def _list_names(wanted: str, names: list[str], max_names: int = 20) -> str:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Like a shell's globs: `*` stays within one part of a dotted name.
+    """Match like a shell glob: `*` does not cross a dot.
 
     >>> _matches("layer1.0", "layer*.0"), _matches("layer1.0.conv", "layer*")
     (True, False)

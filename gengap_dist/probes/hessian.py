@@ -329,8 +329,8 @@ def keskar_sharpness(
 ) -> float:
     """Sharpness by Keskar et al. 2017 (eq. 4, full space): 100 (max f(x + z) - f(x)) / (1 + f(x)). Collective.
 
-    f is the mean cross entropy, x the trainable parameters, and |z_i| <= epsilon (|x_i| + 1). The maximum is approximated
-    by projected ascent along the signs of the gradient: the first step goes to a corner of the box, and
+    f is the mean cross entropy, x the trainable parameters, and |z_i| <= epsilon (|x_i| + 1). The maximum is
+    approximated by projected ascent along the signs of the gradient: the first step goes to a corner of the box, and
     the step size decreases to zero. The best point counts, so the result is a lower bound and never negative.
 
     Args:

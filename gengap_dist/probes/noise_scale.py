@@ -1,7 +1,8 @@
 """The gradient noise scale, from the gradients of training: no extra backward pass.
 
 B is the size of the global batch, b that of the first micro-batch of a rank; G_B is the reduced gradient, G_b
-that of the micro-batch before any reduction. Both are means over their samples. McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1.
+that of the micro-batch before any reduction. Both are means over their samples.
+McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1.
 """
 
 from dataclasses import dataclass

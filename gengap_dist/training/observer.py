@@ -1,4 +1,4 @@
-"""What a run measures of its network on a fixed probe set: near-rank loss, its controls, and other diagnostics."""
+"""Measurements of a run's network on a fixed probe set: near-rank loss, its controls, and other diagnostics."""
 
 import time
 import warnings
@@ -20,7 +20,9 @@ from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keska
 from gengap_dist.probes.neural_collapse import nc1
 from gengap_dist.probes.weights import distance_from_init, weight_spectra
 
-PROBE_BLOCK = 128  # probe images in one pass; never cut by ranks, so spectra do not depend on their number
+PROBE_BLOCK = (
+    128  # probe images in one pass; blocks are not split between ranks, so spectra do not depend on their number
+)
 NUM_EIGENVALUES = 3
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -28,11 +30,11 @@ Metrics = dict[str, float]
 
 
 class Observation(NamedTuple):
-    """What one measurement found."""
+    """The result of one measurement."""
 
     metrics: Metrics
     spectra: dict[str, list[LayerSpectrum]]
-    """By probe set: "" is the fixed one, `n<N>` and `own_batch` are controls, `weights` the weights' spectra."""
+    """By probe set: "" is the fixed one, `n<N>` and `own_batch` are controls, `weights` those of weights."""
 
 
 class ProbeObserver:
@@ -41,9 +43,9 @@ class ProbeObserver:
     def __init__(
         self, config: RunConfig, train_set: Images, normalise: Normalise, initial_P: Tensor, world: World
     ) -> None:
-        """An observer of networks that started from the weights `initial_P`.
+        """An observer of networks that were initialised with `initial_P` [P].
 
-        Warns if the training set holds fewer images than the probe asks for: all of them are the probe set then.
+        Warns if the training set has fewer images than probe.num_samples; the probe set is then all of them.
         """
         self.config: ProbeConfig = config.probe
         self.train_set, self.normalise, self.initial_P, self.world = train_set, normalise, initial_P, world
@@ -63,10 +65,10 @@ class ProbeObserver:
         self._failed_diagnostics: set[str] = set()
 
     def __call__(self, model: nn.Module, *, controls: bool) -> Observation:
-        """Everything the config asks for, each with its `probe_seconds/...`. Collective.
+        """Run all configured measurements, each with its `probe_seconds/...`. Collective.
 
         Args:
-            model: the network; left as found.
+            model: the network; not changed.
             controls: also measure the control sets.
         """
         found, spectra = {}, {}
@@ -92,7 +94,7 @@ class ProbeObserver:
             began = time.monotonic()
             try:
                 values, spectra_of_it = diagnostic(model, batches, self)
-            except UsageError as error:  # the same on every rank: this network cannot be measured so
+            except UsageError as error:  # the same on every rank: not applicable to this network
                 warnings.warn(f"{name} is left out: {error}", stacklevel=2)
                 self._failed_diagnostics.add(name)
                 continue
@@ -102,7 +104,7 @@ class ProbeObserver:
         return Observation(found, spectra)
 
     def _batches(self, size: int) -> Batches:
-        """This rank's blocks of the first `size` probe images; smaller probe sets are part of larger ones."""
+        """This rank's blocks of the first `size` probe images; smaller probe sets are subsets of larger ones."""
         chosen = self._permutation[:size].sort().values.to(self.world.device)
         out = []
         for start, stop in blocks(size, PROBE_BLOCK, self.world):
@@ -140,7 +142,7 @@ def _keskar(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tupl
     return {"keskar_sharpness": keskar_sharpness(model, batches, world=observer.world)}, []
 
 
-DIAGNOSTICS: dict[str, Diagnostic] = {  # noise_scale is not here: it comes from the gradients of training
+DIAGNOSTICS: dict[str, Diagnostic] = {  # without noise_scale, which is computed from training gradients
     "norms": _norms,
     "weights": _weights,
     "neural_collapse": _neural_collapse,
@@ -150,7 +152,7 @@ DIAGNOSTICS: dict[str, Diagnostic] = {  # noise_scale is not here: it comes from
 
 
 def measurement_seconds(values: Metrics) -> float:
-    """Time that a measurement took, controls left aside.
+    """Seconds that a measurement took, without controls.
 
     >>> measurement_seconds({"nc1": 9.0, "probe_seconds/near_rank_loss": 1.0, "probe_seconds/control/n64": 5.0})
     1.0

@@ -3,8 +3,8 @@
 Two forms for A [N, D], raw and with column means subtracted; neither suffers from cancellation:
 
 - `PrimalAccumulator`, D <= N: every rank adds its own rows. Sums are centred on the current mean and merged as in
-  Chan, Golub & LeVeque (1983), so the centred spectrum is as exact as the raw one even if the mean is a hundred times larger
-  than the deviations.
+  Chan, Golub & LeVeque (1983), so the centred spectrum is as exact as the raw one even if the mean is a hundred times
+  larger than the deviations.
 - `DualAccumulator`, D > N, the paper's regime: every rank keeps its rows, then `all_to_all` redistributes them in
   blocks of bounded memory: each rank gets all N rows of its share of the columns, and so their means. No rank holds
   more than its share.

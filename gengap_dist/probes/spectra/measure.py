@@ -43,8 +43,8 @@ def measure(
     Args:
         model: any network, also compiled or wrapped in DDP or a DeepSpeed engine; not changed (modes, hooks,
             gradients, random state, flags).
-        batches: this rank's inputs, each [n, ...]; some ranks, but not all, may have none. An iterator is converted to
-            a list, because wide layers may take several passes.
+        batches: this rank's inputs, each [n, ...]; some ranks, but not all, may have none. An iterator is
+            stored as a list, because wide layers may take several passes.
         layers: `auto` (outputs of every non-linearity, and of residual blocks after the addition), names, globs or module
             classes.
         views: how an activation becomes a matrix. Of [N, C, H, W]: `channel` (rows are positions, (N H W) x C), `pool`
@@ -186,7 +186,7 @@ def _run_pass(
     count: int,
     block_bytes: int,
 ) -> dict[ColumnBlock, Tensor]:
-    """One pass over this rank's inputs: adds rows of D <= N views, returns stored columns of wide ones [rows, columns]."""
+    """One pass over this rank's inputs: adds rows of D <= N views, returns columns of wide ones [rows, columns]."""
     stored_columns: dict[ColumnBlock, Tensor] = {}
     filled: Counter[ColumnBlock] = Counter()
     blocks_by_layer: dict[str, list[ColumnBlock]] = {}
@@ -196,8 +196,8 @@ def _run_pass(
     def add_activation(layer: Layer, activation: Tensor) -> None:
         if activation.numel() != num_inputs * layer.output.numel():
             raise UsageError(
-                f"layer {layer.name} outputs {list(activation.shape)} for {num_inputs} samples and {list(layer.output)} "
-                "for one, so its rows do not belong to samples: leave it out of probe.layers"
+                f"layer {layer.name} outputs {list(activation.shape)} for {num_inputs} samples "
+                f"and {list(layer.output)} for one, so its rows do not belong to samples: leave it out of probe.layers"
             )
         for block in blocks_by_layer[layer.name]:
             view, accumulator = layer_views[block.view_index], accumulators[block.view_index]
@@ -236,7 +236,7 @@ def _solve(
     centred: Sequence[bool],
     world: World,
 ) -> dict[int, list[LayerSpectrum]]:
-    """Spectra of complete matrices: computed round-robin by ranks, then shared: bitwise equal on all. Collective.
+    """Spectra of complete matrices: computed round-robin, then shared: bitwise equal on all. Collective.
 
     The floor is the method's error, relative to the largest singular value of the matrix, plus the rounding error of
     the activations, relative to the largest singular value of the raw matrix.

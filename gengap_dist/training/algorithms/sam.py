@@ -16,7 +16,7 @@ TINY = 1e-12
 
 @contextmanager
 def perturbed(parameters: list[nn.Parameter], directions: list[Tensor], scale: Tensor) -> Iterator[None]:
-    """Parameters + by * along, while open; then exactly what they were."""
+    """While open, parameters are parameters + scale * directions; then they are restored exactly."""
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for p, direction in zip(parameters, directions, strict=True):
@@ -36,14 +36,14 @@ def sam(rho: float) -> ComputeGradient:
         strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective
     ) -> tuple[Tensor, Tensor]:
         sums = accumulate(strategy, batches, step_batch, objective)
-        scaled = strategy.gradient_norm()
+        scaled_norm = strategy.gradient_norm()
         parameters = [p for p in strategy.model.parameters() if p.grad is not None]
         ascent = [p.grad.clone() for p in parameters if p.grad is not None]
         strategy.optimizer.zero_grad(set_to_none=False)
-        watching, strategy.track_local_grad_norm = strategy.track_local_grad_norm, False
-        with perturbed(parameters, ascent, rho / (scaled + TINY)), frozen_running_stats(strategy.model):
+        track_norm, strategy.track_local_grad_norm = strategy.track_local_grad_norm, False
+        with perturbed(parameters, ascent, rho / (scaled_norm + TINY)), frozen_running_stats(strategy.model):
             accumulate(strategy, batches, step_batch, objective)
-        strategy.track_local_grad_norm = watching
-        return sums, strategy.unscaled(scaled)
+        strategy.track_local_grad_norm = track_norm
+        return sums, strategy.unscaled(scaled_norm)
 
     return compute_gradient

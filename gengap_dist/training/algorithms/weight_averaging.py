@@ -1,4 +1,4 @@
-"""Runs whose network is an average of the weights along the way: exponential (EMA), or equal from a step on (SWA)."""
+"""Averages the weights of training steps for evaluation: exponentially (EMA), or equally from a given step (SWA)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +19,10 @@ from gengap_dist.training.algorithms.update_bn import recompute_running_stats
 
 @final
 class WeightAveraging(TrainingAlgorithm):
-    """Every step's weights go into the average, from `first_step` on; before that the network is the one that trains.
+    """Averages the weights of every step from `first_step`; before that the trained network is evaluated.
 
-    Running statistics of batch norm are averaged with EMA's weights, and recomputed for SWA's. (torch's AveragedModel
-    counts updates in a tensor, for which a GPU is waited for in every step.)
+    Running statistics of batch norm are averaged for EMA, and recomputed for SWA. (torch's AveragedModel counts updates
+    in a tensor, which needs a GPU synchronisation in every step.)
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class WeightAveraging(TrainingAlgorithm):
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        """Let the weights that train enter the average; the first are the average."""
+        """Add the trained weights to the average; the first weights are copied."""
         n, model = self.num_averaged, self.strategy.model
         weight = 1 / (n + 1) if self.is_swa else ema_weight(n, self.config.algorithm.ema_decay)
         pairs: list[tuple[Tensor, Tensor]] = [*zip(self.average.parameters(), model.parameters(), strict=True)]
@@ -61,7 +61,7 @@ class WeightAveraging(TrainingAlgorithm):
 
     @contextmanager
     def evaluated_model(self) -> Iterator[nn.Module]:
-        """See `TrainingAlgorithm.network`."""
+        """See `TrainingAlgorithm.evaluated_model`."""
         with super().evaluated_model() as model:
             if not self.num_averaged:
                 yield model
@@ -87,8 +87,8 @@ class WeightAveraging(TrainingAlgorithm):
 def ema_weight(num_averaged: int, decay: float) -> float:
     """1 - min(decay, (1 + n) / (10 + n)) after n updates.
 
-    With the decay alone the first weights would count more than all others in a run of fewer than 1 / (1 - decay)
-    steps, as runs with large batches are.
+    With the decay alone, the first weights would dominate in runs of fewer than 1 / (1 - decay) steps, such as runs
+    with large batches.
 
     >>> [round(ema_weight(n, decay=0.75), 9) for n in (0, 10**6)]
     [0.9, 0.25]

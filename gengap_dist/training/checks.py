@@ -55,7 +55,8 @@ def check_strategy(config: RunConfig, num_ranks: int) -> None:
     name = strategy_name(config, num_ranks)
     if name == "single" and num_ranks > 1:
         raise UsageError(
-            f"launch.strategy (single) does not support {num_ranks} ranks: start one rank, or choose launch.strategy=auto"
+            f"launch.strategy (single) does not support {num_ranks} ranks: start one rank, or choose "
+            "launch.strategy=auto"
         )
     if name.startswith("zero"):
         check_zero(config, int(name[-1]))
@@ -81,8 +82,8 @@ def check_algorithm(config: RunConfig, num_ranks: int) -> None:
         value = getattr(config.algorithm, setting.removeprefix("algorithm."))
         if value is not None and name not in supported:
             raise UsageError(
-                f"{setting} ({value}) is not supported by launch.strategy={name}, where a rank has no unsharded weights "
-                f"and gradients between passes: choose {' or '.join(supported)}"
+                f"{setting} ({value}) is not supported by launch.strategy={name}, where a rank has no unsharded "
+                f"weights and gradients between passes: choose {' or '.join(supported)}"
             )
 
 

@@ -113,7 +113,8 @@ class Schedule:
         """The schedule of a run that draws images with `sampler`.
 
         The length is train.steps, or train.epochs passes. With train.length_unit=updates it is the number of steps
-        that a global batch of optim.base_size makes in these epochs, also for warm-up (regime adaptation; Hoffer et al. 2017).
+        that a global batch of optim.base_size makes in these epochs, also for warm-up (regime adaptation;
+        Hoffer et al. 2017).
 
         >>> settings = {"batch": {"global_size": 50}, "optim": {"base_size": 10}, "train": {"epochs": 3}}
         >>> sampler = EpochSampler(100, 50, seed=0)

@@ -604,7 +604,8 @@ class _Session:
 def _time_metrics(times: Tensor) -> dict[str, float]:
     """Mean seconds by phase, and the slowest rank, from seconds by rank and phase [ranks, phases].
 
-    >>> _time_metrics(torch.tensor([[0.0, 3.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 0.0, 0.0]]))["time/slowest_rank"]
+    >>> seconds = torch.tensor([[0.0, 3.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 0.0, 0.0]])
+    >>> _time_metrics(seconds)["time/slowest_rank"]
     0
     """
     out: dict[str, float] = {f"time/{kind}": round(float(x), 4) for kind, x in zip(PHASES, times.mean(0), strict=True)}

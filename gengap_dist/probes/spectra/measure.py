@@ -45,8 +45,8 @@ def measure(
             gradients, random state, flags).
         batches: this rank's inputs, each [n, ...]; some ranks, but not all, may have none. An iterator is
             stored as a list, because wide layers may take several passes.
-        layers: `auto` (outputs of every non-linearity, and of residual blocks after the addition), names, globs or module
-            classes.
+        layers: `auto` (outputs of every non-linearity, and of residual blocks after the addition), names, globs or
+            module classes.
         views: how an activation becomes a matrix. Of [N, C, H, W]: `channel` (rows are positions, (N H W) x C), `pool`
             (mean over positions, N x C), `flatten` (N x (C H W)); of tokens [N, T, D]: `token` ((N T) x D), `pool`,
             `flatten`. [N, D] has only one view.

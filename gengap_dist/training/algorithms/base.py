@@ -72,7 +72,7 @@ class TrainingAlgorithm:
         )
 
     def _seed(self, step: int, stream: int) -> None:
-        """Seed torch's generators, for layers that use them; torch.manual_seed takes 0.3 ms, mostly for other devices."""
+        """Seed torch's generators, for layers that use them; torch.manual_seed takes 0.3 ms, mostly for other GPUs."""
         seed = ((self.config.seed * 1_000_003 + step) * 65_537 + stream) % 2**63
         torch.default_generator.manual_seed(seed)
         if self.strategy.world.device.type == "cuda":

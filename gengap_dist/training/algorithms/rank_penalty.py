@@ -51,8 +51,8 @@ class RankPenalty(Objective):
     """Cross-entropy plus `strength` times a measure of the activations' covariance C over the whole global batch.
 
     C depends on every rank and micro-batch, and so does the gradient. One pass without gradients computes C and the
-    mean m. With the constant M = dR/dC, every row h of the training pass then adds (h - m)^T M (h - m) / N, whose gradient
-    2 M (h - m) / N is exactly that of R.
+    mean m. With the constant M = dR/dC, every row h of the training pass then adds (h - m)^T M (h - m) / N, whose
+    gradient 2 M (h - m) / N is exactly that of R.
     """
 
     def __init__(self, config: AlgorithmConfig) -> None:

@@ -81,7 +81,7 @@ def load_micro_sizes() -> MicroSizes:
 
 
 def lookup(kind: type[MicroSize | MemoryFormat], key: str, previous: Mapping[str, Any]) -> dict[str, Any]:
-    """The result for `key` as in run.json, from `previous` (an earlier run.json) or else from the cache file; {} if none."""
+    """The result for `key` as in run.json: from `previous`, or else from the cache file; {} if none."""
     if previous.get("mark") == key:
         return {**previous, "by": "this run's record"}
     found = getattr(load_micro_sizes(), FIELDS[kind]).get(key)

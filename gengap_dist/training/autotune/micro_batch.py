@@ -56,8 +56,8 @@ def resolve_micro_size(
 ) -> tuple[RunConfig, dict[str, Any] | None]:
     """The config with a number for batch.micro_size, and how it was chosen; None if it was set. Collective.
 
-    The network, random states and gradients are not changed: a copy of the network is measured. It is not compiled, even
-    if train.compile is true, because every size would need a compilation.
+    The network, random states and gradients are not changed: a copy of the network is measured. It is not compiled,
+    even if train.compile is true, because every size would need a compilation.
 
     Args:
         config: the run, which `checks.check_auto` has passed.
@@ -103,8 +103,8 @@ def _choose_micro_size(
     if not fitting:
         least, free = pass_bytes(sizes[0]) / GIB, max(0.0, free_bytes) / GIB
         raise UsageError(
-            f"batch.micro_size (auto) finds no size that fits in memory: a pass of {sizes[0]} takes about {least:.3g} GiB, and "
-            f"gradients, optimizer and copies of weights leave a rank {free:.3g} GiB: {REMEDY}"
+            f"batch.micro_size (auto) finds no size that fits in memory: a pass of {sizes[0]} takes about "
+            f"{least:.3g} GiB, and gradients, optimizer and copies of weights leave a rank {free:.3g} GiB: {REMEDY}"
         )
     rates: dict[int, float] = {}
     if len(sizes) > 1:

@@ -1,7 +1,7 @@
 """Finds the fastest of several micro-batch sizes: increase until there is no gain, then alternate between the best.
 
-All ranks run at once, and the slowest rank counts. The fastest run of each size counts, because other load can only slow
-a run down. Decisions use times that all ranks share, or are made by rank 0, so that all ranks do the same runs.
+All ranks run at once, and the slowest rank counts. The fastest run of each size counts, because other load can
+only slow a run down. Decisions use times that all ranks share, or are made by rank 0, so that all do the same runs.
 """
 
 import math

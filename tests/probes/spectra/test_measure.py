@@ -212,7 +212,7 @@ def test_a_small_budget_gives_the_same_spectra():
 
 
 def test_a_layer_that_puts_out_no_tensor():
-    with pytest.raises(UsageError, match="layer 0 puts out tuple"):
+    with pytest.raises(UsageError, match="layer 0 outputs tuple"):
         measure(nn.Sequential(nn.LSTM(4, 4), nn.Identity()), [torch.randn(2, 3, 4)], layers="0")
 
 
@@ -221,7 +221,7 @@ def test_a_layer_whose_rows_are_not_the_samples():
         def forward(self, x):
             return x.T @ x
 
-    with pytest.raises(UsageError, match=r"layer 0 puts out \[4, 4\] for 5 samples and \[4, 4\] for one"):
+    with pytest.raises(UsageError, match=r"layer 0 outputs \[4, 4\] for 5 samples and \[4, 4\] for one"):
         measure(nn.Sequential(Summary(), nn.Identity()), [torch.randn(5, 4)], layers="0")
 
 

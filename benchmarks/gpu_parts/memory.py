@@ -22,7 +22,7 @@ from gengap_dist.preflight.machine_constants import Constants
 from gengap_dist.preflight.plan import make_plan
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.training.autotune.micro_batch import OTHER_BYTES, TEMPORARY
-from gengap_dist.training.autotune.search import turn_seconds
+from gengap_dist.training.autotune.search import pass_seconds
 from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload
 
 from .items import Answer, Item, Part, places
@@ -82,7 +82,7 @@ def passes(settings: Settings, share: float, world: World) -> Answer:
     with room_for(limit_bytes, world.device):
         synthetic = SyntheticWorkload(run_config, model, 1, 10, world.device)
         for name, size in {"before": 64, "whole": run_config.batch.global_size, "after": 64}.items():
-            seconds_of[name] = turn_seconds(synthetic, size, 1, world)
+            seconds_of[name] = pass_seconds(synthetic, size, 1, world)
         kept = torch.cuda.memory_allocated()
     fits = {name: seconds < math.inf for name, seconds in seconds_of.items()}
     good = fits == {"before": True, "whole": False, "after": True} and ooms() > before

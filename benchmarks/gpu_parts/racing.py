@@ -17,7 +17,7 @@ from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.data import datasets
 from gengap_dist.distributed.process_group import World
 from gengap_dist.training.autotune.available_memory import available_memory
-from gengap_dist.training.autotune.micro_batch import in_passes
+from gengap_dist.training.autotune.micro_batch import pass_bytes_function
 from gengap_dist.training.autotune.synthetic_workload import synchronise
 
 from .items import Answer, failure
@@ -95,7 +95,10 @@ def largest_that_fits(world: World, model_name: str, global_size: int) -> int:
     """Images per pass: the whole batch, halved until its memory fits."""
     config, splits = task(model_name, global_size).settings(images()), _splits()
     model = models.from_config(config, splits.num_classes, splits.in_channels, World())
-    num_bytes, free = in_passes(config, model, splits.in_channels), MEMORY_SHARE * available_memory(world.device, 1)
+    num_bytes, free = (
+        pass_bytes_function(config, model, splits.in_channels),
+        MEMORY_SHARE * available_memory(world.device, 1),
+    )
     size = global_size
     while num_bytes(size) > free and size % 2 == 0:
         size //= 2

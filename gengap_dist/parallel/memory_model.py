@@ -197,9 +197,9 @@ def probe_bytes(
     """
     worst = 0
     for number, pieces in enumerate(passes):
-        begun = {piece.site for earlier in passes[:number] for piece in earlier}
-        goes_on = {piece.site for later in passes[number:] for piece in later}
-        alive = {piece.site for piece in pieces} | (begun & goes_on)
-        held = sum((piece.stop - piece.start) * sites[piece.site].column_bytes(most_inputs) for piece in pieces)
+        begun = {piece.view_index for earlier in passes[:number] for piece in earlier}
+        goes_on = {piece.view_index for later in passes[number:] for piece in later}
+        alive = {piece.view_index for piece in pieces} | (begun & goes_on)
+        held = sum((piece.stop - piece.start) * sites[piece.view_index].column_bytes(most_inputs) for piece in pieces)
         worst = max(worst, held + sum(sites[site].state_bytes for site in alive))
     return worst + stream

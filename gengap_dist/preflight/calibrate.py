@@ -21,7 +21,7 @@ from gengap_dist.distributed.launchers.local import free_port, rank_variables, t
 from gengap_dist.distributed.process_group import World, destroy_process_group, init_process_group
 from gengap_dist.parallel.execution import keep_freed_memory
 from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, workload
-from gengap_dist.training.autotune.memory_format import resolved_memory_format
+from gengap_dist.training.autotune.memory_format import with_memory_format
 from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload, median_seconds
 
 SIZES = [2**power for power in range(10, 25, 2)]  # bytes of all-reduces
@@ -34,7 +34,7 @@ def calibrate(config: RunConfig, sizes: Sizes, micro_size: int, known: Constants
         RankFailed: if a rank fails.
     """
     if config.train.channels_last == "auto":
-        config = resolved_memory_format(config, False)  # as in the plan
+        config = with_memory_format(config, False)  # as in the plan
     num_ranks = 1 if torch.cuda.device_count() == 1 and config.launch.device != "cpu" else 2
     context = get_context("spawn")
     port = free_port()

@@ -25,7 +25,7 @@ import numpy as np
 from gengap_dist.distributed.batch_plan import split
 from gengap_dist.preflight.batch_layout import Cluster
 from gengap_dist.probes.layer_view import LayerView
-from gengap_dist.probes.spectra.accumulate import num_redistributions
+from gengap_dist.probes.spectra.accumulate import redistribution_blocks
 from gengap_dist.probes.spectra.gram import BUCKET_BYTES
 from gengap_dist.probes.spectra.measure import ColumnBlock, stream_bytes
 
@@ -153,16 +153,18 @@ def probe_messages(
         column_block
         for column_blocks in passes
         for column_block in column_blocks
-        if layer_views[column_block.site].wide
+        if layer_views[column_block.view_index].is_wide
     ):
-        view = layer_views[column_block.site]
-        row_bytes = view.rows_each * view.dtype.itemsize
-        for block in num_redistributions(column_block.stop - column_block.start, view.num_rows, num_ranks, block_bytes):
+        view = layer_views[column_block.view_index]
+        row_bytes = view.rows_per_input * view.dtype.itemsize
+        for block in redistribution_blocks(
+            column_block.stop - column_block.start, view.num_rows, num_ranks, block_bytes
+        ):
             shares = np.array([share.size for share in split(block.size, num_ranks)])
             sent += row_bytes * rows * (block.size - shares)
             received += row_bytes * (rows.sum() - rows) * shares
             num_redistributions_total += 1
-    num_means = sum(1 if view.wide else view.num_units + 1 for view in layer_views)
+    num_means = sum(1 if view.is_wide else view.num_units + 1 for view in layer_views)
     num_values = num_centrings * sum(min(view.num_units, view.num_rows) for view in layer_views)
     messages = [
         Message("image counts", "all-reduce", 8 * (num_ranks + 10), 2),

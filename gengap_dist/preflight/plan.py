@@ -26,20 +26,20 @@ from gengap_dist.preflight.communication_model import Link, Message
 from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, workload
 from gengap_dist.probes import layer_view
 from gengap_dist.probes.activations import eval_context
-from gengap_dist.probes.layers import choose
+from gengap_dist.probes.layers import select_layers
 from gengap_dist.probes.spectra import measure
 from gengap_dist.training.algorithms.base import batch_plan_for
 from gengap_dist.training.algorithms.rank_penalty import RankPenalty
-from gengap_dist.training.autotune.memory_format import resolved_memory_format
+from gengap_dist.training.autotune.memory_format import with_memory_format
 from gengap_dist.training.autotune.micro_batch import (
     Hardware,
     ModelShape,
+    cached_micro_size,
     candidates,
     device_name,
-    earlier,
-    resolved_micro_size,
+    with_micro_size,
 )
-from gengap_dist.training.checks import before_data, check_auto, check_logits, check_norm, strategy_name
+from gengap_dist.training.checks import check_auto_micro_size, check_logits, check_norm, startup_checks, strategy_name
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
@@ -140,7 +140,7 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
     fields: dict[str, Any] = {"cluster": cluster, "strategy": strategy, "model": config.model.name, "refused": refused}
     fields["batch"] = layout(batch_plan_for(config, batch.global_size, num_ranks))
     device = config.launch.device
-    for check in before_data(config, num_ranks, None if device == "auto" else device):
+    for check in startup_checks(config, num_ranks, None if device == "auto" else device):
         collect_refusal(check)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -152,12 +152,12 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
             )
             fields |= {"data": sizes} | _step_fields(config, sampler, num_ranks, collect_refusal)
             if model := collect_refusal(lambda: _model(config, sizes)):
-                collect_refusal(lambda: check_auto(given_config, model))
+                collect_refusal(lambda: check_auto_micro_size(given_config, model))
                 collect_refusal(lambda: check_norm(config, model, sampler.sizes() if sampler else [], num_ranks))
                 collect_refusal(lambda: build_optimizer(config.optim, model))
                 if config.algorithm.rank_penalty is not None:
                     collect_refusal(
-                        lambda: RankPenalty(config.algorithm).layers(model, lambda: _example(config, sizes))
+                        lambda: RankPenalty(config.algorithm).penalized_layers(model, lambda: _example(config, sizes))
                     )
                 fields |= _model_fields(config, cluster, model, sizes, fields["batch"], collect_refusal)
                 fields |= _time_fields(config, constants, fields)
@@ -168,22 +168,22 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
 def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, list[str]]:
     """The config with a number for batch.micro_size=auto, and the reason; torch's default memory format."""
     if config.train.channels_last == "auto":
-        config = resolved_memory_format(config, False)
+        config = with_memory_format(config, False)
     if config.batch.micro_size != "auto":
         return config, []
     known = None
     with suppress(UsageError):  # the plan lists the error
         sizes = datasets.sizes(config.data)
         network = ModelShape(_model(config, sizes), sizes.in_channels, sizes.num_classes)
-        known = earlier(config, network, _hardware(config, cluster))
+        known = cached_micro_size(config, network, _hardware(config, cluster))
     if known:
-        return resolved_micro_size(config, known), [
+        return with_micro_size(config, known), [
             f"batch.micro_size=auto found {known} on this machine before; another machine may differ"
         ]
     sizes_to_try = candidates(config, cluster.num_ranks)
     size = max([size for size in sizes_to_try if size <= BatchConfig().max_micro_size] or sizes_to_try[:1])
     assumption = f"batch.micro_size=auto is assumed to choose {size}: no such run was measured on this machine yet"
-    return resolved_micro_size(config, size), [assumption] if len(sizes_to_try) > 1 else []
+    return with_micro_size(config, size), [assumption] if len(sizes_to_try) > 1 else []
 
 
 def _hardware(config: RunConfig, cluster: Cluster) -> Hardware:
@@ -276,7 +276,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     counts = probe_counts(config, sizes, num_ranks)
     example = _example(config, sizes)
     with eval_context(model):
-        sites = layer_view.layer_views(choose(model, example, probe.layers), probe.views, sum(counts))
+        sites = layer_view.build_layer_views(select_layers(model, example, probe.layers), probe.views, sum(counts))
     passes = measure.plan_passes(sites, max(counts), probe.memory_mib)
     device_type = "cuda" if config.launch.device == "cuda" else "cpu"
     options = {"method": probe.method, "memory_mib": probe.memory_mib, "device_type": device_type}
@@ -285,7 +285,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     num_bytes = memory_model.probe_bytes(sites, passes, max(counts), stream) + max(counts) * example.nbytes
     forms = {
         "/".join(filter(None, (site.layer.name, site.view))): f"{site.num_rows} x {site.num_units}, kept as "
-        + f"{site.size} x {site.size} ({'rows' if site.wide else 'units'})"
+        + f"{site.size} x {site.size} ({'rows' if site.is_wide else 'units'})"
         for site in sites
     }
     on_wire = sum(message.on_wire(num_ranks) for message in messages)

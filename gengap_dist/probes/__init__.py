@@ -1,4 +1,4 @@
-"""Measurements of a network while it trains; each leaves the network as it found it."""
+"""Measurements of a network during training. No measurement changes the network."""
 
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 from gengap_dist.probes.spectra.measure import measure, metrics

@@ -1,4 +1,4 @@
-"""Layers' activations, batch by batch, as they come out of a forward pass; the model is left exactly as found."""
+"""Captures the activations of layers during a forward pass, without changing the model."""
 
 import sys
 from collections import Counter
@@ -15,25 +15,25 @@ from gengap_dist.probes.layers import Layer
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network underneath torch.compile, DataParallel, DistributedDataParallel and a DeepSpeed engine.
+    """The plain network inside torch.compile, DataParallel, DistributedDataParallel or a DeepSpeed engine.
 
     Raises:
-        UsageError: if each rank holds only a part of the parameters (ZeRO stage 3, FSDP): a pass would have to gather
-            them, on all ranks equally often, and ranks may hold unequal numbers of probe batches.
+        UsageError: if each rank holds only a part of the parameters (ZeRO stage 3, FSDP). A forward pass would gather
+            them with collectives, but ranks may hold different numbers of probe batches.
 
     >>> unwrapped(torch.compile(nn.Linear(2, 2)))
     Linear(in_features=2, out_features=2, bias=True)
     """
     while True:
         wrapped = isinstance(model, DataParallel | DistributedDataParallel) or _is_engine(model)
-        inner = model.module if wrapped else getattr(model, "_orig_mod", None)  # what torch.compile wraps
+        inner = model.module if wrapped else getattr(model, "_orig_mod", None)  # set by torch.compile
         if not isinstance(inner, nn.Module):
             break
         model = inner
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):  # a DTensor, whose import takes a second
+        if hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):  # importing DTensor takes 1 s
             raise UsageError(
-                f"parameter {name} is sharded over ranks (ZeRO stage 3 or FSDP), and probes need whole ones: "
+                f"parameter {name} is sharded over ranks (ZeRO stage 3 or FSDP), and probes need unsharded parameters: "
                 "measure under ZeRO stage 0 to 2 or DDP, or load a checkpoint into the plain model"
             )
     return model
@@ -45,17 +45,17 @@ def _is_engine(model: nn.Module) -> bool:
 
 @contextmanager
 def eval_context(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no autocast, no TF32, uncompiled, forked random numbers; all is put back afterwards."""
+    """Eval mode without gradients, autocast, TF32 and compilation, with forked random state; restored on exit."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and the import would take two seconds
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled; the import takes 2 s
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(exact_float32())
         stack.enter_context(torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]))
-        for kind in {device.type for device in devices} | {"cpu"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        for device_type in {device.type for device in devices} | {"cpu"}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         try:
             model.eval()
             yield
@@ -65,20 +65,22 @@ def eval_context(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def capture_activations(layers: Sequence[Layer], take: Callable[[Layer, Tensor], None]) -> Iterator[Callable[[], None]]:
-    """While open, `take(layer, activation)` is called for every layer of a forward pass.
+def capture_activations(
+    layers: Sequence[Layer], callback: Callable[[Layer, Tensor], None]
+) -> Iterator[Callable[[], None]]:
+    """While open, call `callback(layer, activation)` for every layer of a forward pass.
 
-    Yields a function to call before each forward pass: it starts counting the calls of a module anew.
+    Yields a function to call before each forward pass: it resets the counts of module calls.
     """
-    wanted = {(id(layer.module), layer.call): layer for layer in layers}
+    layer_by_call = {(id(layer.module), layer.call): layer for layer in layers}
     calls: Counter[int] = Counter()
 
-    def fired(module: nn.Module, args: object, output: Tensor) -> None:
+    def hook(module: nn.Module, args: object, output: Tensor) -> None:
         calls[id(module)] += 1
-        if layer := wanted.get((id(module), calls[id(module)])):
-            take(layer, output)
+        if layer := layer_by_call.get((id(module), calls[id(module)])):
+            callback(layer, output)
 
-    handles = [module.register_forward_hook(fired) for module in {id(m.module): m.module for m in layers}.values()]
+    handles = [module.register_forward_hook(hook) for module in {id(m.module): m.module for m in layers}.values()]
     try:
         yield calls.clear
     finally:

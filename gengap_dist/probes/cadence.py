@@ -1,4 +1,4 @@
-"""When to measure: pure functions of the step, so that all ranks agree without talking."""
+"""When to measure: pure functions of the step, so that all ranks agree without communication."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ def log_spaced(per_decade: int) -> Cadence:
 
 
 def evenly(num: int, num_steps: int) -> Cadence:
-    """`num` times over `num_steps` steps, the last step included; every step if there are fewer.
+    """`num` times in `num_steps` steps, including the last; every step if `num_steps` is smaller than `num`.
 
     >>> due = evenly(3, 10)
     >>> [step for step in range(11) if due(step)]
@@ -37,55 +37,67 @@ def evenly(num: int, num_steps: int) -> Cadence:
     return due
 
 
-def at(steps: Iterable[int]) -> Cadence:
-    """At these steps.
+def at_steps(steps: Iterable[int]) -> Cadence:
+    """At the given steps.
 
-    >>> due = at([2, 8])
+    >>> due = at_steps([2, 8])
     >>> [step for step in range(9) if due(step)]
     [2, 8]
     """
     return frozenset(steps).__contains__
 
 
-def either(*cadences: Cadence) -> Cadence:
-    """Whenever any of them is due.
+def any_of(*cadences: Cadence) -> Cadence:
+    """At every step at which any of `cadences` is due.
 
-    >>> [step for step in range(13) if either(every(5), every(6))(step)]
+    >>> [step for step in range(13) if any_of(every(5), every(6))(step)]
     [5, 6, 10, 12]
     """
     return lambda step: any(due(step) for due in cadences)
 
 
-def exceeds(
-    budget: float, *, spent: float, each: float, rest_of_run: float, num_to_come: int, left_out_in_a_row: int
+def should_skip(
+    max_time_fraction: float,
+    *,
+    spent_seconds: float,
+    seconds_each: float,
+    other_seconds: float,
+    num_remaining: int,
+    num_skipped_in_a_row: int,
 ) -> bool:
-    """Whether to leave out a measurement that is due, so that all together keep to a share of the run's time.
+    """Whether to skip a measurement that is due, to limit the fraction of time spent on measurements.
 
-    If not all that are to come are affordable, every second, third, ... of them is taken: the cadence is stretched, not
-    cut off. Not a pure function of the step, as it looks at clocks: one rank decides for all.
+    If not all remaining measurements fit, only every second, third, ... is taken, up to the end of the run. The result
+    depends on measured times: one rank decides for all ranks.
 
     Args:
-        budget: largest share of the whole run's time, probes included, that they may take.
-        spent: seconds that measurements took so far.
-        each: seconds that one takes.
-        rest_of_run: seconds that everything else will have taken when the run ends.
-        num_to_come: measurements that are due from now on, this one included, but for the last, which is always taken.
-        left_out_in_a_row: how many were left out since the last that was taken.
+        max_time_fraction: largest fraction of the run's time, probes included, that measurements may take.
+        spent_seconds: seconds spent on measurements so far.
+        seconds_each: seconds of one measurement.
+        other_seconds: seconds of the whole run without measurements, estimated.
+        num_remaining: measurements due from now on, including this one, but not the last, which is always taken.
+        num_skipped_in_a_row: measurements skipped since the last one that was taken.
 
-    >>> def left_out(num_to_come, in_a_row):  # 5% of 100 s pay for 5 measurements of 1 s, one of them the last
-    ...     facts = dict(spent=0.0, each=1.0, rest_of_run=95.0)
-    ...     return exceeds(0.05, **facts, num_to_come=num_to_come, left_out_in_a_row=in_a_row)
-    >>> left_out(4, 0), left_out(8, 0), left_out(7, 1)
+    >>> def skipped(num_remaining, in_a_row):  # 5% of 100 s allow 5 measurements of 1 s, including the last
+    ...     times = dict(spent_seconds=0.0, seconds_each=1.0, other_seconds=95.0)
+    ...     return should_skip(0.05, **times, num_remaining=num_remaining, num_skipped_in_a_row=in_a_row)
+    >>> skipped(4, 0), skipped(8, 0), skipped(7, 1)
     (False, True, False)
     """
-    if budget >= 1:
+    if max_time_fraction >= 1:
         return False
-    affordable = math.floor((budget / (1 - budget) * rest_of_run - spent) / max(each, 1e-9) + 1e-9) - 1
-    return affordable < 1 or left_out_in_a_row + 1 < -(-num_to_come // affordable)
+    affordable = (
+        math.floor(
+            (max_time_fraction / (1 - max_time_fraction) * other_seconds - spent_seconds) / max(seconds_each, 1e-9)
+            + 1e-9
+        )
+        - 1
+    )
+    return affordable < 1 or num_skipped_in_a_row + 1 < -(-num_remaining // affordable)
 
 
 def every(num: int) -> Cadence:
-    """Every `num` steps, from step `num` on.
+    """Every `num` steps, starting at step `num`.
 
     >>> [step for step in range(9) if every(4)(step)]
     [4, 8]

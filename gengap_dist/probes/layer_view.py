@@ -1,4 +1,4 @@
-"""Views: how an activation becomes rows of a matrix."""
+"""Views: how an activation tensor is reshaped into the rows of a matrix."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,68 +13,72 @@ VIEWS = ("channel", "token", "pool", "flatten")
 
 
 class LayerView(NamedTuple):
-    """A layer in one view."""
+    """One layer in one view."""
 
     layer: Layer
     view: str
-    rows_each: int
-    """Rows that one input gives."""
+    rows_per_input: int
+    """Rows per input."""
     num_rows: int
-    """N, over all inputs of all ranks."""
+    """N, rows over all inputs of all ranks."""
     num_units: int
-    """D."""
+    """D, columns."""
 
     @property
-    def wide(self) -> bool:
-        """Whether the N x N form is the smaller one."""
+    def is_wide(self) -> bool:
+        """Whether D > N, so that the N x N Gram matrix is the smaller one."""
         return self.num_units > self.num_rows
 
     @property
     def size(self) -> int:
-        """k, the side of the matrix that is kept."""
-        return self.num_rows + 1 if self.wide else self.num_units
+        """k, the side of the accumulated matrix."""
+        return self.num_rows + 1 if self.is_wide else self.num_units
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the view's values are in."""
+        """The dtype of the view's values."""
         return torch.float64 if self.view == "pool" else self.layer.dtype
 
     @property
     def state_bytes(self) -> int:
-        """Of the k x k matrix, twice: once kept, once more for solving."""
+        """Bytes of the k x k matrix, twice: the matrix itself and a copy for the eigenvalue solver."""
         return 16 * self.size**2
 
     def column_bytes(self, num_inputs: int) -> int:
-        """What a rank with so many inputs holds of a column until it is turned; nothing of a tall site's."""
-        return num_inputs * self.rows_each * self.dtype.itemsize if self.wide else 0
+        """Bytes of one column on a rank with `num_inputs` inputs, kept until redistribution; 0 if D <= N."""
+        return num_inputs * self.rows_per_input * self.dtype.itemsize if self.is_wide else 0
 
 
-def layer_views(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> list[LayerView]:
-    """Every layer in every view that was asked for and that its output has."""
+def build_layer_views(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> list[LayerView]:
+    """Every layer in every requested view that its output supports.
+
+    Raises:
+        UsageError: if a view is unknown, or a layer supports none of `views`.
+    """
     if unknown := [view for view in views if view not in VIEWS]:
         raise UsageError(f"probe.views ({unknown[0]}) is not a view: choose among {', '.join(VIEWS)}")
-    sites = []
+    layer_views = []
     for layer in layers:
         shape = layer.output
         units, numel = shape[-1 if layer.channels_last else 1], shape.numel()
         by_position = "token" if layer.channels_last and len(shape) == 3 else "channel"
         possible = {by_position: (numel // units, units)}
-        if shape[0] == 1:  # one example, one row; windows of attention and the like have more
+        if shape[0] == 1:  # one row per example; attention windows, for example, have more
             possible |= {"pool": (1, units), "flatten": (1, numel)} if len(shape) > 2 else {"": (1, units)}
         chosen = [view for view in possible if view in views or not view] if "" not in possible else [""]
         if not chosen:
             raise UsageError(
-                f"probe.views ({', '.join(views)}) are no views of layer {layer.name}, which puts out {list(shape)} "
+                f"probe.views ({', '.join(views)}) do not apply to layer {layer.name}, which outputs {list(shape)} "
                 f"for one sample: add {' or '.join(possible)}, or leave the layer out"
             )
         for view in chosen:
             rows_each, num_units = possible[view]
-            sites.append(LayerView(layer, view, rows_each, rows_each * num_inputs, num_units))
-    return sites
+            layer_views.append(LayerView(layer, view, rows_each, rows_each * num_inputs, num_units))
+    return layer_views
 
 
 def columns(activation: Tensor, view: str, *, channels_last: bool) -> Tensor:
-    """[D, rows]: the matrix of a view, transposed.
+    """The transposed matrix of a view: [D, rows].
 
     >>> a = torch.arange(12.0).view(1, 3, 2, 2)
     >>> columns(a, "channel", channels_last=False).shape, columns(a, "flatten", channels_last=False).shape

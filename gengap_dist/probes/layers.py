@@ -1,4 +1,4 @@
-"""Which layers a network has, found by running it once on one example and watching what its modules put out."""
+"""Finds the layers of a network by tracing one forward pass on one example."""
 
 import fnmatch
 import warnings
@@ -28,31 +28,31 @@ class Layer(NamedTuple):
     """One call of one module in a forward pass."""
 
     name: str
-    """As reported, see `reported_names`; `#2`, `#3` follow for later calls of the same module."""
+    """As reported, see `reported_names`; later calls of the same module have the suffix `#2`, `#3`, ..."""
     module: nn.Module
     call: int
     """1 for the module's first call in a forward pass."""
     output: Any
-    """What it put out for one example: a shape, or the type where that was no tensor of floating point."""
+    """Shape of the output for one example, or the name of its type if it is not a floating-point tensor."""
     dtype: torch.dtype
     channels_last: bool
-    """Whether units are the last dimension, [N, ..., D], rather than the second, [N, D, ...]."""
+    """True if units are the last dimension, [N, ..., D]; False if they are the second, [N, D, ...]."""
     kind: str
-    """`non-linear`, `residual` (a sum of two activations), `linear` (where a unit's `act` is nn.Identity), or empty."""
+    """`non-linear`, `residual` (a sum of two activations), `linear` (a unit whose `act` is nn.Identity), or empty."""
 
 
 def reported_names(model: nn.Module) -> dict[str, str]:
-    """What every module is called in results: its name, but `conv1` for `conv1.act`.
+    """The name of every module in results: its module name, except that `conv1.act` is reported as `conv1`.
 
-    This package's models are made of nn.Sequential units whose non-linearity is named `act`: that is the layer's
-    output, whatever pooling follows.
+    The models of this package consist of nn.Sequential units whose non-linearity is named `act`. Its output is the
+    layer's output, before any pooling.
 
     >>> from collections import OrderedDict
     >>> unit = nn.Sequential(OrderedDict(affine=nn.Linear(1, 1), act=nn.ReLU()))
     >>> reported_names(nn.Sequential(OrderedDict(fc1=unit)))
     {'fc1': 'fc1', 'fc1.affine': 'fc1.affine', 'fc1.act': 'fc1'}
     """
-    modules = uncompiled(model)
+    modules = uncompiled_modules(model)
     names = {}
     for name in modules:
         parent, _, last = name.rpartition(".")
@@ -61,49 +61,51 @@ def reported_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def uncompiled(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules inside a network by name, as if torch.compile had wrapped none of them.
+def uncompiled_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules inside a network by name, without the wrappers of torch.compile.
 
-    >>> uncompiled(nn.Sequential(torch.compile(nn.ReLU())))
+    >>> uncompiled_modules(nn.Sequential(torch.compile(nn.ReLU())))
     {'0': ReLU()}
     """
-    # what torch.compile wrapped comes right after the wrapper, and takes its place
+    # the wrapped module follows its torch.compile wrapper and replaces it in the dict
     return {name.replace("._orig_mod", ""): module for name, module in model.named_modules() if name}
 
 
-def trace(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]]:
-    """Every call of every module in a forward pass of `example`, in the order in which they end.
+def trace_calls(model: nn.Module, example: Tensor) -> tuple[list[Layer], list[str]]:
+    """Every call of every module in a forward pass of `example`, in order of completion.
 
     Returns:
-        The calls, and the non-linear functions that were called where no module puts out their result.
+        The calls, and the names of non-linear functions whose result is not the output of a module.
     """
-    watch = _Watch()
+    watch = _TensorTracker()
     calls: list[Layer] = []
     counts: Counter[int] = Counter()
     handles = []
-    modules = uncompiled(model)
+    modules = uncompiled_modules(model)
     for name, given in reported_names(model).items():
-        handles.append(modules[name].register_forward_pre_hook(watch.enter))
-        handles.append(modules[name].register_forward_hook(_recorder(name, given, watch, calls, counts)))
+        handles.append(modules[name].register_forward_pre_hook(watch.enter_module))
+        handles.append(modules[name].register_forward_hook(_make_forward_hook(name, given, watch, calls, counts)))
     try:
         with watch:
             model(example)
     finally:
         for handle in handles:
             handle.remove()
-    return calls, watch.unclaimed()
+    return calls, watch.functions_outside_modules()
 
 
-def _recorder(name: str, given: str, watch: "_Watch", calls: list[Layer], counts: Counter[int]) -> Callable[..., None]:
+def _make_forward_hook(
+    name: str, reported: str, tracker: "_TensorTracker", calls: list[Layer], counts: Counter[int]
+) -> Callable[..., None]:
     def ended(module: nn.Module, args: object, output: object) -> None:
         counts[id(module)] += 1
         call = counts[id(module)]
-        kind = watch.leave(module, output)
-        if given != name and isinstance(module, nn.Identity):
-            kind = "linear"  # a network without non-linearities is measured where its twin is
-        shown = f"{given}#{call}" if call > 1 else given
+        kind = tracker.exit_module(module, output)
+        if reported != name and isinstance(module, nn.Identity):
+            kind = "linear"  # so a linear network is measured at the same layers as the non-linear one
+        shown = f"{reported}#{call}" if call > 1 else reported
         if isinstance(output, Tensor) and output.is_floating_point():
-            last = watch.channels_last(output)
+            last = tracker.channels_last(output)
             calls.append(Layer(shown, module, call, output.shape, output.dtype, last, kind))
         else:
             calls.append(Layer(shown, module, call, type(output).__name__, torch.float32, False, ""))
@@ -111,15 +113,15 @@ def _recorder(name: str, given: str, watch: "_Watch", calls: list[Layer], counts
     return ended
 
 
-class _Watch(TorchFunctionMode):
-    """Follows tensors through a forward pass: what made them, and which of their dimensions holds the units."""
+class _TensorTracker(TorchFunctionMode):
+    """Tracks tensors through a forward pass: which operation made them, and which dimension holds the units."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: list[Tensor] = []  # an id is a tensor's own only while the tensor lives
-        self.made_by: dict[int, str] = {}  # tensors that no module has put out yet
-        self.last: dict[int, bool] = {}  # whether units are the last dimension, where that is known
-        self.entered: list[int] = []  # for each module now running, how many non-linear functions ran before it
+        self.alive: list[Tensor] = []  # an id is unique only while the tensor is alive
+        self.made_by: dict[int, str] = {}  # tensors that are not yet the output of a module
+        self.units_are_last: dict[int, bool] = {}  # whether units are the last dimension, if known
+        self.entered: list[int] = []  # per running module: number of non-linear functions called before it
         self.non_linear: list[tuple[int, str]] = []
 
     def __torch_function__(
@@ -127,10 +129,10 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
-            self.saw(getattr(func, "__name__", "").strip("_"), args, out)
+            self.record_operation(getattr(func, "__name__", "").strip("_"), args, out)
         return out
 
-    def saw(self, name: str, args: Sequence[Any], out: Tensor) -> None:
+    def record_operation(self, name: str, args: Sequence[Any], out: Tensor) -> None:
         self.alive.append(out)
         inputs = [arg for arg in args if isinstance(arg, Tensor)]
         if name in NON_LINEAR:
@@ -139,53 +141,57 @@ class _Watch(TorchFunctionMode):
         elif name in ("add", "iadd") and out.ndim > 1 and [_activation(arg) for arg in inputs] == [out.shape] * 2:
             self.made_by[id(out)] = "residual"
         if any(word in name for word in CHANNELS_LAST):
-            self.last[id(out)] = True
+            self.units_are_last[id(out)] = True
         elif any(word in name for word in CHANNELS_FIRST):
-            self.last[id(out)] = False
+            self.units_are_last[id(out)] = False
         elif name in REORDERS:
             if name in RESHAPES and inputs:
-                self.reshaped(name, inputs[0], out)
+                self.record_reshape(name, inputs[0], out)
         else:
-            known = [self.last[id(arg)] for arg in inputs if id(arg) in self.last and arg.shape == out.shape]
+            known = [
+                self.units_are_last[id(arg)]
+                for arg in inputs
+                if id(arg) in self.units_are_last and arg.shape == out.shape
+            ]
             if known:
-                self.last[id(out)] = known[0]
+                self.units_are_last[id(out)] = known[0]
 
-    def reshaped(self, name: str, tensor: Tensor, out: Tensor) -> None:
-        """The same activation, and the same dimension of units unless that was split or merged with another."""
+    def record_reshape(self, name: str, tensor: Tensor, out: Tensor) -> None:
+        """Keep the kind of the activation, and its unit dimension unless that was split or merged with another."""
         if self.made_by.get(id(tensor)) == "residual" and name in ("reshape", "view"):
             self.made_by[id(out)] = "residual"
-        last = self.last.get(id(tensor))
+        last = self.units_are_last.get(id(tensor))
         if last is not None and (out.shape[-1:] == tensor.shape[-1:] if last else out.shape[:2] == tensor.shape[:2]):
-            self.last[id(out)] = last
+            self.units_are_last[id(out)] = last
 
     def channels_last(self, out: Tensor) -> bool:
-        """As followed; where that is not known, [N, T, D] and [N, D, H, W] are assumed."""
-        return self.last.get(id(out), out.ndim <= 3)
+        """As tracked; if not known, [N, T, D] or [N, D, H, W] is assumed."""
+        return self.units_are_last.get(id(out), out.ndim <= 3)
 
-    def enter(self, module: nn.Module, args: object) -> None:
+    def enter_module(self, module: nn.Module, args: object) -> None:
         self.entered.append(len(self.non_linear))
 
-    def leave(self, module: nn.Module, output: object) -> str:
-        """The kind of what a module puts out; only the innermost module that puts out a tensor has it."""
+    def exit_module(self, module: nn.Module, output: object) -> str:
+        """The kind of a module's output; only the innermost module that outputs a tensor gets it."""
         before = self.entered.pop()
         kind = self.made_by.pop(id(output), "")
         if not kind and not [*module.children(), *module.parameters()] and len(self.non_linear) > before:
-            kind = "non-linear"  # a formula of its own, such as x * sigmoid(x)
+            kind = "non-linear"  # a composed function, such as x * sigmoid(x)
             for tensor, _ in self.non_linear[before:]:
                 self.made_by.pop(tensor, None)
         return kind
 
-    def unclaimed(self) -> list[str]:
+    def functions_outside_modules(self) -> list[str]:
         return [name for tensor, name in self.non_linear if self.made_by.get(tensor) == "non-linear"]
 
 
 def _activation(tensor: Tensor) -> torch.Size | None:
-    """The shape of an activation; a parameter, such as a position embedding, is none."""
+    """The shape of an activation; None for a parameter, such as a position embedding."""
     return None if isinstance(tensor, nn.Parameter) else tensor.shape
 
 
-def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> list[Layer]:
-    """The layers asked for, in the order in which they run.
+def select_layers(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> list[Layer]:
+    """The layers that match `patterns`, in the order in which they run.
 
     Args:
         model: any network, uncompiled and unwrapped.
@@ -194,9 +200,9 @@ def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> li
             its addition), names as reported, module names, globs, or classes of modules.
 
     Raises:
-        UsageError: if a pattern matches nothing, or a layer puts out no tensor.
+        UsageError: if a pattern matches nothing, or the output of a layer is not a tensor of 2 or more dimensions.
     """
-    calls, unclaimed = trace(model, example)
+    calls, unclaimed = trace_calls(model, example)
     chosen: set[int] = set()
     for pattern in patterns:
         if pattern == "auto":
@@ -219,7 +225,7 @@ def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> li
             for call in found:
                 if isinstance(call.output, str) or len(call.output) < 2:
                     raise UsageError(
-                        f"layer {call.name} puts out "
+                        f"layer {call.name} outputs "
                         f"{call.output if isinstance(call.output, str) else list(call.output)}, needs one tensor of 2 "
                         "or more dimensions: leave it out of probe.layers, or name a layer inside it"
                     )
@@ -228,12 +234,12 @@ def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> li
             names = list(dict.fromkeys(reported_names(model).values()))
             raise UsageError(
                 f"probe.layers ({shown}) matches no layer of {type(model).__name__}{did_you_mean(shown, names)}: "
-                f"choose among {_listed(shown, names)}"
+                f"choose among {_list_names(shown, names)}"
             )
         chosen |= {id(call) for call in found}
     layers = [call for call in calls if id(call) in chosen]
     times = Counter(layer.name for layer in layers)
-    full = {id(module): name for name, module in uncompiled(model).items()}
+    full = {id(module): name for name, module in uncompiled_modules(model).items()}
     return [
         layer._replace(name=full[id(layer.module)] + layer.name[layer.name.find("#") :] * ("#" in layer.name))
         if times[layer.name] > 1  # a unit and its own non-linearity
@@ -243,7 +249,7 @@ def choose(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]) -> li
 
 
 def _modules(model: nn.Module, pattern: Pattern) -> set[int]:
-    modules, names = uncompiled(model), reported_names(model)
+    modules, names = uncompiled_modules(model), reported_names(model)
     if not isinstance(pattern, str):
         return {id(modules[name]) for name in names if isinstance(modules[name], pattern)}
     units = {given for name, given in names.items() if given != name}
@@ -251,18 +257,18 @@ def _modules(model: nn.Module, pattern: Pattern) -> set[int]:
     return {id(modules[name]) for name in found or names if found or _matches(name, pattern)}
 
 
-def _listed(wanted: str, names: list[str], most: int = 20) -> str:
-    """The names, or of many the nearest."""
+def _list_names(wanted: str, names: list[str], max_names: int = 20) -> str:
+    """All names, or the closest matches if there are many."""
     import difflib
 
-    if len(names) <= most:
+    if len(names) <= max_names:
         return ", ".join(names)
-    near = difflib.get_close_matches(wanted, names, n=most, cutoff=0.0)
-    return f"{', '.join(near)} and {len(names) - most} more"
+    near = difflib.get_close_matches(wanted, names, n=max_names, cutoff=0.0)
+    return f"{', '.join(near)} and {len(names) - max_names} more"
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Like a shell's globs: `*` stays within one part of a dotted name.
+    """Match like a shell glob: `*` does not cross a dot.
 
     >>> _matches("layer1.0", "layer*.0"), _matches("layer1.0.conv", "layer*")
     (True, False)

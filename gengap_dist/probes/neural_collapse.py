@@ -1,4 +1,4 @@
-"""Neural collapse: how small the spread within classes is, against the spread between them, before the classifier.
+"""Neural collapse: the variability within classes relative to that between classes, at the input of the classifier.
 
 Shapes: n samples of one block, D features, K classes of the network, C classes present, R directions between them.
 """
@@ -21,22 +21,22 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
 
     With h the features that enter the classifier, mu_c their mean over class c, mu_G the mean of the class means:
     Sigma_W = mean over samples of (h - mu_c)(h - mu_c)^T, Sigma_B = mean over classes of (mu_c - mu_G)(mu_c - mu_G)^T;
-    C counts the classes that are present. 0 is full collapse. Everything is float64 and centred before it is squared.
+    C is the number of classes present. 0 is full collapse. Features are centred before squaring, in float64.
 
-    The pseudo-inverse leaves out directions in which the class means differ by less than the features' rounding:
+    The pseudo-inverse ignores directions in which the class means differ by less than the rounding of the features:
     singular values of the centred means below 4 eps |means|_F.
 
     Args:
-        model: any network whose output is that of an nn.Linear on [n, D] features; left as found.
-        batches: this rank's images [n, ...] and labels [n]; a rank may have none as long as another has some. Their
-            features are held until the end.
-        world: the ranks that take part; None for this process alone.
+        model: any network whose output is that of an nn.Linear on [n, D] features; not changed.
+        batches: this rank's images [n, ...] and labels [n]; some ranks, but not all, may have none. The features of
+            all batches are kept in memory.
+        world: the participating ranks; None for this process only.
 
     Returns:
-        The same number on every rank; nan, with a warning, if features are not finite or all class means are the same.
+        NC1, the same on every rank; nan, with a warning, if features are not finite or all class means are equal.
 
     Raises:
-        UsageError: if the network does not end in such a classifier, or fewer than two classes are present.
+        UsageError: if the network does not end in such a classifier, or fewer than 2 classes are present.
 
     >>> images, labels = torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.tensor([0, 0, 1, 1])
     >>> nc1(nn.Linear(1, 2), [(images, labels)])  # Sigma_W = 1, Sigma_B = 4
@@ -44,26 +44,32 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
     """
     world, model = world or World(), unwrapped(model)
     device = next(model.parameters(), torch.empty(0)).device
-    features, num_classes, wrong = _features(model, batches)
-    head = torch.zeros(5, dtype=torch.float64, device=device)  # what a rank without batches cannot know
+    features, num_classes, problem = _features(model, batches)
+    shared_facts = torch.zeros(5, dtype=torch.float64, device=device)  # not known on a rank without batches
     if batches:
-        head[:2] = head.new_tensor([1, bool(wrong)])
+        shared_facts[:2] = shared_facts.new_tensor([1, bool(problem)])
     if features:
-        head[2:] = head.new_tensor([features[0].shape[1], num_classes, torch.finfo(features[0].dtype).eps])
-    givers, num_wrong, *shared = world.all_reduce_to_cpu(head).tolist()
-    if not givers:
+        shared_facts[2:] = shared_facts.new_tensor(
+            [features[0].shape[1], num_classes, torch.finfo(features[0].dtype).eps]
+        )
+    num_ranks_with_samples, num_problems, *shared = world.all_reduce_to_cpu(shared_facts).tolist()
+    if not num_ranks_with_samples:
         raise UsageError("no rank has any samples: give at least one batch")
-    if num_wrong:
-        wrong = wrong or "otherwise, as another rank reports"
+    if num_problems:
+        problem = problem or "differently, as another rank reports"
         raise UsageError(
             f"NC1 needs a network that ends in an nn.Linear on features [n, D], and {type(model).__name__} "
-            f"ends {wrong}: leave NC1 out, or wrap the network so that it returns its classifier's output"
+            f"ends {problem}: leave NC1 out, or wrap the network so that it returns the output of its classifier"
         )
-    num_units, num_classes, eps = int(shared[0] / givers), int(shared[1] / givers), shared[2] / givers
+    num_units, num_classes, eps = (
+        int(shared[0] / num_ranks_with_samples),
+        int(shared[1] / num_ranks_with_samples),
+        shared[2] / num_ranks_with_samples,
+    )
 
-    members = [one_hot(labels, num_classes).double() for _, labels in batches]  # [n, K]
-    sums_KD = torch.zeros(num_classes, num_units + 1, dtype=torch.float64, device=device)  # and the counts, last
-    for member_NK, h_ND in zip(members, features, strict=True):
+    one_hot_labels = [one_hot(labels, num_classes).double() for _, labels in batches]  # [n, K]
+    sums_KD = torch.zeros(num_classes, num_units + 1, dtype=torch.float64, device=device)  # last column: counts
+    for member_NK, h_ND in zip(one_hot_labels, features, strict=True):
         sums_KD[:, :-1] += member_NK.T @ h_ND.double()
         sums_KD[:, -1] += member_NK.sum(0)
     sums_KD = world.all_reduce(sums_KD)
@@ -73,7 +79,9 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
     counts_K = sums_KD[:, -1]
     present = counts_K > 0
     if present.sum() < 2:
-        raise UsageError(f"NC1 needs samples of two classes or more, and all are of class {int(counts_K.argmax())}")
+        raise UsageError(
+            f"NC1 needs samples of 2 or more classes, and all samples are of class {int(counts_K.argmax())}"
+        )
     means_KD = sums_KD[:, :-1] / counts_K.clamp(min=1)[:, None]
     whiten_DR = _whiten(means_KD[present], eps)
     total = torch.zeros(1, dtype=torch.float64, device=device)
@@ -87,7 +95,7 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
 
 
 def _whiten(means_CD: Tensor, eps: float) -> Tensor:
-    """W [D, R] with W W^T = pinv(Sigma_B), from the singular values of the centred class means: never D x D.
+    """W [D, R] with W W^T = pinv(Sigma_B), from the singular values of the centred class means, without a D x D matrix.
 
     >>> _whiten(torch.tensor([[1.0, 0.0], [5.0, 0.0]]).double(), 1e-7).abs()
     tensor([[0.5000],
@@ -96,21 +104,21 @@ def _whiten(means_CD: Tensor, eps: float) -> Tensor:
     num_classes = len(means_CD)
     _, s, directions_RD = torch.linalg.svd(means_CD - means_CD.mean(0), full_matrices=False)
     keep = s > 4 * eps * means_CD.norm()
-    keep[num_classes - 1 :] = False  # centred rows add up to 0: one singular value is rounding, whatever its size
+    keep[num_classes - 1 :] = False  # centred rows sum to 0, so the last singular value is rounding noise
     return directions_RD[keep].T * (num_classes**0.5 / s[keep])
 
 
 def _features(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], int, str]:
-    """What enters the classifier, [n, D] per block; the number of classes; what is wrong with the network, or ''."""
+    """The inputs of the classifier, [n, D] per block; the number of classes; why the network is unsuitable, or ''."""
     names = {module: name or "itself" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    last: list[Any] = []  # of this pass: module, input, output
+    last: list[Any] = []  # of this forward pass: module, input, output
 
-    def ran(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         last[:] = [module, [*args, *kwargs.values()][0], output]
 
     features: list[Tensor] = []
     num_classes = 0
-    handles = [module.register_forward_hook(ran, with_kwargs=True) for module in names]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
     try:
         with eval_context(model):
             for images, _ in batches:
@@ -122,7 +130,7 @@ def _features(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> tup
                 if output is not logits:
                     return [], 0, f"in something after its last nn.Linear ({names[module]})"
                 if h_ND.ndim != 2:
-                    return [], 0, f"in {names[module]}, which is given {[*h_ND.shape]}"
+                    return [], 0, f"in {names[module]}, whose input has shape {[*h_ND.shape]}"
                 features.append(h_ND)
                 num_classes = logits.shape[1]
     finally:

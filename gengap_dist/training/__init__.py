@@ -1,4 +1,4 @@
-"""Train one network: the run, its steps, algorithms, evaluation and measurements."""
+"""Training of one network: the run, its steps, algorithms, evaluation and measurements."""
 
 ENTRY_POINT = "gengap_dist.training.trainer:run"
-"""What launchers call on every rank for a run."""
+"""The function that launchers call on every rank of a run."""

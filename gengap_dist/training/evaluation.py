@@ -1,4 +1,4 @@
-"""Score a network on a set of images, with the same result on any number of ranks."""
+"""Evaluates a network on a set of images, with the same result on any number of ranks."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,9 @@ from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
 from gengap_dist.probes.activations import eval_context
 
-EVAL_BLOCK = 250  # images in one evaluation pass; never cut by ranks, so the result is the same on any number of them
+EVAL_BLOCK = (
+    250  # images in one pass; blocks are not split between ranks, so the result does not depend on their number
+)
 
 
 class Score(NamedTuple):
@@ -23,18 +25,18 @@ class Score(NamedTuple):
 
 
 def evaluate(model: nn.Module, images: Images, normalise: Normalise, world: World) -> Score:
-    """Score over all of `images`, each counted once; the same number on any number of ranks. Collective.
+    """Loss and accuracy over all `images`, each counted once; identical on any number of ranks. Collective.
 
-    Every block's sums go to a place of their own in one vector, which is summed over ranks and then over blocks: the
-    order of additions, too, does not depend on the number of ranks.
+    The sums of each block have their own row in one tensor, which is summed over ranks and then over blocks. So the
+    order of additions does not depend on the number of ranks either.
     """
     sums = torch.zeros(-(-len(images) // EVAL_BLOCK), 2, dtype=torch.float64, device=world.device)
-    mine = blocks(len(images), EVAL_BLOCK, world)
+    own_blocks = blocks(len(images), EVAL_BLOCK, world)
     with eval_context(model):
-        for number, (start, stop) in enumerate(mine, 1):
+        for number, (start, stop) in enumerate(own_blocks, 1):
             inputs = normalise(images.pixels[start:stop])
-            for coming in mine[number : number + 1]:
-                images.prefetch(torch.arange(*coming))  # read while this block computes
+            for next_block in own_blocks[number : number + 1]:
+                images.prefetch(torch.arange(*next_block))  # read while this block computes
             logits = model(inputs)
             labels = images.labels[start:stop]
             sums[start // EVAL_BLOCK, 0] = cross_entropy(logits.double(), labels, reduction="sum")

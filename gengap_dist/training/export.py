@@ -1,9 +1,8 @@
-"""A finished run's network as a model that MLflow serves: pixels in, logits out.
+"""Exports the network of a finished run as an MLflow model: pixels in, logits out.
 
-It is kept as an exported graph (torch.export), not as a pickle: it loads without this package and its classes, loading
-it executes nothing, and the number of images is free. Normalisation is part of it, so nobody has to know the training
-images' mean. What it computes is what the run was scored with: its last weights, or their average where the algorithm
-has one, in eval mode.
+The format is an exported graph (torch.export), not a pickle: it loads without this package, loading executes no code,
+and the number of images is dynamic. Normalisation is part of the graph. The model is the one that was evaluated at the
+end of the run, in eval mode: the last weights, or their average if the algorithm averages weights.
 """
 
 import io
@@ -27,7 +26,7 @@ class Scorer(nn.Module):
     """Pixels [n, C, H, W], grey levels 0 to 255 as float32, to logits [n, num_classes]."""
 
     def __init__(self, network: nn.Module, mean_C: Tensor, std_C: Tensor) -> None:
-        """`network` behind the normalisation it was trained with."""
+        """`network` with the normalisation of its training."""
         super().__init__()
         self.network = network
         self.register_buffer("mean", mean_C[:, None, None])
@@ -40,17 +39,19 @@ class Scorer(nn.Module):
 
 
 def scorer(folder: Path, info: dict[str, Any]) -> Scorer:
-    """The network of the run in `folder`, as its last checkpoint has it, in eval mode, on the CPU.
+    """The network of the run in `folder`, from its last checkpoint, in eval mode, on the CPU.
 
     Raises:
-        UsageError: if there is no whole checkpoint, or the network cannot be built.
+        UsageError: if there is no complete checkpoint of the last step, or the network cannot be built.
     """
     config, data = RunConfig.model_validate(info["config"]), info["data"]
     if "mean" not in data:
-        raise UsageError(f"{folder} does not say how its images were normalised: it was written by an older version")
+        raise UsageError(
+            f"{folder} does not contain the normalisation of its images: it was written by an older version"
+        )
     path = checkpoint.latest(folder / "checkpoints", tell=lambda message: None)
     if path is None or int(path.name.removeprefix("step_")) != info["result"]["num_steps"]:
-        raise UsageError(f"{folder} has no whole checkpoint of its last step")
+        raise UsageError(f"{folder} has no complete checkpoint of its last step")
     network = models.from_config(config, data["num_classes"], data["shape"][0], World())
     dtype = getattr(torch, config.train.dtype)
     checkpoint.restore(network.to(dtype), checkpoint.evaluated_state(path / "model.pt"), path)
@@ -59,16 +60,15 @@ def scorer(folder: Path, info: dict[str, Any]) -> Scorer:
 
 @cache
 def prepare() -> Callable[..., None]:
-    """Import what `export` needs, which takes longer than exporting; MLflow's save_model."""
-    with fast_imports(
-        "pytorch_lightning"
-    ):  # MLflow offers to watch its training, and it brings half of what is installed
+    """Import the modules that `export` needs, which takes longer than the export; returns MLflow's save_model."""
+    # MLflow imports pytorch_lightning for autologging, with many dependencies
+    with fast_imports("pytorch_lightning"):
         from mlflow.pytorch import save_model
         from mlflow.utils import requirements_utils
 
-        rehearsed = torch.export.export(nn.Identity(), (torch.ones(2),))  # which imports the rest
-        torch.export.save(rehearsed, io.BytesIO())
-    # It would read which files every installed package has, to warn of requirements that are not: these all are.
+        warmup_program = torch.export.export(nn.Identity(), (torch.ones(2),))  # imports the remaining modules
+        torch.export.save(warmup_program, io.BytesIO())
+    # MLflow would read the files of all installed packages to warn about missing requirements; here none is missing.
     if getattr(requirements_utils, "_MODULES_TO_PACKAGES", {}) is None:
         requirements_utils._MODULES_TO_PACKAGES = {}
     return save_model
@@ -78,13 +78,13 @@ def export(folder: Path, info: dict[str, Any], to: Path, **about: Any) -> None:
     """Write the run's model with its signature into the new folder `to`.
 
     Args:
-        folder: the run's.
+        folder: the run folder.
         info: its run.json.
-        to: where MLflow's files go.
-        about: what else MLflow's own description of it says (run_id, model_id).
+        to: folder for MLflow's files.
+        about: further fields of the MLflow model description (run_id, model_id).
 
     Raises:
-        Exception: whatever keeps a network from being built or traced.
+        Exception: any error while the network is built or traced.
     """
     import mlflow
     import numpy as np
@@ -93,7 +93,7 @@ def export(folder: Path, info: dict[str, Any], to: Path, **about: Any) -> None:
 
     save_model = prepare()
     model, data = scorer(folder, info), info["data"]
-    pixels = np.zeros((2, *data["shape"]), np.float32)  # two: one image would be traced as the only number there is
+    pixels = np.zeros((2, *data["shape"]), np.float32)  # 2 images: torch.export would specialise a batch of 1
     logits_dtype = np.dtype(info["config"]["train"]["dtype"])
     save_model(
         model,

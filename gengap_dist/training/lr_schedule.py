@@ -1,10 +1,10 @@
-"""How long a run is, and the learning rate and the momentum of each of its steps: pure functions of the step.
+"""The length of a run, and the learning rate and momentum of each step: pure functions of the step.
 
-With B the global batch and k = B / optim.base_size, the full rate is
+With B the global batch and k = B / optim.base_size, the full learning rate is
 
     none: lr    linear: lr k (Goyal et al. 2017)    sqrt, legw: lr sqrt(k) (Hoffer et al. 2017; You et al. 2019)
 
-and t, the share of the steps after warm-up that are done, takes it from there.
+The schedule then depends on t, the completed fraction of the steps after warm-up.
 """
 
 import math
@@ -17,7 +17,7 @@ from gengap_dist.errors import UsageError
 
 
 def scaled_lr(config: OptimConfig, global_size: int) -> float:
-    """The full rate for a global batch.
+    """The full learning rate for a global batch.
 
     >>> rules = ("none", "linear", "sqrt", "legw")
     >>> [scaled_lr(OptimConfig(lr=0.1, scaling=rule, base_size=256), global_size=1024) for rule in rules]
@@ -29,7 +29,7 @@ def scaled_lr(config: OptimConfig, global_size: int) -> float:
 
 
 def warmup_steps(config: OptimConfig, *, global_size: int, steps_per_epoch: int) -> int:
-    """Steps over which the rate rises: warmup_epochs of them; under legw k = B / base_size times as many epochs.
+    """The number of warm-up steps: warmup_epochs epochs; with legw k = B / base_size times as many.
 
     >>> rules = ("sqrt", "legw")
     >>> configs = [OptimConfig(scaling=rule, base_size=8, warmup_epochs=0.5) for rule in rules]
@@ -41,14 +41,14 @@ def warmup_steps(config: OptimConfig, *, global_size: int, steps_per_epoch: int)
 
 
 def lr_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: int, num_steps: int) -> float:
-    """The rate of step number `step` (from 0) of `num_steps`.
+    """The learning rate of step number `step` (from 0) of `num_steps`.
 
     Warm-up: rate * (step + 1) / W over the first W = `warmup_steps`. From there, with t = (step - W) / (num_steps - W):
 
-        constant, grow: rate                                step: rate * gamma^(milestones m that are past)
+        constant, grow: rate                                step: rate * gamma^(number of milestones m passed)
         cosine:         rate * (1 + cos(pi t)) / 2          polynomial: rate * (1 - t)^power
 
-    A milestone m is past from step round(m * num_steps) on.
+    A milestone m is passed at step round(m * num_steps).
 
     >>> def rates(**settings):
     ...     config = OptimConfig(lr=1.0, warmup_epochs=1.0, **settings)
@@ -80,10 +80,10 @@ def lr_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: 
 
 
 def momentum_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: int, num_steps: int) -> float:
-    """The momentum of step number `step` (from 0), for optimizers that keep u = m u + g and make w -= lr u.
+    """The momentum of step number `step` (from 0), for optimizers with u = m u + g and w -= lr u.
 
-    In that form what is remembered takes every new rate, which is the correction of Goyal et al. 2017 (remark 2).
-    Without it, v = m v + lr g and w -= v: with v = lr u, the same as a momentum of m * lr_(t-1) / lr_t.
+    In this form a new rate applies to the whole buffer, which is the correction of Goyal et al. 2017 (remark 2).
+    Without it, v = m v + lr g and w -= v: with v = lr u, this equals a momentum of m * lr_(t-1) / lr_t.
 
     >>> config = OptimConfig(momentum=0.5, schedule="step", milestones=(0.5,), momentum_correction=False)
     >>> [momentum_at(s, config, global_size=8, steps_per_epoch=4, num_steps=4) for s in range(4)]
@@ -93,73 +93,74 @@ def momentum_at(step: int, config: OptimConfig, *, global_size: int, steps_per_e
         return config.momentum
     run = {"global_size": global_size, "steps_per_epoch": steps_per_epoch, "num_steps": num_steps}
     before, now = lr_at(step - 1, config, **run), lr_at(step, config, **run)
-    return config.momentum * (before / now if now else 1.0)  # at rate 0 nothing moves, whatever is remembered
+    return config.momentum * (before / now if now else 1.0)  # at rate 0 the momentum has no effect
 
 
 @final
 @dataclass(frozen=True)
 class Schedule:
-    """How long one run is, and the rate and momentum of each of its steps."""
+    """The length of one run, and the learning rate and momentum of each step."""
 
     optim: OptimConfig
     global_size: int
     """Of the first step."""
     steps_per_epoch: int
-    """In which warm-up epochs are counted."""
+    """Steps per epoch of warm-up."""
     num_steps: int
 
     @classmethod
-    def of(cls, config: RunConfig, order: EpochSampler) -> Self:
-        """The schedule of a run that visits images in `order`.
+    def of(cls, config: RunConfig, sampler: EpochSampler) -> Self:
+        """The schedule of a run that draws images with `sampler`.
 
-        train.steps, or train.epochs passes; with train.length_unit=updates as many steps as a global batch of
-        optim.base_size makes in them, and warm-up epochs have its steps, too (regime adaptation; Hoffer et al. 2017).
+        The length is train.steps, or train.epochs passes. With train.length_unit=updates it is the number of steps
+        that a global batch of optim.base_size makes in these epochs, also for warm-up (regime adaptation;
+        Hoffer et al. 2017).
 
         >>> settings = {"batch": {"global_size": 50}, "optim": {"base_size": 10}, "train": {"epochs": 3}}
-        >>> order = EpochSampler(100, 50, seed=0)
-        >>> Schedule.of(RunConfig.model_validate(settings), order).num_steps
+        >>> sampler = EpochSampler(100, 50, seed=0)
+        >>> Schedule.of(RunConfig.model_validate(settings), sampler).num_steps
         6
         >>> settings["train"]["length_unit"] = "updates"
-        >>> Schedule.of(RunConfig.model_validate(settings), order).num_steps
+        >>> Schedule.of(RunConfig.model_validate(settings), sampler).num_steps
         30
 
         Raises:
-            UsageError: if warm-up does not end before the run does, or before the first milestone of step or grow.
+            UsageError: if warm-up does not end before the run, or before the first milestone of step or grow.
         """
         train, optim = config.train, config.optim
-        steps_per_epoch, num_steps = order.steps_per_epoch, train.steps or order.num_steps(train.epochs)
+        steps_per_epoch, num_steps = sampler.steps_per_epoch, train.steps or sampler.num_steps(train.epochs)
         if train.length_unit == "updates" and optim.base_size:
-            base_steps = -(-order.num_samples // optim.base_size)
+            base_steps = -(-sampler.num_samples // optim.base_size)
             num_steps = train.epochs * base_steps
-            if optim.scaling != "legw":  # which has the same factor already
+            if optim.scaling != "legw":  # legw already has this factor
                 steps_per_epoch = base_steps
         schedule = cls(optim, config.batch.global_size, steps_per_epoch, num_steps)
-        schedule._check_warmup(order)
+        schedule._check_warmup(sampler)
         return schedule
 
-    def _check_warmup(self, order: EpochSampler) -> None:
+    def _check_warmup(self, sampler: EpochSampler) -> None:
         optim, size = self.optim, self.global_size
         steps = warmup_steps(optim, global_size=size, steps_per_epoch=self.steps_per_epoch)
-        end, what = self.num_steps, "the run"
+        end, part = self.num_steps, "the run"
         if optim.schedule == "step" and optim.milestones:
-            end, what = round(optim.milestones[0] * self.num_steps), "all before the first of optim.milestones"
-        elif len(order.phases) > 1:
-            end, what = order.phases[1].step, "all before the first of optim.milestones"
+            end, part = round(optim.milestones[0] * self.num_steps), "the part before the first of optim.milestones"
+        elif len(sampler.phases) > 1:
+            end, part = sampler.phases[1].step, "the part before the first of optim.milestones"
         if steps and steps >= end:
             legw = f", {size / (optim.base_size or size):g} times as many under optim.scaling=legw,"
             raise UsageError(
                 f"optim.warmup_epochs ({optim.warmup_epochs:g}){legw if optim.scaling == 'legw' else ''} are {steps} "
-                f"steps, and {what} has {end}: choose fewer, or a longer run"
+                f"steps, and {part} has {end}: choose a smaller value, or a longer run"
             )
 
     def lr(self, step: int) -> float:
         """The learning rate of step number `step` (from 0), see `lr_at`."""
-        return lr_at(step, self.optim, **self._run())
+        return lr_at(step, self.optim, **self._run_sizes())
 
     def momentum(self, step: int) -> float:
         """The momentum of step number `step` (from 0), see `momentum_at`."""
-        return momentum_at(step, self.optim, **self._run())
+        return momentum_at(step, self.optim, **self._run_sizes())
 
-    def _run(self) -> dict[str, int]:
+    def _run_sizes(self) -> dict[str, int]:
         sizes = {"global_size": self.global_size, "steps_per_epoch": self.steps_per_epoch}
         return sizes | {"num_steps": self.num_steps}

@@ -1,4 +1,4 @@
-"""What a run measures of its network on a fixed probe set: near-rank loss, its controls, and other diagnostics."""
+"""Measurements of a run's network on a fixed probe set: near-rank loss, its controls, and other diagnostics."""
 
 import time
 import warnings
@@ -16,11 +16,13 @@ from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import LayerSpectrum, measure, metrics
-from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar
+from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar_sharpness
 from gengap_dist.probes.neural_collapse import nc1
-from gengap_dist.probes.weights import distance, weight_spectra
+from gengap_dist.probes.weights import distance_from_init, weight_spectra
 
-PROBE_BLOCK = 128  # probe images in one pass; never cut by ranks, so spectra do not depend on their number
+PROBE_BLOCK = (
+    128  # probe images in one pass; blocks are not split between ranks, so spectra do not depend on their number
+)
 NUM_EIGENVALUES = 3
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -28,11 +30,11 @@ Metrics = dict[str, float]
 
 
 class Observation(NamedTuple):
-    """What one measurement found."""
+    """The result of one measurement."""
 
     metrics: Metrics
     spectra: dict[str, list[LayerSpectrum]]
-    """By probe set: "" is the fixed one, `n<N>` and `own_batch` are controls, `weights` the weights' spectra."""
+    """By probe set: "" is the fixed one, `n<N>` and `own_batch` are controls, `weights` those of weights."""
 
 
 class ProbeObserver:
@@ -41,13 +43,13 @@ class ProbeObserver:
     def __init__(
         self, config: RunConfig, train_set: Images, normalise: Normalise, initial_P: Tensor, world: World
     ) -> None:
-        """An observer of networks that started from the weights `initial_P`.
+        """An observer of networks that were initialised with `initial_P` [P].
 
-        Warns if the training set holds fewer images than the probe asks for: all of them are the probe set then.
+        Warns if the training set has fewer images than probe.num_samples; the probe set is then all of them.
         """
         self.config: ProbeConfig = config.probe
         self.train_set, self.normalise, self.initial_P, self.world = train_set, normalise, initial_P, world
-        self._order = torch.from_numpy(seeded_rng(config.data.split_seed, 2).permutation(len(train_set)))
+        self._permutation = torch.from_numpy(seeded_rng(config.data.split_seed, 2).permutation(len(train_set)))
         asked = max(self.config.num_samples)
         if self.config.enabled and asked > len(train_set):
             warnings.warn(
@@ -60,13 +62,13 @@ class ProbeObserver:
         self.controls = {f"n{size}": size for size in sizes[:-1]}
         if self.config.own_batch:
             self.controls["own_batch"] = config.batch.global_size
-        self._left_out: set[str] = set()
+        self._failed_diagnostics: set[str] = set()
 
     def __call__(self, model: nn.Module, *, controls: bool) -> Observation:
-        """Everything the config asks for, each with its `probe_seconds/...`. Collective.
+        """Run all configured measurements, each with its `probe_seconds/...`. Collective.
 
         Args:
-            model: the network; left as found.
+            model: the network; not changed.
             controls: also measure the control sets.
         """
         found, spectra = {}, {}
@@ -87,14 +89,14 @@ class ProbeObserver:
             found[f"probe_seconds/{f'control/{name}' if name else 'near_rank_loss'}"] = time.monotonic() - began
         batches = self._batches(self.num_samples)
         for name, diagnostic in DIAGNOSTICS.items():
-            if name not in self.config.diagnostics or name in self._left_out:
+            if name not in self.config.diagnostics or name in self._failed_diagnostics:
                 continue
             began = time.monotonic()
             try:
                 values, spectra_of_it = diagnostic(model, batches, self)
-            except UsageError as error:  # the same on every rank: this network cannot be measured so
+            except UsageError as error:  # the same on every rank: not applicable to this network
                 warnings.warn(f"{name} is left out: {error}", stacklevel=2)
-                self._left_out.add(name)
+                self._failed_diagnostics.add(name)
                 continue
             found |= values | {f"probe_seconds/{name}": time.monotonic() - began}
             if spectra_of_it:
@@ -102,8 +104,8 @@ class ProbeObserver:
         return Observation(found, spectra)
 
     def _batches(self, size: int) -> Batches:
-        """This rank's blocks of the first `size` probe images; smaller probe sets are part of larger ones."""
-        chosen = self._order[:size].sort().values.to(self.world.device)
+        """This rank's blocks of the first `size` probe images; smaller probe sets are subsets of larger ones."""
+        chosen = self._permutation[:size].sort().values.to(self.world.device)
         out = []
         for start, stop in blocks(size, PROBE_BLOCK, self.world):
             indices = chosen[start:stop]
@@ -115,7 +117,7 @@ Diagnostic = Callable[[nn.Module, Batches, ProbeObserver], tuple[Metrics, list[L
 
 
 def _norms(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
-    return distance(model, observer.initial_P), []
+    return distance_from_init(model, observer.initial_P), []
 
 
 def _weights(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
@@ -137,10 +139,10 @@ def _hessian(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tup
 
 
 def _keskar(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
-    return {"keskar_sharpness": keskar(model, batches, world=observer.world)}, []
+    return {"keskar_sharpness": keskar_sharpness(model, batches, world=observer.world)}, []
 
 
-DIAGNOSTICS: dict[str, Diagnostic] = {  # noise_scale is not here: it comes from the gradients of training
+DIAGNOSTICS: dict[str, Diagnostic] = {  # without noise_scale, which is computed from training gradients
     "norms": _norms,
     "weights": _weights,
     "neural_collapse": _neural_collapse,
@@ -149,11 +151,11 @@ DIAGNOSTICS: dict[str, Diagnostic] = {  # noise_scale is not here: it comes from
 }
 
 
-def measurement_seconds(found: Metrics) -> float:
-    """Time that a measurement took, controls left aside.
+def measurement_seconds(values: Metrics) -> float:
+    """Seconds that a measurement took, without controls.
 
     >>> measurement_seconds({"nc1": 9.0, "probe_seconds/near_rank_loss": 1.0, "probe_seconds/control/n64": 5.0})
     1.0
     """
-    times = {name: value for name, value in found.items() if name.startswith("probe_seconds/")}
+    times = {name: value for name, value in values.items() if name.startswith("probe_seconds/")}
     return sum(value for name, value in times.items() if "/control/" not in name)

@@ -1,4 +1,4 @@
-"""Measure networks without training them."""
+"""Measures networks without training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import BatchLoader, Normalise
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.out_of_memory import explaining_out_of_memory
-from gengap_dist.probes.weights import flat
+from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import FINISHED, NullRecorder, RunRecorder
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
@@ -28,11 +28,11 @@ def probe(
     Args:
         config: data, model and probe.
         world: the ranks.
-        networks: optimizer steps behind the weights, the file they are from, and the weights; None: untrained.
-        out: folder for a record like a run's, or None.
+        networks: per network its number of optimizer steps, the file of the weights, and the weights; None: untrained.
+        out: folder for results in the format of a run folder, or None.
 
     Raises:
-        UsageError: if the config does not fit the data or the model, or the weights do not fit the model.
+        UsageError: if the config does not match the data or the model, or the weights do not match the model.
     """
     with training_float32(world.device, tf32=config.train.tf32), explaining_out_of_memory(world):
         splits = load_data(config, world, lambda done, total, note: None)
@@ -40,9 +40,9 @@ def probe(
         train_set = datasets.place_splits(splits, config.data, world.device).train
         normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         batches = BatchLoader(train_set, normalise, config.data, config.seed)
-        observer = ProbeObserver(config, train_set, normalise, flat(model), world)
-        record = RunRecorder(out) if out and world.rank == 0 else NullRecorder()
-        found = []
+        observer = ProbeObserver(config, train_set, normalise, flat_parameters(model), world)
+        recorder = RunRecorder(out) if out and world.rank == 0 else NullRecorder()
+        observations = []
         for number, (step, path, state) in enumerate(networks):
             if state is not None:
                 checkpoint.restore(model, state, path)
@@ -56,16 +56,16 @@ def probe(
                     "num_steps": networks[-1][0],
                     "num_probe_samples": observer.num_samples,
                 }
-                record.start(config, facts)
-                record.resume(0, 0.0, {})
-            shown = (
+                recorder.start(config, facts)
+                recorder.resume(0, 0.0, {})
+            evaluated_model = (
                 model
                 if state is not None
                 else untrained_with_statistics(model, batches, world, config.batch.ghost_size)
             )
-            found.append((step, observer(shown, controls=True)))
-            for probe_set, spectra in found[-1][1].spectra.items():
-                record.spectra(step, spectra, probe_set)
-            record.log(step, 0.0, found[-1][1].metrics)
-        record.finish(FINISHED, {"num_steps": networks[-1][0]})
-        return found
+            observations.append((step, observer(evaluated_model, controls=True)))
+            for probe_set, spectra in observations[-1][1].spectra.items():
+                recorder.spectra(step, spectra, probe_set)
+            recorder.log(step, 0.0, observations[-1][1].metrics)
+        recorder.finish(FINISHED, {"num_steps": networks[-1][0]})
+        return observations

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: data, network, a folder that all nodes share."""
+"""Setup of a run before its first step: data, network, a run folder that all nodes share."""
 
 import contextlib
 import os
@@ -21,40 +21,42 @@ from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.training.checks import check_logits
 
-SHARED_SECONDS = 5.0  # for a file to be seen on all nodes
+SHARED_SECONDS = 5.0  # until a new file must be visible on all nodes
 
 
 Progress = Callable[[int, int, str], None]
-"""Called with steps done, steps in all, and a few words."""
+"""Called with the number of completed steps, the total number, and a short note."""
 
 
 class Diverged(Exception):
-    """The loss is no longer a number; that is a result, not a crash."""
+    """The loss is not finite; this is a result of the run, not a crash."""
 
     def __init__(self, step: int, loss: float, name: str = "train/loss") -> None:
         super().__init__(f"{name} was {loss} at step {step}")
         self.step = step
 
 
-def facts_before(out: Path) -> dict[str, Any]:
-    """What the record of the run in `out` says, if there is one."""
+def previous_run_info(out: Path) -> dict[str, Any]:
+    """The run.json of the run in `out`, or {} if there is none."""
     try:
         return read_info(out)
-    except UsageError:  # none yet; a damaged one is complained of by whoever needs more of it
+    except UsageError:  # none yet; other readers report a damaged file
         return {}
 
 
 def sampling_system_metrics(config: RunConfig, out: Path, world: World) -> contextlib.AbstractContextManager[None]:
-    """One rank of each node looks at its machine meanwhile."""
-    leads = environment()[1] == 0
-    return sampling(out, config.mlflow.system_seconds if leads else None, num_nodes=-(-world.size // local_size()))
+    """While open, one rank of each node samples its system metrics."""
+    is_local_rank_0 = environment()[1] == 0
+    return sampling(
+        out, config.mlflow.system_seconds if is_local_rank_0 else None, num_nodes=-(-world.size // local_size())
+    )
 
 
 def check_shared(out: Path, world: World) -> None:
-    """Refuse a run folder that not every rank sees. Collective.
+    """Refuse a run folder that is not visible on every rank. Collective.
 
     Raises:
-        UsageError: naming the ranks that do not see a file which rank 0 wrote.
+        UsageError: names the ranks that do not see a file written by rank 0.
     """
     if world.size == 1:
         return
@@ -62,36 +64,36 @@ def check_shared(out: Path, world: World) -> None:
     if world.rank == 0:
         token.touch()
     world.barrier()
-    until = time.monotonic() + SHARED_SECONDS  # network file systems may take a moment
-    while not token.exists() and time.monotonic() < until:
+    deadline = time.monotonic() + SHARED_SECONDS  # network file systems may take a moment
+    while not token.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    blind = torch.zeros(world.size, dtype=torch.int64)
-    blind[world.rank] = not token.exists()
-    blind = world.all_reduce(blind, "check of the run folder").nonzero().flatten().tolist()
+    ranks_without_file = torch.zeros(world.size, dtype=torch.int64)
+    ranks_without_file[world.rank] = not token.exists()
+    ranks_without_file = world.all_reduce(ranks_without_file, "check of the run folder").nonzero().flatten().tolist()
     if world.rank == 0:
         token.unlink()
-    if blind:
+    if ranks_without_file:
         raise UsageError(
-            f"--out ({out}) is not the same folder for rank {', '.join(map(str, blind))} as for rank 0: "
+            f"--out ({out}) is not the same folder for rank {', '.join(map(str, ranks_without_file))} as for rank 0: "
             "give a folder on storage that all nodes share"
         )
 
 
-_LOADED: dict[DataConfig, datasets.Splits] = {}  # the last data set: the runs of a study share it
+_LOADED: dict[DataConfig, datasets.Splits] = {}  # the last data set, shared by the runs of a study
 
 
 def load_data(config: RunConfig, world: World, progress: Progress) -> datasets.Splits:
-    """The data of a run; the last data set is kept, because the runs of a study share it."""
+    """The data of a run; the last data set is cached, because the runs of a study share it."""
 
-    def report(what: str, done: int, total: int) -> None:
-        progress(0, 0, f"{what} {done:,}/{total:,}")
+    def report(label: str, done: int, total: int) -> None:
+        progress(0, 0, f"{label} {done:,}/{total:,}")
 
     if config.data in _LOADED:
         return _LOADED[config.data]
     _LOADED.clear()
     local_rank = environment()[1]
     if config.data.download and local_rank == 0:
-        datasets.load(config.data, report)  # one rank per machine fetches the files, the others find them
+        datasets.load(config.data, report)  # one rank per node downloads the files
     if config.data.download:
         world.barrier()
     _LOADED[config.data] = datasets.load(config.data, report)
@@ -99,10 +101,10 @@ def load_data(config: RunConfig, world: World, progress: Progress) -> datasets.S
 
 
 def build_model(config: RunConfig, splits: datasets.Splits, world: World) -> nn.Module:
-    """The network with the weights that the seed gives it, on this rank's device.
+    """The network, initialised from the seed, on this rank's device.
 
     Raises:
-        UsageError: if there is no such model, or its output does not match the images and classes.
+        UsageError: if the model does not exist, or does not match the images and classes.
     """
     torch.manual_seed(int(seeded_rng(config.seed, 0).integers(2**62)))
     dtype = getattr(torch, config.train.dtype)

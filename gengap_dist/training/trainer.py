@@ -1,6 +1,6 @@
-"""One rank's whole run, from config to result: the only place that picks concrete classes.
+"""One rank's complete run, from config to result: the only module that selects concrete classes.
 
-Every launcher ends here, on every rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
+Every launcher calls `run` on every rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ from gengap_dist.models.batch_norm import average_buffers, frozen_running_stats
 from gengap_dist.parallel.execution import check_compiler, deterministic, keep_freed_memory
 from gengap_dist.parallel.out_of_memory import explaining_out_of_memory, memory_snapshot
 from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
-from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
+from gengap_dist.probes.cadence import Cadence, any_of, at_steps, evenly, every, log_spaced, should_skip
 from gengap_dist.probes.noise_scale import NoiseScale
-from gengap_dist.probes.weights import flat
+from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import (
     DIVERGED,
@@ -50,7 +50,13 @@ from gengap_dist.training.algorithms.base import StepResult, batch_plan_for
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
 from gengap_dist.training.autotune.memory_format import resolve_memory_format
 from gengap_dist.training.autotune.micro_batch import ModelShape, resolve_micro_size
-from gengap_dist.training.checks import before_data, check_auto, check_norm, norm_size, strategy_name
+from gengap_dist.training.checks import (
+    check_auto_micro_size,
+    check_norm,
+    norm_group_sizes,
+    startup_checks,
+    strategy_name,
+)
 from gengap_dist.training.evaluation import Score, evaluate
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import ProbeObserver, measurement_seconds
@@ -61,13 +67,13 @@ from gengap_dist.training.setup import (
     Progress,
     build_model,
     check_shared,
-    facts_before,
     load_data,
+    previous_run_info,
     sampling_system_metrics,
 )
 from gengap_dist.training.step import zero_contribution_pass
 
-FLUSH_EVERY = 32  # steps whose sums meet the other ranks' in one all-reduce
+FLUSH_EVERY = 32  # steps whose sums are combined in one all-reduce
 
 
 def run(
@@ -80,97 +86,113 @@ def run(
     preemption_requested: Callable[[], bool] = lambda: False,
     launcher: str = "local",
 ) -> dict[str, Any]:
-    """Train, measure, record; the result as it stands in run.json, the same on every rank. Collective.
+    """Train, measure and record; returns the result of run.json, the same on every rank. Collective.
 
     Args:
         config: the run.
-        out: its folder, made here if it is not there (see `run_folder.prepare_folder`).
-        resume: go on from the folder's checkpoint, if there is one; rank 0's word holds for all.
-        world: this process's place among the ranks; None connects as the environment says.
+        out: the run folder, created if missing (see `run_folder.prepare_folder`).
+        resume: continue from the folder's checkpoint, if there is one; the value on rank 0 applies to all ranks.
+        world: the ranks; None: initialise the process group from the environment.
         progress: called on every rank after every step.
-        leaving: looked at between steps; when it is true on any rank, all save and leave.
-        launcher: what started the ranks, for the record.
+        preemption_requested: called between steps; if it returns True on any rank, all ranks save and stop.
+        launcher: name of the launcher, for run.json.
 
     Raises:
-        UsageError: if the config does not fit the data, the model or the machine.
-        OutOfMemory: if it does not fit a GPU.
-        Preempted: after a rank was asked to leave; the folder is ready to be resumed.
+        UsageError: if the config does not match the data, the model or the machine.
+        OutOfMemory: if the run does not fit in GPU memory.
+        Preempted: after preemption was requested on a rank; the run can be resumed.
     """
     world = world or init_process_group(config.launch.device, config.launch.timeout_seconds)
     world = with_profiler_clock(world) if config.profile else world
     float32 = training_float32(world.device, tf32=config.train.tf32)
-    watched = detecting_stalls(world, config.launch.stall_report_seconds)
-    recorded = memory_snapshot(world, out / "memory" if config.launch.memory_snapshot else None)
-    with watched, deterministic(config.train.deterministic), float32, explaining_out_of_memory(world), recorded:
-        if world.rank == 0 and not out.exists():  # a study's run on a Ray cluster
+    stall_detection = detecting_stalls(world, config.launch.stall_report_seconds)
+    memory_recording = memory_snapshot(world, out / "memory" if config.launch.memory_snapshot else None)
+    with (
+        stall_detection,
+        deterministic(config.train.deterministic),
+        float32,
+        explaining_out_of_memory(world),
+        memory_recording,
+    ):
+        if world.rank == 0 and not out.exists():  # a run of a study on a Ray cluster
             prepare_folder(out, "run.json", resume=True)
         check_shared(out, world)
-        record = RunRecorder(out) if world.rank == 0 else NullRecorder()
-        session = _Session(config, out, world, record, progress, launcher)
-        session.start(bool(world.broadcast_int(resume)))  # a node that joins late cannot know what the others were told
+        recorder = RunRecorder(out) if world.rank == 0 else NullRecorder()
+        session = _Session(config, out, world, recorder, progress, launcher)
+        session.start(bool(world.broadcast_int(resume)))  # a node that joins late may have another value
         try:
             with sampling_system_metrics(config, out, world):
                 session.train(preemption_requested)
                 result = session.result()
-            record.finish(FINISHED, result)
+            recorder.finish(FINISHED, result)
         except Diverged as error:
             result = {"diverged_at_step": error.step}
-            record.finish(DIVERGED, result, str(error))
+            recorder.finish(DIVERGED, result, str(error))
         except Preempted as error:
-            record.finish(PREEMPTED, {"num_steps": error.step}, str(error), flush=False)
+            recorder.finish(PREEMPTED, {"num_steps": error.step}, str(error), flush=False)
             world.barrier()
             raise
         finally:
             session.close()
-        world.barrier()  # when any rank returns, the folder is complete
+        world.barrier()  # when a rank returns, the folder is complete
     return result
 
 
 class _Session:
-    """What a run holds between steps, on one rank."""
+    """The state of a run on one rank."""
 
     def __init__(
-        self, config: RunConfig, out: Path, world: World, record: NullRecorder, progress: Progress, launcher: str
+        self, config: RunConfig, out: Path, world: World, recorder: NullRecorder, progress: Progress, launcher: str
     ) -> None:
-        self.config, self.out, self.world, self.record, self.progress = config, out, world, record, progress
-        for check in before_data(config, world.size, world.device.type):
+        self.config, self.out, self.world, self.recorder, self.progress = config, out, world, recorder, progress
+        for check in startup_checks(config, world.size, world.device.type):
             check()
         if config.train.compile:
             check_compiler(world.device.type)
         if world.device.type == "cpu":
             keep_freed_memory()
         splits = load_data(config, world, progress)
-        there = datasets.place_splits(splits, config.data, world.device)
-        self.train_set, self.val_set, self.test_set = there.train, there.val, there.test
+        splits_on_device = datasets.place_splits(splits, config.data, world.device)
+        self.train_set, self.val_set, self.test_set = (
+            splits_on_device.train,
+            splits_on_device.val,
+            splits_on_device.test,
+        )
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         self.batches = BatchLoader(self.train_set, self.normalise, config.data, config.seed)
-        self.order = EpochSampler(
+        self.sampler = EpochSampler(
             len(self.train_set), config.batch.global_size, config.seed, growth=batch_size_schedule(config)
         )
-        self.schedule = Schedule.of(config, self.order)
+        self.schedule = Schedule.of(config, self.sampler)
         self.num_steps = self.schedule.num_steps
 
-        self.model = build_model(config, splits, world)  # all of it; once the strategy has it, only the strategy does
-        self.given = config  # what the record keeps
-        check_auto(config, self.model)
+        self.model = build_model(config, splits, world)  # unsharded; self.strategy owns it after setup
+        self.requested_config = config  # saved in run.json
+        check_auto_micro_size(config, self.model)
         choices = config.batch.micro_size, config.train.channels_last
         if "auto" in choices:
-            progress(0, 0, "measuring what is fastest here")
+            progress(0, 0, "measuring the fastest setting on this machine")
         network = ModelShape(self.model, splits.in_channels, splits.num_classes)
-        before = facts_before(out) if "auto" in choices else {}
-        config, order_how = resolve_memory_format(config, network, world, before.get("channels_last_auto") or {})
-        config, size_how = resolve_micro_size(config, network, world, before.get("micro_size_auto") or {})
-        if world.device.type == "cuda":  # neither what was tried counts nor an earlier run of this process
+        previous_info = previous_run_info(out) if "auto" in choices else {}
+        config, memory_format_info = resolve_memory_format(
+            config, network, world, previous_info.get("channels_last_auto") or {}
+        )
+        config, micro_size_info = resolve_micro_size(config, network, world, previous_info.get("micro_size_auto") or {})
+        if world.device.type == "cuda":  # without the autotuning and earlier runs of this process
             torch.cuda.reset_peak_memory_stats(world.device)
             torch.cuda.reset_accumulated_memory_stats(world.device)
         self.config = config
-        self.observer = ProbeObserver(config, self.train_set, self.normalise, flat(self.model), world)
-        check_norm(config, self.model, self.order.sizes(), world.size)
+        self.observer = ProbeObserver(config, self.train_set, self.normalise, flat_parameters(self.model), world)
+        check_norm(config, self.model, self.sampler.sizes(), world.size)
         strategy = strategy_name(config, world.size)
         self.strategy = STRATEGIES[strategy](config, world)
-        hidden = self.strategy.has_untimed_collectives
-        self.profile = Profile(out, world, config, strategy, hidden=hidden) if config.profile else NoProfile()
-        self.saver = (
+        has_untimed_collectives = self.strategy.has_untimed_collectives
+        self.profile = (
+            Profile(out, world, config, strategy, has_untimed_collectives=has_untimed_collectives)
+            if config.profile
+            else NoProfile()
+        )
+        self.checkpoint_writer = (
             checkpoint.CheckpointWriter(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
         )
         self.facts = {
@@ -181,71 +203,75 @@ class _Session:
             "launch_id": os.environ.get("TORCHELASTIC_RUN_ID"),
             "strategy": strategy,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
-            "steps_per_epoch": self.order.steps_per_epoch,
+            "steps_per_epoch": self.sampler.steps_per_epoch,
             "num_steps": self.num_steps,
             "num_probe_samples": self.observer.num_samples,
-            "norm_size": norm_size(config, self.model, [phase.size for phase in self.order.phases], world.size),
-            "small_size": self._small_size(),
+            "norm_size": norm_group_sizes(
+                config, self.model, [phase.size for phase in self.sampler.phases], world.size
+            ),
+            "small_size": self._noise_small_size(),
             "micro_size": config.batch.micro_size,
-            "micro_size_auto": size_how,
+            "micro_size_auto": micro_size_info,
             "channels_last": config.train.channels_last,
-            "channels_last_auto": order_how,
+            "channels_last_auto": memory_format_info,
         }
         self.step = 0
-        self.best: dict[str, Any] = {}
-        self.reached: int | None = None  # the step after which train.target_accuracy was met
-        self.noise = NoiseScale()
+        self.best_val: dict[str, Any] = {}
+        self.target_step: int | None = None  # the step at which train.target_accuracy was reached
+        self.noise_scale = NoiseScale()
         self._pending: list[tuple[int, StepResult]] = []
         self._saved_at = time.monotonic()
         self.probe_seconds = self.eval_seconds = self.train_seconds = 0.0
-        self.times = torch.zeros(world.size, len(PHASES), dtype=torch.float64)  # by rank, since this start
-        self.probe_due = _cadence(config, self.order)
-        self.probe_left_out: list[int] = []
-        self._probe_seconds_each, self._left_out_in_a_row = 0.0, 0
-        self._window = time.monotonic(), 0  # since when training goes on, and from which step
+        self.phase_seconds = torch.zeros(
+            world.size, len(PHASES), dtype=torch.float64
+        )  # [ranks, phases], since this start
+        self.probe_due = _probe_cadence(config, self.sampler)
+        self.skipped_probe_steps: list[int] = []
+        self._probe_seconds_each, self._num_skipped_in_a_row = 0.0, 0
+        self._window = time.monotonic(), 0  # start time and step of the current training window
         self._update_norm: Tensor | None = None
         self.eval_due = evenly(config.train.num_evals, self.num_steps)
 
-    def _small_size(self) -> float | None:
-        """B of the noise scale, the harmonic mean over ranks; None if there is no gradient smaller than the batch."""
+    def _noise_small_size(self) -> float | None:
+        """The small batch size of the noise scale, harmonic mean over ranks; None without smaller gradients."""
         size = self.config.batch.global_size
         plan = batch_plan_for(self.config, size, self.world.size)
-        firsts = [plan.micro_batches(rank)[0].size for rank in range(self.world.size)]
-        inverses = [1 / first for first in firsts if 0 < first < size]
+        first_sizes = [plan.micro_batches(rank)[0].size for rank in range(self.world.size)]
+        inverses = [1 / first for first in first_sizes if 0 < first < size]
         return len(inverses) / sum(inverses) if inverses else None
 
     # -- start and resume ---------------------------------------------------------------------------------------------
 
     def start(self, resume: bool) -> None:
-        """Begin, or go on from the last good checkpoint if that was asked for and there is one. Collective."""
+        """Start the run, or continue from the last valid checkpoint if `resume` and there is one. Collective."""
         path = self._last_checkpoint() if resume else None
         if path is None:
-            self._set_up({}, {})
-            self.record.start(self.given, self.facts)
-            self.record.resume(0, 0.0, {})
+            self._setup_strategy({}, {})
+            self.recorder.start(self.requested_config, self.facts)
+            self.recorder.resume(0, 0.0, {})
             self.observe()
             return
         if changed := differences(read_info(self.out)["config"], self.config):
             raise UsageError(
-                f"{changed} when the run in {self.out} began: "
+                f"{changed} when the run in {self.out} was started: "
                 "resume with the settings it was started with, or choose a new --out"
             )
         checkpoint.restore(self.model, checkpoint.load(path / "model.pt"), path / "model.pt")
         state = checkpoint.load(path / "run.pt")
-        self.step, self.best, self.reached = state["step"], state["best"], state["reached"]
-        if self.reached is not None and self.config.train.stop_at_target:
-            self.num_steps = self.reached
-        self._set_up(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "algorithm.pt"))
+        self.step, self.best_val, self.target_step = state["step"], state["best"], state["reached"]
+        if self.target_step is not None and self.config.train.stop_at_target:
+            self.num_steps = self.target_step
+        self._setup_strategy(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "algorithm.pt"))
         self.strategy.scaler.load_state_dict(state["scaler"])
-        if self.best:
-            self.best["model"] = checkpoint.load(path / "best.pt")
+        if self.best_val:
+            self.best_val["model"] = checkpoint.load(path / "best.pt")
         self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each = state["timers"]
-        self.probe_left_out, self.noise = state["probe_left_out"], NoiseScale(**state["noise"])
-        self.record.start(self.given, self.facts)
-        self.record.resume(self.step, state["seconds"], state["held"])
+        self.skipped_probe_steps, self.noise_scale = state["probe_left_out"], NoiseScale(**state["noise"])
+        self.recorder.start(self.requested_config, self.facts)
+        self.recorder.resume(self.step, state["seconds"], state["held"])
 
     def _last_checkpoint(self) -> Path | None:
-        """The checkpoint that rank 0 finds good; the other ranks take its word. Collective."""
+        """The last checkpoint that is valid on rank 0; rank 0 decides. Collective."""
         folder, step, error = self.out / "checkpoints", -1, None
         if self.world.rank == 0:
             try:
@@ -258,7 +284,7 @@ class _Session:
             raise error or UsageError("rank 0 found every checkpoint damaged")
         return None if step < 0 else checkpoint.steps(folder)[step]
 
-    def _set_up(self, optimizer_state: OptimizerState, algorithm_state: dict[str, Any]) -> None:
+    def _setup_strategy(self, optimizer_state: OptimizerState, algorithm_state: dict[str, Any]) -> None:
         self.strategy.setup(self.model, partial(build_optimizer, self.config.optim))
         self.strategy.load_optimizer_state(optimizer_state)
         self.model = self.strategy.model
@@ -267,26 +293,28 @@ class _Session:
             with first, frozen_running_stats(self.model), self.strategy.micro_step(last=True):
                 zero_contribution_pass(self.strategy, self.batches, epoch=0)
             self.strategy.optimizer.zero_grad(set_to_none=False)
-        self.course = build_algorithm(self.config, self.strategy, self.batches, self.order, self.schedule.num_steps)
+        self.algorithm = build_algorithm(
+            self.config, self.strategy, self.batches, self.sampler, self.schedule.num_steps
+        )
         if algorithm_state:
-            self.course.load(algorithm_state)
+            self.algorithm.load(algorithm_state)
 
     def save(self, *, wait: bool = False) -> None:
-        """Write the checkpoint; with `wait`, until it is on the disk. Collective.
+        """Write the checkpoint; with `wait`, block until it is on disk. Collective.
 
         Raises:
-            UsageError: with `wait`, if it cannot be written.
+            UsageError: if `wait` and it cannot be written.
         """
         with self.world.timer.phase("checkpoint"):
-            optimizer, algorithm = self.strategy.optimizer_state(), self.course.state()
-            with self.course.unsharded_model() as model:
-                if self.saver:
-                    self._write(self.saver, model.state_dict(), optimizer, algorithm, wait=wait)
+            optimizer, algorithm = self.strategy.optimizer_state(), self.algorithm.state()
+            with self.algorithm.unsharded_model() as model:
+                if self.checkpoint_writer:
+                    self._write(self.checkpoint_writer, model.state_dict(), optimizer, algorithm, wait=wait)
         self._saved_at = time.monotonic()
 
     def _write(
         self,
-        saver: checkpoint.CheckpointWriter,
+        checkpoint_writer: checkpoint.CheckpointWriter,
         model: dict[str, Tensor],
         optimizer: OptimizerState,
         algorithm: dict[str, Any],
@@ -295,244 +323,252 @@ class _Session:
     ) -> None:
         run = {
             "step": self.step,
-            "best": {key: value for key, value in self.best.items() if key != "model"},
-            "reached": self.reached,
-            "seconds": self.record.seconds(),
+            "best": {key: value for key, value in self.best_val.items() if key != "model"},
+            "reached": self.target_step,
+            "seconds": self.recorder.seconds(),
             "timers": [self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each],
-            "probe_left_out": self.probe_left_out,
-            "noise": asdict(self.noise),
+            "probe_left_out": self.skipped_probe_steps,
+            "noise": asdict(self.noise_scale),
             "scaler": self.strategy.scaler.state_dict(),
         }
         states: dict[str, Any] = {"model": model, "optimizer": optimizer, "algorithm": algorithm}
-        states |= {"best": self.best["model"]} if self.best else {}
+        states |= {"best": self.best_val["model"]} if self.best_val else {}
         facts = {key: self.facts[key] for key in ("world_size", "strategy", "launcher")}
         try:
-            self.record.flush(before=self.step)
-            states["run"] = run | {"held": self.record.pending_rows()}
-            saver.save(self.step, states, facts | {"mlflow_run_id": self.record.mlflow_run_id()})
+            self.recorder.flush(before=self.step)
+            states["run"] = run | {"held": self.recorder.pending_rows()}
+            checkpoint_writer.save(self.step, states, facts | {"mlflow_run_id": self.recorder.mlflow_run_id()})
             if wait:
-                saver.wait()
+                checkpoint_writer.wait()
         except OSError as error:
-            kept = max(checkpoint.steps(saver.folder), default=None)
+            latest_step = max(checkpoint.steps(checkpoint_writer.folder), default=None)
             message = (
                 f"a checkpoint could not be written after step {self.step} ({error.strerror or error}); "
-                + ("there is none yet" if kept is None else f"the one of step {kept} is whole")
-                + f": make room in {self.out}"
+                + ("there is none yet" if latest_step is None else f"the one of step {latest_step} is complete")
+                + f": free disk space in {self.out}"
             )
             if wait:
-                raise UsageError(f"{message}, then add --resume") from None
-            warnings.warn(f"{message}; the run goes on", stacklevel=2)
+                raise UsageError(f"{message}, then continue with --resume") from None
+            warnings.warn(f"{message}; the run continues", stacklevel=2)
 
     def close(self) -> None:
-        """Let a checkpoint that is being written be finished, and let go of the model."""
+        """Wait for a checkpoint that is being written, and release the model."""
         with contextlib.suppress(OSError):
-            if self.saver:
-                self.saver.wait()
+            if self.checkpoint_writer:
+                self.checkpoint_writer.wait()
         self.profile.close()
         self.strategy.close()
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def train(self, leaving: Callable[[], bool]) -> None:
-        """Every step from the current one to the last, with what is due in between. Collective.
+    def train(self, preemption_requested: Callable[[], bool]) -> None:
+        """Run all steps from the current one to the last, with evaluations, probes and checkpoints. Collective.
 
         Raises:
-            Diverged: if the loss is not a number.
-            Preempted: if a rank was asked to leave.
+            Diverged: if the loss is not finite.
+            Preempted: if preemption was requested on a rank.
         """
-        config, where = self.config, self.world.timer
+        config, timer = self.config, self.world.timer
         self.model.train()
         self._window = time.monotonic(), self.step
         while self.step < self.num_steps:
-            where.step = self.step + 1
+            timer.step = self.step + 1
             self.profile.begin(self.num_steps - self.step)
-            asked = self.world.all_reduce_async(torch.tensor([int(leaving())]))  # it crosses while this step computes
+            # overlaps with the computation of this step
+            any_preempted = self.world.all_reduce_async(torch.tensor([int(preemption_requested())]))
             lr, momentum = self.schedule.lr(self.step), self.schedule.momentum(self.step)
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0
             self.strategy.track_local_grad_norm = logged and "noise_scale" in config.probe.diagnostics
-            before_P = self._weights() if self._probe_may_come(self.step + 1) else None
-            with where.phase("compute", "forward and backward"):
-                taken = self.course.step(self.step, lr, momentum)
+            before_P = self._weights() if self._probe_possible(self.step + 1) else None
+            with timer.phase("compute", "forward and backward"):
+                result_of_step = self.algorithm.step(self.step, lr, momentum)
             self.step += 1
             self._update_norm = None if before_P is None else (self._weights() - before_P).double().norm()
             if logged:
-                self._pending.append((self.step, taken))
+                self._pending.append((self.step, result_of_step))
             self.progress(self.step, self.num_steps, "")
-            leave = bool(asked()) and not last
+            preempted = bool(any_preempted()) and not last
             self._window = self._window[0] + self.profile.end(), self._window[1]
-            if leave or self.step % FLUSH_EVERY == 0 or self._due():
+            if preempted or self.step % FLUSH_EVERY == 0 or self._flush_due():
                 save_due = self._flush()
                 self.train_seconds += time.monotonic() - self._window[0]
                 average_buffers(self.model, self.world)
                 self.observe()
-                last = self.step == self.num_steps  # which it may have become: the target is met
-                if save_due or leave or last:
-                    self.save(wait=leave or last)
+                last = self.step == self.num_steps  # True if the target accuracy was reached
+                if save_due or preempted or last:
+                    self.save(wait=preempted or last)
                 self._window = time.monotonic(), self.step
-            if leave:
+            if preempted:
                 raise Preempted(self.step)
         self.profile.finish()
 
     def _weights(self) -> Tensor:
-        """A copy of all trainable parameters, whole: [P]. Collective."""
-        with self.course.unsharded_model() as model:
-            return flat(model)
+        """A copy of all trainable parameters, unsharded: [P]. Collective."""
+        with self.algorithm.unsharded_model() as model:
+            return flat_parameters(model)
 
-    def _due(self) -> bool:
+    def _flush_due(self) -> bool:
         every_steps = self.config.checkpoint.every_steps
         return (
             self.step == self.num_steps
-            or self._probe_may_come(self.step)
+            or self._probe_possible(self.step)
             or self.eval_due(self.step)
             or (every_steps is not None and self.step % every_steps == 0)
         )
 
-    def _probe_may_come(self, step: int) -> bool:
+    def _probe_possible(self, step: int) -> bool:
         return self.config.probe.enabled and (step == self.num_steps or self.probe_due(step))
 
     def _epoch(self, step: int) -> float:
-        return self.order.epochs_done(step)
+        return self.sampler.epochs_done(step)
 
     def _flush(self) -> bool:
-        """Record the pending steps; whether a checkpoint is due by steps or by rank 0's clock. Collective.
+        """Record the pending steps; returns whether a checkpoint is due, by step or by rank 0's clock. Collective.
 
-        A GPU is waited for once, for the sums of the steps. What ranks know without it crosses in the CPU's memory.
+        Synchronises once with the GPU, for the sums of the steps. Other values are reduced in CPU memory.
         """
-        rows = self._sums_of_steps()
+        rows = self._reduce_pending_sums()
         every_steps = self.config.checkpoint.every_steps
         overdue = time.monotonic() - self._saved_at > self.config.checkpoint.every_seconds
-        mine = torch.zeros(2 + self.times.numel(), dtype=torch.float64)
-        times = mine[2:].view_as(self.times)
+        shared = torch.zeros(2 + self.phase_seconds.numel(), dtype=torch.float64)
+        times = shared[2:].view_as(self.phase_seconds)
         times[self.world.rank] = torch.tensor(self.world.timer.pop_seconds())
-        if self.saver:  # rank 0, whose clock and budget hold for all
-            mine[:2] = torch.tensor([overdue and not self.saver.busy, self._probe_exceeds_budget()])
-        self.world.all_reduce(mine, "times of the last steps")
-        save_due, leave_out = mine[:2].bool().tolist()
-        self._left_out_in_a_row += leave_out
-        self.probe_left_out += [self.step] if leave_out else []
-        for (step, taken), (loss, correct, *small, extra, square, norm) in zip(self._pending, rows, strict=True):
-            size, norm = taken.size, square**0.5 if taken.norm is None else norm
+        if self.checkpoint_writer:  # rank 0, which decides by its clock
+            shared[:2] = torch.tensor([overdue and not self.checkpoint_writer.busy, self._probe_to_skip()])
+        self.world.all_reduce(shared, "times of the last steps")
+        save_due, skip_probe = shared[:2].bool().tolist()
+        self._num_skipped_in_a_row += skip_probe
+        self.skipped_probe_steps += [self.step] if skip_probe else []
+        for (step, result_of_step), (loss, correct, *small, penalty, mean_squared_norm, norm) in zip(
+            self._pending, rows, strict=True
+        ):
+            size, norm = result_of_step.size, mean_squared_norm**0.5 if result_of_step.norm is None else norm
             loss /= size
-            found = {
+            metrics = {
                 "train/loss": loss,
                 "train/accuracy": correct / size,
                 "train/grad_norm": norm,
-                "train/lr": taken.lr,
+                "train/lr": result_of_step.lr,
             }
             if self.config.algorithm.rank_penalty is not None:
-                found["train/rank_penalty"] = extra
+                metrics["train/rank_penalty"] = penalty
             if self.config.optim.schedule == "grow":
-                found["train/global_size"] = size
-            self.record.log(step, self._epoch(step), found | self._noise(small, norm, size))
+                metrics["train/global_size"] = size
+            self.recorder.log(step, self._epoch(step), metrics | self._noise_metrics(small, norm, size))
             if not math.isfinite(loss):
                 self._pending.clear()
                 raise Diverged(step, loss)
         self._pending.clear()
-        self.times += times
-        self.record.log(self.step, self._epoch(self.step), _split(times))
+        self.phase_seconds += times
+        self.recorder.log(self.step, self._epoch(self.step), _time_metrics(times))
         return save_due or (every_steps is not None and self.step % every_steps == 0)
 
-    def _sums_of_steps(self) -> list[list[float]]:
-        """Of each pending step the sums of `accumulate` over all ranks, and the norm of its gradient. Collective."""
+    def _reduce_pending_sums(self) -> list[list[float]]:
+        """The sums of `accumulate` over all ranks and the gradient norm of each pending step. Collective."""
         if not self._pending:
             return []
-        none = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        known = [taken.norm if self.world.rank == 0 and taken.norm is not None else none for _, taken in self._pending]
-        sums = torch.stack([taken.sums for _, taken in self._pending])
-        norms = torch.stack([norm.double() for norm in known])  # one number on all ranks: rank 0 gives it
+        zero = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        gradient_norms = [
+            result_of_step.norm if self.world.rank == 0 and result_of_step.norm is not None else zero
+            for _, result_of_step in self._pending
+        ]
+        sums = torch.stack([result_of_step.sums for _, result_of_step in self._pending])
+        norms = torch.stack([norm.double() for norm in gradient_norms])  # equal on all ranks: only rank 0 contributes
         return self.world.all_reduce_to_cpu(torch.cat([sums, norms[:, None]], 1), "metrics of the last steps").tolist()
 
-    def _noise(self, small: list[float], norm: float, size: int) -> dict[str, float]:
-        """The noise scale after a step, if its gradients came in two sizes."""
+    def _noise_metrics(self, small: list[float], norm: float, size: int) -> dict[str, float]:
+        """The noise scale after a step, if it has gradients of two batch sizes."""
         squares, inverses, count = small
         if not count or count / inverses >= size or not math.isfinite(squares + norm):
             return {}
-        self.noise.add(squares / count, count / inverses, norm**2, size)
-        return self.noise.metrics()
+        self.noise_scale.add(squares / count, count / inverses, norm**2, size)
+        return self.noise_scale.metrics()
 
-    def _probe_exceeds_budget(self) -> bool:
-        """Whether to leave out the measurement that the cadence has for this step; the ends are always measured."""
-        budget = self.config.probe.max_time_fraction
-        if budget is None or self.step == self.num_steps or not self._probe_may_come(self.step):
+    def _probe_to_skip(self) -> bool:
+        """Whether to skip the measurement due at this step; the first and last step are never skipped."""
+        max_time_fraction = self.config.probe.max_time_fraction
+        if max_time_fraction is None or self.step == self.num_steps or not self._probe_possible(self.step):
             return False
-        began, step = self._window  # not all of the run: what came before its first step comes once
-        each_step = (time.monotonic() - began) / (self.step - step)
-        elapsed = self.record.seconds() - self.probe_seconds
-        return exceeds(
-            budget,
-            spent=self.probe_seconds,
-            each=self._probe_seconds_each,
-            rest_of_run=elapsed + (self.num_steps - self.step) * each_step,
-            num_to_come=sum(map(self.probe_due, range(self.step, self.num_steps))),
-            left_out_in_a_row=self._left_out_in_a_row,
+        start_time, step = self._window  # without setup, which happens once
+        each_step = (time.monotonic() - start_time) / (self.step - step)
+        elapsed = self.recorder.seconds() - self.probe_seconds
+        return should_skip(
+            max_time_fraction,
+            spent_seconds=self.probe_seconds,
+            seconds_each=self._probe_seconds_each,
+            other_seconds=elapsed + (self.num_steps - self.step) * each_step,
+            num_remaining=sum(map(self.probe_due, range(self.step, self.num_steps))),
+            num_skipped_in_a_row=self._num_skipped_in_a_row,
         )
 
     # -- measurements -------------------------------------------------------------------------------------------------
 
     def observe(self) -> None:
-        """Validate and probe, whichever is due at this step. Collective."""
-        edge = self.step in (0, self.num_steps)
-        validate = len(self.val_set) and (edge or self.eval_due(self.step))
-        left_out = self.step in self.probe_left_out[-1:]
-        probe = self.config.probe.enabled and (edge or (self.probe_due(self.step) and not left_out))
+        """Validate and probe, if due at this step. Collective."""
+        is_first_or_last = self.step in (0, self.num_steps)
+        validate = len(self.val_set) and (is_first_or_last or self.eval_due(self.step))
+        skipped = self.step in self.skipped_probe_steps[-1:]
+        probe = self.config.probe.enabled and (is_first_or_last or (self.probe_due(self.step) and not skipped))
         if not (validate or probe):
             return
-        with self.course.evaluated_model() as model:
+        with self.algorithm.evaluated_model() as model:
             if self.step == 0:
                 with self.world.timer.phase("evaluation"):
                     model = untrained_with_statistics(model, self.batches, self.world, self.config.batch.ghost_size)
             if validate:
                 with self.world.timer.phase("evaluation"):
                     self.validate(model)
-            if probe or (self.config.probe.enabled and self.step == self.num_steps):  # which it may have just become
+            if probe or (
+                self.config.probe.enabled and self.step == self.num_steps
+            ):  # True if the target was just reached
                 with self.world.timer.phase("probe"):
                     self.probe(model)
 
     def validate(self, model: nn.Module) -> None:
-        """Score the validation images, and remember the model if it is the best so far. Collective."""
-        began = time.monotonic()
+        """Evaluate on the validation images, and keep the model if it is the best so far. Collective."""
+        start_time = time.monotonic()
         score = self._score(model, self.val_set)
-        if score.accuracy > self.best.get("accuracy", -1.0):
+        if score.accuracy > self.best_val.get("accuracy", -1.0):
             state = {key: value.clone() for key, value in model.state_dict().items()}
-            self.best = {"step": self.step, "accuracy": score.accuracy, "model": state}
-        self.record.log(self.step, self._epoch(self.step), {"val/loss": score.loss, "val/accuracy": score.accuracy})
+            self.best_val = {"step": self.step, "accuracy": score.accuracy, "model": state}
+        self.recorder.log(self.step, self._epoch(self.step), {"val/loss": score.loss, "val/accuracy": score.accuracy})
         train = self.config.train
-        if self.reached is None and train.target_accuracy is not None and score.accuracy >= train.target_accuracy:
-            self.reached = self.step
+        if self.target_step is None and train.target_accuracy is not None and score.accuracy >= train.target_accuracy:
+            self.target_step = self.step
             if train.stop_at_target:
                 self.num_steps = self.step
-        self.eval_seconds += time.monotonic() - began
+        self.eval_seconds += time.monotonic() - start_time
         self.progress(self.step, self.num_steps, f"val {score.accuracy:.1%}")
 
     def probe(self, model: nn.Module) -> None:
-        """Measure near-rank loss and its diagnostics on the probe set; at both ends also the controls. Collective."""
-        began = time.monotonic()
-        edge = self.step in (0, self.num_steps)
-        found, spectra = self.observer(model, controls=edge)
-        for probe_set, spectra_of_it in spectra.items():
-            self.record.spectra(self.step, spectra_of_it, probe_set)
+        """Measure near-rank loss and diagnostics on the probe set; at both ends also controls. Collective."""
+        start_time = time.monotonic()
+        is_first_or_last = self.step in (0, self.num_steps)
+        metrics, spectra = self.observer(model, controls=is_first_or_last)
+        for probe_set, layer_spectra in spectra.items():
+            self.recorder.spectra(self.step, layer_spectra, probe_set)
         if self._update_norm is not None and "norms" in self.config.probe.diagnostics:
-            found["train/update_norm"] = float(self._update_norm)
-        self.record.log(self.step, self._epoch(self.step), found)
-        self.probe_seconds += time.monotonic() - began
-        self._probe_seconds_each, self._left_out_in_a_row = measurement_seconds(found), 0
+            metrics["train/update_norm"] = float(self._update_norm)
+        self.recorder.log(self.step, self._epoch(self.step), metrics)
+        self.probe_seconds += time.monotonic() - start_time
+        self._probe_seconds_each, self._num_skipped_in_a_row = measurement_seconds(metrics), 0
 
-    def _to_target(self) -> dict[str, Any]:
-        """Updates and epochs to train.target_accuracy, None if it was not reached; nothing without a target."""
+    def _target_metrics(self) -> dict[str, Any]:
+        """Updates and epochs to train.target_accuracy, None if it was not reached; {} without a target."""
         if self.config.train.target_accuracy is None:
             return {}
-        epochs = None if self.reached is None else self._epoch(self.reached)
-        return {"updates_to_target": self.reached, "epochs_to_target": epochs}
+        epochs = None if self.target_step is None else self._epoch(self.target_step)
+        return {"updates_to_target": self.target_step, "epochs_to_target": epochs}
 
     def _score(self, model: nn.Module, images: datasets.Images) -> Score:
         return evaluate(model, images, self.normalise, self.world)
 
     def result(self) -> dict[str, Any]:
-        """Score the last and the best model on the test images: the only time they are touched. Collective."""
-        with self.course.evaluated_model() as model, self.world.timer.phase("evaluation"):
+        """Evaluate the last and the best model on the test images, which are used only here. Collective."""
+        with self.algorithm.evaluated_model() as model, self.world.timer.phase("evaluation"):
             train, test = self._score(model, self.train_set), self._score(model, self.test_set)
-            if not math.isfinite(train.loss):  # the loss of a step is of the weights before it
+            if not math.isfinite(train.loss):  # the loss of a step belongs to the weights before it
                 raise Diverged(self.step, train.loss, "train_full/loss")
             out = {
                 "train_full/loss": train.loss,
@@ -541,46 +577,50 @@ class _Session:
                 "test/accuracy": test.accuracy,
                 "train_test_gap": train.accuracy - test.accuracy,
             }
-            if self.best:
-                model.load_state_dict(self.best["model"])
+            if self.best_val:
+                model.load_state_dict(self.best_val["model"])
                 out["test_at_best_val/accuracy"] = self._score(model, self.test_set).accuracy
-        reached = {name: value for name, value in self._to_target().items() if value is not None}
-        self.record.log(self.step, self._epoch(self.step), out | reached)
+        reached = {name: value for name, value in self._target_metrics().items() if value is not None}
+        self.recorder.log(self.step, self._epoch(self.step), out | reached)
         samples = self._epoch(self.step) * len(self.train_set)
         return (
             out
             | {
-                "best_val_step": self.best.get("step"),
-                "best_val/accuracy": self.best.get("accuracy"),
+                "best_val_step": self.best_val.get("step"),
+                "best_val/accuracy": self.best_val.get("accuracy"),
                 "num_steps": self.step,
-                **self._to_target(),
+                **self._target_metrics(),
                 "train_seconds": round(self.train_seconds, 3),
                 "probe_seconds": round(self.probe_seconds, 3),
-                "probe_left_out": self.probe_left_out,
+                "probe_left_out": self.skipped_probe_steps,
                 "eval_seconds": round(self.eval_seconds, 3),
                 "images_per_second": round(samples / max(self.train_seconds, 1e-9), 1),
             }
-            | _split(self.times)
+            | _time_metrics(self.phase_seconds)
             | _memory_peaks(self.world)
         )
 
 
-def _split(times: Tensor) -> dict[str, float]:
-    """Where time went, from seconds by rank and kind [ranks, kinds], and which of several ranks computes longest.
+def _time_metrics(times: Tensor) -> dict[str, float]:
+    """Mean seconds by phase, and the slowest rank, from seconds by rank and phase [ranks, phases].
 
-    >>> _split(torch.tensor([[0.0, 3.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 0.0, 0.0]]))["time/slowest_rank"]
+    >>> seconds = torch.tensor([[0.0, 3.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 0.0, 0.0]])
+    >>> _time_metrics(seconds)["time/slowest_rank"]
     0
     """
     out: dict[str, float] = {f"time/{kind}": round(float(x), 4) for kind, x in zip(PHASES, times.mean(0), strict=True)}
-    busy = times[:, :2].sum(1)  # data and compute: the others wait for it, which counts as communication
-    if len(busy) > 1 and busy.sum() > 0:
-        slowest = int(busy.argmax())
-        out |= {"time/slowest_rank": slowest, "time/slowest_over_mean": round(float(busy[slowest] / busy.mean()), 3)}
+    busy_seconds = times[:, :2].sum(1)  # data and compute; other ranks wait, which counts as communication
+    if len(busy_seconds) > 1 and busy_seconds.sum() > 0:
+        slowest = int(busy_seconds.argmax())
+        out |= {
+            "time/slowest_rank": slowest,
+            "time/slowest_over_mean": round(float(busy_seconds[slowest] / busy_seconds.mean()), 3),
+        }
     return out
 
 
 def _memory_peaks(world: World) -> dict[str, list[float]]:
-    """The most GiB that torch had of each rank's GPU since this start, by rank; nothing on CPUs. Collective."""
+    """Peak GPU memory allocated by torch since this start, in GiB, by rank; {} on CPUs. Collective."""
     if world.device.type != "cuda":
         return {}
     peaks = torch.zeros(world.size, dtype=torch.float64)
@@ -588,10 +628,10 @@ def _memory_peaks(world: World) -> dict[str, list[float]]:
     return {"memory_peak_gib": [round(peak, 3) for peak in world.all_reduce(peaks, "peaks of memory").tolist()]}
 
 
-def _cadence(config: RunConfig, order: EpochSampler) -> Cadence:
-    """When the run measures, but for its first and last step, which always do."""
+def _probe_cadence(config: RunConfig, sampler: EpochSampler) -> Cadence:
+    """The steps at which the run measures, in addition to the first and the last."""
     probe = config.probe
-    wanted = [at(map(order.step_at, probe.at_epochs))]
-    wanted += [log_spaced(probe.per_decade)] if probe.per_decade else []
-    wanted += [every(probe.every)] if probe.every else []
-    return either(*wanted)
+    cadences = [at_steps(map(sampler.step_at, probe.at_epochs))]
+    cadences += [log_spaced(probe.per_decade)] if probe.per_decade else []
+    cadences += [every(probe.every)] if probe.every else []
+    return any_of(*cadences)

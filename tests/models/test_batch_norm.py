@@ -26,7 +26,7 @@ from gengap_dist.models.batch_norm import (
 from gengap_dist.models.sample_position import SamplePosition, position_of
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info
-from gengap_dist.training.checks import check_norm, norm_size
+from gengap_dist.training.checks import check_norm, norm_group_sizes
 from tests.conftest import config, train
 from tests.ranks import Crew
 
@@ -518,7 +518,7 @@ NET = nn.Sequential(nn.BatchNorm1d(2))
 def checked(sizes, num_ranks, **settings):
     given = config(model__name="mlp", **settings)
     check_norm(given, NET, sizes, num_ranks)
-    return norm_size(given, NET, sizes, num_ranks)
+    return norm_group_sizes(given, NET, sizes, num_ranks)
 
 
 def test_sizes_that_are_told():
@@ -529,7 +529,7 @@ def test_sizes_that_are_told():
     assert checked([64], 3, batch__global_size=64, model__norm="sync") == [64]
     assert checked([64, 128], 1, batch__global_size=64) == [64, 128]  # a batch that grows
     given = config(batch__global_size=64)
-    assert norm_size(given, nn.Sequential(nn.Linear(2, 2)), [64], 2) is None
+    assert norm_group_sizes(given, nn.Sequential(nn.Linear(2, 2)), [64], 2) is None
     check_norm(given, nn.Sequential(nn.Linear(2, 2)), [1], 1)  # which has no groups
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from gengap_dist import models
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.layers import choose
+from gengap_dist.probes.layers import select_layers
 
 RESNETS = {f"resnet{depth}": (depth - 2) // 6 for depth in (20, 44, 56, 110)}  # blocks in a stage
 LAYERS = {
@@ -59,7 +59,7 @@ def test_every_model(name, channels, classes):
     assert torch.allclose(torch.cat([model(image[None].double()) for image in images]), logits)
     nn.functional.cross_entropy(logits, torch.arange(4)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    assert [layer.name for layer in choose(model, images[:1].double(), ["auto"])] == LAYERS[name]
+    assert [layer.name for layer in select_layers(model, images[:1].double(), ["auto"])] == LAYERS[name]
 
 
 @pytest.mark.parametrize("name", [name for name in models.MODELS if name != "vgg16"])

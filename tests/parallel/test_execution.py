@@ -522,7 +522,7 @@ def test_a_run_is_deterministic_from_end_to_end(tmp_path):
 REFUSED = [
     (
         {"train__autocast": "float16"}, 1, "cpu",
-        "train.autocast (float16) is for GPUs, and this run is on a CPU: choose bfloat16, or null",
+        "train.autocast .float16. needs a GPU, and this run is on a CPU: choose bfloat16, or null",
     ),
     *(
         (
@@ -587,7 +587,7 @@ def test_what_is_not_refused():
 
 
 def test_a_float16_run_on_a_cpu_ends_before_it_begins(tmp_path):
-    with pytest.raises(UsageError, match=r"train.autocast .float16. is for GPUs"):
+    with pytest.raises(UsageError, match=r"train.autocast .float16. needs a GPU"):
         train(tmp_path, train__autocast="float16", launch__device="cpu")
 
 

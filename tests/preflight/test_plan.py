@@ -28,8 +28,8 @@ from gengap_dist.preflight.machine_constants import ComputeConstants, Constants,
 from gengap_dist.preflight.plan import Plan, make_plan
 from gengap_dist.probes import layer_view, measure
 from gengap_dist.probes.activations import eval_context
-from gengap_dist.probes.layers import choose
-from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, PrimalAccumulator, merge
+from gengap_dist.probes.layers import select_layers
+from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, PrimalAccumulator, merge_ranks
 from gengap_dist.probes.spectra.measure import plan_passes, stream_bytes
 from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
@@ -142,7 +142,7 @@ def test_shards_of_4096_ranks_give_the_spectrum_of_the_gathered_matrix(num_rows,
         tall = PrimalAccumulator(METHODS["gram"](12, torch.device("cpu")))
         if shares[rank].size:
             tall.add(whole_ND[shares[rank].start : shares[rank].stop].T)
-        merge([tall], world)
+        merge_ranks([tall], world)
         return tall if rank in (0, MANY // 2, MANY - 1) else None
 
     for tall in filter(None, Chorus(MANY).run(job)):
@@ -162,7 +162,7 @@ def test_columns_of_4096_ranks_give_the_spectrum_of_the_gathered_matrix(centred)
         wide = DualAccumulator(METHODS["gram"](11, torch.device("cpu")))
         if shares[rank].size:
             wide.add(whole_ND[:, shares[rank].start : shares[rank].stop])
-        merge([wide], world)
+        merge_ranks([wide], world)
         return wide if rank in (0, MANY - 1) else None
 
     for wide in filter(None, Chorus(MANY).run(job)):
@@ -211,8 +211,8 @@ def planned(options: dict[str, Any], counts: list[int]) -> list[Message]:
     options = {"method": "gram"} | options
     model = probed_model()
     with eval_context(model):
-        layers = choose(model, torch.zeros(1, 1, 32, 32), ["auto"])
-        sites = layer_view.layer_views(layers, options.pop("views"), sum(counts))
+        layers = select_layers(model, torch.zeros(1, 1, 32, 32), ["auto"])
+        sites = layer_view.build_layer_views(layers, options.pop("views"), sum(counts))
     passes = plan_passes(sites, max(counts), options["memory_mib"])
     return communication_model.probe_messages(sites, passes, counts, device_type="cpu", **options)
 
@@ -275,11 +275,13 @@ def brute_turns(options: dict[str, Any], counts: list[int]) -> int:
     """What the busiest rank sends or receives when lenet5's wide layers are turned."""
     model = probed_model()
     with eval_context(model):
-        sites = layer_view.layer_views(choose(model, torch.zeros(1, 1, 32, 32), ["auto"]), ["flatten"], sum(counts))
+        sites = layer_view.build_layer_views(
+            select_layers(model, torch.zeros(1, 1, 32, 32), ["auto"]), ["flatten"], sum(counts)
+        )
     sent, received = Counter(), Counter()
     for pieces in plan_passes(sites, max(counts), options["memory_mib"]):
-        for piece in (piece for piece in pieces if sites[piece.site].wide):
-            block = stream_bytes("cpu", options["memory_mib"]) // (8 * (sites[piece.site].num_rows + 1))
+        for piece in (piece for piece in pieces if sites[piece.view_index].is_wide):
+            block = stream_bytes("cpu", options["memory_mib"]) // (8 * (sites[piece.view_index].num_rows + 1))
             left = piece.stop - piece.start
             while left > 0:
                 width = min(left, max(1, block) * MANY)

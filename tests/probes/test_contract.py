@@ -13,9 +13,9 @@ from torch.nn.modules import module as global_hooks
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.probes import LayerSpectrum, measure
-from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar
+from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar_sharpness
 from gengap_dist.probes.neural_collapse import nc1
-from gengap_dist.probes.weights import distance, flat, weight_spectra
+from gengap_dist.probes.weights import distance_from_init, flat_parameters, weight_spectra
 from tests.ranks import on_ranks
 
 SIZES = (6, 5, 9, 3, 2)
@@ -40,11 +40,11 @@ PROBES = {
     "tsqr": rank_loss(method="tsqr"),
     "flatten": rank_loss(views=["flatten"], memory_mib=1),
     "weights": Probe(lambda m, b, w: spectra(weight_spectra(m, world=w)), runs_forward=False),
-    "distance": Probe(lambda m, b, w: distance(m, torch.ones_like(flat(m))), runs_forward=False),
+    "distance": Probe(lambda m, b, w: distance_from_init(m, torch.ones_like(flat_parameters(m))), runs_forward=False),
     "nc1": Probe(lambda m, b, w: nc1(m, b, world=w)),
     "eigenvalues": Probe(lambda m, b, w: hessian_eigenvalues(m, b, world=w, num=2, max_steps=3, tolerance=9.0)),
     "trace": Probe(lambda m, b, w: hessian_trace(m, b, world=w, num_vectors=2)),
-    "keskar": Probe(lambda m, b, w: keskar(m, b, world=w, epsilon=0.02, steps=3)),
+    "keskar": Probe(lambda m, b, w: keskar_sharpness(m, b, world=w, epsilon=0.02, steps=3)),
 }
 FORWARD = [name for name, probe in PROBES.items() if probe.runs_forward]
 

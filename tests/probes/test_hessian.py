@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import hessian as hessian_module
-from gengap_dist.probes.hessian import MeanLoss, hessian_eigenvalues, hessian_trace, keskar, lanczos
-from gengap_dist.probes.weights import flat
+from gengap_dist.probes.hessian import MeanLoss, hessian_eigenvalues, hessian_trace, keskar_sharpness, lanczos
+from gengap_dist.probes.weights import flat_parameters
 from tests.ranks import on_ranks
 
 SIZES = (7, 16, 1, 9, 4)  # blocks: uneven on 2 and on 3 ranks
@@ -73,14 +73,14 @@ def everything(world: World) -> dict:
         mine = dealt(batches, world)[how]
         out[dtype, how, "eigenvalues"] = hessian_eigenvalues(model, mine, world=world)
         out[dtype, how, "trace"] = hessian_trace(model, mine, world=world, num_vectors=5)
-        out[dtype, how, "keskar"] = keskar(model, mine, world=world, epsilon=0.02, steps=5)
+        out[dtype, how, "keskar"] = keskar_sharpness(model, mine, world=world, epsilon=0.02, steps=5)
     model, batches = setting(torch.float64)
     mine = dealt(batches, world)["few"]
     out["bent"] = refusal(hessian_eigenvalues, Bent(), mine, world=world)
-    out["empty"] = refusal(keskar, model, [], world=world)
+    out["empty"] = refusal(keskar_sharpness, model, [], world=world)
     nn.init.constant_(model.head.bias, math.nan)
     with pytest.warns(UserWarning, match="not finite"):
-        out["nan"] = hessian_eigenvalues(model, mine, world=world), keskar(model, mine, world=world)
+        out["nan"] = hessian_eigenvalues(model, mine, world=world), keskar_sharpness(model, mine, world=world)
     return out
 
 
@@ -126,7 +126,7 @@ def hessian() -> torch.Tensor:
         weights = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
         return cross_entropy(functional_call(model, weights, (images,)), labels)
 
-    return torch.autograd.functional.hessian(loss, flat(model))
+    return torch.autograd.functional.hessian(loss, flat_parameters(model))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -187,7 +187,7 @@ def test_keskar_is_the_worst_of_all_corners(epsilon):
         there = weight + epsilon * (weight.abs() + 1) * torch.tensor(signs).view(3, 2)
         losses.append(float(cross_entropy(images @ there.T, labels)))
     start = float(cross_entropy(images @ weight.T, labels))
-    found = keskar(model, batches, epsilon=epsilon)
+    found = keskar_sharpness(model, batches, epsilon=epsilon)
     assert found == pytest.approx(100 * (max(losses) - start) / (1 + start), rel=1e-9)
 
 
@@ -206,8 +206,8 @@ def test_keskar_is_never_negative_and_keeps_the_best():
     batches = [(torch.zeros(1).double(), torch.tensor([0]))]
     worst, start = (math.log(1 + math.exp(math.cos(w))) for w in (0.0, 0.1))
     true = 100 * (worst - start) / (1 + start)
-    assert keskar(Wave(), batches, epsilon=1.5, steps=1) == 0.0  # far over the top
-    assert 0.9 * true < keskar(Wave(), batches, epsilon=1.5, steps=200) <= true
+    assert keskar_sharpness(Wave(), batches, epsilon=1.5, steps=1) == 0.0  # far over the top
+    assert 0.9 * true < keskar_sharpness(Wave(), batches, epsilon=1.5, steps=200) <= true
 
 
 def test_attention_is_differentiated_twice():
@@ -217,7 +217,7 @@ def test_attention_is_differentiated_twice():
     loss = MeanLoss(model, [(torch.randn(5, 3, 8).double(), torch.tensor([0, 1, 2, 0, 1]))], World())
     v = torch.randn_like(loss.weights_P)
     ahead, behind = (loss.gradient(loss.weights_P + h * v)[1] for h in (1e-5, -1e-5))
-    assert torch.allclose(loss.product(v), (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(loss.hessian_vector_product(v), (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-7)
 
 
 def test_an_operation_without_second_derivative_is_named(monkeypatch):
@@ -293,7 +293,7 @@ def test_too_few_steps_are_a_warning():
     [
         (lambda m, b: hessian_eigenvalues(m, b, max_steps=2), r"max_steps \(2\)"),
         (lambda m, b: hessian_trace(m, b, num_vectors=1), r"num_vectors \(1\)"),
-        (lambda m, b: keskar(m.requires_grad_(False), b), "no parameter with requires_grad"),
+        (lambda m, b: keskar_sharpness(m.requires_grad_(False), b), "no parameter with requires_grad"),
         (lambda m, b: hessian_trace(m, []), "no rank has any samples"),
     ],
 )
@@ -359,6 +359,6 @@ def left_as_found(call, model: Fussy) -> None:
     assert [p.data_ptr() for p in model.parameters()] == pointers
 
 
-@pytest.mark.parametrize("call", [hessian_eigenvalues, hessian_trace, keskar])
+@pytest.mark.parametrize("call", [hessian_eigenvalues, hessian_trace, keskar_sharpness])
 def test_model_is_left_as_found(call):
     left_as_found(call, Counting())

@@ -16,14 +16,14 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from gengap_dist import models
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
-from gengap_dist.probes.layers import Layer, Pattern, choose, trace
+from gengap_dist.probes.layers import Layer, Pattern, select_layers, trace_calls
 
 IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def found(model: nn.Module, patterns: Pattern | list[Pattern] = "auto", example: torch.Tensor = IMAGE) -> list[Layer]:
     with torch.no_grad():
-        return choose(model.eval(), example, patterns if isinstance(patterns, list) else [patterns])
+        return select_layers(model.eval(), example, patterns if isinstance(patterns, list) else [patterns])
 
 
 def names(model: nn.Module, patterns: Pattern | list[Pattern] = "auto", example: torch.Tensor = IMAGE) -> list[str]:
@@ -395,7 +395,7 @@ def test_a_name_that_matches_nothing_lists_the_nearest():
 @pytest.mark.parametrize("make", [Twice, Functional, lenet, torchvision.models.resnet18])
 def test_tracing_leaves_no_hooks(make: Callable[[], nn.Module]):
     model = make().eval()
-    trace(model, IMAGE)
+    trace_calls(model, IMAGE)
     with pytest.raises(RuntimeError):
-        trace(model, IMAGE[:, :2])
+        trace_calls(model, IMAGE[:, :2])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -145,7 +145,7 @@ def test_a_dead_network_has_not_collapsed():
     [
         (nn.Sequential(nn.Conv2d(1, 3, 6), nn.Flatten()), "Sequential ends without running any nn.Linear"),
         (nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.Tanh()), r"after its last nn.Linear \(1\)"),
-        (nn.Linear(6, 3), r"ends in itself, which is given \[7, 1, 6, 6\]"),
+        (nn.Linear(6, 3), r"ends in itself, whose input has shape \[7, 1, 6, 6\]"),
     ],
 )
 def test_what_has_no_such_classifier_is_refused(model, message):

@@ -17,7 +17,7 @@ from gengap_dist.distributed.batch_plan import BatchPlan, Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies import STRATEGIES
-from gengap_dist.probes.noise_scale import DECAY, NoiseScale, unbiased
+from gengap_dist.probes.noise_scale import DECAY, NoiseScale, unbiased_noise_estimates
 from gengap_dist.training.step import StepBatch, train_step
 from tests.ranks import on_ranks
 
@@ -33,7 +33,10 @@ from tests.ranks import on_ranks
     ],
 )
 def test_known_answers(small, b, big, B, squared, trace):
-    assert unbiased(small, b, big, B) == (pytest.approx(squared, abs=1e-12), pytest.approx(trace, abs=1e-12))
+    assert unbiased_noise_estimates(small, b, big, B) == (
+        pytest.approx(squared, abs=1e-12),
+        pytest.approx(trace, abs=1e-12),
+    )
 
 
 @given(
@@ -47,7 +50,7 @@ def test_expectations_are_inverted(squared, trace, sizes, more):
     small_size = len(sizes) / sum(1 / b for b in sizes)
     small = sum(squared + trace / b for b in sizes) / len(sizes)
     big_size = max(sizes) + more
-    found = unbiased(small, small_size, squared + trace / big_size, big_size)
+    found = unbiased_noise_estimates(small, small_size, squared + trace / big_size, big_size)
     assert found == (pytest.approx(squared, rel=1e-7, abs=1e-6 * (1 + trace)), pytest.approx(trace, rel=1e-7, abs=0.1))
     assert found[1] == pytest.approx(trace, rel=1e-9, abs=1e-9 * big_size * (1 + squared))
 
@@ -55,7 +58,7 @@ def test_expectations_are_inverted(squared, trace, sizes, more):
 @pytest.mark.parametrize(("b", "B"), [(4, 4), (5, 4), (4.0000001, 4)])
 def test_one_size_of_batch_is_refused(b, B):
     with pytest.raises(UsageError, match=rf"two sizes of batch and has {b:g} and {B}: train on more ranks"):
-        unbiased(1.0, b, 1.0, B)
+        unbiased_noise_estimates(1.0, b, 1.0, B)
     scale = NoiseScale()
     with pytest.raises(UsageError):
         scale.add(1.0, b, 1.0, B)

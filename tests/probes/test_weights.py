@@ -10,7 +10,7 @@ from torch import nn
 from gengap_dist import models
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.weights import distance, flat, weight_spectra
+from gengap_dist.probes.weights import distance_from_init, flat_parameters, weight_spectra
 from tests.ranks import on_ranks
 
 
@@ -83,29 +83,29 @@ def test_nothing_but_vectors_has_no_spectra():
 
 def test_flat_is_a_copy_of_what_is_trained():
     model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 1, bias=False))
-    vector = flat(model)
+    vector = flat_parameters(model)
     assert vector.tolist() == model[1].weight.detach().flatten().tolist()
     assert not vector.requires_grad
     with torch.no_grad():
         model[1].weight += 1
     assert vector.tolist() != model[1].weight.detach().flatten().tolist()
     with pytest.raises(UsageError, match="Linear has no parameter with requires_grad"):
-        flat(model[0])
+        flat_parameters(model[0])
 
 
 def test_distance():
     model = net()
-    start = flat(model)
-    assert distance(model, start)["distance_from_init"] == 0.0
+    start = flat_parameters(model)
+    assert distance_from_init(model, start)["distance_from_init"] == 0.0
     step = torch.randn_like(start) * 1e-3
     torch.nn.utils.vector_to_parameters(start + step, [p for p in model.parameters() if p.requires_grad])
-    now, then = flat(model).numpy().astype(np.float64), start.numpy().astype(np.float64)
-    found = distance(model, start)
+    now, then = flat_parameters(model).numpy().astype(np.float64), start.numpy().astype(np.float64)
+    found = distance_from_init(model, start)
     assert found["weight_norm"] == pytest.approx(np.linalg.norm(now), rel=1e-12)
     assert found["distance_from_init"] == pytest.approx(np.linalg.norm(now - then), rel=1e-12)
     assert found["relative_distance_from_init"] == pytest.approx(
         np.linalg.norm(now - then) / np.linalg.norm(then), rel=1e-12
     )
-    assert [*distance(model, 0 * start)] == ["weight_norm", "distance_from_init"]
+    assert [*distance_from_init(model, 0 * start)] == ["weight_norm", "distance_from_init"]
     with pytest.raises(UsageError, match=r"initial has shape \[3\]"):
-        distance(model, start[:3])
+        distance_from_init(model, start[:3])

@@ -10,7 +10,7 @@ from torch import nn
 
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
-from gengap_dist.probes.cadence import exceeds
+from gengap_dist.probes.cadence import should_skip
 from gengap_dist.runs.run_folder import load_spectra, prepare_folder, read_info, read_metrics
 from gengap_dist.training.observer import Observation, ProbeObserver
 from gengap_dist.training.trainer import run
@@ -105,7 +105,7 @@ def test_a_budget_is_kept(cost, spacing):
     for step in due:
         to_come = sum(1 for other in due if other >= step)
         facts = {"spent": spent, "each": cost, "rest_of_run": float(num_steps)}
-        if exceeds(0.05, **facts, num_to_come=to_come, left_out_in_a_row=in_a_row):
+        if should_skip(0.05, **facts, num_remaining=to_come, num_skipped_in_a_row=in_a_row):
             in_a_row += 1
             continue
         in_a_row, spent = 0, spent + cost

@@ -19,7 +19,7 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.models.lenet5 import LeNet5
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from gengap_dist.training.profiler.profile import Profile, with_profiler_clock
-from gengap_dist.training.profiler.summary import PARTS, Measured, Setting, summary
+from gengap_dist.training.profiler.summary import PARTS, ProfileSetting, RankProfile, summary
 from gengap_dist.training.profiler.trace import Trace
 from gengap_dist.training.trainer import run
 from tests.conftest import config, cut_after, train, weights
@@ -123,7 +123,7 @@ def test_three_steps_and_one(tmp_path):
 def test_a_run_that_ends_within_the_window_tells_what_it_has(tmp_path):
     """As one does whose target is met there."""
     world = with_profiler_clock(World())
-    profile = Profile(tmp_path, world, config(), "single", hidden=False)
+    profile = Profile(tmp_path, world, config(), "single", has_untimed_collectives=False)
     for step in range(1, 9):
         world.timer.step = step
         profile.begin(21 - step)
@@ -199,16 +199,16 @@ def test_what_a_gpu_does_is_no_meeting_of_the_host():
     ranges += [("backward", 10, 50, "CPU"), ("backward", 95, 300, "CUDA")]
     named = [event(f"gengap/{name}", *when, on=on, is_user_annotation=True) for name, *when, on in ranges]
     meets = [event("gloo:all_reduce", 20, 40, is_async=True), event("nccl", 110, 200, on="CUDA", is_async=True)]
-    assert Trace(named + meets).exposed("backward") == pytest.approx(0.02)
+    assert Trace(named + meets).exposed_communication("backward") == pytest.approx(0.02)
 
 
 def test_many_ranks_are_folded():
     parts = dict.fromkeys(PARTS, 1.0)
     told = [
-        Measured(r, [6.0 + r] * 3, [9.0], parts | {"forward": 1.0 + r}, 6.0 + r, [("a" * 200, 1.0, 2.0)], None)
+        RankProfile(r, [6.0 + r] * 3, [9.0], parts | {"forward": 1.0 + r}, 6.0 + r, [("a" * 200, 1.0, 2.0)], None)
         for r in range(64)
     ]
-    text = summary(told, Setting(6, 9, "cuda", "ddp", hidden=False, data=DataConfig()))
+    text = summary(told, ProfileSetting(6, 9, "cuda", "ddp", has_untimed_collectives=False, data=DataConfig()))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 120
     assert len(lines) < 25

@@ -178,8 +178,8 @@ def test_a_full_disk_does_not_stop_the_run(tmp_path):
     out = tmp_path / "run"
     ended = subprocess.run([sys.executable, "-c", code, out], cwd=ROOT, capture_output=True, text=True)
     assert ended.stderr.count("a checkpoint could not be written after step") >= 1
-    assert "(File too large); there is none yet: make room in" in ended.stderr
-    assert "then add --resume" in ended.stderr.splitlines()[-1]  # the last one is worth more than a warning
+    assert "(File too large); there is none yet: free disk space in" in ended.stderr
+    assert "then continue with --resume" in ended.stderr.splitlines()[-1]  # the last one is worth more than a warning
     assert read_info(out)["status"] == "running"
 
 

@@ -209,11 +209,11 @@ def test_a_seed_of_any_size(tmp_path):
         ({"optim__warmup_epochs": 6.0}, r"optim.warmup_epochs \(6\) are 126 steps, and the run has 105"),
         (
             {"algorithm__sam_rho": 0.1, "launch__strategy": "zero1"},
-            r"algorithm.sam_rho \(0.1\) is not for launch.strategy=zero1",
+            r"algorithm.sam_rho \(0.1\) is not supported by launch.strategy=zero1",
         ),
-        ({"train__autocast": "float16", "launch__device": "cpu"}, r"train.autocast \(float16\) is for GPUs"),
-        ({"train__tf32": True, "launch__device": "cpu"}, r"train.tf32 \(true\) is for GPUs, and this run is on a CPU"),
-        ({"data__device": "cuda", "launch__device": "cpu"}, r"data.device \(cuda\) is for GPUs, and this run is on a"),
+        ({"train__autocast": "float16", "launch__device": "cpu"}, r"train.autocast \(float16\) needs a GPU"),
+        ({"train__tf32": True, "launch__device": "cpu"}, r"train.tf32 \(true\) needs a GPU, and this run is on a CPU"),
+        ({"data__device": "cuda", "launch__device": "cpu"}, r"data.device \(cuda\) needs a GPU, and this run is on a"),
         (
             {
                 "model__name": "mlp",
@@ -226,7 +226,7 @@ def test_a_seed_of_any_size(tmp_path):
         ({"launch__device": "cuda"}, r"launch.device \(cuda\) needs a GPU"),
         ({"data__image_size": 12}, r"data.image_size \(12\) is too small for lenet5"),
         ({"model__name": "lenet"}, r"model.name \(lenet\) is not a model \(did you mean lenet5\?\)"),
-        ({"model__name": "torch.nn:Flatten"}, r"puts out \[2, 1024\] for 2 images, needs \[2, 10\]"),
+        ({"model__name": "torch.nn:Flatten"}, r"outputs \[2, 1024\] for 2 images, needs \[2, 10\]"),
         ({"probe__layers": ["fc22"]}, r"probe.layers \(fc22\) matches no layer"),
     ],
 )

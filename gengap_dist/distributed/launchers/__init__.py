@@ -10,12 +10,12 @@ __all__ = [
     "Launcher",
     "Progress",
     "RankFailed",
-    "uses_ray",
     "choose",
     "is_driver",
-    "uses_torchrun",
     "launch_id",
     "restarted",
+    "uses_ray",
+    "uses_torchrun",
 ]
 
 

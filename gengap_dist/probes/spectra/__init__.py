@@ -1,1 +1,1 @@
-"""Singular values of activations: exact, over all ranks, and the measures of rank that follow from them."""
+"""Singular values of activations, exact over all ranks, and the rank measures computed from them."""

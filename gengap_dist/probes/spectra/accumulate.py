@@ -1,12 +1,12 @@
-"""One layer's activation matrix in one view, as it comes: rows batch by batch, from all ranks.
+"""Accumulates one layer's activation matrix in one view, batch by batch, over all ranks.
 
-Two shapes of A [N, D], raw and with column means taken out; nothing cancels in either:
+Two forms for A [N, D], raw and with column means subtracted; neither suffers from cancellation:
 
-- `PrimalAccumulator`, D <= N: every rank adds the rows it has. What is summed is centred on the mean so far and merged as in Chan,
-  Golub & LeVeque (1983), so the centred spectrum is as exact as the raw one even where the mean is a hundred times
+- `PrimalAccumulator`, D <= N: every rank adds its own rows. Sums are centred on the current mean and merged as in
+  Chan, Golub & LeVeque (1983), so the centred spectrum is as exact as the raw one even if the mean is a hundred times
   larger than the deviations.
-- `DualAccumulator`, D > N, the paper's own regime: every rank keeps its rows, then all ranks turn them by `all_to_all` in blocks
-  of bounded memory: each gets all N rows of a share of the columns, whose means it therefore knows. No rank ever holds
+- `DualAccumulator`, D > N, the paper's regime: every rank keeps its rows, then `all_to_all` redistributes them in
+  blocks of bounded memory: each rank gets all N rows of its share of the columns, and so their means. No rank holds
   more than its share.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gengap_dist.distributed.batch_plan import Span, split
 from gengap_dist.distributed.process_group import World
-from gengap_dist.probes.spectra.gram import GramAccumulator, SpectrumAccumulator, all_reduce
+from gengap_dist.probes.spectra.gram import GramAccumulator, SpectrumAccumulator, all_reduce_grams
 from gengap_dist.probes.spectra.tsqr import QRAccumulator
 
 METHODS: dict[str, type[GramAccumulator] | type[QRAccumulator]] = {"gram": GramAccumulator, "tsqr": QRAccumulator}
@@ -28,115 +28,115 @@ METHODS: dict[str, type[GramAccumulator] | type[QRAccumulator]] = {"gram": GramA
 class PrimalAccumulator:
     """D <= N: k = D, B = A^T."""
 
-    def __init__(self, square: SpectrumAccumulator) -> None:
+    def __init__(self, spectrum: SpectrumAccumulator) -> None:
         """No rows yet."""
-        self.square, self.count = square, 0
-        self.mean_D = torch.zeros_like(square.squared_row_norms())
+        self.spectrum, self.count = spectrum, 0
+        self.mean_D = torch.zeros_like(spectrum.squared_row_norms())
 
     def add(self, columns_Dn: Tensor) -> None:
         """Add n rows, given as columns, in any floating dtype."""
         size, n = columns_Dn.shape
-        piece = torch.empty(size, n + 1, dtype=torch.float64, device=columns_Dn.device)
-        piece[:, :n] = columns_Dn
-        mean_D = piece[:, :n].mean(1)
-        piece[:, :n] -= mean_D[:, None]
+        block_kn = torch.empty(size, n + 1, dtype=torch.float64, device=columns_Dn.device)
+        block_kn[:, :n] = columns_Dn
+        mean_D = block_kn[:, :n].mean(1)
+        block_kn[:, :n] -= mean_D[:, None]
         count, delta_D = self.count + n, mean_D - self.mean_D
-        piece[:, n] = delta_D * (self.count * n / count) ** 0.5
-        self.square.add(piece)
+        block_kn[:, n] = delta_D * (self.count * n / count) ** 0.5
+        self.spectrum.add(block_kn)
         self.mean_D += delta_D * (n / count)
         self.count = count
 
-    def merged(self, centred: bool) -> SpectrumAccumulator:
-        """All rows, centred or as they are; the latter last, for it is made in place."""
+    def finalized(self, centred: bool) -> SpectrumAccumulator:
+        """The accumulator of all rows, centred or raw. Call the raw case last: it is computed in place."""
         if not centred:
-            self.square.add(self.mean_D[:, None] * self.count**0.5)
-        return self.square
+            self.spectrum.add(self.mean_D[:, None] * self.count**0.5)
+        return self.spectrum
 
     def dead_units(self) -> int:
-        """Columns of zeros."""
-        return int(((self.square.squared_row_norms() == 0) & (self.mean_D == 0)).sum())
+        """Number of columns of zeros."""
+        return int(((self.spectrum.squared_row_norms() == 0) & (self.mean_D == 0)).sum())
 
 
 @final
 class DualAccumulator:
-    """D > N: k = N + 1, B holds the N rows of A, centred, and the column means below them."""
+    """D > N: k = N + 1, B is the N centred rows of A, with the column means as last row."""
 
-    def __init__(self, square: SpectrumAccumulator) -> None:
+    def __init__(self, spectrum: SpectrumAccumulator) -> None:
         """No columns yet."""
-        self.square = square
-        self.num_dead = torch.zeros((), dtype=torch.float64, device=square.squared_row_norms().device)
+        self.spectrum = spectrum
+        self.num_dead = torch.zeros((), dtype=torch.float64, device=spectrum.squared_row_norms().device)
 
     def add(self, block_Nc: Tensor) -> None:
         """Add c columns of all N rows, in any floating dtype."""
         n, width = block_Nc.shape
-        piece = torch.empty(n + 1, width, dtype=torch.float64, device=block_Nc.device)
-        piece[:n] = block_Nc
-        piece[n] = piece[:n].mean(0)
-        piece[:n] -= piece[n]
-        self.square.add(piece)
+        block_kn = torch.empty(n + 1, width, dtype=torch.float64, device=block_Nc.device)
+        block_kn[:n] = block_Nc
+        block_kn[n] = block_kn[:n].mean(0)
+        block_kn[:n] -= block_kn[n]
+        self.spectrum.add(block_kn)
         self.num_dead += (block_Nc == 0).all(0).sum()
 
-    def redistribute_columns(self, held_nw: Tensor, counts: Sequence[int], world: World, block_bytes: int) -> None:
-        """Add w columns, of which this rank holds `counts[rank]` rows. Collective.
+    def redistribute_columns(self, own_rows_nw: Tensor, counts: Sequence[int], world: World, block_bytes: int) -> None:
+        """Add w columns, of which each rank holds `counts[rank]` rows. Collective.
 
         Args:
-            held_nw: this rank's rows of the columns.
-            counts: rows that each rank holds, in all N.
+            own_rows_nw: this rank's rows of the columns.
+            counts: number of rows on each rank, N in total.
             world: the ranks.
-            block_bytes: most bytes of a rank's block of columns in float64.
+            block_bytes: maximum bytes of a rank's block of columns in float64.
         """
-        for block in num_redistributions(held_nw.shape[1], sum(counts), world.size, block_bytes):
-            part = held_nw[:, block.start : block.stop]
+        for block in redistribution_blocks(own_rows_nw.shape[1], sum(counts), world.size, block_bytes):
+            columns_nc = own_rows_nw[:, block.start : block.stop]
             shares = split(block.size, world.size)
             received = world.all_to_all(
-                [part[:, share.start : share.stop] for share in shares], counts, shares[world.rank].size
+                [columns_nc[:, share.start : share.stop] for share in shares], counts, shares[world.rank].size
             )
             if shares[world.rank].size:
                 self.add(torch.cat(received))
 
-    def merged(self, centred: bool) -> SpectrumAccumulator:
-        """All columns, centred or as they are; the latter last, for it is made in place."""
-        return self.square.fold(0.0 if centred else 1.0)
+    def finalized(self, centred: bool) -> SpectrumAccumulator:
+        """The accumulator of all columns, centred or raw. Call the raw case last: it is computed in place."""
+        return self.spectrum.fold(0.0 if centred else 1.0)
 
     def dead_units(self) -> int:
-        """Columns of zeros."""
+        """Number of columns of zeros."""
         return int(self.num_dead)
 
 
-def num_redistributions(num_columns: int, num_rows: int, world_size: int, block_bytes: int) -> list[Span]:
-    """The blocks in which columns are turned: each leaves a rank at most `block_bytes` of whole columns in float64.
+def redistribution_blocks(num_columns: int, num_rows: int, world_size: int, block_bytes: int) -> list[Span]:
+    """The column blocks of a redistribution: each gives a rank at most `block_bytes` of full columns in float64.
 
-    >>> num_redistributions(5, num_rows=7, world_size=2, block_bytes=64)
+    >>> redistribution_blocks(5, num_rows=7, world_size=2, block_bytes=64)
     [Span(start=0, stop=2), Span(start=2, stop=4), Span(start=4, stop=5)]
     """
     width = max(1, block_bytes // (8 * (num_rows + 1))) * world_size
     return [Span(at, min(at + width, num_columns)) for at in range(0, num_columns, width)]
 
 
-def merge(matrices: Sequence[PrimalAccumulator | DualAccumulator], world: World) -> None:
-    """Bring all ranks' parts together, in place, for all matrices at once. Collective.
+def merge_ranks(matrices: Sequence[PrimalAccumulator | DualAccumulator], world: World) -> None:
+    """Combine the accumulators of all ranks, in place, for all matrices together. Collective.
 
-    Counts, means and numbers of dead units take one all-reduce, the packed triangles one per 16 MiB; with `tsqr`,
-    triangles climb a tree instead.
+    Counts, means and numbers of dead units take one all-reduce, packed triangles one per 16 MiB; with `tsqr`,
+    triangular factors are combined in a binary tree instead.
     """
     if world.size == 1 or not matrices:
         return
-    facts = [
+    summaries = [
         torch.cat([m.mean_D.new_tensor([m.count]), m.mean_D * m.count])
         if isinstance(m, PrimalAccumulator)
         else m.num_dead[None]
         for m in matrices
     ]
-    totals = world.all_reduce(torch.cat(facts)).split([len(fact) for fact in facts])
+    totals = world.all_reduce(torch.cat(summaries)).split([len(summary) for summary in summaries])
     for matrix, total in zip(matrices, totals, strict=True):
         if isinstance(matrix, DualAccumulator):
             matrix.num_dead = total[0]
             continue
         mean_D = total[1:] / total[0]
-        matrix.square.add((matrix.mean_D - mean_D)[:, None] * matrix.count**0.5)
+        matrix.spectrum.add((matrix.mean_D - mean_D)[:, None] * matrix.count**0.5)
         matrix.count, matrix.mean_D = int(total[0]), mean_D
-    squares = [matrix.square for matrix in matrices]
-    all_reduce([square for square in squares if isinstance(square, GramAccumulator)], world)
-    for square in squares:
-        if isinstance(square, QRAccumulator):
-            square.all_reduce(world)
+    accumulators = [matrix.spectrum for matrix in matrices]
+    all_reduce_grams([accumulator for accumulator in accumulators if isinstance(accumulator, GramAccumulator)], world)
+    for accumulator in accumulators:
+        if isinstance(accumulator, QRAccumulator):
+            accumulator.all_reduce(world)

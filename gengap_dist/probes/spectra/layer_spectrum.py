@@ -1,8 +1,8 @@
-"""From one layer's singular values to every measure of its rank. Pure: no network, no ranks.
+"""Computes all rank measures from the singular values of one layer. Pure: no network, no ranks.
 
 A is the layer's activation matrix, N rows (samples) by D columns (units); s_1 >= ... >= s_m are its singular values
-divided by sqrt(N), m = min(N, D). Values below the numerical floor are rounding noise and stand as 0: they count as
-small (they are), but they never enter a sum, and a threshold below the floor gives no measure at all.
+divided by sqrt(N), m = min(N, D). Values below the numerical floor are rounding noise and are set to 0: they count
+as small, but they never enter a sum, and a threshold below the floor gives no measure.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,21 @@ import torch
 from torch import Tensor
 
 TAUS = (1e-1, 1e-2, 1e-3)  # thresholds of near-rank loss, the paper's sigma << 1
-ACTIVATION_FLOORS = {  # of the raw matrix's s_1: what is lost when activations are rounded to their precision
+ACTIVATION_FLOORS = {  # relative to s_1 of the raw matrix: rounding error of activations in their dtype
     torch.float64: 0.0,
     torch.float32: 2e-8,
     torch.float16: 2e-5,
     torch.bfloat16: 1.5e-4,
 }
 
-RANKS = ("effective_rank", "energy_effective_rank", "stable_rank", "participation_ratio", "pca_99", "srank_1e-2")
+RANK_MEASURES = (
+    "effective_rank",
+    "energy_effective_rank",
+    "stable_rank",
+    "participation_ratio",
+    "pca_99",
+    "srank_1e-2",
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class LayerSpectrum:
     view: str
     """How the activation became a matrix: "" for [N, D], else channel, pool, flatten or token."""
     centred: bool
-    """Whether column means were taken out."""
+    """Whether column means were subtracted."""
     num_samples: int
     """N, rows of the matrix over all ranks."""
     num_units: int
@@ -52,10 +59,10 @@ class LayerSpectrum:
         return "/".join(part for part in (self.layer, self.view, "centred" if self.centred else "") if part)
 
     def measures(self) -> dict[str, float]:
-        """Every rank measure that these singular values support; see docs/measures.md for the formulas.
+        """All rank measures that these singular values support; docs/measures.md has the formulas.
 
-        A zero is below every threshold. A matrix of zeros has rank 0 by every measure of rank, and all of it is lost.
-        Measures that would have to look below the floor are left out.
+        A zero is below every threshold. A matrix of zeros has rank 0 by every measure, and near-rank loss 1.
+        Measures that need values below the floor are omitted.
 
         >>> s = torch.tensor([1.0, 0.5, 1e-3, 0.0]).double()
         >>> values = LayerSpectrum("fc", "", False, 100, 4, s, floor=1e-8, dead_units=1).measures()
@@ -75,7 +82,7 @@ class LayerSpectrum:
                     out[f"near_rank_count/{kind}_{name}"] = float(count)
                     out[f"near_rank_loss/{kind}_{name}"] = count / m
         if len(alive) == 0:
-            return out | dict.fromkeys(RANKS, 0.0)
+            return out | dict.fromkeys(RANK_MEASURES, 0.0)
         if len(alive) == m:
             out["sigma_min"] = float(s[-1])
             out["condition_number"] = float(s[0] / s[-1])
@@ -103,7 +110,7 @@ def _exp_entropy(values: Tensor) -> float:
 
 
 def _least_k(values: Tensor, share: float) -> int:
-    """Least k such that the first k values hold `share` of the sum.
+    """The smallest k such that the first k values hold `share` of the sum.
 
     >>> _least_k(torch.tensor([9.0, 0.5, 0.45, 0.05]).double(), 0.99)
     3

@@ -1,5 +1,6 @@
-"""The triangular factor of a matrix that comes piece by piece, and over ranks: exact to eps s_1, where a Gram matrix
-leaves sqrt(eps) s_1. Slower; the cross-check, and the choice when the activations themselves are float64.
+"""The triangular factor of a matrix that is added block by block, over all ranks.
+
+It is exact to eps s_1, a Gram matrix to sqrt(eps) s_1. It is slower: for cross-checks and float64 activations.
 
 Tall-skinny QR (Demmel, Grigori, Hoemmen & Langou 2012): the R of two stacked matrices is the R of their stacked Rs.
 Shapes as in `gram`: B is [k, n], R is [k, k] with R^T R = B B^T.
@@ -18,10 +19,10 @@ from gengap_dist.probes.spectra.gram import SpectrumAccumulator
 class QRAccumulator(SpectrumAccumulator):
     """R of a QR decomposition of B^T."""
 
-    relative_floor = 64 * 2.0**-52  # 64 eps; 6 eps is what noise reaches, see benchmarks/gram_floor.py
+    relative_floor = 64 * 2.0**-52  # 64 eps; noise reaches 6 eps, see benchmarks/gram_floor.py
 
     def __init__(self, size: int, device: torch.device) -> None:
-        """Of no columns yet."""
+        """An accumulator without columns."""
         self.root_kk = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     @classmethod
@@ -30,9 +31,9 @@ class QRAccumulator(SpectrumAccumulator):
         new.root_kk = root_kk
         return new
 
-    def add(self, piece_kn: Tensor) -> None:
+    def add(self, block_kn: Tensor) -> None:
         """See `SpectrumAccumulator.add`."""
-        self.root_kk = torch.linalg.qr(torch.cat([self.root_kk, piece_kn.T]), mode="r").R
+        self.root_kk = torch.linalg.qr(torch.cat([self.root_kk, block_kn.T]), mode="r").R
 
     def fold(self, weight: float) -> "QRAccumulator":
         """See `SpectrumAccumulator.fold`."""
@@ -55,12 +56,12 @@ class QRAccumulator(SpectrumAccumulator):
         return torch.linalg.svdvals(self.root_kk)
 
     def all_reduce(self, world: World) -> None:
-        """R of all ranks' matrices stacked, in place: up a binary tree to rank 0, and back to all. Collective."""
-        stride, none = 1, self.root_kk[:0]
+        """R of the stacked matrices of all ranks, in place: a binary tree to rank 0, then a broadcast. Collective."""
+        stride, no_rows = 1, self.root_kk[:0]
         while stride < world.size:
             sends = world.rank % (2 * stride) == stride
             receives = world.rank % (2 * stride) == 0 and world.rank + stride < world.size
-            chunks = [self.root_kk if sends and to == world.rank - stride else none for to in range(world.size)]
+            chunks = [self.root_kk if sends and to == world.rank - stride else no_rows for to in range(world.size)]
             heights = [len(self.root_kk) if receives and of == world.rank + stride else 0 for of in range(world.size)]
             received = world.all_to_all(chunks, heights)
             if receives:

@@ -1,4 +1,4 @@
-"""What is added to plain training: other gradients, another objective, other weights to evaluate."""
+"""Extensions of plain training: other gradients, other objectives, other weights for evaluation."""
 
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.batch_loader import BatchLoader
@@ -10,9 +10,11 @@ from gengap_dist.training.algorithms.weight_averaging import WeightAveraging
 
 
 def build_algorithm(
-    config: RunConfig, strategy: Strategy, batches: BatchLoader, order: EpochSampler, num_steps: int
+    config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
 ) -> TrainingAlgorithm:
-    """The course that `config.algorithm` asks for, of a strategy that is set up."""
+    """The training algorithm that `config.algorithm` selects; `strategy` must be set up."""
     algorithm = config.algorithm
-    kind = WeightAveraging if algorithm.weight_averaging else LocalSGD if algorithm.local_sgd else TrainingAlgorithm
-    return kind(config, strategy, batches, order, num_steps)
+    algorithm_class = (
+        WeightAveraging if algorithm.weight_averaging else LocalSGD if algorithm.local_sgd else TrainingAlgorithm
+    )
+    return algorithm_class(config, strategy, batches, sampler, num_steps)

@@ -1,4 +1,4 @@
-"""How a run goes from step to step, and which network it stands for; plain training, and what all algorithms share."""
+"""Defines the training step and the model that is evaluated: plain training, and code shared by all algorithms."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -20,39 +20,39 @@ from gengap_dist.training.step import ComputeGradient, Objective, StepBatch, tra
 
 
 class StepResult(NamedTuple):
-    """What one rank knows of a step."""
+    """The result of a step on one rank."""
 
     size: int
-    """Samples behind it, over all ranks."""
+    """Samples of the step, over all ranks."""
     lr: float
-    """The rate it was taken at."""
+    """Learning rate."""
     sums: Tensor
-    """This rank's, see `accumulate`."""
+    """Sums of this rank, see `accumulate`."""
     norm: Tensor | None
-    """Of the global gradient; None: the root of the last of the sums, over all ranks."""
+    """Norm of the global gradient; None: the root of the last of the sums, over all ranks."""
 
 
 class TrainingAlgorithm:
-    """One strategy's steps; the network of the run is the one that trains."""
+    """Plain training with one strategy; the evaluated model is the trained one."""
 
     def __init__(
-        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, order: EpochSampler, num_steps: int
+        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
     ) -> None:
-        """The course of `strategy`, which is set up, over `batches` in `order`, for `num_steps` steps.
+        """`num_steps` steps of `strategy`, which is set up, over `batches` in the order of `sampler`.
 
         Raises:
             UsageError: if algorithm.rank_layers names a layer that the network does not have.
         """
         algorithm = config.algorithm
-        self.config, self.strategy, self.batches, self.order = config, strategy, batches, order
-        self.num_steps = num_steps  # that the strategy takes; what comes after them is not read ahead
+        self.config, self.strategy, self.batches, self.sampler = config, strategy, batches, sampler
+        self.num_steps = num_steps  # of the strategy; no prefetch beyond them
         self.objective = Objective(algorithm.label_smoothing)
         if algorithm.rank_penalty is not None:
             self.objective = RankPenalty(algorithm)
-            self.objective.layers(strategy.model, lambda: batches(order.indices(0)[:1], 0)[0])
-        self.make = make_gradient(algorithm)
+            self.objective.penalized_layers(strategy.model, lambda: batches(sampler.indices(0)[:1], 0)[0])
+        self.compute_gradient = gradient_function(algorithm)
         self._spans: dict[int, list[Span]] = {}
-        for phase in order.phases:
+        for phase in sampler.phases:
             spans = batch_plan_for(config, phase.size, strategy.world.size).micro_batches(strategy.world.rank)
             strategy.compiled_batch_sizes.update(span.size for span in spans)
 
@@ -60,75 +60,82 @@ class TrainingAlgorithm:
         """Step number `step`, from 0. Collective."""
         self._seed(step, self.strategy.world.rank)
         self.strategy.set_rates(lr, momentum)
-        work = self._work(step)
+        step_batch = self._step_batch(step)
         if step + 1 < self.num_steps:
-            coming = self._work(step + 1)
-            with self.strategy.world.timer.phase("data"):  # what is coming is read while this step computes
-                self.batches.prefetch(coming.indices[coming.spans[0].start : coming.spans[-1].stop])
+            next_batch = self._step_batch(step + 1)
+            with self.strategy.world.timer.phase("data"):  # overlaps with the computation of this step
+                self.batches.prefetch(next_batch.indices[next_batch.spans[0].start : next_batch.spans[-1].stop])
         return StepResult(
-            len(work.indices), lr, *train_step(self.strategy, self.batches, work, self.objective, self.make)
+            len(step_batch.indices),
+            lr,
+            *train_step(self.strategy, self.batches, step_batch, self.objective, self.compute_gradient),
         )
 
-    def _seed(self, step: int, who: int) -> None:
-        """For layers that ask torch for their draws; torch.manual_seed takes 0.3 ms, most of it for other devices."""
-        seed = ((self.config.seed * 1_000_003 + step) * 65_537 + who) % 2**63
+    def _seed(self, step: int, stream: int) -> None:
+        """Seed torch's generators, for layers that use them; torch.manual_seed takes 0.3 ms, mostly for other GPUs."""
+        seed = ((self.config.seed * 1_000_003 + step) * 65_537 + stream) % 2**63
         torch.default_generator.manual_seed(seed)
         if self.strategy.world.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _work(self, step: int) -> StepBatch:
+    def _step_batch(self, step: int) -> StepBatch:
         world = self.strategy.world
         with world.timer.phase("data"):
-            indices, epoch = self.order.indices(step), self.order.epoch(step)
+            indices, epoch = self.sampler.indices(step), self.sampler.epoch(step)
         size = len(indices)
         if size not in self._spans:
-            plan, lockstep = batch_plan_for(self.config, size, world.size), self.strategy.equal_micro_batches_required
-            self._spans[size] = plan.micro_batches(world.rank, equal_counts=lockstep)
+            plan, equal_counts = (
+                batch_plan_for(self.config, size, world.size),
+                self.strategy.equal_micro_batches_required,
+            )
+            self._spans[size] = plan.micro_batches(world.rank, equal_counts=equal_counts)
         return StepBatch(indices, epoch, self._spans[size], (self.config.seed, step))
 
     def unsharded_model(self) -> AbstractContextManager[nn.Module]:
-        """The plain network that trains, as checkpoints keep it; see `Strategy.unsharded_model`. Collective."""
+        """The unsharded trained network, as saved in checkpoints; see `Strategy.unsharded_model`. Collective."""
         return self.strategy.unsharded_model()
 
     def evaluated_model(self) -> AbstractContextManager[nn.Module]:
-        """The plain network that the run stands for, on every rank, to look at; see `Strategy.unsharded_model`. Collective.
+        """The unsharded network to evaluate, on every rank; see `Strategy.unsharded_model`. Collective.
 
-        Buffers of the network that trains are to be averaged before.
+        The buffers of the trained network must be averaged before.
         """
         return self.unsharded_model()
 
     def state(self) -> dict[str, Any]:
-        """What it remembers besides the strategy's network and optimizer; whole on rank 0. Collective."""
+        """The state besides the strategy's network and optimizer; complete on rank 0. Collective."""
         return {}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, which is whole on every rank. Collective."""
+        """Continue from `state`, which is complete on every rank. Collective."""
 
 
 def first_step_after(setting: str, share: float, num_steps: int) -> int:
-    """The step, from 0, with which the last part of a run begins, after `share` of its steps.
+    """The first step, from 0, of the last part of a run, after the fraction `share` of its steps.
 
     >>> first_step_after("algorithm.average_start", 0.75, num_steps=10)
     8
 
     Raises:
-        UsageError: if nothing is left.
+        UsageError: if no step remains.
     """
     if (first := round(share * num_steps)) < num_steps:
         return first
-    raise UsageError(f"{setting} ({share:g}) leaves none of {num_steps} steps after it: choose less, or a longer run")
+    raise UsageError(
+        f"{setting} ({share:g}) leaves none of {num_steps} steps after it: choose a smaller value, or a longer run"
+    )
 
 
 def batch_plan_for(config: RunConfig, size: int, num_ranks: int) -> BatchPlan:
-    """How a global batch of `size` is cut among so many ranks: a penalty's groups are micro-batches of their own."""
+    """How a global batch of `size` is split over `num_ranks` ranks; each group of a penalty is one micro-batch."""
     batch, group = config.batch, config.algorithm.penalty_size
     if group:
         return BatchPlan(size, num_ranks, group, group)
     return BatchPlan(size, num_ranks, batch.max_micro_size, batch.ghost_size)
 
 
-def make_gradient(algorithm: AlgorithmConfig) -> ComputeGradient | None:
-    """How this algorithm makes a step's direction; None: as plain training does."""
+def gradient_function(algorithm: AlgorithmConfig) -> ComputeGradient | None:
+    """The function that computes the direction of a step; None: the plain gradient."""
     if algorithm.sam_rho is not None:
         return sam(algorithm.sam_rho)
     if algorithm.gradient_penalty is not None:

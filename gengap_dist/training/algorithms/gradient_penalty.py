@@ -16,43 +16,45 @@ STEP = 0.01  # length of the forward difference in parameter space, as in DARTS 
 def gradient_penalty(coefficient: float) -> ComputeGradient:
     """Gradient of the mean loss + c/2 mean_b |g_b|^2, the mean over groups of samples: g + c mean_b H_b g_b.
 
-    H_b g_b is the forward difference (g_b(w + e g_b) - g_b(w)) / e with e = 0.01 / |g_b|. Every span of the work is one
+    H_b g_b is the forward difference (g_b(w + e g_b) - g_b(w)) / e with e = 0.01 / |g_b|. Every span of the step is one
     group. With c = lr / 2 it is the bias of plain SGD's own steps (Smith et al. 2021), made explicit (Geiping et al.
     2022).
     """
 
-    def make(strategy: Strategy, batches: BatchLoader, work: StepBatch, objective: Objective) -> tuple[Tensor, None]:
+    def compute_gradient(
+        strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective
+    ) -> tuple[Tensor, None]:
         world = strategy.world
         parameters = [p for p in strategy.model.parameters() if p.requires_grad]
         direction = [torch.zeros_like(p) for p in parameters]
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=world.device)
 
         def gradient(span: Span, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-            strategy.position.move_to(span.start, len(work.indices), world.size, *work.key)
+            strategy.position.move_to(span.start, len(step_batch.indices), world.size, *step_batch.rng_key)
             with world.timer.span("forward"):
                 logits = strategy.local_forward(images)
                 loss_sum = objective.loss_sum(logits, labels)
             with world.timer.span("backward"):
-                found = torch.autograd.grad(loss_sum / len(labels), parameters, materialize_grads=True)
-            return logits, loss_sum, found
+                gradients = torch.autograd.grad(loss_sum / len(labels), parameters, materialize_grads=True)
+            return logits, loss_sum, gradients
 
-        for span in work.spans:
+        for span in step_batch.spans:
             if not span.size:
                 continue
             with world.timer.phase("data"):
-                images, labels = batches(work.indices[span.start : span.stop], work.epoch)
-            logits, loss_sum, here = gradient(span, images, labels)
-            step = STEP / (nn.utils.get_total_norm(here) + TINY)
-            with perturbed(parameters, list(here), step), frozen_running_stats(strategy.model):
-                *_, there = gradient(span, images, labels)
-            weight = span.size / len(work.indices)
-            for total, g, ahead in zip(direction, here, there, strict=True):
+                images, labels = batches(step_batch.indices[span.start : span.stop], step_batch.epoch)
+            logits, loss_sum, gradient_at_w = gradient(span, images, labels)
+            step = STEP / (nn.utils.get_total_norm(gradient_at_w) + TINY)
+            with perturbed(parameters, list(gradient_at_w), step), frozen_running_stats(strategy.model):
+                *_, gradient_ahead = gradient(span, images, labels)
+            weight = span.size / len(step_batch.indices)
+            for total, g, ahead in zip(direction, gradient_at_w, gradient_ahead, strict=True):
                 total += weight * (g + coefficient * (ahead - g) / step)
             sums[0] += loss_sum.detach()
             sums[1] += (logits.detach().argmax(1) == labels).sum()
-        with strategy.micro_step(last=True):  # the gradient of <p, direction> is the direction: ranks' are summed
+        with strategy.micro_step(last=True):  # the gradient of <p, direction> is direction; the all-reduce sums it
             linear = sum((p * d).sum() for p, d in zip(parameters, direction, strict=True))
-            zero_contribution_pass(strategy, batches, work.epoch, linear)
+            zero_contribution_pass(strategy, batches, step_batch.epoch, linear)
         return sums, None
 
-    return make
+    return compute_gradient

@@ -1,8 +1,8 @@
-"""Runs whose last part is trained by several networks, each on its own: post-local SGD and SWAP.
+"""Post-local SGD and SWAP: in the last part of a run, several workers train independent copies of the network.
 
-There are K = algorithm.workers of them, dealt out to the ranks in turn, so the algorithm does not depend on the number
-of ranks; a rank holds at most ceil(K / ranks), with their optimizers. Between two averages no gradient or weight
-crosses.
+The K = algorithm.workers workers are distributed round-robin over ranks, so the algorithm does not depend on the number
+of ranks. A rank holds at most ceil(K / ranks) workers, with their optimizers. Between two averages, ranks exchange no
+gradients or weights.
 """
 
 import io
@@ -31,135 +31,137 @@ from gengap_dist.training.step import NUM_SUMS, StepBatch, train_step
 
 @final
 class LocalSGD(TrainingAlgorithm):
-    """Plain up to `first_step`; from there the network of the run is the average of K, each a copy of it at first.
+    """Plain training before `first_step`; then the evaluated model is the average of K workers, initially equal copies.
 
-    post_local_sgd (Lin et al. 2020): a worker has its share of every global batch, and the run's rate; after every
-    algorithm.local_steps all have the average's parameters and running statistics, and keep their own momentum.
+    post_local_sgd (Lin et al. 2020): a worker has its share of every global batch, and the run's learning rate; after
+    every algorithm.local_steps all get the averaged parameters and running statistics, and keep their own momentum.
 
-    swap (Gupta et al. 2020): a worker visits all images in an order of its own, B / K in a step, at the run's rate
-    times scaled_lr(B / K) / scaled_lr(B). The average gets running statistics of its own.
+    swap (Gupta et al. 2020): a worker visits all images in its own order, B / K per step, with the run's learning
+    rate times scaled_lr(B / K) / scaled_lr(B). Running statistics are recomputed for the average.
 
-    The strategy's network, which no longer trains, is where the average is put.
+    The average is stored in the strategy's network, which is no longer trained.
     """
 
     def __init__(
-        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, order: EpochSampler, num_steps: int
+        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
     ) -> None:
         """See `TrainingAlgorithm`."""
         self.first_step = first_step_after("algorithm.local_start", config.algorithm.local_start, num_steps)
-        super().__init__(config, strategy, batches, order, self.first_step)
+        super().__init__(config, strategy, batches, sampler, self.first_step)
         self.num_workers, self.world = config.algorithm.workers, strategy.world
-        self.begun = False
-        self.workers: dict[int, Strategy] = {}  # those of this rank
-        self._is_average = False  # what the strategy's network holds is the average of the workers as they are
-        self._shares: dict[int, list[Span]] = {}  # of the workers, by the size of the step
-        self.rate = 1.0
+        self.has_workers = False
+        self.workers: dict[int, Strategy] = {}  # workers of this rank
+        self._holds_average = False  # the strategy's network is the average of the current workers
+        self._shares: dict[int, list[Span]] = {}  # spans of the workers, by step size
+        self.lr_factor = 1.0
         if config.algorithm.local_sgd == "swap":
-            own = config.batch.global_size // self.num_workers
-            self.rate = scaled_lr(config.optim, own) / scaled_lr(config.optim, config.batch.global_size)
-            self.orders = [EpochSampler(order.num_samples, own, config.seed, worker=w) for w in range(self.num_workers)]
+            worker_size = config.batch.global_size // self.num_workers
+            self.lr_factor = scaled_lr(config.optim, worker_size) / scaled_lr(config.optim, config.batch.global_size)
+            self.samplers = [
+                EpochSampler(sampler.num_samples, worker_size, config.seed, worker=w) for w in range(self.num_workers)
+            ]
 
     def step(self, step: int, lr: float, momentum: float) -> StepResult:
-        """See `TrainingAlgorithm.step`. In the local part collective only where workers are averaged.
+        """See `TrainingAlgorithm.step`. In the local part it is collective only when workers are averaged.
 
-        The norm is the root of the mean square of those of the workers that have samples.
+        The norm is the root mean square over the workers that have samples.
         """
         if step < self.first_step:
             return super().step(step, lr, momentum)
-        if not self.begun:
+        if not self.has_workers:
             average_buffers(self.strategy.model, self.world)
-            self._begin(self.strategy.optimizer_state())
+            self._create_workers(self.strategy.optimizer_state())
         with self.world.timer.phase("data"):
-            sizes, parts = self._parts(step)
+            sizes, worker_batches = self._worker_batches(step)
         if step == self.first_step and not self.config.optim.momentum_correction:
-            momentum /= self.rate  # the form v = m v + lr g, in which momentum keeps the rate before
-        lr *= self.rate
+            momentum /= self.lr_factor  # the form v = m v + lr g: momentum contains the previous rate
+        lr *= self.lr_factor
         num_active = sum(size > 0 for size in sizes)
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.world.device)
         for worker, strategy in self.workers.items():
-            indices, epoch = parts[worker]
-            if not len(indices):  # at a ragged end of an epoch: this worker makes no step at all
+            indices, epoch = worker_batches[worker]
+            if not len(indices):  # incomplete last batch of an epoch: this worker makes no step
                 continue
             self._seed(step, worker)
             strategy.set_rates(lr, momentum)
             spans = batch_plan_for(self.config, len(indices), 1).micro_batches(0)
-            work = StepBatch(indices, epoch, spans, (self.config.seed, step, worker))
-            found, norm = train_step(strategy, self.batches, work, self.objective, self.make)
-            sums[:2] += found[:2]
-            sums[-2] += found[-2] / num_active
+            step_batch = StepBatch(indices, epoch, spans, (self.config.seed, step, worker))
+            worker_sums, norm = train_step(strategy, self.batches, step_batch, self.objective, self.compute_gradient)
+            sums[:2] += worker_sums[:2]
+            sums[-2] += worker_sums[-2] / num_active
             sums[-1] += norm.double().square() / num_active
-        self._is_average = False
+        self._holds_average = False
         algorithm = self.config.algorithm
         if algorithm.local_sgd == "post_local_sgd" and (step - self.first_step + 1) % algorithm.local_steps == 0:
             self._average()
             for strategy in self.workers.values():
-                _put(_flat(self.strategy.model), strategy.model)
+                _copy_from_flat(_flat(self.strategy.model), strategy.model)
         return StepResult(sum(sizes), lr, sums, None)
 
-    def _parts(self, step: int) -> tuple[list[int], dict[int, tuple[Tensor, int]]]:
-        """Number of each worker's images in a step; and of this rank's workers the images, and the epoch they show."""
+    def _worker_batches(self, step: int) -> tuple[list[int], dict[int, tuple[Tensor, int]]]:
+        """Images per worker in a step; for this rank's workers, the image indices and the epoch for augmentation."""
         if self.config.algorithm.local_sgd == "swap":
-            at, begun = step - self.first_step, self.order.epoch(self.first_step)
-            # epochs that augment as neither another worker's do nor those of the run before
-            epoch = begun + 1 + self.orders[0].epoch(at) * self.num_workers
-            sizes = [len(self.orders[0].indices(at))] * self.num_workers
-            return sizes, {worker: (self.orders[worker].indices(at), epoch + worker) for worker in self.workers}
-        indices, epoch = self.order.indices(step), self.order.epoch(step)
+            at, first_local_epoch = step - self.first_step, self.sampler.epoch(self.first_step)
+            # an epoch number that no other worker and no earlier epoch uses, for augmentation
+            epoch = first_local_epoch + 1 + self.samplers[0].epoch(at) * self.num_workers
+            sizes = [len(self.samplers[0].indices(at))] * self.num_workers
+            return sizes, {worker: (self.samplers[worker].indices(at), epoch + worker) for worker in self.workers}
+        indices, epoch = self.sampler.indices(step), self.sampler.epoch(step)
         if len(indices) not in self._shares:
             plan = batch_plan_for(self.config, len(indices), self.num_workers)
-            cuts = map(plan.micro_batches, range(self.num_workers))
-            self._shares[len(indices)] = [Span(spans[0].start, spans[-1].stop) for spans in cuts]
+            worker_spans = map(plan.micro_batches, range(self.num_workers))
+            self._shares[len(indices)] = [Span(spans[0].start, spans[-1].stop) for spans in worker_spans]
         shares = self._shares[len(indices)]
         return [span.size for span in shares], {w: (indices[slice(*shares[w])], epoch) for w in self.workers}
 
-    def _begin(self, optimizer_state: OptimizerState) -> None:
-        """Make this rank's workers, all like the strategy's network."""
-        self.begun = True
-        alone = World(0, 1, self.world.device, self.world.timer)
+    def _create_workers(self, optimizer_state: OptimizerState) -> None:
+        """Create this rank's workers as copies of the strategy's network."""
+        self.has_workers = True
+        single_rank_world = World(0, 1, self.world.device, self.world.timer)
         for worker in range(self.world.rank, self.num_workers, self.world.size):
-            strategy = self.workers[worker] = Single(self.config, alone)
+            strategy = self.workers[worker] = Single(self.config, single_rank_world)
             strategy.setup(deepcopy(self.strategy.model).train(), partial(build_optimizer, self.config.optim))
             strategy.load_optimizer_state(optimizer_state)
             strategy.scaler.load_state_dict(self.strategy.scaler.state_dict())
-        self.strategy.optimizer.state.clear()  # the workers' count from here on
+        self.strategy.optimizer.state.clear()  # from now on only the workers' optimizers are used
 
     def _average(self) -> None:
-        """Put the workers' mean into the strategy's network. Collective."""
+        """Store the mean of the workers in the strategy's network. Collective."""
         total = torch.zeros_like(_flat(self.strategy.model))
         for strategy in self.workers.values():
             total += _flat(strategy.model)
-        _put(self.world.all_reduce(total, "average of the workers") / self.num_workers, self.strategy.model)
-        self._is_average = True
+        _copy_from_flat(self.world.all_reduce(total, "average of the workers") / self.num_workers, self.strategy.model)
+        self._holds_average = True
 
     def unsharded_model(self) -> AbstractContextManager[nn.Module]:
-        """See `TrainingAlgorithm.whole`."""
+        """See `TrainingAlgorithm.unsharded_model`."""
         model = self.strategy.model
-        if self.begun and not self._is_average:
+        if self.has_workers and not self._holds_average:
             self._average()
             if self.config.algorithm.local_sgd == "swap" and has_batch_norm(model):
                 recompute_running_stats(model, self.batches, self.world, self.config.batch.ghost_size)
         return self.strategy.unsharded_model()
 
     def state(self) -> dict[str, Any]:
-        """See `TrainingAlgorithm.state`. Rank 0 has all workers' on its CPU."""
-        if not self.begun:
+        """See `TrainingAlgorithm.state`. Rank 0 has the state of all workers, on its CPU."""
+        if not self.has_workers:
             return {}
-        mine = {worker: _packed(strategy) for worker, strategy in self.workers.items()}
+        own_states = {worker: _serialized(strategy) for worker, strategy in self.workers.items()}
         sizes = torch.zeros(self.num_workers, dtype=torch.int64)
-        for worker, packed in mine.items():
+        for worker, packed in own_states.items():
             sizes[worker] = len(packed)
         states = []
         for worker, size in enumerate(self.world.all_reduce(sizes, "sizes of the workers").tolist()):
-            packed = mine.pop(worker, None)
-            told = torch.zeros(size, dtype=torch.uint8) if packed is None else packed
-            self.world.all_reduce(told, "state of a worker")
+            packed = own_states.pop(worker, None)
+            buffer = torch.zeros(size, dtype=torch.uint8) if packed is None else packed
+            self.world.all_reduce(buffer, "state of a worker")
             if self.world.rank == 0:
-                states.append(torch.load(io.BytesIO(told.numpy().tobytes()), map_location="cpu", weights_only=True))
+                states.append(torch.load(io.BytesIO(buffer.numpy().tobytes()), map_location="cpu", weights_only=True))
         return {"workers": states}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """See `TrainingAlgorithm.load`."""
-        self._begin({})
+        self._create_workers({})
         for worker, strategy in self.workers.items():
             strategy.model.load_state_dict(state["workers"][worker]["model"])
             strategy.load_optimizer_state(state["workers"][worker]["optimizer"])
@@ -172,19 +174,19 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def _flat(model: nn.Module) -> Tensor:
-    """Parameters and running statistics, one after the other."""
+    """Parameters and running statistics, flattened and concatenated."""
     return torch.cat([tensor.flatten() for tensor in _tensors(model)])
 
 
 @torch.no_grad()
-def _put(flat: Tensor, model: nn.Module) -> None:
+def _copy_from_flat(flat: Tensor, model: nn.Module) -> None:
     tensors = _tensors(model)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
-def _packed(strategy: Strategy) -> Tensor:
-    """Network and optimizer as bytes [n], on the CPU: so they go from rank to rank bit for bit, whatever is in them."""
+def _serialized(strategy: Strategy) -> Tensor:
+    """Network and optimizer as bytes [n] on the CPU, so that ranks exchange them bit for bit."""
     file = io.BytesIO()
     scaler = strategy.scaler.state_dict()
     torch.save({"model": strategy.model.state_dict(), "optimizer": strategy.optimizer_state(), "scaler": scaler}, file)

@@ -1,4 +1,4 @@
-"""The causal arm: a loss that raises the rank of layers' activations directly.
+"""A penalty that increases the rank of activations directly, for causal experiments.
 
 Shapes: N rows (samples, or samples x positions of a convolution) of the whole global batch, D units.
 """
@@ -17,14 +17,14 @@ from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.probes.activations import capture_activations, eval_context
-from gengap_dist.probes.layers import Layer, choose
+from gengap_dist.probes.layers import Layer, select_layers
 from gengap_dist.training.step import Objective, StepBatch
 
-FLOOR = 1e-3  # relative to the mean eigenvalue: what logdet takes for zero, so that a dead unit costs 7, not infinity
+FLOOR = 1e-3  # relative to the mean eigenvalue; so a dead unit costs 7, not infinity
 
 
 def logdet(covariance_DD: Tensor) -> Tensor:
-    """-1/D sum_i log(l_i / mean(l) + FLOOR): 0 (but for FLOOR) if all eigenvalues l are equal, more the fewer matter.
+    """-1/D sum_i log(l_i / mean(l) + FLOOR): 0 (up to FLOOR) if all eigenvalues l are equal, larger for lower rank.
 
     >>> round(logdet(torch.eye(3).double()).item(), 4), round(logdet(torch.diag(torch.tensor([1.0, 1e-9]))).item(), 4)
     (-0.001, 3.1071)
@@ -50,9 +50,9 @@ MEASURES = {"logdet": logdet, "spread": spread}
 class RankPenalty(Objective):
     """Cross-entropy plus `strength` times a measure of the activations' covariance C over the whole global batch.
 
-    C needs every rank and micro-batch, and its gradient must reach each: so one pass without gradients finds C and the
-    mean m, then with M = dR/dC, a constant, every row h of the training pass adds (h - m)^T M (h - m) / N, whose
-    gradient 2 M (h - m) / N is that of R, exactly.
+    C depends on every rank and micro-batch, and so does the gradient. One pass without gradients computes C and the
+    mean m. With the constant M = dR/dC, every row h of the training pass then adds (h - m)^T M (h - m) / N, whose
+    gradient 2 M (h - m) / N is exactly that of R.
     """
 
     def __init__(self, config: AlgorithmConfig) -> None:
@@ -64,25 +64,25 @@ class RankPenalty(Objective):
         self._terms: list[Tensor] = []
         self._value: Tensor | float = 0.0
 
-    def layers(self, model: nn.Module, example: Callable[[], Tensor]) -> list[Layer]:
-        """The layers it holds for, which one pass of an example finds.
+    def penalized_layers(self, model: nn.Module, example: Callable[[], Tensor]) -> list[Layer]:
+        """The penalized layers, found in one pass of an example.
 
         Raises:
-            UsageError: if a pattern matches none.
+            UsageError: if a pattern matches no layer.
         """
         if model not in self._layers:
             try:
                 with eval_context(model):
-                    self._layers[model] = choose(model, example(), self.patterns)
+                    self._layers[model] = select_layers(model, example(), self.patterns)
             except UsageError as error:
                 raise UsageError(str(error).replace("probe.layers", "algorithm.rank_layers")) from None
         return self._layers[model]
 
     @contextmanager
-    def step_context(self, strategy: Strategy, batches: BatchLoader, work: StepBatch) -> Iterator[None]:
-        """See `Objective.over`. Collective: one forward pass, and one sum over ranks."""
+    def step_context(self, strategy: Strategy, batches: BatchLoader, step_batch: StepBatch) -> Iterator[None]:
+        """See `Objective.step_context`. Collective: one forward pass, and one sum over ranks."""
         model, world = strategy.model, strategy.world
-        layers = self.layers(model, lambda: batches(work.indices[:1], work.epoch)[0])
+        layers = self.penalized_layers(model, lambda: batches(step_batch.indices[:1], step_batch.epoch)[0])
         sums = {
             layer.name: torch.zeros(units + 1, units + 1, dtype=torch.float64, device=world.device)
             for layer, units in ((layer, _units(layer)) for layer in layers)
@@ -91,40 +91,43 @@ class RankPenalty(Objective):
         def add(layer: Layer, output: Tensor) -> None:
             rows = _rows(layer, output).double()
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)  # [rows, D + 1]
-            sums[layer.name] += rows.T @ rows  # sum of h h^T; of h; and the number of rows
+            sums[layer.name] += rows.T @ rows  # sums of h h^T and h, and the number of rows
 
-        with torch.no_grad(), frozen_running_stats(model), capture_activations(layers, add) as begin:
-            for span in work.spans:
+        with torch.no_grad(), frozen_running_stats(model), capture_activations(layers, add) as reset_call_counts:
+            for span in step_batch.spans:
                 if span.size or strategy.has_sync_bn:
-                    begin()
-                    strategy.position.move_to(span.start, len(work.indices), world.size, *work.key)
+                    reset_call_counts()
+                    strategy.position.move_to(span.start, len(step_batch.indices), world.size, *step_batch.rng_key)
                     images, _ = batches(
-                        work.indices[span.start : span.stop] if span.size else work.indices[:1], work.epoch
+                        step_batch.indices[span.start : span.stop] if span.size else step_batch.indices[:1],
+                        step_batch.epoch,
                     )
                     with world.timer.span("forward"):
                         strategy.local_forward(images if span.size else images[:0])
-        told = world.all_reduce(torch.cat([matrix.flatten() for matrix in sums.values()]), "covariance of activations")
+        moments = world.all_reduce(
+            torch.cat([matrix.flatten() for matrix in sums.values()]), "covariance of activations"
+        )
         weights, values = {}, []
-        for layer, flat in zip(layers, told.split([matrix.numel() for matrix in sums.values()]), strict=True):
-            found, mean_D, matrix_DD, count = self._linearise(flat)
-            values.append(found)
+        for layer, flat in zip(layers, moments.split([matrix.numel() for matrix in sums.values()]), strict=True):
+            value, mean_D, matrix_DD, count = self._linearise(flat)
+            values.append(value)
             weights[layer.name] = mean_D, matrix_DD / count
         self._value = self.strength * torch.stack(values).sum()
 
-        def charge(layer: Layer, output: Tensor) -> None:
-            kind = torch.promote_types(output.dtype, torch.float32)  # bfloat16 would leave nothing of the differences
+        def add_penalty(layer: Layer, output: Tensor) -> None:
+            kind = torch.promote_types(output.dtype, torch.float32)  # differences would be lost in bfloat16
             mean_D, matrix_DD = (tensor.to(kind) for tensor in weights[layer.name])
             with torch.autocast(output.device.type, enabled=False):
                 rows = _rows(layer, output).to(kind) - mean_D
                 self._terms.append((rows @ matrix_DD * rows).sum())
 
-        with capture_activations(layers, charge) as begin:
+        with capture_activations(layers, add_penalty) as reset_call_counts:
 
-            def forget(module: nn.Module, args: object) -> None:
-                begin()
+            def reset(module: nn.Module, args: object) -> None:
+                reset_call_counts()
                 self._terms.clear()
 
-            hook = model.register_forward_pre_hook(forget)
+            hook = model.register_forward_pre_hook(reset)
             try:
                 yield
             finally:
@@ -134,7 +137,7 @@ class RankPenalty(Objective):
     def _linearise(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """R(C), m, dR/dC and N from the summed moments, all on the device.
 
-        Of one row, or of a layer that is dead, R and its gradient are 0: there is no spread to shape.
+        With one row, or for a dead layer, R and its gradient are 0.
         """
         size = int(flat.numel() ** 0.5)
         moments = flat.view(size, size) / flat[-1]
@@ -147,20 +150,20 @@ class RankPenalty(Objective):
         with torch.enable_grad():
             value = self.measure(covariance)
             (matrix,) = torch.autograd.grad(value, covariance)
-        none = torch.zeros_like(value)
+        zero = torch.zeros_like(value)
         return (
-            torch.where(alive, value.detach(), none),
+            torch.where(alive, value.detach(), zero),
             mean_D,
-            torch.where(alive, matrix + matrix.T, none) / 2,
+            torch.where(alive, matrix + matrix.T, zero) / 2,
             flat[-1],
         )
 
     def penalty(self) -> Tensor | float:
-        """See `Objective.extra`."""
+        """See `Objective.penalty`."""
         return self.strength * sum(self._terms)
 
     def penalty_value(self) -> Tensor | float:
-        """See `Objective.value`."""
+        """See `Objective.penalty_value`."""
         return self._value
 
 

@@ -15,12 +15,12 @@ TINY = 1e-12
 
 
 @contextmanager
-def perturbed(parameters: list[nn.Parameter], along: list[Tensor], by: Tensor) -> Iterator[None]:
-    """Parameters + by * along, while open; then exactly what they were."""
+def perturbed(parameters: list[nn.Parameter], directions: list[Tensor], scale: Tensor) -> Iterator[None]:
+    """While open, parameters are parameters + scale * directions; then they are restored exactly."""
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
-        for p, direction in zip(parameters, along, strict=True):
-            p.add_(direction * by)
+        for p, direction in zip(parameters, directions, strict=True):
+            p.add_(direction * scale)
     try:
         yield
     finally:
@@ -32,16 +32,18 @@ def perturbed(parameters: list[nn.Parameter], along: list[Tensor], by: Tensor) -
 def sam(rho: float) -> ComputeGradient:
     """The global batch's gradient at w + rho g / |g|, g its gradient at w (Foret et al. 2021, with m = global size)."""
 
-    def make(strategy: Strategy, batches: BatchLoader, work: StepBatch, objective: Objective) -> tuple[Tensor, Tensor]:
-        sums = accumulate(strategy, batches, work, objective)
-        scaled = strategy.gradient_norm()
+    def compute_gradient(
+        strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective
+    ) -> tuple[Tensor, Tensor]:
+        sums = accumulate(strategy, batches, step_batch, objective)
+        scaled_norm = strategy.gradient_norm()
         parameters = [p for p in strategy.model.parameters() if p.grad is not None]
         ascent = [p.grad.clone() for p in parameters if p.grad is not None]
         strategy.optimizer.zero_grad(set_to_none=False)
-        watching, strategy.track_local_grad_norm = strategy.track_local_grad_norm, False
-        with perturbed(parameters, ascent, rho / (scaled + TINY)), frozen_running_stats(strategy.model):
-            accumulate(strategy, batches, work, objective)
-        strategy.track_local_grad_norm = watching
-        return sums, strategy.unscaled(scaled)
+        track_norm, strategy.track_local_grad_norm = strategy.track_local_grad_norm, False
+        with perturbed(parameters, ascent, rho / (scaled_norm + TINY)), frozen_running_stats(strategy.model):
+            accumulate(strategy, batches, step_batch, objective)
+        strategy.track_local_grad_norm = track_norm
+        return sums, strategy.unscaled(scaled_norm)
 
-    return make
+    return compute_gradient

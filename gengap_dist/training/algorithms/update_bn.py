@@ -1,4 +1,4 @@
-"""Running statistics of batch norm for weights that never trained: an average of networks has seen no batch."""
+"""Recomputes running statistics of batch norm for weights that were not trained, such as averages."""
 
 from contextlib import ExitStack
 from copy import deepcopy
@@ -17,32 +17,32 @@ from gengap_dist.models.batch_norm import ReplacedBatchNorm, frozen_running_stat
 from gengap_dist.models.sample_position import position_of
 from gengap_dist.training.evaluation import EVAL_BLOCK
 
-MOST = 8192  # training images that are looked at, unless one block has more
-MOST_UNTRAINED = 1024
+MAX_IMAGES = 8192  # training images that are used, unless one block has more
+MAX_IMAGES_UNTRAINED = 1024
 
 
 @torch.no_grad()
 def recompute_running_stats(
-    model: nn.Module, batches: BatchLoader, world: World, block_size: int | None, most: int | None = None
+    model: nn.Module, batches: BatchLoader, world: World, block_size: int | None, max_images: int | None = None
 ) -> None:
-    """Make running statistics the mean over blocks of training images, as epoch 0 sees them. Collective.
+    """Set running statistics to the mean over blocks of training images, augmented as in epoch 0. Collective.
 
-    Blocks are the same on any number of ranks, and each is normalised by its own statistics, as in training. Their
-    images are drawn from all of them: image folders are sorted by class.
+    Blocks do not depend on the number of ranks, and each is normalised by its own statistics, as in training. Images
+    are drawn at random, because image folders are sorted by class.
 
     Args:
-        model: the plain network, equal on all ranks.
+        model: the unsharded network, equal on all ranks.
         batches: training images.
         world: the ranks.
-        block_size: images in a block; None: EVAL_BLOCK, or all if there are fewer.
-        most: images that are looked at; None: MOST.
+        block_size: images per block; None: EVAL_BLOCK, or all if there are fewer.
+        max_images: maximum number of images; None: MAX_IMAGES.
     """
-    every = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    layers = [layer for layer in every if layer.track_running_stats]
+    batch_norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers = [layer for layer in batch_norms if layer.track_running_stats]
     if not layers:
         return
     size = min(block_size or EVAL_BLOCK, len(batches.images))
-    num_images = max(size, min(most or MOST, len(batches.images)) // size * size)  # whole blocks
+    num_images = max(size, min(max_images or MAX_IMAGES, len(batches.images)) // size * size)  # whole blocks
     drawn = torch.randperm(len(batches.images), generator=torch.Generator().manual_seed(0))
     sums = [torch.zeros(3, layer.num_features, dtype=torch.float64, device=world.device) for layer in layers]
     with ExitStack() as stack:
@@ -50,24 +50,22 @@ def recompute_running_stats(
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
         for layer, total in zip(layers, sums, strict=True):
-            stack.callback(layer.register_forward_pre_hook(partial(_add, total=total)).remove)
-        for layer in every:
-            if isinstance(
-                layer, ReplacedBatchNorm | nn.SyncBatchNorm
-            ):  # a block is one group, whatever else this layer does
+            stack.callback(layer.register_forward_pre_hook(partial(_add_statistics, total=total)).remove)
+        for layer in batch_norms:
+            if isinstance(layer, ReplacedBatchNorm | nn.SyncBatchNorm):  # treat a block as one group
                 stack.callback(layer.__dict__.pop, "forward")
-                layer.forward = partial(_by_itself, layer)
+                layer.forward = partial(_normalize_by_block, layer)
         model.train()
         position = position_of(model)
         for start, stop in blocks(num_images, size, world):
             position.move_to(start, num_images, 1, 0)
             images, _ = batches(drawn[start:stop], epoch=0)
             model(images)
-    told = world.all_reduce(torch.cat([total.flatten() for total in sums]), "running statistics")
-    for layer, found in zip(layers, told.split([total.numel() for total in sums]), strict=True):
+    totals = world.all_reduce(torch.cat([total.flatten() for total in sums]), "running statistics")
+    for layer, total_of_layer in zip(layers, totals.split([total.numel() for total in sums]), strict=True):
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        mean, var, count = found.view(3, -1)
+        mean, var, count = total_of_layer.view(3, -1)
         layer.running_mean.copy_(mean / count)
         layer.running_var.copy_(var / count)
 
@@ -75,22 +73,22 @@ def recompute_running_stats(
 def untrained_with_statistics(
     model: nn.Module, batches: BatchLoader, world: World, block_size: int | None
 ) -> nn.Module:
-    """A network before its first step, as training sees it, to look at: a copy if it has batch norm. Collective.
+    """The untrained network for evaluation: with batch norm, a copy with recomputed running statistics. Collective.
 
-    The running statistics it begins with, 0 and 1, are of no data: activations of a deep network would grow or fade
-    from layer to layer, and an untrained network lose ranks that it has in its first step.
+    The initial running statistics, 0 and 1, do not match any data: activations of a deep network would grow or shrink
+    from layer to layer, and an untrained network would lose ranks that it has in its first step.
     """
     if has_batch_norm(model):
         model = deepcopy(model)
-        recompute_running_stats(model, batches, world, block_size, MOST_UNTRAINED)
+        recompute_running_stats(model, batches, world, block_size, MAX_IMAGES_UNTRAINED)
     return model
 
 
-def _add(layer: nn.Module, args: tuple[Any, ...], *, total: Tensor) -> None:
+def _add_statistics(layer: nn.Module, args: tuple[Any, ...], *, total: Tensor) -> None:
     (images,) = args
     var, mean = torch.var_mean(images, [dim for dim in range(images.ndim) if dim != 1])
-    total += torch.stack([mean, var, torch.ones_like(mean)])  # a network may call a layer several times
+    total += torch.stack([mean, var, torch.ones_like(mean)])  # a layer may be called several times
 
 
-def _by_itself(layer: Any, input: Tensor) -> Tensor:
+def _normalize_by_block(layer: Any, input: Tensor) -> Tensor:
     return batch_norm(input, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)

@@ -1,4 +1,4 @@
-"""Runs whose network is an average of the weights along the way: exponential (EMA), or equal from a step on (SWA)."""
+"""Averages the weights of training steps for evaluation: exponentially (EMA), or equally from a given step (SWA)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,21 +19,21 @@ from gengap_dist.training.algorithms.update_bn import recompute_running_stats
 
 @final
 class WeightAveraging(TrainingAlgorithm):
-    """Every step's weights go into the average, from `first_step` on; before that the network is the one that trains.
+    """Averages the weights of every step from `first_step`; before that the trained network is evaluated.
 
-    Running statistics of batch norm are averaged with EMA's weights, and recomputed for SWA's. (torch's AveragedModel
-    counts updates in a tensor, for which a GPU is waited for in every step.)
+    Running statistics of batch norm are averaged for EMA, and recomputed for SWA. (torch's AveragedModel counts updates
+    in a tensor, which needs a GPU synchronisation in every step.)
     """
 
     def __init__(
-        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, order: EpochSampler, num_steps: int
+        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
     ) -> None:
         """See `TrainingAlgorithm`."""
-        super().__init__(config, strategy, batches, order, num_steps)
+        super().__init__(config, strategy, batches, sampler, num_steps)
         algorithm = config.algorithm
-        self.equal = algorithm.weight_averaging == "swa"
+        self.is_swa = algorithm.weight_averaging == "swa"
         self.first_step = (
-            first_step_after("algorithm.average_start", algorithm.average_start, num_steps) if self.equal else 0
+            first_step_after("algorithm.average_start", algorithm.average_start, num_steps) if self.is_swa else 0
         )
         self.average, self.num_averaged = deepcopy(strategy.model), 0
 
@@ -41,18 +41,18 @@ class WeightAveraging(TrainingAlgorithm):
         """See `TrainingAlgorithm.step`."""
         out = super().step(step, lr, momentum)
         if step >= self.first_step:
-            self._add()
+            self._update_average()
         return out
 
     @torch.no_grad()
-    def _add(self) -> None:
-        """Let the weights that train enter the average; the first are the average."""
+    def _update_average(self) -> None:
+        """Add the trained weights to the average; the first weights are copied."""
         n, model = self.num_averaged, self.strategy.model
-        weight = 1 / (n + 1) if self.equal else ema_weight(n, self.config.algorithm.ema_decay)
+        weight = 1 / (n + 1) if self.is_swa else ema_weight(n, self.config.algorithm.ema_decay)
         pairs: list[tuple[Tensor, Tensor]] = [*zip(self.average.parameters(), model.parameters(), strict=True)]
         copied: list[tuple[Tensor, Tensor]] = []
         for average, new in zip(self.average.buffers(), model.buffers(), strict=True):
-            (copied if self.equal or not average.is_floating_point() else pairs).append((average, new))
+            (copied if self.is_swa or not average.is_floating_point() else pairs).append((average, new))
         for average, new in pairs:
             average.lerp_(new, weight if n else 1.0)
         for average, new in copied:
@@ -61,13 +61,13 @@ class WeightAveraging(TrainingAlgorithm):
 
     @contextmanager
     def evaluated_model(self) -> Iterator[nn.Module]:
-        """See `TrainingAlgorithm.network`."""
+        """See `TrainingAlgorithm.evaluated_model`."""
         with super().evaluated_model() as model:
             if not self.num_averaged:
                 yield model
                 return
         average_buffers(self.average, self.strategy.world)
-        if self.equal and has_batch_norm(self.average):
+        if self.is_swa and has_batch_norm(self.average):
             recompute_running_stats(self.average, self.batches, self.strategy.world, self.config.batch.ghost_size)
         yield self.average
 
@@ -87,8 +87,8 @@ class WeightAveraging(TrainingAlgorithm):
 def ema_weight(num_averaged: int, decay: float) -> float:
     """1 - min(decay, (1 + n) / (10 + n)) after n updates.
 
-    With the decay alone the first weights would count more than all others in a run of fewer than 1 / (1 - decay)
-    steps, as runs with large batches are.
+    With the decay alone, the first weights would dominate in runs of fewer than 1 / (1 - decay) steps, such as runs
+    with large batches.
 
     >>> [round(ema_weight(n, decay=0.75), 9) for n in (0, 10**6)]
     [0.9, 0.25]

@@ -1,1 +1,1 @@
-"""What is chosen by measuring this machine: micro-batches and memory format."""
+"""Settings chosen by measurements on this machine: micro-batch size and memory format."""

@@ -1,4 +1,4 @@
-"""How much more memory a rank may take where it runs, in bytes: the machine's, its container's, its process's limit."""
+"""Memory in bytes that a rank can still allocate, within the limits of the machine, its container and its process."""
 
 import resource
 from collections.abc import Iterator
@@ -11,53 +11,53 @@ import torch
 MEMBERSHIPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
-class _Names(NamedTuple):
-    """What a version of Linux's control groups calls things."""
+class _CgroupVersion(NamedTuple):
+    """File names of one version of Linux control groups."""
 
     controllers: str
     folder: Path
     limit: str
     used: str
     cache: str
-    """The line of memory.stat that counts what can be read from files again."""
+    """The line of memory.stat that counts reclaimable file cache."""
 
 
 VERSIONS = (
-    _Names("memory", GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
-    _Names("", GROUPS, "memory.max", "memory.current", "file"),
+    _CgroupVersion("memory", GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    _CgroupVersion("", GROUPS, "memory.max", "memory.current", "file"),
 )
 
 
 def available_memory(device: torch.device, num_local: int) -> int:
-    """Bytes that this rank may still take on `device`; on a CPU `num_local` ranks share alike what is free."""
+    """Bytes that this rank can still allocate on `device`; on a CPU `num_local` ranks share free memory equally."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch keeps for later is free, too
+        torch.cuda.empty_cache()  # memory cached by torch counts as free
         return torch.cuda.mem_get_info(device)[0]
-    shared = [psutil.virtual_memory().available, *_of_groups()]
-    return max(0, min([*(free // num_local for free in shared), *_of_process()]))
+    shared = [psutil.virtual_memory().available, *_free_in_cgroups()]
+    return max(0, min([*(free // num_local for free in shared), *_free_address_space()]))
 
 
-def _of_groups() -> Iterator[int]:
-    """What is free in each control group, such as a container, that this process belongs to."""
+def _free_in_cgroups() -> Iterator[int]:
+    """Free bytes in each control group, such as a container, of this process."""
     lines = MEMBERSHIPS.read_text().splitlines() if MEMBERSHIPS.exists() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
-        for names in VERSIONS:
-            inside = names.folder / path.lstrip("/")
-            for folder in (inside, *inside.parents) if controllers == names.controllers else ():
-                yield from _of_group(folder, names)
+        for version in VERSIONS:
+            group_folder = version.folder / path.lstrip("/")
+            for folder in (group_folder, *group_folder.parents) if controllers == version.controllers else ():
+                yield from _free_in_cgroup(folder, version)
 
 
-def _of_group(folder: Path, names: _Names) -> Iterator[int]:
-    if not (folder / names.limit).exists():
+def _free_in_cgroup(folder: Path, version: _CgroupVersion) -> Iterator[int]:
+    if not (folder / version.limit).exists():
         return
-    limit = (folder / names.limit).read_text().strip()
-    if limit.isdigit():  # or "max"
+    limit = (folder / version.limit).read_text().strip()
+    if limit.isdigit():  # otherwise "max"
         counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        yield int(limit) - int((folder / names.used).read_text()) + int(counts[names.cache])
+        yield int(limit) - int((folder / version.used).read_text()) + int(counts[version.cache])
 
 
-def _of_process() -> Iterator[int]:
-    """What is left of the process's own limits on addresses (ulimit -v)."""
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if most != resource.RLIM_INFINITY:
-        yield most - psutil.Process().memory_info().vms
+def _free_address_space() -> Iterator[int]:
+    """Free bytes within the process's address space limit (ulimit -v)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        yield limit - psutil.Process().memory_info().vms

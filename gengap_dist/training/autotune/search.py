@@ -1,8 +1,7 @@
-"""The fastest of several sizes of micro-batches: upwards until larger ones gain nothing, then the best take turns.
+"""Finds the fastest of several micro-batch sizes: increase until there is no gain, then alternate between the best.
 
-All ranks compute at once, and the slowest counts; of a size's turns the quickest does: whatever else a machine has to
-do can only take time away. Decisions are made by times that all ranks know, or by rank 0's word: all take the same
-turns.
+All ranks run at once, and the slowest rank counts. The fastest run of each size counts, because other load can
+only slow a run down. Decisions use times that all ranks share, or are made by rank 0, so that all do the same runs.
 """
 
 import math
@@ -18,65 +17,72 @@ from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.memory_model import SHARDING
 from gengap_dist.parallel.out_of_memory import is_out_of_memory, library_message
-from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload, most, timed
+from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload, max_over_ranks, timed
 from gengap_dist.training.checks import strategy_name
 
-SMALLEST = 16  # smaller ones are tried only where nothing else fits
-GAIN = 1.02  # two sizes in a row that gain less end the climb
-CLOSE = 1.1  # within so much of the best: takes part in the last rounds
-TURN_SECONDS, ROUNDS_SECONDS = 0.05, 1.5  # of one size; of the last rounds, of which there are at least 2
-LONG_SECONDS = 1.0  # of a pass: what it costs besides its images is lost in that, larger ones cannot gain
+SMALLEST_SIZE = 16  # smaller sizes are tried only if no larger one fits
+MIN_GAIN = 1.02  # the search ends after two consecutive sizes with a smaller gain
+FINALIST_RATIO = 1.1  # sizes within this ratio of the best take part in the final rounds
+TURN_SECONDS, ROUNDS_SECONDS = 0.05, 1.5  # of one size; of the final rounds, at least 2
+LONG_SECONDS = 1.0  # of a pass: fixed costs are negligible, larger sizes cannot gain
 
 
 def images_per_second(
-    rehearsal: SyntheticWorkload, config: RunConfig, share: int, sizes: Sequence[int], world: World
+    workload: SyntheticWorkload, config: RunConfig, share: int, sizes: Sequence[int], world: World
 ) -> dict[int, float]:
-    """By size, those that were tried: images per second of the slowest rank; empty if none fits. Collective.
+    """Images per second of the slowest rank, by measured size; empty if none fits. Collective.
 
     Args:
-        rehearsal: the passes.
+        workload: the passes to measure.
         config: the run.
-        share: the most images that a rank has of a step: each size cuts it into nearly equal micro-batches.
-        sizes: rising.
+        share: maximum number of images of a rank in a step; each size splits it into nearly equal micro-batches.
+        sizes: ascending.
         world: the ranks.
     """
-    talking = _talking(config, rehearsal.strategy.model, world)
-    cuts = {size: _largest(share, size, config.batch.ghost_size) for size in sizes}
-    took: dict[int, float] = {}  # seconds of an image, the least of all turns
-    latest: dict[int, float] = {}  # seconds of a pass
+    communication_seconds = _communication_seconds(config, workload.strategy.model, world)
+    largest_micro_batch = {size: _largest(share, size, config.batch.ghost_size) for size in sizes}
+    seconds_per_image: dict[int, float] = {}  # seconds per image, minimum of all runs
+    seconds_per_pass: dict[int, float] = {}  # seconds per pass
 
-    def turn(size: int) -> None:
-        times = max(1, round(TURN_SECONDS / latest[size])) if size in latest else 1
-        latest[size] = most(turn_seconds(rehearsal, cuts[size], times, world), world) + talking
-        seconds = latest[size] / cuts[size]
-        took[size] = seconds if seconds == math.inf else min(seconds, took.get(size, math.inf))
+    def measure(size: int) -> None:
+        times = max(1, round(TURN_SECONDS / seconds_per_pass[size])) if size in seconds_per_pass else 1
+        seconds_per_pass[size] = (
+            max_over_ranks(pass_seconds(workload, largest_micro_batch[size], times, world), world)
+            + communication_seconds
+        )
+        seconds = seconds_per_pass[size] / largest_micro_batch[size]
+        seconds_per_image[size] = (
+            seconds if seconds == math.inf else min(seconds, seconds_per_image.get(size, math.inf))
+        )
 
     def fits(size: int) -> bool:
-        turn(size)  # some of it goes into what only a first pass needs
-        if took[size] < math.inf:
-            for _ in range(3 if latest[size] < LONG_SECONDS else 1):
-                turn(size)
-        return took[size] < math.inf
+        measure(size)  # includes warm-up of the first pass
+        if seconds_per_image[size] < math.inf:
+            for _ in range(3 if seconds_per_pass[size] < LONG_SECONDS else 1):
+                measure(size)
+        return seconds_per_image[size] < math.inf
 
-    above = [size for size in sizes if size >= SMALLEST] or [sizes[-1]]
-    best, flat = math.inf, 0
-    for size in above:
+    regular_sizes = [size for size in sizes if size >= SMALLEST_SIZE] or [sizes[-1]]
+    best, num_without_gain = math.inf, 0
+    for size in regular_sizes:
         if not fits(size):
             break
-        flat = 0 if took[size] * GAIN < best else flat + 1
-        best = min(best, took[size])
-        if flat == 2 or took[size] * cuts[size] > LONG_SECONDS:
+        num_without_gain = 0 if seconds_per_image[size] * MIN_GAIN < best else num_without_gain + 1
+        best = min(best, seconds_per_image[size])
+        if num_without_gain == 2 or seconds_per_image[size] * largest_micro_batch[size] > LONG_SECONDS:
             break
-    below = [size for size in sizes if size < above[0]] if took[above[0]] == math.inf else []
-    while below and not fits(below.pop()):
+    small_sizes = (
+        [size for size in sizes if size < regular_sizes[0]] if seconds_per_image[regular_sizes[0]] == math.inf else []
+    )
+    while small_sizes and not fits(small_sizes.pop()):
         pass
-    close = [size for size in took if took[size] < CLOSE * best]
-    until, rounds = time.monotonic() + ROUNDS_SECONDS, 0
-    while len(close) > 1 and (rounds < 2 or world.broadcast_int(time.monotonic() < until)):
-        for size in close if rounds % 2 else reversed(close):
-            turn(size)
+    finalists = [size for size in seconds_per_image if seconds_per_image[size] < FINALIST_RATIO * best]
+    deadline, rounds = time.monotonic() + ROUNDS_SECONDS, 0
+    while len(finalists) > 1 and (rounds < 2 or world.broadcast_int(time.monotonic() < deadline)):
+        for size in finalists if rounds % 2 else reversed(finalists):
+            measure(size)
         rounds += 1
-    return {size: round(1 / seconds, 1) for size, seconds in took.items() if seconds < math.inf}
+    return {size: round(1 / seconds, 1) for size, seconds in seconds_per_image.items() if seconds < math.inf}
 
 
 def _largest(share: int, size: int, ghost_size: int | None) -> int:
@@ -88,34 +94,36 @@ def _largest(share: int, size: int, ghost_size: int | None) -> int:
     return max(span.size for span in BatchPlan(share, 1, size, ghost_size).micro_batches(0))
 
 
-def turn_seconds(rehearsal: SyntheticWorkload, num_images: int, times: int, world: World) -> float:
-    """Seconds of one of several passes on this rank; infinite if it runs out of memory. Collective."""
+def pass_seconds(workload: SyntheticWorkload, num_images: int, num_passes: int, world: World) -> float:
+    """Mean seconds of `num_passes` passes on this rank; infinite if it runs out of memory. Collective."""
 
     def job() -> None:
-        for _ in range(times):
-            rehearsal.micro_batch(num_images)
+        for _ in range(num_passes):
+            workload.micro_batch(num_images)
 
-    took = math.inf
+    seconds_per_image = math.inf
     try:
-        took = timed(job, world) / times  # ranks meet before it, never in it: one that fails leaves nobody waiting
+        seconds_per_image = (
+            timed(job, world) / num_passes
+        )  # no collectives inside the job: a failing rank blocks no other rank
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        rehearsal.refused = library_message(error)
-    if took == math.inf and world.device.type == "cuda":
+        workload.out_of_memory_message = library_message(error)
+    if seconds_per_image == math.inf and world.device.type == "cuda":
         torch.cuda.empty_cache()
-    return took
+    return seconds_per_image
 
 
-def _talking(config: RunConfig, model: nn.Module, world: World) -> float:
-    """Seconds that ranks talk in every pass, where a strategy shards gradients (an all-reduce) or parameters.
+def _communication_seconds(config: RunConfig, model: nn.Module, world: World) -> float:
+    """Seconds of communication per pass, if the strategy shards gradients (an all-reduce) or parameters.
 
-    Parameters are gathered twice and gradients scattered once, each of which takes half as long as an all-reduce.
+    Parameters are gathered twice and gradients scattered once; each takes half as long as an all-reduce.
     """
     sharding = SHARDING[strategy_name(config, world.size)]
     if world.size == 1 or not sharding.gradients:
         return 0.0
     weights = torch.zeros(sum(p.numel() for p in model.parameters()), device=world.device)
-    return min(most(timed(partial(world.all_reduce, weights), world), world) for _ in range(3)) * (
+    return min(max_over_ranks(timed(partial(world.all_reduce, weights), world), world) for _ in range(3)) * (
         1.5 if sharding.parameters else 1.0
     )

@@ -1,4 +1,4 @@
-"""Passes over random images, as training makes them, timed by all ranks at once: they share cores and memory."""
+"""Training passes over random images, timed on all ranks at once, because ranks share cores and memory."""
 
 import statistics
 import time
@@ -17,30 +17,30 @@ from gengap_dist.parallel.strategies import Single
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.step import PLAIN_OBJECTIVE, StepBatch, accumulate
 
-LEAST_TIMES, LEAST_SECONDS = 5, 1.0  # of a median
-NUM_IMAGES = 64  # that passes take theirs from, again and again
+MIN_REPEATS, MIN_SECONDS = 5, 1.0  # of a median
+NUM_IMAGES = 64  # reused by all passes
 
 
 class SyntheticWorkload:
-    """One rank's passes, which meet nobody's, with a network of their own."""
+    """The passes of one rank, without communication, on a separate network."""
 
     def __init__(
         self, config: RunConfig, model: nn.Module, in_channels: int, num_classes: int, device: torch.device
     ) -> None:
-        """Passes of `model`, which is on `device`, over images that are augmented as `config` says."""
+        """Passes of `model`, which is on `device`, over images augmented according to `config`."""
         self.batches = random_batches(config, in_channels, num_classes, NUM_IMAGES, device)
-        self.refused = ""
-        """What a library said when a pass of this rank last ran out of memory."""
+        self.out_of_memory_message = ""
+        """The library's message when a pass of this rank last ran out of memory."""
         self.strategy = Single(config, World(device=device))
         self.strategy.setup(model.train(), partial(build_optimizer, config.optim))
-        # the weights stay; momentum costs what it does in a run, but does not decay: denormal numbers would be slow
+        # weights are not changed; momentum costs as in a run, but does not decay to slow denormal numbers
         self.strategy.set_rates(0.0, 1.0 if config.optim.momentum else 0.0)
 
     def micro_batch(self, size: int) -> None:
-        """Forward and backward of so many images."""
+        """Forward and backward pass of `size` images."""
         self.strategy.begin_step(size)
-        work = StepBatch(torch.arange(size) % NUM_IMAGES, 0, [Span(0, size)])
-        accumulate(self.strategy, self.batches, work, PLAIN_OBJECTIVE)
+        step_batch = StepBatch(torch.arange(size) % NUM_IMAGES, 0, [Span(0, size)])
+        accumulate(self.strategy, self.batches, step_batch, PLAIN_OBJECTIVE)
 
     def update(self) -> None:
         """Gradient norm and optimizer step."""
@@ -50,7 +50,7 @@ class SyntheticWorkload:
 def random_batches(
     config: RunConfig, in_channels: int, num_classes: int, num_images: int, device: torch.device
 ) -> BatchLoader:
-    """Batches out of `num_images` random images like those of `config`, on `device`."""
+    """Batches of `num_images` random images with the shape that `config` gives, on `device`."""
     side, mean = config.data.image_size, torch.full((in_channels,), 127.0, dtype=torch.float64)
     pixels = torch.randint(256, (num_images, in_channels, side, side), dtype=torch.uint8)
     images = Images(pixels, torch.arange(num_images) % num_classes).to(device)
@@ -59,7 +59,7 @@ def random_batches(
 
 
 def timed(job: Callable[[], object], world: World) -> float:
-    """Seconds that `job` takes on this rank; ranks begin together. Collective."""
+    """Seconds that `job` takes on this rank; all ranks start together. Collective."""
     world.barrier()
     synchronise(world)
     start = time.perf_counter()
@@ -68,26 +68,26 @@ def timed(job: Callable[[], object], world: World) -> float:
     return time.perf_counter() - start
 
 
-def most(value: float, world: World) -> float:
-    """The largest of what ranks say. Collective."""
+def max_over_ranks(value: float, world: World) -> float:
+    """The maximum of `value` over ranks. Collective."""
     by_rank = torch.zeros(world.size, dtype=torch.float64)
     by_rank[world.rank] = value
     return float(world.all_reduce(by_rank).max())
 
 
 def median_seconds(job: Callable[[], object], world: World) -> float:
-    """Median time of `job` on the slowest rank. Collective; ranks take equally many turns."""
+    """Median seconds of `job` on the slowest rank; all ranks run it equally often. Collective."""
     job()
-    took: list[float] = []
-    began = time.monotonic()
+    seconds: list[float] = []
+    start_time = time.monotonic()
     enough = False
     while not enough:
-        took.append(timed(job, world))
-        enough = bool(world.broadcast_int(len(took) >= LEAST_TIMES and time.monotonic() - began > LEAST_SECONDS))
-    return most(statistics.median(took), world)
+        seconds.append(timed(job, world))
+        enough = bool(world.broadcast_int(len(seconds) >= MIN_REPEATS and time.monotonic() - start_time > MIN_SECONDS))
+    return max_over_ranks(statistics.median(seconds), world)
 
 
 def synchronise(world: World) -> None:
-    """Wait until this rank's device has done what it was given."""
+    """Wait until this rank's device has finished all its work."""
     if world.device.type == "cuda":
         torch.cuda.synchronize()

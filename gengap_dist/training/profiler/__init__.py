@@ -1,1 +1,1 @@
-"""Where the time of a step goes: a trace of every rank and a summary on one screen."""
+"""Profiles training steps: a trace of every rank and a summary of one screen."""

@@ -1,4 +1,4 @@
-"""What torch's profiler recorded on one rank: operators, what ranks do at the same time, and the file."""
+"""Analyses and writes the events that torch's profiler recorded on one rank: operators, communication, trace file."""
 
 import gzip
 import shutil
@@ -7,34 +7,34 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-PREFIX = "gengap/"  # of our own ranges
+PREFIX = "gengap/"  # of this package's ranges
 STEP = PREFIX + "step "
-MOST = 10  # operators in a summary
+MAX_OPERATORS = 10  # in a summary
 
 Intervals = list[tuple[float, float]]
-"""Microseconds from and to; ascending, none touching the next."""
+"""Start and end in microseconds; ascending and disjoint."""
 
 
 class Trace:
-    """The steps among a profiler's events; what was due between them is left out."""
+    """The profiler events within steps; events between steps are ignored."""
 
     def __init__(self, events: Iterable[Any]) -> None:
-        """Of torch's FunctionEvents.
+        """From torch's FunctionEvents.
 
-        A GPU's events are left out: an operator knows the kernels that it launched, whenever they ran, and a range
-        comes again as one of the GPU, from the first of its kernels to the last.
+        GPU events are ignored: an operator has the kernels that it launched, and a range appears a second time as a GPU
+        event, from its first kernel to its last.
         """
         events = list(events)
         self._on_gpu = any(_on_gpu(event) for event in events)
         on_host = [event for event in events if not _on_gpu(event)]
-        self._spans = merged(_span(event) for event in on_host if event.name.startswith(STEP))
+        self._spans = union(_span(event) for event in on_host if event.name.startswith(STEP))
         self.num_steps = len(self._spans)
-        self._events = [event for event in on_host if common([_start(event)], self._spans)]
+        self._events = [event for event in on_host if intersection([_start(event)], self._spans)]
 
     def operators(self) -> list[tuple[str, float, float]]:
-        """Name, calls in a step and milliseconds of its own in a step, the dearest first, the rest as one.
+        """Name, calls per step and self milliseconds per step, the most expensive first, the others as one entry.
 
-        On a GPU the time is that of the kernels it launched.
+        On a GPU the time is that of the launched kernels.
         """
         calls: Counter[str] = Counter()
         spent: defaultdict[str, float] = defaultdict(float)
@@ -42,24 +42,32 @@ class Trace:
             if _is_operator(event):
                 calls[event.name] += 1
                 spent[event.name] += _kernels(event) if self._on_gpu else event.self_cpu_time_total
-        each = 1 / max(1, self.num_steps)
-        found = sorted(((name, calls[name] * each, us / 1000 * each) for name, us in spent.items()), key=_cost)
-        others = found[MOST:]
+        per_step = 1 / max(1, self.num_steps)
+        operators = sorted(
+            ((name, calls[name] * per_step, us / 1000 * per_step) for name, us in spent.items()), key=_cost
+        )
+        others = operators[MAX_OPERATORS:]
         rest = [(f"{len(others)} others", sum(o[1] for o in others), sum(o[2] for o in others))] if others else []
-        return found[:MOST] + rest
+        return operators[:MAX_OPERATORS] + rest
 
-    def exposed(self, part: str) -> float:
-        """Milliseconds in a step in which, within this part, ranks met and no operator ran beside that; CPU."""
-        inside = merged(_span(event) for event in self._events if event.name == PREFIX + part)
-        # what began outside is not this part's: word on whether to leave crosses while a step computes
-        meets = (_span(event) for event in self._events if event.is_async and common([_start(event)], inside))
-        meeting = common(merged(meets), inside)
-        busy = merged(_span(e) for e in self._events if _is_operator(e) and not e.cpu_children and "c10d" not in e.name)
-        return (length(meeting) - length(common(meeting, busy))) / 1000 / max(1, self.num_steps)
+    def exposed_communication(self, part: str) -> float:
+        """Milliseconds per step of collectives within `part` during which no operator ran; CPU only."""
+        inside = union(_span(event) for event in self._events if event.name == PREFIX + part)
+        # collectives started outside do not count: the preemption flag is reduced during a step
+        collectives = (
+            _span(event) for event in self._events if event.is_async and intersection([_start(event)], inside)
+        )
+        communication = intersection(union(collectives), inside)
+        busy = union(_span(e) for e in self._events if _is_operator(e) and not e.cpu_children and "c10d" not in e.name)
+        return (
+            (total_length(communication) - total_length(intersection(communication, busy)))
+            / 1000
+            / max(1, self.num_steps)
+        )
 
 
 def export(profiler: Any, path: Path) -> str | None:
-    """Write the profiler's trace, whole or not at all; what went wrong, if something did."""
+    """Write the profiler's trace atomically; returns the error, or None."""
     raw, part = path.with_name(f".{path.stem}.part"), path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -68,7 +76,7 @@ def export(profiler: Any, path: Path) -> str | None:
         with raw.open("rb") as source:
             source.seek(max(0, raw.stat().st_size - 64))
             if not source.read().rstrip().endswith(b"}"):
-                return "no room for the whole trace"  # kineto does not say
+                return "not enough disk space for the trace"  # kineto does not report it
             source.seek(0)
             with gzip.open(part, "wb", compresslevel=4) as target:
                 shutil.copyfileobj(source, target)
@@ -93,7 +101,7 @@ def _span(event: Any) -> tuple[float, float]:
 
 
 def _start(event: Any) -> tuple[float, float]:
-    """A moment, as the shortest of intervals."""
+    """The start of an event, as a very short interval."""
     return event.time_range.start, event.time_range.start + 1e-3
 
 
@@ -106,20 +114,20 @@ def _on_gpu(event: Any) -> bool:
 
 
 def _kernels(event: Any) -> float:
-    """Microseconds of the kernels that an operator launched; torch counts a range's copy on the GPU as one of them."""
+    """Microseconds of the kernels that an operator launched, without the GPU copy of a range, which torch includes."""
     copies = (kernel for kernel in event.kernels if event.is_user_annotation and kernel.name == event.name)
     return event.self_device_time_total - sum(copy.duration for copy in copies)
 
 
 def _is_operator(event: Any) -> bool:
-    """Work, and not a range around it: those of torch, DeepSpeed and ours hold Python and waiting. Compiled code is."""
+    """Whether the event is an operator or compiled code; ranges of torch, DeepSpeed and ours include waiting."""
     return not event.is_async and (not event.is_user_annotation or "ompiled" in event.name)
 
 
-def merged(spans: Iterable[tuple[float, float]]) -> Intervals:
-    """Their union.
+def union(spans: Iterable[tuple[float, float]]) -> Intervals:
+    """The union of intervals.
 
-    >>> merged([(4, 6), (0, 2), (1, 3)])
+    >>> union([(4, 6), (0, 2), (1, 3)])
     [(0, 3), (4, 6)]
     """
     out: Intervals = []
@@ -131,25 +139,25 @@ def merged(spans: Iterable[tuple[float, float]]) -> Intervals:
     return out
 
 
-def common(these: Intervals, those: Intervals) -> Intervals:
-    """What lies in both.
+def intersection(first: Intervals, second: Intervals) -> Intervals:
+    """The intersection of two lists of intervals.
 
-    >>> common([(0, 3), (4, 6)], [(1, 5)])
+    >>> intersection([(0, 3), (4, 6)], [(1, 5)])
     [(1, 3), (4, 5)]
     """
     out: Intervals = []
     i = j = 0
-    while i < len(these) and j < len(those):
-        start, end = max(these[i][0], those[j][0]), min(these[i][1], those[j][1])
+    while i < len(first) and j < len(second):
+        start, end = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
         if start < end:
             out.append((start, end))
-        if these[i][1] < those[j][1]:
+        if first[i][1] < second[j][1]:
             i += 1
         else:
             j += 1
     return out
 
 
-def length(spans: Sequence[tuple[float, float]]) -> float:
-    """Their lengths, summed."""
+def total_length(spans: Sequence[tuple[float, float]]) -> float:
+    """The sum of the lengths."""
     return sum(end - start for start, end in spans)

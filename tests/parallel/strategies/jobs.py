@@ -19,7 +19,7 @@ from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.parallel.strategies import STRATEGIES
-from gengap_dist.training.algorithms.base import make_gradient
+from gengap_dist.training.algorithms.base import gradient_function
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.step import StepBatch, train_step
 from tests.conftest import config
@@ -65,7 +65,9 @@ class Trainer:
             plan = BatchPlan(len(indices), self.world.size, batch.micro_size, batch.ghost_size)
             spans = plan.micro_batches(self.world.rank, equal_counts=strategy.equal_micro_batches_required)
             work = StepBatch(indices, epoch, spans)
-            sums, norm = train_step(strategy, self.batches, work, make=make_gradient(self.config.algorithm))
+            sums, norm = train_step(
+                strategy, self.batches, work, compute_gradient=gradient_function(self.config.algorithm)
+            )
             assert norm.shape == ()
             mine = torch.zeros(self.world.size, 2, dtype=torch.float64)
             mine[self.world.rank] = sums[2:4]

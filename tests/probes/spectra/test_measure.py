@@ -188,12 +188,12 @@ def test_passes_keep_the_budget():
     passes = plan_passes(sites, 60, 1)
     for pieces in passes:
         assert (
-            sum(16 * sites[n].size ** 2 for n in {p.site for p in pieces})
-            + sum(240 * (p.stop - p.start) for p in pieces if sites[p.site].wide)
+            sum(16 * sites[n].size ** 2 for n in {p.view_index for p in pieces})
+            + sum(240 * (p.stop - p.start) for p in pieces if sites[p.view_index].is_wide)
             <= budget
         )
     for number, site in enumerate(sites):
-        cuts = [(p.start, p.stop) for pieces in passes for p in pieces if p.site == number]
+        cuts = [(p.start, p.stop) for pieces in passes for p in pieces if p.view_index == number]
         assert cuts[0][0] == 0
         assert cuts[-1][1] == site.num_units
         assert all(before[1] == after[0] for before, after in pairwise(cuts))
@@ -212,7 +212,7 @@ def test_a_small_budget_gives_the_same_spectra():
 
 
 def test_a_layer_that_puts_out_no_tensor():
-    with pytest.raises(UsageError, match="layer 0 puts out tuple"):
+    with pytest.raises(UsageError, match="layer 0 outputs tuple"):
         measure(nn.Sequential(nn.LSTM(4, 4), nn.Identity()), [torch.randn(2, 3, 4)], layers="0")
 
 
@@ -221,7 +221,7 @@ def test_a_layer_whose_rows_are_not_the_samples():
         def forward(self, x):
             return x.T @ x
 
-    with pytest.raises(UsageError, match=r"layer 0 puts out \[4, 4\] for 5 samples and \[4, 4\] for one"):
+    with pytest.raises(UsageError, match=r"layer 0 outputs \[4, 4\] for 5 samples and \[4, 4\] for one"):
         measure(nn.Sequential(Summary(), nn.Identity()), [torch.randn(5, 4)], layers="0")
 
 

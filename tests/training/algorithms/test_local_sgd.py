@@ -98,7 +98,7 @@ def test_post_local_sgd_is_what_it_is_defined_as():
     optimizer, nets = sgd(model), []
     for step in range(STEPS):
         taken = course.step(step, LR, MOMENTUM)
-        indices, epoch = course.order.indices(step), course.order.epoch(step)
+        indices, epoch = course.sampler.indices(step), course.sampler.epoch(step)
         if step < FIRST:
             descend(model, optimizer, course.batches(indices, epoch))
             continue
@@ -120,11 +120,11 @@ def test_swap_is_what_it_is_defined_as(scaling, rate, corrected):
     """Uncorrected momentum, v = m v + lr g, keeps the rate before the workers': m / rate in u = m u + g, once."""
     more = {"optim__scaling": scaling, "optim__base_size": 8, "optim__momentum_correction": corrected}
     course, model = start(World(), "swap", 3, **more)
-    optimizer, nets, num = sgd(model), [], course.order.num_samples
+    optimizer, nets, num = sgd(model), [], course.sampler.num_samples
     for step in range(STEPS):
         taken = course.step(step, LR, MOMENTUM)
         if step < FIRST:
-            descend(model, optimizer, course.batches(course.order.indices(step), course.order.epoch(step)))
+            descend(model, optimizer, course.batches(course.sampler.indices(step), course.sampler.epoch(step)))
             continue
         nets = nets or copies(model, optimizer, 3)
         results = []
@@ -162,7 +162,7 @@ def beside_torch(world):
     World.all_reduce = counted
     for step in range(STEPS):
         course.step(step, LR, MOMENTUM)
-        indices, epoch = course.order.indices(step), course.order.epoch(step)
+        indices, epoch = course.sampler.indices(step), course.sampler.epoch(step)
         part = split(len(indices), 2)[world.rank]
         descend(ddp, optimizer, course.batches(indices[part.start : part.stop], epoch))
         own = course.workers[world.rank].model if step >= FIRST else course.strategy.model
@@ -183,7 +183,7 @@ def test_a_worker_without_a_sample_stands_still():
     """Two samples are left at the end of an epoch, and there are four workers."""
     course, _ = start(World(), "post_local_sgd", 4, algorithm__local_steps=99)
     course.first_step = 0
-    course.order = EpochSampler(50, 24, seed=0)
+    course.sampler = EpochSampler(50, 24, seed=0)
     for step in range(2):
         course.step(step, LR, MOMENTUM)
     before = {worker: flat(strategy.model) for worker, strategy in course.workers.items()}

@@ -112,14 +112,14 @@ def test_a_damaged_or_locked_file_costs_a_measurement(cache, tmp_path, monkeypat
     path.parent.mkdir()
     for text in ("{", "[]", '{"found": {"x": {"size": 0}}}'):
         path.write_text(text)
-        with pytest.warns(UserWarning, match="holds no micro-batch sizes"):
+        with pytest.warns(UserWarning, match="has no valid micro-batch sizes"):
             assert load_micro_sizes().found == {}
-    with pytest.warns(UserWarning, match="holds no micro-batch sizes"):
+    with pytest.warns(UserWarning, match="has no valid micro-batch sizes"):
         train(tmp_path / "run", **AUTO, probe__enabled=False)
     assert len(load_micro_sizes().found) == 1
     path.unlink()
     path.mkdir()
-    with pytest.warns(UserWarning, match="holds no"), pytest.warns(UserWarning, match="cannot be written"):
+    with pytest.warns(UserWarning, match="has no valid"), pytest.warns(UserWarning, match="cannot be written"):
         store("x", MicroSize(size=1, images_per_second={}, pass_bytes=1))
 
 
@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_told_before_it_is_tried(tmp_path):
     assert done.stdout == "2\n", done.stderr
     assert done.returncode == 2, done.stderr
     told = done.stderr  # in which libraries that ended early may say more
-    assert "batch.micro_size (auto) finds nothing that fits: a pass of 1 takes about 0.19" in told
+    assert "batch.micro_size (auto) finds no size that fits in memory: a pass of 1 takes about 0.19" in told
     assert "train.activation_checkpointing=true" in told
 
 

@@ -137,7 +137,7 @@ def _wait(
     over = False
     while not over:
         over = bool(ray.wait([task], timeout=POLL_SECONDS)[0])
-        for kind, value in ray.get(teller.hear.remote(STUDY)):
+        for kind, value in ray.get(teller.poll.remote(STUDY)):
             match kind:
                 case "progress":
                     number, *step = value
@@ -195,16 +195,16 @@ def _trial(job: _Job, number: int) -> None:
         return ray.get(team.queue.run.remote(run))[1]
 
     def tell(kind: str, value: Any) -> None:
-        ray.get(team.queue.tell.remote(STUDY, kind, value))
+        ray.get(team.queue.publish.remote(STUDY, kind, value))
 
     def progress(run: int, done: int, total: int, note: str) -> None:
-        team.queue.tell.remote(STUDY, "progress", (run, done, total, note))
+        team.queue.publish.remote(STUDY, "progress", (run, done, total, note))
 
     def over(run: int, result: dict[str, Any]) -> None:
         tell("over", (run, run_folder.read_info(folder(run))["status"]))
 
     def given() -> tuple[int, int] | None:
-        return ray.get(team.queue.give.remote(team.name, team.launch))  # a run, and how often it was begun
+        return ray.get(team.queue.assign.remote(team.name, team.launch))  # a run, and how often it was begun
 
     try:
         while before := given():

@@ -88,7 +88,7 @@ def run(
         resume: go on from the folder's checkpoint, if there is one; rank 0's word holds for all.
         world: this process's place among the ranks; None connects as the environment says.
         progress: called on every rank after every step.
-        leaving: looked at between steps; when it is true on any rank, all save and leave.
+        preemption_requested: looked at between steps; when it is true on any rank, all save and leave.
         launcher: what started the ranks, for the record.
 
     Raises:

@@ -420,7 +420,7 @@ class WorkerGroupRun:
     def _hear(self) -> None:
         import ray
 
-        for kind, value in ray.get(self.team.queue.hear.remote(self.team.name)):
+        for kind, value in ray.get(self.team.queue.poll.remote(self.team.name)):
             match kind:
                 case "started":
                     self._started(value)
@@ -564,10 +564,10 @@ def _rank(job: dict[str, Any]) -> None:
         nonlocal spoke
         if rank == 0 and (note or done == total or time.monotonic() - spoke > POLL_SECONDS):
             spoke = time.monotonic()
-            teller.tell.remote(name, "progress", (number, done, total, note))
+            teller.publish.remote(name, "progress", (number, done, total, note))
 
     def tell(kind: str, value: Any) -> None:
-        ray.get(teller.tell.remote(name, kind, value))
+        ray.get(teller.publish.remote(name, kind, value))
 
     if rank == 0:
         tell("started", int(os.environ["WORLD_SIZE"]))
@@ -578,7 +578,7 @@ def _rank(job: dict[str, Any]) -> None:
             own = join(
                 resolved.device, resolved.timeout_seconds
             )  # no new group, but a run's own account of where its time went
-            result = run(config, out, resume=True, world=own, progress=progress, leaving=leaving, launcher="ray")
+            result = run(config, out, resume=True, world=own, progress=progress, preemption_requested=leaving, launcher="ray")
             if rank == 0:
                 tell("result", (number, result))
                 ray.get(teller.end.remote(name))

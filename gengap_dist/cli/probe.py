@@ -46,12 +46,12 @@ def command(argv: Sequence[str]) -> int:
     config = _config(options, base)
     out = Path(options.out).resolve() if options.out else None
 
-    from gengap_dist.distributed.process_group import destroy_process_group, environment, init_process_group
+    from gengap_dist.distributed.process_group import destroy_process_group, rank_environment, init_process_group
     from gengap_dist.runs.run_folder import prepare_folder
     from gengap_dist.training.probe_only import probe
 
     networks = _of_run(folder, wanted) if is_run else _of_file(options.weights)
-    if out and environment()[0] == 0:
+    if out and rank_environment()[0] == 0:
         prepare_folder(out, "run.json", resume=False)
     world = init_process_group(config.launch.device, config.launch.timeout_seconds)
     world.barrier()  # the folder is there, or rank 0 has said why not

@@ -36,7 +36,7 @@ class PhaseTimer:
         self.failed_phase: CurrentPhase | None = None
         """Where the exception that is on its way began, if that was anywhere."""
         self._on_gpu = on_gpu
-        self._kinds = ["other"]
+        self._open_phases = ["other"]
         self._intervals: list[tuple[str, Any, Any]] = []
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._mark = self.now()
@@ -52,18 +52,18 @@ class PhaseTimer:
         return event
 
     @contextmanager
-    def phase(self, kind: str, doing: str = "", *, meeting: bool = False) -> Iterator[None]:
+    def phase(self, kind: str, activity: str = "", *, collective: bool = False) -> Iterator[None]:
         """While open, time goes to `kind` and not to what is around it; `meeting`: the other ranks are waited for."""
         before = self.current
         self.current = CurrentPhase(
             self.step,
-            doing or kind,
+            activity or kind,
             time.monotonic(),
-            before.num_collectives + meeting,
-            meeting or before.in_collective,
+            before.num_collectives + collective,
+            collective or before.in_collective,
         )
-        self._charge(self._kinds[-1], self.now())
-        self._kinds.append(kind)
+        self._charge(self._open_phases[-1], self.now())
+        self._open_phases.append(kind)
         self.failed_phase = None
         try:
             yield
@@ -72,20 +72,20 @@ class PhaseTimer:
             self.failed_phase = self.failed_phase or self.current
             raise
         finally:
-            self._charge(self._kinds.pop(), self.now())
+            self._charge(self._open_phases.pop(), self.now())
             self.current = before._replace(since=time.monotonic(), num_collectives=self.current.num_collectives)
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """Around a part of computing, `forward`, `backward` or `optimizer`: only a profile tells them apart."""
         return NO_SPAN
 
-    def enter_collective(self, doing: str) -> None:
+    def enter_collective(self, activity: str) -> None:
         """Say that what follows, within what is going on already, waits for the other ranks."""
-        self.current = CurrentPhase(self.step, doing, time.monotonic(), self.current.num_collectives + 1, True)
+        self.current = CurrentPhase(self.step, activity, time.monotonic(), self.current.num_collectives + 1, True)
 
     def charge_since(self, moment: Any, kind: str) -> None:
         """Charge the time since `moment`, of what is going on, to `kind`."""
-        self._charge(self._kinds[-1], moment)
+        self._charge(self._open_phases[-1], moment)
         self._charge(kind, self.now())
 
     def _charge(self, kind: str, until: Any) -> None:
@@ -106,7 +106,7 @@ class PhaseTimer:
         >>> data == compute == 0, communication >= 0.02 > probe > 0, where.current.num_collectives
         (True, True, 1)
         """
-        self._charge(self._kinds[-1], self.now())
+        self._charge(self._open_phases[-1], self.now())
         if self._intervals and not self._mark.query():  # behind all others on the stream
             self._mark.synchronize()
         for kind, start, end in self._intervals:

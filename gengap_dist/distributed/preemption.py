@@ -25,17 +25,17 @@ class PreemptionFlag:
     """Whether this process has been asked to leave; call it to know."""
 
     def __init__(self) -> None:
-        self._given = False
+        self._is_set = False
 
     def __call__(self) -> bool:
         """True from the first signal on."""
-        return self._given
+        return self._is_set
 
     def set(self, number: int, frame: FrameType | None = None) -> None:
         """The signal handler. A second Ctrl-C from a terminal ends the process; schedulers may repeat themselves."""
-        if self._given and number == signal.SIGINT and sys.stdin.isatty():
+        if self._is_set and number == signal.SIGINT and sys.stdin.isatty():
             raise KeyboardInterrupt
-        self._given = True
+        self._is_set = True
 
 
 @contextmanager

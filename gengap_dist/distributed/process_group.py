@@ -33,28 +33,28 @@ class World:
         """There is one: a copy of a network that talks to other ranks talks to the same."""
         return self
 
-    def all_reduce(self, tensor: Tensor, what: str = "sum") -> Tensor:
+    def all_reduce(self, tensor: Tensor, label: str = "sum") -> Tensor:
         """Sum over ranks, in place, on every rank. Shape and dtype stay. `what` it is, for whoever waits too long.
 
         On a GPU the sum is only begun when this returns: `read` waits for its numbers.
         """
         if self.size > 1:
-            with self.timer.phase("communication", what, meeting=True):
+            with self.timer.phase("communication", label, meeting=True):
                 dense = tensor.contiguous()  # NCCL refuses any other; gloo takes them
                 dist.all_reduce(dense)
                 if dense is not tensor:
                     tensor.copy_(dense)
         return tensor
 
-    def all_reduce_to_cpu(self, tensor: Tensor, what: str = "sum") -> Tensor:
+    def all_reduce_to_cpu(self, tensor: Tensor, label: str = "sum") -> Tensor:
         """Sum over ranks, in place, and the sum in the CPU's memory.
 
         Waiting for it counts as waiting for the other ranks, on a GPU, too: a watchdog sees it.
         """
-        self.all_reduce(tensor, what)
+        self.all_reduce(tensor, label)
         if tensor.is_cpu:
             return tensor
-        with self.timer.phase("communication", what, meeting=self.size > 1):
+        with self.timer.phase("communication", label, meeting=self.size > 1):
             return tensor.cpu()
 
     def all_reduce_async(self, tensor: Tensor) -> Callable[[], Tensor]:
@@ -72,7 +72,7 @@ class World:
 
         return wait
 
-    def all_to_all(self, chunks: Sequence[Tensor], heights: Sequence[int], width: int | None = None) -> list[Tensor]:
+    def all_to_all(self, chunks: Sequence[Tensor], row_counts: Sequence[int], num_columns: int | None = None) -> list[Tensor]:
         """Chunk r of the result is what rank r sent to this rank.
 
         Args:
@@ -82,8 +82,8 @@ class World:
         """
         if self.size == 1:
             return list(chunks)
-        columns = chunks[0].shape[1] if width is None else width
-        sizes = [height * columns for height in heights]
+        columns = chunks[0].shape[1] if num_columns is None else num_columns
+        sizes = [height * columns for height in row_counts]
         received = chunks[0].new_empty(sum(sizes))
         # one flat buffer: gloo's list form wants chunks of one size
         sent = torch.cat([chunk.flatten() for chunk in chunks])
@@ -101,7 +101,7 @@ class World:
         self.all_reduce(torch.zeros(1), "barrier")
 
 
-def environment() -> tuple[int, int, int]:
+def rank_environment() -> tuple[int, int, int]:
     """(rank, local rank, world size) as the launcher set them; (0, 0, 1) without a launcher."""
     read = os.environ.get
     return int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1"))
@@ -109,7 +109,7 @@ def environment() -> tuple[int, int, int]:
 
 def local_size() -> int:
     """Ranks on this machine; all of them, where the launcher does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or environment()[2])
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or rank_environment()[2])
 
 
 def init_process_group(device: str, timeout_seconds: float) -> World:
@@ -124,7 +124,7 @@ def init_process_group(device: str, timeout_seconds: float) -> World:
     Raises:
         UsageError: on every rank of a machine with fewer GPUs than ranks, if `device` is cuda; if rank 0 does not come.
     """
-    rank, local_rank, size = environment()
+    rank, local_rank, size = rank_environment()
     num_gpus = torch.cuda.device_count()
     if device == "cuda":
         _check_gpus(local_rank, num_gpus)

@@ -28,17 +28,17 @@ class Heartbeat(NamedTuple):
     rank: int
     step: int
     activity: str
-    seconds: float
+    activity_seconds: float
     """How long it had been doing that."""
     num_collectives: int
     in_collective: bool
-    at: float
+    sent_at: float
     """time.time() when it said so; clocks of machines are taken to agree to a few seconds."""
     host: str
     pid: int
 
 
-def diagnose(words: list[Heartbeat], missing: list[int], now: float, report_seconds: float) -> str:
+def diagnose(heartbeats: list[Heartbeat], missing: list[int], now: float, report_seconds: float) -> str:
     """One sentence: who is waited for, and in what.
 
     Args:
@@ -56,20 +56,20 @@ def diagnose(words: list[Heartbeat], missing: list[int], now: float, report_seco
     >>> diagnose([word(0, 81, "sum", True), word(1, 81, "sum", True)], [], 100.0, 30.0)
     'all ranks wait in sum (step 40) for each other: look at the network between them'
     """
-    ahead = max(words, key=lambda word: word.num_collectives)
-    behind = [w for w in words if w.num_collectives < ahead.num_collectives or now - w.at > max(report_seconds, 5)]
-    waiting = [word.rank for word in words if word not in behind]
+    ahead = max(heartbeats, key=lambda word: word.num_collectives)
+    behind = [w for w in heartbeats if w.num_collectives < ahead.num_collectives or now - w.sent_at > max(report_seconds, 5)]
+    waiting = [word.rank for word in heartbeats if word not in behind]
     where = f"in {ahead.activity} (step {ahead.step})"
     if not behind and not missing:
         return f"all ranks wait {where} for each other: look at the network between them"
     parts = [f"rank {_ranks(missing)}, which never said anything"] if missing else []
     for word in behind[:8]:
-        silent = now - word.at
+        silent = now - word.sent_at
         place = f"{word.activity} (step {word.step})"
         fate = (
             f"was last heard of {silent:.0f} s ago in {place}: it is gone, or its machine is"
             if silent > max(report_seconds, 5)
-            else f"has been in {place} for {word.seconds + silent:.0f} s"
+            else f"has been in {place} for {word.activity_seconds + silent:.0f} s"
         )
         parts.append(f"rank {word.rank} ({word.host}, process {word.pid}), which {fate}")
     more = f", and {len(behind) - 8} more" if len(behind) > 8 else ""
@@ -83,39 +83,39 @@ def _ranks(ranks: list[int]) -> str:
 class StallDetector:
     """The thread of one rank."""
 
-    def __init__(self, world: World, hang_seconds: float) -> None:
+    def __init__(self, world: World, report_seconds: float) -> None:
         """Watch `world` from now on."""
-        self.world, self.report_seconds = world, hang_seconds
+        self.world, self.report_seconds = world, report_seconds
         # The group's own store; torch has no public name for it.
         self.store = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
             "whereabouts", dist.distributed_c10d._get_default_store()
         )
-        self._over = threading.Event()
-        self._told = -1
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._stop_requested = threading.Event()
+        self._last_reported = -1
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
-    def _watch(self) -> None:
-        while not self._over.wait(min(self.report_seconds / 4, 15.0)):
+    def _run(self) -> None:
+        while not self._stop_requested.wait(min(self.report_seconds / 4, 15.0)):
             place = self.world.timer.current
             try:
                 self._publish_heartbeat(place)
                 waited = time.monotonic() - place.since
-                if place.in_collective and waited > self.report_seconds and place.num_collectives > self._told:
-                    self._told = place.num_collectives
+                if place.in_collective and waited > self.report_seconds and place.num_collectives > self._last_reported:
+                    self._last_reported = place.num_collectives
                     if self.store.add(f"told/{place.num_collectives}", 1) == 1:
                         print(f"gengap: after {waited:.0f} s {self._diagnosis()}", file=sys.stderr, flush=True)
             except RuntimeError:  # the store went with the rank that held it; its launcher says so
                 return
 
-    def _publish_heartbeat(self, place: CurrentPhase) -> None:
+    def _publish_heartbeat(self, phase: CurrentPhase) -> None:
         word = Heartbeat(
             self.world.rank,
-            place.step,
-            place.activity,
-            time.monotonic() - place.since,
-            place.num_collectives,
-            place.in_collective,
+            phase.step,
+            phase.activity,
+            time.monotonic() - phase.since,
+            phase.num_collectives,
+            phase.in_collective,
             time.time(),
             socket.gethostname(),
             os.getpid(),
@@ -130,7 +130,7 @@ class StallDetector:
 
     def stop(self) -> None:
         """End the thread; one that asks a store on a machine that is gone may be waiting for many minutes yet."""
-        self._over.set()
+        self._stop_requested.set()
         self._thread.join(STORE_SECONDS)
 
 

@@ -18,10 +18,10 @@ from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.models.dropout import SampleDropout
 from gengap_dist.models.sample_position import SamplePosition, position_of
 
-WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
+def checkpointable_blocks(model: nn.Module) -> list[nn.Module]:
     """Parts of a network that are worth computing twice: of each, only what goes in is kept for the backward pass.
 
     They are the elements of rows (Sequential, ModuleList, ModuleDict) of modules with parts of their own, such as
@@ -34,26 +34,26 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """
     found: list[nn.Module] = []
     for child in model.children():
-        if _has_parts(child):
-            found += [child] if _is_row(model) and not _is_row(child) else blocks(child) or [child]
+        if _has_children(child):
+            found += [child] if _is_block_container(model) and not _is_block_container(child) else checkpointable_blocks(child) or [child]
     return list(dict.fromkeys(found))
 
 
-def _has_parts(module: nn.Module) -> bool:
+def _has_children(module: nn.Module) -> bool:
     return next(module.children(), None) is not None
 
 
-def _is_row(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and any(map(_has_parts, module.children()))
+def _is_block_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and any(map(_has_children, module.children()))
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
     """Have every block computed again in the backward pass, in place; names and states stay, and copies do the same."""
-    for block in blocks(model):
-        block.forward = partial(_twice, block)
+    for block in checkpointable_blocks(model):
+        block.forward = partial(_checkpointed_forward, block)
 
 
-def _twice(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _checkpointed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = partial(type(block).forward, block)
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
@@ -62,13 +62,13 @@ def _twice(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     calls = dict(position.calls)
 
     def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-        return nullcontext(), _again(block, position, calls)
+        return nullcontext(), _recomputing(block, position, calls)
 
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 @contextmanager
-def _again(block: nn.Module, position: SamplePosition, calls: dict[int, int]) -> Iterator[None]:
+def _recomputing(block: nn.Module, position: SamplePosition, calls: dict[int, int]) -> Iterator[None]:
     """Draws are those of the first time, from `calls` on; running statistics take each batch once."""
     now, position.calls = position.calls, dict(calls)
     try:
@@ -112,20 +112,20 @@ def check_compiler(device_type: str) -> None:
 
 
 @contextmanager
-def deterministic(on: bool) -> Iterator[None]:
+def deterministic(enabled: bool) -> Iterator[None]:
     """While open, if `on`, only operations that give the same bits every time; then everything is as it was.
 
     Raises:
         UsageError: if the network needs an operation that has no such form.
     """
-    if not on:
+    if not enabled:
         yield
         return
     cudnn = torch.backends.cudnn
-    before = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark, os.environ.get(WORKSPACE)
+    before = torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark, os.environ.get(WORKSPACE_VARIABLE)
     torch.use_deterministic_algorithms(True)
     cudnn.deterministic, cudnn.benchmark = True, False
-    os.environ.setdefault(WORKSPACE, ":4096:8")  # without one of two values, matrix products on GPUs are refused
+    os.environ.setdefault(WORKSPACE_VARIABLE, ":4096:8")  # without one of two values, matrix products on GPUs are refused
     try:
         yield
     except RuntimeError as error:
@@ -140,13 +140,13 @@ def deterministic(on: bool) -> Iterator[None]:
         torch.set_deterministic_debug_mode(before[0])
         cudnn.deterministic, cudnn.benchmark = before[1:3]
         if before[3] is None:
-            del os.environ[WORKSPACE]
+            del os.environ[WORKSPACE_VARIABLE]
 
 
-SETTINGS = {-4: 0, -1: -1, -2: 64 * 2**20}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of mallopt(3)
+MALLOPT_SETTINGS = {-4: 0, -1: -1, -2: 64 * 2**20}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of mallopt(3)
 
 
-OWN_WORDS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+ALLOCATOR_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def keep_freed_memory() -> bool:
@@ -158,6 +158,6 @@ def keep_freed_memory() -> bool:
     MALLOC_TRIM_THRESHOLD_=131072.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems and C libraries have none
-    if mallopt is None or any(name.startswith(OWN_WORDS) for name in os.environ):
+    if mallopt is None or any(name.startswith(ALLOCATOR_VARIABLES) for name in os.environ):
         return False
-    return sum(bool(mallopt(name, value)) for name, value in SETTINGS.items()) == len(SETTINGS)
+    return sum(bool(mallopt(name, value)) for name, value in MALLOPT_SETTINGS.items()) == len(MALLOPT_SETTINGS)

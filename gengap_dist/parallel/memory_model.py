@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from gengap_dist.config.sections import OptimConfig, RunConfig
-from gengap_dist.parallel.execution import blocks
+from gengap_dist.parallel.execution import checkpointable_blocks
 from gengap_dist.probes.layer_view import LayerView
 from gengap_dist.probes.spectra.measure import ColumnBlock
 
@@ -24,7 +24,7 @@ class Sharding(NamedTuple):
     state: bool = False
     gradients: bool = False
     parameters: bool = False
-    masters: bool = False
+    master_weights: bool = False
     """Whether the engine keeps float32 copies of its share of the parameters, even of float32 ones (DeepSpeed does)."""
 
 
@@ -32,15 +32,15 @@ SHARDING = {
     "single": Sharding(),
     "ddp": Sharding(),
     "zero0": Sharding(),
-    "zero1": Sharding(state=True, masters=True),
-    "zero2": Sharding(state=True, gradients=True, masters=True),
-    "zero3": Sharding(state=True, gradients=True, parameters=True, masters=True),
+    "zero1": Sharding(state=True, master_weights=True),
+    "zero2": Sharding(state=True, gradients=True, master_weights=True),
+    "zero3": Sharding(state=True, gradients=True, parameters=True, master_weights=True),
     "fsdp": Sharding(state=True, gradients=True, parameters=True),
 }
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes on one rank, the one with the most."""
 
     parameters: int
@@ -54,7 +54,7 @@ class Memory:
     """The whole data set: every rank holds it."""
     activations: int
     """What one micro-batch saves for its backward pass."""
-    activations_by: str
+    activations_method: str
     """How that was found."""
     probe: int
     """Matrices, held columns and blocks at their most, probe images, and whole parameters where they are sharded."""
@@ -97,7 +97,7 @@ def algorithm_copies(config: RunConfig, num_ranks: int) -> int:
     return copies
 
 
-def weights(config: RunConfig, model: nn.Module, strategy: str, num_ranks: int) -> dict[str, int]:
+def weight_bytes(config: RunConfig, model: nn.Module, strategy: str, num_ranks: int) -> dict[str, int]:
     """Bytes of parameters, gradients, optimizer state and kept weights on a rank of `strategy`."""
     sharding = SHARDING[strategy]
     itemsize = getattr(torch, config.train.dtype).itemsize
@@ -112,7 +112,7 @@ def weights(config: RunConfig, model: nn.Module, strategy: str, num_ranks: int) 
     return {
         "parameters": part(whole, sharding.parameters) + buffers,
         "gradients": part(trained, sharding.gradients),
-        "optimizer_state": part((state_copies(config.optim) + sharding.masters) * trained, sharding.state),
+        "optimizer_state": part((state_copies(config.optim) + sharding.master_weights) * trained, sharding.state),
         "kept_weights": copies * whole,
     }
 
@@ -129,7 +129,7 @@ def saved_for_backward(config: RunConfig, model: nn.Module, shape: Sequence[int]
     try:
         with FakeTensorMode() as mode:
             named = {n: mode.from_tensor(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
-            found = _saved(config, model, named, _blank(config, model, (micro_size, *shape)))
+            found = _saved_bytes(config, model, named, _zero_images(config, model, (micro_size, *shape)))
         return found, f"one pass of {micro_size} fake images"
     except Exception as error:  # whatever an unknown network meets where numbers have no values
         warnings.warn(
@@ -138,16 +138,16 @@ def saved_for_backward(config: RunConfig, model: nn.Module, shape: Sequence[int]
             stacklevel=2,
         )
     named = dict([*model.named_parameters(), *model.named_buffers()])
-    two, four = (_saved(config, model, named, _blank(config, model, (n, *shape))) for n in (2, 4))
+    two, four = (_saved_bytes(config, model, named, _zero_images(config, model, (n, *shape))) for n in (2, 4))
     return two + (four - two) * (micro_size - 2) // 2, "passes of 2 and 4 images, extrapolated"
 
 
-def _blank(config: RunConfig, model: nn.Module, shape: Sequence[int]) -> Tensor:
+def _zero_images(config: RunConfig, model: nn.Module, shape: Sequence[int]) -> Tensor:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return torch.zeros(*shape, dtype=getattr(torch, config.train.dtype), device=device)
 
 
-def _saved(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], images: Tensor) -> int:
+def _saved_bytes(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], images: Tensor) -> int:
     own = {tensor.untyped_storage()._cdata for tensor in named.values()}
     outside: dict[int, int] = {}
     saved = outside  # or by the block that is running, if it will be computed again
@@ -174,7 +174,7 @@ def _saved(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], ima
         saved = outside
 
     hooks = ExitStack()
-    for block in blocks(model) if config.train.activation_checkpointing else []:
+    for block in checkpointable_blocks(model) if config.train.activation_checkpointing else []:
         hooks.callback(block.register_forward_pre_hook(enter).remove)
         hooks.callback(block.register_forward_hook(leave).remove)
     autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=config.train.autocast is not None)
@@ -189,7 +189,7 @@ def _saved(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], ima
 
 
 def probe_bytes(
-    sites: Sequence[LayerView], passes: Sequence[Sequence[ColumnBlock]], most_inputs: int, stream: int
+    views: Sequence[LayerView], passes: Sequence[Sequence[ColumnBlock]], max_inputs: int, block_bytes: int
 ) -> int:
     """What the probe's matrices, held columns and one block take on the rank with the most inputs, in its worst pass.
 
@@ -200,6 +200,6 @@ def probe_bytes(
         begun = {piece.site for earlier in passes[:number] for piece in earlier}
         goes_on = {piece.site for later in passes[number:] for piece in later}
         alive = {piece.site for piece in pieces} | (begun & goes_on)
-        held = sum((piece.stop - piece.start) * sites[piece.site].column_bytes(most_inputs) for piece in pieces)
-        worst = max(worst, held + sum(sites[site].state_bytes for site in alive))
-    return worst + stream
+        held = sum((piece.stop - piece.start) * views[piece.site].column_bytes(max_inputs) for piece in pieces)
+        worst = max(worst, held + sum(views[site].state_bytes for site in alive))
+    return worst + block_bytes

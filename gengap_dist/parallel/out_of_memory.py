@@ -15,12 +15,12 @@ import torch.distributed as dist
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import OutOfMemory
 
-OF_A_GPU = (
+GPU_MESSAGES = (
     "out of memory",
     "ALLOC_FAILED",  # of cuBLAS, cuSOLVER, cuFFT
     "ALLOCATION_FAILED",  # of cuDNN
 )
-OR_ELSE = (  # what libraries say without memory, and also of an operation or a GPU that they do not have
+AMBIGUOUS_MESSAGES = (  # what libraries say without memory, and also of an operation or a GPU that they do not have
     "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_NOT_INITIALIZED",
     "CUSOLVER_STATUS_NOT_INITIALIZED",
@@ -28,17 +28,17 @@ OR_ELSE = (  # what libraries say without memory, and also of an operation or a 
     "unable to find an engine to execute this computation",
     "no valid convolution algorithms available in CuDNN",
 )
-LITTLE = 512 * 2**20  # bytes free on a GPU, with which OR_ELSE is put down to memory: what handles and workspaces take
-OF_A_CPU = ("can't allocate memory", "bad_alloc", "could not create a memory")
-MOST_WORDS = 200  # characters of a library's own that a sentence repeats
-MOST_ALLOCATIONS = 100_000  # that a snapshot remembers, each with its stack
+LOW_MEMORY_BYTES = 512 * 2**20  # bytes free on a GPU, with which OR_ELSE is put down to memory: what handles and workspaces take
+CPU_MESSAGES = ("can't allocate memory", "bad_alloc", "could not create a memory")
+MAX_MESSAGE_LENGTH = 200  # characters of a library's own that a sentence repeats
+MAX_ALLOCATIONS = 100_000  # that a snapshot remembers, each with its stack
 REMEDY = (
     "choose a smaller batch.micro_size (or auto), train.activation_checkpointing=true, launch.strategy=fsdp or zero3, "
     "or data.device=cpu"
 )
 
 
-def is_out_of_memory(error: BaseException, words: tuple[str, ...] = OF_A_GPU + OF_A_CPU) -> bool:
+def is_out_of_memory(error: BaseException, messages: tuple[str, ...] = GPU_MESSAGES + CPU_MESSAGES) -> bool:
     """Whether memory was short, by what the error says; where its words have other causes, too, by the GPU as well.
 
     >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
@@ -46,12 +46,12 @@ def is_out_of_memory(error: BaseException, words: tuple[str, ...] = OF_A_GPU + O
     >>> is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))  # here is no GPU
     False
     """
-    if isinstance(error, MemoryError) or any(part in str(error) for part in words):
+    if isinstance(error, MemoryError) or any(part in str(error) for part in messages):
         return True
-    return any(part in str(error) for part in OR_ELSE) and _was_short()
+    return any(part in str(error) for part in AMBIGUOUS_MESSAGES) and _gpu_memory_was_short()
 
 
-def _was_short() -> bool:
+def _gpu_memory_was_short() -> bool:
     """Whether this process's GPU has little memory left, or had too little when torch asked for more.
 
     A convolution passes over kernels whose workspace it cannot get, and says in the end that it has none.
@@ -61,7 +61,7 @@ def _was_short() -> bool:
     if torch.cuda.memory_stats().get("num_ooms", 0):  # since a run's last reset of these counts
         return True
     with suppress(RuntimeError):  # a GPU after some errors answers nothing
-        return torch.cuda.mem_get_info()[0] < LITTLE
+        return torch.cuda.mem_get_info()[0] < LOW_MEMORY_BYTES
     return False
 
 
@@ -72,9 +72,9 @@ def library_message(error: BaseException) -> str:
     'CUDA out of memory. Tried to allocate 2.00 GiB'
     """
     text = " ".join(str(error).split())
-    if len(text) > MOST_WORDS:
-        sentences, stop, _ = text[:MOST_WORDS].rpartition(". ")
-        text = sentences if stop else text[:MOST_WORDS]
+    if len(text) > MAX_MESSAGE_LENGTH:
+        sentences, stop, _ = text[:MAX_MESSAGE_LENGTH].rpartition(". ")
+        text = sentences if stop else text[:MAX_MESSAGE_LENGTH]
     return text.rstrip(".") or type(error).__name__
 
 
@@ -91,8 +91,8 @@ def explaining_out_of_memory(world: World) -> Iterator[None]:
     except RuntimeError as error:
         if world.device.type != "cuda":
             raise
-        mine = is_out_of_memory(error, OF_A_GPU)
-        count = _count(world, mine)
+        mine = is_out_of_memory(error, GPU_MESSAGES)
+        count = _count_failed_ranks(world, mine)
         if count == 0:
             raise
         if not mine:
@@ -118,11 +118,11 @@ def memory_snapshot(world: World, folder: Path | None) -> Iterator[None]:
     if folder is None or world.device.type != "cuda":
         yield
         return
-    torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS, stacks="python")
+    torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS, stacks="python")
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error, OF_A_GPU):
+        if is_out_of_memory(error, GPU_MESSAGES):
             _write_snapshot(folder / f"rank{world.rank}.pickle")
         raise
     finally:
@@ -139,9 +139,9 @@ def _write_snapshot(path: Path) -> None:
         warnings.warn(f"{path} could not be written ({error.strerror or error}): make room there", stacklevel=2)
 
 
-def _count(world: World, mine: bool) -> int:
+def _count_failed_ranks(world: World, failed: bool) -> int:
     """How many ranks ran out of memory so far, this one included; 0 or 1 if the store went with another rank."""
     if world.size > 1:
         with suppress(RuntimeError):
-            return dist.distributed_c10d._get_default_store().add("gengap/out_of_memory", int(mine))
-    return int(mine)
+            return dist.distributed_c10d._get_default_store().add("gengap/out_of_memory", int(failed))
+    return int(failed)

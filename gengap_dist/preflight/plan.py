@@ -19,7 +19,7 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.parallel import memory_model
-from gengap_dist.parallel.memory_model import Memory
+from gengap_dist.parallel.memory_model import MemoryEstimate
 from gengap_dist.preflight import communication_model
 from gengap_dist.preflight.batch_layout import Cluster, Layout, layout
 from gengap_dist.preflight.communication_model import Link, Message
@@ -95,7 +95,7 @@ class Plan:
     ragged: Layout | None = None
     """The last step of each epoch, if it is smaller."""
     has_batch_norm: bool = False
-    memory: Memory | None = None
+    memory: MemoryEstimate | None = None
     messages: list[Message] = field(default_factory=list)
     """Of one step."""
     bytes_on_wire: int = 0
@@ -114,7 +114,7 @@ class Plan:
         tree = asdict(self)
         tree["cluster"]["num_ranks"] = self.cluster.num_ranks
         for name, found in (("memory", self.memory), ("time", self.time), ("time_at_best", self.time_at_best)):
-            if isinstance(found, Memory):
+            if isinstance(found, MemoryEstimate):
                 tree[name]["total"] = found.total
             elif found:
                 tree[name]["step"] = found.step
@@ -228,7 +228,7 @@ def _of_model(
         if num_ranks > 1
         else []
     )
-    held = memory_model.weights(config, model, strategy, num_ranks)
+    held = memory_model.weight_bytes(config, model, strategy, num_ranks)
     probe, probe_bytes = tried(lambda: _probe(config, model, sizes, num_ranks)) or (None, 0)
     if probe and memory_model.SHARDING[strategy].parameters:
         probe_bytes += whole
@@ -240,11 +240,11 @@ def _of_model(
         "has_batch_norm": has_batch_norm(model),
         "messages": messages,
         "bytes_on_wire": sum(message.on_wire(num_ranks) for message in messages),
-        "memory": Memory(
+        "memory": MemoryEstimate(
             **held,
             data=0 if (config.data.device, config.launch.device) == ("cpu", "cuda") else sizes.num_bytes,
             activations=saved,
-            activations_by=how,
+            activations_method=how,
             probe=probe_bytes,
             probe_limit=config.probe.memory_mib * 2**20 if probe else 0,
         ),

@@ -93,7 +93,7 @@ def _traffic(plan: Plan) -> Table | None:
 def _notes(plan: Plan) -> list[str]:
     said = []
     if plan.memory:
-        said.append(f"micro-batch  what it saves for its backward pass, by {plan.memory.activations_by}")
+        said.append(f"micro-batch  what it saves for its backward pass, by {plan.memory.activations_method}")
     if probe := plan.probe:
         wide = sum("rows" in form for form in probe.forms.values())
         said.append(

@@ -15,7 +15,7 @@ from gengap_dist.config.sections import DataConfig, RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Normalise
 from gengap_dist.data.sampler import seeded_rng
-from gengap_dist.distributed.process_group import World, environment, local_size
+from gengap_dist.distributed.process_group import World, rank_environment, local_size
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.system_metrics import sampling
@@ -46,7 +46,7 @@ def facts_before(out: Path) -> dict[str, Any]:
 
 def sampling_system_metrics(config: RunConfig, out: Path, world: World) -> contextlib.AbstractContextManager[None]:
     """One rank of each node looks at its machine meanwhile."""
-    leads = environment()[1] == 0
+    leads = rank_environment()[1] == 0
     return sampling(out, config.mlflow.system_seconds if leads else None, num_nodes=-(-world.size // local_size()))
 
 
@@ -89,7 +89,7 @@ def load_data(config: RunConfig, world: World, progress: Progress) -> datasets.S
     if config.data in _LOADED:
         return _LOADED[config.data]
     _LOADED.clear()
-    local_rank = environment()[1]
+    local_rank = rank_environment()[1]
     if config.data.download and local_rank == 0:
         datasets.load(config.data, report)  # one rank per machine fetches the files, the others find them
     if config.data.download:

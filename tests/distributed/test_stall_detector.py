@@ -74,7 +74,7 @@ def end_while_rank_0_stands_still(world):
         world.barrier()
         os.kill(pid, signal.SIGSTOP)
         return None
-    dog = StallDetector(world, hang_seconds=0.2)
+    dog = StallDetector(world, report_seconds=0.2)
     world.barrier()
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.01)

@@ -22,7 +22,7 @@ from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.models.dropout import replace_dropout
 from gengap_dist.models.sample_position import SamplePosition
 from gengap_dist.parallel import memory_model
-from gengap_dist.parallel.execution import WORKSPACE, blocks, check_compiler, checkpoint_blocks, deterministic
+from gengap_dist.parallel.execution import WORKSPACE_VARIABLE, checkpointable_blocks, check_compiler, checkpoint_blocks, deterministic
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.training.algorithms import build_algorithm
@@ -105,7 +105,7 @@ def test_recompute_under_sharded_strategies(crews, name):
 
 
 def names(model: nn.Module) -> list[str]:
-    found = {id(block) for block in blocks(model)}
+    found = {id(block) for block in checkpointable_blocks(model)}
     return [name for name, module in model.named_modules() if id(module) in found]
 
 
@@ -461,11 +461,11 @@ def test_switches_may_change_at_a_resume(switch, first):
 
 def state() -> tuple[object, ...]:
     cudnn = torch.backends.cudnn
-    return torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark, os.environ.get(WORKSPACE)
+    return torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark, os.environ.get(WORKSPACE_VARIABLE)
 
 
 def test_determinism_is_put_back(monkeypatch):
-    monkeypatch.delenv(WORKSPACE, raising=False)
+    monkeypatch.delenv(WORKSPACE_VARIABLE, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     before = state()
     with deterministic(False):
@@ -476,10 +476,10 @@ def test_determinism_is_put_back(monkeypatch):
     with pytest.raises(KeyError), deterministic(True):
         raise KeyError
     assert state() == before
-    monkeypatch.setenv(WORKSPACE, ":16:8")
+    monkeypatch.setenv(WORKSPACE_VARIABLE, ":16:8")
     with deterministic(True):
-        assert os.environ[WORKSPACE] == ":16:8"
-    assert os.environ[WORKSPACE] == ":16:8"
+        assert os.environ[WORKSPACE_VARIABLE] == ":16:8"
+    assert os.environ[WORKSPACE_VARIABLE] == ":16:8"
 
 
 def test_what_cannot_be_deterministic_is_told():

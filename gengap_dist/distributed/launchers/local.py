@@ -30,7 +30,7 @@ class InProcessLauncher(Launcher):
             run = load_entry_point(self.entry_point)  # imports torch, which --help does not need
 
         # whatever a scheduler left there, this is the only rank
-        with _environment(rank_variables(0, 1)), catching_signals() as leaving:
+        with _environment_variables(rank_variables(0, 1)), catching_signals() as leaving:
             return run(config, out, resume=resume, progress=progress, preemption_requested=leaving)
 
     def close(self, *, kill: bool = False) -> None:
@@ -69,17 +69,17 @@ class LocalLauncher(Launcher):
             process = context.Process(
                 target=_rank_main, args=(there, env, self.entry_point), name=f"rank{rank}", daemon=True
             )
-            with _environment(threads_per_rank(self.num_processes)):
+            with _environment_variables(threads_per_rank(self.num_processes)):
                 process.start()
             there.close()
             self._ranks.append((process, here))
 
-    def _wait(self, progress: Progress, leaving: Callable[[], bool]) -> dict[str, Any]:
+    def _wait(self, progress: Progress, preemption_requested: Callable[[], bool]) -> dict[str, Any]:
         """Rank 0's result, when every rank has one; asked to leave, the ranks are asked in turn."""
         results: dict[int, dict[str, Any]] = {}
         told = False
         while len(results) < len(self._ranks):
-            if leaving() and not told:
+            if preemption_requested() and not told:
                 told = True
                 for process, _ in self._ranks:
                     process.terminate()
@@ -132,7 +132,7 @@ def rank_variables(rank: int, size: int, port: int | None = None) -> dict[str, s
     return found if port is None else found | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-class _environment:
+class _environment_variables:
     """Variables that hold for a while; a child process that starts meanwhile inherits them."""
 
     def __init__(self, variables: dict[str, str]) -> None:

@@ -28,14 +28,14 @@ from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFaile
 from gengap_dist.distributed.preemption import Preempted, PreemptionFlag
 from gengap_dist.errors import OutOfMemory, UsageError
 
-ANSWER_SECONDS = 12.0  # for a cluster to answer before it counts as silent
+CONNECT_TIMEOUT_SECONDS = 12.0  # for a cluster to answer before it counts as silent
 POLL_SECONDS = 0.5  # between two words from rank 0, and between two looks of the driver
-WAITING_SECONDS = 60.0  # between two warnings that no rank has started yet
+WARNING_SECONDS = 60.0  # between two warnings that no rank has started yet
 PREEMPTION_SECONDS = 5.0  # between two looks for a preemption notice; Ray itself looks as often
 
-JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what `ray job submit` sets for the process it starts, and for no other
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what `ray job submit` sets for the process it starts, and for no other
 _NO_CLUSTER = 3  # exit code of _CONNECT where "auto" finds nothing
-_CONNECT = f"""
+_CONNECT_SCRIPT = f"""
 import sys, ray
 try:
     ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
@@ -61,7 +61,7 @@ def uses_ray(config: LaunchConfig) -> bool:
             "launch.launcher (ray) starts ranks, and torchrun has started some already: start the command without "
             "torchrun, or choose launch.launcher=auto"
         )
-    submitted = JOB in os.environ and "RAY_ADDRESS" in os.environ
+    submitted = JOB_VARIABLE in os.environ and "RAY_ADDRESS" in os.environ
     return config.launcher == "ray" or (config.launcher == "auto" and submitted and not under_torchrun)
 
 
@@ -121,7 +121,7 @@ def resolve_device(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str
     short = [
         launch
         for launch in undecided
-        if num_slots(nodes, resources_per_rank(_on("cuda", launch)), launch.placement) < launch.num_processes
+        if num_slots(nodes, resources_per_rank(_with_device("cuda", launch)), launch.placement) < launch.num_processes
     ]
     if short and any("GPU" in node for node in nodes):
         _warn(
@@ -133,10 +133,10 @@ def resolve_device(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str
     def device(launch: LaunchConfig) -> str:
         return launch.device if launch.device != "auto" else "cpu" if short and launch in undecided else "cuda"
 
-    return [_on(device(launch), launch) for launch in launches]
+    return [_with_device(device(launch), launch) for launch in launches]
 
 
-def _on(device: str, launch: LaunchConfig) -> LaunchConfig:
+def _with_device(device: str, launch: LaunchConfig) -> LaunchConfig:
     return launch.model_copy(update={"device": device})
 
 
@@ -176,14 +176,14 @@ def check_address(address: str) -> bool:
             socket.create_connection((host.strip("[]"), int(port)), timeout=3.0).close()
         except (OSError, OverflowError) as error:
             raise UsageError(f"launch.ray_address ({address}) cannot be reached ({error}): {check}") from None
-    command = [sys.executable, "-c", _CONNECT, address]
+    command = [sys.executable, "-c", _CONNECT_SCRIPT, address]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        _, said = process.communicate(timeout=ANSWER_SECONDS)
+        _, said = process.communicate(timeout=CONNECT_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         _, said = process.communicate()
-        said = said if "Unauthenticated" in said else f"no answer within {ANSWER_SECONDS:g} s"
+        said = said if "Unauthenticated" in said else f"no answer within {CONNECT_TIMEOUT_SECONDS:g} s"
     if process.returncode in (0, _NO_CLUSTER):
         return process.returncode == 0
     if "Unauthenticated" in said or "AuthenticationError" in said:
@@ -251,7 +251,7 @@ def connect(config: LaunchConfig) -> bool:
 
         if ray.is_initialized():  # the runs of a study share one connection
             return False
-    if address != "local" and JOB not in os.environ and not check_address(address):
+    if address != "local" and JOB_VARIABLE not in os.environ and not check_address(address):
         address = "local"
     if address == "local":
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before the import: Ray then keeps to loopback
@@ -299,43 +299,43 @@ class RunQueue:
         """Runs, each with its folder; they are known by their number."""
         self._runs = runs
         self._waiting = [*range(len(runs))]
-        self._given: dict[str, tuple[int, int]] = {}  # by team: its run, and how often its ranks have begun with it
-        self._news: dict[str, list[Message]] = {}
+        self._assigned: dict[str, tuple[int, int]] = {}  # by team: its run, and how often its ranks have begun with it
+        self._messages: dict[str, list[Message]] = {}
 
-    def assign(self, team: str, launch: LaunchConfig) -> tuple[int, int] | None:
+    def assign(self, group: str, launch: LaunchConfig) -> tuple[int, int] | None:
         """A team's run and how often it was begun: the one that it has, or else the next for ranks of its kind."""
-        if team not in self._given:
+        if group not in self._assigned:
             number = next((number for number in self._waiting if self._runs[number][0].launch == launch), None)
             if number is None:
                 return None
             self._waiting.remove(number)
-            self._given[team] = number, 0
-        return self._given[team]
+            self._assigned[group] = number, 0
+        return self._assigned[group]
 
-    def begin(self, team: str, launch: LaunchConfig) -> int:
+    def begin(self, group: str, launch: LaunchConfig) -> int:
         """The run that a team's ranks have to begin, or to go on with, now; -1 if none is left."""
-        given = self.assign(team, launch)
+        given = self.assign(group, launch)
         if given is None:
             return -1
         number, num_starts = given
-        self._given[team] = number, num_starts + 1
+        self._assigned[group] = number, num_starts + 1
         return number
 
-    def end(self, team: str) -> None:
+    def end(self, group: str) -> None:
         """A team's run is over."""
-        del self._given[team]
+        del self._assigned[group]
 
     def run(self, number: int) -> tuple[RunConfig, Path]:
         """A run and its folder."""
         return self._runs[number]
 
-    def publish(self, about: str, kind: str, value: Any) -> None:
+    def publish(self, topic: str, kind: str, value: Any) -> None:
         """Keep this, for who waits for news about `about`."""
-        self._news.setdefault(about, []).append((kind, value))
+        self._messages.setdefault(topic, []).append((kind, value))
 
-    def poll(self, about: str) -> list[Message]:
+    def poll(self, topic: str) -> list[Message]:
         """What was told since the last time."""
-        return self._news.pop(about, [])
+        return self._messages.pop(topic, [])
 
 
 def start_run_queue(runs: Sequence[tuple[RunConfig, Path]]) -> Any:
@@ -368,9 +368,9 @@ class WorkerGroupRun:
 
     def __init__(
         self,
-        team: WorkerGroup,
+        group: WorkerGroup,
         progress: Callable[[int, int, int, str], None],
-        over: Callable[[int, dict[str, Any]], None],
+        on_result: Callable[[int, dict[str, Any]], None],
         max_failures: int,
     ) -> None:
         """Nothing starts before `wait`.
@@ -383,20 +383,20 @@ class WorkerGroupRun:
         """
         import ray
 
-        self.team, self.progress, self.over = team, progress, over
+        self.group, self.progress, self.on_result = group, progress, on_result
         self._task = ray.remote(_fit).options(max_retries=0, **on_this_node())
         self._job = {
-            "team": team,
+            "team": group,
             "max_failures": max_failures,
-            "num_threads": max(1, int(resources_per_rank(team.resolved)["CPU"])),
+            "num_threads": max(1, int(resources_per_rank(group.resolved)["CPU"])),
             "folder": Path.cwd(),
             "command": sys.orig_argv,
         }
-        self._troubles: list[Message] = []  # of the ranks' latest start
+        self._failures: list[Message] = []  # of the ranks' latest start
         self._num_starts, self._size = 0, 0
-        self._warned = 0.0
+        self._last_warning = 0.0
 
-    def wait(self, grows: bool) -> None:
+    def wait(self, may_grow: bool) -> None:
         """Until no run is left and the ranks are gone; `grows`: whether to wait for nodes that are not there yet.
 
         Raises:
@@ -406,57 +406,57 @@ class WorkerGroupRun:
         """
         import ray
 
-        self._check_room(grows)
+        self._check_capacity(may_grow)
         fit = self._task.remote(self._job)
         while not ray.wait([fit], timeout=POLL_SECONDS)[0]:
-            self._hear()
-            if not self._size and time.monotonic() - self._warned > WAITING_SECONDS:
+            self._handle_messages()
+            if not self._size and time.monotonic() - self._last_warning > WARNING_SECONDS:
                 self._warn("no rank has started yet: waiting for room in the Ray cluster (see `ray status`)")
         failure = ray.get(fit)
-        self._hear()
+        self._handle_messages()
         if failure:
-            self._raise(*failure)
+            self._raise_failure(*failure)
 
-    def _hear(self) -> None:
+    def _handle_messages(self) -> None:
         import ray
 
-        for kind, value in ray.get(self.team.queue.poll.remote(self.team.name)):
+        for kind, value in ray.get(self.group.queue.poll.remote(self.group.name)):
             match kind:
                 case "started":
-                    self._started(value)
+                    self._on_started(value)
                 case "progress":
                     self.progress(*value)
                 case "usage":
                     raise UsageError(value)  # who waits ends the other ranks; none of them is to try again
                 case "result":
-                    self.over(*value)
+                    self.on_result(*value)
                 case _:
-                    self._troubles.append((kind, value))
-                    self._size, self._warned = 0, time.monotonic()
+                    self._failures.append((kind, value))
+                    self._size, self._last_warning = 0, time.monotonic()
 
-    def _started(self, size: int) -> None:
+    def _on_started(self, size: int) -> None:
         self._num_starts += 1
         self._size = size
         if self._num_starts > 1:
-            why = f" after: {_reason(self._troubles)}" if self._troubles else ""
+            why = f" after: {_reason(self._failures)}" if self._failures else ""
             self._warn(f"{size} rank(s) started again, from the last checkpoint{why}")
-        self._troubles.clear()
+        self._failures.clear()
 
-    def _raise(self, dead: dict[int, str], text: str) -> Never:
+    def _raise_failure(self, dead: dict[int, str], text: str) -> Never:
         """What has ended the last start of the ranks: a rank that was killed, else the first that raised something."""
         for rank, reason in dead.items():
             raise RankFailed(f"rank {rank} died: {reason}")
-        for kind, value in self._troubles:
+        for kind, value in self._failures:
             if kind == "preempted":
                 raise Preempted(value)
             raise RankFailed(f"rank {value[0]} failed:\n{value[1]}")
         raise RankFailed(f"Ray could not run the ranks: {text}")
 
-    def _check_room(self, grows: bool) -> None:
-        launch, nodes = self.team.resolved, alive_nodes()
+    def _check_capacity(self, may_grow: bool) -> None:
+        launch, nodes = self.group.resolved, alive_nodes()
         needs = resources_per_rank(launch)
         fit = num_slots(nodes, needs, launch.placement)
-        self._warned = time.monotonic()
+        self._last_warning = time.monotonic()
         if fit < launch.num_processes:
             text = (
                 f"launch.num_processes ({launch.num_processes}) asks for more than the Ray cluster has: its "
@@ -464,18 +464,18 @@ class WorkerGroupRun:
             )
             remedy = "choose fewer ranks or smaller launch.resources_per_rank"
             remedy += ", or launch.device=cpu" if launch.device == "cuda" else ""
-            if not grows:
+            if not may_grow:
                 raise UsageError(f"{text}: {remedy}")
             self._warn(f"{text}; waiting for it to grow: add nodes, or {remedy}")
 
     def _warn(self, text: str) -> None:
-        self._warned = time.monotonic()
+        self._last_warning = time.monotonic()
         _warn(text)
 
 
-def _reason(troubles: list[Message]) -> str:
+def _reason(failures: list[Message]) -> str:
     """What came first, in a line; a traceback's last line may be any line of a long message."""
-    kind, value = troubles[0]
+    kind, value = failures[0]
     if kind == "preempted":
         return f"asked to leave at step {value}"
     lines = value[1].strip().splitlines()
@@ -514,7 +514,7 @@ def _trainer(job: dict[str, Any]) -> Any:
     launch, on_gpu = job["team"].resolved, job["team"].resolved.device == "cuda"
     most = launch.max_processes or launch.num_processes
     return TorchTrainer(
-        _rank,
+        _rank_main,
         train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=most if most == launch.num_processes else (launch.num_processes, most),
@@ -540,7 +540,7 @@ def _trainer(job: dict[str, Any]) -> Any:
 # -- on a rank --------------------------------------------------------------------------------------------------------
 
 
-def _rank(job: dict[str, Any]) -> None:
+def _rank_main(job: dict[str, Any]) -> None:
     """A rank's life, in a thread of a Ray worker; the process group is there already."""
     import warnings
 
@@ -572,7 +572,7 @@ def _rank(job: dict[str, Any]) -> None:
     if rank == 0:
         tell("started", int(os.environ["WORLD_SIZE"]))
     try:
-        world, leaving = join(resolved.device, resolved.timeout_seconds), _preemption_notice()
+        world, leaving = join(resolved.device, resolved.timeout_seconds), _preemption_flag()
         while (number := world.broadcast_int(ray.get(teller.begin.remote(name, launch)) if rank == 0 else 0)) >= 0:
             config, out = ray.get(teller.run.remote(number))
             own = join(
@@ -595,7 +595,7 @@ def _rank(job: dict[str, Any]) -> None:
         raise RuntimeError(f"rank {rank} failed") from None  # an exception of ours need not survive pickling
 
 
-def _preemption_notice() -> PreemptionFlag:
+def _preemption_flag() -> PreemptionFlag:
     """A notice that is given when Ray is about to take a node away.
 
     Asking Ray makes all ranks wait for each other, so a thread on every rank asks, and steps only look at the notice.

@@ -66,12 +66,12 @@ class Strategy(ABC):
         self.net = compiled(model) if train.compile else model
         """What training calls: the model, or what it was compiled to, on the same parameters."""
         if self.scaler.is_enabled() and isinstance(self.optimizer, torch.optim.SGD):
-            self._begin_momentum()
+            self._init_momentum()
         self.position = position_of(model)
-        self._ghosts = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
+        self._ghost_norms = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
         self.has_sync_bn = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in model.modules())
 
-    def _begin_momentum(self) -> None:
+    def _init_momentum(self) -> None:
         """Torch's fused SGD (2.15) takes momentum from memory that nobody wrote, if it skips its first step."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"] if group["momentum"] else []:
@@ -79,23 +79,23 @@ class Strategy(ABC):
 
     def begin_step(self, global_size: int) -> None:
         """Tell layers that count samples how many this step has. On every rank, also one without samples."""
-        for layer in self._ghosts:
+        for layer in self._ghost_norms:
             layer.begin_step(global_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [n, num_classes] of this rank's images [n, C, H, W], in the images' dtype."""
-        return self._through(self._forward, images)
+        return self._run_forward(self._forward, images)
 
     def local_forward(self, images: Tensor) -> Tensor:
         """`forward`, without the engine: for gradients of this rank's own that nobody else is to meet."""
-        return self._through(self.net, images)
+        return self._run_forward(self.net, images)
 
-    def _through(self, net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def _run_forward(self, net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         if self.config.train.channels_last and images.ndim == 4:
             images = images.to(memory_format=torch.channels_last)
-        with self._autocast(), self._stance(len(images)):
+        with self._autocast(), self._compile_stance(len(images)):
             logits = net(images).to(images.dtype)
-        for layer in self._ghosts:
+        for layer in self._ghost_norms:
             layer.commit_running_stats()
         return logits
 
@@ -103,7 +103,7 @@ class Strategy(ABC):
         kind = self.config.train.autocast
         return torch.autocast(self.world.device.type, dtype=getattr(torch, kind)) if kind else nullcontext()
 
-    def _stance(self, size: int) -> AbstractContextManager[object]:
+    def _compile_stance(self, size: int) -> AbstractContextManager[object]:
         seldom = self.config.train.compile and self.compiled_batch_sizes and size not in self.compiled_batch_sizes
         return torch.compiler.set_stance("force_eager") if seldom else nullcontext()
 
@@ -178,13 +178,13 @@ class Strategy(ABC):
         """Go on from what the optimizer of any strategy remembered; `state` is whole, on every rank. Collective."""
         for name, parameter in self.model.named_parameters():
             if kept := state.get(name):
-                self.optimizer.state[parameter] = {key: _like(parameter, value) for key, value in kept.items()}
+                self.optimizer.state[parameter] = {key: _to_layout_of(parameter, value) for key, value in kept.items()}
 
     def close(self) -> None:  # noqa: B027, most have nothing to let go of
         """Let go of the model: some engines hold on to it otherwise, and the next run of a study needs the memory."""
 
 
-def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+def _to_layout_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """A copy on the parameter's device, in the order in memory that the parameter has: fused optimizers go by that."""
     copy = value.to(parameter.device, copy=True)
     if value.shape != parameter.shape or copy.stride() == parameter.stride():

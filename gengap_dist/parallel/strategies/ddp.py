@@ -31,15 +31,15 @@ class DDP(Strategy):
         self._ddp = DistributedDataParallel(
             cast("nn.Module", self.net), gradient_as_bucket_view=True, **_NO_BUFFER_SYNC
         )
-        self._ddp.register_comm_hook(None, self._sum)
-        self._energies: list[Tensor] = []  # of the buckets that have met the other ranks' in this micro-step
+        self._ddp.register_comm_hook(None, self._all_reduce_bucket)
+        self._bucket_squared_norms: list[Tensor] = []  # of the buckets that have met the other ranks' in this micro-step
 
     def _forward(self, images: Tensor) -> Tensor:
         return self._ddp(images)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective in the last micro-step: every rank has exactly one."""
-        self._energies.clear()
+        self._bucket_squared_norms.clear()
         self._last_bucket: Any = None
         return nullcontext() if last else self._ddp.no_sync()
 
@@ -49,14 +49,14 @@ class DDP(Strategy):
         if self._last_bucket is not None:
             self.world.timer.charge_since(self._last_bucket, "communication")
 
-    def _sum(
+    def _all_reduce_bucket(
         self,
         state: None,
         bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
     ) -> torch.futures.Future[Tensor]:
         """A bucket's gradients summed over ranks, where DDP itself would take the mean."""
         if self.track_local_grad_norm:
-            self._energies.append(torch.linalg.vector_norm(bucket.buffer(), dtype=torch.float64).square())
+            self._bucket_squared_norms.append(torch.linalg.vector_norm(bucket.buffer(), dtype=torch.float64).square())
         self.world.timer.enter_collective("sum of gradients")
         self._last_bucket = self.world.timer.now()
         work = dist.all_reduce(bucket.buffer(), async_op=True)
@@ -65,9 +65,9 @@ class DDP(Strategy):
 
     def local_squared_grad_norm(self) -> Tensor:
         """See `Strategy.local_squared_grad_norm`: of the only micro-batch, the buckets have kept it."""
-        if not self._energies:
+        if not self._bucket_squared_norms:
             return super().local_squared_grad_norm()
-        return self.unscaled(self.unscaled(torch.stack(self._energies).sum()))  # it is a square
+        return self.unscaled(self.unscaled(torch.stack(self._bucket_squared_norms).sum()))  # it is a square
 
     def close(self) -> None:
         """See `Strategy.close`: the reducer holds `_sum`, where Python's garbage collector does not look."""

@@ -28,8 +28,8 @@ from gengap_dist.parallel.strategies.base import BuildOptimizer, OptimizerState,
 from gengap_dist.parallel.strategies.local_grad_norm import LocalGradNorm
 from gengap_dist.parallel.strategies.unsharded_copy import UnshardedCopy
 
-BUCKET = 50_000_000  # most gradients, in numbers, that wait to be reduced together
-PERSISTENT = 10_000  # stage 3: parameters of fewer numbers stay whole on every rank
+MAX_BUCKET_SIZE = 50_000_000  # most gradients, in numbers, that wait to be reduced together
+PERSISTENCE_THRESHOLD = 10_000  # stage 3: parameters of fewer numbers stay whole on every rank
 
 
 class ParameterShard(NamedTuple):
@@ -80,17 +80,17 @@ class DeepSpeedZero(Strategy):
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective."""
         ensure_process_group(self.world, self.config.launch.timeout_seconds)
-        _adopt_group(self._deepspeed, self.world.device, self.config.launch.timeout_seconds)
-        self._twin = UnshardedCopy(model, self.world.device) if self.stage == 3 else None
+        _use_process_group(self._deepspeed, self.world.device, self.config.launch.timeout_seconds)
+        self._unsharded_copy = UnshardedCopy(model, self.world.device) if self.stage == 3 else None
         super().setup(model, build)
-        with _quiet():
+        with _errors_only():
             self._engine, *_ = self._deepspeed.initialize(
-                model=_Inside(model, super()._autocast), optimizer=self.optimizer, config=self._settings()
+                model=_AutocastModule(model, super()._autocast), optimizer=self.optimizer, config=self._engine_config()
             )
-        self._energy = LocalGradNorm()
-        self._energy.listen(model.parameters())
+        self._local_grad_norm = LocalGradNorm()
+        self._local_grad_norm.register_hooks(model.parameters())
 
-    def _settings(self) -> dict[str, Any]:
+    def _engine_config(self) -> dict[str, Any]:
         """DeepSpeed's config."""
         batch, size = self.config.batch, self.world.size
         plan = BatchPlan(batch.global_size, size, batch.max_micro_size, batch.ghost_size)
@@ -98,7 +98,7 @@ class DeepSpeedZero(Strategy):
         # Terms of a batch that is cut evenly: an uneven one has fewer samples. DeepSpeed only checks and counts with
         # them; `backward` and `micro_step` leave it no division to make.
         micro, accumulation = max(span.size for some in spans for span in some), max(map(len, spans))
-        bucket = min(BUCKET, sum(p.numel() for p in self.model.parameters()))
+        bucket = min(MAX_BUCKET_SIZE, sum(p.numel() for p in self.model.parameters()))
         return {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
@@ -106,7 +106,7 @@ class DeepSpeedZero(Strategy):
             "zero_optimization": {
                 "stage": self.stage,
                 "reduce_bucket_size": bucket,
-                "stage3_param_persistence_threshold": PERSISTENT,
+                "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
             },
             # without a word it clips the norm at 1
             "gradient_clipping": (self.config.optim.clip_norm or 0.0) if self.stage else 0.0,
@@ -124,7 +124,7 @@ class DeepSpeedZero(Strategy):
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective in the last micro-step, from stage 2 on in every one: every rank has equally many."""
         self._engine.set_gradient_accumulation_boundary(last)
-        self._energy.start(self.track_local_grad_norm)
+        self._local_grad_norm.start(self.track_local_grad_norm)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -134,7 +134,7 @@ class DeepSpeedZero(Strategy):
 
     def local_squared_grad_norm(self) -> Tensor:
         """See `Strategy.local_squared_grad_norm`."""
-        return self._energy.total() / self.world.size**2
+        return self._local_grad_norm.squared_norm() / self.world.size**2
 
     def step(self) -> Tensor:
         """See `Strategy.step`. Collective."""
@@ -153,15 +153,15 @@ class DeepSpeedZero(Strategy):
 
     def unsharded_model(self) -> AbstractContextManager[nn.Module]:
         """See `Strategy.unsharded_model`: at stage 3, a copy."""
-        return self._twin.filled(self._weights(), self.model) if self._twin else super().unsharded_model()
+        return self._unsharded_copy.filled(self._weights(), self.model) if self._unsharded_copy else super().unsharded_model()
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
             local: Any = parameter  # with what DeepSpeed has put on it
-            part = _stage3_part(local, local.ds_tensor.data.view(-1), 0, self.world.rank)
+            part = _stage3_shard(local, local.ds_tensor.data.view(-1), 0, self.world.rank)
             yield name, self._gather(part, part.flat, local.ds_shape)
 
-    def _parts(self) -> Iterator[tuple[str, torch.Size, ParameterShard | None]]:
+    def _shards(self) -> Iterator[tuple[str, torch.Size, ParameterShard | None]]:
         """Names and shapes of the trained parameters, and this rank's part of each, if it has one."""
         zero = self._engine.optimizer
         for name, parameter in self.model.named_parameters():
@@ -171,7 +171,7 @@ class DeepSpeedZero(Strategy):
             if self.stage == 3:
                 group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
                 flat = zero.fp32_partitioned_groups_flat[group]
-                yield name, local.ds_shape, _stage3_part(local, flat, offset, self.world.rank)
+                yield name, local.ds_shape, _stage3_shard(local, flat, offset, self.world.rank)
                 continue
             part = None
             if found := local._hp_mapping:
@@ -195,7 +195,7 @@ class DeepSpeedZero(Strategy):
         if not self.optimizer.state:
             return out
         some_flat = next(iter(self.optimizer.state))  # every rank has one, and all hold the same quantities
-        for name, shape, part in self._parts():
+        for name, shape, part in self._shards():
             flat = part.flat if part else some_flat
             for key, values in self.optimizer.state[flat].items():
                 value = self._gather(part, values, shape) if values.shape == flat.shape else values
@@ -207,7 +207,7 @@ class DeepSpeedZero(Strategy):
         """See `Strategy.load_optimizer_state`."""
         if self.stage == 0:
             return super().load_optimizer_state(state)
-        for name, shape, part in self._parts():
+        for name, shape, part in self._shards():
             if not part or name not in state:
                 continue
             kept = self.optimizer.state[part.flat]
@@ -224,14 +224,14 @@ class DeepSpeedZero(Strategy):
         self._engine.destroy()
 
 
-def _stage3_part(parameter: Any, flat: Tensor, offset: int, rank: int) -> ParameterShard:
+def _stage3_shard(parameter: Any, flat: Tensor, offset: int, rank: int) -> ParameterShard:
     """Ranks hold consecutive parts of one size, the last ones padded or empty."""
     size = parameter.partition_numel()
     start = min(rank * size, parameter.ds_numel)
     return ParameterShard(flat, offset, start, min(size, parameter.ds_numel - start))
 
 
-class _Inside(nn.Module):
+class _AutocastModule(nn.Module):
     """The network as the engine calls it: under autocast."""
 
     def __init__(self, net: nn.Module, autocast: Callable[[], AbstractContextManager[object]]) -> None:
@@ -263,7 +263,7 @@ def _import(strategy: str, device: torch.device) -> Any:
     return deepspeed
 
 
-def _adopt_group(deepspeed: Any, device: torch.device, timeout_seconds: int) -> None:
+def _use_process_group(deepspeed: Any, device: torch.device, timeout_seconds: int) -> None:
     """Let DeepSpeed talk over our ranks: our process group, our timeout, and nothing compiled. Collective.
 
     On a CPU it would first build an op with g++ and ninja, for a minute; only inference calls it.
@@ -274,7 +274,7 @@ def _adopt_group(deepspeed: Any, device: torch.device, timeout_seconds: int) -> 
         return
     known = deepspeed.ops.__dict__.pop("__compatible_ops__", None)
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)
-    with _quiet():
+    with _errors_only():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     del deepspeed.ops.__compatible_ops__
     if known is not None:
@@ -283,7 +283,7 @@ def _adopt_group(deepspeed: Any, device: torch.device, timeout_seconds: int) -> 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _errors_only() -> Iterator[None]:
     """DeepSpeed says errors only: its warnings here are of what is done on purpose."""
     logger = logging.getLogger("DeepSpeed")
     before = logger.level

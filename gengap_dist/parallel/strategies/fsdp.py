@@ -17,8 +17,8 @@ from gengap_dist.parallel.strategies.unsharded_copy import UnshardedCopy
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor  # a second of imports that other strategies need not wait for
 
-SMALL = 10_000  # parameters of fewer numbers in all are not worth a collective of their own
-LARGE = 5_000_000  # containers of more are gathered child by child
+MIN_UNIT_SIZE = 10_000  # parameters of fewer numbers in all are not worth a collective of their own
+MAX_CONTAINER_SIZE = 5_000_000  # containers of more are gathered child by child
 
 
 def units(model: nn.Module) -> list[nn.Module]:
@@ -37,9 +37,9 @@ def units(model: nn.Module) -> list[nn.Module]:
     for child in model.children():
         size = sum(p.numel() for p in child.parameters())
         uncallable = isinstance(child, nn.ModuleList | nn.ModuleDict)
-        if uncallable or (isinstance(child, nn.Sequential) and size > LARGE):
+        if uncallable or (isinstance(child, nn.Sequential) and size > MAX_CONTAINER_SIZE):
             found += units(child)
-        elif size >= SMALL:
+        elif size >= MIN_UNIT_SIZE:
             found.append(child)
     return found
 
@@ -67,34 +67,34 @@ class FSDP(Strategy):
                     "give it the shape [1], or choose zero3"
                 )
         ensure_process_group(self.world, self.config.launch.timeout_seconds)
-        self._twin = UnshardedCopy(model, self.world.device)
+        self._unsharded_copy = UnshardedCopy(model, self.world.device)
         assert dist.group.WORLD is not None
         # not init_device_mesh, which may make a group of its own, with torch's timeout in place of ours
         mesh = DeviceMesh.from_group(dist.group.WORLD, self.world.device.type)
         for module in (*units(model), model):
             fully_shard(module, mesh=mesh)
-        self._energy = LocalGradNorm()
+        self._local_grad_norm = LocalGradNorm()
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
                 module.set_gradient_divide_factor(1.0)  # the sum over ranks, where FSDP itself would take the mean
             # inside a forward pass a module's parameters are the gathered ones: only these see the local gradient
-            module.register_forward_pre_hook(self._listen)
+            module.register_forward_pre_hook(self._register_gradient_hooks)
         super().setup(model, build)
         if isinstance(self.optimizer, torch.optim.SGD):
             for group in self.optimizer.param_groups:
                 group["fused"] = None  # torch's fused SGD, unlike AdamW, does not know parameters in parts
 
-    def _listen(self, module: nn.Module, args: Any) -> None:
+    def _register_gradient_hooks(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
-            self._energy.listen(module.parameters(recurse=False))
+            self._local_grad_norm.register_hooks(module.parameters(recurse=False))
 
     def _forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective: every rank has equally many."""
-        self._energy.start(self.track_local_grad_norm)
+        self._local_grad_norm.start(self.track_local_grad_norm)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -103,25 +103,25 @@ class FSDP(Strategy):
 
     def local_squared_grad_norm(self) -> Tensor:
         """See `Strategy.local_squared_grad_norm`."""
-        return self._energy.total()
+        return self._local_grad_norm.squared_norm()
 
     def gradient_norm(self) -> Tensor:
         """See `Strategy.gradient_norm`. Collective."""
-        return _whole(super().gradient_norm())
+        return _gather(super().gradient_norm())
 
     def unsharded_model(self) -> AbstractContextManager[nn.Module]:
         """See `Strategy.unsharded_model`: a copy."""
-        return self._twin.filled(self._weights(), self.model)
+        return self._unsharded_copy.filled(self._weights(), self.model)
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
-            yield name, _whole(parameter.detach())
+            yield name, _gather(parameter.detach())
 
     def optimizer_state(self) -> OptimizerState:
         """See `Strategy.optimizer_state`: on rank 0, in the CPU's memory."""
         out: OptimizerState = {}
         for name, kept in super().optimizer_state().items():
-            whole = {key: _whole(value) for key, value in kept.items()}
+            whole = {key: _gather(value) for key, value in kept.items()}
             if self.world.rank == 0:
                 out[name] = {key: value.cpu() for key, value in whole.items()}
         return out
@@ -138,6 +138,6 @@ class FSDP(Strategy):
                     kept[key] = distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _gather(tensor: Tensor) -> Tensor:
     """A tensor that is spread over ranks, gathered; one that is not, as it is. Collective."""
     return cast("DTensor", tensor).full_tensor() if hasattr(tensor, "placements") else tensor

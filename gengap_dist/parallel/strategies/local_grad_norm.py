@@ -22,28 +22,28 @@ class LocalGradNorm:
 
     def __init__(self) -> None:
         """Hears nothing before `start`."""
-        self._on = False
-        self._parts: list[Tensor] = []
-        self._known: set[int] = set()
+        self._enabled = False
+        self._squared_norms: list[Tensor] = []
+        self._registered: set[int] = set()
 
-    def listen(self, parameters: Iterable[Tensor]) -> None:
+    def register_hooks(self, parameters: Iterable[Tensor]) -> None:
         """Hear these parameters' gradients; those that are heard already are left as they are."""
         for parameter in parameters:
-            if parameter.requires_grad and id(parameter) not in self._known:
-                self._known.add(id(parameter))
-                parameter.register_hook(self._hear)
+            if parameter.requires_grad and id(parameter) not in self._registered:
+                self._registered.add(id(parameter))
+                parameter.register_hook(self._add)
 
-    def _hear(self, gradient: Tensor) -> None:
-        if self._on:
-            self._parts.append(torch.linalg.vector_norm(gradient, dtype=torch.float64).square())
+    def _add(self, gradient: Tensor) -> None:
+        if self._enabled:
+            self._squared_norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float64).square())
 
-    def start(self, on: bool) -> None:
+    def start(self, enabled: bool) -> None:
         """Forget what was heard; hear the next backward pass if `on`."""
-        self._on = on
-        self._parts.clear()
+        self._enabled = enabled
+        self._squared_norms.clear()
 
-    def total(self) -> Tensor:
+    def squared_norm(self) -> Tensor:
         """|g|^2, float64, of the backward pass since `start(True)`; hears no other until the next one."""
-        total = torch.stack(self._parts).sum()
+        total = torch.stack(self._squared_norms).sum()
         self.start(False)
         return total

@@ -197,7 +197,7 @@ def fixed_bytes(config: RunConfig, model: nn.Module, num_ranks: int) -> int:
 
     Or, while sizes are measured, for a twin of the network and its gradients.
     """
-    held = memory_model.weights(config, model, strategy_name(config, num_ranks), num_ranks)
+    held = memory_model.weight_bytes(config, model, strategy_name(config, num_ranks), num_ranks)
     coming = held["gradients"] + held["optimizer_state"] + held["kept_weights"]
     return OTHER_BYTES + max(coming, 2 * sum(parameter.nbytes for parameter in model.parameters()))
 

@@ -70,10 +70,10 @@ class Clock(PhaseTimer):
         return nullcontext() if self._heard is None else self.phase(name)
 
     @contextmanager
-    def phase(self, kind: str, doing: str = "", *, meeting: bool = False) -> Iterator[None]:
+    def phase(self, kind: str, activity: str = "", *, collective: bool = False) -> Iterator[None]:
         """See `PhaseTimer.during`."""
         named = record_function(trace.PREFIX + kind) if self.tracing else nullcontext()
-        with named, super().phase(kind, doing, meeting=meeting):
+        with named, super().phase(kind, activity, meeting=collective):
             yield
 
     def _charge(self, kind: str, until: Any) -> None:
@@ -85,7 +85,7 @@ class Clock(PhaseTimer):
         super()._charge("compute" if kind in COMPUTING else kind, until)
 
     def _cut(self) -> None:
-        self._charge(self._kinds[-1], self.now())
+        self._charge(self._open_phases[-1], self.now())
 
     def listen(self) -> None:
         """Begin a step."""

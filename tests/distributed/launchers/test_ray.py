@@ -186,13 +186,13 @@ def test_what_is_no_address_is_refused(address):
 
 
 def test_who_asks_a_ray_cluster(monkeypatch):
-    for name in (ray.JOB, "RAY_ADDRESS", "TORCHELASTIC_RUN_ID"):
+    for name in (ray.JOB_VARIABLE, "RAY_ADDRESS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     auto, on_ray, local = (LaunchConfig(launcher=name) for name in ("auto", "ray", "local"))
     kind = lambda config: type(launchers.choose(config, many_runs=False, entry_point=ENTRY_POINT)).__name__  # noqa: E731
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     assert [kind(config) for config in (auto, on_ray, local)] == ["InProcess", "RayTrain", "InProcess"]
-    monkeypatch.setenv(ray.JOB, "{}")
+    monkeypatch.setenv(ray.JOB_VARIABLE, "{}")
     assert [kind(config) for config in (auto, on_ray, local)] == ["RayTrain", "RayTrain", "InProcess"]
     assert launchers.is_driver(auto)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")

@@ -92,7 +92,7 @@ def curves(runs: Sequence[MetricsTable]) -> Curves:
     """
     steps = reduce(np.intersect1d, (run.series("step")[1] for run in runs))
     names = [name for name in runs[0].columns if _charted(name) and all(name in run.columns for run in runs)]
-    cells = [run.at(steps, ["seconds", *names]) for run in runs]
+    cells = [run.values_at(steps, ["seconds", *names]) for run in runs]
     values, known = np.stack([cell[0] for cell in cells]), np.all([cell[1] for cell in cells], axis=0)
     if "train/loss" in names:
         beside = known[:, 1 + names.index("val/accuracy")] if "val/accuracy" in names else False

@@ -41,7 +41,7 @@ def _digest(found: MetricsTable) -> _Recorded:
         ends = {name: found.series(name)[1][[0, -1]] for name in found.columns if EXPLANATIONS.fullmatch(name)}
         first, last = ({name: float(end[at]) for name, end in ends.items()} for at in (0, 1))
     epochs = found.series("epoch")[1]
-    return _Recorded(first, last, float(epochs[-1]) if len(epochs) else 0.0, found.only(CURVES))
+    return _Recorded(first, last, float(epochs[-1]) if len(epochs) else 0.0, found.select_columns(CURVES))
 
 
 @dataclass(frozen=True)

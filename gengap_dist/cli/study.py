@@ -70,7 +70,7 @@ def _drive(config: StudyConfig, out: Path) -> int:
 
     print_study(study, page, follower.uri if follower and not behind else None)
     if follower and not behind:
-        print(f"compare {follower.comparison()}")
+        print(f"compare {follower.comparison_url()}")
     if behind:
         _warn(behind)
     if num_failed:

@@ -100,7 +100,7 @@ class PhaseTimer:
         """Seconds per kind since the last call, in the order of `KINDS`.
 
         >>> where = PhaseTimer()
-        >>> with where.phase("probe"), where.phase("communication", "sum", meeting=True):
+        >>> with where.phase("probe"), where.phase("communication", "sum", collective=True):
         ...     time.sleep(0.02)
         >>> data, compute, communication, probe, *_ = where.pop_seconds()
         >>> data == compute == 0, communication >= 0.02 > probe > 0, where.current.num_collectives

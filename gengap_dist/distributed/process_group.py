@@ -39,7 +39,7 @@ class World:
         On a GPU the sum is only begun when this returns: `read` waits for its numbers.
         """
         if self.size > 1:
-            with self.timer.phase("communication", label, meeting=True):
+            with self.timer.phase("communication", label, collective=True):
                 dense = tensor.contiguous()  # NCCL refuses any other; gloo takes them
                 dist.all_reduce(dense)
                 if dense is not tensor:
@@ -54,7 +54,7 @@ class World:
         self.all_reduce(tensor, label)
         if tensor.is_cpu:
             return tensor
-        with self.timer.phase("communication", label, meeting=self.size > 1):
+        with self.timer.phase("communication", label, collective=self.size > 1):
             return tensor.cpu()
 
     def all_reduce_async(self, tensor: Tensor) -> Callable[[], Tensor]:
@@ -66,7 +66,7 @@ class World:
         assert work is not None
 
         def wait() -> Tensor:
-            with self.timer.phase("communication", "agreement on whether to leave", meeting=True):
+            with self.timer.phase("communication", "agreement on whether to leave", collective=True):
                 work.wait()
             return tensor if dense is tensor else tensor.copy_(dense)
 
@@ -87,7 +87,7 @@ class World:
         received = chunks[0].new_empty(sum(sizes))
         # one flat buffer: gloo's list form wants chunks of one size
         sent = torch.cat([chunk.flatten() for chunk in chunks])
-        with self.timer.phase("communication", "all-to-all of activations", meeting=True):
+        with self.timer.phase("communication", "all-to-all of activations", collective=True):
             dist.all_to_all_single(received, sent, sizes, [chunk.numel() for chunk in chunks])
         return [part.view(-1, columns) for part in received.split(sizes)] if columns else [chunks[0][:0]] * self.size
 

@@ -89,20 +89,20 @@ class CheckpointWriter:
             about = json.dumps({"schema": 1, "step": step, **facts, "sha256": sums}, indent=1)
             with (part / "checkpoint.json").open("w") as file:
                 file.write(about)
-                _to_disk(file.fileno())
-            _folder_to_disk(part)
+                _fsync(file.fileno())
+            _fsync_folder(part)
             if path.exists():  # a damaged one, or one from before a resume
                 shutil.rmtree(path)
             part.rename(path)
-            _folder_to_disk(self.folder)
-            for old in sorted(steps(self.folder).items())[: -self.keep]:
+            _fsync_folder(self.folder)
+            for old in sorted(checkpoints_by_step(self.folder).items())[: -self.keep]:
                 shutil.rmtree(old[1], ignore_errors=True)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             self._error = error
 
 
-class _Summing:
+class _HashingFile:
     """A file that keeps the SHA-256 of what is written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -123,21 +123,21 @@ class _Summing:
 
 def _write_tensors(path: Path, state: State) -> str:
     with path.open("wb") as file:
-        out = _Summing(file)
+        out = _HashingFile(file)
         try:
             torch.save(state, out)  # pyright: ignore[reportArgumentType]
         except RuntimeError:
             raise out.error or OSError(f"{path.name} could not be written") from None
         file.flush()
-        _to_disk(file.fileno())
+        _fsync(file.fileno())
         return out.sum.hexdigest()
 
 
-def _to_disk(descriptor: int) -> None:
+def _fsync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def _folder_to_disk(path: Path) -> None:
+def _fsync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -157,12 +157,12 @@ def _on_cpu(value: Any) -> Any:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def steps(folder: Path) -> dict[int, Path]:
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
     """The checkpoints in a run's `checkpoints` folder, by step, good or damaged."""
     return {int(path.name.removeprefix("step_")): path for path in sorted(folder.glob("step_????????*"))}
 
 
-def latest(folder: Path, tell: Report) -> Path | None:
+def latest(folder: Path, report: Report) -> Path | None:
     """The last checkpoint that is whole; None if nothing was saved yet.
 
     Args:
@@ -172,12 +172,12 @@ def latest(folder: Path, tell: Report) -> Path | None:
     Raises:
         UsageError: if all there are, are damaged.
     """
-    found = sorted(steps(folder).items(), reverse=True)
+    found = sorted(checkpoints_by_step(folder).items(), reverse=True)
     reason = ""
     for _, path in found:
         if reason:
-            tell(f"{reason}: {path.name}, the one before it, is used")
-        if not (damage := damaged(path)):
+            report(f"{reason}: {path.name}, the one before it, is used")
+        if not (damage := describe_damage(path)):
             return path
         reason = f"checkpoint {path} is damaged ({damage})"
     if found:
@@ -185,10 +185,10 @@ def latest(folder: Path, tell: Report) -> Path | None:
     return None
 
 
-def damaged(path: Path) -> str:
+def describe_damage(path: Path) -> str:
     """What is wrong with a checkpoint, or nothing.
 
-    >>> damaged(Path("nowhere"))
+    >>> describe_damage(Path("nowhere"))
     'checkpoint.json is missing'
     """
     try:

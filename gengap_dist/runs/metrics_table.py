@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-BATCH = 1000  # lines that are dicts at one time
+LINES_PER_BATCH = 1000  # lines that are dicts at one time
 
 
 class MetricsTable(NamedTuple):
@@ -38,13 +38,13 @@ class MetricsTable(NamedTuple):
         """What one line has, by name."""
         return {name: float(self.values[row, at]) for name, at in self.columns.items() if self.known[row, at]}
 
-    def at(self, steps: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def values_at(self, steps: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Parts of `values` and `known`, [steps, names]: lines of some of the steps, columns in this order."""
         rows = np.searchsorted(self.series("step")[1], steps)
         here = np.ix_(rows, np.array([self.columns[name] for name in names], dtype=int))
         return self.values[here], self.known[here]
 
-    def only(self, names: Collection[str]) -> "MetricsTable":
+    def select_columns(self, names: Collection[str]) -> "MetricsTable":
         """The columns that are named, of those that are there."""
         kept = [name for name in self.columns if name in names]
         at = [self.columns[name] for name in kept]
@@ -60,7 +60,7 @@ def to_table(lines: Iterable[Mapping[str, Any]]) -> MetricsTable:
     """
     blocks = []
     num_lines, coming = 0, iter(lines)
-    while batch := list(islice(coming, BATCH)):
+    while batch := list(islice(coming, LINES_PER_BATCH)):
         blocks += _blocks(batch, num_lines)
         num_lines += len(batch)
     columns = {name: at for at, name in enumerate(dict.fromkeys(chain.from_iterable(names for names, _, _ in blocks)))}
@@ -83,11 +83,11 @@ def _blocks(lines: Sequence[Mapping[str, Any]], first: int) -> Iterator[tuple[tu
         yield names, [first + at for at in rows], numbers.reshape(len(rows), len(names))
 
 
-def dump(found: MetricsTable, size: int) -> bytes:
+def dump(table: MetricsTable, size: int) -> bytes:
     """Columns as the bytes of an npz file; `size` is that of the metrics.jsonl they are of, in bytes."""
     buffer = io.BytesIO()
-    known = np.packbits(found.known)
-    np.savez(buffer, size=size, columns=np.array(json.dumps([*found.columns])), values=found.values, known=known)
+    known = np.packbits(table.known)
+    np.savez(buffer, size=size, columns=np.array(json.dumps([*table.columns])), values=table.values, known=known)
     return buffer.getvalue()
 
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:  # every command imports this module, and --help needs neither
 Metrics = Mapping[str, float]
 RUNNING, FINISHED, DIVERGED, FAILED, KILLED = "running", "finished", "diverged", "failed", "killed"
 ENDED = (FINISHED, DIVERGED)  # with a result: such a run is not run again
-TAIL = 2**20  # bytes, more than any line of metrics.jsonl has
-SLOW_TO_READ = 2**20  # bytes of metrics.jsonl from which it is worth having as columns, too
+MAX_LINE_BYTES = 2**20  # bytes, more than any line of metrics.jsonl has
+MIN_TABLE_BYTES = 2**20  # bytes of metrics.jsonl from which it is worth having as columns, too
 PREEMPTED = "preempted"  # asked to leave before the end: saved, and meant to be resumed
 
 
@@ -120,7 +120,7 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(status)}
 
 
-def _number(value: float) -> float | str:
+def _json_number(value: float) -> float | str:
     """JSON has no NaN and no infinities: they are written as words that float() reads back."""
     return value if math.isfinite(value) else str(value)
 
@@ -131,7 +131,7 @@ class NullRecorder:
     def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
         """Nothing to do."""
 
-    def resume(self, step: int, seconds: float, held: dict[int, dict[str, float]]) -> None:
+    def resume(self, step: int, seconds: float, pending: dict[int, dict[str, float]]) -> None:
         """Nothing to do."""
 
     def log(self, step: int, epoch: float, metrics: Metrics) -> None:
@@ -165,8 +165,8 @@ class RunRecorder(NullRecorder):
         """Record into `out`, which exists."""
         self.out = out
         (out / "spectra").mkdir(exist_ok=True)
-        self._held: dict[int, dict[str, float]] = {}
-        self._began = time.monotonic()
+        self._pending: dict[int, dict[str, float]] = {}
+        self._start_time = time.monotonic()
         self._info: dict[str, Any] = {}
 
     def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
@@ -190,37 +190,37 @@ class RunRecorder(NullRecorder):
     def _save(self) -> None:
         write_atomically(self.out / "run.json", json.dumps(self._info, indent=1))
 
-    def resume(self, step: int, seconds: float, held: dict[int, dict[str, float]]) -> None:
+    def resume(self, step: int, seconds: float, pending: dict[int, dict[str, float]]) -> None:
         """Go back to the state after `step` steps: later lines are dropped, they will be written again."""
         path = self.out / "metrics.jsonl"
         lines = [json.dumps(line) for line in read_raw(path) if line["step"] < step]
         write_atomically(path, "".join(line + "\n" for line in lines))
         (self.out / "metrics.npz").unlink(missing_ok=True)
-        self._held = {at: dict(line) for at, line in held.items()}
-        self._began = time.monotonic() - seconds
+        self._pending = {at: dict(line) for at, line in pending.items()}
+        self._start_time = time.monotonic() - seconds
 
     def seconds(self) -> float:
         """Time since the run began, without the time it lay idle before a resume."""
-        return time.monotonic() - self._began
+        return time.monotonic() - self._start_time
 
     def log(self, step: int, epoch: float, metrics: Metrics) -> None:
         """Add metrics to the line of `step`, the number of optimizer steps done."""
-        line = self._held.setdefault(step, {"step": step, "epoch": round(epoch, 6)})
+        line = self._pending.setdefault(step, {"step": step, "epoch": round(epoch, 6)})
         line["seconds"] = round(self.seconds(), 3)
         line.update(metrics)
 
     def flush(self, before: int | None = None) -> None:
         """Write the lines of all steps below `before` (None: all). Their steps are over."""
-        ready = [step for step in sorted(self._held) if before is None or step < before]
+        ready = [step for step in sorted(self._pending) if before is None or step < before]
         if ready:
-            lines = [{key: _number(value) for key, value in self._held[step].items()} for step in ready]
+            lines = [{key: _json_number(value) for key, value in self._pending[step].items()} for step in ready]
             _append(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
             for step in ready:
-                del self._held[step]
+                del self._pending[step]
 
     def pending_rows(self) -> dict[int, dict[str, float]]:
         """Lines that are not written yet; a checkpoint takes them along."""
-        return self._held
+        return self._pending
 
     def spectra(self, step: int, spectra: Iterable["LayerSpectrum"], probe_set: str = "") -> None:
         """Write spectra/[<probe set>/]step_<step>.npz; `load_spectra` reads it."""
@@ -238,12 +238,12 @@ class RunRecorder(NullRecorder):
         if flush:
             self.flush()
         self._info |= {"status": status, "ended": now(), "seconds": round(self.seconds(), 3)}
-        self._info["result"] = {k: _number(v) if isinstance(v, float) else v for k, v in result.items()}
+        self._info["result"] = {k: _json_number(v) if isinstance(v, float) else v for k, v in result.items()}
         if error is not None:
             self._info["error"] = error
         self._save()
         lines = self.out / "metrics.jsonl"
-        if status in ENDED and lines.exists() and (size := lines.stat().st_size) > SLOW_TO_READ:
+        if status in ENDED and lines.exists() and (size := lines.stat().st_size) > MIN_TABLE_BYTES:
             from gengap_dist.runs.metrics_table import dump, to_table
 
             write_atomically(self.out / "metrics.npz", dump(to_table(read_raw(lines)), size))
@@ -344,7 +344,7 @@ def read_raw(path: Path) -> Iterator[dict[str, Any]]:
                 yield values
 
 
-def damage(out: Path) -> str:
+def describe_damage(out: Path) -> str:
     """What a crash, a copy or a full disk has cut short in the folder of a run; "" if it is whole, empty or not there.
 
     What the record writes is whole; but a process may end before run.json is there, and files may be lost later.
@@ -368,7 +368,7 @@ def _last_step(path: Path) -> int | None:
     """Step of the last line; None if there is no whole line."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
+            file.seek(max(0, path.stat().st_size - MAX_LINE_BYTES))
             *_, last, rest = file.read().split(b"\n")
         return None if rest else json.loads(last)["step"]
     except (OSError, ValueError, KeyError, TypeError):

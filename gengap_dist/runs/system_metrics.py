@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 MEGABYTE = 10**6
-GPU, MIG = "GPU-", "MIG-"  # what UUIDs begin with
-LAST_SECONDS = 10.0  # for the last sample
+GPU, MIG_PREFIX = "GPU-", "MIG-"  # what UUIDs begin with
+JOIN_TIMEOUT_SECONDS = 10.0  # for the last sample
 
 
 @contextmanager
-def sampling(out: Path, every: float | None, *, num_nodes: int) -> Iterator[None]:
+def sampling(out: Path, interval_seconds: float | None, *, num_nodes: int) -> Iterator[None]:
     """While open, a thread appends a sample to the file in `out` every so many seconds, and one at the end.
 
     Args:
@@ -29,21 +29,21 @@ def sampling(out: Path, every: float | None, *, num_nodes: int) -> Iterator[None
         every: seconds between samples; None: no samples at all.
         num_nodes: machines that take part; with several, each has its own file.
     """
-    if every is None:
+    if interval_seconds is None:
         yield
         return
     path = out / ("system.jsonl" if num_nodes == 1 else f"system_{socket.gethostname()}.jsonl")
     over = threading.Event()
-    thread = threading.Thread(target=_sample_until, args=(over, every, path), name="system", daemon=True)
+    thread = threading.Thread(target=_sample_until_stopped, args=(over, interval_seconds, path), name="system", daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
-        thread.join(LAST_SECONDS)
+        thread.join(JOIN_TIMEOUT_SECONDS)
 
 
-def _sample_until(over: threading.Event, every: float, path: Path) -> None:
+def _sample_until_stopped(stop: threading.Event, interval_seconds: float, path: Path) -> None:
     import psutil
 
     psutil.cpu_percent()  # it counts from the call before
@@ -52,16 +52,16 @@ def _sample_until(over: threading.Event, every: float, path: Path) -> None:
     going_on = True
     with _gpus() as gpus:
         while going_on:
-            going_on = not over.wait(every)
+            going_on = not stop.wait(interval_seconds)
             with contextlib.suppress(OSError, ValueError, psutil.Error):  # the run comes first
-                line = {"time": round(time.time() * 1000), **_machine(path.parent, began)}
+                line = {"time": round(time.time() * 1000), **_machine_metrics(path.parent, began)}
                 for index, gpu in gpus.items():
-                    line |= _of_gpu(index, gpu)
+                    line |= _gpu_metrics(index, gpu)
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
 
 
-def _machine(folder: Path, began: tuple[int, int]) -> dict[str, float]:
+def _machine_metrics(folder: Path, network_start: tuple[int, int]) -> dict[str, float]:
     """CPU, memory and network of this machine, and the disk that `folder` is on."""
     import psutil
 
@@ -75,8 +75,8 @@ def _machine(folder: Path, began: tuple[int, int]) -> dict[str, float]:
         "disk_available_megabytes": disk.free / MEGABYTE,
     }
     if network:
-        out["network_receive_megabytes"] = (network.bytes_recv - began[0]) / MEGABYTE
-        out["network_transmit_megabytes"] = (network.bytes_sent - began[1]) / MEGABYTE
+        out["network_receive_megabytes"] = (network.bytes_recv - network_start[0]) / MEGABYTE
+        out["network_transmit_megabytes"] = (network.bytes_sent - network_start[1]) / MEGABYTE
     return {name: round(value, 3) for name, value in out.items()}
 
 
@@ -96,16 +96,16 @@ def _gpus() -> Iterator[dict[int, Any]]:
     handles: dict[int, Any] = {}
     with contextlib.suppress(pynvml.NVMLError):  # a UUID that the driver does not know hides what follows it
         every = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        for uuid in visible(os.environ.get("CUDA_VISIBLE_DEVICES"), list(map(pynvml.nvmlDeviceGetUUID, every))):
+        for uuid in visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), list(map(pynvml.nvmlDeviceGetUUID, every))):
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if uuid.startswith(MIG) else handle
+            whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if uuid.startswith(MIG_PREFIX) else handle
             handles[pynvml.nvmlDeviceGetIndex(whole)] = handle
     yield handles
     with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlShutdown()
 
 
-def _of_gpu(index: int, handle: Any) -> dict[str, float]:
+def _gpu_metrics(index: int, handle: Any) -> dict[str, float]:
     """Metrics of one GPU, or MIG instance of one; what the driver does not tell is left out."""
     import pynvml
 
@@ -126,7 +126,7 @@ def _of_gpu(index: int, handle: Any) -> dict[str, float]:
     return {f"gpu_{index}_{name}": value for name, value in found.items() if value is not None}
 
 
-def visible(listed: str | None, uuids: Sequence[str]) -> list[str]:
+def visible_gpus(visible_devices: str | None, uuids: Sequence[str]) -> list[str]:
     """UUIDs of the GPUs, or MIG instances, that a process may use, in its order.
 
     Entries are indices, beginnings of the UUIDs of GPUs, or UUIDs of MIG instances; the first says which. One that is
@@ -138,16 +138,16 @@ def visible(listed: str | None, uuids: Sequence[str]) -> list[str]:
         uuids: those of all GPUs, by index.
 
     >>> gpus = ["GPU-5a", "GPU-5b", "GPU-77"]
-    >>> visible("2,0", gpus), visible("GPU-5b,GPU-7", gpus), visible("0,3,1", gpus), visible("GPU-5", gpus)
+    >>> visible_gpus("2,0", gpus), visible_gpus("GPU-5b,GPU-7", gpus), visible_gpus("0,3,1", gpus), visible_gpus("GPU-5", gpus)
     (['GPU-77', 'GPU-5a'], ['GPU-5b', 'GPU-77'], ['GPU-5a'], [])
     """
-    if listed is None:
+    if visible_devices is None:
         return list(uuids)
-    entries = [entry.strip() for entry in listed.split(",")]
-    kind = entries[0][:4] if entries[0][:4] in (GPU, MIG) else ""
+    entries = [entry.strip() for entry in visible_devices.split(",")]
+    kind = entries[0][:4] if entries[0][:4] in (GPU, MIG_PREFIX) else ""
     by_kind: dict[str, Callable[[str], list[str]]] = {
         GPU: lambda entry: [uuid for uuid in uuids if uuid.startswith(entry)],
-        MIG: lambda entry: [entry],
+        MIG_PREFIX: lambda entry: [entry],
         "": lambda entry: list(uuids[int(entry) :][:1]) if entry.isdecimal() else [],
     }
     found: list[str] = []

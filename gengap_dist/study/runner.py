@@ -64,7 +64,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
     if before.get("question", config.study.question) != config.study.question:
         warn(f"study.question was another when {out} was begun ({before['question']}): the report has the new one")
     for folder in sorted([*out.glob("runs/*/*"), *out.glob("tune/*/*")]):
-        if what := run_folder.damage(folder):
+        if what := run_folder.describe_damage(folder):
             kept = run_folder.quarantine(folder, out / "damaged")
             warn(f"{folder} is damaged ({what}): kept as {kept}, and run again if it is part of this study")
     _check_same(plan)
@@ -124,7 +124,7 @@ def _check_same(plan: list[PlannedRun]) -> None:
 
 def status(cell: PlannedRun) -> str:
     """What a run's folder says: a status of run.json, or "" before it began or if it is damaged."""
-    whole = (cell.folder / "run.json").exists() and not run_folder.damage(cell.folder)
+    whole = (cell.folder / "run.json").exists() and not run_folder.describe_damage(cell.folder)
     return run_folder.read_info(cell.folder)["status"] if whole else ""
 
 

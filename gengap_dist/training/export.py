@@ -48,7 +48,7 @@ def scorer(folder: Path, info: dict[str, Any]) -> Scorer:
     config, data = RunConfig.model_validate(info["config"]), info["data"]
     if "mean" not in data:
         raise UsageError(f"{folder} does not say how its images were normalised: it was written by an older version")
-    path = checkpoint.latest(folder / "checkpoints", tell=lambda message: None)
+    path = checkpoint.latest(folder / "checkpoints", report=lambda message: None)
     if path is None or int(path.name.removeprefix("step_")) != info["result"]["num_steps"]:
         raise UsageError(f"{folder} has no whole checkpoint of its last step")
     network = models.from_config(config, data["num_classes"], data["shape"][0], World())

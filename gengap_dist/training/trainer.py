@@ -256,7 +256,7 @@ class _Session:
         step = self.world.broadcast_int(step)
         if step == -2:
             raise error or UsageError("rank 0 found every checkpoint damaged")
-        return None if step < 0 else checkpoint.steps(folder)[step]
+        return None if step < 0 else checkpoint.checkpoints_by_step(folder)[step]
 
     def _set_up(self, optimizer_state: OptimizerState, algorithm_state: dict[str, Any]) -> None:
         self.strategy.setup(self.model, partial(build_optimizer, self.config.optim))
@@ -313,7 +313,7 @@ class _Session:
             if wait:
                 saver.wait()
         except OSError as error:
-            kept = max(checkpoint.steps(saver.folder), default=None)
+            kept = max(checkpoint.checkpoints_by_step(saver.folder), default=None)
             message = (
                 f"a checkpoint could not be written after step {self.step} ({error.strerror or error}); "
                 + ("there is none yet" if kept is None else f"the one of step {kept} is whole")

@@ -25,7 +25,7 @@ def save(folder: Path, *steps: int, keep: int = 2) -> None:
 
 def test_what_is_saved_is_what_is_loaded_and_the_last_k_stay(tmp_path):
     save(tmp_path, 10, 20, 30)
-    assert [*checkpoint.steps(tmp_path)] == [20, 30]
+    assert [*checkpoint.checkpoints_by_step(tmp_path)] == [20, 30]
     path = checkpoint.latest(tmp_path, pytest.fail)
     assert path == tmp_path / "step_00000030"
     state = checkpoint.load(path / "model.pt")
@@ -71,7 +71,7 @@ def test_every_flipped_byte_is_noticed(tmp_path):
     content = path.read_bytes()
     for at in range(0, len(content), 7):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        assert checkpoint.damaged(path.parent) == "run.pt is not what was written"
+        assert checkpoint.describe_damage(path.parent) == "run.pt is not what was written"
 
 
 SAVE_UNDER_A_LIMIT = """

@@ -18,22 +18,22 @@ from gengap_dist.runs.run_folder import write_atomically
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "running"}
 
 
-class Names(NamedTuple):
+class SourceNames(NamedTuple):
     """What the runs call things."""
 
     accuracy: str = "test/accuracy"
     """Metric: accuracy on the test images at the end."""
-    size: str = "batch.global_size"
+    global_size: str = "batch.global_size"
     """Parameter: the global batch."""
     seed: str = "seed"
     """Parameter: the seed."""
-    updates: str = "num_steps"
+    num_updates: str = "num_steps"
     """Metric or parameter: the number of optimizer steps."""
     percent: bool = False
     """Whether the accuracy is in percent."""
 
 
-def find(client: Any, source: str) -> Iterator[Any]:
+def find_runs(client: Any, source: str) -> Iterator[Any]:
     """The MLflow runs that `runs:/ID` or `experiments:/NAME` names; of parent runs, the runs below them.
 
     Raises:
@@ -46,8 +46,8 @@ def find(client: Any, source: str) -> Iterator[Any]:
         except Exception as error:
             text = " ".join(str(error).split())[:200]
             raise UsageError(f"{source} is not a run there ({text}): give the id that MLflow shows") from None
-        below = list(_below(client, run))
-        yield from below or _runs([run])
+        below = list(_descendants(client, run))
+        yield from below or _without_groups([run])
         return
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
@@ -57,17 +57,17 @@ def find(client: Any, source: str) -> Iterator[Any]:
         )
     runs = _search(client, experiment.experiment_id)
     parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
-    yield from _runs(run for run in runs if run.info.run_id not in parents)
+    yield from _without_groups(run for run in runs if run.info.run_id not in parents)
 
 
-def _runs(found: Iterable[Any]) -> Iterator[Any]:
+def _without_groups(found: Iterable[Any]) -> Iterator[Any]:
     """Without studies and arms of ours that have nothing below them."""
     yield from (run for run in found if run.data.tags.get("level") not in ("study", "arm"))
 
 
-def _below(client: Any, run: Any) -> Iterator[Any]:
+def _descendants(client: Any, run: Any) -> Iterator[Any]:
     for child in _search(client, run.info.experiment_id, f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"):
-        yield from list(_below(client, child)) or _runs([child])
+        yield from list(_descendants(client, child)) or _without_groups([child])
 
 
 def _search(client: Any, experiment_id: str, query: str = "") -> list[Any]:
@@ -81,7 +81,7 @@ def _search(client: Any, experiment_id: str, query: str = "") -> list[Any]:
             return sorted(found, key=lambda run: (run.info.start_time, run.info.run_name or ""))
 
 
-def save(client: Any, run: Any, folder: Path, names: Names, wanted: Iterable[str]) -> None:
+def save_as_run_folder(client: Any, run: Any, folder: Path, names: SourceNames, metric_names: Iterable[str]) -> None:
     """Write one MLflow run as a run folder: run.json, and metrics.jsonl of the metrics that are wanted.
 
     Args:
@@ -95,8 +95,8 @@ def save(client: Any, run: Any, folder: Path, names: Names, wanted: Iterable[str
         UsageError: if a parameter cannot be read as what it has to be, or the accuracy is not a share of 1.
     """
     params, metrics = dict(run.data.params), dict(run.data.metrics)
-    size = _whole(run, names.size, params.get(names.size, run.data.tags.get(names.size)), None)
-    seed = _whole(run, names.seed, params.get(names.seed, run.data.tags.get(names.seed)), 0)
+    size = _integer(run, names.global_size, params.get(names.global_size, run.data.tags.get(names.global_size)), None)
+    seed = _integer(run, names.seed, params.get(names.seed, run.data.tags.get(names.seed)), 0)
     result: dict[str, Any] = {}
     if (accuracy := metrics.get(names.accuracy)) is not None and math.isfinite(accuracy):
         accuracy = accuracy / 100 if names.percent else accuracy
@@ -107,18 +107,18 @@ def save(client: Any, run: Any, folder: Path, names: Names, wanted: Iterable[str
             )
         result["test/accuracy"] = accuracy
     lines: dict[int, dict[str, float]] = {}
-    for name in metrics.keys() & set(wanted):
+    for name in metrics.keys() & set(metric_names):
         for point in client.get_metric_history(run.info.run_id, name):
             lines.setdefault(point.step, {})[name] = point.value
     ours = run.data.tags.get("mlflow.source.name") == "gengap_dist"
-    counted = metrics.get(names.updates, params.get(names.updates, max(lines, default=0) if ours else 0))
-    num_steps = _whole(run, names.updates, str(counted), None)
+    counted = metrics.get(names.num_updates, params.get(names.num_updates, max(lines, default=0) if ours else 0))
+    num_steps = _integer(run, names.num_updates, str(counted), None)
     result["num_steps"] = num_steps
     if "updates_to_target" in metrics:
         result["updates_to_target"] = int(metrics["updates_to_target"])
     status = run.data.tags.get("status", STATUS.get(run.info.status, "finished"))
-    settings = nested({name: _value(text) for name, text in params.items() if name not in (names.size, names.seed)})
-    settings = settings | {"batch": {**_dict(settings.get("batch")), "global_size": size}, "seed": seed}
+    settings = nested({name: _parse_value(text) for name, text in params.items() if name not in (names.global_size, names.seed)})
+    settings = settings | {"batch": {**_dict_or_empty(settings.get("batch")), "global_size": size}, "seed": seed}
     folder.mkdir(parents=True, exist_ok=True)
     info = {
         "schema": 1,
@@ -139,11 +139,11 @@ def save(client: Any, run: Any, folder: Path, names: Names, wanted: Iterable[str
     write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def _dict_or_empty(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _whole(run: Any, name: str, text: str | None, missing: int | None) -> int:
+def _integer(run: Any, name: str, text: str | None, missing: int | None) -> int:
     if text is None and missing is not None:
         return missing
     try:
@@ -157,7 +157,7 @@ def _whole(run: Any, name: str, text: str | None, missing: int | None) -> int:
         ) from None
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     """A parameter as the value that was logged; text where it is none.
 
     >>> [_value(text) for text in ("0.1", "None", "True", "sgd", "['a']")]

@@ -21,13 +21,13 @@ from typing import IO
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
-from gengap_dist.tracking.mlflow.uploader import Computed, MlflowUploader, Sent, comparison, import_client, store_uri
+from gengap_dist.tracking.mlflow.uploader import UploadCallbacks, MlflowUploader, UploadProgress, comparison_path, import_client, store_uri
 
 POLL_SECONDS = 1.0
-REST = 20  # times as long as a look at the folder took: a long record is read again at every look
-LONGEST_WAIT = 60.0  # between tries to reach a server that refuses
-UI = "http://127.0.0.1:5000/"  # where `mlflow ui` shows a store that has no server
-LOCK_SECONDS = 5.0  # for a follower that has said its last word to be gone
+REST_FACTOR = 20  # times as long as a look at the folder took: a long record is read again at every look
+MAX_WAIT_SECONDS = 60.0  # between tries to reach a server that refuses
+DEFAULT_UI = "http://127.0.0.1:5000/"  # where `mlflow ui` shows a store that has no server
+LOCK_TIMEOUT_SECONDS = 5.0  # for a follower that has said its last word to be gone
 DONE = b"done"
 
 
@@ -51,10 +51,10 @@ class UploaderProcess:
                 start_new_session=True,  # Ctrl-C ends the command, and the command ends this
             )
 
-    def comparison(self) -> str:
+    def comparison_url(self) -> str:
         """Where the UI compares the arms of a study; empty if nothing is there yet."""
-        path = comparison(self.folder)
-        server = f"{self.uri.rstrip('/')}/" if self.uri.startswith("http") else UI
+        path = comparison_path(self.folder)
+        server = f"{self.uri.rstrip('/')}/" if self.uri.startswith("http") else DEFAULT_UI
         return server + path if path else ""
 
     def finish(self) -> str | None:
@@ -80,7 +80,7 @@ class UploaderProcess:
 
 
 def upload_until_closed(
-    folder: Path, uri: str, experiment: str, computed: Computed, *, log_model: bool, pause: Callable[[float], bool]
+    folder: Path, uri: str, experiment: str, callbacks: UploadCallbacks, *, log_model: bool, pause: Callable[[float], bool]
 ) -> None:
     """Mirror until `pause(seconds)` says that the command is over, then once more, to the end.
 
@@ -90,7 +90,7 @@ def upload_until_closed(
         Exception: what the last try met, if it failed.
     """
     mirror, wait, over = None, POLL_SECONDS, False
-    imports = threading.Thread(target=_import, args=(computed if log_model else None,), daemon=True)
+    imports = threading.Thread(target=_import_dependencies, args=(callbacks if log_model else None,), daemon=True)
     imports.start()
     while not ((folder / "run.json").exists() or (folder / "study.json").exists()):
         if pause(POLL_SECONDS):
@@ -98,27 +98,27 @@ def upload_until_closed(
     imports.join()
     while True:
         try:
-            mirror = mirror or MlflowUploader(folder, uri, experiment, computed)
+            mirror = mirror or MlflowUploader(folder, uri, experiment, callbacks)
             began = time.monotonic()
             mirror.sync(closing=over)
-            wait = min(LONGEST_WAIT, max(POLL_SECONDS, REST * (time.monotonic() - began)))
+            wait = min(MAX_WAIT_SECONDS, max(POLL_SECONDS, REST_FACTOR * (time.monotonic() - began)))
         except Exception as error:
             if over:
                 raise
-            print(f"{type(error).__name__}: {_line(error)}", flush=True)
-            wait = min(LONGEST_WAIT, 2 * wait)
+            print(f"{type(error).__name__}: {_one_line(error)}", flush=True)
+            wait = min(MAX_WAIT_SECONDS, 2 * wait)
         if over:
             return
-        over = _rest(wait, folder, pause)
+        over = _wait_for_changes(wait, folder, pause)
 
 
-def _import(computed: Computed | None) -> None:
+def _import_dependencies(callbacks: UploadCallbacks | None) -> None:
     import_client()
-    if computed:
-        computed.prepare_export()
+    if callbacks:
+        callbacks.prepare_export()
 
 
-def _rest(seconds: float, folder: Path, pause: Callable[[float], bool]) -> bool:
+def _wait_for_changes(seconds: float, folder: Path, pause: Callable[[float], bool]) -> bool:
     """Pause, until the folder's run or study comes to its end; whether the command is over."""
     files = [path for path in (folder / "run.json", folder / "study.json") if path.exists()]
     before, until = [path.stat().st_mtime_ns for path in files], time.monotonic() + seconds
@@ -128,7 +128,7 @@ def _rest(seconds: float, folder: Path, pause: Callable[[float], bool]) -> bool:
     return over
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
@@ -137,7 +137,7 @@ def _stdin_closes_within(seconds: float) -> bool:
     return bool(ready)
 
 
-def main(computed: Computed) -> None:
+def main(callbacks: UploadCallbacks) -> None:
     """The whole process."""
     parser = argparse.ArgumentParser(description="Mirror a run or study folder to MLflow until standard input closes.")
     for name in ("folder", "uri", "experiment"):
@@ -152,14 +152,14 @@ def main(computed: Computed) -> None:
     os.nice(10)  # training comes first
     try:
         words = (Path(arguments.folder), arguments.uri, arguments.experiment)
-        upload_until_closed(*words, computed, log_model=arguments.model, pause=_stdin_closes_within)
+        upload_until_closed(*words, callbacks, log_model=arguments.model, pause=_stdin_closes_within)
         os.write(last_word, DONE)
     except Exception as error:
-        print(f"{type(error).__name__}: {_line(error)}", flush=True)
+        print(f"{type(error).__name__}: {_one_line(error)}", flush=True)
     os._exit(0)  # also in the midst of an import
 
 
-def sync_now(folder: Path, uri: str | None, computed: Computed, sent: Sent) -> str:
+def sync_now(folder: Path, uri: str | None, callbacks: UploadCallbacks, progress: UploadProgress) -> str:
     """Send everything a folder holds that its MLflow store has not seen; the store's address.
 
     Raises:
@@ -171,12 +171,12 @@ def sync_now(folder: Path, uri: str | None, computed: Computed, sent: Sent) -> s
     known = json.loads(kept.read_text())["uri"] if kept.exists() else None
     target: str = uri or os.environ.get("MLFLOW_TRACKING_URI") or known or store_uri(config.tracking_uri)
     with (folder / "mlflow.log").open("a") as log:  # as the followers of commands do
-        if not _locked(log, time.monotonic() + LOCK_SECONDS):
+        if not _acquire_lock(log, time.monotonic() + LOCK_TIMEOUT_SECONDS):
             raise UsageError(f"{folder} is being sent to MLflow just now: wait for the end of what sends it")
-        return _send_all(folder, target, config.experiment, computed, sent)
+        return _upload_all(folder, target, config.experiment, callbacks, progress)
 
 
-def _locked(file: IO[str], until: float) -> bool:
+def _acquire_lock(file: IO[str], until: float) -> bool:
     """Take the lock on a file; whether that came about in time."""
     while True:
         try:
@@ -188,11 +188,11 @@ def _locked(file: IO[str], until: float) -> bool:
             time.sleep(0.1)
 
 
-def _send_all(folder: Path, target: str, experiment: str, computed: Computed, sent: Sent) -> str:
+def _upload_all(folder: Path, target: str, experiment: str, callbacks: UploadCallbacks, progress: UploadProgress) -> str:
     try:
-        MlflowUploader(folder, target, experiment, computed).sync(closing=True, sent=sent)
+        MlflowUploader(folder, target, experiment, callbacks).sync(closing=True, progress=progress)
     except Exception as error:
         raise UsageError(
-            f"MLflow at {target} cannot be reached ({_line(error)[:300]}): check the address, or start the server"
+            f"MLflow at {target} cannot be reached ({_one_line(error)[:300]}): check the address, or start the server"
         ) from None
     return target

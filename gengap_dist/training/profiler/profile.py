@@ -73,7 +73,7 @@ class Clock(PhaseTimer):
     def phase(self, kind: str, activity: str = "", *, collective: bool = False) -> Iterator[None]:
         """See `PhaseTimer.during`."""
         named = record_function(trace.PREFIX + kind) if self.tracing else nullcontext()
-        with named, super().phase(kind, activity, meeting=collective):
+        with named, super().phase(kind, activity, collective=collective):
             yield
 
     def _charge(self, kind: str, until: Any) -> None:

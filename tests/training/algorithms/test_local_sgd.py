@@ -304,7 +304,7 @@ def truth(pools, tmp_path_factory):
 
 
 def last(out, name):
-    path = checkpoint.steps(out / "checkpoints")[RUN["train__steps"]]
+    path = checkpoint.checkpoints_by_step(out / "checkpoints")[RUN["train__steps"]]
     return torch.load(path / name, weights_only=True)
 
 

@@ -101,7 +101,10 @@ def _of_run(folder: Path, wanted: str) -> "list[Network]":
 
     if wanted == "0":
         return [(0, folder, None)]
-    kept = {str(step): (step, path / "model.pt") for step, path in checkpoint.checkpoints_by_step(folder / "checkpoints").items()}
+    kept = {
+        str(step): (step, path / "model.pt")
+        for step, path in checkpoint.checkpoints_by_step(folder / "checkpoints").items()
+    }
     if kept:
         path = checkpoint.latest(folder / "checkpoints", partial(warnings.warn, stacklevel=2))
         assert path is not None

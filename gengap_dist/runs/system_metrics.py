@@ -34,7 +34,9 @@ def sampling(out: Path, interval_seconds: float | None, *, num_nodes: int) -> It
         return
     path = out / ("system.jsonl" if num_nodes == 1 else f"system_{socket.gethostname()}.jsonl")
     over = threading.Event()
-    thread = threading.Thread(target=_sample_until_stopped, args=(over, interval_seconds, path), name="system", daemon=True)
+    thread = threading.Thread(
+        target=_sample_until_stopped, args=(over, interval_seconds, path), name="system", daemon=True
+    )
     thread.start()
     try:
         yield
@@ -98,7 +100,9 @@ def _gpus() -> Iterator[dict[int, Any]]:
         every = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
         for uuid in visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), list(map(pynvml.nvmlDeviceGetUUID, every))):
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if uuid.startswith(MIG_PREFIX) else handle
+            whole = (
+                pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if uuid.startswith(MIG_PREFIX) else handle
+            )
             handles[pynvml.nvmlDeviceGetIndex(whole)] = handle
     yield handles
     with contextlib.suppress(pynvml.NVMLError):

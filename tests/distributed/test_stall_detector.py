@@ -74,15 +74,15 @@ def end_while_rank_0_stands_still(world):
         world.barrier()
         os.kill(pid, signal.SIGSTOP)
         return None
-    dog = StallDetector(world, report_seconds=0.2)
+    detector = StallDetector(world, report_seconds=0.2)
     world.barrier()
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.01)
     with world.timer.phase("communication", "barrier", collective=True):
         time.sleep(1.0)
     began = time.monotonic()
-    dog.stop()
-    out = time.monotonic() - began, dog._thread.is_alive()
+    detector.stop()
+    out = time.monotonic() - began, detector._thread.is_alive()
     os.kill(pid, signal.SIGCONT)
     return out
 

@@ -153,7 +153,11 @@ class DeepSpeedZero(Strategy):
 
     def unsharded_model(self) -> AbstractContextManager[nn.Module]:
         """See `Strategy.unsharded_model`: at stage 3, a copy."""
-        return self._unsharded_copy.filled(self._weights(), self.model) if self._unsharded_copy else super().unsharded_model()
+        return (
+            self._unsharded_copy.filled(self._weights(), self.model)
+            if self._unsharded_copy
+            else super().unsharded_model()
+        )
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():

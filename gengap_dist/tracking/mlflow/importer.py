@@ -117,7 +117,9 @@ def save_as_run_folder(client: Any, run: Any, folder: Path, names: SourceNames, 
     if "updates_to_target" in metrics:
         result["updates_to_target"] = int(metrics["updates_to_target"])
     status = run.data.tags.get("status", STATUS.get(run.info.status, "finished"))
-    settings = nested({name: _parse_value(text) for name, text in params.items() if name not in (names.global_size, names.seed)})
+    settings = nested(
+        {name: _parse_value(text) for name, text in params.items() if name not in (names.global_size, names.seed)}
+    )
     settings = settings | {"batch": {**_dict_or_empty(settings.get("batch")), "global_size": size}, "seed": seed}
     folder.mkdir(parents=True, exist_ok=True)
     info = {

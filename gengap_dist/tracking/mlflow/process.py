@@ -21,7 +21,14 @@ from typing import IO
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
-from gengap_dist.tracking.mlflow.uploader import UploadCallbacks, MlflowUploader, UploadProgress, comparison_path, import_client, store_uri
+from gengap_dist.tracking.mlflow.uploader import (
+    UploadCallbacks,
+    MlflowUploader,
+    UploadProgress,
+    comparison_path,
+    import_client,
+    store_uri,
+)
 
 POLL_SECONDS = 1.0
 REST_FACTOR = 20  # times as long as a look at the folder took: a long record is read again at every look
@@ -80,7 +87,13 @@ class UploaderProcess:
 
 
 def upload_until_closed(
-    folder: Path, uri: str, experiment: str, callbacks: UploadCallbacks, *, log_model: bool, pause: Callable[[float], bool]
+    folder: Path,
+    uri: str,
+    experiment: str,
+    callbacks: UploadCallbacks,
+    *,
+    log_model: bool,
+    pause: Callable[[float], bool],
 ) -> None:
     """Mirror until `pause(seconds)` says that the command is over, then once more, to the end.
 
@@ -188,7 +201,9 @@ def _acquire_lock(file: IO[str], until: float) -> bool:
             time.sleep(0.1)
 
 
-def _upload_all(folder: Path, target: str, experiment: str, callbacks: UploadCallbacks, progress: UploadProgress) -> str:
+def _upload_all(
+    folder: Path, target: str, experiment: str, callbacks: UploadCallbacks, progress: UploadProgress
+) -> str:
     try:
         MlflowUploader(folder, target, experiment, callbacks).sync(closing=True, progress=progress)
     except Exception as error:

@@ -54,7 +54,9 @@ WORST_FIRST = (RUNNING, KILLED, PREEMPTED, FAILED, DIVERGED)
 UNKNOWN_END = "lost"  # when a run ended whose folder does not say so
 ARTIFACTS = ("run.json", "study.json", "config.yaml", "spectra", "figures", "report.html")
 MODEL_NAME = "model"
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs and charts first, not prompts
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development"
+}  # the UI shows runs and charts first, not prompts
 CLIENT_DEFAULTS = {  # a dead server must be noticed in seconds; MLflow's own defaults take minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -127,7 +129,9 @@ class MlflowUploader:
             self.client = connect(uri)
             found = self.client.get_experiment_by_name(experiment)
             self.experiment = (
-                found.experiment_id if found else self.client.create_experiment(experiment, _artifact_location(uri), EXPERIMENT_TAGS)
+                found.experiment_id
+                if found
+                else self.client.create_experiment(experiment, _artifact_location(uri), EXPERIMENT_TAGS)
             )
 
     def sync(self, *, closing: bool = False, progress: UploadProgress = lambda name, done, total: None) -> None:
@@ -313,7 +317,9 @@ class MlflowUploader:
             context = InputTag(key="mlflow.data.context", value="training")
             self.client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[context])])
 
-    def _send_metrics(self, folder: Path, state: State, lines: list[Line], info: Line, progress: UploadProgress) -> None:
+    def _send_metrics(
+        self, folder: Path, state: State, lines: list[Line], info: Line, progress: UploadProgress
+    ) -> None:
         """Send the lines after the last step sent, in requests of whole lines.
 
         `in_flight` is on disk before a request leaves: after a crash, its lines are looked up before they are sent
@@ -321,7 +327,9 @@ class MlflowUploader:
         """
         for request in _requests(line for line in lines if line["step"] > state["last_step"]):
             last_step, doubtful = request[-1]["step"], state.get("in_flight") or -1
-            fresh = [line for line in request if line["step"] > doubtful or not self._was_received(state["run_id"], line)]
+            fresh = [
+                line for line in request if line["step"] > doubtful or not self._was_received(state["run_id"], line)
+            ]
             self._save_state(folder, state, in_flight=last_step)
             self._log_metrics(state["run_id"], _mlflow_metrics(fresh, info))
             self._save_state(folder, state, last_step=last_step, in_flight=None)

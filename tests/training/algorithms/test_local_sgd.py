@@ -155,9 +155,9 @@ def beside_torch(world):
     distances, sums = [], []
     total = World.all_reduce
 
-    def counted(self, tensor, what="sum"):
-        sums.append((step, what))
-        return total(self, tensor, what)
+    def counted(self, tensor, label="sum"):
+        sums.append((step, label))
+        return total(self, tensor, label)
 
     World.all_reduce = counted
     for step in range(STEPS):

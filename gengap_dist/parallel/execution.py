@@ -119,7 +119,7 @@ def check_compiler(device_type: str) -> None:
 
 @contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """While open, if `on`, only operations that give the same bits every time; then everything is as it was.
+    """Context in which, if `enabled`, all operations are deterministic bit by bit; settings are restored at the end.
 
     Raises:
         UsageError: if the model needs an operation that has no deterministic implementation.

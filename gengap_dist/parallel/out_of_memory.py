@@ -28,9 +28,7 @@ AMBIGUOUS_MESSAGES = (  # raised without memory, but also for an operation or a 
     "unable to find an engine to execute this computation",
     "no valid convolution algorithms available in CuDNN",
 )
-LOW_MEMORY_BYTES = (
-    512 * 2**20
-)  # bytes free on a GPU, with which OR_ELSE is put down to memory: what handles and workspaces take
+LOW_MEMORY_BYTES = 512 * 2**20  # with less free on the GPU, AMBIGUOUS_MESSAGES are caused by memory
 CPU_MESSAGES = ("can't allocate memory", "bad_alloc", "could not create a memory")
 MAX_MESSAGE_LENGTH = 200  # characters quoted of a library's message
 MAX_ALLOCATIONS = 100_000  # in a snapshot, each with its stack

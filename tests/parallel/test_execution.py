@@ -408,7 +408,7 @@ def test_dropout_is_not_compiled():
     strategy = Single(config(train__compile=True), World())
     network = dropping(num_classes=10, in_channels=1)
     replace_dropout(network, SamplePosition())
-    sentence = r"cannot look into 2, whose dropout .0.5. is another in every micro-batch: choose a network without"
+    sentence = r"does not support 2, whose dropout .0.5. mask changes with every micro-batch: choose a network without"
     with pytest.raises(UsageError, match=sentence):
         strategy.setup(network, descent)
     network.get_submodule("2").p = 0.0
@@ -485,7 +485,7 @@ def test_determinism_is_put_back(monkeypatch):
 def test_what_cannot_be_deterministic_is_told():
     zeros = torch.zeros(2)
     sentence = (
-        "train.deterministic .true. cannot be kept: put_ has no deterministic form on this device; choose another"
+        "train.deterministic .true. is not possible: put_ has no deterministic form on this device; choose another"
     )
     with pytest.raises(UsageError, match=sentence), deterministic(True):
         zeros.put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)

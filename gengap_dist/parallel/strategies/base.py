@@ -25,8 +25,8 @@ class Strategy(ABC):
     """A model and its optimizer, trained by all ranks together."""
 
     needs_warmup_backward = False
-    """Whether the first backward pass changes the order in which gradients are summed. A run then starts with a backward
-    pass without effect, so that a resumed run sums in the same order as an uninterrupted one."""
+    """Whether the first backward pass changes the order in which gradients are summed. A run then starts with one
+    without effect, so that a resumed run sums in the same order as an uninterrupted one."""
     equal_micro_batches_required = False
     """Whether all ranks must do equally many micro-steps, with empty ones if needed; see `BatchPlan.micro_batches`."""
 
@@ -72,13 +72,13 @@ class Strategy(ABC):
         self.has_sync_bn = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in model.modules())
 
     def _init_momentum(self) -> None:
-        """Set momentum buffers to zero: torch's fused SGD (2.15) reads uninitialized memory if it skips its first step."""
+        """Momentum buffers of zeros: torch's fused SGD (2.15) reads uninitialized memory if it skips its first step."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"] if group["momentum"] else []:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def begin_step(self, global_size: int) -> None:
-        """Set the number of samples of this step in ghost batch norm layers. Call on every rank, even without samples."""
+        """Set this step's number of samples in ghost batch norm layers. On every rank, also one without samples."""
         for layer in self._ghost_norms:
             layer.begin_step(global_size)
 

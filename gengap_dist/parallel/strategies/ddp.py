@@ -26,8 +26,8 @@ class DDP(Strategy):
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective."""
         super().setup(model, build)
-        # DDP wraps the compiled model, not the reverse: torch then splits the graph where a bucket of gradients is full,
-        # and the communication hook stays plain Python.
+        # DDP wraps the compiled model, not the reverse: torch then splits the graph where a bucket of gradients is
+        # full, and the communication hook stays plain Python.
         self._ddp = DistributedDataParallel(
             cast("nn.Module", self.net), gradient_as_bucket_view=True, **_NO_BUFFER_SYNC
         )

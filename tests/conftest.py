@@ -63,7 +63,9 @@ def train(out: Path, *, resume: bool = False, **settings: object) -> dict[str, o
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     """What the last checkpoint of a run holds of its network."""
-    return torch.load(max(checkpoint.checkpoints_by_step(out / "checkpoints").items())[1] / "model.pt", weights_only=True)
+    return torch.load(
+        max(checkpoint.checkpoints_by_step(out / "checkpoints").items())[1] / "model.pt", weights_only=True
+    )
 
 
 def cut_after(out: Path, step: int) -> None:

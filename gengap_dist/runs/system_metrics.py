@@ -145,8 +145,8 @@ def visible_gpus(visible_devices: str | None, uuids: Sequence[str]) -> list[str]
         uuids: UUIDs of all GPUs, by index.
 
     >>> gpus = ["GPU-5a", "GPU-5b", "GPU-77"]
-    >>> visible_gpus("2,0", gpus), visible_gpus("GPU-5b,GPU-7", gpus), visible_gpus("0,3,1", gpus), visible_gpus("GPU-5", gpus)
-    (['GPU-77', 'GPU-5a'], ['GPU-5b', 'GPU-77'], ['GPU-5a'], [])
+    >>> [visible_gpus(devices, gpus) for devices in ("2,0", "GPU-5b,GPU-7", "0,3,1", "GPU-5")]
+    [['GPU-77', 'GPU-5a'], ['GPU-5b', 'GPU-77'], ['GPU-5a'], []]
     """
     if visible_devices is None:
         return list(uuids)

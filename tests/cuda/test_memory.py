@@ -31,7 +31,10 @@ MIB = 200
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[Crew]:
     """One rank with a fake GPU of 200 MiB."""
-    with _environment_variables(fake_cuda.environment(1, mib=MIB)), closing(Crew(1, LaunchConfig(device="cuda"))) as crew:
+    with (
+        _environment_variables(fake_cuda.environment(1, mib=MIB)),
+        closing(Crew(1, LaunchConfig(device="cuda"))) as crew,
+    ):
         yield crew
 
 

@@ -284,7 +284,11 @@ def autocast_step(world, kind):
     with torch.autocast("cpu", torch.bfloat16):
         out = net(x[mine])
         (out * torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(1))[mine]).sum().backward()
-    return out.detach(), world.all_reduce(net[0].weight.grad) / (1 if kind == "sync" else world.size), net[1].running_var
+    return (
+        out.detach(),
+        world.all_reduce(net[0].weight.grad) / (1 if kind == "sync" else world.size),
+        net[1].running_var,
+    )
 
 
 def test_under_autocast(pair):

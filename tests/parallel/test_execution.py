@@ -22,7 +22,13 @@ from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.models.dropout import replace_dropout
 from gengap_dist.models.sample_position import SamplePosition
 from gengap_dist.parallel import memory_model
-from gengap_dist.parallel.execution import WORKSPACE_VARIABLE, checkpointable_blocks, check_compiler, checkpoint_blocks, deterministic
+from gengap_dist.parallel.execution import (
+    WORKSPACE_VARIABLE,
+    checkpointable_blocks,
+    check_compiler,
+    checkpoint_blocks,
+    deterministic,
+)
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.training.algorithms import build_algorithm
@@ -461,7 +467,12 @@ def test_switches_may_change_at_a_resume(switch, first):
 
 def state() -> tuple[object, ...]:
     cudnn = torch.backends.cudnn
-    return torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark, os.environ.get(WORKSPACE_VARIABLE)
+    return (
+        torch.get_deterministic_debug_mode(),
+        cudnn.deterministic,
+        cudnn.benchmark,
+        os.environ.get(WORKSPACE_VARIABLE),
+    )
 
 
 def test_determinism_is_put_back(monkeypatch):

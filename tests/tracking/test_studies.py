@@ -169,7 +169,7 @@ def test_a_folder_is_sent_by_one_at_a_time(study, store, monkeypatch):
     monkeypatch.setattr("gengap_dist.tracking.mlflow.process.LOCK_TIMEOUT_SECONDS", 0.2)
     with (study / "mlflow.log").open("w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="is being sent to MLflow just now"):
+        with pytest.raises(UsageError, match="is being sent to MLflow by another process"):
             sync_now(study, store, COMPUTED, lambda name, done, total: None)
     assert sync_now(study, store, COMPUTED, lambda name, done, total: None) == store
 

@@ -18,4 +18,4 @@ STRATEGIES: dict[str, Callable[[RunConfig, World], Strategy]] = {
     "fsdp": FSDP,
 }
 
-__all__ = ["DDP", "FSDP", "STRATEGIES", "OptimizerState", "Single", "Strategy", "DeepSpeedZero"]
+__all__ = ["DDP", "FSDP", "STRATEGIES", "DeepSpeedZero", "OptimizerState", "Single", "Strategy"]

@@ -198,7 +198,9 @@ def test_who_asks_a_ray_cluster(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("RANK", "1")
     assert (kind(auto), launchers.is_driver(auto)) == ("Joined", False)
-    with pytest.raises(UsageError, match=r"launch.launcher \(ray\) starts ranks itself, but torchrun has already started some"):
+    with pytest.raises(
+        UsageError, match=r"launch.launcher \(ray\) starts ranks itself, but torchrun has already started some"
+    ):
         launchers.choose(on_ray, many_runs=False, entry_point=ENTRY_POINT)
 
 

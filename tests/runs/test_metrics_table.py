@@ -22,7 +22,7 @@ LINES = st.lists(st.dictionaries(NAMES, VALUES), max_size=12)
 def test_every_line_comes_back(lines, batch):
     lines = [{"step": step, **line} for step, line in enumerate(lines)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BATCH", batch)
+        patch.setattr(module, "LINES_PER_BATCH", batch)
         found = to_table(iter(lines))
     assert len(found.values) == len(lines)
     for row, line in enumerate(lines):

@@ -162,7 +162,7 @@ def _integer(run: Any, name: str, text: str | None, missing: int | None) -> int:
 def _parse_value(text: str) -> Any:
     """The logged value of a parameter; the text itself if it is not a literal.
 
-    >>> [_value(text) for text in ("0.1", "None", "True", "sgd", "['a']")]
+    >>> [_parse_value(text) for text in ("0.1", "None", "True", "sgd", "['a']")]
     [0.1, None, True, 'sgd', ['a']]
     """
     try:

@@ -29,7 +29,8 @@ def checkpointable_blocks(model: nn.Module) -> list[nn.Module]:
     into several to save more memory.
 
     >>> unit = lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> [len(block) for block in checkpointable_blocks(nn.Sequential(nn.Sequential(unit(), unit()), nn.Flatten(), unit()))]
+    >>> model = nn.Sequential(nn.Sequential(unit(), unit()), nn.Flatten(), unit())
+    >>> [len(block) for block in checkpointable_blocks(model)]
     [2, 2, 2]
     """
     blocks: list[nn.Module] = []

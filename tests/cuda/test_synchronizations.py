@@ -27,8 +27,8 @@ FIRST, LAST = 14, 22  # between them nothing is due
 THEIRS = {  # where libraries wait on their own, and through which of our modules: docs/gpu.md lists them
     "torch/amp/grad_scaler.py <genexpr>": "",  # in GradScaler._maybe_opt_step: was a gradient infinite?
     "torch/nn/parallel/distributed.py _pre_forward": "",  # DDP reads the times of its first passes
-    "deepspeed/": "strategies/deepspeed.py",
-    "torch/cuda/": "strategies/deepspeed.py",
+    "deepspeed/": "parallel/strategies/deepspeed.py",
+    "torch/cuda/": "parallel/strategies/deepspeed.py",
 }
 
 STEPS: dict[str, Settings] = {
@@ -130,10 +130,10 @@ def test_a_wait_of_ours_is_seen():
     """The filter lets nothing of our own pass that goes through a library."""
     waits = {
         "sync @ [torch/cuda/__init__.py:1281 synchronize] run.py:382(train)": 1,
-        "sync @ [torch/amp/grad_scaler.py:574 get_scale] strategies/base.py:150(unscaled)": 1,
+        "sync @ [torch/amp/grad_scaler.py:574 get_scale] parallel/strategies/base.py:150(unscaled)": 1,
         "sync @ loop.py:121(accumulate) < loop.py:81(train_step)": 1,
         "sync @ (no Python: a thread of autograd)": 1,
-        "sync @ [torch/amp/grad_scaler.py:1 <genexpr>] strategies/base.py:1(step)": 1,
-        "sync @ [torch/cuda/streams.py:1 synchronize] strategies/deepspeed.py:1(step)": 1,
+        "sync @ [torch/amp/grad_scaler.py:1 <genexpr>] parallel/strategies/base.py:1(step)": 1,
+        "sync @ [torch/cuda/streams.py:1 synchronize] parallel/strategies/deepspeed.py:1(step)": 1,
     }
     assert len(ours(Counter(waits))) == 4

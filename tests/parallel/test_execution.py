@@ -24,9 +24,9 @@ from gengap_dist.models.sample_position import SamplePosition
 from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.execution import (
     WORKSPACE_VARIABLE,
-    checkpointable_blocks,
     check_compiler,
     checkpoint_blocks,
+    checkpointable_blocks,
     deterministic,
 )
 from gengap_dist.parallel.strategies import Single

@@ -44,7 +44,7 @@ def checkpoints(console: Console) -> None:
         out = Path(folder) / "run"
         prepare_folder(out, "run.json", resume=False)
         result = run(validate(RunConfig, nested(settings)), out)
-        path = max(checkpoint.steps(out / "checkpoints").items())[1]
+        path = max(checkpoint.checkpoints_by_step(out / "checkpoints").items())[1]
         states = {file.stem: checkpoint.load(file) for file in path.glob("*.pt")}
         size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
         writer, times = checkpoint.CheckpointWriter(Path(folder) / "again", keep=2), []

@@ -63,12 +63,14 @@ def train(out: Path, *, resume: bool = False, **settings: object) -> dict[str, o
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     """What the last checkpoint of a run holds of its network."""
-    return torch.load(max(checkpoint.steps(out / "checkpoints").items())[1] / "model.pt", weights_only=True)
+    return torch.load(
+        max(checkpoint.checkpoints_by_step(out / "checkpoints").items())[1] / "model.pt", weights_only=True
+    )
 
 
 def cut_after(out: Path, step: int) -> None:
     """The folder as a kill some steps after `step` would have left it."""
-    for later, path in checkpoint.steps(out / "checkpoints").items():
+    for later, path in checkpoint.checkpoints_by_step(out / "checkpoints").items():
         if later > step:
             shutil.rmtree(path)
     info = read_info(out)

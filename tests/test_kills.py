@@ -45,7 +45,7 @@ def kill_now_and_then(
     moments: Counter[str] = Counter()
     last = -1
     while moments.total() < num_kills:
-        while max(checkpoint.steps(out / "checkpoints"), default=-1) <= last:  # nothing new
+        while max(checkpoint.checkpoints_by_step(out / "checkpoints"), default=-1) <= last:  # nothing new
             assert agent.status() != psutil.STATUS_ZOMBIE, "it ended before the last kill"
             time.sleep(0.005)
         if luck.random() < 0.5:
@@ -55,7 +55,7 @@ def kill_now_and_then(
                 pass  # a save is to begin
             time.sleep(luck.random() * 0.01)
         saving = bool(list(out.glob("checkpoints/.*.part")))
-        last = max(checkpoint.steps(out / "checkpoints"))
+        last = max(checkpoint.checkpoints_by_step(out / "checkpoints"))
         if ranks := find():
             luck.choice(ranks).kill()
             moments["during a save" if saving else "between saves"] += 1

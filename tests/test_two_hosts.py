@@ -211,7 +211,7 @@ def test_the_link_is_cut_and_the_run_is_started_again(hosts, gate, whole):
     for agent in agents:
         assert agent.wait(240) == 1, agent.said()
     said = agents[0].said()
-    assert re.search(r"rank 0 waits in sum of gradients \(step 20\) for rank 1 \(.*, process \d+\), which was", said)
+    assert re.search(r"rank 0 waits in sum of gradients \(step 20\) for rank 1 \(.*, process \d+\), which sent", said)
     assert "gengap train, rank 1: RuntimeError: " in agents[1].said()
     assert read_info(gate / "run")["status"] == "failed"
     hosts[1].link("up")
@@ -258,6 +258,6 @@ def test_a_node_of_a_ray_cluster_dies(hosts, ray_nodes, gate, whole):
     hosts[1].kill()
     (gate / "wait").unlink()
     assert driver.wait(400) == 0, driver.said()
-    assert re.search(r"1 rank\(s\) started again, from the last checkpoint after: \w+Error: ", driver.said())
+    assert re.search(r"1 rank\(s\) restarted from the last checkpoint after: \w+Error: ", driver.said())
     assert read_info(gate / "run")["world_size"] == 1
     check_same(gate / "run", whole)

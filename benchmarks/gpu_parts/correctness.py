@@ -236,7 +236,7 @@ LONGER: Settings = {**SMALL_RESNET, "batch.ghost_size": 32, "train.steps": 12, "
 
 
 def _state(out: Path) -> State:
-    newest = max(checkpoint.steps(out / "checkpoints").items())[1]
+    newest = max(checkpoint.checkpoints_by_step(out / "checkpoints").items())[1]
     return numbers(out), checkpoint.load(newest / "model.pt")
 
 

@@ -10,7 +10,7 @@ from gengap_dist.config.identity import computed_settings, differing_settings, e
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.run_folder import read_info
-from gengap_dist.tracking.mlflow.importer import Names, find, save
+from gengap_dist.tracking.mlflow.importer import SourceNames, find_runs, save_as_run_folder
 from gengap_dist.tracking.mlflow.uploader import connect, store_uri
 
 MAX_NAMED_SETTINGS = 3  # in an arm's name
@@ -30,7 +30,7 @@ class Source(NamedTuple):
 
 
 def gather(
-    sources: Sequence[str], out: Path, names: Names, uri: str | None, question: str
+    sources: Sequence[str], out: Path, names: SourceNames, uri: str | None, question: str
 ) -> tuple[StudyData, list[str]]:
     """A study of the runs in `sources`, and one sentence for each problem found.
 
@@ -150,16 +150,16 @@ def _on_disk(folder: Path) -> Iterator[Source]:
             yield Source(run.folder, run.arm, tuned, run.arm == study.baseline)
 
 
-def _from_mlflow(source: str, out: Path, names: Names, uri: str | None) -> Iterator[Source]:
+def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) -> Iterator[Source]:
     if not source.startswith(("runs:/", "experiments:/")):
         raise UsageError(f"RUN ({source}) is neither a folder nor an MLflow run: give runs:/ID or experiments:/NAME")
     address = store_uri(uri)
     try:
         client = connect(address)
-        for run in find(client, source):
+        for run in find_runs(client, source):
             folder = out / "runs" / run.info.run_id
             wanted = [name for name in run.data.metrics if name in CURVES or EXPLANATIONS.fullmatch(name)]
-            save(client, run, folder, names, wanted)
+            save_as_run_folder(client, run, folder, names, wanted)
             tags = run.data.tags
             tuned = frozenset(filter(None, tags.get("tuned", "").split(",")))
             yield Source(folder, tags.get("arm", ""), tuned, tags.get("role") == "baseline")

@@ -91,7 +91,7 @@ def curves(runs: Sequence[MetricsTable]) -> Curves:
     """
     steps = reduce(np.intersect1d, (run.series("step")[1] for run in runs))
     names = [name for name in runs[0].columns if _charted(name) and all(name in run.columns for run in runs)]
-    tables = [run.at(steps, ["seconds", *names]) for run in runs]
+    tables = [run.values_at(steps, ["seconds", *names]) for run in runs]
     values, known = np.stack([table[0] for table in tables]), np.all([table[1] for table in tables], axis=0)
     if "train/loss" in names:
         with_validation = known[:, 1 + names.index("val/accuracy")] if "val/accuracy" in names else False

@@ -41,7 +41,7 @@ def _summarise_metrics(table: MetricsTable) -> _MetricsSummary:
         ends = {name: table.series(name)[1][[0, -1]] for name in table.columns if EXPLANATIONS.fullmatch(name)}
         first, last = ({name: float(end[at]) for name, end in ends.items()} for at in (0, 1))
     epochs = table.series("epoch")[1]
-    return _MetricsSummary(first, last, float(epochs[-1]) if len(epochs) else 0.0, table.only(CURVES))
+    return _MetricsSummary(first, last, float(epochs[-1]) if len(epochs) else 0.0, table.select_columns(CURVES))
 
 
 @dataclass(frozen=True)

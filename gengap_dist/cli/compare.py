@@ -32,10 +32,10 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.analysis.report.html import write_report
     from gengap_dist.cli.terminal import print_study
     from gengap_dist.runs import run_folder
-    from gengap_dist.tracking.mlflow.importer import Names
+    from gengap_dist.tracking.mlflow.importer import SourceNames
 
     run_folder.prepare_folder(out, "study.json", resume=True)
-    names = Names(options.accuracy, options.size, options.seed, options.updates, options.percent)
+    names = SourceNames(options.accuracy, options.size, options.seed, options.updates, options.percent)
     study, problems = gather(options.runs, out, names, options.tracking_uri, options.question)
     for problem in problems:
         print(f"{PROG}: warning: {problem}", file=sys.stderr)

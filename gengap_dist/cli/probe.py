@@ -46,12 +46,12 @@ def command(argv: Sequence[str]) -> int:
     config = _config(options, base)
     out = Path(options.out).resolve() if options.out else None
 
-    from gengap_dist.distributed.process_group import destroy_process_group, environment, init_process_group
+    from gengap_dist.distributed.process_group import destroy_process_group, init_process_group, rank_environment
     from gengap_dist.runs.run_folder import prepare_folder
     from gengap_dist.training.probe_only import probe
 
     networks = _of_run(folder, which_weights) if is_run else _of_file(options.weights)
-    if out and environment()[0] == 0:
+    if out and rank_environment()[0] == 0:
         prepare_folder(out, "run.json", resume=False)
     world = init_process_group(config.launch.device, config.launch.timeout_seconds)
     world.barrier()  # rank 0 has created the folder, or has raised
@@ -107,7 +107,10 @@ def _of_run(folder: Path, which_weights: str) -> "list[Network]":
 
     if which_weights == "0":
         return [(0, folder, None)]
-    kept = {str(step): (step, path / "model.pt") for step, path in checkpoint.steps(folder / "checkpoints").items()}
+    kept = {
+        str(step): (step, path / "model.pt")
+        for step, path in checkpoint.checkpoints_by_step(folder / "checkpoints").items()
+    }
     if kept:
         path = checkpoint.latest(folder / "checkpoints", partial(warnings.warn, stacklevel=2))
         assert path is not None

@@ -70,7 +70,7 @@ def _drive(config: StudyConfig, out: Path) -> int:
 
     print_study(study, page, uploader.uri if uploader and not upload_warning else None)
     if uploader and not upload_warning:
-        print(f"compare {uploader.comparison()}")
+        print(f"compare {uploader.comparison_url()}")
     if upload_warning:
         _warn(upload_warning)
     if num_failed:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist.runs.run_folder import SeedRun
-from gengap_dist.tracking.mlflow.uploader import Computed
+from gengap_dist.tracking.mlflow.uploader import UploadCallbacks
 
 
 def _over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun]) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def _prepare_export() -> None:
     export.prepare()
 
 
-COMPUTED = Computed(_over_seeds, _export_model, _prepare_export)
+COMPUTED = UploadCallbacks(_over_seeds, _export_model, _prepare_export)
 """Functions that the uploader needs from packages that it must not import."""
 
 if __name__ == "__main__":

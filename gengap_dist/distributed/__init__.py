@@ -1,1 +1,1 @@
-"""Ranks: their process group, what each does and when, how a batch is cut over them, and who starts them."""
+"""Ranks: process group, phase timer, stall detection, preemption, batch plan and launchers."""

@@ -1,4 +1,4 @@
-"""Which samples of a global batch go to which rank in which micro-batch.
+"""Assigns the samples of a global batch to ranks and micro-batches.
 
 Pure arithmetic on positions 0 .. global_size - 1 of one global batch. The gradient of a step is
 (sum of per-sample losses) / global_size, so shards and micro-batches may be uneven and the result is still exact.
@@ -17,12 +17,12 @@ class Span(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many positions it holds."""
+        """Number of positions."""
         return self.stop - self.start
 
 
 def split(total: int, parts: int) -> list[Span]:
-    """`total` positions cut into `parts` consecutive spans whose sizes differ by at most one.
+    """Split `total` positions into `parts` consecutive spans whose sizes differ by at most one.
 
     >>> split(5, 2)
     [Span(start=0, stop=2), Span(start=2, stop=5)]
@@ -31,7 +31,7 @@ def split(total: int, parts: int) -> list[Span]:
 
 
 def share(total: int, parts: int, part: int) -> Span:
-    """Number `part` of `split(total, parts)`, without the others.
+    """Element `part` of `split(total, parts)`, without computing the others.
 
     >>> share(5, 2, 1)
     Span(start=2, stop=5)
@@ -40,10 +40,10 @@ def share(total: int, parts: int, part: int) -> Span:
 
 
 class BatchPlan(NamedTuple):
-    """How one global batch is cut; the same object on every rank.
+    """How one global batch is split; the same object on every rank.
 
-    Ranks and micro-batches take consecutive, nearly equal spans. With `ghost_size`, whole ghost groups are dealt out,
-    so that no group straddles two ranks or two micro-batches.
+    Ranks and micro-batches get consecutive spans of nearly equal size. With `ghost_size`, whole ghost groups are
+    assigned, so that no group is split over two ranks or two micro-batches.
 
     >>> BatchPlan(global_size=10, world_size=2, micro_size=3).micro_batches(rank=1)
     [Span(start=5, stop=7), Span(start=7, stop=10)]
@@ -55,11 +55,12 @@ class BatchPlan(NamedTuple):
     ghost_size: int | None = None
 
     def micro_batches(self, rank: int, *, equal_counts: bool = False) -> list[Span]:
-        """This rank's spans, in order. A rank without samples gets one empty span: it still joins the all-reduce.
+        """The rank's spans, in order. A rank with no samples gets one empty span: it still joins the all-reduce.
 
         Args:
             rank: the process rank.
-            lockstep: give every rank as many as any rank has, by empty ones at the end: ranks meet in every pass.
+            equal_counts: append empty spans until all ranks have equally many, for strategies with collectives in
+                every micro-step.
 
         Raises:
             ValueError: if a size is not positive, the rank is not in the world, or a ghost group exceeds micro_size.
@@ -73,17 +74,17 @@ class BatchPlan(NamedTuple):
         if self.micro_size < unit:
             raise ValueError(f"micro_size ({self.micro_size}) is smaller than a ghost group of {unit}: raise it")
         num_units = -(-self.global_size // unit)  # the last group of a ragged batch may be short
-        mine = share(num_units, self.world_size, rank)
-        at_once = self.micro_size // unit
-        num_micro = max(1, -(-mine.size // at_once))
-        spans = [Span(mine.start + span.start, mine.start + span.stop) for span in split(mine.size, num_micro)]
+        own = share(num_units, self.world_size, rank)
+        units_per_micro = self.micro_size // unit
+        num_micro = max(1, -(-own.size // units_per_micro))
+        spans = [Span(own.start + span.start, own.start + span.stop) for span in split(own.size, num_micro)]
         if equal_counts:
-            largest = -(-num_units // self.world_size)  # share of a rank
-            spans += [Span(mine.stop, mine.stop)] * (-(-largest // at_once) - num_micro)
+            max_units = -(-num_units // self.world_size)  # of any rank
+            spans += [Span(own.stop, own.stop)] * (-(-max_units // units_per_micro) - num_micro)
         return [Span(min(a * unit, self.global_size), min(b * unit, self.global_size)) for a, b in spans]
 
     def norm_sizes(self) -> set[int]:
-        """Sizes of the groups over which batch norm takes its statistics, over all ranks.
+        """Sizes of the groups over which batch norm computes its statistics, on all ranks.
 
         >>> sorted(BatchPlan(global_size=10, world_size=2, micro_size=3).norm_sizes())
         [2, 3]
@@ -92,11 +93,11 @@ class BatchPlan(NamedTuple):
         ghost = self.ghost_size
         if ghost is None:
             return {span.size for span in spans}
-        return {min(ghost, span.stop - at) for span in spans for at in range(span.start, span.stop, ghost)}
+        return {min(ghost, span.stop - start) for span in spans for start in range(span.start, span.stop, ghost)}
 
 
 def blocks(num_samples: int, size: int, world: World) -> list[Span]:
-    """This rank's blocks of 0 .. num_samples - 1: blocks are the same on any number of ranks, dealt out in turn.
+    """This rank's blocks of 0 .. num_samples - 1, assigned round-robin; the blocks do not depend on the world size.
 
     >>> blocks(7, 3, World(rank=0, size=2))
     [Span(start=0, stop=3), Span(start=6, stop=7)]

@@ -1,7 +1,7 @@
-"""What a rank is doing, and how long it took: one notebook that the main thread writes and a watchdog reads.
+"""The current phase of a rank, and seconds per phase. The main thread writes it; the stall detector reads it.
 
-Time is split into what it went to (`KINDS`). On a GPU the host runs ahead of the device, so events on the device's
-stream are timed there instead of the host's clock.
+Time is split into `PHASES`. On a GPU the host runs ahead of the device, so CUDA events on the device's stream are used
+instead of the host's clock.
 """
 
 import time
@@ -14,35 +14,35 @@ PHASES = ("data", "compute", "communication", "probe", "evaluation", "checkpoint
 
 
 class CurrentPhase(NamedTuple):
-    """Where a rank is."""
+    """What a rank does now."""
 
     step: int
     activity: str
     since: float
-    """time.monotonic() of its beginning."""
+    """time.monotonic() when the activity began."""
     num_collectives: int
-    """How many times it has met the other ranks, or tried to; the one that lags behind is the one waited for."""
+    """Number of collectives entered; a rank with fewer than the others blocks them."""
     in_collective: bool
-    """Whether what it does is to meet the others."""
+    """Whether the activity is a collective."""
 
 
 class PhaseTimer:
-    """One rank's notebook."""
+    """Measures the time of each phase on one rank."""
 
     def __init__(self, *, on_gpu: bool = False) -> None:
-        """An empty notebook; the clock starts."""
+        """Start the clock in no phase; `on_gpu`: time by CUDA events."""
         self.current = CurrentPhase(0, "starting", time.monotonic(), 0, False)
         self.step = 0
         self.failed_phase: CurrentPhase | None = None
-        """Where the exception that is on its way began, if that was anywhere."""
+        """The phase in which the current exception was raised; None if it was outside all phases."""
         self._on_gpu = on_gpu
-        self._kinds = ["other"]
+        self._open_phases = ["other"]
         self._intervals: list[tuple[str, Any, Any]] = []
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._mark = self.now()
 
     def now(self) -> Any:
-        """A moment: seconds, or an event on the GPU's current stream."""
+        """The current time: seconds, or an event on the GPU's current stream."""
         if not self._on_gpu:
             return time.perf_counter()
         import torch
@@ -52,18 +52,24 @@ class PhaseTimer:
         return event
 
     @contextmanager
-    def phase(self, kind: str, doing: str = "", *, meeting: bool = False) -> Iterator[None]:
-        """While open, time goes to `kind` and not to what is around it; `meeting`: the other ranks are waited for."""
+    def phase(self, kind: str, activity: str = "", *, collective: bool = False) -> Iterator[None]:
+        """Context whose time is charged to phase `kind` and not to the enclosing one.
+
+        Args:
+            kind: one of `PHASES`.
+            activity: shown in stall reports; `kind` if empty.
+            collective: whether this is a collective, in which the rank waits for the others.
+        """
         before = self.current
         self.current = CurrentPhase(
             self.step,
-            doing or kind,
+            activity or kind,
             time.monotonic(),
-            before.num_collectives + meeting,
-            meeting or before.in_collective,
+            before.num_collectives + collective,
+            collective or before.in_collective,
         )
-        self._charge(self._kinds[-1], self.now())
-        self._kinds.append(kind)
+        self._charge(self._open_phases[-1], self.now())
+        self._open_phases.append(kind)
         self.failed_phase = None
         try:
             yield
@@ -72,20 +78,20 @@ class PhaseTimer:
             self.failed_phase = self.failed_phase or self.current
             raise
         finally:
-            self._charge(self._kinds.pop(), self.now())
+            self._charge(self._open_phases.pop(), self.now())
             self.current = before._replace(since=time.monotonic(), num_collectives=self.current.num_collectives)
 
     def span(self, name: str) -> AbstractContextManager[None]:
-        """Around a part of computing, `forward`, `backward` or `optimizer`: only a profile tells them apart."""
+        """Context for a part of compute: `forward`, `backward` or `optimizer`. Only the profiler measures these."""
         return NO_SPAN
 
-    def enter_collective(self, doing: str) -> None:
-        """Say that what follows, within what is going on already, waits for the other ranks."""
-        self.current = CurrentPhase(self.step, doing, time.monotonic(), self.current.num_collectives + 1, True)
+    def enter_collective(self, activity: str) -> None:
+        """Mark that the rest of the current phase waits for the other ranks."""
+        self.current = CurrentPhase(self.step, activity, time.monotonic(), self.current.num_collectives + 1, True)
 
     def charge_since(self, moment: Any, kind: str) -> None:
-        """Charge the time since `moment`, of what is going on, to `kind`."""
-        self._charge(self._kinds[-1], moment)
+        """Charge the time since `moment` to `kind` instead of the current phase."""
+        self._charge(self._open_phases[-1], moment)
         self._charge(kind, self.now())
 
     def _charge(self, kind: str, until: Any) -> None:
@@ -97,17 +103,17 @@ class PhaseTimer:
         self._mark = until
 
     def pop_seconds(self) -> list[float]:
-        """Seconds per kind since the last call, in the order of `KINDS`.
+        """Seconds per phase since the last call, in the order of `PHASES`.
 
-        >>> where = PhaseTimer()
-        >>> with where.phase("probe"), where.phase("communication", "sum", meeting=True):
+        >>> timer = PhaseTimer()
+        >>> with timer.phase("probe"), timer.phase("communication", "sum", collective=True):
         ...     time.sleep(0.02)
-        >>> data, compute, communication, probe, *_ = where.pop_seconds()
-        >>> data == compute == 0, communication >= 0.02 > probe > 0, where.current.num_collectives
+        >>> data, compute, communication, probe, *_ = timer.pop_seconds()
+        >>> data == compute == 0, communication >= 0.02 > probe > 0, timer.current.num_collectives
         (True, True, 1)
         """
-        self._charge(self._kinds[-1], self.now())
-        if self._intervals and not self._mark.query():  # behind all others on the stream
+        self._charge(self._open_phases[-1], self.now())
+        if self._intervals and not self._mark.query():  # the last event on the stream
             self._mark.synchronize()
         for kind, start, end in self._intervals:
             self._seconds[kind] += start.elapsed_time(end) / 1000

@@ -1,6 +1,7 @@
-"""Being asked to leave: a signal sets a flag, and the run looks at it between steps.
+"""Preemption: a signal handler sets a flag, and the run checks it between steps.
 
-A handler does nothing else: whatever ranks must do together, they do at a step boundary, where all of them are.
+The handler does nothing else: collective work, such as saving a checkpoint, is done at a step boundary, which all ranks
+reach.
 """
 
 import signal
@@ -14,40 +15,40 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preempted(Exception):
-    """All ranks have saved and left before the last step, because one of them was asked to."""
+    """A rank received a preemption signal; all ranks saved a checkpoint and stopped before the last step."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"asked to leave after step {step}; saved, --resume goes on")
+        super().__init__(f"preempted after step {step}; checkpoint saved. Continue with --resume.")
         self.step = step
 
 
 class PreemptionFlag:
-    """Whether this process has been asked to leave; call it to know."""
+    """Whether this process has received a preemption signal; call it to read the flag."""
 
     def __init__(self) -> None:
-        self._given = False
+        self._is_set = False
 
     def __call__(self) -> bool:
-        """True from the first signal on."""
-        return self._given
+        """True after the first signal."""
+        return self._is_set
 
     def set(self, number: int, frame: FrameType | None = None) -> None:
-        """The signal handler. A second Ctrl-C from a terminal ends the process; schedulers may repeat themselves."""
-        if self._given and number == signal.SIGINT and sys.stdin.isatty():
+        """The signal handler. Of repeated signals, only a second Ctrl-C from a terminal ends the process."""
+        if self._is_set and number == signal.SIGINT and sys.stdin.isatty():
             raise KeyboardInterrupt
-        self._given = True
+        self._is_set = True
 
 
 @contextmanager
 def catching_signals() -> Iterator[PreemptionFlag]:
-    """While open, SIGTERM and SIGINT set the notice instead of ending the process (from the main thread only)."""
-    notice = PreemptionFlag()
+    """Context in which SIGTERM and SIGINT set the flag instead of ending the process (main thread only)."""
+    flag = PreemptionFlag()
     if threading.current_thread() is not threading.main_thread():
-        yield notice
+        yield flag
         return
-    before = {number: signal.signal(number, notice.set) for number in SIGNALS}
+    before = {number: signal.signal(number, flag.set) for number in SIGNALS}
     try:
-        yield notice
+        yield flag
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

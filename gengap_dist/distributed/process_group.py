@@ -1,7 +1,7 @@
-"""The ranks of one run, and the few things they say to each other.
+"""The process group of a run, and its collectives.
 
-With one rank every call returns its input, so nobody writes `if distributed`. All methods except the attributes are
-collective: every rank must reach them, equally often and in the same order.
+With one rank every call returns its input, so callers need no `if distributed`. All methods are collective: every rank
+must call them, equally often and in the same order.
 """
 
 import os
@@ -22,7 +22,7 @@ from gengap_dist.errors import UsageError
 
 @dataclass(frozen=True)
 class World:
-    """One process's place among all: `rank` of `size`, computing on `device`."""
+    """This process in the group: `rank` of `size`, computing on `device`."""
 
     rank: int = 0
     size: int = 1
@@ -30,35 +30,35 @@ class World:
     timer: PhaseTimer = field(default_factory=PhaseTimer, compare=False, repr=False)
 
     def __deepcopy__(self, memo: object) -> "World":
-        """There is one: a copy of a network that talks to other ranks talks to the same."""
+        """Returns itself: a copy of a model with collectives uses the same group."""
         return self
 
-    def all_reduce(self, tensor: Tensor, what: str = "sum") -> Tensor:
-        """Sum over ranks, in place, on every rank. Shape and dtype stay. `what` it is, for whoever waits too long.
+    def all_reduce(self, tensor: Tensor, label: str = "sum") -> Tensor:
+        """Sum over ranks, in place, on every rank. Shape and dtype are unchanged. `label` is shown in stall reports.
 
-        On a GPU the sum is only begun when this returns: `read` waits for its numbers.
+        On a GPU the sum is only enqueued when this returns: `all_reduce_to_cpu` waits for its values.
         """
         if self.size > 1:
-            with self.timer.phase("communication", what, meeting=True):
-                dense = tensor.contiguous()  # NCCL refuses any other; gloo takes them
+            with self.timer.phase("communication", label, collective=True):
+                dense = tensor.contiguous()  # NCCL requires it; gloo does not
                 dist.all_reduce(dense)
                 if dense is not tensor:
                     tensor.copy_(dense)
         return tensor
 
-    def all_reduce_to_cpu(self, tensor: Tensor, what: str = "sum") -> Tensor:
-        """Sum over ranks, in place, and the sum in the CPU's memory.
+    def all_reduce_to_cpu(self, tensor: Tensor, label: str = "sum") -> Tensor:
+        """Sum over ranks, in place; returns the sum in CPU memory.
 
-        Waiting for it counts as waiting for the other ranks, on a GPU, too: a watchdog sees it.
+        On a GPU, too, the wait is timed as communication, and the stall detector sees it.
         """
-        self.all_reduce(tensor, what)
+        self.all_reduce(tensor, label)
         if tensor.is_cpu:
             return tensor
-        with self.timer.phase("communication", what, meeting=self.size > 1):
+        with self.timer.phase("communication", label, collective=self.size > 1):
             return tensor.cpu()
 
     def all_reduce_async(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Begin to sum `tensor`, in place; the function returned waits for the sum."""
+        """Start to sum `tensor` over ranks, in place; the returned function waits and returns the sum."""
         if self.size == 1:
             return lambda: tensor
         dense = tensor.contiguous()
@@ -66,95 +66,98 @@ class World:
         assert work is not None
 
         def wait() -> Tensor:
-            with self.timer.phase("communication", "agreement on whether to leave", meeting=True):
+            with self.timer.phase("communication", "preemption check", collective=True):
                 work.wait()
             return tensor if dense is tensor else tensor.copy_(dense)
 
         return wait
 
-    def all_to_all(self, chunks: Sequence[Tensor], heights: Sequence[int], width: int | None = None) -> list[Tensor]:
-        """Chunk r of the result is what rank r sent to this rank.
+    def all_to_all(
+        self, chunks: Sequence[Tensor], row_counts: Sequence[int], num_columns: int | None = None
+    ) -> list[Tensor]:
+        """Exchange matrices between ranks; element r of the result comes from rank r.
 
         Args:
-            chunks: one matrix per receiving rank; empty ones are welcome.
-            heights: rows of the matrix that comes from each rank.
-            width: their columns, if not those of `chunks`.
+            chunks: one matrix per receiving rank; it may be empty.
+            row_counts: number of rows received from each rank.
+            num_columns: number of columns received; None: as many as `chunks` have.
         """
         if self.size == 1:
             return list(chunks)
-        columns = chunks[0].shape[1] if width is None else width
-        sizes = [height * columns for height in heights]
+        columns = chunks[0].shape[1] if num_columns is None else num_columns
+        sizes = [height * columns for height in row_counts]
         received = chunks[0].new_empty(sum(sizes))
-        # one flat buffer: gloo's list form wants chunks of one size
-        sent = torch.cat([chunk.flatten() for chunk in chunks])
-        with self.timer.phase("communication", "all-to-all of activations", meeting=True):
-            dist.all_to_all_single(received, sent, sizes, [chunk.numel() for chunk in chunks])
+        # one flat buffer: gloo's list form requires chunks of one size
+        flat = torch.cat([chunk.flatten() for chunk in chunks])
+        with self.timer.phase("communication", "all-to-all of activations", collective=True):
+            dist.all_to_all_single(received, flat, sizes, [chunk.numel() for chunk in chunks])
         return [part.view(-1, columns) for part in received.split(sizes)] if columns else [chunks[0][:0]] * self.size
 
     def broadcast_int(self, value: int) -> int:
-        """What rank 0 says."""
-        told = torch.tensor([int(value) if self.rank == 0 else 0])
-        return int(self.all_reduce(told, "word from rank 0"))
+        """The `value` of rank 0, on every rank."""
+        of_rank_0 = torch.tensor([int(value) if self.rank == 0 else 0])
+        return int(self.all_reduce(of_rank_0, "broadcast from rank 0"))
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has reached this call."""
         self.all_reduce(torch.zeros(1), "barrier")
 
 
-def environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size) as the launcher set them; (0, 0, 1) without a launcher."""
+def rank_environment() -> tuple[int, int, int]:
+    """(rank, local rank, world size) from the environment variables of the launcher; (0, 0, 1) without a launcher."""
     read = os.environ.get
     return int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1"))
 
 
 def local_size() -> int:
-    """Ranks on this machine; all of them, where the launcher does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or environment()[2])
+    """Number of ranks on this machine; the world size if the launcher does not set it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or rank_environment()[2])
 
 
 def init_process_group(device: str, timeout_seconds: float) -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
-    On GPUs there are two: NCCL for what lies there, gloo for a few numbers on the CPU.
+    On GPUs it has two backends: NCCL for CUDA tensors, gloo for a few numbers on the CPU.
 
     Args:
-        device: `cpu`, `cuda`, or `auto`: a GPU for each rank of this machine if it has as many, else the CPU.
-        timeout_seconds: how long a rank waits for another.
+        device: `cpu`, `cuda`, or `auto`: one GPU per rank if this machine has enough, else the CPU.
+        timeout_seconds: time limit of a collective.
 
     Raises:
-        UsageError: on every rank of a machine with fewer GPUs than ranks, if `device` is cuda; if rank 0 does not come.
+        UsageError: if `device` is cuda and this machine has fewer GPUs than ranks (on all its ranks), or if rank 0
+            does not join in time.
     """
-    rank, local_rank, size = environment()
+    rank, local_rank, size = rank_environment()
     num_gpus = torch.cuda.device_count()
     if device == "cuda":
         _check_gpus(local_rank, num_gpus)
     on_gpu = device == "cuda" or (device == "auto" and local_size() <= num_gpus)
-    place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    torch_device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(torch_device)
     if size > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
-        # A group that is bound to its GPU connects at once, and no collective has to guess where it takes place.
-        options: dict[str, Any] = {"timeout": timeout, "device_id": place if on_gpu else None}
+        # A group that is bound to its GPU connects at once, and torch need not guess the device of a collective.
+        options: dict[str, Any] = {"timeout": timeout, "device_id": torch_device if on_gpu else None}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store, *_ = next(rendezvous("env://", timeout=timeout))
             try:
-                own = restart_store(store, rank, size, timeout)
+                start_store = restart_store(store, rank, size, timeout)
             except TimeoutError:
                 raise UsageError(
-                    f"rank {rank} met no rank 0 within launch.timeout_seconds ({timeout_seconds:.0f}): "
-                    "see what became of it, or raise the limit"
+                    f"rank {rank} could not reach rank 0 within launch.timeout_seconds ({timeout_seconds:.0f}): "
+                    "check the log of rank 0, or raise the limit"
                 ) from None
-            options |= {"store": own, "rank": rank, "world_size": size}
-        dist.init_process_group(_backend(place), **options)
-    return World(rank, size, place, PhaseTimer(on_gpu=on_gpu))
+            options |= {"store": start_store, "rank": rank, "world_size": size}
+        dist.init_process_group(_backend(torch_device), **options)
+    return World(rank, size, torch_device, PhaseTimer(on_gpu=on_gpu))
 
 
 def _check_gpus(local_rank: int, num_gpus: int) -> None:
     """Refuse launch.device=cuda without a GPU for each rank of this machine.
 
-    On all of its ranks, because under torchrun the first speaks for the others. A launcher that does not say how many
-    there are leaves each rank to look for its own GPU.
+    It is checked on all its ranks, because torchrun reports only the first error. If the launcher does not set the
+    number of local ranks, each rank checks only its own GPU.
     """
     needed = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1))
     if needed > num_gpus:
@@ -166,14 +169,15 @@ def _check_gpus(local_rank: int, num_gpus: int) -> None:
 
 
 def _backend(device: torch.device) -> str:
-    """The backends of a process group of ranks on such a device."""
+    """The backends of a process group on this device type."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def ensure_process_group(world: World, timeout_seconds: float) -> None:
-    """A process group also for a single rank, which some engines ask for; it talks to nobody.
+    """Create a process group for a single rank, which some engines require.
 
-    It is not bound to its GPU: torch has NCCL split every further group from one that is, which one rank does not need.
+    It is not bound to its GPU: otherwise torch makes NCCL split every further group from it, which one rank does not
+    need.
     """
     if not dist.is_initialized():
         store, timeout = dist.HashStore(), timedelta(seconds=timeout_seconds)  # pyright: ignore[reportPrivateImportUsage]
@@ -181,6 +185,6 @@ def ensure_process_group(world: World, timeout_seconds: float) -> None:
 
 
 def destroy_process_group() -> None:
-    """Leave the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,1 +1,1 @@
-"""How a network is held and computed on many ranks: strategies, precision, layout, memory."""
+"""Parallel training: strategies, execution switches, memory model and out-of-memory errors."""

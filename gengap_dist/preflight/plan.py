@@ -19,7 +19,7 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.parallel import memory_model
-from gengap_dist.parallel.memory_model import Memory
+from gengap_dist.parallel.memory_model import MemoryEstimate
 from gengap_dist.preflight import communication_model
 from gengap_dist.preflight.batch_layout import Cluster, Layout, layout
 from gengap_dist.preflight.communication_model import Link, Message
@@ -95,7 +95,7 @@ class Plan:
     ragged: Layout | None = None
     """The last step of each epoch, if it is smaller."""
     has_batch_norm: bool = False
-    memory: Memory | None = None
+    memory: MemoryEstimate | None = None
     messages: list[Message] = field(default_factory=list)
     """Of one step."""
     bytes_on_wire: int = 0
@@ -114,7 +114,7 @@ class Plan:
         tree = asdict(self)
         tree["cluster"]["num_ranks"] = self.cluster.num_ranks
         for name, section in (("memory", self.memory), ("time", self.time), ("time_at_best", self.time_at_best)):
-            if isinstance(section, Memory):
+            if isinstance(section, MemoryEstimate):
                 tree[name]["total"] = section.total
             elif section:
                 tree[name]["step"] = section.step
@@ -232,13 +232,13 @@ def _model_fields(
         if num_ranks > 1
         else []
     )
-    weight_bytes = memory_model.weights(config, model, strategy, num_ranks)
+    weight_bytes = memory_model.weight_bytes(config, model, strategy, num_ranks)
     probe, probe_bytes = collect_refusal(lambda: _probe(config, model, sizes, num_ranks)) or (None, 0)
     if probe and memory_model.SHARDING[strategy].parameters:
         probe_bytes += parameter_bytes
     min_micro_size = 2 if has_batch_norm(model) else 1  # batch norm refuses to train on one image
     micro_size = max(batch.micro_sizes[1], min_micro_size)
-    activation_bytes, activations_by = memory_model.saved_for_backward(
+    activation_bytes, activations_method = memory_model.saved_for_backward(
         config, model, (sizes.in_channels, side, side), micro_size
     )
     return {
@@ -246,11 +246,11 @@ def _model_fields(
         "has_batch_norm": has_batch_norm(model),
         "messages": messages,
         "bytes_on_wire": sum(message.on_wire(num_ranks) for message in messages),
-        "memory": Memory(
+        "memory": MemoryEstimate(
             **weight_bytes,
             data=0 if (config.data.device, config.launch.device) == ("cpu", "cuda") else sizes.num_bytes,
             activations=activation_bytes,
-            activations_by=activations_by,
+            activations_method=activations_method,
             probe=probe_bytes,
             probe_limit=config.probe.memory_mib * 2**20 if probe else 0,
         ),

@@ -93,7 +93,7 @@ def _traffic(plan: Plan) -> Table | None:
 def _notes(plan: Plan) -> list[str]:
     notes = []
     if plan.memory:
-        notes.append(f"micro-batch  memory saved for the backward pass, from {plan.memory.activations_by}")
+        notes.append(f"micro-batch  memory saved for the backward pass, from {plan.memory.activations_method}")
     if probe := plan.probe:
         wide = sum("rows" in form for form in probe.forms.values())
         notes.append(

@@ -1,1 +1,1 @@
-"""The run folder: the truth on disk, written by rank 0 and read by everything else."""
+"""The run folder: written by rank 0, read by all other packages, and the only source of a run's results."""

@@ -1,15 +1,15 @@
-"""The state of a run on disk: one folder per checkpoint, whole or not there at all.
+"""Checkpoints: one folder each, which is complete or does not exist.
 
     checkpoints/step_00000050/
-        model.pt        parameters and buffers, whole, by name: a plain state dict
-        optimizer.pt    {parameter name: {quantity: tensor}}, whole, whatever strategy trained it
-        best.pt         state dict of the best network so far, if the run validates
-        algorithm.pt       what the algorithm remembers, such as averaged weights
-        run.pt          step, clocks, metrics not yet written: what the run itself remembers
-        checkpoint.json who wrote it, and each file's SHA-256
+        model.pt        unsharded parameters and buffers, by name: a plain state dict
+        optimizer.pt    {parameter name: {quantity: tensor}}, unsharded, the same for every strategy
+        best.pt         state dict of the best model so far, if the run validates
+        algorithm.pt    state of the algorithm, such as averaged weights
+        run.pt          state of the run itself: step, times, metrics not yet written
+        checkpoint.json facts about the run, and the SHA-256 of each file
 
-A folder is written under another name, flushed to the disk and renamed; a kill at any byte leaves the one before it
-alone. Nothing here talks to other ranks.
+A folder is written under a temporary name, flushed to disk and renamed; a kill at any time leaves the previous
+checkpoint intact. Nothing here is collective.
 """
 
 import hashlib
@@ -34,32 +34,32 @@ Report = Callable[[str], None]
 
 
 class CheckpointWriter:
-    """Writes checkpoints of one run, in a thread, one at a time; the last `keep` stay."""
+    """Writes checkpoints of one run in a thread, one at a time; keeps the last `keep`."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Save into `folder`; what a killed run left half-written there is removed."""
+        """Save into `folder`; incomplete checkpoints of a killed run are removed."""
         self.folder, self.keep = folder, keep
         folder.mkdir(exist_ok=True)
-        for rest in folder.glob(".*.part"):
-            shutil.rmtree(rest)
+        for part in folder.glob(".*.part"):
+            shutil.rmtree(part)
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is being written just now."""
+        """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, states: Mapping[str, State], facts: Mapping[str, Any]) -> None:
-        """Copy the states to the CPU, and write them while training goes on.
+        """Copy the states to the CPU, and write them while training continues.
 
         Args:
-            step: optimizer steps behind them.
+            step: number of optimizer steps done.
             states: `model`, `optimizer`, `algorithm`, `best`, `run`, each of tensors and plain values.
-            facts: what a person may want to know, for checkpoint.json.
+            facts: information for people, written to checkpoint.json.
 
         Raises:
-            OSError: what the checkpoint before this one met, on a full disk for example.
+            OSError: if the previous checkpoint could not be written, for example on a full disk.
         """
         self.wait()
         copies = {name: _on_cpu(state) for name, state in states.items()}
@@ -67,10 +67,10 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until what was to be written is on the disk.
+        """Wait until the current checkpoint is on disk.
 
         Raises:
-            OSError: if it could not be written; the checkpoints before it are untouched.
+            OSError: if it could not be written; previous checkpoints are unchanged.
         """
         if self._thread:
             self._thread.join()
@@ -85,25 +85,25 @@ class CheckpointWriter:
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            sums = {f"{name}.pt": _write_tensors(part / f"{name}.pt", state) for name, state in states.items()}
-            about = json.dumps({"schema": 1, "step": step, **facts, "sha256": sums}, indent=1)
+            checksums = {f"{name}.pt": _write_tensors(part / f"{name}.pt", state) for name, state in states.items()}
+            content = json.dumps({"schema": 1, "step": step, **facts, "sha256": checksums}, indent=1)
             with (part / "checkpoint.json").open("w") as file:
-                file.write(about)
-                _to_disk(file.fileno())
-            _folder_to_disk(part)
+                file.write(content)
+                _fsync(file.fileno())
+            _fsync_folder(part)
             if path.exists():  # a damaged one, or one from before a resume
                 shutil.rmtree(path)
             part.rename(path)
-            _folder_to_disk(self.folder)
-            for old in sorted(steps(self.folder).items())[: -self.keep]:
+            _fsync_folder(self.folder)
+            for old in sorted(checkpoints_by_step(self.folder).items())[: -self.keep]:
                 shutil.rmtree(old[1], ignore_errors=True)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             self._error = error
 
 
-class _Summing:
-    """A file that keeps the SHA-256 of what is written to it."""
+class _HashingFile:
+    """A file that computes the SHA-256 of its content during writing."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sum = file, hashlib.sha256()
@@ -113,7 +113,7 @@ class _Summing:
         self.sum.update(data)
         try:
             return self.file.write(data)
-        except OSError as error:  # torch would make another of it
+        except OSError as error:  # torch replaces it with a RuntimeError
             self.error = error
             raise
 
@@ -123,21 +123,21 @@ class _Summing:
 
 def _write_tensors(path: Path, state: State) -> str:
     with path.open("wb") as file:
-        out = _Summing(file)
+        out = _HashingFile(file)
         try:
             torch.save(state, out)  # pyright: ignore[reportArgumentType]
         except RuntimeError:
             raise out.error or OSError(f"{path.name} could not be written") from None
         file.flush()
-        _to_disk(file.fileno())
+        _fsync(file.fileno())
         return out.sum.hexdigest()
 
 
-def _to_disk(descriptor: int) -> None:
+def _fsync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def _folder_to_disk(path: Path) -> None:
+def _fsync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -146,7 +146,7 @@ def _folder_to_disk(path: Path) -> None:
 
 
 def _on_cpu(value: Any) -> Any:
-    """The same nest of values with every tensor copied to the CPU, cut off from the network that goes on training."""
+    """The same nested values with every tensor copied to the CPU, so that training does not change them."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -157,57 +157,57 @@ def _on_cpu(value: Any) -> Any:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints in a run's `checkpoints` folder, by step, good or damaged."""
+def checkpoints_by_step(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a run's `checkpoints` folder, by step, including damaged ones."""
     return {int(path.name.removeprefix("step_")): path for path in sorted(folder.glob("step_????????*"))}
 
 
-def latest(folder: Path, tell: Report) -> Path | None:
-    """The last checkpoint that is whole; None if nothing was saved yet.
+def latest(folder: Path, report: Report) -> Path | None:
+    """The last undamaged checkpoint; None if nothing was saved yet.
 
     Args:
         folder: a run's `checkpoints`.
-        tell: hears of each damaged one that is passed over.
+        tell: called with a message for each damaged one that is skipped.
 
     Raises:
-        UsageError: if all there are, are damaged.
+        UsageError: if all checkpoints are damaged.
     """
-    found = sorted(steps(folder).items(), reverse=True)
+    newest_first = sorted(checkpoints_by_step(folder).items(), reverse=True)
     reason = ""
-    for _, path in found:
+    for _, path in newest_first:
         if reason:
-            tell(f"{reason}: {path.name}, the one before it, is used")
-        if not (damage := damaged(path)):
+            report(f"{reason}: the previous one, {path.name}, is used")
+        if not (damage := describe_damage(path)):
             return path
         reason = f"checkpoint {path} is damaged ({damage})"
-    if found:
-        raise UsageError(f"{reason}, and there is none before it: start the run again in a new --out")
+    if newest_first:
+        raise UsageError(f"{reason}, and there is no earlier one: start the run again in a new --out")
     return None
 
 
-def damaged(path: Path) -> str:
-    """What is wrong with a checkpoint, or nothing.
+def describe_damage(path: Path) -> str:
+    """What is damaged in a checkpoint; empty if nothing is.
 
-    >>> damaged(Path("nowhere"))
+    >>> describe_damage(Path("nowhere"))
     'checkpoint.json is missing'
     """
     try:
-        sums = json.loads((path / "checkpoint.json").read_text())["sha256"]
-        for name, expected in sums.items():
+        checksums = json.loads((path / "checkpoint.json").read_text())["sha256"]
+        for name, expected in checksums.items():
             with (path / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    return f"{name} is not what was written"
+                    return f"{name} does not match its checksum"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "checkpoint.json is not what was written"
+        return "checkpoint.json is not valid"
     except OSError as error:
         return str(error.strerror)
     return ""
 
 
 def load(path: Path) -> State:
-    """A file of tensors and plain values, onto the CPU; nothing in it is executed.
+    """Load a file of tensors and plain values onto the CPU, without executing code from it.
 
     Raises:
         UsageError: if the file is missing or damaged.
@@ -215,16 +215,16 @@ def load(path: Path) -> State:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UsageError(f"{path} is missing: the run saved nothing yet; start it again in a new --out") from None
-    except Exception as error:  # torch raises what the unpickler met, of many kinds
+        raise UsageError(f"{path} is missing: the run has saved nothing yet; start it again in a new --out") from None
+    except Exception as error:  # torch passes on many kinds of unpickling errors
         raise UsageError(f"{path} is damaged ({type(error).__name__}): remove it and start the run again") from None
 
 
 def evaluated_state(path: Path) -> State:
-    """Weights that the run stands for: in place of those in model.pt an average (EMA's or SWA's), once begun.
+    """The state dict that the run evaluates: the weight average (EMA or SWA) once it has begun, else model.pt.
 
     Args:
-        path: a checkpoint's model.pt, or another file of weights, which is taken as it is.
+        path: a checkpoint's model.pt, or another file of weights, which is loaded unchanged.
 
     Raises:
         UsageError: see `load`.
@@ -239,15 +239,15 @@ def restore(model: nn.Module, state: State, path: Path) -> None:
     """Load a model's parameters and buffers.
 
     Raises:
-        UsageError: if they are another model's; the first few differences are listed.
+        UsageError: if they do not match the model; the first differences are listed.
     """
-    own = model.state_dict()
-    differences = [f"{name} is missing" for name in own if name not in state]
-    differences += [f"{name} is not in the model" for name in state if name not in own]
+    expected = model.state_dict()
+    differences = [f"{name} is missing" for name in expected if name not in state]
+    differences += [f"{name} is not in the model" for name in state if name not in expected]
     differences += [
-        f"{name} is {[*getattr(state[name], 'shape', ())]}, the model's is {[*own[name].shape]}"
-        for name in own
-        if name in state and getattr(state[name], "shape", None) != own[name].shape
+        f"{name} is {[*getattr(state[name], 'shape', ())]}, the model's is {[*expected[name].shape]}"
+        for name in expected
+        if name in state and getattr(state[name], "shape", None) != expected[name].shape
     ]
     if differences:
         more = f", and {len(differences) - 4} more" if len(differences) > 4 else ""

@@ -1,4 +1,4 @@
-"""metrics.jsonl as columns: a tenth of the memory of its lines, and what many runs are aggregated from."""
+"""metrics.jsonl as a table: a tenth of the memory of its lines; used to aggregate many runs."""
 
 import io
 import json
@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-BATCH = 1000  # lines that are dicts at one time
+LINES_PER_BATCH = 1000  # lines held as dicts at one time
 
 
 class MetricsTable(NamedTuple):
-    """What a run has recorded."""
+    """The metrics of a run."""
 
     columns: Mapping[str, int]
-    """Name to column, in the order in which names came up; `step` and `seconds` are names as all others are."""
+    """Metric name to column, in order of first appearance; `step` and `seconds` are columns, too."""
     values: np.ndarray
-    """float64 [lines, columns], lines in rising order of step."""
+    """float64 [lines, columns], sorted by step."""
     known: np.ndarray
-    """bool [lines, columns]: whether the line has it, for what it has may be nan."""
+    """bool [lines, columns]: whether the line has the metric, because a recorded value may be NaN."""
 
     def series(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
-        """Values of `against` and of `name`, float64 [points], where `name` was recorded.
+        """Values of `against` and of `name`, float64 [points], at the lines that have `name`.
 
         >>> to_table([{"step": 0, "a": 5.0}, {"step": 1}, {"step": 2, "a": 7.0}]).series("a")
         (array([0., 2.]), array([5., 7.]))
@@ -35,64 +35,64 @@ class MetricsTable(NamedTuple):
         return self.values[rows, self.columns[against]], self.values[rows, self.columns[name]]
 
     def line(self, row: int) -> dict[str, float]:
-        """What one line has, by name."""
+        """The metrics of one line, by name."""
         return {name: float(self.values[row, at]) for name, at in self.columns.items() if self.known[row, at]}
 
-    def at(self, steps: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Parts of `values` and `known`, [steps, names]: lines of some of the steps, columns in this order."""
+    def values_at(self, steps: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Parts of `values` and `known`, [steps, names], in the given order."""
         rows = np.searchsorted(self.series("step")[1], steps)
-        here = np.ix_(rows, np.array([self.columns[name] for name in names], dtype=int))
-        return self.values[here], self.known[here]
+        index = np.ix_(rows, np.array([self.columns[name] for name in names], dtype=int))
+        return self.values[index], self.known[index]
 
-    def only(self, names: Collection[str]) -> "MetricsTable":
-        """The columns that are named, of those that are there."""
-        kept = [name for name in self.columns if name in names]
-        at = [self.columns[name] for name in kept]
-        return MetricsTable({name: i for i, name in enumerate(kept)}, self.values[:, at], self.known[:, at])
+    def select_columns(self, names: Collection[str]) -> "MetricsTable":
+        """The table of the given columns; absent ones are ignored."""
+        selected = [name for name in self.columns if name in names]
+        at = [self.columns[name] for name in selected]
+        return MetricsTable({name: i for i, name in enumerate(selected)}, self.values[:, at], self.known[:, at])
 
 
 def to_table(lines: Iterable[Mapping[str, Any]]) -> MetricsTable:
-    """Lines as columns; words for NaN and infinities are numbers here.
+    """Convert lines to a table; strings for NaN and infinities become numbers.
 
-    >>> found = to_table([{"step": 0, "a": "inf"}, {"step": 1, "b": 6.0}])
-    >>> found.columns, found.line(1)
+    >>> table = to_table([{"step": 0, "a": "inf"}, {"step": 1, "b": 6.0}])
+    >>> table.columns, table.line(1)
     ({'step': 0, 'a': 1, 'b': 2}, {'step': 1.0, 'b': 6.0})
     """
     blocks = []
-    num_lines, coming = 0, iter(lines)
-    while batch := list(islice(coming, BATCH)):
+    num_lines, remaining = 0, iter(lines)
+    while batch := list(islice(remaining, LINES_PER_BATCH)):
         blocks += _blocks(batch, num_lines)
         num_lines += len(batch)
     columns = {name: at for at, name in enumerate(dict.fromkeys(chain.from_iterable(names for names, _, _ in blocks)))}
     values = np.full((num_lines, len(columns)), np.nan)
     known = np.zeros(values.shape, dtype=bool)
     for names, rows, numbers in blocks:
-        here = np.ix_(rows, [columns[name] for name in names])
-        values[here] = numbers
-        known[here] = True
+        index = np.ix_(rows, [columns[name] for name in names])
+        values[index] = numbers
+        known[index] = True
     return MetricsTable(columns, values, known)
 
 
 def _blocks(lines: Sequence[Mapping[str, Any]], first: int) -> Iterator[tuple[tuple[str, ...], list[int], np.ndarray]]:
-    """Lines of the same names as an array each, with the rows they go to."""
-    alike: dict[tuple[str, ...], list[int]] = {}
+    """Lines with the same names as one array each, with their row numbers."""
+    rows_by_names: dict[tuple[str, ...], list[int]] = {}
     for at, line in enumerate(lines):
-        alike.setdefault(tuple(line), []).append(at)
-    for names, rows in alike.items():
+        rows_by_names.setdefault(tuple(line), []).append(at)
+    for names, rows in rows_by_names.items():
         numbers = np.fromiter(chain.from_iterable(lines[at].values() for at in rows), float, len(rows) * len(names))
         yield names, [first + at for at in rows], numbers.reshape(len(rows), len(names))
 
 
-def dump(found: MetricsTable, size: int) -> bytes:
-    """Columns as the bytes of an npz file; `size` is that of the metrics.jsonl they are of, in bytes."""
+def dump(table: MetricsTable, size: int) -> bytes:
+    """A table as the bytes of an npz file; `size`: bytes of its metrics.jsonl."""
     buffer = io.BytesIO()
-    known = np.packbits(found.known)
-    np.savez(buffer, size=size, columns=np.array(json.dumps([*found.columns])), values=found.values, known=known)
+    known = np.packbits(table.known)
+    np.savez(buffer, size=size, columns=np.array(json.dumps([*table.columns])), values=table.values, known=known)
     return buffer.getvalue()
 
 
 def load(path: Path, size: int) -> MetricsTable | None:
-    """What `dump` wrote; None if it is not there, is damaged, or is of a metrics.jsonl of another size.
+    """Load a file of `dump`; None if it is missing, damaged, or of a metrics.jsonl of another size.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "metrics.npz"

@@ -1,8 +1,8 @@
-"""The run folder: run.json, metrics.jsonl, spectra/, config.yaml. Written by rank 0, atomically; everything reads it.
+"""The run folder: run.json, metrics.jsonl, spectra/, config.yaml. Rank 0 writes it atomically; all packages read it.
 
-metrics.jsonl holds one line per step that has anything to say, in rising order of step, each with `step`, `epoch`,
-`seconds` and flat metric names. A line is held back until its step is over, so no step ever has two lines. metrics.npz
-has the same as columns, once a long run has ended: readers of many runs take it for speed, and nothing needs it.
+metrics.jsonl has one line per step with metrics, sorted by step, each with `step`, `epoch`, `seconds` and flat metric
+names. A line is pending until its step is over, so no step has two lines. metrics.npz has the same data as a table,
+written when a long run has ended: it is optional and makes reading many runs faster.
 """
 
 import errno
@@ -27,7 +27,7 @@ from gengap_dist.config.loading import to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
 
-if TYPE_CHECKING:  # every command imports this module, and --help needs neither numpy nor torch
+if TYPE_CHECKING:  # all commands import this module, and --help needs neither numpy nor torch
     import numpy as np
 
     from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
@@ -35,14 +35,14 @@ if TYPE_CHECKING:  # every command imports this module, and --help needs neither
 
 Metrics = Mapping[str, float]
 RUNNING, FINISHED, DIVERGED, FAILED, KILLED = "running", "finished", "diverged", "failed", "killed"
-ENDED = (FINISHED, DIVERGED)  # with a result: such a run is not run again
-TAIL = 2**20  # bytes, more than any line of metrics.jsonl has
-SLOW_TO_READ = 2**20  # bytes of metrics.jsonl from which it is worth having as columns, too
-PREEMPTED = "preempted"  # asked to leave before the end: saved, and meant to be resumed
+ENDED = (FINISHED, DIVERGED)  # with a result: such a run is not repeated
+MAX_LINE_BYTES = 2**20  # more than the longest line of metrics.jsonl
+MIN_TABLE_BYTES = 2**20  # of metrics.jsonl, from which on metrics.npz is written, too
+PREEMPTED = "preempted"  # stopped by a signal before the end; saved and can be resumed
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: a reader, or a crash, never sees half of it."""
+    """Write a complete file or nothing: readers never see a partial file, also after a crash."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with part.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -52,7 +52,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def _append(path: Path, text: str) -> None:
-    """Add whole lines or nothing, on the disk: a checkpoint that comes after them must not outlive them."""
+    """Append complete lines or nothing, flushed to disk: a later checkpoint must not exist without them."""
     data = text.encode()
     with path.open("ab", buffering=0) as file:
         before = file.tell()
@@ -66,12 +66,12 @@ def _append(path: Path, text: str) -> None:
 
 
 def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
-    """Make the folder of a run or study, or refuse to touch somebody's files.
+    """Create the folder of a run or study; refuse to overwrite existing files.
 
     Args:
         out: the folder.
-        marker: the file that tells such a folder, `run.json` or `study.json`.
-        resume: whether going on in an existing one was asked for.
+        marker: the file that identifies such a folder, `run.json` or `study.json`.
+        resume: whether an existing folder may be continued.
 
     Raises:
         UsageError: if it cannot be written, holds other files, or holds a run while `resume` is not set.
@@ -85,20 +85,18 @@ def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
         raise UsageError(f"--out ({out}) cannot be written ({error.strerror}): choose another folder") from None
     if (out / marker).exists():
         if not resume:
-            raise UsageError(
-                f"--out ({out}) already holds a {marker}: add --resume to go on with it, or choose another"
-            )
+            raise UsageError(f"--out ({out}) already holds a {marker}: add --resume to continue it, or choose another")
     elif any(out.iterdir()):
         raise UsageError(f"--out ({out}) holds other files and no {marker}: choose a new or empty folder")
 
 
 def now() -> str:
-    """The time, ISO 8601, UTC."""
+    """The current time, ISO 8601, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
+    """Versions of Python, the platform and the packages that affect results."""
     out = {"python": platform.python_version(), "platform": platform.platform()}
     for name in ("gengap_dist", "torch", "torchvision", "numpy"):
         try:
@@ -120,18 +118,18 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(status)}
 
 
-def _number(value: float) -> float | str:
-    """JSON has no NaN and no infinities: they are written as words that float() reads back."""
+def _json_number(value: float) -> float | str:
+    """JSON has no NaN and no infinities: they are written as strings that float() can read."""
     return value if math.isfinite(value) else str(value)
 
 
 class NullRecorder:
-    """What ranks other than 0 write: nothing."""
+    """The recorder of ranks other than 0: writes nothing."""
 
     def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
         """Nothing to do."""
 
-    def resume(self, step: int, seconds: float, held: dict[int, dict[str, float]]) -> None:
+    def resume(self, step: int, seconds: float, pending: dict[int, dict[str, float]]) -> None:
         """Nothing to do."""
 
     def log(self, step: int, epoch: float, metrics: Metrics) -> None:
@@ -141,7 +139,7 @@ class NullRecorder:
         """Nothing to do."""
 
     def pending_rows(self) -> dict[int, dict[str, float]]:
-        """Nothing is held back."""
+        """No lines are pending."""
         return {}
 
     def seconds(self) -> float:
@@ -149,7 +147,7 @@ class NullRecorder:
         return 0.0
 
     def mlflow_run_id(self) -> str | None:
-        """None is known here."""
+        """Always None."""
 
     def spectra(self, step: int, spectra: Iterable["LayerSpectrum"], probe_set: str = "") -> None:
         """Nothing to do."""
@@ -162,22 +160,22 @@ class RunRecorder(NullRecorder):
     """The folder of one run, open for writing."""
 
     def __init__(self, out: Path) -> None:
-        """Record into `out`, which exists."""
+        """Record into `out`, which must exist."""
         self.out = out
         (out / "spectra").mkdir(exist_ok=True)
-        self._held: dict[int, dict[str, float]] = {}
-        self._began = time.monotonic()
+        self._pending: dict[int, dict[str, float]] = {}
+        self._start_time = time.monotonic()
         self._info: dict[str, Any] = {}
 
     def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
-        """Write run.json with everything that is known before the first step."""
-        before = read_info(self.out) if (self.out / "run.json").exists() else {}
+        """Write run.json with all that is known before the first step."""
+        previous = read_info(self.out) if (self.out / "run.json").exists() else {}
         self._info = {
             "schema": 1,
             "status": RUNNING,
             "seed": config.seed,
-            "started": before.get("started", now()),
-            "resumed": [*before.get("resumed", []), now()] if before else [],
+            "started": previous.get("started", now()),
+            "resumed": [*previous.get("resumed", []), now()] if previous else [],
             "command": sys.orig_argv,
             "config": config.model_dump(mode="json"),
             "versions": versions(),
@@ -190,37 +188,37 @@ class RunRecorder(NullRecorder):
     def _save(self) -> None:
         write_atomically(self.out / "run.json", json.dumps(self._info, indent=1))
 
-    def resume(self, step: int, seconds: float, held: dict[int, dict[str, float]]) -> None:
-        """Go back to the state after `step` steps: later lines are dropped, they will be written again."""
+    def resume(self, step: int, seconds: float, pending: dict[int, dict[str, float]]) -> None:
+        """Return to the state after `step` steps: later lines are removed and will be written again."""
         path = self.out / "metrics.jsonl"
         lines = [json.dumps(line) for line in read_raw(path) if line["step"] < step]
         write_atomically(path, "".join(line + "\n" for line in lines))
         (self.out / "metrics.npz").unlink(missing_ok=True)
-        self._held = {at: dict(line) for at, line in held.items()}
-        self._began = time.monotonic() - seconds
+        self._pending = {at: dict(line) for at, line in pending.items()}
+        self._start_time = time.monotonic() - seconds
 
     def seconds(self) -> float:
-        """Time since the run began, without the time it lay idle before a resume."""
-        return time.monotonic() - self._began
+        """Seconds since the run began, without the time between an end and a resume."""
+        return time.monotonic() - self._start_time
 
     def log(self, step: int, epoch: float, metrics: Metrics) -> None:
         """Add metrics to the line of `step`, the number of optimizer steps done."""
-        line = self._held.setdefault(step, {"step": step, "epoch": round(epoch, 6)})
+        line = self._pending.setdefault(step, {"step": step, "epoch": round(epoch, 6)})
         line["seconds"] = round(self.seconds(), 3)
         line.update(metrics)
 
     def flush(self, before: int | None = None) -> None:
-        """Write the lines of all steps below `before` (None: all). Their steps are over."""
-        ready = [step for step in sorted(self._held) if before is None or step < before]
+        """Write the lines of all steps below `before` (None: all), which must be over."""
+        ready = [step for step in sorted(self._pending) if before is None or step < before]
         if ready:
-            lines = [{key: _number(value) for key, value in self._held[step].items()} for step in ready]
+            lines = [{key: _json_number(value) for key, value in self._pending[step].items()} for step in ready]
             _append(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
             for step in ready:
-                del self._held[step]
+                del self._pending[step]
 
     def pending_rows(self) -> dict[int, dict[str, float]]:
-        """Lines that are not written yet; a checkpoint takes them along."""
-        return self._held
+        """Lines by step that are not written yet; a checkpoint contains them."""
+        return self._pending
 
     def spectra(self, step: int, spectra: Iterable["LayerSpectrum"], probe_set: str = "") -> None:
         """Write spectra/[<probe set>/]step_<step>.npz; `load_spectra` reads it."""
@@ -229,28 +227,28 @@ class RunRecorder(NullRecorder):
         write_atomically(folder / f"step_{step:08d}.npz", dump_spectra(spectra))
 
     def mlflow_run_id(self) -> str | None:
-        """The run that mirrors this folder, if it has begun."""
+        """The id of the MLflow run of this folder, if it exists."""
         path = self.out / "mlflow.json"
         return json.loads(path.read_text()).get("run_id") if path.exists() else None
 
     def finish(self, status: str, result: Mapping[str, Any], error: str | None = None, *, flush: bool = True) -> None:
-        """Write what is held back, unless a checkpoint has taken it along, then the outcome."""
+        """Write pending lines (unless a checkpoint contains them: `flush=False`), then the status and the result."""
         if flush:
             self.flush()
         self._info |= {"status": status, "ended": now(), "seconds": round(self.seconds(), 3)}
-        self._info["result"] = {k: _number(v) if isinstance(v, float) else v for k, v in result.items()}
+        self._info["result"] = {k: _json_number(v) if isinstance(v, float) else v for k, v in result.items()}
         if error is not None:
             self._info["error"] = error
         self._save()
         lines = self.out / "metrics.jsonl"
-        if status in ENDED and lines.exists() and (size := lines.stat().st_size) > SLOW_TO_READ:
+        if status in ENDED and lines.exists() and (size := lines.stat().st_size) > MIN_TABLE_BYTES:
             from gengap_dist.runs.metrics_table import dump, to_table
 
             write_atomically(self.out / "metrics.npz", dump(to_table(read_raw(lines)), size))
 
 
 def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:
-    """Spectra as the bytes of an npz file: one array per layer key, and `meta`, a JSON text with everything else."""
+    """Spectra as the bytes of an npz file: one array per layer key, and `meta`, a JSON string with the other fields."""
     import numpy as np
 
     arrays, meta = {}, {}
@@ -266,7 +264,7 @@ def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:
 
 
 def load_spectra(path: Path) -> "dict[str, tuple[np.ndarray, dict[str, Any]]]":
-    """Layer key to (singular values [m], the rest of LayerSpectrum as a dict)."""
+    """Layer key to (singular values [m], the other fields of LayerSpectrum as a dict)."""
     import numpy as np
 
     with np.load(path) as file:
@@ -275,7 +273,7 @@ def load_spectra(path: Path) -> "dict[str, tuple[np.ndarray, dict[str, Any]]]":
 
 
 def read_info(out: Path) -> dict[str, Any]:
-    """run.json (or study.json beside it) as a dict.
+    """run.json of a run folder, or the given file (such as study.json), as a dict.
 
     Raises:
         UsageError: if it is missing or damaged.
@@ -288,12 +286,12 @@ def read_info(out: Path) -> dict[str, Any]:
 
 
 def read_metrics(out: Path) -> Iterator[dict[str, Any]]:
-    """Lines of metrics.jsonl; a last line that a crash cut short is left out."""
+    """Lines of metrics.jsonl; an incomplete last line is skipped."""
     return read_lines(out / "metrics.jsonl")
 
 
 def read_metrics_table(out: Path) -> "MetricsTable":
-    """The metrics of a run folder as columns.
+    """The metrics of a run folder as a table.
 
     Raises:
         ValueError: if a line of metrics.jsonl is damaged.
@@ -301,16 +299,16 @@ def read_metrics_table(out: Path) -> "MetricsTable":
     from gengap_dist.runs.metrics_table import load, to_table
 
     lines, columns = out / "metrics.jsonl", out / "metrics.npz"
-    if columns.exists() and lines.exists() and (found := load(columns, lines.stat().st_size)):
-        return found
-    found = to_table(read_raw(lines))
-    if len(found.values) and not ("step" in found.columns and found.known[:, found.columns["step"]].all()):
+    if columns.exists() and lines.exists() and (table := load(columns, lines.stat().st_size)):
+        return table
+    table = to_table(read_raw(lines))
+    if len(table.values) and not ("step" in table.columns and table.known[:, table.columns["step"]].all()):
         raise ValueError("metrics.jsonl has a line without its step")
-    return found
+    return table
 
 
 class SeedRun(NamedTuple):
-    """What a run folder says."""
+    """The content of a run folder."""
 
     info: Mapping[str, Any]
     """run.json."""
@@ -319,7 +317,7 @@ class SeedRun(NamedTuple):
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file of JSON objects, words for NaN and infinities as numbers; none if it is not there."""
+    """The complete lines of a file of JSON objects, with strings converted to numbers; none if the file is missing."""
     for values in read_raw(path):
         for key, value in values.items():
             if isinstance(value, str):
@@ -328,7 +326,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_raw(path: Path) -> Iterator[dict[str, Any]]:
-    """The same with the words as they are, which takes less time.
+    """The same without converting strings, which is faster.
 
     Raises:
         ValueError: if a line is not a JSON object.
@@ -344,10 +342,10 @@ def read_raw(path: Path) -> Iterator[dict[str, Any]]:
                 yield values
 
 
-def damage(out: Path) -> str:
-    """What a crash, a copy or a full disk has cut short in the folder of a run; "" if it is whole, empty or not there.
+def describe_damage(out: Path) -> str:
+    """What is missing or incomplete in a run folder; "" if it is complete, empty or missing.
 
-    What the record writes is whole; but a process may end before run.json is there, and files may be lost later.
+    The recorder writes complete files; but a process may end before run.json exists, and files may be lost later.
     """
     if not out.is_dir() or not any(out.iterdir()):
         return ""
@@ -358,17 +356,17 @@ def damage(out: Path) -> str:
         status, num_steps = info["status"], info["result"]["num_steps"] if info["status"] == FINISHED else None
         info["config"]["seed"]
     except (OSError, ValueError, KeyError, TypeError):
-        return "its run.json is not whole"
+        return "its run.json is not valid"
     if status == FINISHED and _last_step(out / "metrics.jsonl") != num_steps:
         return f"its metrics.jsonl does not end with step {num_steps}, the last"
     return ""
 
 
 def _last_step(path: Path) -> int | None:
-    """Step of the last line; None if there is no whole line."""
+    """Step of the last line; None if the last line is missing or incomplete."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
+            file.seek(max(0, path.stat().st_size - MAX_LINE_BYTES))
             *_, last, rest = file.read().split(b"\n")
         return None if rest else json.loads(last)["step"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -376,18 +374,18 @@ def _last_step(path: Path) -> int | None:
 
 
 def quarantine(out: Path, folder: Path) -> Path:
-    """Move a damaged run into `folder`, out of the way of another start: where it is now."""
+    """Move a damaged run folder into `folder`, so that the run can start again; returns the new path."""
     number = 1
-    while (kept := folder / f"{out.parent.name}-{out.name}-{number}").exists():
+    while (target := folder / f"{out.parent.name}-{out.name}-{number}").exists():
         number += 1
     folder.mkdir(exist_ok=True)
-    return out.rename(kept)
+    return out.rename(target)
 
 
 def close_abandoned(out: Path, error: BaseException) -> None:
-    """Give a run whose ranks are gone its last status; one that never began, or that ended by itself, stays as it is.
+    """Set the final status of a run whose ranks have died; a run that has ended normally is unchanged.
 
-    A folder in which nothing was written yet is removed again, so that the same command can be given once more.
+    A folder without run.json and results is removed, so that the same command can be repeated.
     """
     if not (out / "run.json").exists():
         leftovers = {"mlflow.log", "spectra"}

@@ -1,7 +1,7 @@
-"""What a run's machines are doing: CPU, memory, disk, network and GPUs, sampled beside training into the run folder.
+"""System metrics: CPU, memory, disk, network and GPUs, sampled during training into the run folder.
 
-One rank of each node samples, into system.jsonl, or system_<node>.jsonl where there are several nodes. Names are those
-of MLflow's own system metrics. Nothing here can hold up or fail a run.
+One rank of each node samples, into system.jsonl, or system_<node>.jsonl with several nodes. Names are those of MLflow's
+system metrics. Nothing here can delay or fail a run.
 """
 
 import contextlib
@@ -16,53 +16,55 @@ from pathlib import Path
 from typing import Any
 
 MEGABYTE = 10**6
-GPU, MIG = "GPU-", "MIG-"  # what UUIDs begin with
-LAST_SECONDS = 10.0  # for the last sample
+GPU, MIG_PREFIX = "GPU-", "MIG-"  # prefixes of UUIDs
+JOIN_TIMEOUT_SECONDS = 10.0  # at the end, for the last sample
 
 
 @contextmanager
-def sampling(out: Path, every: float | None, *, num_nodes: int) -> Iterator[None]:
-    """While open, a thread appends a sample to the file in `out` every so many seconds, and one at the end.
+def sampling(out: Path, interval_seconds: float | None, *, num_nodes: int) -> Iterator[None]:
+    """Context in which a thread appends samples to a file in `out` at a fixed interval, and one at the end.
 
     Args:
         out: the run folder.
-        every: seconds between samples; None: no samples at all.
-        num_nodes: machines that take part; with several, each has its own file.
+        every: seconds between samples; None: no samples.
+        num_nodes: number of nodes of the run; with several, each has its own file.
     """
-    if every is None:
+    if interval_seconds is None:
         yield
         return
     path = out / ("system.jsonl" if num_nodes == 1 else f"system_{socket.gethostname()}.jsonl")
-    over = threading.Event()
-    thread = threading.Thread(target=_sample_until, args=(over, every, path), name="system", daemon=True)
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_sample_until_stopped, args=(stop, interval_seconds, path), name="system", daemon=True
+    )
     thread.start()
     try:
         yield
     finally:
-        over.set()
-        thread.join(LAST_SECONDS)
+        stop.set()
+        thread.join(JOIN_TIMEOUT_SECONDS)
 
 
-def _sample_until(over: threading.Event, every: float, path: Path) -> None:
+def _sample_until_stopped(stop: threading.Event, interval_seconds: float, path: Path) -> None:
     import psutil
 
-    psutil.cpu_percent()  # it counts from the call before
+    psutil.cpu_percent()  # it measures since the previous call
     network = psutil.net_io_counters()
-    began = (network.bytes_recv, network.bytes_sent) if network else (0, 0)
-    going_on = True
+    network_start = (network.bytes_recv, network.bytes_sent) if network else (0, 0)
+    running = True
     with _gpus() as gpus:
-        while going_on:
-            going_on = not over.wait(every)
-            with contextlib.suppress(OSError, ValueError, psutil.Error):  # the run comes first
-                line = {"time": round(time.time() * 1000), **_machine(path.parent, began)}
+        while running:
+            running = not stop.wait(interval_seconds)
+            with contextlib.suppress(OSError, ValueError, psutil.Error):  # a failed sample must not affect the run
+                line = {"time": round(time.time() * 1000), **_machine_metrics(path.parent, network_start)}
                 for index, gpu in gpus.items():
-                    line |= _of_gpu(index, gpu)
+                    line |= _gpu_metrics(index, gpu)
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
 
 
-def _machine(folder: Path, began: tuple[int, int]) -> dict[str, float]:
-    """CPU, memory and network of this machine, and the disk that `folder` is on."""
+def _machine_metrics(folder: Path, network_start: tuple[int, int]) -> dict[str, float]:
+    """Metrics of CPU, memory and network of this machine, and of the disk of `folder`."""
     import psutil
 
     memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(str(folder)), psutil.net_io_counters()
@@ -75,16 +77,17 @@ def _machine(folder: Path, began: tuple[int, int]) -> dict[str, float]:
         "disk_available_megabytes": disk.free / MEGABYTE,
     }
     if network:
-        out["network_receive_megabytes"] = (network.bytes_recv - began[0]) / MEGABYTE
-        out["network_transmit_megabytes"] = (network.bytes_sent - began[1]) / MEGABYTE
+        out["network_receive_megabytes"] = (network.bytes_recv - network_start[0]) / MEGABYTE
+        out["network_transmit_megabytes"] = (network.bytes_sent - network_start[1]) / MEGABYTE
     return {name: round(value, 3) for name, value in out.items()}
 
 
 @contextmanager
 def _gpus() -> Iterator[dict[int, Any]]:
-    """The driver's handles of the GPUs that this process may use, by nvidia-smi's number; none without a driver.
+    """Context with NVML handles of the GPUs that this process may use, by nvidia-smi's index; none without a driver.
 
-    Two runs of one machine that have a GPU each do not both call theirs 0. A MIG instance has the number of its GPU.
+    By this index, two runs with one GPU each on one machine have different names. A MIG instance has the index of its
+    GPU.
     """
     import pynvml
 
@@ -94,66 +97,70 @@ def _gpus() -> Iterator[dict[int, Any]]:
         yield {}
         return
     handles: dict[int, Any] = {}
-    with contextlib.suppress(pynvml.NVMLError):  # a UUID that the driver does not know hides what follows it
-        every = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        for uuid in visible(os.environ.get("CUDA_VISIBLE_DEVICES"), list(map(pynvml.nvmlDeviceGetUUID, every))):
+    with contextlib.suppress(pynvml.NVMLError):  # GPUs after a UUID unknown to the driver are not visible
+        all_handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        for uuid in visible_gpus(
+            os.environ.get("CUDA_VISIBLE_DEVICES"), list(map(pynvml.nvmlDeviceGetUUID, all_handles))
+        ):
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if uuid.startswith(MIG) else handle
+            whole = (
+                pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if uuid.startswith(MIG_PREFIX) else handle
+            )
             handles[pynvml.nvmlDeviceGetIndex(whole)] = handle
     yield handles
     with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlShutdown()
 
 
-def _of_gpu(index: int, handle: Any) -> dict[str, float]:
-    """Metrics of one GPU, or MIG instance of one; what the driver does not tell is left out."""
+def _gpu_metrics(index: int, handle: Any) -> dict[str, float]:
+    """Metrics of a GPU or MIG instance, without those that the driver does not provide."""
     import pynvml
 
-    def told(ask: Callable[[Any], Any]) -> Any:
+    def query(function: Callable[[Any], Any]) -> Any:
         try:
-            return ask(handle)
+            return function(handle)
         except pynvml.NVMLError:  # not supported, mostly
             return None
 
-    busy, milliwatts = told(pynvml.nvmlDeviceGetUtilizationRates), told(pynvml.nvmlDeviceGetPowerUsage)
-    memory = told(lambda handle: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))
-    found = {
-        "utilization_percentage": busy and busy.gpu,
+    utilization, milliwatts = query(pynvml.nvmlDeviceGetUtilizationRates), query(pynvml.nvmlDeviceGetPowerUsage)
+    memory = query(lambda handle: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))
+    metrics = {
+        "utilization_percentage": utilization and utilization.gpu,
         "memory_usage_megabytes": memory and round(memory.used / MEGABYTE, 3),
         "memory_usage_percentage": memory and round(100 * memory.used / memory.total, 3),
         "power_usage_watts": milliwatts and milliwatts / 1000,
     }
-    return {f"gpu_{index}_{name}": value for name, value in found.items() if value is not None}
+    return {f"gpu_{index}_{name}": value for name, value in metrics.items() if value is not None}
 
 
-def visible(listed: str | None, uuids: Sequence[str]) -> list[str]:
-    """UUIDs of the GPUs, or MIG instances, that a process may use, in its order.
+def visible_gpus(visible_devices: str | None, uuids: Sequence[str]) -> list[str]:
+    """UUIDs of the GPUs or MIG instances that a process may use, in the process's order.
 
-    Entries are indices, beginnings of the UUIDs of GPUs, or UUIDs of MIG instances; the first says which. One that is
-    no such thing, or is true of several GPUs, hides itself and all that follow; one that comes twice hides all. Indices
-    are the driver's (CUDA_DEVICE_ORDER=PCI_BUS_ID): on machines with unlike GPUs CUDA may count the fastest first.
+    Entries are indices, prefixes of GPU UUIDs, or UUIDs of MIG instances; the first entry defines the kind. An entry
+    that is invalid or matches several GPUs hides itself and all later entries; a duplicate hides all. Indices are those
+    of the driver (CUDA_DEVICE_ORDER=PCI_BUS_ID): on machines with different GPUs CUDA may list the fastest first.
 
     Args:
-        listed: CUDA_VISIBLE_DEVICES; None: it is not set.
-        uuids: those of all GPUs, by index.
+        listed: value of CUDA_VISIBLE_DEVICES; None: not set.
+        uuids: UUIDs of all GPUs, by index.
 
     >>> gpus = ["GPU-5a", "GPU-5b", "GPU-77"]
-    >>> visible("2,0", gpus), visible("GPU-5b,GPU-7", gpus), visible("0,3,1", gpus), visible("GPU-5", gpus)
-    (['GPU-77', 'GPU-5a'], ['GPU-5b', 'GPU-77'], ['GPU-5a'], [])
+    >>> [visible_gpus(devices, gpus) for devices in ("2,0", "GPU-5b,GPU-7", "0,3,1", "GPU-5")]
+    [['GPU-77', 'GPU-5a'], ['GPU-5b', 'GPU-77'], ['GPU-5a'], []]
     """
-    if listed is None:
+    if visible_devices is None:
         return list(uuids)
-    entries = [entry.strip() for entry in listed.split(",")]
-    kind = entries[0][:4] if entries[0][:4] in (GPU, MIG) else ""
+    entries = [entry.strip() for entry in visible_devices.split(",")]
+    kind = entries[0][:4] if entries[0][:4] in (GPU, MIG_PREFIX) else ""
     by_kind: dict[str, Callable[[str], list[str]]] = {
         GPU: lambda entry: [uuid for uuid in uuids if uuid.startswith(entry)],
-        MIG: lambda entry: [entry],
+        MIG_PREFIX: lambda entry: [entry],
         "": lambda entry: list(uuids[int(entry) :][:1]) if entry.isdecimal() else [],
     }
-    found: list[str] = []
+    visible: list[str] = []
     for entry in entries:
         matching = by_kind[kind](entry) if entry.startswith(kind) else []
         if len(matching) != 1:
             break
-        found += matching
-    return found if len(set(found)) == len(found) else []
+        visible += matching
+    return visible if len(set(visible)) == len(visible) else []

@@ -143,7 +143,7 @@ def _run_trials(
     done = False
     while not done:
         done = bool(ray.wait([task], timeout=POLL_SECONDS)[0])
-        for kind, value in ray.get(run_queue.hear.remote(STUDY)):
+        for kind, value in ray.get(run_queue.poll.remote(STUDY)):
             match kind:
                 case "progress":
                     number, *step = value
@@ -203,16 +203,16 @@ def _trial(job: _TrialJob, number: int) -> None:
         return ray.get(group.queue.run.remote(run))[1]
 
     def send(kind: str, value: Any) -> None:
-        ray.get(group.queue.tell.remote(STUDY, kind, value))
+        ray.get(group.queue.publish.remote(STUDY, kind, value))
 
     def progress(run: int, done: int, total: int, note: str) -> None:
-        group.queue.tell.remote(STUDY, "progress", (run, done, total, note))
+        group.queue.publish.remote(STUDY, "progress", (run, done, total, note))
 
     def over(run: int, result: dict[str, Any]) -> None:
         send("over", (run, run_folder.read_info(folder(run))["status"]))
 
     def next_run() -> tuple[int, int] | None:
-        return ray.get(group.queue.give.remote(group.name, group.launch))  # (run number, number of earlier starts)
+        return ray.get(group.queue.assign.remote(group.name, group.launch))  # (run number, number of earlier starts)
 
     try:
         while current := next_run():

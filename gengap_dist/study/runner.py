@@ -64,7 +64,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
     if previous.get("question", config.study.question) != config.study.question:
         warn(f"study.question has changed since {out} was created ({previous['question']}): the report has the new one")
     for folder in sorted([*out.glob("runs/*/*"), *out.glob("tune/*/*")]):
-        if damage := run_folder.damage(folder):
+        if damage := run_folder.describe_damage(folder):
             moved_to = run_folder.quarantine(folder, out / "damaged")
             warn(f"{folder} is damaged ({damage}): moved to {moved_to}; it is run again if it belongs to this study")
     _check_same_settings(plan)
@@ -124,7 +124,7 @@ def _check_same_settings(plan: list[PlannedRun]) -> None:
 
 def status(planned: PlannedRun) -> str:
     """Status of a run from its run.json; "" if it has not started or its folder is damaged."""
-    intact = (planned.folder / "run.json").exists() and not run_folder.damage(planned.folder)
+    intact = (planned.folder / "run.json").exists() and not run_folder.describe_damage(planned.folder)
     return run_folder.read_info(planned.folder)["status"] if intact else ""
 
 

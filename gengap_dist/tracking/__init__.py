@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, which is the truth, and the MLflow mirror of it."""
+"""Experiment trackers: upload of run folders to MLflow, and import of MLflow runs."""

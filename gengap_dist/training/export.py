@@ -49,7 +49,7 @@ def scorer(folder: Path, info: dict[str, Any]) -> Scorer:
         raise UsageError(
             f"{folder} does not contain the normalisation of its images: it was written by an older version"
         )
-    path = checkpoint.latest(folder / "checkpoints", tell=lambda message: None)
+    path = checkpoint.latest(folder / "checkpoints", report=lambda message: None)
     if path is None or int(path.name.removeprefix("step_")) != info["result"]["num_steps"]:
         raise UsageError(f"{folder} has no complete checkpoint of its last step")
     network = models.from_config(config, data["num_classes"], data["shape"][0], World())

@@ -15,7 +15,7 @@ from gengap_dist.config.sections import DataConfig, RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Normalise
 from gengap_dist.data.sampler import seeded_rng
-from gengap_dist.distributed.process_group import World, environment, local_size
+from gengap_dist.distributed.process_group import World, local_size, rank_environment
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.system_metrics import sampling
@@ -46,7 +46,7 @@ def previous_run_info(out: Path) -> dict[str, Any]:
 
 def sampling_system_metrics(config: RunConfig, out: Path, world: World) -> contextlib.AbstractContextManager[None]:
     """While open, one rank of each node samples its system metrics."""
-    is_local_rank_0 = environment()[1] == 0
+    is_local_rank_0 = rank_environment()[1] == 0
     return sampling(
         out, config.mlflow.system_seconds if is_local_rank_0 else None, num_nodes=-(-world.size // local_size())
     )
@@ -91,7 +91,7 @@ def load_data(config: RunConfig, world: World, progress: Progress) -> datasets.S
     if config.data in _LOADED:
         return _LOADED[config.data]
     _LOADED.clear()
-    local_rank = environment()[1]
+    local_rank = rank_environment()[1]
     if config.data.download and local_rank == 0:
         datasets.load(config.data, report)  # one rank per node downloads the files
     if config.data.download:

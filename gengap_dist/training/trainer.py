@@ -282,7 +282,7 @@ class _Session:
         step = self.world.broadcast_int(step)
         if step == -2:
             raise error or UsageError("rank 0 found every checkpoint damaged")
-        return None if step < 0 else checkpoint.steps(folder)[step]
+        return None if step < 0 else checkpoint.checkpoints_by_step(folder)[step]
 
     def _setup_strategy(self, optimizer_state: OptimizerState, algorithm_state: dict[str, Any]) -> None:
         self.strategy.setup(self.model, partial(build_optimizer, self.config.optim))
@@ -341,7 +341,7 @@ class _Session:
             if wait:
                 checkpoint_writer.wait()
         except OSError as error:
-            latest_step = max(checkpoint.steps(checkpoint_writer.folder), default=None)
+            latest_step = max(checkpoint.checkpoints_by_step(checkpoint_writer.folder), default=None)
             message = (
                 f"a checkpoint could not be written after step {self.step} ({error.strerror or error}); "
                 + ("there is none yet" if latest_step is None else f"the one of step {latest_step} is complete")

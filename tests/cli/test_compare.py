@@ -79,8 +79,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_compared(folders, gengap):
         (["mine", "--baseline", "b65"], "--baseline (b65) is not an arm (did you mean b64?)"),
         (["ftp:/x"], "is no folder and no MLflow run"),
         (["blank"], "none of the 1 runs has test/accuracy"),
-        (["experiments:/nothing"], "is no experiment there"),
-        (["runs:/0123"], "is no run there"),
+        (["experiments:/nothing"], "is not an experiment in this store"),
+        (["runs:/0123"], "is not a run in this store"),
     ],
 )
 def test_bad_input(folders, gengap, words, says):

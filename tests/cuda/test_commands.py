@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.distributed.launchers.local import _environment, free_port
+from gengap_dist.distributed.launchers.local import _environment_variables, free_port
 from gengap_dist.distributed.process_group import World
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from tests import fake_cuda
@@ -98,7 +98,7 @@ def test_doctor(tmp_path):
 @pytest.fixture(scope="module")
 def crew() -> Iterator[Crew]:
     """Two ranks with a fake GPU each."""
-    with _environment(fake_cuda.environment(2)), closing(Crew(2, LaunchConfig(device="cuda"))) as crew:
+    with _environment_variables(fake_cuda.environment(2)), closing(Crew(2, LaunchConfig(device="cuda"))) as crew:
         yield crew
 
 

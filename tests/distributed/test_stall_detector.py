@@ -17,7 +17,7 @@ from tests.ranks import on_ranks
 
 
 def one_rank_lags(world, lagging, doing):
-    with detecting_stalls(world, hang_seconds=1.0):
+    with detecting_stalls(world, report_seconds=1.0):
         world.timer.step = 7
         if world.rank == lagging:
             with world.timer.phase(doing):
@@ -50,7 +50,7 @@ def test_a_rank_that_computes_is_not_said_to_wait(tmp_path):
 
 
 def nobody_lags(world):
-    with detecting_stalls(world, hang_seconds=0.5):
+    with detecting_stalls(world, report_seconds=0.5):
         for _ in range(6):
             time.sleep(0.2)
             world.all_reduce(torch.ones(1))
@@ -74,15 +74,15 @@ def end_while_rank_0_stands_still(world):
         world.barrier()
         os.kill(pid, signal.SIGSTOP)
         return None
-    dog = StallDetector(world, hang_seconds=0.2)
+    detector = StallDetector(world, report_seconds=0.2)
     world.barrier()
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.01)
-    with world.timer.phase("communication", "barrier", meeting=True):
+    with world.timer.phase("communication", "barrier", collective=True):
         time.sleep(1.0)
     began = time.monotonic()
-    dog.stop()
-    out = time.monotonic() - began, dog._thread.is_alive()
+    detector.stop()
+    out = time.monotonic() - began, detector._thread.is_alive()
     os.kill(pid, signal.SIGCONT)
     return out
 

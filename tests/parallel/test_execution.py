@@ -22,7 +22,13 @@ from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.models.dropout import replace_dropout
 from gengap_dist.models.sample_position import SamplePosition
 from gengap_dist.parallel import memory_model
-from gengap_dist.parallel.execution import WORKSPACE, blocks, check_compiler, checkpoint_blocks, deterministic
+from gengap_dist.parallel.execution import (
+    WORKSPACE_VARIABLE,
+    check_compiler,
+    checkpoint_blocks,
+    checkpointable_blocks,
+    deterministic,
+)
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.training.algorithms import build_algorithm
@@ -105,7 +111,7 @@ def test_recompute_under_sharded_strategies(crews, name):
 
 
 def names(model: nn.Module) -> list[str]:
-    found = {id(block) for block in blocks(model)}
+    found = {id(block) for block in checkpointable_blocks(model)}
     return [name for name, module in model.named_modules() if id(module) in found]
 
 
@@ -408,7 +414,7 @@ def test_dropout_is_not_compiled():
     strategy = Single(config(train__compile=True), World())
     network = dropping(num_classes=10, in_channels=1)
     replace_dropout(network, SamplePosition())
-    sentence = r"cannot look into 2, whose dropout .0.5. is another in every micro-batch: choose a network without"
+    sentence = r"does not support 2, whose dropout .0.5. mask changes with every micro-batch: choose a network without"
     with pytest.raises(UsageError, match=sentence):
         strategy.setup(network, descent)
     network.get_submodule("2").p = 0.0
@@ -461,11 +467,16 @@ def test_switches_may_change_at_a_resume(switch, first):
 
 def state() -> tuple[object, ...]:
     cudnn = torch.backends.cudnn
-    return torch.get_deterministic_debug_mode(), cudnn.deterministic, cudnn.benchmark, os.environ.get(WORKSPACE)
+    return (
+        torch.get_deterministic_debug_mode(),
+        cudnn.deterministic,
+        cudnn.benchmark,
+        os.environ.get(WORKSPACE_VARIABLE),
+    )
 
 
 def test_determinism_is_put_back(monkeypatch):
-    monkeypatch.delenv(WORKSPACE, raising=False)
+    monkeypatch.delenv(WORKSPACE_VARIABLE, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     before = state()
     with deterministic(False):
@@ -476,16 +487,16 @@ def test_determinism_is_put_back(monkeypatch):
     with pytest.raises(KeyError), deterministic(True):
         raise KeyError
     assert state() == before
-    monkeypatch.setenv(WORKSPACE, ":16:8")
+    monkeypatch.setenv(WORKSPACE_VARIABLE, ":16:8")
     with deterministic(True):
-        assert os.environ[WORKSPACE] == ":16:8"
-    assert os.environ[WORKSPACE] == ":16:8"
+        assert os.environ[WORKSPACE_VARIABLE] == ":16:8"
+    assert os.environ[WORKSPACE_VARIABLE] == ":16:8"
 
 
 def test_what_cannot_be_deterministic_is_told():
     zeros = torch.zeros(2)
     sentence = (
-        "train.deterministic .true. cannot be kept: put_ has no deterministic form on this device; choose another"
+        "train.deterministic .true. is not possible: put_ has no deterministic form on this device; choose another"
     )
     with pytest.raises(UsageError, match=sentence), deterministic(True):
         zeros.put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)

@@ -346,7 +346,7 @@ def test_a_network_that_needs_values_is_run_with_real_images():
     with pytest.warns(UserWarning, match="needs values"):
         found, how = memory_model.saved_for_backward(config(), model, (1, 4, 4), 100)
     assert how == "passes of 2 and 4 images, extrapolated"
-    real = memory_model._saved(config(), model, dict(model.named_parameters()), torch.zeros(100, 1, 4, 4))
+    real = memory_model._saved_bytes(config(), model, dict(model.named_parameters()), torch.zeros(100, 1, 4, 4))
     assert found == real
 
 
@@ -362,7 +362,7 @@ def test_optimizer_state_is_what_an_optimizer_holds(settings):
     model(torch.rand(2, 1, 32, 32)).sum().backward()
     optimizer.step()
     held = sum(v.nbytes for kept in optimizer.state.values() for v in kept.values() if v is not None and v.ndim)
-    assert memory_model.weights(given, model, "ddp", 8)["optimizer_state"] == held
+    assert memory_model.weight_bytes(given, model, "ddp", 8)["optimizer_state"] == held
 
 
 def test_sharded_memory_adds_up_to_the_whole():
@@ -375,7 +375,7 @@ def test_sharded_memory_adds_up_to_the_whole():
         "zero3": (1 / ranks, 1 / ranks, 2 / ranks),
         "fsdp": (1 / ranks, 1 / ranks, 1 / ranks),
     }.items():
-        found = memory_model.weights(config(), model, strategy, ranks)
+        found = memory_model.weight_bytes(config(), model, strategy, ranks)
         assert found["parameters"] == math.ceil(parameters * whole)
         assert found["gradients"] == math.ceil(gradients * whole)
         assert found["optimizer_state"] == pytest.approx(state * whole, abs=1)

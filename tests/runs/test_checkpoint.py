@@ -25,7 +25,7 @@ def save(folder: Path, *steps: int, keep: int = 2) -> None:
 
 def test_what_is_saved_is_what_is_loaded_and_the_last_k_stay(tmp_path):
     save(tmp_path, 10, 20, 30)
-    assert [*checkpoint.steps(tmp_path)] == [20, 30]
+    assert [*checkpoint.checkpoints_by_step(tmp_path)] == [20, 30]
     path = checkpoint.latest(tmp_path, pytest.fail)
     assert path == tmp_path / "step_00000030"
     state = checkpoint.load(path / "model.pt")
@@ -59,9 +59,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, name, damage):
     said: list[str] = []
     assert checkpoint.latest(tmp_path, said.append) == tmp_path / "step_00000010"
     assert name in said[0] or name == "checkpoint.json"  # whose sums no longer fit the files
-    assert "step_00000010, the one before it, is used" in said[0]
+    assert "the previous one, step_00000010, is used" in said[0]
     (tmp_path / "step_00000010" / "model.pt").write_bytes(b"")
-    with pytest.raises(UsageError, match="and there is none before it: start the run again"):
+    with pytest.raises(UsageError, match="and there is no earlier one: start the run again"):
         checkpoint.latest(tmp_path, said.append)
 
 
@@ -71,7 +71,7 @@ def test_every_flipped_byte_is_noticed(tmp_path):
     content = path.read_bytes()
     for at in range(0, len(content), 7):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        assert checkpoint.damaged(path.parent) == "run.pt is not what was written"
+        assert checkpoint.describe_damage(path.parent) == "run.pt does not match its checksum"
 
 
 SAVE_UNDER_A_LIMIT = """

@@ -22,7 +22,7 @@ LINES = st.lists(st.dictionaries(NAMES, VALUES), max_size=12)
 def test_every_line_comes_back(lines, batch):
     lines = [{"step": step, **line} for step, line in enumerate(lines)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BATCH", batch)
+        patch.setattr(module, "LINES_PER_BATCH", batch)
         found = to_table(iter(lines))
     assert len(found.values) == len(lines)
     for row, line in enumerate(lines):
@@ -35,10 +35,10 @@ def test_every_line_comes_back(lines, batch):
 
 def test_at_gives_the_asked_steps_and_names_in_their_order():
     found = to_table([{"step": 3, "a": 1.0, "b": 2.0}, {"step": 5, "b": 4.0}, {"step": 9, "a": 5.0, "b": 6.0}])
-    values, known = found.at(np.array([5.0, 9.0]), ["b", "a"])
+    values, known = found.values_at(np.array([5.0, 9.0]), ["b", "a"])
     assert known.tolist() == [[True, False], [True, True]]
     assert values[known].tolist() == [4.0, 6.0, 5.0]
-    assert list(found.only(["b", "absent"]).columns) == ["b"]
+    assert list(found.select_columns(["b", "absent"]).columns) == ["b"]
 
 
 def test_a_file_is_read_to_the_last_bit_and_to_its_last_whole_line(tmp_path):

@@ -159,7 +159,7 @@ def test_a_run_pays_for_its_own_failures_only(cluster, tmp_path):
     config = telling(tmp_path, 3, deadly=(1, 3), max_failures=1)
     done = tiny.start(config, tmp_path / "out", **(cluster.env | {"RAY_ADDRESS": cluster.address}))
     assert done.returncode == 0, done.stderr
-    assert "2 rank(s) started again, from the last checkpoint" in done.stderr
+    assert "2 rank(s) restarted from the last checkpoint" in done.stderr
     assert starts(tmp_path) == [1, 2, 2]
     resumed = [len(read_info(tmp_path / f"out/runs/sb/seed{seed}").get("resumed", [])) for seed in range(3)]
     assert resumed == [1, 1, 0]

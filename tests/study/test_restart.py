@@ -71,11 +71,11 @@ def test_damaged_runs_are_set_aside_and_run_again(whole, copy):
     assert done.returncode == 0, done.stderr
     said = re.findall(r"warning: .*runs/(\w+/\w+) is damaged \((.*)\): moved to (\S+); it is run again", done.stderr)
     assert {run: why for run, why, _ in said} == {
-        "b64/seed0": "its run.json is not whole",
-        "b64/seed1": "its run.json is not whole",
+        "b64/seed0": "its run.json is not valid",
+        "b64/seed1": "its run.json is not valid",
         "b256/seed0": "it holds files and no run.json",
         "b256/seed1": "its metrics.jsonl does not end with step 12, the last",
-        "b1000/seed2": "its run.json is not whole",
+        "b1000/seed2": "its run.json is not valid",
         "b1000/seed1": "it holds files and no run.json",
     }
     assert (copy / "damaged/b256-seed1-1/metrics.jsonl").read_text() == lines[:-40]

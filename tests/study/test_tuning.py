@@ -12,7 +12,7 @@ from gengap_dist.config.study import StudyConfig, TuneSection
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.study import runner, tuning
-from gengap_dist.tracking.mlflow.importer import Names
+from gengap_dist.tracking.mlflow.importer import SourceNames
 from tests.study import tiny
 
 SPACE = {"optim.lr": {"low": 0.005, "high": 0.5, "log": True}, "optim.momentum": {"low": 0.5, "high": 0.98}}
@@ -116,7 +116,7 @@ def test_a_tuned_study_starts_again_without_doing_anything_twice(done):
 
 def test_comparing_a_tuned_study_again_is_the_study(done, tmp_path):
     """Trials are no seeds, and what was tuned tells no arms apart."""
-    found, problems = gather([str(done[1])], tmp_path, Names(), None, "")
+    found, problems = gather([str(done[1])], tmp_path, SourceNames(), None, "")
     study = read_study(done[1])
     assert problems == []
     assert {run.folder for run in found.runs} == {run.folder for run in study.runs}

@@ -24,9 +24,9 @@ from gengap_dist.runs.run_folder import FINISHED, read_info, read_lines, read_me
 from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.study import runner
 from gengap_dist.study.run_matrix import StudyCallback
-from gengap_dist.tracking.mlflow.importer import Names
+from gengap_dist.tracking.mlflow.importer import SourceNames
 from gengap_dist.tracking.mlflow.process import UploaderProcess, sync_now
-from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison
+from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
 from tests.browser import NEEDS_CHROMIUM, page, pictures
 from tests.tracking.servers import mlflow_server, postgresql, refusing
 
@@ -122,7 +122,7 @@ def test_a_study_is_a_parent_its_arms_and_their_seeds(study, store):
     assert {run.info.status for run in arms} == {"FINISHED"}
     note = client.get_run(parent).data.tags["mlflow.note.content"]
     verdict = "- A claim. **undecided**: too few seeds."
-    assert note == f"Does it *work*?\n\n{verdict}\n\n[Compare the arms]({comparison(study)})"
+    assert note == f"Does it *work*?\n\n{verdict}\n\n[Compare the arms]({comparison_path(study)})"
     assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a_b/mean": 0.5}
 
     before = everything(client, experiment)  # a second start, and a catch-up: nothing is sent twice
@@ -166,10 +166,10 @@ def test_a_seed_that_the_study_does_without_is_in_no_mean(study, store):
 
 
 def test_a_folder_is_sent_by_one_at_a_time(study, store, monkeypatch):
-    monkeypatch.setattr("gengap_dist.tracking.mlflow.process.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("gengap_dist.tracking.mlflow.process.LOCK_TIMEOUT_SECONDS", 0.2)
     with (study / "mlflow.log").open("w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="is being sent to MLflow just now"):
+        with pytest.raises(UsageError, match="is being sent to MLflow by another process"):
             sync_now(study, store, COMPUTED, lambda name, done, total: None)
     assert sync_now(study, store, COMPUTED, lambda name, done, total: None) == store
 
@@ -178,7 +178,7 @@ def test_a_study_read_back_from_mlflow_compares_as_its_folder(study, store, tmp_
     mirror = MlflowUploader(study, store, "back", COMPUTED)
     mirror.sync(closing=True)
     source = f"runs:/{state(study)['run_id']}"
-    found, problems = gather([source], tmp_path / "out", Names(), store, "")
+    found, problems = gather([source], tmp_path / "out", SourceNames(), store, "")
     assert problems == []
     assert (found.arms, found.baseline) == (["sb32", "lb256-ema", "wild"], "sb32")
     here = read_study(study)
@@ -188,7 +188,7 @@ def test_a_study_read_back_from_mlflow_compares_as_its_folder(study, store, tmp_
             assert one.info["status"] == other.info["status"]
             assert one.untrained_and_trained("effective_rank/fc2") == other.untrained_and_trained("effective_rank/fc2")
     assert found.comparison.claims == here.comparison.claims
-    by_name, _ = gather(["experiments:/back"], tmp_path / "again", Names(), store, "")
+    by_name, _ = gather(["experiments:/back"], tmp_path / "again", SourceNames(), store, "")
     assert by_name.arms == found.arms
 
 
@@ -368,7 +368,7 @@ def test_a_server_on_postgresql_takes_a_whole_study(study, tmp_path):
             study, MlflowConfig(tracking_uri=uri, experiment="pg", flush_timeout_seconds=300), "gengap_dist.cli.upload"
         )
         assert follower.finish() is None, (study / "mlflow.log").read_text()
-        assert follower.comparison() == f"{uri}/{comparison(study)}"
+        assert follower.comparison_url() == f"{uri}/{comparison_path(study)}"
         client = mlflow.MlflowClient(uri)
         arm = client.get_run(state(study / "runs/lb256-ema")["run_id"])
         assert arm.data.metrics["test/accuracy/num_seeds"] == 2

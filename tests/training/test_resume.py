@@ -230,9 +230,9 @@ def test_asked_to_leave_it_saves_and_says_so(uninterrupted, tmp_path, launcher, 
     said = process.communicate(timeout=60)[1].decode()
     info = read_info(out)
     assert info["status"] == "preempted", said
-    assert f"asked to leave after step {info['result']['num_steps']}; saved, --resume goes on" in said
+    assert f"preempted after step {info['result']['num_steps']}; checkpoint saved. Continue with --resume." in said
     assert 0 < info["result"]["num_steps"] < 150
-    assert max(checkpoint.steps(out / "checkpoints")) == info["result"]["num_steps"]
+    assert max(checkpoint.checkpoints_by_step(out / "checkpoints")) == info["result"]["num_steps"]
     if launcher == "local":
         assert process.returncode == 75
     again = subprocess.run([*command, "--resume"], capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -247,7 +247,7 @@ def test_one_rank_that_is_asked_takes_the_others_along(tmp_path):
     ends = on_ranks(3, leave_when_rank_two_is_asked, out)
     assert len(set(ends)) == 1
     assert 5 <= ends[0] <= 7
-    assert [*checkpoint.steps(out / "checkpoints")] == [ends[0]]
+    assert [*checkpoint.checkpoints_by_step(out / "checkpoints")] == [ends[0]]
 
 
 def leave_when_rank_two_is_asked(world, out):

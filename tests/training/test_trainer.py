@@ -152,7 +152,9 @@ def test_resume_refuses_other_settings_and_other_models(whole, tmp_path):
         train(out, resume=True, optim__lr=0.5, **SMALL)
     for path in out.glob("checkpoints/*/model.pt"):
         path.write_bytes(b"PK damaged")
-    with pytest.raises(UsageError, match=r"damaged \(model.pt is not what was written\), and there is none before"):
+    with pytest.raises(
+        UsageError, match=r"damaged \(model.pt does not match its checksum\), and there is no earlier one"
+    ):
         train(out, resume=True, **SMALL)
 
 

@@ -360,7 +360,8 @@ def curves(study: StudyData) -> ReportFigure | None:
     handles = {line_style["label"]: Line2D([], [], **line_style) for line_style in line_styles.values()}
     figure.legend(handles=[*handles.values()], loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
     last_losses = {arm: [y[-1] for run in runs if len(y := run.series("train/loss")[1])] for arm, runs in arms}
-    alt_text = f"Last training loss: {listed([f'{arm} {mean_and_std(values)[0]:.3g}' for arm, values in last_losses.items()])}."
+    means = [f"{arm} {mean_and_std(values)[0]:.3g}" for arm, values in last_losses.items()]
+    alt_text = f"Last training loss: {listed(means)}."
     return ReportFigure(figure, alt_text, data)
 
 

@@ -1,4 +1,4 @@
-"""Where ranks come from: started here, by torchrun, or by a Ray cluster. Each calls an entry point on every rank."""
+"""Launchers: ranks are started on this machine, by torchrun, or by a Ray cluster. All call one entry point."""
 
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed
@@ -24,8 +24,9 @@ def choose(config: LaunchConfig, *, many_runs: bool, entry_point: str) -> Launch
 
     Args:
         config: launch.launcher and launch.num_processes.
-        entry_point: what every rank calls for a run, as `module:function`.
-        many_runs: a study follows: even one rank gets a process of its own, so that its crash ends one run only.
+        many_runs: whether a study uses it: then even a single rank gets its own process, so that a crash ends only
+            one run.
+        entry_point: the function that every rank calls for a run, as `module:function`.
     """
     if uses_torchrun(config):
         return TorchrunLauncher(entry_point)
@@ -39,5 +40,5 @@ def choose(config: LaunchConfig, *, many_runs: bool, entry_point: str) -> Launch
 
 
 def is_driver(config: LaunchConfig) -> bool:
-    """Whether this process prepares folders, shows progress, mirrors to MLflow and writes reports."""
+    """Whether this process prepares folders, shows progress, uploads to MLflow and writes reports."""
     return not uses_torchrun(config) or TorchrunLauncher.is_first()

@@ -12,7 +12,7 @@ from typing import Any, Never, Self
 from gengap_dist.config.sections import RunConfig
 
 Progress = Callable[[int, int, str], None]
-"""Called with steps done, steps in all, and a few words."""
+"""Called with the number of steps done, the total number of steps, and a short note."""
 
 
 def started_externally() -> bool:
@@ -21,10 +21,10 @@ def started_externally() -> bool:
 
 
 def hard_exit(code: int) -> Never:
-    """End a rank's process at once.
+    """End a rank's process by os._exit, without Python's teardown.
 
-    gloo's threads are not always gone when Python tears down: about one exit in 25 then ends in std::terminate
-    (SIGABRT) and fails a run that is complete (torch 2.15; see docs/decisions.md). Everything is on disk by now.
+    gloo's threads may still run during teardown: about one exit in 25 then ends in std::terminate (SIGABRT), and a
+    complete run fails (torch 2.15; see docs/adr/0075-ranks-end-by-os-exit.md). All files must be on disk before.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -32,11 +32,11 @@ def hard_exit(code: int) -> Never:
 
 
 class RankFailed(RuntimeError):
-    """A rank raised something unforeseen, or died; the message holds its traceback or exit code."""
+    """A rank raised an unexpected exception or died; the message contains its traceback or exit code."""
 
 
 def load_entry_point(name: str) -> Callable[..., dict[str, Any]]:
-    """The function that every rank calls for a run, from `module:function`; imports its module.
+    """Import the function `module:function` that every rank calls for a run.
 
     >>> load_entry_point("os.path:join").__name__
     'join'
@@ -46,24 +46,25 @@ def load_entry_point(name: str) -> Callable[..., dict[str, Any]]:
 
 
 class Launcher(ABC):
-    """Ranks, ready for one run after another; a context manager that ends the ones it started."""
+    """Ranks that execute one run after another; a context manager that ends the ranks it started."""
 
     def __init__(self, entry_point: str) -> None:
-        """Every rank calls `entry_point`, as `module:function`, for a run; launchers know nothing else of runs."""
+        """`entry_point`: the function that every rank calls for a run, as `module:function`."""
         self.entry_point = entry_point
 
     @abstractmethod
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
-        """One run on all ranks: each calls the entry point.
+        """Execute one run: every rank calls the entry point. Returns the result of rank 0.
 
         Raises:
-            UsageError: what a rank found wrong with the config.
-            RankFailed: if a rank failed otherwise.
+            UsageError: if a rank rejects the config.
+            Preempted: if a rank received a preemption signal.
+            RankFailed: if a rank failed for another reason.
         """
 
     @abstractmethod
     def close(self, *, kill: bool = False) -> None:
-        """End the ranks: ask them, or with `kill` end them at once."""
+        """Stop the ranks in an orderly way, or kill them if `kill` is set."""
 
     def __enter__(self) -> Self:
         return self

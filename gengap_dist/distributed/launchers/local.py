@@ -1,4 +1,4 @@
-"""Start ranks on this machine, and keep them: importing torch takes longer than a small run of a study."""
+"""Starts ranks on this machine and reuses them: importing torch takes longer than a small run of a study."""
 
 import os
 import socket
@@ -16,8 +16,8 @@ from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFaile
 from gengap_dist.distributed.preemption import Preempted, PreemptionFlag, catching_signals
 from gengap_dist.errors import OutOfMemory, UsageError
 
-PROGRESS_SECONDS = 0.1  # between two words from rank 0
-SIGNAL_SECONDS = 0.2  # between two looks at whether we were asked to leave
+PROGRESS_SECONDS = 0.1  # between two progress messages of rank 0
+SIGNAL_SECONDS = 0.2  # between two checks of the preemption flag
 
 
 @final
@@ -25,24 +25,24 @@ class InProcessLauncher(Launcher):
     """One rank: this process."""
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
-        """See `Launcher.run`; exceptions come as they are."""
+        """See `Launcher.run`; exceptions are passed on unchanged."""
         with fast_imports():
             run = load_entry_point(self.entry_point)  # imports torch, which --help does not need
 
-        # whatever a scheduler left there, this is the only rank
-        with _environment(rank_variables(0, 1)), catching_signals() as leaving:
-            return run(config, out, resume=resume, progress=progress, preemption_requested=leaving)
+        # this is the only rank, whatever variables a scheduler has set
+        with _environment_variables(rank_variables(0, 1)), catching_signals() as flag:
+            return run(config, out, resume=resume, progress=progress, preemption_requested=flag)
 
     def close(self, *, kill: bool = False) -> None:
-        """Nothing to end."""
+        """Does nothing: there is no other process."""
 
 
 @final
 class LocalLauncher(Launcher):
-    """`num_processes` ranks on this machine. After a failure the next run starts new ones."""
+    """`num_processes` ranks on this machine. After a failure, the next run starts new ranks."""
 
     def __init__(self, num_processes: int, entry_point: str) -> None:
-        """Ranks start at the first run."""
+        """Ranks are started by the first run."""
         super().__init__(entry_point)
         self.num_processes = num_processes
         self._ranks: list[tuple[Any, Any]] = []  # process, pipe
@@ -54,8 +54,8 @@ class LocalLauncher(Launcher):
         try:
             for _, pipe in self._ranks:
                 pipe.send((config, out, resume))
-            with catching_signals() as leaving:
-                return self._wait(progress, leaving)
+            with catching_signals() as flag:
+                return self._wait(progress, flag)
         except BaseException:
             self.close(kill=True)
             raise
@@ -64,23 +64,23 @@ class LocalLauncher(Launcher):
         context = get_context("spawn")
         port = free_port()
         for rank in range(self.num_processes):
-            here, there = context.Pipe()
+            parent_pipe, rank_pipe = context.Pipe()
             env = rank_variables(rank, self.num_processes, port)
             process = context.Process(
-                target=_rank_main, args=(there, env, self.entry_point), name=f"rank{rank}", daemon=True
+                target=_rank_main, args=(rank_pipe, env, self.entry_point), name=f"rank{rank}", daemon=True
             )
-            with _environment(threads_per_rank(self.num_processes)):
+            with _environment_variables(threads_per_rank(self.num_processes)):
                 process.start()
-            there.close()
-            self._ranks.append((process, here))
+            rank_pipe.close()
+            self._ranks.append((process, parent_pipe))
 
-    def _wait(self, progress: Progress, leaving: Callable[[], bool]) -> dict[str, Any]:
-        """Rank 0's result, when every rank has one; asked to leave, the ranks are asked in turn."""
+    def _wait(self, progress: Progress, preemption_requested: Callable[[], bool]) -> dict[str, Any]:
+        """Wait for all ranks; the result of rank 0. A preemption signal is passed on to the ranks."""
         results: dict[int, dict[str, Any]] = {}
-        told = False
+        terminated = False
         while len(results) < len(self._ranks):
-            if leaving() and not told:
-                told = True
+            if preemption_requested() and not terminated:
+                terminated = True
                 for process, _ in self._ranks:
                     process.terminate()
             pipes = [pipe for rank, (_, pipe) in enumerate(self._ranks) if rank not in results]
@@ -121,19 +121,19 @@ class LocalLauncher(Launcher):
 
 
 def threads_per_rank(num_processes: int) -> dict[str, str]:
-    """Environment that shares this machine's cores among ranks; a number the user set stays."""
+    """OMP_NUM_THREADS that divides this machine's cores among ranks; a value set by the user is kept."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_processes)))}
 
 
 def rank_variables(rank: int, size: int, port: int | None = None) -> dict[str, str]:
-    """What tells a process that it is `rank` of `size`, all on this machine, and that rank 0 listens at `port`."""
-    found = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    return found if port is None else found | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    """The variables of `rank` of `size`, all on this machine; rank 0 listens at `port`."""
+    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return variables if port is None else variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-class _environment:
-    """Variables that hold for a while; a child process that starts meanwhile inherits them."""
+class _environment_variables:
+    """Context with environment variables set; child processes started in it inherit them."""
 
     def __init__(self, variables: dict[str, str]) -> None:
         self.variables = variables
@@ -151,45 +151,45 @@ class _environment:
 
 
 def free_port() -> int:
-    """A port on this machine that nobody listens on just now."""
+    """A free TCP port on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def _rank_main(pipe: Connection, env: dict[str, str], entry_point: str) -> None:
-    """A rank's life: run what comes through the pipe until None comes."""
+    """The main function of a rank: execute runs from the pipe until it receives None."""
     import signal
     import warnings
 
     os.environ.update(env)
-    leaving = PreemptionFlag()
-    signal.signal(signal.SIGTERM, leaving.set)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    flag = PreemptionFlag()
+    signal.signal(signal.SIGTERM, flag.set)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     if env["RANK"] != "0":
-        warnings.simplefilter("ignore")  # rank 0 says it for all
+        warnings.simplefilter("ignore")  # rank 0 shows them
     with fast_imports():
         from gengap_dist.distributed.process_group import destroy_process_group
 
         run = load_entry_point(entry_point)
 
-    spoke = 0.0
+    last_sent = 0.0
 
     def progress(done: int, total: int, note: str) -> None:
-        nonlocal spoke
-        if env["RANK"] == "0" and (note or done == total or time.monotonic() - spoke > PROGRESS_SECONDS):
-            spoke = time.monotonic()
+        nonlocal last_sent
+        if env["RANK"] == "0" and (note or done == total or time.monotonic() - last_sent > PROGRESS_SECONDS):
+            last_sent = time.monotonic()
             pipe.send(("progress", (done, total, note)))
 
     try:
         while (job := pipe.recv()) is not None:
             config, out, resume = job
             try:
-                pipe.send(("result", run(config, out, resume=resume, progress=progress, preemption_requested=leaving)))
+                pipe.send(("result", run(config, out, resume=resume, progress=progress, preemption_requested=flag)))
             except Preempted as error:
                 pipe.send(("preempted", error.step))
             except OutOfMemory as error:
-                if not error.reported_elsewhere:  # the rank that says so is heard, and then this one is ended
+                if not error.reported_elsewhere:  # the rank that reports it makes the parent end all ranks
                     pipe.send(("memory", str(error)))
             except UsageError as error:
                 pipe.send(("usage", str(error)))
@@ -197,5 +197,5 @@ def _rank_main(pipe: Connection, env: dict[str, str], entry_point: str) -> None:
                 pipe.send(("error", traceback.format_exc()))
         destroy_process_group()
     except (EOFError, BrokenPipeError):
-        hard_exit(1)  # the parent is gone
+        hard_exit(1)  # the parent has ended
     hard_exit(0)

@@ -1,9 +1,9 @@
-"""Ranks from a Ray cluster: Ray Train starts them, and starts them again from the last checkpoint when some have died.
+"""Ranks on a Ray cluster: Ray Train starts them, and restarts them from the last checkpoint after a failure.
 
-The driver is the process that was given the command, on its own or under `ray job submit`. It waits, shows progress
-and ends everything; what ranks have to say reaches it through a small actor. Nothing is reported through Ray Train:
-`ray.train.report` makes all ranks wait for each other and for Ray's next look at them (2 s), and the run folder, which
-all nodes share, holds everything already. Ray is imported by the functions that need it.
+The driver is the process of the command, started directly or by `ray job submit`. It waits, shows progress and ends
+all ranks; messages of ranks reach it through a small actor. Nothing is reported through Ray Train: `ray.train.report`
+makes all ranks wait for each other and for Ray's next poll (2 s), and the run folder, which all nodes share, already
+contains everything. Ray is imported only by the functions that need it.
 """
 
 import os
@@ -28,14 +28,14 @@ from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFaile
 from gengap_dist.distributed.preemption import Preempted, PreemptionFlag
 from gengap_dist.errors import OutOfMemory, UsageError
 
-ANSWER_SECONDS = 12.0  # for a cluster to answer before it counts as silent
-POLL_SECONDS = 0.5  # between two words from rank 0, and between two looks of the driver
-WAITING_SECONDS = 60.0  # between two warnings that no rank has started yet
-PREEMPTION_SECONDS = 5.0  # between two looks for a preemption notice; Ray itself looks as often
+CONNECT_TIMEOUT_SECONDS = 12.0  # for a cluster to answer
+POLL_SECONDS = 0.5  # between two progress messages of rank 0, and between two polls of the driver
+WARNING_SECONDS = 60.0  # between two warnings that no rank has started yet
+PREEMPTION_SECONDS = 5.0  # between two polls for a preemption notice; Ray itself polls as often
 
-JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what `ray job submit` sets for the process it starts, and for no other
-_NO_CLUSTER = 3  # exit code of _CONNECT where "auto" finds nothing
-_CONNECT = f"""
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, only for the process it starts
+_NO_CLUSTER = 3  # exit code of _CONNECT_SCRIPT if "auto" finds no cluster
+_CONNECT_SCRIPT = f"""
 import sys, ray
 try:
     ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
@@ -50,23 +50,23 @@ traceback; preempted: step."""
 
 
 def uses_ray(config: LaunchConfig) -> bool:
-    """Whether a Ray cluster is to give the ranks.
+    """Whether ranks are started on a Ray cluster.
 
     Raises:
-        UsageError: for launch.launcher=ray on ranks that torchrun has started: each would ask for ranks of its own.
+        UsageError: for launch.launcher=ray under torchrun: each of its ranks would start further ranks.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if config.launcher == "ray" and under_torchrun:
         raise UsageError(
-            "launch.launcher (ray) starts ranks, and torchrun has started some already: start the command without "
-            "torchrun, or choose launch.launcher=auto"
+            "launch.launcher (ray) starts ranks itself, but torchrun has already started some: start the command "
+            "without torchrun, or choose launch.launcher=auto"
         )
-    submitted = JOB in os.environ and "RAY_ADDRESS" in os.environ
+    submitted = JOB_VARIABLE in os.environ and "RAY_ADDRESS" in os.environ
     return config.launcher == "ray" or (config.launcher == "auto" and submitted and not under_torchrun)
 
 
 def resources_per_rank(config: LaunchConfig) -> dict[str, float]:
-    """What Ray sets aside for one rank: a CPU, a GPU if it computes on one, and what launch.resources_per_rank says.
+    """The resources that Ray reserves for one rank: a CPU, a GPU if it uses one, and launch.resources_per_rank.
 
     >>> resources_per_rank(LaunchConfig(device="cuda", resources_per_rank={"CPU": 4}))
     {'CPU': 4.0, 'GPU': 1.0}
@@ -77,7 +77,7 @@ def resources_per_rank(config: LaunchConfig) -> dict[str, float]:
 
 
 def num_slots(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float], placement: str) -> int:
-    """How many ranks fit on nodes with these resources when nothing else runs there.
+    """How many ranks fit on nodes with these resources if nothing else runs there.
 
     >>> nodes = [{"CPU": 4, "GPU": 2}, {"CPU": 8}, {"CPU": 1, "GPU": 8}]
     >>> [num_slots(nodes, {"CPU": 1, "GPU": 1}, placement) for placement in ("PACK", "STRICT_PACK", "STRICT_SPREAD")]
@@ -93,19 +93,19 @@ def num_slots(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, floa
 
 
 def resolve_device(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str, float]]) -> list[LaunchConfig]:
-    """The same launches with cpu or cuda for launch.device=auto: what their ranks are to use and Ray to set aside.
+    """The same launches with launch.device=auto replaced by cpu or cuda, for the ranks and for Ray's reservations.
 
-    It is decided once, by the driver, when it has connected to the cluster and before any rank starts; the driver's own
-    machine does not matter. It holds for all restarts and resizings of these ranks (a run that is resumed later decides
-    again), and it is one decision for all runs of a study, whose arms are compared:
+    The driver decides once, after it has connected to the cluster and before any rank starts; the driver's own machine
+    does not matter. The decision holds for all restarts and resizings of these ranks (a run that is resumed later
+    decides again), and it is the same for all runs of a study, because its arms are compared:
     - cuda, if launch.resources_per_rank names GPU;
-    - else cuda, if the nodes that are alive now, with all that they have, in use or not, can hold launch.num_processes
-      ranks with a GPU each, as launch.placement wants them. Ranks up to launch.max_processes then wait for GPUs, too;
-    - else cpu, on which ranks never see a GPU. Nodes that come later do not change that: Ray's autoscaler adds only
-      what is asked for, so who waits for GPU nodes has to ask for them (launch.device=cuda).
+    - else cuda, if the nodes that are alive now, counting resources in use, can hold launch.num_processes ranks with a
+      GPU each under launch.placement. Ranks up to launch.max_processes then also wait for GPUs;
+    - else cpu, and ranks never see a GPU. Nodes that join later do not change that: Ray's autoscaler adds only
+      requested resources, so a run that should wait for GPU nodes has to request them (launch.device=cuda).
 
     Raises:
-        UsageError: if launch.device=cpu, and GPUs would be set aside for nobody.
+        UsageError: if launch.device=cpu and launch.resources_per_rank names GPU.
 
     >>> auto, nodes = LaunchConfig(num_processes=2), [{"CPU": 4, "GPU": 1}, {"CPU": 8, "GPU": 1}]
     >>> [resolve_device([auto], nodes[:number])[0].device for number in (1, 2)]
@@ -114,34 +114,34 @@ def resolve_device(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str
     for launch in launches:
         if launch.device == "cpu" and "GPU" in launch.resources_per_rank:
             raise UsageError(
-                f"launch.resources_per_rank ({launch.resources_per_rank}) sets GPUs aside that ranks with "
+                f"launch.resources_per_rank ({launch.resources_per_rank}) reserves GPUs that ranks with "
                 "launch.device=cpu do not use: leave GPU out, or choose launch.device=cuda"
             )
     undecided = [launch for launch in launches if launch.device == "auto" and "GPU" not in launch.resources_per_rank]
     short = [
         launch
         for launch in undecided
-        if num_slots(nodes, resources_per_rank(_on("cuda", launch)), launch.placement) < launch.num_processes
+        if num_slots(nodes, resources_per_rank(_with_device("cuda", launch)), launch.placement) < launch.num_processes
     ]
     if short and any("GPU" in node for node in nodes):
         _warn(
             f"launch.device (auto) is cpu: launch.num_processes ({short[0].num_processes}) asks for more ranks with a "
-            f"GPU than the Ray cluster has room for, {short[0].placement}: choose fewer ranks, or launch.device=cuda, "
+            f"GPU than fit on the Ray cluster ({short[0].placement}): choose fewer ranks, or launch.device=cuda, "
             "which waits for more GPUs"
         )
 
     def device(launch: LaunchConfig) -> str:
         return launch.device if launch.device != "auto" else "cpu" if short and launch in undecided else "cuda"
 
-    return [_on(device(launch), launch) for launch in launches]
+    return [_with_device(device(launch), launch) for launch in launches]
 
 
-def _on(device: str, launch: LaunchConfig) -> LaunchConfig:
+def _with_device(device: str, launch: LaunchConfig) -> LaunchConfig:
     return launch.model_copy(update={"device": device})
 
 
 def alive_nodes() -> list[dict[str, float]]:
-    """What each node of the cluster has, in use or not."""
+    """The total resources of each live node of the cluster, in use or not."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -154,13 +154,13 @@ def _warn(text: str) -> None:
 def check_address(address: str) -> bool:
     """Whether a Ray cluster answers at an address; False if the address is "auto" and this machine runs none.
 
-    Another process tries: ray.init waits for a silent address for minutes, deaf to signals.
+    A subprocess connects: at an address that does not answer, ray.init blocks for minutes and ignores signals.
 
     Args:
         address: host:port, ray://host:port, or auto (the cluster that `ray start` has started on this machine).
 
     Raises:
-        UsageError: if nothing answers within 15 s, or it refuses; the message says what to check.
+        UsageError: if nothing answers within 15 s, or the cluster refuses; the message says what to check.
     """
     plain = address.removeprefix("ray://")
     check = (
@@ -176,45 +176,45 @@ def check_address(address: str) -> bool:
             socket.create_connection((host.strip("[]"), int(port)), timeout=3.0).close()
         except (OSError, OverflowError) as error:
             raise UsageError(f"launch.ray_address ({address}) cannot be reached ({error}): {check}") from None
-    command = [sys.executable, "-c", _CONNECT, address]
+    command = [sys.executable, "-c", _CONNECT_SCRIPT, address]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        _, said = process.communicate(timeout=ANSWER_SECONDS)
+        _, output = process.communicate(timeout=CONNECT_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
-        _, said = process.communicate()
-        said = said if "Unauthenticated" in said else f"no answer within {ANSWER_SECONDS:g} s"
+        _, output = process.communicate()
+        output = output if "Unauthenticated" in output else f"no answer within {CONNECT_TIMEOUT_SECONDS:g} s"
     if process.returncode in (0, _NO_CLUSTER):
         return process.returncode == 0
-    if "Unauthenticated" in said or "AuthenticationError" in said:
-        said = "it wants another authentication token"
-    reason = said.strip().splitlines()[-1][:200] if said.strip() else f"exit code {process.returncode}"
-    raise UsageError(f"launch.ray_address ({address}) gives no Ray cluster ({reason}): {check}")
+    if "Unauthenticated" in output or "AuthenticationError" in output:
+        output = "it requires another authentication token"
+    reason = output.strip().splitlines()[-1][:200] if output.strip() else f"exit code {process.returncode}"
+    raise UsageError(f"launch.ray_address ({address}) does not lead to a Ray cluster ({reason}): {check}")
 
 
 @final
 class RayLauncher(Launcher):
-    """Ranks that a Ray cluster starts where there is room for them; a study asks for its own (study/ray_tune.py)."""
+    """Ranks on a Ray cluster. A study starts its own worker groups instead (study/ray_runner.py)."""
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
-        """See `Launcher.run`; ranks always go on from the folder's checkpoint, as those started again must.
+        """See `Launcher.run`; ranks always continue from the folder's checkpoint, as restarted ranks must.
 
         Raises:
-            UsageError: also if the cluster does not answer, or would throw the folder away.
-            Preempted: if the ranks had to leave more often than launch.max_failures lets them start again.
+            UsageError: also if the cluster does not answer, or would delete the folder.
+            Preempted: if the ranks were preempted more often than launch.max_failures allows.
         """
         check_folder(out)
         try:
-            grows = not connect(config.launch)
+            may_grow = not connect(config.launch)
             with sigterm_as_interrupt():
-                teller, results = start_run_queue([(config, out)]), dict[int, Any]()
+                queue, results = start_run_queue([(config, out)]), dict[int, Any]()
                 (launch,) = resolve_device([config.launch], alive_nodes())
-                team = WorkerGroup(uuid.uuid4().hex, config.launch, launch, teller, out / "ray", self.entry_point)
-                told = lambda number, done, total, note: progress(done, total, note)  # noqa: E731
-                WorkerGroupRun(team, told, results.__setitem__, config.launch.max_failures).wait(grows)
+                group = WorkerGroup(uuid.uuid4().hex, config.launch, launch, queue, out / "ray", self.entry_point)
+                on_progress = lambda number, done, total, note: progress(done, total, note)  # noqa: E731
+                WorkerGroupRun(group, on_progress, results.__setitem__, config.launch.max_failures).wait(may_grow)
                 return results[0]
         except RankFailed:
-            raise  # the ranks are gone
+            raise  # the ranks have ended already
         except BaseException:
             self.close(kill=True)
             raise
@@ -222,7 +222,7 @@ class RayLauncher(Launcher):
             shutil.rmtree(out / "ray", ignore_errors=True)
 
     def close(self, *, kill: bool = False) -> None:
-        """Leave the cluster, or end it if `run` has started it: Ray then kills all that this process asked for."""
+        """Disconnect, or stop the cluster if `run` has started it: Ray then kills all tasks of this process."""
         if "ray" in sys.modules:
             import ray
 
@@ -230,20 +230,20 @@ class RayLauncher(Launcher):
 
 
 def check_folder(out: Path) -> None:
-    """Refuse a folder that Ray throws away.
+    """Refuse a folder that Ray will delete.
 
     Raises:
-        UsageError: if it lies in a job's working directory.
+        UsageError: if it is in a job's working directory.
     """
     if "runtime_resources" in out.parts:
         raise UsageError(
-            f"--out ({out}) lies in Ray's copy of the job's working directory, which is deleted after the job: "
+            f"--out ({out}) is in Ray's copy of the job's working directory, which is deleted after the job: "
             "give an absolute --out that all nodes share"
         )
 
 
 def connect(config: LaunchConfig) -> bool:
-    """Connect to the cluster, or start one on this machine that ends with this process; whether it has done that."""
+    """Connect to the cluster, or start a local one that ends with this process. Returns whether it started one."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.ray_address or os.environ.get("RAY_ADDRESS") or "auto"
     if "ray" in sys.modules:
@@ -251,13 +251,13 @@ def connect(config: LaunchConfig) -> bool:
 
         if ray.is_initialized():  # the runs of a study share one connection
             return False
-    if address != "local" and JOB not in os.environ and not check_address(address):
+    if address != "local" and JOB_VARIABLE not in os.environ and not check_address(address):
         address = "local"
     if address == "local":
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before the import: Ray then keeps to loopback
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before the import: Ray uses loopback only
     import ray
 
-    # Of Ray's own processes; what ranks print and warn of reaches the driver's stderr.
+    # For Ray's own processes; output and warnings of ranks still reach the driver's stderr.
     quiet: dict[str, Any] = {"logging_level": "ERROR", "logging_config": ray.LoggingConfig(log_level="ERROR")}
     if address != "local":
         ray.init(address=address, **quiet)
@@ -269,10 +269,10 @@ def connect(config: LaunchConfig) -> bool:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, so that a stopped job still says how its run ended.
+    """Context in which SIGTERM raises KeyboardInterrupt, so that a stopped job still records how its run ended.
 
-    `ray job stop` gives the driver and its children 3 s from SIGTERM to SIGKILL. Ray has a handler of its own: this one
-    comes after ray.init.
+    `ray job stop` gives the driver and its children 3 s between SIGTERM and SIGKILL. Enter it after ray.init, which
+    installs a handler of its own.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -289,57 +289,57 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 class RunQueue:
-    """The actor between those who do the work and those who wait for it.
+    """The actor between worker groups and the driver.
 
-    It hands out runs, and keeps what is told until it is heard. Those who do runs one after another are a team; `team`
-    is its name.
+    It assigns runs to worker groups, and stores messages until they are polled. A worker group executes one run after
+    another; `group` is its name.
     """
 
     def __init__(self, runs: Sequence[tuple[RunConfig, Path]]) -> None:
-        """Runs, each with its folder; they are known by their number."""
+        """`runs`: configs and folders; a run is identified by its index."""
         self._runs = runs
         self._waiting = [*range(len(runs))]
-        self._given: dict[str, tuple[int, int]] = {}  # by team: its run, and how often its ranks have begun with it
-        self._news: dict[str, list[Message]] = {}
+        self._assigned: dict[str, tuple[int, int]] = {}  # by group: its run, and how often its ranks have started it
+        self._messages: dict[str, list[Message]] = {}
 
-    def assign(self, team: str, launch: LaunchConfig) -> tuple[int, int] | None:
-        """A team's run and how often it was begun: the one that it has, or else the next for ranks of its kind."""
-        if team not in self._given:
+    def assign(self, group: str, launch: LaunchConfig) -> tuple[int, int] | None:
+        """The group's current run, else the next one of this launch config, and how often it was started; or None."""
+        if group not in self._assigned:
             number = next((number for number in self._waiting if self._runs[number][0].launch == launch), None)
             if number is None:
                 return None
             self._waiting.remove(number)
-            self._given[team] = number, 0
-        return self._given[team]
+            self._assigned[group] = number, 0
+        return self._assigned[group]
 
-    def begin(self, team: str, launch: LaunchConfig) -> int:
-        """The run that a team's ranks have to begin, or to go on with, now; -1 if none is left."""
-        given = self.assign(team, launch)
-        if given is None:
+    def begin(self, group: str, launch: LaunchConfig) -> int:
+        """The run that the group's ranks have to start or continue now; -1 if none is left."""
+        assigned = self.assign(group, launch)
+        if assigned is None:
             return -1
-        number, num_starts = given
-        self._given[team] = number, num_starts + 1
+        number, num_starts = assigned
+        self._assigned[group] = number, num_starts + 1
         return number
 
-    def end(self, team: str) -> None:
-        """A team's run is over."""
-        del self._given[team]
+    def end(self, group: str) -> None:
+        """Mark the group's run as finished."""
+        del self._assigned[group]
 
     def run(self, number: int) -> tuple[RunConfig, Path]:
-        """A run and its folder."""
+        """The config and folder of a run."""
         return self._runs[number]
 
-    def publish(self, about: str, kind: str, value: Any) -> None:
-        """Keep this, for who waits for news about `about`."""
-        self._news.setdefault(about, []).append((kind, value))
+    def publish(self, topic: str, kind: str, value: Any) -> None:
+        """Store a message under `topic`."""
+        self._messages.setdefault(topic, []).append((kind, value))
 
-    def poll(self, about: str) -> list[Message]:
-        """What was told since the last time."""
-        return self._news.pop(about, [])
+    def poll(self, topic: str) -> list[Message]:
+        """The messages of a topic since the last call."""
+        return self._messages.pop(topic, [])
 
 
 def start_run_queue(runs: Sequence[tuple[RunConfig, Path]]) -> Any:
-    """An actor on this node that hands out these runs; their paths hold wherever ranks are."""
+    """Start a `RunQueue` actor on this node; relative data roots are made absolute, for ranks on other nodes."""
     import ray
 
     def resolved(config: RunConfig) -> RunConfig:
@@ -349,161 +349,165 @@ def start_run_queue(runs: Sequence[tuple[RunConfig, Path]]) -> Any:
 
 
 class WorkerGroup(NamedTuple):
-    """Ranks of one kind that take runs from a teller until none is left for them."""
+    """Ranks with one launch config that take runs from a queue until none is left for them."""
 
     name: str
     launch: LaunchConfig
-    """As its runs have it; by this the teller knows which are for them."""
+    """As in the configs of its runs; the queue assigns runs by it."""
     resolved: LaunchConfig
-    """The same with cpu or cuda for launch.device; see `resolve_device`."""
+    """The same with launch.device set to cpu or cuda; see `resolve_device`."""
     queue: Any
+    """Handle of the `RunQueue` actor."""
     storage: Path
-    """Folder for Ray Train's own files, which nobody needs afterwards."""
+    """Folder for Ray Train's own files, which are not needed afterwards."""
     entry_point: str
-    """What every rank calls for a run, as `module:function`."""
+    """The function that every rank calls for a run, as `module:function`."""
 
 
 class WorkerGroupRun:
-    """One Ray Train run: a team, as it is seen from where it is waited for."""
+    """One Ray Train run of a worker group, as seen by the process that waits for it."""
 
     def __init__(
         self,
-        team: WorkerGroup,
+        group: WorkerGroup,
         progress: Callable[[int, int, int, str], None],
-        over: Callable[[int, dict[str, Any]], None],
+        on_result: Callable[[int, dict[str, Any]], None],
         max_failures: int,
     ) -> None:
-        """Nothing starts before `wait`.
+        """Nothing is started before `wait`.
 
         Args:
-            team: whose ranks Ray Train starts.
+            group: the worker group whose ranks Ray Train starts.
             progress: called with a run's number and its progress.
-            over: called with a run's number and its result.
-            max_failures: how often ranks may be started again.
+            on_result: called with a run's number and its result.
+            max_failures: how often ranks may be restarted.
         """
         import ray
 
-        self.team, self.progress, self.over = team, progress, over
+        self.group, self.progress, self.on_result = group, progress, on_result
         self._task = ray.remote(_fit).options(max_retries=0, **on_this_node())
         self._job = {
-            "team": team,
+            "group": group,
             "max_failures": max_failures,
-            "num_threads": max(1, int(resources_per_rank(team.resolved)["CPU"])),
+            "num_threads": max(1, int(resources_per_rank(group.resolved)["CPU"])),
             "folder": Path.cwd(),
             "command": sys.orig_argv,
         }
-        self._troubles: list[Message] = []  # of the ranks' latest start
+        self._failures: list[Message] = []  # since the latest start of the ranks
         self._num_starts, self._size = 0, 0
-        self._warned = 0.0
+        self._last_warning = 0.0
 
-    def wait(self, grows: bool) -> None:
-        """Until no run is left and the ranks are gone; `grows`: whether to wait for nodes that are not there yet.
+    def wait(self, may_grow: bool) -> None:
+        """Wait until no run is left and the ranks have ended.
+
+        Args:
+            may_grow: whether nodes may still join the cluster; then too few nodes are waited for.
 
         Raises:
-            UsageError: what a rank found wrong with a run's config, or too few nodes that do not become more.
-            RankFailed: if ranks failed and are not started again.
-            Preempted: if ranks were asked to leave and are not started again.
+            UsageError: if a rank rejects a run's config, or the nodes are too few and no more can join.
+            RankFailed: if ranks failed and are not restarted.
+            Preempted: if ranks were preempted and are not restarted.
         """
         import ray
 
-        self._check_room(grows)
+        self._check_capacity(may_grow)
         fit = self._task.remote(self._job)
         while not ray.wait([fit], timeout=POLL_SECONDS)[0]:
-            self._hear()
-            if not self._size and time.monotonic() - self._warned > WAITING_SECONDS:
-                self._warn("no rank has started yet: waiting for room in the Ray cluster (see `ray status`)")
+            self._handle_messages()
+            if not self._size and time.monotonic() - self._last_warning > WARNING_SECONDS:
+                self._warn("no rank has started yet: waiting for free resources in the Ray cluster (see `ray status`)")
         failure = ray.get(fit)
-        self._hear()
+        self._handle_messages()
         if failure:
-            self._raise(*failure)
+            self._raise_failure(*failure)
 
-    def _hear(self) -> None:
+    def _handle_messages(self) -> None:
         import ray
 
-        for kind, value in ray.get(self.team.queue.hear.remote(self.team.name)):
+        for kind, value in ray.get(self.group.queue.poll.remote(self.group.name)):
             match kind:
                 case "started":
-                    self._started(value)
+                    self._on_started(value)
                 case "progress":
                     self.progress(*value)
                 case "usage":
-                    raise UsageError(value)  # who waits ends the other ranks; none of them is to try again
+                    raise UsageError(value)  # the caller ends all ranks; a restart would fail again
                 case "result":
-                    self.over(*value)
+                    self.on_result(*value)
                 case _:
-                    self._troubles.append((kind, value))
-                    self._size, self._warned = 0, time.monotonic()
+                    self._failures.append((kind, value))
+                    self._size, self._last_warning = 0, time.monotonic()
 
-    def _started(self, size: int) -> None:
+    def _on_started(self, size: int) -> None:
         self._num_starts += 1
         self._size = size
         if self._num_starts > 1:
-            why = f" after: {_reason(self._troubles)}" if self._troubles else ""
-            self._warn(f"{size} rank(s) started again, from the last checkpoint{why}")
-        self._troubles.clear()
+            reason = f" after: {_reason(self._failures)}" if self._failures else ""
+            self._warn(f"{size} rank(s) restarted from the last checkpoint{reason}")
+        self._failures.clear()
 
-    def _raise(self, dead: dict[int, str], text: str) -> Never:
-        """What has ended the last start of the ranks: a rank that was killed, else the first that raised something."""
+    def _raise_failure(self, dead: dict[int, str], text: str) -> Never:
+        """Raise the cause of the ranks' end: a rank that was killed, else the first failure that a rank reported."""
         for rank, reason in dead.items():
             raise RankFailed(f"rank {rank} died: {reason}")
-        for kind, value in self._troubles:
+        for kind, value in self._failures:
             if kind == "preempted":
                 raise Preempted(value)
             raise RankFailed(f"rank {value[0]} failed:\n{value[1]}")
         raise RankFailed(f"Ray could not run the ranks: {text}")
 
-    def _check_room(self, grows: bool) -> None:
-        launch, nodes = self.team.resolved, alive_nodes()
+    def _check_capacity(self, may_grow: bool) -> None:
+        launch, nodes = self.group.resolved, alive_nodes()
         needs = resources_per_rank(launch)
         fit = num_slots(nodes, needs, launch.placement)
-        self._warned = time.monotonic()
+        self._last_warning = time.monotonic()
         if fit < launch.num_processes:
             text = (
-                f"launch.num_processes ({launch.num_processes}) asks for more than the Ray cluster has: its "
+                f"launch.num_processes ({launch.num_processes}) asks for more ranks than fit on the Ray cluster: its "
                 f"{len(nodes)} node(s) hold {fit} rank(s) of {needs}, {launch.placement}"
             )
             remedy = "choose fewer ranks or smaller launch.resources_per_rank"
             remedy += ", or launch.device=cpu" if launch.device == "cuda" else ""
-            if not grows:
+            if not may_grow:
                 raise UsageError(f"{text}: {remedy}")
-            self._warn(f"{text}; waiting for it to grow: add nodes, or {remedy}")
+            self._warn(f"{text}; waiting for more nodes: add nodes, or {remedy}")
 
     def _warn(self, text: str) -> None:
-        self._warned = time.monotonic()
+        self._last_warning = time.monotonic()
         _warn(text)
 
 
-def _reason(troubles: list[Message]) -> str:
-    """What came first, in a line; a traceback's last line may be any line of a long message."""
-    kind, value = troubles[0]
+def _reason(failures: list[Message]) -> str:
+    """The first failure, in one line; a traceback's last line may be any line of a long message."""
+    kind, value = failures[0]
     if kind == "preempted":
-        return f"asked to leave at step {value}"
+        return f"preempted at step {value}"
     lines = value[1].strip().splitlines()
     return next((line for line in reversed(lines) if re.match(r"[A-Za-z_][\w.]*: ", line)), lines[-1])
 
 
 def on_this_node() -> dict[str, Any]:
-    """Options of a task or actor that runs on this node and takes nothing of it."""
+    """Options of a task or actor that runs on this node and reserves no resources."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # not soft: Ray takes another node then, for what needs no CPU, and the run would die with that node
+    # with soft=True Ray uses another node for tasks without CPUs, and the run would end with that node
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return {"num_cpus": 0, "scheduling_strategy": node}
 
 
 def _fit(job: dict[str, Any]) -> tuple[dict[int, str], str] | None:
-    """Ray Train, from start to end; what ended it before: ranks that were killed, and Ray's own words.
+    """Run Ray Train to its end. Returns None, or the killed ranks with reasons and Ray's error message.
 
-    A task on the driver's node. In the driver's main thread fit would take Ctrl-C for itself and exit with code 0, and
-    a thread that still waits in Ray when the driver leaves the cluster ends the whole process.
+    It is a task on the driver's node. In the driver's main thread, fit would handle Ctrl-C itself and exit with code 0;
+    in another thread, a wait in Ray that is still open when the driver disconnects ends the whole process.
     """
     try:
         _trainer(job).fit()
     except Exception as error:
         failures = sorted(getattr(error, "worker_failures", {}).items())
-        lost = [(rank, why) for rank, why in failures if type(why).__name__ == "WorkerHealthCheckFailedError"]
-        return {rank: " ".join(str(why).split()) for rank, why in lost}, str(error)
+        dead = [(rank, cause) for rank, cause in failures if type(cause).__name__ == "WorkerHealthCheckFailedError"]
+        return {rank: " ".join(str(cause).split()) for rank, cause in dead}, str(error)
 
 
 def _trainer(job: dict[str, Any]) -> Any:
@@ -511,28 +515,28 @@ def _trainer(job: dict[str, Any]) -> Any:
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    launch, on_gpu = job["team"].resolved, job["team"].resolved.device == "cuda"
-    most = launch.max_processes or launch.num_processes
+    launch, on_gpu = job["group"].resolved, job["group"].resolved.device == "cuda"
+    max_workers = launch.max_processes or launch.num_processes
     return TorchTrainer(
-        _rank,
+        _rank_main,
         train_loop_config=job,
         scaling_config=ScalingConfig(
-            num_workers=most if most == launch.num_processes else (launch.num_processes, most),
+            num_workers=max_workers if max_workers == launch.num_processes else (launch.num_processes, max_workers),
             use_gpu=on_gpu,
             resources_per_worker=resources_per_rank(launch),
             placement_strategy=launch.placement,
         ),
         run_config=RayRunConfig(
-            name=uuid.uuid4().hex,  # Ray would take up the state of an earlier run of this name
-            storage_path=str(job["team"].storage),
+            name=uuid.uuid4().hex,  # with a known name Ray would restore the state of that run
+            storage_path=str(job["group"].storage),
             failure_config=FailureConfig(max_failures=job["max_failures"]),
             logging_config=LoggingConfig(log_level="CRITICAL"),
-            # Some releases of Ray hide GPUs from ranks that have none, others do not, and then each makes the first GPU
-            # its current one, which takes memory there.
+            # Some releases of Ray hide GPUs from ranks that reserve none. With the others, each such rank would make
+            # the first GPU its current device, which takes memory there.
             worker_runtime_env={} if on_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
         ),
         # It cannot bind the group to a GPU (device_id). NCCL then connects at the first collective, on the current GPU,
-        # which world.connect has set.
+        # which init_process_group has set.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=launch.timeout_seconds),
     )
 
@@ -540,76 +544,75 @@ def _trainer(job: dict[str, Any]) -> Any:
 # -- on a rank --------------------------------------------------------------------------------------------------------
 
 
-def _rank(job: dict[str, Any]) -> None:
-    """A rank's life, in a thread of a Ray worker; the process group is there already."""
+def _rank_main(job: dict[str, Any]) -> None:
+    """The main function of a rank, in a thread of a Ray worker; Ray Train has created the process group."""
     import warnings
 
     import ray
     import torch
 
-    from gengap_dist.distributed.process_group import init_process_group as join
+    from gengap_dist.distributed.process_group import init_process_group
 
-    name, launch, resolved, teller, _, entry_point = job["team"]
+    name, launch, resolved, queue, _, entry_point = job["group"]
     run = load_entry_point(entry_point)
     rank = int(os.environ["RANK"])
     if rank != 0:
-        warnings.simplefilter("ignore")  # rank 0 says it for all
+        warnings.simplefilter("ignore")  # rank 0 shows them
     if job["folder"].is_dir():
-        os.chdir(job["folder"])  # the driver's, so that git and modules beside it are found; Ray's own is empty
-    sys.orig_argv = job["command"]  # what the record shows
-    torch.set_num_threads(job["num_threads"])  # what Ray has set aside; Ray itself says 1
-    number, spoke = -1, 0.0
+        os.chdir(job["folder"])  # the driver's: git and modules there are found; Ray's own folder is empty
+    sys.orig_argv = job["command"]  # shown in run.json
+    torch.set_num_threads(job["num_threads"])  # the reserved CPUs; Ray itself sets 1
+    number, last_sent = -1, 0.0
 
     def progress(done: int, total: int, note: str) -> None:
-        nonlocal spoke
-        if rank == 0 and (note or done == total or time.monotonic() - spoke > POLL_SECONDS):
-            spoke = time.monotonic()
-            teller.tell.remote(name, "progress", (number, done, total, note))
+        nonlocal last_sent
+        if rank == 0 and (note or done == total or time.monotonic() - last_sent > POLL_SECONDS):
+            last_sent = time.monotonic()
+            queue.publish.remote(name, "progress", (number, done, total, note))
 
-    def tell(kind: str, value: Any) -> None:
-        ray.get(teller.tell.remote(name, kind, value))
+    def publish(kind: str, value: Any) -> None:
+        ray.get(queue.publish.remote(name, kind, value))
 
     if rank == 0:
-        tell("started", int(os.environ["WORLD_SIZE"]))
+        publish("started", int(os.environ["WORLD_SIZE"]))
     try:
-        world, leaving = join(resolved.device, resolved.timeout_seconds), _preemption_notice()
-        while (number := world.broadcast_int(ray.get(teller.begin.remote(name, launch)) if rank == 0 else 0)) >= 0:
-            config, out = ray.get(teller.run.remote(number))
-            own = join(
-                resolved.device, resolved.timeout_seconds
-            )  # no new group, but a run's own account of where its time went
+        world, flag = init_process_group(resolved.device, resolved.timeout_seconds), _preemption_flag()
+        while (number := world.broadcast_int(ray.get(queue.begin.remote(name, launch)) if rank == 0 else 0)) >= 0:
+            config, out = ray.get(queue.run.remote(number))
+            # the same process group, with a new phase timer for each run
+            fresh = init_process_group(resolved.device, resolved.timeout_seconds)
             result = run(
-                config, out, resume=True, world=own, progress=progress, preemption_requested=leaving, launcher="ray"
+                config, out, resume=True, world=fresh, progress=progress, preemption_requested=flag, launcher="ray"
             )
             if rank == 0:
-                tell("result", (number, result))
-                ray.get(teller.end.remote(name))
+                publish("result", (number, result))
+                ray.get(queue.end.remote(name))
     except OutOfMemory as error:
         if not error.reported_elsewhere:
-            tell("usage", str(error))
+            publish("usage", str(error))
     except UsageError as error:
-        tell("usage", str(error))  # and no exception: Ray would start the ranks again
+        publish("usage", str(error))  # without an exception: Ray would restart the ranks
     except Preempted as error:
-        tell("preempted", error.step)
-        raise RuntimeError(str(error)) from None  # Ray starts the ranks again, on the nodes that stay
+        publish("preempted", error.step)
+        raise RuntimeError(str(error)) from None  # Ray restarts the ranks on the remaining nodes
     except Exception:
-        tell("failed", (rank, traceback.format_exc()))
-        raise RuntimeError(f"rank {rank} failed") from None  # an exception of ours need not survive pickling
+        publish("failed", (rank, traceback.format_exc()))
+        raise RuntimeError(f"rank {rank} failed") from None  # our own exceptions need not support pickling
 
 
-def _preemption_notice() -> PreemptionFlag:
-    """A notice that is given when Ray is about to take a node away.
+def _preemption_flag() -> PreemptionFlag:
+    """A flag that is set when Ray is about to remove a node.
 
-    Asking Ray makes all ranks wait for each other, so a thread on every rank asks, and steps only look at the notice.
+    The query makes all ranks wait for each other, so a thread on every rank polls, and steps only read the flag.
     """
     import ray.train
 
-    notice = PreemptionFlag()
+    flag = PreemptionFlag()
 
-    def ask() -> None:
+    def poll() -> None:
         while ray.train.get_preemption_info() is None:
             time.sleep(PREEMPTION_SECONDS)
-        notice.set(0)
+        flag.set(0)
 
-    threading.Thread(target=ask, daemon=True).start()
-    return notice
+    threading.Thread(target=poll, daemon=True).start()
+    return flag

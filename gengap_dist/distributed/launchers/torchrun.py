@@ -1,4 +1,4 @@
-"""Join the ranks that torchrun, deepspeed or anything else that sets their variables has started."""
+"""Runs on ranks that were started by torchrun, deepspeed or another program that sets the same variables."""
 
 import os
 from pathlib import Path
@@ -10,24 +10,24 @@ from gengap_dist.distributed.preemption import catching_signals
 
 
 def uses_torchrun(config: LaunchConfig) -> bool:
-    """Whether this process is one of the ranks that somebody else started."""
+    """Whether this process is a rank that torchrun or a similar program has started."""
     return config.launcher == "torchrun" or (config.launcher == "auto" and started_externally())
 
 
 def launch_id() -> str | None:
-    """What torchrun calls this launch: the same for its restarts, if it was given a name (--rdzv_id, --standalone)."""
+    """Torchrun's id of this launch, unchanged after restarts; None if it has no name (--rdzv_id, --standalone)."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return None if name == "none" else name
 
 
 def restarted() -> bool:
-    """Whether torchrun started these ranks anew, after a failure or because nodes came or went."""
+    """Whether torchrun has restarted these ranks, after a failure or a change of nodes."""
     return bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
 
 @final
 class TorchrunLauncher(Launcher):
-    """This process as the rank it was started as. Collective: every rank calls the same."""
+    """Runs on this process, which is already a rank. Collective: every rank makes the same calls."""
 
     @staticmethod
     def is_first() -> bool:
@@ -35,13 +35,13 @@ class TorchrunLauncher(Launcher):
         return os.environ.get("RANK", "0") == "0"
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
-        """See `Launcher.run`; exceptions come as they are."""
+        """See `Launcher.run`; returns this rank's result, and exceptions are passed on unchanged."""
         run = load_entry_point(self.entry_point)  # imports torch, which --help does not need
-        with catching_signals() as leaving:
-            return run(config, out, resume=resume, progress=progress, preemption_requested=leaving, launcher="torchrun")
+        with catching_signals() as flag:
+            return run(config, out, resume=resume, progress=progress, preemption_requested=flag, launcher="torchrun")
 
     def close(self, *, kill: bool = False) -> None:
-        """Leave the process group."""
+        """Destroy the process group."""
         from gengap_dist.distributed.process_group import destroy_process_group
 
         if not kill:

@@ -1,4 +1,4 @@
-"""How gradients become one update."""
+"""Strategies: how gradients of all ranks become one update."""
 
 from collections.abc import Callable
 from functools import partial

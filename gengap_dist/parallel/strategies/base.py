@@ -1,6 +1,6 @@
-"""The contract between the loop and whatever turns gradients into an update.
+"""The interface between the training loop and the engine that turns gradients into an update.
 
-The seam is at the micro-step and at the step, never at clipping, backward or optimizer: some engines own those.
+The interface has micro-steps and steps, but no clipping and no optimizer calls: some engines do these themselves.
 """
 
 from abc import ABC, abstractmethod
@@ -17,46 +17,46 @@ from gengap_dist.models.sample_position import position_of
 from gengap_dist.parallel.execution import checkpoint_blocks, compiled
 
 OptimizerState = dict[str, dict[str, Tensor]]
-"""What an optimizer remembers, by name of the parameter and of the quantity, whole; the same for every strategy."""
+"""Unsharded optimizer state: parameter name to quantity name to tensor; the same for every strategy."""
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class Strategy(ABC):
-    """One model and its optimizer, trained by all ranks together."""
+    """A model and its optimizer, trained by all ranks together."""
 
     needs_warmup_backward = False
-    """Whether the first backward pass changes the order in which gradients are summed; a run does one that counts for
-    nothing then, so that a resumed run sums like one that was never interrupted."""
+    """Whether the first backward pass changes the order in which gradients are summed. A run then starts with one
+    without effect, so that a resumed run sums in the same order as an uninterrupted one."""
     equal_micro_batches_required = False
-    """Whether all ranks must do equally many micro-steps, some of them empty; see `BatchPlan.micro_batches`."""
+    """Whether all ranks must do equally many micro-steps, with empty ones if needed; see `BatchPlan.micro_batches`."""
 
     has_untimed_collectives = False
-    """Whether ranks also meet where whereabouts do not see it, inside of the engine's passes."""
+    """Whether the engine's passes contain collectives that the phase timer does not time."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
         """A strategy for the ranks of `world`.
 
         Raises:
-            UsageError: if it cannot serve this config, or a package it needs is missing.
+            UsageError: if it does not support this config, or a required package is missing.
         """
         self.config, self.world = config, world
         self.model: nn.Module
-        """The network that trains; a sharded strategy holds only a part of each parameter, but every buffer."""
+        """The model in training; with a sharded strategy, it has shards of the parameters but all buffers."""
         self.optimizer: torch.optim.Optimizer
         self.has_sync_bn = False
-        """Whether ranks meet in forward passes of training, too."""
+        """Whether forward passes in training contain collectives (SyncBatchNorm)."""
         self.track_local_grad_norm = False
-        """Whether `local_energy` will be asked for; it costs one pass over the gradients."""
+        """Whether `local_squared_grad_norm` will be called; it costs one pass over the gradients."""
         self.compiled_batch_sizes: set[int] = set()
-        """Samples in the micro-batches of full steps. Under train.compile others, such as those of an epoch's last
-        step, run as they are: compiling takes longer, and what is compiled for any size is slower."""
-        # Off, as it mostly is, it changes nothing. Gradients meet before they are unscaled, so one that is infinite on
-        # one rank is infinite or no number on all: they skip the step, and halve the scale, together.
+        """Micro-batch sizes of full steps. With train.compile, other sizes, such as those of an epoch's last step, run
+        without compilation: compiling them takes longer, and code compiled for any size is slower."""
+        # Disabled, the default, it changes nothing. Gradients are summed before they are unscaled, so a gradient that
+        # is infinite on one rank is infinite or NaN on all: all ranks skip the step and halve the scale.
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.autocast == "float16")
-        """Multiplies the loss, so that gradients in float16 do not vanish; a run resumes with its state."""
+        """Scales the loss, so that gradients in float16 do not underflow; its state is part of a checkpoint."""
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
-        """Take the model, whose weights are equal on all ranks, and make its optimizer. Collective."""
+        """Take the model, whose weights are equal on all ranks, and build its optimizer. Collective."""
         train = self.config.train
         if train.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -64,67 +64,67 @@ class Strategy(ABC):
             checkpoint_blocks(model)
         self.model, self.optimizer = model, build(model)
         self.net = compiled(model) if train.compile else model
-        """What training calls: the model, or what it was compiled to, on the same parameters."""
+        """Called in training: the model, or its compiled form with the same parameters."""
         if self.scaler.is_enabled() and isinstance(self.optimizer, torch.optim.SGD):
-            self._begin_momentum()
+            self._init_momentum()
         self.position = position_of(model)
-        self._ghosts = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
+        self._ghost_norms = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
         self.has_sync_bn = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in model.modules())
 
-    def _begin_momentum(self) -> None:
-        """Torch's fused SGD (2.15) takes momentum from memory that nobody wrote, if it skips its first step."""
+    def _init_momentum(self) -> None:
+        """Momentum buffers of zeros: torch's fused SGD (2.15) reads uninitialized memory if it skips its first step."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"] if group["momentum"] else []:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def begin_step(self, global_size: int) -> None:
-        """Tell layers that count samples how many this step has. On every rank, also one without samples."""
-        for layer in self._ghosts:
+        """Set this step's number of samples in ghost batch norm layers. On every rank, also one without samples."""
+        for layer in self._ghost_norms:
             layer.begin_step(global_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [n, num_classes] of this rank's images [n, C, H, W], in the images' dtype."""
-        return self._through(self._forward, images)
+        return self._run_forward(self._forward, images)
 
     def local_forward(self, images: Tensor) -> Tensor:
-        """`forward`, without the engine: for gradients of this rank's own that nobody else is to meet."""
-        return self._through(self.net, images)
+        """`forward` without the engine: for gradients of this rank that are not reduced over ranks."""
+        return self._run_forward(self.net, images)
 
-    def _through(self, net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def _run_forward(self, net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         if self.config.train.channels_last and images.ndim == 4:
             images = images.to(memory_format=torch.channels_last)
-        with self._autocast(), self._stance(len(images)):
+        with self._autocast(), self._compile_stance(len(images)):
             logits = net(images).to(images.dtype)
-        for layer in self._ghosts:
+        for layer in self._ghost_norms:
             layer.commit_running_stats()
         return logits
 
     def _autocast(self) -> AbstractContextManager[object]:
-        kind = self.config.train.autocast
-        return torch.autocast(self.world.device.type, dtype=getattr(torch, kind)) if kind else nullcontext()
+        dtype = self.config.train.autocast
+        return torch.autocast(self.world.device.type, dtype=getattr(torch, dtype)) if dtype else nullcontext()
 
-    def _stance(self, size: int) -> AbstractContextManager[object]:
-        seldom = self.config.train.compile and self.compiled_batch_sizes and size not in self.compiled_batch_sizes
-        return torch.compiler.set_stance("force_eager") if seldom else nullcontext()
+    def _compile_stance(self, size: int) -> AbstractContextManager[object]:
+        uncompiled = self.config.train.compile and self.compiled_batch_sizes and size not in self.compiled_batch_sizes
+        return torch.compiler.set_stance("force_eager") if uncompiled else nullcontext()
 
     @abstractmethod
     def _forward(self, images: Tensor) -> Tensor:
-        """Logits, in whatever precision."""
+        """Logits, in any precision."""
 
     @abstractmethod
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
-        """Context around forward *and* backward of one micro-batch; gradients meet the other ranks' in the last."""
+        """Context for forward *and* backward of one micro-batch; gradients are reduced over ranks in the last one."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, whose sum over micro-batches and ranks is the global batch's mean loss."""
 
     def local_squared_grad_norm(self) -> Tensor:
-        """|g|^2, float64, of this rank's own gradient after its first micro-batch, not yet summed over ranks."""
+        """|g|^2, float64, of this rank's gradient after its first micro-batch, before the sum over ranks."""
         return self.unscaled(nn.utils.get_total_norm(self._gradients()).double()).square()
 
     def set_rates(self, lr: float, momentum: float) -> None:
-        """Take the learning rate and the momentum of the next step; not every optimizer has the latter."""
+        """Set the learning rate and, if the optimizer has it, the momentum of the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             if "momentum" in group:
@@ -134,8 +134,8 @@ class Strategy(ABC):
         """Update the parameters and clear the gradients.
 
         Returns:
-            The global gradient's 2-norm, before optim.clip_norm is applied; a scalar on the device. Of a gradient that
-            was too large for float16 it is not finite, and the parameters stay what they were.
+            The global gradient's 2-norm before clipping by optim.clip_norm; a scalar on the device. If the gradient
+            overflowed float16, it is not finite, and the parameters are unchanged.
         """
         self.scaler.unscale_(self.optimizer)
         norm = self.gradient_norm()
@@ -146,8 +146,8 @@ class Strategy(ABC):
         return norm
 
     def unscaled(self, value: Tensor) -> Tensor:
-        """What is proportional to the gradients as they come from `backward`, as it is for those of the loss."""
-        # what get_scale gives, without waiting for a GPU
+        """Divide a value that is proportional to the gradients of `backward` by the loss scale."""
+        # the same as get_scale, but without waiting for the GPU
         return value / self.scaler.scale(torch.ones((), device=value.device)) if self.scaler.is_enabled() else value
 
     def gradient_norm(self) -> Tensor:
@@ -155,37 +155,37 @@ class Strategy(ABC):
         return nn.utils.get_total_norm(self._gradients())
 
     def _gradients(self) -> list[Tensor]:
-        groups = self.optimizer.param_groups  # not model.parameters(), which walks through all modules
+        groups = self.optimizer.param_groups  # not model.parameters(), which traverses all modules
         return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
     def _clip(self, norm: Tensor) -> None:
-        if limit := self.config.optim.clip_norm:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+        if max_norm := self.config.optim.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
 
     def unsharded_model(self) -> AbstractContextManager[nn.Module]:
-        """The plain network with all its parameters and buffers, on every rank, to look at. Collective.
+        """Context with the plain model with all its parameters and buffers, on every rank, to read. Collective.
 
-        It may be a copy, good until the context ends: nothing that is written to it lasts.
+        It may be a copy that is valid until the context ends: changes to it are lost.
         """
         return nullcontext(self.model)
 
     def optimizer_state(self) -> OptimizerState:
-        """What the optimizer remembers, whole. Collective; ranks other than 0 may get less, or nothing."""
+        """The unsharded optimizer state. Collective; complete on rank 0, possibly incomplete on others."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        return {names[parameter]: dict(kept) for parameter, kept in self.optimizer.state.items() if kept}
+        return {names[parameter]: dict(entry) for parameter, entry in self.optimizer.state.items() if entry}
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
-        """Go on from what the optimizer of any strategy remembered; `state` is whole, on every rank. Collective."""
+        """Load the optimizer state of any strategy; `state` is complete on every rank. Collective."""
         for name, parameter in self.model.named_parameters():
-            if kept := state.get(name):
-                self.optimizer.state[parameter] = {key: _like(parameter, value) for key, value in kept.items()}
+            if entry := state.get(name):
+                self.optimizer.state[parameter] = {key: _to_layout_of(parameter, value) for key, value in entry.items()}
 
-    def close(self) -> None:  # noqa: B027, most have nothing to let go of
-        """Let go of the model: some engines hold on to it otherwise, and the next run of a study needs the memory."""
+    def close(self) -> None:  # noqa: B027, most have nothing to release
+        """Release the model: some engines keep references to it, and the next run of a study needs the memory."""
 
 
-def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """A copy on the parameter's device, in the order in memory that the parameter has: fused optimizers go by that."""
+def _to_layout_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """A copy on the parameter's device with the parameter's strides, which fused optimizers require."""
     copy = value.to(parameter.device, copy=True)
     if value.shape != parameter.shape or copy.stride() == parameter.stride():
         return copy

@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimizer state in parts over ranks: torch's FSDP2, for models that outgrow one GPU."""
+"""Parameters, gradients and optimizer state sharded over ranks: torch's FSDP2, for models too large for one GPU."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -15,38 +15,38 @@ from gengap_dist.parallel.strategies.local_grad_norm import LocalGradNorm
 from gengap_dist.parallel.strategies.unsharded_copy import UnshardedCopy
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor  # a second of imports that other strategies need not wait for
+    from torch.distributed.tensor import DTensor  # takes a second to import, which other strategies do not need
 
-SMALL = 10_000  # parameters of fewer numbers in all are not worth a collective of their own
-LARGE = 5_000_000  # containers of more are gathered child by child
+MIN_UNIT_SIZE = 10_000  # modules with fewer parameters do not get a collective of their own
+MAX_CONTAINER_SIZE = 5_000_000  # containers with more parameters are gathered child by child
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """The modules whose parameters are gathered together, whatever is left being the model's own.
+    """The modules whose parameters are gathered together; the remaining parameters are gathered with the model.
 
-    They are the model's children, without the small ones; a large container (Sequential, ModuleList, ModuleDict) stands
-    for its own children. Never deeper: a module may use its children's parameters without calling them. Tied
-    parameters need one unit: the model.
+    They are the model's children, without small ones; a large container (Sequential, ModuleList, ModuleDict) is
+    replaced by its children. No deeper levels: a module may use its children's parameters without calling them. A
+    model with tied parameters has one unit only: itself.
 
     >>> [unit.out_features for unit in units(nn.Sequential(nn.Linear(1, 9000), nn.ReLU(), nn.Linear(9000, 2)))]
     [9000, 2]
     """
     if len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.named_parameters())):
         return []
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for child in model.children():
         size = sum(p.numel() for p in child.parameters())
         uncallable = isinstance(child, nn.ModuleList | nn.ModuleDict)
-        if uncallable or (isinstance(child, nn.Sequential) and size > LARGE):
-            found += units(child)
-        elif size >= SMALL:
-            found.append(child)
-    return found
+        if uncallable or (isinstance(child, nn.Sequential) and size > MAX_CONTAINER_SIZE):
+            modules += units(child)
+        elif size >= MIN_UNIT_SIZE:
+            modules.append(child)
+    return modules
 
 
 @final
 class FSDP(Strategy):
-    """Parameters are gathered for each pass through a unit, gradients summed and scattered in every backward pass."""
+    """Parameters are gathered for each pass through a unit; gradients are reduce-scattered in every backward pass."""
 
     equal_micro_batches_required = True
     has_untimed_collectives = True
@@ -63,38 +63,38 @@ class FSDP(Strategy):
         for name, parameter in model.named_parameters():
             if not parameter.ndim:
                 raise UsageError(
-                    f"launch.strategy (fsdp) cannot split parameter {name}, which has no dimension: "
+                    f"launch.strategy (fsdp) cannot shard parameter {name}, which has no dimension: "
                     "give it the shape [1], or choose zero3"
                 )
         ensure_process_group(self.world, self.config.launch.timeout_seconds)
-        self._twin = UnshardedCopy(model, self.world.device)
+        self._unsharded_copy = UnshardedCopy(model, self.world.device)
         assert dist.group.WORLD is not None
-        # not init_device_mesh, which may make a group of its own, with torch's timeout in place of ours
+        # not init_device_mesh, which may create a group of its own, with torch's timeout instead of ours
         mesh = DeviceMesh.from_group(dist.group.WORLD, self.world.device.type)
         for module in (*units(model), model):
             fully_shard(module, mesh=mesh)
-        self._energy = LocalGradNorm()
+        self._local_grad_norm = LocalGradNorm()
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
-                module.set_gradient_divide_factor(1.0)  # the sum over ranks, where FSDP itself would take the mean
-            # inside a forward pass a module's parameters are the gathered ones: only these see the local gradient
-            module.register_forward_pre_hook(self._listen)
+                module.set_gradient_divide_factor(1.0)  # the sum over ranks; FSDP itself would compute the mean
+            # during a forward pass a module has the gathered parameters: only these receive the local gradient
+            module.register_forward_pre_hook(self._register_gradient_hooks)
         super().setup(model, build)
         if isinstance(self.optimizer, torch.optim.SGD):
             for group in self.optimizer.param_groups:
-                group["fused"] = None  # torch's fused SGD, unlike AdamW, does not know parameters in parts
+                group["fused"] = None  # torch's fused SGD, unlike AdamW, does not support sharded parameters
 
-    def _listen(self, module: nn.Module, args: Any) -> None:
+    def _register_gradient_hooks(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
-            self._energy.listen(module.parameters(recurse=False))
+            self._local_grad_norm.register_hooks(module.parameters(recurse=False))
 
     def _forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
-        """Collective: every rank has equally many."""
-        self._energy.start(self.track_local_grad_norm)
+        """Collective: every rank has equally many micro-steps."""
+        self._local_grad_norm.start(self.track_local_grad_norm)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -103,27 +103,27 @@ class FSDP(Strategy):
 
     def local_squared_grad_norm(self) -> Tensor:
         """See `Strategy.local_squared_grad_norm`."""
-        return self._energy.total()
+        return self._local_grad_norm.squared_norm()
 
     def gradient_norm(self) -> Tensor:
         """See `Strategy.gradient_norm`. Collective."""
-        return _whole(super().gradient_norm())
+        return _gather(super().gradient_norm())
 
     def unsharded_model(self) -> AbstractContextManager[nn.Module]:
         """See `Strategy.unsharded_model`: a copy."""
-        return self._twin.filled(self._weights(), self.model)
+        return self._unsharded_copy.filled(self._weights(), self.model)
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
-            yield name, _whole(parameter.detach())
+            yield name, _gather(parameter.detach())
 
     def optimizer_state(self) -> OptimizerState:
-        """See `Strategy.optimizer_state`: on rank 0, in the CPU's memory."""
+        """See `Strategy.optimizer_state`: only on rank 0, in CPU memory."""
         out: OptimizerState = {}
-        for name, kept in super().optimizer_state().items():
-            whole = {key: _whole(value) for key, value in kept.items()}
+        for name, shards in super().optimizer_state().items():
+            gathered = {key: _gather(value) for key, value in shards.items()}
             if self.world.rank == 0:
-                out[name] = {key: value.cpu() for key, value in whole.items()}
+                out[name] = {key: value.cpu() for key, value in gathered.items()}
         return out
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
@@ -131,13 +131,13 @@ class FSDP(Strategy):
         from torch.distributed.tensor import distribute_tensor
 
         super().load_optimizer_state(state)
-        for parameter, kept in self.optimizer.state.items():
-            place = cast("DTensor", parameter)
-            for key, value in kept.items():
-                if value.shape == place.shape:  # every rank has the whole: nothing is sent
-                    kept[key] = distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)
+        for parameter, entry in self.optimizer.state.items():
+            sharded = cast("DTensor", parameter)
+            for key, value in entry.items():
+                if value.shape == sharded.shape:  # every rank has the full tensor: nothing is sent
+                    entry[key] = distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that is spread over ranks, gathered; one that is not, as it is. Collective."""
+def _gather(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one; other tensors are returned unchanged. Collective."""
     return cast("DTensor", tensor).full_tensor() if hasattr(tensor, "placements") else tensor

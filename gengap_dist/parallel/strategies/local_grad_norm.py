@@ -1,4 +1,4 @@
-"""The size of a rank's own gradient, where the engine lets nobody see the gradient before it met the other ranks'."""
+"""Norm of a rank's local gradient, for engines that expose gradients only after the reduction over ranks."""
 
 from collections.abc import Iterable
 from typing import final
@@ -9,41 +9,41 @@ from torch import Tensor
 
 @final
 class LocalGradNorm:
-    """|g|^2 of one backward pass, summed up by hooks on parameters as their gradients come by.
+    """|g|^2 of one backward pass, accumulated by gradient hooks on parameters.
 
     >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    >>> energy = LocalGradNorm()
-    >>> energy.listen([weight])
-    >>> energy.start(True)
+    >>> local_grad_norm = LocalGradNorm()
+    >>> local_grad_norm.register_hooks([weight])
+    >>> local_grad_norm.start(True)
     >>> (weight * weight).sum().backward()
-    >>> energy.total()
+    >>> local_grad_norm.squared_norm()
     tensor(100., dtype=torch.float64)
     """
 
     def __init__(self) -> None:
-        """Hears nothing before `start`."""
-        self._on = False
-        self._parts: list[Tensor] = []
-        self._known: set[int] = set()
+        """Records nothing before `start`."""
+        self._enabled = False
+        self._squared_norms: list[Tensor] = []
+        self._registered: set[int] = set()
 
-    def listen(self, parameters: Iterable[Tensor]) -> None:
-        """Hear these parameters' gradients; those that are heard already are left as they are."""
+    def register_hooks(self, parameters: Iterable[Tensor]) -> None:
+        """Add a hook to each of these parameters that has none yet."""
         for parameter in parameters:
-            if parameter.requires_grad and id(parameter) not in self._known:
-                self._known.add(id(parameter))
-                parameter.register_hook(self._hear)
+            if parameter.requires_grad and id(parameter) not in self._registered:
+                self._registered.add(id(parameter))
+                parameter.register_hook(self._add)
 
-    def _hear(self, gradient: Tensor) -> None:
-        if self._on:
-            self._parts.append(torch.linalg.vector_norm(gradient, dtype=torch.float64).square())
+    def _add(self, gradient: Tensor) -> None:
+        if self._enabled:
+            self._squared_norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float64).square())
 
-    def start(self, on: bool) -> None:
-        """Forget what was heard; hear the next backward pass if `on`."""
-        self._on = on
-        self._parts.clear()
+    def start(self, enabled: bool) -> None:
+        """Reset; record the next backward pass if `enabled`."""
+        self._enabled = enabled
+        self._squared_norms.clear()
 
-    def total(self) -> Tensor:
-        """|g|^2, float64, of the backward pass since `start(True)`; hears no other until the next one."""
-        total = torch.stack(self._parts).sum()
+    def squared_norm(self) -> Tensor:
+        """|g|^2, float64, of the backward pass since `start(True)`; ends the recording."""
+        total = torch.stack(self._squared_norms).sum()
         self.start(False)
         return total

@@ -1,4 +1,4 @@
-"""One rank: the loss's gradient is the global batch's already."""
+"""One rank: its gradient is already that of the global batch."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import final
@@ -10,13 +10,13 @@ from gengap_dist.parallel.strategies.base import Strategy
 
 @final
 class Single(Strategy):
-    """Plain torch."""
+    """Plain torch without collectives."""
 
     def _forward(self, images: Tensor) -> Tensor:
         return self.net(images)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
-        """Nothing to prepare."""
+        """Does nothing."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""MLflow: sends what a run folder holds, and reads runs that others have logged."""
+"""MLflow: uploads run folders, and imports runs logged by other programs."""

@@ -1,7 +1,7 @@
-"""Reads runs from MLflow, also runs that were never a run folder of ours, and writes them as run folders.
+"""Reads runs from MLflow, including runs of other programs, and writes them as run folders.
 
-What a comparison needs of a run: its batch, its seed, its accuracy, and whatever explanations it measured. Runs that
-our mirror sent carry all of it under our own names; of others the caller says what theirs are called.
+A comparison needs a run's batch size, seed, accuracy and diagnostics. Runs that were uploaded by this package have them
+under its own names; for other runs the caller gives the names.
 """
 
 import ast
@@ -18,23 +18,23 @@ from gengap_dist.runs.run_folder import write_atomically
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "running"}
 
 
-class Names(NamedTuple):
-    """What the runs call things."""
+class SourceNames(NamedTuple):
+    """Names of the required values in the MLflow runs."""
 
     accuracy: str = "test/accuracy"
     """Metric: accuracy on the test images at the end."""
-    size: str = "batch.global_size"
-    """Parameter: the global batch."""
+    global_size: str = "batch.global_size"
+    """Parameter: the global batch size."""
     seed: str = "seed"
     """Parameter: the seed."""
-    updates: str = "num_steps"
+    num_updates: str = "num_steps"
     """Metric or parameter: the number of optimizer steps."""
     percent: bool = False
-    """Whether the accuracy is in percent."""
+    """Whether the accuracy is given in percent."""
 
 
-def find(client: Any, source: str) -> Iterator[Any]:
-    """The MLflow runs that `runs:/ID` or `experiments:/NAME` names; of parent runs, the runs below them.
+def find_runs(client: Any, source: str) -> Iterator[Any]:
+    """The MLflow runs of `runs:/ID` or `experiments:/NAME`; parent runs are replaced by their descendants.
 
     Raises:
         UsageError: if there is none.
@@ -45,80 +45,82 @@ def find(client: Any, source: str) -> Iterator[Any]:
             run = client.get_run(name)
         except Exception as error:
             text = " ".join(str(error).split())[:200]
-            raise UsageError(f"{source} is not a run there ({text}): give the id that MLflow shows") from None
-        below = list(_below(client, run))
-        yield from below or _runs([run])
+            raise UsageError(f"{source} is not a run in this store ({text}): give the id that MLflow shows") from None
+        descendants = list(_descendants(client, run))
+        yield from descendants or _without_groups([run])
         return
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        known = [found.name for found in client.search_experiments()]
+        known = [experiment.name for experiment in client.search_experiments()]
         raise UsageError(
-            f"{source} is not an experiment there{did_you_mean(name, known)}: choose one of {', '.join(known)}"
+            f"{source} is not an experiment in this store{did_you_mean(name, known)}: choose one of {', '.join(known)}"
         )
     runs = _search(client, experiment.experiment_id)
     parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
-    yield from _runs(run for run in runs if run.info.run_id not in parents)
+    yield from _without_groups(run for run in runs if run.info.run_id not in parents)
 
 
-def _runs(found: Iterable[Any]) -> Iterator[Any]:
-    """Without studies and arms of ours that have nothing below them."""
-    yield from (run for run in found if run.data.tags.get("level") not in ("study", "arm"))
+def _without_groups(runs: Iterable[Any]) -> Iterator[Any]:
+    """The runs without our studies and arms that have no descendants."""
+    yield from (run for run in runs if run.data.tags.get("level") not in ("study", "arm"))
 
 
-def _below(client: Any, run: Any) -> Iterator[Any]:
+def _descendants(client: Any, run: Any) -> Iterator[Any]:
     for child in _search(client, run.info.experiment_id, f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"):
-        yield from list(_below(client, child)) or _runs([child])
+        yield from list(_descendants(client, child)) or _without_groups([child])
 
 
 def _search(client: Any, experiment_id: str, query: str = "") -> list[Any]:
-    """Runs in the order in which they began, those of one moment by name."""
-    found: list[Any] = []
+    """Runs sorted by start time, then by name."""
+    runs: list[Any] = []
     token = None
     while True:
         page = client.search_runs([experiment_id], query, max_results=500, page_token=token)
-        found += page
+        runs += page
         if not (token := page.token):
-            return sorted(found, key=lambda run: (run.info.start_time, run.info.run_name or ""))
+            return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_name or ""))
 
 
-def save(client: Any, run: Any, folder: Path, names: Names, wanted: Iterable[str]) -> None:
-    """Write one MLflow run as a run folder: run.json, and metrics.jsonl of the metrics that are wanted.
+def save_as_run_folder(client: Any, run: Any, folder: Path, names: SourceNames, metric_names: Iterable[str]) -> None:
+    """Write one MLflow run as a run folder: run.json, and metrics.jsonl of the given metrics.
 
     Args:
-        client: of the store.
-        run: the run.
-        folder: to write; made if need be.
-        names: what the run calls things.
-        wanted: names of metrics whose whole course is fetched.
+        client: MLflow client of the store.
+        run: the MLflow run.
+        folder: folder to write; created if it does not exist.
+        names: names of the required values in the run.
+        metric_names: metrics whose whole history is fetched.
 
     Raises:
-        UsageError: if a parameter cannot be read as what it has to be, or the accuracy is not a share of 1.
+        UsageError: if a parameter is missing or not a number, or the accuracy is not between 0 and 1.
     """
     params, metrics = dict(run.data.params), dict(run.data.metrics)
-    size = _whole(run, names.size, params.get(names.size, run.data.tags.get(names.size)), None)
-    seed = _whole(run, names.seed, params.get(names.seed, run.data.tags.get(names.seed)), 0)
+    size = _integer(run, names.global_size, params.get(names.global_size, run.data.tags.get(names.global_size)), None)
+    seed = _integer(run, names.seed, params.get(names.seed, run.data.tags.get(names.seed)), 0)
     result: dict[str, Any] = {}
     if (accuracy := metrics.get(names.accuracy)) is not None and math.isfinite(accuracy):
         accuracy = accuracy / 100 if names.percent else accuracy
         if not 0 <= accuracy <= 1:
             raise UsageError(
-                f"{names.accuracy} of {_title(run)} ({accuracy:g}) is not a share of 1: add --percent if it is in "
+                f"{names.accuracy} of {_title(run)} ({accuracy:g}) is not between 0 and 1: add --percent if it is in "
                 "percent, or choose another --accuracy"
             )
         result["test/accuracy"] = accuracy
     lines: dict[int, dict[str, float]] = {}
-    for name in metrics.keys() & set(wanted):
+    for name in metrics.keys() & set(metric_names):
         for point in client.get_metric_history(run.info.run_id, name):
             lines.setdefault(point.step, {})[name] = point.value
     ours = run.data.tags.get("mlflow.source.name") == "gengap_dist"
-    counted = metrics.get(names.updates, params.get(names.updates, max(lines, default=0) if ours else 0))
-    num_steps = _whole(run, names.updates, str(counted), None)
+    counted = metrics.get(names.num_updates, params.get(names.num_updates, max(lines, default=0) if ours else 0))
+    num_steps = _integer(run, names.num_updates, str(counted), None)
     result["num_steps"] = num_steps
     if "updates_to_target" in metrics:
         result["updates_to_target"] = int(metrics["updates_to_target"])
     status = run.data.tags.get("status", STATUS.get(run.info.status, "finished"))
-    settings = nested({name: _value(text) for name, text in params.items() if name not in (names.size, names.seed)})
-    settings = settings | {"batch": {**_dict(settings.get("batch")), "global_size": size}, "seed": seed}
+    settings = nested(
+        {name: _parse_value(text) for name, text in params.items() if name not in (names.global_size, names.seed)}
+    )
+    settings = settings | {"batch": {**_dict_or_empty(settings.get("batch")), "global_size": size}, "seed": seed}
     folder.mkdir(parents=True, exist_ok=True)
     info = {
         "schema": 1,
@@ -139,11 +141,11 @@ def save(client: Any, run: Any, folder: Path, names: Names, wanted: Iterable[str
     write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def _dict_or_empty(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _whole(run: Any, name: str, text: str | None, missing: int | None) -> int:
+def _integer(run: Any, name: str, text: str | None, missing: int | None) -> int:
     if text is None and missing is not None:
         return missing
     try:
@@ -152,15 +154,15 @@ def _whole(run: Any, name: str, text: str | None, missing: int | None) -> int:
         known = [*run.data.params]
         has = "has no parameter or tag" if text is None else f"has {text} as"
         raise UsageError(
-            f"{_title(run)} {has} {name}{did_you_mean(name, known)}: say what its runs call it "
+            f"{_title(run)} {has} {name}{did_you_mean(name, known)}: give the name in these runs "
             f"(they have {', '.join(sorted(known)[:12]) or 'no parameters'})"
         ) from None
 
 
-def _value(text: str) -> Any:
-    """A parameter as the value that was logged; text where it is none.
+def _parse_value(text: str) -> Any:
+    """The logged value of a parameter; the text itself if it is not a literal.
 
-    >>> [_value(text) for text in ("0.1", "None", "True", "sgd", "['a']")]
+    >>> [_parse_value(text) for text in ("0.1", "None", "True", "sgd", "['a']")]
     [0.1, None, True, 'sgd', ['a']]
     """
     try:

@@ -1,8 +1,8 @@
-"""The MLflow side of a run folder or a study folder: which MLflow runs there are, and what each of them has been told.
+"""Uploads a run folder or a study folder to MLflow runs.
 
 A study is a parent run, its arms are children, their seeds grandchildren. `mlflow.json` beside each run.json, in the
-folder of each arm and beside study.json keeps how far MLflow has been told: nothing is sent twice. `MlflowUploader.sync` may be
-broken off anywhere, and called again.
+folder of each arm and beside study.json stores what has been sent, so nothing is sent twice. `MlflowUploader.sync` may
+be interrupted at any point and called again.
 """
 
 import contextlib
@@ -37,25 +37,27 @@ from gengap_dist.runs.run_folder import (
     write_atomically,
 )
 
-if TYPE_CHECKING:  # numpy, which the command that starts a mirror does not need
+if TYPE_CHECKING:  # numpy, which the command that starts the uploader does not need
     from gengap_dist.runs.metrics_table import MetricsTable
 
-MAX_REQUEST = 1000  # metrics that MLflow takes at once
+MAX_REQUEST = 1000  # metrics that MLflow accepts in one request
 STATUS = {
-    RUNNING: "KILLED",  # when all is over: it has lost its driver
+    RUNNING: "KILLED",  # at the end: its driver was lost
     FINISHED: "FINISHED",
     DIVERGED: "FINISHED",
     FAILED: "FAILED",
     KILLED: "KILLED",
     PREEMPTED: "KILLED",
 }
-ENDED = (FINISHED, DIVERGED, FAILED)  # statuses of runs that have come to their end, good or bad
+ENDED = (FINISHED, DIVERGED, FAILED)  # final statuses, of successful and failed runs
 WORST_FIRST = (RUNNING, KILLED, PREEMPTED, FAILED, DIVERGED)
-LOST = "lost"  # when a run ended whose folder does not say so
+UNKNOWN_END = "lost"  # end time of a run whose folder has none
 ARTIFACTS = ("run.json", "study.json", "config.yaml", "spectra", "figures", "report.html")
-MODEL = "model"
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # the UI shows runs and charts first, not prompts
-CLIENT_DEFAULTS = {  # a dead server must be noticed in seconds; MLflow's own defaults take minutes
+MODEL_NAME = "model"
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development"
+}  # the UI shows runs and charts first, not prompts
+CLIENT_DEFAULTS = {  # a dead server must be detected in seconds; with MLflow's defaults it takes minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
@@ -67,19 +69,19 @@ State = dict[str, Any]
 Runs = Mapping[Path, Line]
 """Folder to run.json."""
 Tags = dict[str, Any]
-Sent = Callable[[str, int, int], None]
-"""Called with a run's name, the last step sent and the last step there is."""
+UploadProgress = Callable[[str, int, int], None]
+"""Called with a run's name, the last step sent and the last step recorded."""
 
 
-class Computed(NamedTuple):
-    """What MLflow gets beside what a folder holds: functions of packages that this one does not know."""
+class UploadCallbacks(NamedTuple):
+    """Functions of other packages that compute additional content for MLflow."""
 
-    over_seeds: Callable[[Sequence[SeedRun], Sequence[SeedRun]], list[Line]]
-    """The runs of an arm, and of the baseline, as lines of an aggregated history."""
+    aggregate_seeds: Callable[[Sequence[SeedRun], Sequence[SeedRun]], list[Line]]
+    """Aggregate the runs of an arm, and of the baseline, into lines of metrics."""
     export_model: Callable[..., None]
-    """Writes a finished run's network: `export_model(folder, info, to, model_id=..., run_id=...)`."""
+    """Export a finished run's model: `export_model(folder, info, to, model_id=..., run_id=...)`."""
     prepare_export: Callable[[], object]
-    """Imports what `export_model` needs, which takes seconds."""
+    """Import the dependencies of `export_model`, which takes seconds."""
 
 
 def store_uri(configured: str | None) -> str:
@@ -87,8 +89,8 @@ def store_uri(configured: str | None) -> str:
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
-def comparison(folder: Path) -> str:
-    """Where the UI compares the arms of a study: what follows the host in the address; empty if there are none yet."""
+def comparison_path(folder: Path) -> str:
+    """Path, after the host, of the UI's comparison of a study's arms; empty if there are no arms yet."""
     paths = (folder / "runs" / arm / "mlflow.json" for arm in read_info(folder / "study.json")["arms"])
     states = [json.loads(path.read_text()) for path in paths if path.exists()]
     if not states:
@@ -98,7 +100,7 @@ def comparison(folder: Path) -> str:
 
 
 def import_client() -> Callable[..., Any]:
-    """Import MLflow, which takes seconds; the class of its clients."""
+    """Import MLflow, which takes seconds; returns its client class."""
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
     with fast_imports():
@@ -109,48 +111,51 @@ def import_client() -> Callable[..., Any]:
 def connect(uri: str) -> Any:
     """An MLflow client that gives up on a dead server within seconds."""
     client = import_client()
-    with fast_imports():  # it imports what the store needs, and makes a store that is a file
+    with fast_imports():  # it imports the store's dependencies, and creates a file store
         return client(tracking_uri=uri)
 
 
 class MlflowUploader:
-    """What MLflow has of one folder, of a run or of a study."""
+    """Uploads one folder, of a run or of a study."""
 
-    def __init__(self, folder: Path, uri: str, experiment: str, computed: Computed) -> None:
-        """Connect, and make the experiment if there is none.
+    def __init__(self, folder: Path, uri: str, experiment: str, callbacks: UploadCallbacks) -> None:
+        """Connect, and create the experiment if it does not exist.
 
         Raises:
-            Exception: whatever the MLflow client meets on its way to the store.
+            Exception: any error of the MLflow client.
         """
-        self.folder, self.uri, self.computed = folder, uri, computed
+        self.folder, self.uri, self.callbacks = folder, uri, callbacks
         with _exclusive_lock(uri):
             self.client = connect(uri)
-            found = self.client.get_experiment_by_name(experiment)
+            existing = self.client.get_experiment_by_name(experiment)
             self.experiment = (
-                found.experiment_id if found else self.client.create_experiment(experiment, _artifacts(uri), KIND)
+                existing.experiment_id
+                if existing
+                else self.client.create_experiment(experiment, _artifact_location(uri), EXPERIMENT_TAGS)
             )
 
-    def sync(self, *, closing: bool = False, sent: Sent = lambda name, done, total: None) -> None:
-        """Send what is new; with `closing`, also artifacts and last status, which a study's runs get as they end."""
+    def sync(self, *, closing: bool = False, progress: UploadProgress = lambda name, done, total: None) -> None:
+        """Send what is new; with `closing`, also artifacts and final status, which a study's runs get when they end."""
         if (self.folder / "run.json").exists():
-            self._sync_run(self.folder, read_info(self.folder), {"mlflow.runName": self.folder.name}, closing, sent)
+            self._sync_run(self.folder, read_info(self.folder), {"mlflow.runName": self.folder.name}, closing, progress)
         if (self.folder / "study.json").exists():
-            self._sync_study(read_info(self.folder / "study.json"), closing, sent)
+            self._sync_study(read_info(self.folder / "study.json"), closing, progress)
 
     # -- a study, its arms, its runs ----------------------------------------------------------------------------------
 
-    def _sync_study(self, study: Line, closing: bool, sent: Sent) -> None:
-        from gengap_dist.config.identity import treatment  # its room imports scipy, which is slow
+    def _sync_study(self, study: Line, closing: bool, progress: UploadProgress) -> None:
+        from gengap_dist.config.identity import treatment  # its package imports scipy, which is slow
 
         tune = study["config"]["study"].get("tune") or {}
         shared = {"study": study["name"], "tuned": ",".join(tune.get("space", ())) or None}
-        name = f"{study['name']} {datetime.fromisoformat(study['started']):%Y-%m-%d %H:%M:%S}"  # another may share it
+        # with the time, because names of studies need not be unique
+        name = f"{study['name']} {datetime.fromisoformat(study['started']):%Y-%m-%d %H:%M:%S}"
         own = {"mlflow.runName": name, "level": "study", "status": study["status"]}
-        parent = self._open(self.folder, study, shared | own)
+        parent = self._open_run(self.folder, study, shared | own)
         shared["study_run_id"] = parent["run_id"]
-        arms = {arm: self._runs(arm, study["seeds"], closing) for arm in study["arms"]}
+        arms = {arm: self._arm_runs(arm, study["seeds"], closing) for arm in study["arms"]}
         baseline = arms.get(study["baseline"], {})
-        against = next((_settings(info) for info in baseline.values()), None)
+        reference = next((_flat_config(info) for info in baseline.values()), None)
         for arm, runs in arms.items():
             if not runs:
                 continue
@@ -159,24 +164,24 @@ class MlflowUploader:
                 "arm": arm,
                 "role": "baseline" if runs is baseline else "arm",
                 "batch.global_size": first["config"]["batch"]["global_size"],
-                "treatment": treatment(_settings(first), against) if against else None,
+                "treatment": treatment(_flat_config(first), reference) if reference else None,
             }
-            above = self._sync_arm(runs, None if runs is baseline else baseline, study, tags, closing)
+            arm_run_id = self._sync_arm(runs, None if runs is baseline else baseline, study, tags, closing)
             for path, info in runs.items():
-                own = {"mlflow.runName": f"{arm}/{path.name}", "mlflow.parentRunId": above, "level": "seed"}
-                self._sync_run(path, info, tags | own, closing or info["status"] != RUNNING, sent)
-        self._tag(self.folder, parent, {"mlflow.note.content": _note(study, comparison(self.folder))})
+                own = {"mlflow.runName": f"{arm}/{path.name}", "mlflow.parentRunId": arm_run_id, "level": "seed"}
+                self._sync_run(path, info, tags | own, closing or info["status"] != RUNNING, progress)
+        self._set_tags(self.folder, parent, {"mlflow.note.content": _study_note(study, comparison_path(self.folder))})
         if closing:
             self._send_headline(parent, study)
-            self._close(self.folder, parent, study)
+            self._close_run(self.folder, parent, study)
 
-    def _runs(self, arm: str, seeds: Sequence[int], closing: bool) -> dict[Path, Line]:
-        """Folder to run.json of the arm's runs; one that cannot be read is passed over, and the log says so."""
+    def _arm_runs(self, arm: str, seeds: Sequence[int], closing: bool) -> dict[Path, Line]:
+        """Folder to run.json of the arm's runs; an unreadable one is skipped, with a message in the log."""
         out: dict[Path, Line] = {}
         for path in sorted((self.folder / "runs" / arm).glob("*/run.json")):
             try:
                 info = read_info(path.parent)
-                if info["config"]["seed"] in seeds:  # else the study has done without it since
+                if info["config"]["seed"] in seeds:  # otherwise the study no longer contains it
                     out[path.parent] = info
             except UsageError as error:
                 if closing:
@@ -184,10 +189,10 @@ class MlflowUploader:
         return out
 
     def _sync_arm(self, runs: Runs, baseline: Runs | None, study: Line, tags: Tags, closing: bool) -> str:
-        """Send what an arm's seeds say together, once all have ended; its MLflow run.
+        """Send the aggregate over an arm's seeds once all have ended; returns the id of the arm's MLflow run.
 
-        What a seed adds later would leave the values before it in the histories: the arm gets a new MLflow run then,
-        with the old one's tags, and the old one goes to MLflow's trash.
+        MLflow keeps the history of sent values, so they cannot be replaced. If seeds change later, the arm gets a new
+        MLflow run with the old one's tags, and the old run is deleted (moved to MLflow's trash).
         """
         num_seeds, ended = len(study["seeds"]), _all_ended(runs, len(study["seeds"]))
         over = ended or closing or study["status"] != RUNNING
@@ -210,97 +215,101 @@ class MlflowUploader:
             "status": info["status"],
             "runs": ", ".join(f"{number} {status}" for status, number in sorted(counts.items()) if number > 0),
         }
-        state = self._open(folder, info, {**tags, **own})
+        state = self._open_run(folder, info, {**tags, **own})
         if ended and (closing or baseline is None or _all_ended(baseline, num_seeds)):
-            theirs = baseline or {}
+            baseline_runs = baseline or {}
             made_of = {
-                str(p.relative_to(folder.parent)): i["ended"] for p, i in {**theirs, **runs}.items() if "ended" in i
+                str(p.relative_to(folder.parent)): i["ended"]
+                for p, i in {**baseline_runs, **runs}.items()
+                if "ended" in i
             }
             if state.get("made_of", made_of) != made_of:
-                state = self._replace(folder, state, info)
+                state = self._replace_run(folder, state, info)
             if state.get("made_of") != made_of:
-                self._keep(folder, state, made_of=made_of, summed=False)
+                self._save_state(folder, state, made_of=made_of, summed=False)
             if not state["summed"]:
                 arm, against = (
-                    [SeedRun(info, _history(path, info)) for path, info in of.items()] for of in (runs, theirs)
+                    [SeedRun(info, _history(path, info)) for path, info in of.items()] for of in (runs, baseline_runs)
                 )
-                self._log(state["run_id"], _points(self.computed.over_seeds(arm, against), info))
-                self._keep(folder, state, summed=True)
-        if over and state.get("closed") != (info["ended"] or LOST):
-            self._close(folder, state, info)
+                self._log_metrics(state["run_id"], _mlflow_metrics(self.callbacks.aggregate_seeds(arm, against), info))
+                self._save_state(folder, state, summed=True)
+        if over and state.get("closed") != (info["ended"] or UNKNOWN_END):
+            self._close_run(folder, state, info)
         return state["run_id"]
 
-    def _replace(self, folder: Path, state: State, info: Line) -> State:
+    def _replace_run(self, folder: Path, state: State, info: Line) -> State:
         old, tags = state["run_id"], self.client.get_run(state["run_id"]).data.tags
         new = self.client.create_run(self.experiment, start_time=_millis(info["started"]), tags=tags)
-        self._keep(folder, state, run_id=new.info.run_id, described=False, closed=None)
+        self._save_state(folder, state, run_id=new.info.run_id, described=False, closed=None)
         self.client.delete_run(old)
-        return self._open(folder, info, state["tags"])
+        return self._open_run(folder, info, state["tags"])
 
     def _send_headline(self, parent: State, study: Line) -> None:
-        """The study's own numbers; MLflow shows the last of those that it was told."""
+        """Send the study's own metrics; MLflow shows the last value sent."""
         from mlflow.entities import Metric
 
-        told = (study.get("metrics") or {}).items()
-        numbers = {re.sub(r"[^/\w.\- :]", "_", name): value for name, value in told}  # names of arms may have a +
+        recorded = (study.get("metrics") or {}).items()
+        metrics = {re.sub(r"[^/\w.\- :]", "_", name): value for name, value in recorded}  # names of arms may have a +
         before = parent.get("metrics", {})
-        at = _millis(study["ended"]) if "ended" in study else 0
-        self._log(parent["run_id"], [Metric(k, v, at, 0) for k, v in numbers.items() if before.get(k) != v])
-        self._keep(self.folder, parent, metrics=numbers)
+        timestamp = _millis(study["ended"]) if "ended" in study else 0
+        self._log_metrics(
+            parent["run_id"], [Metric(k, v, timestamp, 0) for k, v in metrics.items() if before.get(k) != v]
+        )
+        self._save_state(self.folder, parent, metrics=metrics)
 
-    def _sync_run(self, folder: Path, info: Line, tags: Tags, closing: bool, sent: Sent) -> None:
-        state = self._open(folder, info, {"level": "run"} | _facts(info) | tags)
+    def _sync_run(self, folder: Path, info: Line, tags: Tags, closing: bool, progress: UploadProgress) -> None:
+        state = self._open_run(folder, info, {"level": "run"} | _run_tags(info) | tags)
         if info["status"] != RUNNING and state.get("closed") == info["ended"]:
             return
-        self._send(folder, state, list(read_metrics(folder)), info, sent)
+        self._send_metrics(folder, state, list(read_metrics(folder)), info, progress)
         self._send_system(folder, state)
         self._send_model(folder, state, info)
         if closing:
-            self._close(folder, state, info)
+            self._close_run(folder, state, info)
 
     # -- one MLflow run -----------------------------------------------------------------------------------------------
 
-    def _state(self, folder: Path) -> State:
+    def _read_state(self, folder: Path) -> State:
         path = folder / "mlflow.json"
         state = json.loads(path.read_text()) if path.exists() else {}
         return state if state.get("uri") == self.uri else {"uri": self.uri, "last_step": -1}
 
-    def _keep(self, folder: Path, state: State, **news: Any) -> None:
+    def _save_state(self, folder: Path, state: State, **news: Any) -> None:
         state |= news
         write_atomically(folder / "mlflow.json", json.dumps(state, indent=1))
 
-    def _open(self, folder: Path, info: Line, tags: Tags) -> State:
-        """The state of the folder's MLflow run, made and described at the first call, reopened after a resume."""
-        state = self._state(folder)
+    def _open_run(self, folder: Path, info: Line, tags: Tags) -> State:
+        """The state of the folder's MLflow run, which is created at the first call and reopened after a resume."""
+        state = self._read_state(folder)
         if "run_id" not in state:
-            first = _words({"mlflow.source.name": "gengap_dist", "folder": folder, **tags})
-            run = self.client.create_run(self.experiment, start_time=_millis(info["started"]), tags=first)
-            self._keep(folder, state, run_id=run.info.run_id, experiment_id=self.experiment, tags=first)
-        self._tag(folder, state, tags)
+            initial = _tag_strings({"mlflow.source.name": "gengap_dist", "folder": folder, **tags})
+            run = self.client.create_run(self.experiment, start_time=_millis(info["started"]), tags=initial)
+            self._save_state(folder, state, run_id=run.info.run_id, experiment_id=self.experiment, tags=initial)
+        self._set_tags(folder, state, tags)
         if not state.get("described"):
-            self._describe(state["run_id"], info)
-            self._keep(folder, state, described=True)
+            self._log_params_and_data(state["run_id"], info)
+            self._save_state(folder, state, described=True)
         if info["status"] == RUNNING and state.get("closed"):
             self.client.update_run(state["run_id"], status="RUNNING")
-            self._keep(folder, state, closed=None)
+            self._save_state(folder, state, closed=None)
         return state
 
-    def _tag(self, folder: Path, state: State, tags: Tags) -> None:
+    def _set_tags(self, folder: Path, state: State, tags: Tags) -> None:
         """Set the tags that are new or have changed."""
         from mlflow.entities import RunTag
 
         known = state.get("tags", {})
-        if news := dict(_words(tags).items() - known.items()):
-            self.client.log_batch(state["run_id"], tags=[RunTag(key, value) for key, value in news.items()])
-            self._keep(folder, state, tags=known | news)
+        if changed := dict(_tag_strings(tags).items() - known.items()):
+            self.client.log_batch(state["run_id"], tags=[RunTag(key, value) for key, value in changed.items()])
+            self._save_state(folder, state, tags=known | changed)
 
-    def _describe(self, run_id: str, info: Line) -> None:
+    def _log_params_and_data(self, run_id: str, info: Line) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         settings = flat(info["config"])
         final = {
             key: value for key, value in settings.items() if not key.startswith(EXECUTION_SETTINGS)
-        }  # as params must be
+        }  # params cannot change
         params = [Param(key, str(value)[:6000]) for key, value in final.items()]
         for at in range(0, len(params), 100):
             self.client.log_batch(run_id, params=params[at : at + 100])
@@ -315,26 +324,30 @@ class MlflowUploader:
             context = InputTag(key="mlflow.data.context", value="training")
             self.client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[context])])
 
-    def _send(self, folder: Path, state: State, lines: list[Line], info: Line, sent: Sent) -> None:
+    def _send_metrics(
+        self, folder: Path, state: State, lines: list[Line], info: Line, progress: UploadProgress
+    ) -> None:
         """Send the lines after the last step sent, in requests of whole lines.
 
-        `in_flight` is on disk before a request leaves: after a crash, its lines are looked up before they are sent
-        again.
+        `in_flight` is written to disk before a request is sent: after a crash, MLflow is asked for these lines before
+        they are sent again.
         """
         for request in _requests(line for line in lines if line["step"] > state["last_step"]):
-            last_step, doubtful = request[-1]["step"], state.get("in_flight") or -1
-            fresh = [line for line in request if line["step"] > doubtful or not self._arrived(state["run_id"], line)]
-            self._keep(folder, state, in_flight=last_step)
-            self._log(state["run_id"], _points(fresh, info))
-            self._keep(folder, state, last_step=last_step, in_flight=None)
-            sent(folder.name, last_step, lines[-1]["step"])
+            last_step, uncertain = request[-1]["step"], state.get("in_flight") or -1
+            unsent = [
+                line for line in request if line["step"] > uncertain or not self._was_received(state["run_id"], line)
+            ]
+            self._save_state(folder, state, in_flight=last_step)
+            self._log_metrics(state["run_id"], _mlflow_metrics(unsent, info))
+            self._save_state(folder, state, last_step=last_step, in_flight=None)
+            progress(folder.name, last_step, lines[-1]["step"])
 
-    def _arrived(self, run_id: str, line: Line) -> bool:
-        name = list(_values(line))[-1]
+    def _was_received(self, run_id: str, line: Line) -> bool:
+        name = list(_metric_values(line))[-1]
         return any(metric.step == line["step"] for metric in self.client.get_metric_history(run_id, name))
 
     def _send_system(self, folder: Path, state: State) -> None:
-        """Samples of the nodes, numbered by step; a sample sent again after a crash is the same point to MLflow."""
+        """Send system metrics of the nodes; the step is the sample's number, so a sample sent twice is one point."""
         from mlflow.entities import Metric
 
         for path in sorted(folder.glob("system*.jsonl")):
@@ -348,42 +361,42 @@ class MlflowUploader:
                 if name != "time"
             ]
             if points:
-                self._log(state["run_id"], points)
-                self._keep(folder, state, system=done | {path.name: len(lines)})
+                self._log_metrics(state["run_id"], points)
+                self._save_state(folder, state, system=done | {path.name: len(lines)})
 
-    def _log(self, run_id: str, points: list[Any]) -> None:
+    def _log_metrics(self, run_id: str, points: list[Any]) -> None:
         for at in range(0, len(points), MAX_REQUEST):
             self.client.log_batch(run_id, metrics=points[at : at + MAX_REQUEST])
 
     def _send_model(self, folder: Path, state: State, info: Line) -> None:
-        """Log the final network of a finished run; one that cannot be exported is no reason to fail."""
+        """Log the final model of a finished run; if the export fails, the upload continues."""
         trained = info["status"] == FINISHED and info["launcher"] != "probe"
         if not trained or not info["config"]["mlflow"].get("log_model") or state.get("model_logged"):
             return
         from mlflow.entities import LoggedModelOutput
 
         if "model_id" not in state:
-            made = self.client.create_logged_model(self.experiment, MODEL, state["run_id"])
-            self._keep(folder, state, model_id=made.model_id)
+            logged = self.client.create_logged_model(self.experiment, MODEL_NAME, state["run_id"])
+            self._save_state(folder, state, model_id=logged.model_id)
         model_id = state["model_id"]
         with tempfile.TemporaryDirectory() as temporary:
-            files = Path(temporary) / MODEL
+            files = Path(temporary) / MODEL_NAME
             try:
-                self.computed.export_model(folder, info, files, model_id=model_id, run_id=state["run_id"])
-            except Exception as error:  # torch.export meets whatever a network of the user's own does
+                self.callbacks.export_model(folder, info, files, model_id=model_id, run_id=state["run_id"])
+            except Exception as error:  # with a user's own model torch.export may raise anything
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 print(f"warning: the model of {folder} could not be exported: {reason}", flush=True)
-                self._tag(folder, state, {"model": f"not logged: {reason[:400]}"})
+                self._set_tags(folder, state, {"model": f"not logged: {reason[:400]}"})
                 self.client.finalize_logged_model(model_id, "FAILED")
             else:
                 self.client.log_model_artifacts(model_id, str(files))
                 self.client.finalize_logged_model(model_id, "READY")
                 output = LoggedModelOutput(model_id, info["result"]["num_steps"])
                 self.client.log_outputs(state["run_id"], [output])
-        self._keep(folder, state, model_logged=True)
+        self._save_state(folder, state, model_logged=True)
 
-    def _close(self, folder: Path, state: State, info: Line) -> None:
-        """Send artifacts and the final status; a run that still says `running` has lost its driver."""
+    def _close_run(self, folder: Path, state: State, info: Line) -> None:
+        """Send artifacts and the final status; a run whose status is still `running` has lost its driver."""
         run_id = state["run_id"]
         for name in ARTIFACTS:
             path = folder / name
@@ -393,11 +406,11 @@ class MlflowUploader:
                 self.client.log_artifact(run_id, str(path))
         ended = info.get("ended")
         self.client.set_terminated(run_id, STATUS[info["status"]], _millis(ended) if ended else None)
-        self._keep(folder, state, closed=ended or LOST)
+        self._save_state(folder, state, closed=ended or UNKNOWN_END)
 
 
-def _facts(info: Line) -> dict[str, object]:
-    """Where this start of a run computes, and what it is: another start may have other ranks."""
+def _run_tags(info: Line) -> dict[str, object]:
+    """Tags that describe this start of a run; a later start may have other ranks."""
     names = ("status", "world_size", "launcher", "strategy", "device", "seed", "norm_size")
     return {name: info.get(name) for name in names} | {
         "mlflow.source.git.commit": (info.get("git") or {}).get("commit"),
@@ -405,12 +418,12 @@ def _facts(info: Line) -> dict[str, object]:
     }
 
 
-def _settings(info: Line) -> dict[str, Any]:
+def _flat_config(info: Line) -> dict[str, Any]:
     return flat(info["config"])
 
 
-def _words(tags: Tags) -> dict[str, str]:
-    """Tags as MLflow takes them; None is no tag."""
+def _tag_strings(tags: Tags) -> dict[str, str]:
+    """Tags as strings, without those that are None."""
     return {key: str(value) for key, value in tags.items() if value is not None}
 
 
@@ -424,31 +437,31 @@ def _history(folder: Path, info: Line) -> "MetricsTable":
     return read_metrics_table(folder) if info["status"] == FINISHED else to_table(())
 
 
-def _note(study: Line, link: str) -> str:
-    """What the UI shows at the head of a study's page, in Markdown: question, verdicts, where its arms are compared."""
+def _study_note(study: Line, link: str) -> str:
+    """The description of a study in the UI, in Markdown: question, verdicts, and link to the comparison of arms."""
     verdicts = "\n".join(f"- {sentence}" for sentence in study.get("verdicts", []))
     compared = f"[Compare the arms]({link})" if link else ""
     return "\n\n".join(filter(None, (study["question"], verdicts, compared)))
 
 
-def _points(lines: Iterable[Line], info: Line) -> list[Any]:
-    """MLflow's metrics of lines as metrics.jsonl has them, at the time they were taken."""
+def _mlflow_metrics(lines: Iterable[Line], info: Line) -> list[Any]:
+    """MLflow metrics of lines of metrics.jsonl, with the time of recording."""
     from mlflow.entities import Metric
 
     start = _millis(info["started"])
     return [
         Metric(name, value, start + round(line["seconds"] * 1000), line["step"])
         for line in lines
-        for name, value in _values(line).items()
+        for name, value in _metric_values(line).items()
     ]
 
 
-def _values(line: Line) -> dict[str, float]:
+def _metric_values(line: Line) -> dict[str, float]:
     return {name: value for name, value in line.items() if name not in ("step", "seconds")}
 
 
 def _requests(lines: Iterator[Line]) -> Iterator[list[Line]]:
-    """Whole lines in groups of at most MAX_REQUEST values; a longer line is a group of its own.
+    """Group lines into requests of at most MAX_REQUEST values; a longer line is a group of its own.
 
     >>> [len(group) for group in _requests(iter([{"step": s, "seconds": 0, "a": 1, "b": 2} for s in range(1001)]))]
     [500, 500, 1]
@@ -456,11 +469,11 @@ def _requests(lines: Iterator[Line]) -> Iterator[list[Line]]:
     group: list[Line] = []
     size = 0
     for line in lines:
-        if group and size + len(_values(line)) > MAX_REQUEST:
+        if group and size + len(_metric_values(line)) > MAX_REQUEST:
             yield group
             group, size = [], 0
         group.append(line)
-        size += len(_values(line))
+        size += len(_metric_values(line))
     if group:
         yield group
 
@@ -476,15 +489,15 @@ def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def _artifacts(uri: str) -> str | None:
-    """Beside a sqlite store, not in whatever folder a command was started from; a server decides for itself."""
+def _artifact_location(uri: str) -> str | None:
+    """A folder beside a sqlite store, independent of the current folder; None: a server decides."""
     path = _sqlite_path(uri)
     return path.resolve().with_name("mlartifacts").as_uri() if path else None
 
 
 @contextlib.contextmanager
 def _exclusive_lock(uri: str) -> Iterator[None]:
-    """A fresh sqlite store is built by one process at a time: several at once would break it."""
+    """Context in which only one process initializes a sqlite store: several at once would break it."""
     path = _sqlite_path(uri)
     if path is None:
         yield

@@ -199,7 +199,7 @@ def fixed_bytes(config: RunConfig, model: nn.Module, num_ranks: int) -> int:
 
     At least those of a copy of the network and its gradients, which the measurement needs.
     """
-    weight_bytes = memory_model.weights(config, model, strategy_name(config, num_ranks), num_ranks)
+    weight_bytes = memory_model.weight_bytes(config, model, strategy_name(config, num_ranks), num_ranks)
     later_bytes = weight_bytes["gradients"] + weight_bytes["optimizer_state"] + weight_bytes["kept_weights"]
     return OTHER_BYTES + max(later_bytes, 2 * sum(parameter.nbytes for parameter in model.parameters()))
 

@@ -70,10 +70,10 @@ class ProfilerClock(PhaseTimer):
         return nullcontext() if self._step_intervals is None else self.phase(name)
 
     @contextmanager
-    def phase(self, kind: str, doing: str = "", *, meeting: bool = False) -> Iterator[None]:
+    def phase(self, kind: str, activity: str = "", *, collective: bool = False) -> Iterator[None]:
         """See `PhaseTimer.phase`."""
         named = record_function(trace.PREFIX + kind) if self.tracing else nullcontext()
-        with named, super().phase(kind, doing, meeting=meeting):
+        with named, super().phase(kind, activity, collective=collective):
             yield
 
     def _charge(self, kind: str, until: Any) -> None:
@@ -85,7 +85,7 @@ class ProfilerClock(PhaseTimer):
         super()._charge("compute" if kind in COMPUTE_PARTS else kind, until)
 
     def _charge_until_now(self) -> None:
-        self._charge(self._kinds[-1], self.now())
+        self._charge(self._open_phases[-1], self.now())
 
     def begin_step(self) -> None:
         """Start recording a step."""

@@ -62,8 +62,8 @@ def test_fewer_gpus_than_local_ranks(tmp_path, head, code):
 
 
 NO_ROOM = (
-    "launch.num_processes (1) asks for more than the Ray cluster has: its 1 node(s) hold 0 rank(s) of {'CPU': 1.0, "
-    "'GPU': 1.0}, PACK: choose fewer ranks or smaller launch.resources_per_rank, or launch.device=cpu"
+    "launch.num_processes (1) asks for more ranks than fit on the Ray cluster: its 1 node(s) hold 0 rank(s) of "
+    "{'CPU': 1.0, 'GPU': 1.0}, PACK: choose fewer ranks or smaller launch.resources_per_rank, or launch.device=cpu"
 )
 
 

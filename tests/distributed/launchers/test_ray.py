@@ -117,7 +117,7 @@ def test_ranks_that_die_are_started_again_and_nothing_is_lost(cluster, tmp_path,
     done = cluster.train(*words, *ON_RAY, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "deadly").exists()
-    assert "2 rank(s) started again, from the last checkpoint" in done.stderr
+    assert "2 rank(s) restarted from the last checkpoint" in done.stderr
     assert len(read_info(tmp_path / "run")["resumed"]) == 1
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(25))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
@@ -130,7 +130,7 @@ def test_what_a_rank_raises_comes_out_of_the_driver(cluster, tmp_path, factory):
     assert done.returncode == 2, done.stderr
     assert "gengap train: batch.global_size (5000) is larger than the training set" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "started again" not in done.stderr
+    assert "restarted from" not in done.stderr
     assert not (tmp_path / "run").exists()
     (tmp_path / "deadly").touch()
     words = [*SMALL, *NO_MLFLOW, *factory, *ON_RAY, "--train.steps", 24, "--launch.max_failures", 0]
@@ -186,19 +186,21 @@ def test_what_is_no_address_is_refused(address):
 
 
 def test_who_asks_a_ray_cluster(monkeypatch):
-    for name in (ray.JOB, "RAY_ADDRESS", "TORCHELASTIC_RUN_ID"):
+    for name in (ray.JOB_VARIABLE, "RAY_ADDRESS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     auto, on_ray, local = (LaunchConfig(launcher=name) for name in ("auto", "ray", "local"))
     kind = lambda config: type(launchers.choose(config, many_runs=False, entry_point=ENTRY_POINT)).__name__  # noqa: E731
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     assert [kind(config) for config in (auto, on_ray, local)] == ["InProcess", "RayTrain", "InProcess"]
-    monkeypatch.setenv(ray.JOB, "{}")
+    monkeypatch.setenv(ray.JOB_VARIABLE, "{}")
     assert [kind(config) for config in (auto, on_ray, local)] == ["RayTrain", "RayTrain", "InProcess"]
     assert launchers.is_driver(auto)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("RANK", "1")
     assert (kind(auto), launchers.is_driver(auto)) == ("Joined", False)
-    with pytest.raises(UsageError, match=r"launch.launcher \(ray\) starts ranks, and torchrun has started some"):
+    with pytest.raises(
+        UsageError, match=r"launch.launcher \(ray\) starts ranks itself, but torchrun has already started some"
+    ):
         launchers.choose(on_ray, many_runs=False, entry_point=ENTRY_POINT)
 
 

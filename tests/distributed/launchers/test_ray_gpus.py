@@ -159,5 +159,5 @@ def test_what_auto_stands_for(nodes, launches, devices, capsys):
 
 def test_gpus_set_aside_for_a_cpu_are_refused():
     launch = LaunchConfig(device="cpu", resources_per_rank={"GPU": 1.0})
-    with pytest.raises(UsageError, match=r"launch.resources_per_rank .* sets GPUs aside .*: leave GPU out, or"):
+    with pytest.raises(UsageError, match=r"launch.resources_per_rank .* reserves GPUs .*: leave GPU out, or"):
         resolve_device([launch], [GPUS])

@@ -247,5 +247,5 @@ class Scaled(torch.nn.Module):
 def test_fsdp_keeps_tied_parameters_together_and_refuses_scalars():
     assert len(units(torch.nn.Sequential(torch.nn.Linear(200, 200), torch.nn.ModuleList([Tied()])))) == 0
     assert [type(unit) for unit in units(torch.nn.ModuleList([torch.nn.Linear(200, 200)]))] == [torch.nn.Linear]
-    with pytest.raises(UsageError, match=r"launch.strategy \(fsdp\) cannot split parameter scale"):
+    with pytest.raises(UsageError, match=r"launch.strategy \(fsdp\) cannot shard parameter scale"):
         FSDP(config(), World()).setup(Scaled(), lambda model: torch.optim.SGD(model.parameters()))

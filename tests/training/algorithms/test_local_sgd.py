@@ -155,9 +155,9 @@ def beside_torch(world):
     distances, sums = [], []
     total = World.all_reduce
 
-    def counted(self, tensor, what="sum"):
-        sums.append((step, what))
-        return total(self, tensor, what)
+    def counted(self, tensor, label="sum"):
+        sums.append((step, label))
+        return total(self, tensor, label)
 
     World.all_reduce = counted
     for step in range(STEPS):
@@ -304,7 +304,7 @@ def truth(pools, tmp_path_factory):
 
 
 def last(out, name):
-    path = checkpoint.steps(out / "checkpoints")[RUN["train__steps"]]
+    path = checkpoint.checkpoints_by_step(out / "checkpoints")[RUN["train__steps"]]
     return torch.load(path / name, weights_only=True)
 
 

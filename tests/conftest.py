@@ -6,8 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,32 @@ from tests.ray_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
 
+FULL = "GENGAP_FULL" in os.environ  # `make test-full`: tests choose their sizes by it, e.g. NUM_KILLS = 20 if FULL else 1
+
 # A slow machine is no failure, and a change must not fail on another change's luck: CI draws the same cases every time.
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if "CI" in os.environ else "default")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has Ctrl-C ignored, here and in all we start
+
+
+# Each worker takes one file at a time: the longest first, so that none of them is left alone with one at the end.
+LONGEST = ()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("full") and not FULL:
+            item.add_marker(pytest.mark.skip(reason="only in `make test-full`: GENGAP_FULL is not set"))
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.relative_to(ROOT).as_posix(), len(place)))
+
+
+def thinned(table: Iterable[Any], kept: Callable[..., bool]) -> list[Any]:
+    """Parameters of a test; those rows of `table` that are not `kept(*row)` run in `make test-full` only."""
+    rows = [row if isinstance(row, tuple) else (row,) for row in table]
+    return [pytest.param(*row, marks=() if kept(*row) else pytest.mark.full) for row in rows]
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from tests.ray_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
 
-FULL = "GENGAP_FULL" in os.environ  # `make test-full`: tests choose their sizes by it, e.g. NUM_KILLS = 20 if FULL else 1
+FULL = "GENGAP_FULL" in os.environ  # `make test-full`; tests choose their sizes by it: NUM_KILLS = 20 if FULL else 1
 
 # A slow machine is no failure, and a change must not fail on another change's luck: CI draws the same cases every time.
 settings.register_profile("default", deadline=None)

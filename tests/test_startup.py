@@ -11,7 +11,7 @@ import pytest
 from gengap_dist.compat.fast_imports import quickly
 from tests.study.tiny import start, write
 
-COMMANDS = ["", ".train", ".study", ".probe", ".report", ".compare", ".plan", ".doctor"]
+COMMANDS = ["", "train", "study", "probe", "report", "compare", "plan", "doctor"]
 SERVICES = {"ray", "mlflow", "deepspeed", "matplotlib", "scipy", "pandas", "optuna", "torchvision"}
 COMPILER = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"}
 
@@ -29,8 +29,8 @@ def imported(code: str, suspects: set[str]) -> tuple[set[str], str]:
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys, runpy\n"
-        "sys.argv = ['x', '--help']\n"
-        f"try: runpy.run_module('gengap_dist{command}', run_name='__main__', alter_sys=True)\n"
+        f"sys.argv = ['x', *'{command} --help'.split()]\n"
+        "try: runpy.run_module('gengap_dist', run_name='__main__', alter_sys=True)\n"
         "except SystemExit as end: assert not end.code, end.code"
     )
     found, said = imported(code, SERVICES | {"torch", "numpy"})
@@ -83,11 +83,11 @@ def test_the_runs_of_a_study_share_their_processes(tmp_path):
         "        file.write(f\"{os.environ['RANK']} {os.getpid()}\\n\")\n"
         "    return lenet5(num_classes=num_classes, in_channels=in_channels)\n"
     )
-    study = {"baseline": "sb", "seeds": [0, 1, 2], "arms": [{"name": "sb"}]}
+    study = {"baseline": "sb", "seeds": [0, 1], "arms": [{"name": "sb"}]}
     settings = {"data": {"name": "digits"}, "model": {"name": "telling:make"}, "train": {"steps": 2, "num_evals": 1}}
     done = start(write(tmp_path / "study.yaml", study, **settings), tmp_path / "out", "--launch.num_processes", 2)
     assert done.returncode == 0, done.stderr
-    assert len([*tmp_path.glob("out/runs/sb/*/report.html"), *tmp_path.glob("out/runs/sb/*/run.json")]) == 3
+    assert len([*tmp_path.glob("out/runs/sb/*/report.html"), *tmp_path.glob("out/runs/sb/*/run.json")]) == 2
     made = Counter((tmp_path / "pids").read_text().splitlines())  # "rank pid" to networks made
     assert sorted(line.split()[0] for line in made) == ["0", "1"]
-    assert set(made.values()) == {3}
+    assert set(made.values()) == {2}

@@ -276,3 +276,16 @@ TOGETHER: dict[str, Scenario] = {
 }
 
 SCENARIOS: dict[str, Scenario] = ALONE | {f"{name} x2": scenario for name, scenario in TOGETHER.items()}
+
+# What others hold as well: with GENGAP_FULL=1 only.
+TWICE = {*ALONE} & {*TOGETHER} | {
+    "resnet20, ghost",  # activation_checkpointing has it
+    "all views x2",  # on one rank, and by TSQR
+    "micro-batches x2",  # images kept on the host
+    "sync norm, bfloat16 x2",  # with a rank without images
+    "fsdp, adamw, ghost x2",
+    "fsdp, bfloat16 x2",
+    "zero1, adamw x2",  # begun on the CPU
+    "zero2, bfloat16 x2",
+    "zero3 x2",  # with AdamW
+}

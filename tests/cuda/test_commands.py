@@ -77,7 +77,7 @@ def test_probe_of_a_run_made_elsewhere(tmp_path, gengap):
     model = {"model__name": "mlp", "model__widths": (24, 16), "seed": 3}
     train_here(tmp_path / "run", **(BASE | OFF | model | {"train__steps": 2, "launch__device": "cpu"}))
     measured = ["--model", tmp_path / "run", "--num_samples", 100, "--diagnostics", "norms", "weights", "--out"]
-    done = command("gengap_dist.probe", *measured, tmp_path / "gpu", num_gpus=1, cwd=tmp_path)
+    done = command("gengap_dist", "probe", *measured, tmp_path / "gpu", num_gpus=1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert read_info(tmp_path / "gpu")["device"] == "cuda"
     made = (tmp_path / "run/config.yaml").read_text()
@@ -89,7 +89,7 @@ def test_probe_of_a_run_made_elsewhere(tmp_path, gengap):
 
 def test_doctor(tmp_path):
     wanted = ["--launch.device", "cuda", "--launch.num_processes", 2, "--mlflow.enabled", "false"]
-    done = command("gengap_dist.doctor", *wanted, num_gpus=2, cwd=tmp_path)
+    done = command("gengap_dist", "doctor", *wanted, num_gpus=2, cwd=tmp_path)
     assert "2 x Fake H100" in done.stdout
     assert "nccl" in done.stdout
     assert done.returncode == 0, done.stdout

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from gengap_dist.analysis.study_data import read_study
+from tests.conftest import FULL
 
 STUDY = {
     "train": {"epochs": 1, "num_evals": 2},
@@ -144,7 +145,8 @@ def test_a_crashing_run_does_not_stop_the_others(tmp_path, gengap):
 
 def test_progress_on_a_real_terminal(tmp_path):
     """Bars over runs and steps, drawn on a pseudo-terminal."""
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY))
+    arms = STUDY["study"]["arms"] if FULL else STUDY["study"]["arms"][:2]
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY | {"study": STUDY["study"] | {"arms": arms}}))
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "gengap_dist", "study", "--config", "s.yaml", "--out", "out"]
     process = subprocess.Popen(
@@ -158,7 +160,7 @@ def test_progress_on_a_real_terminal(tmp_path):
     os.close(ours)
     assert process.wait(200) == 0, drawn.decode()[-2000:]
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())
-    assert re.search(r"runs +\S*━+\S* +[1-5]/6", text)
+    assert re.search(rf"runs +\S*━+\S* +[1-{2 * len(arms) - 1}]/{2 * len(arms)}", text)
     assert re.search(r"lb seed 1 +\S*━+\S* +\d+/40", text)
 
 

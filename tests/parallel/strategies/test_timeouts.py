@@ -11,6 +11,7 @@ from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.launchers.local import _environment as environment
 from tests import fake_cuda
+from tests.conftest import FULL
 from tests.parallel.strategies import jobs
 from tests.parallel.strategies.test_contract import NEEDS, SHARED
 from tests.ranks import Crew, standing
@@ -26,11 +27,11 @@ def crew_on(device: str):
 
 @pytest.fixture(scope="module")
 def crews():
-    with standing(crew_on("cpu"), (1, 2)) as crews:
+    with standing(crew_on("cpu"), (1, 2) if FULL else (2,)) as crews:
         yield crews
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize("name", SHARED)
 def test_every_group_waits_as_long_as_the_config_says(crews, name, size):
     if (name, size) == ("ddp", 1):
@@ -46,7 +47,7 @@ def test_on_a_machine_with_gpus_too(device):
     if reason := fake_cuda.missing():
         pytest.skip(reason)
     names = ["ddp", "fsdp", *(["zero2"] if not NEEDS.args[0] else [])]  # each that makes groups of its own
-    with environment(fake_cuda.environment(2)), standing(crew_on(device), (1, 2)) as crews:
+    with environment(fake_cuda.environment(2)), standing(crew_on(device), (1, 2) if FULL else (2,)) as crews:
         for size, crew in crews.items():
             for name in names if size == 2 else names[1:]:
                 for found in crew(jobs.timeouts, name, SETTINGS):

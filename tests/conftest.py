@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training import ENTRY_POINT
 from gengap_dist.training.trainer import run
-from tests.ranks import standing
+from tests.ranks import Crews, standing
 from tests.ray_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +102,13 @@ def pools() -> Iterator[dict[int, Pool]]:
     """One, two and three ranks that stay."""
     with standing(lambda size: Pool(size, ENTRY_POINT), (1, 2, 3)) as pools:
         yield pools
+
+
+@pytest.fixture(scope="session")
+def crews() -> Iterator[Crews]:
+    """Ranks that stay for all tests of this process: those on CPUs, in nobody's special environment."""
+    with closing(Crews()) as crews:
+        yield crews
 
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -35,7 +35,6 @@ from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.optimizer import build as build_optimizer
 from gengap_dist.training.step import Work, train_step
 from tests.conftest import ROOT, config
-from tests.ranks import on_ranks
 
 MANY = 4096
 
@@ -243,9 +242,9 @@ def what_is_sent(world: World, counts: list[int]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def really_sent() -> dict[int, list[dict[str, Any]]]:
+def really_sent(crews) -> dict[int, list[dict[str, Any]]]:
     """By number of ranks, what each of them sent."""
-    return {size: on_ranks(size, what_is_sent, shares_of_probe(300, size)) for size in (2, 3)}
+    return {size: crews[size](what_is_sent, shares_of_probe(300, size)) for size in (2, 3)}
 
 
 @pytest.mark.parametrize("size", [2, 3])

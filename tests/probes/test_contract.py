@@ -331,8 +331,8 @@ def everything(world: World) -> dict:
 
 
 @pytest.fixture(scope="module")
-def on() -> dict[int, list[dict]]:
-    return {1: [everything(World())], 2: on_ranks(2, everything), 3: on_ranks(3, everything)}
+def on(crews) -> dict[int, list[dict]]:
+    return {1: [everything(World())], 2: crews[2](everything), 3: crews[3](everything)}
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -256,10 +256,10 @@ def test_asked_to_leave_it_saves_and_says_so(uninterrupted, tmp_path, launcher, 
     assert all(torch.equal(weight, weights(out)[name]) for name, weight in weights(uninterrupted).items())
 
 
-def test_one_rank_that_is_asked_takes_the_others_along(tmp_path):
+def test_one_rank_that_is_asked_takes_the_others_along(crews, tmp_path):
     out = tmp_path / "run"
     prepare_folder(out, "run.json", resume=False)
-    ends = on_ranks(3, leave_when_rank_two_is_asked, out)
+    ends = crews[3](leave_when_rank_two_is_asked, out)
     assert len(set(ends)) == 1
     assert 5 <= ends[0] <= 7
     assert [*checkpoint.steps(out / "checkpoints")] == [ends[0]]
@@ -298,12 +298,12 @@ def run_on_node(world, folder):
         return str(error)
 
 
-def test_rank_0_decides_whether_to_resume(tmp_path):
+def test_rank_0_decides_whether_to_resume(crews, tmp_path):
     """A node that joins a launch late may not know that the others were started again."""
     settings = SETTINGS | {"train__steps": 10}
     train(tmp_path / "run", **settings)
     cut_after(tmp_path / "run", 8)
-    assert on_ranks(2, resume_if_rank_is, 0, config(**settings), tmp_path / "run") == [10, 10]
+    assert crews[2](resume_if_rank_is, 0, config(**settings), tmp_path / "run") == [10, 10]
     assert len(read_info(tmp_path / "run")["resumed"]) == 1
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [*range(11)]
 
@@ -312,9 +312,9 @@ def resume_if_rank_is(world, rank, run_config, out):
     return run(run_config, out, resume=world.rank == rank, world=world)["num_steps"]
 
 
-def test_more_ranks_than_samples_are_refused(tmp_path):
+def test_more_ranks_than_samples_are_refused(crews, tmp_path):
     prepare_folder(tmp_path / "run", "run.json", resume=False)
-    (said, _) = on_ranks(2, run_with_one_sample, tmp_path / "run")
+    (said, _) = crews[2](run_with_one_sample, tmp_path / "run")
     assert said == ("batch.global_size (1) leaves 1 of 2 ranks without a sample: choose at least 2, or fewer ranks")
 
 

@@ -17,7 +17,7 @@ from gengap_dist.parallel.strategies import STRATEGIES
 from gengap_dist.parallel.strategies.fsdp import FSDP, units
 from tests.conftest import FULL, config
 from tests.parallel.strategies import jobs
-from tests.ranks import Crew, on_ranks, standing
+from tests.ranks import on_ranks
 
 NEEDS = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 SHARED = [pytest.param(name, marks=NEEDS) if "zero" in name else name for name in STRATEGIES if name != "single"]
@@ -27,12 +27,6 @@ CASES = {  # ranks have 7 and 8 micro-batches in a step; or 3, 3 and 4; the 13th
 }
 MLP = {"model__name": "mlp", "model__widths": [24, 16], "batch__global_size": 60}
 STEPS = 40 if FULL else 15
-
-
-@pytest.fixture(scope="module")
-def crews():
-    with standing(Crew, (1, *CASES)) as crews:
-        yield crews
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Against a float64 SVD of the gathered rows, for any shape, any split over 1 to 4 ranks, and the worst matrices."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -12,13 +11,6 @@ from torch import nn
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.probes import measure
-from tests.ranks import Crew, standing
-
-
-@pytest.fixture(scope="module")
-def crews() -> Iterator[dict[int, Crew]]:
-    with standing(Crew, (1, 2, 3, 4)) as crews:
-        yield crews
 
 
 def probe(world: World, parts: list[list[torch.Tensor]], method: str, memory_mib: int) -> list[tuple]:

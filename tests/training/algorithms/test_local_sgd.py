@@ -26,7 +26,6 @@ from gengap_dist.training.algorithms.update_bn import recompute
 from gengap_dist.training.checks import check_norm
 from gengap_dist.training.optimizer import build
 from tests.conftest import config, cut_after, thinned
-from tests.ranks import on_ranks
 
 LR, MOMENTUM, STEPS, FIRST, EVERY = 0.1, 0.9, 13, 4, 3
 TINY = {
@@ -172,8 +171,8 @@ def beside_torch(world):
     return distances, sums, float(apart.norm())
 
 
-def test_two_workers_on_two_ranks_are_torchs_post_local_sgd_and_meet_only_to_average():
-    for distances, sums, apart in on_ranks(2, beside_torch):
+def test_two_workers_on_two_ranks_are_torchs_post_local_sgd_and_meet_only_to_average(crews):
+    for distances, sums, apart in crews[2](beside_torch):
         assert max(distances) < 1e-10
         assert [step for step, _ in sums] == [FIRST + EVERY - 1, FIRST + 2 * EVERY - 1, FIRST + 3 * EVERY - 1]
         assert apart == 0.0

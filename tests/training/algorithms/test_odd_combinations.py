@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gengap_dist.runs.run_folder import read_info
 from tests.conftest import FULL, cut_after, weights
-from tests.training.algorithms.test_world_size_law import BASE, SYNC, crews, curves, train  # noqa: F401
+from tests.training.algorithms.test_world_size_law import BASE, SYNC, curves, train
 
 
 class Shared(nn.Module):
@@ -103,7 +103,7 @@ def micro_sizes(name: str, settings: dict[str, Any]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_ranks_micro_batches_and_kills_change_nothing(crews, tmp_path, name):  # noqa: F811
+def test_ranks_micro_batches_and_kills_change_nothing(crews, tmp_path, name):
     if "lars" in name or "lamb" in name:
         pytest.importorskip("timm", reason="timm is not installed")
     settings = BASE | ODD[name]

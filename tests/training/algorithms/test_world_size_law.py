@@ -7,7 +7,6 @@ micro-batches, and on 3 from the start. Losses, validation, weights and running 
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,7 +19,6 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training.trainer import run
 from tests.conftest import FULL, config, cut_after, weights
-from tests.ranks import Crew, standing
 
 
 def small(num_classes: int, in_channels: int) -> nn.Module:
@@ -101,12 +99,6 @@ def train(world: World, settings: dict[str, Any], out: Path, resume: bool = Fals
         prepare_folder(out, "run.json", resume=resume)
     world.barrier()
     run(config(**settings), out, world=world, resume=resume)
-
-
-@pytest.fixture(scope="module")
-def crews() -> Iterator[dict[int, Crew]]:
-    with standing(Crew, (1, 2, 3)) as crews:
-        yield crews
 
 
 def curves(out: Path) -> dict[str, list[float]]:

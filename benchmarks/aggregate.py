@@ -30,7 +30,7 @@ from gengap_dist.analysis.seed_aggregates import Curves, curves
 from gengap_dist.analysis.study_data import MEASURED_AT, read_study
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.runs.run_folder import FINISHED, Record, read_history, read_info
+from gengap_dist.runs.run_folder import FINISHED, RunRecorder, read_info, read_metrics_table
 
 LIMIT_SECONDS, LIMIT_MIB = 30, 1024
 
@@ -45,7 +45,7 @@ def make(folder: Path, given: argparse.Namespace) -> None:
     for seed in track(range(given.seeds), "writing"):
         rng = np.random.default_rng(seed)
         (first := folder / "runs" / arms[0] / f"seed{seed}").mkdir(parents=True)
-        book = Record(first)
+        book = RunRecorder(first)
         book.start(config.model_copy(update={"seed": seed}), {})
         for step, row in enumerate(rng.random((given.points, given.metrics)).tolist()):
             book.log(step, step / 10, dict(zip(names, row, strict=True)))
@@ -69,7 +69,7 @@ def aggregate(folder: Path) -> dict[str, float]:
     began = time.perf_counter()
     first: Curves | None = None
     for arm in sorted((folder / "runs").iterdir()):
-        found = curves([read_history(run) for run in sorted(arm.iterdir())])
+        found = curves([read_metrics_table(run) for run in sorted(arm.iterdir())])
         first = first or found
     seconds, peak = time.perf_counter() - began, _peak()
     assert first is not None

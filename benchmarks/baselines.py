@@ -6,7 +6,7 @@ optimizer and number of threads.
 
 To the peers' favour: pictures lie decoded and padded in memory, so what a sample costs is PIL and torchvision's
 transforms; nobody logs to disk, draws a bar, checkpoints or looks at the loss. gengap_dist does all it does in a run:
-it is `run.run` itself, with every step's loss, accuracy, gradient norm, noise scale and rate in the record. Only probes
+it is `trainer.run` itself, with every step's loss, accuracy, gradient norm, noise scale and rate in the record. Only probes
 and evaluation are left out, which the others have none of.
 """
 
@@ -33,7 +33,7 @@ from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Normalise
-from gengap_dist.distributed.phase_timer import Whereabouts
+from gengap_dist.distributed.phase_timer import PhaseTimer
 from gengap_dist.distributed.process_group import World
 from gengap_dist.training.trainer import run
 
@@ -147,7 +147,7 @@ class Field(NamedTuple):
         """The same network with the same weights for everybody, on the rank's device."""
         torch.manual_seed(0)
         config, splits = self.workload.settings(self.root), self.splits
-        model = models.of(config, splits.num_classes, splits.in_channels, self.world).train()
+        model = models.from_config(config, splits.num_classes, splits.in_channels, self.world).train()
         return model.to(self.world.device, memory_format=self.mode.order)  # pyright: ignore[reportCallIssue]
 
     def compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -323,7 +323,7 @@ def timm(field: Field, turn: Turn) -> None:
 
 def gengap(field: Field, turn: Turn, **more: Any) -> None:
     """This package: a whole run, with `more` settings than the defaults."""
-    w, world = field.workload, replace(field.world, where=Whereabouts(on_gpu=field.world.device.type == "cuda"))
+    w, world = field.workload, replace(field.world, where=PhaseTimer(on_gpu=field.world.device.type == "cuda"))
     if w.whole_share:
         more = {"batch.micro_size": field.micro_size} | more
     with tempfile.TemporaryDirectory() as folder:

@@ -26,13 +26,13 @@ from gengap_dist import models
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Batches, Normalise
-from gengap_dist.data.sampler import Order
+from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import Single
-from gengap_dist.training.algorithms.base import Course
+from gengap_dist.training.algorithms.base import TrainingAlgorithm
 from gengap_dist.training.lr_schedule import Schedule
-from gengap_dist.training.optimizer import build as build_optimizer
+from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 
 
 def main() -> None:
@@ -56,17 +56,17 @@ def main() -> None:
     began = time.perf_counter()
     splits = datasets.load(config.data)
     console.print(f"{len(splits.train):,} training images read in {time.perf_counter() - began:.1f} s")
-    order = Order(len(splits.train), config.batch.global_size, config.seed)
+    order = EpochSampler(len(splits.train), config.batch.global_size, config.seed)
     schedule = Schedule.of(config, order)
 
     def fresh() -> Single:
         torch.manual_seed(0)
         strategy = Single(config, world)
-        model = models.of(config, splits.num_classes, splits.in_channels, world).train()
+        model = models.from_config(config, splits.num_classes, splits.in_channels, world).train()
         strategy.setup(model, lambda model: build_optimizer(config.optim, model))
         return strategy
 
-    course = Course(config, fresh(), Batches(splits.train, Normalise(splits, world.device, torch.float32), config.data,
+    course = TrainingAlgorithm(config, fresh(), BatchLoader(splits.train, Normalise(splits, world.device, torch.float32), config.data,
                                              config.seed), order, schedule.num_steps)  # fmt: skip
     bare = fresh()
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(splits.num_classes, (128,))

@@ -9,8 +9,8 @@ see the last column.
 
 import torch
 
-from gengap_dist.probes.spectra.gram import Gram, Square
-from gengap_dist.probes.spectra.tsqr import Triangle
+from gengap_dist.probes.spectra.gram import GramAccumulator, SpectrumAccumulator
+from gengap_dist.probes.spectra.tsqr import QRAccumulator
 
 EPS = torch.finfo(torch.float64).eps
 NUM_SAMPLES = 2048
@@ -25,7 +25,10 @@ def noise(units: int, dtype: torch.dtype, seed: int) -> tuple[float, float, floa
     )
     shift = 3.0 * (seed % 2)  # every other matrix has the large mean of ReLU units, which adds one to the rank
     matrix = (left @ right + shift).to(dtype).double()
-    squares: list[Square] = [Gram(units, torch.device("cpu")), Triangle(units, torch.device("cpu"))]
+    squares: list[SpectrumAccumulator] = [
+        GramAccumulator(units, torch.device("cpu")),
+        QRAccumulator(units, torch.device("cpu")),
+    ]
     for rows in matrix.split(128):
         for square in squares:
             square.add(rows.T.clone())

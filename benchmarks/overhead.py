@@ -47,7 +47,7 @@ def checkpoints(console: Console) -> None:
         path = max(checkpoint.steps(out / "checkpoints").items())[1]
         states = {file.stem: checkpoint.load(file) for file in path.glob("*.pt")}
         size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
-        saver, times = checkpoint.Saver(Path(folder) / "again", keep=2), []
+        saver, times = checkpoint.CheckpointWriter(Path(folder) / "again", keep=2), []
         for number in range(10):
             began = time.perf_counter()
             saver.save(number, states, {})

@@ -87,7 +87,7 @@ def peak_mib(world: World) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     peaks = torch.zeros(world.size)
     peaks[world.rank] = int(line.split()[1]) / 1024
-    return float(world.sum(peaks).max())
+    return float(world.all_reduce(peaks).max())
 
 
 def end_loaders(world: World) -> None:

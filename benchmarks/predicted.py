@@ -15,7 +15,7 @@ from gengap_dist.preflight.batch_layout import Cluster, layout
 from gengap_dist.preflight.communication_model import Link
 from gengap_dist.preflight.machine_constants import ComputeConstants
 from gengap_dist.preflight.plan import step_seconds
-from gengap_dist.training.algorithms.base import plan_of
+from gengap_dist.training.algorithms.base import batch_plan_for
 from gengap_dist.training.checks import strategy_name
 
 Mode = Literal["strong", "weak"]
@@ -43,7 +43,7 @@ def task(model: str, micro_size: int, device: str = "cpu") -> Task:
     settings |= {"batch": {"micro_size": micro_size}, "probe": {"enabled": False}, "mlflow": {"enabled": False}}
     config = validate(RunConfig, settings)
     sizes = datasets.sizes(config.data)
-    network = models.of(config, sizes.num_classes, sizes.in_channels, World())
+    network = models.from_config(config, sizes.num_classes, sizes.in_channels, World())
     return Task(config, sizes, sum(p.numel() * p.itemsize for p in network.parameters() if p.requires_grad))
 
 
@@ -52,7 +52,7 @@ def predict(
 ) -> float:
     """Seconds of one step of `global_size` images on `cluster`."""
     num_ranks = cluster.num_ranks
-    batch = layout(plan_of(task.config, global_size, num_ranks))
+    batch = layout(batch_plan_for(task.config, global_size, num_ranks))
     whole, num_micro = task.gradient_bytes, batch.micro_batches_per_rank[1]
     messages = communication_model.step_messages(strategy_name(task.config, num_ranks), whole, whole, num_micro)
     return sum(step_seconds(cluster, batch, messages, compute, inside, between))

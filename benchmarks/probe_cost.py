@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.launchers.local import free_port
-from gengap_dist.distributed.process_group import World, connect, disconnect
+from gengap_dist.distributed.process_group import World, destroy_process_group, init_process_group
 from gengap_dist.probes import measure
 
 NUM_SAMPLES, NUM_RANKS = 1024, 2
@@ -114,7 +114,7 @@ def rank_main(rank: int, port: int, models: list[str], widths: list[int], rounds
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)  # as torchrun does
-    world = connect("cpu", LaunchConfig().timeout_seconds)
+    world = init_process_group("cpu", LaunchConfig().timeout_seconds)
     for width in widths:
         generator = torch.Generator().manual_seed(rank)
         mixing = torch.randn(512, width, generator=torch.Generator().manual_seed(99)) / 512**0.5
@@ -138,7 +138,7 @@ def rank_main(rank: int, port: int, models: list[str], widths: list[int], rounds
             if rank == 0:
                 results.put((name, "gengap_dist", {"s": seconds}))
     results.put(None)
-    disconnect()
+    destroy_process_group()
 
 
 def main() -> None:

@@ -34,16 +34,16 @@ from scaling_data import Found, Point, middle, middle_link
 from worker_pool import WorkerPool
 
 from gengap_dist import models
-from gengap_dist.data.batch_loader import Batches
+from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import STRATEGIES, Strategy
 from gengap_dist.preflight import calibrate
 from gengap_dist.preflight.machine_constants import ComputeConstants, LinkConstants
-from gengap_dist.training.algorithms.base import plan_of
+from gengap_dist.training.algorithms.base import batch_plan_for
 from gengap_dist.training.autotune import synthetic_workload
 from gengap_dist.training.checks import strategy_name
-from gengap_dist.training.optimizer import build as build_optimizer
-from gengap_dist.training.step import Work, train_step
+from gengap_dist.training.optimizer import build_optimizer as build_optimizer
+from gengap_dist.training.step import StepBatch, train_step
 
 LARGEST = 8  # ranks
 MICRO_SIZES = {  # images in a micro-batch: on a CPU small ones fit the cache, and turns must be short
@@ -55,16 +55,16 @@ MICRO_SIZES = {  # images in a micro-batch: on a CPU small ones fit the cache, a
 # -- what ranks do ----------------------------------------------------------------------------------------------------
 
 
-READY: dict[str, tuple[Strategy, Batches]] = {}  # by network, in this rank
+READY: dict[str, tuple[Strategy, BatchLoader]] = {}  # by network, in this rank
 
 
 def get_ready(world: World, name: str, what: Task) -> None:
     """Build the network, its strategy and random images."""
     config, sizes, _ = what
-    network = models.of(config, sizes.num_classes, sizes.in_channels, World()).to(world.device)
+    network = models.from_config(config, sizes.num_classes, sizes.in_channels, World()).to(world.device)
     strategy = STRATEGIES[strategy_name(config, world.size)](config, world)
     strategy.setup(network.train(), partial(build_optimizer, config.optim))
-    number = LARGEST * config.batch.most_at_once
+    number = LARGEST * config.batch.max_micro_size
     READY[name] = (
         strategy,
         synthetic_workload.random_batches(config, sizes.in_channels, sizes.num_classes, number, world.device),
@@ -74,8 +74,8 @@ def get_ready(world: World, name: str, what: Task) -> None:
 def train(world: World, name: str, what: Task, global_size: int, num_steps: int) -> float:
     """Seconds of a step, the mean of `num_steps`."""
     strategy, batches = READY[name]
-    spans = plan_of(what.config, global_size, world.size).micro_batches(world.rank)
-    work = Work(torch.randperm(global_size), 0, spans)
+    spans = batch_plan_for(what.config, global_size, world.size).micro_batches(world.rank)
+    work = StepBatch(torch.randperm(global_size), 0, spans)
     synthetic_workload.synchronise(world)
     world.barrier()
     began = time.perf_counter()
@@ -88,7 +88,7 @@ def train(world: World, name: str, what: Task, global_size: int, num_steps: int)
 
 def time_compute(world: World, what: Task) -> ComputeConstants:
     """Plan's constants of computing."""
-    return calibrate.time_compute(what.config, what.sizes, what.config.batch.most_at_once, world)
+    return calibrate.time_compute(what.config, what.sizes, what.config.batch.max_micro_size, world)
 
 
 def time_link(world: World) -> LinkConstants:
@@ -105,7 +105,7 @@ def measure(names: Sequence[str], most: int, rounds: int, seconds: float, device
     pools = {size: WorkerPool(size, device) for size in (1, 2, 4, 8) if size <= most}
     candidates: dict[Any, Callable[[], Any]] = {"link": partial(pools[2], time_link)}
     for name, what in tasks.items():
-        micro = what.config.batch.most_at_once
+        micro = what.config.batch.max_micro_size
         for pool in pools.values():
             pool(get_ready, name, what)
         for mode in MODES:
@@ -185,7 +185,7 @@ def as_json(found: Found) -> dict[str, Any]:
     ]
     constants = {
         name: {
-            "micro_size": what.config.batch.most_at_once,
+            "micro_size": what.config.batch.max_micro_size,
             "gradient_bytes": what.gradient_bytes,
             "beside_another_rank": [each.model_dump() for each in found.beside[name]],
             "alone": [each.model_dump() for each in found.alone[name]],

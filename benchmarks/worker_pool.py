@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.distributed.launchers.base import leave
+from gengap_dist.distributed.launchers.base import hard_exit
 from gengap_dist.distributed.launchers.local import free_port, rank_variables
-from gengap_dist.distributed.process_group import connect
+from gengap_dist.distributed.process_group import init_process_group
 
 
 class WorkerPool:
@@ -65,12 +65,12 @@ def _stay(pipe: Any, env: dict[str, str], device: str) -> None:
         mallopt(-8, 1)  # M_ARENA_MAX: threads have the memory that they would have as programs of their own
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))  # the variable comes too late: torch is imported
-    world = connect(device, LaunchConfig().timeout_seconds)
+    world = init_process_group(device, LaunchConfig().timeout_seconds)
     while True:
         try:
             job, args = pipe.recv()
         except (EOFError, KeyboardInterrupt):
-            leave(0)
+            hard_exit(0)
         try:
             pipe.send((job(world, *args), None))
         except Exception:

@@ -13,7 +13,7 @@ class OutOfMemory(UsageError):
     def __init__(self, message: str, *, told: bool = False) -> None:
         """`told`: whether another rank says so."""
         super().__init__(message)
-        self.told = told
+        self.reported_elsewhere = told
 
 
 def did_you_mean(given: str, known: list[str] | tuple[str, ...]) -> str:

@@ -17,7 +17,7 @@ from hypothesis import settings
 
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.distributed.launchers.local import Pool
+from gengap_dist.distributed.launchers.local import LocalLauncher
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training import ENTRY_POINT
@@ -98,9 +98,9 @@ def cut_after(out: Path, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, Pool]]:
+def pools() -> Iterator[dict[int, LocalLauncher]]:
     """One, two and three ranks that stay."""
-    with standing(lambda size: Pool(size, ENTRY_POINT), (1, 2, 3)) as pools:
+    with standing(lambda size: LocalLauncher(size, ENTRY_POINT), (1, 2, 3)) as pools:
         yield pools
 
 

@@ -100,9 +100,9 @@ def standing(kind: Callable[[int], Any], sizes: Iterable[int]) -> Iterator[dict[
 
 def _stay(rank: int, size: int, port: int, pipe: Any, launch: LaunchConfig) -> None:
     _environment(rank, size, port)
-    from gengap_dist.distributed.process_group import connect
+    from gengap_dist.distributed.process_group import init_process_group
 
-    world = connect(launch.device, launch.timeout_seconds)
+    world = init_process_group(launch.device, launch.timeout_seconds)
     while True:
         job, args = pipe.recv()
         try:
@@ -113,11 +113,11 @@ def _stay(rank: int, size: int, port: int, pipe: Any, launch: LaunchConfig) -> N
 
 def _rank(rank: int, size: int, port: int, results: Any, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
     _environment(rank, size, port)
-    from gengap_dist.distributed.process_group import connect, disconnect
+    from gengap_dist.distributed.process_group import destroy_process_group, init_process_group
 
     try:
-        results.put((rank, job(connect(ON_CPU.device, ON_CPU.timeout_seconds), *args), None))
-        disconnect()
+        results.put((rank, job(init_process_group(ON_CPU.device, ON_CPU.timeout_seconds), *args), None))
+        destroy_process_group()
     except Exception:
         results.put((rank, None, traceback.format_exc()))
 

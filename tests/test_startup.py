@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from gengap_dist.compat.fast_imports import quickly
+from gengap_dist.compat.fast_imports import fast_imports
 from tests.study.tiny import start, write
 
 COMMANDS = ["", "train", "study", "probe", "report", "compare", "plan", "doctor"]
@@ -29,7 +29,7 @@ def imported(code: str, suspects: set[str]) -> tuple[set[str], str]:
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys, runpy\n"
-        f"sys.argv = ['x', *'{command} --help'.split()]\n"
+        f"sys.argv = {['x', *filter(None, [command]), '--help']}\n"
         "try: runpy.run_module('gengap_dist', run_name='__main__', alter_sys=True)\n"
         "except SystemExit as end: assert not end.code, end.code"
     )
@@ -42,10 +42,10 @@ def test_a_rank_alone_imports_what_it_computes_with():
     code = (
         "import pathlib\n"
         "from gengap_dist.config.sections import RunConfig\n"
-        "from gengap_dist.distributed.launchers.local import InProcess\n"
+        "from gengap_dist.distributed.launchers.local import InProcessLauncher\n"
         "config, out = RunConfig.model_validate({'train': {'steps': 2}}), pathlib.Path('run')\n"
         "out.mkdir()\n"
-        "InProcess('gengap_dist.training.trainer:run').run(config, out, resume=False, progress=lambda *told: None)"
+        "InProcessLauncher('gengap_dist.training.trainer:run').run(config, out, resume=False, progress=lambda *told: None)"
     )
     found, _ = imported(code, SERVICES | COMPILER | {"torch"})
     assert found == {"torch"}
@@ -59,7 +59,7 @@ def test_only_an_import_keeps_what_was_made_from_the_garbage_collector(tmp_path,
     made, kept = [], [gc.get_freeze_count()]
     for _ in range(2):  # the second time it is there already, as where a lost server is called again and again
         made += [[] for _ in range(1000)]
-        with quickly("a_package_to_hide"):
+        with fast_imports("a_package_to_hide"):
             assert not gc.isenabled()
             assert importlib.util.find_spec("a_package_to_hide") is None
             importlib.import_module("a_large_package")

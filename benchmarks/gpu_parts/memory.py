@@ -19,11 +19,11 @@ from gengap_dist.errors import UsageError
 from gengap_dist.parallel.memory_model import saved_for_backward
 from gengap_dist.preflight.batch_layout import Cluster
 from gengap_dist.preflight.machine_constants import Constants
-from gengap_dist.preflight.plan import survey
+from gengap_dist.preflight.plan import make_plan
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.training.autotune.micro_batch import OTHER_BYTES, TEMPORARY
 from gengap_dist.training.autotune.search import turn_seconds
-from gengap_dist.training.autotune.synthetic_workload import Rehearsal
+from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload
 
 from .items import Answer, Item, Part, places
 from .runs import NO_PROBE, Settings, config, folder, train
@@ -64,7 +64,7 @@ def room_for(num_bytes: int, device: torch.device) -> Iterator[None]:
 def saved_bytes(settings: Settings) -> int:
     """What a pass of the whole batch saves for its backward pass, as plan has it."""
     given = config({**WHOLE, **settings}, "cpu")
-    model = models.of(given, 10, 1, World())
+    model = models.from_config(given, 10, 1, World())
     side = given.data.image_size
     return saved_for_backward(given, model, (1, side, side), given.batch.global_size)[0]
 
@@ -77,10 +77,10 @@ def ooms() -> int:
 def passes(settings: Settings, share: float, world: World) -> Answer:
     """A pass that fits, one of the whole batch, which does not, and one that fits: as auto tries them."""
     given = config({**WHOLE, **settings}, "cuda")
-    model = models.of(given, 10, 1, World()).to(world.device)
+    model = models.from_config(given, 10, 1, World()).to(world.device)
     room, before, took = int(share * saved_bytes(settings)), ooms(), dict[str, float]()
     with room_for(room, world.device):
-        rehearsal = Rehearsal(given, model, 1, 10, world.device)
+        rehearsal = SyntheticWorkload(given, model, 1, 10, world.device)
         for name, size in {"before": 64, "whole": given.batch.global_size, "after": 64}.items():
             took[name] = turn_seconds(rehearsal, size, 1, world)
         kept = torch.cuda.memory_allocated()
@@ -141,7 +141,7 @@ def peak(settings: Settings, world: World) -> Answer:
     What must hold is the rule that `batch.micro_size=auto` goes by: what stays, and TEMPORARY times what a pass saves.
     """
     given = {**WHOLE, **settings}
-    plan = survey(config(given, "cuda"), Cluster(1, 1), Constants()).memory
+    plan = make_plan(config(given, "cuda"), Cluster(1, 1), Constants()).memory
     assert plan is not None
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

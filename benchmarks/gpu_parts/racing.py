@@ -16,7 +16,7 @@ from gengap_dist import models
 from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.data import datasets
 from gengap_dist.distributed.process_group import World
-from gengap_dist.training.autotune.available_memory import room
+from gengap_dist.training.autotune.available_memory import available_memory
 from gengap_dist.training.autotune.micro_batch import in_passes
 from gengap_dist.training.autotune.synthetic_workload import synchronise
 
@@ -94,8 +94,8 @@ def _splits() -> datasets.Splits:
 def largest_that_fits(world: World, model_name: str, global_size: int) -> int:
     """Images of a pass: the whole batch, or as often halved as its memory asks for."""
     config, splits = task(model_name, global_size).settings(images()), _splits()
-    model = models.of(config, splits.num_classes, splits.in_channels, World())
-    num_bytes, free = in_passes(config, model, splits.in_channels), MEMORY_SHARE * room(world.device, 1)
+    model = models.from_config(config, splits.num_classes, splits.in_channels, World())
+    num_bytes, free = in_passes(config, model, splits.in_channels), MEMORY_SHARE * available_memory(world.device, 1)
     size = global_size
     while num_bytes(size) > free and size % 2 == 0:
         size //= 2

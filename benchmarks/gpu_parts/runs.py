@@ -64,7 +64,9 @@ def train(
 
     with suppress(Preempted):
         stop = until or math.inf
-        return run(config(settings, device), out, resume=resume, progress=count, leaving=lambda: done + 1 >= stop)
+        return run(
+            config(settings, device), out, resume=resume, progress=count, preemption_requested=lambda: done + 1 >= stop
+        )
     return {}
 
 

@@ -137,7 +137,7 @@ PROBES = {
 
 def probe(model: str, views: tuple[str, ...], num_images: int, world: World) -> Answer:
     """Seconds of one near-rank-loss measurement of an untrained network, all layers."""
-    network = models.of(validate(RunConfig, nested({"model.name": model})), 10, 3, World()).to(world.device)
+    network = models.from_config(validate(RunConfig, nested({"model.name": model})), 10, 3, World()).to(world.device)
     generator = torch.Generator().manual_seed(0)
     batches = torch.randn(num_images, 3, 32, 32, generator=generator).to(world.device).split(128)
     took = _median(partial(measure, network, batches, views=views, world=world), world, times=3)

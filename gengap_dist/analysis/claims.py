@@ -45,7 +45,7 @@ class Contrast(NamedTuple):
         """Upper end of the interval; infinity without one."""
         return self.interval[1] if self.interval else float("inf")
 
-    def told_apart(self, sign: int) -> bool:
+    def is_significant(self, sign: int) -> bool:
         """Whether it is above (1) or below (-1) zero by more than chance, p corrected."""
         return self.p is not None and self.p < ALPHA and sign * self.mean > 0
 
@@ -160,7 +160,7 @@ def _nobody(found: Roles, base: Arm) -> str:
 
 def _outcome(found: Sequence[Contrast], negligible: float) -> Outcome:
     """Supported: some are above zero, none below. Contradicted: some are below, none above; or all are negligible."""
-    above, below = any(c.told_apart(1) for c in found), any(c.told_apart(-1) for c in found)
+    above, below = any(c.is_significant(1) for c in found), any(c.is_significant(-1) for c in found)
     if above and not below:
         return "supported"
     if (below and not above) or all(c.high < negligible for c in found):
@@ -250,13 +250,13 @@ def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: S
 
 def _of_penalty(less: Contrast, gain: Contrast, growth: float, lost: float) -> tuple[Outcome, str]:
     """What one penalised arm says, and why, from what it lowers and gains, and what grew and was lost without it."""
-    if not less.told_apart(-1) or -less.mean < HALF * growth:
+    if not less.is_significant(-1) or -less.mean < HALF * growth:
         return "undecided", "it does not lower near-rank loss by half of what it grew, and so decides nothing"
-    if gain.told_apart(-1) and gain.mean < -NEGLIGIBLE_GAP:
+    if gain.is_significant(-1) and gain.mean < -NEGLIGIBLE_GAP:
         return "undecided", "the penalty costs accuracy by itself, and so decides nothing"
     if gain.high < HALF * lost:
         return "contradicted", "near-rank loss falls, and less than half of the accuracy comes back"
-    if gain.told_apart(1) and gain.mean >= HALF * lost:
+    if gain.is_significant(1) and gain.mean >= HALF * lost:
         return "supported", "near-rank loss falls, and accuracy comes back"
     return "undecided", "too uncertain to tell"
 
@@ -303,10 +303,10 @@ def _remedy(key: str, claim: str, pairs: Sequence[tuple[Arm, Arm | None]], base:
         text = f"{arm.name} leaves {_points(c)} of the {_points(lost)} points that {twin.name} loses"
         interval = t_interval([*c.values.values()], 1 - ALPHA / len(both)) if c.interval else None
         high = interval[1] if interval else float("inf")  # the best of several is picked here
-        if not lost.told_apart(1):
+        if not lost.is_significant(1):
             words.append(f"{text}, which is nothing to resolve")
             continue
-        if high >= NEGLIGIBLE_GAP and c.told_apart(1):
+        if high >= NEGLIGIBLE_GAP and c.is_significant(1):
             verdicts.append("supported")
         elif high < NEGLIGIBLE_GAP or high < CLOSED * lost.mean:
             verdicts.append("contradicted")

@@ -8,9 +8,9 @@ import numpy as np
 from gengap_dist.analysis.arm_roles import Arm, arms_of, same
 from gengap_dist.analysis.claims import claims
 from gengap_dist.analysis.correlations import correlations
-from gengap_dist.analysis.critical_batch import target_of
+from gengap_dist.analysis.critical_batch import updates_to_target
 from gengap_dist.analysis.results import Comparison, Gap, Run
-from gengap_dist.statistics.paired import detectable, holm, p_value, paired
+from gengap_dist.statistics.paired import holm, minimum_detectable_effect, p_value, paired
 
 FEW_PAIRS = 8
 
@@ -29,7 +29,7 @@ def compare(runs: Sequence[Run], baseline: str) -> Comparison:
         baseline=baseline,
         gaps=gaps,
         correlations=found,
-        target=target_of(runs, baseline),
+        target=updates_to_target(runs, baseline),
         claims=claims(runs, baseline, found),
         caveats=_caveats(runs, arms, baseline, gaps),
     )
@@ -48,8 +48,10 @@ def _gaps(runs: Sequence[Run], arms: dict[str, Arm], baseline: str) -> dict[str,
             paired=difference,
             p=p_value(values),
             holm=None,
-            smallest=(difference.student[1] - difference.student[0]) / 2 if difference.student else None,
-            detectable=detectable(float(values.std(ddof=1)), n) if difference.student else None,
+            ci_half_width=(difference.student[1] - difference.student[0]) / 2 if difference.student else None,
+            minimum_detectable_effect=minimum_detectable_effect(float(values.std(ddof=1)), n)
+            if difference.student
+            else None,
             matched=_matched(arm, arms[baseline]),
             lost=lost(runs, name),
         )
@@ -85,9 +87,13 @@ def _caveats(runs: Sequence[Run], arms: dict[str, Arm], baseline: str, gaps: dic
     num_pairs = [len(gap.paired.differences) for gap in gaps.values()]
     if num_pairs and max(num_pairs) == 1:
         out.append("With one pair of seeds there is no interval, and no difference can be told from none.")
-    elif widths := [gap.smallest for gap in gaps.values() if gap.smallest is not None]:
+    elif widths := [gap.ci_half_width for gap in gaps.values() if gap.ci_half_width is not None]:
         n, width = max(num_pairs), 100 * float(np.median(widths))
-        finds = 100 * float(np.median([gap.detectable for gap in gaps.values() if gap.detectable is not None]))
+        finds = 100 * float(
+            np.median(
+                [gap.minimum_detectable_effect for gap in gaps.values() if gap.minimum_detectable_effect is not None]
+            )
+        )
         out.append(
             f"With {n} seeds a loss or gain under {width:.2f} points (median over arms) cannot be told from none, and "
             f"a true one of {finds:.2f} points would be missed one time in five."

@@ -12,7 +12,7 @@ NOISE_SCALE = "noise_scale"
 BEYOND = 10.0  # times the largest batch, or below the smallest: nobody has looked there
 
 
-def target_of(runs: Sequence[Run], baseline: str) -> Target | None:
+def updates_to_target(runs: Sequence[Run], baseline: str) -> Target | None:
     """Who reached the target and when; None if no run had one, or runs had different ones.
 
     The curve S = S_min (1 + B_crit / B) goes through the runs of the fastest arm of each batch, of arms that always got

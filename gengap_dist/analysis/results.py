@@ -48,9 +48,9 @@ class Gap(NamedTuple):
     """Two-sided p of the paired t test; None for fewer than two pairs, or if all differences are equal."""
     holm: float | None
     """The same, corrected for all arms of the study (Holm 1979)."""
-    smallest: float | None
+    ci_half_width: float | None
     """Half the t interval, below which a difference is not told from none with this spread; None without one."""
-    detectable: float | None
+    minimum_detectable_effect: float | None
     """A true difference that the paired t test finds four times in five, with these seeds and this spread."""
     matched: str
     """What the arm has in common with the baseline: "epochs", "updates", "epochs and updates" or ""."""
@@ -100,7 +100,7 @@ class Claim(NamedTuple):
     claim: str
     """What the paper says, in one sentence."""
     outcome: Outcome
-    because: str
+    evidence: str
     """The numbers behind the outcome, in words."""
     control: str
     """The control that decides it, in words."""

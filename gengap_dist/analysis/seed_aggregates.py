@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gengap_dist.config.metric_key import CONTROLS, MEASURED
-from gengap_dist.runs.metrics_table import History
+from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import SeedRun
 from gengap_dist.statistics.paired import paired, t_half, t_interval
 
@@ -85,7 +85,7 @@ def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list
     return lines
 
 
-def curves(runs: Sequence[History]) -> Curves:
+def curves(runs: Sequence[MetricsTable]) -> Curves:
     """What is worth drawing (`CHARTED`) over runs that have recorded something, one or several.
 
     The loss of training counts only where validation stands beside it.

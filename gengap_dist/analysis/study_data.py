@@ -15,8 +15,8 @@ from gengap_dist.analysis.results import Comparison, Run
 from gengap_dist.config.identity import settings_of
 from gengap_dist.config.metric_key import CONTROLS, MEASURED
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.metrics_table import History
-from gengap_dist.runs.run_folder import FINISHED, load_spectra, read_history, read_info
+from gengap_dist.runs.metrics_table import MetricsTable
+from gengap_dist.runs.run_folder import FINISHED, load_spectra, read_info, read_metrics_table
 from gengap_dist.statistics.paired import Paired, paired
 
 EXPLANATIONS = re.compile(MEASURED + "|relative_distance_from_init")
@@ -30,10 +30,10 @@ class _Recorded(NamedTuple):
     first: Mapping[str, float]
     last: Mapping[str, float]
     num_epochs: float
-    curves: History
+    curves: MetricsTable
 
 
-def _digest(found: History) -> _Recorded:
+def _digest(found: MetricsTable) -> _Recorded:
     if MEASURED_AT in found.columns:
         measured = np.flatnonzero(found.known[:, found.columns[MEASURED_AT]])
         first, last = found.line(measured[0]), found.line(measured[-1])
@@ -62,9 +62,9 @@ class RunData:
         """Its global batch."""
         return self.info["config"]["batch"]["global_size"]
 
-    def history(self) -> History:
+    def history(self) -> MetricsTable:
         """All that was recorded, read anew."""
-        return read_history(self.folder)
+        return read_metrics_table(self.folder)
 
     @cached_property
     def _recorded(self) -> _Recorded:
@@ -156,7 +156,7 @@ class StudyData:
 
     @cached_property
     def comparison(self) -> Comparison:
-        """What the study says, see `comparison.compare`."""
+        """What the study says, see `compare.compare`."""
         order = {arm: number for number, arm in enumerate(self.arms)}
         tuned = tuned_in(self.info)
         runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.cli.exit_codes import OK, guarded
+from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import Parser
 from gengap_dist.errors import UsageError, did_you_mean
 
@@ -72,4 +72,4 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    guarded(PROG, command, argv)
+    run_command(PROG, command, argv)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gengap_dist.cli.exit_codes import FAILED, OK, guarded
+from gengap_dist.cli.exit_codes import FAILED, OK, run_command
 from gengap_dist.cli.options import DoctorOptions, DoctorSettings, parse
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
@@ -30,10 +30,12 @@ def command(argv: Sequence[str]) -> int:
         return OK
     from rich.console import Console
 
-    from gengap_dist.preflight.doctor_checks import Ask, examine
+    from gengap_dist.preflight.doctor_checks import CheckRequest, run_checks
 
     with Console(stderr=True).status("checking") as spinner:
-        found = examine(Ask(config, options.out), lambda waiting: spinner.update(f"checking {', '.join(waiting)}"))
+        found = run_checks(
+            CheckRequest(config, options.out), lambda waiting: spinner.update(f"checking {', '.join(waiting)}")
+        )
     broken = [what for what, finding in found.items() if finding.status == "fail"]
     less = [what for what, finding in found.items() if finding.status == "warn"]
     verdict = _verdict(broken, less)
@@ -78,4 +80,4 @@ def _print(found: "dict[str, Any]", verdict: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    guarded(PROG, command, argv)
+    run_command(PROG, command, argv)

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Never
 
-from gengap_dist.distributed.launchers.base import leave, started_elsewhere
+from gengap_dist.distributed.launchers.base import hard_exit, started_externally
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import OutOfMemory, UsageError
 
@@ -17,7 +17,7 @@ FIRST_RANK_SECONDS = 15.0  # for the first rank of a machine to say what is wron
 OK, FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL, "start me again"
 
 
-def guarded(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> Never:
+def run_command(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> Never:
     """Run a command and exit: 0 done, 1 broken, 2 the user can mend it, 75 resume me, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -26,8 +26,8 @@ def guarded(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[s
     except BrokenPipeError:  # somebody closed our output: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = OK
-    if started_elsewhere():
-        leave(code)
+    if started_externally():
+        hard_exit(code)
     sys.exit(code)
 
 
@@ -36,7 +36,7 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
     try:
         return command(argv)
     except OutOfMemory as error:
-        if not error.told:
+        if not error.reported_elsewhere:
             _complain(prog, str(error), debug, every_rank=True)
         return USAGE
     except UsageError as error:
@@ -63,7 +63,7 @@ def _complain(prog: str, message: str, debug: bool, *, every_rank: bool = False,
     for `patience` seconds if it may be; a rank that is still there then is the only one that found something wrong.
     """
     rank = os.environ.get("RANK", "0")
-    if started_elsewhere() and rank != "0":
+    if started_externally() and rank != "0":
         if not every_rank and os.environ.get("LOCAL_RANK", "0") != "0":
             if not patience:
                 return  # one rank of each machine speaks for all there: what one lacks, another may have

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gengap_dist.cli.exit_codes import OK, USAGE, guarded
+from gengap_dist.cli.exit_codes import OK, USAGE, run_command
 from gengap_dist.cli.options import PlanOptions, PlanSettings, parse
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
@@ -30,12 +30,12 @@ def command(argv: Sequence[str]) -> int:
 
     from gengap_dist.preflight.batch_layout import Cluster
     from gengap_dist.preflight.machine_constants import Constants, load, save
-    from gengap_dist.preflight.plan import survey
+    from gengap_dist.preflight.plan import make_plan
 
     new = options.calibrate and options.constants is not None and not options.constants.exists()
     constants = Constants() if new else load(options.constants)
     cluster = Cluster(options.nodes, options.gpus_per_node)
-    plan = survey(config, cluster, constants)
+    plan = make_plan(config, cluster, constants)
     if options.calibrate and plan.memory:
         from gengap_dist.preflight.calibrate import calibrate
 
@@ -43,7 +43,7 @@ def command(argv: Sequence[str]) -> int:
         assert plan.batch
         constants = calibrate(config, plan.data, plan.batch.micro_sizes[1], constants)
         save(constants, options.constants)
-        plan = survey(config, cluster, constants)
+        plan = make_plan(config, cluster, constants)
     if options.as_json:
         print(json.dumps(plan.as_json(), indent=1))
     else:
@@ -56,4 +56,4 @@ def command(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    guarded(PROG, command, argv)
+    run_command(PROG, command, argv)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gengap_dist.cli.exit_codes import OK, guarded
+from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import Parser
 from gengap_dist.config.loading import load_yaml, merge, nested, validate
 from gengap_dist.config.sections import RunConfig
@@ -46,19 +46,19 @@ def command(argv: Sequence[str]) -> int:
     config = _config(options, base)
     out = Path(options.out).resolve() if options.out else None
 
-    from gengap_dist.distributed.process_group import connect, disconnect, environment
+    from gengap_dist.distributed.process_group import destroy_process_group, environment, init_process_group
     from gengap_dist.runs.run_folder import prepare_folder
     from gengap_dist.training.probe_only import probe
 
     networks = _of_run(folder, wanted) if is_run else _of_file(options.weights)
     if out and environment()[0] == 0:
         prepare_folder(out, "run.json", resume=False)
-    world = connect(config.launch.device, config.launch.timeout_seconds)
+    world = init_process_group(config.launch.device, config.launch.timeout_seconds)
     world.barrier()  # the folder is there, or rank 0 has said why not
     found = probe(config, world, networks, out)
     if world.rank == 0:
         _show(options, config, found, out)
-    disconnect()
+    destroy_process_group()
     return OK
 
 
@@ -103,7 +103,7 @@ def _of_run(folder: Path, wanted: str) -> "list[Network]":
         return [(0, folder, None)]
     kept = {str(step): (step, path / "model.pt") for step, path in checkpoint.steps(folder / "checkpoints").items()}
     if kept:
-        path = checkpoint.newest(folder / "checkpoints", partial(warnings.warn, stacklevel=2))
+        path = checkpoint.latest(folder / "checkpoints", partial(warnings.warn, stacklevel=2))
         assert path is not None
         state = checkpoint.load(path / "run.pt")
         kept["last"] = (state["step"], path / "model.pt")
@@ -115,7 +115,7 @@ def _of_run(folder: Path, wanted: str) -> "list[Network]":
         )
         raise UsageError(f"--model: the run in {folder} has kept no weights of step {wanted}: choose {names}")
     step, path = kept[wanted]
-    return [(0, folder, None), (step, path, checkpoint.standing_for(path))]
+    return [(0, folder, None), (step, path, checkpoint.evaluated_state(path))]
 
 
 def _of_file(weights: Path | None) -> "list[Network]":
@@ -184,4 +184,4 @@ def _config(options: argparse.Namespace, base: dict[str, Any]) -> RunConfig:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    guarded(PROG, command, argv)
+    run_command(PROG, command, argv)

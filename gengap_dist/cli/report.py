@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.cli.exit_codes import OK, guarded
+from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import Parser
 from gengap_dist.errors import UsageError
 
@@ -63,4 +63,4 @@ def _sync(folder: Path, uri: str | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    guarded(PROG, command, argv)
+    run_command(PROG, command, argv)

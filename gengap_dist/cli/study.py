@@ -14,17 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.cli.exit_codes import FAILED, OK, guarded
+from gengap_dist.cli.exit_codes import FAILED, OK, run_command
 from gengap_dist.cli.options import Options, StudySettings, parse
-from gengap_dist.compat.fast_imports import quickly
+from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.study import runner
-from gengap_dist.study.run_matrix import Cell, Watch
-from gengap_dist.tracking.mlflow.process import Follower
+from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
+from gengap_dist.tracking.mlflow.process import UploaderProcess
 
 PROG = "gengap study"
 
@@ -40,20 +40,20 @@ def command(argv: Sequence[str]) -> int:
         return OK
     out = (options.out or Path("studies") / config.study.name).resolve()
     if not launchers.is_driver(config.launch):
-        runner.run_study(config, out, Watch(), driver=False)
+        runner.run_study(config, out, StudyCallback(), driver=False)
         return OK
     run_folder.prepare_folder(out, "study.json", resume=True)
-    with runner.alone(out):
+    with runner.exclusive_lock(out):
         return _drive(config, out)
 
 
 def _drive(config: StudyConfig, out: Path) -> int:
     """What only one process does: folders, progress, MLflow, the report."""
     runner.prepare(config, out, _warn)
-    follower = Follower(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
+    follower = UploaderProcess(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
     try:
         num_failed = _run(config, out)
-        with quickly():
+        with fast_imports():
             from gengap_dist.analysis.report.html import write_report
             from gengap_dist.analysis.study_data import read_study
 
@@ -89,20 +89,22 @@ def _run(config: StudyConfig, out: Path) -> int:
     total = runner.num_runs(config)
     with RunProgress(out.name, total) as progress:
 
-        class Shown(Watch):
+        class Shown(StudyCallback):
             """Draws a bar for every run that is under way, and leaves a line for every run that has ended."""
 
-            def step(self, cell: Cell, done: int, total: int, note: str) -> None:
-                progress(done, total, note, cell.title)
+            def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
+                progress(done, total, note, planned_run.title)
 
-            def over(self, cell: Cell, note: str) -> None:
-                done = progress.over(cell.title)
+            def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
+                done = progress.over(planned_run.title)
                 result = (
-                    run_folder.read_info(cell.folder).get("result", {}) if (cell.folder / "run.json").exists() else {}
+                    run_folder.read_info(planned_run.folder).get("result", {})
+                    if (planned_run.folder / "run.json").exists()
+                    else {}
                 )
-                which = "best_val/accuracy" if cell.label.startswith("trial") else "test/accuracy"
+                which = "best_val/accuracy" if planned_run.label.startswith("trial") else "test/accuracy"
                 progress.say(
-                    f"[{done}/{total}] {cell.title}: {note}, {which.replace('/', ' ')} {percent(result.get(which))}"
+                    f"[{done}/{total}] {planned_run.title}: {note}, {which.replace('/', ' ')} {percent(result.get(which))}"
                 )
 
         return runner.run_study(config, out, Shown(), driver=True, warn=_warn)
@@ -136,4 +138,4 @@ def _headline(study: Any) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    guarded(PROG, command, argv)
+    run_command(PROG, command, argv)

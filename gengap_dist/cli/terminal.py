@@ -236,7 +236,7 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
     )
     for claim in study.comparison.claims:
         console.print(f"[{OUTCOMES[claim.outcome]}]{claim.outcome:12}[/] [bold]{claim.claim}[/]", highlight=False)
-        console.print(Padding(escape(claim.because), (0, 0, 0, 13)), highlight=False)
+        console.print(Padding(escape(claim.evidence), (0, 0, 0, 13)), highlight=False)
     for caveat in study.comparison.caveats:
         console.print(Padding(f"[dim]{escape(caveat)}[/]", (0, 0, 0, 13)), highlight=False)
     console.print(f"report  {page}", highlight=False, soft_wrap=True)

@@ -14,15 +14,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.cli.exit_codes import OK, guarded
+from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import Options, TrainSettings, parse
-from gengap_dist.compat.fast_imports import quickly
+from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
-from gengap_dist.tracking.mlflow.process import Follower
+from gengap_dist.tracking.mlflow.process import UploaderProcess
 from gengap_dist.training import ENTRY_POINT
 
 PROG = "gengap train"
@@ -62,11 +62,11 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
     from gengap_dist.cli.terminal import RunProgress, print_profile, print_run
 
     run_folder.prepare_folder(out, "run.json", resume=resume)
-    follower = Follower(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
+    follower = UploaderProcess(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
     try:
         with RunProgress(out.name) as progress:
             ranks.run(config, out, resume=resume, progress=progress)
-        with quickly():
+        with fast_imports():
             from gengap_dist.analysis.report.html import write_report
             from gengap_dist.analysis.study_data import read_study
 
@@ -85,7 +85,7 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
 
 
 def _name(config: RunConfig) -> Path:
-    if launchers.joining(config.launch) and not launchers.launch_id():
+    if launchers.uses_torchrun(config.launch) and not launchers.launch_id():
         raise UsageError("--out is needed here: ranks that something else started must be told one folder")
     stamp = launchers.launch_id() or datetime.now().strftime("%Y%m%d-%H%M%S")
     model = config.model.name.replace(":", ".")
@@ -94,4 +94,4 @@ def _name(config: RunConfig) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    guarded(PROG, command, argv)
+    run_command(PROG, command, argv)

@@ -24,9 +24,9 @@ def _export_model(folder: Path, info: dict[str, Any], to: Path, **about: Any) ->
 
 
 def _prepare_export() -> None:
-    from gengap_dist.compat.fast_imports import quickly
+    from gengap_dist.compat.fast_imports import fast_imports
 
-    with quickly():
+    with fast_imports():
         from gengap_dist.training import export
     export.prepare()
 

@@ -136,7 +136,7 @@ class BatchConfig(Section):
     """Samples in a group of model.norm=ghost."""
 
     @property
-    def most_at_once(self) -> int:
+    def max_micro_size(self) -> int:
         """`micro_size`, which is a number once a run has settled it (`planning.micro_size`)."""
         assert isinstance(self.micro_size, int), "batch.micro_size=auto is settled before anything asks for the number"
         return self.micro_size

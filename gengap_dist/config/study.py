@@ -149,7 +149,7 @@ class StudyConfig(RunConfig):
         ]
 
     @cached_property
-    def twins(self) -> dict[str, str]:
+    def duplicates(self) -> dict[str, str]:
         """Combinations of the axes that would be the same run as an earlier arm, and that arm.
 
         Raises:
@@ -168,14 +168,14 @@ class StudyConfig(RunConfig):
     @property
     def arms(self) -> list[Arm]:
         """All arms, each once; see `twins`."""
-        return [arm for arm in self.candidates if arm.name not in self.twins]
+        return [arm for arm in self.candidates if arm.name not in self.duplicates]
 
     @property
     def baseline(self) -> str:
         """Name of the baseline arm."""
         sizes = {arm.name: flat(nested(arm.set)).get("batch.global_size", 0) for arm in self.candidates}
         name = self.study.baseline or min(sizes, key=lambda name: sizes[name] or self.batch.global_size)
-        return self.twins.get(name, name)
+        return self.duplicates.get(name, name)
 
     def run_config(self, arm: Arm, seed: int, tuned: Mapping[str, Any] | None = None) -> RunConfig:
         """The settings of one run of the study; `tuned` are settings found for its arm.

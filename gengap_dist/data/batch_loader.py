@@ -21,8 +21,8 @@ class Normalise:
         return pixels.to(self.dtype).sub_(self.mean).mul_(self.scale)
 
 
-class Batches:
-    """Training batches of one data set; see `Order` for which indices and `BatchPlan` for which ranks."""
+class BatchLoader:
+    """Training batches of one data set; see `EpochSampler` for which indices and `BatchPlan` for which ranks."""
 
     def __init__(self, images: Images, normalise: Normalise, config: DataConfig, seed: int) -> None:
         """Batches of `images`, augmented as `config` says under `seed`."""
@@ -36,6 +36,6 @@ class Batches:
         pixels, labels = self.images.take(indices, there)
         return augment(pixels, there, self.normalise, self.config, self.seed, epoch), labels
 
-    def expect(self, indices: Tensor) -> None:
+    def prefetch(self, indices: Tensor) -> None:
         """Say which images, in which order, are asked for after those expected before; see `Images.expect`."""
-        self.images.expect(indices)
+        self.images.prefetch(indices)

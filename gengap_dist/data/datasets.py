@@ -16,7 +16,7 @@ from torch import Tensor
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import TORCHVISION
 from gengap_dist.data.host_images import HostImages
-from gengap_dist.data.streaming import AHEAD_BYTES, Pictures, read_picture
+from gengap_dist.data.streaming import PREFETCH_BYTES, StreamedImages, read_image
 from gengap_dist.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ MEAN_OF = 4_096  # training pictures that give the mean and deviation of a set l
 class Images(NamedTuple):
     """One split."""
 
-    pixels: Tensor | Pictures | HostImages  # [N, C, H, W] uint8
+    pixels: Tensor | StreamedImages | HostImages  # [N, C, H, W] uint8
     labels: Tensor  # [N] int64
 
     def __len__(self) -> int:
@@ -54,14 +54,14 @@ class Images(NamedTuple):
             return self.pixels.index_select(0, there), self.labels[there]  # 20 times as fast as [there]
         return self.pixels[indices], self.labels[there]  # reading the numbers of `there` would wait for a GPU
 
-    def expect(self, indices: Tensor) -> None:
+    def prefetch(self, indices: Tensor) -> None:
         """Say that `indices` [n] are asked for next: what is not on the device yet is brought nearer."""
         if not isinstance(self.pixels, Tensor):
-            self.pixels.expect(indices)
+            self.pixels.prefetch(indices)
 
     def fingerprint(self, root: Path) -> Iterator[Any]:
         """What tells these images from others, as bytes: pixels, of pictures on disk their paths and sizes; labels."""
-        if isinstance(self.pixels, Pictures):
+        if isinstance(self.pixels, StreamedImages):
             yield from self.pixels.fingerprint(root)
         else:
             pixels = self.pixels.pixels if isinstance(self.pixels, HostImages) else self.pixels
@@ -219,7 +219,7 @@ def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
 
         def decode(job: tuple[int, str], pixels: Tensor = pixels) -> None:
             at, path = job
-            pixels[at] = read_picture(path, size)
+            pixels[at] = read_image(path, size)
 
         with ThreadPoolExecutor() as pool:
             jobs = [(at, path) for at, (path, _) in enumerate(listing.samples)]
@@ -273,7 +273,7 @@ def sizes(config: DataConfig) -> Sizes:
         num, num_test, num_classes, channels = COUNTS[config.name]
     num_bytes = (num + num_test) * channels * config.image_size**2
     if config.streaming:
-        num_bytes = min(num_bytes, AHEAD_BYTES)
+        num_bytes = min(num_bytes, PREFETCH_BYTES)
     else:
         _check_memory(num_bytes, config)
     num_val = _num_val(num, config)
@@ -351,7 +351,7 @@ def _streamed(config: DataConfig) -> Splits:
     """An image folder that stays on disk but for the pictures whose mean is taken; the splits are `load`'s."""
     pool = ThreadPoolExecutor(config.workers, thread_name_prefix="pictures")
     listed = listings(config)
-    pictures, test = (Pictures([path for path, _ in part.samples], config.image_size, pool) for part in listed)
+    pictures, test = (StreamedImages([path for path, _ in part.samples], config.image_size, pool) for part in listed)
     labels, test_labels = (torch.tensor(part.targets) for part in listed)
     train, val = _parts(len(pictures), config)
     train_pictures = pictures.subset(train)

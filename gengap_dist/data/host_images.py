@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 AHEAD_BYTES = 2**28  # of images gathered ahead for one step; the rest of a larger step is gathered when it is asked for
-MOST_EXPECTED = 4  # steps that are kept ready; a loop that asks for other images than it said leaves some behind
+MAX_PREFETCHED = 4  # steps that are kept ready; a loop that asks for other images than it said leaves some behind
 
 
-class _Expected:
+class _Prefetched:
     """The images of a step, of which the first are being gathered."""
 
     def __init__(self, indices: Tensor, gathered: "Future[Tensor]", num_gathered: int) -> None:
@@ -38,7 +38,7 @@ class HostImages:
         """Images `pixels` [N, C, H, W] uint8, on the CPU, for `device`."""
         self.pixels, self.device, self.shape = pixels, device, pixels.shape
         self._most_ahead = max(1, AHEAD_BYTES // pixels[:1].numel())
-        self._expected: deque[_Expected] = deque(maxlen=MOST_EXPECTED)
+        self._expected: deque[_Prefetched] = deque(maxlen=MAX_PREFETCHED)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="images")
 
     def __len__(self) -> int:
@@ -50,12 +50,12 @@ class HostImages:
         indices = torch.arange(len(self))[which] if isinstance(which, slice) else which.cpu()
         return self._host(indices).to(self.device, non_blocking=True)
 
-    def expect(self, indices: Tensor) -> None:
+    def prefetch(self, indices: Tensor) -> None:
         """Gather `indices` [n] ahead: they are asked for, in this order, after those expected before."""
         if not len(indices):
             return
         first = indices[: self._most_ahead]
-        self._expected.append(_Expected(indices, self._pool.submit(self._gather, first), len(first)))
+        self._expected.append(_Prefetched(indices, self._pool.submit(self._gather, first), len(first)))
 
     def _host(self, indices: Tensor) -> Tensor:
         """The images in pinned memory: those expected next, or gathered now."""

@@ -17,18 +17,18 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
 
 
-def stream(seed: int, *purpose: int) -> np.random.Generator:
+def seeded_rng(seed: int, *purpose: int) -> np.random.Generator:
     """A random generator of its own for each purpose (order, probe set, ...) under one seed."""
     return np.random.default_rng([seed, *purpose])
 
 
-def growth(config: RunConfig) -> tuple[tuple[int, int], ...]:
+def batch_size_schedule(config: RunConfig) -> tuple[tuple[int, int], ...]:
     """(first epoch, global size) of every growth of the batch under optim.schedule=grow; elsewhere none.
 
     At milestone m the batch is divided by gamma, from epoch round(m * train.epochs) on (Smith et al. 2018).
 
     >>> grow = {"schedule": "grow", "milestones": [0.5, 0.8], "gamma": 0.5}
-    >>> growth(RunConfig.model_validate({"optim": grow, "train": {"epochs": 10}, "batch": {"global_size": 32}}))
+    >>> batch_size_schedule(RunConfig.model_validate({"optim": grow, "train": {"epochs": 10}, "batch": {"global_size": 32}}))
     ((5, 64), (8, 128))
 
     Raises:
@@ -56,7 +56,7 @@ class Phase(NamedTuple):
     steps_per_epoch: int
 
 
-class Order:
+class EpochSampler:
     """The images of every step. Each epoch visits every image once; its last step may be smaller."""
 
     def __init__(
@@ -72,9 +72,9 @@ class Order:
 
         Args:
             num_samples: images in all.
-            global_size: images in a step; with `growth`, at first.
+            global_size: images in a step; with `batch_size_schedule`, at first.
             seed: of the order.
-            growth: (first epoch, images in a step from there on), epochs rising, see `growth`.
+            growth: (first epoch, images in a step from there on), epochs rising, see `batch_size_schedule`.
             worker: which network's own order it is, for algorithm.local_sgd=swap; None: the order of all.
 
         Raises:
@@ -107,14 +107,14 @@ class Order:
         epoch, at, size = self._place(step)
         if epoch != self._epoch:
             purpose = (1, epoch) if self.worker is None else (4, self.worker, epoch)
-            permutation = stream(self.seed, *purpose).permutation(self.num_samples)
+            permutation = seeded_rng(self.seed, *purpose).permutation(self.num_samples)
             self._epoch, self._permutation = epoch, torch.from_numpy(permutation)
         return self._permutation[at * size : (at + 1) * size]
 
     def sizes(self) -> set[int]:
         """Images in a step, of all kinds of steps.
 
-        >>> sorted(Order(100, 40, seed=0).sizes())
+        >>> sorted(EpochSampler(100, 40, seed=0).sizes())
         [20, 40]
         """
         return {size for phase in self.phases for size in (phase.size, self.num_samples % phase.size) if size}
@@ -122,7 +122,7 @@ class Order:
     def epochs_done(self, steps: int) -> float:
         """Passes over the images after `steps` steps.
 
-        >>> order = Order(100, 25, seed=0, growth=[(2, 50)])  # steps in an epoch: 4, 4, 2, 2, ...
+        >>> order = EpochSampler(100, 25, seed=0, growth=[(2, 50)])  # steps in an epoch: 4, 4, 2, 2, ...
         >>> [order.epochs_done(steps) for steps in (0, 1, 8, 9, 12)]
         [0.0, 0.25, 2.0, 2.5, 4.0]
         """
@@ -132,7 +132,7 @@ class Order:
     def num_steps(self, epochs: int) -> int:
         """Steps in the first `epochs` epochs.
 
-        >>> Order(100, 25, seed=0, growth=[(2, 50)]).num_steps(4)
+        >>> EpochSampler(100, 25, seed=0, growth=[(2, 50)]).num_steps(4)
         12
         """
         return self.step_at(epochs)
@@ -140,7 +140,7 @@ class Order:
     def step_at(self, epoch: float) -> int:
         """The number of steps after which nearest to `epoch` passes are done.
 
-        >>> order = Order(100, 25, seed=0, growth=[(2, 50)])
+        >>> order = EpochSampler(100, 25, seed=0, growth=[(2, 50)])
         >>> [order.step_at(epoch) for epoch in (0.3, 2, 2.5, 4)]
         [1, 8, 9, 12]
         """

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from gengap_dist.errors import UsageError
 
-AHEAD_BYTES = 2**27  # pictures read ahead and not yet asked for
+PREFETCH_BYTES = 2**27  # pictures read ahead and not yet asked for
 
 
-def read_picture(path: str, size: int) -> Tensor:
+def read_image(path: str, size: int) -> Tensor:
     """[3, size, size] uint8, resized if it is not of that size.
 
     Raises:
@@ -37,7 +37,7 @@ def read_picture(path: str, size: int) -> Tensor:
         raise UsageError(f"data.root: the picture {path} cannot be read ({error}); replace or remove it") from None
 
 
-class Pictures:
+class StreamedImages:
     """N picture files, indexed like the [N, 3, S, S] uint8 tensor that they would make; bit for bit the same pixels.
 
     One thread may index and expect; the reading is done by `pool`.
@@ -54,7 +54,7 @@ class Pictures:
         """
         self.paths, self.size, self.pool, self.device = paths, size, pool, device or torch.device("cpu")
         self.shape = torch.Size([len(paths), 3, size, size])
-        self.most_ahead = max(1, AHEAD_BYTES // (3 * size * size))
+        self.most_ahead = max(1, PREFETCH_BYTES // (3 * size * size))
         self._coming: deque[int] = deque()
         self._held: dict[int, Future[Tensor]] = {}
 
@@ -76,7 +76,7 @@ class Pictures:
         self._read_ahead()
         return out.to(self.device, non_blocking=True)
 
-    def expect(self, indices: Tensor) -> None:
+    def prefetch(self, indices: Tensor) -> None:
         """Read `indices` [n] ahead, after those expected before and at most AHEAD_BYTES at any time.
 
         All of them must be asked for, in this order; others may be asked for in between.
@@ -84,13 +84,13 @@ class Pictures:
         self._coming.extend(indices.tolist())
         self._read_ahead()
 
-    def subset(self, indices: Tensor) -> "Pictures":
+    def subset(self, indices: Tensor) -> "StreamedImages":
         """The pictures at [n] int64 positions."""
-        return Pictures([self.paths[at] for at in indices.tolist()], self.size, self.pool, self.device)
+        return StreamedImages([self.paths[at] for at in indices.tolist()], self.size, self.pool, self.device)
 
-    def to(self, device: torch.device) -> "Pictures":
+    def to(self, device: torch.device) -> "StreamedImages":
         """The same pictures, put on a device when they are indexed; nothing is expected of them yet."""
-        return Pictures(self.paths, self.size, self.pool, device)
+        return StreamedImages(self.paths, self.size, self.pool, device)
 
     def fingerprint(self, root: Path) -> Iterator[bytes]:
         """Of each picture its path below `root` and its size in bytes."""
@@ -105,7 +105,7 @@ class Pictures:
         return self._read(at)
 
     def _read(self, at: int) -> "Future[Tensor]":
-        return self.pool.submit(read_picture, self.paths[at], self.size)
+        return self.pool.submit(read_image, self.paths[at], self.size)
 
     def _read_ahead(self) -> None:
         # a picture that is held already is wanted twice: the second is read once the first was taken

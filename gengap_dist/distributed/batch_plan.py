@@ -54,7 +54,7 @@ class BatchPlan(NamedTuple):
     micro_size: int
     ghost_size: int | None = None
 
-    def micro_batches(self, rank: int, *, lockstep: bool = False) -> list[Span]:
+    def micro_batches(self, rank: int, *, equal_counts: bool = False) -> list[Span]:
         """This rank's spans, in order. A rank without samples gets one empty span: it still joins the all-reduce.
 
         Args:
@@ -77,7 +77,7 @@ class BatchPlan(NamedTuple):
         at_once = self.micro_size // unit
         num_micro = max(1, -(-mine.size // at_once))
         spans = [Span(mine.start + span.start, mine.start + span.stop) for span in split(mine.size, num_micro)]
-        if lockstep:
+        if equal_counts:
             largest = -(-num_units // self.world_size)  # share of a rank
             spans += [Span(mine.stop, mine.stop)] * (-(-largest // at_once) - num_micro)
         return [Span(min(a * unit, self.global_size), min(b * unit, self.global_size)) for a, b in spans]

@@ -21,7 +21,7 @@ class Preempted(Exception):
         self.step = step
 
 
-class Notice:
+class PreemptionFlag:
     """Whether this process has been asked to leave; call it to know."""
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Notice:
         """True from the first signal on."""
         return self._given
 
-    def give(self, number: int, frame: FrameType | None = None) -> None:
+    def set(self, number: int, frame: FrameType | None = None) -> None:
         """The signal handler. A second Ctrl-C from a terminal ends the process; schedulers may repeat themselves."""
         if self._given and number == signal.SIGINT and sys.stdin.isatty():
             raise KeyboardInterrupt
@@ -39,13 +39,13 @@ class Notice:
 
 
 @contextmanager
-def listening() -> Iterator[Notice]:
+def catching_signals() -> Iterator[PreemptionFlag]:
     """While open, SIGTERM and SIGINT set the notice instead of ending the process (from the main thread only)."""
-    notice = Notice()
+    notice = PreemptionFlag()
     if threading.current_thread() is not threading.main_thread():
         yield notice
         return
-    before = {number: signal.signal(number, notice.give) for number in SIGNALS}
+    before = {number: signal.signal(number, notice.set) for number in SIGNALS}
     try:
         yield notice
     finally:

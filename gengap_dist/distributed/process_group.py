@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from gengap_dist.compat.torchrun_store import store_of_this_start
-from gengap_dist.distributed.phase_timer import Whereabouts
+from gengap_dist.distributed.phase_timer import PhaseTimer
 from gengap_dist.errors import UsageError
 
 
@@ -27,37 +27,37 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    where: Whereabouts = field(default_factory=Whereabouts, compare=False, repr=False)
+    timer: PhaseTimer = field(default_factory=PhaseTimer, compare=False, repr=False)
 
     def __deepcopy__(self, memo: object) -> "World":
         """There is one: a copy of a network that talks to other ranks talks to the same."""
         return self
 
-    def sum(self, tensor: Tensor, what: str = "sum") -> Tensor:
+    def all_reduce(self, tensor: Tensor, what: str = "sum") -> Tensor:
         """Sum over ranks, in place, on every rank. Shape and dtype stay. `what` it is, for whoever waits too long.
 
         On a GPU the sum is only begun when this returns: `read` waits for its numbers.
         """
         if self.size > 1:
-            with self.where.during("communication", what, meeting=True):
+            with self.timer.phase("communication", what, meeting=True):
                 dense = tensor.contiguous()  # NCCL refuses any other; gloo takes them
                 dist.all_reduce(dense)
                 if dense is not tensor:
                     tensor.copy_(dense)
         return tensor
 
-    def read(self, tensor: Tensor, what: str = "sum") -> Tensor:
+    def all_reduce_to_cpu(self, tensor: Tensor, what: str = "sum") -> Tensor:
         """Sum over ranks, in place, and the sum in the CPU's memory.
 
         Waiting for it counts as waiting for the other ranks, on a GPU, too: a watchdog sees it.
         """
-        self.sum(tensor, what)
+        self.all_reduce(tensor, what)
         if tensor.is_cpu:
             return tensor
-        with self.where.during("communication", what, meeting=self.size > 1):
+        with self.timer.phase("communication", what, meeting=self.size > 1):
             return tensor.cpu()
 
-    def sum_later(self, tensor: Tensor) -> Callable[[], Tensor]:
+    def all_reduce_async(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Begin to sum `tensor`, in place; the function returned waits for the sum."""
         if self.size == 1:
             return lambda: tensor
@@ -66,7 +66,7 @@ class World:
         assert work is not None
 
         def wait() -> Tensor:
-            with self.where.during("communication", "agreement on whether to leave", meeting=True):
+            with self.timer.phase("communication", "agreement on whether to leave", meeting=True):
                 work.wait()
             return tensor if dense is tensor else tensor.copy_(dense)
 
@@ -87,18 +87,18 @@ class World:
         received = chunks[0].new_empty(sum(sizes))
         # one flat buffer: gloo's list form wants chunks of one size
         sent = torch.cat([chunk.flatten() for chunk in chunks])
-        with self.where.during("communication", "all-to-all of activations", meeting=True):
+        with self.timer.phase("communication", "all-to-all of activations", meeting=True):
             dist.all_to_all_single(received, sent, sizes, [chunk.numel() for chunk in chunks])
         return [part.view(-1, columns) for part in received.split(sizes)] if columns else [chunks[0][:0]] * self.size
 
-    def agree(self, value: int) -> int:
+    def broadcast_int(self, value: int) -> int:
         """What rank 0 says."""
         told = torch.tensor([int(value) if self.rank == 0 else 0])
-        return int(self.sum(told, "word from rank 0"))
+        return int(self.all_reduce(told, "word from rank 0"))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self.sum(torch.zeros(1), "barrier")
+        self.all_reduce(torch.zeros(1), "barrier")
 
 
 def environment() -> tuple[int, int, int]:
@@ -112,7 +112,7 @@ def local_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or environment()[2])
 
 
-def connect(device: str, timeout_seconds: float) -> World:
+def init_process_group(device: str, timeout_seconds: float) -> World:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
     On GPUs there are two: NCCL for what lies there, gloo for a few numbers on the CPU.
@@ -147,7 +147,7 @@ def connect(device: str, timeout_seconds: float) -> World:
                 ) from None
             options |= {"store": own, "rank": rank, "world_size": size}
         dist.init_process_group(_backend(place), **options)
-    return World(rank, size, place, Whereabouts(on_gpu=on_gpu))
+    return World(rank, size, place, PhaseTimer(on_gpu=on_gpu))
 
 
 def _check_gpus(local_rank: int, num_gpus: int) -> None:
@@ -170,7 +170,7 @@ def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def ensure_group(world: World, timeout_seconds: float) -> None:
+def ensure_process_group(world: World, timeout_seconds: float) -> None:
     """A process group also for a single rank, which some engines ask for; it talks to nobody.
 
     It is not bound to its GPU: torch has NCCL split every further group from one that is, which one rank does not need.
@@ -180,7 +180,7 @@ def ensure_group(world: World, timeout_seconds: float) -> None:
         dist.init_process_group(_backend(world.device), store=store, rank=0, world_size=1, timeout=timeout)
 
 
-def disconnect() -> None:
+def destroy_process_group() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

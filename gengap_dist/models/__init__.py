@@ -10,13 +10,13 @@ from torch import nn
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError, did_you_mean
-from gengap_dist.models.batch_norm import treat
+from gengap_dist.models.batch_norm import replace_batch_norm
 from gengap_dist.models.c1 import c1
-from gengap_dist.models.dropout import treat_dropout
+from gengap_dist.models.dropout import replace_dropout
 from gengap_dist.models.lenet5 import lenet5
 from gengap_dist.models.mlp import f1, mlp
 from gengap_dist.models.resnet import resnet
-from gengap_dist.models.sample_position import Position
+from gengap_dist.models.sample_position import SamplePosition
 from gengap_dist.models.vgg16 import vgg16
 from gengap_dist.models.zoo import timm_model, torchvision_model
 
@@ -31,7 +31,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 ZOOS: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "timm": timm_model}
 
 
-def of(config: RunConfig, num_classes: int, in_channels: int, world: World) -> nn.Module:
+def from_config(config: RunConfig, num_classes: int, in_channels: int, world: World) -> nn.Module:
     """The network that `config` names, freshly initialised, on the CPU, its batch norm and dropout as the run has them.
 
     Raises:
@@ -45,9 +45,9 @@ def of(config: RunConfig, num_classes: int, in_channels: int, world: World) -> n
         widths=config.model.widths,
         activation=config.model.activation,
     )
-    position = Position()
-    treat(model, config.norm, ghost_size=config.batch.ghost_size, position=position, world=world)
-    treat_dropout(model, position)
+    position = SamplePosition()
+    replace_batch_norm(model, config.norm, ghost_size=config.batch.ghost_size, position=position, world=world)
+    replace_dropout(model, position)
     return model
 
 

@@ -17,12 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.models.sample_position import Position
+from gengap_dist.models.sample_position import SamplePosition
 
 GROUP_CHANNELS = 16  # of group norm, as in Wu & He 2018, table 3
 
 
-class Normed(_BatchNorm):
+class ReplacedBatchNorm(_BatchNorm):
     """Batch norm whose training statistics are its own affair; in eval mode it is torch's."""
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -39,14 +39,14 @@ class Normed(_BatchNorm):
         raise NotImplementedError
 
     @torch.no_grad()
-    def remember(self, mean: Tensor, var: Tensor, share: float) -> None:
+    def update_running_stats(self, mean: Tensor, var: Tensor, share: float) -> None:
         """Add this share of a mean [C] and an unbiased variance [C] to the running ones."""
         if self.running_mean is not None and self.running_var is not None:
             self.running_mean.add_(mean, alpha=share)
             self.running_var.add_(var, alpha=share)
 
 
-class GhostBatchNorm(Normed):
+class GhostBatchNorm(ReplacedBatchNorm):
     """Batch norm over groups of `ghost_size` consecutive samples of the global batch (Hoffer et al. 2017).
 
     `BatchPlan` never cuts a group, so outputs do not depend on ranks or micro-batches. Nor do the running statistics,
@@ -68,11 +68,11 @@ class GhostBatchNorm(Normed):
         """Like nn.BatchNorm1d or 2d with these settings, per group."""
         super().__init__(num_features, **settings)
         self.ghost_size = ghost_size
-        self.position = Position()
+        self.position = SamplePosition()
         self._seen: list[tuple[Tensor, Tensor, int]] = []  # mean, variance and size of groups not yet remembered
 
     def train_forward(self, input: Tensor) -> Tensor:
-        """See `Normed`; the last group may be smaller."""
+        """See `ReplacedBatchNorm`; the last group may be smaller."""
         out, seen = [], []
         for group in input.split(self.ghost_size):
             mean, var = input.new_zeros(2, self.num_features, dtype=_exact(input))
@@ -80,10 +80,10 @@ class GhostBatchNorm(Normed):
             seen.append((mean, var, len(group)))
         self._seen = seen
         if not torch.compiler.is_compiling():  # places in the batch would be compiled in: the strategy calls afterwards
-            self.settle()
+            self.commit_running_stats()
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    def settle(self) -> None:
+    def commit_running_stats(self) -> None:
         """Let the groups of the last training pass enter the running statistics, if they have not."""
         seen, self._seen = self._seen, []
         where, eta = self.position, self.momentum or 0.0
@@ -93,7 +93,7 @@ class GhostBatchNorm(Normed):
             self.begin_step(size)
         for number, (mean, var, _) in enumerate(seen, first):
             last = -(-(size or 0) // self.ghost_size) - 1
-            self.remember(mean, var, where.num_ranks * eta * (1 - eta) ** (last - number))
+            self.update_running_stats(mean, var, where.num_ranks * eta * (1 - eta) ** (last - number))
 
     @torch.no_grad()
     def begin_step(self, global_size: int) -> None:
@@ -104,7 +104,7 @@ class GhostBatchNorm(Normed):
             self.running_var.mul_(keep)
 
 
-class SyncBatchNorm(Normed):
+class SyncBatchNorm(ReplacedBatchNorm):
     """Batch norm over the whole global batch, on any device: torch's own is for GPUs, and waits for one in every layer.
 
     Each rank must be given all of its samples of a step at once, in training, and equally often; none are welcome.
@@ -116,7 +116,7 @@ class SyncBatchNorm(Normed):
         self.world = world
 
     def train_forward(self, input: Tensor) -> Tensor:
-        """See `Normed`. Collective, and so is its backward pass."""
+        """See `ReplacedBatchNorm`. Collective, and so is its backward pass."""
         eta = self.momentum or 0.0
         if self.world.size == 1:
             return batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, True, eta, self.eps)
@@ -151,7 +151,7 @@ class _OverRanks(torch.autograd.Function):
         if n:
             mean, var = torch.batch_norm_update_stats(input.to(kind), None, None, 0.0)  # 3 times as fast as var_mean
             told[world.rank] = torch.cat([mean.double(), var.double(), told.new_full((1,), n)])
-        world.sum(told, "batch norm statistics")
+        world.all_reduce(told, "batch norm statistics")
         means, variances, counts = told[:, :channels], told[:, channels:-1], told[:, -1:]
         count = counts.sum()
         # ranks' means and variances put together as Chan et al. (1983) do: nothing cancels
@@ -201,7 +201,9 @@ def _wide(vector_C: Tensor, like: Tensor) -> Tensor:
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def treat(model: nn.Module, kind: str, *, ghost_size: int | None, position: Position, world: World) -> None:
+def replace_batch_norm(
+    model: nn.Module, kind: str, *, ghost_size: int | None, position: SamplePosition, world: World
+) -> None:
     """Put what `model.norm` asks for in the place of every batch norm layer, in place; weights and buffers stay.
 
     Args:
@@ -256,7 +258,7 @@ def _settings(old: _BatchNorm) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _ghost(old: _BatchNorm, ghost_size: int, position: Position) -> nn.Module:
+def _ghost(old: _BatchNorm, ghost_size: int, position: SamplePosition) -> nn.Module:
     new = GhostBatchNorm(old.num_features, ghost_size, **_settings(old))
     new.position = position
     return new
@@ -291,7 +293,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     """Training passes inside leave running statistics alone."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     before = [(module, module.momentum, module.num_batches_tracked) for module in norms]
@@ -314,6 +316,6 @@ def average_buffers(model: nn.Module, world: World) -> None:
     if buffers:
         # in float64 the mean of three equal float32 is exact
         flat = torch.cat([b.flatten().double() for b in buffers])
-        mean = world.sum(flat, "running statistics") / world.size
+        mean = world.all_reduce(flat, "running statistics") / world.size
         for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))

@@ -7,12 +7,12 @@ from torch import nn
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "linear": nn.Identity}
 
 
-def unit(
+def activated(
     affine: nn.Module, norm: nn.Module | None = None, activation: str = "relu", **more: nn.Module
 ) -> nn.Sequential:
     """An affine map, its norm if it has one, its non-linearity as `act` (a key of ACTIVATIONS), then `more`.
 
-    >>> [name for name, _ in unit(nn.Linear(2, 2), nn.BatchNorm1d(2), dropout=nn.Dropout()).named_children()]
+    >>> [name for name, _ in activated(nn.Linear(2, 2), nn.BatchNorm1d(2), dropout=nn.Dropout()).named_children()]
     ['affine', 'norm', 'act', 'dropout']
     """
     norms = {} if norm is None else {"norm": norm}

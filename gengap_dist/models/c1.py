@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from gengap_dist.models.blocks import unit
+from gengap_dist.models.blocks import activated
 
 
 def c1(*, num_classes: int, in_channels: int, image_size: int = 32) -> nn.Sequential:
@@ -18,9 +18,9 @@ def c1(*, num_classes: int, in_channels: int, image_size: int = 32) -> nn.Sequen
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, inputs in enumerate([in_channels, 64], 1):
         conv = nn.Conv2d(inputs, 64, 5, stride=2, padding=2)
-        layers[f"conv{number}"] = unit(conv, nn.BatchNorm2d(64), pool=nn.MaxPool2d(3, stride=2, padding=1))
+        layers[f"conv{number}"] = activated(conv, nn.BatchNorm2d(64), pool=nn.MaxPool2d(3, stride=2, padding=1))
     layers["flatten"] = nn.Flatten()
     for number, (inputs, units) in enumerate([(64 * side * side, 384), (384, 192)], 1):
-        layers[f"fc{number}"] = unit(nn.Linear(inputs, units), nn.BatchNorm1d(units), dropout=nn.Dropout(0.5))
+        layers[f"fc{number}"] = activated(nn.Linear(inputs, units), nn.BatchNorm1d(units), dropout=nn.Dropout(0.5))
     layers["head"] = nn.Linear(192, num_classes)
     return nn.Sequential(layers)

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.data.augment import counter_bits
-from gengap_dist.models.sample_position import Position
+from gengap_dist.models.sample_position import SamplePosition
 
 
 class SampleDropout(nn.Dropout):
     """nn.Dropout, drawn from (step, layer, call of it in a pass, position in the global batch, unit)."""
 
-    def __init__(self, p: float, layer: int, position: Position) -> None:
+    def __init__(self, p: float, layer: int, position: SamplePosition) -> None:
         """Drop units with probability p; `layer` tells this layer's draws from others'."""
         super().__init__(p)
         self.layer, self.position = layer, position
@@ -27,7 +27,7 @@ class SampleDropout(nn.Dropout):
         return input * (draws >= self.p * 2**24).view_as(input) / (1 - self.p if self.p < 1 else 1)
 
 
-def treat_dropout(model: nn.Module, position: Position) -> None:
+def replace_dropout(model: nn.Module, position: SamplePosition) -> None:
     """Put SampleDropout in the place of every nn.Dropout, in place; dropout of other kinds stays what it is."""
     every = model.named_modules(remove_duplicate=False)  # a layer that goes by two names gets draws for each
     for number, (path, old) in enumerate([(path, old) for path, old in every if type(old) is nn.Dropout]):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from gengap_dist.errors import UsageError
-from gengap_dist.models.blocks import unit
+from gengap_dist.models.blocks import activated
 
 
 class LeNet5(nn.Module):
@@ -15,10 +15,10 @@ class LeNet5(nn.Module):
         side = ((image_size - 4) // 2 - 4) // 2
         if side < 1:
             raise UsageError(f"data.image_size ({image_size}) is too small for lenet5: choose at least 16")
-        self.conv1 = unit(nn.Conv2d(in_channels, 6, 5), activation=activation, pool=nn.MaxPool2d(2))
-        self.conv2 = unit(nn.Conv2d(6, 16, 5), activation=activation, pool=nn.MaxPool2d(2))
-        self.fc1 = unit(nn.Linear(16 * side * side, 120), activation=activation)
-        self.fc2 = unit(nn.Linear(120, 84), activation=activation)
+        self.conv1 = activated(nn.Conv2d(in_channels, 6, 5), activation=activation, pool=nn.MaxPool2d(2))
+        self.conv2 = activated(nn.Conv2d(6, 16, 5), activation=activation, pool=nn.MaxPool2d(2))
+        self.fc1 = activated(nn.Linear(16 * side * side, 120), activation=activation)
+        self.fc2 = activated(nn.Linear(120, 84), activation=activation)
         self.fc3 = nn.Linear(84, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from gengap_dist.models.blocks import unit
+from gengap_dist.models.blocks import activated
 
 F1_WIDTHS = (512,) * 5
 
@@ -26,7 +26,7 @@ def mlp(
     sizes = [in_channels * image_size**2, *widths]
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for number, (inputs, units) in enumerate(zip(sizes, widths, strict=False), 1):
-        layers[f"fc{number}"] = unit(nn.Linear(inputs, units), nn.BatchNorm1d(units), activation)
+        layers[f"fc{number}"] = activated(nn.Linear(inputs, units), nn.BatchNorm1d(units), activation)
     layers["head"] = nn.Linear(sizes[-1], num_classes)
     return nn.Sequential(layers)
 

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from gengap_dist.models.blocks import he_init, unit
+from gengap_dist.models.blocks import activated, he_init
 
 
 class Block(nn.Module):
@@ -20,7 +20,7 @@ class Block(nn.Module):
         super().__init__()
         self.stride, self.more = 1 + (inputs < channels), channels - inputs
         conv = nn.Conv2d(inputs, channels, 3, self.stride, padding=1, bias=False)
-        self.conv1 = unit(conv, nn.BatchNorm2d(channels))
+        self.conv1 = activated(conv, nn.BatchNorm2d(channels))
         self.conv2 = nn.Sequential(
             OrderedDict(affine=nn.Conv2d(channels, channels, 3, padding=1, bias=False), norm=nn.BatchNorm2d(channels))
         )
@@ -38,7 +38,7 @@ class ResNet(nn.Module):
     def __init__(self, blocks: int, num_classes: int, in_channels: int) -> None:
         """With `blocks` blocks in each stage: n of 6n + 2."""
         super().__init__()
-        self.conv1 = unit(nn.Conv2d(in_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.conv1 = activated(nn.Conv2d(in_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
         self.stage1, self.stage2, self.stage3 = (
             nn.Sequential(*[Block(inputs if number == 0 else channels, channels) for number in range(blocks)])
             for inputs, channels in [(16, 16), (16, 32), (32, 64)]

@@ -6,7 +6,7 @@ from torch import nn
 
 
 @dataclass
-class Position:
+class SamplePosition:
     """Samples `start` .. `start + n` of a global batch; one object for all layers of a network that ask for it.
 
     Layers that never hear of a global batch, as when a network is tried out alone, take what they are given for all
@@ -30,7 +30,7 @@ class Position:
         self.calls.clear()
 
 
-def position_of(model: nn.Module) -> Position:
+def position_of(model: nn.Module) -> SamplePosition:
     """The position that the layers of `model` look at, or one that nobody looks at."""
     found = (getattr(module, "position", None) for module in model.modules())
-    return next((position for position in found if isinstance(position, Position)), Position())
+    return next((position for position in found if isinstance(position, SamplePosition)), SamplePosition())

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from torch import nn
 
 from gengap_dist.errors import UsageError
-from gengap_dist.models.blocks import he_init, unit
+from gengap_dist.models.blocks import activated, he_init
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Channels of the convolutions between two poolings."""
@@ -30,12 +30,12 @@ def vgg16(*, num_classes: int, in_channels: int, image_size: int = 32) -> nn.Seq
     for stage, widths in enumerate(STAGES, 1):
         for number, channels in enumerate(widths, 1):
             conv = nn.Conv2d(inputs, channels, 3, padding=1)
-            layers[f"conv{stage}_{number}"] = unit(conv, nn.BatchNorm2d(channels))
+            layers[f"conv{stage}_{number}"] = activated(conv, nn.BatchNorm2d(channels))
             inputs = channels
         layers[f"conv{stage}_{len(widths)}"].add_module("pool", nn.MaxPool2d(2))
     layers["flatten"] = nn.Flatten()
-    layers["fc1"] = unit(nn.Linear(inputs * (image_size // 32) ** 2, 512))
-    layers["fc2"] = unit(nn.Linear(512, 512))
+    layers["fc1"] = activated(nn.Linear(inputs * (image_size // 32) ** 2, 512))
+    layers["fc2"] = activated(nn.Linear(512, 512))
     layers["fc3"] = nn.Linear(512, num_classes)
     model = nn.Sequential(layers)
     he_init(model)

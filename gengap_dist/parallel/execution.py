@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gengap_dist.errors import UsageError
-from gengap_dist.models.batch_norm import frozen
+from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.models.dropout import SampleDropout
-from gengap_dist.models.sample_position import Position, position_of
+from gengap_dist.models.sample_position import SamplePosition, position_of
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
@@ -47,7 +47,7 @@ def _is_row(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and any(map(_has_parts, module.children()))
 
 
-def recompute_blocks(model: nn.Module) -> None:
+def checkpoint_blocks(model: nn.Module) -> None:
     """Have every block computed again in the backward pass, in place; names and states stay, and copies do the same."""
     for block in blocks(model):
         block.forward = partial(_twice, block)
@@ -68,11 +68,11 @@ def _twice(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _again(block: nn.Module, position: Position, calls: dict[int, int]) -> Iterator[None]:
+def _again(block: nn.Module, position: SamplePosition, calls: dict[int, int]) -> Iterator[None]:
     """Draws are those of the first time, from `calls` on; running statistics take each batch once."""
     now, position.calls = position.calls, dict(calls)
     try:
-        with frozen(block):
+        with frozen_running_stats(block):
             yield
     finally:
         position.calls = now
@@ -90,7 +90,9 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
                 f"train.compile (true) cannot look into {name}, whose dropout ({module.p}) is another in every "
                 "micro-batch: choose a network without dropout, or train.compile=false"
             )
-    return torch.compile(model, dynamic=False)  # sizes that come seldom are not compiled at all: `Strategy.sizes`
+    return torch.compile(
+        model, dynamic=False
+    )  # sizes that come seldom are not compiled at all: `Strategy.compiled_batch_sizes`
 
 
 def check_compiler(device_type: str) -> None:

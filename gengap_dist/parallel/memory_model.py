@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist.config.sections import OptimConfig, RunConfig
 from gengap_dist.parallel.execution import blocks
-from gengap_dist.probes.layer_view import Site
-from gengap_dist.probes.spectra.measure import Piece
+from gengap_dist.probes.layer_view import LayerView
+from gengap_dist.probes.spectra.measure import ColumnBlock
 
 
 class Sharding(NamedTuple):
@@ -188,7 +188,9 @@ def _saved(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], ima
     return sum(outside.values()) + most
 
 
-def probe_bytes(sites: Sequence[Site], passes: Sequence[Sequence[Piece]], most_inputs: int, stream: int) -> int:
+def probe_bytes(
+    sites: Sequence[LayerView], passes: Sequence[Sequence[ColumnBlock]], most_inputs: int, stream: int
+) -> int:
     """What the probe's matrices, held columns and one block take on the rank with the most inputs, in its worst pass.
 
     A site whose columns take several passes keeps its matrix through all of them.

@@ -38,12 +38,12 @@ REMEDY = (
 )
 
 
-def ran_out(error: BaseException, words: tuple[str, ...] = OF_A_GPU + OF_A_CPU) -> bool:
+def is_out_of_memory(error: BaseException, words: tuple[str, ...] = OF_A_GPU + OF_A_CPU) -> bool:
     """Whether memory was short, by what the error says; where its words have other causes, too, by the GPU as well.
 
-    >>> ran_out(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     True
-    >>> ran_out(RuntimeError("GET was unable to find an engine to execute this computation"))  # here is no GPU
+    >>> is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this computation"))  # here is no GPU
     False
     """
     if isinstance(error, MemoryError) or any(part in str(error) for part in words):
@@ -65,10 +65,10 @@ def _was_short() -> bool:
     return False
 
 
-def said(error: BaseException) -> str:
+def library_message(error: BaseException) -> str:
     r"""What the library said, in one line; of much, the first sentences.
 
-    >>> said(RuntimeError("CUDA out of memory.\nTried to allocate 2.00 GiB."))
+    >>> library_message(RuntimeError("CUDA out of memory.\nTried to allocate 2.00 GiB."))
     'CUDA out of memory. Tried to allocate 2.00 GiB'
     """
     text = " ".join(str(error).split())
@@ -79,37 +79,37 @@ def said(error: BaseException) -> str:
 
 
 @contextmanager
-def explained(world: World) -> Iterator[None]:
+def explaining_out_of_memory(world: World) -> Iterator[None]:
     """While open, a GPU that has no memory left is told about in one sentence, by one rank.
 
     Raises:
         OutOfMemory: instead of what torch or a library raised; also on ranks that failed because another had done so.
     """
-    world.where.trouble = None  # of an earlier run
+    world.timer.failed_phase = None  # of an earlier run
     try:
         yield
     except RuntimeError as error:
         if world.device.type != "cuda":
             raise
-        mine = ran_out(error, OF_A_GPU)
+        mine = is_out_of_memory(error, OF_A_GPU)
         count = _count(world, mine)
         if count == 0:
             raise
         if not mine:
             raise OutOfMemory(f"another rank ran out of its GPU's memory: {REMEDY}", told=True) from error
-        place = world.where.trouble or world.where.place
+        place = world.timer.failed_phase or world.timer.current
         total = torch.cuda.get_device_properties(world.device).total_memory
         raise OutOfMemory(
             f"rank {world.rank} ran out of the memory of its GPU ({torch.cuda.get_device_name(world.device)}, "
-            f"{total / 2**30:.3g} GiB) in {place.doing} (step {place.step}; {said(error)}): {REMEDY}",
+            f"{total / 2**30:.3g} GiB) in {place.activity} (step {place.step}; {library_message(error)}): {REMEDY}",
             told=count > 1,
         ) from error
 
 
 @contextmanager
-def snapshot(world: World, folder: Path | None) -> Iterator[None]:
+def memory_snapshot(world: World, folder: Path | None) -> Iterator[None]:
     """While open, allocations on this rank's GPU are recorded; where its memory runs out, `folder`/rank<R>.pickle is
-    written. It must be inside `explained`.
+    written. It must be inside `explaining_out_of_memory`.
 
     Args:
         world: the ranks.
@@ -122,7 +122,7 @@ def snapshot(world: World, folder: Path | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if ran_out(error, OF_A_GPU):
+        if is_out_of_memory(error, OF_A_GPU):
             _write_snapshot(folder / f"rank{world.rank}.pickle")
         raise
     finally:

@@ -16,13 +16,13 @@ import torch
 from gengap_dist import models
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.datasets import Sizes
-from gengap_dist.distributed.launchers.base import RankFailed, leave
+from gengap_dist.distributed.launchers.base import RankFailed, hard_exit
 from gengap_dist.distributed.launchers.local import free_port, rank_variables, threads_per_rank
-from gengap_dist.distributed.process_group import World, connect, disconnect
+from gengap_dist.distributed.process_group import World, destroy_process_group, init_process_group
 from gengap_dist.parallel.execution import keep_freed_memory
 from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, workload
-from gengap_dist.training.autotune.memory_format import settled_format
-from gengap_dist.training.autotune.synthetic_workload import Rehearsal, median_seconds
+from gengap_dist.training.autotune.memory_format import resolved_memory_format
+from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload, median_seconds
 
 SIZES = [2**power for power in range(10, 25, 2)]  # bytes of all-reduces
 
@@ -34,7 +34,7 @@ def calibrate(config: RunConfig, sizes: Sizes, micro_size: int, known: Constants
         RankFailed: if a rank fails.
     """
     if config.train.channels_last == "auto":
-        config = settled_format(config, False)  # as the plan takes it
+        config = resolved_memory_format(config, False)  # as the plan takes it
     num_ranks = 1 if torch.cuda.device_count() == 1 and config.launch.device != "cpu" else 2
     context = get_context("spawn")
     port = free_port()
@@ -71,25 +71,25 @@ def _rank(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro
     os.environ.update(env)
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # the variable comes too late: torch is imported
     try:
-        world = connect(config.launch.device, config.launch.timeout_seconds)
+        world = init_process_group(config.launch.device, config.launch.timeout_seconds)
         if world.device.type == "cpu":
             keep_freed_memory()  # as a run does
         compute = time_compute(config, sizes, micro_size, world)
         link = time_link(world) if world.size > 1 else None
         threads = torch.get_num_threads()
         where = f"{platform.machine()}, {world.size} rank(s) on {world.device.type}, {threads} thread(s) each"
-        disconnect()
+        destroy_process_group()
         pipe.send(((where, compute, link), None))
     except Exception as error:
         pipe.send((None, f"{type(error).__name__}: {error}"))
-    leave(0)
+    hard_exit(0)
 
 
 def time_compute(config: RunConfig, sizes: Sizes, micro_size: int, world: World) -> ComputeConstants:
     """The slowest rank's time for one micro-batch of random images, and for an update. Collective."""
-    model = models.of(config, sizes.num_classes, sizes.in_channels, World())
+    model = models.from_config(config, sizes.num_classes, sizes.in_channels, World())
     model = model.to(world.device, getattr(torch, config.train.dtype))
-    rehearsal = Rehearsal(config, model, sizes.in_channels, sizes.num_classes, world.device)
+    rehearsal = SyntheticWorkload(config, model, sizes.in_channels, sizes.num_classes, world.device)
     of_pass, of_update = (
         median_seconds(job, world) for job in (partial(rehearsal.micro_batch, micro_size), rehearsal.update)
     )
@@ -98,7 +98,9 @@ def time_compute(config: RunConfig, sizes: Sizes, micro_size: int, world: World)
 
 def time_link(world: World) -> LinkConstants:
     """Constants of the ring of these ranks, from all-reduces of many sizes. Collective."""
-    times = [median_seconds(partial(world.sum, torch.zeros(size // 4, device=world.device)), world) for size in SIZES]
+    times = [
+        median_seconds(partial(world.all_reduce, torch.zeros(size // 4, device=world.device)), world) for size in SIZES
+    ]
     return fit_link(SIZES, times, world.size)
 
 

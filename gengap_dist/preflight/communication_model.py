@@ -24,10 +24,10 @@ import numpy as np
 
 from gengap_dist.distributed.batch_plan import split
 from gengap_dist.preflight.batch_layout import Cluster
-from gengap_dist.probes.layer_view import Site
-from gengap_dist.probes.spectra.accumulate import turns
+from gengap_dist.probes.layer_view import LayerView
+from gengap_dist.probes.spectra.accumulate import num_redistributions
 from gengap_dist.probes.spectra.gram import BUCKET_BYTES
-from gengap_dist.probes.spectra.measure import Piece, stream_bytes
+from gengap_dist.probes.spectra.measure import ColumnBlock, stream_bytes
 
 MIB = 2**20
 DDP_BUCKETS = (MIB, 25 * MIB)  # torch's own: the first, and each of the others
@@ -123,8 +123,8 @@ def step_messages(strategy: str, gradient_bytes: int, parameter_bytes: int, num_
 
 
 def probe_messages(
-    sites: Sequence[Site],
-    passes: Sequence[Sequence[Piece]],
+    sites: Sequence[LayerView],
+    passes: Sequence[Sequence[ColumnBlock]],
     counts: Sequence[int],
     *,
     method: str,
@@ -152,7 +152,7 @@ def probe_messages(
     for piece in (piece for pieces in passes for piece in pieces if sites[piece.site].wide):
         site = sites[piece.site]
         row_bytes = site.rows_each * site.dtype.itemsize
-        for block in turns(piece.stop - piece.start, site.num_rows, num_ranks, block_bytes):
+        for block in num_redistributions(piece.stop - piece.start, site.num_rows, num_ranks, block_bytes):
             shares = np.array([share.size for share in split(block.size, num_ranks)])
             sent += row_bytes * rows * (block.size - shares)
             received += row_bytes * (rows.sum() - rows) * shares

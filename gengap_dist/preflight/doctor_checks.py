@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import TORCHVISION
 from gengap_dist.distributed.launchers.ray import check_address
-from gengap_dist.distributed.launchers.torchrun import joining
+from gengap_dist.distributed.launchers.torchrun import uses_torchrun
 from gengap_dist.errors import UsageError
 from gengap_dist.preflight.doctor_subprocess import GIB, IMPORT_SECONDS, Facts, attempt, line, two_ranks
 from gengap_dist.tracking.mlflow.uploader import CLIENT_DEFAULTS, store_uri
@@ -38,7 +38,7 @@ OK, WARN, FAIL, ABSENT = "ok", "warn", "fail", "absent"
 SERVER_SECONDS = 5
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """What a check found out."""
 
     status: str
@@ -46,12 +46,12 @@ class Finding(NamedTuple):
     found: str
     remedy: str = ""
 
-    def needed(self, needed: bool) -> "Finding":
+    def needed(self, needed: bool) -> "CheckResult":
         """The same, but no failure if nothing needs it."""
         return self if needed or self.status != FAIL else self._replace(status=WARN)
 
 
-class Ask(NamedTuple):
+class CheckRequest(NamedTuple):
     """What the machine is to do."""
 
     config: RunConfig
@@ -72,31 +72,31 @@ class Ask(NamedTuple):
     @property
     def nodes(self) -> bool:
         """Whether the ranks may live on several machines."""
-        return self.ray or joining(self.config.launch)
+        return self.ray or uses_torchrun(self.config.launch)
 
 
-Findings = dict[str, Finding]
+CheckResults = dict[str, CheckResult]
 
 
-def examine(ask: Ask, tell: Callable[[list[str]], None] = lambda waiting: None) -> Findings:
+def run_checks(ask: CheckRequest, tell: Callable[[list[str]], None] = lambda waiting: None) -> CheckResults:
     """All findings, in the order of CHECKS; `tell` hears what is still waited for.
 
     The checks run side by side; one that overruns its limit is left behind and reported.
     """
     began = time.monotonic()
-    answers: queue.Queue[tuple[tuple[str, ...], Findings]] = queue.Queue()
+    answers: queue.Queue[tuple[tuple[str, ...], CheckResults]] = queue.Queue()
 
-    def work(names: tuple[str, ...], check: Callable[[Ask], Findings]) -> None:
+    def work(names: tuple[str, ...], check: Callable[[CheckRequest], CheckResults]) -> None:
         try:
             answers.put((names, check(ask)))
         except Exception as error:
             reason = f"cannot be checked ({type(error).__name__}: {line(error)})"
-            answers.put((names, dict.fromkeys(names, Finding(FAIL, reason, "mend what the message names"))))
+            answers.put((names, dict.fromkeys(names, CheckResult(FAIL, reason, "mend what the message names"))))
 
     for names, (_, check) in CHECKS.items():  # daemons, so that one that hangs cannot hold up the exit
         threading.Thread(target=work, args=(names, check), daemon=True).start()
     waiting = {names: began + seconds for names, (seconds, _) in CHECKS.items()}
-    found: Findings = {}
+    found: CheckResults = {}
     while waiting:
         tell([name for names in waiting for name in names])
         try:
@@ -106,7 +106,9 @@ def examine(ask: Ask, tell: Callable[[list[str]], None] = lambda waiting: None) 
         except queue.Empty:
             for names in [names for names, until in waiting.items() if until <= time.monotonic()]:
                 del waiting[names]
-                late = Finding(FAIL, f"no answer within {CHECKS[names][0]} s", "see whether a disk or a network hangs")
+                late = CheckResult(
+                    FAIL, f"no answer within {CHECKS[names][0]} s", "see whether a disk or a network hangs"
+                )
                 found |= dict.fromkeys(names, late)
     return {name: found[name] for names in CHECKS for name in names}
 
@@ -114,15 +116,15 @@ def examine(ask: Ask, tell: Callable[[list[str]], None] = lambda waiting: None) 
 # -- this machine -----------------------------------------------------------------------------------------------------
 
 
-def python(ask: Ask) -> Findings:
+def python(ask: CheckRequest) -> CheckResults:
     """The interpreter, and where it runs."""
     found = f"{platform.python_version()}, {platform.system()} {platform.machine()}"
     if not (3, 11) <= sys.version_info < (3, 14):
-        return {"python": Finding(WARN, found, "not tried with gengap_dist: use Python 3.11 to 3.13")}
-    return {"python": Finding(OK, found)}
+        return {"python": CheckResult(WARN, found, "not tried with gengap_dist: use Python 3.11 to 3.13")}
+    return {"python": CheckResult(OK, found)}
 
 
-def processors(ask: Ask) -> Findings:
+def processors(ask: CheckRequest) -> CheckResults:
     """Cores and memory that this process may use, a container's limits included."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -135,8 +137,8 @@ def processors(ask: Ask) -> Findings:
     launch = ask.config.launch
     if not ask.nodes and launch.device == "cpu" and launch.num_processes > cores:
         remedy = f"launch.num_processes ({launch.num_processes}) ranks share them: start fewer to be faster"
-        return {"cpu": Finding(WARN, found, remedy)}
-    return {"cpu": Finding(OK, found)}
+        return {"cpu": CheckResult(WARN, found, remedy)}
+    return {"cpu": CheckResult(OK, found)}
 
 
 def _control(name: str) -> str:
@@ -145,24 +147,26 @@ def _control(name: str) -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
-def network(ask: Ask) -> Findings:
+def network(ask: CheckRequest) -> CheckResults:
     """Whether gloo finds an address of this machine that others can reach: an interface named, or the host's name."""
     interfaces = [name for _, name in socket.if_nameindex()]
     pin = f"export GLOO_SOCKET_IFNAME={' or '.join(filter(_is_up, interfaces)) or 'an interface that is up'}"
     if pinned := os.environ.get("GLOO_SOCKET_IFNAME"):
         if wrong := set(pinned.split(",")) - set(interfaces):
-            return {"network": Finding(FAIL, f"GLOO_SOCKET_IFNAME={pinned}: no interface {min(wrong)} here", pin)}
-        return {"network": Finding(OK, f"interface {pinned} (GLOO_SOCKET_IFNAME)")}
+            return {"network": CheckResult(FAIL, f"GLOO_SOCKET_IFNAME={pinned}: no interface {min(wrong)} here", pin)}
+        return {"network": CheckResult(OK, f"interface {pinned} (GLOO_SOCKET_IFNAME)")}
     host = socket.gethostname()
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as mine:
             mine.bind(address)
     except OSError as error:
-        return {"network": Finding(WARN, f"host name {host} is not an address of this machine ({line(error)})", pin)}
+        return {
+            "network": CheckResult(WARN, f"host name {host} is not an address of this machine ({line(error)})", pin)
+        }
     if ask.nodes and str(address[0]).startswith(("127.", "::1")):
-        return {"network": Finding(WARN, f"{host} is {address[0]}, which other nodes cannot reach", pin)}
-    return {"network": Finding(OK, f"{host} is {address[0]}")}
+        return {"network": CheckResult(WARN, f"{host} is {address[0]}, which other nodes cannot reach", pin)}
+    return {"network": CheckResult(OK, f"{host} is {address[0]}")}
 
 
 def _is_up(interface: str) -> bool:
@@ -171,25 +175,25 @@ def _is_up(interface: str) -> bool:
     return interface != "lo" and not (state.exists() and state.read_text().strip() == "down")
 
 
-def disk(ask: Ask) -> Findings:
+def disk(ask: CheckRequest) -> CheckResults:
     """Room where the run would write, whether it can be written to, and Ray's shared memory."""
     folder = _existing(ask.out)
     free = shutil.disk_usage(folder).free / GIB
     found = f"{free:.1f} GiB free in {folder}"
     if error := _unwritable(folder):
-        here = Finding(FAIL, f"{folder} cannot be written ({error})", "give another --out")
+        here = CheckResult(FAIL, f"{folder} cannot be written ({error})", "give another --out")
     elif free < 2:
-        here = Finding(WARN if free > 0.2 else FAIL, found, "make room, or give another --out")
+        here = CheckResult(WARN if free > 0.2 else FAIL, found, "make room, or give another --out")
     else:
-        here = Finding(OK, found)
+        here = CheckResult(OK, found)
     shm = Path("/dev/shm")
     if not shm.is_dir():
-        return {"disk": here, "shm": Finding(ABSENT, "no /dev/shm on this system")}
+        return {"disk": here, "shm": CheckResult(ABSENT, "no /dev/shm on this system")}
     shared = shutil.disk_usage(shm).free / GIB
     found = f"{shared:.1f} GiB free in {shm}"
     if shared < 1 and (ask.ray or ask.config.launch.device == "cuda"):
-        return {"disk": here, "shm": Finding(WARN, found, "Ray and NCCL use it: in a container, --shm-size=8g")}
-    return {"disk": here, "shm": Finding(OK, found)}
+        return {"disk": here, "shm": CheckResult(WARN, found, "Ray and NCCL use it: in a container, --shm-size=8g")}
+    return {"disk": here, "shm": CheckResult(OK, found)}
 
 
 def _existing(path: Path) -> Path:
@@ -208,47 +212,47 @@ def _unwritable(folder: Path) -> str:
     return ""
 
 
-def micro_sizes(ask: Ask) -> Findings:
+def micro_sizes(ask: CheckRequest) -> CheckResults:
     """Where batch.micro_size=auto remembers what it found."""
     path, size = micro_sizes_path(), ask.config.batch.micro_size
     if size != "auto":
-        return {"micro sizes": Finding(ABSENT, f"batch.micro_size is {size}")}
+        return {"micro sizes": CheckResult(ABSENT, f"batch.micro_size is {size}")}
     remedy = f"make {path} writable, or delete it: until then every run measures anew"
     try:
         known = read_micro_sizes()
     except ValueError as error:
-        return {"micro sizes": Finding(WARN, f"damaged ({error})", remedy)}
+        return {"micro sizes": CheckResult(WARN, f"damaged ({error})", remedy)}
     if error := _unwritable(_existing(path.parent)):
-        return {"micro sizes": Finding(WARN, f"{path.parent} cannot be written ({error})", remedy)}
-    return {"micro sizes": Finding(OK, f"{len(known.found)} known, in {path}; a run measures what is not")}
+        return {"micro sizes": CheckResult(WARN, f"{path.parent} cannot be written ({error})", remedy)}
+    return {"micro sizes": CheckResult(OK, f"{len(known.found)} known, in {path}; a run measures what is not")}
 
 
-def open_files(ask: Ask) -> Findings:
+def open_files(ask: CheckRequest) -> CheckResults:
     """How many files a process may open: ranks and Ray's workers hold a socket for each other."""
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4096 if ask.ray else 1024
     if limit < wanted:
-        return {"open files": Finding(WARN, f"{limit:,} at once", f"ulimit -n {min(65536, max(most, wanted))}")}
-    return {"open files": Finding(OK, f"{limit:,} at once")}
+        return {"open files": CheckResult(WARN, f"{limit:,} at once", f"ulimit -n {min(65536, max(most, wanted))}")}
+    return {"open files": CheckResult(OK, f"{limit:,} at once")}
 
 
 # -- torch and two ranks ----------------------------------------------------------------------------------------------
 
 
-def ranks(ask: Ask) -> Findings:
+def ranks(ask: CheckRequest) -> CheckResults:
     """Torch, its GPUs, and two ranks on this machine that meet over gloo and, where there are GPUs, NCCL."""
     first, second = two_ranks()
     launch = ask.config.launch
     error = first.get("error") or second.get("error") or "no answer"
     if "torch" not in first:
-        broken = Finding(FAIL, f"cannot be imported ({error})", "pip install --force-reinstall torch torchvision")
-        none = Finding(WARN, "not known without torch")
+        broken = CheckResult(FAIL, f"cannot be imported ({error})", "pip install --force-reinstall torch torchvision")
+        none = CheckResult(WARN, "not known without torch")
         return {"torch": broken, "gpu": none, "gloo": none, "nccl": none}
     if "gloo" in first and "gloo" in second:
-        gloo = Finding(OK, f"two ranks here met in {first['gloo']:.1f} s")
+        gloo = CheckResult(OK, f"two ranks here met in {first['gloo']:.1f} s")
     else:
         remedy = "export GLOO_SOCKET_IFNAME=lo (one machine) or its network interface; see what a firewall stops"
-        gloo = Finding(FAIL, f"two ranks here do not meet ({error})", remedy).needed(
+        gloo = CheckResult(FAIL, f"two ranks here do not meet ({error})", remedy).needed(
             launch.num_processes > 1 or ask.nodes
         )
     return {
@@ -259,83 +263,85 @@ def ranks(ask: Ask) -> Findings:
     }
 
 
-def _torch(ask: Ask, facts: Facts) -> Finding:
+def _torch(ask: CheckRequest, facts: Facts) -> CheckResult:
     version, vision = facts["torch"], facts.get("torchvision")
     if tuple(map(int, version.split(".")[:2])) < (2, 11):
-        return Finding(FAIL, version, "pip install 'torch>=2.11' torchvision")
+        return CheckResult(FAIL, version, "pip install 'torch>=2.11' torchvision")
     if vision:
-        return Finding(OK, f"{version} with torchvision {vision}")
+        return CheckResult(OK, f"{version} with torchvision {vision}")
     name = ask.config.model.name
     error = facts.get("torchvision_error", "it ends the process")
-    return Finding(
+    return CheckResult(
         FAIL,
         f"{version}, but torchvision cannot be imported ({error})",
         "install the two as a pair, from one index: pip install --force-reinstall torch torchvision",
     ).needed(ask.config.data.name != "digits" or name.startswith(("torchvision:", "timm:")))
 
 
-def _gpu(ask: Ask, gpus: list[tuple[str, float]]) -> Finding:
+def _gpu(ask: CheckRequest, gpus: list[tuple[str, float]]) -> CheckResult:
     launch = ask.config.launch
     kinds = Counter(f"{name}, {memory:.0f} GiB" for name, memory in gpus)
     found = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "none that torch can use"
     here = 1 if ask.nodes else launch.num_processes
     if launch.device == "cuda" and len(gpus) < here:
         if ask.ray:
-            return Finding(WARN, found, "launch.device=cuda: see that the nodes of Ray's workers have GPUs")
+            return CheckResult(WARN, found, "launch.device=cuda: see that the nodes of Ray's workers have GPUs")
         lacks = f"launch.device=cuda needs {here}: check nvidia-smi and torch's build, or launch.device=cpu"
-        return Finding(FAIL, found, lacks)
-    return Finding(OK if gpus else ABSENT, found)
+        return CheckResult(FAIL, found, lacks)
+    return CheckResult(OK if gpus else ABSENT, found)
 
 
-def _nccl(ask: Ask, facts: Facts, error: str) -> Finding:
+def _nccl(ask: CheckRequest, facts: Facts, error: str) -> CheckResult:
     if not facts["gpus"]:
-        return Finding(ABSENT, "needs GPUs")
+        return CheckResult(ABSENT, "needs GPUs")
     if "nccl" in facts:
         num, seconds = facts["nccl"]
-        return Finding(OK, f"{num} rank{'s' * (num > 1)} met in {seconds:.1f} s")
+        return CheckResult(OK, f"{num} rank{'s' * (num > 1)} met in {seconds:.1f} s")
     remedy = "NCCL_DEBUG=INFO says more; launch.device=cpu goes without"
-    return Finding(FAIL, f"ranks do not meet ({error})", remedy).needed(ask.config.launch.device != "cpu")
+    return CheckResult(FAIL, f"ranks do not meet ({error})", remedy).needed(ask.config.launch.device != "cpu")
 
 
 # -- packages and services --------------------------------------------------------------------------------------------
 
 
-def timm(ask: Ask) -> Findings:
+def timm(ask: CheckRequest) -> CheckResults:
     """Needed for models called timm:NAME only."""
     version, needed = installed("timm"), ask.config.model.name.startswith("timm:")
     if version:
-        return {"timm": Finding(OK, version)}
-    return {"timm": Finding(FAIL if needed else ABSENT, "not installed", "pip install timm")}
+        return {"timm": CheckResult(OK, version)}
+    return {"timm": CheckResult(FAIL if needed else ABSENT, "not installed", "pip install timm")}
 
 
-def deepspeed(ask: Ask) -> Findings:
+def deepspeed(ask: CheckRequest) -> CheckResults:
     """For launch.strategy=zero0 to zero3: the package, and what builds its operations."""
     version = installed("deepspeed")
     if not version:
-        return {"deepspeed": Finding(FAIL if ask.zero else ABSENT, "not installed", "pip install deepspeed")}
+        return {"deepspeed": CheckResult(FAIL if ask.zero else ABSENT, "not installed", "pip install deepspeed")}
     compiler = os.environ.get("CXX", "c++")  # as torch's extensions choose it
     tools = {compiler: "g++", "ninja": "ninja"}
     missing = [package for tool, package in tools.items() if not shutil.which(tool)]
     if ask.zero and (error := _import("deepspeed")):
-        return {"deepspeed": Finding(FAIL, f"{version} cannot be imported ({error})", "pip install -U deepspeed")}
+        return {"deepspeed": CheckResult(FAIL, f"{version} cannot be imported ({error})", "pip install -U deepspeed")}
     if missing:
         found = f"{version}, no {' and no '.join(missing)} on PATH: it cannot build its operations; runs do without"
-        return {"deepspeed": Finding(ABSENT, found, "install g++ (and ninja: pip install ninja), and put them on PATH")}
-    return {"deepspeed": Finding(OK, f"{version}, with {compiler} and ninja")}
+        return {
+            "deepspeed": CheckResult(ABSENT, found, "install g++ (and ninja: pip install ninja), and put them on PATH")
+        }
+    return {"deepspeed": CheckResult(OK, f"{version}, with {compiler} and ninja")}
 
 
-def ray(ask: Ask) -> Findings:
+def ray(ask: CheckRequest) -> CheckResults:
     """For launch.launcher=ray: the package, and the cluster if an address is given."""
     version = installed("ray")
     if not version:
-        return {"ray": Finding(FAIL if ask.ray else ABSENT, "not installed", "pip install 'ray[train,default]'")}
+        return {"ray": CheckResult(FAIL if ask.ray else ABSENT, "not installed", "pip install 'ray[train,default]'")}
     address = ask.config.launch.ray_address or os.environ.get("RAY_ADDRESS")
     token, origin = _ray_token()
     mode = os.environ.get("RAY_AUTH_MODE") or ("token" if token else "disabled")  # Ray takes a token if it finds one
     auth = f"auth {mode}" + (f" ({origin})" if mode == "token" and token else "")
     if mode == "token" and not token and address:  # a cluster of one's own gets a new token
         remedy = "set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_MODE=disabled if it has none"
-        return {"ray": Finding(FAIL, f"{version}, auth token, but there is no token", remedy).needed(ask.ray)}
+        return {"ray": CheckResult(FAIL, f"{version}, auth token, but there is no token", remedy).needed(ask.ray)}
     cluster = "no address: a cluster here, or a new one"
     try:
         if address and address.startswith("http") and not ask.ray:  # where `ray job submit` goes
@@ -344,10 +350,12 @@ def ray(ask: Ask) -> Findings:
         elif address and check_address(address):
             cluster = f"{address} answers"
     except UsageError as error:
-        return {"ray": Finding(FAIL, *_split(str(error))).needed(ask.ray)}
+        return {"ray": CheckResult(FAIL, *_split(str(error))).needed(ask.ray)}
     if ask.ray and (error := _import("ray.train")):
-        return {"ray": Finding(FAIL, f"{version}: ray.train cannot be imported ({error})", "pip install 'ray[train]'")}
-    return {"ray": Finding(OK, f"{version}, {auth}; {cluster}")}
+        return {
+            "ray": CheckResult(FAIL, f"{version}: ray.train cannot be imported ({error})", "pip install 'ray[train]'")
+        }
+    return {"ray": CheckResult(OK, f"{version}, {auth}; {cluster}")}
 
 
 def _ray_token() -> tuple[str, str]:
@@ -372,23 +380,23 @@ def _ask_dashboard(address: str, token: str) -> None:
         ) from None
 
 
-def mlflow(ask: Ask) -> Findings:
+def mlflow(ask: CheckRequest) -> CheckResults:
     """The store that runs are mirrored to: an SQLite file that can be written, or a server that answers its API."""
     version, needed = installed("mlflow"), ask.config.mlflow.enabled
     if not version:
-        return {"mlflow": Finding(FAIL, "not installed", "pip install mlflow").needed(needed)}
+        return {"mlflow": CheckResult(FAIL, "not installed", "pip install mlflow").needed(needed)}
     uri = store_uri(ask.config.mlflow.tracking_uri)
     if uri.startswith("sqlite:///"):
         return {"mlflow": _sqlite(version, Path(uri.removeprefix("sqlite:///"))).needed(needed)}
     shown = _without_password(uri)
     if urlsplit(uri).scheme not in ("http", "https", "databricks"):
         found = f"{version}; {shown} is not tried: opening a database would make its tables"
-        return {"mlflow": Finding(WARN, found, "give the address of a server (http://...) or sqlite:///FILE")}
+        return {"mlflow": CheckResult(WARN, found, "give the address of a server (http://...) or sqlite:///FILE")}
     env = CLIENT_DEFAULTS | os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_SECONDS)}
     env |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     facts = attempt("ask_mlflow", uri, env=env)
     if "seconds" in facts:
-        return {"mlflow": Finding(OK, f"{version}; {shown} answers in {facts['seconds']:.2f} s")}
+        return {"mlflow": CheckResult(OK, f"{version}; {shown} answers in {facts['seconds']:.2f} s")}
     error = str(facts.get("error"))
     remedy = "start the server, correct mlflow.tracking_uri or MLFLOW_TRACKING_URI, or use mlflow.enabled=false"
     if "403" in error:
@@ -396,7 +404,7 @@ def mlflow(ask: Ask) -> Findings:
         remedy = f"start the server with --allowed-hosts {host}, or name a user that it lets in"
     elif "401" in error:
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    return {"mlflow": Finding(FAIL, f"{shown}: {_mlflow_reason(error)}", remedy).needed(needed)}
+    return {"mlflow": CheckResult(FAIL, f"{shown}: {_mlflow_reason(error)}", remedy).needed(needed)}
 
 
 def _mlflow_reason(error: str) -> str:
@@ -420,21 +428,21 @@ def _mlflow_reason(error: str) -> str:
     return error[:150]
 
 
-def _sqlite(version: str, path: Path) -> Finding:
+def _sqlite(version: str, path: Path) -> CheckResult:
     remedy = "set mlflow.tracking_uri to a file that you may write, or use mlflow.enabled=false"
     folder = _existing(path.parent)
     if error := _unwritable(folder):
-        return Finding(FAIL, f"{version}; {path} cannot be written ({error})", remedy)
+        return CheckResult(FAIL, f"{version}; {path} cannot be written ({error})", remedy)
     if not path.exists():
-        return Finding(OK, f"{version}; {path} will be made")
+        return CheckResult(OK, f"{version}; {path} will be made")
     try:
         with path.open("r+b") as file:  # for writing, which changes nothing yet
             head = file.read(16)
     except OSError as error:
-        return Finding(FAIL, f"{version}; {path} cannot be written ({error.strerror})", remedy)
+        return CheckResult(FAIL, f"{version}; {path} cannot be written ({error.strerror})", remedy)
     if head and head != b"SQLite format 3\0":
-        return Finding(FAIL, f"{version}; {path} is not an SQLite file", remedy)
-    return Finding(OK, f"{version}; {path} can be written")
+        return CheckResult(FAIL, f"{version}; {path} is not an SQLite file", remedy)
+    return CheckResult(OK, f"{version}; {path} can be written")
 
 
 def _without_password(uri: str) -> str:
@@ -446,7 +454,7 @@ def _without_password(uri: str) -> str:
     return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1@", uri)
 
 
-def data(ask: Ask) -> Findings:
+def data(ask: CheckRequest) -> CheckResults:
     """The configured data set, read as a run would read it, and which others are beside it."""
     config = ask.config.data
     others = [
@@ -454,17 +462,17 @@ def data(ask: Ask) -> Findings:
     ]
     beside = f"; {config.root} also has {', '.join(others)}" if others else ""
     if config.name == "digits":
-        return {"data": Finding(OK, f"digits come with the package{beside}")}
+        return {"data": CheckResult(OK, f"digits come with the package{beside}")}
     facts = attempt("read_data", config.model_dump_json())
     if "images" in facts:
-        return {"data": Finding(OK, f"{config.name}: {facts['images']:,} images in {config.root}{beside}")}
+        return {"data": CheckResult(OK, f"{config.name}: {facts['images']:,} images in {config.root}{beside}")}
     if facts.get("late"):
         found = f"{config.name} in {config.root} takes more than {IMPORT_SECONDS} s to look through: not checked"
-        return {"data": Finding(WARN, found, "copy it to a faster disk")}
+        return {"data": CheckResult(WARN, found, "copy it to a faster disk")}
     found, remedy = _split(facts["error"])
     if config.download:
-        return {"data": Finding(WARN, f"{config.name} is not whole in {config.root}: the run will download it")}
-    return {"data": Finding(FAIL, found, remedy)}
+        return {"data": CheckResult(WARN, f"{config.name} is not whole in {config.root}: the run will download it")}
+    return {"data": CheckResult(FAIL, found, remedy)}
 
 
 def installed(package: str) -> str | None:
@@ -490,7 +498,7 @@ def _split(sentence: str) -> tuple[str, str]:
     return (sentence[:at], sentence[at + 2 :]) if at > 0 else (sentence, "")
 
 
-CHECKS: dict[tuple[str, ...], tuple[float, Callable[[Ask], Findings]]] = {  # rows: seconds, check
+CHECKS: dict[tuple[str, ...], tuple[float, Callable[[CheckRequest], CheckResults]]] = {  # rows: seconds, check
     ("python",): (5, python),
     ("torch", "gpu", "gloo", "nccl"): (IMPORT_SECONDS + 10, ranks),
     ("cpu",): (5, processors),

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from gengap_dist.config.sections import DataConfig
-from gengap_dist.distributed.launchers.base import leave
+from gengap_dist.distributed.launchers.base import hard_exit
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.errors import UsageError
 
@@ -81,7 +81,7 @@ def rehearse() -> None:
         import torch
         import torch.distributed as dist
 
-        from gengap_dist.distributed.process_group import connect
+        from gengap_dist.distributed.process_group import init_process_group
 
         gpus = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
         _say(torch=torch.__version__, gpus=[(gpu.name, gpu.total_memory / GIB) for gpu in gpus])
@@ -90,8 +90,8 @@ def rehearse() -> None:
         except Exception as error:
             _say(torchvision_error=line(error))
         began = time.monotonic()
-        world = connect("cpu", RANK_SECONDS)
-        assert world.sum(torch.ones(1)).item() == 2
+        world = init_process_group("cpu", RANK_SECONDS)
+        assert world.all_reduce(torch.ones(1)).item() == 2
         _say(gloo=time.monotonic() - began)
         if gpus:
             began = time.monotonic()
@@ -105,8 +105,8 @@ def rehearse() -> None:
         world.barrier()  # none hangs up on the other
     except Exception as error:
         _say(error=line(error))
-        leave(1)
-    leave(0)
+        hard_exit(1)
+    hard_exit(0)
 
 
 def ask_mlflow() -> None:

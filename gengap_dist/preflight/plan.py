@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gengap_dist import models
 from gengap_dist.config.sections import BatchConfig, RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.sampler import Order, growth
+from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
 from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.launchers.local import threads_per_rank
 from gengap_dist.distributed.process_group import World
@@ -25,17 +25,24 @@ from gengap_dist.preflight.batch_layout import Cluster, Layout, layout
 from gengap_dist.preflight.communication_model import Link, Message
 from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, workload
 from gengap_dist.probes import layer_view
-from gengap_dist.probes.activations import observing
+from gengap_dist.probes.activations import eval_context
 from gengap_dist.probes.layers import choose
 from gengap_dist.probes.spectra import measure
-from gengap_dist.training.algorithms.base import plan_of
+from gengap_dist.training.algorithms.base import batch_plan_for
 from gengap_dist.training.algorithms.rank_penalty import RankPenalty
-from gengap_dist.training.autotune.memory_format import settled_format
-from gengap_dist.training.autotune.micro_batch import Network, Place, candidates, device_name, earlier, settled
+from gengap_dist.training.autotune.memory_format import resolved_memory_format
+from gengap_dist.training.autotune.micro_batch import (
+    Hardware,
+    ModelShape,
+    candidates,
+    device_name,
+    earlier,
+    resolved_micro_size,
+)
 from gengap_dist.training.checks import before_data, check_auto, check_logits, check_norm, strategy_name
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import PROBE_BLOCK
-from gengap_dist.training.optimizer import build as build_optimizer
+from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 
 T = TypeVar("T")
 
@@ -116,7 +123,7 @@ class Plan:
         return tree
 
 
-def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
+def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
     """The plan of a run of `config` on `cluster`; nothing is trained, no data are read."""
     refused: list[str] = []
 
@@ -131,14 +138,18 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
     num_ranks, batch = cluster.num_ranks, config.batch
     strategy = strategy_name(config, num_ranks)
     found: dict[str, Any] = {"cluster": cluster, "strategy": strategy, "model": config.model.name, "refused": refused}
-    found["batch"] = layout(plan_of(config, batch.global_size, num_ranks))
+    found["batch"] = layout(batch_plan_for(config, batch.global_size, num_ranks))
     device = config.launch.device
     for check in before_data(config, num_ranks, None if device == "auto" else device):
         tried(check)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         if sizes := tried(lambda: datasets.sizes(config.data)):
-            order = tried(lambda: Order(sizes.num_train, batch.global_size, config.seed, growth=growth(config)))
+            order = tried(
+                lambda: EpochSampler(
+                    sizes.num_train, batch.global_size, config.seed, growth=batch_size_schedule(config)
+                )
+            )
             found |= {"data": sizes} | _steps(config, order, num_ranks, tried)
             if model := tried(lambda: _model(config, sizes)):
                 tried(lambda: check_auto(given, model))
@@ -155,33 +166,33 @@ def survey(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
 def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, list[str]]:
     """The config with a number for batch.micro_size=auto, and in words why that one; torch's own order of pictures."""
     if config.train.channels_last == "auto":
-        config = settled_format(config, False)
+        config = resolved_memory_format(config, False)
     if config.batch.micro_size != "auto":
         return config, []
     known = None
     with suppress(UsageError):  # the plan will list it
         sizes = datasets.sizes(config.data)
-        network = Network(_model(config, sizes), sizes.in_channels, sizes.num_classes)
+        network = ModelShape(_model(config, sizes), sizes.in_channels, sizes.num_classes)
         known = earlier(config, network, _place(config, cluster))
     if known:
-        return settled(config, known), [
+        return resolved_micro_size(config, known), [
             f"batch.micro_size=auto found {known} on this machine before; another may differ"
         ]
     choice = candidates(config, cluster.num_ranks)
-    size = max([size for size in choice if size <= BatchConfig().most_at_once] or choice[:1])
+    size = max([size for size in choice if size <= BatchConfig().max_micro_size] or choice[:1])
     said = f"batch.micro_size=auto is taken to find {size}: nothing was measured yet of such a run on this machine"
-    return settled(config, size), [said] if len(choice) > 1 else []
+    return resolved_micro_size(config, size), [said] if len(choice) > 1 else []
 
 
-def _place(config: RunConfig, cluster: Cluster) -> Place:
+def _place(config: RunConfig, cluster: Cluster) -> Hardware:
     """Where a rank of the cluster would compute, if its machines were like this one."""
     local, kind = cluster.gpus_per_node, config.launch.device
     on_gpu = kind == "cuda" or (kind == "auto" and local <= torch.cuda.device_count())
     device = torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
-    return Place(device_name(device), int(threads_per_rank(local)["OMP_NUM_THREADS"]), local, cluster.num_ranks)
+    return Hardware(device_name(device), int(threads_per_rank(local)["OMP_NUM_THREADS"]), local, cluster.num_ranks)
 
 
-def _steps(config: RunConfig, order: Order | None, num_ranks: int, tried: Callable[..., Any]) -> dict[str, Any]:
+def _steps(config: RunConfig, order: EpochSampler | None, num_ranks: int, tried: Callable[..., Any]) -> dict[str, Any]:
     batch, schedule = config.batch, order and tried(lambda: Schedule.of(config, order))
     if order is None or schedule is None:
         return {}
@@ -189,13 +200,13 @@ def _steps(config: RunConfig, order: Order | None, num_ranks: int, tried: Callab
     return {
         "steps_per_epoch": order.steps_per_epoch,
         "num_steps": schedule.num_steps,
-        "ragged": layout(plan_of(config, rest, num_ranks)) if rest else None,
+        "ragged": layout(batch_plan_for(config, rest, num_ranks)) if rest else None,
     }
 
 
 def _model(config: RunConfig, sizes: datasets.Sizes) -> nn.Module:
     side, dtype = config.data.image_size, getattr(torch, config.train.dtype)
-    model = models.of(config, sizes.num_classes, sizes.in_channels, World()).to(dtype)
+    model = models.from_config(config, sizes.num_classes, sizes.in_channels, World()).to(dtype)
     check_logits(config, model, torch.zeros(2, sizes.in_channels, side, side, dtype=dtype), sizes.num_classes)
     return model
 
@@ -258,9 +269,9 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
         return None
     counts = probe_counts(config, sizes, num_ranks)
     example = _example(config, sizes)
-    with observing(model):
-        sites = layer_view.sites_of(choose(model, example, probe.layers), probe.views, sum(counts))
-    passes = measure.plan(sites, max(counts), probe.memory_mib)
+    with eval_context(model):
+        sites = layer_view.layer_views(choose(model, example, probe.layers), probe.views, sum(counts))
+    passes = measure.plan_passes(sites, max(counts), probe.memory_mib)
     device_type = "cuda" if config.launch.device == "cuda" else "cpu"
     options = {"method": probe.method, "memory_mib": probe.memory_mib, "device_type": device_type}
     messages = communication_model.probe_messages(sites, passes, counts, **options)

@@ -14,14 +14,14 @@ from gengap_dist.errors import UsageError
 from gengap_dist.probes.layers import Layer
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The network underneath torch.compile, DataParallel, DistributedDataParallel and a DeepSpeed engine.
 
     Raises:
         UsageError: if each rank holds only a part of the parameters (ZeRO stage 3, FSDP): a pass would have to gather
             them, on all ranks equally often, and ranks may hold unequal numbers of probe batches.
 
-    >>> bare(torch.compile(nn.Linear(2, 2)))
+    >>> unwrapped(torch.compile(nn.Linear(2, 2)))
     Linear(in_features=2, out_features=2, bias=True)
     """
     while True:
@@ -44,7 +44,7 @@ def _is_engine(model: nn.Module) -> bool:
 
 
 @contextmanager
-def observing(model: nn.Module) -> Iterator[None]:
+def eval_context(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no autocast, no TF32, uncompiled, forked random numbers; all is put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters()}
@@ -65,7 +65,7 @@ def observing(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def capturing(layers: Sequence[Layer], take: Callable[[Layer, Tensor], None]) -> Iterator[Callable[[], None]]:
+def capture_activations(layers: Sequence[Layer], take: Callable[[Layer, Tensor], None]) -> Iterator[Callable[[], None]]:
     """While open, `take(layer, activation)` is called for every layer of a forward pass.
 
     Yields a function to call before each forward pass: it starts counting the calls of a module anew.

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.activations import bare, observing
+from gengap_dist.probes.activations import eval_context, unwrapped
 from gengap_dist.probes.weights import flat, trainable
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -46,11 +46,11 @@ class MeanLoss:
         Raises:
             UsageError: if there are no samples on any rank, or no trainable parameters.
         """
-        self._model, self._batches, self._world = bare(model), batches, world
+        self._model, self._batches, self._world = unwrapped(model), batches, world
         self._trainable = trainable(model)
         self.weights_P = flat(model)
         samples = torch.tensor([sum(len(labels) for _, labels in batches)], device=self.weights_P.device)
-        self._num_samples = int(world.sum(samples))
+        self._num_samples = int(world.all_reduce(samples))
         if not self._num_samples:
             raise UsageError("no rank has any samples: give at least one batch")
 
@@ -84,7 +84,7 @@ class MeanLoss:
         total = torch.zeros(length + 1, dtype=torch.float64, device=self.weights_P.device)
         problem = None
         # only the math kernel of attention can be differentiated twice
-        with observing(self._model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        with eval_context(self._model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             try:
                 for images, labels in self._batches:
                     weights = [w.requires_grad_() for w in self._split(at_P)]
@@ -94,7 +94,7 @@ class MeanLoss:
                 if "derivative" not in str(error):
                     raise
                 problem, total[-1] = error, 1.0
-        total = self._world.sum(total)
+        total = self._world.all_reduce(total)
         if total[-1]:  # known to all by now: ranks without batches stop as well
             raise UsageError(
                 f"{type(self._model).__name__} cannot be differentiated twice ({problem or 'another rank says why'}): "
@@ -273,7 +273,7 @@ def _ritz(alphas: list[float], betas: list[float], beta: float) -> list[tuple[fl
 def _of_first(world: World, values: Sequence[float], device: torch.device) -> list[float]:
     """Rank 0's values, on every rank. Collective."""
     mine = torch.tensor(values, dtype=torch.float64, device=device)
-    return world.read(mine if world.rank == 0 else torch.zeros_like(mine)).tolist()
+    return world.all_reduce_to_cpu(mine if world.rank == 0 else torch.zeros_like(mine)).tolist()
 
 
 def hessian_trace(

@@ -12,7 +12,7 @@ from gengap_dist.probes.layers import Layer
 VIEWS = ("channel", "token", "pool", "flatten")
 
 
-class Site(NamedTuple):
+class LayerView(NamedTuple):
     """A layer in one view."""
 
     layer: Layer
@@ -49,7 +49,7 @@ class Site(NamedTuple):
         return num_inputs * self.rows_each * self.dtype.itemsize if self.wide else 0
 
 
-def sites_of(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> list[Site]:
+def layer_views(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> list[LayerView]:
     """Every layer in every view that was asked for and that its output has."""
     if unknown := [view for view in views if view not in VIEWS]:
         raise UsageError(f"probe.views ({unknown[0]}) is not a view: choose among {', '.join(VIEWS)}")
@@ -69,7 +69,7 @@ def sites_of(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> 
             )
         for view in chosen:
             rows_each, num_units = possible[view]
-            sites.append(Site(layer, view, rows_each, rows_each * num_inputs, num_units))
+            sites.append(LayerView(layer, view, rows_each, rows_each * num_inputs, num_units))
     return sites
 
 

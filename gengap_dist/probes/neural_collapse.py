@@ -13,7 +13,7 @@ from torch.nn.functional import one_hot
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.activations import bare, observing
+from gengap_dist.probes.activations import eval_context, unwrapped
 
 
 def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: World | None = None) -> float:
@@ -42,7 +42,7 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
     >>> nc1(nn.Linear(1, 2), [(images, labels)])  # Sigma_W = 1, Sigma_B = 4
     0.125
     """
-    world, model = world or World(), bare(model)
+    world, model = world or World(), unwrapped(model)
     device = next(model.parameters(), torch.empty(0)).device
     features, num_classes, wrong = _features(model, batches)
     head = torch.zeros(5, dtype=torch.float64, device=device)  # what a rank without batches cannot know
@@ -50,7 +50,7 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
         head[:2] = head.new_tensor([1, bool(wrong)])
     if features:
         head[2:] = head.new_tensor([features[0].shape[1], num_classes, torch.finfo(features[0].dtype).eps])
-    givers, num_wrong, *shared = world.read(head).tolist()
+    givers, num_wrong, *shared = world.all_reduce_to_cpu(head).tolist()
     if not givers:
         raise UsageError("no rank has any samples: give at least one batch")
     if num_wrong:
@@ -66,7 +66,7 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
     for member_NK, h_ND in zip(members, features, strict=True):
         sums_KD[:, :-1] += member_NK.T @ h_ND.double()
         sums_KD[:, -1] += member_NK.sum(0)
-    sums_KD = world.sum(sums_KD)
+    sums_KD = world.all_reduce(sums_KD)
     if not sums_KD.isfinite().all():
         warnings.warn("the features before the classifier are not finite: NC1 is nan", stacklevel=2)
         return float("nan")
@@ -79,7 +79,7 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
     total = torch.zeros(1, dtype=torch.float64, device=device)
     for (_, labels), h_ND in zip(batches, features, strict=True):
         total += ((h_ND - means_KD[labels]) @ whiten_DR).square().sum()
-    total = world.sum(total)
+    total = world.all_reduce(total)
     if not whiten_DR.shape[1]:
         warnings.warn("all classes have the same mean before the classifier: NC1 is nan", stacklevel=2)
         return float("nan")
@@ -112,7 +112,7 @@ def _features(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> tup
     num_classes = 0
     handles = [module.register_forward_hook(ran, with_kwargs=True) for module in names]
     try:
-        with observing(model):
+        with eval_context(model):
             for images, _ in batches:
                 last.clear()
                 logits = model(images)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.activations import bare
+from gengap_dist.probes.activations import unwrapped
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 
 FLOOR = 64 * 2.0**-52  # of a matrix's own s_1: what a float64 SVD leaves of an exact zero
@@ -51,7 +51,7 @@ def weight_spectra(model: nn.Module, *, world: World | None = None) -> list[Laye
         if number % world.size == world.rank:
             values[number] = torch.linalg.svdvals(matrix.double())
     if values:
-        values = world.read(torch.cat(values)).split([len(s) for s in values])
+        values = world.all_reduce_to_cpu(torch.cat(values)).split([len(s) for s in values])
     return [_spectrum(name, matrix, s) for (name, matrix), s in zip(matrices.items(), values, strict=True)]
 
 
@@ -78,7 +78,7 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     >>> [*trainable(nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)))]
     ['1.weight', '1.bias']
     """
-    model = bare(model)
+    model = unwrapped(model)
     found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise UsageError(f"{type(model).__name__} has no parameter with requires_grad: unfreeze the ones to measure")

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from gengap_dist.errors import UsageError
 
 State = dict[str, Any]
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-class Saver:
+class CheckpointWriter:
     """Writes checkpoints of one run, in a thread, one at a time; the last `keep` stay."""
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -162,7 +162,7 @@ def steps(folder: Path) -> dict[int, Path]:
     return {int(path.name.removeprefix("step_")): path for path in sorted(folder.glob("step_????????*"))}
 
 
-def newest(folder: Path, tell: Tell) -> Path | None:
+def latest(folder: Path, tell: Report) -> Path | None:
     """The last checkpoint that is whole; None if nothing was saved yet.
 
     Args:
@@ -220,7 +220,7 @@ def load(path: Path) -> State:
         raise UsageError(f"{path} is damaged ({type(error).__name__}): remove it and start the run again") from None
 
 
-def standing_for(path: Path) -> State:
+def evaluated_state(path: Path) -> State:
     """Weights that the run stands for: in place of those in model.pt an average (EMA's or SWA's), once begun.
 
     Args:

@@ -13,7 +13,7 @@ import numpy as np
 BATCH = 1000  # lines that are dicts at one time
 
 
-class History(NamedTuple):
+class MetricsTable(NamedTuple):
     """What a run has recorded."""
 
     columns: Mapping[str, int]
@@ -26,7 +26,7 @@ class History(NamedTuple):
     def series(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
         """Values of `against` and of `name`, float64 [points], where `name` was recorded.
 
-        >>> history([{"step": 0, "a": 5.0}, {"step": 1}, {"step": 2, "a": 7.0}]).series("a")
+        >>> to_table([{"step": 0, "a": 5.0}, {"step": 1}, {"step": 2, "a": 7.0}]).series("a")
         (array([0., 2.]), array([5., 7.]))
         """
         if name not in self.columns:
@@ -44,17 +44,17 @@ class History(NamedTuple):
         here = np.ix_(rows, np.array([self.columns[name] for name in names], dtype=int))
         return self.values[here], self.known[here]
 
-    def only(self, names: Collection[str]) -> "History":
+    def only(self, names: Collection[str]) -> "MetricsTable":
         """The columns that are named, of those that are there."""
         kept = [name for name in self.columns if name in names]
         at = [self.columns[name] for name in kept]
-        return History({name: i for i, name in enumerate(kept)}, self.values[:, at], self.known[:, at])
+        return MetricsTable({name: i for i, name in enumerate(kept)}, self.values[:, at], self.known[:, at])
 
 
-def history(lines: Iterable[Mapping[str, Any]]) -> History:
+def to_table(lines: Iterable[Mapping[str, Any]]) -> MetricsTable:
     """Lines as columns; words for NaN and infinities are numbers here.
 
-    >>> found = history([{"step": 0, "a": "inf"}, {"step": 1, "b": 6.0}])
+    >>> found = to_table([{"step": 0, "a": "inf"}, {"step": 1, "b": 6.0}])
     >>> found.columns, found.line(1)
     ({'step': 0, 'a': 1, 'b': 2}, {'step': 1.0, 'b': 6.0})
     """
@@ -70,7 +70,7 @@ def history(lines: Iterable[Mapping[str, Any]]) -> History:
         here = np.ix_(rows, [columns[name] for name in names])
         values[here] = numbers
         known[here] = True
-    return History(columns, values, known)
+    return MetricsTable(columns, values, known)
 
 
 def _blocks(lines: Sequence[Mapping[str, Any]], first: int) -> Iterator[tuple[tuple[str, ...], list[int], np.ndarray]]:
@@ -83,7 +83,7 @@ def _blocks(lines: Sequence[Mapping[str, Any]], first: int) -> Iterator[tuple[tu
         yield names, [first + at for at in rows], numbers.reshape(len(rows), len(names))
 
 
-def dump(found: History, size: int) -> bytes:
+def dump(found: MetricsTable, size: int) -> bytes:
     """Columns as the bytes of an npz file; `size` is that of the metrics.jsonl they are of, in bytes."""
     buffer = io.BytesIO()
     known = np.packbits(found.known)
@@ -91,12 +91,12 @@ def dump(found: History, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def load(path: Path, size: int) -> History | None:
+def load(path: Path, size: int) -> MetricsTable | None:
     """What `dump` wrote; None if it is not there, is damaged, or is of a metrics.jsonl of another size.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "metrics.npz"
-    >>> _ = path.write_bytes(dump(history([{"step": 0, "a": 1.5}, {"step": 1}]), size=31))
+    >>> _ = path.write_bytes(dump(to_table([{"step": 0, "a": 1.5}, {"step": 1}]), size=31))
     >>> load(path, size=31).line(0), load(path, size=32)
     ({'step': 0.0, 'a': 1.5}, None)
     """
@@ -108,4 +108,4 @@ def load(path: Path, size: int) -> History | None:
             known = np.unpackbits(file["known"], count=values.size).view(bool).reshape(values.shape)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return History({name: at for at, name in enumerate(names)}, values, known)
+    return MetricsTable({name: at for at, name in enumerate(names)}, values, known)

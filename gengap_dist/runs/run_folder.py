@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # every command imports this module, and --help needs neither
     import numpy as np
 
     from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
-    from gengap_dist.runs.metrics_table import History
+    from gengap_dist.runs.metrics_table import MetricsTable
 
 Metrics = Mapping[str, float]
 RUNNING, FINISHED, DIVERGED, FAILED, KILLED = "running", "finished", "diverged", "failed", "killed"
@@ -125,7 +125,7 @@ def _number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-class NoRecord:
+class NullRecorder:
     """What ranks other than 0 write: nothing."""
 
     def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
@@ -140,7 +140,7 @@ class NoRecord:
     def flush(self, before: int | None = None) -> None:
         """Nothing to do."""
 
-    def held(self) -> dict[int, dict[str, float]]:
+    def pending_rows(self) -> dict[int, dict[str, float]]:
         """Nothing is held back."""
         return {}
 
@@ -158,7 +158,7 @@ class NoRecord:
         """Nothing to do."""
 
 
-class Record(NoRecord):
+class RunRecorder(NullRecorder):
     """The folder of one run, open for writing."""
 
     def __init__(self, out: Path) -> None:
@@ -218,7 +218,7 @@ class Record(NoRecord):
             for step in ready:
                 del self._held[step]
 
-    def held(self) -> dict[int, dict[str, float]]:
+    def pending_rows(self) -> dict[int, dict[str, float]]:
         """Lines that are not written yet; a checkpoint takes them along."""
         return self._held
 
@@ -244,9 +244,9 @@ class Record(NoRecord):
         self._save()
         lines = self.out / "metrics.jsonl"
         if status in ENDED and lines.exists() and (size := lines.stat().st_size) > SLOW_TO_READ:
-            from gengap_dist.runs.metrics_table import dump, history
+            from gengap_dist.runs.metrics_table import dump, to_table
 
-            write_atomically(self.out / "metrics.npz", dump(history(read_raw(lines)), size))
+            write_atomically(self.out / "metrics.npz", dump(to_table(read_raw(lines)), size))
 
 
 def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:
@@ -292,18 +292,18 @@ def read_metrics(out: Path) -> Iterator[dict[str, Any]]:
     return read_lines(out / "metrics.jsonl")
 
 
-def read_history(out: Path) -> "History":
+def read_metrics_table(out: Path) -> "MetricsTable":
     """The metrics of a run folder as columns.
 
     Raises:
         ValueError: if a line of metrics.jsonl is damaged.
     """
-    from gengap_dist.runs.metrics_table import history, load
+    from gengap_dist.runs.metrics_table import load, to_table
 
     lines, columns = out / "metrics.jsonl", out / "metrics.npz"
     if columns.exists() and lines.exists() and (found := load(columns, lines.stat().st_size)):
         return found
-    found = history(read_raw(lines))
+    found = to_table(read_raw(lines))
     if len(found.values) and not ("step" in found.columns and found.known[:, found.columns["step"]].all()):
         raise ValueError("metrics.jsonl has a line without its step")
     return found
@@ -314,7 +314,7 @@ class SeedRun(NamedTuple):
 
     info: Mapping[str, Any]
     """run.json."""
-    history: "History"
+    history: "MetricsTable"
     """The metrics, if the run has finished."""
 
 
@@ -375,7 +375,7 @@ def _last_step(path: Path) -> int | None:
         return None
 
 
-def set_aside(out: Path, folder: Path) -> Path:
+def quarantine(out: Path, folder: Path) -> Path:
     """Move a damaged run into `folder`, out of the way of another start: where it is now."""
     number = 1
     while (kept := folder / f"{out.parent.name}-{out.name}-{number}").exists():

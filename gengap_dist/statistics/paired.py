@@ -131,13 +131,13 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return out
 
 
-def detectable(deviation: float, num_pairs: int) -> float:
+def minimum_detectable_effect(deviation: float, num_pairs: int) -> float:
     """The true difference that the two-sided paired t test at 5% finds with a power of 80%; nan below two pairs.
 
     It solves P(T > t_{0.975, n-1}) = 0.8 for d, where T is noncentral t with d sqrt(n) / deviation (the other tail has
     less than 1e-4 there).
 
-    >>> round(detectable(1.0, 3), 2), round(detectable(1.0, 16), 2)
+    >>> round(minimum_detectable_effect(1.0, 3), 2), round(minimum_detectable_effect(1.0, 16), 2)
     (3.26, 0.75)
     """
     if num_pairs < 2 or not deviation > 0:

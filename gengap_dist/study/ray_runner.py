@@ -20,24 +20,24 @@ from typing import Any, NamedTuple
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.launchers.base import RankFailed
 from gengap_dist.distributed.launchers.ray import (
-    NEWS_SECONDS,
-    Fit,
-    RayTrain,
-    Team,
+    POLL_SECONDS,
+    RayLauncher,
+    WorkerGroup,
+    WorkerGroupRun,
     alive_nodes,
     check_folder,
     connect,
-    here,
+    num_slots,
+    on_this_node,
     resolve_device,
     resources_per_rank,
-    room,
-    start_teller,
-    terminated_is_interrupted,
+    sigterm_as_interrupt,
+    start_run_queue,
 )
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
-from gengap_dist.study.run_matrix import Cell, Watch
+from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.training import ENTRY_POINT
 
 STUDY = "study"  # what news of all runs are about
@@ -64,11 +64,13 @@ def concurrency(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str, f
     >>> concurrency([small], nodes, None), concurrency([small, large], nodes, None), concurrency([small], nodes, 3)
     (4, 2, 3)
     """
-    rooms = [room(nodes, resources_per_rank(launch), launch.placement) // launch.num_processes for launch in launches]
+    rooms = [
+        num_slots(nodes, resources_per_rank(launch), launch.placement) // launch.num_processes for launch in launches
+    ]
     return max(1, min([*rooms, *([most] if most else [])]))
 
 
-def run_all(plan: Sequence[Cell], watch: Watch, most: int | None) -> int:
+def run_all(plan: Sequence[PlannedRun], watch: StudyCallback, most: int | None) -> int:
     """Run all of the plan; the number of runs that failed. A run that fails or diverges does not stop the others.
 
     Args:
@@ -87,10 +89,10 @@ def run_all(plan: Sequence[Cell], watch: Watch, most: int | None) -> int:
     heard: dict[int, str] = {}
     try:
         grows = not connect(largest)
-        with terminated_is_interrupted():
+        with sigterm_as_interrupt():
             _wait(plan, watch, grows, storage, most, heard)
     except BaseException as error:
-        RayTrain(ENTRY_POINT).close(kill=True)
+        RayLauncher(ENTRY_POINT).close(kill=True)
         for cell in plan:
             _close(cell, error)
         raise
@@ -102,23 +104,28 @@ def run_all(plan: Sequence[Cell], watch: Watch, most: int | None) -> int:
             run_folder.read_info(plan[number].folder)["status"] if plan[number].folder.exists() else run_folder.FAILED
         )
         heard[number] = status if status in run_folder.ENDED else "failed: the process that started the ranks died"
-        watch.over(plan[number], heard[number])
+        watch.on_run_end(plan[number], heard[number])
     return sum(note.startswith(run_folder.FAILED) for note in heard.values())
 
 
-def _close(cell: Cell, error: BaseException) -> None:
+def _close(cell: PlannedRun, error: BaseException) -> None:
     if cell.folder.exists():
         run_folder.close_abandoned(cell.folder, error)
 
 
 def _wait(
-    plan: Sequence[Cell], watch: Watch, grows: bool, storage: Path, most: int | None, heard: dict[int, str]
+    plan: Sequence[PlannedRun],
+    watch: StudyCallback,
+    grows: bool,
+    storage: Path,
+    most: int | None,
+    heard: dict[int, str],
 ) -> None:
     """Let all trials run, and tell `watch` what they tell; `heard` gets how they ended, by number."""
     import ray
 
     nodes = alive_nodes()
-    teller = start_teller([(cell.config, cell.folder) for cell in plan])
+    teller = start_run_queue([(cell.config, cell.folder) for cell in plan])
     given = [cell.config.launch for cell in plan]
     resolved = resolve_device(given, nodes)
     num, teams = concurrency(resolved, nodes, most), list[tuple[LaunchConfig, LaunchConfig]]()
@@ -126,18 +133,18 @@ def _wait(
         if teams.count(launches) < num:
             teams.append(launches)
     job = _Job(teams, teller, storage, grows, Path.cwd(), sys.orig_argv)
-    task = ray.remote(_tune).options(max_retries=0, **here()).remote(job, num)
+    task = ray.remote(_tune).options(max_retries=0, **on_this_node()).remote(job, num)
     over = False
     while not over:
-        over = bool(ray.wait([task], timeout=NEWS_SECONDS)[0])
+        over = bool(ray.wait([task], timeout=POLL_SECONDS)[0])
         for kind, value in ray.get(teller.hear.remote(STUDY)):
             match kind:
                 case "progress":
                     number, *step = value
-                    watch.step(plan[number], *step)
+                    watch.on_step(plan[number], *step)
                 case "over":
                     number, heard[number] = value
-                    watch.over(plan[number], heard[number])
+                    watch.on_run_end(plan[number], heard[number])
                 case "preempted":
                     raise Preempted(value)
                 case _:
@@ -180,29 +187,29 @@ def _trial(job: _Job, number: int) -> None:
     """A team, until no run is left for it."""
     import ray
 
-    team = Team(uuid.uuid4().hex, *job.launches[number], job.teller, job.storage, ENTRY_POINT)
+    team = WorkerGroup(uuid.uuid4().hex, *job.launches[number], job.teller, job.storage, ENTRY_POINT)
     os.chdir(job.folder)  # the driver's: settings may hold paths that start there
     sys.orig_argv = [*job.command]
 
     def folder(run: int) -> Path:
-        return ray.get(team.teller.run.remote(run))[1]
+        return ray.get(team.queue.run.remote(run))[1]
 
     def tell(kind: str, value: Any) -> None:
-        ray.get(team.teller.tell.remote(STUDY, kind, value))
+        ray.get(team.queue.tell.remote(STUDY, kind, value))
 
     def progress(run: int, done: int, total: int, note: str) -> None:
-        team.teller.tell.remote(STUDY, "progress", (run, done, total, note))
+        team.queue.tell.remote(STUDY, "progress", (run, done, total, note))
 
     def over(run: int, result: dict[str, Any]) -> None:
         tell("over", (run, run_folder.read_info(folder(run))["status"]))
 
     def given() -> tuple[int, int] | None:
-        return ray.get(team.teller.give.remote(team.name, team.launch))  # a run, and how often it was begun
+        return ray.get(team.queue.give.remote(team.name, team.launch))  # a run, and how often it was begun
 
     try:
         while before := given():
             try:
-                Fit(team, progress, over, team.launch.max_failures - before[1]).wait(job.grows)
+                WorkerGroupRun(team, progress, over, team.launch.max_failures - before[1]).wait(job.grows)
             except (RankFailed, Preempted) as error:
                 now = given()
                 if now is None or (now != before and now[1] <= team.launch.max_failures):
@@ -211,7 +218,7 @@ def _trial(job: _Job, number: int) -> None:
                     return tell("preempted", error.step)
                 if folder(now[0]).exists():
                     run_folder.close_abandoned(folder(now[0]), error)
-                ray.get(team.teller.end.remote(team.name))
+                ray.get(team.queue.end.remote(team.name))
                 tell("over", (now[0], f"failed: {str(error).strip().splitlines()[-1]}"))
     except UsageError as error:
         tell("usage", str(error))

@@ -8,7 +8,7 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig
 
 
-class Cell(NamedTuple):
+class PlannedRun(NamedTuple):
     """One run of a study."""
 
     arm: str
@@ -23,7 +23,7 @@ class Cell(NamedTuple):
         return f"{self.arm} {self.label}"
 
 
-def cells(config: StudyConfig, out: Path, tuned: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+def planned_runs(config: StudyConfig, out: Path, tuned: Mapping[str, Mapping[str, Any]]) -> list[PlannedRun]:
     """Every arm with every seed; all arms of one seed come before the next seed, so that pairs are complete early.
 
     Args:
@@ -36,7 +36,7 @@ def cells(config: StudyConfig, out: Path, tuned: Mapping[str, Mapping[str, Any]]
     """
     arms = [arm for arm in config.arms if not config.study.tune or arm.name in tuned]
     return [
-        Cell(
+        PlannedRun(
             arm.name,
             f"seed {seed}",
             config.run_config(arm, seed, tuned.get(arm.name)),
@@ -47,7 +47,7 @@ def cells(config: StudyConfig, out: Path, tuned: Mapping[str, Mapping[str, Any]]
     ]
 
 
-def trials(config: StudyConfig, out: Path, points: Sequence[Mapping[str, Any]]) -> list[Cell]:
+def planned_trials(config: StudyConfig, out: Path, points: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
     """Every arm at every point, without probes; all arms at one point come before the next.
 
     Raises:
@@ -56,7 +56,7 @@ def trials(config: StudyConfig, out: Path, points: Sequence[Mapping[str, Any]]) 
     assert config.study.tune is not None
     seed, still = config.study.tune.seed, {"probe.enabled": False}
     return [
-        Cell(
+        PlannedRun(
             arm.name,
             f"trial {number}",
             config.run_config(arm, seed, {**point, **still}),
@@ -67,11 +67,11 @@ def trials(config: StudyConfig, out: Path, points: Sequence[Mapping[str, Any]]) 
     ]
 
 
-class Watch:
+class StudyCallback:
     """Told of everything; this one keeps it to itself."""
 
-    def step(self, cell: Cell, done: int, total: int, note: str) -> None:
+    def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
         """`done` of `total` steps of a run, and a few words."""
 
-    def over(self, cell: Cell, note: str) -> None:
+    def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
         """A run has ended: a status of run.json, "already there", or why it failed."""

@@ -20,7 +20,7 @@ from gengap_dist.distributed.launchers import Launcher
 from gengap_dist.errors import OutOfMemory, UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.study import ray_runner, run_matrix, tuning
-from gengap_dist.study.run_matrix import Cell, Watch
+from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.training import ENTRY_POINT
 
 Warn = Callable[[str], None]
@@ -28,7 +28,7 @@ Warn = Callable[[str], None]
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
+def exclusive_lock(out: Path) -> Iterator[None]:
     """While open, no other process of this machine runs a study in `out`.
 
     Raises:
@@ -55,7 +55,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
     Raises:
         UsageError: if an arm is not valid, or runs or another study there had other settings.
     """
-    plan = _trials(config, out) or run_matrix.cells(config, out, {})
+    plan = _trials(config, out) or run_matrix.planned_runs(config, out, {})
     before = _before(out, warn)
     if before.get("name", config.study.name) != config.study.name:
         raise UsageError(
@@ -65,7 +65,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
         warn(f"study.question was another when {out} was begun ({before['question']}): the report has the new one")
     for folder in sorted([*out.glob("runs/*/*"), *out.glob("tune/*/*")]):
         if what := run_folder.damage(folder):
-            kept = run_folder.set_aside(folder, out / "damaged")
+            kept = run_folder.quarantine(folder, out / "damaged")
             warn(f"{folder} is damaged ({what}): kept as {kept}, and run again if it is part of this study")
     _check_same(plan)
     tuned = (before.get("config") or {}).get("study", {}).get("tune")
@@ -78,7 +78,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
     for folder in sorted(out.glob("runs/*")):
         if folder.name not in arms:
             warn(f"{folder} is of no arm of this study: it stays where it is, and out of the report")
-    for name, twin in config.twins.items():
+    for name, twin in config.duplicates.items():
         warn(f"arm {name} is the same run as {twin}, and is not run twice")
     info = {
         "schema": 1,
@@ -87,7 +87,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
         "question": config.study.question,
         "baseline": config.baseline,
         "arms": arms,
-        "twins": config.twins,
+        "twins": config.duplicates,
         "seeds": list(config.study.seeds),
         "started": before.get("started", run_folder.now()),
         "command": sys.orig_argv,
@@ -107,11 +107,11 @@ def _before(out: Path, warn: Warn) -> dict[str, Any]:
         return {}
 
 
-def _trials(config: StudyConfig, out: Path) -> list[Cell]:
-    return run_matrix.trials(config, out, tuning.points(config.study.tune)) if config.study.tune else []
+def _trials(config: StudyConfig, out: Path) -> list[PlannedRun]:
+    return run_matrix.planned_trials(config, out, tuning.points(config.study.tune)) if config.study.tune else []
 
 
-def _check_same(plan: list[Cell]) -> None:
+def _check_same(plan: list[PlannedRun]) -> None:
     for cell in plan:
         if not status(cell):
             continue
@@ -122,7 +122,7 @@ def _check_same(plan: list[Cell]) -> None:
             )
 
 
-def status(cell: Cell) -> str:
+def status(cell: PlannedRun) -> str:
     """What a run's folder says: a status of run.json, or "" before it began or if it is damaged."""
     whole = (cell.folder / "run.json").exists() and not run_folder.damage(cell.folder)
     return run_folder.read_info(cell.folder)["status"] if whole else ""
@@ -134,7 +134,9 @@ def num_runs(config: StudyConfig) -> int:
     return len(config.arms) * each
 
 
-def run_study(config: StudyConfig, out: Path, watch: Watch, *, driver: bool, warn: Warn = lambda text: None) -> int:
+def run_study(
+    config: StudyConfig, out: Path, watch: StudyCallback, *, driver: bool, warn: Warn = lambda text: None
+) -> int:
     """Tune, then run what is not finished; the number of runs that failed.
 
     Args:
@@ -146,14 +148,14 @@ def run_study(config: StudyConfig, out: Path, watch: Watch, *, driver: bool, war
     """
     run = partial(run_all, watch=watch, driver=driver, most=config.study.concurrent)
     if not config.study.tune:
-        return run(run_matrix.cells(config, out, {}))
+        return run(run_matrix.planned_runs(config, out, {}))
     trials = _trials(config, out)
     # a trial that failed is tried again until its arm's own runs have begun: they must all have the same settings
     settled = {arm.name for arm in config.arms if (out / "runs" / arm.name).exists()}
     num_failed = run([cell for cell in trials if cell.arm not in settled or status(cell) != run_folder.FAILED])
     found = _searches(config, trials)
     tuned = {arm: search["best"] for arm, search in found.items() if search["best"] is not None}
-    plan = run_matrix.cells(config, out, tuned)
+    plan = run_matrix.planned_runs(config, out, tuned)
     if driver:
         _update(out, tuned=found)
         _check_same(plan)
@@ -166,7 +168,7 @@ def run_study(config: StudyConfig, out: Path, watch: Watch, *, driver: bool, war
     return num_failed + run(plan)
 
 
-def _searches(config: StudyConfig, trials: list[Cell]) -> dict[str, Mapping[str, Any]]:
+def _searches(config: StudyConfig, trials: list[PlannedRun]) -> dict[str, Mapping[str, Any]]:
     assert config.study.tune is not None
     points = tuning.points(config.study.tune)
     found = {}
@@ -177,7 +179,7 @@ def _searches(config: StudyConfig, trials: list[Cell]) -> dict[str, Mapping[str,
     return found
 
 
-def run_all(plan: list[Cell], watch: Watch, *, driver: bool, most: int | None = None) -> int:
+def run_all(plan: list[PlannedRun], watch: StudyCallback, *, driver: bool, most: int | None = None) -> int:
     """Run what is not finished; the number of runs that failed. A run that fails or diverges does not stop the others.
 
     Args:
@@ -189,15 +191,15 @@ def run_all(plan: list[Cell], watch: Watch, *, driver: bool, most: int | None = 
     to_do = []
     for cell in plan:
         if status(cell) in run_folder.ENDED:
-            watch.over(cell, "already there")
+            watch.on_run_end(cell, "already there")
         else:
             to_do.append(cell)
-    on_ray = [cell for cell in to_do if launchers.asked(cell.config.launch)]
+    on_ray = [cell for cell in to_do if launchers.uses_ray(cell.config.launch)]
     num_failed = ray_runner.run_all(on_ray, watch, most) if on_ray else 0
     return num_failed + _one_by_one([cell for cell in to_do if cell not in on_ray], watch, driver=driver)
 
 
-def _one_by_one(plan: list[Cell], watch: Watch, *, driver: bool) -> int:
+def _one_by_one(plan: list[PlannedRun], watch: StudyCallback, *, driver: bool) -> int:
     """On ranks that stay up from run to run."""
     num_failed = 0
     with contextlib.ExitStack() as stack:
@@ -211,15 +213,15 @@ def _one_by_one(plan: list[Cell], watch: Watch, *, driver: bool) -> int:
             if driver:
                 run_folder.prepare_folder(cell.folder, "run.json", resume=True)
             try:
-                ranks[launch].run(cell.config, cell.folder, resume=True, progress=partial(watch.step, cell))
-                watch.over(cell, status(cell))
+                ranks[launch].run(cell.config, cell.folder, resume=True, progress=partial(watch.on_step, cell))
+                watch.on_run_end(cell, status(cell))
             except (launchers.RankFailed, OutOfMemory) as error:
-                if launchers.joining(cell.config.launch):
+                if launchers.uses_torchrun(cell.config.launch):
                     if driver:
                         run_folder.close_abandoned(cell.folder, error)
                     raise  # the other ranks, which were not started here, have ended
                 run_folder.close_abandoned(cell.folder, error)
-                watch.over(cell, f"failed: {str(error).strip().splitlines()[-1]}")
+                watch.on_run_end(cell, f"failed: {str(error).strip().splitlines()[-1]}")
                 num_failed += 1
             except BaseException as error:
                 if driver:

@@ -9,9 +9,9 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
-from gengap_dist.parallel.out_of_memory import ran_out
+from gengap_dist.parallel.out_of_memory import is_out_of_memory
 from gengap_dist.parallel.strategies.deepspeed import check as check_zero
-from gengap_dist.probes.activations import observing
+from gengap_dist.probes.activations import eval_context
 
 
 def strategy_name(config: RunConfig, num_ranks: int) -> str:
@@ -164,7 +164,7 @@ def _norm_sizes(config: RunConfig, size: int, num_ranks: int) -> set[int]:
         own = batch.global_size // algorithm.workers
         cuts.append((size % own or own, 1))
     group = batch.ghost_size or algorithm.penalty_size  # a penalty's groups are micro-batches of their own
-    return set().union(*(BatchPlan(*cut, batch.most_at_once, group).norm_sizes() for cut in cuts))
+    return set().union(*(BatchPlan(*cut, batch.max_micro_size, group).norm_sizes() for cut in cuts))
 
 
 def check_auto(config: RunConfig, model: nn.Module) -> None:
@@ -198,7 +198,7 @@ def check_norm(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ra
         return
     for size in sorted(sizes, reverse=True):
         share = -(-size // num_ranks)
-        if config.norm == "sync" and share > batch.most_at_once:
+        if config.norm == "sync" and share > batch.max_micro_size:
             raise UsageError(
                 f"batch.micro_size ({batch.micro_size}) cuts the {share} samples that a rank has of a step of {size}, "
                 f"and model.norm (sync) takes its statistics over the whole step: choose at least {share}, more ranks, "
@@ -219,11 +219,11 @@ def check_logits(config: RunConfig, model: nn.Module, images: Tensor, num_classe
     Raises:
         UsageError: if it cannot take them, or puts out something else.
     """
-    with observing(model):
+    with eval_context(model):
         try:
             logits = model(images)
         except RuntimeError as error:
-            if ran_out(error):
+            if is_out_of_memory(error):
                 raise
             raise UsageError(
                 f"model.name ({config.model.name}) cannot take images of {list(images.shape[1:])} "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import models
-from gengap_dist.compat.fast_imports import quickly
+from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -48,19 +48,21 @@ def scorer(folder: Path, info: dict[str, Any]) -> Scorer:
     config, data = RunConfig.model_validate(info["config"]), info["data"]
     if "mean" not in data:
         raise UsageError(f"{folder} does not say how its images were normalised: it was written by an older version")
-    path = checkpoint.newest(folder / "checkpoints", tell=lambda message: None)
+    path = checkpoint.latest(folder / "checkpoints", tell=lambda message: None)
     if path is None or int(path.name.removeprefix("step_")) != info["result"]["num_steps"]:
         raise UsageError(f"{folder} has no whole checkpoint of its last step")
-    network = models.of(config, data["num_classes"], data["shape"][0], World())
+    network = models.from_config(config, data["num_classes"], data["shape"][0], World())
     dtype = getattr(torch, config.train.dtype)
-    checkpoint.restore(network.to(dtype), checkpoint.standing_for(path / "model.pt"), path)
+    checkpoint.restore(network.to(dtype), checkpoint.evaluated_state(path / "model.pt"), path)
     return Scorer(network, torch.tensor(data["mean"]).to(dtype), torch.tensor(data["std"]).to(dtype)).eval()
 
 
 @cache
 def prepare() -> Callable[..., None]:
     """Import what `export` needs, which takes longer than exporting; MLflow's save_model."""
-    with quickly("pytorch_lightning"):  # MLflow offers to watch its training, and it brings half of what is installed
+    with fast_imports(
+        "pytorch_lightning"
+    ):  # MLflow offers to watch its training, and it brings half of what is installed
         from mlflow.pytorch import save_model
         from mlflow.utils import requirements_utils
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Self, final
 
 from gengap_dist.config.sections import OptimConfig, RunConfig
-from gengap_dist.data.sampler import Order
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.errors import UsageError
 
 
@@ -109,14 +109,14 @@ class Schedule:
     num_steps: int
 
     @classmethod
-    def of(cls, config: RunConfig, order: Order) -> Self:
+    def of(cls, config: RunConfig, order: EpochSampler) -> Self:
         """The schedule of a run that visits images in `order`.
 
         train.steps, or train.epochs passes; with train.length_unit=updates as many steps as a global batch of
         optim.base_size makes in them, and warm-up epochs have its steps, too (regime adaptation; Hoffer et al. 2017).
 
         >>> settings = {"batch": {"global_size": 50}, "optim": {"base_size": 10}, "train": {"epochs": 3}}
-        >>> order = Order(100, 50, seed=0)
+        >>> order = EpochSampler(100, 50, seed=0)
         >>> Schedule.of(RunConfig.model_validate(settings), order).num_steps
         6
         >>> settings["train"]["length_unit"] = "updates"
@@ -137,7 +137,7 @@ class Schedule:
         schedule._check_warmup(order)
         return schedule
 
-    def _check_warmup(self, order: Order) -> None:
+    def _check_warmup(self, order: EpochSampler) -> None:
         optim, size = self.optim, self.global_size
         steps = warmup_steps(optim, global_size=size, steps_per_epoch=self.steps_per_epoch)
         end, what = self.num_steps, "the run"

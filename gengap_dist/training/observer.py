@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gengap_dist.config.sections import ProbeConfig, RunConfig
 from gengap_dist.data.batch_loader import Normalise
 from gengap_dist.data.datasets import Images
-from gengap_dist.data.sampler import stream
+from gengap_dist.data.sampler import seeded_rng
 from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -35,7 +35,7 @@ class Observation(NamedTuple):
     """By probe set: "" is the fixed one, `n<N>` and `own_batch` are controls, `weights` the weights' spectra."""
 
 
-class Observer:
+class ProbeObserver:
     """Measures a network on probe images drawn by `data.split_seed`: the same for all arms and seeds of a study."""
 
     def __init__(
@@ -47,7 +47,7 @@ class Observer:
         """
         self.config: ProbeConfig = config.probe
         self.train_set, self.normalise, self.initial_P, self.world = train_set, normalise, initial_P, world
-        self._order = torch.from_numpy(stream(config.data.split_seed, 2).permutation(len(train_set)))
+        self._order = torch.from_numpy(seeded_rng(config.data.split_seed, 2).permutation(len(train_set)))
         asked = max(self.config.num_samples)
         if self.config.enabled and asked > len(train_set):
             warnings.warn(
@@ -111,30 +111,32 @@ class Observer:
         return out
 
 
-Diagnostic = Callable[[nn.Module, Batches, Observer], tuple[Metrics, list[LayerSpectrum]]]
+Diagnostic = Callable[[nn.Module, Batches, ProbeObserver], tuple[Metrics, list[LayerSpectrum]]]
 
 
-def _norms(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Metrics, list[LayerSpectrum]]:
+def _norms(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
     return distance(model, observer.initial_P), []
 
 
-def _weights(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Metrics, list[LayerSpectrum]]:
+def _weights(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
     found = weight_spectra(model, world=observer.world)
     return metrics(found), found
 
 
-def _neural_collapse(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Metrics, list[LayerSpectrum]]:
+def _neural_collapse(
+    model: nn.Module, batches: Batches, observer: ProbeObserver
+) -> tuple[Metrics, list[LayerSpectrum]]:
     return {"nc1": nc1(model, batches, world=observer.world)}, []
 
 
-def _hessian(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Metrics, list[LayerSpectrum]]:
+def _hessian(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
     values = hessian_eigenvalues(model, batches, world=observer.world, num=NUM_EIGENVALUES)
     trace, error = hessian_trace(model, batches, world=observer.world)
     found = {f"hessian/eigenvalue_{number}": value for number, value in enumerate(values, 1)}
     return found | {"hessian/trace": trace, "hessian/trace_standard_error": error}, []
 
 
-def _keskar(model: nn.Module, batches: Batches, observer: Observer) -> tuple[Metrics, list[LayerSpectrum]]:
+def _keskar(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
     return {"keskar_sharpness": keskar(model, batches, world=observer.world)}, []
 
 
@@ -147,10 +149,10 @@ DIAGNOSTICS: dict[str, Diagnostic] = {  # noise_scale is not here: it comes from
 }
 
 
-def seconds(found: Metrics) -> float:
+def measurement_seconds(found: Metrics) -> float:
     """Time that a measurement took, controls left aside.
 
-    >>> seconds({"nc1": 9.0, "probe_seconds/near_rank_loss": 1.0, "probe_seconds/control/n64": 5.0})
+    >>> measurement_seconds({"nc1": 9.0, "probe_seconds/near_rank_loss": 1.0, "probe_seconds/control/n64": 5.0})
     1.0
     """
     times = {name: value for name, value in found.items() if name.startswith("probe_seconds/")}

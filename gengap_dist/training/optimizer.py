@@ -25,7 +25,7 @@ def _plain(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optim
 _SGD, _AdamW = _plain(torch.optim.SGD), _plain(torch.optim.AdamW)
 
 
-def build(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `config` names; rate and momentum are set anew at every step, see `schedule`.
 
     Raises:

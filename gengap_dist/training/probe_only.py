@@ -9,14 +9,14 @@ from torch import Tensor
 from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Normalise
 from gengap_dist.distributed.process_group import World
-from gengap_dist.parallel.out_of_memory import explained
+from gengap_dist.parallel.out_of_memory import explaining_out_of_memory
 from gengap_dist.probes.weights import flat
 from gengap_dist.runs import checkpoint
-from gengap_dist.runs.run_folder import FINISHED, NoRecord, Record
-from gengap_dist.training.algorithms.update_bn import untrained
-from gengap_dist.training.observer import Observation, Observer
+from gengap_dist.runs.run_folder import FINISHED, NullRecorder, RunRecorder
+from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
+from gengap_dist.training.observer import Observation, ProbeObserver
 from gengap_dist.training.setup import build_model, load_data
 
 
@@ -34,14 +34,14 @@ def probe(
     Raises:
         UsageError: if the config does not fit the data or the model, or the weights do not fit the model.
     """
-    with training_float32(world.device, tf32=config.train.tf32), explained(world):
+    with training_float32(world.device, tf32=config.train.tf32), explaining_out_of_memory(world):
         splits = load_data(config, world, lambda done, total, note: None)
         model = build_model(config, splits, world)
         train_set = datasets.placed(splits, config.data, world.device).train
         normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
-        batches = Batches(train_set, normalise, config.data, config.seed)
-        observer = Observer(config, train_set, normalise, flat(model), world)
-        record = Record(out) if out and world.rank == 0 else NoRecord()
+        batches = BatchLoader(train_set, normalise, config.data, config.seed)
+        observer = ProbeObserver(config, train_set, normalise, flat(model), world)
+        record = RunRecorder(out) if out and world.rank == 0 else NullRecorder()
         found = []
         for number, (step, path, state) in enumerate(networks):
             if state is not None:
@@ -58,7 +58,11 @@ def probe(
                 }
                 record.start(config, facts)
                 record.resume(0, 0.0, {})
-            shown = model if state is not None else untrained(model, batches, world, config.batch.ghost_size)
+            shown = (
+                model
+                if state is not None
+                else untrained_with_statistics(model, batches, world, config.batch.ghost_size)
+            )
             found.append((step, observer(shown, controls=True)))
             for probe_set, spectra in found[-1][1].spectra.items():
                 record.spectra(step, spectra, probe_set)

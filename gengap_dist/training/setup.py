@@ -14,7 +14,7 @@ from gengap_dist import models
 from gengap_dist.config.sections import DataConfig, RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Normalise
-from gengap_dist.data.sampler import stream
+from gengap_dist.data.sampler import seeded_rng
 from gengap_dist.distributed.process_group import World, environment, local_size
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
@@ -58,7 +58,7 @@ def check_shared(out: Path, world: World) -> None:
     """
     if world.size == 1:
         return
-    token = out / f".shared.{world.agree(os.getpid())}"
+    token = out / f".shared.{world.broadcast_int(os.getpid())}"
     if world.rank == 0:
         token.touch()
     world.barrier()
@@ -67,7 +67,7 @@ def check_shared(out: Path, world: World) -> None:
         time.sleep(0.1)
     blind = torch.zeros(world.size, dtype=torch.int64)
     blind[world.rank] = not token.exists()
-    blind = world.sum(blind, "check of the run folder").nonzero().flatten().tolist()
+    blind = world.all_reduce(blind, "check of the run folder").nonzero().flatten().tolist()
     if world.rank == 0:
         token.unlink()
     if blind:
@@ -104,9 +104,9 @@ def build_model(config: RunConfig, splits: datasets.Splits, world: World) -> nn.
     Raises:
         UsageError: if there is no such model, or its output does not match the images and classes.
     """
-    torch.manual_seed(int(stream(config.seed, 0).integers(2**62)))
+    torch.manual_seed(int(seeded_rng(config.seed, 0).integers(2**62)))
     dtype = getattr(torch, config.train.dtype)
-    model = models.of(config, splits.num_classes, splits.in_channels, world).to(world.device, dtype)
+    model = models.from_config(config, splits.num_classes, splits.in_channels, world).to(world.device, dtype)
     images = Normalise(splits, world.device, dtype)(splits.train.pixels[:2].to(world.device))
     check_logits(config, model, images, splits.num_classes)
     return model

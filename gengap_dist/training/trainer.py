@@ -21,33 +21,41 @@ from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.config.identity import differences
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Batches, Normalise
-from gengap_dist.data.sampler import Order, growth
-from gengap_dist.distributed.phase_timer import KINDS
+from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
+from gengap_dist.distributed.phase_timer import PHASES
 from gengap_dist.distributed.preemption import Preempted
-from gengap_dist.distributed.process_group import World, connect
-from gengap_dist.distributed.stall_detector import watching
+from gengap_dist.distributed.process_group import World, init_process_group
+from gengap_dist.distributed.stall_detector import detecting_stalls
 from gengap_dist.errors import UsageError
-from gengap_dist.models.batch_norm import average_buffers, frozen
+from gengap_dist.models.batch_norm import average_buffers, frozen_running_stats
 from gengap_dist.parallel.execution import check_compiler, deterministic, keep_freed_memory
-from gengap_dist.parallel.out_of_memory import explained, snapshot
+from gengap_dist.parallel.out_of_memory import explaining_out_of_memory, memory_snapshot
 from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
 from gengap_dist.probes.cadence import Cadence, at, either, evenly, every, exceeds, log_spaced
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat
 from gengap_dist.runs import checkpoint
-from gengap_dist.runs.run_folder import DIVERGED, FINISHED, PREEMPTED, NoRecord, Record, prepare_folder, read_info
-from gengap_dist.training.algorithms import course_of
-from gengap_dist.training.algorithms.base import Taken, plan_of
-from gengap_dist.training.algorithms.update_bn import untrained
-from gengap_dist.training.autotune.memory_format import settle_format
-from gengap_dist.training.autotune.micro_batch import Network, settle
+from gengap_dist.runs.run_folder import (
+    DIVERGED,
+    FINISHED,
+    PREEMPTED,
+    NullRecorder,
+    RunRecorder,
+    prepare_folder,
+    read_info,
+)
+from gengap_dist.training.algorithms import build_algorithm
+from gengap_dist.training.algorithms.base import StepResult, batch_plan_for
+from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
+from gengap_dist.training.autotune.memory_format import resolve_memory_format
+from gengap_dist.training.autotune.micro_batch import ModelShape, resolve_micro_size
 from gengap_dist.training.checks import before_data, check_auto, check_norm, norm_size, strategy_name
 from gengap_dist.training.evaluation import Score, evaluate
 from gengap_dist.training.lr_schedule import Schedule
-from gengap_dist.training.observer import Observer, seconds
-from gengap_dist.training.optimizer import build as build_optimizer
-from gengap_dist.training.profiler.profile import NoProfile, Profile, clocked
+from gengap_dist.training.observer import ProbeObserver, measurement_seconds
+from gengap_dist.training.optimizer import build_optimizer as build_optimizer
+from gengap_dist.training.profiler.profile import NoProfile, Profile, with_profiler_clock
 from gengap_dist.training.setup import (
     Diverged,
     Progress,
@@ -57,7 +65,7 @@ from gengap_dist.training.setup import (
     load_data,
     sampling_system_metrics,
 )
-from gengap_dist.training.step import join_with_nothing
+from gengap_dist.training.step import zero_contribution_pass
 
 FLUSH_EVERY = 32  # steps whose sums meet the other ranks' in one all-reduce
 
@@ -69,14 +77,14 @@ def run(
     resume: bool = False,
     world: World | None = None,
     progress: Progress = lambda done, total, note: None,
-    leaving: Callable[[], bool] = lambda: False,
+    preemption_requested: Callable[[], bool] = lambda: False,
     launcher: str = "local",
 ) -> dict[str, Any]:
     """Train, measure, record; the result as it stands in run.json, the same on every rank. Collective.
 
     Args:
         config: the run.
-        out: its folder, made here if it is not there (see `record.prepare_folder`).
+        out: its folder, made here if it is not there (see `run_folder.prepare_folder`).
         resume: go on from the folder's checkpoint, if there is one; rank 0's word holds for all.
         world: this process's place among the ranks; None connects as the environment says.
         progress: called on every rank after every step.
@@ -88,21 +96,21 @@ def run(
         OutOfMemory: if it does not fit a GPU.
         Preempted: after a rank was asked to leave; the folder is ready to be resumed.
     """
-    world = world or connect(config.launch.device, config.launch.timeout_seconds)
-    world = clocked(world) if config.profile else world
+    world = world or init_process_group(config.launch.device, config.launch.timeout_seconds)
+    world = with_profiler_clock(world) if config.profile else world
     float32 = training_float32(world.device, tf32=config.train.tf32)
-    watched = watching(world, config.launch.stall_report_seconds)
-    recorded = snapshot(world, out / "memory" if config.launch.memory_snapshot else None)
-    with watched, deterministic(config.train.deterministic), float32, explained(world), recorded:
+    watched = detecting_stalls(world, config.launch.stall_report_seconds)
+    recorded = memory_snapshot(world, out / "memory" if config.launch.memory_snapshot else None)
+    with watched, deterministic(config.train.deterministic), float32, explaining_out_of_memory(world), recorded:
         if world.rank == 0 and not out.exists():  # a study's run on a Ray cluster
             prepare_folder(out, "run.json", resume=True)
         check_shared(out, world)
-        record = Record(out) if world.rank == 0 else NoRecord()
+        record = RunRecorder(out) if world.rank == 0 else NullRecorder()
         session = _Session(config, out, world, record, progress, launcher)
-        session.start(bool(world.agree(resume)))  # a node that joins late cannot know what the others were told
+        session.start(bool(world.broadcast_int(resume)))  # a node that joins late cannot know what the others were told
         try:
             with sampling_system_metrics(config, out, world):
-                session.train(leaving)
+                session.train(preemption_requested)
                 result = session.result()
             record.finish(FINISHED, result)
         except Diverged as error:
@@ -122,7 +130,7 @@ class _Session:
     """What a run holds between steps, on one rank."""
 
     def __init__(
-        self, config: RunConfig, out: Path, world: World, record: NoRecord, progress: Progress, launcher: str
+        self, config: RunConfig, out: Path, world: World, record: NullRecorder, progress: Progress, launcher: str
     ) -> None:
         self.config, self.out, self.world, self.record, self.progress = config, out, world, record, progress
         for check in before_data(config, world.size, world.device.type):
@@ -135,8 +143,10 @@ class _Session:
         there = datasets.placed(splits, config.data, world.device)
         self.train_set, self.val_set, self.test_set = there.train, there.val, there.test
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
-        self.batches = Batches(self.train_set, self.normalise, config.data, config.seed)
-        self.order = Order(len(self.train_set), config.batch.global_size, config.seed, growth=growth(config))
+        self.batches = BatchLoader(self.train_set, self.normalise, config.data, config.seed)
+        self.order = EpochSampler(
+            len(self.train_set), config.batch.global_size, config.seed, growth=batch_size_schedule(config)
+        )
         self.schedule = Schedule.of(config, self.order)
         self.num_steps = self.schedule.num_steps
 
@@ -146,21 +156,23 @@ class _Session:
         choices = config.batch.micro_size, config.train.channels_last
         if "auto" in choices:
             progress(0, 0, "measuring what is fastest here")
-        network = Network(self.model, splits.in_channels, splits.num_classes)
+        network = ModelShape(self.model, splits.in_channels, splits.num_classes)
         before = facts_before(out) if "auto" in choices else {}
-        config, order_how = settle_format(config, network, world, before.get("channels_last_auto") or {})
-        config, size_how = settle(config, network, world, before.get("micro_size_auto") or {})
+        config, order_how = resolve_memory_format(config, network, world, before.get("channels_last_auto") or {})
+        config, size_how = resolve_micro_size(config, network, world, before.get("micro_size_auto") or {})
         if world.device.type == "cuda":  # neither what was tried counts nor an earlier run of this process
             torch.cuda.reset_peak_memory_stats(world.device)
             torch.cuda.reset_accumulated_memory_stats(world.device)
         self.config = config
-        self.observer = Observer(config, self.train_set, self.normalise, flat(self.model), world)
+        self.observer = ProbeObserver(config, self.train_set, self.normalise, flat(self.model), world)
         check_norm(config, self.model, self.order.sizes(), world.size)
         strategy = strategy_name(config, world.size)
         self.strategy = STRATEGIES[strategy](config, world)
-        hidden = self.strategy.hidden
+        hidden = self.strategy.has_untimed_collectives
         self.profile = Profile(out, world, config, strategy, hidden=hidden) if config.profile else NoProfile()
-        self.saver = checkpoint.Saver(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
+        self.saver = (
+            checkpoint.CheckpointWriter(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
+        )
         self.facts = {
             "data": datasets.summary(splits, config.data) if world.rank == 0 else None,
             "world_size": world.size,
@@ -183,10 +195,10 @@ class _Session:
         self.best: dict[str, Any] = {}
         self.reached: int | None = None  # the step after which train.target_accuracy was met
         self.noise = NoiseScale()
-        self._pending: list[tuple[int, Taken]] = []
+        self._pending: list[tuple[int, StepResult]] = []
         self._saved_at = time.monotonic()
         self.probe_seconds = self.eval_seconds = self.train_seconds = 0.0
-        self.times = torch.zeros(world.size, len(KINDS), dtype=torch.float64)  # by rank, since this start
+        self.times = torch.zeros(world.size, len(PHASES), dtype=torch.float64)  # by rank, since this start
         self.probe_due = _cadence(config, self.order)
         self.probe_left_out: list[int] = []
         self._probe_seconds_each, self._left_out_in_a_row = 0.0, 0
@@ -197,7 +209,7 @@ class _Session:
     def _small_size(self) -> float | None:
         """B of the noise scale, the harmonic mean over ranks; None if there is no gradient smaller than the batch."""
         size = self.config.batch.global_size
-        plan = plan_of(self.config, size, self.world.size)
+        plan = batch_plan_for(self.config, size, self.world.size)
         firsts = [plan.micro_batches(rank)[0].size for rank in range(self.world.size)]
         inverses = [1 / first for first in firsts if 0 < first < size]
         return len(inverses) / sum(inverses) if inverses else None
@@ -237,11 +249,11 @@ class _Session:
         folder, step, error = self.out / "checkpoints", -1, None
         if self.world.rank == 0:
             try:
-                path = checkpoint.newest(folder, partial(warnings.warn, stacklevel=2))
+                path = checkpoint.latest(folder, partial(warnings.warn, stacklevel=2))
                 step = step if path is None else int(path.name.removeprefix("step_"))
             except UsageError as found:
                 step, error = -2, found
-        step = self.world.agree(step)
+        step = self.world.broadcast_int(step)
         if step == -2:
             raise error or UsageError("rank 0 found every checkpoint damaged")
         return None if step < 0 else checkpoint.steps(folder)[step]
@@ -250,12 +262,12 @@ class _Session:
         self.strategy.setup(self.model, partial(build_optimizer, self.config.optim))
         self.strategy.load_optimizer_state(optimizer_state)
         self.model = self.strategy.model
-        if self.strategy.reorders:
-            first = self.world.where.during("compute", "a first backward pass")
-            with first, frozen(self.model), self.strategy.micro_step(last=True):
-                join_with_nothing(self.strategy, self.batches, epoch=0)
+        if self.strategy.needs_warmup_backward:
+            first = self.world.timer.phase("compute", "a first backward pass")
+            with first, frozen_running_stats(self.model), self.strategy.micro_step(last=True):
+                zero_contribution_pass(self.strategy, self.batches, epoch=0)
             self.strategy.optimizer.zero_grad(set_to_none=False)
-        self.course = course_of(self.config, self.strategy, self.batches, self.order, self.schedule.num_steps)
+        self.course = build_algorithm(self.config, self.strategy, self.batches, self.order, self.schedule.num_steps)
         if algorithm_state:
             self.course.load(algorithm_state)
 
@@ -265,16 +277,16 @@ class _Session:
         Raises:
             UsageError: with `wait`, if it cannot be written.
         """
-        with self.world.where.during("checkpoint"):
+        with self.world.timer.phase("checkpoint"):
             optimizer, algorithm = self.strategy.optimizer_state(), self.course.state()
-            with self.course.whole() as model:
+            with self.course.unsharded_model() as model:
                 if self.saver:
                     self._write(self.saver, model.state_dict(), optimizer, algorithm, wait=wait)
         self._saved_at = time.monotonic()
 
     def _write(
         self,
-        saver: checkpoint.Saver,
+        saver: checkpoint.CheckpointWriter,
         model: dict[str, Tensor],
         optimizer: OptimizerState,
         algorithm: dict[str, Any],
@@ -296,7 +308,7 @@ class _Session:
         facts = {key: self.facts[key] for key in ("world_size", "strategy", "launcher")}
         try:
             self.record.flush(before=self.step)
-            states["run"] = run | {"held": self.record.held()}
+            states["run"] = run | {"held": self.record.pending_rows()}
             saver.save(self.step, states, facts | {"mlflow_run_id": self.record.mlflow_run_id()})
             if wait:
                 saver.wait()
@@ -328,19 +340,19 @@ class _Session:
             Diverged: if the loss is not a number.
             Preempted: if a rank was asked to leave.
         """
-        config, where = self.config, self.world.where
+        config, where = self.config, self.world.timer
         self.model.train()
         self._window = time.monotonic(), self.step
         while self.step < self.num_steps:
             where.step = self.step + 1
             self.profile.begin(self.num_steps - self.step)
-            asked = self.world.sum_later(torch.tensor([int(leaving())]))  # it crosses while this step computes
+            asked = self.world.all_reduce_async(torch.tensor([int(leaving())]))  # it crosses while this step computes
             lr, momentum = self.schedule.lr(self.step), self.schedule.momentum(self.step)
             last = self.step + 1 == self.num_steps
             logged = last or (self.step + 1) % config.train.log_every == 0
-            self.strategy.watching = logged and "noise_scale" in config.probe.diagnostics
+            self.strategy.track_local_grad_norm = logged and "noise_scale" in config.probe.diagnostics
             before_P = self._weights() if self._probe_may_come(self.step + 1) else None
-            with where.during("compute", "forward and backward"):
+            with where.phase("compute", "forward and backward"):
                 taken = self.course.step(self.step, lr, momentum)
             self.step += 1
             self._update_norm = None if before_P is None else (self._weights() - before_P).double().norm()
@@ -364,7 +376,7 @@ class _Session:
 
     def _weights(self) -> Tensor:
         """A copy of all trainable parameters, whole: [P]. Collective."""
-        with self.course.whole() as model:
+        with self.course.unsharded_model() as model:
             return flat(model)
 
     def _due(self) -> bool:
@@ -392,10 +404,10 @@ class _Session:
         overdue = time.monotonic() - self._saved_at > self.config.checkpoint.every_seconds
         mine = torch.zeros(2 + self.times.numel(), dtype=torch.float64)
         times = mine[2:].view_as(self.times)
-        times[self.world.rank] = torch.tensor(self.world.where.take())
+        times[self.world.rank] = torch.tensor(self.world.timer.pop_seconds())
         if self.saver:  # rank 0, whose clock and budget hold for all
             mine[:2] = torch.tensor([overdue and not self.saver.busy, self._probe_exceeds_budget()])
-        self.world.sum(mine, "times of the last steps")
+        self.world.all_reduce(mine, "times of the last steps")
         save_due, leave_out = mine[:2].bool().tolist()
         self._left_out_in_a_row += leave_out
         self.probe_left_out += [self.step] if leave_out else []
@@ -429,7 +441,7 @@ class _Session:
         known = [taken.norm if self.world.rank == 0 and taken.norm is not None else none for _, taken in self._pending]
         sums = torch.stack([taken.sums for _, taken in self._pending])
         norms = torch.stack([norm.double() for norm in known])  # one number on all ranks: rank 0 gives it
-        return self.world.read(torch.cat([sums, norms[:, None]], 1), "metrics of the last steps").tolist()
+        return self.world.all_reduce_to_cpu(torch.cat([sums, norms[:, None]], 1), "metrics of the last steps").tolist()
 
     def _noise(self, small: list[float], norm: float, size: int) -> dict[str, float]:
         """The noise scale after a step, if its gradients came in two sizes."""
@@ -466,15 +478,15 @@ class _Session:
         probe = self.config.probe.enabled and (edge or (self.probe_due(self.step) and not left_out))
         if not (validate or probe):
             return
-        with self.course.network() as model:
+        with self.course.evaluated_model() as model:
             if self.step == 0:
-                with self.world.where.during("evaluation"):
-                    model = untrained(model, self.batches, self.world, self.config.batch.ghost_size)
+                with self.world.timer.phase("evaluation"):
+                    model = untrained_with_statistics(model, self.batches, self.world, self.config.batch.ghost_size)
             if validate:
-                with self.world.where.during("evaluation"):
+                with self.world.timer.phase("evaluation"):
                     self.validate(model)
             if probe or (self.config.probe.enabled and self.step == self.num_steps):  # which it may have just become
-                with self.world.where.during("probe"):
+                with self.world.timer.phase("probe"):
                     self.probe(model)
 
     def validate(self, model: nn.Module) -> None:
@@ -504,7 +516,7 @@ class _Session:
             found["train/update_norm"] = float(self._update_norm)
         self.record.log(self.step, self._epoch(self.step), found)
         self.probe_seconds += time.monotonic() - began
-        self._probe_seconds_each, self._left_out_in_a_row = seconds(found), 0
+        self._probe_seconds_each, self._left_out_in_a_row = measurement_seconds(found), 0
 
     def _to_target(self) -> dict[str, Any]:
         """Updates and epochs to train.target_accuracy, None if it was not reached; nothing without a target."""
@@ -518,7 +530,7 @@ class _Session:
 
     def result(self) -> dict[str, Any]:
         """Score the last and the best model on the test images: the only time they are touched. Collective."""
-        with self.course.network() as model, self.world.where.during("evaluation"):
+        with self.course.evaluated_model() as model, self.world.timer.phase("evaluation"):
             train, test = self._score(model, self.train_set), self._score(model, self.test_set)
             if not math.isfinite(train.loss):  # the loss of a step is of the weights before it
                 raise Diverged(self.step, train.loss, "train_full/loss")
@@ -559,7 +571,7 @@ def _split(times: Tensor) -> dict[str, float]:
     >>> _split(torch.tensor([[0.0, 3.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 0.0, 0.0]]))["time/slowest_rank"]
     0
     """
-    out: dict[str, float] = {f"time/{kind}": round(float(x), 4) for kind, x in zip(KINDS, times.mean(0), strict=True)}
+    out: dict[str, float] = {f"time/{kind}": round(float(x), 4) for kind, x in zip(PHASES, times.mean(0), strict=True)}
     busy = times[:, :2].sum(1)  # data and compute: the others wait for it, which counts as communication
     if len(busy) > 1 and busy.sum() > 0:
         slowest = int(busy.argmax())
@@ -573,10 +585,10 @@ def _memory_peaks(world: World) -> dict[str, list[float]]:
         return {}
     peaks = torch.zeros(world.size, dtype=torch.float64)
     peaks[world.rank] = torch.cuda.max_memory_allocated(world.device) / 2**30
-    return {"memory_peak_gib": [round(peak, 3) for peak in world.sum(peaks, "peaks of memory").tolist()]}
+    return {"memory_peak_gib": [round(peak, 3) for peak in world.all_reduce(peaks, "peaks of memory").tolist()]}
 
 
-def _cadence(config: RunConfig, order: Order) -> Cadence:
+def _cadence(config: RunConfig, order: EpochSampler) -> Cadence:
     """When the run measures, but for its first and last step, which always do."""
     probe = config.probe
     wanted = [at(map(order.step_at, probe.at_epochs))]

@@ -8,7 +8,7 @@ import pytest
 from gengap_dist.analysis.claims import claims
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.results import Claim, Run
-from gengap_dist.statistics.paired import detectable, holm, p_value, paired
+from gengap_dist.statistics.paired import holm, minimum_detectable_effect, p_value, paired
 
 NUM = 500
 BASE = {"batch.global_size": 64, "optim.lr": 0.1, "train.epochs": 8, "algorithm.rank_penalty": None}
@@ -120,12 +120,12 @@ def test_what_only_the_own_batch_shows_supports_nothing():
     assert found["near_rank_loss_grows"]["contradicted"] > 0.5 * NUM
     assert found["explains"]["contradicted"] > 0.5 * NUM  # it did not grow where accuracy was lost
     claim = verdict(study(np.random.default_rng(1), PLAIN, **planted))["near_rank_loss_grows"]
-    assert "own batch it would have seemed to be: lb256 +0.200" in claim.because
-    assert "of which the untrained networks have lb256 +0.200" in claim.because
+    assert "own batch it would have seemed to be: lb256 +0.200" in claim.evidence
+    assert "of which the untrained networks have lb256 +0.200" in claim.evidence
     runs = [run._replace(measures={}) for run in study(np.random.default_rng(1), PLAIN, **planted)]
     claim = verdict(runs)["near_rank_loss_grows"]
     assert claim.outcome == "undecided"
-    assert "only on each run's own batch" in claim.because
+    assert "only on each run's own batch" in claim.evidence
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_penalties_on_different_layers_are_told_apart():
     other = {"lb1024-other": LARGE | {"algorithm.rank_penalty": 0.1, "algorithm.rank_layers": ["other"]}}
     runs = study(np.random.default_rng(0), PLAIN | PENALISED | other, lost={"lb1024": 0.02}, grown=FELL)
     added = {"near_rank_loss/other/rel_1e-2": 0.7, "near_rank_loss/other/abs_1e-2": 0.7}
-    told = verdict([run._replace(measures={**run.measures, **added}) for run in runs])["explains"].because
+    told = verdict([run._replace(measures={**run.measures, **added}) for run in runs])["explains"].evidence
     assert "lb1024-other changes near-rank loss by +0.000 (the same in all 5 pairs" in told
 
 
@@ -193,15 +193,15 @@ def test_equal_differences_have_no_spread_to_judge_by():
     for lost in (0.05, 0.0):
         same = [run._replace(accuracy=0.9 - lost * (run.arm != "sb")) for run in runs]
         found = compare(same, "sb")
-        assert found.gaps["lb1024"].smallest is None
+        assert found.gaps["lb1024"].ci_half_width is None
         assert found.claims[0].outcome == "undecided"
-        assert "no spread to judge by" in found.claims[0].because
+        assert "no spread to judge by" in found.claims[0].evidence
 
 
 def test_where_all_large_arms_diverged_that_is_said():
     runs = study(np.random.default_rng(0), PLAIN)
     runs = [run._replace(status="diverged", accuracy=None) if run.arm != "sb" else run for run in runs]
-    assert "No seed came to a result" in verdict(runs)["gap"].because
+    assert "No seed came to a result" in verdict(runs)["gap"].evidence
 
 
 def test_a_remedy_needs_a_twin_that_loses():
@@ -239,14 +239,14 @@ def test_thresholds_that_disagree_decide_nothing():
     ]
     claim = verdict(turned)["near_rank_loss_grows"]
     assert claim.outcome == "undecided"
-    assert "opposite" in claim.because
+    assert "opposite" in claim.evidence
 
 
 def test_one_seed_concludes_nothing_and_says_so():
     runs = study(np.random.default_rng(0), PLAIN, num_seeds=1, lost={"lb1024": 0.3})
     found = compare(runs, "sb")
     assert found.gaps["lb1024"].paired.student is None
-    assert found.gaps["lb1024"].smallest is None
+    assert found.gaps["lb1024"].ci_half_width is None
     assert {claim.outcome for claim in found.claims} == {"undecided"}
     assert any("one pair of seeds" in caveat for caveat in found.caveats)
 
@@ -286,7 +286,7 @@ def test_matched_by_epochs_or_updates():
 def test_a_detectable_difference_is_found_four_times_in_five():
     rng = np.random.default_rng(0)
     for num_pairs in (3, 5, 16):
-        true = detectable(1.0, num_pairs)
+        true = minimum_detectable_effect(1.0, num_pairs)
         drawn = rng.normal(true, 1.0, (4000, num_pairs))
         found = np.mean([(p_value(values) or 1.0) < 0.05 for values in drawn])
         assert found == pytest.approx(0.8, abs=0.02)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gengap_dist.analysis.critical_batch import fit_curve, target_of
+from gengap_dist.analysis.critical_batch import fit_curve, updates_to_target
 from gengap_dist.analysis.results import Run
 from tests.analysis.test_claims import BASE
 
@@ -35,7 +35,7 @@ def test_the_fastest_arm_of_each_batch_that_always_gets_there_is_on_the_curve():
         run("b2048-wild", 0, 2048, None, "diverged"),
     ]
     runs += [run("b32", 2, 32, None, measures={"noise_scale": 400.0})._replace(status="running")]
-    found = target_of(runs, "b32")
+    found = updates_to_target(runs, "b32")
     assert found is not None
     assert found.least_updates == pytest.approx(100, rel=0.01)
     assert found.critical_batch == pytest.approx(512, rel=0.01)
@@ -45,9 +45,9 @@ def test_the_fastest_arm_of_each_batch_that_always_gets_there_is_on_the_curve():
 
 
 def test_no_target_no_curve():
-    assert target_of([run("a", 0, 8, None, target=None)], "a") is None
-    assert target_of([run("a", 0, 8, 5), run("b", 0, 16, 5, target=0.7)], "a") is None
-    two = target_of([run("a", 0, 8, 5), run("b", 0, 16, 4)], "a")
+    assert updates_to_target([run("a", 0, 8, None, target=None)], "a") is None
+    assert updates_to_target([run("a", 0, 8, 5), run("b", 0, 16, 5, target=0.7)], "a") is None
+    two = updates_to_target([run("a", 0, 8, 5), run("b", 0, 16, 4)], "a")
     assert two is not None
     assert two.critical_batch is None
 
@@ -58,7 +58,7 @@ def test_a_critical_batch_that_nobody_came_near_is_not_told(updates):
 
 
 def test_targets_that_were_there_from_the_start():
-    assert target_of([run(f"b{size}", 0, size, 0) for size in (8, 16, 32)], "b8") is not None
-    some = target_of([run(f"b{size}", 0, size, steps) for size, steps in ((8, 0), (16, 5), (32, 4))], "b8")
+    assert updates_to_target([run(f"b{size}", 0, size, 0) for size in (8, 16, 32)], "b8") is not None
+    some = updates_to_target([run(f"b{size}", 0, size, steps) for size, steps in ((8, 0), (16, 5), (32, 4))], "b8")
     assert some is not None
     assert some.critical_batch is None

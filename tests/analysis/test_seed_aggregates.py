@@ -8,7 +8,7 @@ from gengap_dist.analysis.seed_aggregates import over_seeds, summary
 from gengap_dist.config.identity import treatment
 from gengap_dist.config.loading import flat, validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.runs.metrics_table import history
+from gengap_dist.runs.metrics_table import to_table
 from gengap_dist.runs.run_folder import SeedRun
 
 
@@ -16,7 +16,7 @@ def seed(number, accuracy=None, status="finished", lines=()):
     result = (
         {} if accuracy is None else {"test/accuracy": accuracy, "num_steps": 9, "probe_left_out": [], "time/data": 1}
     )
-    return SeedRun({"seed": number, "status": status, "result": result}, history(lines))
+    return SeedRun({"seed": number, "status": status, "result": result}, to_table(lines))
 
 
 @pytest.mark.parametrize("number", [2, 3, 7])

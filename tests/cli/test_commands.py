@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gengap_dist.cli.exit_codes import guarded
+from gengap_dist.cli.exit_codes import run_command
 from gengap_dist.cli.train import command as train_command
 from gengap_dist.errors import UsageError
 from tests.conftest import FULL, ROOT, thinned, weights
@@ -58,7 +58,7 @@ def test_torchrun_gives_the_same_run(tmp_path, gengap):
 def test_usage_errors_are_one_sentence_and_leave_nothing(tmp_path, capsys, words, says):
     out = [] if "--out" in words else ["--out", "run"]
     with pytest.raises(SystemExit) as exit_:
-        guarded("gengap train", train_command, [*words, *out])
+        run_command("gengap train", train_command, [*words, *out])
     assert exit_.value.code == 2
     said = capsys.readouterr().err
     assert says in said
@@ -277,7 +277,7 @@ def test_unforeseen_errors_are_one_line(capsys):
         raise ZeroDivisionError("a\nb")
 
     with pytest.raises(SystemExit) as exit_:
-        guarded("gengap x", broken, [])
+        run_command("gengap x", broken, [])
     assert exit_.value.code == 1
     assert capsys.readouterr().err == "gengap x: ZeroDivisionError: a b; --debug shows where\n"
 
@@ -285,5 +285,5 @@ def test_unforeseen_errors_are_one_line(capsys):
         raise UsageError("no")
 
     with pytest.raises(SystemExit) as exit_:
-        guarded("gengap x", mistaken, [])
+        run_command("gengap x", mistaken, [])
     assert exit_.value.code == 2

@@ -214,8 +214,8 @@ def test_what_would_be_the_same_run_is_one_arm():
         "b64-scaling-none-epochs", "b512-scaling-none-epochs", "b512-scaling-none-updates",
         "b512-scaling-sqrt-epochs", "b512-scaling-sqrt-updates",
     ]  # fmt: skip
-    assert set(config.twins.values()) == {"b64-scaling-none-epochs"}
-    assert len(config.twins) == 3
+    assert set(config.duplicates.values()) == {"b64-scaling-none-epochs"}
+    assert len(config.duplicates) == 3
     runs = [config.run_config(arm, 0) for arm in config.arms]
     assert [run.train.length_unit for run in runs] == ["epochs", "epochs", "updates", "epochs", "updates"]
     block = config.study.model_dump() | {"baseline": "b64-scaling-sqrt-updates"}

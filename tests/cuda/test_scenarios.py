@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gengap_dist.distributed.launchers.local import Pool, _environment
+from gengap_dist.distributed.launchers.local import LocalLauncher, _environment
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training import ENTRY_POINT
 from tests import fake_cuda
@@ -29,17 +29,17 @@ pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[dict[tuple[str, int], Pool]]:
+def ranks() -> Iterator[dict[tuple[str, int], LocalLauncher]]:
     """One and two ranks that stay, with GPUs and without."""
     with ExitStack() as stack:
         yield {
-            (device, size): stack.enter_context(closing(Pool(size, ENTRY_POINT)))
+            (device, size): stack.enter_context(closing(LocalLauncher(size, ENTRY_POINT)))
             for device in ("cuda", "cpu")
             for size in (1, 2)
         }
 
 
-def train(pool: Pool, device: str, settings: Settings, out: Path, *, resume: bool = False) -> None:
+def train(pool: LocalLauncher, device: str, settings: Settings, out: Path, *, resume: bool = False) -> None:
     """A run; its ranks, if they have to be started, have what they need."""
     prepare_folder(out, "run.json", resume=resume)
     given = config(**(BASE | settings | {"launch__device": device}))

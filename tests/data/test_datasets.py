@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Normalise
 from gengap_dist.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_normalised_pixels_have_mean_0_and_deviation_1_where_there_is_no_padding
 def test_batches_are_the_images_asked_for():
     splits = datasets.load(DataConfig())
     normalise = Normalise(splits, CPU, torch.float32)
-    images, labels = Batches(splits.train, normalise, DataConfig(), seed=0)(torch.tensor([5, 2, 2]), epoch=0)
+    images, labels = BatchLoader(splits.train, normalise, DataConfig(), seed=0)(torch.tensor([5, 2, 2]), epoch=0)
     assert torch.equal(labels, splits.train.labels[[5, 2, 2]])
     assert torch.equal(images, normalise(splits.train.pixels[[5, 2, 2]]))
 

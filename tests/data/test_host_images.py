@@ -22,19 +22,19 @@ def test_indexed_like_the_tensor():
 @pytest.mark.parametrize(("ahead", "gathered_ahead"), [(1, 1), (100, 2), (5 * 48, 5), (2**20, 15)])
 def test_what_is_expected_comes_in_any_pieces(monkeypatch, ahead, gathered_ahead):
     """Also where only some images are gathered ahead, and where others are asked for in between."""
-    monkeypatch.setattr(host_images, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(host_images, "PREFETCH_BYTES", ahead)
     images = HostImages(PIXELS, CPU)
     steps = torch.randperm(50, generator=torch.Generator().manual_seed(1)).split(15)
-    images.expect(steps[0])
+    images.prefetch(steps[0])
     for step, coming in zip(steps, [*steps[1:], None], strict=True):
         if coming is not None:
-            images.expect(coming)
+            images.prefetch(coming)
         for piece in step.split(4):
             assert torch.equal(images[piece], PIXELS[piece])
             assert torch.equal(images[torch.tensor([7])], PIXELS[7:8])
         assert torch.equal(images[step[:4]], PIXELS[step[:4]])  # a second pass, as SAM's
     assert not images._expected
-    images.expect(steps[0])
+    images.prefetch(steps[0])
     assert images._expected[0].num_gathered == gathered_ahead
 
 
@@ -42,9 +42,9 @@ def test_one_that_was_never_asked_for_does_not_end_reading_ahead():
     images, num_gathered = HostImages(PIXELS, CPU), []
     gather = images._gather
     images._gather = lambda indices: num_gathered.append(len(indices)) or gather(indices)
-    images.expect(torch.arange(40, 50))  # as a run that stops at its target leaves behind
+    images.prefetch(torch.arange(40, 50))  # as a run that stops at its target leaves behind
     for step in torch.arange(40).split(5):
-        images.expect(step)
+        images.prefetch(step)
         assert torch.equal(images[step], PIXELS[step])
     assert num_gathered == [10] + [5] * 8
 
@@ -52,6 +52,6 @@ def test_one_that_was_never_asked_for_does_not_end_reading_ahead():
 def test_what_is_never_asked_for_does_not_pile_up():
     images = HostImages(PIXELS, CPU)
     for _ in range(20):
-        images.expect(torch.arange(10))
-    assert len(images._expected) == host_images.MOST_EXPECTED
+        images.prefetch(torch.arange(10))
+    assert len(images._expected) == host_images.MAX_PREFETCHED
     assert torch.equal(images[torch.arange(10)], PIXELS[:10])

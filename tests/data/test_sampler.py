@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gengap_dist.data.sampler import Order, growth
+from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
 from gengap_dist.errors import UsageError
 from tests.conftest import config
 
 
-def epochs(order: Order, num: int) -> list[list[torch.Tensor]]:
+def epochs(order: EpochSampler, num: int) -> list[list[torch.Tensor]]:
     """The steps of each epoch."""
     out = [[] for _ in range(num)]
     for step in range(order.num_steps(num)):
@@ -19,18 +19,22 @@ def epochs(order: Order, num: int) -> list[list[torch.Tensor]]:
 
 
 def test_every_epoch_visits_every_image_once_and_in_its_own_order():
-    whole = [torch.cat(steps) for steps in epochs(Order(num_samples=23, global_size=5, seed=0), 3)]
+    whole = [torch.cat(steps) for steps in epochs(EpochSampler(num_samples=23, global_size=5, seed=0), 3)]
     assert all(sorted(epoch.tolist()) == list(range(23)) for epoch in whole)
     assert len({tuple(epoch.tolist()) for epoch in whole}) == 3
-    assert [len(Order(23, 5, seed=0).indices(step)) for step in range(5)] == [5, 5, 5, 5, 3]
+    assert [len(EpochSampler(23, 5, seed=0).indices(step)) for step in range(5)] == [5, 5, 5, 5, 3]
 
 
 def test_order_depends_on_seed_and_epoch_only():
-    one, other, grown = Order(50, 7, seed=3), Order(50, 10, seed=3), Order(50, 7, seed=3, growth=[(1, 21)])
+    one, other, grown = (
+        EpochSampler(50, 7, seed=3),
+        EpochSampler(50, 10, seed=3),
+        EpochSampler(50, 7, seed=3, growth=[(1, 21)]),
+    )
     whole = [[torch.cat(steps).tolist() for steps in epochs(order, 3)] for order in (one, other, grown)]
     assert whole[0] == whole[1] == whole[2]
-    assert not torch.equal(Order(50, 7, seed=4).indices(0), one.indices(0))
-    jumped = Order(50, 7, seed=3).indices(12)  # state is the step: nothing has to be replayed
+    assert not torch.equal(EpochSampler(50, 7, seed=4).indices(0), one.indices(0))
+    jumped = EpochSampler(50, 7, seed=3).indices(12)  # state is the step: nothing has to be replayed
     assert torch.equal(jumped, one.indices(12))
 
 
@@ -39,7 +43,7 @@ def test_order_depends_on_seed_and_epoch_only():
     [(1000, 64, 3, "62811da6bdaa9209"), (23, 5, 0, "0bcdd3d83daec3f0"), (97, 97, 11, "86940c74c2ace9c0")],
 )
 def test_the_order_that_results_were_published_with(num_samples, size, seed, digest):
-    order, found = Order(num_samples, size, seed), hashlib.sha256()
+    order, found = EpochSampler(num_samples, size, seed), hashlib.sha256()
     for step in range(40):
         found.update(f"{order.epoch(step)} {order.indices(step).tolist()}\n".encode())
     assert found.hexdigest()[:16] == digest
@@ -55,7 +59,7 @@ def test_a_batch_that_grows(num_samples, size, starts, factor):
     grown = [(start, size * factor**k) for k, start in enumerate(starts, 1)]
     if any(one > num_samples for _, one in grown):
         return
-    order, step = Order(num_samples, size, seed=1, growth=grown), 0
+    order, step = EpochSampler(num_samples, size, seed=1, growth=grown), 0
     for epoch, steps in enumerate(epochs(order, 8)):
         want = max([size, *(one for start, one in grown if start <= epoch)])
         assert order.step_at(epoch) == order.num_steps(epoch) == step
@@ -70,12 +74,12 @@ def test_a_batch_that_grows(num_samples, size, starts, factor):
 
 
 def test_step_at_is_the_nearest_step():
-    order = Order(100, 10, seed=0, growth=[(2, 50)])
+    order = EpochSampler(100, 10, seed=0, growth=[(2, 50)])
     assert [order.step_at(epoch) for epoch in (0, 0.26, 1.04, 1.9, 2, 2.4, 10)] == [0, 3, 10, 19, 20, 21, 36]
 
 
 def test_workers_have_orders_of_their_own():
-    orders = [Order(50, 10, seed=3), *(Order(50, 10, seed=3, worker=worker) for worker in range(3))]
+    orders = [EpochSampler(50, 10, seed=3), *(EpochSampler(50, 10, seed=3, worker=worker) for worker in range(3))]
     whole = [tuple(torch.cat(steps).tolist()) for order in orders for steps in epochs(order, 2)]
     assert len(set(whole)) == 8
     assert all(sorted(epoch) == list(range(50)) for epoch in whole)
@@ -85,19 +89,19 @@ GROW = {"optim__schedule": "grow", "batch__global_size": 16}
 
 
 def test_growth_is_none_but_under_grow():
-    assert growth(config(**GROW, optim__gamma=0.2, train__epochs=8)) == ((4, 80), (6, 400))
-    assert growth(config(**GROW | {"optim__schedule": "step"})) == ()
+    assert batch_size_schedule(config(**GROW, optim__gamma=0.2, train__epochs=8)) == ((4, 80), (6, 400))
+    assert batch_size_schedule(config(**GROW | {"optim__schedule": "step"})) == ()
 
 
 @pytest.mark.parametrize("milestones", [(0.5, 0.54), (0.01,), (0.99,)])
 def test_growth_that_no_epoch_would_see_is_refused(milestones):
     with pytest.raises(UsageError, match=r"optim.milestones \(.*\) let the batch grow before epochs .* of 0 to 9"):
-        growth(config(**GROW, optim__milestones=milestones, train__epochs=10))
+        batch_size_schedule(config(**GROW, optim__milestones=milestones, train__epochs=10))
 
 
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(UsageError, match=r"batch.global_size \(24\) is larger than the training set of 23"):
-        Order(23, 24, seed=0)
+        EpochSampler(23, 24, seed=0)
     says = r"batch.global_size \(4\), which optim.milestones let grow to 40 at epoch 3, is larger than .* 23 images"
     with pytest.raises(UsageError, match=says):
-        Order(23, 4, seed=0, growth=[(1, 8), (3, 40)])
+        EpochSampler(23, 4, seed=0, growth=[(1, 8), (3, 40)])

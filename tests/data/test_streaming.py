@@ -14,7 +14,7 @@ from PIL import Image
 
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.streaming import Pictures, read_picture
+from gengap_dist.data.streaming import StreamedImages, read_image
 from gengap_dist.errors import UsageError
 from tests.conftest import train, weights
 
@@ -73,7 +73,7 @@ def shelf(folder):
     """The training pictures' files, the pixels they make, and a reader."""
     paths = sorted(map(str, (folder / "train").rglob("*.*")))
     with ThreadPoolExecutor(3) as pool:
-        yield paths, torch.stack([read_picture(path, SIZE) for path in paths]), pool
+        yield paths, torch.stack([read_image(path, SIZE) for path in paths]), pool
 
 
 images = st.lists(st.integers(0, 2 * NUM - 1), max_size=12)
@@ -82,10 +82,10 @@ images = st.lists(st.integers(0, 2 * NUM - 1), max_size=12)
 @given(st.lists(st.tuples(images, images), max_size=6), st.integers(1, 15))
 def test_whatever_is_expected_the_pictures_asked_for_come(shelf, steps, most_ahead):
     paths, pixels, pool = shelf
-    pictures = Pictures(paths, SIZE, pool)
+    pictures = StreamedImages(paths, SIZE, pool)
     pictures.most_ahead = most_ahead
     for expected, _ in steps:  # as a run does: a step ahead, and probes in between
-        pictures.expect(torch.tensor(expected, dtype=torch.int64))
+        pictures.prefetch(torch.tensor(expected, dtype=torch.int64))
     for expected, between in steps:
         for asked in (between, expected):
             assert torch.equal(pictures[torch.tensor(asked, dtype=torch.int64)], pixels[asked])
@@ -95,13 +95,13 @@ def test_whatever_is_expected_the_pictures_asked_for_come(shelf, steps, most_ahe
 @given(st.integers(1, 15), st.integers(1, 40), st.integers(0, 99))
 def test_nothing_that_was_expected_stays_behind(shelf, most_ahead, size, seed):
     paths, pixels, pool = shelf
-    pictures = Pictures(paths, SIZE, pool)
+    pictures = StreamedImages(paths, SIZE, pool)
     pictures.most_ahead = most_ahead
     random = np.random.default_rng(seed)
     order = torch.from_numpy(np.concatenate([random.permutation(len(paths)) for _ in range(3)])).split(size)
-    pictures.expect(order[0])
+    pictures.prefetch(order[0])
     for step, coming in zip(order, [*order[1:], order[0][:0]], strict=True):
-        pictures.expect(coming)
+        pictures.prefetch(coming)
         for asked in step.split(7):
             assert torch.equal(pictures[asked], pixels[asked])
     assert not pictures._held
@@ -110,11 +110,11 @@ def test_nothing_that_was_expected_stays_behind(shelf, most_ahead, size, seed):
 
 def test_expected_pictures_are_read_before_they_are_asked_for(own):
     paths = sorted(map(str, (own / "train/cat").iterdir()))
-    pixels = torch.stack([read_picture(path, SIZE) for path in paths])
+    pixels = torch.stack([read_image(path, SIZE) for path in paths])
     pool = ThreadPoolExecutor(2)
-    pictures = Pictures(paths, SIZE, pool)
+    pictures = StreamedImages(paths, SIZE, pool)
     pictures.most_ahead = 6
-    pictures.expect(torch.arange(10))
+    pictures.prefetch(torch.arange(10))
     pool.shutdown(wait=True)  # what was begun is done
     shutil.rmtree(own)
     with pytest.raises(RuntimeError, match="shutdown"):  # the seventh is beyond most_ahead
@@ -126,8 +126,8 @@ def test_expected_pictures_are_read_before_they_are_asked_for(own):
 def test_a_picture_expected_twice_is_read_ahead_twice(shelf):
     paths, pixels, _ = shelf
     pool = ThreadPoolExecutor(1)
-    pictures = Pictures(paths, SIZE, pool)
-    pictures.expect(torch.tensor([4, 5, 4, 6]))  # as across the end of an epoch
+    pictures = StreamedImages(paths, SIZE, pool)
+    pictures.prefetch(torch.tensor([4, 5, 4, 6]))  # as across the end of an epoch
     for last, at in ((False, 4), (True, 5), (True, 4), (True, 6)):
         assert torch.equal(pictures[torch.tensor([at])], pixels[[at]])
         if last:
@@ -170,7 +170,7 @@ def test_memory_is_not_asked_for_pictures_on_disk(folder, monkeypatch):
         datasets.sizes(config)
     on_disk = config.model_copy(update={"streaming": True})
     assert len(datasets.load(on_disk).train) == datasets.sizes(on_disk).num_train == 30
-    monkeypatch.setattr(datasets, "AHEAD_BYTES", 100)
+    monkeypatch.setattr(datasets, "PREFETCH_BYTES", 100)
     assert datasets.sizes(on_disk).num_bytes == 100 + 8 * 48
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_picture_is_named_as_if_it_were_read_into_memory(own, damage):
     with pytest.raises(UsageError) as in_memory:
         datasets.load(folder_config(own))
     splits = datasets.load(folder_config(own, streaming=True))
-    splits.test.expect(torch.arange(8))
+    splits.test.prefetch(torch.arange(8))
     with pytest.raises(UsageError) as when_asked:
         splits.test.pixels[:]
     assert str(when_asked.value) == str(in_memory.value)

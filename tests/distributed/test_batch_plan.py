@@ -72,7 +72,7 @@ def test_split_covers_everything():
 def test_in_lockstep_all_ranks_have_as_many_as_any(global_size, world_size, micro_size, ghost):
     plan = BatchPlan(global_size, world_size, micro_size, ghost)
     own = [plan.micro_batches(rank) for rank in range(world_size)]
-    padded = [plan.micro_batches(rank, lockstep=True) for rank in range(world_size)]
+    padded = [plan.micro_batches(rank, equal_counts=True) for rank in range(world_size)]
     assert {len(spans) for spans in padded} == {max(map(len, own))}
     for spans, more in zip(own, padded, strict=True):
         assert more[: len(spans)] == spans

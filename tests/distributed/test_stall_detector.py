@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gengap_dist.distributed.phase_timer import KINDS, Whereabouts
-from gengap_dist.distributed.stall_detector import Watchdog, watching
+from gengap_dist.distributed.phase_timer import PHASES, PhaseTimer
+from gengap_dist.distributed.stall_detector import StallDetector, detecting_stalls
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from gengap_dist.training.trainer import run
 from tests.conftest import config, thinned, train
@@ -17,12 +17,12 @@ from tests.ranks import on_ranks
 
 
 def one_rank_lags(world, lagging, doing):
-    with watching(world, hang_seconds=1.0):
-        world.where.step = 7
+    with detecting_stalls(world, hang_seconds=1.0):
+        world.timer.step = 7
         if world.rank == lagging:
-            with world.where.during(doing):
+            with world.timer.phase(doing):
                 time.sleep(4)
-        return world.sum(torch.ones(1), "sum of ones").item()
+        return world.all_reduce(torch.ones(1), "sum of ones").item()
 
 
 @pytest.mark.parametrize(("lagging", "doing"), thinned([(1, "data"), (0, "compute")], lambda lagging, _: lagging == 0))
@@ -37,7 +37,7 @@ def test_the_rank_that_is_waited_for_is_named(capfd, lagging, doing):
 
 def waits_between_steps(world, run_config, out):
     found = []
-    run(run_config, out, world=world, progress=lambda *_: found.append(world.where.place.waiting))
+    run(run_config, out, world=world, progress=lambda *_: found.append(world.timer.current.in_collective))
     return found
 
 
@@ -50,10 +50,10 @@ def test_a_rank_that_computes_is_not_said_to_wait(crews, tmp_path):
 
 
 def nobody_lags(world):
-    with watching(world, hang_seconds=0.5):
+    with detecting_stalls(world, hang_seconds=0.5):
         for _ in range(6):
             time.sleep(0.2)
-            world.sum(torch.ones(1))
+            world.all_reduce(torch.ones(1))
 
 
 def test_nobody_is_named_while_all_go_on(capfd):
@@ -69,16 +69,16 @@ def test_a_store_that_no_longer_answers_does_not_hold_up_the_end():
 
 
 def end_while_rank_0_stands_still(world):
-    pid = world.agree(os.getpid())
+    pid = world.broadcast_int(os.getpid())
     if world.rank == 0:
         world.barrier()
         os.kill(pid, signal.SIGSTOP)
         return None
-    dog = Watchdog(world, hang_seconds=0.2)
+    dog = StallDetector(world, hang_seconds=0.2)
     world.barrier()
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.01)
-    with world.where.during("communication", "barrier", meeting=True):
+    with world.timer.phase("communication", "barrier", meeting=True):
         time.sleep(1.0)
     began = time.monotonic()
     dog.stop()
@@ -126,7 +126,7 @@ def test_the_slowest_rank_is_named_and_the_others_wait_for_it(crews, tmp_path):
 
 def test_one_rank_has_no_slowest_and_no_communication(tmp_path):
     result = train(tmp_path / "run", train__steps=5)
-    times = {kind: result[f"time/{kind}"] for kind in KINDS}
+    times = {kind: result[f"time/{kind}"] for kind in PHASES}
     assert times["communication"] == 0
     assert times["compute"] > 0
     assert times["probe"] > 0
@@ -135,19 +135,19 @@ def test_one_rank_has_no_slowest_and_no_communication(tmp_path):
 
 
 def test_time_is_charged_once():
-    where = Whereabouts()
+    where = PhaseTimer()
     began = time.perf_counter()
-    with where.during("compute"):
+    with where.phase("compute"):
         time.sleep(0.05)
-        with where.during("data"):
+        with where.phase("data"):
             time.sleep(0.03)
         moment = where.now()
         time.sleep(0.04)
         where.charge_since(moment, "communication")
     total = time.perf_counter() - began
-    seconds = dict(zip(KINDS, where.take(), strict=True))
+    seconds = dict(zip(PHASES, where.pop_seconds(), strict=True))
     assert seconds["compute"] >= 0.05
     assert seconds["data"] >= 0.03
     assert seconds["communication"] >= 0.04
     assert sum(seconds.values()) <= total
-    assert sum(where.take()) == 0
+    assert sum(where.pop_seconds()) == 0

@@ -19,11 +19,11 @@ from gengap_dist.models.batch_norm import (
     SyncBatchNorm,
     _OverRanks,
     average_buffers,
-    frozen,
+    frozen_running_stats,
     has_batch_norm,
-    treat,
+    replace_batch_norm,
 )
-from gengap_dist.models.sample_position import Position, position_of
+from gengap_dist.models.sample_position import SamplePosition, position_of
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.training.checks import check_norm, norm_size
@@ -37,7 +37,7 @@ PLAIN_RUN = config()
 def treated(model: nn.Module, kind: str, ghost_size: int | None = None, world: World | None = None) -> nn.Module:
     """A copy of `model` with its batch norm treated."""
     model = copy.deepcopy(model)
-    treat(model, kind, ghost_size=ghost_size, position=Position(), world=world or World())
+    replace_batch_norm(model, kind, ghost_size=ghost_size, position=SamplePosition(), world=world or World())
     return model
 
 
@@ -152,7 +152,7 @@ def test_all_ghost_layers_of_a_copy_look_at_one_position_of_their_own():
     position_of(twin).at(6, 12, 3)
     layers = [module for module in twin.modules() if isinstance(module, GhostBatchNorm)]
     assert [layer.position.start for layer in layers] == [6, 6]
-    assert position_of(net) == Position()
+    assert position_of(net) == SamplePosition()
 
 
 # -- sync -------------------------------------------------------------------------------------------------------------
@@ -235,14 +235,14 @@ def numeric(world, x, pull):
 
     x.requires_grad_()
     value(x).backward()
-    world.sum(x.grad)
+    world.all_reduce(x.grad)
     found = torch.zeros_like(x)
     with torch.no_grad():
         for at in range(x.numel()):
             for sign in (1, -1):
                 moved = x.detach().clone()
                 moved.view(-1)[at] += sign * 1e-6
-                found.view(-1)[at] += sign * world.sum(value(moved)) / 2e-6
+                found.view(-1)[at] += sign * world.all_reduce(value(moved)) / 2e-6
     return x.grad, found
 
 
@@ -280,7 +280,11 @@ def autocast_step(world, kind):
     with torch.autocast("cpu", torch.bfloat16):
         out = net(x[mine])
         (out * torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(1))[mine]).sum().backward()
-    return out.detach(), world.sum(net[0].weight.grad) / (1 if kind == "sync" else world.size), net[1].running_var
+    return (
+        out.detach(),
+        world.all_reduce(net[0].weight.grad) / (1 if kind == "sync" else world.size),
+        net[1].running_var,
+    )
 
 
 def test_under_autocast(pair):
@@ -370,7 +374,7 @@ def test_networks_are_the_same_in_eval_and_in_training_over_one_group(name):
         wanted = copy.deepcopy(net).train()(images), copy.deepcopy(net).eval()(images)
         for kind, size in (("ghost", 4), ("sync", None)):
             again = copy.deepcopy(net)
-            treat(net, kind, ghost_size=size, position=Position(), world=World())
+            replace_batch_norm(net, kind, ghost_size=size, position=SamplePosition(), world=World())
             assert sorted(before) == sorted([*map(id, net.parameters()), *map(id, net.buffers())])
             assert sum(not p.requires_grad for p in net.parameters()) == 1
             kinds = {type(module) for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
@@ -456,7 +460,7 @@ def test_frozen(kind):
     net = treated(nn.Sequential(nn.BatchNorm1d(3)), kind, 2 if kind == "ghost" else None)
     net(torch.randn(6, 3))
     before = [buffer.clone() for buffer in statistics(net)]
-    with frozen(net):
+    with frozen_running_stats(net):
         net(torch.randn(6, 3) + 10)
     assert all(torch.equal(a, b) for a, b in zip(before, statistics(net), strict=True))
     assert net[0].momentum == 0.1
@@ -466,7 +470,7 @@ def test_frozen(kind):
 
 def frozen_over_ranks(world):
     net = treated(nn.Sequential(nn.BatchNorm1d(3)), "sync", world=world)
-    with frozen(net):
+    with frozen_running_stats(net):
         net(torch.randn(6, 3) + 10)
     return statistics(net)
 

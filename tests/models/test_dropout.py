@@ -9,8 +9,8 @@ from torch import nn
 from gengap_dist import models
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
-from gengap_dist.models.dropout import SampleDropout, treat_dropout
-from gengap_dist.models.sample_position import Position, position_of
+from gengap_dist.models.dropout import SampleDropout, replace_dropout
+from gengap_dist.models.sample_position import SamplePosition, position_of
 from tests.conftest import config
 
 NUM, UNITS = 64, 500
@@ -18,7 +18,7 @@ NUM, UNITS = 64, 500
 
 def masks(p: float, step: int = 0, layer: int = 0, start: int = 0, num: int = NUM, seed: int = 0) -> torch.Tensor:
     """[num, UNITS], 1 where a unit is kept."""
-    position = Position()
+    position = SamplePosition()
     position.at(start, NUM, 1, seed, step)
     return SampleDropout(p, layer, position)(torch.ones(num, UNITS)) * (1 - p)
 
@@ -45,7 +45,7 @@ def test_draws_of_other_steps_layers_samples_and_seeds_are_others():
 
 def test_a_layer_called_twice_in_a_pass_draws_twice():
     """Again the same in another pass at the same place, as SAM makes one."""
-    position = Position()
+    position = SamplePosition()
     dropout, x, passes = SampleDropout(0.5, 0, position), torch.ones(NUM, UNITS), []
     for _ in range(2):
         position.at(0, NUM, 1, 0, 0)
@@ -59,7 +59,7 @@ def test_a_layer_called_twice_in_a_pass_draws_twice():
 @given(num=st.integers(1, 40), ranks=st.integers(1, 5), micro=st.integers(1, 12))
 def test_a_samples_draws_are_its_own_however_the_batch_is_cut(num, ranks, micro):
     x = torch.arange(1.0, num * 6 + 1).view(num, 2, 3)
-    position = Position()
+    position = SamplePosition()
     dropout = SampleDropout(0.5, 3, position)
     position.at(0, num, 1, 7, 1)
     want, parts = dropout(x), []
@@ -72,13 +72,13 @@ def test_a_samples_draws_are_its_own_however_the_batch_is_cut(num, ranks, micro)
 
 def test_eval_is_the_identity_and_so_is_no_dropout():
     x = torch.randn(4, 3)
-    assert SampleDropout(0.5, 0, Position()).eval()(x) is x
-    assert SampleDropout(0.0, 0, Position())(x) is x
+    assert SampleDropout(0.5, 0, SamplePosition()).eval()(x) is x
+    assert SampleDropout(0.0, 0, SamplePosition())(x) is x
 
 
 def test_everything_dropped():
     x = torch.randn(4, 3, requires_grad=True)
-    out = SampleDropout(1.0, 0, Position())(x)
+    out = SampleDropout(1.0, 0, SamplePosition())(x)
     out.sum().backward()
     assert not out.any()
     assert not x.grad.any()
@@ -86,11 +86,11 @@ def test_everything_dropped():
 
 def test_the_gradient_goes_through_the_same_mask():
     x = torch.randn(8, 5, requires_grad=True)
-    out = SampleDropout(0.5, 0, Position())(x)
+    out = SampleDropout(0.5, 0, SamplePosition())(x)
     out.sum().backward()
     torch.testing.assert_close(x.grad, (out != 0) * 2.0)
     half = x.detach().bfloat16()
-    assert SampleDropout(0.5, 0, Position())(half).dtype == torch.bfloat16
+    assert SampleDropout(0.5, 0, SamplePosition())(half).dtype == torch.bfloat16
 
 
 class Own(nn.Dropout):
@@ -100,8 +100,8 @@ class Own(nn.Dropout):
 def test_only_torchs_own_dropout_is_replaced_each_with_draws_of_its_own():
     shared = nn.Dropout(0.2)
     net = nn.Sequential(nn.Dropout(0.5), nn.Sequential(shared, nn.Dropout2d(0.5)), Own(0.5), shared, nn.AlphaDropout())
-    position = Position()
-    treat_dropout(net, position)
+    position = SamplePosition()
+    replace_dropout(net, position)
     new = [net[0], net[1][0], net[3]]
     assert [(type(layer), layer.p, layer.layer) for layer in new] == [
         (SampleDropout, 0.5, 0), (SampleDropout, 0.2, 1), (SampleDropout, 0.2, 2)
@@ -112,7 +112,7 @@ def test_only_torchs_own_dropout_is_replaced_each_with_draws_of_its_own():
 
 def test_the_network_of_a_run_has_it():
     """C1 has two; they, and the groups of batch norm, look at one position."""
-    net = models.of(config(model__name="c1", batch__global_size=8, batch__ghost_size=4), 10, 1, World())
+    net = models.from_config(config(model__name="c1", batch__global_size=8, batch__ghost_size=4), 10, 1, World())
     found = [module for module in net.modules() if hasattr(module, "position")]
     assert sum(isinstance(module, SampleDropout) for module in found) == 2
     assert len(found) == 6

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 SCRIPT = """
 import ctypes, resource
-from gengap_dist.allocator import keep_freed_memory
+from gengap_dist.parallel.execution import keep_freed_memory
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of 4 KiB
 told = keep_freed_memory()
 for turn in range(4):  # as passes do: several blocks live at once, large and small

@@ -19,13 +19,13 @@ from gengap_dist import models
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import average_buffers
-from gengap_dist.models.dropout import treat_dropout
-from gengap_dist.models.sample_position import Position
+from gengap_dist.models.dropout import replace_dropout
+from gengap_dist.models.sample_position import SamplePosition
 from gengap_dist.parallel import memory_model
-from gengap_dist.parallel.execution import WORKSPACE, blocks, check_compiler, deterministic, recompute_blocks
+from gengap_dist.parallel.execution import WORKSPACE, blocks, check_compiler, checkpoint_blocks, deterministic
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info, read_metrics
-from gengap_dist.training.algorithms import course_of
+from gengap_dist.training.algorithms import build_algorithm
 from gengap_dist.training.checks import check_switches
 from tests.conftest import config, cut_after, train
 from tests.parallel.strategies import jobs
@@ -142,7 +142,7 @@ def test_recompute_draws_the_same_dropout():
     torch.manual_seed(0)
     plain, images = Encoder().double(), torch.rand(3, 1, 32, 32, dtype=torch.float64)
     twice = copy.deepcopy(plain)
-    recompute_blocks(twice)
+    checkpoint_blocks(twice)
     for model in (plain, twice):
         torch.manual_seed(1)
         model(images).square().sum().backward()
@@ -164,11 +164,11 @@ def test_recompute_draws_the_same_where_a_layer_drops_twice():
             return self.drop(self.inner(self.drop(x)))
 
     torch.manual_seed(0)
-    position, x = Position(), torch.rand(3, 8, dtype=torch.float64)
+    position, x = SamplePosition(), torch.rand(3, 8, dtype=torch.float64)
     plain = nn.Sequential(Twice(), Twice()).double()
-    treat_dropout(plain, position)
+    replace_dropout(plain, position)
     twice = copy.deepcopy(plain)
-    recompute_blocks(twice)
+    checkpoint_blocks(twice)
     for model in (plain, twice):
         model[0].drop.position.at(0, 3, 1, 0)
         model(x).square().sum().backward()
@@ -178,7 +178,7 @@ def test_recompute_draws_the_same_where_a_layer_drops_twice():
 
 def test_a_copy_recomputes_with_its_own_weights():
     model = models.build("lenet5", num_classes=10, in_channels=1)
-    recompute_blocks(model)
+    checkpoint_blocks(model)
     twin = copy.deepcopy(model)
     nn.init.zeros_(twin.get_parameter("fc1.affine.weight"))
     images = torch.rand(2, 1, 32, 32)
@@ -208,10 +208,10 @@ def test_recompute_keeps_less_than_a_third_of_resnet56():
     kept, planned = [], []
     for on in (False, True):
         settings = config(model__name="resnet56", train__activation_checkpointing=on)
-        model = models.of(settings, 10, 3, World())
+        model = models.from_config(settings, 10, 3, World())
         planned.append(memory_model.saved_for_backward(settings, model, (3, 32, 32), 4)[0])
         if on:
-            recompute_blocks(model)
+            checkpoint_blocks(model)
         own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
         with counting(own) as saved:
             loss = model(torch.rand(4, 3, 32, 32)).sum()
@@ -302,12 +302,12 @@ def test_sam_under_float16(crews):
 def sam_steps(world: World, name: str, settings: dict[str, Any]) -> dict[str, list[float]]:
     """Losses, running statistics averaged, and norms of four steps of a algorithm."""
     trainer = jobs.Trainer(name, world, settings)
-    course = course_of(trainer.config, trainer.strategy, trainer.batches, trainer.order, 4)
+    course = build_algorithm(trainer.config, trainer.strategy, trainer.batches, trainer.order, 4)
     trainer.strategy.model.train()
     rows = []
     for step in range(4):
         taken = course.step(step, 0.02, 0.9)
-        rows.append((float(world.sum(taken.sums[:1].clone())), float(taken.norm)))
+        rows.append((float(world.all_reduce(taken.sums[:1].clone())), float(taken.norm)))
     average_buffers(trainer.strategy.model, world)
     return {"loss": [row[0] for row in rows], "norm": [row[1] for row in rows]}
 
@@ -348,7 +348,7 @@ def compiled_steps(world: World, name: str, settings: dict[str, Any]) -> dict[st
     torch.compiler.reset()
     counters.clear()
     trainer = jobs.Trainer(name, world, settings)
-    course = course_of(trainer.config, trainer.strategy, trainer.batches, trainer.order, 5)
+    course = build_algorithm(trainer.config, trainer.strategy, trainer.batches, trainer.order, 5)
     trainer.strategy.model.train()
     losses = []
     with warnings.catch_warnings():
@@ -358,7 +358,7 @@ def compiled_steps(world: World, name: str, settings: dict[str, Any]) -> dict[st
                 "fail_on_recompile" if step > 1 and trainer.config.train.compile else "default"
             ):
                 sums = course.step(step, 0.02, 0.9).sums
-            losses.append(float(world.sum(sums[:1].clone())))
+            losses.append(float(world.all_reduce(sums[:1].clone())))
     saved = trainer.save()
     breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
     return {"loss": losses, "breaks": breaks, "graphs": graphs} | jobs.arrays(saved)
@@ -407,7 +407,7 @@ def test_dropout_is_not_compiled():
     """Its masks hang on numbers that are new in every micro-batch; a layer that drops nothing is no obstacle."""
     strategy = Single(config(train__compile=True), World())
     network = dropping(num_classes=10, in_channels=1)
-    treat_dropout(network, Position())
+    replace_dropout(network, SamplePosition())
     sentence = r"cannot look into 2, whose dropout .0.5. is another in every micro-batch: choose a network without"
     with pytest.raises(UsageError, match=sentence):
         strategy.setup(network, descent)

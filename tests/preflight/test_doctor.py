@@ -20,12 +20,12 @@ from gengap_dist.data.datasets import listings
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.errors import UsageError
 from gengap_dist.preflight import doctor_checks
-from gengap_dist.preflight.doctor_checks import ABSENT, FAIL, OK, WARN, Ask, Finding
+from gengap_dist.preflight.doctor_checks import ABSENT, FAIL, OK, WARN, CheckRequest, CheckResult
 from tests.conftest import config
 
 
-def ask(**settings: object) -> Ask:
-    return Ask(config(**settings), Path("run"))
+def ask(**settings: object) -> CheckRequest:
+    return CheckRequest(config(**settings), Path("run"))
 
 
 def test_a_healthy_machine_fits_on_a_screen(tmp_path, gengap):
@@ -67,14 +67,14 @@ def test_usage_errors(gengap):
 
 
 def test_a_check_that_hangs_or_breaks_does_not_hold_up_the_others(monkeypatch):
-    def broken(ask: Ask) -> doctor_checks.Findings:
+    def broken(ask: CheckRequest) -> doctor_checks.CheckResults:
         raise ZeroDivisionError("a\nb")
 
     stuck = threading.Event()
     slow = {("slow", "too"): (0.2, lambda ask: stuck.wait(60) and {}), ("broken",): (5, broken)}
     monkeypatch.setattr(doctor_checks, "CHECKS", slow | {("open files",): (5, doctor_checks.open_files)})
     began = time.monotonic()
-    found = doctor_checks.examine(ask())
+    found = doctor_checks.run_checks(ask())
     stuck.set()
     assert time.monotonic() - began < 2
     assert [finding.status for finding in found.values()] == [FAIL, FAIL, FAIL, OK]
@@ -85,7 +85,7 @@ def test_a_check_that_hangs_or_breaks_does_not_hold_up_the_others(monkeypatch):
 # -- MLflow -----------------------------------------------------------------------------------------------------------
 
 
-def store(uri: str, *, needed: bool) -> Finding:
+def store(uri: str, *, needed: bool) -> CheckResult:
     return doctor_checks.mlflow(ask(mlflow__enabled=needed, mlflow__tracking_uri=uri))["mlflow"]
 
 
@@ -267,7 +267,7 @@ def test_data_are_read_as_a_run_reads_them(tmp_path):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(idx((num, 28, 28)))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx((num,)))
     finding = doctor_checks.data(ask(data__name="mnist"))["data"]
-    assert finding == Finding(OK, "mnist: 30 images in data; data also has cifar10")
+    assert finding == CheckResult(OK, "mnist: 30 images in data; data also has cifar10")
 
 
 def test_folders_of_pictures(tmp_path):

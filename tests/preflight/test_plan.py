@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from gengap_dist import models
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Batches, Normalise
-from gengap_dist.data.sampler import Order
+from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.batch_plan import BatchPlan, blocks, split
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -25,15 +25,15 @@ from gengap_dist.preflight import communication_model
 from gengap_dist.preflight.batch_layout import Cluster, layout
 from gengap_dist.preflight.communication_model import Link, Message, seconds
 from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, load, save, workload
-from gengap_dist.preflight.plan import Plan, survey
+from gengap_dist.preflight.plan import Plan, make_plan
 from gengap_dist.probes import layer_view, measure
-from gengap_dist.probes.activations import observing
+from gengap_dist.probes.activations import eval_context
 from gengap_dist.probes.layers import choose
-from gengap_dist.probes.spectra.accumulate import METHODS, Tall, Wide, merge
-from gengap_dist.probes.spectra.measure import plan, stream_bytes
+from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, PrimalAccumulator, merge
+from gengap_dist.probes.spectra.measure import plan_passes, stream_bytes
 from gengap_dist.training.observer import PROBE_BLOCK
-from gengap_dist.training.optimizer import build as build_optimizer
-from gengap_dist.training.step import Work, train_step
+from gengap_dist.training.optimizer import build_optimizer as build_optimizer
+from gengap_dist.training.step import StepBatch, train_step
 from tests.conftest import ROOT, config
 
 MANY = 4096
@@ -53,7 +53,7 @@ MANY = 4096
     ],
 )
 def test_an_epoch_on_4096_ranks_visits_every_image_once(num_samples, global_size, micro_size, ghost_size):
-    order = Order(num_samples, global_size, seed=3)
+    order = EpochSampler(num_samples, global_size, seed=3)
     seen = torch.zeros(num_samples, dtype=torch.int64)
     for step in range(order.steps_per_epoch, 2 * order.steps_per_epoch):  # the second epoch
         indices = order.indices(step)
@@ -138,7 +138,7 @@ def test_shards_of_4096_ranks_give_the_spectrum_of_the_gathered_matrix(num_rows,
     assert sum(share.size == 0 for share in shares) == max(0, MANY - num_rows)
 
     def job(rank: int, world: World) -> Any:
-        tall = Tall(METHODS["gram"](12, torch.device("cpu")))
+        tall = PrimalAccumulator(METHODS["gram"](12, torch.device("cpu")))
         if shares[rank].size:
             tall.add(whole_ND[shares[rank].start : shares[rank].stop].T)
         merge([tall], world)
@@ -158,7 +158,7 @@ def test_columns_of_4096_ranks_give_the_spectrum_of_the_gathered_matrix(centred)
     shares = split(3_000, MANY)
 
     def job(rank: int, world: World) -> Any:
-        wide = Wide(METHODS["gram"](11, torch.device("cpu")))
+        wide = DualAccumulator(METHODS["gram"](11, torch.device("cpu")))
         if shares[rank].size:
             wide.add(whole_ND[:, shares[rank].start : shares[rank].stop])
         merge([wide], world)
@@ -179,7 +179,7 @@ class Tapped(World):
     def sum(self, tensor: Tensor, *what: str) -> Tensor:
         self.sent["summed"] += tensor.nbytes
         if self.counts is None:
-            return super().sum(tensor, *what)
+            return super().all_reduce(tensor, *what)
         if tensor.shape == (self.size,) and self.sent["summed"] == tensor.nbytes:  # how many images ranks have
             tensor.copy_(tensor.new_tensor(self.counts))
         return tensor
@@ -209,10 +209,10 @@ def probed_model() -> nn.Module:
 def planned(options: dict[str, Any], counts: list[int]) -> list[Message]:
     options = {"method": "gram"} | options
     model = probed_model()
-    with observing(model):
+    with eval_context(model):
         layers = choose(model, torch.zeros(1, 1, 32, 32), ["auto"])
-        sites = layer_view.sites_of(layers, options.pop("views"), sum(counts))
-    passes = plan(sites, max(counts), options["memory_mib"])
+        sites = layer_view.layer_views(layers, options.pop("views"), sum(counts))
+    passes = plan_passes(sites, max(counts), options["memory_mib"])
     return communication_model.probe_messages(sites, passes, counts, device_type="cpu", **options)
 
 
@@ -273,10 +273,10 @@ def test_bytes_of_a_probe_on_4096_ranks_are_those_a_rank_sends(name):
 def brute_turns(options: dict[str, Any], counts: list[int]) -> int:
     """What the busiest rank sends or receives when lenet5's wide layers are turned."""
     model = probed_model()
-    with observing(model):
-        sites = layer_view.sites_of(choose(model, torch.zeros(1, 1, 32, 32), ["auto"]), ["flatten"], sum(counts))
+    with eval_context(model):
+        sites = layer_view.layer_views(choose(model, torch.zeros(1, 1, 32, 32), ["auto"]), ["flatten"], sum(counts))
     sent, received = Counter(), Counter()
-    for pieces in plan(sites, max(counts), options["memory_mib"]):
+    for pieces in plan_passes(sites, max(counts), options["memory_mib"]):
         for piece in (piece for piece in pieces if sites[piece.site].wide):
             block = stream_bytes("cpu", options["memory_mib"]) // (8 * (sites[piece.site].num_rows + 1))
             left = piece.stop - piece.start
@@ -300,7 +300,7 @@ def ddp_bytes(world: World) -> tuple[int, int]:
     settings = config(batch__micro_size=8, launch__strategy="ddp")
     strategy = DDP(settings, world)
     strategy.setup(probed_model().train(), partial(build_optimizer, settings.optim))
-    batches = Batches(splits.train, Normalise(splits, world.device, torch.float32), DataConfig(), 0)
+    batches = BatchLoader(splits.train, Normalise(splits, world.device, torch.float32), DataConfig(), 0)
     spans = BatchPlan(50, world.size, 8).micro_batches(world.rank)
 
     def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -309,7 +309,7 @@ def ddp_bytes(world: World) -> tuple[int, int]:
 
     dist.all_reduce = counted
     try:
-        train_step(strategy, batches, Work(torch.arange(50), 0, spans))
+        train_step(strategy, batches, StepBatch(torch.arange(50), 0, spans))
     finally:
         dist.all_reduce = real
     return sum(given), len(given)
@@ -317,7 +317,7 @@ def ddp_bytes(world: World) -> tuple[int, int]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_bytes_of_a_ddp_step_are_those_really_sent(really_sent, size):
-    plan = survey(config(batch__global_size=50, batch__micro_size=8), Cluster(1, size), Constants())
+    plan = make_plan(config(batch__global_size=50, batch__micro_size=8), Cluster(1, size), Constants())
     (message,) = plan.messages
     assert [answer["ddp"] for answer in really_sent[size]] == [(message.num_bytes, message.times)] * size
     assert plan.bytes_on_wire == 2 * (size - 1) * message.num_bytes // size
@@ -380,7 +380,7 @@ def test_sharded_memory_adds_up_to_the_whole():
 
 def test_the_probe_keeps_to_its_limit():
     for mib in (3, 8, 64):
-        found = survey(
+        found = make_plan(
             config(probe__memory_mib=mib, probe__views=["flatten"], probe__num_samples=256), Cluster(1, 2), Constants()
         )
         assert found.memory is not None
@@ -464,7 +464,7 @@ def test_many_nodes_are_joined_by_trees():
     ],
 )
 def test_what_is_refused_and_why(cluster, settings, says):
-    plan = survey(config(**settings), Cluster(*cluster), Constants())
+    plan = make_plan(config(**settings), Cluster(*cluster), Constants())
     assert len(plan.refused) == 1
     assert says in plan.refused[0]
     assert plan.batch is not None
@@ -478,7 +478,7 @@ def test_a_plan_says_what_a_run_records(tmp_path):
     settings |= {"probe__enabled": False, "train__num_evals": 1}
     train(tmp_path / "run", **settings)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    plan = survey(config(**settings), Cluster(1, 1), Constants())
+    plan = make_plan(config(**settings), Cluster(1, 1), Constants())
     assert plan.strategy == facts["strategy"]
     assert (plan.num_parameters, plan.num_steps) == (facts["num_parameters"], facts["num_steps"])
     assert plan.steps_per_epoch == facts["steps_per_epoch"]
@@ -488,7 +488,7 @@ def test_a_plan_says_what_a_run_records(tmp_path):
 
 
 def timed(constants: Constants, cluster: tuple[int, int]) -> Plan:
-    return survey(config(), Cluster(*cluster), constants)
+    return make_plan(config(), Cluster(*cluster), constants)
 
 
 def test_no_time_is_invented():

@@ -12,13 +12,13 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist.config.sections import DataConfig, RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Normalise
 from gengap_dist.distributed.batch_plan import BatchPlan, Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies import STRATEGIES
 from gengap_dist.probes.noise_scale import DECAY, NoiseScale, unbiased
-from gengap_dist.training.step import Work, train_step
+from gengap_dist.training.step import StepBatch, train_step
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def network() -> nn.Module:
     return body.append(nn.Linear(400, 10)).double()
 
 
-def energy(model: nn.Module, batches: Batches, indices: torch.Tensor, span: Span) -> float:
+def energy(model: nn.Module, batches: BatchLoader, indices: torch.Tensor, span: Span) -> float:
     """|G_b|^2 of the mean loss over `span`, by autograd."""
     images, labels = batches(indices[span.start : span.stop], 0)
     loss = cross_entropy(model(images), labels)
     return sum(float(g.square().sum()) for g in torch.autograd.grad(loss, [*model.parameters()]))
 
 
-def expected(model: nn.Module, batches: Batches, indices: torch.Tensor, plan: BatchPlan) -> list[float]:
+def expected(model: nn.Module, batches: BatchLoader, indices: torch.Tensor, plan: BatchPlan) -> list[float]:
     """The slow way, and the global gradient's square."""
     first = [plan.micro_batches(rank)[0] for rank in range(plan.world_size)]
     first = [span for span in first if 0 < span.size < len(indices)]
@@ -153,7 +153,7 @@ def expected(model: nn.Module, batches: Batches, indices: torch.Tensor, plan: Ba
 def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], list[float]]]:
     """Found and expected in every case over three steps; nobody watches in the second."""
     splits = datasets.load(DataConfig())
-    batches = Batches(splits.train, Normalise(splits, world.device, torch.float64), DataConfig(), 0)
+    batches = BatchLoader(splits.train, Normalise(splits, world.device, torch.float64), DataConfig(), 0)
     out = []
     for global_size, micro_size in CASES[name, world.size]:
         model = network()
@@ -163,9 +163,9 @@ def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], li
         for step, watching in enumerate((True, False, True)):
             indices = torch.arange(global_size) * 7 + 200 * step
             true = expected(copy.deepcopy(model), batches, indices, plan)
-            strategy.watching = watching
-            sums, norm = train_step(strategy, batches, Work(indices, 0, plan.micro_batches(world.rank)))
-            found = [*world.sum(sums)[2:5].tolist(), float(norm) ** 2]
+            strategy.track_local_grad_norm = watching
+            sums, norm = train_step(strategy, batches, StepBatch(indices, 0, plan.micro_batches(world.rank)))
+            found = [*world.all_reduce(sums)[2:5].tolist(), float(norm) ** 2]
             out.append((global_size, micro_size, watching, found, true))
     return out
 

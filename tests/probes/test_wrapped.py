@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
-from gengap_dist.probes.activations import bare
+from gengap_dist.probes.activations import unwrapped
 from gengap_dist.probes.layers import Pattern
 from gengap_dist.probes.weights import weight_spectra
 from tests.ranks import on_ranks
@@ -145,13 +145,13 @@ def report(model: nn.Module, world: World, dtype: torch.dtype) -> dict:
     """Spectra of a wrapped network on all ranks, and of a plain twin with its weights on this rank alone."""
     batches, twin = images(dtype), net(dtype)
     start = copy.deepcopy(twin.state_dict())
-    twin.load_state_dict(bare(model).state_dict())
+    twin.load_state_dict(unwrapped(model).state_dict())
     return {
         "wrapped": spectra(model, batches[world.rank :: world.size], world),
         "alone": spectra(twin, batches),
         "sharded": spectra(twin, batches[world.rank :: world.size], world),
         "moved": max(float((twin.state_dict()[key] - value).abs().max()) for key, value in start.items()),
-        "dtypes": {value.dtype for value in bare(model).parameters()},
+        "dtypes": {value.dtype for value in unwrapped(model).parameters()},
     }
 
 

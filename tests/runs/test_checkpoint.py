@@ -17,7 +17,7 @@ STATE = {"w": torch.arange(3000.0), "step": 3, "nested": {"names": ["a", "b"], "
 
 
 def save(folder: Path, *steps: int, keep: int = 2) -> None:
-    saver = checkpoint.Saver(folder, keep)
+    saver = checkpoint.CheckpointWriter(folder, keep)
     for step in steps:
         saver.save(step, {"model": STATE, "run": {"step": step}}, {"world_size": 1})
     saver.wait()
@@ -26,7 +26,7 @@ def save(folder: Path, *steps: int, keep: int = 2) -> None:
 def test_what_is_saved_is_what_is_loaded_and_the_last_k_stay(tmp_path):
     save(tmp_path, 10, 20, 30)
     assert [*checkpoint.steps(tmp_path)] == [20, 30]
-    path = checkpoint.newest(tmp_path, pytest.fail)
+    path = checkpoint.latest(tmp_path, pytest.fail)
     assert path == tmp_path / "step_00000030"
     state = checkpoint.load(path / "model.pt")
     assert torch.equal(state.pop("w"), STATE["w"])
@@ -36,7 +36,7 @@ def test_what_is_saved_is_what_is_loaded_and_the_last_k_stay(tmp_path):
 
 def test_what_is_saved_is_the_moment_of_saving(tmp_path):
     weight = torch.zeros(1_000_000)
-    saver = checkpoint.Saver(tmp_path, 1)
+    saver = checkpoint.CheckpointWriter(tmp_path, 1)
     saver.save(1, {"model": {"w": weight}}, {})
     weight += 1  # as training does while the thread writes
     saver.wait()
@@ -57,12 +57,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, name, damage):
     else:
         path.unlink()
     said: list[str] = []
-    assert checkpoint.newest(tmp_path, said.append) == tmp_path / "step_00000010"
+    assert checkpoint.latest(tmp_path, said.append) == tmp_path / "step_00000010"
     assert name in said[0] or name == "checkpoint.json"  # whose sums no longer fit the files
     assert "step_00000010, the one before it, is used" in said[0]
     (tmp_path / "step_00000010" / "model.pt").write_bytes(b"")
     with pytest.raises(UsageError, match="and there is none before it: start the run again"):
-        checkpoint.newest(tmp_path, said.append)
+        checkpoint.latest(tmp_path, said.append)
 
 
 def test_every_flipped_byte_is_noticed(tmp_path):
@@ -99,9 +99,9 @@ def test_a_save_that_ends_at_any_byte_leaves_the_one_before(tmp_path, limit, act
     ended = subprocess.run(code, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert ended.returncode == (-signal.SIGXFSZ if action == "kill" else 1), ended.stderr
     assert action == "kill" or "OSError" in ended.stderr.splitlines()[-1]
-    assert checkpoint.newest(tmp_path, pytest.fail) == tmp_path / "step_00000010"
+    assert checkpoint.latest(tmp_path, pytest.fail) == tmp_path / "step_00000010"
     save(tmp_path, 20)
-    assert checkpoint.newest(tmp_path, pytest.fail) == tmp_path / "step_00000020"
+    assert checkpoint.latest(tmp_path, pytest.fail) == tmp_path / "step_00000020"
     assert not list(tmp_path.glob(".*"))
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.runs import metrics_table as module
-from gengap_dist.runs.metrics_table import history
-from gengap_dist.runs.run_folder import Record, read_history, read_raw
+from gengap_dist.runs.metrics_table import to_table
+from gengap_dist.runs.run_folder import RunRecorder, read_metrics_table, read_raw
 
 NAMES = st.sampled_from(["train/loss", "val/accuracy", "near_rank_loss/fc2/rel_1e-2", "nc1"])
 VALUES = st.floats(allow_nan=False) | st.sampled_from(["nan", "inf", "-inf"]) | st.integers(-(2**53), 2**53)
@@ -23,7 +23,7 @@ def test_every_line_comes_back(lines, batch):
     lines = [{"step": step, **line} for step, line in enumerate(lines)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BATCH", batch)
-        found = history(iter(lines))
+        found = to_table(iter(lines))
     assert len(found.values) == len(lines)
     for row, line in enumerate(lines):
         assert found.line(row) == pytest.approx({name: float(v) for name, v in line.items()}, rel=0, abs=0, nan_ok=True)
@@ -34,7 +34,7 @@ def test_every_line_comes_back(lines, batch):
 
 
 def test_at_gives_the_asked_steps_and_names_in_their_order():
-    found = history([{"step": 3, "a": 1.0, "b": 2.0}, {"step": 5, "b": 4.0}, {"step": 9, "a": 5.0, "b": 6.0}])
+    found = to_table([{"step": 3, "a": 1.0, "b": 2.0}, {"step": 5, "b": 4.0}, {"step": 9, "a": 5.0, "b": 6.0}])
     values, known = found.at(np.array([5.0, 9.0]), ["b", "a"])
     assert known.tolist() == [[True, False], [True, True]]
     assert values[known].tolist() == [4.0, 6.0, 5.0]
@@ -46,7 +46,7 @@ def test_a_file_is_read_to_the_last_bit_and_to_its_last_whole_line(tmp_path):
     lines = [{"step": step, "x": value if math.isfinite(value) else str(value)} for step, value in enumerate(values)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 5000, "x"')
-    _, found = read_history(tmp_path).series("x")
+    _, found = read_metrics_table(tmp_path).series("x")
     assert np.array_equal(found, values, equal_nan=True)
 
 
@@ -56,16 +56,16 @@ def test_a_file_is_read_to_the_last_bit_and_to_its_last_whole_line(tmp_path):
 def test_a_damaged_line_is_no_number(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises((ValueError, TypeError)):
-        read_history(tmp_path)
+        read_metrics_table(tmp_path)
 
 
 def test_a_run_without_metrics_has_none(tmp_path):
-    assert read_history(tmp_path).values.shape == (0, 0)
+    assert read_metrics_table(tmp_path).values.shape == (0, 0)
     assert list(read_raw(tmp_path / "metrics.jsonl")) == []
 
 
 def long_run(out, num_lines=400):
-    book = Record(out)
+    book = RunRecorder(out)
     book.start(RunConfig(), {})
     rng = np.random.default_rng(0)
     for step in range(num_lines):
@@ -77,7 +77,7 @@ def long_run(out, num_lines=400):
 def test_a_long_run_leaves_columns_that_say_what_its_lines_say(tmp_path):
     long_run(tmp_path).finish("finished", {})
     assert (tmp_path / "metrics.npz").exists()
-    found, expected = read_history(tmp_path), history(read_raw(tmp_path / "metrics.jsonl"))
+    found, expected = read_metrics_table(tmp_path), to_table(read_raw(tmp_path / "metrics.jsonl"))
     assert found.columns == expected.columns
     assert np.array_equal(found.known, expected.known)
     assert np.array_equal(found.values, expected.values, equal_nan=True)
@@ -91,7 +91,7 @@ def test_lines_count_and_columns_are_only_their_copy(tmp_path, harm):
         lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:5]))
     else:
         columns.write_bytes(columns.read_bytes()[:1000] if "short" in harm else b"no archive")
-    assert len(read_history(tmp_path).values) == (5 if harm == "lines changed" else 401)
+    assert len(read_metrics_table(tmp_path).values) == (5 if harm == "lines changed" else 401)
 
 
 def test_only_a_long_run_that_has_ended_has_columns(tmp_path):
@@ -99,9 +99,9 @@ def test_only_a_long_run_that_has_ended_has_columns(tmp_path):
     book.finish("failed", {})
     assert not (tmp_path / "metrics.npz").exists()
     book.finish("finished", {})
-    Record(tmp_path).resume(3, 1.0, {})
+    RunRecorder(tmp_path).resume(3, 1.0, {})
     assert not (tmp_path / "metrics.npz").exists()
-    assert len(read_history(tmp_path).values) == 3
+    assert len(read_metrics_table(tmp_path).values) == 3
     (tmp_path / "short").mkdir()
     short = long_run(tmp_path / "short", num_lines=2)
     short.finish("finished", {})

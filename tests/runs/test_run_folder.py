@@ -8,11 +8,11 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 from gengap_dist.runs import run_folder
-from gengap_dist.runs.run_folder import Record, load_spectra, prepare_folder, read_info, read_metrics
+from gengap_dist.runs.run_folder import RunRecorder, load_spectra, prepare_folder, read_info, read_metrics
 
 
 def test_lines_are_held_until_their_step_is_over(tmp_path):
-    book = Record(tmp_path)
+    book = RunRecorder(tmp_path)
     book.log(1, 0.5, {"train/loss": 2.0})
     book.log(2, 1.0, {"train/loss": 1.0})
     book.flush(before=2)
@@ -25,7 +25,7 @@ def test_lines_are_held_until_their_step_is_over(tmp_path):
 
 
 def test_numbers_that_json_lacks_survive(tmp_path):
-    book = Record(tmp_path)
+    book = RunRecorder(tmp_path)
     book.log(1, 0.5, {"a": float("nan"), "b": float("inf"), "c": 1e-300})
     book.flush()
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -36,13 +36,13 @@ def test_numbers_that_json_lacks_survive(tmp_path):
 
 
 def test_resume_drops_what_will_be_written_again(tmp_path):
-    book = Record(tmp_path)
+    book = RunRecorder(tmp_path)
     for step in range(6):
         book.log(step, 0.0, {"x": step})
     book.flush()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "x"')
-    again = Record(tmp_path)
+    again = RunRecorder(tmp_path)
     again.resume(4, 100.0, {4: {"step": 4, "epoch": 0.0, "seconds": 99.0, "x": 4.0}})
     again.log(5, 0.0, {"x": 5.0})
     again.flush()
@@ -52,17 +52,17 @@ def test_resume_drops_what_will_be_written_again(tmp_path):
 
 
 def test_resume_keeps_the_words_for_numbers_that_json_lacks(tmp_path):
-    book = Record(tmp_path)
+    book = RunRecorder(tmp_path)
     book.log(1, 0.5, {"a": float("nan"), "b": float("-inf")})
     book.flush()
     before = (tmp_path / "metrics.jsonl").read_text()
-    Record(tmp_path).resume(2, 1.0, {})
+    RunRecorder(tmp_path).resume(2, 1.0, {})
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 def test_spectra_read_back(tmp_path):
     s = LayerSpectrum("conv1", "pool", True, 7, 3, torch.tensor([2.0, 1.0, 0.0]).double(), 1e-8, 1)
-    Record(tmp_path).spectra(12, [s])
+    RunRecorder(tmp_path).spectra(12, [s])
     values, facts = load_spectra(tmp_path / "spectra" / "step_00000012.npz")["conv1/pool/centred"]
     assert values.tolist() == [2.0, 1.0, 0.0]
     assert facts == {
@@ -98,11 +98,11 @@ def test_folders_of_others_are_not_touched(tmp_path):
 def test_an_abandoned_run_gets_its_last_status(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    Record(out).start(RunConfig(), {})
+    RunRecorder(out).start(RunConfig(), {})
     run_folder.close_abandoned(out, RuntimeError("rank 1 died"))
     assert read_info(out)["status"] == "failed"
     assert read_info(out)["error"] == "RuntimeError: rank 1 died"
-    Record(out).start(RunConfig(), {})
+    RunRecorder(out).start(RunConfig(), {})
     run_folder.close_abandoned(out, KeyboardInterrupt())
     assert read_info(out)["status"] == "killed"
 
@@ -110,7 +110,7 @@ def test_an_abandoned_run_gets_its_last_status(tmp_path):
 def test_a_run_that_never_began_leaves_no_folder(tmp_path):
     out = tmp_path / "run"
     prepare_folder(out, "run.json", resume=False)
-    Record(out)
+    RunRecorder(out)
     run_folder.close_abandoned(out, UsageError("no data"))
     assert not out.exists()
 

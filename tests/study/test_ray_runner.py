@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from gengap_dist.config.sections import LaunchConfig, RunConfig
-from gengap_dist.distributed.launchers.ray import Teller
+from gengap_dist.distributed.launchers.ray import RunQueue
 from gengap_dist.runs.run_folder import read_info
 from tests.ray_cluster import until
 from tests.study import tiny
@@ -91,16 +91,16 @@ def test_ray_keeps_quiet(both):
 def test_a_teller_hands_out_every_run_once_to_ranks_of_its_kind(tmp_path):
     small, large = (LaunchConfig(num_processes=number) for number in (1, 2))
     runs = [(RunConfig(launch=launch), tmp_path / str(i)) for i, launch in enumerate([small, large, small])]
-    teller = Teller(runs)
+    teller = RunQueue(runs)
     assert teller.begin("a", small) == 0
-    assert teller.give("a", small) == (0, 1)
+    assert teller.assign("a", small) == (0, 1)
     assert teller.begin("a", small) == 0  # its ranks were started again: they go on
-    assert teller.give("a", small) == (0, 2)
+    assert teller.assign("a", small) == (0, 2)
     assert teller.begin("b", small) == 2
     teller.end("a")
     assert teller.begin("a", small) == -1
-    assert teller.give("a", small) is None
-    assert teller.give("c", large) == (1, 0)
+    assert teller.assign("a", small) is None
+    assert teller.assign("c", large) == (1, 0)
     assert [teller.run(number) for number in range(3)] == runs
 
 

@@ -108,11 +108,11 @@ def test_what_another_study_left_is_told_or_refused(whole, copy):
 
 
 def test_two_starts_at_once_are_refused(whole, copy):
-    with runner.alone(copy):
+    with runner.exclusive_lock(copy):
         done = tiny.start(whole[0], copy)
     assert done.returncode == 2
     assert "holds a study that is running just now" in done.stderr
-    with runner.alone(copy):
+    with runner.exclusive_lock(copy):
         pass
 
 

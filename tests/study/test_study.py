@@ -95,7 +95,7 @@ def test_mlflow_has_a_parent_with_the_gap_and_a_child_per_run(done):
     assert parents[0].data.metrics["sb_lb_gap/lb/mean"] == pytest.approx(study.gap("lb").mean)
     assert {run.data.tags["mlflow.parentRunId"] for run in arms} == {parents[0].info.run_id}
     assert {run.data.tags["mlflow.parentRunId"] for run in seeds} == {run.info.run_id for run in arms}
-    assert study.comparison.claims[0].because in parents[0].data.tags["mlflow.note.content"]
+    assert study.comparison.claims[0].evidence in parents[0].data.tags["mlflow.note.content"]
     assert {(run.data.tags["arm"], run.data.tags["role"]) for run in (*arms, *seeds)} == {
         ("sb", "baseline"), ("lb", "arm"), ("wild", "arm"),
     }  # fmt: skip

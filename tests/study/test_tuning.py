@@ -126,7 +126,7 @@ def test_comparing_a_tuned_study_again_is_the_study(done, tmp_path):
 
 
 def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):
-    class Counted(runner.Watch):
+    class Counted(runner.StudyCallback):
         def __init__(self):
             self.told = []
 

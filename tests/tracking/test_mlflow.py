@@ -19,7 +19,7 @@ from gengap_dist.cli.upload import COMPUTED
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
 from gengap_dist.tracking.mlflow.process import sync_now
-from gengap_dist.tracking.mlflow.uploader import Mirror
+from gengap_dist.tracking.mlflow.uploader import MlflowUploader
 from gengap_dist.training import trainer as run_module
 from tests.conftest import ROOT, config, train
 
@@ -149,7 +149,7 @@ def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arr
     uri = f"sqlite:///{tmp_path}/m.db"
     out = tmp_path / "run"
     train(out, **SMALL)
-    mirror = Mirror(out, uri, "e", COMPUTED)
+    mirror = MlflowUploader(out, uri, "e", COMPUTED)
     send = mirror.client.log_batch
     requests = 0
 
@@ -165,7 +165,7 @@ def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arr
     with pytest.raises(ConnectionError):
         mirror.sync(closing=True)
     assert state(out)["in_flight"] is not None
-    Mirror(out, uri, "e", COMPUTED).sync(closing=True)
+    MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)
     values = logged(uri, state(out)["run_id"])
     assert same(values, recorded(out))
     assert all(count == 1 for points in values.values() for count in Counter(step for step, _ in points).values())
@@ -178,7 +178,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module._Session, "result", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(out, **SMALL)
-    Mirror(out, uri, "e", COMPUTED).sync(closing=True)  # the driver is gone: the run is closed as killed
+    MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)  # the driver is gone: the run is closed as killed
     from mlflow import MlflowClient
 
     first = state(out)["run_id"]
@@ -187,7 +187,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     assert found.data.tags["launcher"] == "local"
     monkeypatch.setattr(run_module._Session, "result", original)
     run_module.run(config(**SMALL), out, resume=True, launcher="torchrun")
-    Mirror(out, uri, "e", COMPUTED).sync(closing=True)
+    MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)
     assert state(out)["run_id"] == first
     found = MlflowClient(uri).get_run(first)
     assert found.info.status == "FINISHED"

@@ -23,10 +23,10 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import FINISHED, read_info, read_lines, read_metrics
 from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.study import runner
-from gengap_dist.study.run_matrix import Watch
+from gengap_dist.study.run_matrix import StudyCallback
 from gengap_dist.tracking.mlflow.importer import Names
-from gengap_dist.tracking.mlflow.process import Follower, sync_now
-from gengap_dist.tracking.mlflow.uploader import Mirror, comparison
+from gengap_dist.tracking.mlflow.process import UploaderProcess, sync_now
+from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison
 from tests.browser import NEEDS_CHROMIUM, page, pictures
 from tests.conftest import FULL, thinned
 from tests.tracking.servers import mlflow_server, postgresql, refusing
@@ -51,7 +51,7 @@ def run_study(out: Path) -> None:
     study = validate(StudyConfig, SETTINGS)
     out.mkdir()
     runner.prepare(study, out, pytest.fail)
-    runner.run_study(study, out, Watch(), driver=True)
+    runner.run_study(study, out, StudyCallback(), driver=True)
     numbers = {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a+b/mean": 0.5}
     runner.conclude(out, FINISHED, numbers, ["A claim. **undecided**: too few seeds."])
 
@@ -137,8 +137,8 @@ def test_a_study_is_a_parent_its_arms_and_their_seeds(sent, store):
     assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a_b/mean": 0.5}
 
     before = everything(client, experiment)  # a second start, and a catch-up: nothing is sent twice
-    Mirror(study, store, "sent", COMPUTED).sync()
-    Mirror(study, store, "sent", COMPUTED).sync(closing=True)
+    MlflowUploader(study, store, "sent", COMPUTED).sync()
+    MlflowUploader(study, store, "sent", COMPUTED).sync(closing=True)
     assert everything(client, experiment) == before
 
 
@@ -168,7 +168,7 @@ def test_an_arm_has_means_and_intervals_over_its_seeds(sent):
 def test_a_seed_that_the_study_does_without_is_in_no_mean(study, store):
     info = read_info(study / "study.json")
     (study / "study.json").write_text(json.dumps(info | {"seeds": [1]}))
-    mirror = Mirror(study, store, "fewer", COMPUTED)
+    mirror = MlflowUploader(study, store, "fewer", COMPUTED)
     mirror.sync(closing=True)
     arm = mirror.client.get_run(state(study / "runs/sb32")["run_id"])
     assert arm.data.metrics["test/accuracy/num_seeds"] == 1
@@ -208,7 +208,7 @@ def test_an_arm_waits_for_its_seeds_and_is_made_anew_when_one_is_done_again(stud
     whole = read_info(study / "study.json")
     going_on = {key: value for key, value in whole.items() if key not in ("ended", "metrics")} | {"status": "running"}
     (study / "study.json").write_text(json.dumps(going_on))
-    mirror = Mirror(study, store, "again", COMPUTED)
+    mirror = MlflowUploader(study, store, "again", COMPUTED)
     client = mirror.client
     mirror.sync()
     first = state(study / "runs/lb256-ema")["run_id"]
@@ -241,7 +241,7 @@ def test_an_arm_waits_for_its_seeds_and_is_made_anew_when_one_is_done_again(stud
 
 
 def test_a_mirror_that_broke_off_anywhere_sends_an_arm_once(study, store, monkeypatch):
-    mirror = Mirror(study, store, "broken", COMPUTED)
+    mirror = MlflowUploader(study, store, "broken", COMPUTED)
     send, sent = mirror.client.log_batch, 0
 
     def lossy(run_id, metrics=(), params=(), tags=()):
@@ -255,7 +255,7 @@ def test_a_mirror_that_broke_off_anywhere_sends_an_arm_once(study, store, monkey
     with pytest.raises(ConnectionError):
         mirror.sync(closing=True)
     assert sent == 1
-    again = Mirror(study, store, "broken", COMPUTED)
+    again = MlflowUploader(study, store, "broken", COMPUTED)
     again.sync(closing=True)
     arm = state(study / "runs/sb32")["run_id"]
     for name in again.client.get_run(arm).data.metrics:
@@ -296,7 +296,7 @@ def read_config(folder):
 
 def test_a_model_that_cannot_be_exported_is_no_failure(study, store):
     run = study / "runs/sb32/seed0"
-    mirror = Mirror(run, store, "none", COMPUTED)
+    mirror = MlflowUploader(run, store, "none", COMPUTED)
     mirror.sync(closing=True)
     found = mirror.client.get_run(state(run)["run_id"])
     assert found.info.status == "FINISHED"
@@ -311,7 +311,7 @@ def test_machines_are_watched_in_the_folder_and_sent_once(study, store):
     with sampling(run, 0.05, num_nodes=2):
         torch.randn(400, 400).matmul(torch.randn(400, 400))
     (node,) = run.glob("system_*.jsonl")
-    mirror = Mirror(run, store, "system", COMPUTED)
+    mirror = MlflowUploader(run, store, "system", COMPUTED)
     mirror.sync(closing=True)
     metrics = mirror.client.get_run(state(run)["run_id"]).data.metrics
     name = node.stem.removeprefix("system_")
@@ -325,7 +325,7 @@ def test_two_studies_of_one_name_are_told_apart(study, store):
     info = read_info(other / "study.json")
     (other / "study.json").write_text(json.dumps(info | {"started": "2030-01-01T00:00:00+00:00"}))
     for folder in (study, other):
-        mirror = Mirror(folder, store, "twice", COMPUTED)
+        mirror = MlflowUploader(folder, store, "twice", COMPUTED)
         mirror.sync(closing=True)
     parents = mirror.client.search_runs([mirror.experiment], "tags.level = 'study' and tags.study = 'tiny'")
     assert len({run.info.run_name for run in parents}) == len({run.data.tags["folder"] for run in parents}) == 2
@@ -338,7 +338,7 @@ def test_half_a_folder_does_not_keep_the_others_back(study, store):
     (study / "runs/lb256-ema/seed1/run.json").write_text('{"status": "fin')
     with (study / "runs/sb32/seed0/metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "val/acc')
-    mirror = Mirror(study, store, "half", COMPUTED)
+    mirror = MlflowUploader(study, store, "half", COMPUTED)
     mirror.sync(closing=True)
     arm = mirror.client.get_run(state(study / "runs/lb256-ema")["run_id"])
     assert arm.data.tags["runs"] == "1 finished, 1 not started"
@@ -358,7 +358,7 @@ REFUSALS = [
 def test_a_server_that_refuses_costs_one_sentence(study, status, body):
     run = study / "runs/sb32/seed0"
     with refusing(status, body) as uri:
-        behind = Follower(run, MlflowConfig(tracking_uri=uri), "gengap_dist.cli.upload").finish()
+        behind = UploaderProcess(run, MlflowConfig(tracking_uri=uri), "gengap_dist.cli.upload").finish()
         assert behind is not None
         assert "\n" not in behind
         assert f"gengap report sync {run}" in behind
@@ -376,7 +376,7 @@ def test_a_server_on_postgresql_takes_a_whole_study(trained, study, tmp_path):
         shutil.copytree(trained / "runs/sb32/seed0", study / "runs/sb32/seed0", dirs_exist_ok=True)
 
     with postgresql() as database, mlflow_server(database, tmp_path) as uri:
-        follower = Follower(
+        follower = UploaderProcess(
             study, MlflowConfig(tracking_uri=uri, experiment="pg", flush_timeout_seconds=300), "gengap_dist.cli.upload"
         )
         assert follower.finish() is None, (study / "mlflow.log").read_text()

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gengap_dist.config.sections import OptimConfig
-from gengap_dist.data.sampler import Order, growth
+from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
 from gengap_dist.errors import UsageError
 from gengap_dist.training.lr_schedule import Schedule, lr_at, momentum_at, scaled_lr, warmup_steps
-from gengap_dist.training.optimizer import build
+from gengap_dist.training.optimizer import build_optimizer
 from tests.conftest import config
 
 RUN = {"global_size": 8, "steps_per_epoch": 5, "num_steps": 30}
@@ -103,7 +103,7 @@ def test_momentum_correction(name, corrected):
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 3, bias=False, dtype=torch.float64)
     curvature = torch.rand(3, 4, dtype=torch.float64)
-    optimizer, w, memory = build(settings, layer), layer.weight.detach().clone(), torch.zeros(3, 4).double()
+    optimizer, w, memory = build_optimizer(settings, layer), layer.weight.detach().clone(), torch.zeros(3, 4).double()
     used = []
     for step in range(20):
         lr = lr_at(step, settings, **run)
@@ -132,7 +132,7 @@ def test_momentum_where_the_rate_is_nothing():
 
 def schedule(num_samples: int = 1000, **settings) -> Schedule:
     given = config(**settings)
-    return Schedule.of(given, Order(num_samples, given.batch.global_size, 0, growth=growth(given)))
+    return Schedule.of(given, EpochSampler(num_samples, given.batch.global_size, 0, growth=batch_size_schedule(given)))
 
 
 def test_lengths():

@@ -12,7 +12,7 @@ from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
 from gengap_dist.probes.cadence import exceeds
 from gengap_dist.runs.run_folder import load_spectra, prepare_folder, read_info, read_metrics
-from gengap_dist.training.observer import Observation, Observer
+from gengap_dist.training.observer import Observation, ProbeObserver
 from gengap_dist.training.trainer import run
 from tests.conftest import config, train
 
@@ -134,9 +134,9 @@ def test_a_run_keeps_its_budget_on_all_ranks_and_says_so(tmp_path, gengap):
 
 def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):
     """1.5 s for the first step, a moment for every other: 5% of that pays for no measurement but those at the ends."""
-    measure, first = Observer.__call__, [1.5]
+    measure, first = ProbeObserver.__call__, [1.5]
 
-    def slow(self: Observer, model: nn.Module, *, controls: bool) -> Observation:
+    def slow(self: ProbeObserver, model: nn.Module, *, controls: bool) -> Observation:
         time.sleep(0.1)
         return measure(self, model, controls=controls)
 
@@ -144,8 +144,8 @@ def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):
         if done == 1 and first:
             time.sleep(first.pop())
 
-    monkeypatch.setattr(Observer, "__call__", slow)
-    monkeypatch.setattr("gengap_dist.training.trainer.seconds", lambda metrics: 0.1)
+    monkeypatch.setattr(ProbeObserver, "__call__", slow)
+    monkeypatch.setattr("gengap_dist.training.trainer.measurement_seconds", lambda metrics: 0.1)
     settings = {"train__steps": 100, "batch__global_size": 8, "probe__num_samples": 20, "probe__diagnostics": []}
     prepare_folder(tmp_path / "run", "run.json", resume=False)
     result = run(config(probe__max_time_fraction=0.05, **settings), tmp_path / "run", progress=progress)

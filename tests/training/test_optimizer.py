@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import OptimConfig
-from gengap_dist.training.optimizer import build
+from gengap_dist.training.optimizer import build_optimizer
 
 
 def network() -> nn.Module:
@@ -27,7 +27,7 @@ def gradients(weights: list[Tensor]) -> list[Tensor]:
 def agree(config: OptimConfig, rule: Callable[[Tensor, Tensor, dict, int], Tensor], num_steps: int = 5) -> None:
     """Five steps of `build(config)` and of `rule(w, g, memory, step)`."""
     net = network()
-    optimizer, memories = build(config, net), [{} for _ in net.parameters()]
+    optimizer, memories = build_optimizer(config, net), [{} for _ in net.parameters()]
     expected = [p.detach().clone() for p in net.parameters()]
     for step in range(1, num_steps + 1):
         for p, g in zip(net.parameters(), gradients([p.detach() for p in net.parameters()]), strict=True):
@@ -106,7 +106,7 @@ def test_a_layer_of_zeros_has_the_ratio_1(name):
     pytest.importorskip("timm", reason="timm is not installed")
     layer = nn.Linear(2, 2, bias=False, dtype=torch.float64)
     nn.init.zeros_(layer.weight)
-    optimizer = build(OptimConfig(name=name, lr=0.1), layer)
+    optimizer = build_optimizer(OptimConfig(name=name, lr=0.1), layer)
     layer.weight.grad = torch.full((2, 2), 3.0).double()
     optimizer.step()
     step = {"lars": 0.3, "lamb": 0.1 * 3 / (3 + 1e-6)}[name]
@@ -117,7 +117,7 @@ def test_a_layer_of_zeros_has_the_ratio_1(name):
 def test_biases_and_norm_parameters_are_neither_adapted_nor_decayed(name):
     pytest.importorskip("timm", reason="timm is not installed")
     net = network()
-    groups = build(OptimConfig(name=name, weight_decay=0.1), net).param_groups
+    groups = build_optimizer(OptimConfig(name=name, weight_decay=0.1), net).param_groups
     found = [[id(p) for p in group["params"]] for group in groups]
     assert found == [
         [id(net[0].weight), id(net[2].weight)],
@@ -132,7 +132,7 @@ def test_an_optimizer_goes_on_from_the_states_of_its_parameters(name):
     if name in ("lars", "lamb"):
         pytest.importorskip("timm", reason="timm is not installed")
     config, nets = OptimConfig(name=name, lr=0.1, weight_decay=0.01), (network(), network())
-    through, first = (build(config, net) for net in nets)
+    through, first = (build_optimizer(config, net) for net in nets)
 
     def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for p, g in zip(net.parameters(), gradients([p.detach() for p in net.parameters()]), strict=True):
@@ -142,7 +142,7 @@ def test_an_optimizer_goes_on_from_the_states_of_its_parameters(name):
     for _ in range(3):
         step(nets[0], through)
         step(nets[1], first)
-    again = build(config, nets[1])
+    again = build_optimizer(config, nets[1])
     for p in nets[1].parameters():
         again.state[p] = {key: value.clone() for key, value in first.state[p].items()}
     for _ in range(3):

@@ -18,7 +18,7 @@ from gengap_dist.config.sections import DataConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.lenet5 import LeNet5
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
-from gengap_dist.training.profiler.profile import Profile, clocked
+from gengap_dist.training.profiler.profile import Profile, with_profiler_clock
 from gengap_dist.training.profiler.summary import PARTS, Measured, Setting, summary
 from gengap_dist.training.profiler.trace import Trace
 from gengap_dist.training.trainer import run
@@ -128,12 +128,12 @@ def test_three_steps_and_one(tmp_path):
 
 def test_a_run_that_ends_within_the_window_tells_what_it_has(tmp_path):
     """As one does whose target is met there."""
-    world = clocked(World())
+    world = with_profiler_clock(World())
     profile = Profile(tmp_path, world, config(), "single", hidden=False)
     for step in range(1, 9):
-        world.where.step = step
+        world.timer.step = step
         profile.begin(21 - step)
-        with world.where.part("forward"):
+        with world.timer.span("forward"):
             time.sleep(0.01)
         profile.end()
     profile.finish()

@@ -273,7 +273,7 @@ def leave_when_rank_two_is_asked(world, out):
         asked = world.rank == 2 and done == 5
 
     try:
-        run(config(train__steps=20), out, world=world, progress=progress, leaving=lambda: asked)
+        run(config(train__steps=20), out, world=world, progress=progress, preemption_requested=lambda: asked)
     except Preempted as error:
         return error.step
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gengap_dist.analysis.report import figures, probe_figures
-from gengap_dist.analysis.report.plotting import Picture, in_rows
+from gengap_dist.analysis.report.plotting import ReportFigure, in_rows
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
 
@@ -13,7 +13,7 @@ class Entry(NamedTuple):
     """One picture of a report."""
 
     title: str
-    draw: Callable[[StudyData, Comparison], Picture | None]
+    draw: Callable[[StudyData, Comparison], ReportFigure | None]
     caption: str
 
 
@@ -107,7 +107,7 @@ RUN_FIGURES: dict[str, Entry] = {
     "rank_by_samples": SAMPLES,
     "diagnostics": Entry(
         "Other explanations",
-        lambda study, _: probe_figures.rivals_over_steps(study),
+        lambda study, _: probe_figures.diagnostics_over_steps(study),
         "Other explanations of the gap, measured in the same run: docs/measures.md has their formulas.",
     ),
     "curves": CURVES,

@@ -16,7 +16,7 @@ from gengap_dist.analysis.report.plotting import (
     ROW,
     SOFT,
     WARM,
-    Picture,
+    ReportFigure,
     Row,
     arms_with_runs,
     batch_axis,
@@ -39,7 +39,7 @@ MAX_EXPLANATIONS, MAX_SCATTERS, MAX_LINES = 20, 6, 8
 SIGNIFICANT = 0.05
 
 
-def accuracy(study: StudyData) -> Picture | None:
+def accuracy(study: StudyData) -> ReportFigure | None:
     """Test accuracy of every arm by its global batch, or in rows: seeds are dots, means have their t interval."""
     results = {arm: study.results(arm, "test/accuracy") for arm, _ in arms_with_runs(study)}
     arms = [arm for arm, values in results.items() if values]
@@ -74,10 +74,10 @@ def accuracy(study: StudyData) -> Picture | None:
         axes.set_xlabel("global batch (samples per step)")
         axes.legend(loc="best", fontsize=9)
     means = [f"{row['arm']} {row['test/accuracy']:.2%}" for row in data if row["kind"] == "mean"]
-    return Picture(figure, f"Mean test accuracy: {listed(means)}.", data)
+    return ReportFigure(figure, f"Mean test accuracy: {listed(means)}.", data)
 
 
-def gap(study: StudyData, said: Comparison) -> Picture | None:
+def gap(study: StudyData, said: Comparison) -> ReportFigure | None:
     """What each arm loses against the baseline, in rows: seeds, means, t intervals; runs without a result counted."""
     arms = [arm for arm, _ in arms_with_runs(study) if arm != said.baseline]
     if not any(arm in said.gaps for arm in arms):
@@ -120,10 +120,10 @@ def gap(study: StudyData, said: Comparison) -> Picture | None:
     means = [
         f"{row['arm']} {100 * row['sb_lb_gap']:+.2f}" for row in data if row["kind"] == "mean" and "sb_lb_gap" in row
     ]
-    return Picture(figure, f"Points of test accuracy lost against {said.baseline}: {listed(means)}.", data)
+    return ReportFigure(figure, f"Points of test accuracy lost against {said.baseline}: {listed(means)}.", data)
 
 
-def updates_to_target(study: StudyData, said: Comparison) -> Picture | None:
+def updates_to_target(study: StudyData, said: Comparison) -> ReportFigure | None:
     """Updates to the validation target by batch (Shallue et al. 2019), with the curve, its bend and perfect scaling."""
     target = said.target
     reached = {arm: seeds for arm, seeds in target.updates.items() if seeds and study.of(arm)} if target else {}
@@ -188,10 +188,12 @@ def updates_to_target(study: StudyData, said: Comparison) -> Picture | None:
     axes.legend(fontsize=9)
     said_of = [f"{arm} {np.mean(list(seeds.values())):,.0f}" for arm, seeds in reached.items()]
     bend = f" Critical batch {target.critical_batch:,.0f}." if target.critical_batch else ""
-    return Picture(figure, f"Mean updates to {target.accuracy:.1%} validation accuracy: {listed(said_of)}.{bend}", data)
+    return ReportFigure(
+        figure, f"Mean updates to {target.accuracy:.1%} validation accuracy: {listed(said_of)}.{bend}", data
+    )
 
 
-def explanations(_: StudyData, said: Comparison) -> Picture | None:
+def explanations(_: StudyData, said: Comparison) -> ReportFigure | None:
     """Correlation of each explanation with accuracy lost, as it is and given the number of updates."""
     known = _strongest_first(said)[:MAX_EXPLANATIONS]
     if not known:
@@ -230,7 +232,7 @@ def explanations(_: StudyData, said: Comparison) -> Picture | None:
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=9)
     strongest = listed([f"{one.measure} {one.r:+.2f}" for one in known], 4)
-    return Picture(figure, f"Correlation with test accuracy lost, strongest first: {strongest}.", data)
+    return ReportFigure(figure, f"Correlation with test accuracy lost, strongest first: {strongest}.", data)
 
 
 def _strongest_first(said: Comparison) -> list[Correlation]:
@@ -243,7 +245,7 @@ def _correlation(axes: Axes, at: float, r: float, ends: Interval | None, *, colo
     axes.plot(r, at, color=color, markersize=5.5, **style)
 
 
-def gap_against_explanations(study: StudyData, said: Comparison) -> Picture | None:
+def gap_against_explanations(study: StudyData, said: Comparison) -> ReportFigure | None:
     """Accuracy lost in each run against its strongest explanations, a panel each."""
     lost = {
         arm: differences(study.results(said.baseline, "test/accuracy"), study.results(arm, "test/accuracy"))
@@ -290,10 +292,10 @@ def gap_against_explanations(study: StudyData, said: Comparison) -> Picture | No
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
     count = len(next(iter(panels.values())))
     says = f"Accuracy lost by {count} runs against {listed(list(panels))}."
-    return Picture(figure, says, [row for rows in panels.values() for row in rows])
+    return ReportFigure(figure, says, [row for rows in panels.values() for row in rows])
 
 
-def curves(study: StudyData) -> Picture | None:
+def curves(study: StudyData) -> ReportFigure | None:
     """Training loss by step and by epoch, validation accuracy by epoch: the first seed strong, the others faint."""
     arms = [(arm, runs) for arm, runs in arms_with_runs(study) if any(len(run.series("train/loss")[0]) for run in runs)]
     if not arms:
@@ -331,7 +333,7 @@ def curves(study: StudyData) -> Picture | None:
     figure.legend(handles=[*handles.values()], loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
     ends = {arm: [y[-1] for run in runs if len(y := run.series("train/loss")[1])] for arm, runs in arms}
     says = f"Last training loss: {listed([f'{arm} {spread(values)[0]:.3g}' for arm, values in ends.items()])}."
-    return Picture(figure, says, data)
+    return ReportFigure(figure, says, data)
 
 
 def _looks(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from gengap_dist.runs.run_folder import write_atomically
 MOST_ROWS = 150  # of a picture's data as a table on the page; the CSV has all
 
 
-class Drawn(NamedTuple):
+class RenderedFigure(NamedTuple):
     """A picture on the page."""
 
     name: str
@@ -55,7 +55,7 @@ def write_report(study: StudyData, *, pdf: bool = True) -> Path:
         theme=THEME,
         arms=arm_table(study, said) if is_study else None,
         runs=run_table(study),
-        pictures=_pictures(study, said, is_study, pdf=pdf),
+        pictures=_render_figures(study, said, is_study, pdf=pdf),
         pdf=pdf,
         tuned=tuning_tables(study.info.get("tuned") or {}),
         space=_yaml((config.get("study") or {}).get("tune")),
@@ -67,7 +67,7 @@ def write_report(study: StudyData, *, pdf: bool = True) -> Path:
     return page
 
 
-def _pictures(study: StudyData, said: Comparison, is_study: bool, *, pdf: bool) -> list[Drawn]:
+def _render_figures(study: StudyData, said: Comparison, is_study: bool, *, pdf: bool) -> list[RenderedFigure]:
     """Draw every picture that has something to show, and write its files."""
     folder = study.folder / "figures"
     folder.mkdir(exist_ok=True)
@@ -79,7 +79,7 @@ def _pictures(study: StudyData, said: Comparison, is_study: bool, *, pdf: bool) 
             svg, csv = save(picture, folder, name, pdf=pdf)
             uri = "data:text/csv;base64," + base64.b64encode(csv.encode()).decode()
             table = data_table(f"Data: {title}", picture.rows) if len(picture.rows) <= MOST_ROWS else None
-            out.append(Drawn(name, title, caption, svg, uri, table))
+            out.append(RenderedFigure(name, title, caption, svg, uri, table))
     return out
 
 

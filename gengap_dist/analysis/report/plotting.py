@@ -72,7 +72,7 @@ STYLE: dict[Any, Any] = {
 Row = dict[str, Any]
 
 
-class Picture(NamedTuple):
+class ReportFigure(NamedTuple):
     """A figure, what it says in one sentence, and the numbers that it shows, one row per point."""
 
     figure: Figure
@@ -80,7 +80,7 @@ class Picture(NamedTuple):
     rows: Sequence[Row]
 
 
-def save(picture: Picture, folder: Path, name: str, *, pdf: bool) -> tuple[str, str]:
+def save(picture: ReportFigure, folder: Path, name: str, *, pdf: bool) -> tuple[str, str]:
     """Write NAME.svg, NAME.csv and perhaps NAME.pdf; the SVG as it stands on the page, and the CSV."""
     text, table = io.StringIO(), as_csv(picture.rows)
     if layout := picture.figure.get_layout_engine():  # once, while savefig would draw all of it to lay it out

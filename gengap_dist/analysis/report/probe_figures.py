@@ -18,7 +18,7 @@ from gengap_dist.analysis.report.plotting import (
     SOFT,
     UNTRAINED,
     WARM,
-    Picture,
+    ReportFigure,
     Row,
     arms_with_runs,
     batch_axis,
@@ -54,7 +54,7 @@ BANDWIDTH = 0.12  # decades of singular value, of the kernel that makes a ridge
 NEAR = -2.0  # log10 of the relative threshold of the near-rank loss that is drawn
 
 
-def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Picture | None:
+def by_layer(study: StudyData, name: str, threshold: str, label: str) -> ReportFigure | None:
     """A measure of every layer by global batch, or in rows: trained (means and seeds) beside untrained (dashed)."""
     keys, arms, rows = chosen_layers(study), arms_with_runs(study), in_rows(study)
     if not keys or not arms:
@@ -105,10 +105,12 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> Picture
         values = [row[column] for row in data if row["arm"] == arm and row["layer"] == last]
         if np.isfinite(values).any():
             means.append(f"{arm} {np.nanmean(values):.3g}")
-    return Picture(figure, f"{label[0].upper()}{label[1:]} of {len(keys)} layers; of {last}: {listed(means)}.", data)
+    return ReportFigure(
+        figure, f"{label[0].upper()}{label[1:]} of {len(keys)} layers; of {last}: {listed(means)}.", data
+    )
 
 
-def near_rank_change(study: StudyData) -> Picture | None:
+def near_rank_change(study: StudyData) -> ReportFigure | None:
     """Arm x layer: how far training moved the near-rank loss from the untrained network's; means over finished runs."""
     keys = chosen_layers(study, 12)
     arms = [arm for arm in study.arms if study.finished(arm)]
@@ -159,10 +161,10 @@ def near_rank_change(study: StudyData) -> Picture | None:
         f"Change of near-rank loss by training, points of share, {len(arms)} arms by {len(keys)} layers; largest: "
         f"{worst['arm']}, {worst['layer']}: {100 * worst['change']:+.1f}."
     )
-    return Picture(figure, says, data)
+    return ReportFigure(figure, says, data)
 
 
-def spectra_over_steps(study: StudyData) -> Picture | None:
+def spectra_over_steps(study: StudyData) -> ReportFigure | None:
     """Ridgelines: how singular values of a few layers lie on a logarithmic axis, a ridge for each measured step."""
     keys = chosen_layers(study, 3)
     runs = one_per_batch(study, RunData.spectra_steps)
@@ -201,7 +203,7 @@ def spectra_over_steps(study: StudyData) -> Picture | None:
     ends = [(arm, run.untrained_and_trained(last)) for arm, run in runs.items()]
     shares = listed([f"{arm} {a:.1%} to {b:.1%}" for arm, (a, b) in ends])
     says = f"Share of the singular values of {keys[-1]} below 0.01 s1, from the first step to the last: {shares}."
-    return Picture(figure, says, data)
+    return ReportFigure(figure, says, data)
 
 
 def _ridge(axes: Axes, number: int, count: int, values: np.ndarray, facts: dict) -> None:
@@ -228,7 +230,7 @@ def _thinned(values: np.ndarray, facts: dict) -> Iterator[Row]:
         }
 
 
-def all_spectra(study: StudyData) -> Picture | None:
+def all_spectra(study: StudyData) -> ReportFigure | None:
     """Every layer of a run at its last measurement, raw and centred, with its floor and its untrained control."""
     run = study.runs[0]
     steps = run.spectra_steps()
@@ -269,7 +271,7 @@ def all_spectra(study: StudyData) -> Picture | None:
         handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained, raw"))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
     figure.supxlabel("index of singular value", fontsize=9, color=SOFT)
-    return Picture(figure, f"Singular values of {len(keys)} layers at step {steps[-1]:,}: {listed(keys)}.", data)
+    return ReportFigure(figure, f"Singular values of {len(keys)} layers at step {steps[-1]:,}: {listed(keys)}.", data)
 
 
 def _line(panel: Axes, values: np.ndarray, facts: dict, **style: object) -> None:
@@ -278,7 +280,7 @@ def _line(panel: Axes, values: np.ndarray, facts: dict, **style: object) -> None
     panel.plot(np.arange(1, len(values) + 1)[seen], values[seen], marker=marker, **style)  # pyright: ignore[reportArgumentType]
 
 
-def rank_by_samples(study: StudyData) -> Picture | None:
+def rank_by_samples(study: StudyData) -> ReportFigure | None:
     """Two measures of three layers against N, trained and untrained, for every arm that has control probe sets."""
     keys = chosen_layers(study, 3)
     arms = [arm for arm in study.arms if any(len(_sets(run)) > 1 for run in study.of(arm))]
@@ -333,7 +335,7 @@ def rank_by_samples(study: StudyData) -> Picture | None:
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
     sizes = sorted({row["num_samples"] for row in data})
     says = f"Near-rank loss and effective rank of {listed(keys)} against {sizes[0]:,} to {sizes[-1]:,} probe samples."
-    return Picture(figure, says, data)
+    return ReportFigure(figure, says, data)
 
 
 def _mean(values: list[tuple[int, float, float]]) -> tuple[float, ...]:
@@ -351,7 +353,7 @@ def _sets(run: RunData) -> dict[str, int]:
     return ({"": known} if (known := run.info.get("num_probe_samples")) else {}) | sizes
 
 
-def measures_over_steps(study: StudyData) -> Picture | None:
+def measures_over_steps(study: StudyData) -> ReportFigure | None:
     """One run: near-rank loss and effective rank of every layer while it trains."""
     keys = chosen_layers(study)
     if not keys:
@@ -371,10 +373,10 @@ def measures_over_steps(study: StudyData) -> Picture | None:
         axes.set_title(label)
         axes.set_xlabel("step")
     panels[1].legend(fontsize=8)
-    return Picture(figure, f"Near-rank loss and effective rank of {listed(keys)} over steps.", data)
+    return ReportFigure(figure, f"Near-rank loss and effective rank of {listed(keys)} over steps.", data)
 
 
-def rivals_over_steps(study: StudyData) -> Picture | None:
+def diagnostics_over_steps(study: StudyData) -> ReportFigure | None:
     """One run: every diagnostic explanation that was measured more than once."""
     recorded = study.runs[0].history()
     series = {name: recorded.series(name) for name in DIAGNOSTICS}
@@ -399,4 +401,4 @@ def rivals_over_steps(study: StudyData) -> Picture | None:
     for panel in panels[len(series) :]:
         panel.set_visible(False)
     ends = [f"{DIAGNOSTICS[name]} {y[-1]:.3g}" for name, (_, y) in series.items()]
-    return Picture(figure, f"Other explanations at the last step: {listed(ends)}.", data)
+    return ReportFigure(figure, f"Other explanations at the last step: {listed(ends)}.", data)

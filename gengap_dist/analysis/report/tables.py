@@ -77,7 +77,10 @@ def arm_table(study: StudyData, said: Comparison) -> Table:
                 _interval(found.paired.student),
                 _interval(found.paired.bootstrap),
                 number(found.holm, ".2g"),
-                *(number(v, text="" if v is None else f"{100 * v:.2f}") for v in (found.smallest, found.detectable)),
+                *(
+                    number(v, text="" if v is None else f"{100 * v:.2f}")
+                    for v in (found.ci_half_width, found.minimum_detectable_effect)
+                ),
                 Cell(found.matched or "nothing"),
             ]
         for name, threshold in (("near_rank_loss", "rel_1e-2"), ("effective_rank", "")) if last else ():

@@ -15,12 +15,12 @@ Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and a few words."""
 
 
-def started_elsewhere() -> bool:
+def started_externally() -> bool:
     """Whether torchrun or the deepspeed launcher has started this process as one of several ranks."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
 
 
-def leave(code: int) -> Never:
+def hard_exit(code: int) -> Never:
     """End a rank's process at once.
 
     gloo's threads are not always gone when Python tears down: about one exit in 25 then ends in std::terminate

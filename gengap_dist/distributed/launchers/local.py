@@ -10,10 +10,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, final
 
-from gengap_dist.compat.fast_imports import quickly
+from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, leave, load_entry_point
-from gengap_dist.distributed.preemption import Notice, Preempted, listening
+from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, hard_exit, load_entry_point
+from gengap_dist.distributed.preemption import Preempted, PreemptionFlag, catching_signals
 from gengap_dist.errors import OutOfMemory, UsageError
 
 PROGRESS_SECONDS = 0.1  # between two words from rank 0
@@ -21,16 +21,16 @@ SIGNAL_SECONDS = 0.2  # between two looks at whether we were asked to leave
 
 
 @final
-class InProcess(Launcher):
+class InProcessLauncher(Launcher):
     """One rank: this process."""
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
         """See `Launcher.run`; exceptions come as they are."""
-        with quickly():
+        with fast_imports():
             run = load_entry_point(self.entry_point)  # imports torch, which --help does not need
 
         # whatever a scheduler left there, this is the only rank
-        with _environment(rank_variables(0, 1)), listening() as leaving:
+        with _environment(rank_variables(0, 1)), catching_signals() as leaving:
             return run(config, out, resume=resume, progress=progress, leaving=leaving)
 
     def close(self, *, kill: bool = False) -> None:
@@ -38,7 +38,7 @@ class InProcess(Launcher):
 
 
 @final
-class Pool(Launcher):
+class LocalLauncher(Launcher):
     """`num_processes` ranks on this machine. After a failure the next run starts new ones."""
 
     def __init__(self, num_processes: int, entry_point: str) -> None:
@@ -54,7 +54,7 @@ class Pool(Launcher):
         try:
             for _, pipe in self._ranks:
                 pipe.send((config, out, resume))
-            with listening() as leaving:
+            with catching_signals() as leaving:
                 return self._wait(progress, leaving)
         except BaseException:
             self.close(kill=True)
@@ -163,13 +163,13 @@ def _rank_main(pipe: Connection, env: dict[str, str], entry_point: str) -> None:
     import warnings
 
     os.environ.update(env)
-    leaving = Notice()
-    signal.signal(signal.SIGTERM, leaving.give)
+    leaving = PreemptionFlag()
+    signal.signal(signal.SIGTERM, leaving.set)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if env["RANK"] != "0":
         warnings.simplefilter("ignore")  # rank 0 says it for all
-    with quickly():
-        from gengap_dist.distributed.process_group import disconnect
+    with fast_imports():
+        from gengap_dist.distributed.process_group import destroy_process_group
 
         run = load_entry_point(entry_point)
 
@@ -189,13 +189,13 @@ def _rank_main(pipe: Connection, env: dict[str, str], entry_point: str) -> None:
             except Preempted as error:
                 pipe.send(("preempted", error.step))
             except OutOfMemory as error:
-                if not error.told:  # the rank that says so is heard, and then this one is ended
+                if not error.reported_elsewhere:  # the rank that says so is heard, and then this one is ended
                     pipe.send(("memory", str(error)))
             except UsageError as error:
                 pipe.send(("usage", str(error)))
             except Exception:
                 pipe.send(("error", traceback.format_exc()))
-        disconnect()
+        destroy_process_group()
     except (EOFError, BrokenPipeError):
-        leave(1)  # the parent is gone
-    leave(0)
+        hard_exit(1)  # the parent is gone
+    hard_exit(0)

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple, Never, final
 
 from gengap_dist.config.sections import LaunchConfig, RunConfig
 from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, load_entry_point
-from gengap_dist.distributed.preemption import Notice, Preempted
+from gengap_dist.distributed.preemption import Preempted, PreemptionFlag
 from gengap_dist.errors import OutOfMemory, UsageError
 
 ANSWER_SECONDS = 12.0  # for a cluster to answer before it counts as silent
-NEWS_SECONDS = 0.5  # between two words from rank 0, and between two looks of the driver
+POLL_SECONDS = 0.5  # between two words from rank 0, and between two looks of the driver
 WAITING_SECONDS = 60.0  # between two warnings that no rank has started yet
 PREEMPTION_SECONDS = 5.0  # between two looks for a preemption notice; Ray itself looks as often
 
@@ -44,12 +44,12 @@ except ConnectionError as error:
     sys.exit({_NO_CLUSTER} if sys.argv[1] == "auto" and "find any running" in str(error) else 1)
 """
 
-News = tuple[str, Any]
+Message = tuple[str, Any]
 """started: world size; progress: run, step, steps, note; result: run, its result; usage: a sentence; failed: rank,
 traceback; preempted: step."""
 
 
-def asked(config: LaunchConfig) -> bool:
+def uses_ray(config: LaunchConfig) -> bool:
     """Whether a Ray cluster is to give the ranks.
 
     Raises:
@@ -76,11 +76,11 @@ def resources_per_rank(config: LaunchConfig) -> dict[str, float]:
     return {"CPU": 1.0} | ({"GPU": 1.0} if config.device == "cuda" else {}) | config.resources_per_rank
 
 
-def room(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float], placement: str) -> int:
+def num_slots(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, float], placement: str) -> int:
     """How many ranks fit on nodes with these resources when nothing else runs there.
 
     >>> nodes = [{"CPU": 4, "GPU": 2}, {"CPU": 8}, {"CPU": 1, "GPU": 8}]
-    >>> [room(nodes, {"CPU": 1, "GPU": 1}, placement) for placement in ("PACK", "STRICT_PACK", "STRICT_SPREAD")]
+    >>> [num_slots(nodes, {"CPU": 1, "GPU": 1}, placement) for placement in ("PACK", "STRICT_PACK", "STRICT_SPREAD")]
     [3, 2, 2]
     """
     fit = [min(int(node.get(name, 0.0) / amount) for name, amount in resources.items()) for node in nodes]
@@ -121,7 +121,7 @@ def resolve_device(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str
     short = [
         launch
         for launch in undecided
-        if room(nodes, resources_per_rank(_on("cuda", launch)), launch.placement) < launch.num_processes
+        if num_slots(nodes, resources_per_rank(_on("cuda", launch)), launch.placement) < launch.num_processes
     ]
     if short and any("GPU" in node for node in nodes):
         _warn(
@@ -193,7 +193,7 @@ def check_address(address: str) -> bool:
 
 
 @final
-class RayTrain(Launcher):
+class RayLauncher(Launcher):
     """Ranks that a Ray cluster starts where there is room for them; a study asks for its own (study/ray_tune.py)."""
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
@@ -206,12 +206,12 @@ class RayTrain(Launcher):
         check_folder(out)
         try:
             grows = not connect(config.launch)
-            with terminated_is_interrupted():
-                teller, results = start_teller([(config, out)]), dict[int, Any]()
+            with sigterm_as_interrupt():
+                teller, results = start_run_queue([(config, out)]), dict[int, Any]()
                 (launch,) = resolve_device([config.launch], alive_nodes())
-                team = Team(uuid.uuid4().hex, config.launch, launch, teller, out / "ray", self.entry_point)
+                team = WorkerGroup(uuid.uuid4().hex, config.launch, launch, teller, out / "ray", self.entry_point)
                 told = lambda number, done, total, note: progress(done, total, note)  # noqa: E731
-                Fit(team, told, results.__setitem__, config.launch.max_failures).wait(grows)
+                WorkerGroupRun(team, told, results.__setitem__, config.launch.max_failures).wait(grows)
                 return results[0]
         except RankFailed:
             raise  # the ranks are gone
@@ -268,7 +268,7 @@ def connect(config: LaunchConfig) -> bool:
 
 
 @contextmanager
-def terminated_is_interrupted() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, so that a stopped job still says how its run ended.
 
     `ray job stop` gives the driver and its children 3 s from SIGTERM to SIGKILL. Ray has a handler of its own: this one
@@ -288,7 +288,7 @@ def terminated_is_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Teller:
+class RunQueue:
     """The actor between those who do the work and those who wait for it.
 
     It hands out runs, and keeps what is told until it is heard. Those who do runs one after another are a team; `team`
@@ -300,9 +300,9 @@ class Teller:
         self._runs = runs
         self._waiting = [*range(len(runs))]
         self._given: dict[str, tuple[int, int]] = {}  # by team: its run, and how often its ranks have begun with it
-        self._news: dict[str, list[News]] = {}
+        self._news: dict[str, list[Message]] = {}
 
-    def give(self, team: str, launch: LaunchConfig) -> tuple[int, int] | None:
+    def assign(self, team: str, launch: LaunchConfig) -> tuple[int, int] | None:
         """A team's run and how often it was begun: the one that it has, or else the next for ranks of its kind."""
         if team not in self._given:
             number = next((number for number in self._waiting if self._runs[number][0].launch == launch), None)
@@ -314,7 +314,7 @@ class Teller:
 
     def begin(self, team: str, launch: LaunchConfig) -> int:
         """The run that a team's ranks have to begin, or to go on with, now; -1 if none is left."""
-        given = self.give(team, launch)
+        given = self.assign(team, launch)
         if given is None:
             return -1
         number, num_starts = given
@@ -329,26 +329,26 @@ class Teller:
         """A run and its folder."""
         return self._runs[number]
 
-    def tell(self, about: str, kind: str, value: Any) -> None:
+    def publish(self, about: str, kind: str, value: Any) -> None:
         """Keep this, for who waits for news about `about`."""
         self._news.setdefault(about, []).append((kind, value))
 
-    def hear(self, about: str) -> list[News]:
+    def poll(self, about: str) -> list[Message]:
         """What was told since the last time."""
         return self._news.pop(about, [])
 
 
-def start_teller(runs: Sequence[tuple[RunConfig, Path]]) -> Any:
+def start_run_queue(runs: Sequence[tuple[RunConfig, Path]]) -> Any:
     """An actor on this node that hands out these runs; their paths hold wherever ranks are."""
     import ray
 
     def resolved(config: RunConfig) -> RunConfig:
         return config.model_copy(update={"data": config.data.model_copy(update={"root": config.data.root.resolve()})})
 
-    return ray.remote(Teller).options(**here()).remote([(resolved(config), out) for config, out in runs])
+    return ray.remote(RunQueue).options(**on_this_node()).remote([(resolved(config), out) for config, out in runs])
 
 
-class Team(NamedTuple):
+class WorkerGroup(NamedTuple):
     """Ranks of one kind that take runs from a teller until none is left for them."""
 
     name: str
@@ -356,19 +356,19 @@ class Team(NamedTuple):
     """As its runs have it; by this the teller knows which are for them."""
     resolved: LaunchConfig
     """The same with cpu or cuda for launch.device; see `resolve_device`."""
-    teller: Any
+    queue: Any
     storage: Path
     """Folder for Ray Train's own files, which nobody needs afterwards."""
     entry_point: str
     """What every rank calls for a run, as `module:function`."""
 
 
-class Fit:
+class WorkerGroupRun:
     """One Ray Train run: a team, as it is seen from where it is waited for."""
 
     def __init__(
         self,
-        team: Team,
+        team: WorkerGroup,
         progress: Callable[[int, int, int, str], None],
         over: Callable[[int, dict[str, Any]], None],
         max_failures: int,
@@ -384,7 +384,7 @@ class Fit:
         import ray
 
         self.team, self.progress, self.over = team, progress, over
-        self._task = ray.remote(_fit).options(max_retries=0, **here())
+        self._task = ray.remote(_fit).options(max_retries=0, **on_this_node())
         self._job = {
             "team": team,
             "max_failures": max_failures,
@@ -392,7 +392,7 @@ class Fit:
             "folder": Path.cwd(),
             "command": sys.orig_argv,
         }
-        self._troubles: list[News] = []  # of the ranks' latest start
+        self._troubles: list[Message] = []  # of the ranks' latest start
         self._num_starts, self._size = 0, 0
         self._warned = 0.0
 
@@ -408,7 +408,7 @@ class Fit:
 
         self._check_room(grows)
         fit = self._task.remote(self._job)
-        while not ray.wait([fit], timeout=NEWS_SECONDS)[0]:
+        while not ray.wait([fit], timeout=POLL_SECONDS)[0]:
             self._hear()
             if not self._size and time.monotonic() - self._warned > WAITING_SECONDS:
                 self._warn("no rank has started yet: waiting for room in the Ray cluster (see `ray status`)")
@@ -420,7 +420,7 @@ class Fit:
     def _hear(self) -> None:
         import ray
 
-        for kind, value in ray.get(self.team.teller.hear.remote(self.team.name)):
+        for kind, value in ray.get(self.team.queue.hear.remote(self.team.name)):
             match kind:
                 case "started":
                     self._started(value)
@@ -455,7 +455,7 @@ class Fit:
     def _check_room(self, grows: bool) -> None:
         launch, nodes = self.team.resolved, alive_nodes()
         needs = resources_per_rank(launch)
-        fit = room(nodes, needs, launch.placement)
+        fit = num_slots(nodes, needs, launch.placement)
         self._warned = time.monotonic()
         if fit < launch.num_processes:
             text = (
@@ -473,7 +473,7 @@ class Fit:
         _warn(text)
 
 
-def _reason(troubles: list[News]) -> str:
+def _reason(troubles: list[Message]) -> str:
     """What came first, in a line; a traceback's last line may be any line of a long message."""
     kind, value = troubles[0]
     if kind == "preempted":
@@ -482,7 +482,7 @@ def _reason(troubles: list[News]) -> str:
     return next((line for line in reversed(lines) if re.match(r"[A-Za-z_][\w.]*: ", line)), lines[-1])
 
 
-def here() -> dict[str, Any]:
+def on_this_node() -> dict[str, Any]:
     """Options of a task or actor that runs on this node and takes nothing of it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -547,7 +547,7 @@ def _rank(job: dict[str, Any]) -> None:
     import ray
     import torch
 
-    from gengap_dist.distributed.process_group import connect as join
+    from gengap_dist.distributed.process_group import init_process_group as join
 
     name, launch, resolved, teller, _, entry_point = job["team"]
     run = load_entry_point(entry_point)
@@ -562,7 +562,7 @@ def _rank(job: dict[str, Any]) -> None:
 
     def progress(done: int, total: int, note: str) -> None:
         nonlocal spoke
-        if rank == 0 and (note or done == total or time.monotonic() - spoke > NEWS_SECONDS):
+        if rank == 0 and (note or done == total or time.monotonic() - spoke > POLL_SECONDS):
             spoke = time.monotonic()
             teller.tell.remote(name, "progress", (number, done, total, note))
 
@@ -573,7 +573,7 @@ def _rank(job: dict[str, Any]) -> None:
         tell("started", int(os.environ["WORLD_SIZE"]))
     try:
         world, leaving = join(resolved.device, resolved.timeout_seconds), _preemption_notice()
-        while (number := world.agree(ray.get(teller.begin.remote(name, launch)) if rank == 0 else 0)) >= 0:
+        while (number := world.broadcast_int(ray.get(teller.begin.remote(name, launch)) if rank == 0 else 0)) >= 0:
             config, out = ray.get(teller.run.remote(number))
             own = join(
                 resolved.device, resolved.timeout_seconds
@@ -583,7 +583,7 @@ def _rank(job: dict[str, Any]) -> None:
                 tell("result", (number, result))
                 ray.get(teller.end.remote(name))
     except OutOfMemory as error:
-        if not error.told:
+        if not error.reported_elsewhere:
             tell("usage", str(error))
     except UsageError as error:
         tell("usage", str(error))  # and no exception: Ray would start the ranks again
@@ -595,19 +595,19 @@ def _rank(job: dict[str, Any]) -> None:
         raise RuntimeError(f"rank {rank} failed") from None  # an exception of ours need not survive pickling
 
 
-def _preemption_notice() -> Notice:
+def _preemption_notice() -> PreemptionFlag:
     """A notice that is given when Ray is about to take a node away.
 
     Asking Ray makes all ranks wait for each other, so a thread on every rank asks, and steps only look at the notice.
     """
     import ray.train
 
-    notice = Notice()
+    notice = PreemptionFlag()
 
     def ask() -> None:
         while ray.train.get_preemption_info() is None:
             time.sleep(PREEMPTION_SECONDS)
-        notice.give(0)
+        notice.set(0)
 
     threading.Thread(target=ask, daemon=True).start()
     return notice

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any, final
 
 from gengap_dist.config.sections import LaunchConfig, RunConfig
-from gengap_dist.distributed.launchers.base import Launcher, Progress, load_entry_point, started_elsewhere
-from gengap_dist.distributed.preemption import listening
+from gengap_dist.distributed.launchers.base import Launcher, Progress, load_entry_point, started_externally
+from gengap_dist.distributed.preemption import catching_signals
 
 
-def joining(config: LaunchConfig) -> bool:
+def uses_torchrun(config: LaunchConfig) -> bool:
     """Whether this process is one of the ranks that somebody else started."""
-    return config.launcher == "torchrun" or (config.launcher == "auto" and started_elsewhere())
+    return config.launcher == "torchrun" or (config.launcher == "auto" and started_externally())
 
 
 def launch_id() -> str | None:
@@ -26,7 +26,7 @@ def restarted() -> bool:
 
 
 @final
-class Joined(Launcher):
+class TorchrunLauncher(Launcher):
     """This process as the rank it was started as. Collective: every rank calls the same."""
 
     @staticmethod
@@ -37,12 +37,12 @@ class Joined(Launcher):
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
         """See `Launcher.run`; exceptions come as they are."""
         run = load_entry_point(self.entry_point)  # imports torch, which --help does not need
-        with listening() as leaving:
+        with catching_signals() as leaving:
             return run(config, out, resume=resume, progress=progress, leaving=leaving, launcher="torchrun")
 
     def close(self, *, kill: bool = False) -> None:
         """Leave the process group."""
-        from gengap_dist.distributed.process_group import disconnect
+        from gengap_dist.distributed.process_group import destroy_process_group
 
         if not kill:
-            disconnect()
+            destroy_process_group()

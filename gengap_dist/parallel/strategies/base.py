@@ -14,7 +14,7 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import GhostBatchNorm, SyncBatchNorm
 from gengap_dist.models.sample_position import position_of
-from gengap_dist.parallel.execution import compiled, recompute_blocks
+from gengap_dist.parallel.execution import checkpoint_blocks, compiled
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """What an optimizer remembers, by name of the parameter and of the quantity, whole; the same for every strategy."""
@@ -24,13 +24,13 @@ BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 class Strategy(ABC):
     """One model and its optimizer, trained by all ranks together."""
 
-    reorders = False
+    needs_warmup_backward = False
     """Whether the first backward pass changes the order in which gradients are summed; a run does one that counts for
     nothing then, so that a resumed run sums like one that was never interrupted."""
-    lockstep = False
+    equal_micro_batches_required = False
     """Whether all ranks must do equally many micro-steps, some of them empty; see `BatchPlan.micro_batches`."""
 
-    hidden = False
+    has_untimed_collectives = False
     """Whether ranks also meet where whereabouts do not see it, inside of the engine's passes."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -43,11 +43,11 @@ class Strategy(ABC):
         self.model: nn.Module
         """The network that trains; a sharded strategy holds only a part of each parameter, but every buffer."""
         self.optimizer: torch.optim.Optimizer
-        self.synced = False
+        self.has_sync_bn = False
         """Whether ranks meet in forward passes of training, too."""
-        self.watching = False
+        self.track_local_grad_norm = False
         """Whether `local_energy` will be asked for; it costs one pass over the gradients."""
-        self.sizes: set[int] = set()
+        self.compiled_batch_sizes: set[int] = set()
         """Samples in the micro-batches of full steps. Under train.compile others, such as those of an epoch's last
         step, run as they are: compiling takes longer, and what is compiled for any size is slower."""
         # Off, as it mostly is, it changes nothing. Gradients meet before they are unscaled, so one that is infinite on
@@ -61,7 +61,7 @@ class Strategy(ABC):
         if train.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if train.activation_checkpointing:
-            recompute_blocks(model)
+            checkpoint_blocks(model)
         self.model, self.optimizer = model, build(model)
         self.net = compiled(model) if train.compile else model
         """What training calls: the model, or what it was compiled to, on the same parameters."""
@@ -69,7 +69,7 @@ class Strategy(ABC):
             self._begin_momentum()
         self.position = position_of(model)
         self._ghosts = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
-        self.synced = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in model.modules())
+        self.has_sync_bn = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in model.modules())
 
     def _begin_momentum(self) -> None:
         """Torch's fused SGD (2.15) takes momentum from memory that nobody wrote, if it skips its first step."""
@@ -96,7 +96,7 @@ class Strategy(ABC):
         with self._autocast(), self._stance(len(images)):
             logits = net(images).to(images.dtype)
         for layer in self._ghosts:
-            layer.settle()
+            layer.commit_running_stats()
         return logits
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -104,7 +104,7 @@ class Strategy(ABC):
         return torch.autocast(self.world.device.type, dtype=getattr(torch, kind)) if kind else nullcontext()
 
     def _stance(self, size: int) -> AbstractContextManager[object]:
-        seldom = self.config.train.compile and self.sizes and size not in self.sizes
+        seldom = self.config.train.compile and self.compiled_batch_sizes and size not in self.compiled_batch_sizes
         return torch.compiler.set_stance("force_eager") if seldom else nullcontext()
 
     @abstractmethod
@@ -119,7 +119,7 @@ class Strategy(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, whose sum over micro-batches and ranks is the global batch's mean loss."""
 
-    def local_energy(self) -> Tensor:
+    def local_squared_grad_norm(self) -> Tensor:
         """|g|^2, float64, of this rank's own gradient after its first micro-batch, not yet summed over ranks."""
         return self.unscaled(nn.utils.get_total_norm(self._gradients()).double()).square()
 
@@ -162,7 +162,7 @@ class Strategy(ABC):
         if limit := self.config.optim.clip_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
 
-    def whole(self) -> AbstractContextManager[nn.Module]:
+    def unsharded_model(self) -> AbstractContextManager[nn.Module]:
         """The plain network with all its parameters and buffers, on every rank, to look at. Collective.
 
         It may be a copy, good until the context ends: nothing that is written to it lasts.

@@ -21,7 +21,7 @@ _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "bro
 class DDP(Strategy):
     """Gradients are summed over ranks while the last micro-batch's backward pass runs."""
 
-    reorders = True  # it rebuilds its buckets
+    needs_warmup_backward = True  # it rebuilds its buckets
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective."""
@@ -47,7 +47,7 @@ class DDP(Strategy):
         """See `Strategy.backward`. What comes after the last bucket of gradients has left is waiting for the others."""
         self.scaler.scale(loss).backward()
         if self._last_bucket is not None:
-            self.world.where.charge_since(self._last_bucket, "communication")
+            self.world.timer.charge_since(self._last_bucket, "communication")
 
     def _sum(
         self,
@@ -55,18 +55,18 @@ class DDP(Strategy):
         bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
     ) -> torch.futures.Future[Tensor]:
         """A bucket's gradients summed over ranks, where DDP itself would take the mean."""
-        if self.watching:
+        if self.track_local_grad_norm:
             self._energies.append(torch.linalg.vector_norm(bucket.buffer(), dtype=torch.float64).square())
-        self.world.where.meet("sum of gradients")
-        self._last_bucket = self.world.where.now()
+        self.world.timer.enter_collective("sum of gradients")
+        self._last_bucket = self.world.timer.now()
         work = dist.all_reduce(bucket.buffer(), async_op=True)
         assert work is not None
         return work.get_future().then(lambda future: future.value()[0])
 
-    def local_energy(self) -> Tensor:
-        """See `Strategy.local_energy`: of the only micro-batch, the buckets have kept it."""
+    def local_squared_grad_norm(self) -> Tensor:
+        """See `Strategy.local_squared_grad_norm`: of the only micro-batch, the buckets have kept it."""
         if not self._energies:
-            return super().local_energy()
+            return super().local_squared_grad_norm()
         return self.unscaled(self.unscaled(torch.stack(self._energies).sum()))  # it is a square
 
     def close(self) -> None:

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.batch_plan import BatchPlan
-from gengap_dist.distributed.process_group import World, ensure_group
+from gengap_dist.distributed.process_group import World, ensure_process_group
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies.base import BuildOptimizer, OptimizerState, Strategy
-from gengap_dist.parallel.strategies.local_grad_norm import LocalEnergy
-from gengap_dist.parallel.strategies.unsharded_copy import Twin
+from gengap_dist.parallel.strategies.local_grad_norm import LocalGradNorm
+from gengap_dist.parallel.strategies.unsharded_copy import UnshardedCopy
 
 BUCKET = 50_000_000  # most gradients, in numbers, that wait to be reduced together
 PERSISTENT = 10_000  # stage 3: parameters of fewer numbers stay whole on every rank
 
 
-class Part(NamedTuple):
+class ParameterShard(NamedTuple):
     """Numbers `start` .. `start + size` of a parameter are `offset` .. `offset + size` of a flat vector."""
 
     flat: Tensor
@@ -60,10 +60,10 @@ def check(config: RunConfig, stage: int) -> None:
 
 
 @final
-class Zero(Strategy):
+class DeepSpeedZero(Strategy):
     """A DeepSpeed engine of one ZeRO stage, made to sum gradients exactly as the other strategies do."""
 
-    hidden = True
+    has_untimed_collectives = True
 
     def __init__(self, config: RunConfig, world: World, *, stage: int) -> None:
         """See `Strategy`.
@@ -73,27 +73,27 @@ class Zero(Strategy):
         """
         super().__init__(config, world)
         self.stage = stage
-        self.lockstep = stage >= 2  # gradients are reduced in every backward pass
+        self.equal_micro_batches_required = stage >= 2  # gradients are reduced in every backward pass
         check(config, stage)
         self._deepspeed = _import(f"zero{stage}", world.device)
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective."""
-        ensure_group(self.world, self.config.launch.timeout_seconds)
+        ensure_process_group(self.world, self.config.launch.timeout_seconds)
         _adopt_group(self._deepspeed, self.world.device, self.config.launch.timeout_seconds)
-        self._twin = Twin(model, self.world.device) if self.stage == 3 else None
+        self._twin = UnshardedCopy(model, self.world.device) if self.stage == 3 else None
         super().setup(model, build)
         with _quiet():
             self._engine, *_ = self._deepspeed.initialize(
                 model=_Inside(model, super()._autocast), optimizer=self.optimizer, config=self._settings()
             )
-        self._energy = LocalEnergy()
+        self._energy = LocalGradNorm()
         self._energy.listen(model.parameters())
 
     def _settings(self) -> dict[str, Any]:
         """DeepSpeed's config."""
         batch, size = self.config.batch, self.world.size
-        plan = BatchPlan(batch.global_size, size, batch.most_at_once, batch.ghost_size)
+        plan = BatchPlan(batch.global_size, size, batch.max_micro_size, batch.ghost_size)
         spans = [plan.micro_batches(rank) for rank in range(size)]
         # Terms of a batch that is cut evenly: an uneven one has fewer samples. DeepSpeed only checks and counts with
         # them; `backward` and `micro_step` leave it no division to make.
@@ -124,7 +124,7 @@ class Zero(Strategy):
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective in the last micro-step, from stage 2 on in every one: every rank has equally many."""
         self._engine.set_gradient_accumulation_boundary(last)
-        self._energy.start(self.watching)
+        self._energy.start(self.track_local_grad_norm)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
@@ -132,8 +132,8 @@ class Zero(Strategy):
         # the engine takes the mean over ranks, of what is the global mean when summed
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def local_energy(self) -> Tensor:
-        """See `Strategy.local_energy`."""
+    def local_squared_grad_norm(self) -> Tensor:
+        """See `Strategy.local_squared_grad_norm`."""
         return self._energy.total() / self.world.size**2
 
     def step(self) -> Tensor:
@@ -151,9 +151,9 @@ class Zero(Strategy):
         norm = torch.as_tensor(self._engine.get_global_grad_norm())
         return norm.detach().to(self.world.device, torch.float32)
 
-    def whole(self) -> AbstractContextManager[nn.Module]:
-        """See `Strategy.whole`: at stage 3, a copy."""
-        return self._twin.filled(self._weights(), self.model) if self._twin else super().whole()
+    def unsharded_model(self) -> AbstractContextManager[nn.Module]:
+        """See `Strategy.unsharded_model`: at stage 3, a copy."""
+        return self._twin.filled(self._weights(), self.model) if self._twin else super().unsharded_model()
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
@@ -161,7 +161,7 @@ class Zero(Strategy):
             part = _stage3_part(local, local.ds_tensor.data.view(-1), 0, self.world.rank)
             yield name, self._gather(part, part.flat, local.ds_shape)
 
-    def _parts(self) -> Iterator[tuple[str, torch.Size, Part | None]]:
+    def _parts(self) -> Iterator[tuple[str, torch.Size, ParameterShard | None]]:
         """Names and shapes of the trained parameters, and this rank's part of each, if it has one."""
         zero = self._engine.optimizer
         for name, parameter in self.model.named_parameters():
@@ -177,15 +177,15 @@ class Zero(Strategy):
             if found := local._hp_mapping:
                 here, there = found.lp_fragment_address, found.hp_fragment_address
                 flat = zero.single_partition_of_fp32_groups[found.param_group_index]
-                part = Part(flat, there.start, here.start, here.numel)
+                part = ParameterShard(flat, there.start, here.start, here.numel)
             yield name, parameter.shape, part
 
-    def _gather(self, part: Part | None, values: Tensor, shape: torch.Size) -> Tensor:
+    def _gather(self, part: ParameterShard | None, values: Tensor, shape: torch.Size) -> Tensor:
         """A whole tensor, from the ranks' parts of it. Collective."""
         whole = torch.zeros(shape.numel(), dtype=values.dtype, device=self.world.device)
         if part:
             whole[part.start : part.start + part.size] = values[part.offset : part.offset + part.size]
-        return self.world.sum(whole).view(shape)
+        return self.world.all_reduce(whole).view(shape)
 
     def optimizer_state(self) -> OptimizerState:
         """See `Strategy.optimizer_state`: on rank 0, in the CPU's memory."""
@@ -224,11 +224,11 @@ class Zero(Strategy):
         self._engine.destroy()
 
 
-def _stage3_part(parameter: Any, flat: Tensor, offset: int, rank: int) -> Part:
+def _stage3_part(parameter: Any, flat: Tensor, offset: int, rank: int) -> ParameterShard:
     """Ranks hold consecutive parts of one size, the last ones padded or empty."""
     size = parameter.partition_numel()
     start = min(rank * size, parameter.ds_numel)
-    return Part(flat, offset, start, min(size, parameter.ds_numel - start))
+    return ParameterShard(flat, offset, start, min(size, parameter.ds_numel - start))
 
 
 class _Inside(nn.Module):

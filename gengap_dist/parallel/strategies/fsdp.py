@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gengap_dist.distributed.process_group import ensure_group
+from gengap_dist.distributed.process_group import ensure_process_group
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies.base import BuildOptimizer, OptimizerState, Strategy
-from gengap_dist.parallel.strategies.local_grad_norm import LocalEnergy
-from gengap_dist.parallel.strategies.unsharded_copy import Twin
+from gengap_dist.parallel.strategies.local_grad_norm import LocalGradNorm
+from gengap_dist.parallel.strategies.unsharded_copy import UnshardedCopy
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor  # a second of imports that other strategies need not wait for
@@ -48,8 +48,8 @@ def units(model: nn.Module) -> list[nn.Module]:
 class FSDP(Strategy):
     """Parameters are gathered for each pass through a unit, gradients summed and scattered in every backward pass."""
 
-    lockstep = True
-    hidden = True
+    equal_micro_batches_required = True
+    has_untimed_collectives = True
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective.
@@ -66,14 +66,14 @@ class FSDP(Strategy):
                     f"launch.strategy (fsdp) cannot split parameter {name}, which has no dimension: "
                     "give it the shape [1], or choose zero3"
                 )
-        ensure_group(self.world, self.config.launch.timeout_seconds)
-        self._twin = Twin(model, self.world.device)
+        ensure_process_group(self.world, self.config.launch.timeout_seconds)
+        self._twin = UnshardedCopy(model, self.world.device)
         assert dist.group.WORLD is not None
         # not init_device_mesh, which may make a group of its own, with torch's timeout in place of ours
         mesh = DeviceMesh.from_group(dist.group.WORLD, self.world.device.type)
         for module in (*units(model), model):
             fully_shard(module, mesh=mesh)
-        self._energy = LocalEnergy()
+        self._energy = LocalGradNorm()
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
@@ -94,23 +94,23 @@ class FSDP(Strategy):
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective: every rank has equally many."""
-        self._energy.start(self.watching)
+        self._energy.start(self.track_local_grad_norm)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """See `Strategy.backward`."""
         loss.backward()
 
-    def local_energy(self) -> Tensor:
-        """See `Strategy.local_energy`."""
+    def local_squared_grad_norm(self) -> Tensor:
+        """See `Strategy.local_squared_grad_norm`."""
         return self._energy.total()
 
     def gradient_norm(self) -> Tensor:
         """See `Strategy.gradient_norm`. Collective."""
         return _whole(super().gradient_norm())
 
-    def whole(self) -> AbstractContextManager[nn.Module]:
-        """See `Strategy.whole`: a copy."""
+    def unsharded_model(self) -> AbstractContextManager[nn.Module]:
+        """See `Strategy.unsharded_model`: a copy."""
         return self._twin.filled(self._weights(), self.model)
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 @final
-class LocalEnergy:
+class LocalGradNorm:
     """|g|^2 of one backward pass, summed up by hooks on parameters as their gradients come by.
 
     >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    >>> energy = LocalEnergy()
+    >>> energy = LocalGradNorm()
     >>> energy.listen([weight])
     >>> energy.start(True)
     >>> (weight * weight).sum().backward()

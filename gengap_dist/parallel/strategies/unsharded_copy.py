@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @final
-class Twin:
+class UnshardedCopy:
     """A plain copy of a network, in the CPU's memory while nobody looks at it."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:

@@ -16,7 +16,7 @@ PANEL = 256  # rows of one product: only blocks on and above the diagonal are co
 BUCKET_BYTES = 16 * 2**20  # of packed triangles in one all-reduce
 
 
-class Square(ABC):
+class SpectrumAccumulator(ABC):
     """What is known of B: enough for its singular values, in k x k numbers."""
 
     relative_floor: float
@@ -34,7 +34,7 @@ class Square(ABC):
         """
 
     @abstractmethod
-    def energies(self) -> Tensor:
+    def squared_row_norms(self) -> Tensor:
         """[k] sums of squares of B's rows."""
 
     @abstractmethod
@@ -43,7 +43,7 @@ class Square(ABC):
 
 
 @final
-class Gram(Square):
+class GramAccumulator(SpectrumAccumulator):
     """The upper triangle of B B^T. Squaring costs half the digits: what is below sqrt(eps) s_1 is lost."""
 
     relative_floor = 4 * 2.0**-26  # 4 sqrt(eps); 2.4 sqrt(eps) is what noise reaches, see benchmarks/gram_floor.py
@@ -53,32 +53,32 @@ class Gram(Square):
         self.matrix_kk = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     @classmethod
-    def _of(cls, matrix_kk: Tensor) -> "Gram":
+    def _of(cls, matrix_kk: Tensor) -> "GramAccumulator":
         new = cls(0, matrix_kk.device)
         new.matrix_kk = matrix_kk
         return new
 
     def add(self, piece_kn: Tensor) -> None:
-        """See `Square.add`."""
+        """See `SpectrumAccumulator.add`."""
         for at in range(0, len(piece_kn), PANEL):
             self.matrix_kk[at : at + PANEL, at:].addmm_(piece_kn[at : at + PANEL], piece_kn[at:].T)
 
-    def fold(self, weight: float) -> "Gram":
-        """See `Square.fold`."""
+    def fold(self, weight: float) -> "GramAccumulator":
+        """See `SpectrumAccumulator.fold`."""
         rest, last = self.matrix_kk[:-1, :-1], weight * self.matrix_kk[:-1, -1]
         if weight:
             rest += last + weight**2 * self.matrix_kk[-1, -1]
             rest += last[:, None]
         return self._of(rest)
 
-    def energies(self) -> Tensor:
-        """See `Square.energies`."""
+    def squared_row_norms(self) -> Tensor:
+        """See `SpectrumAccumulator.squared_row_norms`."""
         return self.matrix_kk.diagonal()
 
     def singular_values(self) -> Tensor:
-        """See `Square.singular_values`: roots of the eigenvalues; rounding leaves tiny negative ones.
+        """See `SpectrumAccumulator.singular_values`: roots of the eigenvalues; rounding leaves tiny negative ones.
 
-        >>> gram = Gram(2, torch.device("cpu"))
+        >>> gram = GramAccumulator(2, torch.device("cpu"))
         >>> gram.add(torch.tensor([[3.0, 0.0], [0.0, 4.0]]).double())
         >>> gram.singular_values()
         tensor([4., 3.], dtype=torch.float64)
@@ -92,7 +92,7 @@ class Gram(Square):
         return (self.matrix_kk[at, at:] for at in range(len(self.matrix_kk)))
 
 
-def all_reduce(grams: Sequence[Gram], world: World) -> None:
+def all_reduce(grams: Sequence[GramAccumulator], world: World) -> None:
     """Sum Gram matrices over ranks, in place: k (k + 1) / 2 numbers each. Collective."""
     if world.size == 1:
         return
@@ -103,7 +103,7 @@ def all_reduce(grams: Sequence[Gram], world: World) -> None:
         bucket.append(row)
         num_bytes += 8 * len(row)
         if num_bytes >= BUCKET_BYTES or number == len(rows):
-            total = world.sum(torch.cat(bucket))
+            total = world.all_reduce(torch.cat(bucket))
             for mine, summed in zip(bucket, total.split([len(row) for row in bucket]), strict=True):
                 mine.copy_(summed)
             bucket, num_bytes = [], 0

@@ -2,7 +2,7 @@
 
 Shapes: N rows over all ranks, D units, A [N, D] the activation matrix of one layer in one view. Each rank computes the
 activations of its own inputs and says nothing of single rows to any other rank but the columns it turns (see
-`matrices.Wide`). Wide layers are held until they can be turned; those that do not fit the budget together are measured
+`matrices.DualAccumulator`). Wide layers are held until they can be turned; those that do not fit the budget together are measured
 in several passes over the inputs, in blocks of columns if need be.
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.activations import bare, capturing, observing
-from gengap_dist.probes.layer_view import Site, columns, sites_of
+from gengap_dist.probes.activations import capture_activations, eval_context, unwrapped
+from gengap_dist.probes.layer_view import LayerView, columns, layer_views
 from gengap_dist.probes.layers import Layer, Pattern, choose
-from gengap_dist.probes.spectra.accumulate import METHODS, Tall, Wide, merge
+from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, PrimalAccumulator, merge
 from gengap_dist.probes.spectra.layer_spectrum import ACTIVATION_FLOORS, LayerSpectrum
 
 INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
@@ -69,7 +69,7 @@ def measure(
     >>> (raw.singular_values * 2**0.5).round(decimals=6).tolist()
     [3.0, 1.0]
     """
-    model = bare(model)
+    model = unwrapped(model)
     world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
     inputs = list(batches) if iter(batches) is batches else batches
     patterns = [layers] if isinstance(layers, str | type) else layers
@@ -77,20 +77,22 @@ def measure(
     if sum(counts) < 2:
         raise UsageError(f"the probe set holds {sum(counts)} sample(s), needs at least 2: give more inputs")
     found: dict[int, list[LayerSpectrum]] = {}
-    with observing(model):
-        sites = sites_of(choose(model, _example(inputs, world), patterns), views, sum(counts))
+    with eval_context(model):
+        sites = layer_views(choose(model, _example(inputs, world), patterns), views, sum(counts))
         block_bytes = stream_bytes(world.device.type, memory_mib)
-        matrices: dict[int, Tall | Wide] = {}
-        for pieces in plan(sites, max(counts), memory_mib):
+        matrices: dict[int, PrimalAccumulator | DualAccumulator] = {}
+        for pieces in plan_passes(sites, max(counts), memory_mib):
             for number in dict.fromkeys(piece.site for piece in pieces):
                 site = sites[number]
                 if number not in matrices:  # a site whose columns take several passes has one from the last pass
-                    matrices[number] = (Wide if site.wide else Tall)(METHODS[method](site.size, world.device))
+                    matrices[number] = (DualAccumulator if site.wide else PrimalAccumulator)(
+                        METHODS[method](site.size, world.device)
+                    )
             held = _run(model, inputs, sites, pieces, matrices, counts[world.rank], block_bytes)
             for piece, held_nw in held.items():
                 site, wide = sites[piece.site], matrices[piece.site]
-                assert isinstance(wide, Wide)
-                wide.turn(held_nw, [count * site.rows_each for count in counts], world, block_bytes)
+                assert isinstance(wide, DualAccumulator)
+                wide.redistribute_columns(held_nw, [count * site.rows_each for count in counts], world, block_bytes)
             del held
             complete = {piece.site for piece in pieces if piece.stop == sites[piece.site].num_units}
             ready = {number: matrices.pop(number) for number in sorted(complete)}
@@ -99,7 +101,7 @@ def measure(
     return [spectrum for number in range(len(sites)) for spectrum in found[number]]
 
 
-class Piece(NamedTuple):
+class ColumnBlock(NamedTuple):
     """Columns of a site that one pass measures."""
 
     site: int
@@ -112,7 +114,7 @@ def stream_bytes(device_type: str, memory_mib: int) -> int:
     return min(STREAM_BYTES[device_type], memory_mib * 2**20 // 16)
 
 
-def plan(sites: Sequence[Site], most_inputs: int, memory_mib: int) -> list[list[Piece]]:
+def plan_passes(sites: Sequence[LayerView], most_inputs: int, memory_mib: int) -> list[list[ColumnBlock]]:
     """What each pass over the inputs measures; the same on every rank.
 
     Three quarters of the budget are for what stays during a pass: k x k matrices (twice, for solving) and the held
@@ -122,7 +124,7 @@ def plan(sites: Sequence[Site], most_inputs: int, memory_mib: int) -> list[list[
         UsageError: if a site's matrix and one of its columns do not fit.
     """
     budget = memory_mib * 2**20 * 3 // 4
-    passes: list[list[Piece]] = [[]]
+    passes: list[list[ColumnBlock]] = [[]]
     room = budget
     for number, site in enumerate(sites):
         state, column = site.state_bytes, site.column_bytes(most_inputs)
@@ -141,7 +143,7 @@ def plan(sites: Sequence[Site], most_inputs: int, memory_mib: int) -> list[list[
                 room = budget
                 continue
             take = min(left, most)
-            passes[-1].append(Piece(number, at, at + take))
+            passes[-1].append(ColumnBlock(number, at, at + take))
             room -= state + take * column
             at += take
     return [pieces for pieces in passes if pieces]
@@ -151,7 +153,7 @@ def _counts(inputs: Iterable[Tensor], world: World) -> list[int]:
     """Inputs of every rank. Collective."""
     counts = torch.zeros(world.size, dtype=torch.float64, device=world.device)
     counts[world.rank] = sum(len(batch) for batch in inputs)
-    return [int(count) for count in world.sum(counts)]
+    return [int(count) for count in world.all_reduce(counts)]
 
 
 def _example(inputs: Iterable[Tensor], world: World) -> Tensor:
@@ -160,7 +162,7 @@ def _example(inputs: Iterable[Tensor], world: World) -> Tensor:
     seen = torch.zeros(10, dtype=torch.float64, device=world.device)  # ranks with inputs, dtype, shape
     if mine is not None:
         seen[: mine.ndim + 1] = seen.new_tensor([1, INPUT_DTYPES.index(mine.dtype), *mine.shape[1:]])
-    seen = world.sum(seen)
+    seen = world.all_reduce(seen)
     if mine is not None:
         return mine
     dtype, *dims = (int(value / seen[0]) for value in seen[1:])
@@ -170,16 +172,16 @@ def _example(inputs: Iterable[Tensor], world: World) -> Tensor:
 def _run(
     model: nn.Module,
     inputs: Iterable[Tensor],
-    sites: Sequence[Site],
-    pieces: Sequence[Piece],
-    matrices: Mapping[int, Tall | Wide],
+    sites: Sequence[LayerView],
+    pieces: Sequence[ColumnBlock],
+    matrices: Mapping[int, PrimalAccumulator | DualAccumulator],
     count: int,
     block_bytes: int,
-) -> dict[Piece, Tensor]:
+) -> dict[ColumnBlock, Tensor]:
     """One pass over this rank's inputs: tall sites are added up; what wide ones hold is returned, [rows, columns]."""
-    held: dict[Piece, Tensor] = {}
-    filled: Counter[Piece] = Counter()
-    wanted: dict[str, list[Piece]] = {}
+    held: dict[ColumnBlock, Tensor] = {}
+    filled: Counter[ColumnBlock] = Counter()
+    wanted: dict[str, list[ColumnBlock]] = {}
     for piece in pieces:
         wanted.setdefault(sites[piece.site].layer.name, []).append(piece)
 
@@ -196,26 +198,29 @@ def _run(
                 held[piece] = activation.new_empty(rows, piece.stop - piece.start, dtype=site.dtype)
             for part in activation.split(max(1, block_bytes // (8 * activation[0].numel()))):
                 matrix_Dn = columns(part, site.view, channels_last=layer.channels_last)
-                if isinstance(matrix, Tall):
+                if isinstance(matrix, PrimalAccumulator):
                     matrix.add(matrix_Dn)
                 else:
                     at = filled[piece]
                     filled[piece] += matrix_Dn.shape[1]
                     held[piece][at : filled[piece]] = matrix_Dn[piece.start : piece.stop].T
 
-    with capturing([sites[piece.site].layer for piece in pieces], take) as new_pass:
+    with capture_activations([sites[piece.site].layer for piece in pieces], take) as new_pass:
         for batch in inputs:
             if num := len(batch):
                 new_pass()
                 model(batch)
-    device = next(iter(matrices.values())).square.energies().device
+    device = next(iter(matrices.values())).square.squared_row_norms().device
     nothing = (piece for piece in pieces if sites[piece.site].wide and piece not in held)  # no inputs on this rank
     held |= {p: torch.empty(0, p.stop - p.start, dtype=sites[p.site].dtype, device=device) for p in nothing}
     return {piece: held[piece] for piece in pieces if piece in held}
 
 
 def _solve(
-    ready: Mapping[int, Tall | Wide], sites: Sequence[Site], centred: Sequence[bool], world: World
+    ready: Mapping[int, PrimalAccumulator | DualAccumulator],
+    sites: Sequence[LayerView],
+    centred: Sequence[bool],
+    world: World,
 ) -> dict[int, list[LayerSpectrum]]:
     """Singular values of complete matrices: dealt to ranks in turn, then shared, so all have the same bits. Collective.
 
@@ -229,7 +234,7 @@ def _solve(
     for at, ((number, c), part) in enumerate(zip(jobs, values.split(sizes), strict=True)):
         if at % world.size == world.rank:
             part.copy_(ready[number].merged(c).singular_values()[: len(part)])
-    by_job = dict(zip(jobs, world.read(values).split(sizes), strict=True))
+    by_job = dict(zip(jobs, world.all_reduce_to_cpu(values).split(sizes), strict=True))
     found: dict[int, list[LayerSpectrum]] = {}
     for number, matrix in ready.items():
         site = sites[number]

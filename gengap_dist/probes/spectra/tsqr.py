@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gengap_dist.distributed.process_group import World
-from gengap_dist.probes.spectra.gram import Square
+from gengap_dist.probes.spectra.gram import SpectrumAccumulator
 
 
 @final
-class Triangle(Square):
+class QRAccumulator(SpectrumAccumulator):
     """R of a QR decomposition of B^T."""
 
     relative_floor = 64 * 2.0**-52  # 64 eps; 6 eps is what noise reaches, see benchmarks/gram_floor.py
@@ -25,27 +25,27 @@ class Triangle(Square):
         self.root_kk = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     @classmethod
-    def _of(cls, root_kk: Tensor) -> "Triangle":
+    def _of(cls, root_kk: Tensor) -> "QRAccumulator":
         new = cls(0, root_kk.device)
         new.root_kk = root_kk
         return new
 
     def add(self, piece_kn: Tensor) -> None:
-        """See `Square.add`."""
+        """See `SpectrumAccumulator.add`."""
         self.root_kk = torch.linalg.qr(torch.cat([self.root_kk, piece_kn.T]), mode="r").R
 
-    def fold(self, weight: float) -> "Triangle":
-        """See `Square.fold`."""
+    def fold(self, weight: float) -> "QRAccumulator":
+        """See `SpectrumAccumulator.fold`."""
         return self._of(self.root_kk[:, :-1] + weight * self.root_kk[:, -1:])
 
-    def energies(self) -> Tensor:
-        """See `Square.energies`."""
+    def squared_row_norms(self) -> Tensor:
+        """See `SpectrumAccumulator.squared_row_norms`."""
         return self.root_kk.square().sum(0)
 
     def singular_values(self) -> Tensor:
-        """See `Square.singular_values`.
+        """See `SpectrumAccumulator.singular_values`.
 
-        >>> triangle = Triangle(2, torch.device("cpu"))
+        >>> triangle = QRAccumulator(2, torch.device("cpu"))
         >>> triangle.add(torch.tensor([[3.0, 0.0], [0.0, 1e-9]]).double())
         >>> [round(value, 12) for value in triangle.singular_values().tolist()]
         [3.0, 1e-09]
@@ -67,4 +67,4 @@ class Triangle(Square):
                 self.add(received[world.rank + stride].T)
             stride *= 2
         if world.size > 1:
-            self.root_kk = world.sum(self.root_kk if world.rank == 0 else torch.zeros_like(self.root_kk))
+            self.root_kk = world.all_reduce(self.root_kk if world.rank == 0 else torch.zeros_like(self.root_kk))

@@ -21,7 +21,7 @@ from typing import IO
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
-from gengap_dist.tracking.mlflow.uploader import Computed, Mirror, Sent, comparison, prepare, store_uri
+from gengap_dist.tracking.mlflow.uploader import Computed, MlflowUploader, Sent, comparison, import_client, store_uri
 
 POLL_SECONDS = 1.0
 REST = 20  # times as long as a look at the folder took: a long record is read again at every look
@@ -31,7 +31,7 @@ LOCK_SECONDS = 5.0  # for a follower that has said its last word to be gone
 DONE = b"done"
 
 
-class Follower:
+class UploaderProcess:
     """A mirror that runs beside a command, from `start` to `finish`.
 
     It is no child of the command for long: `ray job stop` kills a job's whole tree within 3 s, and the mirror still has
@@ -79,7 +79,7 @@ class Follower:
         )
 
 
-def follow(
+def upload_until_closed(
     folder: Path, uri: str, experiment: str, computed: Computed, *, log_model: bool, pause: Callable[[float], bool]
 ) -> None:
     """Mirror until `pause(seconds)` says that the command is over, then once more, to the end.
@@ -98,7 +98,7 @@ def follow(
     imports.join()
     while True:
         try:
-            mirror = mirror or Mirror(folder, uri, experiment, computed)
+            mirror = mirror or MlflowUploader(folder, uri, experiment, computed)
             began = time.monotonic()
             mirror.sync(closing=over)
             wait = min(LONGEST_WAIT, max(POLL_SECONDS, REST * (time.monotonic() - began)))
@@ -113,7 +113,7 @@ def follow(
 
 
 def _import(computed: Computed | None) -> None:
-    prepare()
+    import_client()
     if computed:
         computed.prepare_export()
 
@@ -152,7 +152,7 @@ def main(computed: Computed) -> None:
     os.nice(10)  # training comes first
     try:
         words = (Path(arguments.folder), arguments.uri, arguments.experiment)
-        follow(*words, computed, log_model=arguments.model, pause=_stdin_closes_within)
+        upload_until_closed(*words, computed, log_model=arguments.model, pause=_stdin_closes_within)
         os.write(last_word, DONE)
     except Exception as error:
         print(f"{type(error).__name__}: {_line(error)}", flush=True)
@@ -190,7 +190,7 @@ def _locked(file: IO[str], until: float) -> bool:
 
 def _send_all(folder: Path, target: str, experiment: str, computed: Computed, sent: Sent) -> str:
     try:
-        Mirror(folder, target, experiment, computed).sync(closing=True, sent=sent)
+        MlflowUploader(folder, target, experiment, computed).sync(closing=True, sent=sent)
     except Exception as error:
         raise UsageError(
             f"MLflow at {target} cannot be reached ({_line(error)[:300]}): check the address, or start the server"

@@ -1,7 +1,7 @@
 """The MLflow side of a run folder or a study folder: which MLflow runs there are, and what each of them has been told.
 
 A study is a parent run, its arms are children, their seeds grandchildren. `mlflow.json` beside each run.json, in the
-folder of each arm and beside study.json keeps how far MLflow has been told: nothing is sent twice. `Mirror.sync` may be
+folder of each arm and beside study.json keeps how far MLflow has been told: nothing is sent twice. `MlflowUploader.sync` may be
 broken off anywhere, and called again.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from gengap_dist.compat.fast_imports import quickly
+from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.identity import MACHINERY
 from gengap_dist.config.loading import flat
 from gengap_dist.errors import UsageError
@@ -30,15 +30,15 @@ from gengap_dist.runs.run_folder import (
     PREEMPTED,
     RUNNING,
     SeedRun,
-    read_history,
     read_info,
     read_lines,
     read_metrics,
+    read_metrics_table,
     write_atomically,
 )
 
 if TYPE_CHECKING:  # numpy, which the command that starts a mirror does not need
-    from gengap_dist.runs.metrics_table import History
+    from gengap_dist.runs.metrics_table import MetricsTable
 
 MAX_REQUEST = 1000  # metrics that MLflow takes at once
 STATUS = {
@@ -97,23 +97,23 @@ def comparison(folder: Path) -> str:
     return f"#/compare-runs?runs={quote(json.dumps(runs))}&experiments={quote(json.dumps(experiments))}"
 
 
-def prepare() -> Callable[..., Any]:
+def import_client() -> Callable[..., Any]:
     """Import MLflow, which takes seconds; the class of its clients."""
     for name, value in CLIENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    with quickly():
+    with fast_imports():
         from mlflow import MlflowClient
     return MlflowClient
 
 
 def connect(uri: str) -> Any:
     """An MLflow client that gives up on a dead server within seconds."""
-    client = prepare()
-    with quickly():  # it imports what the store needs, and makes a store that is a file
+    client = import_client()
+    with fast_imports():  # it imports what the store needs, and makes a store that is a file
         return client(tracking_uri=uri)
 
 
-class Mirror:
+class MlflowUploader:
     """What MLflow has of one folder, of a run or of a study."""
 
     def __init__(self, folder: Path, uri: str, experiment: str, computed: Computed) -> None:
@@ -123,7 +123,7 @@ class Mirror:
             Exception: whatever the MLflow client meets on its way to the store.
         """
         self.folder, self.uri, self.computed = folder, uri, computed
-        with _alone(uri):
+        with _exclusive_lock(uri):
             self.client = connect(uri)
             found = self.client.get_experiment_by_name(experiment)
             self.experiment = (
@@ -416,10 +416,10 @@ def _all_ended(runs: Runs, num_seeds: int) -> bool:
     return len(runs) >= num_seeds and all(info["status"] in ENDED for info in runs.values())
 
 
-def _history(folder: Path, info: Line) -> "History":
-    from gengap_dist.runs.metrics_table import history
+def _history(folder: Path, info: Line) -> "MetricsTable":
+    from gengap_dist.runs.metrics_table import to_table
 
-    return read_history(folder) if info["status"] == FINISHED else history(())
+    return read_metrics_table(folder) if info["status"] == FINISHED else to_table(())
 
 
 def _note(study: Line, link: str) -> str:
@@ -481,7 +481,7 @@ def _artifacts(uri: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
+def _exclusive_lock(uri: str) -> Iterator[None]:
     """A fresh sqlite store is built by one process at a time: several at once would break it."""
     path = _sqlite_path(uri)
     if path is None:

@@ -1,16 +1,18 @@
 """What is added to plain training: other gradients, another objective, other weights to evaluate."""
 
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.batch_loader import Batches
-from gengap_dist.data.sampler import Order
+from gengap_dist.data.batch_loader import BatchLoader
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.training.algorithms.base import Course
-from gengap_dist.training.algorithms.local_sgd import Local
-from gengap_dist.training.algorithms.weight_averaging import Averaging
+from gengap_dist.training.algorithms.base import TrainingAlgorithm
+from gengap_dist.training.algorithms.local_sgd import LocalSGD
+from gengap_dist.training.algorithms.weight_averaging import WeightAveraging
 
 
-def course_of(config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> Course:
+def build_algorithm(
+    config: RunConfig, strategy: Strategy, batches: BatchLoader, order: EpochSampler, num_steps: int
+) -> TrainingAlgorithm:
     """The course that `config.algorithm` asks for, of a strategy that is set up."""
     algorithm = config.algorithm
-    kind = Averaging if algorithm.weight_averaging else Local if algorithm.local_sgd else Course
+    kind = WeightAveraging if algorithm.weight_averaging else LocalSGD if algorithm.local_sgd else TrainingAlgorithm
     return kind(config, strategy, batches, order, num_steps)

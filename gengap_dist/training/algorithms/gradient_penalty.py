@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.data.batch_loader import Batches
+from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.distributed.batch_plan import Span
-from gengap_dist.models.batch_norm import frozen
+from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.training.algorithms.sam import TINY, moved
-from gengap_dist.training.step import NUM_SUMS, MakeGradient, Objective, Work, join_with_nothing
+from gengap_dist.training.algorithms.sam import TINY, perturbed
+from gengap_dist.training.step import NUM_SUMS, ComputeGradient, Objective, StepBatch, zero_contribution_pass
 
 STEP = 0.01  # length of the forward difference in parameter space, as in DARTS (Liu et al. 2019)
 
 
-def gradient_penalty(coefficient: float) -> MakeGradient:
+def gradient_penalty(coefficient: float) -> ComputeGradient:
     """Gradient of the mean loss + c/2 mean_b |g_b|^2, the mean over groups of samples: g + c mean_b H_b g_b.
 
     H_b g_b is the forward difference (g_b(w + e g_b) - g_b(w)) / e with e = 0.01 / |g_b|. Every span of the work is one
@@ -21,7 +21,7 @@ def gradient_penalty(coefficient: float) -> MakeGradient:
     2022).
     """
 
-    def make(strategy: Strategy, batches: Batches, work: Work, objective: Objective) -> tuple[Tensor, None]:
+    def make(strategy: Strategy, batches: BatchLoader, work: StepBatch, objective: Objective) -> tuple[Tensor, None]:
         world = strategy.world
         parameters = [p for p in strategy.model.parameters() if p.requires_grad]
         direction = [torch.zeros_like(p) for p in parameters]
@@ -29,21 +29,21 @@ def gradient_penalty(coefficient: float) -> MakeGradient:
 
         def gradient(span: Span, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
             strategy.position.at(span.start, len(work.indices), world.size, *work.key)
-            with world.where.part("forward"):
+            with world.timer.span("forward"):
                 logits = strategy.local_forward(images)
                 loss_sum = objective.loss_sum(logits, labels)
-            with world.where.part("backward"):
+            with world.timer.span("backward"):
                 found = torch.autograd.grad(loss_sum / len(labels), parameters, materialize_grads=True)
             return logits, loss_sum, found
 
         for span in work.spans:
             if not span.size:
                 continue
-            with world.where.during("data"):
+            with world.timer.phase("data"):
                 images, labels = batches(work.indices[span.start : span.stop], work.epoch)
             logits, loss_sum, here = gradient(span, images, labels)
             step = STEP / (nn.utils.get_total_norm(here) + TINY)
-            with moved(parameters, list(here), step), frozen(strategy.model):
+            with perturbed(parameters, list(here), step), frozen_running_stats(strategy.model):
                 *_, there = gradient(span, images, labels)
             weight = span.size / len(work.indices)
             for total, g, ahead in zip(direction, here, there, strict=True):
@@ -52,7 +52,7 @@ def gradient_penalty(coefficient: float) -> MakeGradient:
             sums[1] += (logits.detach().argmax(1) == labels).sum()
         with strategy.micro_step(last=True):  # the gradient of <p, direction> is the direction: ranks' are summed
             linear = sum((p * d).sum() for p, d in zip(parameters, direction, strict=True))
-            join_with_nothing(strategy, batches, work.epoch, linear)
+            zero_contribution_pass(strategy, batches, work.epoch, linear)
         return sums, None
 
     return make

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.batch_loader import Batches
-from gengap_dist.data.sampler import Order
+from gengap_dist.data.batch_loader import BatchLoader
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import average_buffers, has_batch_norm
 from gengap_dist.parallel.strategies import OptimizerState, Single, Strategy
-from gengap_dist.training.algorithms.base import Course, Taken, first_of, plan_of
-from gengap_dist.training.algorithms.update_bn import recompute
+from gengap_dist.training.algorithms.base import StepResult, TrainingAlgorithm, batch_plan_for, first_step_after
+from gengap_dist.training.algorithms.update_bn import recompute_running_stats
 from gengap_dist.training.lr_schedule import scaled_lr
-from gengap_dist.training.optimizer import build
-from gengap_dist.training.step import NUM_SUMS, Work, train_step
+from gengap_dist.training.optimizer import build_optimizer
+from gengap_dist.training.step import NUM_SUMS, StepBatch, train_step
 
 
 @final
-class Local(Course):
+class LocalSGD(TrainingAlgorithm):
     """Plain up to `first_step`; from there the network of the run is the average of K, each a copy of it at first.
 
     post_local_sgd (Lin et al. 2020): a worker has its share of every global batch, and the run's rate; after every
@@ -42,9 +42,11 @@ class Local(Course):
     The strategy's network, which no longer trains, is where the average is put.
     """
 
-    def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> None:
-        """See `Course`."""
-        self.first_step = first_of("algorithm.local_start", config.algorithm.local_start, num_steps)
+    def __init__(
+        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, order: EpochSampler, num_steps: int
+    ) -> None:
+        """See `TrainingAlgorithm`."""
+        self.first_step = first_step_after("algorithm.local_start", config.algorithm.local_start, num_steps)
         super().__init__(config, strategy, batches, order, self.first_step)
         self.num_workers, self.world = config.algorithm.workers, strategy.world
         self.begun = False
@@ -55,10 +57,10 @@ class Local(Course):
         if config.algorithm.local_sgd == "swap":
             own = config.batch.global_size // self.num_workers
             self.rate = scaled_lr(config.optim, own) / scaled_lr(config.optim, config.batch.global_size)
-            self.orders = [Order(order.num_samples, own, config.seed, worker=w) for w in range(self.num_workers)]
+            self.orders = [EpochSampler(order.num_samples, own, config.seed, worker=w) for w in range(self.num_workers)]
 
-    def step(self, step: int, lr: float, momentum: float) -> Taken:
-        """See `Course.step`. In the local part collective only where workers are averaged.
+    def step(self, step: int, lr: float, momentum: float) -> StepResult:
+        """See `TrainingAlgorithm.step`. In the local part collective only where workers are averaged.
 
         The norm is the root of the mean square of those of the workers that have samples.
         """
@@ -67,7 +69,7 @@ class Local(Course):
         if not self.begun:
             average_buffers(self.strategy.model, self.world)
             self._begin(self.strategy.optimizer_state())
-        with self.world.where.during("data"):
+        with self.world.timer.phase("data"):
             sizes, parts = self._parts(step)
         if step == self.first_step and not self.config.optim.momentum_correction:
             momentum /= self.rate  # the form v = m v + lr g, in which momentum keeps the rate before
@@ -80,8 +82,8 @@ class Local(Course):
                 continue
             self._seed(step, worker)
             strategy.set_rates(lr, momentum)
-            spans = plan_of(self.config, len(indices), 1).micro_batches(0)
-            work = Work(indices, epoch, spans, (self.config.seed, step, worker))
+            spans = batch_plan_for(self.config, len(indices), 1).micro_batches(0)
+            work = StepBatch(indices, epoch, spans, (self.config.seed, step, worker))
             found, norm = train_step(strategy, self.batches, work, self.objective, self.make)
             sums[:2] += found[:2]
             sums[-2] += found[-2] / num_active
@@ -92,7 +94,7 @@ class Local(Course):
             self._average()
             for strategy in self.workers.values():
                 _put(_flat(self.strategy.model), strategy.model)
-        return Taken(sum(sizes), lr, sums, None)
+        return StepResult(sum(sizes), lr, sums, None)
 
     def _parts(self, step: int) -> tuple[list[int], dict[int, tuple[Tensor, int]]]:
         """Number of each worker's images in a step; and of this rank's workers the images, and the epoch they show."""
@@ -104,7 +106,7 @@ class Local(Course):
             return sizes, {worker: (self.orders[worker].indices(at), epoch + worker) for worker in self.workers}
         indices, epoch = self.order.indices(step), self.order.epoch(step)
         if len(indices) not in self._shares:
-            plan = plan_of(self.config, len(indices), self.num_workers)
+            plan = batch_plan_for(self.config, len(indices), self.num_workers)
             cuts = map(plan.micro_batches, range(self.num_workers))
             self._shares[len(indices)] = [Span(spans[0].start, spans[-1].stop) for spans in cuts]
         shares = self._shares[len(indices)]
@@ -113,10 +115,10 @@ class Local(Course):
     def _begin(self, optimizer_state: OptimizerState) -> None:
         """Make this rank's workers, all like the strategy's network."""
         self.begun = True
-        alone = World(0, 1, self.world.device, self.world.where)
+        alone = World(0, 1, self.world.device, self.world.timer)
         for worker in range(self.world.rank, self.num_workers, self.world.size):
             strategy = self.workers[worker] = Single(self.config, alone)
-            strategy.setup(deepcopy(self.strategy.model).train(), partial(build, self.config.optim))
+            strategy.setup(deepcopy(self.strategy.model).train(), partial(build_optimizer, self.config.optim))
             strategy.load_optimizer_state(optimizer_state)
             strategy.scaler.load_state_dict(self.strategy.scaler.state_dict())
         self.strategy.optimizer.state.clear()  # the workers' count from here on
@@ -126,20 +128,20 @@ class Local(Course):
         total = torch.zeros_like(_flat(self.strategy.model))
         for strategy in self.workers.values():
             total += _flat(strategy.model)
-        _put(self.world.sum(total, "average of the workers") / self.num_workers, self.strategy.model)
+        _put(self.world.all_reduce(total, "average of the workers") / self.num_workers, self.strategy.model)
         self._is_average = True
 
-    def whole(self) -> AbstractContextManager[nn.Module]:
-        """See `Course.whole`."""
+    def unsharded_model(self) -> AbstractContextManager[nn.Module]:
+        """See `TrainingAlgorithm.whole`."""
         model = self.strategy.model
         if self.begun and not self._is_average:
             self._average()
             if self.config.algorithm.local_sgd == "swap" and has_batch_norm(model):
-                recompute(model, self.batches, self.world, self.config.batch.ghost_size)
-        return self.strategy.whole()
+                recompute_running_stats(model, self.batches, self.world, self.config.batch.ghost_size)
+        return self.strategy.unsharded_model()
 
     def state(self) -> dict[str, Any]:
-        """See `Course.state`. Rank 0 has all workers' on its CPU."""
+        """See `TrainingAlgorithm.state`. Rank 0 has all workers' on its CPU."""
         if not self.begun:
             return {}
         mine = {worker: _packed(strategy) for worker, strategy in self.workers.items()}
@@ -147,16 +149,16 @@ class Local(Course):
         for worker, packed in mine.items():
             sizes[worker] = len(packed)
         states = []
-        for worker, size in enumerate(self.world.sum(sizes, "sizes of the workers").tolist()):
+        for worker, size in enumerate(self.world.all_reduce(sizes, "sizes of the workers").tolist()):
             packed = mine.pop(worker, None)
             told = torch.zeros(size, dtype=torch.uint8) if packed is None else packed
-            self.world.sum(told, "state of a worker")
+            self.world.all_reduce(told, "state of a worker")
             if self.world.rank == 0:
                 states.append(torch.load(io.BytesIO(told.numpy().tobytes()), map_location="cpu", weights_only=True))
         return {"workers": states}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """See `Course.load`."""
+        """See `TrainingAlgorithm.load`."""
         self._begin({})
         for worker, strategy in self.workers.items():
             strategy.model.load_state_dict(state["workers"][worker]["model"])

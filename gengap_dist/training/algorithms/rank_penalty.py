@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import AlgorithmConfig
-from gengap_dist.data.batch_loader import Batches
+from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.errors import UsageError
-from gengap_dist.models.batch_norm import frozen
+from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.probes.activations import capturing, observing
+from gengap_dist.probes.activations import capture_activations, eval_context
 from gengap_dist.probes.layers import Layer, choose
-from gengap_dist.training.step import Objective, Work
+from gengap_dist.training.step import Objective, StepBatch
 
 FLOOR = 1e-3  # relative to the mean eigenvalue: what logdet takes for zero, so that a dead unit costs 7, not infinity
 
@@ -72,14 +72,14 @@ class RankPenalty(Objective):
         """
         if model not in self._layers:
             try:
-                with observing(model):
+                with eval_context(model):
                     self._layers[model] = choose(model, example(), self.patterns)
             except UsageError as error:
                 raise UsageError(str(error).replace("probe.layers", "algorithm.rank_layers")) from None
         return self._layers[model]
 
     @contextmanager
-    def over(self, strategy: Strategy, batches: Batches, work: Work) -> Iterator[None]:
+    def step_context(self, strategy: Strategy, batches: BatchLoader, work: StepBatch) -> Iterator[None]:
         """See `Objective.over`. Collective: one forward pass, and one sum over ranks."""
         model, world = strategy.model, strategy.world
         layers = self.layers(model, lambda: batches(work.indices[:1], work.epoch)[0])
@@ -93,17 +93,17 @@ class RankPenalty(Objective):
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)  # [rows, D + 1]
             sums[layer.name] += rows.T @ rows  # sum of h h^T; of h; and the number of rows
 
-        with torch.no_grad(), frozen(model), capturing(layers, add) as begin:
+        with torch.no_grad(), frozen_running_stats(model), capture_activations(layers, add) as begin:
             for span in work.spans:
-                if span.size or strategy.synced:
+                if span.size or strategy.has_sync_bn:
                     begin()
                     strategy.position.at(span.start, len(work.indices), world.size, *work.key)
                     images, _ = batches(
                         work.indices[span.start : span.stop] if span.size else work.indices[:1], work.epoch
                     )
-                    with world.where.part("forward"):
+                    with world.timer.span("forward"):
                         strategy.local_forward(images if span.size else images[:0])
-        told = world.sum(torch.cat([matrix.flatten() for matrix in sums.values()]), "covariance of activations")
+        told = world.all_reduce(torch.cat([matrix.flatten() for matrix in sums.values()]), "covariance of activations")
         weights, values = {}, []
         for layer, flat in zip(layers, told.split([matrix.numel() for matrix in sums.values()]), strict=True):
             found, mean_D, matrix_DD, count = self._linearise(flat)
@@ -118,7 +118,7 @@ class RankPenalty(Objective):
                 rows = _rows(layer, output).to(kind) - mean_D
                 self._terms.append((rows @ matrix_DD * rows).sum())
 
-        with capturing(layers, charge) as begin:
+        with capture_activations(layers, charge) as begin:
 
             def forget(module: nn.Module, args: object) -> None:
                 begin()
@@ -155,11 +155,11 @@ class RankPenalty(Objective):
             flat[-1],
         )
 
-    def extra(self) -> Tensor | float:
+    def penalty(self) -> Tensor | float:
         """See `Objective.extra`."""
         return self.strength * sum(self._terms)
 
-    def value(self) -> Tensor | float:
+    def penalty_value(self) -> Tensor | float:
         """See `Objective.value`."""
         return self._value
 

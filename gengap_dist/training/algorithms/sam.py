@@ -6,16 +6,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.data.batch_loader import Batches
-from gengap_dist.models.batch_norm import frozen
+from gengap_dist.data.batch_loader import BatchLoader
+from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.training.step import MakeGradient, Objective, Work, accumulate
+from gengap_dist.training.step import ComputeGradient, Objective, StepBatch, accumulate
 
 TINY = 1e-12
 
 
 @contextmanager
-def moved(parameters: list[nn.Parameter], along: list[Tensor], by: Tensor) -> Iterator[None]:
+def perturbed(parameters: list[nn.Parameter], along: list[Tensor], by: Tensor) -> Iterator[None]:
     """Parameters + by * along, while open; then exactly what they were."""
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -29,19 +29,19 @@ def moved(parameters: list[nn.Parameter], along: list[Tensor], by: Tensor) -> It
                 p.copy_(old)
 
 
-def sam(rho: float) -> MakeGradient:
+def sam(rho: float) -> ComputeGradient:
     """The global batch's gradient at w + rho g / |g|, g its gradient at w (Foret et al. 2021, with m = global size)."""
 
-    def make(strategy: Strategy, batches: Batches, work: Work, objective: Objective) -> tuple[Tensor, Tensor]:
+    def make(strategy: Strategy, batches: BatchLoader, work: StepBatch, objective: Objective) -> tuple[Tensor, Tensor]:
         sums = accumulate(strategy, batches, work, objective)
         scaled = strategy.gradient_norm()
         parameters = [p for p in strategy.model.parameters() if p.grad is not None]
         ascent = [p.grad.clone() for p in parameters if p.grad is not None]
         strategy.optimizer.zero_grad(set_to_none=False)
-        watching, strategy.watching = strategy.watching, False
-        with moved(parameters, ascent, rho / (scaled + TINY)), frozen(strategy.model):
+        watching, strategy.track_local_grad_norm = strategy.track_local_grad_norm, False
+        with perturbed(parameters, ascent, rho / (scaled + TINY)), frozen_running_stats(strategy.model):
             accumulate(strategy, batches, work, objective)
-        strategy.watching = watching
+        strategy.track_local_grad_norm = watching
         return sums, strategy.unscaled(scaled)
 
     return make

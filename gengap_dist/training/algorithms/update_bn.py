@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gengap_dist.data.batch_loader import Batches
+from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
-from gengap_dist.models.batch_norm import Normed, frozen, has_batch_norm
+from gengap_dist.models.batch_norm import ReplacedBatchNorm, frozen_running_stats, has_batch_norm
 from gengap_dist.models.sample_position import position_of
 from gengap_dist.training.evaluation import EVAL_BLOCK
 
@@ -22,8 +22,8 @@ MOST_UNTRAINED = 1024
 
 
 @torch.no_grad()
-def recompute(
-    model: nn.Module, batches: Batches, world: World, block_size: int | None, most: int | None = None
+def recompute_running_stats(
+    model: nn.Module, batches: BatchLoader, world: World, block_size: int | None, most: int | None = None
 ) -> None:
     """Make running statistics the mean over blocks of training images, as epoch 0 sees them. Collective.
 
@@ -46,13 +46,15 @@ def recompute(
     drawn = torch.randperm(len(batches.images), generator=torch.Generator().manual_seed(0))
     sums = [torch.zeros(3, layer.num_features, dtype=torch.float64, device=world.device) for layer in layers]
     with ExitStack() as stack:
-        stack.enter_context(frozen(model))
+        stack.enter_context(frozen_running_stats(model))
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
         for layer, total in zip(layers, sums, strict=True):
             stack.callback(layer.register_forward_pre_hook(partial(_add, total=total)).remove)
         for layer in every:
-            if isinstance(layer, Normed | nn.SyncBatchNorm):  # a block is one group, whatever else this layer does
+            if isinstance(
+                layer, ReplacedBatchNorm | nn.SyncBatchNorm
+            ):  # a block is one group, whatever else this layer does
                 stack.callback(layer.__dict__.pop, "forward")
                 layer.forward = partial(_by_itself, layer)
         model.train()
@@ -61,7 +63,7 @@ def recompute(
             position.at(start, num_images, 1, 0)
             images, _ = batches(drawn[start:stop], epoch=0)
             model(images)
-    told = world.sum(torch.cat([total.flatten() for total in sums]), "running statistics")
+    told = world.all_reduce(torch.cat([total.flatten() for total in sums]), "running statistics")
     for layer, found in zip(layers, told.split([total.numel() for total in sums]), strict=True):
         assert layer.running_mean is not None
         assert layer.running_var is not None
@@ -70,7 +72,9 @@ def recompute(
         layer.running_var.copy_(var / count)
 
 
-def untrained(model: nn.Module, batches: Batches, world: World, block_size: int | None) -> nn.Module:
+def untrained_with_statistics(
+    model: nn.Module, batches: BatchLoader, world: World, block_size: int | None
+) -> nn.Module:
     """A network before its first step, as training sees it, to look at: a copy if it has batch norm. Collective.
 
     The running statistics it begins with, 0 and 1, are of no data: activations of a deep network would grow or fade
@@ -78,7 +82,7 @@ def untrained(model: nn.Module, batches: Batches, world: World, block_size: int 
     """
     if has_batch_norm(model):
         model = deepcopy(model)
-        recompute(model, batches, world, block_size, MOST_UNTRAINED)
+        recompute_running_stats(model, batches, world, block_size, MOST_UNTRAINED)
     return model
 
 

@@ -9,32 +9,36 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.batch_loader import Batches
-from gengap_dist.data.sampler import Order
+from gengap_dist.data.batch_loader import BatchLoader
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.models.batch_norm import average_buffers, has_batch_norm
 from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.training.algorithms.base import Course, Taken, first_of
-from gengap_dist.training.algorithms.update_bn import recompute
+from gengap_dist.training.algorithms.base import StepResult, TrainingAlgorithm, first_step_after
+from gengap_dist.training.algorithms.update_bn import recompute_running_stats
 
 
 @final
-class Averaging(Course):
+class WeightAveraging(TrainingAlgorithm):
     """Every step's weights go into the average, from `first_step` on; before that the network is the one that trains.
 
     Running statistics of batch norm are averaged with EMA's weights, and recomputed for SWA's. (torch's AveragedModel
     counts updates in a tensor, for which a GPU is waited for in every step.)
     """
 
-    def __init__(self, config: RunConfig, strategy: Strategy, batches: Batches, order: Order, num_steps: int) -> None:
-        """See `Course`."""
+    def __init__(
+        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, order: EpochSampler, num_steps: int
+    ) -> None:
+        """See `TrainingAlgorithm`."""
         super().__init__(config, strategy, batches, order, num_steps)
         algorithm = config.algorithm
         self.equal = algorithm.weight_averaging == "swa"
-        self.first_step = first_of("algorithm.average_start", algorithm.average_start, num_steps) if self.equal else 0
+        self.first_step = (
+            first_step_after("algorithm.average_start", algorithm.average_start, num_steps) if self.equal else 0
+        )
         self.average, self.num_averaged = deepcopy(strategy.model), 0
 
-    def step(self, step: int, lr: float, momentum: float) -> Taken:
-        """See `Course.step`."""
+    def step(self, step: int, lr: float, momentum: float) -> StepResult:
+        """See `TrainingAlgorithm.step`."""
         out = super().step(step, lr, momentum)
         if step >= self.first_step:
             self._add()
@@ -56,25 +60,25 @@ class Averaging(Course):
         self.num_averaged += 1
 
     @contextmanager
-    def network(self) -> Iterator[nn.Module]:
-        """See `Course.network`."""
-        with super().network() as model:
+    def evaluated_model(self) -> Iterator[nn.Module]:
+        """See `TrainingAlgorithm.network`."""
+        with super().evaluated_model() as model:
             if not self.num_averaged:
                 yield model
                 return
         average_buffers(self.average, self.strategy.world)
         if self.equal and has_batch_norm(self.average):
-            recompute(self.average, self.batches, self.strategy.world, self.config.batch.ghost_size)
+            recompute_running_stats(self.average, self.batches, self.strategy.world, self.config.batch.ghost_size)
         yield self.average
 
     def state(self) -> dict[str, Any]:
-        """See `Course.state`."""
+        """See `TrainingAlgorithm.state`."""
         average_buffers(self.average, self.strategy.world)
         state = {f"module.{name}": value for name, value in self.average.state_dict().items()}
         return {"average": {"n_averaged": torch.tensor(self.num_averaged), **state}}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """See `Course.load`."""
+        """See `TrainingAlgorithm.load`."""
         average = state["average"]
         self.num_averaged = int(average["n_averaged"])
         self.average.load_state_dict({name: average[f"module.{name}"] for name in self.average.state_dict()})

@@ -28,7 +28,7 @@ VERSIONS = (
 )
 
 
-def room(device: torch.device, num_local: int) -> int:
+def available_memory(device: torch.device, num_local: int) -> int:
     """Bytes that this rank may still take on `device`; on a CPU `num_local` ranks share alike what is free."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for later is free, too

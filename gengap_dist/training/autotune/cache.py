@@ -80,20 +80,20 @@ def load_micro_sizes() -> MicroSizes:
         return MicroSizes()
 
 
-def recall(kind: type[MicroSize | MemoryFormat], mark: str, before: Mapping[str, Any]) -> dict[str, Any]:
+def lookup(kind: type[MicroSize | MemoryFormat], mark: str, before: Mapping[str, Any]) -> dict[str, Any]:
     """What is known under `mark`, as a run's record tells it: from the record `before`, or else from the file."""
     if before.get("mark") == mark:
         return {**before, "by": "this run's record"}
     found = getattr(load_micro_sizes(), KINDS[kind]).get(mark)
-    return told(found, mark, "an earlier measurement") if found else {}
+    return as_fact(found, mark, "an earlier measurement") if found else {}
 
 
-def told(found: MicroSize | MemoryFormat, mark: str, by: str) -> dict[str, Any]:
+def as_fact(found: MicroSize | MemoryFormat, mark: str, by: str) -> dict[str, Any]:
     """What was found, and how, as a run's record tells it."""
     return {"by": by, "mark": mark, **found.model_dump(mode="json", exclude={"where"})}
 
 
-def remember(mark: str, found: MicroSize | MemoryFormat) -> None:
+def store(mark: str, found: MicroSize | MemoryFormat) -> None:
     """Add what was measured to the file; a warning if it cannot be written."""
     path, known = micro_sizes_path(), load_micro_sizes()
     kind = KINDS[type(found)]

@@ -18,14 +18,14 @@ from torch import nn
 
 from gengap_dist import models
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.sampler import growth
+from gengap_dist.data.sampler import batch_size_schedule
 from gengap_dist.distributed.process_group import World, local_size
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel import memory_model
-from gengap_dist.training.autotune.available_memory import room
-from gengap_dist.training.autotune.cache import MicroSize, load_micro_sizes, recall, remember, told
+from gengap_dist.training.autotune.available_memory import available_memory
+from gengap_dist.training.autotune.cache import MicroSize, as_fact, load_micro_sizes, lookup, store
 from gengap_dist.training.autotune.search import images_per_second
-from gengap_dist.training.autotune.synthetic_workload import Rehearsal, most
+from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload, most
 from gengap_dist.training.checks import strategy_name
 
 TEMPORARY = 2  # what a pass holds at its most, over what it saves: 1.1 to 1.9 for LeNet-5, ResNets, VGG-16 and ViT
@@ -34,7 +34,7 @@ GIB = 2**30
 REMEDY = "set train.activation_checkpointing=true, start more ranks, or choose a smaller network or data.image_size"
 
 
-class Network(NamedTuple):
+class ModelShape(NamedTuple):
     """A network, what it takes and what it tells apart."""
 
     model: nn.Module
@@ -42,7 +42,7 @@ class Network(NamedTuple):
     num_classes: int
 
 
-class Place(NamedTuple):
+class Hardware(NamedTuple):
     """Where a rank computes, and beside how many."""
 
     device: str
@@ -51,8 +51,8 @@ class Place(NamedTuple):
     num_ranks: int
 
 
-def settle(
-    config: RunConfig, network: Network, world: World, before: Mapping[str, Any]
+def resolve_micro_size(
+    config: RunConfig, network: ModelShape, world: World, before: Mapping[str, Any]
 ) -> tuple[RunConfig, dict[str, Any] | None]:
     """The config with a number for batch.micro_size, and how that was found; None if it was one already. Collective.
 
@@ -71,29 +71,31 @@ def settle(
     if config.batch.micro_size != "auto":
         return config, None
     gpus = [world.device] if world.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), world.where.during("other", "choosing batch.micro_size"):
+    with torch.random.fork_rng(gpus), world.timer.phase("other", "choosing batch.micro_size"):
         found = _found(config, network, world, before)
-    world.where.take()  # that time is not the run's
-    return settled(config, found["size"]), found
+    world.timer.pop_seconds()  # that time is not the run's
+    return resolved_micro_size(config, found["size"]), found
 
 
-def settled(config: RunConfig, size: int) -> RunConfig:
+def resolved_micro_size(config: RunConfig, size: int) -> RunConfig:
     """The config with `size` for batch.micro_size."""
     return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_size": size})})
 
 
-def _found(config: RunConfig, network: Network, world: World, before: Mapping[str, Any]) -> dict[str, Any]:
-    place = place_of(world)
+def _found(config: RunConfig, network: ModelShape, world: World, before: Mapping[str, Any]) -> dict[str, Any]:
+    place = hardware_of(world)
     what, sizes = described(config, network, place), candidates(config, world.size)
-    mark = marked(what)
-    left = -most(-float(room(world.device, place.local_ranks)), world) - fixed_bytes(config, network.model, world.size)
-    known = recall(MicroSize, mark, before) if world.rank == 0 else {}
-    size, num_bytes = (world.agree(known.get(name, 0)) for name in ("size", "pass_bytes"))
+    mark = cache_key(what)
+    left = -most(-float(available_memory(world.device, place.local_ranks)), world) - fixed_bytes(
+        config, network.model, world.size
+    )
+    known = lookup(MicroSize, mark, before) if world.rank == 0 else {}
+    size, num_bytes = (world.broadcast_int(known.get(name, 0)) for name in ("size", "pass_bytes"))
     if size and num_bytes <= left:
         return {**known, "size": size}  # only rank 0 records it
     plain = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
     dtype = getattr(torch, config.train.dtype)
-    model = models.of(plain, network.num_classes, network.in_channels, World()).to(world.device, dtype)
+    model = models.from_config(plain, network.num_classes, network.in_channels, World()).to(world.device, dtype)
     pass_bytes = in_passes(config, model, network.in_channels)
     fitting = [size for size in sizes if pass_bytes(size) <= left]
     if not fitting:
@@ -104,29 +106,29 @@ def _found(config: RunConfig, network: Network, world: World, before: Mapping[st
         )
     rates: dict[int, float] = {}
     if len(sizes) > 1:
-        rehearsal = Rehearsal(plain, model, network.in_channels, network.num_classes, world.device)
+        rehearsal = SyntheticWorkload(plain, model, network.in_channels, network.num_classes, world.device)
         rates = images_per_second(rehearsal, config, sizes[-1], fitting, world)
         if not rates:
             raise UsageError(
                 f"batch.micro_size (auto) ran out of memory in a pass of {fitting[0]} "
                 f"({rehearsal.refused or 'on another rank'}): {REMEDY}"
             )
-    size = world.agree(max(rates, key=lambda size: rates[size], default=sizes[0]))
+    size = world.broadcast_int(max(rates, key=lambda size: rates[size], default=sizes[0]))
     found = MicroSize(size=size, images_per_second=rates, pass_bytes=pass_bytes(size), where=what)
     if world.rank == 0:
-        remember(mark, found)
-    return told(found, mark, "measurement" if rates else "there is no other")
+        store(mark, found)
+    return as_fact(found, mark, "measurement" if rates else "there is no other")
 
 
-def earlier(config: RunConfig, network: Network, place: Place) -> int | None:
+def earlier(config: RunConfig, network: ModelShape, place: Hardware) -> int | None:
     """What was found before for such a run in such a place."""
-    found = load_micro_sizes().found.get(marked(described(config, network, place)))
+    found = load_micro_sizes().found.get(cache_key(described(config, network, place)))
     return found and found.size
 
 
-def place_of(world: World) -> Place:
+def hardware_of(world: World) -> Hardware:
     """Where this rank computes."""
-    return Place(device_name(world.device), torch.get_num_threads(), local_size(), world.size)
+    return Hardware(device_name(world.device), torch.get_num_threads(), local_size(), world.size)
 
 
 def device_name(device: torch.device) -> str:
@@ -140,7 +142,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def described(config: RunConfig, network: Network, place: Place) -> dict[str, Any]:
+def described(config: RunConfig, network: ModelShape, place: Hardware) -> dict[str, Any]:
     """All that the answer depends on: the network, its pictures and switches, how the batch is cut, and the machine.
 
     A network of the user's own is known by its name and by the names and shapes of its parameters: one that changes in
@@ -150,7 +152,7 @@ def described(config: RunConfig, network: Network, place: Place) -> dict[str, An
     side, train = config.data.image_size, config.train
     return {
         "model": config.model.model_dump(mode="json"),
-        "parameters": marked(dict(shapes)),
+        "parameters": cache_key(dict(shapes)),
         "images": [network.in_channels, side, side],
         "num_classes": network.num_classes,
         "augment": list(config.data.augment),
@@ -165,7 +167,7 @@ def described(config: RunConfig, network: Network, place: Place) -> dict[str, An
     }
 
 
-def marked(what: Mapping[str, Any]) -> str:
+def cache_key(what: Mapping[str, Any]) -> str:
     """A short name for `what`, another for anything else."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
@@ -184,7 +186,7 @@ def candidates(config: RunConfig, num_ranks: int) -> list[int]:
     if config.algorithm.penalty_size:
         return [config.algorithm.penalty_size]
     group = config.batch.ghost_size or 1
-    largest = max([config.batch.global_size, *(size for _, size in growth(config))])
+    largest = max([config.batch.global_size, *(size for _, size in batch_size_schedule(config))])
     share = -(-largest // group // num_ranks)  # in groups, of which the last may be short
     powers = [2**power for power in range(share.bit_length()) if 2**power < share]
     return [group * share] if config.norm == "sync" else [group * size for size in (*powers, share)]

@@ -17,8 +17,8 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.memory_model import SHARDING
-from gengap_dist.parallel.out_of_memory import ran_out, said
-from gengap_dist.training.autotune.synthetic_workload import Rehearsal, most, timed
+from gengap_dist.parallel.out_of_memory import is_out_of_memory, library_message
+from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload, most, timed
 from gengap_dist.training.checks import strategy_name
 
 SMALLEST = 16  # smaller ones are tried only where nothing else fits
@@ -29,7 +29,7 @@ LONG_SECONDS = 1.0  # of a pass: what it costs besides its images is lost in tha
 
 
 def images_per_second(
-    rehearsal: Rehearsal, config: RunConfig, share: int, sizes: Sequence[int], world: World
+    rehearsal: SyntheticWorkload, config: RunConfig, share: int, sizes: Sequence[int], world: World
 ) -> dict[int, float]:
     """By size, those that were tried: images per second of the slowest rank; empty if none fits. Collective.
 
@@ -72,7 +72,7 @@ def images_per_second(
         pass
     close = [size for size in took if took[size] < CLOSE * best]
     until, rounds = time.monotonic() + ROUNDS_SECONDS, 0
-    while len(close) > 1 and (rounds < 2 or world.agree(time.monotonic() < until)):
+    while len(close) > 1 and (rounds < 2 or world.broadcast_int(time.monotonic() < until)):
         for size in close if rounds % 2 else reversed(close):
             turn(size)
         rounds += 1
@@ -88,7 +88,7 @@ def _largest(share: int, size: int, ghost_size: int | None) -> int:
     return max(span.size for span in BatchPlan(share, 1, size, ghost_size).micro_batches(0))
 
 
-def turn_seconds(rehearsal: Rehearsal, num_images: int, times: int, world: World) -> float:
+def turn_seconds(rehearsal: SyntheticWorkload, num_images: int, times: int, world: World) -> float:
     """Seconds of one of several passes on this rank; infinite if it runs out of memory. Collective."""
 
     def job() -> None:
@@ -99,9 +99,9 @@ def turn_seconds(rehearsal: Rehearsal, num_images: int, times: int, world: World
     try:
         took = timed(job, world) / times  # ranks meet before it, never in it: one that fails leaves nobody waiting
     except (MemoryError, RuntimeError) as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
-        rehearsal.refused = said(error)
+        rehearsal.refused = library_message(error)
     if took == math.inf and world.device.type == "cuda":
         torch.cuda.empty_cache()
     return took
@@ -116,6 +116,6 @@ def _talking(config: RunConfig, model: nn.Module, world: World) -> float:
     if world.size == 1 or not sharding.gradients:
         return 0.0
     weights = torch.zeros(sum(p.numel() for p in model.parameters()), device=world.device)
-    return min(most(timed(partial(world.sum, weights), world), world) for _ in range(3)) * (
+    return min(most(timed(partial(world.all_reduce, weights), world), world) for _ in range(3)) * (
         1.5 if sharding.parameters else 1.0
     )

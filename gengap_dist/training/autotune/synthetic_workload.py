@@ -9,19 +9,19 @@ import torch
 from torch import nn
 
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Normalise
 from gengap_dist.data.datasets import Images, Splits
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import Single
-from gengap_dist.training.optimizer import build as build_optimizer
-from gengap_dist.training.step import PLAIN, Work, accumulate
+from gengap_dist.training.optimizer import build_optimizer as build_optimizer
+from gengap_dist.training.step import PLAIN_OBJECTIVE, StepBatch, accumulate
 
 LEAST_TIMES, LEAST_SECONDS = 5, 1.0  # of a median
 NUM_IMAGES = 64  # that passes take theirs from, again and again
 
 
-class Rehearsal:
+class SyntheticWorkload:
     """One rank's passes, which meet nobody's, with a network of their own."""
 
     def __init__(
@@ -39,8 +39,8 @@ class Rehearsal:
     def micro_batch(self, size: int) -> None:
         """Forward and backward of so many images."""
         self.strategy.begin_step(size)
-        work = Work(torch.arange(size) % NUM_IMAGES, 0, [Span(0, size)])
-        accumulate(self.strategy, self.batches, work, PLAIN)
+        work = StepBatch(torch.arange(size) % NUM_IMAGES, 0, [Span(0, size)])
+        accumulate(self.strategy, self.batches, work, PLAIN_OBJECTIVE)
 
     def update(self) -> None:
         """Gradient norm and optimizer step."""
@@ -49,13 +49,13 @@ class Rehearsal:
 
 def random_batches(
     config: RunConfig, in_channels: int, num_classes: int, num_images: int, device: torch.device
-) -> Batches:
+) -> BatchLoader:
     """Batches out of `num_images` random images like those of `config`, on `device`."""
     side, mean = config.data.image_size, torch.full((in_channels,), 127.0, dtype=torch.float64)
     pixels = torch.randint(256, (num_images, in_channels, side, side), dtype=torch.uint8)
     images = Images(pixels, torch.arange(num_images) % num_classes).to(device)
     splits = Splits(images, images, images, num_classes, mean, mean)
-    return Batches(images, Normalise(splits, device, getattr(torch, config.train.dtype)), config.data, config.seed)
+    return BatchLoader(images, Normalise(splits, device, getattr(torch, config.train.dtype)), config.data, config.seed)
 
 
 def timed(job: Callable[[], object], world: World) -> float:
@@ -72,7 +72,7 @@ def most(value: float, world: World) -> float:
     """The largest of what ranks say. Collective."""
     by_rank = torch.zeros(world.size, dtype=torch.float64)
     by_rank[world.rank] = value
-    return float(world.sum(by_rank).max())
+    return float(world.all_reduce(by_rank).max())
 
 
 def median_seconds(job: Callable[[], object], world: World) -> float:
@@ -83,7 +83,7 @@ def median_seconds(job: Callable[[], object], world: World) -> float:
     enough = False
     while not enough:
         took.append(timed(job, world))
-        enough = bool(world.agree(len(took) >= LEAST_TIMES and time.monotonic() - began > LEAST_SECONDS))
+        enough = bool(world.broadcast_int(len(took) >= LEAST_TIMES and time.monotonic() - began > LEAST_SECONDS))
     return most(statistics.median(took), world)
 
 

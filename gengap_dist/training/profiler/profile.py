@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.distributed.phase_timer import Whereabouts
+from gengap_dist.distributed.phase_timer import PhaseTimer
 from gengap_dist.distributed.process_group import World
 from gengap_dist.runs.run_folder import write_atomically
 from gengap_dist.training.profiler import trace
@@ -54,26 +54,26 @@ class Window(NamedTuple):
 
 
 @final
-class Clock(Whereabouts):
+class Clock(PhaseTimer):
     """Whereabouts that tell the parts of computing apart in the steps that a profile listens to."""
 
     def __init__(self, *, on_gpu: bool) -> None:
-        """See `Whereabouts`; nothing is listened to yet."""
+        """See `PhaseTimer`; nothing is listened to yet."""
         super().__init__(on_gpu=on_gpu)
         self._heard: list[tuple[str, Any, Any]] | None = None
         self._apart = False
         self.tracing = False
         """Whether what goes on is to have a name in the profiler's trace, too."""
 
-    def part(self, name: str) -> Any:
-        """See `Whereabouts.part`."""
-        return nullcontext() if self._heard is None else self.during(name)
+    def span(self, name: str) -> Any:
+        """See `PhaseTimer.part`."""
+        return nullcontext() if self._heard is None else self.phase(name)
 
     @contextmanager
-    def during(self, kind: str, doing: str = "", *, meeting: bool = False) -> Iterator[None]:
-        """See `Whereabouts.during`."""
+    def phase(self, kind: str, doing: str = "", *, meeting: bool = False) -> Iterator[None]:
+        """See `PhaseTimer.during`."""
         named = record_function(trace.PREFIX + kind) if self.tracing else nullcontext()
-        with named, super().during(kind, doing, meeting=meeting):
+        with named, super().phase(kind, doing, meeting=meeting):
             yield
 
     def _charge(self, kind: str, until: Any) -> None:
@@ -127,7 +127,7 @@ class Clock(Whereabouts):
         return found
 
 
-def clocked(world: World) -> World:
+def with_profiler_clock(world: World) -> World:
     """The same ranks, with a clock that tells parts of a step apart."""
     return replace(world, where=Clock(on_gpu=world.device.type == "cuda"))
 
@@ -165,7 +165,7 @@ class Profile(NoProfile):
             hidden: whether the ranks also meet where whereabouts do not see it.
         """
         self.folder, self.world, self.config, self.strategy = out / FOLDER, world, config, strategy
-        self.clock = cast("Clock", world.where)
+        self.clock = cast("Clock", world.timer)
         self.hidden = hidden and world.size > 1 and world.device.type == "cpu"  # the only one whose trace can tell
         self.window: Window | None = None
         self.first_step = 0
@@ -178,7 +178,7 @@ class Profile(NoProfile):
         """See `NoProfile.begin`."""
         if self.window is None:
             batch = self.config.batch
-            num_passes = -(-batch.global_size // (batch.most_at_once * self.world.size))
+            num_passes = -(-batch.global_size // (batch.max_micro_size * self.world.size))
             self.window, self.first_step = Window.of(left, num_passes), self.clock.step
             with self.clock.apart():
                 gc.collect()  # the first large collection would fall among the timed steps of one rank
@@ -299,8 +299,8 @@ def gather(world: World, text: str) -> list[str]:
     mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     sizes = torch.zeros(world.size, dtype=torch.int64)
     sizes[world.rank] = len(mine)
-    world.sum(sizes, "sizes of what ranks measured")
+    world.all_reduce(sizes, "sizes of what ranks measured")
     told = torch.zeros(world.size, int(sizes.max()), dtype=torch.uint8)
     told[world.rank, : len(mine)] = mine
-    world.sum(told, "what ranks measured")
+    world.all_reduce(told, "what ranks measured")
     return [bytes(row[:size].tolist()).decode() for row, size in zip(told, sizes.tolist(), strict=True)]

@@ -8,7 +8,7 @@ import torch
 
 from gengap_dist.analysis.study_data import metric
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
-from gengap_dist.runs.run_folder import DIVERGED, FINISHED, Record
+from gengap_dist.runs.run_folder import DIVERGED, FINISHED, RunRecorder
 from tests.conftest import config
 
 LAYERS = ("fc1", "fc2")
@@ -55,7 +55,7 @@ def accuracy(number: int, seed: int) -> float:
 def write_run(folder: Path, number: int, seed: int, *, status: str = FINISHED, **settings: Any) -> None:
     """A run of arm `number`: the untrained network has 1 small value, the trained one 1 + `number` of 8."""
     folder.mkdir(parents=True)
-    record = Record(folder)
+    record = RunRecorder(folder)
     target = {"train__target_accuracy": 0.8}
     record.start(config(seed=seed, **(target | settings)), FACTS)
     for step in STEPS:

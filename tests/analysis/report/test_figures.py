@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from gengap_dist.analysis.report import figures, plotting, probe_figures
 from gengap_dist.analysis.report.figure_list import STUDY_FIGURES
-from gengap_dist.analysis.report.plotting import Picture
+from gengap_dist.analysis.report.plotting import ReportFigure
 from gengap_dist.analysis.results import Comparison, Correlation, Target
 from gengap_dist.analysis.study_data import StudyData, read_study
 from tests.analysis.report.folders import ARMS, accuracy, write_study
@@ -29,7 +29,7 @@ def means(figure: Figure) -> list[tuple[float, float]]:
     return [(float(np.round(line.get_xdata()[0], 9)), float(np.round(line.get_ydata()[0], 9))) for line in lines]
 
 
-def drawn(picture: Picture | None) -> Picture:
+def drawn(picture: ReportFigure | None) -> ReportFigure:
     assert picture is not None
     return picture
 

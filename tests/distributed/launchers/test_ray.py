@@ -216,4 +216,4 @@ def test_who_asks_a_ray_cluster(monkeypatch):
 def test_a_folder_that_ray_deletes_is_refused(tmp_path):
     out = tmp_path / "runtime_resources" / "working_dir_files" / "runs"
     with pytest.raises(UsageError, match="deleted after the job"):
-        ray.RayTrain(ENTRY_POINT).run(RunConfig(), out, resume=False, progress=lambda *_: None)
+        ray.RayLauncher(ENTRY_POINT).run(RunConfig(), out, resume=False, progress=lambda *_: None)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from gengap_dist import models
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Batches, Normalise
-from gengap_dist.data.sampler import Order
+from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.parallel.strategies import STRATEGIES
 from gengap_dist.training.algorithms.base import make_gradient
-from gengap_dist.training.optimizer import build as build_optimizer
-from gengap_dist.training.step import Work, train_step
+from gengap_dist.training.optimizer import build_optimizer as build_optimizer
+from gengap_dist.training.step import StepBatch, train_step
 from tests.conftest import config
 
 State = dict[str, Any]
@@ -42,10 +42,10 @@ class Trainer:
         self.config = config(**settings)
         splits = datasets.load(self.config.data)
         dtype = getattr(torch, self.config.train.dtype)
-        self.batches = Batches(splits.train, Normalise(splits, self.world.device, dtype), self.config.data, 0)
-        self.order = Order(len(splits.train), self.config.batch.global_size, 0)
+        self.batches = BatchLoader(splits.train, Normalise(splits, self.world.device, dtype), self.config.data, 0)
+        self.order = EpochSampler(len(splits.train), self.config.batch.global_size, 0)
         torch.manual_seed(2)
-        model = models.of(self.config, 10, 1, self.world).to(dtype)
+        model = models.from_config(self.config, 10, 1, self.world).to(dtype)
         if saved:
             model.load_state_dict(saved["model"])
         self.strategy = STRATEGIES[name](self.config, self.world)
@@ -57,27 +57,27 @@ class Trainer:
     def train(self, steps: int, watch: bool = False) -> State:
         """Losses [steps], gradient norms [steps], and of each rank [steps, ranks] |g|^2 and 1/b for the noise scale."""
         strategy, batch, rows = self.strategy, self.config.batch, []
-        strategy.watching = watch
+        strategy.track_local_grad_norm = watch
         strategy.model.train()
         for _ in range(steps):
             strategy.set_rates(0.02 + 0.001 * self.step, self.config.optim.momentum)
             indices, epoch = self.order.indices(self.step), self.order.epoch(self.step)
             plan = BatchPlan(len(indices), self.world.size, batch.micro_size, batch.ghost_size)
-            spans = plan.micro_batches(self.world.rank, lockstep=strategy.lockstep)
-            work = Work(indices, epoch, spans)
+            spans = plan.micro_batches(self.world.rank, equal_counts=strategy.equal_micro_batches_required)
+            work = StepBatch(indices, epoch, spans)
             sums, norm = train_step(strategy, self.batches, work, make=make_gradient(self.config.algorithm))
             assert norm.shape == ()
             mine = torch.zeros(self.world.size, 2, dtype=torch.float64)
             mine[self.world.rank] = sums[2:4]
-            loss = self.world.sum(sums[:1].clone()) / len(indices)
-            rows.append({"loss": float(loss), "norm": float(norm), "energy": self.world.sum(mine).tolist()})
+            loss = self.world.all_reduce(sums[:1].clone()) / len(indices)
+            rows.append({"loss": float(loss), "norm": float(norm), "energy": self.world.all_reduce(mine).tolist()})
             self.step += 1
         return {key: [row[key] for row in rows] for key in ("loss", "norm", "energy")}
 
     def save(self) -> State:
         """What a checkpoint holds, on every rank."""
         average_buffers(self.strategy.model, self.world)
-        with self.strategy.whole() as net:
+        with self.strategy.unsharded_model() as net:
             model = {key: value.clone() for key, value in net.state_dict().items()}
         saved: list[Any] = [{"model": model, "optimizer": self.strategy.optimizer_state(), "step": self.step}]
         if self.world.size > 1:
@@ -89,10 +89,10 @@ def trained(world: World, name: str, settings: State, steps: int, watch: bool = 
     """What a rank knows after some steps, and whether all ranks know the same."""
     trainer = Trainer(name, world, settings)
     out = trainer.train(steps, watch)
-    with trainer.strategy.whole() as net:
+    with trainer.strategy.unsharded_model() as net:
         mine = digest(net.state_dict())
     saved = trainer.save()
-    with trainer.strategy.whole() as net:
+    with trainer.strategy.unsharded_model() as net:
         same = {key for key, value in saved["model"].items() if torch.equal(value, net.state_dict()[key])}
     return out | arrays(saved) | {"own": mine, "digest": digest(saved["model"]), "same": same == {*saved["model"]}}
 

@@ -14,7 +14,7 @@ from gengap_dist.training.evaluation import evaluate
 
 
 def talk(world: World) -> dict:
-    total = world.sum(torch.tensor([world.rank + 1.0, 1.0], dtype=torch.float64))
+    total = world.all_reduce(torch.tensor([world.rank + 1.0, 1.0], dtype=torch.float64))
     heights = [of + world.rank for of in range(world.size)]  # ragged, rank 0 sends itself nothing
     chunks = [torch.full((world.rank + to, 2), 10.0 * world.rank + to) for to in range(world.size)]
     swapped = world.all_to_all(chunks, heights)

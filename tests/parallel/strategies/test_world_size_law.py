@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gengap_dist.distributed.launchers.local import Pool
+from gengap_dist.distributed.launchers.local import LocalLauncher
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
 from gengap_dist.training import ENTRY_POINT
 from tests.conftest import FULL, config, weights
@@ -24,7 +24,7 @@ def runs(tmp_path_factory):
     """(case, ranks, micro_size) to (losses, gradient norms, weights, test accuracy), all trained for real."""
     out = {}
     for size in (1, 2, 3):
-        with Pool(size, ENTRY_POINT) as pool:
+        with LocalLauncher(size, ENTRY_POINT) as pool:
             for case, settings in CASES.items():
                 for micro in (micro for ranks, micro in SIZES if ranks == size):
                     folder = tmp_path_factory.mktemp("law")
@@ -61,11 +61,11 @@ def test_gradient_is_the_mean_over_the_global_batch():
     from gengap_dist import models
     from gengap_dist.config.sections import DataConfig, RunConfig
     from gengap_dist.data import datasets
-    from gengap_dist.data.batch_loader import Batches, Normalise
+    from gengap_dist.data.batch_loader import BatchLoader, Normalise
     from gengap_dist.distributed.batch_plan import BatchPlan
     from gengap_dist.distributed.process_group import World
     from gengap_dist.parallel.strategies import Single
-    from gengap_dist.training.step import Work, train_step
+    from gengap_dist.training.step import StepBatch, train_step
 
     splits = datasets.load(DataConfig())
     normalise = Normalise(splits, torch.device("cpu"), torch.float64)
@@ -77,7 +77,9 @@ def test_gradient_is_the_mean_over_the_global_batch():
     strategy.setup(model, lambda model: torch.optim.SGD(model.parameters(), lr=0.5))
     indices = torch.arange(50) * 3
     spans = BatchPlan(50, 1, 7).micro_batches(0)
-    sums, norm = train_step(strategy, Batches(splits.train, normalise, DataConfig(), 0), Work(indices, 0, spans))
+    sums, norm = train_step(
+        strategy, BatchLoader(splits.train, normalise, DataConfig(), 0), StepBatch(indices, 0, spans)
+    )
 
     images, labels = normalise(splits.train.pixels[indices]), splits.train.labels[indices]
     loss = torch.nn.functional.cross_entropy(twin(images), labels)

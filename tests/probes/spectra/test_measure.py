@@ -13,9 +13,9 @@ from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
-from gengap_dist.probes.layer_view import Site
+from gengap_dist.probes.layer_view import LayerView
 from gengap_dist.probes.layers import Layer
-from gengap_dist.probes.spectra.measure import plan
+from gengap_dist.probes.spectra.measure import plan_passes
 
 NUM = 201  # splits into blocks of 32 with a short last one: uneven on 2 and on 3 ranks
 
@@ -182,9 +182,9 @@ def test_a_budget_that_is_too_small():
 
 def test_passes_keep_the_budget():
     layer = Layer("x", nn.Identity(), 1, torch.Size([1, 8, 8, 8]), torch.float32, False, "")
-    sites = [Site(layer, "flatten", 1, 100, width) for width in (4_000, 50, 300_000, 90_000, 700)]
+    sites = [LayerView(layer, "flatten", 1, 100, width) for width in (4_000, 50, 300_000, 90_000, 700)]
     budget = 2**20 * 3 // 4
-    passes = plan(sites, 60, 1)
+    passes = plan_passes(sites, 60, 1)
     for pieces in passes:
         assert (
             sum(16 * sites[n].size ** 2 for n in {p.site for p in pieces})

@@ -11,22 +11,22 @@ from torch.nn.functional import cross_entropy
 from gengap_dist import models
 from gengap_dist.config.sections import AlgorithmConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Batches, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Normalise
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.training.algorithms.gradient_penalty import gradient_penalty
 from gengap_dist.training.algorithms.rank_penalty import MEASURES, RankPenalty
 from gengap_dist.training.algorithms.sam import sam
-from gengap_dist.training.optimizer import build as build_optimizer
-from gengap_dist.training.step import Objective, Work, accumulate
+from gengap_dist.training.optimizer import build_optimizer as build_optimizer
+from gengap_dist.training.step import Objective, StepBatch, accumulate
 from tests.conftest import config
 
 NUM, CLASSES = 24, 5
 
 
 class Given:
-    """Batches of one data set, as `Batches` hands them out."""
+    """Batches of one data set, as `BatchLoader` hands them out."""
 
     def __init__(self, images, labels):
         self.images, self.labels = images, labels
@@ -45,7 +45,7 @@ def problem():
     strategy = Single(config(), World())
     strategy.setup(net, partial(build_optimizer, config().optim))
     given = Given(torch.randn(NUM, 1, 6, 6).double(), torch.randint(CLASSES, (NUM,)))
-    work = Work(torch.arange(NUM), 0, [Span(0, 8), Span(8, 16), Span(16, 24)])
+    work = StepBatch(torch.arange(NUM), 0, [Span(0, 8), Span(8, 16), Span(16, 24)])
     return SimpleNamespace(net=net, strategy=strategy, given=given, work=work, parameters=list(net.parameters()))
 
 
@@ -144,11 +144,11 @@ def test_the_rank_penalty_under_bfloat16_points_the_same_way():
         run = config(data__image_size=16, algorithm__rank_penalty=1.0, train__autocast=autocast)
         splits = datasets.load(run.data)
         torch.manual_seed(0)
-        net = models.of(run, splits.num_classes, splits.in_channels, World()).to(dtype)
+        net = models.from_config(run, splits.num_classes, splits.in_channels, World()).to(dtype)
         strategy = Single(run, World())
         strategy.setup(net, partial(build_optimizer, run.optim))
-        batches = Batches(splits.train, Normalise(splits, torch.device("cpu"), dtype), run.data, run.seed)
-        accumulate(strategy, batches, Work(torch.arange(64), 0, [Span(0, 64)]), Alone(run.algorithm))
+        batches = BatchLoader(splits.train, Normalise(splits, torch.device("cpu"), dtype), run.data, run.seed)
+        accumulate(strategy, batches, StepBatch(torch.arange(64), 0, [Span(0, 64)]), Alone(run.algorithm))
         found.append(torch.cat([p.grad.double().flatten() for p in net.parameters()]))
     assert torch.cosine_similarity(*found, dim=0) > 0.98
 
@@ -160,7 +160,7 @@ def test_the_rank_penalty_of_one_row_or_of_a_dead_layer_is_nothing(problem, meas
     if spans[0].size > 1:
         with torch.no_grad():
             problem.net[3].weight.zero_()
-    work = Work(torch.arange(spans[0].size), 0, spans)
+    work = StepBatch(torch.arange(spans[0].size), 0, spans)
     sums = accumulate(problem.strategy, problem.given, work, objective)
     got = gradients(problem)
     problem.strategy.optimizer.zero_grad()

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist import models
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Batches, Normalise
-from gengap_dist.data.sampler import Order
+from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.batch_plan import split
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -21,10 +21,10 @@ from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.parallel.strategies import DDP, Single
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
-from gengap_dist.training.algorithms import course_of
-from gengap_dist.training.algorithms.update_bn import recompute
+from gengap_dist.training.algorithms import build_algorithm
+from gengap_dist.training.algorithms.update_bn import recompute_running_stats
 from gengap_dist.training.checks import check_norm
-from gengap_dist.training.optimizer import build
+from gengap_dist.training.optimizer import build_optimizer
 from tests.conftest import config, cut_after, thinned
 
 LR, MOMENTUM, STEPS, FIRST, EVERY = 0.1, 0.9, 13, 4, 3
@@ -42,13 +42,13 @@ def start(world, local, workers, **settings):
     """A course, and its network, from which a twin can be made."""
     run = config(**TINY | {"algorithm__local_sgd": local, "algorithm__workers": workers} | settings)
     splits = datasets.load(run.data)
-    batches = Batches(splits.train, Normalise(splits, world.device, torch.float64), run.data, run.seed)
+    batches = BatchLoader(splits.train, Normalise(splits, world.device, torch.float64), run.data, run.seed)
     torch.manual_seed(7)
-    model = models.of(run, splits.num_classes, splits.in_channels, world).double()
+    model = models.from_config(run, splits.num_classes, splits.in_channels, world).double()
     strategy = (DDP if world.size > 1 else Single)(run, world)
-    strategy.setup(model, partial(build, run.optim))
-    order = Order(len(splits.train), run.batch.global_size, run.seed)
-    return course_of(run, strategy, batches, order, STEPS), deepcopy(model)
+    strategy.setup(model, partial(build_optimizer, run.optim))
+    order = EpochSampler(len(splits.train), run.batch.global_size, run.seed)
+    return build_algorithm(run, strategy, batches, order, STEPS), deepcopy(model)
 
 
 def flat(model):
@@ -109,7 +109,7 @@ def test_post_local_sgd_is_what_it_is_defined_as():
             for net, _ in nets:
                 nn.utils.vector_to_parameters(average.clone(), net.parameters())
         assert (mean(nets) - flat(nets[0][0])).norm() > 1e-4 or (step - FIRST + 1) % EVERY == 0
-        with course.network() as network:
+        with course.evaluated_model() as network:
             torch.testing.assert_close(flat(network), mean(nets), rtol=1e-10, atol=1e-12)
 
 
@@ -130,11 +130,11 @@ def test_swap_is_what_it_is_defined_as(scaling, rate, corrected):
         for worker, (net, own) in enumerate(nets):
             first = step == FIRST and not corrected
             own.param_groups[0] |= {"lr": LR * rate, "momentum": MOMENTUM / rate if first else MOMENTUM}
-            indices = Order(num, 8, seed=0, worker=worker).indices(step - FIRST)
+            indices = EpochSampler(num, 8, seed=0, worker=worker).indices(step - FIRST)
             results.append(descend(net, own, course.batches(indices, 1 + worker)))
         check(taken, results)
         assert (taken.size, taken.lr) == (24, pytest.approx(LR * rate))
-    with course.network() as network:
+    with course.evaluated_model() as network:
         torch.testing.assert_close(flat(network), mean(nets), rtol=1e-10, atol=1e-12)
     assert (mean(nets) - flat(nets[0][0])).norm() > 1e-3
 
@@ -152,13 +152,13 @@ def beside_torch(world):
     averager = PeriodicModelAverager(period=EVERY, warmup_steps=FIRST + EVERY - 1)
     optimizer = PostLocalSGDOptimizer(sgd(model), averager)
     distances, sums = [], []
-    total = World.sum
+    total = World.all_reduce
 
     def counted(self, tensor, what="sum"):
         sums.append((step, what))
         return total(self, tensor, what)
 
-    World.sum = counted
+    World.all_reduce = counted
     for step in range(STEPS):
         course.step(step, LR, MOMENTUM)
         indices, epoch = course.order.indices(step), course.order.epoch(step)
@@ -166,7 +166,7 @@ def beside_torch(world):
         descend(ddp, optimizer, course.batches(indices[part.start : part.stop], epoch))
         own = course.workers[world.rank].model if step >= FIRST else course.strategy.model
         distances.append(float((flat(own) - flat(model)).norm() / flat(model).norm()))
-    World.sum = total
+    World.all_reduce = total
     apart = flat(model) - total(world, flat(model)) / world.size
     return distances, sums, float(apart.norm())
 
@@ -182,7 +182,7 @@ def test_a_worker_without_a_sample_stands_still():
     """Two samples are left at the end of an epoch, and there are four workers."""
     course, _ = start(World(), "post_local_sgd", 4, algorithm__local_steps=99)
     course.first_step = 0
-    course.order = Order(50, 24, seed=0)
+    course.order = EpochSampler(50, 24, seed=0)
     for step in range(2):
         course.step(step, LR, MOMENTUM)
     before = {worker: flat(strategy.model) for worker, strategy in course.workers.items()}
@@ -192,7 +192,7 @@ def test_a_worker_without_a_sample_stands_still():
         worker: not torch.equal(before[worker], flat(strategy.model)) for worker, strategy in course.workers.items()
     }
     assert moved == {0: False, 1: True, 2: False, 3: True}
-    with course.network() as network:
+    with course.evaluated_model() as network:
         torch.testing.assert_close(flat(network), torch.stack([flat(s.model) for s in course.workers.values()]).mean(0))
 
 
@@ -222,20 +222,20 @@ def test_a_last_part_without_steps_is_refused(settings, share, steps):
     with pytest.raises(
         UsageError, match=rf"algorithm.{name} \({share:g}\) leaves none of {steps} steps after it: choose"
     ):
-        course_of(run, Single(run, World()), None, Order(48, 24, 0), steps)
+        build_algorithm(run, Single(run, World()), None, EpochSampler(48, 24, 0), steps)
 
 
 def test_an_average_of_swap_has_statistics_of_its_own():
     course, _ = start(World(), "swap", 2, model__name="mlp", model__widths=[16], batch__ghost_size=4)
     for step in range(STEPS):
         course.step(step, LR, MOMENTUM)
-    with course.network() as network:
+    with course.evaluated_model() as network:
         assert has_batch_norm(network)
         twin = deepcopy(network)
         for name, buffer in twin.named_buffers():
             if "running" in name:
                 buffer.fill_(99.0)
-        recompute(twin, course.batches, World(), 4)
+        recompute_running_stats(twin, course.batches, World(), 4)
         for name, buffer in network.named_buffers():
             if "running" in name:
                 torch.testing.assert_close(dict(twin.named_buffers())[name], buffer, msg=name)

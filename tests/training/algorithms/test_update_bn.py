@@ -8,11 +8,11 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from gengap_dist.distributed.process_group import World
-from gengap_dist.models.batch_norm import treat
-from gengap_dist.models.dropout import SampleDropout, treat_dropout
-from gengap_dist.models.sample_position import Position
+from gengap_dist.models.batch_norm import replace_batch_norm
+from gengap_dist.models.dropout import SampleDropout, replace_dropout
+from gengap_dist.models.sample_position import SamplePosition
 from gengap_dist.training.algorithms import update_bn as ours
-from gengap_dist.training.algorithms.update_bn import recompute, untrained
+from gengap_dist.training.algorithms.update_bn import recompute_running_stats, untrained_with_statistics
 
 
 class Given:
@@ -39,12 +39,12 @@ def network(dropout=0.0):
 
 def found(world, num, block_size, kind="local", dropout=0.0):
     net = network(dropout)
-    position = Position()
-    treat(net, kind, ghost_size=2 if kind == "ghost" else None, position=position, world=world)
-    treat_dropout(net, position)
+    position = SamplePosition()
+    replace_batch_norm(net, kind, ghost_size=2 if kind == "ghost" else None, position=position, world=world)
+    replace_dropout(net, position)
     net.eval()[0].train()
     given = Given(num)
-    recompute(net, given, world, block_size)
+    recompute_running_stats(net, given, world, block_size)
     assert not net.training  # nor anything else but what was
     assert [name for name, module in net.named_modules() if module.training] == ["0"]
     assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in net.modules())
@@ -81,7 +81,7 @@ def test_a_layer_that_is_called_twice():
             return self.norm(3 * self.norm(x) + 1)
 
     net, twin, given = Twice(), Twice(), Given(12)
-    recompute(net, given, World(), 4)
+    recompute_running_stats(net, given, World(), 4)
     update_bn([given.images[indices] for indices in given.asked], twin)
     close(net.state_dict(), twin.state_dict() | {"norm.num_batches_tracked": net.norm.num_batches_tracked})
 
@@ -123,7 +123,7 @@ def test_dropout_is_on():
 
 def test_a_failure_leaves_the_network_as_it_was():
     net = network()
-    treat(net, "ghost", ghost_size=2, position=Position(), world=World())
+    replace_batch_norm(net, "ghost", ghost_size=2, position=SamplePosition(), world=World())
     net.eval()
     before = copy.deepcopy(net.state_dict())
 
@@ -132,7 +132,7 @@ def test_a_failure_leaves_the_network_as_it_was():
             raise OSError("a file is gone")
 
     with pytest.raises(OSError, match="gone"):
-        recompute(net, Broken(8), World(), 4)
+        recompute_running_stats(net, Broken(8), World(), 4)
     assert not any(
         module.training or module._forward_pre_hooks or "forward" in vars(module) for module in net.modules()
     )
@@ -144,7 +144,7 @@ def test_a_failure_leaves_the_network_as_it_was():
 def test_nothing_to_make_anew():
     net = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False))
     given = Given(8)
-    recompute(net, given, World(), 4)
+    recompute_running_stats(net, given, World(), 4)
     assert not given.asked
 
 
@@ -152,7 +152,7 @@ def test_an_untrained_network_is_shown_as_its_first_step_sees_it():
     """Every layer's output has mean 0 and variance 1 over the images; the network itself stays what it is."""
     net, given = network().eval(), Given(24)
     before = copy.deepcopy(net.state_dict())
-    shown = untrained(net, given, World(), 24)
+    shown = untrained_with_statistics(net, given, World(), 24)
     seen = {}
     for name in ("1", "9"):
         shown[int(name)].register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
@@ -163,4 +163,4 @@ def test_an_untrained_network_is_shown_as_its_first_step_sees_it():
         assert (out.var(dims) - 1).abs().max() < 0.1  # biased against unbiased
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
     plain = nn.Linear(2, 2)
-    assert untrained(plain, given, World(), None) is plain
+    assert untrained_with_statistics(plain, given, World(), None) is plain

@@ -14,13 +14,13 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.preflight.batch_layout import Cluster
 from gengap_dist.preflight.machine_constants import Constants
-from gengap_dist.preflight.plan import survey
+from gengap_dist.preflight.plan import make_plan
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from gengap_dist.training.autotune import available_memory
-from gengap_dist.training.autotune.cache import MicroSize, load_micro_sizes, micro_sizes_path, remember
-from gengap_dist.training.autotune.micro_batch import Network, candidates, settle
+from gengap_dist.training.autotune.cache import MicroSize, load_micro_sizes, micro_sizes_path, store
+from gengap_dist.training.autotune.micro_batch import ModelShape, candidates, resolve_micro_size
 from gengap_dist.training.autotune.search import images_per_second
-from gengap_dist.training.autotune.synthetic_workload import Rehearsal
+from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload
 from tests.conftest import ROOT, config, cut_after, thinned, train, weights
 
 AUTO = {"batch__micro_size": "auto", "batch__global_size": 96, "train__steps": 4, "probe__num_samples": 64}
@@ -69,11 +69,11 @@ def test_it_is_remembered_by_machine_and_by_run(pools, cache, tmp_path):
     cache.unlink(missing_ok=True)
     mark = go(pools[2], tmp_path / "a", **AUTO)["micro_size_auto"]["mark"]
     known = load_micro_sizes().found[mark]
-    remember(mark, known.model_copy(update={"size": 2}))
+    store(mark, known.model_copy(update={"size": 2}))
     kept = go(pools[2], tmp_path / "b", **AUTO, checkpoint__every_steps=2)
     assert (kept["micro_size"], kept["micro_size_auto"]["by"]) == (2, "an earlier measurement")
     cut_after(tmp_path / "b", 2)
-    remember(mark, known.model_copy(update={"size": 4}))
+    store(mark, known.model_copy(update={"size": 4}))
     resumed = go(pools[2], tmp_path / "b", **AUTO, checkpoint__every_steps=2, resume=True)
     assert (resumed["micro_size"], resumed["micro_size_auto"]["by"]) == (2, "this run's record")
     number = AUTO | {"batch__micro_size": 2}
@@ -89,17 +89,17 @@ def test_it_is_remembered_by_machine_and_by_run(pools, cache, tmp_path):
 def test_a_plan_takes_what_a_run_found(cache):
     settings, place = config(**AUTO, launch__device="cpu"), Cluster(1, 1)
     cache.unlink(missing_ok=True)
-    assert "taken to find 96" in survey(settings, place, Constants()).assumed[0]
-    model = models.of(settings, 10, 1, World())
+    assert "taken to find 96" in make_plan(settings, place, Constants()).assumed[0]
+    model = models.from_config(settings, 10, 1, World())
     threads = torch.get_num_threads()
     torch.set_num_threads(int(threads_per_rank(1)["OMP_NUM_THREADS"]))
     try:
-        _, found = settle(settings, Network(model, 1, 10), World(), {})
+        _, found = resolve_micro_size(settings, ModelShape(model, 1, 10), World(), {})
     finally:
         torch.set_num_threads(threads)
     assert found is not None
-    remember(found["mark"], MicroSize(size=8, images_per_second={}, pass_bytes=1))
-    plan = survey(settings, place, Constants())
+    store(found["mark"], MicroSize(size=8, images_per_second={}, pass_bytes=1))
+    plan = make_plan(settings, place, Constants())
     assert plan.assumed[0].startswith("batch.micro_size=auto found 8 ")
     assert plan.batch is not None
     assert plan.batch.micro_sizes == (8, 8)
@@ -119,7 +119,7 @@ def test_a_damaged_or_locked_file_costs_a_measurement(cache, tmp_path, monkeypat
     path.unlink()
     path.mkdir()
     with pytest.warns(UserWarning, match="holds no"), pytest.warns(UserWarning, match="cannot be written"):
-        remember("x", MicroSize(size=1, images_per_second={}, pass_bytes=1))
+        store("x", MicroSize(size=1, images_per_second={}, pass_bytes=1))
 
 
 def test_what_has_no_choice_or_must_not_have_one(tmp_path, cache):
@@ -127,7 +127,7 @@ def test_what_has_no_choice_or_must_not_have_one(tmp_path, cache):
     with pytest.raises(UsageError, match=r"model.norm \(local\) takes its statistics over micro-batches"):
         train(tmp_path / "local", **AUTO, **SMALL, train__channels_last="auto")
     assert not cache.exists()  # and the order of pictures was not measured for nothing
-    assert "would depend on the machine" in survey(config(**AUTO, **SMALL), Cluster(1, 1), Constants()).refused[0]
+    assert "would depend on the machine" in make_plan(config(**AUTO, **SMALL), Cluster(1, 1), Constants()).refused[0]
     assert candidates(config(**AUTO, model__norm="sync"), 2) == [48]
     assert candidates(config(**AUTO, algorithm__gradient_penalty=0.1, algorithm__penalty_size=12), 2) == [12]
     assert candidates(config(**AUTO, batch__ghost_size=32), 2) == [32, 64]  # a rank has two groups, or one
@@ -140,9 +140,9 @@ def test_what_has_no_choice_or_must_not_have_one(tmp_path, cache):
 
 def test_the_network_and_random_states_stay(tmp_path):
     settings = config(**AUTO | SMALL, model__norm="group")
-    model = models.of(settings, 10, 1, World()).train()
+    model = models.from_config(settings, 10, 1, World()).train()
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
-    settle(settings, Network(model, 1, 10), World(), {})
+    resolve_micro_size(settings, ModelShape(model, 1, 10), World(), {})
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -167,7 +167,7 @@ class Greedy(nn.Module):
 
 def greedy(world, mosts):
     settings = config(**AUTO | {"batch__global_size": 192})
-    rehearsal = Rehearsal(settings, Greedy(mosts[world.rank]), 1, 10, world.device)
+    rehearsal = SyntheticWorkload(settings, Greedy(mosts[world.rank]), 1, 10, world.device)
     sizes = candidates(settings, world.size)
     return sorted(images_per_second(rehearsal, settings, sizes[-1], sizes, world))
 
@@ -243,9 +243,9 @@ def test_a_container_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(available_memory, "VERSIONS", (old, new))
     monkeypatch.setattr(available_memory, "MEMBERSHIPS", tmp_path / "cgroup")
     (tmp_path / "cgroup").write_text("4:memory:/a/b\n3:cpu:/a\n0::/a/b\n")
-    assert available_memory.room(torch.device("cpu"), 1) == 700 - 100 + 50
-    assert available_memory.room(torch.device("cpu"), 3) == 650 // 3
+    assert available_memory.available_memory(torch.device("cpu"), 1) == 700 - 100 + 50
+    assert available_memory.available_memory(torch.device("cpu"), 3) == 650 // 3
     (tmp_path / "cgroup").write_text("0::/a/b\n")
-    assert available_memory.room(torch.device("cpu"), 1) == 9000 - 10 + 50
+    assert available_memory.available_memory(torch.device("cpu"), 1) == 9000 - 10 + 50
     (tmp_path / "cgroup").unlink()
-    assert available_memory.room(torch.device("cpu"), 1) > 2**20
+    assert available_memory.available_memory(torch.device("cpu"), 1) > 2**20

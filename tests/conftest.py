@@ -41,8 +41,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has Ct
 LONGEST = ()
 
 
+STARTING = {"gengap", "cluster", "pools", "crews"}  # fixtures that start processes
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if STARTING & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.processes)
         if item.get_closest_marker("full") and not FULL:
             item.add_marker(pytest.mark.skip(reason="only in `make test-full`: GENGAP_FULL is not set"))
     place = {name: number for number, name in enumerate(LONGEST)}

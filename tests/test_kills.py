@@ -31,7 +31,7 @@ SETTINGS = {
 WORDS = [str(word) for pair in SETTINGS.items() for word in pair]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-pytestmark = pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("default")]  # what MLflow warns of is not ours to mend
 
 
 def kill_now_and_then(

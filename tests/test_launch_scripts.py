@@ -11,6 +11,8 @@ from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.processes
+
 SMALL = ["--train.steps", "6", "--launch.device", "cpu", "--probe.enabled", "false", "--mlflow.enabled", "false"]
 
 

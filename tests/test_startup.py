@@ -11,6 +11,8 @@ import pytest
 from gengap_dist.compat.fast_imports import fast_imports
 from tests.study.tiny import start, write
 
+pytestmark = pytest.mark.processes
+
 COMMANDS = ["", "train", "study", "probe", "report", "compare", "plan", "doctor"]
 SERVICES = {"ray", "mlflow", "deepspeed", "matplotlib", "scipy", "pandas", "optuna", "torchvision"}
 COMPILER = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"}

@@ -238,7 +238,7 @@ OTHERS = [
 @pytest.mark.parametrize(("command", "words", "says"), OTHERS)
 def test_usage_errors_of_the_other_commands(capsys, command, words, says):
     with pytest.raises(SystemExit) as exit_:
-        guarded(f"gengap {command}", import_module(f"gengap_dist.cli.{command}").command, words)
+        run_command(f"gengap {command}", import_module(f"gengap_dist.cli.{command}").command, words)
     assert exit_.value.code == 2
     said = capsys.readouterr().err
     assert says in said

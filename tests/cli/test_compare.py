@@ -6,7 +6,7 @@ import pytest
 
 from gengap_dist.analysis.study_data import read_study
 from gengap_dist.cli.compare import command
-from gengap_dist.cli.exit_codes import guarded
+from gengap_dist.cli.exit_codes import run_command
 from tests.conftest import config
 
 
@@ -91,7 +91,7 @@ def test_bad_input(folders, capsys, words, says):
     run_folder(folders.parent / "blank" / "one", 8, 0, None)
     store = f"sqlite:///{folders.parent}/mlflow.db"
     with pytest.raises(SystemExit) as exit_:
-        guarded("gengap compare", command, [*words, "--out", "out", "--tracking_uri", store])
+        run_command("gengap compare", command, [*words, "--out", "out", "--tracking_uri", store])
     assert exit_.value.code == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
 

@@ -25,7 +25,7 @@ Numbers = dict[tuple[int, str], float]
 TIMES = ("seconds", "time/", "probe_seconds")
 NEEDS = {"zero": "deepspeed", "lars": "timm", "lamb": "timm"}
 
-pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))]
 
 
 @pytest.fixture(scope="module")

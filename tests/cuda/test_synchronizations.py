@@ -20,15 +20,15 @@ from tests.cuda.scenarios import ADAMW, AUGMENTED, BASE, FP16, LAMB, LOCAL, OFF,
 from tests.cuda.test_scenarios import tabulate
 from tests.ranks import Crew
 
-pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))]
 
 QUIET: Settings = BASE | OFF | {"train__steps": 24, "train__num_evals": 1, "checkpoint__every_seconds": 1e9}
 FIRST, LAST = 14, 22  # between them nothing is due
 THEIRS = {  # where libraries wait on their own, and through which of our modules: docs/gpu.md lists them
     "torch/amp/grad_scaler.py <genexpr>": "",  # in GradScaler._maybe_opt_step: was a gradient infinite?
     "torch/nn/parallel/distributed.py _pre_forward": "",  # DDP reads the times of its first passes
-    "deepspeed/": "strategies/deepspeed.py",
-    "torch/cuda/": "strategies/deepspeed.py",
+    "deepspeed/": "parallel/strategies/deepspeed.py",
+    "torch/cuda/": "parallel/strategies/deepspeed.py",
 }
 
 STEPS: dict[str, Settings] = {
@@ -101,17 +101,7 @@ def ours(waits: Counter[str]) -> Counter[str]:
     return Counter({wait: number for wait, number in waits.items() if not is_theirs(wait)})
 
 
-JOINED = {
-    "plain",
-    "sync norm",
-    "lars",
-    "float16",
-    "swa",
-    "post-local sgd",
-    "fsdp",
-    "zero1",
-    "zero3",
-}  # x2
+JOINED = {"plain", "sync norm", "lars", "float16", "swa", "post-local sgd", "fsdp", "zero1", "zero3"}
 
 
 @pytest.mark.parametrize(
@@ -145,10 +135,10 @@ def test_a_wait_of_ours_is_seen():
     """The filter lets nothing of our own pass that goes through a library."""
     waits = {
         "sync @ [torch/cuda/__init__.py:1281 synchronize] run.py:382(train)": 1,
-        "sync @ [torch/amp/grad_scaler.py:574 get_scale] strategies/base.py:150(unscaled)": 1,
+        "sync @ [torch/amp/grad_scaler.py:574 get_scale] parallel/strategies/base.py:150(unscaled)": 1,
         "sync @ loop.py:121(accumulate) < loop.py:81(train_step)": 1,
         "sync @ (no Python: a thread of autograd)": 1,
-        "sync @ [torch/amp/grad_scaler.py:1 <genexpr>] strategies/base.py:1(step)": 1,
-        "sync @ [torch/cuda/streams.py:1 synchronize] strategies/deepspeed.py:1(step)": 1,
+        "sync @ [torch/amp/grad_scaler.py:1 <genexpr>] parallel/strategies/base.py:1(step)": 1,
+        "sync @ [torch/cuda/streams.py:1 synchronize] parallel/strategies/deepspeed.py:1(step)": 1,
     }
     assert len(ours(Counter(waits))) == 4

@@ -15,6 +15,8 @@ from gengap_dist.training.trainer import run
 from tests.conftest import config, thinned, train
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.processes
+
 
 def one_rank_lags(world, lagging, doing):
     with detecting_stalls(world, hang_seconds=1.0):

@@ -12,6 +12,8 @@ from gengap_dist.runs.run_folder import read_info
 from tests.ray_cluster import until
 from tests.study import tiny
 
+pytestmark = pytest.mark.processes
+
 MOODY = """
 import time
 from pathlib import Path

@@ -15,6 +15,8 @@ from gengap_dist.study import runner
 from tests.ray_cluster import until
 from tests.study import tiny
 
+pytestmark = pytest.mark.processes
+
 STUDY = {"question": "How much?", "seeds": [0, 1, 2], "axes": {"batch.global_size": [64, 256, 1000]}}
 
 

@@ -15,6 +15,8 @@ import yaml
 from gengap_dist.analysis.study_data import read_study
 from tests.conftest import FULL
 
+pytestmark = pytest.mark.processes
+
 STUDY = {
     "train": {"epochs": 1, "num_evals": 2},
     "probe": {"num_samples": 64, "per_decade": 1},

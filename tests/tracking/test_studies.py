@@ -31,7 +31,7 @@ from tests.browser import NEEDS_CHROMIUM, page, pictures
 from tests.conftest import FULL, thinned
 from tests.tracking.servers import mlflow_server, postgresql, refusing
 
-pytestmark = pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("default")]  # what MLflow warns of is not ours to mend
 
 ARMS = [
     {"name": "sb32", "set": {"batch.global_size": 32}},
@@ -83,7 +83,7 @@ def sent(trained, store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sent")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # where a sqlite store keeps files
-        mirror = Mirror(Path(shutil.copytree(trained, folder / "tiny")), store, "sent", COMPUTED)
+        mirror = MlflowUploader(Path(shutil.copytree(trained, folder / "tiny")), store, "sent", COMPUTED)
         mirror.sync(closing=True)
     return mirror
 

@@ -13,6 +13,8 @@ import pytest
 from tests import fake_cuda
 from tests.conftest import thinned
 
+pytestmark = pytest.mark.processes
+
 NO_GPU = (
     "launch.device (cuda) needs a GPU for each of {} local rank(s), and torch finds 0 on this machine: check nvidia"
 )

@@ -19,6 +19,8 @@ from gengap_dist.training import ENTRY_POINT
 from tests.conftest import FULL, weights
 from tests.ray_cluster import until
 
+pytestmark = pytest.mark.processes
+
 SMALL = [
     "--train.dtype",
     "float64",

@@ -19,6 +19,8 @@ from tests.conftest import cut_after, thinned
 from tests.ray_cluster import Cluster
 from tests.study import tiny
 
+pytestmark = pytest.mark.processes
+
 SMALL = ["--train.dtype", "float64", "--probe.enabled", "false", "--mlflow.enabled", "false", "--train.steps", "4"]
 SMALL += ["--model.name", "telling:make", "--checkpoint.every_steps", "2", "--checkpoint.keep", "9"]
 TWO_ON_RAY = ["--launch.launcher", "ray", "--launch.num_processes", "2"]

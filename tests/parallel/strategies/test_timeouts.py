@@ -16,6 +16,8 @@ from tests.parallel.strategies import jobs
 from tests.parallel.strategies.test_contract import NEEDS, SHARED
 from tests.ranks import Crew, standing
 
+pytestmark = pytest.mark.processes
+
 LIMIT = timedelta(seconds=123)
 SETTINGS = {"model__name": "mlp", "launch__timeout_seconds": 123}
 

@@ -12,6 +12,8 @@ from gengap_dist.runs.run_folder import prepare_folder, read_metrics
 from gengap_dist.training import ENTRY_POINT
 from tests.conftest import FULL, config, weights
 
+pytestmark = pytest.mark.processes
+
 SIZES = [(1, 7), (1, 128), (2, 128), (3, 7)] + FULL * [(2, 7), (3, 128)]  # ranks, samples of a micro-batch
 CASES = {  # 100 splits unevenly; 1293 leaves a last step of one sample: ranks without any
     "100": {"batch__global_size": 100, "data__augment": ["crop", "flip"]},

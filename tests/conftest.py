@@ -38,9 +38,27 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has Ct
 
 
 # Each worker takes one file at a time: the longest first, so that none of them is left alone with one at the end.
-LONGEST = ()
-
-
+LONGEST = [
+    "tests/test_two_hosts.py",
+    "tests/tracking/test_studies.py",
+    "tests/distributed/launchers/test_ray.py",
+    "tests/study/test_ray_runner.py",
+    "tests/cli/test_commands.py",
+    "tests/training/test_resume.py",
+    "tests/study/test_study.py",
+    "tests/distributed/launchers/test_ray_gpus.py",
+    "tests/preflight/test_doctor.py",
+    "tests/test_gpu_benchmark.py",
+    "tests/training/algorithms/test_odd_combinations.py",
+    "tests/cuda/test_scenarios.py",
+    "tests/study/test_restart.py",
+    "tests/cuda/test_commands.py",
+    "tests/parallel/strategies/test_contract.py",
+    "tests/training/algorithms/test_world_size_law.py",
+    "tests/tracking/test_mlflow.py",
+    "tests/test_launch_scripts.py",
+    "tests/test_kills.py",
+]
 STARTING = {"gengap", "cluster", "pools", "crews"}  # fixtures that start processes
 
 
@@ -104,8 +122,9 @@ def cut_after(out: Path, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, LocalLauncher]]:
+def pools(crews: Crews) -> Iterator[dict[int, LocalLauncher]]:
     """One, two and three ranks that stay."""
+    crews.close()  # memory for these; who asks for them again gets new ones
     with standing(lambda size: LocalLauncher(size, ENTRY_POINT), (1, 2, 3)) as pools:
         yield pools
 

@@ -87,8 +87,8 @@ class Crews:
             raise
 
     def close(self) -> None:
-        for crew in self.started.values():
-            crew.close()
+        while self.started:
+            self.started.popitem()[1].close()
 
 
 @contextmanager

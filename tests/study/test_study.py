@@ -151,9 +151,8 @@ def test_progress_on_a_real_terminal(tmp_path):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY | {"study": STUDY["study"] | {"arms": arms}}))
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "gengap_dist", "study", "--config", "s.yaml", "--out", "out"]
-    process = subprocess.Popen(
-        [*command, "--mlflow.enabled", "false", "--train.steps", "40"], cwd=tmp_path, stdout=theirs, stderr=theirs
-    )
+    more = ["--launch.num_processes", "2" if FULL else "1", "--mlflow.enabled", "false", "--train.steps", "40"]
+    process = subprocess.Popen([*command, *more], cwd=tmp_path, stdout=theirs, stderr=theirs)
     os.close(theirs)
     drawn = b""
     with contextlib.suppress(OSError):  # how a closed terminal ends on Linux

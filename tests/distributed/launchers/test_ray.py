@@ -142,6 +142,7 @@ def test_what_a_rank_raises_comes_out_of_the_driver(cluster, tmp_path, factory):
     assert read_info(tmp_path / "run")["status"] == "failed"
 
 
+@pytest.mark.full  # else: from 2 ranks to 1 where a node dies, in test_two_hosts.py
 def test_as_many_ranks_as_there_is_room_for(cluster, tmp_path):
     """From 1 to 2 ranks, each of which takes the cluster's only slot."""
     words = [*SMALL, *NO_MLFLOW, "--launch.launcher", "ray", "--launch.max_processes", 2, "--train.steps", 4]
@@ -151,6 +152,7 @@ def test_as_many_ranks_as_there_is_room_for(cluster, tmp_path):
     assert read_info(tmp_path / "run")["world_size"] == 1
 
 
+@pytest.mark.full  # else: test_bad_devices.py has it of GPUs
 def test_more_than_a_cluster_that_cannot_grow_has_is_refused(tmp_path, gengap):
     """The cluster is one that the driver starts for itself."""
     pytest.importorskip("ray")

@@ -101,6 +101,7 @@ def test_auto_takes_a_gpu_for_each_rank_and_goes_on_without(gpu_cluster, tmp_pat
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-12)
 
 
+@pytest.mark.full  # else: one run, and what `auto` stands for where several are compared
 def test_a_study_takes_one_kind_of_device_for_all(gpu_cluster, tmp_path, telling):
     """One arm asks for a GPU and for two CPUs, the other leaves it open; both run at once, with a GPU each."""
     arms = [

@@ -1,6 +1,7 @@
 """Ranks are killed at random moments, during saves too; the run ends as if nothing had happened.
 
-`make test` kills twice, `make test-full` five times, and `GENGAP_KILLS=20 pytest tests/test_kills.py` as often as that.
+`make test` kills ranks of torchrun twice, `make test-full` those of torchrun and Ray five times; as often as one likes:
+`GENGAP_FULL=1 GENGAP_KILLS=20 pytest tests/test_kills.py`.
 """
 
 import os

@@ -256,6 +256,7 @@ def test_usage_errors_of_the_other_commands_in_processes(gengap, command, words,
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.processes
 def test_gengap_is_the_four_commands(tmp_path):
     script = Path(sys.executable).parent / "gengap"
     assert "study" in subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
@@ -266,6 +267,7 @@ def test_gengap_is_the_four_commands(tmp_path):
     assert "--batch.global_size" in help_
 
 
+@pytest.mark.processes
 def test_a_closed_pipe_is_no_error(tmp_path):
     command = f"{sys.executable} -m gengap_dist.train --help | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=os.environ)

@@ -585,6 +585,7 @@ def test_a_float16_run_on_a_cpu_ends_before_it_begins(tmp_path):
         train(tmp_path, train__autocast="float16", launch__device="cpu")
 
 
+@pytest.mark.processes
 def test_a_cpu_without_a_compiler(tmp_path):
     """One sentence, before anything is trained."""
     words = [sys.executable, "-m", "gengap_dist.train", "--out", "run", "--train.compile", "true"]

@@ -305,6 +305,7 @@ def with_precisions(world: World) -> dict[str, tuple]:
     return out
 
 
+@pytest.mark.processes
 def test_products_are_exact_whichever_interface_had_allowed_less():
     (answers,) = on_ranks(1, with_precisions)
     for how, (found, before, inside, after) in answers.items():

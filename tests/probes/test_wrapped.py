@@ -230,11 +230,13 @@ def with_deepspeed() -> list[dict]:
     return on_ranks(2, under_deepspeed)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_deepspeed(with_deepspeed, stage):
     agrees(with_deepspeed, torch.float32, stage)
 
 
+@pytest.mark.processes
 def test_zero_stage_3_is_refused(with_deepspeed):
     for answer in with_deepspeed:
         assert "is sharded over ranks (ZeRO stage 3 or FSDP)" in answer[3]

@@ -85,6 +85,7 @@ save(Path(sys.argv[3]), 20)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("action", "limit"),
     thinned(

@@ -175,6 +175,7 @@ def test_resume_lists_every_setting_that_differs(pools, tmp_path):
         go(pools, 1, changed, out, resume=True)
 
 
+@pytest.mark.processes
 def test_a_full_disk_does_not_stop_the_run(tmp_path):
     """Files may grow to 200 kB, which the record stays below and a checkpoint of LeNet-5 does not."""
     code = (
@@ -226,6 +227,7 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("number", "launcher"),
     thinned(
@@ -281,6 +283,7 @@ def leave_when_rank_two_is_asked(world, out):
 # -- the folder -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_folder_that_not_all_ranks_see_is_refused(tmp_path):
     for name in ("node0", "node1"):
         prepare_folder(tmp_path / name, "run.json", resume=False)

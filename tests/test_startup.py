@@ -47,7 +47,8 @@ def test_a_rank_alone_imports_what_it_computes_with():
         "from gengap_dist.distributed.launchers.local import InProcessLauncher\n"
         "config, out = RunConfig.model_validate({'train': {'steps': 2}}), pathlib.Path('run')\n"
         "out.mkdir()\n"
-        "InProcessLauncher('gengap_dist.training.trainer:run').run(config, out, resume=False, progress=lambda *told: None)"
+        "launcher = InProcessLauncher('gengap_dist.training.trainer:run')\n"
+        "launcher.run(config, out, resume=False, progress=lambda *told: None)"
     )
     found, _ = imported(code, SERVICES | COMPILER | {"torch"})
     assert found == {"torch"}

@@ -112,7 +112,7 @@ def _run(config: StudyConfig, out: Path) -> int:
 
 def _verdicts(study: Any) -> list[str]:
     """What becomes of each claim, a sentence or two each, for the note of the study's MLflow run."""
-    return [f"{claim.claim} **{claim.outcome}**: {claim.because}" for claim in study.comparison.claims]
+    return [f"{claim.claim} **{claim.outcome}**: {claim.evidence}" for claim in study.comparison.claims]
 
 
 def _headline(study: Any) -> dict[str, float]:

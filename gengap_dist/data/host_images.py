@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AHEAD_BYTES = 2**28  # of images gathered ahead for one step; the rest of a larger step is gathered when it is asked for
+PREFETCH_BYTES = (
+    2**28
+)  # of images gathered ahead for one step; the rest of a larger step is gathered when it is asked for
 MAX_PREFETCHED = 4  # steps that are kept ready; a loop that asks for other images than it said leaves some behind
 
 
@@ -37,7 +39,7 @@ class HostImages:
     def __init__(self, pixels: Tensor, device: torch.device) -> None:
         """Images `pixels` [N, C, H, W] uint8, on the CPU, for `device`."""
         self.pixels, self.device, self.shape = pixels, device, pixels.shape
-        self._most_ahead = max(1, AHEAD_BYTES // pixels[:1].numel())
+        self._most_ahead = max(1, PREFETCH_BYTES // pixels[:1].numel())
         self._expected: deque[_Prefetched] = deque(maxlen=MAX_PREFETCHED)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="images")
 

@@ -77,7 +77,7 @@ class StreamedImages:
         return out.to(self.device, non_blocking=True)
 
     def prefetch(self, indices: Tensor) -> None:
-        """Read `indices` [n] ahead, after those expected before and at most AHEAD_BYTES at any time.
+        """Read `indices` [n] ahead, after those expected before and at most PREFETCH_BYTES at any time.
 
         All of them must be asked for, in this order; others may be asked for in between.
         """

@@ -178,7 +178,7 @@ class _OverRanks(torch.autograd.Function):
                 grad, input, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
             )  # scale g, and the sums over this rank's samples of g normed and g
             mine = torch.stack(sums)
-        sums = ctx.world.sum(mine.to(torch.float64, copy=True), "gradient of batch norm statistics")
+        sums = ctx.world.all_reduce(mine.to(torch.float64, copy=True), "gradient of batch norm statistics")
         means = sums / count.clamp_min(1)
         if input.numel():
             scale = (var + ctx.eps).rsqrt()

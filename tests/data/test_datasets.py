@@ -127,7 +127,7 @@ def test_a_folder_of_pictures(pictures):
     ("damage", "says"),
     [
         (lambda root: (root / "train/cat/0.png").write_bytes(b"\x89PNG"), "0.png cannot be read"),
-        (lambda root: shutil.rmtree(root / "test"), "no image folder"),
+        (lambda root: shutil.rmtree(root / "test"), "not an image folder"),
         (lambda root: (root / "test/dog").rename(root / "test/fox"), "class dog is not in both"),
     ],
 )
@@ -159,16 +159,16 @@ LOADING = """
 from pathlib import Path
 import torch
 from gengap_dist.config.sections import DataConfig
-from gengap_dist.data import catalog
+from gengap_dist.data import datasets
 
 def peak():
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 pixels, labels = torch.full(({num}, 28, 28), 7, dtype=torch.uint8), torch.zeros({num}, dtype=torch.long)
-raw = catalog._Raw(pixels, labels, pixels[:1], labels[:1], 10)
-catalog.LOADERS["mnist"] = lambda config, progress: raw
+raw = datasets._Raw(pixels, labels, pixels[:1], labels[:1], 10)
+datasets.LOADERS["mnist"] = lambda config, progress: raw
 before = peak()
-catalog.load(DataConfig(name="mnist", image_size=32))
+datasets.load(DataConfig(name="mnist", image_size=32))
 print(peak() - before)
 """
 

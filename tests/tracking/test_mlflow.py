@@ -198,9 +198,9 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
 def test_a_fresh_sqlite_store_survives_several_first_users(tmp_path):
     uri = f"sqlite:///{tmp_path}/fresh.db"
     code = (
-        "import sys; from pathlib import Path; from gengap_dist.tracking.mlflow.uploader import Mirror; "
+        "import sys; from pathlib import Path; from gengap_dist.tracking.mlflow.uploader import MlflowUploader; "
         "from gengap_dist.cli.upload import COMPUTED; "
-        "Mirror(Path('.'), sys.argv[1], 'e', COMPUTED)"
+        "MlflowUploader(Path('.'), sys.argv[1], 'e', COMPUTED)"
     )
     users = [subprocess.Popen([sys.executable, "-c", code, uri]) for _ in range(3)]
     assert [user.wait() for user in users] == [0, 0, 0]

@@ -31,7 +31,7 @@ class InProcessLauncher(Launcher):
 
         # whatever a scheduler left there, this is the only rank
         with _environment(rank_variables(0, 1)), catching_signals() as leaving:
-            return run(config, out, resume=resume, progress=progress, leaving=leaving)
+            return run(config, out, resume=resume, progress=progress, preemption_requested=leaving)
 
     def close(self, *, kill: bool = False) -> None:
         """Nothing to end."""
@@ -185,7 +185,7 @@ def _rank_main(pipe: Connection, env: dict[str, str], entry_point: str) -> None:
         while (job := pipe.recv()) is not None:
             config, out, resume = job
             try:
-                pipe.send(("result", run(config, out, resume=resume, progress=progress, leaving=leaving)))
+                pipe.send(("result", run(config, out, resume=resume, progress=progress, preemption_requested=leaving)))
             except Preempted as error:
                 pipe.send(("preempted", error.step))
             except OutOfMemory as error:

@@ -578,7 +578,9 @@ def _rank(job: dict[str, Any]) -> None:
             own = join(
                 resolved.device, resolved.timeout_seconds
             )  # no new group, but a run's own account of where its time went
-            result = run(config, out, resume=True, world=own, progress=progress, leaving=leaving, launcher="ray")
+            result = run(
+                config, out, resume=True, world=own, progress=progress, preemption_requested=leaving, launcher="ray"
+            )
             if rank == 0:
                 tell("result", (number, result))
                 ray.get(teller.end.remote(name))

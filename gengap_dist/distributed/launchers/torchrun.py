@@ -38,7 +38,7 @@ class TorchrunLauncher(Launcher):
         """See `Launcher.run`; exceptions come as they are."""
         run = load_entry_point(self.entry_point)  # imports torch, which --help does not need
         with catching_signals() as leaving:
-            return run(config, out, resume=resume, progress=progress, leaving=leaving, launcher="torchrun")
+            return run(config, out, resume=resume, progress=progress, preemption_requested=leaving, launcher="torchrun")
 
     def close(self, *, kill: bool = False) -> None:
         """Leave the process group."""

@@ -181,9 +181,10 @@ def test_a_rank_that_runs_out_of_memory_decides_for_all(crews):
 LIMITED = """
 import resource, sys, psutil, torch
 import gengap_dist.training.trainer
-from gengap_dist.config.sections import RunConfig, nested, validate
-from gengap_dist.models import of
-from gengap_dist.training.autotune.micro_batch import Network, settle
+from gengap_dist.config.loading import nested, validate
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.models import from_config
+from gengap_dist.training.autotune.micro_batch import ModelShape, resolve_micro_size
 from gengap_dist.cli.train import main
 from gengap_dist.distributed.process_group import World
 
@@ -194,9 +195,9 @@ def leave_only(mebibytes):
 torch.set_num_threads(1)
 words = {"model.name": "deep:Deep", "batch.micro_size": "auto", "launch.device": "cpu"}
 config = validate(RunConfig, nested(words))
-network = Network(of(config, 10, 1, World()), 1, 10)
+network = ModelShape(from_config(config, 10, 1, World()), 1, 10)
 leave_only(700)
-print(settle(config, network, World(), {})[1]["size"], flush=True)
+print(resolve_micro_size(config, network, World(), {})[1]["size"], flush=True)
 leave_only(150)
 words |= {"out": "run", "mlflow.enabled": "false"}
 main([word for name, value in words.items() for word in (f"--{name}", value)])

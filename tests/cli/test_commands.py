@@ -225,7 +225,7 @@ OTHERS = [
     ("probe", ["--model", "lenet5", "--mlflow"], "--mlflow sends what is in --out"),
     ("probe", ["--model", "lenet5", "--views", "chanel"], "probe.views (chanel)"),
     ("probe", ["--model", "torchvision:resnet81"], "did you mean resnet18"),
-    ("probe", ["--model", "timm:resnet81"], "is no network of timm"),
+    ("probe", ["--model", "timm:resnet81"], "is not a network of timm"),
     ("probe", ["--model", "torchvision:vit_b_16", "--image_size", "33"], "cannot be built for images of 33 x 33"),
     ("probe", ["--model", "lenet5", "--weights", "nowhere.pt"], "nowhere.pt is missing"),
     ("probe", ["--model", "lenet5", "--memory_mib", "1", "--views", "flatten"], "memory_mib: raise it to"),

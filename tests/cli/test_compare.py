@@ -79,10 +79,10 @@ def test_what_cannot_be_read_is_named_and_the_rest_compared(folders, gengap):
     [
         (["nowhere"], "holds no run.json"),
         (["mine", "--baseline", "b65"], "--baseline (b65) is not an arm (did you mean b64?)"),
-        (["ftp:/x"], "is no folder and no MLflow run"),
+        (["ftp:/x"], "is neither a folder nor an MLflow run"),
         (["blank"], "none of the 1 runs has test/accuracy"),
-        (["experiments:/nothing"], "is no experiment there"),
-        (["runs:/0123"], "is no run there"),
+        (["experiments:/nothing"], "is not an experiment there"),
+        (["runs:/0123"], "is not a run there"),
     ],
 )
 @pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend

@@ -457,7 +457,7 @@ def test_many_nodes_are_joined_by_trees():
         ((1, 2), {"batch__ghost_size": 8}, "model.norm (ghost) has no effect"),
         ((1, 2), {"batch__global_size": 2000}, "larger than the training set of 1294"),
         ((1, 2), {"data__memory_gib": 1e-4}, "data.memory_gib (0.0001) is less"),
-        ((1, 2), {"data__name": "imagefolder", "data__root": "nowhere"}, "is no image folder"),
+        ((1, 2), {"data__name": "imagefolder", "data__root": "nowhere"}, "is not an image folder"),
         ((1, 2), {"model__name": "lenet6"}, "did you mean lenet5"),
         ((1, 2), {"probe__views": ["flatten"], "probe__memory_mib": 1}, "exceed the 1 MiB"),
         ((1, 2), {"probe__layers": ["fc9"]}, "matches no layer"),

@@ -19,6 +19,18 @@ DEMO = ROOT / "configs" / "demo_train.yaml"
 QUICK = ["--mlflow.enabled", "false", "--train.steps", "3", "--probe.num_samples", "32"]
 
 
+@pytest.fixture
+def command(capsys, gengap):
+    """`gengap` in this process; with GENGAP_FULL=1 in one of its own."""
+
+    def call(name: str, *words: object) -> "subprocess.CompletedProcess[str]":
+        with pytest.raises(SystemExit) as exit_:
+            run_command(f"gengap {name}", import_module(f"gengap_dist.cli.{name}").command, [*map(str, words)])
+        return subprocess.CompletedProcess([], exit_.value.code, *capsys.readouterr())
+
+    return gengap if FULL else call
+
+
 def test_one_run_from_start_to_report(tmp_path, gengap):
     done = gengap("train", "--config", DEMO, *QUICK, "--launch.num_processes", 2, "--out", "run")
     assert done.returncode == 0, done.stderr
@@ -30,6 +42,7 @@ def test_one_run_from_start_to_report(tmp_path, gengap):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.full  # else: test_kills.py compares a run under torchrun with one of our own ranks
 def test_torchrun_gives_the_same_run(tmp_path, gengap):
     words = ["--config", DEMO, *QUICK, "--train.dtype", "float64"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "-m", "gengap_dist.train"]
@@ -165,25 +178,25 @@ def test_probe_measures_untrained_and_trained(tmp_path, gengap):
     assert {"figures", "report.html", "spectra"} <= {f.path for f in client.list_artifacts(sent.info.run_id)}
 
 
-def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, gengap):
+def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, command):
     import torch
 
     assert train_command([*QUICK, "--out", "run"]) == 0
     for which, shown in {"@0": "step 0", "@best": "step", **({"@3": "step 3"} if FULL else {})}.items():
-        done = gengap("probe", "--model", f"run{which}", "--diagnostics")
+        done = command("probe", "--model", f"run{which}", "--diagnostics")
         assert done.returncode == 0, done.stderr
         assert shown in done.stdout
-    done = gengap("probe", "--model", "run@7")
+    done = command("probe", "--model", "run@7")
     assert done.returncode == 2
     assert "has kept no weights of step 7: choose 0, 3, last (step 3)" in done.stderr
     state = weights(tmp_path / "run")
     torch.save({"state_dict": state}, tmp_path / "weights.pt")
     words = ["--num_samples", 60, "--diagnostics"]
-    from_file = gengap("probe", "--model", "lenet5", "--weights", "weights.pt", *words)
-    from_run = gengap("probe", "--model", "run", *words)
+    from_file = command("probe", "--model", "lenet5", "--weights", "weights.pt", *words)
+    from_run = command("probe", "--model", "run", *words)
     assert from_file.returncode == 0, from_file.stderr
     assert from_file.stdout.splitlines()[1:] == from_run.stdout.splitlines()[1:]  # all but the title
-    done = gengap("probe", "--model", "mlp", "--weights", "weights.pt")
+    done = command("probe", "--model", "mlp", "--weights", "weights.pt")
     assert done.returncode == 2
     assert "is of another model" in done.stderr
 

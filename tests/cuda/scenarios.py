@@ -288,4 +288,12 @@ TWICE = {*ALONE} & {*TOGETHER} | {
     "zero1, adamw x2",  # begun on the CPU
     "zero2, bfloat16 x2",
     "zero3 x2",  # with AdamW
+    "shuffled labels",
+    "label smoothing",  # and these: test_world_size_law.py on a CPU, and nothing of their own on a GPU
+    "no norm",
+    "nesterov, warm-up, cosine",
+    "a growing batch",
+    "local norm x2",
+    "group norm x2",
+    "swa, sync norm x2",
 }

@@ -105,6 +105,7 @@ def test_mlflow_has_a_parent_with_the_gap_and_a_child_per_run(done):
     assert "report.html" in {artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)}
 
 
+@pytest.mark.full  # else: test_restart.py, where a killed study goes on, and test_tuning.py
 def test_a_second_start_runs_only_what_is_missing(done):
     folder, words, _ = done
     out = folder / "out"
@@ -121,6 +122,7 @@ def test_a_second_start_runs_only_what_is_missing(done):
     assert "optim.momentum (0.5) was 0.9 when sb/seed0 was run" in other.stderr
 
 
+@pytest.mark.full  # else: test_ray_runner.py has such an arm one by one, too
 def test_a_crashing_run_does_not_stop_the_others(tmp_path, gengap):
     (tmp_path / "moody.py").write_text(
         "from gengap_dist.models import lenet5\n"

@@ -61,7 +61,10 @@ def test_ranks_of_torchrun(tmp_path, words, says):
     assert sentence([*TORCHRUN, *words], tmp_path, code=1).startswith(f"gengap train: {says}")
 
 
-@pytest.mark.parametrize(("head", "code"), [([*LOCAL, *TWO], 2), (TORCHRUN, 1)], ids=["local", "torchrun"])
+@pytest.mark.parametrize(
+    ("head", "code"),
+    [pytest.param([*LOCAL, *TWO], 2, id="local", marks=pytest.mark.full), pytest.param(TORCHRUN, 1, id="torchrun")],
+)
 def test_fewer_gpus_than_local_ranks(tmp_path, head, code):
     if reason := fake_cuda.missing():
         pytest.skip(reason)

@@ -43,7 +43,7 @@ def test_every_group_waits_as_long_as_the_config_says(crews, name, size):
         assert set(found.values()) == {LIMIT}, found
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.full), "cuda"])
 def test_on_a_machine_with_gpus_too(device):
     """There torch makes other groups, also for ranks on a CPU; fake GPUs, because they are all that torch looks at."""
     if reason := fake_cuda.missing():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.runs.run_folder import read_info
-from tests.conftest import FULL, cut_after, weights
+from tests.conftest import FULL, cut_after, thinned, weights
 from tests.training.algorithms.test_world_size_law import BASE, SYNC, curves, train
 
 
@@ -102,7 +102,13 @@ def micro_sizes(name: str, settings: dict[str, Any]) -> tuple[int, int]:
     return (20, 45) if name == "gradpen_ema_clip_wd" else (10, 25)
 
 
-@pytest.mark.parametrize("name", ODD)
+FEW = {  # with every algorithm, norm and network of these
+    "sam_clip_grow_adamw", "postlocal_3_workers", "postlocal_rank", "rank_ema_sync_clip", "swap_lars",
+    "gradpen_ema_clip_wd", "shared_sync_sam_ema", "shared_swap", "legw_updates_target_swa",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", thinned(ODD, lambda name: name in FEW))
 def test_ranks_micro_batches_and_kills_change_nothing(crews, tmp_path, name):
     if "lars" in name or "lamb" in name:
         pytest.importorskip("timm", reason="timm is not installed")

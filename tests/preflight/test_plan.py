@@ -115,7 +115,7 @@ class Chorus:
 class Voice(World):
     """One of them."""
 
-    def sum(self, tensor: Tensor, *what: str) -> Tensor:
+    def all_reduce(self, tensor: Tensor, *what: str) -> Tensor:
         for total in self.heard:  # pyright: ignore[reportAttributeAccessIssue]
             return tensor.copy_(total)
         raise Unheard(tensor)
@@ -176,7 +176,7 @@ class Tapped(World):
         object.__setattr__(self, "sent", Counter())
         object.__setattr__(self, "counts", counts)
 
-    def sum(self, tensor: Tensor, *what: str) -> Tensor:
+    def all_reduce(self, tensor: Tensor, *what: str) -> Tensor:
         self.sent["summed"] += tensor.nbytes
         if self.counts is None:
             return super().all_reduce(tensor, *what)

@@ -134,8 +134,8 @@ def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):
         def __init__(self):
             self.told = []
 
-        def over(self, cell, note):
-            self.told.append((cell.label, note))
+        def on_run_end(self, planned_run, note):
+            self.told.append((planned_run.label, note))
 
     block = {"trials": 2, "space": {"optim.lr": {"low": 0.01, "high": 0.1}}}
     path = tiny.write(tmp_path / "s.yaml", {"seeds": [0], "arms": [{"name": "a"}], "tune": block})

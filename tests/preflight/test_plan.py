@@ -534,12 +534,13 @@ def test_the_command(tmp_path, gengap):
     plan = json.loads(again.stdout)
     assert plan["time"]["step"] > plan["time"]["communication"] > 0
     assert plan["cluster"] == {"nodes": 1, "gpus_per_node": 2, "num_ranks": 2}
+    if not FULL:
+        return  # refusals and usage errors: above, and in cli/test_commands.py, in this process
     refused = gengap("plan", "--config", demo, "--nodes", 512, "--gpus_per_node", 8, **cache)
     assert refused.returncode == 2
     assert "4,096 rank(s)" in refused.stdout
     assert "leaves 4032 of 4096 ranks without a sample" in refused.stdout
     assert "is not calibrated: add --calibrate" in refused.stdout
-    if FULL:
-        wrong = gengap("plan", "--nods", 3)
-        assert (wrong.returncode, wrong.stdout) == (2, "")
-        assert "did you mean --nodes" in wrong.stderr
+    wrong = gengap("plan", "--nods", 3)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "did you mean --nodes" in wrong.stderr

@@ -118,6 +118,7 @@ def test_two_starts_at_once_are_refused(whole, copy):
         pass
 
 
+@pytest.mark.full  # else: analysis/report/test_html.py, from folders
 def test_a_baseline_without_a_result_leaves_a_study_without_gaps(tmp_path):
     wild = {"name": "wild", "set": {"optim.lr": 1e9}}
     config = tiny.write(tmp_path / "s.yaml", {"seeds": [0, 1], "arms": [wild, {"name": "tame"}]})

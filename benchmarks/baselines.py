@@ -1,13 +1,12 @@
-"""Who takes part in `peers.py`, each doing the same work the way its own documentation teaches it.
+"""The candidates of `peers.py`: each does the same training in the way that its own documentation shows.
 
-A candidate trains on for ever, in a thread of its own, and calls `turn()` after every step: that is where it waits
-while the others have theirs. All are on the same ranks, in the same process group, with the same network, pictures,
-optimizer and number of threads.
+A candidate trains without end, in its own thread, and calls `turn()` after every step, where it waits while the other
+candidates have their turns. All use the same ranks, process group, network, images, optimizer and number of threads.
 
-To the peers' favour: pictures lie decoded and padded in memory, so what a sample costs is PIL and torchvision's
-transforms; nobody logs to disk, draws a bar, checkpoints or looks at the loss. gengap_dist does all it does in a run:
-it is `trainer.run` itself, with every step's loss, accuracy, gradient norm, noise scale and rate in the record. Only probes
-and evaluation are left out, which the others have none of.
+Simplifications in favour of the peers: images are decoded and padded in memory, so a sample costs only PIL and
+torchvision's transforms; no peer logs to disk, draws a progress bar, writes checkpoints or reads the loss. gengap_dist
+runs `trainer.run` with everything that a run does, and records loss, accuracy, gradient norm, noise scale and learning
+rate of every step. Only probes and evaluation are turned off, because the peers have none.
 """
 
 import tempfile
@@ -39,25 +38,25 @@ from gengap_dist.training.trainer import run
 
 
 class Workload(NamedTuple):
-    """A network, its pictures and a global batch."""
+    """A network, a data set and a global batch size."""
 
     title: str
     model: str
     data: dict[str, Any]
-    """Settings of DataConfig, but for the root."""
+    """Settings of DataConfig, without the root."""
     folder: str
-    """Where they lie below the data folder."""
+    """Sub-folder of the data folder."""
     global_size: int
     whole_share: bool = False
-    """Whether a rank's share is one micro-batch, as everybody else has it: batch norm's statistics must be the same."""
+    """Whether a rank's share is one micro-batch, as for the peers, so that batch-norm statistics are the same."""
     lr: float = 0.02
     weight_decay: float = 0.0
     untimed: int = 3
-    """Steps at the start of a turn that do not count."""
+    """Steps at the start of a turn that are not timed."""
     rounds: int = 15
 
     def settings(self, root: Path, **more: Any) -> RunConfig:
-        """The run that gengap_dist makes of it; everything that is not set is the default."""
+        """The config of the gengap_dist run; all other settings are the defaults."""
         given = {
             "data": {**self.data, "root": root / self.folder, "val_fraction": 0.0},
             "model.name": self.model,
@@ -72,10 +71,10 @@ class Workload(NamedTuple):
 
 
 class Turn:
-    """Where a candidate's thread waits for its turn."""
+    """Runs a candidate in a thread that waits for its turn."""
 
     def __init__(self, work: Callable[["Turn"], None]) -> None:
-        """A thread for `work`, which is called with this turn and calls it after every step."""
+        """Start a thread for `work`, which is called with this object and calls it after every step."""
         self._left, self._error = 0, None
         self._go, self._over = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
@@ -90,17 +89,17 @@ class Turn:
         self._over.release()
 
     def __call__(self) -> None:
-        """A step is done."""
+        """End a step; waits if it was the last one of the turn."""
         self._left -= 1
         if not self._left:
             self._over.release()
             self._go.acquire()
 
     def steps(self, number: int) -> None:
-        """Let it take so many steps, and wait.
+        """Let the candidate do `number` steps, and wait for them.
 
         Raises:
-            RuntimeError: if it failed.
+            RuntimeError: if the candidate failed.
         """
         self._left = number
         self._go.release()
@@ -110,7 +109,7 @@ class Turn:
 
 
 class Mode(NamedTuple):
-    """How the others compute; ours is told by settings."""
+    """Precision and memory format of the peers; gengap_dist gets them as settings."""
 
     autocast: torch.dtype | None = None
     channels_last: bool = False
@@ -118,44 +117,44 @@ class Mode(NamedTuple):
 
     @property
     def order(self) -> torch.memory_format:
-        """Of images in memory."""
+        """Memory format of images."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
 class Field(NamedTuple):
-    """What all candidates are given."""
+    """The inputs of every candidate."""
 
     workload: Workload
     splits: datasets.Splits
     world: World
     root: Path
     parts: int = 1
-    """Micro-batches of a share, whose gradients are added up."""
+    """Micro-batches of a rank's share, whose gradients are accumulated."""
     mode: Mode = Mode()
 
     @property
     def share(self) -> int:
-        """Samples of one rank in a step."""
+        """Samples of one rank per step."""
         return self.workload.global_size // self.world.size
 
     @property
     def micro_size(self) -> int:
-        """Samples of one rank in a pass."""
+        """Samples of one rank per forward and backward pass."""
         return self.share // self.parts
 
     def network(self) -> nn.Module:
-        """The same network with the same weights for everybody, on the rank's device."""
+        """The network with the same weights for every candidate, on the rank's device."""
         torch.manual_seed(0)
         config, splits = self.workload.settings(self.root), self.splits
         model = models.from_config(config, splits.num_classes, splits.in_channels, self.world).train()
         return model.to(self.world.device, memory_format=self.mode.order)  # pyright: ignore[reportCallIssue]
 
     def compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The network as the mode has it called."""
+        """The network, compiled if the mode asks for it."""
         return torch.compile(model, dynamic=False) if self.mode.compile else model
 
     def loss(self, net: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        """A micro-batch's part of the mean loss of a share."""
+        """The contribution of a micro-batch to the mean loss of a rank's share."""
         images = images.to(self.world.device, non_blocking=True, memory_format=self.mode.order)
         labels = labels.to(self.world.device, non_blocking=True)
         kind = self.mode.autocast
@@ -169,7 +168,7 @@ class Field(NamedTuple):
         return torch.optim.SGD(model.parameters(), lr=w.lr, momentum=0.9, weight_decay=w.weight_decay, **switches)
 
     def transform(self) -> Any:
-        """Torchvision's, from a PIL picture to a tensor."""
+        """Torchvision's transform from a PIL image to a tensor."""
         from torchvision import transforms
 
         steps: list[Any] = []
@@ -178,19 +177,19 @@ class Field(NamedTuple):
         mean, std = ([float(x) / 255 for x in v] for v in (self.splits.mean_C, self.splits.std_C))
         return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
-    def dataset(self) -> "Pictures":
-        """The training pictures, one by one."""
-        return Pictures(self.splits.train, self.transform())
+    def dataset(self) -> "ImageDataset":
+        """The training images, one by one."""
+        return ImageDataset(self.splits.train, self.transform())
 
     def loader(self, *, workers: int, sampler: Any = None) -> DataLoader[Any]:
-        """As the tutorials make it."""
+        """A DataLoader as in the tutorials."""
         return DataLoader(
             self.dataset(), self.micro_size, shuffle=sampler is None, sampler=sampler, num_workers=workers,
             persistent_workers=workers > 0, drop_last=True, pin_memory=self.world.device.type == "cuda",
         )  # fmt: skip
 
 
-def come_to_rest() -> None:
+def wait_until_idle() -> None:
     """Wait until the loaders' processes have read ahead what they may."""
     before = -1.0
     while (now := sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children())) > before:
@@ -198,8 +197,8 @@ def come_to_rest() -> None:
         time.sleep(0.1)
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """What torchvision's own data sets of pictures in memory do for a sample: an array, a PIL picture, a transform."""
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """Same work per sample as torchvision's in-memory data sets: an array, a PIL image, a transform."""
 
     def __init__(self, images: datasets.Images, transform: Any) -> None:
         """`images`, one by one."""
@@ -224,7 +223,7 @@ def torch_ddp(field: Field, turn: Turn, *, workers: int) -> None:
     optimizer, net = field.optimizer(model), field.compiled(model)
     if field.world.size > 1:
         sampler = DistributedSampler(range(len(field.splits.train)), drop_last=True)  # pyright: ignore
-    for number, (images, labels) in enumerate(_for_ever(field.loader(workers=workers, sampler=sampler), sampler), 1):
+    for number, (images, labels) in enumerate(_endless(field.loader(workers=workers, sampler=sampler), sampler), 1):
         field.loss(net, images, labels).backward()
         if number % field.parts == 0:
             optimizer.step()
@@ -232,7 +231,7 @@ def torch_ddp(field: Field, turn: Turn, *, workers: int) -> None:
             turn()
 
 
-def _for_ever(loader: Any, sampler: Any = None) -> Iterator[Any]:
+def _endless(loader: Any, sampler: Any = None) -> Iterator[Any]:
     epoch = 0
     while True:
         if sampler is not None:
@@ -242,12 +241,12 @@ def _for_ever(loader: Any, sampler: Any = None) -> Iterator[Any]:
 
 
 def lightning(field: Field, turn: Turn, *, workers: int = 1, **more: Any) -> None:
-    """Lightning's Trainer, without logger, checkpoints, bar and summary, and with `more` of its settings."""
+    """Lightning's Trainer, without logger, checkpoints, bar and summary, and with the extra settings `more`."""
     import logging
 
     import lightning as L
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # which the import has set to INFO
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # the import sets it to INFO
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     class Module(L.LightningModule):
@@ -271,11 +270,11 @@ def lightning(field: Field, turn: Turn, *, workers: int = 1, **more: Any) -> Non
             if (batch_idx + 1) % field.parts == 0:
                 turn()
 
-    several = field.world.size > 1
+    is_distributed = field.world.size > 1
     trainer = L.Trainer(
-        accelerator=field.world.device.type, devices=field.world.size, strategy="ddp" if several else "auto",
-        max_epochs=-1, plugins=[TorchElasticEnvironment()] if several else None, callbacks=[Ends()], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator=field.world.device.type, devices=field.world.size, strategy="ddp" if is_distributed else "auto",
+        max_epochs=-1, plugins=[TorchElasticEnvironment()] if is_distributed else None, callbacks=[Ends()],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         accumulate_grad_batches=field.parts, **more,
     )  # fmt: skip
     trainer.fit(Module(), field.loader(workers=workers))
@@ -289,7 +288,7 @@ def accelerate(field: Field, turn: Turn) -> None:
     model = field.network()
     model, optimizer, loader = accelerator.prepare(model, field.optimizer(model), field.loader(workers=1))
     criterion = nn.CrossEntropyLoss()
-    for images, labels in _for_ever(loader):
+    for images, labels in _endless(loader):
         optimizer.zero_grad()
         loss = criterion(model(images), labels)
         accelerator.backward(loss)
@@ -298,22 +297,24 @@ def accelerate(field: Field, turn: Turn) -> None:
 
 
 def timm(field: Field, turn: Turn) -> None:
-    """Timm's loader and optimizer in the loop of its training script, which is made for pictures of three channels."""
+    """Timm's loader and optimizer in the loop of its training script, which needs images with three channels."""
     from timm.data.loader import create_loader
     from timm.optim._optim_factory import create_optimizer_v2
 
-    w, several = field.workload, field.world.size > 1
+    workload, is_distributed = field.workload, field.world.size > 1
     model, criterion = field.network(), nn.CrossEntropyLoss()
-    optimizer = create_optimizer_v2(model, opt="momentum", lr=w.lr, momentum=0.9, weight_decay=w.weight_decay)
+    optimizer = create_optimizer_v2(
+        model, opt="momentum", lr=workload.lr, momentum=0.9, weight_decay=workload.weight_decay
+    )
     dataset: Any = field.dataset()
     loader = create_loader(
         dataset, input_size=(3, 32, 32), batch_size=field.share, is_training=True, use_prefetcher=False,
-        num_workers=1, distributed=several,
+        num_workers=1, distributed=is_distributed,
     )  # fmt: skip
-    dataset.transform = field.transform()  # not random resized crops: the same augmentation as everybody
-    if several:
+    dataset.transform = field.transform()  # not random resized crops: the same augmentation as all candidates
+    if is_distributed:
         model = DistributedDataParallel(model)
-    for images, labels in _for_ever(loader, loader.sampler if several else None):
+    for images, labels in _endless(loader, loader.sampler if is_distributed else None):
         loss = criterion(model(images), labels)
         loss.backward()
         optimizer.step()
@@ -322,13 +323,13 @@ def timm(field: Field, turn: Turn) -> None:
 
 
 def gengap(field: Field, turn: Turn, **more: Any) -> None:
-    """This package: a whole run, with `more` settings than the defaults."""
-    w, world = field.workload, replace(field.world, where=PhaseTimer(on_gpu=field.world.device.type == "cuda"))
+    """This package: a complete run, with the settings `more` besides the defaults."""
+    w, world = field.workload, replace(field.world, timer=PhaseTimer(on_gpu=field.world.device.type == "cuda"))
     if w.whole_share:
         more = {"batch.micro_size": field.micro_size} | more
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) if world.rank == 0 else Path()
-        out = Path(_told(str(out), world))
+        out = Path(_broadcast_str(str(out), world))
 
         def progress(done: int, total: int, note: str) -> None:
             if not note:
@@ -337,8 +338,8 @@ def gengap(field: Field, turn: Turn, **more: Any) -> None:
         run(w.settings(field.root, **more), out, world=world, progress=progress)
 
 
-def _told(word: str, world: World) -> str:
-    """Rank 0's word."""
+def _broadcast_str(word: str, world: World) -> str:
+    """The string of rank 0."""
     if world.size == 1:
         return word
     box = [word]
@@ -346,8 +347,8 @@ def _told(word: str, world: World) -> str:
     return box[0]
 
 
-def limit(field: Field, turn: Turn, *, real: bool = False) -> None:
-    """Forward, backward and step on one resident micro-batch, over and over: no data, no metrics, no record."""
+def synthetic_baseline(field: Field, turn: Turn, *, real: bool = False) -> None:
+    """Forward, backward and optimizer step on the same resident micro-batch: no data loading, metrics or logging."""
     generator, device = torch.Generator().manual_seed(field.world.rank), field.world.device
     pixels = field.splits.train.pixels[: field.micro_size]
     assert isinstance(pixels, Tensor)
@@ -368,17 +369,17 @@ def limit(field: Field, turn: Turn, *, real: bool = False) -> None:
 
 
 class Candidate(NamedTuple):
-    """Somebody who takes part."""
+    """One candidate of the comparison."""
 
     work: Callable[[Field, Turn], None]
     kind: str
-    """peer, ours or limit."""
+    """peer, ours or limit (the synthetic baseline)."""
     package: str = "torch"
-    """What must be installed."""
+    """Package that must be installed."""
 
     @property
     def installed(self) -> bool:
-        """Whether it is."""
+        """Whether the package is installed."""
         return find_spec(self.package) is not None
 
 
@@ -386,7 +387,7 @@ PLAIN, AUTO, COMPILED = "gengap_dist", "gengap_dist, auto", "gengap_dist, compil
 
 
 def candidates(workload: Workload) -> dict[str, Candidate]:
-    """All that fit the workload, whether installed or not."""
+    """All candidates for the workload, installed or not."""
     found = {
         "torch DDP, DataLoader, no worker": Candidate(partial(torch_ddp, workers=0), "peer"),
         "torch DDP, DataLoader, 1 worker a rank": Candidate(partial(torch_ddp, workers=1), "peer"),
@@ -401,8 +402,8 @@ def candidates(workload: Workload) -> dict[str, Candidate]:
     if workload.model.startswith("resnet"):
         found[COMPILED] = Candidate(partial(gengap, **{"train.compile": True}), "ours")
     return found | {
-        "limit": Candidate(limit, "limit"),
-        "limit, real pictures": Candidate(partial(limit, real=True), "limit"),
+        "limit": Candidate(synthetic_baseline, "limit"),
+        "limit, real pictures": Candidate(partial(synthetic_baseline, real=True), "limit"),
     }
 
 

@@ -1,10 +1,10 @@
-"""Two checkouts of this project in turns on one machine: what a change costs, or gains, in a step.
+"""Compares the step time of two checkouts of this project, in turns on one machine.
 
     git worktree add ../before COMMIT
     python benchmarks/before_after.py --data DIR --before ../before [--only lenet5_512 resnet56_128] [--ranks 2]
 
-Workloads and turns are those of peers.py, of our own candidates: each checkout has ranks of its own, which import its
-modules. Printed is the time of a step after the change over that before it, round by round; below 1 is faster.
+Workloads and turns are those of peers.py, for the candidates of this package: each checkout has its own ranks, which
+import its modules. The result is the ratio of step times, after over before, round by round; below 1 is faster.
 """
 
 import argparse
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 
 def ranks_of(checkout: Path, num_ranks: int) -> WorkerPool:
-    """Ranks that import their modules from a checkout: multiprocessing's children have their parent's sys.path."""
+    """Ranks that import their modules from a checkout: multiprocessing's children inherit sys.path."""
     before = sys.path[:]
     sys.path[:0] = [str(checkout / "benchmarks"), str(checkout)]
     try:
@@ -36,17 +36,19 @@ def ranks_of(checkout: Path, num_ranks: int) -> WorkerPool:
         sys.path[:] = before
 
 
-def seconds(pools: dict[str, WorkerPool], name: str, who: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of a step of a candidate, round by round, by checkout."""
+def seconds(
+    pools: dict[str, WorkerPool], name: str, candidate: str, options: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Seconds per step of a candidate, round by round, by checkout."""
     workload = WORKLOADS[name]
     for pool in pools.values():
-        pool(peers.set_up, name, options.data, who)
-        pool(peers.take_turn, who, peers.WARM_STEPS)
-    each = pools["before"](peers.take_turn, who, peers.WARM_STEPS) / peers.WARM_STEPS
+        pool(peers.set_up, name, options.data, candidate)
+        pool(peers.take_turn, candidate, peers.WARM_STEPS)
+    each = pools["before"](peers.take_turn, candidate, peers.WARM_STEPS) / peers.WARM_STEPS
     num_steps = max(1, round(options.seconds / each))
 
     def turn(when: str) -> float:
-        return pools[when](peers.take_turn, who, num_steps, workload.untimed) / num_steps
+        return pools[when](peers.take_turn, candidate, num_steps, workload.untimed) / num_steps
 
     return paired_timing.in_turns({when: partial(turn, when) for when in pools}, options.rounds)
 
@@ -54,30 +56,31 @@ def seconds(pools: dict[str, WorkerPool], name: str, who: str, options: argparse
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds FashionMNIST, MNIST, cifar10-jpeg")
+    parser.add_argument("--data", type=Path, required=True, help="folder with FashionMNIST, MNIST, cifar10-jpeg")
     parser.add_argument("--before", type=Path, required=True, help="a checkout of the commit to compare with")
     parser.add_argument("--only", nargs="+", choices=list(WORKLOADS), default=["lenet5_512", "resnet56_128"])
     parser.add_argument("--who", nargs="+", default=[PLAIN, AUTO], help="our candidates")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=1.0, help="that a turn takes")
+    parser.add_argument("--seconds", type=float, default=1.0, help="duration of a turn")
     options = parser.parse_args()
     os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # ranks end by os._exit
     console = Console(highlight=False)
     console.print(
-        f"{paired_timing.in_words(paired_timing.machine())}; {options.ranks} rank(s), {options.rounds} rounds in turns"
+        f"{paired_timing.machine_summary(paired_timing.machine())}; {options.ranks} rank(s), "
+        f"{options.rounds} rounds in turns"
     )
     for name in options.only:
         checkouts = {"before": options.before.resolve(), "after": HERE.parent}
         pools = {when: ranks_of(checkout, options.ranks) for when, checkout in checkouts.items()}
         for who in options.who:
-            found = seconds(pools, name, who, options)
-            medians: Any = {when: f"{1000 * statistics.median(values):.2f} ms" for when, values in found.items()}
-            ratio = paired_timing.ratio(found["after"], found["before"])
+            by_checkout = seconds(pools, name, who, options)
+            medians: Any = {when: f"{1000 * statistics.median(values):.2f} ms" for when, values in by_checkout.items()}
+            ratio = paired_timing.ratio(by_checkout["after"], by_checkout["before"])
             console.print(f"{WORKLOADS[name].title}, {who}: {medians['before']} -> {medians['after']}, ratio {ratio}")
         for pool in pools.values():
             pool(peers.end_loaders)
-            pool.leave()
+            pool.close()
 
 
 if __name__ == "__main__":

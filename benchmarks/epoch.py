@@ -1,15 +1,15 @@
-"""An epoch of ResNet-56 on CIFAR-10 with augmentation, beside the same steps on one resident random batch.
+"""Times an epoch of ResNet-56 on CIFAR-10 with augmentation, against the same steps on one resident random batch.
 
     python benchmarks/epoch.py --data DIR [--jpeg] [--steps 0] [--block 8]
 
-Both take every step of the epoch, in turns of `--block` steps on the same threads, with the same network, optimizer and
+Both run every step of the epoch, in turns of `--block` steps on the same threads, with the same network, optimizer and
 micro-batches of 128:
 
-  gengap  this package's step: order, pictures, crop and flip, schedule, gradient norm, sums of losses and of correct
-          predictions
-  limit   forward, cross-entropy, backward and optimizer step on one batch of random numbers
+  gengap    this package's step: sampling, images, crop and flip, schedule, gradient norm, sums of losses and of correct
+            predictions
+  baseline  forward, cross-entropy, backward and optimizer step on one batch of random numbers
 
-Printed are the ratio of the summed times, and the median and spread of the ratios of single turns.
+Prints the ratio of the summed times, and the median and spread of the ratios of single turns.
 """
 
 import argparse
@@ -39,9 +39,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
-    parser.add_argument("--jpeg", action="store_true", help="it holds train/CLASS/*.jpg and test/CLASS/*.jpg")
-    parser.add_argument("--steps", type=int, default=0, help="only so many steps of the epoch")
-    parser.add_argument("--block", type=int, default=8, help="steps in a turn")
+    parser.add_argument("--jpeg", action="store_true", help="the folder has train/CLASS/*.jpg and test/CLASS/*.jpg")
+    parser.add_argument("--steps", type=int, default=0, help="number of steps; 0 for the whole epoch")
+    parser.add_argument("--block", type=int, default=8, help="steps per turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -56,48 +56,50 @@ def main() -> None:
     began = time.perf_counter()
     splits = datasets.load(config.data)
     console.print(f"{len(splits.train):,} training images read in {time.perf_counter() - began:.1f} s")
-    order = EpochSampler(len(splits.train), config.batch.global_size, config.seed)
-    schedule = Schedule.of(config, order)
+    sampler = EpochSampler(len(splits.train), config.batch.global_size, config.seed)
+    schedule = Schedule.of(config, sampler)
 
-    def fresh() -> Single:
+    def new_strategy() -> Single:
         torch.manual_seed(0)
         strategy = Single(config, world)
         model = models.from_config(config, splits.num_classes, splits.in_channels, world).train()
         strategy.setup(model, lambda model: build_optimizer(config.optim, model))
         return strategy
 
-    course = TrainingAlgorithm(config, fresh(), BatchLoader(splits.train, Normalise(splits, world.device, torch.float32), config.data,
-                                             config.seed), order, schedule.num_steps)  # fmt: skip
-    bare = fresh()
+    strategy = new_strategy()
+    loader = BatchLoader(splits.train, Normalise(splits, world.device, torch.float32), config.data, config.seed)
+    algorithm = TrainingAlgorithm(config, strategy, loader, sampler, schedule.num_steps)
+    baseline_strategy = new_strategy()
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(splits.num_classes, (128,))
 
     def gengap(step: int) -> None:
-        course.step(step, schedule.lr(step), schedule.momentum(step))
+        algorithm.step(step, schedule.lr(step), schedule.momentum(step))
 
-    def limit(step: int) -> None:
-        size = len(order.indices(step))  # the last step of the epoch is smaller, for both
-        bare.optimizer.zero_grad()
-        cross_entropy(bare.model(images[:size]), labels[:size]).backward()
-        bare.optimizer.step()
+    def synthetic_baseline(step: int) -> None:
+        size = len(sampler.indices(step))  # the last step of the epoch is smaller, for both
+        baseline_strategy.optimizer.zero_grad()
+        cross_entropy(baseline_strategy.model(images[:size]), labels[:size]).backward()
+        baseline_strategy.optimizer.step()
 
-    for warm in (gengap, limit):
+    for warm in (gengap, synthetic_baseline):
         warm(0)
-    num_steps = args.steps or order.steps_per_epoch
+    num_steps = args.steps or sampler.steps_per_epoch
     turns: list[tuple[float, float]] = []
     for number, start in enumerate(track(range(0, num_steps, args.block), console=console, transient=True)):
         seconds = {}
-        for candidate in (gengap, limit) if number % 2 else (limit, gengap):
+        for candidate in (gengap, synthetic_baseline) if number % 2 else (synthetic_baseline, gengap):
             began = time.perf_counter()
             for step in range(start, min(start + args.block, num_steps)):
                 candidate(step)
             seconds[candidate] = time.perf_counter() - began
-        turns.append((seconds[gengap], seconds[limit]))
-    ours, theirs = (sum(column) for column in zip(*turns, strict=True))
-    ratios = sorted(a / b for a, b in turns)
+        turns.append((seconds[gengap], seconds[synthetic_baseline]))
+    gengap_seconds, baseline_seconds = (sum(column) for column in zip(*turns, strict=True))
+    ratios = sorted(own / baseline for own, baseline in turns)
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
     console.print(
-        f"{num_steps} steps of 128, {args.threads} thread(s): gengap {ours:.1f} s, limit {theirs:.1f} s; ratio of the "
-        f"sums {ours / theirs:.3f}; of {len(turns)} turns median {statistics.median(ratios):.3f}, "
+        f"{num_steps} steps of 128, {args.threads} thread(s): gengap {gengap_seconds:.1f} s, "
+        f"synthetic baseline {baseline_seconds:.1f} s; ratio of the "
+        f"sums {gengap_seconds / baseline_seconds:.3f}; of {len(turns)} turns median {statistics.median(ratios):.3f}, "
         f"middle half {low:.3f} to {high:.3f}"
     )
 

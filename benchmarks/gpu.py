@@ -1,19 +1,19 @@
-"""The day a GPU is at hand: every CUDA path beside its CPU twin, waits, memory, speed, compilation.
+"""Tests and benchmarks on a GPU: CUDA results against CPU results, synchronizations, memory, speed, compilation.
 
     make gpu [PART=correctness]                      or, with options,
     python benchmarks/gpu.py [--part PART] [--seconds 480] [--again] [--only PATTERN...] [--list] [--out FILE]
 
-One GPU is enough; neither Ray nor MLflow nor a network is used. Parts, without --part one after another in this order:
+One GPU is enough; Ray, MLflow and the network are not used. Parts, all in this order without --part:
 
-  correctness  numbers of short runs of many configurations, beside those of a CPU
+  correctness  metrics of short runs of many configurations, compared with those on a CPU
   sync         how often a step waits for the GPU, and where
-  memory       running out of memory; peaks beside what `gengap plan` says
-  speed        images per second beside plain torch, Lightning and the bare step, in turns; linear algebra
+  memory       running out of memory; peaks compared with `gengap plan`
+  speed        images per second against plain torch, Lightning and the bare step, in turns; linear algebra
   compile      torch.compile: agreement, first step, recompilations, gain
 
-Each part has --seconds. What is finished stands in the JSON at once, and a page beside it is written from that; the
-same command again goes on with what is left, as long as GPU, torch and code are the same. Exit code 1: something is not
-as it should be. 2: it could not begin.
+Each part has a time limit of --seconds. Every result is written to the JSON immediately, and a page is generated from
+it; the same command continues with the remaining items, as long as GPU, torch and code are the same. Exit code 1: an
+item failed. 2: the measurement could not start.
 """
 
 import argparse
@@ -47,31 +47,33 @@ OUT = Path(__file__).parents[1] / "docs" / "benchmarks" / "gpu.json"
 
 
 class OutOfTime(Exception):
-    """A part has used its seconds."""
+    """A part has reached its time limit."""
 
 
 class Worker:
-    """The process that has the GPU; a new one after whatever may have left it unfit."""
+    """The process that uses the GPU; it is replaced after an item that may have changed its state."""
 
     def __init__(self) -> None:
-        """Nothing is started before it is needed."""
+        """The process is started on first use."""
         self._pool: WorkerPool | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="gengap_gpu_")
-        # for it and its children: nothing is read from the user's caches, nothing is left there
+        # for the process and its children: the user's caches are neither read nor written
         names = ("TMPDIR", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
         os.environ |= dict.fromkeys(names, self._folder.name)
-        os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # it ends by SIGKILL
+        os.environ["PYTHONWARNINGS"] = (
+            "ignore::UserWarning:multiprocessing.resource_tracker"  # the process is ended by SIGKILL
+        )
 
     def __call__(self, item: Item, seconds: float) -> Answer:
-        """What the item answers, within so many seconds.
+        """The answer of an item, within `seconds`.
 
         Raises:
-            OutOfTime: if it takes longer; the process is gone then.
+            OutOfTime: if it takes longer; the process is killed.
         """
         try:
             with _alarm(seconds):
                 answer = self._call(attempt, item.job)
-        except SystemExit:  # the pool's word for a process that died
+        except SystemExit:  # raised by the pool if the process died
             answer = {"good": False, "text": "its process died", "error": "its process died", "at": []}
         except BaseException:
             self.end(kill=True)
@@ -81,7 +83,7 @@ class Worker:
         return answer
 
     def machine(self) -> dict[str, Any]:
-        """Where it runs."""
+        """The machine of the process."""
         return self._call(machine)
 
     def _call(self, job: Any, *args: Any) -> Any:
@@ -90,17 +92,17 @@ class Worker:
         return self._pool(job, *args)
 
     def end(self, *, kill: bool = False) -> None:
-        """Let it go."""
+        """End the process."""
         if self._pool is None:
             return
         for process in self._pool.processes if kill else ():
             process.kill()
-        self._pool.leave()
+        self._pool.close()
         self._pool = None
 
 
 class _alarm:
-    """Raises OutOfTime in the main thread after so many seconds."""
+    """Raises OutOfTime in the main thread after `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = max(0.01, seconds)
@@ -122,24 +124,24 @@ def part_of(name: str) -> Part:
 
 
 def chosen(part: Part, patterns: Sequence[str]) -> list[Item]:
-    """The items of a part that a pattern fits."""
+    """The items of a part that match a pattern."""
     return [item for item in part.items if any(fnmatch(item.name, pattern) for pattern in patterns)]
 
 
 def measure(name: str, options: argparse.Namespace, ledger: Ledger, worker: Worker, console: Console) -> bool:
-    """One part, as far as its time goes; whether all that is known of it is as it should be."""
-    until = time.monotonic() + options.seconds
-    items, left, bad = chosen(part_of(name), options.only), 0, 0
+    """Measure one part within its time limit; returns whether all known answers are good."""
+    deadline = time.monotonic() + options.seconds
+    items, num_left, num_bad = chosen(part_of(name), options.only), 0, 0
     console.rule(name, align="left")
     for number, item in enumerate(items, 1):
-        answer, seconds = ledger.answer(name, item.name), max(0.0, until - time.monotonic())
+        answer, seconds = ledger.answer(name, item.name), max(0.0, deadline - time.monotonic())
         head = f"{number:>3}/{len(items)} {item.name}: "
         if item.missing:
             answer = {"good": True, "text": f"{item.missing} is not installed", "missing": item.missing}
             ledger.keep(name, item.name, answer)
         elif answer is None or options.again:
             if (expected := ledger.seconds(name, item.name) or item.seconds) > seconds:
-                left += 1
+                num_left += 1
                 console.print(f"{head}takes {expected:.0f} s, and {seconds:.0f} s are left", highlight=False)
                 continue
             began = time.monotonic()
@@ -148,24 +150,24 @@ def measure(name: str, options: argparse.Namespace, ledger: Ledger, worker: Work
             except OutOfTime:
                 took = round(time.monotonic() - began, 1)
                 ledger.keep(name, item.name, {"cut_off": True, "seconds": took})
-                left += 1
+                num_left += 1
                 console.print(f"{head}was cut off after {took} s", highlight=False)
                 continue
             answer["seconds"] = round(time.monotonic() - began, 1)
             ledger.keep(name, item.name, answer)
-        bad += not answer["good"]
+        num_bad += not answer["good"]
         mark = "ok " if answer["good"] else "BAD"
         console.print(f"{mark} {head}{answer['text']}", highlight=False, markup=False)
         for place in answer.get("at", ()):
             console.print(f"        at {place}", highlight=False, markup=False)
-    if left:
-        console.print(f"{left} of {len(items)} items are left: run the same command again", highlight=False)
-    console.print(f"{bad} of {len(items)} are not as they should be", highlight=False)
-    return not bad
+    if num_left:
+        console.print(f"{num_left} of {len(items)} items are left: run the same command again", highlight=False)
+    console.print(f"{num_bad} of {len(items)} are not as they should be", highlight=False)
+    return not num_bad
 
 
 def show(names: Sequence[str], options: argparse.Namespace, ledger: Ledger | None) -> None:
-    """Say what would be measured."""
+    """Print the items that would be measured."""
     for name in names:
         for item in chosen(part_of(name), options.only):
             if options.again or ledger is None or ledger.answer(name, item.name) is None:
@@ -178,9 +180,9 @@ def main() -> None:
     parser.add_argument("--part", choices=[*PARTS], help="default: all of them")
     parser.add_argument("--seconds", type=float, default=480.0, help="for each part (default: 480)")
     parser.add_argument("--out", type=Path, default=OUT, help="the JSON; the page is the same name with .md")
-    parser.add_argument("--only", nargs="+", default=["*"], help="items whose name fits one of these patterns")
-    parser.add_argument("--again", action="store_true", help="measure what has been measured, too")
-    parser.add_argument("--list", action="store_true", help="say what would be measured, and measure nothing")
+    parser.add_argument("--only", nargs="+", default=["*"], help="only items whose name matches one of these patterns")
+    parser.add_argument("--again", action="store_true", help="measure again what has been measured")
+    parser.add_argument("--list", action="store_true", help="print the items, and measure nothing")
     options = parser.parse_args()
     names = [options.part] if options.part else [*PARTS]
     if not torch.cuda.is_available():
@@ -194,7 +196,7 @@ def main() -> None:
         ledger = Ledger(options.out, worker.machine())
         if options.list:
             return show(names, options, ledger)
-        console.print(written.in_words(ledger.session["machine"]), highlight=False)
+        console.print(written.machine_summary(ledger.session["machine"]), highlight=False)
         good, page = True, options.out.with_suffix(".md")
         for name in names:
             good &= measure(name, options, ledger, worker, console)

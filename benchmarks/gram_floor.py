@@ -1,10 +1,10 @@
-"""How small a singular value can be measured? Prints the noise on matrices whose rank is known.
+"""Measures the smallest detectable singular value: prints the noise on matrices of known rank.
 
     python benchmarks/gram_floor.py
 
-Half of the D singular values of each matrix are exactly zero. What Gram matrix and TSQR make of the first of them,
-relative to the largest, is noise; `sqrt(eps)` is 1.5e-8, `eps` 2.2e-16. Float32 matrices are only zero to 1e-8 there,
-see the last column.
+Half of the D singular values of each matrix are exactly zero. The first of them, as computed from the
+Gram matrix and by TSQR, relative to the largest, is noise; `sqrt(eps)` is 1.5e-8, `eps` 2.2e-16. In float32 matrices
+these values are zero only to 1e-8, see the last column.
 """
 
 import torch
@@ -25,16 +25,16 @@ def noise(units: int, dtype: torch.dtype, seed: int) -> tuple[float, float, floa
     )
     shift = 3.0 * (seed % 2)  # every other matrix has the large mean of ReLU units, which adds one to the rank
     matrix = (left @ right + shift).to(dtype).double()
-    squares: list[SpectrumAccumulator] = [
+    accumulators: list[SpectrumAccumulator] = [
         GramAccumulator(units, torch.device("cpu")),
         QRAccumulator(units, torch.device("cpu")),
     ]
     for rows in matrix.split(128):
-        for square in squares:
-            square.add(rows.T.clone())
-    first = rank + seed % 2
-    found = [*(square.singular_values() for square in squares), torch.linalg.svdvals(matrix)]
-    by_gram, by_tsqr, direct = (float(values[first] / values[0]) for values in found)
+        for accumulator in accumulators:
+            accumulator.add(rows.T.clone())
+    first_zero = rank + seed % 2
+    spectra = [*(accumulator.singular_values() for accumulator in accumulators), torch.linalg.svdvals(matrix)]
+    by_gram, by_tsqr, direct = (float(values[first_zero] / values[0]) for values in spectra)
     return by_gram, by_tsqr, direct
 
 

@@ -1,11 +1,11 @@
-"""What checkpoints and probes cost a run, and what Ray costs a step.
+"""Measures the overhead of checkpoints and probes in a run, and of Ray in a step.
 
-    python benchmarks/overhead.py checkpoints        ResNet-56, saved every 50 steps beside training
-    python benchmarks/overhead.py probes             LeNet-5 and ResNet-56 with the default cadence and budget
-    python benchmarks/overhead.py ray [--rounds 3]   LeNet-5 on 2 ranks: torchrun and Ray Train, taking turns
+    python benchmarks/overhead.py checkpoints        ResNet-56, saved every 50 steps during training
+    python benchmarks/overhead.py probes             LeNet-5 and ResNet-56 with the default interval and time limit
+    python benchmarks/overhead.py ray [--rounds 3]   LeNet-5 on 2 ranks: torchrun and Ray Train, in turns
 
-The checkpoint's share is an upper bound: the time for which training stood still, plus all the time that the writing
-thread took on the side, as if training had got nothing done meanwhile.
+The checkpoint's share is an upper bound: the time for which training is blocked, plus the whole time of the writing
+thread, as if training made no progress meanwhile.
 """
 
 import argparse
@@ -30,7 +30,7 @@ EVERY = 50
 
 
 def checkpoints(console: Console) -> None:
-    given = {
+    settings = {
         "model.name": "resnet56",
         "batch.global_size": 128,
         "train.steps": 2 * EVERY,
@@ -43,44 +43,44 @@ def checkpoints(console: Console) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         prepare_folder(out, "run.json", resume=False)
-        result = run(validate(RunConfig, nested(given)), out)
+        result = run(validate(RunConfig, nested(settings)), out)
         path = max(checkpoint.steps(out / "checkpoints").items())[1]
         states = {file.stem: checkpoint.load(file) for file in path.glob("*.pt")}
         size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
-        saver, times = checkpoint.CheckpointWriter(Path(folder) / "again", keep=2), []
+        writer, times = checkpoint.CheckpointWriter(Path(folder) / "again", keep=2), []
         for number in range(10):
-            began = time.perf_counter()
-            saver.save(number, states, {})
-            saver.wait()
-            times.append(time.perf_counter() - began)
+            started = time.perf_counter()
+            writer.save(number, states, {})
+            writer.wait()
+            times.append(time.perf_counter() - started)
     steps = result["train_seconds"] / 2
-    stood, aside = result["time/checkpoint"] / 2, statistics.median(times)
+    blocked, in_background = result["time/checkpoint"] / 2, statistics.median(times)
     console.print(f"{EVERY} steps of ResNet-56, batch 128: {steps:.1f} s")
-    console.print(f"a checkpoint of {size:.1f} MiB: training stood still for {1000 * stood:.0f} ms")
-    console.print(f"to copy, write and flush it takes {1000 * aside:.0f} ms on the side")
-    console.print(f"at most {100 * (stood + aside) / steps:.2f}% of the run")
+    console.print(f"a checkpoint of {size:.1f} MiB: training is blocked for {1000 * blocked:.0f} ms")
+    console.print(f"copying, writing and flushing it takes {1000 * in_background:.0f} ms in the background")
+    console.print(f"at most {100 * (blocked + in_background) / steps:.2f}% of the run")
 
 
 def probes(console: Console) -> None:
     runs = {"lenet5, 64": ("lenet5", 64, 4000), "resnet56, 128": ("resnet56", 128, 300)}
     for title, (model, global_size, steps) in runs.items():
-        for budget in (0.05, None):
-            given = {"model.name": model, "batch.global_size": global_size, "train.steps": steps}
-            given |= {"probe.max_time_fraction": budget, "mlflow.enabled": False}
+        for max_time_fraction in (0.05, None):
+            settings = {"model.name": model, "batch.global_size": global_size, "train.steps": steps}
+            settings |= {"probe.max_time_fraction": max_time_fraction, "mlflow.enabled": False}
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "run"
                 prepare_folder(out, "run.json", resume=False)
-                result = run(validate(RunConfig, nested(given)), out)
+                result = run(validate(RunConfig, nested(settings)), out)
                 measured = sum("nc1" in line for line in read_metrics(out))
                 seconds = read_info(out)["seconds"]
             console.print(
-                f"{title}, {steps} steps, probe.max_time_fraction={budget}: {measured} measurements took "
+                f"{title}, {steps} steps, probe.max_time_fraction={max_time_fraction}: {measured} measurements took "
                 f"{result['probe_seconds']:.2f} of {seconds:.1f} s, {result['probe_seconds'] / seconds:.1%}; "
-                f"left out {len(result['probe_left_out'])}"
+                f"skipped {len(result['probe_left_out'])}"
             )
 
 
-NUM_STEPS, BLOCK = 1280, 32  # a run notes the time with the metrics of 32 steps
+NUM_STEPS, BLOCK = 1280, 32  # a run writes the time with the metrics of every 32 steps
 RUN = [
     "--train.steps", str(NUM_STEPS), "--batch.global_size", "256", "--probe.enabled", "false", "--train.num_evals", "1",
     "--mlflow.enabled", "false", "--checkpoint.every_seconds", "1e9",
@@ -88,15 +88,17 @@ RUN = [
 
 
 def one(launcher: str, out: Path) -> float:
-    """Milliseconds a step under a launcher: the median over blocks but the first ten, when Ray still starts up."""
+    """Milliseconds per step with a launcher: median over blocks, without the first ten, in which Ray still starts."""
     python = [sys.executable, "-m"]
     torchrun = [*python, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gengap_dist.train"]
     ray = [*python, "gengap_dist.train", "--launch.launcher", "ray", "--launch.num_processes", "2"]
     command = [*(torchrun if launcher == "torchrun" else ray), *RUN, "--out", str(out)]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    clock = {line["step"]: line["seconds"] for line in read_metrics(out)}
-    settled = [clock[step + BLOCK] - clock[step] for step in range(10 * BLOCK, NUM_STEPS - BLOCK, BLOCK)]
-    return 1000 * statistics.median(settled) / BLOCK
+    seconds_at_step = {line["step"]: line["seconds"] for line in read_metrics(out)}
+    block_seconds = [
+        seconds_at_step[step + BLOCK] - seconds_at_step[step] for step in range(10 * BLOCK, NUM_STEPS - BLOCK, BLOCK)
+    ]
+    return 1000 * statistics.median(block_seconds) / BLOCK
 
 
 def ray(console: Console, rounds: int) -> None:
@@ -106,8 +108,10 @@ def ray(console: Console, rounds: int) -> None:
             for launcher in times:
                 times[launcher].append(one(launcher, Path(folder) / f"{launcher}{number}"))
     ratios = [b / a for a, b in zip(*times.values(), strict=True)]
-    for launcher, found in times.items():
-        console.print(f"{launcher:9} {statistics.median(found):6.2f} ms a step ({min(found):.2f} to {max(found):.2f})")
+    for launcher, step_ms in times.items():
+        console.print(
+            f"{launcher:9} {statistics.median(step_ms):6.2f} ms per step ({min(step_ms):.2f} to {max(step_ms):.2f})"
+        )
     console.print(f"ray / torchrun {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 

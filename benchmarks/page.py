@@ -1,8 +1,9 @@
-"""docs/benchmarks.md and its picture of the peers, from the figures in docs/benchmarks/*.json.
+"""Writes docs/benchmarks.md and its figure of the peers, from the results in docs/benchmarks/*.json.
 
     python benchmarks/page.py
 
-The page's words are written by hand; what stands between `<!-- NAME -->` and `<!-- /NAME -->` is written anew here.
+The text of the page is written by hand; the parts between `<!-- NAME -->` and `<!-- /NAME -->` are generated. In the
+results, `limit` is the synthetic baseline.
 """
 
 import argparse
@@ -23,21 +24,21 @@ DOCS = Path(__file__).parents[1] / "docs"
 COLOUR = {"ours": ACCENT, "peer": WARM, "limit": QUIET}
 
 
-def keep(docs: Path, name: str, news: Mapping[str, Any]) -> None:
-    """Add figures to docs/benchmarks/NAME.json; those of other workloads stay."""
+def keep(docs: Path, name: str, results: Mapping[str, Any]) -> None:
+    """Add results to docs/benchmarks/NAME.json; those of other workloads are kept."""
     path = docs / "benchmarks" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(read(docs, name) | dict(news), indent=1) + "\n")
+    path.write_text(json.dumps(read(docs, name) | dict(results), indent=1) + "\n")
 
 
 def read(docs: Path, name: str) -> dict[str, Any]:
-    """What stands in docs/benchmarks/NAME.json."""
+    """The content of docs/benchmarks/NAME.json; empty if there is no file."""
     path = docs / "benchmarks" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write(docs: Path) -> None:
-    """Fill the page with what has been measured, and draw the picture."""
+    """Fill the page with the results, and draw the figure."""
     peers = read(docs, "peers")
     if not peers:
         return
@@ -50,79 +51,81 @@ def write(docs: Path) -> None:
 
 
 def headline(peers: Mapping[str, Any]) -> str:
-    """For every workload, ours against the best peer and against the limit."""
+    """For every workload: gengap_dist against the best peer and against the synthetic baseline."""
     rows = []
-    for found in peers.values():
-        for num_ranks, speeds in found["images_per_second"].items():
-            best = max((who for who in speeds if found["kinds"][who] == "peer"), key=lambda who: median(speeds[who]))
-            for who in (who for who in speeds if found["kinds"][who] == "ours"):
-                against = [str(paired_timing.ratio(speeds[who], speeds[other])) for other in (best, "limit")]
-                rows.append([found["title"], num_ranks, who, best, *against])
-    words = sorted({paired_timing.in_words(found["machine"]) for found in peers.values()})
+    for result in peers.values():
+        for num_ranks, speeds in result["images_per_second"].items():
+            best = max(
+                (name for name in speeds if result["kinds"][name] == "peer"), key=lambda name: median(speeds[name])
+            )
+            for name in (name for name in speeds if result["kinds"][name] == "ours"):
+                ratios = [str(paired_timing.ratio(speeds[name], speeds[reference])) for reference in (best, "limit")]
+                rows.append([result["title"], num_ranks, name, best, *ratios])
+    machines = sorted({paired_timing.machine_summary(result["machine"]) for result in peers.values()})
     head = ["workload", "ranks", "", "best peer", "over the best peer", "over the limit"]
-    return "\n\n".join([table(head, rows), f"Machine: {'; '.join(words)}."])
+    return "\n\n".join([table(head, rows), f"Machine: {'; '.join(machines)}."])
 
 
 def details(peers: Mapping[str, Any]) -> str:
-    """Everybody's speed, and ours over theirs."""
+    """Speed of every candidate, and the ratio of gengap_dist over it."""
     parts = []
-    for found in peers.values():
-        for num_ranks, speeds in found["images_per_second"].items():
-            ours = [who for who in speeds if found["kinds"][who] == "ours"]
+    for result in peers.values():
+        for num_ranks, speeds in result["images_per_second"].items():
+            ours = [name for name in speeds if result["kinds"][name] == "ours"]
             rows = [
                 [
-                    who,
+                    name,
                     f"{median(values):,.0f}",
-                    *(str(paired_timing.ratio(speeds[us], values)) if us != who else "" for us in ours),
+                    *(str(paired_timing.ratio(speeds[own], values)) if own != name else "" for own in ours),
                 ]
-                for who, values in speeds.items()
+                for name, values in speeds.items()
             ]
-            rows += [[who, "not installed", *("" for _ in ours)] for who in found["missing"]]
-            title = f"**{found['title']}, {num_ranks} rank{'s' * (num_ranks != '1')}** ({len(speeds['limit'])} rounds)"
-            parts += [title, table(["", "images/s", *(f"{us} over this" for us in ours)], rows)]
+            rows += [[name, "not installed", *("" for _ in ours)] for name in result["missing"]]
+            title = f"**{result['title']}, {num_ranks} rank{'s' * (num_ranks != '1')}** ({len(speeds['limit'])} rounds)"
+            parts += [title, table(["", "images/s", *(f"{own} over this" for own in ours)], rows)]
     return "\n\n".join(parts)
 
 
 def memory(peers: Mapping[str, Any]) -> str:
-    """Peak memory of a rank."""
-    with_memory = [found for found in peers.values() if "peak_mib" in found]
-    everybody = list(dict.fromkeys(who for found in with_memory for who in found["peak_mib"]))
+    """Peak memory per rank."""
+    with_memory = [result for result in peers.values() if "peak_mib" in result]
+    names = list(dict.fromkeys(name for result in with_memory for name in result["peak_mib"]))
     rows = [
-        [who, *(f"{found['peak_mib'][who]:,.0f}" if who in found["peak_mib"] else "" for found in with_memory)]
-        for who in everybody
+        [name, *(f"{result['peak_mib'][name]:,.0f}" if name in result["peak_mib"] else "" for result in with_memory)]
+        for name in names
     ]
-    rows.append(["the data set itself", *(f"{found['data_mib']:,.0f}" for found in with_memory)])
-    return table(["peak MiB of a rank", *(found["title"] for found in with_memory)], rows)
+    rows.append(["the data set itself", *(f"{result['data_mib']:,.0f}" for result in with_memory)])
+    return table(["peak MiB of a rank", *(result["title"] for result in with_memory)], rows)
 
 
 def draw(peers: Mapping[str, Any], path: Path) -> None:
-    """A panel for each workload and number of ranks, a bar for each candidate: speed over the limit's.
+    """A panel for each workload and number of ranks, a bar for each candidate: speed over the synthetic baseline.
 
-    Without any speed there is nothing to draw.
+    Without any speeds, no figure is drawn.
     """
     panels = [
-        (found, num_ranks, speeds)
-        for found in peers.values()
-        for num_ranks, speeds in found["images_per_second"].items()
+        (result, num_ranks, speeds)
+        for result in peers.values()
+        for num_ranks, speeds in result["images_per_second"].items()
     ]
     if not panels:
         return
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 2.3 * -(-len(panels) // 2)))
-        for number, (found, num_ranks, speeds) in enumerate(panels, 1):
+        for number, (result, num_ranks, speeds) in enumerate(panels, 1):
             axes = figure.add_subplot(-(-len(panels) // 2), 2, number)
-            who = [name for name in speeds if name != "limit"]
-            ratios = [paired_timing.ratio(speeds[name], speeds["limit"]) for name in who]
-            for row, (name, ratio) in enumerate(zip(who, ratios, strict=True)):
-                colour = COLOUR[found["kinds"][name]]
-                noisy = ratio.doubt in ("too noisy", "too few rounds")  # no bar: there is no telling where it ends
+            names = [name for name in speeds if name != "limit"]
+            ratios = [paired_timing.ratio(speeds[name], speeds["limit"]) for name in names]
+            for row, (name, ratio) in enumerate(zip(names, ratios, strict=True)):
+                colour = COLOUR[result["kinds"][name]]
+                noisy = ratio.doubt in ("too noisy", "too few rounds")  # no bar: its length is uncertain
                 axes.barh(row, 0 if noisy else ratio.median, height=0.62, color=colour, alpha=0.85)
                 axes.plot([ratio.low, ratio.high], [row, row], color=QUIET if noisy else INK, linewidth=1)
             axes.axvline(1.0, color=SOFT, linewidth=1, linestyle="--")
-            axes.set_yticks(range(len(who)), who, fontsize=8)
+            axes.set_yticks(range(len(names)), names, fontsize=8)
             axes.invert_yaxis()
             axes.grid(visible=False, axis="y")
-            axes.set_title(f"{found['title']}, {num_ranks} rank{'s' * (num_ranks != '1')}", fontsize=9)
+            axes.set_title(f"{result['title']}, {num_ranks} rank{'s' * (num_ranks != '1')}", fontsize=9)
             axes.set_xlabel("images per second over the limit's", fontsize=8)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None, "Creator": None})

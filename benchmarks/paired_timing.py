@@ -1,7 +1,7 @@
-"""What makes a comparison on one machine fair: candidates take turns, ratios are taken within a round, noise is named.
+"""Paired timing on one machine: candidates take turns, ratios are computed within a round, with an interval.
 
-A machine's speed drifts, so a figure of one round is compared only with figures of the same round, and a ratio that the
-machine's noise covers is not printed.
+The speed of a machine drifts, so a time is compared only with times of the same round. If the 95% interval of a ratio
+contains 1 or is wider than 20% of the median, only the interval is shown.
 """
 
 import math
@@ -22,12 +22,12 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 CONFIDENCE = 0.95
-LEAST_ROUNDS = 6  # fewer give no interval of that confidence
-MOST_SPREAD = 0.2
+MIN_ROUNDS = 6  # fewer rounds give no interval of that confidence
+MAX_SPREAD = 0.2
 
 
 def orders(names: Sequence[K], num_rounds: int) -> Iterator[list[K]]:
-    """Everybody's turn in each round: every round begins with the next one, so that nobody is always first.
+    """The order of candidates in each round: every round starts with the next candidate.
 
     >>> list(orders("abc", 4))
     [['a', 'b', 'c'], ['b', 'c', 'a'], ['c', 'a', 'b'], ['a', 'b', 'c']]
@@ -38,47 +38,47 @@ def orders(names: Sequence[K], num_rounds: int) -> Iterator[list[K]]:
 
 
 def in_turns(candidates: Mapping[K, Callable[[], V]], num_rounds: int) -> dict[K, list[V]]:
-    """What each candidate's call returns, round by round; a bar on stderr says whose turn it is.
+    """The return values of each candidate, round by round; a bar on stderr shows the current candidate.
 
-    The bar is drawn between turns only: no thread of it disturbs one.
+    The bar is drawn only between turns, without a thread, so it does not disturb the timing.
     """
-    found: dict[K, list[V]] = {name: [] for name in candidates}
+    results: dict[K, list[V]] = {name: [] for name in candidates}
     with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
         turns = bar.add_task("", total=num_rounds * len(candidates))
         for names in orders(list(candidates), num_rounds):
             for name in names:
                 bar.update(turns, description=str(name), refresh=True)
-                found[name].append(candidates[name]())
+                results[name].append(candidates[name]())
                 bar.advance(turns)
-    return found
+    return results
 
 
 class Ratio(NamedTuple):
-    """A ratio of figures of the same round, over rounds."""
+    """A ratio of values of the same round: median and interval over rounds."""
 
     median: float
     low: float
-    """Where the interval of the median begins, and `high` where it ends."""
+    """Lower end of the interval of the median; `high` is the upper end."""
     high: float
     doubt: str
-    """Why it is not to be printed; empty if it is."""
+    """Why the median is not shown; empty if it is shown."""
 
     @property
-    def told(self) -> bool:
-        """Whether the noise leaves it standing."""
+    def is_conclusive(self) -> bool:
+        """Whether the median is shown."""
         return not self.doubt
 
     def __str__(self) -> str:
-        """For a table: the interval stands there also where the ratio does not."""
+        """For a table: the interval is always shown, the median only if it is conclusive."""
         interval = f"{self.low:.2f} to {self.high:.2f}"
-        return f"{self.median:.2f} ({interval})" if self.told else f"{self.doubt} ({interval})"
+        return f"{self.median:.2f} ({interval})" if self.is_conclusive else f"{self.doubt} ({interval})"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Where the median lies with CONFIDENCE, whatever the distribution: from the k-th least to the k-th greatest of n.
+    """Interval of the median with CONFIDENCE, for any distribution: from the k-th smallest to the k-th largest of n.
 
-    The median is outside of them with probability 2 P(Binomial(n, 1/2) < k), and k is the largest that keeps this below
-    1 - CONFIDENCE (Conover, Practical Nonparametric Statistics, 3rd ed., 3.2). Fewer than LEAST_ROUNDS: all of them.
+    The median is outside with probability 2 P(Binomial(n, 1/2) < k), and k is the largest that keeps this below
+    1 - CONFIDENCE (Conover, Practical Nonparametric Statistics, 3rd ed., 3.2). Fewer than MIN_ROUNDS: all of them.
 
     >>> interval([5, 1, 2, 3, 4, 6, 7, 8, 9])  # k = 2
     (2, 8)
@@ -92,10 +92,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """`ours` / `theirs` in every round, unless the noise covers it.
+    """The ratio `ours` / `theirs` over rounds.
 
-    It is not told from 1 if the interval of the median holds 1, and too noisy if that is wider than MOST_SPREAD of the
-    median; of fewer than LEAST_ROUNDS rounds nobody can say.
+    It is inconclusive ("not told from 1") if the interval of the median contains 1, "too noisy" if it is wider than
+    MAX_SPREAD of the median, and has "too few rounds" below MIN_ROUNDS.
 
     >>> print(ratio([2.0, 2.02, 1.98, 2.0, 2.0, 2.02, 1.96, 0.7, 4.0], [1.0] * 9))
     2.00 (1.96 to 2.02)
@@ -105,9 +105,9 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     rounds = [a / b for a, b in zip(ours, theirs, strict=True)]
     median, (low, high) = statistics.median(rounds), interval(rounds)
     doubt = ""
-    if len(rounds) < LEAST_ROUNDS:
+    if len(rounds) < MIN_ROUNDS:
         doubt = "too few rounds"
-    elif high - low > MOST_SPREAD * median:
+    elif high - low > MAX_SPREAD * median:
         doubt = "too noisy"
     elif low <= 1 <= high:
         doubt = "not told from 1"
@@ -115,7 +115,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures hold for: processor, cores that this process may use, memory in GiB, GPUs, versions."""
+    """The machine of the measurements: processor, cores that this process may use, memory in GiB, GPUs, versions."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "cpu": device_name(torch.device("cpu")),
@@ -129,14 +129,14 @@ def machine() -> dict[str, Any]:
 
 
 def busy() -> float:
-    """Share of the cores that others keep busy, over a second in which we sleep: noise that no spread may show."""
+    """Share of the cores used by other processes, measured over one second of sleep."""
     return psutil.cpu_percent(interval=1.0) / 100
 
 
-def in_words(machine: Mapping[str, Any]) -> str:
-    """`machine` in a line.
+def machine_summary(machine: Mapping[str, Any]) -> str:
+    """`machine` as one line.
 
-    >>> in_words({"cpu": "A", "cores": 2, "memory_gib": 24.0, "gpus": ["B", "B"], "torch": "2", "python": "3"})
+    >>> machine_summary({"cpu": "A", "cores": 2, "memory_gib": 24.0, "gpus": ["B", "B"], "torch": "2", "python": "3"})
     'A, 2 cores, 24 GiB, 2 x B, torch 2, Python 3'
     """
     gpus = machine["gpus"]

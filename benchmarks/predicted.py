@@ -1,6 +1,6 @@
-"""Steps as `gengap plan` predicts them, without a survey of each: for points that were measured, and far beyond them.
+"""Step times predicted as in `gengap plan`, for measured points and for much larger clusters.
 
-A rank's samples one after the other, one update, and then the messages of the alpha-beta model, nothing overlapped.
+A step is the compute time of a rank's samples, one update, and the messages of the alpha-beta model, without overlap.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -24,13 +24,13 @@ MODES: tuple[Mode, ...] = ("strong", "weak")
 DATA = {"lenet5": "fashion_mnist", "resnet56": "cifar10", "vgg16": "cifar10"}  # for the shape and number of images
 TITLES = {"lenet5": "LeNet-5", "resnet56": "ResNet-56", "vgg16": "VGG-16"}
 
-MOST_RANKS, PER_NODE = 4096, 8
-STRONG_SIZE, WEAK_SIZE = 16_384, 64  # images of a simulated step in all, and on each rank
+MAX_RANKS, PER_NODE = 4096, 8
+STRONG_SIZE, WEAK_SIZE = 16_384, 64  # images of a simulated step: in total, and per rank
 ACCELERATOR = ComputeConstants(seconds_per_sample=1 / 20_000, seconds_per_update=1e-3)
 
 
 class Task(NamedTuple):
-    """A network to train, and what its steps are made of."""
+    """A network to train, its data sizes and the bytes of its gradients."""
 
     config: RunConfig
     sizes: datasets.Sizes
@@ -38,7 +38,7 @@ class Task(NamedTuple):
 
 
 def task(model: str, micro_size: int, device: str = "cpu") -> Task:
-    """Plain training of `model` without probes."""
+    """Training of `model` without probes."""
     settings: dict[str, Any] = {"model": {"name": model}, "data": {"name": DATA[model]}, "launch": {"device": device}}
     settings |= {"batch": {"micro_size": micro_size}, "probe": {"enabled": False}, "mlflow": {"enabled": False}}
     config = validate(RunConfig, settings)
@@ -53,13 +53,15 @@ def predict(
     """Seconds of one step of `global_size` images on `cluster`."""
     num_ranks = cluster.num_ranks
     batch = layout(batch_plan_for(task.config, global_size, num_ranks))
-    whole, num_micro = task.gradient_bytes, batch.micro_batches_per_rank[1]
-    messages = communication_model.step_messages(strategy_name(task.config, num_ranks), whole, whole, num_micro)
+    gradient_bytes, num_micro = task.gradient_bytes, batch.micro_batches_per_rank[1]
+    messages = communication_model.step_messages(
+        strategy_name(task.config, num_ranks), gradient_bytes, gradient_bytes, num_micro
+    )
     return sum(step_seconds(cluster, batch, messages, compute, inside, between))
 
 
 class Links(NamedTuple):
-    """What joins the ranks of a simulated cluster."""
+    """The links of a simulated cluster."""
 
     name: str
     inside: Link
@@ -86,7 +88,7 @@ ETHERNET = Links(
 
 
 def cores(inside: Link) -> Links:
-    """Machines like this one, whose link inside was measured, joined by Ethernet."""
+    """Machines like this one, with the measured link inside a node, connected by Ethernet."""
     words = (
         f"8 ranks of one core a node; inside as measured here between two ({inside.alpha * 1e6:.0f} µs, "
         f"{inside.beta * 1e9:.2f} ns a byte), between nodes the 100 Gbit/s Ethernet above."
@@ -104,16 +106,16 @@ def size_of(mode: Mode, num_ranks: int) -> int:
 
 
 def curve(task: Task, mode: Mode, compute: ComputeConstants, links: Links) -> list[dict[str, float]]:
-    """Simulated steps on 1, 2, 4, ... MOST_RANKS ranks; efficiency is a rank's images/s over those of one alone."""
+    """Simulated steps on 1, 2, 4, ... MAX_RANKS ranks; efficiency is images/s per rank over that of a single rank."""
     rows: list[dict[str, float]] = []
-    for num_ranks in (2**power for power in range(MOST_RANKS.bit_length())):
+    for num_ranks in (2**power for power in range(MAX_RANKS.bit_length())):
         cluster = Cluster(max(1, num_ranks // PER_NODE), min(num_ranks, PER_NODE))
         size = size_of(mode, num_ranks)
         seconds = predict(task, size, cluster, compute, links.inside, links.between)
         speed = size / seconds
-        alone = rows[0]["images_per_second"] if rows else speed
+        single_rank_speed = rows[0]["images_per_second"] if rows else speed
         rows.append(
             {"ranks": num_ranks, "global_size": size, "seconds": seconds, "images_per_second": speed}
-            | {"efficiency": speed / num_ranks / alone}
+            | {"efficiency": speed / num_ranks / single_rank_speed}
         )
     return rows

@@ -1,11 +1,10 @@
-"""What a probe of flattened activations costs, against the usual way: gather all rows on rank 0, SVD in float64.
+"""Cost of a probe of flattened activations, against the usual method: gather all rows on rank 0, SVD in float64.
 
     python benchmarks/probe_cost.py [--rounds 3] [--only ResNet-56]
 
-Two ranks hold N = 1,024 rows of the layers that ResNet-56 and VGG-16 have on 32 x 32 images. Both ways get the same
-rows in memory (the forward pass is not counted) and give the same singular values; they take turns, and the figures
-are medians over rounds. Peak memory is rank 0's VmHWM above what it held before; bytes are what crossed the loopback
-device.
+Two ranks have N = 1,024 rows of the layers of ResNet-56 and VGG-16 on 32 x 32 images. Both methods get the same rows in
+memory (the forward pass is not timed) and give the same singular values; they take turns, and results are medians over
+rounds. Peak memory is the VmHWM of rank 0 minus its memory before; bytes are those sent over the loopback device.
 """
 
 import argparse
@@ -34,7 +33,7 @@ LAYERS = {  # model: width of its flattened layers, and how many of each it has
 
 
 def usual(rows_ND: Tensor, world: World) -> Tensor:
-    """All rows to rank 0, svdvals there in float64."""
+    """Gather all rows on rank 0, and compute svdvals there in float64."""
     parts = [torch.empty_like(rows_ND) for _ in range(world.size)]
     dist.all_gather(parts, rows_ND)
     if world.rank:
@@ -43,17 +42,17 @@ def usual(rows_ND: Tensor, world: World) -> Tensor:
 
 
 def ours(rows_ND: Tensor, world: World) -> Tensor:
-    """The probe, as a run calls it: batches of 128 through a layer."""
+    """The probe as called by a run: batches of 128 through a layer."""
     model = nn.Sequential(nn.Identity())
-    (found,) = measure(model, rows_ND.split(128), layers="0", centred=(False,), world=world)
-    return found.singular_values
+    (spectrum,) = measure(model, rows_ND.split(128), layers="0", centred=(False,), world=world)
+    return spectrum.singular_values
 
 
-WAYS = {"usual": usual, "gengap_dist": ours}
+METHODS = {"usual": usual, "gengap_dist": ours}
 
 
 class Replay(nn.Module):
-    """A network whose layers put out stored rows: inputs are row numbers."""
+    """A network whose layers return stored rows: inputs are row numbers."""
 
     def __init__(self, layers: dict[int, int], generator: torch.Generator) -> None:
         """Random rows for every layer of a model in LAYERS."""
@@ -70,7 +69,7 @@ class Replay(nn.Module):
 
 
 def whole_model(name: str, world: World) -> float:
-    """Seconds for all flattened layers of a model in one call, as a run measures them."""
+    """Seconds for all flattened layers of a model in one call, as in a run."""
     model = Replay(LAYERS[name], torch.Generator().manual_seed(world.rank))
     numbers = torch.arange(NUM_SAMPLES // NUM_RANKS)[:, None].split(128)
     world.barrier()
@@ -81,7 +80,7 @@ def whole_model(name: str, world: World) -> float:
 
 
 def status(key: str) -> float:
-    """A line of /proc/self/status, in MiB."""
+    """A value of /proc/self/status, in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024
 
@@ -92,15 +91,15 @@ def loopback_bytes() -> int:
     return int(line.split(":")[1].split()[8])
 
 
-def one(way: str, rows_ND: Tensor, world: World) -> tuple[dict[str, float], Tensor]:
-    """Seconds, MiB above what was held before, MiB on the wire; and the singular values."""
+def one(method: str, rows_ND: Tensor, world: World) -> tuple[dict[str, float], Tensor]:
+    """Seconds, additional peak MiB, MiB sent; and the singular values."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the last one freed must not hide what this one takes
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory must not hide the memory of this call
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
     before = status("VmRSS")
     world.barrier()
     sent, began = loopback_bytes(), time.perf_counter()
-    values = WAYS[way](rows_ND, world)
+    values = METHODS[method](rows_ND, world)
     world.barrier()
     seconds = time.perf_counter() - began
     figures = {"s": seconds, "peak": status("VmHWM") - before, "wire": (loopback_bytes() - sent) / 2**20}
@@ -108,7 +107,7 @@ def one(way: str, rows_ND: Tensor, world: World) -> tuple[dict[str, float], Tens
 
 
 def rank_main(rank: int, port: int, models: list[str], widths: list[int], rounds: int, results: Any) -> None:
-    """One rank: every width, every way, in turns."""
+    """Main function of a rank: every width with both methods, in turns."""
     import os
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS), "LOCAL_RANK": str(rank)}
@@ -118,17 +117,17 @@ def rank_main(rank: int, port: int, models: list[str], widths: list[int], rounds
     for width in widths:
         generator = torch.Generator().manual_seed(rank)
         mixing = torch.randn(512, width, generator=torch.Generator().manual_seed(99)) / 512**0.5
-        # half of the directions strong, the rest weak: like ReLU activations, of which many directions are nearly lost
+        # half of the directions strong, the rest weak: like ReLU activations, with many weak directions
         rows_ND = torch.randn(NUM_SAMPLES // NUM_RANKS, 512, generator=generator) @ mixing
         rows_ND = (rows_ND + 1e-3 * torch.randn(rows_ND.shape, generator=generator)).relu_()
-        for way in WAYS:  # warm up
-            one(way, rows_ND[:, :1024].contiguous(), world)
+        for method in METHODS:  # warm up
+            one(method, rows_ND[:, :1024].contiguous(), world)
         for number in range(rounds):
             values = {}
-            for way in sorted(WAYS, reverse=bool(number % 2)):
-                figures, values[way] = one(way, rows_ND, world)
+            for method in sorted(METHODS, reverse=bool(number % 2)):
+                figures, values[method] = one(method, rows_ND, world)
                 if rank == 0:
-                    results.put((width, way, figures))
+                    results.put((width, method, figures))
             if rank == 0:
                 error = float((values["usual"] - values["gengap_dist"]).abs().max() / values["usual"][0])
                 results.put((width, "error", {"error": error}))
@@ -160,10 +159,10 @@ def main() -> None:
     seen: dict[tuple[int | str, str, str], list[float]] = {}  # width of a layer, or name of a model
     running = NUM_RANKS
     while running:
-        if (got := results.get(timeout=600)) is None:
+        if (message := results.get(timeout=600)) is None:
             running -= 1
             continue
-        width, way, figures = got
+        width, way, figures = message
         for key, value in figures.items():
             seen.setdefault((width, way, key), []).append(value)
     for process in ranks:
@@ -176,11 +175,19 @@ def main() -> None:
     for width in widths:
         pairs = zip(seen[width, "usual", "s"], seen[width, "gengap_dist", "s"], strict=True)
         ratios = sorted(a / b for a, b in pairs)
-        u, o = ([medians[width, way, key] for key in ("s", "peak", "wire")] for way in WAYS)
+        usual_medians, own_medians = ([medians[width, way, key] for key in ("s", "peak", "wire")] for way in METHODS)
         times = f"{statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f})"
-        cells = [f"{width:,}", f"{u[0]:.2f}", f"{o[0]:.2f}", times, f"{u[1]:.0f}", f"{o[1]:.0f}", f"{o[1] / u[1]:.2f}"]
-        cells += [f"{u[2]:.0f}", f"{o[2]:.0f}", f"{max(seen[width, 'error', 'error']):.0e}"]
-        print("".join(f"{cell:>{room}}" for cell, room in zip(cells, widest, strict=True)))
+        cells = [
+            f"{width:,}",
+            f"{usual_medians[0]:.2f}",
+            f"{own_medians[0]:.2f}",
+            times,
+            f"{usual_medians[1]:.0f}",
+            f"{own_medians[1]:.0f}",
+            f"{own_medians[1] / usual_medians[1]:.2f}",
+        ]
+        cells += [f"{usual_medians[2]:.0f}", f"{own_medians[2]:.0f}", f"{max(seen[width, 'error', 'error']):.0e}"]
+        print("".join(f"{cell:>{column_width}}" for cell, column_width in zip(cells, widest, strict=True)))
     for name, layers in models.items():
         one_by_one = sum(medians[width, "usual", "s"] * count for width, count in layers.items())
         seconds = medians[name, "gengap_dist", "s"]

@@ -1,16 +1,17 @@
-"""Strong and weak scaling of our own step on this machine, what `gengap plan` predicts of it, and a simulated curve.
+"""Strong and weak scaling of a training step on this machine, the prediction of `gengap plan`, and a simulation.
 
     python benchmarks/scaling.py [--models lenet5 resnet56 vgg16] [--rounds 7] [--device cpu] [--out docs/benchmarks]
 
-Groups of 1, 2, 4 and at most 8 ranks (as many as there are cores, or GPUs if there are two) are up all the time, one
-thread for each rank, and take turns: one computes, the others sleep. A step is `loop.train_step` on random images.
+Groups of 1, 2, 4 and at most 8 ranks (up to the number of cores, or of GPUs if there are two) stay alive, with one
+thread per rank, and take turns: one group computes, the others sleep. A step is `loop.train_step` on random images.
 
-  strong  8 micro-batches of images in all, however many ranks share them
+  strong  8 micro-batches of images in total, divided over the ranks
   weak    one micro-batch for each rank
-  plan    the constants of `gengap plan --calibrate`, found in the same rounds by two ranks at once, and its prediction
+  plan    the constants of `gengap plan --calibrate`, measured in the same rounds on two ranks, and its prediction
 
-Figures are medians over rounds, and every ratio is taken within a round; one that the noise covers is not printed. The
-curve to 4,096 ranks is plan's model alone: its assumptions stand on the picture.
+Results are medians over rounds, and ratios are computed within a round; if the 95% interval of a ratio contains 1 or is
+wider than 20% of the median, only the interval is shown. The curve to 4,096 ranks comes from the model of `gengap plan`
+only; its assumptions are printed in the figure.
 
 Writes scaling_measured.svg, scaling_simulated.svg and scaling.json into --out.
 """
@@ -30,7 +31,7 @@ import torch
 from predicted import MODES, TITLES, Task, task
 from rich.console import Console
 from rich.table import Table
-from scaling_data import Found, Point, middle, middle_link
+from scaling_data import Measurements, Point, median_compute, median_link
 from worker_pool import WorkerPool
 
 from gengap_dist import models
@@ -52,66 +53,66 @@ MICRO_SIZES = {  # images in a micro-batch: on a CPU small ones fit the cache, a
 }
 
 
-# -- what ranks do ----------------------------------------------------------------------------------------------------
+# -- on the ranks -----------------------------------------------------------------------------------------------------
 
 
-READY: dict[str, tuple[Strategy, BatchLoader]] = {}  # by network, in this rank
+PREPARED: dict[str, tuple[Strategy, BatchLoader]] = {}  # by network, in this rank
 
 
-def get_ready(world: World, name: str, what: Task) -> None:
+def set_up(world: World, name: str, task: Task) -> None:
     """Build the network, its strategy and random images."""
-    config, sizes, _ = what
+    config, sizes, _ = task
     network = models.from_config(config, sizes.num_classes, sizes.in_channels, World()).to(world.device)
     strategy = STRATEGIES[strategy_name(config, world.size)](config, world)
     strategy.setup(network.train(), partial(build_optimizer, config.optim))
-    number = LARGEST * config.batch.max_micro_size
-    READY[name] = (
+    num_images = LARGEST * config.batch.max_micro_size
+    PREPARED[name] = (
         strategy,
-        synthetic_workload.random_batches(config, sizes.in_channels, sizes.num_classes, number, world.device),
+        synthetic_workload.random_batches(config, sizes.in_channels, sizes.num_classes, num_images, world.device),
     )
 
 
-def train(world: World, name: str, what: Task, global_size: int, num_steps: int) -> float:
-    """Seconds of a step, the mean of `num_steps`."""
-    strategy, batches = READY[name]
-    spans = batch_plan_for(what.config, global_size, world.size).micro_batches(world.rank)
-    work = StepBatch(torch.randperm(global_size), 0, spans)
+def train(world: World, name: str, task: Task, global_size: int, num_steps: int) -> float:
+    """Mean seconds of a step over `num_steps`."""
+    strategy, batches = PREPARED[name]
+    spans = batch_plan_for(task.config, global_size, world.size).micro_batches(world.rank)
+    step_batch = StepBatch(torch.randperm(global_size), 0, spans)
     synthetic_workload.synchronise(world)
     world.barrier()
     began = time.perf_counter()
     for _ in range(num_steps):
-        train_step(strategy, batches, work)
+        train_step(strategy, batches, step_batch)
     synthetic_workload.synchronise(world)
     world.barrier()
     return (time.perf_counter() - began) / num_steps
 
 
-def time_compute(world: World, what: Task) -> ComputeConstants:
-    """Plan's constants of computing."""
-    return calibrate.time_compute(what.config, what.sizes, what.config.batch.max_micro_size, world)
+def time_compute(world: World, task: Task) -> ComputeConstants:
+    """Compute constants, as measured by `gengap plan`."""
+    return calibrate.time_compute(task.config, task.sizes, task.config.batch.max_micro_size, world)
 
 
 def time_link(world: World) -> LinkConstants:
-    """Plan's constants of the link."""
+    """Link constants, as measured by `gengap plan`."""
     return calibrate.time_link(world)
 
 
 # -- the rounds -------------------------------------------------------------------------------------------------------
 
 
-def measure(names: Sequence[str], most: int, rounds: int, seconds: float, device: str) -> Found:
-    """Everybody's turns."""
+def measure(names: Sequence[str], max_ranks: int, rounds: int, seconds: float, device: str) -> Measurements:
+    """Run all rounds; returns the measurements."""
     tasks = {name: task(name, MICRO_SIZES[device][name], device) for name in names}
-    pools = {size: WorkerPool(size, device) for size in (1, 2, 4, 8) if size <= most}
+    pools = {size: WorkerPool(size, device) for size in (1, 2, 4, 8) if size <= max_ranks}
     candidates: dict[Any, Callable[[], Any]] = {"link": partial(pools[2], time_link)}
     for name, what in tasks.items():
         micro = what.config.batch.max_micro_size
         for pool in pools.values():
-            pool(get_ready, name, what)
+            pool(set_up, name, what)
         for mode in MODES:
             for size, pool in pools.items():
                 point = Point(name, mode, size, LARGEST * micro if mode == "strong" else micro * size)
-                pool(train, name, what, point.global_size, 2)  # nobody's first steps count
+                pool(train, name, what, point.global_size, 2)  # the first steps are not timed
                 once = pool(train, name, what, point.global_size, 1)
                 num_steps = max(1, round(seconds / once))
                 candidates[point] = partial(pool, train, name, what, point.global_size, num_steps)
@@ -119,8 +120,8 @@ def measure(names: Sequence[str], most: int, rounds: int, seconds: float, device
         candidates[name, "beside"] = partial(pools[2], time_compute, what)
     by_turn = paired_timing.in_turns(candidates, rounds)
     for pool in pools.values():
-        pool.leave()
-    return Found(
+        pool.close()
+    return Measurements(
         tasks,
         {point: values for point, values in by_turn.items() if isinstance(point, Point)},
         {name: by_turn[name, "beside"] for name in names},
@@ -129,18 +130,21 @@ def measure(names: Sequence[str], most: int, rounds: int, seconds: float, device
     )
 
 
-# -- what they mean ---------------------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------------------------
 
 
-def show(found: Found, title: str, rounds: int) -> None:
-    """Print the table, and what lies behind it."""
+def show(measurements: Measurements, title: str, rounds: int) -> None:
+    """Print the table of steps, and the constants."""
     console = Console(width=170)
-    table = Table(title=f"{title}; one thread a rank, medians of {rounds} rounds (least to most)")
+    table = Table(title=f"{title}; one thread a rank, medians of {rounds} rounds (minimum to maximum)")
     for head in ("network", "scaling", "ranks", "images a step", "ms a step", "images/s", "efficiency", "plan: ms"):
         table.add_column(head, justify="left" if head in ("network", "scaling") else "right")
     table.add_column("plan / measured", justify="right")
-    for point, taken in found.steps.items():
-        seconds, said = statistics.median(taken), statistics.median(found.predicted(point, found.beside))
+    for point, taken in measurements.steps.items():
+        seconds, predicted = (
+            statistics.median(taken),
+            statistics.median(measurements.predicted(point, measurements.beside)),
+        )
         table.add_row(
             TITLES[point.model],
             point.mode,
@@ -148,52 +152,56 @@ def show(found: Found, title: str, rounds: int) -> None:
             f"{point.global_size:,}",
             f"{seconds * 1e3:,.1f} ({min(taken) * 1e3:,.1f} to {max(taken) * 1e3:,.1f})",
             f"{point.global_size / seconds:,.0f}",
-            str(found.efficiency(point)) if point.ranks > 1 else "",
-            f"{said * 1e3:,.1f}",
-            str(found.error(point)),
+            str(measurements.efficiency(point)) if point.ranks > 1 else "",
+            f"{predicted * 1e3:,.1f}",
+            str(measurements.error(point)),
         )
     console.print(table)
-    for line in remarks(found):
+    for line in remarks(measurements):
         console.print(line)
 
 
-def remarks(found: Found) -> list[str]:
-    """What the constants were, and what two ranks take from each other before they say a word."""
-    link = middle_link(found.links)
+def remarks(measurements: Measurements) -> list[str]:
+    """The constants, and the slowdown of compute by a second busy rank, one sentence each."""
+    link = median_link(measurements.links)
     lines = [f"The link of two ranks: {link.alpha * 1e6:.0f} µs a message, {link.beta * 1e9:.2f} ns a byte."]
-    for name in found.tasks:
-        each, crowding = middle(found.beside[name]), found.crowding(name)
-        line = f"{TITLES[name]}: {each.seconds_per_sample * 1e6:,.0f} µs an image beside a second busy rank, which is "
-        if not crowding.told:
-            line += f"not to be told from what it takes alone: {crowding}."
+    for name in measurements.tasks:
+        each, contention = median_compute(measurements.beside[name]), measurements.contention(name)
+        line = f"{TITLES[name]}: {each.seconds_per_sample * 1e6:,.0f} µs per image with a second busy rank, which is "
+        if not contention.is_conclusive:
+            line += f"not significantly different from one rank alone: {contention}."
         else:
-            line += f"{crowding} times what it takes alone"
-            line += ": they compete for memory, which plan's model does not know." if crowding.median > 1 else "."
+            line += f"{contention} times the time of one rank alone"
+            line += (
+                ": the ranks compete for memory bandwidth, which the model does not include."
+                if contention.median > 1
+                else "."
+            )
         lines.append(line)
     return lines
 
 
-def as_json(found: Found) -> dict[str, Any]:
-    """All numbers of the rounds; a ratio whose doubt is not empty is not to be quoted."""
+def as_json(measurements: Measurements) -> dict[str, Any]:
+    """All numbers of the rounds; a ratio with a non-empty `doubt` is inconclusive."""
     points = [
         point._asdict()
-        | {"seconds": taken, "predicted_seconds": found.predicted(point, found.beside)}
-        | {"predicted_over_measured": found.error(point)._asdict()}
-        | {"predicted_from_one_alone_over_measured": found.error(point, found.alone)._asdict()}
-        | {"efficiency": found.efficiency(point)._asdict()}
-        for point, taken in found.steps.items()
+        | {"seconds": taken, "predicted_seconds": measurements.predicted(point, measurements.beside)}
+        | {"predicted_over_measured": measurements.error(point)._asdict()}
+        | {"predicted_from_one_alone_over_measured": measurements.error(point, measurements.alone)._asdict()}
+        | {"efficiency": measurements.efficiency(point)._asdict()}
+        for point, taken in measurements.steps.items()
     ]
     constants = {
         name: {
             "micro_size": what.config.batch.max_micro_size,
             "gradient_bytes": what.gradient_bytes,
-            "beside_another_rank": [each.model_dump() for each in found.beside[name]],
-            "alone": [each.model_dump() for each in found.alone[name]],
-            "beside_over_alone": found.crowding(name)._asdict(),
+            "beside_another_rank": [each.model_dump() for each in measurements.beside[name]],
+            "alone": [each.model_dump() for each in measurements.alone[name]],
+            "beside_over_alone": measurements.contention(name)._asdict(),
         }
-        for name, what in found.tasks.items()
+        for name, what in measurements.tasks.items()
     }
-    return {"points": points, "constants": constants, "link": [link.model_dump() for link in found.links]}
+    return {"points": points, "constants": constants, "link": [link.model_dump() for link in measurements.links]}
 
 
 def main() -> None:
@@ -201,36 +209,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=[*TITLES], default=[*TITLES])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, more or less")
+    parser.add_argument("--seconds", type=float, default=1.0, help="approximate duration of a turn")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there are two GPUs")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # the ranks' too
+    os.environ["OMP_NUM_THREADS"] = "1"  # also for the ranks
     torch.set_num_threads(1)
     num_gpus, machine = torch.cuda.device_count(), paired_timing.machine()
     device = options.device or ("cuda" if num_gpus > 1 else "cpu")
-    most = min(LARGEST, num_gpus if device == "cuda" else machine["cores"])
-    if most < 2:
-        parser.error(f"scaling needs two ranks, and this machine has room for {most} on {device}: choose --device cpu")
+    max_ranks = min(LARGEST, num_gpus if device == "cuda" else machine["cores"])
+    if max_ranks < 2:
+        parser.error(f"scaling needs two ranks, and this machine has {max_ranks} on {device}: choose --device cpu")
 
     from scaling_figures import measured, save, simulated, simulation
 
-    began, name, busy = time.monotonic(), paired_timing.in_words(machine), paired_timing.busy()
-    beside = f"Others kept {busy:.0%} of the cores busy: the figures hold beside them only. " if busy > 0.1 else ""
-    if beside:
-        print(beside)
-    found = measure(options.models, most, options.rounds, options.seconds, device)
-    show(found, name, options.rounds)
-    computed = {model: middle(found.beside[model]) for model in options.models} if device == "cpu" else {}
-    curves, assumptions = simulation(computed, found.tasks, middle_link(found.links), name)
+    began, name, busy = time.monotonic(), paired_timing.machine_summary(machine), paired_timing.busy()
+    load_note = (
+        f"Other processes used {busy:.0%} of the cores: the results hold only under this load. " if busy > 0.1 else ""
+    )
+    if load_note:
+        print(load_note)
+    measurements = measure(options.models, max_ranks, options.rounds, options.seconds, device)
+    show(measurements, name, options.rounds)
+    computed = (
+        {model: median_compute(measurements.beside[model]) for model in options.models} if device == "cpu" else {}
+    )
+    curves, assumptions = simulation(computed, measurements.tasks, median_link(measurements.links), name)
     options.out.mkdir(parents=True, exist_ok=True)
-    said = f"{name}; one thread a rank, {options.rounds} rounds. {beside}"
-    save(measured(found, said + " ".join(remarks(found))), options.out / "scaling_measured.svg")
+    caption = f"{name}; one thread a rank, {options.rounds} rounds. {load_note}"
+    save(measured(measurements, caption + " ".join(remarks(measurements))), options.out / "scaling_measured.svg")
     save(simulated(curves, assumptions), options.out / "scaling_simulated.svg")
-    told = {"machine": machine, "device": device, "rounds": options.rounds, "threads_per_rank": 1, "busy_before": busy}
-    told |= {"measured": as_json(found), "simulated": {"assumptions": assumptions, "curves": curves}}
-    (options.out / "scaling.json").write_text(json.dumps(told, indent=1) + "\n")
-    print(f"{time.monotonic() - began:.0f} s; pictures and all numbers are in {options.out}")
+    results = {
+        "machine": machine,
+        "device": device,
+        "rounds": options.rounds,
+        "threads_per_rank": 1,
+        "busy_before": busy,
+    }
+    results |= {"measured": as_json(measurements), "simulated": {"assumptions": assumptions, "curves": curves}}
+    (options.out / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{time.monotonic() - began:.0f} s; figures and all numbers are in {options.out}")
 
 
 if __name__ == "__main__":

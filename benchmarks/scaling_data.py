@@ -1,4 +1,4 @@
-"""What the rounds of scaling.py bring: seconds of steps, constants of the time model, and ratios of them."""
+"""Results of scaling.py: seconds of steps, constants of the time model, and ratios."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,23 +21,23 @@ class Point(NamedTuple):
     global_size: int
 
 
-class Found(NamedTuple):
-    """What the rounds brought, each list by round."""
+class Measurements(NamedTuple):
+    """All measurements; each list has one entry per round."""
 
     tasks: dict[str, Task]
     steps: dict[Point, list[float]]
     """Seconds."""
     beside: dict[str, list[ComputeConstants]]
-    """By network, of two ranks at once: as plan calibrates."""
+    """By network, measured on two ranks at the same time, as in `gengap plan --calibrate`."""
     alone: dict[str, list[ComputeConstants]]
     links: list[LinkConstants]
 
     def predicted(self, point: Point, compute: Mapping[str, Sequence[ComputeConstants]]) -> list[float]:
         """Seconds of a step with the constants of each round."""
-        cluster, what = Cluster(1, point.ranks), self.tasks[point.model]
+        cluster, task = Cluster(1, point.ranks), self.tasks[point.model]
         links = [Link(link.alpha, link.beta) for link in self.links]
         pairs = zip(compute[point.model], links, strict=True)
-        return [predict(what, point.global_size, cluster, each, link, link) for each, link in pairs]
+        return [predict(task, point.global_size, cluster, constants, link, link) for constants, link in pairs]
 
     def single(self, point: Point) -> list[float]:
         """Seconds of one rank's step in the same mode."""
@@ -46,7 +46,7 @@ class Found(NamedTuple):
         )
 
     def efficiency(self, point: Point) -> paired_timing.Ratio:
-        """A rank's images per second over those of one alone."""
+        """Images per second per rank over those of a single rank."""
         share = point.ranks if point.mode == "strong" else 1
         return paired_timing.ratio(self.single(point), [share * seconds for seconds in self.steps[point]])
 
@@ -56,20 +56,20 @@ class Found(NamedTuple):
         """Predicted over measured."""
         return paired_timing.ratio(self.predicted(point, compute or self.beside), self.steps[point])
 
-    def crowding(self, model: str) -> paired_timing.Ratio:
-        """A sample's time beside a second busy rank over its time alone."""
+    def contention(self, model: str) -> paired_timing.Ratio:
+        """Time of a sample with a second busy rank over its time with a single rank."""
         kinds = (self.beside[model], self.alone[model])
         return paired_timing.ratio(*([each.seconds_per_sample for each in kind] for kind in kinds))
 
 
-def middle(constants: Sequence[ComputeConstants]) -> ComputeConstants:
-    """Median of each."""
+def median_compute(constants: Sequence[ComputeConstants]) -> ComputeConstants:
+    """Median of each constant."""
     return ComputeConstants(
         seconds_per_sample=statistics.median(each.seconds_per_sample for each in constants),
         seconds_per_update=statistics.median(each.seconds_per_update for each in constants),
     )
 
 
-def middle_link(links: Sequence[LinkConstants]) -> Link:
-    """Median of each."""
+def median_link(links: Sequence[LinkConstants]) -> Link:
+    """Median of each constant."""
     return Link(statistics.median(link.alpha for link in links), statistics.median(link.beta for link in links))

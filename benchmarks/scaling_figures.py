@@ -1,4 +1,4 @@
-"""The two pictures of scaling.py: what was measured, and what is simulated with its assumptions written on it."""
+"""The two figures of scaling.py: measured speeds, and simulated speeds with their assumptions in the figure."""
 
 import statistics
 import textwrap
@@ -14,8 +14,8 @@ from predicted import (
     ACCELERATOR,
     ETHERNET,
     INFINIBAND,
+    MAX_RANKS,
     MODES,
-    MOST_RANKS,
     STRONG_SIZE,
     TITLES,
     WEAK_SIZE,
@@ -26,24 +26,24 @@ from predicted import (
     task,
 )
 
-from gengap_dist.analysis.report.plotting import COLOURS, INK, QUIET, SOFT, STYLE, plain
+from gengap_dist.analysis.report.plotting import COLOURS, INK, QUIET, SOFT, STYLE, plain_tick_labels
 from gengap_dist.preflight.communication_model import Link
 from gengap_dist.preflight.machine_constants import ComputeConstants
 
 if TYPE_CHECKING:
-    from scaling_data import Found
+    from scaling_data import Measurements
 
-FAR = ("resnet56", "vgg16")  # networks that are worth 4,096 ranks
+FAR = ("resnet56", "vgg16")  # networks simulated up to 4,096 ranks
 Curve = dict[str, Any]
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As SVG, text as text, the same bytes for the same numbers."""
+    """Save as SVG, with text as text; deterministic."""
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def measured(found: "Found", words: str) -> Figure:
+def measured(found: "Measurements", words: str) -> Figure:
     """Images per second of every network over ranks, measured and predicted."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * max(2, len(found.tasks)) + 0.4, 6.6))
@@ -53,33 +53,33 @@ def measured(found: "Found", words: str) -> Figure:
             for model in found.tasks:
                 _measured_panel(panels[f"{mode} {model}"], found, mode, model)
         marks = [
-            Line2D([], [], color=COLOURS[0], marker="o", label="measured: median, least and most"),
-            Line2D([], [], color=COLOURS[1], marker="x", linestyle="--", label="predicted as by gengap plan"),
-            Line2D([], [], color=QUIET, linestyle=":", label="as many times one rank"),
+            Line2D([], [], color=COLOURS[0], marker="o", label="measured: median, minimum and maximum"),
+            Line2D([], [], color=COLOURS[1], marker="x", linestyle="--", label="predicted by gengap plan"),
+            Line2D([], [], color=QUIET, linestyle=":", label="linear scaling from one rank"),
         ]
         figure.legend(handles=marks, loc="outside upper left", ncols=3, fontsize=9, columnspacing=1.2)
         write(panels["words"], words, width=50 * max(2, len(found.tasks)))
     return figure
 
 
-def _measured_panel(axes: Axes, found: "Found", mode: str, model: str) -> None:
+def _measured_panel(axes: Axes, found: "Measurements", mode: str, model: str) -> None:
     points = [point for point in found.steps if (point.model, point.mode) == (model, mode)]
     ranks = [point.ranks for point in points]
     speeds = [[point.global_size / seconds for seconds in found.steps[point]] for point in points]
     medians = [statistics.median(each) for each in speeds]
     ends = [[m - min(s) for m, s in zip(medians, speeds, strict=True)]]
     ends += [[max(s) - m for m, s in zip(medians, speeds, strict=True)]]
-    said = [point.global_size / statistics.median(found.predicted(point, found.beside)) for point in points]
+    predicted = [point.global_size / statistics.median(found.predicted(point, found.beside)) for point in points]
     axes.plot(ranks, [medians[0] * number for number in ranks], color=QUIET, linestyle=":")
-    axes.plot(ranks, said, color=COLOURS[1], marker="x", linestyle="--")
+    axes.plot(ranks, predicted, color=COLOURS[1], marker="x", linestyle="--")
     axes.errorbar(ranks, medians, yerr=ends, color=COLOURS[0], marker="o", capsize=3)
     for point, speed in zip(points, medians, strict=True):
         ratio = found.efficiency(point)
         if point.ranks > 1:
-            label = f"efficiency\n{ratio.median:.2f}" if ratio.told else f"efficiency\n{ratio.doubt}"
+            label = f"efficiency\n{ratio.median:.2f}" if ratio.is_conclusive else f"efficiency\n{ratio.doubt}"
             axes.annotate(label, (point.ranks, speed), (4, -30), textcoords="offset points", ha="right", fontsize=8.5)
     axes.set_xticks(ranks, [str(number) for number in ranks])
-    plain(axes.yaxis)
+    plain_tick_labels(axes.yaxis)
     axes.margins(x=0.12)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("images per second")
@@ -91,12 +91,12 @@ def _measured_panel(axes: Axes, found: "Found", mode: str, model: str) -> None:
 def simulation(
     computed: Mapping[str, ComputeConstants], tasks: Mapping[str, Task], inside: Link, machine: str
 ) -> tuple[list[Curve], list[str]]:
-    """Curves of stated clusters, and what they take for granted.
+    """Curves of simulated clusters, and their assumptions.
 
     Args:
-        computed: what was measured on cores of this machine, by network.
-        tasks: those networks.
-        inside: the link that was measured between two of them.
+        computed: compute constants measured on this machine, by network.
+        tasks: the tasks of these networks.
+        inside: the measured link between two ranks.
         machine: its name.
     """
     curves: list[Curve] = []
@@ -106,30 +106,33 @@ def simulation(
             rows = curve(what, mode, compute, links)
             curves.append({"model": model, "mode": mode, "links": links.name, "rows": rows})
 
-    micro_size = 64  # which gradients that meet once a step do not depend on
+    micro_size = 64  # has no effect: gradients are all-reduced once per step
     for model in FAR:
         for links in (INFINIBAND, ETHERNET):
             add(model, task(model, micro_size), ACCELERATOR, links)
-    here = [model for model in FAR if model in computed]
-    for model in here:
+    measured_models = [model for model in FAR if model in computed]
+    for model in measured_models:
         add(model, tasks[model], computed[model], cores(inside))
-    limit = tasks[here[0]].sizes.num_train if here else task(FAR[0], micro_size).sizes.num_train
+    num_train = (
+        tasks[measured_models[0]].sizes.num_train if measured_models else task(FAR[0], micro_size).sizes.num_train
+    )
     assumptions = [
-        "Simulated, not measured: the alpha-beta model of gengap plan. A step is computing and then talking, nothing "
-        "overlapped; collectives work by level, inside nodes and then between them, over a ring or two trees; "
-        "gradients are float32, all-reduced once a step (" + _megabytes(micro_size) + "). No stragglers, no "
-        "congestion between nodes; no evaluations, probes, checkpoints.",
+        "Simulated, not measured: the alpha-beta model of gengap plan. A step is compute plus communication, without "
+        "overlap; collectives are hierarchical, inside nodes and then between nodes, over a ring or two trees; "
+        "gradients are float32, all-reduced once per step (" + _megabytes(micro_size) + "). No stragglers, no "
+        "congestion between nodes; no evaluations, probes or checkpoints.",
         f"Accelerators: {1 / ACCELERATOR.seconds_per_sample:,.0f} images/s and "
-        f"{ACCELERATOR.seconds_per_update * 1e3:g} ms an update, assumed, for both networks, and as fast for one image "
-        "as for many: real ones slow down where a rank's share is small.",
+        f"{ACCELERATOR.seconds_per_update * 1e3:g} ms per update, assumed for both networks and for any number of "
+        "images: real accelerators are slower if a rank has few images.",
         f"{INFINIBAND.name}: {INFINIBAND.words}",
         f"{ETHERNET.name}: {ETHERNET.words}",
-        f"Weak scaling past {limit // WEAK_SIZE:,} ranks asks for more images than CIFAR-10 trains on ({limit:,}): the "
-        f"set would have to be larger. Strong scaling ends at {STRONG_SIZE // MOST_RANKS} images a rank.",
+        f"Weak scaling past {num_train // WEAK_SIZE:,} ranks needs more images than CIFAR-10 has for "
+        f"training ({num_train:,}): a larger data set is assumed. "
+        f"Strong scaling ends at {STRONG_SIZE // MAX_RANKS} images a rank.",
     ]
-    if here:
+    if measured_models:
         seconds = " and ".join(
-            f"{TITLES[model]} {computed[model].seconds_per_sample * 1e3:.2f} ms an image" for model in here
+            f"{TITLES[model]} {computed[model].seconds_per_sample * 1e3:.2f} ms an image" for model in measured_models
         )
         links = cores(inside)
         assumptions.insert(4, f"{links.name}: {seconds}, measured on this machine ({machine}); {links.words}")
@@ -141,7 +144,7 @@ def _megabytes(micro_size: int) -> str:
 
 
 def simulated(curves: Sequence[Curve], assumptions: Sequence[str]) -> Figure:
-    """Images per second and efficiency to MOST_RANKS ranks."""
+    """Images per second and efficiency to MAX_RANKS ranks."""
     colours = {model: COLOURS[number] for number, model in enumerate(FAR)}
     names = list(dict.fromkeys(each["links"] for each in curves))
     dashes = dict(zip(names, ("-", "--", ":"), strict=False))
@@ -164,10 +167,10 @@ def simulated(curves: Sequence[Curve], assumptions: Sequence[str]) -> Figure:
                 if row == "efficiency":
                     axes.set_ylim(0, 1.05)
                     axes.set_xlabel("ranks (GPUs, or cores)")
-                    axes.set_ylabel("efficiency: a rank over one alone")
+                    axes.set_ylabel("efficiency per rank")
                 else:
                     axes.set_yscale("log")
-                    plain(axes.yaxis)
+                    plain_tick_labels(axes.yaxis)
                     axes.set_ylabel("images per second")
                     axes.set_title(f"{mode}: {size}")
         handles = [Line2D([], [], color=colour, label=TITLES[model]) for model, colour in colours.items()]
@@ -178,7 +181,7 @@ def simulated(curves: Sequence[Curve], assumptions: Sequence[str]) -> Figure:
 
 
 def write(axes: Axes, text: str, width: int | None = None) -> None:
-    """Words where a panel would be."""
+    """Write text in place of a panel."""
     axes.axis("off")
     words = textwrap.fill(text, width) if width else text
     axes.text(0, 1, words, transform=axes.transAxes, va="top", fontsize=8.5, color=SOFT, linespacing=1.35)

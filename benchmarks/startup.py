@@ -1,10 +1,10 @@
-"""What a start costs: seconds of --help, of a whole 50-step run, and of nine runs as nine commands and as one study.
+"""Measures start-up time: seconds of --help, of a 50-step run, and of nine runs as nine commands and as one study.
 
     python benchmarks/startup.py [--rounds 6] [--ranks 1] [--out FILE]
 
-Real commands, as a user gives them, with their defaults: digits, LeNet-5, reports; all but --help take turns. Nine
-commands and a study of 3 arms x 3 seeds compute the same nine runs, the study with MLflow as the nine. A ratio that the
-noise covers is not printed.
+The commands are run with their defaults (digits, LeNet-5, reports, MLflow); all except --help take turns. Nine commands
+and a study of 3 arms x 3 seeds compute the same nine runs. If the 95% interval of a ratio contains 1 or is wider than
+20% of the median, only the interval is shown.
 """
 
 import argparse
@@ -31,7 +31,7 @@ HELP, RUN, NINE, STUDY = "--help", f"one run of {STEPS} steps", "nine commands",
 
 
 def seconds(*words: object, folder: Path) -> float:
-    """How long a command takes, from its start to its end.
+    """Seconds of a command, from start to exit.
 
     Raises:
         CalledProcessError: if it fails.
@@ -43,18 +43,18 @@ def seconds(*words: object, folder: Path) -> float:
 
 
 def one(folder: Path, names: "itertools.count[int]", *words: object) -> float:
-    """A run into a new folder."""
+    """Seconds of one run in a new folder."""
     return seconds("train", "--train.steps", STEPS, *words, "--out", f"run{next(names)}", folder=folder)
 
 
 def nine(folder: Path, names: "itertools.count[int]", *words: object) -> float:
-    """Every arm with every seed, one command after the other."""
+    """Seconds of all arms and seeds, one command after the other."""
     each = itertools.product(ARMS.values(), SEEDS)
     return sum(one(folder, names, "--batch.global_size", size, "--seed", seed, *words) for size, seed in each)
 
 
 def study(folder: Path, names: "itertools.count[int]", *words: object) -> float:
-    """The same in one command."""
+    """Seconds of the same runs as one study."""
     config = folder / "study.yaml"
     arms = [{"name": name, "set": {"batch.global_size": size}} for name, size in ARMS.items()]
     settings = {"name": "startup", "baseline": "sb", "seeds": [*SEEDS], "arms": arms}
@@ -65,34 +65,34 @@ def study(folder: Path, names: "itertools.count[int]", *words: object) -> float:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=paired_timing.LEAST_ROUNDS)
+    parser.add_argument("--rounds", type=int, default=paired_timing.MIN_ROUNDS)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write what was measured as JSON")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     words = ("--launch.num_processes", options.ranks)
     with tempfile.TemporaryDirectory() as temporary:
         folder, names = Path(temporary), itertools.count()
-        one(folder, names)  # the store is made, and the machine has read its files once
+        one(folder, names)  # creates the MLflow store, and fills the page cache
         candidates: dict[str, Callable[[], float]] = {
             HELP: partial(seconds, "train", "--help", folder=folder),
             RUN: partial(one, folder, names),
             NINE: partial(nine, folder, names, *words),
             STUDY: partial(study, folder, names, *words),
         }
-        found = paired_timing.in_turns(candidates, options.rounds)
-    faster, machine = paired_timing.ratio(found[NINE], found[STUDY]), paired_timing.machine()
+        seconds_by_case = paired_timing.in_turns(candidates, options.rounds)
+    speedup, machine = paired_timing.ratio(seconds_by_case[NINE], seconds_by_case[STUDY]), paired_timing.machine()
     table = Table(
-        title=f"{paired_timing.in_words(machine)}; {options.rounds} rounds; nine runs on {options.ranks} rank(s)"
+        title=f"{paired_timing.machine_summary(machine)}; {options.rounds} rounds; nine runs on {options.ranks} rank(s)"
     )
     for head in ("", "seconds (median)", "min to max"):
         table.add_column(head, justify="right")
-    for name, values in found.items():
+    for name, values in seconds_by_case.items():
         table.add_row(name, f"{statistics.median(values):.2f}", f"{min(values):.2f} to {max(values):.2f}")
-    Console(width=120).print(table, f"nine commands / study: {faster}")
+    Console(width=120).print(table, f"nine commands / study: {speedup}")
     if options.out:
-        about = {"machine": machine, "ranks": options.ranks, "steps": STEPS}
-        ratio = {**faster._asdict(), "median": faster.median if faster.told else None}
-        options.out.write_text(json.dumps(about | {"seconds": found, "nine_over_study": ratio}, indent=1))
+        metadata = {"machine": machine, "ranks": options.ranks, "steps": STEPS}
+        ratio = {**speedup._asdict(), "median": speedup.median if speedup.is_conclusive else None}
+        options.out.write_text(json.dumps(metadata | {"seconds": seconds_by_case, "nine_over_study": ratio}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and text between marks: what the pages of benchmarks are made of."""
+"""Helpers for the generated benchmark pages: Markdown tables, and replacing text between marks."""
 
 import re
 from collections.abc import Sequence
@@ -15,6 +15,6 @@ def fill(text: str, name: str, body: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown; the first column is text, the others are numbers."""
+    """A Markdown table; the first column is text, the others are numbers."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""Ranks that stay up and sleep until they are called, so that several groups of them can take turns."""
+"""A pool of persistent ranks that sleep between calls, so that several pools can take turns."""
 
 import ctypes
 import os
@@ -16,23 +16,23 @@ from gengap_dist.distributed.process_group import init_process_group
 
 
 class WorkerPool:
-    """A process group of its own on this machine."""
+    """Processes on this machine that form their own process group."""
 
     def __init__(self, size: int, device: str, environment: dict[str, str] | None = None) -> None:
-        """Start `size` ranks, with more variables in their environment."""
+        """Start `size` ranks with additional environment variables."""
         context, port = get_context("spawn"), free_port()
         self.pipes: list[Any] = []
         self.processes: list[Any] = []
         for rank in range(size):
-            here, there = context.Pipe()
+            parent_pipe, child_pipe = context.Pipe()
             env = rank_variables(rank, size, port) | (environment or {})
-            self.processes.append(context.Process(target=_stay, args=(there, env, device)))
+            self.processes.append(context.Process(target=_worker_main, args=(child_pipe, env, device)))
             self.processes[-1].start()
-            there.close()
-            self.pipes.append(here)
+            child_pipe.close()
+            self.pipes.append(parent_pipe)
 
     def __call__(self, job: Callable[..., Any], *args: Any) -> Any:
-        """What `job(world, *args)` returns on rank 0, when all have done it."""
+        """Run `job(world, *args)` on all ranks; returns the result of rank 0."""
         for pipe in self.pipes:
             pipe.send((job, args))
         answers: dict[int, Any] = {}
@@ -50,7 +50,7 @@ class WorkerPool:
                     raise SystemExit(f"rank {rank} of {len(self.pipes)} failed:\n{error}")
         return answers[0]
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """End the ranks."""
         for pipe in self.pipes:
             pipe.close()
@@ -58,13 +58,13 @@ class WorkerPool:
             process.join()
 
 
-def _stay(pipe: Any, env: dict[str, str], device: str) -> None:
-    """A rank's life."""
+def _worker_main(pipe: Any, env: dict[str, str], device: str) -> None:
+    """Main loop of a rank: run jobs until the pipe is closed."""
     os.environ |= env
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(-8, 1)  # M_ARENA_MAX: threads have the memory that they would have as programs of their own
+        mallopt(-8, 1)  # M_ARENA_MAX: threads use the same memory as in separate programs
     if threads := os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(threads))  # the variable comes too late: torch is imported
+        torch.set_num_threads(int(threads))  # torch is already imported, so the variable has no effect
     world = init_process_group(device, LaunchConfig().timeout_seconds)
     while True:
         try:

@@ -93,7 +93,7 @@ def test_contestants_take_turns_and_nobody_is_always_first():
 def test_the_machine_is_named():
     found = paired_timing.machine()
     assert found["cores"] >= 1
-    assert str(found["cpu"]) in paired_timing.in_words(found)
+    assert str(found["cpu"]) in paired_timing.machine_summary(found)
 
 
 @pytest.mark.parametrize("mode", predicted.MODES)  # weak: more images than there are, which plan refuses but predicts

@@ -1,4 +1,4 @@
-"""torch.compile on a GPU: whether it computes the same, what the first step takes, recompilations, and the gain."""
+"""torch.compile on a GPU: equal results, time of the first step, recompilations, and speed-up."""
 
 import statistics
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from .runs import NO_PROBE, Settings, folder, numbers, train
 
 
 class Case(NamedTuple):
-    """A configuration that is compiled."""
+    """A configuration to compile."""
 
     model: str
     way: str
@@ -47,7 +47,7 @@ def graphs() -> int:
 
 
 def agree(case: Case, world: World) -> Answer:
-    """A compiled run beside the same as it is, on digits; and how many graphs its first step and the others compile."""
+    """Compare a compiled run with an uncompiled one, on digits, and count the graphs of the first and later steps."""
     way = WAYS[case.way]
     settings = {**NO_PROBE, **way.settings, "model.name": case.model, "train.steps": STEPS}
     settings |= {"batch.global_size": case.global_size, "batch.micro_size": case.global_size, **case.settings}
@@ -59,32 +59,34 @@ def agree(case: Case, world: World) -> Answer:
     device = world.device.type
     with folder() as out:
         train({**settings, "train.compile": True}, device, out, progress=progress)
-        found = numbers(out)
+        compiled_numbers = numbers(out)
     with folder() as out:
         train(settings, device, out)
-        twin = numbers(out)
-    answer = compare(found, twin, case.tolerance, case.judged)
+        reference = numbers(out)
+    answer = compare(compiled_numbers, reference, case.tolerance, case.judged)
     return answer | {"graphs": counted[1], "recompiled": counted[STEPS] - counted[1]}
 
 
 def compiled(case: Case, world: World) -> Answer:
-    """Agreement, recompilations, first step and gain."""
+    """Agreement, recompilations, time of the first step and speed-up."""
     answer, way, workload = agree(case, world), WAYS[case.way], task(case.model, case.global_size)
-    given = field(world, workload, way)
+    setup = field(world, workload, way)
 
     def racing(way: Way) -> dict[str, object]:
         return {**case.settings, **way.settings}
 
     racers = {
-        "as it is": ours(given, way, **racing(way)),
-        "compiled": ours(given, way, **racing(way.compiled())),
+        "as it is": ours(setup, way, **racing(way)),
+        "compiled": ours(setup, way, **racing(way.compiled())),
     }
-    found = race(world, case.global_size, racers)
-    answer |= found
-    answer["good"] = bool(answer["good"] and not answer["recompiled"] and answer["graphs"] and not found["failed"])
-    if not found["failed"]:
-        gain = paired_timing.ratio(*(found["images_per_second"][who] for who in ("compiled", "as it is")))
-        first = found["first_step_seconds"]["compiled"]
+    race_answer = race(world, case.global_size, racers)
+    answer |= race_answer
+    answer["good"] = bool(
+        answer["good"] and not answer["recompiled"] and answer["graphs"] and not race_answer["failed"]
+    )
+    if not race_answer["failed"]:
+        gain = paired_timing.ratio(*(race_answer["images_per_second"][who] for who in ("compiled", "as it is")))
+        first = race_answer["first_step_seconds"]["compiled"]
         answer["text"] += f"; first step {first:.1f} s, {gain} times as fast"
     answer["text"] += f"; {answer['graphs']} graphs, {answer['recompiled']} compiled after the first step"
     return answer

@@ -1,16 +1,16 @@
-"""Whether a GPU computes what a CPU computes: short runs of many configurations, each beside a twin.
+"""Compares results of a GPU with those of a CPU: short runs of many configurations, each with a reference run.
 
-Everything that metrics.jsonl holds but times is compared. What decides depends on the precision:
+All metrics of metrics.jsonl except times are compared. The metrics that decide depend on the precision:
 
-  float64    every number, counts among them, to 1e-8: a wrong sum or a missed sample shows here
-  float32    losses, norms and measures of spectra, but neither counts (accuracies, ranks, near-rank loss), which jump,
-             nor the least singular values, which are rounding; of deep networks with batch norm, where rounding grows
-             from step to step, losses and gradient norms only
+  float64    every number, counts among them, to 1e-8: this detects a wrong sum or a missing sample
+  float32    losses, norms and measures of spectra, but not counts (accuracies, ranks, near-rank loss), which are
+             discontinuous, nor the smallest singular values, which are rounding errors; for deep networks with batch
+             norm, where rounding errors grow with every step, only losses and gradient norms
   bfloat16, float16, TF32
-             losses and gradient norms, beside those of the same run in float32 on the same GPU: no CPU rounds as
-             they do
+             losses and gradient norms, against the same run in float32 on the same GPU, because no CPU has the same
+             rounding
 
-Runs that are to be equal bit by bit, repeated or resumed ones, are compared in numbers and in weights.
+Runs that must be bitwise equal (repeated or resumed) are compared by metrics and by weights.
 """
 
 import math
@@ -43,9 +43,9 @@ class Check(NamedTuple):
     settings: Settings
     tolerance: float = 1e-3
     judged: Judged = "smooth numbers"
-    twin: Settings = {}
-    """What the twin has instead."""
-    twin_device: str = "cpu"
+    reference: Settings = {}
+    """Settings that the reference run has instead."""
+    reference_device: str = "cpu"
     needs: str = ""
     seconds: float = 5.0
 
@@ -54,8 +54,8 @@ def _in_float64(settings: Settings, **more: Any) -> Check:
     return Check({**settings, "train.dtype": "float64"}, **{"tolerance": 1e-8, "judged": "every number", **more})
 
 
-def _rounded(settings: Settings, tolerance: float, twin: Settings) -> Check:
-    return Check({**NO_PROBE, **settings}, tolerance, "losses and gradient norms", twin, "cuda")
+def _rounded(settings: Settings, tolerance: float, reference: Settings) -> Check:
+    return Check({**NO_PROBE, **settings}, tolerance, "losses and gradient norms", reference, "cuda")
 
 
 MLP: Settings = {"model.name": "mlp", "model.widths": [48, 32]}
@@ -133,7 +133,7 @@ CHECKS: dict[str, Check] = {
     "channels_last": Check({"train.channels_last": True}),
     "micro_size=auto, channels_last=auto": Check(
         {**NO_PROBE, "batch.micro_size": "auto", "train.channels_last": "auto"},
-        twin={"batch.micro_size": 64, "train.channels_last": False},
+        reference={"batch.micro_size": 64, "train.channels_last": False},
         seconds=20.0,
     ),
     "bfloat16": _rounded({"train.autocast": "bfloat16"}, 5e-2, IN_FLOAT32),
@@ -142,54 +142,61 @@ CHECKS: dict[str, Check] = {
         {"train.autocast": "float16", "algorithm.sam_rho": 0.05, "optim.clip_norm": 1.0}, 2e-2, IN_FLOAT32
     ),
     "TF32": _rounded({"train.tf32": True}, 2e-2, {"train.tf32": False}),
-    "FSDP, float64": _in_float64({"launch.strategy": "fsdp"}, twin=SINGLE, seconds=10.0),
+    "FSDP, float64": _in_float64({"launch.strategy": "fsdp"}, reference=SINGLE, seconds=10.0),
     **{
-        f"ZeRO {stage}": Check({**ADAMW, "launch.strategy": f"zero{stage}"}, twin=SINGLE, needs="deepspeed", seconds=15)
+        f"ZeRO {stage}": Check(
+            {**ADAMW, "launch.strategy": f"zero{stage}"}, reference=SINGLE, needs="deepspeed", seconds=15
+        )
         for stage in range(4)
     },
     "profile": Check({**NO_PROBE, "profile": True, "train.steps": 14}, seconds=20.0),
 }
 
 
-# -- beside a twin ----------------------------------------------------------------------------------------------------
+# -- reference run ----------------------------------------------------------------------------------------------------
 
 
-def beside_twin(check: Check, world: World) -> Answer:
-    """A configuration on the GPU, and its twin."""
-    found = recorded(check.settings, "cuda")
-    return compare(found, recorded({**check.settings, **check.twin}, check.twin_device), check.tolerance, check.judged)
+def compare_with_reference(check: Check, world: World) -> Answer:
+    """Compare a configuration on the GPU with its reference run."""
+    measured = recorded(check.settings, "cuda")
+    return compare(
+        measured, recorded({**check.settings, **check.reference}, check.reference_device), check.tolerance, check.judged
+    )
 
 
-def compare(found: Numbers, twin: Numbers, tolerance: float, judged: Judged) -> Answer:
-    """The worst difference of what is judged, and of everything; bad if a number is missing on one side."""
+def compare(measured: Numbers, reference: Numbers, tolerance: float, judged: Judged) -> Answer:
+    """The largest difference of the judged metrics, and of all metrics; not good if a metric is missing on one side."""
     smallest = SMALLEST_IN_FLOAT64 if judged == "every number" else SMALLEST
-    only = sorted(str(key) for key in found.keys() ^ twin.keys())
-    differences = {key: difference(found[key], twin[key], smallest) for key in found.keys() & twin.keys()}
-    among = {key: value for key, value in differences.items() if _is_judged(key[1], judged)}
+    only = sorted(str(key) for key in measured.keys() ^ reference.keys())
+    differences = {
+        key: difference(measured[key], reference[key], smallest) for key in measured.keys() & reference.keys()
+    }
+    judged_differences = {key: value for key, value in differences.items() if _is_judged(key[1], judged)}
 
     def worst(some: Mapping[tuple[int, str], float]) -> dict[str, Any] | None:
         if not some:
             return None
         key = max(some, key=lambda key: some[key])
-        told = {"difference": some[key], "gpu": found[key], "twin": twin[key]}
+        told = {"difference": some[key], "gpu": measured[key], "twin": reference[key]}
         return {name: value if math.isfinite(value) else str(value) for name, value in told.items()} | {
             "step": key[0],
             "name": key[1],
         }
 
-    largest = max(among.values(), default=math.inf)
+    largest = max(judged_differences.values(), default=math.inf)
     good = largest <= tolerance and not only
-    said = f"{len(among)} of {len(differences)} numbers judged ({judged}), worst {_place(worst(among))}"
-    said += "" if largest <= tolerance else f", more than {tolerance:g}"
-    said += f"; {len(only)} numbers are on one side only, such as {only[0]}" if only else ""
+    text = f"{len(judged_differences)} of {len(differences)} numbers judged ({judged}), "
+    text += f"worst {_place(worst(judged_differences))}"
+    text += "" if largest <= tolerance else f", more than {tolerance:g}"
+    text += f"; {len(only)} numbers are on one side only, such as {only[0]}" if only else ""
     return {
         "good": good,
-        "text": said,
+        "text": text,
         "tolerance": tolerance,
         "judged": judged,
-        "num_judged": len(among),
+        "num_judged": len(judged_differences),
         "num_numbers": len(differences),
-        "worst": worst(among),
+        "worst": worst(judged_differences),
         "worst_of_all": worst(differences),
         "on_one_side": only[:10],
     }
@@ -204,7 +211,7 @@ def _is_judged(name: str, judged: Judged) -> bool:
 
 
 def difference(a: float, b: float, smallest: float) -> float:
-    """Relative to the larger of the two, or to `smallest`.
+    """Difference relative to the larger of the two, or to `smallest`.
 
     >>> difference(1.0, 1.5, 1e-6), difference(0.0, 1e-9, 1e-6), difference(math.nan, 1.0, 1e-6)
     (0.3333333333333333, 0.001, inf)
@@ -222,7 +229,7 @@ def _place(worst: Mapping[str, Any] | None) -> str:
     return f"{float(worst['difference']):.2g} at {worst['name']}, step {worst['step']}"
 
 
-# -- bit by bit -------------------------------------------------------------------------------------------------------
+# -- bitwise ----------------------------------------------------------------------------------------------------------
 
 State = tuple[Numbers, dict[str, Tensor]]
 LONGER: Settings = {**SMALL_RESNET, "batch.ghost_size": 32, "train.steps": 12, "checkpoint.every_steps": 6}
@@ -240,7 +247,7 @@ def _whole(settings: Settings, device: str) -> State:
 
 
 def _in_two(settings: Settings, first: str, device: str) -> State:
-    """A run that is stopped after half of its steps on `first`, and resumed on `device`."""
+    """A run stopped after half of its steps on `first`, and resumed on `device`."""
     with folder() as out:
         train(settings, first, out, until=settings["train.steps"] // 2)
         assert read_info(out)["status"] == "preempted"
@@ -263,19 +270,19 @@ def _bits(a: State, b: State, *, needed: bool) -> Answer:
 
 
 def twice(settings: Settings, needed: bool, world: World) -> Answer:
-    """Two runs of one configuration on the GPU; equality is asked for only if `needed`."""
+    """Two runs of one configuration on the GPU; equality is required only if `needed`."""
     return _bits(_whole(settings, "cuda"), _whole(settings, "cuda"), needed=needed)
 
 
 def resumed(settings: Settings, world: World) -> Answer:
-    """A run stopped and resumed on the GPU, beside one that was not."""
+    """Compare a run stopped and resumed on the GPU with an uninterrupted one."""
     return _bits(_in_two(settings, "cuda", "cuda"), _whole(settings, "cuda"), needed=True)
 
 
 def begun_on_cpu(settings: Settings, world: World) -> Answer:
-    """A run begun on the CPU and resumed on the GPU, beside one on the CPU."""
-    found, twin = _in_two(settings, "cpu", "cuda"), _whole(settings, "cpu")
-    return compare(found[0], twin[0], 1e-8, "every number")
+    """Compare a run started on the CPU and resumed on the GPU with a run on the CPU."""
+    resumed_state, reference = _in_two(settings, "cpu", "cuda"), _whole(settings, "cpu")
+    return compare(resumed_state[0], reference[0], 1e-8, "every number")
 
 
 DETERMINISTIC: Settings = {**LONGER, "train.deterministic": True}
@@ -294,9 +301,9 @@ BITS: dict[str, Callable[[World], Answer]] = {
 
 
 def items() -> list[Item]:
-    """In the order in which they tell most."""
-    found = [Item(name, partial(beside_twin, c), c.seconds, c.needs) for name, c in CHECKS.items()]
-    return found + [Item(name, job, 15.0) for name, job in BITS.items()]
+    """All items, the most informative first."""
+    comparisons = [Item(name, partial(compare_with_reference, c), c.seconds, c.needs) for name, c in CHECKS.items()]
+    return comparisons + [Item(name, job, 15.0) for name, job in BITS.items()]
 
 
 def write(answers: Mapping[str, Answer]) -> str:

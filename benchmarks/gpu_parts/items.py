@@ -1,4 +1,4 @@
-"""The contract between `gpu.py` and its parts: items, one after another, each with an answer for the JSON."""
+"""The contract between `gpu.py` and its parts: items, measured one after another, each with an answer for the JSON."""
 
 import gc
 import traceback
@@ -14,28 +14,28 @@ import torch
 from gengap_dist.distributed.process_group import World
 
 Answer = dict[str, Any]
-"""What an item found, as JSON values. `good` says whether it is as it should be, `text` what it is in one line;
-`error` and `at` tell of an exception."""
+"""The result of an item, as JSON values: `good` is whether it passed, `text` is one line of text, `error` and `at`
+describe an exception."""
 NUM_PLACES = 4
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something to measure."""
+    """One measurement."""
 
     name: str
     job: Callable[[World], Answer]
-    """Pickled and sent to the process that has the GPU."""
+    """Pickled and sent to the process that uses the GPU."""
     seconds: float
-    """What it may take, until one has been timed."""
+    """Estimated time, until it has been measured."""
     needs: str = ""
     """A package that must be installed."""
     alone: bool = False
-    """Whether nothing may run in its process after it: it leaves threads, compiled code or switches behind."""
+    """Whether its process is ended afterwards, because it leaves threads, compiled code or settings behind."""
 
     @property
     def missing(self) -> str:
-        """The package that it needs and that is not there."""
+        """The needed package if it is not installed, else ""."""
         return self.needs if self.needs and find_spec(self.needs) is None else ""
 
 
@@ -47,11 +47,11 @@ class Part:
     question: str
     items: Sequence[Item]
     write: Callable[[Mapping[str, Answer]], str]
-    """The section of the page, from the answers that are there."""
+    """Returns the section of the page from the available answers."""
 
 
 def attempt(world: World, job: Callable[[World], Answer]) -> Answer:
-    """What `job` answers, or how it failed; the memory that it took is given back."""
+    """The answer of `job`, or its failure; its memory is released."""
     try:
         with quiet():
             return job(world)
@@ -64,7 +64,7 @@ def attempt(world: World, job: Callable[[World], Answer]) -> Answer:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings: a failure is told by its exception, and some items count the warnings of their own."""
+    """Suppress warnings: a failure raises an exception, and some items count warnings themselves."""
     import warnings
 
     with warnings.catch_warnings():
@@ -73,24 +73,24 @@ def quiet() -> Iterator[None]:
 
 
 def failure(error: BaseException) -> Answer:
-    """An exception as an answer, with the innermost places of the one that caused it."""
-    said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """An exception as an answer, with the innermost stack frames of its cause."""
+    message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     at = places(traceback.extract_tb(cause.__traceback__))
-    return {"good": False, "text": f"failed: {said}", "error": said, "at": at}
+    return {"good": False, "text": f"failed: {message}", "error": message, "at": at}
 
 
 def places(frames: Sequence[traceback.FrameSummary]) -> list[str]:
-    """The innermost place, and the innermost ones of this project, from the inside out."""
-    told = [f"{short(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames]
-    mine = [place for place in told if place.startswith(("gengap_dist/", "benchmarks/"))]
-    return list(dict.fromkeys([*told[-1:], *mine[::-1][:NUM_PLACES]]))
+    """The innermost frame, and the innermost frames of this project, from the inside out."""
+    all_places = [f"{short(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames]
+    own_places = [place for place in all_places if place.startswith(("gengap_dist/", "benchmarks/"))]
+    return list(dict.fromkeys([*all_places[-1:], *own_places[::-1][:NUM_PLACES]]))
 
 
 def short(path: str) -> str:
-    """A file by its path below the folder of packages, or of this project.
+    """Path of a file relative to site-packages, or to this project.
 
     >>> short("/x/lib/python3.12/site-packages/torch/nn/functional.py"), short(__file__)
     ('torch/nn/functional.py', 'benchmarks/gpu_parts/items.py')

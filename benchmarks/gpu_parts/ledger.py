@@ -1,4 +1,4 @@
-"""The JSON of `gpu.py`: sessions, one for each GPU, torch version and state of the code, and what was found in each."""
+"""The JSON of `gpu.py`: sessions, one for each GPU, torch version and state of the code, and their answers."""
 
 import hashlib
 import json
@@ -23,12 +23,12 @@ from .items import Answer
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("gengap_dist", "benchmarks")
-MARK = ("gpu", "torch", "sources")  # of a session
+MARK = ("gpu", "torch", "sources")  # identify a session
 PEERS = ("deepspeed", "lightning", "timm")
 
 
 def machine(world: World) -> dict[str, Any]:
-    """What answers hold for: GPU, driver and libraries, and the code. To be called where the GPU is."""
+    """GPU, driver, libraries and code of a session. Call it in the process that uses the GPU."""
     properties = torch.cuda.get_device_properties(world.device)
     return {
         "gpu": properties.name,
@@ -71,24 +71,24 @@ def _driver() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.splitlines()
-    return told[0].strip() if told else None
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.splitlines()
+    return lines[0].strip() if lines else None
 
 
 class Ledger:
-    """The file, and in it the session of this machine."""
+    """The JSON file, and the session of this machine in it."""
 
     def __init__(self, path: Path, machine: Mapping[str, Any]) -> None:
-        """The session of `machine` in the file at `path`, both made if they are not there.
+        """The session of `machine` in the file at `path`, both are created if missing.
 
         Raises:
-            UsageError: if the file cannot be read or written, or is another one.
+            UsageError: if the file cannot be read or written, or is not a file of this command.
         """
         self.path, self.sessions = path, read(path)
-        mark = {name: machine[name] for name in MARK}
-        found = [session for session in self.sessions if mark.items() <= session["machine"].items()]
-        self.session = found[-1] if found else {"began": now(), "machine": dict(machine), "parts": {}}
-        if not found:
+        identity = {name: machine[name] for name in MARK}
+        matching = [session for session in self.sessions if identity.items() <= session["machine"].items()]
+        self.session = matching[-1] if matching else {"began": now(), "machine": dict(machine), "parts": {}}
+        if not matching:
             self.sessions.append(self.session)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,21 +97,21 @@ class Ledger:
             raise UsageError(f"--out ({path}) cannot be written ({error.strerror}): choose another file") from None
 
     def answer(self, part: str, name: str) -> Answer | None:
-        """What was found of an item in this session; None if it is to be measured yet."""
-        found = self.session["parts"].get(part, {}).get(name)
-        return None if found is None or "cut_off" in found else found
+        """The answer of an item in this session; None if it is not measured yet."""
+        answer = self.session["parts"].get(part, {}).get(name)
+        return None if answer is None or "cut_off" in answer else answer
 
     def answers(self, part: str) -> dict[str, Answer]:
-        """What was found of a part in this session, by item."""
-        return {name: found for name, found in self.session["parts"].get(part, {}).items() if "cut_off" not in found}
+        """The answers of a part in this session, by item."""
+        return {name: answer for name, answer in self.session["parts"].get(part, {}).items() if "cut_off" not in answer}
 
     def keep(self, part: str, name: str, answer: Answer) -> None:
-        """Write an answer down, at once."""
+        """Write an answer to the file immediately."""
         self.session["parts"].setdefault(part, {})[name] = answer
         self._write()
 
     def seconds(self, part: str, name: str) -> float | None:
-        """What an item took when it was last done, in whatever session; or had taken when it was cut off."""
+        """Seconds of an item at its last measurement in any session, or until it was stopped by the time limit."""
         known = [session["parts"].get(part, {}).get(name, {}) for session in (*self.sessions, self.session)]
         took = [answer["seconds"] for answer in known if "seconds" in answer]
         return took[-1] if took else None
@@ -124,7 +124,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The sessions of a file, oldest first; none if there is no file.
 
     Raises:
-        UsageError: if it cannot be read, or is another one.
+        UsageError: if it cannot be read, or is not a file of this command.
     """
     if not path.exists():
         return []

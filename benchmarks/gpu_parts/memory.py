@@ -1,6 +1,6 @@
-"""Memory of a real GPU: running out of it, and what runs take beside what `gengap plan` says.
+"""Memory of a GPU: out-of-memory errors, and peak memory of runs against the prediction of `gengap plan`.
 
-Running out is real: torch's allocator is given a share of the GPU, and refuses more as the driver would.
+The errors are real: torch's allocator is limited to a share of the GPU memory, and refuses more as the driver would.
 """
 
 import math
@@ -50,7 +50,7 @@ PEAKS: dict[str, Settings] = {
 
 @contextmanager
 def room_for(num_bytes: int, device: torch.device) -> Iterator[None]:
-    """While open, this process may take so many bytes more of the GPU."""
+    """While open, this process may allocate `num_bytes` more of the GPU memory."""
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + num_bytes) / total))
@@ -62,7 +62,7 @@ def room_for(num_bytes: int, device: torch.device) -> Iterator[None]:
 
 
 def saved_bytes(settings: Settings) -> int:
-    """What a pass of the whole batch saves for its backward pass, as plan has it."""
+    """Bytes that a pass of the whole batch saves for its backward pass, as in `gengap plan`."""
     given = config({**WHOLE, **settings}, "cpu")
     model = models.from_config(given, 10, 1, World())
     side = given.data.image_size
@@ -70,27 +70,27 @@ def saved_bytes(settings: Settings) -> int:
 
 
 def ooms() -> int:
-    """How often torch's allocator has refused in this process."""
+    """Number of out-of-memory errors of torch's allocator in this process."""
     return torch.cuda.memory_stats().get("num_ooms", 0)
 
 
 def passes(settings: Settings, share: float, world: World) -> Answer:
-    """A pass that fits, one of the whole batch, which does not, and one that fits: as auto tries them."""
-    given = config({**WHOLE, **settings}, "cuda")
-    model = models.from_config(given, 10, 1, World()).to(world.device)
-    room, before, took = int(share * saved_bytes(settings)), ooms(), dict[str, float]()
-    with room_for(room, world.device):
-        rehearsal = SyntheticWorkload(given, model, 1, 10, world.device)
-        for name, size in {"before": 64, "whole": given.batch.global_size, "after": 64}.items():
-            took[name] = turn_seconds(rehearsal, size, 1, world)
+    """A pass that fits, a pass of the whole batch that does not, and one that fits, as tried by auto."""
+    run_config = config({**WHOLE, **settings}, "cuda")
+    model = models.from_config(run_config, 10, 1, World()).to(world.device)
+    limit_bytes, before, seconds_of = int(share * saved_bytes(settings)), ooms(), dict[str, float]()
+    with room_for(limit_bytes, world.device):
+        synthetic = SyntheticWorkload(run_config, model, 1, 10, world.device)
+        for name, size in {"before": 64, "whole": run_config.batch.global_size, "after": 64}.items():
+            seconds_of[name] = turn_seconds(synthetic, size, 1, world)
         kept = torch.cuda.memory_allocated()
-    fits = {name: seconds < math.inf for name, seconds in took.items()}
+    fits = {name: seconds < math.inf for name, seconds in seconds_of.items()}
     good = fits == {"before": True, "whole": False, "after": True} and ooms() > before
     return {
         "good": good,
-        "text": f"with {room / MIB:.0f} MiB: " + ", ".join(f"{name} {_fit(fit)}" for name, fit in fits.items()),
+        "text": f"with {limit_bytes / MIB:.0f} MiB: " + ", ".join(f"{name} {_fit(fit)}" for name, fit in fits.items()),
         "fits": fits,
-        "room_bytes": room,
+        "room_bytes": limit_bytes,
         "allocated_bytes_after": kept,
         "times_out_of_memory": ooms() - before,
     }
@@ -101,7 +101,7 @@ def _fit(fit: bool) -> str:
 
 
 def auto_survives(settings: Settings, share: float, world: World) -> Answer:
-    """`batch.micro_size=auto`, and training, where only a `share` of what the whole batch takes is to be had."""
+    """`batch.micro_size=auto`, and training, with only a `share` of the memory of the whole batch."""
     room, before = int(share * saved_bytes(settings)), ooms()
     with room_for(room, world.device), folder() as out:
         train({**WHOLE, **settings, "batch.micro_size": "auto"}, "cuda", out)
@@ -118,8 +118,8 @@ def auto_survives(settings: Settings, share: float, world: World) -> Answer:
     }
 
 
-def one_sentence(settings: Settings, share: float, world: World) -> Answer:
-    """A batch.micro_size that is too large: a sentence, no traceback, and a process that can go on."""
+def one_error_message(settings: Settings, share: float, world: World) -> Answer:
+    """A batch.micro_size that is too large gives an error message without traceback, and the process can continue."""
     room = int(share * saved_bytes(settings))
     answer: Answer = {"good": False, "text": f"{room / MIB:.0f} MiB were enough: nothing is known"}
     with room_for(room, world.device), folder() as out:
@@ -136,9 +136,9 @@ def one_sentence(settings: Settings, share: float, world: World) -> Answer:
 
 
 def peak(settings: Settings, world: World) -> Answer:
-    """The most that a run takes, beside plan.
+    """Peak memory of a run against the plan.
 
-    What must hold is the rule that `batch.micro_size=auto` goes by: what stays, and TEMPORARY times what a pass saves.
+    The limit is the rule of `batch.micro_size=auto`: permanent memory, and TEMPORARY times what a pass saves.
     """
     given = {**WHOLE, **settings}
     plan = make_plan(config(given, "cuda"), Cluster(1, 1), Constants()).memory
@@ -164,7 +164,7 @@ def peak(settings: Settings, world: World) -> Answer:
 
 
 def write(answers: Mapping[str, Answer]) -> str:
-    """Sentences on running out, and a table of peaks."""
+    """Sentences about out-of-memory errors, and a table of peaks."""
 
     def mib(answer: Mapping[str, Any], name: str) -> str:
         return f"{answer[name] / MIB:,.0f}" if name in answer else ""
@@ -193,8 +193,8 @@ PART = Part(
         Item("a pass that does not fit, ResNet-20", partial(passes, RESNET20, 0.6), 10.0),
         Item("auto, ResNet-20, ghost norm", partial(auto_survives, RESNET20, 0.6), 20.0),
         Item("auto, VGG-16, ghost norm", partial(auto_survives, VGG16, 0.6), 30.0),
-        Item("too large a micro_size, LeNet-5", partial(one_sentence, LENET5, 1.3), 5.0),
-        Item("too large a micro_size, ResNet-20", partial(one_sentence, RESNET20, 0.6), 10.0),
+        Item("too large a micro_size, LeNet-5", partial(one_error_message, LENET5, 1.3), 5.0),
+        Item("too large a micro_size, ResNet-20", partial(one_error_message, RESNET20, 0.6), 10.0),
         *(Item(f"peak, {name}", partial(peak, given), 15.0) for name, given in PEAKS.items()),
     ],
     write,

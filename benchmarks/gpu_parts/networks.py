@@ -1,10 +1,10 @@
-"""Networks that correctness needs and the package does not have."""
+"""Networks for the correctness part that the package does not have."""
 
 from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Sixteen tokens an image, two layers of attention."""
+    """Sixteen tokens per image, two attention layers."""
 
     def __init__(self, num_classes: int, in_channels: int) -> None:
         """For images of 32 x 32."""

@@ -1,4 +1,4 @@
-"""Who is faster on one GPU: candidates take turns, as in `peers.py`, and the GPU is waited for around every clock."""
+"""Compares speeds on one GPU: candidates take turns, as in `peers.py`; the GPU is synchronized around each timing."""
 
 import statistics
 import tempfile
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import paired_timing
 import torch
-from baselines import Field, Mode, Turn, Workload, come_to_rest, gengap, limit
+from baselines import Field, Mode, Turn, Workload, gengap, synthetic_baseline, wait_until_idle
 
 from gengap_dist import models
 from gengap_dist.compat.float32_precision import training_float32
@@ -25,7 +25,7 @@ from .runs import Settings
 
 NUM_IMAGES, NUM_TEST, NUM_CLASSES, SIDE = 16_384, 100, 10, 32
 ROUNDS, TURN_SECONDS, UNTIMED, HOST_TURNS = 6, 0.3, 2, 5
-MEMORY_SHARE = 0.5  # of the GPU, for one candidate's pass: what others have given back may lie about
+MEMORY_SHARE = 0.5  # of the GPU memory for one pass; memory freed by other candidates may be fragmented
 
 
 class Racer(NamedTuple):
@@ -33,11 +33,11 @@ class Racer(NamedTuple):
 
     work: Callable[[Turn], None]
     tf32: bool = False
-    """Whether float32 is multiplied as TF32 in its turns."""
+    """Whether its turns use TF32 for float32 matrix products."""
 
 
 class Way(NamedTuple):
-    """A precision and an order in memory, as settings of ours and for the others."""
+    """A precision and memory format: as settings of gengap_dist, and as a mode of the peers."""
 
     settings: Settings = {}
     mode: Mode = Mode()
@@ -59,7 +59,7 @@ WAYS: dict[str, Way] = {
 
 @cache
 def images() -> Path:
-    """A folder of random images in the shape of CIFAR-10's, made once for all processes of one command."""
+    """A folder of random images with the shape of CIFAR-10, created once for all processes of a command."""
     folder = Path(tempfile.gettempdir()) / "images"
     if folder.is_dir():
         return folder
@@ -75,12 +75,12 @@ def images() -> Path:
 
 
 def task(model: str, global_size: int) -> Workload:
-    """A network on those images; batch norm's groups are micro-batches, the same for everybody."""
+    """A network on those images; batch-norm groups are micro-batches for all candidates."""
     return Workload(f"{model}, {global_size:,}", model, {"name": "imagefolder"}, "", global_size, True, lr=1e-3)
 
 
 def field(world: World, workload: Workload, way: Way) -> Field:
-    """What candidates of one way are given; micro-batches are the largest that fit in float32."""
+    """The inputs of the candidates of one way; micro-batches are the largest that fit in float32."""
     parts = workload.global_size // largest_that_fits(world, workload.model, workload.global_size)
     return Field(workload, _splits(), world, images(), parts, way.mode)
 
@@ -92,7 +92,7 @@ def _splits() -> datasets.Splits:
 
 @cache
 def largest_that_fits(world: World, model_name: str, global_size: int) -> int:
-    """Images of a pass: the whole batch, or as often halved as its memory asks for."""
+    """Images per pass: the whole batch, halved until its memory fits."""
     config, splits = task(model_name, global_size).settings(images()), _splits()
     model = models.from_config(config, splits.num_classes, splits.in_channels, World())
     num_bytes, free = in_passes(config, model, splits.in_channels), MEMORY_SHARE * available_memory(world.device, 1)
@@ -103,19 +103,19 @@ def largest_that_fits(world: World, model_name: str, global_size: int) -> int:
 
 
 def ours(given: Field, way: Way, **more: Any) -> Racer:
-    """A whole run of this package."""
+    """A complete run of this package."""
     return Racer(partial(gengap, given, **{**way.settings, **more}), way.tf32)
 
 
 def bare(given: Field, way: Way) -> Racer:
     """The step on one resident micro-batch."""
-    return Racer(partial(limit, given), way.tf32)
+    return Racer(partial(synthetic_baseline, given), way.tf32)
 
 
 def race(world: World, global_size: int, racers: Mapping[str, Racer], rounds: int = ROUNDS) -> Answer:
-    """Images per second of everybody by round; milliseconds of a step, of the host alone, and of the first step.
+    """Images per second of each candidate by round; milliseconds of a step and of the host alone; first-step seconds.
 
-    Who fails is left out, and told.
+    A candidate that fails is left out and reported.
     """
     turns: dict[str, Turn] = {}
     failed: dict[str, Answer] = {}
@@ -132,7 +132,7 @@ def race(world: World, global_size: int, racers: Mapping[str, Racer], rounds: in
         torch.cuda.empty_cache()
 
     def images_per_second(who: str) -> float:
-        come_to_rest()
+        wait_until_idle()
         _seconds(world, racers[who], turns[who], UNTIMED)
         num_steps = max(1, round(TURN_SECONDS / each[who]))
         took = _seconds(world, racers[who], turns[who], num_steps)[1]
@@ -151,7 +151,7 @@ def race(world: World, global_size: int, racers: Mapping[str, Racer], rounds: in
 
 
 def _seconds(world: World, racer: Racer, turn: Turn, num_steps: int) -> tuple[float, float]:
-    """Until the host has begun so many steps, and until the GPU has done them."""
+    """Seconds until the host has issued `num_steps` steps, and until the GPU has finished them."""
     with training_float32(world.device, tf32=racer.tf32):
         synchronise(world)
         began = time.perf_counter()
@@ -162,7 +162,7 @@ def _seconds(world: World, racer: Racer, turn: Turn, num_steps: int) -> tuple[fl
 
 
 def _host(world: World, racer: Racer, turn: Turn) -> float:
-    """Median seconds that the host takes for one step, when the GPU has nothing to do before."""
-    come_to_rest()
+    """Median seconds of the host for one step, with an idle GPU."""
+    wait_until_idle()
     _seconds(world, racer, turn, UNTIMED)
     return statistics.median(_seconds(world, racer, turn, 1)[0] for _ in range(HOST_TURNS))

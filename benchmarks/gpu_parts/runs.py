@@ -1,4 +1,4 @@
-"""Short runs of this package on one device, and the numbers that they record."""
+"""Short runs of this package on one device, and their recorded metrics."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from gengap_dist.training.trainer import run
 
 Settings = Mapping[str, Any]
 Numbers = dict[tuple[int, str], float]
-"""By step and name, all but times."""
+"""Metrics by (step, name), without times."""
 TIMES = ("step", "seconds", "time/", "probe_seconds")
-SHORT: Settings = {  # digits, which ship with the package
+SHORT: Settings = {  # digits, included in the package
     "mlflow.enabled": False,
     "mlflow.system_seconds": None,
     "batch.global_size": 64,
@@ -39,7 +39,7 @@ def config(settings: Settings, device: str) -> RunConfig:
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A place for a run, while open."""
+    """A temporary run folder."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name) / "run"
 
@@ -53,7 +53,7 @@ def train(
     until: int | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> dict[str, Any]:
-    """One run, or its steps up to `until`; its result."""
+    """One run, or its steps up to `until`; returns its result."""
     prepare_folder(out, "run.json", resume=resume)
     done = 0
 
@@ -71,15 +71,15 @@ def train(
 
 
 def numbers(out: Path) -> Numbers:
-    """All of metrics.jsonl but times."""
-    found: Numbers = {}
+    """All metrics of metrics.jsonl, without times."""
+    by_key: Numbers = {}
     for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
-        found |= {(row["step"], name): float(value) for name, value in row.items() if not name.startswith(TIMES)}
-    return found
+        by_key |= {(row["step"], name): float(value) for name, value in row.items() if not name.startswith(TIMES)}
+    return by_key
 
 
 def recorded(settings: Settings, device: str) -> Numbers:
-    """The numbers of one run."""
+    """The metrics of one run."""
     with folder() as out:
         train(settings, device, out)
         return numbers(out)

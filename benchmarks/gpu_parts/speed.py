@@ -1,7 +1,7 @@
-"""Images per second on one GPU: this package, plain torch, Lightning and the bare step; and where linear algebra goes.
+"""Images per second on one GPU: this package, plain torch, Lightning and the bare step; and linear algebra.
 
-The images are random, of CIFAR-10's shape. Ours reads them from memory like any data set; torch and Lightning decode
-them with PIL in loaders' processes, as their tutorials teach; the bare step has one micro-batch on the GPU.
+The images are random, of CIFAR-10's shape. gengap_dist reads them from memory like any data set; torch and Lightning
+decode them with PIL in loader processes, as in their tutorials; the bare step has one resident micro-batch on the GPU.
 """
 
 import os
@@ -27,17 +27,17 @@ from .items import Answer, Item, Part
 from .racing import WAYS, Racer, bare, field, largest_that_fits, ours, race, task
 
 TITLES = {"resnet56": "ResNet-56", "lenet5": "LeNet-5", "vgg16": "VGG-16"}
-THEIRS = {"TF32": "32-true", "bf16": "bf16-mixed"}  # ways in which torch and Lightning take part; Lightning's word
-MOST_WORKERS = 8  # a loader's
-AHEAD = 0.9  # of a step: a host that takes less waits for the GPU, not the GPU for it
+THEIRS = {"TF32": "32-true", "bf16": "bf16-mixed"}  # precisions of torch and Lightning; the value is Lightning's name
+MAX_WORKERS = 8  # of a loader
+AHEAD = 0.9  # share of a step: with less host time, the host waits for the GPU
 
 
 def _workers() -> int:
-    return max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 1))
+    return max(1, min(MAX_WORKERS, (os.cpu_count() or 2) - 1))
 
 
 def race_of(model: str, global_size: int, with_lightning: bool, world: World) -> Answer:
-    """Everybody, in every way but compiled."""
+    """All candidates, in all ways except compiled."""
     workload, racers = task(model, global_size), dict[str, Racer]()
     for name, way in WAYS.items():
         given = field(world, workload, way)
@@ -52,11 +52,11 @@ def race_of(model: str, global_size: int, with_lightning: bool, world: World) ->
         way = WAYS["bf16"]
         racers["ours, bf16, micro_size=auto"] = ours(field(world, workload, way), way, **{"batch.micro_size": "auto"})
     absent = [] if with_lightning else ["Lightning"]
-    return _told(race(world, global_size, racers), world, model, global_size, "bf16") | {"absent": absent}
+    return _with_text(race(world, global_size, racers), world, model, global_size, "bf16") | {"absent": absent}
 
 
 def race_compiled(model: str, global_size: int, world: World) -> Answer:
-    """Compiled, and the same as it is."""
+    """Compiled and uncompiled."""
     workload, way = task(model, global_size), WAYS["bf16 NHWC"]
     given, compiled = field(world, workload, way), field(world, workload, way.compiled())
     racers = {
@@ -64,20 +64,20 @@ def race_compiled(model: str, global_size: int, world: World) -> Answer:
         "ours, compiled": ours(compiled, way.compiled()),
         "bare step, compiled": bare(compiled, way.compiled()),
     }
-    return _told(race(world, global_size, racers), world, model, global_size, "compiled")
+    return _with_text(race(world, global_size, racers), world, model, global_size, "compiled")
 
 
-def _told(found: Answer, world: World, model: str, global_size: int, way: str) -> Answer:
-    """`found`, with a line on one way."""
-    speeds = found["images_per_second"]
-    mine, limit = speeds.get(f"ours, {way}"), speeds.get(f"bare step, {way}")
-    said = f"ours, {way}: failed" if mine is None else f"ours, {way}: {statistics.median(mine):,.0f} images/s"
-    said += f", {paired_timing.ratio(mine, limit)} of the bare step" if mine and limit else ""
-    failed = found["failed"]
-    said += f"; failed: {', '.join(failed)}" if failed else ""
+def _with_text(race_answer: Answer, world: World, model: str, global_size: int, way: str) -> Answer:
+    """`race_answer`, with a line of text about one way."""
+    speeds = race_answer["images_per_second"]
+    own, baseline = speeds.get(f"ours, {way}"), speeds.get(f"bare step, {way}")
+    text = f"ours, {way}: failed" if own is None else f"ours, {way}: {statistics.median(own):,.0f} images/s"
+    text += f", {paired_timing.ratio(own, baseline)} of the bare step" if own and baseline else ""
+    failed = race_answer["failed"]
+    text += f"; failed: {', '.join(failed)}" if failed else ""
     good = not any(who.startswith("ours") for who in failed)
     micro_size = largest_that_fits(world, model, global_size)
-    return {"good": good, "text": said, "global_size": global_size, "micro_size": micro_size, **found}
+    return {"good": good, "text": text, "global_size": global_size, "micro_size": micro_size, **race_answer}
 
 
 # -- linear algebra ---------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ AGREE = 1e-10  # of the largest value
 
 
 def linear_algebra(world: World) -> Answer:
-    """Eigenvalues and singular values in float64, on the GPU and on the CPU: which is sooner, and do they agree."""
+    """Eigenvalues and singular values in float64, on the GPU and on the CPU: speed and agreement."""
     generator = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
     for size in SYMMETRIC:
@@ -97,12 +97,12 @@ def linear_algebra(world: World) -> Answer:
     for shape in WEIGHTS:
         weight = torch.randn(shape, dtype=torch.float64, generator=generator)
         rows.append(_both(f"svdvals {shape[0]} x {shape[1]}", torch.linalg.svdvals, weight, world))
-    sooner = [row["what"] for row in rows if row["gpu_ms"] < row["cpu_ms"]]
+    faster = [row["what"] for row in rows if row["gpu_ms"] < row["cpu_ms"]]
     wrong = [row["what"] for row in rows if row["difference"] > AGREE]
-    said = f"sooner on the GPU: {', '.join(sooner) or 'nothing'}"
+    text = f"faster on the GPU: {', '.join(faster) or 'nothing'}"
     return {
         "good": not wrong,
-        "text": said + (f"; different values: {', '.join(wrong)}" if wrong else ""),
+        "text": text + (f"; different values: {', '.join(wrong)}" if wrong else ""),
         "rows": rows,
     }
 
@@ -116,7 +116,7 @@ def _both(what: str, solve: Callable[[torch.Tensor], torch.Tensor], matrix: torc
 
 
 def _median(job: Callable[[], object], world: World, times: int = 5) -> float:
-    """Seconds of a job: the median of so many times, after one that does not count."""
+    """Seconds of a job: median of `times` repetitions, after a warm-up."""
     took: list[float] = []
     for _ in range(times + 1):
         synchronise(world)
@@ -148,9 +148,9 @@ def probe(model: str, views: tuple[str, ...], num_images: int, world: World) -> 
 
 
 def items(with_lightning: bool) -> list[Item]:
-    """In the order in which they tell most."""
+    """All items, the most informative first."""
 
-    def everybody(model: str, size: int, seconds: float) -> Item:
+    def race_item(model: str, size: int, seconds: float) -> Item:
         job = partial(race_of, model, size, with_lightning)
         return Item(f"{TITLES[model]}, {size:,}", job, seconds, alone=True)
 
@@ -158,22 +158,22 @@ def items(with_lightning: bool) -> list[Item]:
         return Item(f"{TITLES[model]}, 1,024, compiled", partial(race_compiled, model, 1024), 120.0, alone=True)
 
     return [
-        everybody("resnet56", 1024, 90.0),
-        everybody("lenet5", 1024, 60.0),
+        race_item("resnet56", 1024, 90.0),
+        race_item("lenet5", 1024, 60.0),
         Item("linear algebra", linear_algebra, 20.0),
         *(Item(f"probe, {name}", partial(probe, *what, 1024), 15.0) for name, what in PROBES.items()),
-        everybody("vgg16", 1024, 90.0),
+        race_item("vgg16", 1024, 90.0),
         compiled("resnet56"),
-        everybody("resnet56", 16_384, 180.0),
-        everybody("lenet5", 16_384, 120.0),
-        everybody("vgg16", 16_384, 180.0),
+        race_item("resnet56", 16_384, 180.0),
+        race_item("lenet5", 16_384, 120.0),
+        race_item("vgg16", 16_384, 180.0),
         compiled("vgg16"),
         compiled("lenet5"),
     ]
 
 
 def write(answers: Mapping[str, Answer]) -> str:
-    """A table for each race, and those of linear algebra."""
+    """A table for each race, and for linear algebra."""
     blocks: list[str] = []
     for name, answer in answers.items():
         if "images_per_second" in answer:
@@ -191,17 +191,20 @@ def write(answers: Mapping[str, Answer]) -> str:
 
 
 def speeds(answer: Answer) -> str:
-    """Everybody's speed, over that of the bare step and of torch in the same way, and whether the host is ahead."""
-    found, rows = answer["images_per_second"], []
-    for who, values in found.items():
-        way = who.partition(", ")[2].removesuffix(", micro_size=auto")
-        others = [found.get(f"{other}, {way}") for other in ("bare step", "torch")]
-        ratios = [str(paired_timing.ratio(values, other)) if other and other is not values else "" for other in others]
+    """Speed of each candidate, ratios over the bare step and torch in the same way, and whether the host is ahead."""
+    by_candidate, rows = answer["images_per_second"], []
+    for name, values in by_candidate.items():
+        way = name.partition(", ")[2].removesuffix(", micro_size=auto")
+        references = [by_candidate.get(f"{reference}, {way}") for reference in ("bare step", "torch")]
+        ratios = [
+            str(paired_timing.ratio(values, reference)) if reference and reference is not values else ""
+            for reference in references
+        ]
         low, high = paired_timing.interval(values)
-        host, step = answer["host_ms"][who], answer["step_ms"][who]
+        host, step = answer["host_ms"][name], answer["step_ms"][name]
         times = [f"{step:.2f}", f"{host:.2f}", "yes" if host < AHEAD * step else "no"]
-        rows.append([who, f"{statistics.median(values):,.0f} ({low:,.0f} to {high:,.0f})", *ratios, *times])
-    rows += [[who, failed["text"], "", "", "", "", ""] for who, failed in answer["failed"].items()]
+        rows.append([name, f"{statistics.median(values):,.0f} ({low:,.0f} to {high:,.0f})", *ratios, *times])
+    rows += [[name, failed["text"], "", "", "", "", ""] for name, failed in answer["failed"].items()]
     head = ["", "images/s", "over the bare step", "over torch", "ms a step", "ms of the host", "host is ahead"]
     return table(head, rows)
 

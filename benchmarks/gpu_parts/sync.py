@@ -1,6 +1,6 @@
-"""How often a step waits for the GPU, and where: torch's own debug mode counts, inside of real runs.
+"""Counts how often and where a step waits for the GPU, with torch's debug mode in real runs.
 
-The mode (torch.cuda.set_sync_debug_mode) sees copies that wait and numbers that the host asks for. It does not see
+The mode (torch.cuda.set_sync_debug_mode) detects synchronous copies and values read by the host. It does not detect
 waits for events, nor torch.cuda.synchronize.
 """
 
@@ -20,11 +20,14 @@ from .items import Answer, Item, Part, short
 from .runs import NO_PROBE, Settings, folder, train
 
 OURS = "ours"
-OWNERS = {"torch/amp/grad_scaler.py": "GradScaler", "deepspeed/": "DeepSpeed"}  # whose waits are theirs
-FIRST, NUM_STEPS, TOTAL = 4, 8, 20  # steps that are counted; a run looks at its sums after 32, and at its end
+OWNERS = {
+    "torch/amp/grad_scaler.py": "GradScaler",
+    "deepspeed/": "DeepSpeed",
+}  # waits in these files belong to the named package
+FIRST, NUM_STEPS, TOTAL = 4, 8, 20  # counted steps; a run reads its sums after 32 steps, and at its end
 BASE: Settings = {**NO_PROBE, "train.steps": TOTAL, "data.val_fraction": 0.0}
 
-SETTINGS: dict[str, tuple[Settings, str]] = {  # and the package that is needed
+SETTINGS: dict[str, tuple[Settings, str]] = {  # settings, and the package that is needed
     "LeNet-5 as it comes": ({}, ""),
     "augmentation": ({"data.augment": ["crop", "flip", "cutout"]}, ""),
     "micro-batches, noise scale": ({"batch.micro_size": 24}, ""),
@@ -52,27 +55,27 @@ SETTINGS: dict[str, tuple[Settings, str]] = {  # and the package that is needed
 
 
 class Waits:
-    """What the debug mode warns of, by owner and place."""
+    """Warnings of the debug mode, by owner and place."""
 
     def __init__(self) -> None:
-        """None yet."""
+        """No warnings yet."""
         self.by_owner: dict[str, Counter[str]] = {}
 
     def note(self, message: object, *_: object, **__: object) -> None:
-        """Take a warning, if it is one of the mode's; in place of `warnings.showwarning`."""
+        """Count a warning of the debug mode; replaces `warnings.showwarning`."""
         if "synchroniz" not in str(message):
             return
         stack = [frame for frame in traceback.extract_stack()[:-1] if frame.filename != warnings.__file__]
         frames = [f"{short(frame.filename)}:{frame.lineno} {frame.name}" for frame in stack]
-        theirs = [owner for frame in frames for path, owner in OWNERS.items() if path in frame]
-        mine = [frame for frame in frames if frame.startswith("gengap_dist/")]
-        inner = frames[-1:] if frames[-1:] != mine[-1:] else []
-        place = " < ".join([*inner, *mine[-2:][::-1]])
-        self.by_owner.setdefault(theirs[0] if theirs else OURS, Counter())[place] += 1
+        owners = [owner for frame in frames for path, owner in OWNERS.items() if path in frame]
+        own_frames = [frame for frame in frames if frame.startswith("gengap_dist/")]
+        innermost = frames[-1:] if frames[-1:] != own_frames[-1:] else []
+        place = " < ".join([*innermost, *own_frames[-2:][::-1]])
+        self.by_owner.setdefault(owners[0] if owners else OURS, Counter())[place] += 1
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While open, warnings come here."""
+        """While open, warnings are passed to `note`."""
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.showwarning = self.note
@@ -83,7 +86,7 @@ class Waits:
 
 
 def control(world: World) -> Answer:
-    """Whether the mode sees a wait that is there."""
+    """Check that the mode detects a known wait."""
     waits, number = Waits(), torch.ones((), device=world.device)
     with waits.listening():
         torch.cuda.set_sync_debug_mode("warn")
@@ -94,7 +97,7 @@ def control(world: World) -> Answer:
 
 
 def count(settings: Settings, world: World) -> Answer:
-    """Waits of NUM_STEPS whole steps of a run."""
+    """Count the waits in NUM_STEPS steps of a run."""
     waits = Waits()
 
     def progress(done: int, total: int, note: str) -> None:

@@ -10,7 +10,7 @@ Session = Mapping[str, Any]
 
 
 def page(sessions: Sequence[Session], parts: Mapping[str, Part]) -> str:
-    """The whole page: for each GPU every part, from the latest session that has something of it."""
+    """The whole page: for each GPU every part, from the latest session with results of it."""
     blocks = ["# On a GPU", "Written by `make gpu` ([how](../gpu.md)); every number is in the JSON beside this page."]
     for gpu in dict.fromkeys(session["machine"]["gpu"] for session in sessions):
         of_gpu = [session for session in sessions if session["machine"]["gpu"] == gpu]
@@ -23,9 +23,9 @@ def page(sessions: Sequence[Session], parts: Mapping[str, Part]) -> str:
 
 
 def section(session: Session, name: str, part: Part) -> list[str]:
-    """What a session found of a part."""
+    """The results of a session for a part."""
     answers = _done(session, name)
-    blocks = [f"{in_words(session['machine'])}; begun {session['began']}."]
+    blocks = [f"{machine_summary(session['machine'])}; begun {session['began']}."]
     missing = {answer["missing"]: None for answer in answers.values() if "missing" in answer}
     blocks += [f"{package} was not installed there." for package in missing]
     there = {item: answer for item, answer in answers.items() if "missing" not in answer}
@@ -37,8 +37,8 @@ def section(session: Session, name: str, part: Part) -> list[str]:
     return [*blocks, f"Not measured yet: {', '.join(left)}."] if left else blocks
 
 
-def in_words(machine: Mapping[str, Any]) -> str:
-    """GPU, libraries and code in a line."""
+def machine_summary(machine: Mapping[str, Any]) -> str:
+    """GPU, libraries and code as one line."""
     git = machine["git"]
     code = f"commit {git['commit'][:12]}{', changed' if git['dirty'] else ''}" if git else "no commit"
     peers = ", ".join(f"{name} {machine[name]}" for name in PEERS if machine[name])

@@ -1,7 +1,8 @@
-"""What an arm is to the baseline: only a larger batch, a scaled rate, longer training, or a penalty on rank.
+"""How an arm differs from the baseline: only a larger batch, a scaled learning rate, longer training, or a penalty.
 
-Told by settings, not by names: those of two arms are first brought to what they amount to at the arm's own batch, so
-that `optim.scaling=sqrt` at optim.base_size does not scale, and train.length_unit=updates is a number of epochs.
+Decided by settings, not by names. The settings of two arms are first converted to their effective values at the arm's
+own batch size, so that `optim.scaling=sqrt` at optim.base_size does not scale, and train.length_unit=updates is a
+number of epochs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from gengap_dist.analysis.results import Run
 from gengap_dist.config.identity import Settings, differing, effective
 
-SAME = 0.02  # epochs and updates that differ by less are the same: the last step of an epoch may be ragged
+SAME = 0.02  # epochs and updates that differ by less count as equal: the last step of an epoch may be smaller
 
 RATE = {"optim.lr", "optim.warmup_epochs"}
 LENGTH = {"train.epochs", "train.steps", "train.num_evals"}
@@ -19,7 +20,7 @@ RANK = {"algorithm.rank_penalty", "algorithm.rank_measure", "algorithm.rank_laye
 
 
 class Arm(NamedTuple):
-    """An arm's runs by seed, finished ones only, and what all of them share."""
+    """An arm: its finished runs by seed, and the settings that they share."""
 
     name: str
     runs: Mapping[int, Run]
@@ -31,8 +32,8 @@ class Arm(NamedTuple):
         return {seed: run.accuracy for seed, run in self.runs.items() if run.accuracy is not None}
 
 
-def arms_of(runs: Sequence[Run]) -> dict[str, Arm]:
-    """Arms with their finished runs, in the order in which they come first."""
+def group_by_arm(runs: Sequence[Run]) -> dict[str, Arm]:
+    """Arms with their finished runs, by name, in the order of their first runs."""
     out: dict[str, Arm] = {}
     for run in runs:
         arm = out.setdefault(run.arm, Arm(run.arm, {}, run.global_size, run.settings))
@@ -42,71 +43,71 @@ def arms_of(runs: Sequence[Run]) -> dict[str, Arm]:
 
 
 class Roles(NamedTuple):
-    """Arms with a larger batch than the baseline's, by what else they differ in."""
+    """Arms grouped by how they differ from the baseline; except `penalised`, all have a larger batch."""
 
     plain: list[Arm]
-    """In nothing, with as many epochs."""
+    """Differ only in the batch; same number of epochs."""
     scaled: list[Arm]
-    """In a higher rate, or also in the warm-up."""
+    """Have a higher learning rate, and perhaps another warm-up."""
     longer: list[Arm]
-    """In more epochs, and perhaps in the rate, or in the groups of batch norm."""
+    """Train for more epochs, perhaps with another learning rate or other batch-norm groups."""
     penalised: list[tuple[Arm, Arm]]
-    """Arms with a penalty on near-rank loss, of any batch, and their twins without it."""
+    """(arm with a penalty on near-rank loss, the same arm without it), of any batch size."""
 
 
 def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
-    """Who is who; an arm may be none of it."""
-    found = Roles([], [], [], [])
+    """Group the arms by how they differ from `baseline`; an arm may be in no group."""
+    groups = Roles([], [], [], [])
     if baseline not in arms:
-        return found
+        return groups
     base = arms[baseline]
     for arm in arms.values():
         if arm.settings.get("algorithm.rank_penalty") is not None:
-            twins = [
-                twin
-                for twin in arms.values()
-                if twin.settings.get("algorithm.rank_penalty") is None
-                and twin.global_size == arm.global_size
-                and differing(arm.settings, twin.settings) <= RANK
+            controls = [
+                other
+                for other in arms.values()
+                if other.settings.get("algorithm.rank_penalty") is None
+                and other.global_size == arm.global_size
+                and differing(arm.settings, other.settings) <= RANK
             ]
-            found.penalised.extend((arm, twin) for twin in twins[:1])
+            groups.penalised.extend((arm, other) for other in controls[:1])
         elif arm.global_size > base.global_size:
             differs = differing(arm.settings, base.settings)
-            if not differs and same(_epochs(arm), _epochs(base)) is not False:
-                found.plain.append(arm)
+            if not differs and nearly_equal(_epochs(arm), _epochs(base)) is not False:
+                groups.plain.append(arm)
             elif differs <= RATE and _rate(arm) > _rate(base):
-                found.scaled.append(arm)
+                groups.scaled.append(arm)
             elif differs <= RATE | LENGTH | NORM and _epochs(arm) > _epochs(base):
-                found.longer.append(arm)
-    return found
+                groups.longer.append(arm)
+    return groups
 
 
-def same(one: float, other: float) -> bool | None:
-    """Whether two counts of updates or epochs are the same; None if one is not known.
+def nearly_equal(one: float, other: float) -> bool | None:
+    """Whether two counts of updates or epochs are equal within 2%; None if one is not known.
 
-    >>> same(8.0, 8.1), same(8.0, 2.0), same(0.0, 8.0)
+    >>> nearly_equal(8.0, 8.1), nearly_equal(8.0, 2.0), nearly_equal(0.0, 8.0)
     (True, False, None)
     """
     return abs(one - other) <= SAME * other if one > 0 and other > 0 else None
 
 
-def without_rate(arm: Arm, arms: Sequence[Arm], base: Arm) -> Arm | None:
-    """The arm of the same batch at the baseline's rate; None if there is none."""
-    same_batch = (twin for twin in arms if twin.global_size == arm.global_size)
-    return next((twin for twin in same_batch if not differing(twin.settings, base.settings)), None)
+def unscaled_counterpart(arm: Arm, arms: Sequence[Arm], base: Arm) -> Arm | None:
+    """The arm with the same batch size at the baseline's learning rate; None if there is none."""
+    same_batch = (other for other in arms if other.global_size == arm.global_size)
+    return next((other for other in same_batch if not differing(other.settings, base.settings)), None)
 
 
-def without_length(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """The arm of the same batch that differs in its length only, and is shorter; None if there is none."""
-    allowed = LENGTH | {"optim.warmup_epochs"}  # which train.length_unit=updates makes longer, too
-    twins = (
-        twin
-        for twin in arms
-        if twin.global_size == arm.global_size
-        and differing(twin.settings, arm.settings) <= allowed
-        and _epochs(twin) < (1 - SAME) * _epochs(arm)
+def shorter_counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The shortest arm with the same batch size that differs only by fewer epochs; None if there is none."""
+    allowed = LENGTH | {"optim.warmup_epochs"}  # train.length_unit=updates lengthens it, too
+    shorter = (
+        other
+        for other in arms
+        if other.global_size == arm.global_size
+        and differing(other.settings, arm.settings) <= allowed
+        and _epochs(other) < (1 - SAME) * _epochs(arm)
     )
-    return min(twins, key=_epochs, default=None)
+    return min(shorter, key=_epochs, default=None)
 
 
 def _rate(arm: Arm) -> float:

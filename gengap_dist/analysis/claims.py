@@ -1,28 +1,28 @@
-"""What the numbers make of the paper's claims (Oyedotun et al. 2022): supported, contradicted or undecided.
+"""Tests the paper's claims (Oyedotun et al. 2022) on a study: each is supported, contradicted or undecided.
 
-A claim is supported only by the control that can tell it from its confound: near-rank loss counts on the fixed probe
-set, where all arms show the same images, never on a run's own batch; and that it explains the gap is decided by arms
-that lower it and change nothing else, never by correlation. All tests are two-sided paired t tests at 5%, corrected for
-the arms of a claim (Holm). The same numbers give the same verdict; every sentence holds the numbers behind it.
+A claim is supported only by a control that excludes its confound. Near-rank loss is compared on the fixed probe set,
+which has the same images for all arms, never on a run's own batch. Whether near-rank loss explains the gap is decided
+by arms that lower it and change nothing else, never by correlation. All tests are two-sided paired t tests at 5%,
+corrected for the arms of a claim (Holm). The result is deterministic, and the evidence text contains the numbers used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from gengap_dist.analysis.arm_roles import Arm, Roles, arms_of, roles, without_length, without_rate
+from gengap_dist.analysis.arm_roles import Arm, Roles, group_by_arm, roles, shorter_counterpart, unscaled_counterpart
 from gengap_dist.analysis.results import Claim, Correlation, Outcome, Run
 from gengap_dist.statistics.paired import CONFIDENCE, differences, holm, p_value, t_interval
 
 ALPHA = 1 - CONFIDENCE
 NEGLIGIBLE_GAP = 0.005  # half a percentage point of accuracy
 NEGLIGIBLE_LOSS = 0.01  # one singular value in a hundred
-CLOSED = 0.25  # a remedy that leaves less than this share of the gap, if anything, resolves it
-HALF = 0.5  # what a penalty has to undo of the growth, and what has to come back for it
+CLOSED = 0.25  # a remedy that leaves less than this share of the gap, if any, resolves it
+HALF = 0.5  # share of the growth that a penalty must remove, and share of the accuracy that must return
 LOSS = "near_rank_loss/"
 RELATIVE, ABSOLUTE = "/rel_1e-2", "/abs_1e-2"
 
-NEEDS_GAP = "Asked of a gap only, and here none is told apart from chance."
+NO_GAP = "Tested only where there is a gap, and here no gap is significant."
 
 Measures = Callable[[Run], Mapping[str, float]]
 Difference = Callable[[Arm, Arm], Mapping[int, float]]
@@ -35,7 +35,7 @@ class Contrast(NamedTuple):
     name: str
     mean: float
     interval: tuple[float, float] | None
-    """95% t interval; None where one pair, or equal differences, give no spread to judge by."""
+    """95% t interval; None for a single pair, or if all differences are equal."""
     p: float | None
     values: Mapping[int, float]
     """Seed to difference."""
@@ -46,7 +46,7 @@ class Contrast(NamedTuple):
         return self.interval[1] if self.interval else float("inf")
 
     def is_significant(self, sign: int) -> bool:
-        """Whether it is above (1) or below (-1) zero by more than chance, p corrected."""
+        """Whether it is significantly above (1) or below (-1) zero, by the p of this contrast."""
         return self.p is not None and self.p < ALPHA and sign * self.mean > 0
 
 
@@ -54,46 +54,50 @@ def contrast(name: str, values: Mapping[int, float]) -> Contrast | None:
     """Differences by seed as a contrast; None if there are none."""
     if not values:
         return None
-    found = [*values.values()]
-    p = p_value(found)
-    return Contrast(name, fmean(found), None if p is None else t_interval(found), p, values)
+    by_seed = [*values.values()]
+    p = p_value(by_seed)
+    return Contrast(name, fmean(by_seed), None if p is None else t_interval(by_seed), p, values)
 
 
 def contrasts(pairs: Sequence[tuple[Arm, Arm]], difference: Difference) -> list[Contrast]:
-    """First minus second of each pair that shares a seed; p not corrected."""
-    found = (contrast(arm.name, difference(arm, other)) for arm, other in pairs)
-    return [each for each in found if each]
+    """First minus second of each pair of arms that share a seed; p is not corrected."""
+    candidates = (contrast(arm.name, difference(arm, other)) for arm, other in pairs)
+    return [each for each in candidates if each]
 
 
 def corrected(*families: Sequence[Contrast]) -> list[list[Contrast]]:
-    """The same with p corrected for all of them together."""
+    """The same contrasts, p corrected for all of them together (Holm)."""
     ps = iter(holm([each.p for family in families for each in family]))
     return [[each._replace(p=next(ps)) for each in family] for family in families]
 
 
 def accuracy_lost(arm: Arm, other: Arm) -> dict[int, float]:
-    """Seed to what an arm loses of the other's accuracy."""
+    """Seed to the accuracy of `other` minus that of `arm`."""
     return differences(other.accuracies(), arm.accuracies())
 
 
-def loss_grown(threshold: str, of: Measures, layers: Sequence[str] = ()) -> Difference:
-    """Seed to how much more near-rank loss an arm has, mean over the layers that both runs have measured.
+def near_rank_loss_increase(threshold: str, measures_of: Measures, layers: Sequence[str] = ()) -> Difference:
+    """Seed to the near-rank loss of the first arm minus that of the second, mean over the layers measured in both runs.
 
     Args:
-        threshold: end of the metrics' names.
-        of: which of a run's measures.
-        layers: names that a layer's must be or begin with; none for all.
+        threshold: suffix of the metric names.
+        measures_of: selects a set of measures of a run.
+        layers: layers to include, by name or by the first part of the name; empty for all.
     """
 
     def difference(arm: Arm, other: Arm) -> dict[int, float]:
         out: dict[int, float] = {}
         for seed in sorted(arm.runs.keys() & other.runs.keys()):
-            one, two = arm.runs[seed], other.runs[seed]
-            names = [name for name in of(one) if name in of(two) and name.startswith(LOSS) and name.endswith(threshold)]
+            first, second = arm.runs[seed], other.runs[seed]
+            names = [
+                name
+                for name in measures_of(first)
+                if name in measures_of(second) and name.startswith(LOSS) and name.endswith(threshold)
+            ]
             names = [name for name in names if not layers or _within(name, layers)]
-            same_size = of is not _trained or one.num_probe_samples == two.num_probe_samples
+            same_size = measures_of is not _trained or first.num_probe_samples == second.num_probe_samples
             if names and same_size:
-                out[seed] = fmean(of(one)[name] - of(two)[name] for name in names)
+                out[seed] = fmean(measures_of(first)[name] - measures_of(second)[name] for name in names)
         return out
 
     return difference
@@ -120,149 +124,171 @@ def _own_untrained(run: Run) -> Mapping[str, float]:
 
 
 def claims(runs: Sequence[Run], baseline: str, correlations: Sequence[Correlation] = ()) -> list[Claim]:
-    """The paper's claims, in its order; none where the baseline has no finished run."""
-    arms = arms_of(runs)
+    """The paper's claims, in the paper's order; empty if the baseline has no finished run."""
+    arms = group_by_arm(runs)
     if baseline not in arms or not arms[baseline].runs:
         return []
-    base, found = arms[baseline], roles(arms, baseline)
-    plain = [(arm, base) for arm in found.plain]
-    lost, grown = corrected(contrasts(plain, accuracy_lost), contrasts(plain, loss_grown(RELATIVE, _trained)))
-    gap = _gap(lost, found, base)
-    grows = _grows(grown, found, base)
+    base, arm_roles = arms[baseline], roles(arms, baseline)
+    plain = [(arm, base) for arm in arm_roles.plain]
+    lost, grown = corrected(
+        contrasts(plain, accuracy_lost), contrasts(plain, near_rank_loss_increase(RELATIVE, _trained))
+    )
+    gap = _gap(lost, arm_roles, base)
+    grows = _grows(grown, arm_roles, base)
     others = [arm for arm in arms.values() if arm.runs]
-    scaled = [(arm, without_rate(arm, others, base)) for arm in found.scaled]
-    longer = [(arm, without_length(arm, others)) for arm in found.longer]
+    scaled = [(arm, unscaled_counterpart(arm, others, base)) for arm in arm_roles.scaled]
+    longer = [(arm, shorter_counterpart(arm, others)) for arm in arm_roles.longer]
     return [
         gap,
         grows,
-        _explains(found, base, gap, grows, correlations),
+        _explains(arm_roles, base, gap, grows, correlations),
         _remedy("scaling", "Scaling the learning rate does not resolve the gap.", scaled, base, gap),
         _remedy("longer_training", "Longer training does not resolve the gap.", longer, base, gap),
     ]
 
 
-def _gap(lost: Sequence[Contrast], found: Roles, base: Arm) -> Claim:
+def _gap(lost: Sequence[Contrast], arm_roles: Roles, base: Arm) -> Claim:
     claim = "Networks trained with large batches generalize worse than with small ones."
     control = "The same seeds, initial weights, epochs and settings; only the batch differs."
     if not lost:
-        return Claim("gap", claim, "undecided", _nobody(found, base), control)
+        return Claim("gap", claim, "undecided", _no_contrast_reason(arm_roles, base), control)
     return Claim(
         "gap", claim, _outcome(lost, NEGLIGIBLE_GAP), f"Test accuracy lost: {_listed(lost, _points)}.", control
     )
 
 
-def _nobody(found: Roles, base: Arm) -> str:
-    if found.plain:
-        names = ", ".join(arm.name for arm in found.plain)
-        return f"No seed came to a result in both {base.name} and an arm that differs in its batch only ({names})."
-    return f"No arm of as many epochs differs from {base.name} in its batch only."
+def _no_contrast_reason(arm_roles: Roles, base: Arm) -> str:
+    if arm_roles.plain:
+        names = ", ".join(arm.name for arm in arm_roles.plain)
+        return f"No seed has a result in both {base.name} and an arm that differs only in its batch ({names})."
+    return f"No arm with the same number of epochs differs from {base.name} only in its batch."
 
 
-def _outcome(found: Sequence[Contrast], negligible: float) -> Outcome:
-    """Supported: some are above zero, none below. Contradicted: some are below, none above; or all are negligible."""
-    above, below = any(c.is_significant(1) for c in found), any(c.is_significant(-1) for c in found)
+def _outcome(tested: Sequence[Contrast], negligible: float) -> Outcome:
+    """Supported: some are significantly above zero, none below. Contradicted: the reverse, or all are negligible."""
+    above, below = any(c.is_significant(1) for c in tested), any(c.is_significant(-1) for c in tested)
     if above and not below:
         return "supported"
-    if (below and not above) or all(c.high < negligible for c in found):
+    if (below and not above) or all(c.high < negligible for c in tested):
         return "contradicted"
     return "undecided"
 
 
-def _grows(relative: Sequence[Contrast], found: Roles, base: Arm) -> Claim:
+def _grows(relative: Sequence[Contrast], arm_roles: Roles, base: Arm) -> Claim:
     claim = "A larger batch increases near-rank loss of the units' activations."
     control = (
-        "Every arm is probed on the same fixed images, as many for each: a matrix of a run's own batch loses singular "
-        "values as the batch grows even in an untrained network."
+        "All arms are probed on the same fixed set of images. On a run's own batch, near-rank loss changes with the "
+        "batch size even in an untrained network."
     )
-    pairs = [(arm, base) for arm in found.plain]
+    pairs = [(arm, base) for arm in arm_roles.plain]
 
-    def grown(threshold: str, of: Measures) -> list[Contrast]:
-        return corrected(contrasts(pairs, loss_grown(threshold, of)))[0]
+    def grown(threshold: str, measures_of: Measures) -> list[Contrast]:
+        return corrected(contrasts(pairs, near_rank_loss_increase(threshold, measures_of)))[0]
 
     own, absolute = grown(RELATIVE, _own), grown(ABSOLUTE, _trained)
     if not relative:
-        what = "only on each run's own batch, which cannot tell" if own else "on no probe set that two arms share"
-        because = f"Near-rank loss was measured {what}." if found.plain else _nobody(found, base)
-        return Claim("near_rank_loss_grows", claim, "undecided", because, control)
-    outcome, other = _outcome(relative, NEGLIGIBLE_LOSS), _outcome(absolute, NEGLIGIBLE_LOSS) if absolute else None
-    because = f"Change of the share of singular values below 0.01 s1, mean over layers: {_listed(relative, _share)}."
+        measured_on = (
+            "only on each run's own batch, which decides nothing" if own else "on no probe set that two arms share"
+        )
+        evidence = (
+            f"Near-rank loss was measured {measured_on}." if arm_roles.plain else _no_contrast_reason(arm_roles, base)
+        )
+        return Claim("near_rank_loss_grows", claim, "undecided", evidence, control)
+    outcome, absolute_outcome = (
+        _outcome(relative, NEGLIGIBLE_LOSS),
+        _outcome(absolute, NEGLIGIBLE_LOSS) if absolute else None,
+    )
+    evidence = f"Change of the share of singular values below 0.01 s1, mean over layers: {_listed(relative, _share)}."
     if absolute:
-        because += f" Below 0.01: {_listed(absolute, _share)}."
-    if {outcome, other} == {"supported", "contradicted"}:
+        evidence += f" Below 0.01: {_listed(absolute, _share)}."
+    if {outcome, absolute_outcome} == {"supported", "contradicted"}:
         outcome = "undecided"
-        because += " The two thresholds say opposite things."
+        evidence += " The two thresholds give opposite results."
     if own:
-        because += f" On each run's own batch it would have seemed to be: {_listed(own, _share)}"
+        evidence += f" On each run's own batch the change is: {_listed(own, _share)}"
         before = grown(RELATIVE, _own_untrained)
-        because += (f", of which the untrained networks have {_listed(before, _share)}" if before else "") + "."
-    return Claim("near_rank_loss_grows", claim, outcome, because, control)
+        evidence += (f", and in the untrained networks {_listed(before, _share)}" if before else "") + "."
+    return Claim("near_rank_loss_grows", claim, outcome, evidence, control)
 
 
-def _explains(found: Roles, base: Arm, gap: Claim, grows: Claim, correlations: Sequence[Correlation]) -> Claim:
-    key, claim = "explains", "Near-rank loss is what costs large batches their accuracy."
+def _explains(arm_roles: Roles, base: Arm, gap: Claim, grows: Claim, correlations: Sequence[Correlation]) -> Claim:
+    key, claim = "explains", "Near-rank loss causes the accuracy loss of large batches."
     control = (
-        "An arm whose loss penalises near-rank loss, against the same arm without the penalty, less what the penalty "
-        "does for the baseline."
+        "An arm with a penalty on near-rank loss, against the same arm without the penalty, minus the effect of the "
+        "penalty on the baseline."
     )
     if gap.outcome != "supported":
-        return Claim(key, claim, "undecided", NEEDS_GAP, control)
+        return Claim(key, claim, "undecided", NO_GAP, control)
     pairs = [
-        (arm, twin)
-        for arm, twin in found.penalised
-        if twin.global_size > base.global_size and accuracy_lost(twin, base) and _mean(accuracy_lost(twin, base)) > 0
+        (arm, control_arm)
+        for arm, control_arm in arm_roles.penalised
+        if control_arm.global_size > base.global_size
+        and accuracy_lost(control_arm, base)
+        and _mean(accuracy_lost(control_arm, base)) > 0
     ]
-    # what the penalty does where the batch is small: a remedy for everything explains nothing
-    small = next((pair for pair in found.penalised if pair[0].global_size == base.global_size), None)
+    # the effect of the penalty at the small batch: if it helps there as much, it does not explain the gap
+    small = next((pair for pair in arm_roles.penalised if pair[0].global_size == base.global_size), None)
     small_gain = {seed: -lost for seed, lost in accuracy_lost(*small).items()} if small else {}
     lowered, gains = [], []
-    for arm, twin in pairs:
-        gain = {seed: -lost for seed, lost in accuracy_lost(arm, twin).items()}
+    for arm, control_arm in pairs:
+        gain = {seed: -lost for seed, lost in accuracy_lost(arm, control_arm).items()}
         gain = {
             seed: value - small_gain.get(seed, 0.0) for seed, value in gain.items() if not small or seed in small_gain
         }
-        fall = contrast(arm.name, loss_grown(RELATIVE, _trained, _penalised_layers(arm))(arm, twin))
-        if fall and (back := contrast(arm.name, gain)):
-            lowered.append(fall)
-            gains.append(back)
+        change = contrast(
+            arm.name, near_rank_loss_increase(RELATIVE, _trained, _penalised_layers(arm))(arm, control_arm)
+        )
+        if change and (gained := contrast(arm.name, gain)):
+            lowered.append(change)
+            gains.append(gained)
     (lowered,), (gains,) = corrected(lowered), corrected(gains)
     verdicts: list[Outcome] = []
     words: list[str] = []
-    for less, gain in zip(lowered, gains, strict=True):
-        arm, twin = next(pair for pair in pairs if pair[0].name == less.name)
-        growth = loss_grown(RELATIVE, _trained, _penalised_layers(arm))(twin, base)
-        verdict, told = _of_penalty(less, gain, _mean(growth) if growth else 0.0, _mean(accuracy_lost(twin, base)))
+    for change_of_arm, gain in zip(lowered, gains, strict=True):
+        arm, control_arm = next(pair for pair in pairs if pair[0].name == change_of_arm.name)
+        growth = near_rank_loss_increase(RELATIVE, _trained, _penalised_layers(arm))(control_arm, base)
+        verdict, reason = _penalty_outcome(
+            change_of_arm, gain, _mean(growth) if growth else 0.0, _mean(accuracy_lost(control_arm, base))
+        )
         if verdict == "supported" and not small:
-            verdict, told = "undecided", "accuracy comes back, but no arm says what the penalty does for the baseline"
+            verdict, reason = "undecided", "accuracy returns, but no arm has the penalty at the baseline's batch"
         verdicts.append(verdict)
         words.append(
-            f"{arm.name} changes near-rank loss by {_share(less)}, accuracy by {_points(gain)} of "
-            f"{100 * _mean(accuracy_lost(twin, base)):.2f} lost: {told}"
+            f"{arm.name} changes near-rank loss by {_share(change_of_arm)}, accuracy by {_points(gain)} of "
+            f"{100 * _mean(accuracy_lost(control_arm, base)):.2f} lost: {reason}"
         )
-    because = "; ".join(words) or "No arm lowers near-rank loss directly"
-    beside = _beside(correlations)
+    evidence = "; ".join(words) or "No arm has a penalty on near-rank loss"
+    note = _correlation_note(correlations)
     decided: list[Outcome] = [verdict for verdict in verdicts if verdict != "undecided"]
     if not decided and grows.outcome == "contradicted":
-        because = f"The gap is there, and near-rank loss does not grow with the batch. {because}"
-        return Claim(key, claim, "contradicted", f"{because}. {beside}".strip(), grows.control)
+        evidence = f"There is a gap, and near-rank loss does not grow with the batch. {evidence}"
+        return Claim(key, claim, "contradicted", f"{evidence}. {note}".strip(), grows.control)
     outcome: Outcome = decided[0] if len(set(decided)) == 1 else "undecided"
-    return Claim(key, claim, outcome, f"{because}. {beside}".strip(), control)
+    return Claim(key, claim, outcome, f"{evidence}. {note}".strip(), control)
 
 
-def _of_penalty(less: Contrast, gain: Contrast, growth: float, lost: float) -> tuple[Outcome, str]:
-    """What one penalised arm says, and why, from what it lowers and gains, and what grew and was lost without it."""
-    if not less.is_significant(-1) or -less.mean < HALF * growth:
-        return "undecided", "it does not lower near-rank loss by half of what it grew, and so decides nothing"
+def _penalty_outcome(change: Contrast, gain: Contrast, growth: float, lost: float) -> tuple[Outcome, str]:
+    """Outcome for one penalised arm, and the reason.
+
+    Args:
+        change: near-rank loss with the penalty minus that without it.
+        gain: accuracy with the penalty minus that without it.
+        growth: near-rank loss without the penalty minus that of the baseline.
+        lost: accuracy lost without the penalty.
+    """
+    if not change.is_significant(-1) or -change.mean < HALF * growth:
+        return "undecided", "near-rank loss falls by less than half of its growth, so this arm decides nothing"
     if gain.is_significant(-1) and gain.mean < -NEGLIGIBLE_GAP:
-        return "undecided", "the penalty costs accuracy by itself, and so decides nothing"
+        return "undecided", "the penalty itself lowers accuracy, so this arm decides nothing"
     if gain.high < HALF * lost:
-        return "contradicted", "near-rank loss falls, and less than half of the accuracy comes back"
+        return "contradicted", "near-rank loss falls, and less than half of the accuracy returns"
     if gain.is_significant(1) and gain.mean >= HALF * lost:
-        return "supported", "near-rank loss falls, and accuracy comes back"
-    return "undecided", "too uncertain to tell"
+        return "supported", "near-rank loss falls, and accuracy returns"
+    return "undecided", "the interval is too wide to decide"
 
 
 def _penalised_layers(arm: Arm) -> Sequence[str]:
-    """Layers that an arm's penalty holds for; none for all."""
+    """Layers to which an arm's penalty applies; empty for all."""
     layers = arm.settings.get("algorithm.rank_layers")
     named = [str(layer) for layer in layers] if isinstance(layers, list | tuple) else []
     return [] if any(layer == "auto" or "*" in layer for layer in named) else named
@@ -272,62 +298,68 @@ def _mean(values: Mapping[int, float]) -> float:
     return fmean(values.values())
 
 
-def _beside(correlations: Sequence[Correlation]) -> str:
-    """The strongest correlations, in words; they decide nothing."""
-    told = ", ".join(
+def _correlation_note(correlations: Sequence[Correlation]) -> str:
+    """The strongest correlations as a sentence; they decide no claim."""
+    strongest = ", ".join(
         f"{c.measure} {c.r:+.2f} [{c.interval[0]:+.2f}, {c.interval[1]:+.2f}]"
         + ("" if c.partial is None else f" ({c.partial:+.2f} given updates)")
         for c in [c for c in correlations if c.interval][:3]
         if c.interval
     )
-    return f"What goes most with the accuracy lost (a correlation, no cause): {told}." if told else ""
+    return f"Strongest correlations with accuracy lost (not evidence of a cause): {strongest}." if strongest else ""
 
 
 def _remedy(key: str, claim: str, pairs: Sequence[tuple[Arm, Arm | None]], base: Arm, gap: Claim) -> Claim:
-    """Whether arms that claim to close the gap leave it open (supported), or one of them closes it (contradicted).
+    """Whether all arms with a remedy leave the gap open (supported), or one of them closes it (contradicted).
 
-    Each stands beside its twin, the arm of the same batch that is without the remedy: where the twin loses nothing,
-    there is nothing to resolve.
+    Each arm is compared with its control, the arm with the same batch size without the remedy. If the control loses no
+    accuracy, there is no gap to close.
     """
-    control = "The arm of the same batch that is without it, which must lose accuracy, and the baseline."
+    control = "The arm with the same batch without the remedy, which must lose accuracy, and the baseline."
     if gap.outcome != "supported":
-        return Claim(key, claim, "undecided", NEEDS_GAP, control)
-    both = [(arm, twin) for arm, twin in pairs if twin and accuracy_lost(arm, base) and accuracy_lost(twin, base)]
+        return Claim(key, claim, "undecided", NO_GAP, control)
+    both = [
+        (arm, control_arm)
+        for arm, control_arm in pairs
+        if control_arm and accuracy_lost(arm, base) and accuracy_lost(control_arm, base)
+    ]
     (left,) = corrected(contrasts([(arm, base) for arm, _ in both], accuracy_lost))
-    twins = {twin.name: twin for _, twin in both}
-    (before,) = corrected(contrasts([(twin, base) for twin in twins.values()], accuracy_lost))
+    control_arms = {control_arm.name: control_arm for _, control_arm in both}
+    (before,) = corrected(contrasts([(control_arm, base) for control_arm in control_arms.values()], accuracy_lost))
     verdicts: list[Outcome] = []
-    words: list[str] = []
-    for (arm, twin), c in zip(both, left, strict=True):
-        lost = next(each for each in before if each.name == twin.name)
-        text = f"{arm.name} leaves {_points(c)} of the {_points(lost)} points that {twin.name} loses"
+    sentences: list[str] = []
+    for (arm, control_arm), c in zip(both, left, strict=True):
+        lost = next(each for each in before if each.name == control_arm.name)
+        text = f"{arm.name} leaves {_points(c)} of the {_points(lost)} points that {control_arm.name} loses"
         interval = t_interval([*c.values.values()], 1 - ALPHA / len(both)) if c.interval else None
-        high = interval[1] if interval else float("inf")  # the best of several is picked here
+        high = interval[1] if interval else float("inf")  # corrected, because one of several arms suffices
         if not lost.is_significant(1):
-            words.append(f"{text}, which is nothing to resolve")
+            sentences.append(f"{text}, so there is no gap to close")
             continue
         if high >= NEGLIGIBLE_GAP and c.is_significant(1):
             verdicts.append("supported")
         elif high < NEGLIGIBLE_GAP or high < CLOSED * lost.mean:
             verdicts.append("contradicted")
-            text += " and so resolves it"
+            text += " and so closes the gap"
         else:
             verdicts.append("undecided")
-            text += ", too uncertain to tell"
-        words.append(text)
-    words += [f"{arm.name} has no twin without it" for arm, twin in pairs if twin is None]
-    because = "; ".join(words) + "." if words else "No such arm has a pair with the baseline."
+            text += ", the interval is too wide to decide"
+        sentences.append(text)
+    sentences += [
+        f"{arm.name} has no arm without the remedy to compare with" for arm, control_arm in pairs if control_arm is None
+    ]
+    evidence = "; ".join(sentences) + "." if sentences else "No arm with the remedy shares a seed with the baseline."
     if "contradicted" in verdicts:
-        return Claim(key, claim, "contradicted", because, control)
+        return Claim(key, claim, "contradicted", evidence, control)
     left_open = bool(verdicts) and all(verdict == "supported" for verdict in verdicts)
-    return Claim(key, claim, "supported" if left_open else "undecided", because, control)
+    return Claim(key, claim, "supported" if left_open else "undecided", evidence, control)
 
 
-# -- in words ----------------------------------------------------------------------------------------------------------
+# -- text -------------------------------------------------------------------------------------------------------------
 
 
-def _listed(found: Sequence[Contrast], show: Callable[[Contrast], str]) -> str:
-    return ", ".join(f"{c.name} {show(c)}" for c in found)
+def _listed(tested: Sequence[Contrast], show: Callable[[Contrast], str]) -> str:
+    return ", ".join(f"{c.name} {show(c)}" for c in tested)
 
 
 def _points(c: Contrast) -> str:
@@ -341,8 +373,6 @@ def _share(c: Contrast) -> str:
 
 def _bounds(c: Contrast, scale: float, style: str) -> str:
     if c.interval is None:
-        return (
-            " (one pair)" if len(c.values) == 1 else f" (the same in all {len(c.values)} pairs: no spread to judge by)"
-        )
+        return " (one pair)" if len(c.values) == 1 else f" (the same in all {len(c.values)} pairs: no interval)"
     low, high = (format(scale * end, f"+{style}") for end in c.interval)
     return f" [{low}, {high}]"

@@ -1,6 +1,6 @@
-"""How explanations go with the accuracy that runs lose: over runs, seeds removed, updates held constant.
+"""Correlation of each measure with the accuracy lost: over runs, seeds removed, updates held constant.
 
-Correlation is not cause: what is said here never decides a claim alone (see `verdict`).
+Correlation is not cause: these numbers decide no claim (see `claims`).
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,13 @@ from gengap_dist.analysis.results import Correlation, Run
 from gengap_dist.statistics.correlation import fisher, less_group_mean, p_value_of_r, partial_correlation, pearson
 from gengap_dist.statistics.paired import holm
 
-POSITIVE = ("noise_scale", "hessian/", "keskar_sharpness", "nc1", "updates")  # differ by factors: taken as logarithms
+POSITIVE = (
+    "noise_scale",
+    "hessian/",
+    "keskar_sharpness",
+    "nc1",
+    "updates",
+)  # differ by factors: their logarithms are used
 UPDATES = "updates"
 
 
@@ -24,28 +30,28 @@ def correlations(runs: Sequence[Run]) -> list[Correlation]:
     for A arms and k variables held constant. The partial correlation holds u, the logarithm of the updates, constant:
     (r_xy - r_xu r_yu) / sqrt((1 - r_xu^2) (1 - r_yu^2)).
     """
-    done = [run for run in runs if run.status == "finished" and run.accuracy is not None]
-    names = list(dict.fromkeys(name for run in done for name in run.measures))
-    found = [_correlation(name, done) for name in [*names, UPDATES]]
-    out = [correlation for correlation in found if correlation]
+    finished = [run for run in runs if run.status == "finished" and run.accuracy is not None]
+    names = list(dict.fromkeys(name for run in finished for name in run.measures))
+    candidates = [_correlation(name, finished) for name in [*names, UPDATES]]
+    out = [correlation for correlation in candidates if correlation]
     adjusted = holm([correlation.p for correlation in out])
     out = [correlation._replace(holm=p) for correlation, p in zip(out, adjusted, strict=True)]
     return sorted(out, key=lambda correlation: -abs(correlation.r))
 
 
 def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
-    having = [(run, value) for run in runs if np.isfinite(value := _value(name, run))]
-    num_arms = len({run.arm for run, _ in having})
+    measured = [(run, value) for run in runs if np.isfinite(value := _value(name, run))]
+    num_arms = len({run.arm for run, _ in measured})
     if num_arms < 3:
         return None
-    seeds = [run.seed for run, _ in having]
-    x = less_group_mean(np.array([value for _, value in having]), seeds)
-    y = less_group_mean(np.array([-(run.accuracy or 0.0) for run, _ in having]), seeds)
-    u = less_group_mean(np.log([max(1, run.num_updates) for run, _ in having]), seeds)
+    seeds = [run.seed for run, _ in measured]
+    x = less_group_mean(np.array([value for _, value in measured]), seeds)
+    y = less_group_mean(np.array([-(run.accuracy or 0.0) for run, _ in measured]), seeds)
+    u = less_group_mean(np.log([max(1, run.num_updates) for run, _ in measured]), seeds)
     r = pearson(x, y)
     if r is None:
         return None
-    known = all(run.num_updates for run, _ in having)
+    known = all(run.num_updates for run, _ in measured)
     partial = partial_correlation(x, y, u) if known and name != UPDATES else None
     return Correlation(
         measure=name,
@@ -55,7 +61,7 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
         partial_interval=None if partial is None else fisher(partial, num_arms, held=1),
         p=p_value_of_r(r, num_arms),
         holm=None,
-        num_runs=len(having),
+        num_runs=len(measured),
         num_arms=num_arms,
     )
 

@@ -1,11 +1,11 @@
-"""Runs from here and there as one study: which of them are one arm, and what the arms are called."""
+"""Combines runs from several places into one study: groups them into arms, and names the arms."""
 
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.analysis.study_data import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, tuned_in
+from gengap_dist.analysis.study_data import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, tuned_settings
 from gengap_dist.config.identity import differing, effective, settings_of
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
@@ -13,71 +13,73 @@ from gengap_dist.runs.run_folder import read_info
 from gengap_dist.tracking.mlflow.importer import Names, find, save
 from gengap_dist.tracking.mlflow.uploader import connect, store_uri
 
-MOST_TOLD = 3  # settings in an arm's name
+MAX_NAMED_SETTINGS = 3  # in an arm's name
 CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", MEASURED_AT)
 
 
 class Source(NamedTuple):
-    """A run folder, and what is known of it besides."""
+    """A run folder, and what its study says about it."""
 
     folder: Path
     arm: str = ""
-    """What its study calls it."""
+    """The arm's name in its study; empty without a study."""
     tuned: frozenset[str] = frozenset()
-    """Settings that its study has tuned."""
+    """Settings tuned by its study."""
     is_baseline: bool = False
-    """Whether its study compares others with it."""
+    """Whether it belongs to its study's baseline."""
 
 
 def gather(
     sources: Sequence[str], out: Path, names: Names, uri: str | None, question: str
 ) -> tuple[StudyData, list[str]]:
-    """A study of the runs that `sources` name, and what was wrong with some.
+    """A study of the runs in `sources`, and one sentence for each problem found.
 
     Args:
-        sources: folders of runs or studies, or folders that hold some; `runs:/ID`, `experiments:/NAME`.
-        out: the comparison's folder; runs from MLflow are kept in its `runs`.
-        names: what runs from MLflow call things.
-        uri: their store.
-        question: for the head of the report.
+        sources: folders of runs or studies, or folders that contain some; `runs:/ID`, `experiments:/NAME`.
+        out: the comparison's folder; runs from MLflow are stored in its `runs`.
+        names: names of metrics and parameters in MLflow.
+        uri: the MLflow store.
+        question: printed at the head of the report.
 
     Raises:
-        UsageError: if a source holds no run, all are unreadable, or none has a test accuracy.
+        UsageError: if a source contains no run, all runs are unreadable, or none has a test accuracy.
     """
     problems: list[str] = []
-    found: list[Source] = []
+    collected: list[Source] = []
     for source in sources:
-        given = _from_mlflow(source, out, names, uri) if ":/" in source else _on_disk(Path(source))
-        known = {each.folder for each in found}
-        found += [each for each in given if each.folder not in known]
+        new = _from_mlflow(source, out, names, uri) if ":/" in source else _on_disk(Path(source))
+        seen = {each.folder for each in collected}
+        collected += [each for each in new if each.folder not in seen]
     runs: list[RunData] = []
-    for each in found:
+    for each in collected:
         try:
-            runs.append(_whole(each))
+            runs.append(_checked_run(each))
         except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
-            problems.append(f"{each.folder} is left out: it is no whole run folder ({error})")
+            problems.append(f"{each.folder} is left out: it is not a complete run folder ({error})")
     if not runs:
         raise UsageError(f"no run can be read from {', '.join(sources)}: give folders that hold a run.json")
     if not any(accuracy_of(run) is not None for run in runs):
         raise UsageError(
-            f"none of the {len(runs)} runs has {names.accuracy}: say with --accuracy what they call test accuracy"
+            f"none of the {len(runs)} runs has {names.accuracy}: give the name of their test accuracy with --accuracy"
         )
-    of = {source.folder: source for source in found}
+    of = {source.folder: source for source in collected}
     tuned = {name for run in runs for name in of[run.folder].tuned}
     arms = _arms(runs, tuned)
-    baseline = min(arms, key=lambda arm: _first_choice(arms[arm], of))
-    members, doubled = [], []
+    baseline = min(arms, key=lambda arm: _baseline_order(arms[arm], of))
+    members, duplicates = [], []
     for arm, of_arm in arms.items():
         for seed in sorted({run.seed for run in of_arm}):
-            same = [run for run in of_arm if run.seed == seed]
-            same.sort(key=lambda run: (run.info["status"] == run_folder.FINISHED, accuracy_of(run) is not None))
-            doubled += [f"{arm}, seed {seed}"] if len(same) > 1 else []
-            members.append(RunData(same[-1].folder, arm, same[-1].info))
+            same_seed = [run for run in of_arm if run.seed == seed]
+            same_seed.sort(key=lambda run: (run.info["status"] == run_folder.FINISHED, accuracy_of(run) is not None))
+            duplicates += [f"{arm}, seed {seed}"] if len(same_seed) > 1 else []
+            members.append(RunData(same_seed[-1].folder, arm, same_seed[-1].info))
     data = sorted({str(_of_data(run)) for run in runs})
     if len(data) > 1:
         problems.append(f"the runs are of different data ({', '.join(data)}): their accuracies are not comparable")
-    if doubled:
-        problems.append(f"several runs are the same arm and seed, of which one counts: {'; '.join(doubled)}")
+    if duplicates:
+        problems.append(
+            f"several runs have the same arm and seed, and only one of them is used: {'; '.join(duplicates)}"
+        )
     info = {
         "schema": 1,
         "status": run_folder.FINISHED,
@@ -101,36 +103,36 @@ def _of_data(run: RunData) -> object:
     return (run.info.get("data") or {}).get("name") or settings_of(run.info).get("data.name")
 
 
-def _whole(source: Source) -> RunData:
-    """A run that has what every comparison needs.
+def _checked_run(source: Source) -> RunData:
+    """Read a run and check that it has what a comparison needs.
 
     Raises:
-        UsageError: if it has not.
+        UsageError: if it does not.
     """
     run = RunData(source.folder, source.arm, read_info(source.folder))
     accuracy, size, seed = accuracy_of(run), run.global_size, run.seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(size, int):
-        raise UsageError(f"its seed ({seed}) and batch ({size}) are no whole numbers: mend its run.json")
+        raise UsageError(f"its seed ({seed}) and batch ({size}) are not integers: correct its run.json")
     if accuracy is not None and not 0 <= accuracy <= 1:
-        raise UsageError(f"its test accuracy ({accuracy}) is not a share of 1: mend its run.json")
+        raise UsageError(f"its test accuracy ({accuracy}) is not between 0 and 1: correct its run.json")
     run.check()
     _ = run.info["status"], settings_of(run.info)
     return run
 
 
 def accuracy_of(run: RunData) -> float | None:
-    """Test accuracy of a run; None without."""
+    """Test accuracy of a run, a share of 1; None if it has none."""
     return (run.info.get("result") or {}).get("test/accuracy")
 
 
-def _first_choice(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> tuple[bool, int, int]:
-    """Smallest for the arm to compare with: a study's own baseline, else the smallest batch with the most results."""
+def _baseline_order(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> tuple[bool, int, int]:
+    """Sort key, smallest for the baseline: a study's own baseline, else the smallest batch with the most results."""
     of_study = any(sources[run.folder].is_baseline for run in arm)
     return (not of_study, arm[0].global_size, -sum(run.info["status"] == run_folder.FINISHED for run in arm))
 
 
 def _on_disk(folder: Path) -> Iterator[Source]:
-    """Run folders at or below a folder; of studies, the runs that they compare."""
+    """Run folders at or below a folder; for a study, the runs that it compares."""
     folder = folder.resolve()
     studies = sorted(path.parent for path in folder.rglob("study.json"))
     loose = [
@@ -139,11 +141,11 @@ def _on_disk(folder: Path) -> Iterator[Source]:
         if not any(path.is_relative_to(study) for study in studies)
     ]
     if not loose and not studies:
-        raise UsageError(f"RUN ({folder}) holds no run.json, nor does a folder below it: give the folder of a run")
+        raise UsageError(f"RUN ({folder}) contains no run.json, nor does any folder below it: give the folder of a run")
     yield from (Source(path) for path in loose)
     for path in studies:
         study = read_study(path)
-        tuned = tuned_in(study.info)
+        tuned = tuned_settings(study.info)
         for run in study.runs:
             yield Source(run.folder, run.arm, tuned, run.arm == study.baseline)
 
@@ -169,10 +171,10 @@ def _from_mlflow(source: str, out: Path, names: Names, uri: str | None) -> Itera
 
 
 def _arms(runs: Iterable[RunData], tuned: Collection[str]) -> dict[str, list[RunData]]:
-    """Runs of equal settings, but for the seed and what was tuned, under one name: their study's, or what differs."""
+    """Runs by arm: equal settings except the seed and what was tuned; named by the study, or by what differs."""
     groups: list[list[RunData]] = []
     for run in runs:
-        group = next((group for group in groups if _alike(group[0], run, tuned)), None)
+        group = next((group for group in groups if _same_arm(group[0], run, tuned)), None)
         if group is None:
             groups.append([run])
         else:
@@ -180,22 +182,22 @@ def _arms(runs: Iterable[RunData], tuned: Collection[str]) -> dict[str, list[Run
     groups.sort(key=lambda group: group[0].global_size)
     out: dict[str, list[RunData]] = {}
     for group in groups:
-        plain = group[0].arm or _name(group[0], groups[0][0])
-        name, number = plain, 2
+        base_name = group[0].arm or _name(group[0], groups[0][0])
+        name, number = base_name, 2
         while name in out:
-            name, number = f"{plain} ({number})", number + 1
+            name, number = f"{base_name} ({number})", number + 1
         out[name] = group
     return out
 
 
-def _alike(one: RunData, other: RunData, tuned: Collection[str]) -> bool:
-    apart = differing(settings_of(one.info), settings_of(other.info)) - set(tuned)
-    return one.global_size == other.global_size and not apart and (not tuned or one.arm == other.arm)
+def _same_arm(first: RunData, second: RunData, tuned: Collection[str]) -> bool:
+    different = differing(settings_of(first.info), settings_of(second.info)) - set(tuned)
+    return first.global_size == second.global_size and not different and (not tuned or first.arm == second.arm)
 
 
 def _name(run: RunData, first: RunData) -> str:
-    """The batch, and what else differs from the first arm."""
+    """The batch size, and the other settings that differ from the first arm."""
     settings: dict[str, Any] = effective(settings_of(run.info))
     differs = sorted(differing(settings_of(run.info), settings_of(first.info)))
-    told = [f"{name}={settings.get(name)}" for name in differs[:MOST_TOLD]]
-    return " ".join([f"b{run.global_size}", *told, *(["..."] if len(differs) > MOST_TOLD else [])])
+    shown = [f"{name}={settings.get(name)}" for name in differs[:MAX_NAMED_SETTINGS]]
+    return " ".join([f"b{run.global_size}", *shown, *(["..."] if len(differs) > MAX_NAMED_SETTINGS else [])])

@@ -1,6 +1,6 @@
-"""What a set of runs says: gaps with intervals, what goes with them, and which claims the numbers support.
+"""Results of a comparison: gaps with intervals, correlations, the critical batch, and outcomes of the claims.
 
-Pure functions of numbers: no folder is read here, and nothing is drawn. `compare` puts everything together.
+Only data types of numbers and text: nothing is read or drawn here. `compare` builds a `Comparison`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,102 +12,102 @@ Outcome = Literal["supported", "contradicted", "undecided"]
 
 
 class Run(NamedTuple):
-    """One run as a comparison sees it."""
+    """The data of one run that a comparison uses."""
 
     arm: str
     seed: int
     status: str
-    """finished, diverged, failed, ...: only finished runs have results, the others are counted."""
+    """finished, diverged, failed, ...: only finished runs have results; the others are counted."""
     global_size: int
     num_updates: int
-    """0 if that is not known, and so for epochs."""
+    """0 if unknown; the same holds for `num_epochs`."""
     num_epochs: float
     settings: Mapping[str, object]
-    """Dotted settings that say what was computed, the seed left out."""
+    """Dotted settings that define the computation, without the seed."""
     accuracy: float | None
-    """Test accuracy at the end, a share of 1; None if there is none."""
+    """Final test accuracy, a share of 1; None if there is none."""
     measures: Mapping[str, float]
-    """Explanations of a gap at the last measurement, by name: `near_rank_loss/fc2/rel_1e-2`, `noise_scale`, ..."""
+    """Measures that may explain a gap, at the last measurement: `near_rank_loss/fc2/rel_1e-2`, `noise_scale`, ..."""
     own_batch: Mapping[str, float]
-    """The same names, of matrices with as many rows as the run's own batch, at the last measurement."""
+    """The same measures on a probe set as large as the run's own batch, at the last measurement."""
     own_batch_untrained: Mapping[str, float]
-    """The same at the first."""
+    """The same at the first measurement."""
     num_probe_samples: int | None
-    """Images in the fixed probe set; None if that is not known."""
+    """Images in the fixed probe set; None if unknown."""
     target: float | None
     """Validation accuracy to reach; None if none was set."""
     updates_to_target: int | None
-    """Updates that took; None if it was not reached."""
+    """Updates until the target was reached; None if it was not reached."""
 
 
 class Gap(NamedTuple):
-    """An arm against the baseline; accuracies are shares of 1, the gap is baseline minus arm."""
+    """Baseline minus arm, in test accuracy as a share of 1."""
 
     paired: Paired
     p: float | None
     """Two-sided p of the paired t test; None for fewer than two pairs, or if all differences are equal."""
     holm: float | None
-    """The same, corrected for all arms of the study (Holm 1979)."""
+    """`p` corrected for all arms of the study (Holm 1979)."""
     ci_half_width: float | None
-    """Half the t interval, below which a difference is not told from none with this spread; None without one."""
+    """Half the width of the t interval; a smaller difference is not significant. None without an interval."""
     minimum_detectable_effect: float | None
-    """A true difference that the paired t test finds four times in five, with these seeds and this spread."""
+    """True difference that the paired t test detects with 80% power, for this number of seeds and this spread."""
     matched: str
     """What the arm has in common with the baseline: "epochs", "updates", "epochs and updates" or ""."""
-    lost: str
-    """Runs of the arm that gave no result, in words: "1 diverged"; empty if none."""
+    unfinished_runs: str
+    """Runs of the arm without a result, as text ("1 diverged"); empty if there are none."""
 
 
 class Correlation(NamedTuple):
-    """How an explanation goes with test accuracy lost, over runs, seeds removed."""
+    """Correlation of a measure with test accuracy lost, over runs, seeds removed."""
 
     measure: str
     r: float
     interval: Interval | None
-    """95%, for as many independent observations as there are arms; None for too few."""
+    """95% interval, with one independent observation per arm; None for too few arms."""
     partial: float | None
-    """The same with the logarithm of the number of updates held constant; None where that leaves nothing."""
+    """Partial correlation, the logarithm of the number of updates held constant; None if it is not defined."""
     partial_interval: Interval | None
     p: float | None
     holm: float | None
-    """p corrected for all explanations."""
+    """p corrected for all measures."""
     num_runs: int
     num_arms: int
 
 
 class Target(NamedTuple):
-    """Updates to a validation accuracy, by global batch (Shallue et al. 2019), and the curve through them."""
+    """Updates to a validation accuracy, by global batch (Shallue et al. 2019), and the fitted curve."""
 
     accuracy: float
     updates: Mapping[str, Mapping[int, int]]
     """Arm to seed to updates."""
     missed: Mapping[str, int]
-    """Arm to number of runs that did not get there."""
+    """Arm to number of runs that did not reach it."""
     least_updates: float | None
     """S_min of S = S_min (1 + B_crit / B) (McCandlish et al. 2018), fitted to all runs; None below 3 batches."""
     critical_batch: float | None
-    """B_crit of the same."""
+    """B_crit of the same curve."""
     critical_interval: Interval | None
     noise_scale: float | None
-    """Measured gradient noise scale at the end, median over baseline runs: what B_crit should be."""
+    """Measured gradient noise scale at the end, median over baseline runs: predicts B_crit."""
 
 
 class Claim(NamedTuple):
-    """A claim, and what the numbers make of it."""
+    """A claim of the paper, and its outcome in this study."""
 
     key: str
     """Short name: "gap", "near_rank_loss_grows", "explains", "scaling", "longer_training"."""
     claim: str
-    """What the paper says, in one sentence."""
+    """The claim, in one sentence."""
     outcome: Outcome
     evidence: str
-    """The numbers behind the outcome, in words."""
+    """The numbers that decide the outcome, as sentences."""
     control: str
-    """The control that decides it, in words."""
+    """The control that decides it, in one sentence."""
 
 
 class Comparison(NamedTuple):
-    """All of it."""
+    """A study compared with its baseline."""
 
     baseline: str
     gaps: Mapping[str, Gap]
@@ -116,4 +116,4 @@ class Comparison(NamedTuple):
     target: Target | None
     claims: Sequence[Claim]
     caveats: Sequence[str]
-    """What cannot be concluded, and why: one sentence each."""
+    """Limits of the comparison, one sentence each."""

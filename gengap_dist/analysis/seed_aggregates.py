@@ -1,6 +1,6 @@
-"""The runs of an arm as one: mean and interval over its seeds, at every step that all of them have.
+"""Aggregates the runs of an arm over its seeds: mean and interval at every step that all seeds have.
 
-Pure functions of what run folders hold.
+Pure functions of the contents of run folders.
 """
 
 import math
@@ -23,20 +23,19 @@ Line = dict[str, Any]
 
 
 class Curves(NamedTuple):
-    """Means over seeds, and how far their 95% intervals reach, at the steps that all seeds have."""
+    """Means over seeds, and half-widths of their 95% intervals, at the steps that all seeds have."""
 
     steps: np.ndarray
-    """int64 [steps], rising."""
+    """int64 [steps], increasing."""
     seconds: np.ndarray
-    """float64 [steps]: mean time since the runs began."""
+    """float64 [steps]: mean time since the start of the runs."""
     names: Sequence[str]
     mean: np.ndarray
     """float64 [steps, names]."""
-    half: np.ndarray
-    """Half of the interval, of the same shape: t_{0.975, n-1} s / sqrt(n); nan for one seed and for values that are not
-    finite."""
+    ci_half_width: np.ndarray
+    """float64 [steps, names]: t_{0.975, n-1} s / sqrt(n); nan for one seed and for values that are not finite."""
     known: np.ndarray
-    """bool of the same shape: whether all seeds have it there."""
+    """bool [steps, names]: whether all seeds have the metric at that step."""
 
 
 def summary(name: str, values: Sequence[float]) -> dict[str, float]:
@@ -53,11 +52,11 @@ def summary(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list[Line]:
-    """Lines as those of metrics.jsonl, in rising order of step; the last one also has the results.
+    """Lines as in metrics.jsonl, in increasing order of step; the last one also has the results.
 
-    Curves are NAME/mean, /ci_low and /ci_high over the finished seeds, at the steps where each of them has NAME.
+    Curves are NAME/mean, /ci_low and /ci_high over the finished seeds, at the steps where all of them have NAME.
     Results have NAME/num_seeds as well, `sb_lb_gap` is the baseline's test accuracy minus the arm's, paired by seed,
-    and `num_runs/STATUS` counts all runs, those without a result too.
+    and `num_runs/STATUS` counts all runs, including those without a result.
 
     Args:
         arm: all runs of the arm.
@@ -74,9 +73,9 @@ def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list
         numbers = [float(value) for value in values if isinstance(value, int | float | str)]
         if numbers and not name.startswith("time/"):
             last |= summary(name, numbers) | {f"{name}/num_seeds": len(numbers)}
-    theirs, ours = _accuracies(baseline), _accuracies(arm)
-    if theirs.keys() & ours.keys():
-        gap = paired(theirs, ours)
+    of_baseline, of_arm = _accuracies(baseline), _accuracies(arm)
+    if of_baseline.keys() & of_arm.keys():
+        gap = paired(of_baseline, of_arm)
         last |= {"sb_lb_gap/mean": gap.mean, "sb_lb_gap/num_seeds": len(gap.differences)}
         if gap.student:
             last |= {"sb_lb_gap/ci_low": gap.student[0], "sb_lb_gap/ci_high": gap.student[1]}
@@ -86,34 +85,38 @@ def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list
 
 
 def curves(runs: Sequence[MetricsTable]) -> Curves:
-    """What is worth drawing (`CHARTED`) over runs that have recorded something, one or several.
+    """The metrics in `CHARTED` over one or several runs that have recorded something.
 
-    The loss of training counts only where validation stands beside it.
+    The training loss is kept only at steps that also have a validation accuracy.
     """
     steps = reduce(np.intersect1d, (run.series("step")[1] for run in runs))
     names = [name for name in runs[0].columns if _charted(name) and all(name in run.columns for run in runs)]
-    cells = [run.at(steps, ["seconds", *names]) for run in runs]
-    values, known = np.stack([cell[0] for cell in cells]), np.all([cell[1] for cell in cells], axis=0)
+    tables = [run.at(steps, ["seconds", *names]) for run in runs]
+    values, known = np.stack([table[0] for table in tables]), np.all([table[1] for table in tables], axis=0)
     if "train/loss" in names:
-        beside = known[:, 1 + names.index("val/accuracy")] if "val/accuracy" in names else False
-        known[:, 1 + names.index("train/loss")] &= beside
+        with_validation = known[:, 1 + names.index("val/accuracy")] if "val/accuracy" in names else False
+        known[:, 1 + names.index("train/loss")] &= with_validation
     mean = values.mean(axis=0)
     with np.errstate(invalid="ignore"):  # inf - inf
-        half = t_half(values) if len(runs) > 1 else np.full(mean.shape, np.nan)
-    return Curves(steps.astype(np.int64), mean[:, 0], names, mean[:, 1:], half[:, 1:], known[:, 1:])
+        half_width = t_half(values) if len(runs) > 1 else np.full(mean.shape, np.nan)
+    return Curves(steps.astype(np.int64), mean[:, 0], names, mean[:, 1:], half_width[:, 1:], known[:, 1:])
 
 
-def _lines(found: Curves) -> list[Line]:
-    """Lines as those of metrics.jsonl: steps that have a curve, and the last."""
+def _lines(curves: Curves) -> list[Line]:
+    """Lines as in metrics.jsonl: the steps with at least one curve, and the last step."""
     out: list[Line] = []
-    for row, step in enumerate(found.steps.tolist()):
-        line: Line = {"step": step, "seconds": float(found.seconds[row])}
-        for column in np.flatnonzero(found.known[row]).tolist():
-            name, mean, half = found.names[column], float(found.mean[row, column]), float(found.half[row, column])
+    for row, step in enumerate(curves.steps.tolist()):
+        line: Line = {"step": step, "seconds": float(curves.seconds[row])}
+        for column in np.flatnonzero(curves.known[row]).tolist():
+            name, mean, half_width = (
+                curves.names[column],
+                float(curves.mean[row, column]),
+                float(curves.ci_half_width[row, column]),
+            )
             line[f"{name}/mean"] = mean
-            if math.isfinite(half):
-                line |= {f"{name}/ci_low": mean - half, f"{name}/ci_high": mean + half}
-        if len(line) > 2 or row == len(found.steps) - 1:
+            if math.isfinite(half_width):
+                line |= {f"{name}/ci_low": mean - half_width, f"{name}/ci_high": mean + half_width}
+        if len(line) > 2 or row == len(curves.steps) - 1:
             out.append(line)
     return out
 
@@ -123,6 +126,6 @@ def _charted(name: str) -> bool:
 
 
 def _accuracies(seeds: Sequence[SeedRun]) -> dict[int, float]:
-    """Seed to test accuracy, of the runs that have one."""
-    found = {seed.info["seed"]: seed.info.get("result", {}).get("test/accuracy") for seed in seeds}
-    return {seed: accuracy for seed, accuracy in found.items() if accuracy is not None}
+    """Seed to test accuracy, for the runs that have one."""
+    by_seed = {seed.info["seed"]: seed.info.get("result", {}).get("test/accuracy") for seed in seeds}
+    return {seed: accuracy for seed, accuracy in by_seed.items() if accuracy is not None}

@@ -1,4 +1,4 @@
-"""Run folders as data for tables and figures."""
+"""Reads run folders and study folders for tables and figures."""
 
 import math
 import re
@@ -20,12 +20,12 @@ from gengap_dist.runs.run_folder import FINISHED, load_spectra, read_info, read_
 from gengap_dist.statistics.paired import Paired, paired
 
 EXPLANATIONS = re.compile(MEASURED + "|relative_distance_from_init")
-CURVES = ("step", "epoch", "train/loss", "val/accuracy")  # what figures draw of every run
-MEASURED_AT = "probe_seconds/near_rank_loss"  # in every line of a measurement
+CURVES = ("step", "epoch", "train/loss", "val/accuracy")  # drawn for every run
+MEASURED_AT = "probe_seconds/near_rank_loss"  # present in every line with a probe measurement
 
 
-class _Recorded(NamedTuple):
-    """What is kept in memory of metrics.jsonl: a study may have thousands of runs."""
+class _MetricsSummary(NamedTuple):
+    """The part of metrics.jsonl that is kept in memory, because a study may have thousands of runs."""
 
     first: Mapping[str, float]
     last: Mapping[str, float]
@@ -33,15 +33,15 @@ class _Recorded(NamedTuple):
     curves: MetricsTable
 
 
-def _digest(found: MetricsTable) -> _Recorded:
-    if MEASURED_AT in found.columns:
-        measured = np.flatnonzero(found.known[:, found.columns[MEASURED_AT]])
-        first, last = found.line(measured[0]), found.line(measured[-1])
-    else:  # a run that something else has trained measures when it likes
-        ends = {name: found.series(name)[1][[0, -1]] for name in found.columns if EXPLANATIONS.fullmatch(name)}
+def _summarise_metrics(table: MetricsTable) -> _MetricsSummary:
+    if MEASURED_AT in table.columns:
+        measured = np.flatnonzero(table.known[:, table.columns[MEASURED_AT]])
+        first, last = table.line(measured[0]), table.line(measured[-1])
+    else:  # a run of another program may measure at any step
+        ends = {name: table.series(name)[1][[0, -1]] for name in table.columns if EXPLANATIONS.fullmatch(name)}
         first, last = ({name: float(end[at]) for name, end in ends.items()} for at in (0, 1))
-    epochs = found.series("epoch")[1]
-    return _Recorded(first, last, float(epochs[-1]) if len(epochs) else 0.0, found.only(CURVES))
+    epochs = table.series("epoch")[1]
+    return _MetricsSummary(first, last, float(epochs[-1]) if len(epochs) else 0.0, table.only(CURVES))
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,21 @@ class RunData:
 
     @property
     def seed(self) -> int:
-        """Its seed."""
+        """Seed of the run."""
         return self.info["seed"]
 
     @property
     def global_size(self) -> int:
-        """Its global batch."""
+        """Global batch size."""
         return self.info["config"]["batch"]["global_size"]
 
     def history(self) -> MetricsTable:
-        """All that was recorded, read anew."""
+        """All recorded metrics, read from disk at each call."""
         return read_metrics_table(self.folder)
 
     @cached_property
-    def _recorded(self) -> _Recorded:
-        return _digest(self.history())
+    def _recorded(self) -> _MetricsSummary:
+        return _summarise_metrics(self.history())
 
     @property
     def num_epochs(self) -> float:
@@ -76,7 +76,7 @@ class RunData:
         return self._recorded.num_epochs
 
     def check(self) -> None:
-        """Read what the report needs.
+        """Read the metrics that the report needs, to detect damage.
 
         Raises:
             ValueError: if metrics.jsonl is damaged.
@@ -84,36 +84,36 @@ class RunData:
         _ = self._recorded
 
     def series(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
-        """Values of `against` and of `name`, one of CURVES, where it was recorded."""
+        """Values of `against` and of `name` (one of CURVES) at the steps where `name` was recorded."""
         return self._recorded.curves.series(name, against)
 
-    def probed(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
-        """The lines of the first and of the last measurement; empty if there is none."""
+    def first_and_last_probe(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        """The metrics at the first and at the last measurement; empty if there is none."""
         return self._recorded.first, self._recorded.last
 
     def untrained_and_trained(self, name: str) -> tuple[float, float]:
-        """A probe's metric at the first and at the last measurement; nan where that measurement lacks it."""
-        first, last = self.probed()
+        """A probe's metric at the first and at the last measurement; nan where it is missing."""
+        first, last = self.first_and_last_probe()
         return first.get(name, float("nan")), last.get(name, float("nan"))
 
     def explanation(self, name: str) -> float:
-        """What a correlation calls `name`, at the last measurement; nan if this run lacks it."""
+        """The measure `name` of a correlation, at the last measurement; nan if this run does not have it."""
         if name == "updates":
             return float((self.info.get("result") or {}).get("num_steps", float("nan")))
         return self.untrained_and_trained(name)[1]
 
     def spectra_steps(self) -> list[int]:
-        """Steps whose spectra are on disk."""
+        """Steps with spectra on disk, in increasing order."""
         return sorted(int(path.stem.split("_")[1]) for path in (self.folder / "spectra").glob("step_*.npz"))
 
     def spectra(self, step: int) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
-        """Layer key to singular values and facts, at one step."""
+        """Layer key to singular values and their metadata, at one step."""
         return load_spectra(self.folder / "spectra" / f"step_{step:08d}.npz")
 
 
 @dataclass(frozen=True)
 class StudyData:
-    """A study folder, or one run seen as a study of one arm."""
+    """A study folder, or one run as a study of one arm."""
 
     folder: Path
     name: str
@@ -123,62 +123,62 @@ class StudyData:
     runs: list[RunData]
     info: dict[str, Any] = field(repr=False)
     unreadable: list[str] = field(default_factory=list)
-    """Folders of runs whose run.json is missing or damaged, in words."""
+    """One sentence for each run folder with a missing or damaged run.json."""
 
-    def of(self, arm: str) -> list[RunData]:
+    def runs_of(self, arm: str) -> list[RunData]:
         """Runs of one arm, by seed."""
         return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
 
-    def finished(self, arm: str) -> list[RunData]:
-        """Runs of one arm that came to their end, by seed."""
-        return [run for run in self.of(arm) if run.info["status"] == FINISHED]
+    def finished_runs(self, arm: str) -> list[RunData]:
+        """Finished runs of one arm, by seed."""
+        return [run for run in self.runs_of(arm) if run.info["status"] == FINISHED]
 
     def results(self, arm: str, name: str) -> dict[int, float]:
-        """Seed to a final result, over the finished runs of an arm that have it."""
-        values = {run.seed: (run.info.get("result") or {}).get(name) for run in self.finished(arm)}
+        """Seed to the final result `name`, for the finished runs of an arm that have it."""
+        values = {run.seed: (run.info.get("result") or {}).get(name) for run in self.finished_runs(arm)}
         return {seed: value for seed, value in values.items() if value is not None}
 
     def gap(self, arm: str, name: str = "test/accuracy") -> Paired | None:
-        """Baseline minus arm, paired by seed; None where no seed has both."""
-        ours, theirs = self.results(arm, name), self.results(self.baseline, name)
-        return paired(theirs, ours) if ours.keys() & theirs.keys() else None
+        """Baseline minus arm, paired by seed; None if no seed has both."""
+        of_arm, of_baseline = self.results(arm, name), self.results(self.baseline, name)
+        return paired(of_baseline, of_arm) if of_arm.keys() & of_baseline.keys() else None
 
-    def not_finished(self, arm: str) -> str:
-        """How many runs of an arm ended otherwise, in words; empty if none."""
+    def unfinished_runs(self, arm: str) -> str:
+        """Runs of an arm that did not finish, as text ("1 diverged"); empty if there are none."""
         counts: dict[str, int] = {}
-        for run in self.of(arm):
+        for run in self.runs_of(arm):
             if run.info["status"] != FINISHED:
                 counts[run.info["status"]] = counts.get(run.info["status"], 0) + 1
         trials = (self.info.get("tuned") or {}).get(arm, {}).get("trials", ())
-        if trials and not self.of(arm):
+        if trials and not self.runs_of(arm):
             return f"none of {len(trials)} trials finished"
         return ", ".join(f"{number} {status}" for status, number in counts.items())
 
     @cached_property
     def comparison(self) -> Comparison:
-        """What the study says, see `compare.compare`."""
+        """The comparison with the baseline, see `compare.compare`."""
         order = {arm: number for number, arm in enumerate(self.arms)}
-        tuned = tuned_in(self.info)
+        tuned = tuned_settings(self.info)
         runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))
-        return compare([_seen(run, tuned) for run in runs], self.baseline)
+        return compare([_comparison_run(run, tuned) for run in runs], self.baseline)
 
-    def against(self, baseline: str) -> "StudyData":
-        """The same with another baseline."""
+    def with_baseline(self, baseline: str) -> "StudyData":
+        """The same study with another baseline."""
         return replace(self, baseline=baseline, info=self.info | {"baseline": baseline})
 
     def layer_keys(self) -> list[str]:
-        """Layer keys that were measured, in the model's order."""
+        """Keys of the measured layers, in the model's order."""
         for run in self.runs:
             if steps := run.spectra_steps():
                 return list(run.spectra(steps[0]))
         return []
 
 
-def _seen(run: RunData, tuned: Collection[str]) -> Run:
-    """A run as comparisons see it; settings that were tuned for each arm do not tell arms apart."""
+def _comparison_run(run: RunData, tuned: Collection[str]) -> Run:
+    """The data of a run that a comparison uses; settings tuned for each arm are left out."""
     info, result = run.info, run.info.get("result") or {}
     settings = {name: value for name, value in settings_of(info).items() if name not in tuned}
-    first, last = run.probed()
+    first, last = run.first_and_last_probe()
     num_updates = int(result.get("num_steps") or info.get("num_steps") or 0)
     return Run(
         arm=run.arm,
@@ -198,19 +198,19 @@ def _seen(run: RunData, tuned: Collection[str]) -> Run:
     )
 
 
-def tuned_in(study: Mapping[str, Any]) -> frozenset[str]:
-    """Settings that a study has tuned."""
-    return frozenset(name for found in (study.get("tuned") or {}).values() for name in found.get("best") or {})
+def tuned_settings(study: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the settings tuned by a study."""
+    return frozenset(name for search in (study.get("tuned") or {}).values() for name in search.get("best") or {})
 
 
 def _section(info: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A section of a run's settings; empty where something else has trained it."""
-    found = info["config"].get(name)
-    return found if isinstance(found, Mapping) else {}
+    """A section of a run's settings; empty for runs of another program."""
+    section = info["config"].get(name)
+    return section if isinstance(section, Mapping) else {}
 
 
 def _explanations(line: Mapping[str, float], probe_set: str = "") -> dict[str, float]:
-    """What may explain a gap: raw activations of the fixed probe set, or of another, by the name of the fixed one.
+    """Measures that may explain a gap, on raw activations; the name of another probe set is removed from the names.
 
     >>> line = {"nc1": 2.0, "effective_rank/a": 8.0, "effective_rank/a/centred": 7.0, "effective_rank/a/own_batch": 3.0}
     >>> _explanations(line), _explanations(line, "/own_batch")
@@ -225,7 +225,7 @@ def _explanations(line: Mapping[str, float], probe_set: str = "") -> dict[str, f
 
 
 def metric(measure: str, key: str, threshold: str = "") -> str:
-    """The metric name of a measure of a layer, see `probes.metrics`.
+    """The metric name of a layer's measure, see `probes.metrics`.
 
     >>> metric("near_rank_loss", "fc2/centred", "abs_1e-2")
     'near_rank_loss/fc2/centred/abs_1e-2'
@@ -234,10 +234,10 @@ def metric(measure: str, key: str, threshold: str = "") -> str:
 
 
 def read_run(folder: Path, arm: str | None = None) -> RunData:
-    """One run folder.
+    """Read one run folder.
 
     Raises:
-        UsageError: if it is none.
+        UsageError: if it is not a run folder.
     """
     info = read_info(folder)
     if lacking := [name for name in ("seed", "status", "config") if name not in info]:
@@ -246,7 +246,7 @@ def read_run(folder: Path, arm: str | None = None) -> RunData:
 
 
 def read_study(folder: Path) -> StudyData:
-    """A study folder, or a single run's folder as a study of one arm.
+    """Read a study folder, or a run folder as a study of one arm.
 
     Raises:
         UsageError: if it is neither.
@@ -267,5 +267,5 @@ def read_study(folder: Path) -> StudyData:
         except UsageError as error:
             unreadable.append(str(error).replace(f"{folder}/", ""))
         except (KeyError, TypeError, ValueError) as error:
-            unreadable.append(f"{member['folder']} is not whole ({type(error).__name__}: {error})")
+            unreadable.append(f"{member['folder']} is damaged ({type(error).__name__}: {error})")
     return StudyData(folder, info["name"], info["question"], info["baseline"], info["arms"], runs, info, unreadable)

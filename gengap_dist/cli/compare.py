@@ -1,9 +1,9 @@
-"""Compare runs that are there already, from folders or from MLflow, also runs that something else has trained.
+"""Compare existing runs, from folders or from MLflow, including runs of other programs.
 
 Runs that share all settings but the seed are one arm; the arm with the smallest batch is the baseline.
 
 Examples:
-  gengap compare runs/sb* runs/lb*                      run folders, study folders, or folders that hold some
+  gengap compare runs/sb* runs/lb*                      run folders, study folders, or folders that contain some
   gengap compare studies/a studies/b --baseline sb128
   gengap compare experiments:/large_batch --tracking_uri http://mlflow:5000
   gengap compare runs:/3f2a... runs:/77c1... --accuracy test_acc --percent --size batch_size --seed random_seed
@@ -25,7 +25,7 @@ PROG = "gengap compare"
 
 
 def command(argv: Sequence[str]) -> int:
-    """Find the runs, sort them into arms, write and print the comparison."""
+    """Find the runs, group them into arms, write and print the comparison; returns the exit code."""
     options = _parse(argv)
     out = Path(options.out or f"comparisons/{datetime.now():%Y%m%d-%H%M%S}").resolve()
     from gengap_dist.analysis.group_runs import gather
@@ -42,7 +42,7 @@ def command(argv: Sequence[str]) -> int:
     if options.baseline and options.baseline not in study.arms:
         near = did_you_mean(options.baseline, study.arms)
         raise UsageError(f"--baseline ({options.baseline}) is not an arm{near}: choose one of {', '.join(study.arms)}")
-    study = study.against(options.baseline or study.baseline)
+    study = study.with_baseline(options.baseline or study.baseline)
     run_folder.write_atomically(out / "study.json", json.dumps(study.info, indent=1))
     print_study(study, write_report(study), None)
     return OK
@@ -52,21 +52,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Any = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run or study, runs:/ID or experiments:/NAME of MLflow")
-    add("--baseline", metavar="ARM", help="arm that the others are compared with; by default of the smallest batch")
-    add("--out", metavar="DIR", help="folder for report and figures; by default comparisons/<time>")
-    add("--question", default="", help="what the comparison is to answer; printed at the head of the report")
-    add("--tracking_uri", metavar="URI", help="MLflow store of runs:/ and experiments:/; else MLFLOW_TRACKING_URI")
-    add("--accuracy", default="test/accuracy", metavar="METRIC", help="MLflow: what the runs call test accuracy")
-    add("--percent", action="store_true", help="MLflow: it is in percent")
-    add("--size", default="batch.global_size", metavar="PARAM", help="MLflow: what the runs call the global batch")
-    add("--seed", default="seed", metavar="PARAM", help="MLflow: what the runs call the seed")
+    add(
+        "--baseline",
+        metavar="ARM",
+        help="arm with which the others are compared; default: the arm with the smallest batch",
+    )
+    add("--out", metavar="DIR", help="folder for report and figures; default: comparisons/<time>")
+    add("--question", default="", help="question of the comparison; printed at the head of the report")
+    add("--tracking_uri", metavar="URI", help="MLflow store of runs:/ and experiments:/; default: MLFLOW_TRACKING_URI")
+    add("--accuracy", default="test/accuracy", metavar="METRIC", help="MLflow: metric with the test accuracy")
+    add("--percent", action="store_true", help="MLflow: the accuracy is in percent")
+    add("--size", default="batch.global_size", metavar="PARAM", help="MLflow: parameter with the global batch size")
+    add("--seed", default="seed", metavar="PARAM", help="MLflow: parameter with the seed")
     add(
         "--updates",
         default="num_steps",
         metavar="NAME",
-        help="MLflow: metric or parameter, optimizer steps",
+        help="MLflow: metric or parameter with the number of optimizer steps",
     )
-    add("--debug", action="store_true", help="show Python's traceback when something goes wrong")
+    add("--debug", action="store_true", help="show Python's traceback on an error")
     return parser.parse_args(argv)
 
 

@@ -1,11 +1,11 @@
-"""Say whether this machine can do what a config asks, and what to do where it cannot; nothing is written.
+"""Check whether this machine can run a config, and print a remedy for each problem; nothing is written.
 
 Examples:
   gengap doctor                                        for the default run: LeNet-5 on digits, MLflow in a file
   gengap doctor --config configs/lenet5_fashionmnist.yaml --data.root DIR
   gengap doctor --launch.launcher ray --launch.ray_address head:6379 --launch.strategy zero2 --json
 
-Exit code: 0 all is well, or only what this config does not need is missing; 1 something it needs is broken; 2 usage.
+Exit code: 0 the config can run (parts that it does not need may be missing); 1 a part that it needs is broken; 2 usage.
 """
 
 import json
@@ -22,7 +22,7 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red", "absent": "dim"}
 
 
 def command(argv: Sequence[str]) -> int:
-    """Check everything side by side, and print one table and a verdict; the exit code."""
+    """Run all checks in parallel, print a table and a verdict; returns the exit code."""
     options, overrides = parse(DoctorSettings, DoctorOptions, argv, prog=PROG, description=str(__doc__))
     config = resolve(RunConfig, options.config, overrides)
     if options.print_config:
@@ -33,34 +33,34 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.preflight.doctor_checks import CheckRequest, run_checks
 
     with Console(stderr=True).status("checking") as spinner:
-        found = run_checks(
+        results = run_checks(
             CheckRequest(config, options.out), lambda waiting: spinner.update(f"checking {', '.join(waiting)}")
         )
-    broken = [what for what, finding in found.items() if finding.status == "fail"]
-    less = [what for what, finding in found.items() if finding.status == "warn"]
-    verdict = _verdict(broken, less)
+    failed = [name for name, result in results.items() if result.status == "fail"]
+    warned = [name for name, result in results.items() if result.status == "warn"]
+    verdict = _verdict(failed, warned)
     if options.as_json:
-        checks = [{"what": what, **finding._asdict()} for what, finding in found.items()]
-        print(json.dumps({"ok": not broken, "verdict": verdict, "checks": checks}, indent=1))
+        checks = [{"what": name, **result._asdict()} for name, result in results.items()]
+        print(json.dumps({"ok": not failed, "verdict": verdict, "checks": checks}, indent=1))
     else:
-        _print(found, verdict)
-    return FAILED if broken else OK
+        _print(results, verdict)
+    return FAILED if failed else OK
 
 
-def _verdict(broken: list[str], less: list[str]) -> str:
+def _verdict(failed: list[str], warned: list[str]) -> str:
     """The last line.
 
     >>> _verdict(["mlflow", "data"], [])
-    'This machine cannot do what the config asks: mend mlflow, data.'
+    'This machine cannot run this config: fix mlflow, data.'
     >>> _verdict([], ["network"])
-    'This machine can do what the config asks; better look at network.'
+    'This machine can run this config; check the warnings: network.'
     """
-    if broken:
-        return f"This machine cannot do what the config asks: mend {', '.join(broken)}."
-    return "This machine can do what the config asks" + (f"; better look at {', '.join(less)}." if less else ".")
+    if failed:
+        return f"This machine cannot run this config: fix {', '.join(failed)}."
+    return "This machine can run this config" + (f"; check the warnings: {', '.join(warned)}." if warned else ".")
 
 
-def _print(found: "dict[str, Any]", verdict: str) -> None:
+def _print(results: "dict[str, Any]", verdict: str) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -69,11 +69,11 @@ def _print(found: "dict[str, Any]", verdict: str) -> None:
     if not console.is_terminal:
         console = Console(width=80)
     table = Table(box=None, pad_edge=False)
-    for head in ("", "what", "found, and -> what to do"):
+    for head in ("", "what", "found, and -> remedy"):
         table.add_column(head, no_wrap=head in ("", "what"), overflow="fold")
-    for what, finding in found.items():
-        remedy = f"\n-> {finding.remedy}" if finding.remedy and finding.status != "ok" else ""
-        table.add_row(Text(finding.status, COLOURS[finding.status]), what, Text(finding.found + remedy))
+    for name, result in results.items():
+        remedy = f"\n-> {result.remedy}" if result.remedy and result.status != "ok" else ""
+        table.add_row(Text(result.status, COLOURS[result.status]), name, Text(result.found + remedy))
     console.print(table)
     console.print(verdict, highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""What the commands share: reading settings from files and the command line, and how they end."""
+"""Options of the commands, and the parser for settings from files and the command line."""
 
 import argparse
 import os
@@ -18,88 +18,88 @@ from gengap_dist.errors import UsageError, did_you_mean
 OptionsT = TypeVar("OptionsT", bound=Section)
 
 
-class Settled(Section):
-    """What every command that reads settings takes beside them."""
+class CommonOptions(Section):
+    """Options of every command that reads settings."""
 
     config: list[Path] = []
-    """YAML file with settings; may be given several times, later ones win. Files may build on others with `extends`."""
+    """YAML file with settings; may be given several times; later files override. Files may use `extends`."""
     print_config: CliToggleFlag[bool] = False
-    """Print the settings that would be used, as YAML, and stop."""
+    """Print the resolved settings as YAML, and exit."""
     debug: CliToggleFlag[bool] = False
-    """Show Python's traceback when something goes wrong."""
+    """Show Python's traceback on an error."""
 
 
-class Options(Settled):
-    """What a command that trains takes beside the settings."""
+class Options(CommonOptions):
+    """Options of the commands that train."""
 
     out: Path | None = None
-    """Folder for everything this command writes; by default a new one is named after the settings."""
+    """Output folder; default: a new folder named after the settings."""
     resume: CliToggleFlag[bool] = False
-    """Go on with what is in --out instead of refusing to touch it."""
+    """Continue the run or study in --out; without this, a folder with a run is refused."""
 
 
-class PlanOptions(Settled):
-    """What `plan` takes beside the settings of the run."""
+class PlanOptions(CommonOptions):
+    """Options of `plan`."""
 
     nodes: PositiveInt = 1
-    """Machines, all alike."""
+    """Number of machines, all identical."""
     gpus_per_node: PositiveInt = Field(default=1, validation_alias=AliasChoices("gpus_per_node", "gpus-per-node"))
-    """Ranks on each machine, one for each GPU (or share of its cores)."""
+    """Ranks on each machine, one for each GPU (or for each share of the CPU cores)."""
     calibrate: CliToggleFlag[bool] = False
-    """Measure this machine's constants first, and keep them: about ten seconds for a small network."""
+    """Measure this machine's constants first, and save them: about ten seconds for a small network."""
     constants: Path | None = None
-    """JSON file with the constants of the time model; by default constants.json in the user's cache folder."""
+    """JSON file with the constants of the time model; default: constants.json in the user's cache folder."""
     as_json: CliToggleFlag[bool] = Field(default=False, alias="json")
     """Print the plan as JSON."""
 
 
-class DoctorOptions(Settled):
-    """What `doctor` takes beside the settings."""
+class DoctorOptions(CommonOptions):
+    """Options of `doctor`."""
 
     out: Path = Path()
-    """Folder that the run would write: is there room?"""
+    """Output folder of the run, checked for free space."""
     as_json: CliToggleFlag[bool] = Field(default=False, alias="json")
-    """Print what was found as JSON."""
+    """Print the results as JSON."""
 
 
 class Flags(Section):
-    """Settings of a run that are flags on a command line."""
+    """Settings of a run that are flags on the command line."""
 
     profile: CliDualFlag[bool] = Field(default=False, description=RunConfig.model_fields["profile"].description)
 
 
 class TrainSettings(Flags, RunConfig, Options, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What `train` takes."""
+    """Settings and options of `train`."""
 
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
 class StudySettings(Flags, StudyConfig, Options, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What `study` takes."""
+    """Settings and options of `study`."""
 
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
 class PlanSettings(Flags, RunConfig, PlanOptions, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What `plan` takes."""
+    """Settings and options of `plan`."""
 
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
 class DoctorSettings(Flags, RunConfig, DoctorOptions, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """What `doctor` takes."""
+    """Settings and options of `doctor`."""
 
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises instead of exiting, and names the nearest option for an unknown one."""
+    """ArgumentParser that raises instead of exiting, and suggests the nearest name for an unknown option."""
 
     settings: Sequence[str] = ()
-    """Names of settings that are options, too."""
+    """Names of settings that are also options."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise what is wrong as one sentence.
+        """Raise the error as one sentence.
 
         Raises:
             UsageError: always.

@@ -1,6 +1,6 @@
-"""Say what a run will take on a cluster before it is started: batches, memory, bytes sent, time, and what is refused.
+"""Predict batches, memory, traffic, time and configuration errors of a run on a cluster, before it is started.
 
-Nothing is trained and no data are read. The exit code is 2 if the run would be refused.
+Nothing is trained and no data are read. The exit code is 2 if the configuration is refused.
 
 Examples:
   gengap plan --config configs/demo_train.yaml --nodes 64 --gpus-per-node 8
@@ -21,7 +21,7 @@ PROG = "gengap plan"
 
 
 def command(argv: Sequence[str]) -> int:
-    """Print the plan."""
+    """Print the plan; returns the exit code."""
     options, overrides = parse(PlanSettings, PlanOptions, argv, prog=PROG, description=str(__doc__))
     config = resolve(RunConfig, list(options.config), overrides)
     if options.print_config:
@@ -32,8 +32,8 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.preflight.machine_constants import Constants, load, save
     from gengap_dist.preflight.plan import make_plan
 
-    new = options.calibrate and options.constants is not None and not options.constants.exists()
-    constants = Constants() if new else load(options.constants)
+    create = options.calibrate and options.constants is not None and not options.constants.exists()
+    constants = Constants() if create else load(options.constants)
     cluster = Cluster(options.nodes, options.gpus_per_node)
     plan = make_plan(config, cluster, constants)
     if options.calibrate and plan.memory:

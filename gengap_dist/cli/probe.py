@@ -2,8 +2,8 @@
 
 Examples:
   gengap probe --model lenet5                             an untrained LeNet-5 on digits
-  gengap probe --model runs/lb4096                        a run's last weights, on the run's own data and probe set,
-                                                          beside its untrained network
+  gengap probe --model runs/lb4096                        a run's last weights and its untrained network, on the
+                                                          run's own data and probe set
   gengap probe --model runs/lb4096@best --diagnostics hessian keskar --out probes/lb4096
   gengap probe --model torchvision:vgg16 --data cifar10 --data_root DIR --views flatten --num_samples 128 256 512 1024
   gengap probe --model timm:resnet18 --weights resnet18.pt --layers auto 'layer*.*' --out probes/mine --mlflow
@@ -33,15 +33,15 @@ DIAGNOSTICS = ("norms", "weights", "neural_collapse", "hessian", "keskar")
 
 
 def command(argv: Sequence[str]) -> int:
-    """Measure, print a table, and with --out write spectra, figures and a page."""
+    """Measure, print a table, and with --out write spectra, figures and a report; returns the exit code."""
     options = _parse(argv)
-    folder, wanted = _split(options.model)
+    folder, which_weights = _split_run_and_step(options.model)
     is_run = (folder / "run.json").exists()
     if folder.is_dir() and not is_run:
         raise UsageError(f"--model ({options.model}) is a folder without run.json: give the folder of a run")
     if options.mlflow and not options.out:
-        raise UsageError("--mlflow sends what is in --out: give --out DIR as well")
-    # of a run all but where it was computed: that may have been on GPUs, or under Ray
+        raise UsageError("--mlflow sends what is in --out: add --out DIR")
+    # use all settings of the run except launch: it may have run on GPUs or under Ray
     base = load_yaml(folder / "config.yaml") | {"launch": {}} if is_run else {"model": {"name": options.model}}
     config = _config(options, base)
     out = Path(options.out).resolve() if options.out else None
@@ -50,56 +50,62 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.runs.run_folder import prepare_folder
     from gengap_dist.training.probe_only import probe
 
-    networks = _of_run(folder, wanted) if is_run else _of_file(options.weights)
+    networks = _of_run(folder, which_weights) if is_run else _of_file(options.weights)
     if out and environment()[0] == 0:
         prepare_folder(out, "run.json", resume=False)
     world = init_process_group(config.launch.device, config.launch.timeout_seconds)
-    world.barrier()  # the folder is there, or rank 0 has said why not
-    found = probe(config, world, networks, out)
+    world.barrier()  # rank 0 has created the folder, or has raised
+    observations = probe(config, world, networks, out)
     if world.rank == 0:
-        _show(options, config, found, out)
+        _show(options, config, observations, out)
     destroy_process_group()
     return OK
 
 
-def _show(options: argparse.Namespace, config: RunConfig, found: list[Any], out: Path | None) -> None:
+def _show(options: argparse.Namespace, config: RunConfig, observations: list[Any], out: Path | None) -> None:
     from gengap_dist.cli.terminal import print_observation, wide_console
 
-    step, last = found[-1]
-    untrained = found[0][1] if len(found) > 1 else None
+    step, last = observations[-1]
+    untrained = observations[0][1] if len(observations) > 1 else None
     print_observation(last, untrained, title=f"{options.model} on {config.data.name}, step {step:,}")
     if not out:
         return
     from gengap_dist.analysis.report.html import write_report
     from gengap_dist.analysis.study_data import read_study
 
-    say = wide_console().print
+    print_line = wide_console().print
     page = write_report(read_study(out))
-    say(f"spectra  {out / 'spectra'}\nfigures  {out / 'figures'}\nreport   {page}", highlight=False, soft_wrap=True)
+    print_line(
+        f"spectra  {out / 'spectra'}\nfigures  {out / 'figures'}\nreport   {page}", highlight=False, soft_wrap=True
+    )
     if options.mlflow:
         from gengap_dist.analysis.report.text import ui_command
         from gengap_dist.cli.upload import COMPUTED
         from gengap_dist.tracking.mlflow.process import sync_now
 
         uri = sync_now(out, options.tracking_uri, COMPUTED, lambda name, done, total: None)
-        say(f"mlflow   {ui_command(uri)}", highlight=False, soft_wrap=True)
+        print_line(f"mlflow   {ui_command(uri)}", highlight=False, soft_wrap=True)
 
 
-def _split(model: str) -> tuple[Path, str]:
-    """A run's folder and which of its weights; the last, unless `@` says otherwise.
+def _split_run_and_step(model: str) -> tuple[Path, str]:
+    """A run's folder, and which of its weights: the part after `@`, or `last`.
 
-    >>> _split("runs/a@0"), _split("runs/a")
+    >>> _split_run_and_step("runs/a@0"), _split_run_and_step("runs/a")
     ((PosixPath('runs/a'), '0'), (PosixPath('runs/a'), 'last'))
     """
     folder, at, step = model.rpartition("@")
     return (Path(folder), step) if at else (Path(model), "last")
 
 
-def _of_run(folder: Path, wanted: str) -> "list[Network]":
-    """The untrained network and the weights wanted: `last`, `best`, or a step that the run has kept."""
+def _of_run(folder: Path, which_weights: str) -> "list[Network]":
+    """The untrained network and the weights asked for: `last`, `best`, or a step with a checkpoint.
+
+    Raises:
+        UsageError: if the run has no such weights.
+    """
     from gengap_dist.runs import checkpoint
 
-    if wanted == "0":
+    if which_weights == "0":
         return [(0, folder, None)]
     kept = {str(step): (step, path / "model.pt") for step, path in checkpoint.steps(folder / "checkpoints").items()}
     if kept:
@@ -109,23 +115,23 @@ def _of_run(folder: Path, wanted: str) -> "list[Network]":
         kept["last"] = (state["step"], path / "model.pt")
         if best := state["best"]:
             kept["best"] = (best["step"], path / "best.pt")
-    if wanted not in kept:
+    if which_weights not in kept:
         names = ", ".join(
             ["0", *(f"{name} (step {step})" if name in ("last", "best") else name for name, (step, _) in kept.items())]
         )
-        raise UsageError(f"--model: the run in {folder} has kept no weights of step {wanted}: choose {names}")
-    step, path = kept[wanted]
+        raise UsageError(f"--model: the run in {folder} has no weights of step {which_weights}: choose {names}")
+    step, path = kept[which_weights]
     return [(0, folder, None), (step, path, checkpoint.evaluated_state(path))]
 
 
 def _of_file(weights: Path | None) -> "list[Network]":
-    """The untrained network, and the one in a file if one is given."""
+    """The untrained network, and the network in `weights` if given."""
     if weights is None:
         return [(0, Path(), None)]
     from gengap_dist.runs import checkpoint
 
     state = checkpoint.load(weights)
-    for key in ("model", "state_dict"):  # as many tools nest them
+    for key in ("model", "state_dict"):  # keys under which many tools nest the state dict
         state = state.get(key, state)
     return [(0, weights, None), (1, weights, state)]
 
@@ -143,25 +149,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--weights", type=Path, metavar="FILE", help="state dict for the model (torch.save); a run has its own")
     add("--data", help="data set: digits (default), mnist, fashion_mnist, cifar10, cifar100, imagefolder")
-    add("--data_root", help="folder with the data set's files")
+    add("--data_root", help="folder with the files of the data set")
     add("--image_size", type=int, help="side of the images; smaller ones are zero-padded (default 32)")
     add("--num_samples", type=int, nargs="+", help="training images in the probe set; several numbers give rank by N")
     add("--layers", nargs="+", help="auto (every non-linearity and residual block; default), layer names or globs")
-    add("--views", nargs="+", help="channel, token, pool, flatten: how an activation becomes a matrix")
+    add("--views", nargs="+", help="channel, token, pool, flatten: how an activation is reshaped to a matrix")
     add("--method", help="gram (default) or tsqr (slower, lower floor)")
-    add("--memory_mib", type=int, help="most memory that the probe may take on a rank (default 512)")
+    add("--memory_mib", type=int, help="memory limit of the probe on each rank (default 512)")
     add(
         "--diagnostics",
         nargs="*",
         choices=DIAGNOSTICS,
-        help="what else to measure (default: norms weights neural_collapse)",
+        help="other diagnostics to measure (default: norms weights neural_collapse)",
     )
     add("--seed", type=int, help="seed of an untrained network's weights")
     add("--dtype", help="float32 (default) or float64")
-    add("--out", help="folder for spectra (npz), figures and a page; must be new or empty")
+    add("--out", help="folder for spectra (npz), figures and a report; must be new or empty")
     add("--mlflow", action="store_true", help="send what is in --out to MLflow as a run")
     add("--tracking_uri", help="MLflow store (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)")
-    add("--debug", action="store_true", help="show Python's traceback when something goes wrong")
+    add("--debug", action="store_true", help="show Python's traceback on an error")
     return parser.parse_args(list(argv))
 
 

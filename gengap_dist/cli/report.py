@@ -1,8 +1,8 @@
-"""Draw the report of a run or study again, or send its numbers to MLflow.
+"""Write the report of a run or study again, or send its results to MLflow.
 
 Examples:
   gengap report studies/demo            writes studies/demo/report.html and figures/ (SVG, PDF, CSV)
-  gengap report sync studies/demo       sends MLflow what it has not seen yet
+  gengap report sync studies/demo       sends to MLflow what is not there yet
 """
 
 import argparse
@@ -18,20 +18,22 @@ PROG = "gengap report"
 
 
 def command(argv: Sequence[str]) -> int:
-    """`[draw] DIR` or `sync DIR`."""
+    """Handle `[draw] DIR` or `sync DIR`; returns the exit code."""
     words = list(argv)
     action = words.pop(0) if words[:1] in (["draw"], ["sync"]) else "draw"
     parser = Parser(
         prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=f"{PROG} [sync] DIR"
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a run or of a study")
-    parser.add_argument("--tracking_uri", help="sync: MLflow store; by default the one the folder was mirrored to")
-    parser.add_argument("--debug", action="store_true", help="show Python's traceback when something goes wrong")
+    parser.add_argument(
+        "--tracking_uri", help="sync: MLflow store; default: the store to which the folder was uploaded"
+    )
+    parser.add_argument("--debug", action="store_true", help="show Python's traceback on an error")
     options = parser.parse_args(words)
     folder = options.folder.resolve()
     if not ((folder / "run.json").exists() or (folder / "study.json").exists()):
         raise UsageError(
-            f"DIR ({options.folder}) holds neither run.json nor study.json: give the folder of a run or study"
+            f"DIR ({options.folder}) contains neither run.json nor study.json: give the folder of a run or study"
         )
     return _sync(folder, options.tracking_uri) if action == "sync" else _draw(folder)
 
@@ -56,8 +58,8 @@ def _sync(folder: Path, uri: str | None) -> int:
     from gengap_dist.tracking.mlflow.process import sync_now
 
     with RunProgress("sending") as progress:
-        reached = sync_now(folder, uri, COMPUTED, lambda name, done, total: progress(done, total, name))
-    print(f"all of {folder} is in MLflow at {reached}")
+        tracking_uri = sync_now(folder, uri, COMPUTED, lambda name, done, total: progress(done, total, name))
+    print(f"all of {folder} is in MLflow at {tracking_uri}")
     return OK
 
 

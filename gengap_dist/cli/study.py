@@ -1,6 +1,6 @@
 """Train every arm of a study with every seed, compare the arms with the baseline seed by seed, and write a report.
 
-Runs that are finished are skipped, so a study that was interrupted goes on when it is started again.
+Finished runs are skipped, so an interrupted study continues when it is started again.
 
 Examples:
   gengap study --config configs/demo.yaml --out studies/demo
@@ -30,7 +30,7 @@ PROG = "gengap study"
 
 
 def command(argv: Sequence[str]) -> int:
-    """A whole study; the exit code is 1 if a run failed."""
+    """Run a study; returns the exit code, 1 if a run failed."""
     options, overrides = parse(StudySettings, Options, argv, prog=PROG, description=str(__doc__))
     if not options.config and not overrides:
         raise UsageError("a study needs its arms: give --config FILE, for example --config configs/demo.yaml")
@@ -48,33 +48,36 @@ def command(argv: Sequence[str]) -> int:
 
 
 def _drive(config: StudyConfig, out: Path) -> int:
-    """What only one process does: folders, progress, MLflow, the report."""
+    """The driver process: folders, progress, MLflow, the report."""
     runner.prepare(config, out, _warn)
-    follower = UploaderProcess(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
+    uploader = UploaderProcess(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
     try:
         num_failed = _run(config, out)
         with fast_imports():
             from gengap_dist.analysis.report.html import write_report
             from gengap_dist.analysis.study_data import read_study
 
-        found = read_study(out)
+        study_data = read_study(out)
         outcome = run_folder.FAILED if num_failed else run_folder.FINISHED
-        study = replace(found, info=runner.conclude(out, outcome, _headline(found), _verdicts(found)))
+        study = replace(study_data, info=runner.conclude(out, outcome, _headline(study_data), _verdicts(study_data)))
         page = write_report(study)
     except BaseException as error:
         runner.conclude(out, run_folder.FAILED if isinstance(error, Exception) else run_folder.KILLED, {})
         raise
     finally:
-        behind = follower.finish() if follower else None
+        upload_warning = uploader.finish() if uploader else None
     from gengap_dist.cli.terminal import print_study
 
-    print_study(study, page, follower.uri if follower and not behind else None)
-    if follower and not behind:
-        print(f"compare {follower.comparison()}")
-    if behind:
-        _warn(behind)
+    print_study(study, page, uploader.uri if uploader and not upload_warning else None)
+    if uploader and not upload_warning:
+        print(f"compare {uploader.comparison()}")
+    if upload_warning:
+        _warn(upload_warning)
     if num_failed:
-        print(f"{PROG}: {num_failed} run(s) failed; error in their run.json; start again to retry", file=sys.stderr)
+        print(
+            f"{PROG}: {num_failed} run(s) failed; their run.json has the error; start the study again to retry",
+            file=sys.stderr,
+        )
     return FAILED if num_failed else OK
 
 
@@ -90,33 +93,34 @@ def _run(config: StudyConfig, out: Path) -> int:
     with RunProgress(out.name, total) as progress:
 
         class Shown(StudyCallback):
-            """Draws a bar for every run that is under way, and leaves a line for every run that has ended."""
+            """Draws a bar for every active run, and prints a line for every run that has ended."""
 
             def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
                 progress(done, total, note, planned_run.title)
 
             def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
-                done = progress.over(planned_run.title)
+                done = progress.run_ended(planned_run.title)
                 result = (
                     run_folder.read_info(planned_run.folder).get("result", {})
                     if (planned_run.folder / "run.json").exists()
                     else {}
                 )
-                which = "best_val/accuracy" if planned_run.label.startswith("trial") else "test/accuracy"
-                progress.say(
-                    f"[{done}/{total}] {planned_run.title}: {note}, {which.replace('/', ' ')} {percent(result.get(which))}"
+                metric_name = "best_val/accuracy" if planned_run.label.startswith("trial") else "test/accuracy"
+                progress.print_line(
+                    f"[{done}/{total}] {planned_run.title}: {note}, "
+                    f"{metric_name.replace('/', ' ')} {percent(result.get(metric_name))}"
                 )
 
         return runner.run_study(config, out, Shown(), driver=True, warn=_warn)
 
 
 def _verdicts(study: Any) -> list[str]:
-    """What becomes of each claim, a sentence or two each, for the note of the study's MLflow run."""
+    """Each claim with its outcome and evidence, for the note of the study's MLflow run."""
     return [f"{claim.claim} **{claim.outcome}**: {claim.evidence}" for claim in study.comparison.claims]
 
 
 def _headline(study: Any) -> dict[str, float]:
-    """The study's numbers for its MLflow parent run."""
+    """Accuracy and gap of each arm, as metrics of the study's MLflow parent run."""
     from gengap_dist.statistics.paired import spread
 
     out: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What people see on the terminal: progress while it runs, tables when it is done."""
+"""Terminal output: progress bars while a command runs, tables when it is done."""
 
 import time
 from collections.abc import Iterable
@@ -23,22 +23,22 @@ from rich.table import Table
 from gengap_dist.analysis.report.text import last_layer, percent, study_rows, ui_command
 from gengap_dist.analysis.study_data import RunData, StudyData, metric, read_run
 
-if TYPE_CHECKING:  # they would import torch, and the driver of ranks needs none
+if TYPE_CHECKING:  # these import torch, which the driver process does not need
     from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
     from gengap_dist.training.observer import Observation
 
-QUIET_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar on
+QUIET_SECONDS = 15.0  # minimum interval between progress lines when there is no terminal
 OUTCOMES = {"supported": "blue", "contradicted": "dark_orange3", "undecided": "dim"}
 MEASURES = (("near_rank_loss", "rel_1e-2"), ("near_rank_loss", "abs_1e-2"), ("effective_rank", ""))
 
 
 class RunProgress:
-    """A bar over the steps of every run that is under way; plain lines now and then where there is no terminal."""
+    """A bar over the steps of every active run; without a terminal, a line every QUIET_SECONDS."""
 
     def __init__(self, title: str, num_runs: int = 1) -> None:
-        """A bar called `title`; with several runs, another one counts them, and runs have titles of their own."""
+        """A bar named `title`; with several runs, another bar counts them, and each run has its own title."""
         self.console = Console(stderr=True)
-        self.title, self.num_runs, self._spoke = title, num_runs, time.monotonic()
+        self.title, self.num_runs, self._last_line_time = title, num_runs, time.monotonic()
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -52,7 +52,7 @@ class RunProgress:
         )
         self._runs = self._bar.add_task("runs", total=num_runs, note="starting") if num_runs > 1 else None
         self._steps: dict[str, TaskID] = {}
-        self._num_over = 0
+        self._num_ended = 0
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -72,30 +72,30 @@ class RunProgress:
         self._bar.update(self._steps[run], completed=done, total=total or None)
         if note:
             self._bar.update(self._steps[run], note=note)
-        if not self.console.is_terminal and time.monotonic() - self._spoke > QUIET_SECONDS:
+        if not self.console.is_terminal and time.monotonic() - self._last_line_time > QUIET_SECONDS:
             (task,) = (task for task in self._bar.tasks if task.id == self._steps[run])
-            self.say(f"{run}: step {done}/{total} {task.fields['note']}".rstrip())
+            self.print_line(f"{run}: step {done}/{total} {task.fields['note']}".rstrip())
 
-    def over(self, run: str) -> int:
-        """A run has ended; how many have."""
+    def run_ended(self, run: str) -> int:
+        """Remove the bar of a run that has ended; returns how many runs have ended."""
         if run in self._steps:
             self._bar.remove_task(self._steps.pop(run))
-        self._num_over += 1
+        self._num_ended += 1
         self._count()
-        return self._num_over
+        return self._num_ended
 
     def _count(self) -> None:
         if self._runs is not None:
-            self._bar.update(self._runs, completed=self._num_over, note=f"{len(self._steps)} under way")
+            self._bar.update(self._runs, completed=self._num_ended, note=f"{len(self._steps)} active")
 
-    def say(self, text: str) -> None:
-        """A line above the bars, which stays."""
-        self._spoke = time.monotonic()
+    def print_line(self, text: str) -> None:
+        """Print a permanent line above the bars."""
+        self._last_line_time = time.monotonic()
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def print_run(out: Path, page: Path, uri: str | None) -> None:
-    """The outcome of one run: result, layers, where to look further."""
+    """Print the outcome of one run: result, layers, and paths of the report and of MLflow."""
     run = read_run(out)
     console = wide_console()
     result = run.info["result"]
@@ -112,9 +112,9 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
         console.print(table)
     if left_out := result.get("probe_left_out"):
         console.print(
-            f"probe.max_time_fraction ({run.info['config']['probe']['max_time_fraction']:.0%}) left out "
+            f"probe.max_time_fraction ({run.info['config']['probe']['max_time_fraction']:.0%}) skipped "
             f"{len(left_out)} measurement(s), at steps {', '.join(map(str, left_out))}; "
-            "probe.max_time_fraction=null takes them all",
+            "with probe.max_time_fraction=null none is skipped",
             highlight=False,
         )
     console.print(f"run     {out}\nreport  {page}", highlight=False, soft_wrap=True)
@@ -123,14 +123,14 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
 
 
 def print_profile(out: Path) -> None:
-    """What a profiled run says of its steps, and where its traces are."""
+    """Print the step summary of a profiled run, and the path of its traces."""
     folder = out / "profile"
     if not (folder / "summary.txt").exists():
-        return  # it could not be written, of which the run has warned, or there was no steady step
+        return  # the run has warned that it cannot be written, or there was no profiled step
     console = wide_console()
     console.print((folder / "summary.txt").read_text(), highlight=False, markup=False, soft_wrap=True)
     console.print(
-        f"profile {folder}: traces of all ranks for https://ui.perfetto.dev, and this summary\n",
+        f"profile {folder}: traces of all ranks (open with https://ui.perfetto.dev), and this summary\n",
         highlight=False,
         soft_wrap=True,
     )
@@ -149,74 +149,77 @@ def layer_table(run: RunData) -> Table | None:
         table.add_column(" ".join(filter(None, (name.replace("_", " "), threshold))), justify="right")
     for key, (_, facts) in spectra.items():
         ends = [run.untrained_and_trained(metric(name, key, threshold)) for name, threshold in MEASURES]
-        cells = [f"{a:.3g} -> {b:.3g}" for a, b in ends]
+        cells = [f"{before:.3g} -> {after:.3g}" for before, after in ends]
         table.add_row(key, str(facts["num_units"]), *cells)
     return table
 
 
-def print_observation(found: "Observation", untrained: "Observation | None", title: str) -> None:
-    """One row per layer and view, with a bar for the near-rank loss; then the controls and the diagnostics."""
-    before = {s.key: s.measures() for s in untrained.spectra[""]} if untrained else {}
+def print_observation(observation: "Observation", untrained: "Observation | None", title: str) -> None:
+    """Print one row per layer and view, with a bar for the near-rank loss; then other probe sets and diagnostics."""
+    before = {spectrum.key: spectrum.measures() for spectrum in untrained.spectra[""]} if untrained else {}
     table = Table(title=f"{title}: near-rank loss" + (" (untrained -> now)" if before else ""), title_justify="left")
     heads = ("layer", "N", "D", "dead", "below 0.01 s1", "", "below 0.01", "effective rank", "s max", "floor")
     for number, head in enumerate(heads):
         table.add_column(head, justify="left" if number in (0, 5) else "right", no_wrap=True)
-    for s in found.spectra[""]:
-        values, then = s.measures(), before.get(s.key, {})
-        small = values["near_rank_loss/rel_1e-2"]
+    for spectrum in observation.spectra[""]:
+        values, values_before = spectrum.measures(), before.get(spectrum.key, {})
+        near_rank_loss = values["near_rank_loss/rel_1e-2"]
         table.add_row(
-            s.key,
-            f"{s.num_samples:,}",
-            f"{s.num_units:,}" + (" > N" if s.num_units > s.num_samples else ""),
-            str(s.dead_units),
-            _change(then, values, "near_rank_loss/rel_1e-2", ".1%"),
-            "\u2588" * round(10 * small),
-            _change(then, values, "near_rank_loss/abs_1e-2", ".1%"),
-            _change(then, values, "effective_rank", ".2f"),
+            spectrum.key,
+            f"{spectrum.num_samples:,}",
+            f"{spectrum.num_units:,}" + (" > N" if spectrum.num_units > spectrum.num_samples else ""),
+            str(spectrum.dead_units),
+            _before_and_after(values_before, values, "near_rank_loss/rel_1e-2", ".1%"),
+            "\u2588" * round(10 * near_rank_loss),
+            _before_and_after(values_before, values, "near_rank_loss/abs_1e-2", ".1%"),
+            _before_and_after(values_before, values, "effective_rank", ".2f"),
             f"{values['sigma_max']:.3g}",
-            f"{s.floor:.1g}",
+            f"{spectrum.floor:.1g}",
         )
     console = wide_console()
     console.print(table)
-    if len(sets := {name: spectra for name, spectra in found.spectra.items() if name != "weights"}) > 1:
+    if len(sets := {name: spectra for name, spectra in observation.spectra.items() if name != "weights"}) > 1:
         console.print(_samples_table(sets))
-    for name, value in found.metrics.items():
+    for name, value in observation.metrics.items():
         if name.split("/")[0] in ("nc1", "hessian", "keskar_sharpness", "distance_from_init", "weight_norm"):
             console.print(f"{name} {value:.4g}", highlight=False)
 
 
 def _samples_table(sets: dict[str, list["LayerSpectrum"]]) -> Table:
-    """Raw near-rank loss and effective rank of every layer, by probe set, smaller sets first."""
+    """Near-rank loss and effective rank of every layer on raw activations, by probe set, smaller sets first."""
     table = Table(title="by number of probe samples: share below 0.01 s1, effective rank", title_justify="left")
     table.add_column("layer", no_wrap=True)
     columns = [*(name for name in sets if name), ""]
     for name in columns:
         table.add_column(name or "the probe set", justify="right", no_wrap=True)
     for key in [s.key for s in sets[""] if not s.centred]:
-        found = [next((s.measures() for s in sets[name] if s.key == key), {}) for name in columns]
-        shown = [f"{m['near_rank_loss/rel_1e-2']:.1%}, {m['effective_rank']:.2f}" if m else "-" for m in found]
-        table.add_row(key, *shown)
+        measures = [next((s.measures() for s in sets[name] if s.key == key), {}) for name in columns]
+        cells = [
+            f"{values['near_rank_loss/rel_1e-2']:.1%}, {values['effective_rank']:.2f}" if values else "-"
+            for values in measures
+        ]
+        table.add_row(key, *cells)
     return table
 
 
-def _change(then: dict[str, float], now: dict[str, float], name: str, style: str) -> str:
-    """A measure, after what it was in the untrained network.
+def _before_and_after(before: dict[str, float], now: dict[str, float], name: str, style: str) -> str:
+    """A measure, with its value in the untrained network before it if known.
 
-    >>> _change({"a": 0.5}, {"a": 0.25}, "a", ".0%"), _change({}, {}, "a", ".0%")
+    >>> _before_and_after({"a": 0.5}, {"a": 0.25}, "a", ".0%"), _before_and_after({}, {}, "a", ".0%")
     ('50% -> 25%', '-')
     """
     shown = format(now[name], style) if name in now else "-"
-    return f"{format(then[name], style)} -> {shown}" if name in then else shown
+    return f"{format(before[name], style)} -> {shown}" if name in before else shown
 
 
 def wide_console() -> Console:
-    """A terminal as wide as it is; files and pipes get lines long enough for a whole table."""
+    """A console with the width of the terminal; files and pipes get 150 columns, enough for every table."""
     console = Console()
     return console if console.is_terminal else Console(width=150)
 
 
 def print_page(parts: Iterable[Table | str]) -> None:
-    """Tables, and lines in rich's markup, which the terminal may break and a file keeps whole."""
+    """Print tables, and lines in rich's markup; the terminal may wrap lines, a file does not."""
     console = wide_console()
     for part in parts:
         if isinstance(part, str):
@@ -226,12 +229,12 @@ def print_page(parts: Iterable[Table | str]) -> None:
 
 
 def print_study(study: StudyData, page: Path, uri: str | None) -> None:
-    """The outcome of a study: one row per arm, then where to look further."""
+    """Print the outcome of a study: one row per arm, claims, caveats, and paths of the report and of MLflow."""
     console = wide_console()
     console.print(study_table(study, every_column=console.width >= 118))
     console.print(
         f"[dim]sb_lb_gap: accuracy of {study.baseline} minus the arm's, in points, paired by seed; "
-        "intervals are 95%; with few seeds read the t interval[/]",
+        "intervals are 95%; with few seeds use the t interval[/]",
         highlight=False,
     )
     for claim in study.comparison.claims:
@@ -245,7 +248,7 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
 
 
 def study_table(study: StudyData, *, every_column: bool = True) -> Table:
-    """One row per arm: accuracy, gap with intervals; on a wide terminal also ranks of the last hidden layer."""
+    """One row per arm: accuracy and gap with intervals; with `every_column` also ranks of the last measured layer."""
     table = Table(title=study.name, title_justify="left")
     last = last_layer(study) if every_column else None
     heads = ["arm", "batch", "steps", "seeds", "test acc. (sd)", "sb_lb_gap", "bootstrap", "t"]

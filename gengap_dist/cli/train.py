@@ -1,10 +1,10 @@
-"""Train one network with one global batch, measure it while it trains, and keep everything in one folder.
+"""Train one network with one global batch size, measure it during training, and write all results to one folder.
 
 Examples:
   gengap train                                         LeNet-5 on digits, a few seconds
   gengap train --config configs/demo_train.yaml --launch.num_processes 2
   gengap train --data.name fashion_mnist --data.root DIR --batch.global_size 4096 --out runs/lb4096
-  gengap train --profile                               say where a step's time goes, with a trace of every rank
+  gengap train --profile                               print the time of each part of a step, with a trace of every rank
   torchrun --nproc_per_node 2 -m gengap_dist.train --config configs/demo_train.yaml
 """
 
@@ -29,7 +29,7 @@ PROG = "gengap train"
 
 
 def command(argv: Sequence[str]) -> int:
-    """One run, from the command line to the last word on the terminal; the exit code."""
+    """Run a training from the command line; returns the exit code."""
     options, overrides = parse(TrainSettings, Options, argv, prog=PROG, description=str(__doc__))
     files = list(options.config)
     if options.resume and options.out and not files:
@@ -38,8 +38,8 @@ def command(argv: Sequence[str]) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return OK
-    out = (options.out or _name(config)).resolve()
-    resume = options.resume or launchers.restarted() or _began_here(out)
+    out = (options.out or _default_out(config)).resolve()
+    resume = options.resume or launchers.restarted() or _started_by_this_launch(out)
     with launchers.choose(config.launch, many_runs=False, entry_point=ENTRY_POINT) as ranks:
         if not launchers.is_driver(config.launch):
             ranks.run(config, out, resume=resume, progress=lambda done, total, note: None)
@@ -47,8 +47,8 @@ def command(argv: Sequence[str]) -> int:
         return _drive(ranks, config, out, resume)
 
 
-def _began_here(out: Path) -> bool:
-    """Whether the run in this folder was begun by the launch that this process belongs to."""
+def _started_by_this_launch(out: Path) -> bool:
+    """Whether the run in this folder was started by the launch to which this process belongs."""
     launch_id = launchers.launch_id()
     return (
         launch_id is not None
@@ -58,11 +58,11 @@ def _began_here(out: Path) -> bool:
 
 
 def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool) -> int:
-    """What only one process does: the folder, progress, MLflow, the report."""
+    """The driver process: the folder, progress, MLflow, the report."""
     from gengap_dist.cli.terminal import RunProgress, print_profile, print_run
 
     run_folder.prepare_folder(out, "run.json", resume=resume)
-    follower = UploaderProcess(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
+    uploader = UploaderProcess(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
     try:
         with RunProgress(out.name) as progress:
             ranks.run(config, out, resume=resume, progress=progress)
@@ -70,23 +70,23 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
             from gengap_dist.analysis.report.html import write_report
             from gengap_dist.analysis.study_data import read_study
 
-        page = write_report(read_study(out), pdf=False)  # `gengap report` has the time for it
+        page = write_report(read_study(out), pdf=False)  # `gengap report` writes the PDFs
     except BaseException as error:
         run_folder.close_abandoned(out, error)
         raise
     finally:
-        behind = follower.finish() if follower else None
+        upload_warning = uploader.finish() if uploader else None
     if config.profile:
         print_profile(out)
-    print_run(out, page, follower.uri if follower and not behind else None)
-    if behind:
-        print(f"{PROG}: warning: {behind}", file=sys.stderr)
+    print_run(out, page, uploader.uri if uploader and not upload_warning else None)
+    if upload_warning:
+        print(f"{PROG}: warning: {upload_warning}", file=sys.stderr)
     return OK
 
 
-def _name(config: RunConfig) -> Path:
+def _default_out(config: RunConfig) -> Path:
     if launchers.uses_torchrun(config.launch) and not launchers.launch_id():
-        raise UsageError("--out is needed here: ranks that something else started must be told one folder")
+        raise UsageError("--out is required: ranks started by another program must all have the same folder")
     stamp = launchers.launch_id() or datetime.now().strftime("%Y%m%d-%H%M%S")
     model = config.model.name.replace(":", ".")
     return Path("runs") / f"{config.data.name}-{model}-b{config.batch.global_size}-s{config.seed}-{stamp}"

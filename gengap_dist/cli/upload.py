@@ -1,6 +1,6 @@
-"""The process that sends a folder to MLflow while a command runs: `python -m gengap_dist.cli.upload FOLDER ...`.
+"""The process that uploads a folder to MLflow while a command runs: `python -m gengap_dist.cli.upload FOLDER ...`.
 
-It is started by `tracking.mlflow.process`, not by people; `gengap report sync` sends a folder that is complete.
+It is started by `tracking.mlflow.process`, not by users; `gengap report sync` uploads a complete folder.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def _prepare_export() -> None:
 
 
 COMPUTED = Computed(_over_seeds, _export_model, _prepare_export)
-"""What the uploader asks of packages that it does not know."""
+"""Functions that the uploader needs from packages that it must not import."""
 
 if __name__ == "__main__":
     from gengap_dist.tracking.mlflow.process import main

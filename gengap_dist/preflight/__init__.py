@@ -1,1 +1,1 @@
-"""Before a run: what it will take on a cluster, and whether this machine can do it."""
+"""Checks before a run: predicts its resources on a cluster, and tests whether this machine can run it."""

@@ -1,4 +1,4 @@
-"""How the steps of a run fall on the ranks of a cluster. Pure; `batching` has the rules."""
+"""How a global batch is divided over the ranks of a cluster. Pure functions; `distributed.batch_plan` has the rules."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from gengap_dist.distributed.batch_plan import BatchPlan
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines that are all alike."""
+    """A cluster of identical machines."""
 
     nodes: int
     gpus_per_node: int
@@ -20,21 +20,21 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Layout:
-    """One step's global batch, as the ranks share it; pairs are the smallest and the largest."""
+    """The global batch of one step, divided over the ranks; pairs are (smallest, largest)."""
 
     global_size: int
     samples_per_rank: tuple[int, int]
     micro_batches_per_rank: tuple[int, int]
     micro_sizes: tuple[int, int]
-    """Of micro-batches that are not empty."""
+    """Of micro-batches with at least one sample."""
     num_idle: int
-    """Ranks without a sample; each joins with nothing."""
+    """Ranks without a sample; they join the gradient all-reduce with zeros."""
     norm_sizes: list[int]
-    """Sizes of the groups over which batch norm takes its statistics."""
+    """Sizes of the groups over which batch norm computes its statistics."""
 
 
 def layout(plan: BatchPlan) -> Layout:
-    """What `plan` gives its ranks.
+    """The layout of `plan` over its ranks.
 
     >>> layout(BatchPlan(global_size=5, world_size=2, micro_size=2))
     Layout(global_size=5, samples_per_rank=(2, 3), micro_batches_per_rank=(1, 2), micro_sizes=(1, 2), num_idle=0, \

@@ -1,7 +1,7 @@
-"""Measure this machine: a sample's forward and backward pass, an update, and the link between two ranks.
+"""Measures this machine: forward and backward pass of a sample, an update, and the link between two ranks.
 
-Two ranks of this machine do it together, as they would in training: on two GPUs over NCCL, else on the CPU over gloo,
-sharing the cores. One GPU alone has no link to measure.
+Two ranks on this machine measure together, as in training: on two GPUs over NCCL, or on the CPU over gloo with shared
+cores. With a single GPU, one rank measures, and there is no link.
 """
 
 import os
@@ -28,48 +28,48 @@ SIZES = [2**power for power in range(10, 25, 2)]  # bytes of all-reduces
 
 
 def calibrate(config: RunConfig, sizes: Sizes, micro_size: int, known: Constants) -> Constants:
-    """`known`, with what two ranks of this machine find for `config`.
+    """`known`, updated with the constants that two ranks of this machine measure for `config`.
 
     Raises:
         RankFailed: if a rank fails.
     """
     if config.train.channels_last == "auto":
-        config = resolved_memory_format(config, False)  # as the plan takes it
+        config = resolved_memory_format(config, False)  # as in the plan
     num_ranks = 1 if torch.cuda.device_count() == 1 and config.launch.device != "cpu" else 2
     context = get_context("spawn")
     port = free_port()
     pipes: list[Any] = []
     for rank in range(num_ranks):
-        here, there = context.Pipe()
+        parent_pipe, child_pipe = context.Pipe()
         env = rank_variables(rank, num_ranks, port) | threads_per_rank(num_ranks)
-        context.Process(target=_rank, args=(there, env, config, sizes, micro_size), daemon=True).start()
-        there.close()
-        pipes.append(here)
-    found = [_answer(rank, pipe) for rank, pipe in enumerate(pipes)]
-    where, compute, link = found[0]
+        context.Process(target=_rank_main, args=(child_pipe, env, config, sizes, micro_size), daemon=True).start()
+        child_pipe.close()
+        pipes.append(parent_pipe)
+    measurements = [_receive(rank, pipe) for rank, pipe in enumerate(pipes)]
+    where, compute, link = measurements[0]
     key = workload(config, sizes.in_channels, micro_size)
     return known.model_copy(
         update={"where": where, "inside": link or known.inside, "compute": known.compute | {key: compute}}
     )
 
 
-Found = tuple[str, ComputeConstants, LinkConstants | None]
+Measurement = tuple[str, ComputeConstants, LinkConstants | None]
 
 
-def _answer(rank: int, pipe: Any) -> Found:
+def _receive(rank: int, pipe: Any) -> Measurement:
     try:
-        found, error = pipe.recv()
+        measurement, error = pipe.recv()
     except EOFError:
         raise RankFailed(f"rank {rank} of the calibration died") from None
     if error:
         raise RankFailed(f"rank {rank} of the calibration failed: {error}")
-    return found
+    return measurement
 
 
-def _rank(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro_size: int) -> None:
-    """One rank's life."""
+def _rank_main(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro_size: int) -> None:
+    """Main function of one rank: measure, send the result through `pipe`, and exit."""
     os.environ.update(env)
-    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # the variable comes too late: torch is imported
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # torch is already imported, so the variable has no effect
     try:
         world = init_process_group(config.launch.device, config.launch.timeout_seconds)
         if world.device.type == "cpu":
@@ -86,18 +86,18 @@ def _rank(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro
 
 
 def time_compute(config: RunConfig, sizes: Sizes, micro_size: int, world: World) -> ComputeConstants:
-    """The slowest rank's time for one micro-batch of random images, and for an update. Collective."""
+    """Seconds of one micro-batch of random images, and of an update, on the slowest rank. Collective."""
     model = models.from_config(config, sizes.num_classes, sizes.in_channels, World())
     model = model.to(world.device, getattr(torch, config.train.dtype))
-    rehearsal = SyntheticWorkload(config, model, sizes.in_channels, sizes.num_classes, world.device)
-    of_pass, of_update = (
-        median_seconds(job, world) for job in (partial(rehearsal.micro_batch, micro_size), rehearsal.update)
+    synthetic = SyntheticWorkload(config, model, sizes.in_channels, sizes.num_classes, world.device)
+    pass_seconds, update_seconds = (
+        median_seconds(job, world) for job in (partial(synthetic.micro_batch, micro_size), synthetic.update)
     )
-    return ComputeConstants(seconds_per_sample=of_pass / micro_size, seconds_per_update=of_update)
+    return ComputeConstants(seconds_per_sample=pass_seconds / micro_size, seconds_per_update=update_seconds)
 
 
 def time_link(world: World) -> LinkConstants:
-    """Constants of the ring of these ranks, from all-reduces of many sizes. Collective."""
+    """Constants of the ring of these ranks, fitted to all-reduces of several sizes. Collective."""
     times = [
         median_seconds(partial(world.all_reduce, torch.zeros(size // 4, device=world.device)), world) for size in SIZES
     ]
@@ -110,7 +110,7 @@ def fit_link(sizes: list[int], times: list[float], num_ranks: int) -> LinkConsta
     >>> fit_link([100, 10_000], [0.02 + 100e-6, 0.02 + 10_000e-6], num_ranks=2)
     LinkConstants(alpha=0.01, beta=1e-06)
     """
-    turns = 2 * (num_ranks - 1)
-    rows = np.array([[turns, turns / num_ranks * size] for size in sizes]) / np.array(times)[:, None]
+    num_messages = 2 * (num_ranks - 1)
+    rows = np.array([[num_messages, num_messages / num_ranks * size] for size in sizes]) / np.array(times)[:, None]
     (alpha, beta), *_ = np.linalg.lstsq(rows, np.ones(len(sizes)), rcond=None)
     return LinkConstants(alpha=round(max(alpha, 0.0), 12), beta=round(max(beta, 0.0), 18))

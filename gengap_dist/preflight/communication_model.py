@@ -1,18 +1,18 @@
-"""What ranks send each other, and how long that takes in the alpha-beta model.
+"""The messages between ranks, and their time in the alpha-beta model.
 
-A message of M bytes takes alpha + beta M (Hockney 1994). R ranks stand g to a node on N = R / g nodes; alpha_i, beta_i
-are of the links inside a node, alpha_b, beta_b of those between nodes, beta in seconds per byte of one rank.
-Collectives work by level, first inside nodes, then between ranks in the same place of every node, each on its 1/g of
-the data:
+A message of M bytes takes alpha + beta M seconds (Hockney 1994). R ranks run on N = R / g nodes with g ranks each;
+alpha_i and beta_i are constants of the links inside a node, alpha_b and beta_b of the links between nodes, beta in
+seconds per byte of one rank. Collectives are hierarchical: first inside nodes, then between ranks with the same local
+rank, each on its 1/g of the data:
 
     reduce-scatter or all-gather   (g-1) alpha_i + (g-1)/g M beta_i + (N-1) alpha_b + (N-1)/N M/g beta_b
     all-reduce                     2 (g-1) alpha_i + 2 (g-1)/g M beta_i + between
                          between:  2 (N-1) alpha_b + 2 (N-1)/N M/g beta_b              ring (Patarasu & Yuan 2009), or
                                    2 ceil(log2 N) alpha_b + 2 M/g beta_b               two trees (Sanders et al. 2009),
-                                   whichever is sooner
+                                   whichever is faster
     all-to-all                     (g-1) alpha_i + (R-g) alpha_b + the bytes sent, spread evenly over the other ranks
 
-What a rank puts on the wire is the same as without levels: (R-1)/R M, and twice that for an all-reduce.
+The bytes sent by a rank are the same as without hierarchy: (R-1)/R M, and twice that for an all-reduce.
 """
 
 import math
@@ -30,32 +30,32 @@ from gengap_dist.probes.spectra.gram import BUCKET_BYTES
 from gengap_dist.probes.spectra.measure import ColumnBlock, stream_bytes
 
 MIB = 2**20
-DDP_BUCKETS = (MIB, 25 * MIB)  # torch's own: the first, and each of the others
+DDP_BUCKETS = (MIB, 25 * MIB)  # torch's defaults: the first bucket, and each of the others
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a rank gives to collectives of one kind."""
+    """The data that a rank passes to collectives of one kind."""
 
     what: str
     operation: Operation
     num_bytes: int
-    """M of all of them together; all-to-all: the most that any rank sends to others, or receives."""
+    """Sum of M over all of them; for all-to-all: the maximum over ranks of the bytes sent or received."""
     times: int = 1
     """Number of collectives."""
 
     def on_wire(self, num_ranks: int) -> int:
-        """Bytes that a rank sends; in an all-to-all, the busiest.
+        """Bytes sent by a rank; for all-to-all, by the rank that sends most.
 
         >>> Message("gradients", "all-reduce", 100).on_wire(4)
         150
         """
         if self.operation == "all-to-all":
             return self.num_bytes
-        turns_round = 2 if self.operation == "all-reduce" else 1
-        return turns_round * self.num_bytes * (num_ranks - 1) // num_ranks
+        num_phases = 2 if self.operation == "all-reduce" else 1
+        return num_phases * self.num_bytes * (num_ranks - 1) // num_ranks
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Link:
     """Seconds per byte of one rank."""
 
 
-def seconds(message: Message, cluster: Cluster, inside: Link, between: Link) -> float:
-    """Time that the collectives of `message` take; see the head of this file.
+def collective_seconds(message: Message, cluster: Cluster, inside: Link, between: Link) -> float:
+    """Seconds that the collectives of `message` take; formulas: module docstring.
 
     >>> link = Link(alpha=1.0, beta=0.01)
-    >>> seconds(Message("", "all-reduce", 100), Cluster(1, 2), link, link)  # 2 alpha + M beta
+    >>> collective_seconds(Message("", "all-reduce", 100), Cluster(1, 2), link, link)  # 2 alpha + M beta
     3.0
-    >>> seconds(Message("", "all-reduce", 100), Cluster(2, 1), link, link)
+    >>> collective_seconds(Message("", "all-reduce", 100), Cluster(2, 1), link, link)
     3.0
     """
     g, n, num_ranks = cluster.gpus_per_node, cluster.nodes, cluster.num_ranks
@@ -94,12 +94,12 @@ def seconds(message: Message, cluster: Cluster, inside: Link, between: Link) -> 
 
 
 def step_messages(strategy: str, gradient_bytes: int, parameter_bytes: int, num_micro: int) -> list[Message]:
-    """What one step sends, by strategy; nothing on one rank.
+    """The messages of one step, by strategy; empty on one rank.
 
-    ddp, zero0: gradients are all-reduced once. zero1, zero2: DeepSpeed all-reduces whole buckets of gradients, too
-    (stage 2 after every micro-batch), each rank keeps its share, and updated parameters are gathered. zero3, fsdp:
+    ddp, zero0: gradients are all-reduced once. zero1, zero2: DeepSpeed also all-reduces whole buckets of gradients
+    (stage 2 after every micro-batch), each rank keeps its shard, and updated parameters are gathered. zero3, fsdp:
     parameters are gathered for forward and again for backward, and gradients reduce-scattered, in every micro-batch:
-    three times the parameters, where ddp sends two (Rajbhandari et al. 2020, section 7).
+    three times the parameters, while ddp sends twice (Rajbhandari et al. 2020, section 7).
 
     >>> [(m.operation, m.num_bytes) for m in step_messages("zero2", 8, 8, num_micro=2)]
     [('all-reduce', 16), ('all-gather', 8)]
@@ -123,7 +123,7 @@ def step_messages(strategy: str, gradient_bytes: int, parameter_bytes: int, num_
 
 
 def probe_messages(
-    sites: Sequence[LayerView],
+    layer_views: Sequence[LayerView],
     passes: Sequence[Sequence[ColumnBlock]],
     counts: Sequence[int],
     *,
@@ -132,45 +132,52 @@ def probe_messages(
     device_type: str,
     num_centrings: int = 2,
 ) -> list[Message]:
-    """What one near-rank-loss measurement sends, as `probes.rank_loss.measure` does it; nothing on one rank.
+    """The messages of one near-rank-loss measurement (`probes.spectra.measure`); empty on one rank.
 
     Args:
-        sites: layers in their views.
-        passes: what each pass over the probe images measures, from `rank_loss.plan`.
-        counts: probe images of every rank.
+        layer_views: the measured layers.
+        passes: column blocks that each pass over the probe images measures, from `measure.plan_passes`.
+        counts: probe images on each rank.
         method: probe.method.
         memory_mib: probe.memory_mib.
-        device_type: cpu or cuda, which differ in the size of blocks.
-        num_centrings: raw, or raw and centred.
+        device_type: cpu or cuda; it determines the block size.
+        num_centrings: 1 for raw, 2 for raw and centred.
     """
     num_ranks = len(counts)
     if num_ranks == 1:
         return []
     block_bytes = stream_bytes(device_type, memory_mib)
     rows = np.array(counts)
-    sent, received, num_turns = np.zeros_like(rows), np.zeros_like(rows), 0
-    for piece in (piece for pieces in passes for piece in pieces if sites[piece.site].wide):
-        site = sites[piece.site]
-        row_bytes = site.rows_each * site.dtype.itemsize
-        for block in num_redistributions(piece.stop - piece.start, site.num_rows, num_ranks, block_bytes):
+    sent, received, num_redistributions_total = np.zeros_like(rows), np.zeros_like(rows), 0
+    for column_block in (
+        column_block
+        for column_blocks in passes
+        for column_block in column_blocks
+        if layer_views[column_block.site].wide
+    ):
+        view = layer_views[column_block.site]
+        row_bytes = view.rows_each * view.dtype.itemsize
+        for block in num_redistributions(column_block.stop - column_block.start, view.num_rows, num_ranks, block_bytes):
             shares = np.array([share.size for share in split(block.size, num_ranks)])
             sent += row_bytes * rows * (block.size - shares)
             received += row_bytes * (rows.sum() - rows) * shares
-            num_turns += 1
-    facts = sum(1 if site.wide else site.num_units + 1 for site in sites)
-    values = num_centrings * sum(min(site.num_units, site.num_rows) for site in sites)
-    found = [
-        Message("who has images", "all-reduce", 8 * (num_ranks + 10), 2),
-        Message("means", "all-reduce", 8 * facts, len(passes)),
-        Message("singular values", "all-reduce", 8 * values, len(passes)),
+            num_redistributions_total += 1
+    num_means = sum(1 if view.wide else view.num_units + 1 for view in layer_views)
+    num_values = num_centrings * sum(min(view.num_units, view.num_rows) for view in layer_views)
+    messages = [
+        Message("image counts", "all-reduce", 8 * (num_ranks + 10), 2),
+        Message("means", "all-reduce", 8 * num_means, len(passes)),
+        Message("singular values", "all-reduce", 8 * num_values, len(passes)),
     ]
-    if num_turns:
+    if num_redistributions_total:
         busiest = int(max(sent.max(), received.max()))
-        found.append(Message("columns of wide layers", "all-to-all", busiest, num_turns))
-    if method == "tsqr":  # rank 0 receives from one rank at every level of the tree, then all get its result
-        squares, levels = 8 * sum(site.size**2 for site in sites), math.ceil(math.log2(num_ranks))
-        found.append(Message("triangles up the tree", "all-to-all", levels * squares, levels * len(sites)))
-        return [*found, Message("triangles", "all-reduce", squares, len(sites))]
-    triangles = 8 * sum(site.size * (site.size + 1) // 2 for site in sites)
-    times = max(len(passes), -(-triangles // BUCKET_BYTES))
-    return [*found, Message("packed triangles", "all-reduce", triangles, times)]
+        messages.append(Message("columns of wide layers", "all-to-all", busiest, num_redistributions_total))
+    if method == "tsqr":  # rank 0 receives from one rank at each level of the tree, then broadcasts the result
+        triangle_bytes, levels = 8 * sum(view.size**2 for view in layer_views), math.ceil(math.log2(num_ranks))
+        messages.append(
+            Message("triangles up the tree", "all-to-all", levels * triangle_bytes, levels * len(layer_views))
+        )
+        return [*messages, Message("triangles", "all-reduce", triangle_bytes, len(layer_views))]
+    packed_bytes = 8 * sum(view.size * (view.size + 1) // 2 for view in layer_views)
+    times = max(len(passes), -(-packed_bytes // BUCKET_BYTES))
+    return [*messages, Message("packed triangles", "all-reduce", packed_bytes, times)]

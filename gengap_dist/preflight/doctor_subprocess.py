@@ -1,6 +1,6 @@
-"""What the doctor tries in a process of its own, because it may hang or crash: torch, two ranks, a client, the data.
+"""Checks of the doctor that run in a subprocess, because they may hang or crash: torch, two ranks, a client, the data.
 
-Such a process says what it finds as JSON objects, one a line, so that what came before a crash is not lost.
+The subprocess prints its results as JSON objects, one per line, so that results before a crash are not lost.
 """
 
 import importlib
@@ -18,65 +18,65 @@ from gengap_dist.distributed.launchers.base import hard_exit
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.errors import UsageError
 
-RANK_SECONDS = 20  # that two ranks on one machine may take to meet
-IMPORT_SECONDS = 120  # torch from a cold network drive, beside everything else that is checked
+RANK_SECONDS = 20  # timeout for two ranks on one machine to connect
+IMPORT_SECONDS = 120  # importing torch from a cold network drive, in parallel with the other checks
 GIB = 2**30
 
 Facts = dict[str, Any]
-"""What a process found out; `error` if it came to no good end, `late` if it had to be ended."""
+"""Results of a subprocess; `error` if it failed, `late` if it exceeded the time limit."""
 
 
-# -- here --------------------------------------------------------------------------------------------------------------
+# -- parent ------------------------------------------------------------------------------------------------------------
 
 
-def attempt(function: str, *words: str, env: Mapping[str, str] | None = None) -> Facts:
-    """What a function of this module says in a process of its own, within IMPORT_SECONDS."""
-    return _listen(_start(function, os.environ | (env or {}), *words), time.monotonic() + IMPORT_SECONDS)
+def run_in_subprocess(function: str, *words: str, env: Mapping[str, str] | None = None) -> Facts:
+    """The results of a function of this module, run in a subprocess within IMPORT_SECONDS."""
+    return _collect(_start(function, os.environ | (env or {}), *words), time.monotonic() + IMPORT_SECONDS)
 
 
-def two_ranks() -> list[Facts]:
-    """What each of two ranks said before it ended or the time was up."""
+def run_two_ranks() -> list[Facts]:
+    """The results of each of two ranks, within IMPORT_SECONDS."""
     env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     env["MASTER_PORT"] = str(free_port())
-    env.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # these two are nobody else's ranks
-    started = [_start("rehearse", env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    until = time.monotonic() + IMPORT_SECONDS
-    return [_listen(process, until) for process in started]
+    env.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # these ranks do not belong to a torchrun launch
+    processes = [_start("rank_main", env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    deadline = time.monotonic() + IMPORT_SECONDS
+    return [_collect(process, deadline) for process in processes]
 
 
 def _start(function: str, env: Mapping[str, str], *words: str) -> "subprocess.Popen[str]":
-    """A function of this module in a process of its own."""
+    """Start a function of this module in a subprocess."""
     code = f"from {__name__} import {function}; {function}()"
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     command = [sys.executable, "-c", code, *words]
     return subprocess.Popen(command, env=env, stdin=null, stdout=pipe, stderr=null, text=True)
 
 
-def _listen(process: "subprocess.Popen[str]", until: float) -> Facts:
-    """What a process says until it ends, or is ended."""
+def _collect(process: "subprocess.Popen[str]", deadline: float) -> Facts:
+    """The results of a process; it is killed at `deadline`."""
     try:
-        said, _ = process.communicate(timeout=max(0.1, until - time.monotonic()))
+        output, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
         facts = {"error": f"died with exit code {process.returncode}"} if process.returncode else {}
     except subprocess.TimeoutExpired:
         process.kill()
-        said, _ = process.communicate()
+        output, _ = process.communicate()
         facts = {"error": "not done in time", "late": True}
-    for told in said.splitlines():
-        if told.startswith("{"):  # some packages greet on stdout
-            facts |= json.loads(told)
+    for output_line in output.splitlines():
+        if output_line.startswith("{"):  # some packages print to stdout
+            facts |= json.loads(output_line)
     return facts
 
 
-def line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """An error's first line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
-# -- there -------------------------------------------------------------------------------------------------------------
+# -- subprocess --------------------------------------------------------------------------------------------------------
 
 
-def rehearse() -> None:
-    """One of the two ranks: a JSON object per line for each thing that worked, and the first that did not."""
+def rank_main() -> None:
+    """Main function of each of the two ranks: prints a result for each step that works, and the first error."""
     try:
         import torch
         import torch.distributed as dist
@@ -84,65 +84,65 @@ def rehearse() -> None:
         from gengap_dist.distributed.process_group import init_process_group
 
         gpus = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
-        _say(torch=torch.__version__, gpus=[(gpu.name, gpu.total_memory / GIB) for gpu in gpus])
+        _emit(torch=torch.__version__, gpus=[(gpu.name, gpu.total_memory / GIB) for gpu in gpus])
         try:
-            _say(torchvision=importlib.import_module("torchvision").__version__)
+            _emit(torchvision=importlib.import_module("torchvision").__version__)
         except Exception as error:
-            _say(torchvision_error=line(error))
+            _emit(torchvision_error=first_line(error))
         began = time.monotonic()
         world = init_process_group("cpu", RANK_SECONDS)
         assert world.all_reduce(torch.ones(1)).item() == 2
-        _say(gloo=time.monotonic() - began)
+        _emit(gloo=time.monotonic() - began)
         if gpus:
             began = time.monotonic()
-            size = min(2, len(gpus))  # NCCL wants a GPU for each rank
+            size = min(2, len(gpus))  # NCCL needs one GPU per rank
             group = dist.new_group([*range(size)], timedelta(seconds=RANK_SECONDS), "nccl")
             if isinstance(group, dist.ProcessGroup):  # else this rank has no GPU
                 ones = torch.ones(1, device=f"cuda:{world.rank}")
                 dist.all_reduce(ones, group=group)
                 assert ones.item() == size
-                _say(nccl=(size, time.monotonic() - began))
-        world.barrier()  # none hangs up on the other
+                _emit(nccl=(size, time.monotonic() - began))
+        world.barrier()  # no rank exits before the other has finished
     except Exception as error:
-        _say(error=line(error))
+        _emit(error=first_line(error))
         hard_exit(1)
     hard_exit(0)
 
 
-def ask_mlflow() -> None:
-    """One request that any MLflow server answers, by MLflow's own client: health pages answer those it turns away."""
+def query_mlflow() -> None:
+    """Send one request with MLflow's own client; a health page would also answer clients that the server rejects."""
     from mlflow import MlflowClient
 
     began = time.monotonic()
     try:
         MlflowClient(sys.argv[1]).search_experiments(max_results=1)
-        _say(seconds=time.monotonic() - began)
+        _emit(seconds=time.monotonic() - began)
     except Exception as error:
-        _say(error=" ".join(str(error).split()))
+        _emit(error=" ".join(str(error).split()))
 
 
 def read_data() -> None:
-    """Read the data set that the command line describes; pictures are counted and not decoded."""
+    """Read the data set given on the command line; image files are counted and not decoded."""
     from gengap_dist.data import datasets
 
     config = DataConfig.model_validate_json(sys.argv[1]).model_copy(update={"download": False})
     try:
         if config.name == "imagefolder":
-            _say(images=sum(len(listing.samples) for listing in datasets.listings(config)))
+            _emit(images=sum(len(listing.samples) for listing in datasets.listings(config)))
         else:
             splits = datasets.load(config)
-            _say(images=len(splits.train) + len(splits.val) + len(splits.test))
+            _emit(images=len(splits.train) + len(splits.val) + len(splits.test))
     except UsageError as error:
-        _say(error=str(error))
+        _emit(error=str(error))
 
 
 def try_import() -> None:
-    """Import the module that the command line names."""
+    """Import the module given on the command line."""
     try:
         importlib.import_module(sys.argv[1])
     except Exception as error:
-        _say(error=f"{type(error).__name__}: {line(error)}")
+        _emit(error=f"{type(error).__name__}: {first_line(error)}")
 
 
-def _say(**facts: Any) -> None:
+def _emit(**facts: Any) -> None:
     print(json.dumps(facts), flush=True)

@@ -1,6 +1,6 @@
-"""What was measured of machines: the constants of the time model, and the sizes that batch.micro_size=auto found.
+"""Constants of the time model for a machine: a JSON file, by default in the user's cache folder.
 
-Two small JSON files in the user's cache folder; the first is measured by `calibrate` or written by hand.
+The file is written by `calibrate` or by hand. Sizes found by batch.micro_size=auto are in `training.autotune.cache`.
 """
 
 import json
@@ -24,7 +24,7 @@ class LinkConstants(Section):
 
 
 class ComputeConstants(Section):
-    """What a rank's own work takes."""
+    """Compute time of a rank."""
 
     seconds_per_sample: NonNegativeFloat
     """Forward and backward of one sample."""
@@ -33,20 +33,20 @@ class ComputeConstants(Section):
 
 
 class Constants(Section):
-    """What is known of a machine; what is not, stays null."""
+    """Constants of a machine; unknown ones are null."""
 
     where: str = ""
-    """What was measured, in words."""
+    """Description of the measured machine."""
     inside: LinkConstants | None = None
     """Between the ranks of one node."""
     between: LinkConstants | None = None
-    """Between nodes: measured nowhere here, so it comes from a file."""
+    """Between nodes: not measured by this program, read from a file."""
     compute: dict[str, ComputeConstants] = {}
-    """By `workload`."""
+    """Compute constants by `workload` name."""
 
 
 def workload(config: RunConfig, in_channels: int, micro_size: int) -> str:
-    """A name for what one micro-batch computes.
+    """Name of the computation of one micro-batch.
 
     >>> workload(RunConfig(), 1, 64)
     'lenet5 1x32x32 float32 sgd micro_size=64'
@@ -64,27 +64,29 @@ def workload(config: RunConfig, in_channels: int, micro_size: int) -> str:
 
 
 def load(path: Path | None) -> Constants:
-    """The constants in `path`, or in the user's cache folder, where there may be none yet.
+    """The constants in `path`, or in the user's cache folder, which may not exist yet.
 
     Raises:
-        UsageError: if the file that was asked for is missing, or a file does not hold constants.
+        UsageError: if the given file is missing, or a file does not contain constants.
     """
-    where = path or default_path()
-    if not where.exists() and path is None:
+    file = path or default_path()
+    if not file.exists() and path is None:
         return Constants()
     try:
-        return validate(Constants, json.loads(where.read_text()))
+        return validate(Constants, json.loads(file.read_text()))
     except OSError as error:
         raise UsageError(
-            f"--constants ({where}) cannot be read: {error.strerror}; give the path of a JSON file"
+            f"--constants ({file}) cannot be read: {error.strerror}; give the path of a JSON file"
         ) from None
     except (ValueError, TypeError) as error:
-        raise UsageError(f"--constants ({where}) holds no constants ({error}): measure them with --calibrate") from None
+        raise UsageError(
+            f"--constants ({file}) does not contain constants ({error}): measure them with --calibrate"
+        ) from None
 
 
 def save(constants: Constants, path: Path | None) -> Path:
-    """Write constants to `path`, or to the user's cache folder; where they went."""
-    where = path or default_path()
-    where.parent.mkdir(parents=True, exist_ok=True)
-    where.write_text(json.dumps(constants.model_dump(mode="json"), indent=1) + "\n")
-    return where
+    """Write constants to `path`, or to the user's cache folder; returns the path."""
+    file = path or default_path()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(constants.model_dump(mode="json"), indent=1) + "\n")
+    return file

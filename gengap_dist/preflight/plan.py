@@ -1,4 +1,4 @@
-"""The whole plan of a run: every check the run would make, and every number that is known before it starts."""
+"""The plan of a run: all checks of the run, and all numbers that are known before it starts."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -56,18 +56,18 @@ class Probe:
     num_passes: int
     """Over the probe images."""
     forms: dict[str, str]
-    """By layer and view: rows x units, and which square matrix is kept."""
+    """By layer and view: rows x units, and the square matrix that is kept."""
     messages: list[Message]
     bytes_on_wire: int
-    """Sent by a rank."""
+    """Bytes sent by a rank."""
 
 
 @dataclass(frozen=True)
 class Time:
-    """Predicted seconds of one step, nothing overlapped."""
+    """Predicted seconds of one step, without overlap of compute and communication."""
 
     compute: float
-    """Of the rank with the most samples: forward, backward and the update."""
+    """Forward, backward and update, on the rank with the most samples."""
     communication: float
     probe_communication: float
     """Of one measurement."""
@@ -76,13 +76,13 @@ class Time:
 
     @property
     def step(self) -> float:
-        """Computing, then talking."""
+        """Compute plus communication."""
         return self.compute + self.communication
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything; what cannot be said, because something was refused before, is None or empty."""
+    """The plan; fields that cannot be computed after an error are None or empty."""
 
     cluster: Cluster
     strategy: str
@@ -102,105 +102,109 @@ class Plan:
     probe: Probe | None = None
     time: Time | None = None
     time_at_best: Time | None = None
-    """With the links between nodes as fast as those inside, where only the latter are known."""
+    """Time with links between nodes as fast as inside nodes, if only the latter are known."""
     missing: str = ""
-    """What a prediction of time lacks."""
+    """Why there is no prediction of time."""
     refused: list[str] = field(default_factory=list)
     warned: list[str] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """The same, as JSON values."""
+        """The plan as JSON values."""
         tree = asdict(self)
         tree["cluster"]["num_ranks"] = self.cluster.num_ranks
-        for name, found in (("memory", self.memory), ("time", self.time), ("time_at_best", self.time_at_best)):
-            if isinstance(found, Memory):
-                tree[name]["total"] = found.total
-            elif found:
-                tree[name]["step"] = found.step
+        for name, section in (("memory", self.memory), ("time", self.time), ("time_at_best", self.time_at_best)):
+            if isinstance(section, Memory):
+                tree[name]["total"] = section.total
+            elif section:
+                tree[name]["step"] = section.step
         if self.data:
             tree["data"] = self.data._asdict()
         return tree
 
 
 def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan:
-    """The plan of a run of `config` on `cluster`; nothing is trained, no data are read."""
+    """The plan of a run of `config` on `cluster`; nothing is trained and no data are read."""
     refused: list[str] = []
 
-    def tried(check: Callable[[], T]) -> T | None:
+    def collect_refusal(check: Callable[[], T]) -> T | None:
         try:
             return check()
         except UsageError as error:
             refused.append(str(error))
             return None
 
-    given, (config, assumed) = config, _with_micro_size(config, cluster)
+    given_config, (config, assumed) = config, _with_micro_size(config, cluster)
     num_ranks, batch = cluster.num_ranks, config.batch
     strategy = strategy_name(config, num_ranks)
-    found: dict[str, Any] = {"cluster": cluster, "strategy": strategy, "model": config.model.name, "refused": refused}
-    found["batch"] = layout(batch_plan_for(config, batch.global_size, num_ranks))
+    fields: dict[str, Any] = {"cluster": cluster, "strategy": strategy, "model": config.model.name, "refused": refused}
+    fields["batch"] = layout(batch_plan_for(config, batch.global_size, num_ranks))
     device = config.launch.device
     for check in before_data(config, num_ranks, None if device == "auto" else device):
-        tried(check)
+        collect_refusal(check)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        if sizes := tried(lambda: datasets.sizes(config.data)):
-            order = tried(
+        if sizes := collect_refusal(lambda: datasets.sizes(config.data)):
+            sampler = collect_refusal(
                 lambda: EpochSampler(
                     sizes.num_train, batch.global_size, config.seed, growth=batch_size_schedule(config)
                 )
             )
-            found |= {"data": sizes} | _steps(config, order, num_ranks, tried)
-            if model := tried(lambda: _model(config, sizes)):
-                tried(lambda: check_auto(given, model))
-                tried(lambda: check_norm(config, model, order.sizes() if order else [], num_ranks))
-                tried(lambda: build_optimizer(config.optim, model))
+            fields |= {"data": sizes} | _step_fields(config, sampler, num_ranks, collect_refusal)
+            if model := collect_refusal(lambda: _model(config, sizes)):
+                collect_refusal(lambda: check_auto(given_config, model))
+                collect_refusal(lambda: check_norm(config, model, sampler.sizes() if sampler else [], num_ranks))
+                collect_refusal(lambda: build_optimizer(config.optim, model))
                 if config.algorithm.rank_penalty is not None:
-                    tried(lambda: RankPenalty(config.algorithm).layers(model, lambda: _example(config, sizes)))
-                found |= _of_model(config, cluster, model, sizes, found["batch"], tried)
-                found |= _time(config, constants, found)
-    found["warned"] = sorted({str(warning.message) for warning in caught})
-    return Plan(**found, assumed=assumed + _assumed(config, strategy, found))
+                    collect_refusal(
+                        lambda: RankPenalty(config.algorithm).layers(model, lambda: _example(config, sizes))
+                    )
+                fields |= _model_fields(config, cluster, model, sizes, fields["batch"], collect_refusal)
+                fields |= _time_fields(config, constants, fields)
+    fields["warned"] = sorted({str(warning.message) for warning in caught})
+    return Plan(**fields, assumed=assumed + _assumptions(config, strategy, fields))
 
 
 def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, list[str]]:
-    """The config with a number for batch.micro_size=auto, and in words why that one; torch's own order of pictures."""
+    """The config with a number for batch.micro_size=auto, and the reason; torch's default memory format."""
     if config.train.channels_last == "auto":
         config = resolved_memory_format(config, False)
     if config.batch.micro_size != "auto":
         return config, []
     known = None
-    with suppress(UsageError):  # the plan will list it
+    with suppress(UsageError):  # the plan lists the error
         sizes = datasets.sizes(config.data)
         network = ModelShape(_model(config, sizes), sizes.in_channels, sizes.num_classes)
-        known = earlier(config, network, _place(config, cluster))
+        known = earlier(config, network, _hardware(config, cluster))
     if known:
         return resolved_micro_size(config, known), [
-            f"batch.micro_size=auto found {known} on this machine before; another may differ"
+            f"batch.micro_size=auto found {known} on this machine before; another machine may differ"
         ]
-    choice = candidates(config, cluster.num_ranks)
-    size = max([size for size in choice if size <= BatchConfig().max_micro_size] or choice[:1])
-    said = f"batch.micro_size=auto is taken to find {size}: nothing was measured yet of such a run on this machine"
-    return resolved_micro_size(config, size), [said] if len(choice) > 1 else []
+    sizes_to_try = candidates(config, cluster.num_ranks)
+    size = max([size for size in sizes_to_try if size <= BatchConfig().max_micro_size] or sizes_to_try[:1])
+    assumption = f"batch.micro_size=auto is assumed to choose {size}: no such run was measured on this machine yet"
+    return resolved_micro_size(config, size), [assumption] if len(sizes_to_try) > 1 else []
 
 
-def _place(config: RunConfig, cluster: Cluster) -> Hardware:
-    """Where a rank of the cluster would compute, if its machines were like this one."""
+def _hardware(config: RunConfig, cluster: Cluster) -> Hardware:
+    """The hardware of a rank, if the machines of the cluster were like this one."""
     local, kind = cluster.gpus_per_node, config.launch.device
     on_gpu = kind == "cuda" or (kind == "auto" and local <= torch.cuda.device_count())
     device = torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
     return Hardware(device_name(device), int(threads_per_rank(local)["OMP_NUM_THREADS"]), local, cluster.num_ranks)
 
 
-def _steps(config: RunConfig, order: EpochSampler | None, num_ranks: int, tried: Callable[..., Any]) -> dict[str, Any]:
-    batch, schedule = config.batch, order and tried(lambda: Schedule.of(config, order))
-    if order is None or schedule is None:
+def _step_fields(
+    config: RunConfig, sampler: EpochSampler | None, num_ranks: int, collect_refusal: Callable[..., Any]
+) -> dict[str, Any]:
+    batch, schedule = config.batch, sampler and collect_refusal(lambda: Schedule.of(config, sampler))
+    if sampler is None or schedule is None:
         return {}
-    rest = order.num_samples % batch.global_size
+    last_size = sampler.num_samples % batch.global_size
     return {
-        "steps_per_epoch": order.steps_per_epoch,
+        "steps_per_epoch": sampler.steps_per_epoch,
         "num_steps": schedule.num_steps,
-        "ragged": layout(batch_plan_for(config, rest, num_ranks)) if rest else None,
+        "ragged": layout(batch_plan_for(config, last_size, num_ranks)) if last_size else None,
     }
 
 
@@ -211,40 +215,42 @@ def _model(config: RunConfig, sizes: datasets.Sizes) -> nn.Module:
     return model
 
 
-def _of_model(
+def _model_fields(
     config: RunConfig,
     cluster: Cluster,
     model: nn.Module,
     sizes: datasets.Sizes,
     batch: Layout,
-    tried: Callable[..., Any],
+    collect_refusal: Callable[..., Any],
 ) -> dict[str, Any]:
     num_ranks, strategy = cluster.num_ranks, strategy_name(config, cluster.num_ranks)
     side, itemsize = config.data.image_size, getattr(torch, config.train.dtype).itemsize
-    whole = itemsize * sum(p.numel() for p in model.parameters())
-    trained = itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameter_bytes = itemsize * sum(p.numel() for p in model.parameters())
+    gradient_bytes = itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
     messages = (
-        communication_model.step_messages(strategy, trained, whole, batch.micro_batches_per_rank[1])
+        communication_model.step_messages(strategy, gradient_bytes, parameter_bytes, batch.micro_batches_per_rank[1])
         if num_ranks > 1
         else []
     )
-    held = memory_model.weights(config, model, strategy, num_ranks)
-    probe, probe_bytes = tried(lambda: _probe(config, model, sizes, num_ranks)) or (None, 0)
+    weight_bytes = memory_model.weights(config, model, strategy, num_ranks)
+    probe, probe_bytes = collect_refusal(lambda: _probe(config, model, sizes, num_ranks)) or (None, 0)
     if probe and memory_model.SHARDING[strategy].parameters:
-        probe_bytes += whole
-    least = 2 if has_batch_norm(model) else 1  # which refuses to train on one image
-    micro_size = max(batch.micro_sizes[1], least)
-    saved, how = memory_model.saved_for_backward(config, model, (sizes.in_channels, side, side), micro_size)
+        probe_bytes += parameter_bytes
+    min_micro_size = 2 if has_batch_norm(model) else 1  # batch norm refuses to train on one image
+    micro_size = max(batch.micro_sizes[1], min_micro_size)
+    activation_bytes, activations_by = memory_model.saved_for_backward(
+        config, model, (sizes.in_channels, side, side), micro_size
+    )
     return {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "has_batch_norm": has_batch_norm(model),
         "messages": messages,
         "bytes_on_wire": sum(message.on_wire(num_ranks) for message in messages),
         "memory": Memory(
-            **held,
+            **weight_bytes,
             data=0 if (config.data.device, config.launch.device) == ("cpu", "cuda") else sizes.num_bytes,
-            activations=saved,
-            activations_by=how,
+            activations=activation_bytes,
+            activations_by=activations_by,
             probe=probe_bytes,
             probe_limit=config.probe.memory_mib * 2**20 if probe else 0,
         ),
@@ -253,7 +259,7 @@ def _of_model(
 
 
 def probe_counts(config: RunConfig, sizes: datasets.Sizes, num_ranks: int) -> list[int]:
-    """Images of the probe set on every rank."""
+    """Number of images of the probe set on each rank."""
     size = min(max(config.probe.num_samples), sizes.num_train)
     return [sum(s.size for s in blocks(size, PROBE_BLOCK, World(rank, num_ranks))) for rank in range(num_ranks)]
 
@@ -286,22 +292,32 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     return Probe(sum(counts), sum(map(bool, counts)), len(passes), forms, messages, on_wire), num_bytes
 
 
-def _time(config: RunConfig, constants: Constants, found: dict[str, Any]) -> dict[str, Any]:
-    cluster, batch = found["cluster"], found["batch"]
-    compute = constants.compute.get(workload(config, found["data"].in_channels, batch.micro_sizes[1]))
+def _time_fields(config: RunConfig, constants: Constants, fields: dict[str, Any]) -> dict[str, Any]:
+    cluster, batch = fields["cluster"], fields["batch"]
+    compute = constants.compute.get(workload(config, fields["data"].in_channels, batch.micro_sizes[1]))
     inside, between = (Link(c.alpha, c.beta) if c else None for c in (constants.inside, constants.between))
     needs_inside = cluster.gpus_per_node > 1 or (cluster.nodes > 1 and between is None)
     if compute is None or (needs_inside and inside is None):
-        what = "this network" if compute is None else "the link inside a node"
-        return {"missing": f"{what} is not calibrated: add --calibrate"}
-    near, far = inside or Link(0.0, 0.0), between or inside or Link(0.0, 0.0)
-    computing, talking = step_seconds(cluster, batch, found["messages"], compute, near, far)
-    probed = found["probe"].messages if found["probe"] else []
-    probing = sum(communication_model.seconds(message, cluster, near, far) for message in probed)
-    # a batch larger than the data set is refused, and has no steps
-    time = Time(computing, talking, probing, (found.get("num_steps") or 0) * (computing + talking))
+        uncalibrated = "this network" if compute is None else "the link inside a node"
+        return {"missing": f"{uncalibrated} is not calibrated: add --calibrate"}
+    inside_link, between_link = inside or Link(0.0, 0.0), between or inside or Link(0.0, 0.0)
+    compute_seconds, communication_seconds = step_seconds(
+        cluster, batch, fields["messages"], compute, inside_link, between_link
+    )
+    probe_messages = fields["probe"].messages if fields["probe"] else []
+    probe_seconds = sum(
+        communication_model.collective_seconds(message, cluster, inside_link, between_link)
+        for message in probe_messages
+    )
+    # a batch larger than the data set is refused, so there is no number of steps
+    time = Time(
+        compute_seconds,
+        communication_seconds,
+        probe_seconds,
+        (fields.get("num_steps") or 0) * (compute_seconds + communication_seconds),
+    )
     if cluster.nodes > 1 and between is None:
-        missing = 'the link between nodes is not measured here: give its constants as "between" with --constants FILE'
+        missing = 'the link between nodes is not measured: give its constants as "between" with --constants FILE'
         return {"time_at_best": time, "missing": missing}
     return {"time": time}
 
@@ -314,25 +330,29 @@ def step_seconds(
     inside: Link,
     between: Link,
 ) -> tuple[float, float]:
-    """Seconds of one step: computing, of the rank with the most samples, and then talking."""
-    computing = batch.samples_per_rank[1] * compute.seconds_per_sample + compute.seconds_per_update
-    return computing, sum(communication_model.seconds(message, cluster, inside, between) for message in messages)
+    """(compute, communication) seconds of one step; compute is that of the rank with the most samples."""
+    compute_seconds = batch.samples_per_rank[1] * compute.seconds_per_sample + compute.seconds_per_update
+    return compute_seconds, sum(
+        communication_model.collective_seconds(message, cluster, inside, between) for message in messages
+    )
 
 
-def _assumed(config: RunConfig, strategy: str, found: dict[str, Any]) -> list[str]:
-    """What the numbers take for granted."""
-    counted = "pictures are counted, not opened"
-    said = [
-        counted if config.data.name == "imagefolder" else f"{config.data.name} has as many images as was published",
-        "bytes are of one rank; sums of losses, validation and checkpoints are not counted, nor are the diagnostics "
+def _assumptions(config: RunConfig, strategy: str, fields: dict[str, Any]) -> list[str]:
+    """Assumptions behind the numbers, one sentence each."""
+    not_opened = "image files are counted, not opened"
+    assumptions = [
+        not_opened if config.data.name == "imagefolder" else f"{config.data.name} has the published number of images",
+        "bytes are per rank, without loss sums, validation, checkpoints and diagnostics "
         f"({', '.join(config.probe.diagnostics) or 'none'})",
-        "memory leaves out temporaries of single operations, buckets, libraries and the CUDA context",
-        "time is computing and then talking: backward passes that hide communication are faster; nodes share no links",
+        "memory does not include temporary tensors of single operations, buckets, libraries and the CUDA context",
+        "time is compute plus communication: overlap in the backward pass makes a step faster; nodes share no links",
     ]
     if config.launch.device == "auto" and config.probe.enabled:
-        said.append("the probe works in blocks that suit a CPU; with launch.device=cuda they are larger")
+        assumptions.append("the probe uses block sizes for a CPU; with launch.device=cuda blocks are larger")
     if config.data.augment:
-        said.append(f"augmentation ({', '.join(config.data.augment)}) is part of the measured time")
+        assumptions.append(f"augmentation ({', '.join(config.data.augment)}) is part of the measured time")
     if strategy.startswith("zero") or strategy == "fsdp":
-        said.append(f"{strategy} sends what its published scheme says (Rajbhandari et al. 2020), with no padding")
-    return said
+        assumptions.append(
+            f"{strategy} traffic is that of the published scheme (Rajbhandari et al. 2020), without padding"
+        )
+    return assumptions

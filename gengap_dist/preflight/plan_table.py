@@ -1,4 +1,4 @@
-"""A plan on one screen."""
+"""Formats a plan for the terminal."""
 
 from rich.markup import escape
 from rich.table import Table
@@ -9,7 +9,7 @@ from gengap_dist.preflight.plan import Plan, Time
 
 
 def plan_page(plan: Plan, constants: Constants) -> list[Table | str]:
-    """Batches, memory, bytes and time; then what is refused, and what the numbers assume: lines in rich's markup."""
+    """Batches, memory, bytes and time; then errors, warnings and assumptions: tables, and lines in rich's markup."""
     cluster = plan.cluster
     size = f", {plan.num_parameters:,} parameters" if plan.num_parameters else ""
     images = f", {plan.data.num_train:,} training images" if plan.data else ""
@@ -18,7 +18,7 @@ def plan_page(plan: Plan, constants: Constants) -> list[Table | str]:
         f"{cluster.num_ranks:,} rank(s), {plan.strategy}"
     )
     tables = [table for table in (_steps(plan), _memory(plan), _traffic(plan)) if table]
-    remarks = [
+    messages = [
         f"[{style}]{head:8}[/]     {escape(line)}"
         for style, head, lines in (
             ("bold red", "refused", plan.refused),
@@ -27,16 +27,16 @@ def plan_page(plan: Plan, constants: Constants) -> list[Table | str]:
         )
         for line in lines
     ]
-    return [head, *tables, *_notes(plan), *_times(plan, constants), *remarks]
+    return [head, *tables, *_notes(plan), *_times(plan, constants), *messages]
 
 
 def _steps(plan: Plan) -> Table | None:
     if plan.batch is None:
         return None
-    updates = f": {plan.num_steps:,} updates, {plan.steps_per_epoch:,} an epoch" if plan.num_steps else ""
+    updates = f": {plan.num_steps:,} updates, {plan.steps_per_epoch:,} per epoch" if plan.num_steps else ""
     table = Table(title=f"steps{updates}", title_justify="left")
     for number, head in enumerate(
-        ("step", "samples", "a rank", "micro-batches a rank", "of size", "idle ranks", "batch-norm groups of")
+        ("step", "samples", "per rank", "micro-batches per rank", "of size", "idle ranks", "batch-norm groups of")
     ):
         table.add_column(head, justify="left" if number == 0 else "right", no_wrap=True)
     table.add_row("every", *_layout(plan.batch, plan.has_batch_norm))
@@ -45,27 +45,27 @@ def _steps(plan: Plan) -> Table | None:
     return table
 
 
-def _layout(found: Layout, norm: bool) -> list[str]:
-    groups = ", ".join(map(str, found.norm_sizes[:4])) + (", ..." if len(found.norm_sizes) > 4 else "")
-    spans = (found.samples_per_rank, found.micro_batches_per_rank, found.micro_sizes)
+def _layout(layout: Layout, has_batch_norm: bool) -> list[str]:
+    groups = ", ".join(map(str, layout.norm_sizes[:4])) + (", ..." if len(layout.norm_sizes) > 4 else "")
+    spans = (layout.samples_per_rank, layout.micro_batches_per_rank, layout.micro_sizes)
     shown = [f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in spans]
-    return [f"{found.global_size:,}", *shown, f"{found.num_idle:,}", groups if norm else "-"]
+    return [f"{layout.global_size:,}", *shown, f"{layout.num_idle:,}", groups if has_batch_norm else "-"]
 
 
 def _memory(plan: Plan) -> Table | None:
-    found = plan.memory
-    if found is None:
+    memory = plan.memory
+    if memory is None:
         return None
-    table = Table(title=f"memory of a rank: {in_bytes(found.total)}", title_justify="left")
+    table = Table(title=f"memory per rank: {in_bytes(memory.total)}", title_justify="left")
     rows = {
-        "weights": found.parameters,
-        "gradients": found.gradients,
-        "optimizer": found.optimizer_state,
-        "kept weights": found.kept_weights,
-        "data set": found.data,
-        "a micro-batch": found.activations,
-        "or the probe": found.probe,
-        "(its limit)": found.probe_limit,
+        "weights": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer_state,
+        "kept weights": memory.kept_weights,
+        "data set": memory.data,
+        "a micro-batch": memory.activations,
+        "or the probe": memory.probe,
+        "(its limit)": memory.probe_limit,
     }
     for name in rows:
         table.add_column(name, justify="right", no_wrap=True)
@@ -77,7 +77,7 @@ def _traffic(plan: Plan) -> Table | None:
     if plan.memory is None or plan.cluster.num_ranks == 1:
         return None
     probe = plan.probe
-    table = Table(title="messages of a rank", title_justify="left")
+    table = Table(title="messages per rank", title_justify="left")
     for number, head in enumerate(("for", "what", "operation", "times", "bytes", "on the wire")):
         table.add_column(head, justify="left" if number < 3 else "right", no_wrap=True)
     for name, messages in (("a step", plan.messages), ("a probe", probe.messages if probe else [])):
@@ -91,16 +91,17 @@ def _traffic(plan: Plan) -> Table | None:
 
 
 def _notes(plan: Plan) -> list[str]:
-    said = []
+    notes = []
     if plan.memory:
-        said.append(f"micro-batch  what it saves for its backward pass, by {plan.memory.activations_by}")
+        notes.append(f"micro-batch  memory saved for the backward pass, from {plan.memory.activations_by}")
     if probe := plan.probe:
         wide = sum("rows" in form for form in probe.forms.values())
-        said.append(
+        notes.append(
             f"probe        {probe.num_samples:,} images on {probe.num_ranks_with_images:,} rank(s), {len(probe.forms)} "
-            f"matrices ({wide} wider than high), {probe.num_passes} pass(es), {in_bytes(probe.bytes_on_wire)} sent"
+            f"matrices ({wide} with more columns than rows), {probe.num_passes} pass(es), "
+            f"{in_bytes(probe.bytes_on_wire)} sent"
         )
-    return said
+    return notes
 
 
 def _times(plan: Plan, constants: Constants) -> list[str]:
@@ -109,7 +110,7 @@ def _times(plan: Plan, constants: Constants) -> list[str]:
         lines.append(f"predicted    {_time(plan.time)}")
     if plan.time_at_best:
         best = _time(plan.time_at_best)
-        lines.append(f"[bold]at best[/]      {best}, if nodes were joined as the ranks of this machine are")
+        lines.append(f"[bold]at best[/]      {best}, if links between nodes were as fast as inside this machine")
     if plan.missing:
         lines.append(f"time         {escape(plan.missing)}")
     links = {"inside": constants.inside, "between": constants.between}
@@ -121,14 +122,14 @@ def _times(plan: Plan, constants: Constants) -> list[str]:
 
 def _time(time: Time) -> str:
     return (
-        f"{in_seconds(time.step)} a step (compute {in_seconds(time.compute)} + communication "
-        f"{in_seconds(time.communication)}), {in_seconds(time.of_run)} for all of them; "
-        f"a probe's communication {in_seconds(time.probe_communication)}"
+        f"{in_seconds(time.step)} per step (compute {in_seconds(time.compute)} + communication "
+        f"{in_seconds(time.communication)}), {in_seconds(time.of_run)} in total; "
+        f"communication of a probe {in_seconds(time.probe_communication)}"
     )
 
 
 def in_bytes(num_bytes: float) -> str:
-    """With the unit that suits.
+    """Bytes as text with a suitable unit.
 
     >>> in_bytes(12), in_bytes(1536), in_bytes(3 * 2**30)
     ('12 B', '1.5 KiB', '3.0 GiB')
@@ -138,7 +139,7 @@ def in_bytes(num_bytes: float) -> str:
 
 
 def in_seconds(seconds: float) -> str:
-    """With the unit that suits.
+    """Seconds as text with a suitable unit.
 
     >>> in_seconds(2e-5), in_seconds(0.0123), in_seconds(90), in_seconds(7200)
     ('20 us', '12.3 ms', '90.0 s', '2.0 h')

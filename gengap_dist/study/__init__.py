@@ -1,1 +1,1 @@
-"""Arms x seeds: which runs a study has, how they are run, how they are compared."""
+"""Studies: the runs of all arms and seeds, tuning trials, and how they are executed."""

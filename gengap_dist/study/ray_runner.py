@@ -1,9 +1,10 @@
-"""The runs of a study side by side on a Ray cluster: Ray Tune trials, each of which lets a team of ranks do runs.
+"""Runs a study concurrently on a Ray cluster: each Ray Tune trial starts a worker group that executes several runs.
 
-A team's ranks are started once, by Ray Train, and take runs one after another until none is left for their kind.
-A trial takes nothing of the cluster, only its ranks do, and at most as many trials run as there is room for the ranks
-of. So trials never wait for what other trials hold. Run folders are the truth: nothing is reported through Ray Tune,
-and what it keeps for itself is thrown away. Ray is imported by the functions that need it.
+The ranks of a worker group are started once, by Ray Train, and take runs from a queue until none is left for their
+launch settings. A trial itself uses no cluster resources, only its ranks do, and the number of concurrent trials is
+limited to the ranks that fit. So trials never wait for resources held by other trials. Results are read from
+run folders: nothing is reported through Ray Tune, and its own files are deleted. Ray is imported by the functions that
+need it.
 """
 
 import contextlib
@@ -40,111 +41,116 @@ from gengap_dist.runs import run_folder
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.training import ENTRY_POINT
 
-STUDY = "study"  # what news of all runs are about
-MOST_DEATHS = 3  # of a process that waits for ranks; each takes the run that was under way along
+STUDY = "study"  # topic of the messages about all runs
+MAX_TRIAL_FAILURES = 3  # of the process of a trial; each failure also ends the active run
 
 
-class _Job(NamedTuple):
-    """What every trial is told."""
+class _TrialJob(NamedTuple):
+    """Arguments of every trial."""
 
     launches: Sequence[tuple[LaunchConfig, LaunchConfig]]
-    """Of every team: as its runs have it, and with the device that was resolved."""
-    teller: Any
+    """For each worker group: launch settings as configured, and with the resolved device."""
+    run_queue: Any
     storage: Path
-    grows: bool
-    """Whether to wait for nodes that are not there yet."""
+    wait_for_nodes: bool
+    """Whether to wait for nodes that have not joined yet."""
     folder: Path
     command: Sequence[str]
 
 
-def concurrency(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str, float]], most: int | None) -> int:
-    """How many runs find room at a time, whichever of them they are; at least 1, which then waits for nodes.
+def concurrency(
+    launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str, float]], max_concurrent: int | None
+) -> int:
+    """How many runs fit on the cluster at a time, whichever they are; at least 1, which then waits for nodes.
 
     >>> nodes, small, large = [{"CPU": 8.0}], LaunchConfig(num_processes=2), LaunchConfig(num_processes=3)
     >>> concurrency([small], nodes, None), concurrency([small, large], nodes, None), concurrency([small], nodes, 3)
     (4, 2, 3)
     """
-    rooms = [
+    capacities = [
         num_slots(nodes, resources_per_rank(launch), launch.placement) // launch.num_processes for launch in launches
     ]
-    return max(1, min([*rooms, *([most] if most else [])]))
+    return max(1, min([*capacities, *([max_concurrent] if max_concurrent else [])]))
 
 
-def run_all(plan: Sequence[PlannedRun], watch: StudyCallback, most: int | None) -> int:
-    """Run all of the plan; the number of runs that failed. A run that fails or diverges does not stop the others.
+def run_all(plan: Sequence[PlannedRun], callback: StudyCallback, max_concurrent: int | None) -> int:
+    """Execute the plan; returns the number of runs that failed. A failed or diverged run does not stop the others.
 
     Args:
         plan: the runs, none of which is finished.
-        watch: told of every step.
-        most: runs at a time, if fewer than there is room for.
+        callback: called on every step and at the end of every run.
+        max_concurrent: limit of concurrent runs; None for as many as fit.
 
     Raises:
-        UsageError: if the cluster does not answer, or what a rank found wrong with its config.
-        Preempted: if a run's ranks had to leave more often than launch.max_failures lets them start again.
+        UsageError: if the cluster does not answer, or a rank reports an error in its config.
+        Preempted: if a run was preempted more often than launch.max_failures allows.
     """
     storage = plan[0].folder.parents[2] / "ray"
     check_folder(storage)
-    launches = [cell.config.launch for cell in plan]
+    launches = [planned.config.launch for planned in plan]
     largest = max(launches, key=lambda launch: launch.num_processes * resources_per_rank(launch)["CPU"])
-    heard: dict[int, str] = {}
+    outcomes: dict[int, str] = {}
     try:
-        grows = not connect(largest)
+        wait_for_nodes = not connect(largest)
         with sigterm_as_interrupt():
-            _wait(plan, watch, grows, storage, most, heard)
+            _run_trials(plan, callback, wait_for_nodes, storage, max_concurrent, outcomes)
     except BaseException as error:
         RayLauncher(ENTRY_POINT).close(kill=True)
-        for cell in plan:
-            _close(cell, error)
+        for planned in plan:
+            _close(planned, error)
         raise
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-    for number in set(range(len(plan))) - heard.keys():  # the process that waited for its ranks died
+    for number in set(range(len(plan))) - outcomes.keys():  # the process of its trial died
         _close(plan[number], RankFailed("the process that started the ranks died"))
         status = (
             run_folder.read_info(plan[number].folder)["status"] if plan[number].folder.exists() else run_folder.FAILED
         )
-        heard[number] = status if status in run_folder.ENDED else "failed: the process that started the ranks died"
-        watch.on_run_end(plan[number], heard[number])
-    return sum(note.startswith(run_folder.FAILED) for note in heard.values())
+        outcomes[number] = status if status in run_folder.ENDED else "failed: the process that started the ranks died"
+        callback.on_run_end(plan[number], outcomes[number])
+    return sum(note.startswith(run_folder.FAILED) for note in outcomes.values())
 
 
-def _close(cell: PlannedRun, error: BaseException) -> None:
-    if cell.folder.exists():
-        run_folder.close_abandoned(cell.folder, error)
+def _close(planned: PlannedRun, error: BaseException) -> None:
+    if planned.folder.exists():
+        run_folder.close_abandoned(planned.folder, error)
 
 
-def _wait(
+def _run_trials(
     plan: Sequence[PlannedRun],
-    watch: StudyCallback,
-    grows: bool,
+    callback: StudyCallback,
+    wait_for_nodes: bool,
     storage: Path,
-    most: int | None,
-    heard: dict[int, str],
+    max_concurrent: int | None,
+    outcomes: dict[int, str],
 ) -> None:
-    """Let all trials run, and tell `watch` what they tell; `heard` gets how they ended, by number."""
+    """Run all trials and pass their messages to `callback`; fills `outcomes`: run number to status or error."""
     import ray
 
     nodes = alive_nodes()
-    teller = start_run_queue([(cell.config, cell.folder) for cell in plan])
-    given = [cell.config.launch for cell in plan]
-    resolved = resolve_device(given, nodes)
-    num, teams = concurrency(resolved, nodes, most), list[tuple[LaunchConfig, LaunchConfig]]()
-    for launches in zip(given, resolved, strict=True):
-        if teams.count(launches) < num:
-            teams.append(launches)
-    job = _Job(teams, teller, storage, grows, Path.cwd(), sys.orig_argv)
-    task = ray.remote(_tune).options(max_retries=0, **on_this_node()).remote(job, num)
-    over = False
-    while not over:
-        over = bool(ray.wait([task], timeout=POLL_SECONDS)[0])
-        for kind, value in ray.get(teller.hear.remote(STUDY)):
+    run_queue = start_run_queue([(planned.config, planned.folder) for planned in plan])
+    configured = [planned.config.launch for planned in plan]
+    resolved = resolve_device(configured, nodes)
+    num_concurrent, group_launches = (
+        concurrency(resolved, nodes, max_concurrent),
+        list[tuple[LaunchConfig, LaunchConfig]](),
+    )
+    for launches in zip(configured, resolved, strict=True):
+        if group_launches.count(launches) < num_concurrent:
+            group_launches.append(launches)
+    job = _TrialJob(group_launches, run_queue, storage, wait_for_nodes, Path.cwd(), sys.orig_argv)
+    task = ray.remote(_tune).options(max_retries=0, **on_this_node()).remote(job, num_concurrent)
+    done = False
+    while not done:
+        done = bool(ray.wait([task], timeout=POLL_SECONDS)[0])
+        for kind, value in ray.get(run_queue.hear.remote(STUDY)):
             match kind:
                 case "progress":
                     number, *step = value
-                    watch.on_step(plan[number], *step)
+                    callback.on_step(plan[number], *step)
                 case "over":
-                    number, heard[number] = value
-                    watch.on_run_end(plan[number], heard[number])
+                    number, outcomes[number] = value
+                    callback.on_run_end(plan[number], outcomes[number])
                 case "preempted":
                     raise Preempted(value)
                 case _:
@@ -152,16 +158,16 @@ def _wait(
     ray.get(task)
 
 
-# -- in processes of Ray's, on the driver's node ----------------------------------------------------------------------
+# -- in Ray processes on the driver's node ----------------------------------------------------------------------------
 
 
-def _tune(job: _Job, num_concurrent: int) -> None:
-    """Ray Tune, from start to end: a task, because in the driver's main thread it would take Ctrl-C for itself."""
+def _tune(job: _TrialJob, num_concurrent: int) -> None:
+    """Run Ray Tune. It is a Ray task because in the driver's main thread Ray Tune would handle Ctrl-C itself."""
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     import ray
     from ray import tune
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a process that died is told of in our own words
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a dead process is reported by `run_all`
     (node,) = (node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
     name = next(name for name in node["Resources"] if name.startswith("node:") and not name.startswith("node:__"))
 
@@ -169,56 +175,58 @@ def _tune(job: _Job, num_concurrent: int) -> None:
         _trial(job, choice["number"])
 
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"cpu": 0, name: 1e-4}),  # this node's name is a resource that nobody else takes
+        tune.with_resources(
+            trial, {"cpu": 0, name: 1e-4}
+        ),  # the node's name is a Ray resource; it pins the trial to this node
         param_space={"number": tune.grid_search(list(range(len(job.launches))))},
         tune_config=tune.TuneConfig(max_concurrent_trials=num_concurrent, reuse_actors=True),
         run_config=tune.RunConfig(
             name=uuid.uuid4().hex,
             storage_path=str(job.storage),
-            failure_config=tune.FailureConfig(max_failures=MOST_DEATHS),
+            failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
             verbose=0,
         ),
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # verbose=0 still says where the files are that nobody wants
+    with contextlib.redirect_stdout(io.StringIO()):  # verbose=0 still prints the path of the files
         tuner.fit()
 
 
-def _trial(job: _Job, number: int) -> None:
-    """A team, until no run is left for it."""
+def _trial(job: _TrialJob, number: int) -> None:
+    """Start a worker group, and execute runs until none is left for it."""
     import ray
 
-    team = WorkerGroup(uuid.uuid4().hex, *job.launches[number], job.teller, job.storage, ENTRY_POINT)
-    os.chdir(job.folder)  # the driver's: settings may hold paths that start there
+    group = WorkerGroup(uuid.uuid4().hex, *job.launches[number], job.run_queue, job.storage, ENTRY_POINT)
+    os.chdir(job.folder)  # the driver's: settings may contain relative paths
     sys.orig_argv = [*job.command]
 
     def folder(run: int) -> Path:
-        return ray.get(team.queue.run.remote(run))[1]
+        return ray.get(group.queue.run.remote(run))[1]
 
-    def tell(kind: str, value: Any) -> None:
-        ray.get(team.queue.tell.remote(STUDY, kind, value))
+    def send(kind: str, value: Any) -> None:
+        ray.get(group.queue.tell.remote(STUDY, kind, value))
 
     def progress(run: int, done: int, total: int, note: str) -> None:
-        team.queue.tell.remote(STUDY, "progress", (run, done, total, note))
+        group.queue.tell.remote(STUDY, "progress", (run, done, total, note))
 
     def over(run: int, result: dict[str, Any]) -> None:
-        tell("over", (run, run_folder.read_info(folder(run))["status"]))
+        send("over", (run, run_folder.read_info(folder(run))["status"]))
 
-    def given() -> tuple[int, int] | None:
-        return ray.get(team.queue.give.remote(team.name, team.launch))  # a run, and how often it was begun
+    def next_run() -> tuple[int, int] | None:
+        return ray.get(group.queue.give.remote(group.name, group.launch))  # (run number, number of earlier starts)
 
     try:
-        while before := given():
+        while current := next_run():
             try:
-                WorkerGroupRun(team, progress, over, team.launch.max_failures - before[1]).wait(job.grows)
+                WorkerGroupRun(group, progress, over, group.launch.max_failures - current[1]).wait(job.wait_for_nodes)
             except (RankFailed, Preempted) as error:
-                now = given()
-                if now is None or (now != before and now[1] <= team.launch.max_failures):
-                    continue  # what has failed before it was another run
+                after = next_run()
+                if after is None or (after != current and after[1] <= group.launch.max_failures):
+                    continue  # the failure belongs to an earlier run
                 if isinstance(error, Preempted):
-                    return tell("preempted", error.step)
-                if folder(now[0]).exists():
-                    run_folder.close_abandoned(folder(now[0]), error)
-                ray.get(team.queue.end.remote(team.name))
-                tell("over", (now[0], f"failed: {str(error).strip().splitlines()[-1]}"))
+                    return send("preempted", error.step)
+                if folder(after[0]).exists():
+                    run_folder.close_abandoned(folder(after[0]), error)
+                ray.get(group.queue.end.remote(group.name))
+                send("over", (after[0], f"failed: {str(error).strip().splitlines()[-1]}"))
     except UsageError as error:
-        tell("usage", str(error))
+        send("usage", str(error))

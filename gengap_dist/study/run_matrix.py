@@ -1,4 +1,4 @@
-"""The runs of a study, and the trials that come before them."""
+"""The runs of a study, and the tuning trials before them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ class PlannedRun(NamedTuple):
 
     arm: str
     label: str
-    """Which of the arm's runs: `seed 0`, `trial 3`."""
+    """Name within the arm: `seed 0`, `trial 3`."""
     config: RunConfig
     folder: Path
 
     @property
     def title(self) -> str:
-        """What people call it."""
+        """Name shown in messages."""
         return f"{self.arm} {self.label}"
 
 
@@ -29,10 +29,10 @@ def planned_runs(config: StudyConfig, out: Path, tuned: Mapping[str, Mapping[str
     Args:
         config: the study.
         out: its folder.
-        tuned: arm to settings found for it; with study.tune an arm without any has no runs.
+        tuned: arm to its tuned settings; with study.tune, an arm without tuned settings has no runs.
 
     Raises:
-        UsageError: if an arm's overrides are no settings of a run.
+        UsageError: if an arm's overrides are not valid settings of a run.
     """
     arms = [arm for arm in config.arms if not config.study.tune or arm.name in tuned]
     return [
@@ -48,18 +48,18 @@ def planned_runs(config: StudyConfig, out: Path, tuned: Mapping[str, Mapping[str
 
 
 def planned_trials(config: StudyConfig, out: Path, points: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
-    """Every arm at every point, without probes; all arms at one point come before the next.
+    """A trial of every arm at every point, without probes; all arms at one point come before the next point.
 
     Raises:
-        UsageError: if a point's settings do not hold together with an arm's.
+        UsageError: if a point's settings are not valid with an arm's.
     """
     assert config.study.tune is not None
-    seed, still = config.study.tune.seed, {"probe.enabled": False}
+    seed, no_probe = config.study.tune.seed, {"probe.enabled": False}
     return [
         PlannedRun(
             arm.name,
             f"trial {number}",
-            config.run_config(arm, seed, {**point, **still}),
+            config.run_config(arm, seed, {**point, **no_probe}),
             out / "tune" / arm.name / f"trial{number:03d}",
         )
         for number, point in enumerate(points)
@@ -68,10 +68,10 @@ def planned_trials(config: StudyConfig, out: Path, points: Sequence[Mapping[str,
 
 
 class StudyCallback:
-    """Told of everything; this one keeps it to itself."""
+    """Called on every step and at the end of every run; the methods of this class do nothing."""
 
     def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
-        """`done` of `total` steps of a run, and a few words."""
+        """`done` of `total` steps of a run are complete; `note` is a short status."""
 
     def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
         """A run has ended: a status of run.json, "already there", or why it failed."""

@@ -1,7 +1,7 @@
-"""Tuning that is equal for all arms: the same points for each, fixed before the first trial, scored by validation.
+"""Tuning with equal effort for all arms: the same points, fixed before the first trial, scored on validation data.
 
 Points come from a quasi-random sequence, as in Shallue et al. 2019 and Nado et al. 2021: no trial depends on another's
-outcome, so trials may run side by side and in any order, and an interrupted search goes on where it stopped.
+outcome, so trials may run concurrently and in any order, and an interrupted search continues where it stopped.
 """
 
 import warnings
@@ -13,18 +13,18 @@ from gengap_dist.config.study import TuneSection
 from gengap_dist.runs import run_folder
 
 Point = dict[str, Any]
-"""Dotted settings to values."""
+"""Maps dotted settings to values."""
 
 
 class Trial(NamedTuple):
-    """One trial of an arm, as far as it came."""
+    """One trial of an arm; without results if it is not finished."""
 
     point: Point
     status: str
     accuracy: float | None = None
     """Validation accuracy at the end."""
     updates: int | None = None
-    """Updates to train.target_accuracy; None if it was not reached, or there is none."""
+    """Updates to train.target_accuracy; None if it was not reached, or no target is set."""
 
 
 def points(tune: TuneSection) -> list[Point]:
@@ -54,13 +54,13 @@ def points(tune: TuneSection) -> list[Point]:
 
 
 def _value(tune: TuneSection, name: str, drawn: float) -> Any:
-    """A number, to the four digits that a person would write; or the entry that it falls on."""
+    """The drawn number with four digits, or for a list of values the entry at that position."""
     values = tune.space[name].values
     return values[min(int(drawn), len(values) - 1)] if values else float(f"{drawn:.4g}")
 
 
 def read_trial(point: Point, folder: Path) -> Trial:
-    """What a trial's folder says; the status is "" before it began."""
+    """Read a trial from its folder; the status is "" if it has not started."""
     info = run_folder.read_info(folder) if (folder / "run.json").exists() else {}
     if info.get("status") != run_folder.FINISHED:
         return Trial(point, info.get("status", ""))
@@ -71,8 +71,8 @@ def read_trial(point: Point, folder: Path) -> Trial:
 def best(trials: Sequence[Trial], *, to_target: bool) -> Trial | None:
     """The finished trial with the highest validation accuracy, or with the fewest updates to the target.
 
-    Among equals, and where none reached the target, accuracy decides, then the order of the trials. None if no trial
-    came to its end.
+    Ties, and trials that did not reach the target, are decided by accuracy, then by the order of the trials. None if no
+    trial finished.
 
     >>> one, two = Trial({"lr": 1}, "finished", 0.9, 70), Trial({"lr": 2}, "finished", 0.8, 50)
     >>> lost = Trial({"lr": 3}, "diverged")
@@ -81,32 +81,32 @@ def best(trials: Sequence[Trial], *, to_target: bool) -> Trial | None:
     >>> best([lost], to_target=False)
     """
 
-    def rank(trial: Trial) -> tuple[float, float]:
+    def score(trial: Trial) -> tuple[float, float]:
         updates = trial.updates if to_target and trial.updates is not None else float("inf")
         return -updates, trial.accuracy or 0.0
 
-    return max((trial for trial in trials if trial.status == run_folder.FINISHED), key=rank, default=None)
+    return max((trial for trial in trials if trial.status == run_folder.FINISHED), key=score, default=None)
 
 
 def edges(tune: TuneSection, trials: Sequence[Trial], chosen: Point) -> list[str]:
-    """Where nothing was tried beyond the chosen value, in words: what is best may lie outside.
+    """Settings whose chosen value is the lowest or highest one tried, as text: the optimum may be outside.
 
-    Settings for which fewer than three numbers were tried say nothing: each of two is an end.
+    Settings with fewer than three tried numbers are left out: each of two numbers is at an end.
 
     >>> tune = TuneSection.model_validate({"space": {"optim.lr": {"low": 0.1, "high": 1}}})
     >>> trials = [Trial({"optim.lr": lr}, "finished", 0.5) for lr in (0.12, 0.5, 0.9)]
     >>> edges(tune, trials, {"optim.lr": 0.12}), edges(tune, trials, {"optim.lr": 0.5})
     (['optim.lr at its low end (0.12, of 0.1 to 1)'], [])
     """
-    found = []
+    at_edge = []
     for name, space in tune.space.items():
         tried = sorted({trial.point[name] for trial in trials if _is_number(trial.point[name])})
         if len(tried) < 3 or chosen[name] not in (tried[0], tried[-1]):
             continue
         low, high = (tried[0], tried[-1]) if space.values else (space.low, space.high)
         end = "low" if chosen[name] == tried[0] else "high"
-        found.append(f"{name} at its {end} end ({chosen[name]:g}, of {low:g} to {high:g})")
-    return found
+        at_edge.append(f"{name} at its {end} end ({chosen[name]:g}, of {low:g} to {high:g})")
+    return at_edge
 
 
 def _is_number(value: Any) -> bool:
@@ -114,7 +114,7 @@ def _is_number(value: Any) -> bool:
 
 
 def summary(tune: TuneSection, trials: Sequence[Trial], *, to_target: bool) -> Mapping[str, Any]:
-    """The search of one arm, for study.json."""
+    """The trials of one arm and the best setting, for study.json."""
     chosen = best(trials, to_target=to_target)
     return {
         "trials": [{"setting": t.point, "status": t.status, "score": t.accuracy, "updates": t.updates} for t in trials],

@@ -188,7 +188,7 @@ def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, command):
         assert shown in done.stdout
     done = command("probe", "--model", "run@7")
     assert done.returncode == 2
-    assert "has kept no weights of step 7: choose 0, 3, last (step 3)" in done.stderr
+    assert "has no weights of step 7: choose 0, 3, last (step 3)" in done.stderr
     state = weights(tmp_path / "run")
     torch.save({"state_dict": state}, tmp_path / "weights.pt")
     words = ["--num_samples", 60, "--diagnostics"]
@@ -295,7 +295,7 @@ def test_unforeseen_errors_are_one_line(capsys):
     with pytest.raises(SystemExit) as exit_:
         run_command("gengap x", broken, [])
     assert exit_.value.code == 1
-    assert capsys.readouterr().err == "gengap x: ZeroDivisionError: a b; --debug shows where\n"
+    assert capsys.readouterr().err == "gengap x: ZeroDivisionError: a b; --debug shows the traceback\n"
 
     def mistaken(argv):
         raise UsageError("no")

@@ -68,7 +68,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_compared(folders, gengap):
     done = gengap("compare", "mine", "--out", "out")
     assert done.returncode == 0, done.stderr
     assert "large1 is left out" in done.stderr
-    assert "test accuracy (95.0) is not a share of 1" in done.stderr
+    assert "test accuracy (95.0) is not between 0 and 1" in done.stderr
     assert "torn is left out" in done.stderr
     assert "same arm and seed" in done.stderr
     assert sorted(read_study(folders.parent / "out").gap("b512").differences) == [0, 2]
@@ -77,7 +77,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_compared(folders, gengap):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["nowhere"], "holds no run.json"),
+        (["nowhere"], "contains no run.json"),
         (["mine", "--baseline", "b65"], "--baseline (b65) is not an arm (did you mean b64?)"),
         (["ftp:/x"], "is neither a folder nor an MLflow run"),
         (["blank"], "none of the 1 runs has test/accuracy"),

@@ -37,7 +37,7 @@ def test_a_healthy_machine_fits_on_a_screen(tmp_path, gengap):
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 80
     assert lines[-1].startswith("This machine can do what the config asks")
-    assert "two ranks here met in" in done.stdout
+    assert "two ranks on this machine connected in" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,7 +96,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path):
         began = time.monotonic()
         finding = store(f"http://127.0.0.1:{listener.getsockname()[1]}", needed=False)
         assert time.monotonic() - began < 30
-    assert (finding.status, finding.needed(True).status) == (WARN, WARN)
+    assert (finding.status, finding.if_needed(True).status) == (WARN, WARN)
     assert "no answer within 5 s" in finding.found
 
 
@@ -164,7 +164,7 @@ def test_sqlite_stores_are_neither_made_nor_touched(tmp_path):
     text = tmp_path / "notes.db"
     text.write_text("no database, but long enough to look at")
     before = text.stat().st_mtime_ns
-    assert "is no SQLite file" in store(f"sqlite:///{text}", needed=True).found
+    assert "is not an SQLite file" in store(f"sqlite:///{text}", needed=True).found
     assert text.stat().st_mtime_ns == before
 
 
@@ -205,7 +205,7 @@ def test_a_broken_pair_and_a_network_interface_that_is_not_there(tmp_path, monke
     assert "nms does not exist" in found["torch"].found
     assert "no interface nosuch0" in found["network"].found
     assert "GLOO_SOCKET_IFNAME" in found["network"].remedy
-    assert found["gloo"].found.startswith("two ranks here do not meet")
+    assert found["gloo"].found.startswith("two ranks on this machine cannot connect")
 
 
 def test_rays_dashboard_and_its_token(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.strategies import DDP
 from gengap_dist.preflight import communication_model
 from gengap_dist.preflight.batch_layout import Cluster, layout
-from gengap_dist.preflight.communication_model import Link, Message, seconds
+from gengap_dist.preflight.communication_model import Link, Message, collective_seconds
 from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, load, save, workload
 from gengap_dist.preflight.plan import Plan, make_plan
 from gengap_dist.probes import layer_view, measure
@@ -423,16 +423,16 @@ def test_levels_send_what_a_flat_ring_sends():
     for nodes, each in ((1, 8), (8, 1), (2, 4), (64, 8)):
         ranks = nodes * each
         for operation, rounds in (("all-reduce", 2), ("all-gather", 1), ("reduce-scatter", 1)):
-            took = seconds(Message("", operation, 1000), Cluster(nodes, each), link, link)
+            took = collective_seconds(Message("", operation, 1000), Cluster(nodes, each), link, link)
             assert took == pytest.approx(rounds * 1000 * (ranks - 1) / ranks)
-        turned = seconds(Message("", "all-to-all", 1000, times=2), Cluster(nodes, each), link, link)
+        turned = collective_seconds(Message("", "all-to-all", 1000, times=2), Cluster(nodes, each), link, link)
         assert turned == pytest.approx(1000)
 
 
 def test_many_nodes_are_joined_by_trees():
     link = Link(alpha=1.0, beta=0.0)
-    assert seconds(Message("", "all-reduce", 8), Cluster(1024, 1), link, link) == 2 * 10
-    assert seconds(Message("", "all-reduce", 8, times=3), Cluster(2, 4), link, link) == 3 * 2 * (3 + 1)
+    assert collective_seconds(Message("", "all-reduce", 8), Cluster(1024, 1), link, link) == 2 * 10
+    assert collective_seconds(Message("", "all-reduce", 8, times=3), Cluster(2, 4), link, link) == 3 * 2 * (3 + 1)
 
 
 # -- refusals, constants, the command ---------------------------------------------------------------------------------
@@ -514,7 +514,11 @@ def test_constants_are_kept(tmp_path, monkeypatch):
     constants = Constants(where="here", inside=LinkConstants(alpha=1e-5, beta=1e-9))
     assert save(constants, None) == tmp_path / "cache" / "gengap_dist" / "constants.json"
     assert load(None) == constants
-    for text, says in (("{", "holds no constants"), ('{"alpha": 3}', "alpha is not a setting"), ("[]", "holds no")):
+    for text, says in (
+        ("{", "does not contain constants"),
+        ('{"alpha": 3}', "alpha is not a setting"),
+        ("[]", "does not contain"),
+    ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UsageError, match=says):
             load(tmp_path / "bad.json")

@@ -71,7 +71,7 @@ def test_damaged_runs_are_set_aside_and_run_again(whole, copy):
     kept = tiny.ended(runs / "b64/seed2"), tiny.ended(runs / "b256/seed2")
     done = tiny.start(whole[0], copy)
     assert done.returncode == 0, done.stderr
-    said = re.findall(r"warning: .*runs/(\w+/\w+) is damaged \((.*)\): kept as (\S+), and run again", done.stderr)
+    said = re.findall(r"warning: .*runs/(\w+/\w+) is damaged \((.*)\): moved to (\S+); it is run again", done.stderr)
     assert {run: why for run, why, _ in said} == {
         "b64/seed0": "its run.json is not whole",
         "b64/seed1": "its run.json is not whole",
@@ -81,7 +81,7 @@ def test_damaged_runs_are_set_aside_and_run_again(whole, copy):
         "b1000/seed1": "it holds files and no run.json",
     }
     assert (copy / "damaged/b256-seed1-1/metrics.jsonl").read_text() == lines[:-40]
-    assert "study.json is not whole: written anew" in done.stderr
+    assert "study.json is damaged: it is written again" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tiny.ended(runs / "b64/seed2"), tiny.ended(runs / "b256/seed2")) == kept
     assert tiny.scores(copy) == tiny.scores(whole[1])
@@ -103,9 +103,9 @@ def test_what_another_study_left_is_told_or_refused(whole, copy):
     (orphan,) = prepare(study(whole, axes={"batch.global_size": [64, 1000]}), copy)
     assert "runs/b256 is of no arm of this study" in orphan
     (question,) = prepare(study(whole, question="Why?"), copy)
-    assert "study.question was another when" in question
+    assert "study.question has changed since" in question
     assert "(How much?)" in question
-    with pytest.raises(UsageError, match="holds the study tiny, and this one is other: choose another"):
+    with pytest.raises(UsageError, match="contains the study tiny, not other: choose another folder"):
         prepare(study(whole, name="other"), copy)
 
 
@@ -113,7 +113,7 @@ def test_two_starts_at_once_are_refused(whole, copy):
     with runner.exclusive_lock(copy):
         done = tiny.start(whole[0], copy)
     assert done.returncode == 2
-    assert "holds a study that is running just now" in done.stderr
+    assert "contains a study that is running now" in done.stderr
     with runner.exclusive_lock(copy):
         pass
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from gengap_dist.analysis.group_runs import gather
-from gengap_dist.analysis.study_data import read_study, tuned_in
+from gengap_dist.analysis.study_data import read_study, tuned_settings
 from gengap_dist.config.loading import resolve, validate
 from gengap_dist.config.study import StudyConfig, TuneSection
 from gengap_dist.errors import UsageError
@@ -92,7 +92,7 @@ def test_an_arm_that_cannot_be_tuned_is_told_and_does_not_stop_the_others(done):
     found = json.loads((out / "study.json").read_text())["tuned"]["wild"]
     assert [trial["status"] for trial in found["trials"]] == ["diverged"] * 4
     assert (found["best"], found["edge"]) == (None, [])
-    assert "none of the 4 trials of arm wild came to its end, so it has no runs" in process.stderr
+    assert "none of the 4 trials of arm wild finished, so it has no runs" in process.stderr
     assert not (out / "runs/wild").exists()
     assert tiny.table(out)[-1][:4] == ["wild", "-", "-", "0, none of 4 trials finished"]
     assert "0, none of 4 trials finished" in (out / "report.html").read_text()
@@ -112,7 +112,7 @@ def test_a_tuned_study_starts_again_without_doing_anything_twice(done):
     whole = (out / "study.json").read_text()
     longer = tiny.start(config, out, "--study.tune.trials", 8)
     assert longer.returncode == 2
-    assert "study.tune was another when the runs in" in longer.stderr
+    assert "study.tune has changed since the runs in" in longer.stderr
     assert (out / "study.json").read_text() == whole
     assert tiny.ended(out) == before
 
@@ -126,7 +126,7 @@ def test_comparing_a_tuned_study_again_is_the_study(done, tmp_path):
     assert {run.folder for run in found.runs} == {run.folder for run in study.runs}
     assert found.results("tame", "test/accuracy") == study.results("tame", "test/accuracy")
     assert found.baseline == study.baseline == "tame"
-    assert tuned_in(found.info) == {"optim.lr"}
+    assert tuned_settings(found.info) == {"optim.lr"}
 
 
 def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):

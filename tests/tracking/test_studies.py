@@ -193,7 +193,7 @@ def test_a_study_read_back_from_mlflow_compares_as_its_folder(sent, store, tmp_p
     here = read_study(study)
     for arm in here.arms:
         assert found.results(arm, "test/accuracy") == here.results(arm, "test/accuracy")
-        for one, other in zip(found.of(arm), here.of(arm), strict=True):
+        for one, other in zip(found.runs_of(arm), here.runs_of(arm), strict=True):
             assert one.info["status"] == other.info["status"]
             assert one.untrained_and_trained("effective_rank/fc2") == other.untrained_and_trained("effective_rank/fc2")
     assert found.comparison.claims == here.comparison.claims

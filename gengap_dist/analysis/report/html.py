@@ -1,4 +1,4 @@
-"""One self-contained HTML page and its figures, from a run folder or a study folder."""
+"""Writes a self-contained HTML report and its figures, from a run folder or a study folder."""
 
 import base64
 import shlex
@@ -12,17 +12,24 @@ from jinja2 import Environment, StrictUndefined
 
 from gengap_dist.analysis.report.figure_list import RUN_FIGURES, STUDY_FIGURES
 from gengap_dist.analysis.report.plotting import STYLE, THEME, save
-from gengap_dist.analysis.report.tables import Table, arm_table, data_table, first_to_show, run_table, tuning_tables
+from gengap_dist.analysis.report.tables import (
+    Table,
+    arm_table,
+    data_table,
+    representative_run,
+    run_table,
+    tuning_tables,
+)
 from gengap_dist.analysis.report.text import percent
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.runs.run_folder import write_atomically
 
-MOST_ROWS = 150  # of a picture's data as a table on the page; the CSV has all
+MAX_ROWS = 150  # of a figure's data in the table on the page; the CSV has all
 
 
 class RenderedFigure(NamedTuple):
-    """A picture on the page."""
+    """A figure on the page."""
 
     name: str
     title: str
@@ -34,14 +41,14 @@ class RenderedFigure(NamedTuple):
 
 
 def write_report(study: StudyData, *, pdf: bool = True) -> Path:
-    """Report and figures of a study (or of a run, as `read_study` sees it); the page's path.
+    """Write the report and figures of a study, or of a run (see `read_study`); returns the path of the page.
 
     Args:
         study: what to show.
-        pdf: write the pictures as PDF, too, which takes as long as all the rest.
+        pdf: also write the figures as PDF, which doubles the time.
     """
     is_study = (study.folder / "study.json").exists()
-    said = study.comparison if is_study else Comparison(study.baseline, {}, [], None, [], [])
+    comparison = study.comparison if is_study else Comparison(study.baseline, {}, [], None, [], [])
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(files("gengap_dist.analysis.report").joinpath("template.html").read_text())
@@ -51,41 +58,41 @@ def write_report(study: StudyData, *, pdf: bool = True) -> Path:
         study=study,
         title=study.name,
         summary=_summary(study, is_study),
-        said=said,
+        comparison=comparison,
         theme=THEME,
-        arms=arm_table(study, said) if is_study else None,
+        arms=arm_table(study, comparison) if is_study else None,
         runs=run_table(study),
-        pictures=_render_figures(study, said, is_study, pdf=pdf),
+        figures=_render_figures(study, comparison, is_study, pdf=pdf),
         pdf=pdf,
         tuned=tuning_tables(study.info.get("tuned") or {}),
         space=_yaml((config.get("study") or {}).get("tune")),
         facts=_facts(study),
-        command=shlex.join(_readable(study.info.get("command") or [])),
+        command=shlex.join(_without_interpreter_path(study.info.get("command") or [])),
         config=_yaml(config),
     )
     write_atomically(page, html)
     return page
 
 
-def _render_figures(study: StudyData, said: Comparison, is_study: bool, *, pdf: bool) -> list[RenderedFigure]:
-    """Draw every picture that has something to show, and write its files."""
+def _render_figures(study: StudyData, comparison: Comparison, is_study: bool, *, pdf: bool) -> list[RenderedFigure]:
+    """Draw every figure that has data, and write its files."""
     folder = study.folder / "figures"
     folder.mkdir(exist_ok=True)
     out = []
     with matplotlib.rc_context(STYLE):
         for name, (title, draw, caption) in (STUDY_FIGURES if is_study else RUN_FIGURES).items():
-            if not study.runs or (picture := draw(study, said)) is None:
+            if not study.runs or (figure := draw(study, comparison)) is None:
                 continue
-            svg, csv = save(picture, folder, name, pdf=pdf)
+            svg, csv = save(figure, folder, name, pdf=pdf)
             uri = "data:text/csv;base64," + base64.b64encode(csv.encode()).decode()
-            table = data_table(f"Data: {title}", picture.rows) if len(picture.rows) <= MOST_ROWS else None
+            table = data_table(f"Data: {title}", figure.rows) if len(figure.rows) <= MAX_ROWS else None
             out.append(RenderedFigure(name, title, caption, svg, uri, table))
     return out
 
 
 def _summary(study: StudyData, is_study: bool) -> str:
-    """What was run, in a line."""
-    done = sum(len(study.finished(arm)) for arm in study.arms)
+    """The number of arms and runs, or the outcome of the run, as one line."""
+    done = sum(len(study.finished_runs(arm)) for arm in study.arms)
     if is_study:
         return f"{len(study.arms)} arms, {len(study.runs) + len(study.unreadable)} runs, {done} finished"
     result = study.runs[0].info.get("result") or {}
@@ -95,12 +102,12 @@ def _summary(study: StudyData, is_study: bool) -> str:
 
 
 def _facts(study: StudyData) -> dict[str, str]:
-    """Where and on what it ran."""
-    found = first_to_show(study)
-    run = found.info if found else study.info
+    """Data, model, hardware, versions and status, for the end of the page."""
+    run_data = representative_run(study)
+    run = run_data.info if run_data else study.info
     data, git = run.get("data") or {}, study.info.get("git") or {}
     model = (run.get("config") or {}).get("model") or {}
-    model = model if isinstance(model, dict) else {"name": model}  # of a run that something else has trained
+    model = model if isinstance(model, dict) else {"name": model}  # in a run of another program
     return {
         "data": f"{data.get('name', '-')}: {_count(data.get('num_train'))} training, {_count(data.get('num_val'))} "
         f"validation, {_count(data.get('num_test'))} test images, digest {data.get('digest', '-')[:12]}",
@@ -123,5 +130,5 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=110) if value else ""
 
 
-def _readable(argv: list[str]) -> list[str]:
+def _without_interpreter_path(argv: list[str]) -> list[str]:
     return ["python" if number == 0 else word for number, word in enumerate(argv)]

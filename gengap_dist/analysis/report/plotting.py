@@ -1,4 +1,4 @@
-"""What all pictures of a report share: colours of both themes, axes of batches and of rows, and how they are saved."""
+"""Shared by all figures of a report: colours of both themes, batch axes and row axes, and saving."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from gengap_dist.analysis.study_data import RunData, StudyData
 
-THEME = {  # CSS variable: light, dark. Pictures are drawn in the light ones; on the page they follow the variables.
+THEME = {  # CSS variable: light, dark. Figures are drawn in the light colours; the page replaces them by the variables.
     "ink": ("#1b1f24", "#e8eaed"),
     "soft": ("#586069", "#a3abb4"),
     "line": ("#dfe3e7", "#343b43"),
@@ -38,8 +38,8 @@ INK, SOFT, LINE, PAPER, QUIET = (THEME[name][0] for name in ("ink", "soft", "lin
 COLOURS = [light for name, (light, _) in THEME.items() if re.fullmatch(r"c\d", name)]
 ACCENT, WARM = COLOURS[:2]
 UNTRAINED = QUIET
-MAX_PANELS = 9  # layers in one figure; a deeper network shows a spread of them
-MAX_BESIDE = 3  # arms of one batch that fit side by side on the batch axis
+MAX_PANELS = 9  # layers in one figure; of a deeper network, evenly spaced layers are shown
+MAX_ARMS_PER_BATCH = 3  # arms of one batch size that fit side by side on the batch axis
 ROW = 0.25  # inches
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -73,31 +73,31 @@ Row = dict[str, Any]
 
 
 class ReportFigure(NamedTuple):
-    """A figure, what it says in one sentence, and the numbers that it shows, one row per point."""
+    """A figure, its alternative text (one sentence), and the numbers that it shows, one row per point."""
 
     figure: Figure
-    says: str
+    alt_text: str
     rows: Sequence[Row]
 
 
-def save(picture: ReportFigure, folder: Path, name: str, *, pdf: bool) -> tuple[str, str]:
-    """Write NAME.svg, NAME.csv and perhaps NAME.pdf; the SVG as it stands on the page, and the CSV."""
-    text, table = io.StringIO(), as_csv(picture.rows)
-    if layout := picture.figure.get_layout_engine():  # once, while savefig would draw all of it to lay it out
-        FigureCanvasSVG(picture.figure)
-        layout.execute(picture.figure)
-        picture.figure.set_layout_engine("none")
-    picture.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+def save(figure: ReportFigure, folder: Path, name: str, *, pdf: bool) -> tuple[str, str]:
+    """Write NAME.svg, NAME.csv and, if `pdf`, NAME.pdf; returns the SVG for the page, and the CSV."""
+    text, table = io.StringIO(), as_csv(figure.rows)
+    if layout := figure.figure.get_layout_engine():  # once; savefig would draw the whole figure for the layout
+        FigureCanvasSVG(figure.figure)
+        layout.execute(figure.figure)
+        figure.figure.set_layout_engine("none")
+    figure.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     (folder / f"{name}.svg").write_text(text.getvalue())
-    (folder / f"{name}.pdf").unlink(missing_ok=True)  # of another picture
+    (folder / f"{name}.pdf").unlink(missing_ok=True)  # of an older report
     if pdf:
-        picture.figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        figure.figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
     (folder / f"{name}.csv").write_text(table)
-    return inline(text.getvalue(), name, picture.says), table
+    return inline(text.getvalue(), name, figure.alt_text), table
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    r"""Rows as CSV; numbers to six digits, what is missing is empty.
+    r"""Rows as CSV; numbers with six digits, missing values empty.
 
     >>> as_csv([{"arm": "a", "x": 1 / 3}, {"arm": "b", "x": float("nan")}])
     'arm,x\na,0.333333\nb,\n'
@@ -116,8 +116,8 @@ def _cell(value: object) -> object:
     return format(value, ".6g") if isinstance(value, float) else value
 
 
-def inline(svg: str, name: str, says: str) -> str:
-    """A saved SVG as part of a page: ids of its own, colours and fonts of the page, no digits that nobody sees."""
+def inline(svg: str, name: str, alt_text: str) -> str:
+    """A saved SVG as part of a page: unique ids, colours and fonts of the page, two decimals."""
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda at: f' id="{name}-{at[1]}"' if at[1] in used else "", svg)
@@ -128,7 +128,7 @@ def inline(svg: str, name: str, says: str) -> str:
     for variable, (light, _) in THEME.items():
         svg = svg.replace(light, f"var(--{variable})")
     width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0]) * 4 / 3  # points to CSS pixels
-    label = says.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    label = alt_text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return re.sub(
         r'<svg.*?(viewBox="[^"]*").*?>',
         lambda head: f'<svg role="img" aria-label="{label}" style="--width: {width:.0f}px" {head[1]}>',
@@ -138,18 +138,18 @@ def inline(svg: str, name: str, says: str) -> str:
     )
 
 
-def _font(found: re.Match[str]) -> str:
-    return f"font-size: {found[2]}" + (f"; font-weight: {found[1].strip()}" if found[1] else "")
+def _font(match: re.Match[str]) -> str:
+    return f"font-size: {match[2]}" + (f"; font-weight: {match[1].strip()}" if match[1] else "")
 
 
-def listed(words: Sequence[str], most: int = 6) -> str:
-    """Some words in a sentence.
+def listed(words: Sequence[str], max_words: int = 6) -> str:
+    """The first `max_words` words as a list, and the number of the others.
 
     >>> listed(["a 1", "b 2"]), listed(list("abcd"), 2)
     ('a 1, b 2', 'a, b and 2 more')
     """
-    rest = len(words) - most
-    return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(words) - max_words
+    return ", ".join(words[:max_words]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def colour(study: StudyData, arm: str) -> str:
@@ -158,12 +158,12 @@ def colour(study: StudyData, arm: str) -> str:
 
 
 def row_colour(study: StudyData, arm: str) -> str:
-    """In rows, where names tell arms apart: the baseline's colour, and one for all others."""
+    """Colour in a figure with one row per arm: one for the baseline, and one for all other arms."""
     return WARM if arm == study.baseline else ACCENT
 
 
 def size_label(size: float) -> str:
-    """A batch size as people say it.
+    """A batch size with thousands separators.
 
     >>> size_label(16384), size_label(1294)
     ('16,384', '1,294')
@@ -171,7 +171,7 @@ def size_label(size: float) -> str:
     return f"{size:,.0f}"
 
 
-def plain(axis: Any) -> None:
+def plain_tick_labels(axis: Any) -> None:
     """Labels of a logarithmic axis as plain numbers."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -190,52 +190,52 @@ def batch_axis(axes: Axes, sizes: Sequence[int]) -> None:
 
 
 def row_axis(axes: Axes, names: Sequence[str]) -> None:
-    """A row for each of `names`, the first on top."""
+    """One row for each of `names`, the first at the top."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
 
 
-def beside(sizes: Sequence[int], number: int, gap: float) -> float:
-    """Where arm `number` stands on the batch axis: arms of one batch stand side by side.
+def batch_axis_position(sizes: Sequence[int], number: int, gap: float) -> float:
+    """Position of arm `number` on the batch axis: arms of one batch size are drawn side by side.
 
-    >>> [beside([8, 64, 64], number, 2.0) for number in range(3)]
+    >>> [batch_axis_position([8, 64, 64], number, 2.0) for number in range(3)]
     [8.0, 32.0, 128.0]
     """
-    twins = [i for i, size in enumerate(sizes) if size == sizes[number]]
-    return sizes[number] * gap ** (2 * twins.index(number) - len(twins) + 1)
+    same_size = [i for i, size in enumerate(sizes) if size == sizes[number]]
+    return sizes[number] * gap ** (2 * same_size.index(number) - len(same_size) + 1)
 
 
 def dots(axes: Axes, rows: bool, at: float, values: Any, **style: Any) -> None:
-    """Marks of an arm's values: in its row, or over its place on the batch axis."""
+    """Draw an arm's values as markers: in its row, or at its position on the batch axis."""
     along = np.full(len(values), at)
     axes.plot(*((values, along) if rows else (along, values)), **{"linestyle": "", **style})
 
 
 def arms_with_runs(study: StudyData) -> list[tuple[str, list[RunData]]]:
     """Arms that have a run, in the study's order."""
-    return [(arm, runs) for arm in study.arms if (runs := study.of(arm))]
+    return [(arm, runs) for arm in study.arms if (runs := study.runs_of(arm))]
 
 
 def in_rows(study: StudyData) -> bool:
-    """Whether every arm has a row of its own, because too many share a batch to stand side by side on its axis."""
+    """Whether to draw one row per arm, because too many arms share a batch size to fit side by side on the axis."""
     sizes = [runs[0].global_size for _, runs in arms_with_runs(study)]
-    return max(map(sizes.count, sizes), default=0) > MAX_BESIDE
+    return max(map(sizes.count, sizes), default=0) > MAX_ARMS_PER_BATCH
 
 
-def chosen_layers(study: StudyData, most: int = MAX_PANELS) -> list[str]:
-    """Raw layer keys, at most `most` of them, spread over the depth of the network."""
+def chosen_layers(study: StudyData, max_layers: int = MAX_PANELS) -> list[str]:
+    """Raw layer keys, at most `max_layers` of them, evenly spaced over the depth of the network."""
     keys = [key for key in study.layer_keys() if not key.endswith("/centred")]
-    if len(keys) <= most:
+    if len(keys) <= max_layers:
         return keys
-    return [keys[round(i * (len(keys) - 1) / (most - 1))] for i in range(most)]
+    return [keys[round(i * (len(keys) - 1) / (max_layers - 1))] for i in range(max_layers)]
 
 
 def one_per_batch(study: StudyData, has: Callable[[RunData], object]) -> Mapping[str, RunData]:
-    """The first arm of each batch size, with its first run that `has` something; four at most."""
-    found: dict[int, tuple[str, RunData]] = {}
+    """The first arm of each batch size with its first run for which `has` is true; at most four."""
+    by_size: dict[int, tuple[str, RunData]] = {}
     for arm, runs in arms_with_runs(study):
         if (run := next(filter(has, runs), None)) is not None:
-            found.setdefault(run.global_size, (arm, run))
-    return dict(list(found.values())[:4])
+            by_size.setdefault(run.global_size, (arm, run))
+    return dict(list(by_size.values())[:4])

@@ -1,4 +1,4 @@
-"""Pictures of what probes found, drawn from run folders; None where there is nothing to draw."""
+"""Figures of probe measurements, drawn from run folders. Each function returns None if there is nothing to draw."""
 
 from collections.abc import Iterator
 
@@ -22,14 +22,14 @@ from gengap_dist.analysis.report.plotting import (
     Row,
     arms_with_runs,
     batch_axis,
-    beside,
+    batch_axis_position,
     chosen_layers,
     colour,
     dots,
     in_rows,
     listed,
     one_per_batch,
-    plain,
+    plain_tick_labels,
     row_axis,
     row_colour,
 )
@@ -39,7 +39,7 @@ MEASURES = (
     ("near_rank_loss", "rel_1e-2", "near-rank loss (share < 0.01 s1)"),
     ("effective_rank", "", "effective rank"),
 )
-DIAGNOSTICS = {  # metric: what it is called on its axis
+DIAGNOSTICS = {  # metric: axis label
     "noise_scale": "gradient noise scale (samples)",
     "distance_from_init": "distance from initialisation",
     "train/update_norm": "norm of the update",
@@ -50,12 +50,12 @@ DIAGNOSTICS = {  # metric: what it is called on its axis
 }
 MAX_RIDGES = 7  # steps of one panel
 MAX_VALUES = 128  # singular values of one spectrum in its CSV; spectra/*.npz have all
-BANDWIDTH = 0.12  # decades of singular value, of the kernel that makes a ridge
-NEAR = -2.0  # log10 of the relative threshold of the near-rank loss that is drawn
+BANDWIDTH = 0.12  # of the density kernel of a ridge, in decades of singular value
+NEAR = -2.0  # log10 of the relative near-rank threshold that is drawn
 
 
 def by_layer(study: StudyData, name: str, threshold: str, label: str) -> ReportFigure | None:
-    """A measure of every layer by global batch, or in rows: trained (means and seeds) beside untrained (dashed)."""
+    """A measure of every layer, by global batch or one row per arm: trained (means, seeds) and untrained (dashed)."""
     keys, arms, rows = chosen_layers(study), arms_with_runs(study), in_rows(study)
     if not keys or not arms:
         return None
@@ -72,17 +72,20 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> ReportF
             line = panel.axvline if rows else panel.axhline
             line(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
         for number, (arm, _) in enumerate(arms):
-            runs = study.finished(arm)
+            runs = study.finished_runs(arm)
             ends = [run.untrained_and_trained(metric(name, key, threshold)) for run in runs]
             values = [trained for _, trained in ends]
-            at, c = number if rows else beside(sizes, number, 1.18), (row_colour if rows else colour)(study, arm)
-            dots(panel, rows, at, values, marker="o", color=c, alpha=0.45, markersize=4, mew=0)
+            position, colour_of_arm = (
+                number if rows else batch_axis_position(sizes, number, 1.18),
+                (row_colour if rows else colour)(study, arm),
+            )
+            dots(panel, rows, position, values, marker="o", color=colour_of_arm, alpha=0.45, markersize=4, mew=0)
             if np.isfinite(values).any():
-                dots(panel, rows, at, [np.nanmean(values)], marker="D", color=c, markersize=6)
+                dots(panel, rows, position, [np.nanmean(values)], marker="D", color=colour_of_arm, markersize=6)
             of_arm = {"arm": arm, "global_size": sizes[number], "layer": key}
             data += [
-                of_arm | {"seed": run.seed, "untrained": a, metric(name, "", threshold): b}
-                for run, (a, b) in zip(runs, ends, strict=True)
+                of_arm | {"seed": run.seed, "untrained": untrained_value, metric(name, "", threshold): trained_value}
+                for run, (untrained_value, trained_value) in zip(runs, ends, strict=True)
             ]
         if rows:
             row_axis(panel, [arm for arm, _ in arms])
@@ -111,25 +114,25 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> ReportF
 
 
 def near_rank_change(study: StudyData) -> ReportFigure | None:
-    """Arm x layer: how far training moved the near-rank loss from the untrained network's; means over finished runs."""
+    """Arm x layer: change of near-rank loss from the untrained to the trained network; means over finished runs."""
     keys = chosen_layers(study, 12)
-    arms = [arm for arm in study.arms if study.finished(arm)]
+    arms = [arm for arm in study.arms if study.finished_runs(arm)]
     table = np.full((len(arms), len(keys)), np.nan)
     data: list[Row] = []
     for i, arm in enumerate(arms):
         for j, key in enumerate(keys):
-            runs = study.finished(arm)
+            runs = study.finished_runs(arm)
             ends = np.array([run.untrained_and_trained(metric("near_rank_loss", key, "rel_1e-2")) for run in runs])
-            if not (both := np.isfinite(ends).all(axis=1)).any():
+            if not (has_both := np.isfinite(ends).all(axis=1)).any():
                 continue
-            untrained, trained = ends[both].mean(axis=0)
+            untrained, trained = ends[has_both].mean(axis=0)
             table[i, j] = trained - untrained
             data.append(
                 {
                     "arm": arm,
                     "global_size": runs[0].global_size,
                     "layer": key,
-                    "num_runs": int(both.sum()),
+                    "num_runs": int(has_both.sum()),
                     "untrained": float(untrained),
                     "near_rank_loss/rel_1e-2": float(trained),
                     "change": float(trained - untrained),
@@ -137,35 +140,37 @@ def near_rank_change(study: StudyData) -> ReportFigure | None:
             )
     if not data:
         return None
-    wide = max(0.8, 0.1 + 0.085 * max(map(len, keys)))  # inches
-    turned = wide * len(keys) > 8
-    figure = Figure(figsize=(2 + min(wide * len(keys), 8), 0.3 * len(arms) + (1.5 if turned else 0.5)))
+    column_width = max(0.8, 0.1 + 0.085 * max(map(len, keys)))  # inches
+    labels_rotated = column_width * len(keys) > 8
+    figure = Figure(figsize=(2 + min(column_width * len(keys), 8), 0.3 * len(arms) + (1.5 if labels_rotated else 0.5)))
     axes = figure.subplots()
     largest = max(np.nanmax(np.abs(table)), 0.01)
     for (i, j), change in np.ndenumerate(table):
         if np.isfinite(change):
-            # transparency over the page's own paper: 0 is no colour at all, in both themes
+            # transparency over the page background, so that 0 has no colour in both themes
             shade = {"facecolor": WARM if change > 0 else ACCENT, "alpha": 0.6 * abs(change) / largest}
             axes.add_patch(Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, linewidth=0, **shade))
         text = f"{100 * change:+.1f}" if np.isfinite(change) else "-"
         axes.text(j, i, "0" if text in ("+0.0", "-0.0") else text, ha="center", va="center", fontsize=9, color=INK)
     row_axis(axes, arms)
     axes.set_xlim(-0.55, len(keys) - 0.45)
-    axes.set_xticks(range(len(keys)), keys, rotation=40 if turned else 0, ha="left" if turned else "center")
+    axes.set_xticks(
+        range(len(keys)), keys, rotation=40 if labels_rotated else 0, ha="left" if labels_rotated else "center"
+    )
     axes.xaxis.tick_top()
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    worst = max(data, key=lambda row: abs(row["change"]))
-    says = (
-        f"Change of near-rank loss by training, points of share, {len(arms)} arms by {len(keys)} layers; largest: "
-        f"{worst['arm']}, {worst['layer']}: {100 * worst['change']:+.1f}."
+    largest_change = max(data, key=lambda row: abs(row["change"]))
+    alt_text = (
+        f"Change of near-rank loss by training, percentage points, {len(arms)} arms by {len(keys)} layers; largest: "
+        f"{largest_change['arm']}, {largest_change['layer']}: {100 * largest_change['change']:+.1f}."
     )
-    return ReportFigure(figure, says, data)
+    return ReportFigure(figure, alt_text, data)
 
 
 def spectra_over_steps(study: StudyData) -> ReportFigure | None:
-    """Ridgelines: how singular values of a few layers lie on a logarithmic axis, a ridge for each measured step."""
+    """Ridgelines: density of the singular values of a few layers on a logarithmic axis, one ridge per measured step."""
     keys = chosen_layers(study, 3)
     runs = one_per_batch(study, RunData.spectra_steps)
     if not keys or not runs:
@@ -180,11 +185,11 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
         spectra = {step: run.spectra(step) for step in steps}
         for row, key in enumerate(keys):
             axes = grid[row, column]
-            for number, (step, found) in enumerate(spectra.items()):
-                if key in found and found[key][0][0] > 0:
-                    _ridge(axes, number, len(steps), *found[key])
+            for number, (step, by_layer_key) in enumerate(spectra.items()):
+                if key in by_layer_key and by_layer_key[key][0][0] > 0:
+                    _ridge(axes, number, len(steps), *by_layer_key[key])
                     of_run = {"arm": arm, "global_size": run.global_size, "seed": run.seed, "layer": key, "step": step}
-                    data += [of_run | point for point in _thinned(*found[key])]
+                    data += [of_run | point for point in _thinned(*by_layer_key[key])]
             axes.axvline(NEAR, color=WARM, linewidth=1.1, linestyle="--", zorder=9)
             axes.set_yticks(range(len(steps)), [f"{step:,}" for step in steps])
             axes.set_ylim(len(steps) - 0.8, -2.1)
@@ -195,30 +200,32 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
     for axes in grid[:, 0]:
         axes.set_ylabel("step")
     handles = [
-        Line2D([], [], color=WARM, linestyle="--", label="0.01 s1: what lies left of it is near-rank loss"),
+        Line2D([], [], color=WARM, linestyle="--", label="0.01 s1: values to the left count as near-rank loss"),
         Line2D([], [], color=QUIET, marker="|", linestyle="", label="numerical floor"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=9)
     last = metric("near_rank_loss", keys[-1], "rel_1e-2")
     ends = [(arm, run.untrained_and_trained(last)) for arm, run in runs.items()]
-    shares = listed([f"{arm} {a:.1%} to {b:.1%}" for arm, (a, b) in ends])
-    says = f"Share of the singular values of {keys[-1]} below 0.01 s1, from the first step to the last: {shares}."
-    return ReportFigure(figure, says, data)
+    shares = listed([f"{arm} {first:.1%} to {last_share:.1%}" for arm, (first, last_share) in ends])
+    alt_text = f"Share of the singular values of {keys[-1]} below 0.01 s1, from the first step to the last: {shares}."
+    return ReportFigure(figure, alt_text, data)
 
 
 def _ridge(axes: Axes, number: int, count: int, values: np.ndarray, facts: dict) -> None:
     """One spectrum as a ridge on row `number` of `count`: the density of log10 of its values over its largest."""
     floor = float(np.log10(facts["floor"] / values[0]))
-    seen = np.log10(values[values > facts["floor"]] / values[0])
-    x = np.linspace(min(seen.min(), NEAR) - 0.6, 0.45, 110)
-    height = np.exp(-(((x[:, None] - seen) / BANDWIDTH) ** 2) / 2).sum(axis=1)
+    above_floor = np.log10(values[values > facts["floor"]] / values[0])
+    x = np.linspace(min(above_floor.min(), NEAR) - 0.6, 0.45, 110)
+    height = np.exp(-(((x[:, None] - above_floor) / BANDWIDTH) ** 2) / 2).sum(axis=1)
     height *= 1.9 / height.max()
-    c, order = QUIET if number == 0 else ACCENT, 2 + number / count
-    axes.fill_between(x, number - height, number, color=PAPER, alpha=0.85, linewidth=0, zorder=order)
-    axes.fill_between(x, number - height, number, color=c, alpha=0.25 + 0.4 * number / count, linewidth=0, zorder=order)
-    axes.plot(x, number - height, color=c, linewidth=1.1, zorder=order + 0.5 / count)
-    if len(seen) < len(values):  # some are lost in rounding: where that begins
-        axes.plot(floor, number, "|", color=QUIET, markersize=8, zorder=order)
+    colour, zorder = QUIET if number == 0 else ACCENT, 2 + number / count
+    axes.fill_between(x, number - height, number, color=PAPER, alpha=0.85, linewidth=0, zorder=zorder)
+    axes.fill_between(
+        x, number - height, number, color=colour, alpha=0.25 + 0.4 * number / count, linewidth=0, zorder=zorder
+    )
+    axes.plot(x, number - height, color=colour, linewidth=1.1, zorder=zorder + 0.5 / count)
+    if len(above_floor) < len(values):  # values below the floor are lost in rounding: mark the floor
+        axes.plot(floor, number, "|", color=QUIET, markersize=8, zorder=zorder)
 
 
 def _thinned(values: np.ndarray, facts: dict) -> Iterator[Row]:
@@ -231,7 +238,7 @@ def _thinned(values: np.ndarray, facts: dict) -> Iterator[Row]:
 
 
 def all_spectra(study: StudyData) -> ReportFigure | None:
-    """Every layer of a run at its last measurement, raw and centred, with its floor and its untrained control."""
+    """Every layer of a run at its last measurement, raw and centred, with the floor and the untrained network."""
     run = study.runs[0]
     steps = run.spectra_steps()
     if not steps:
@@ -255,7 +262,7 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
             data += [{"layer": key, "which": which} | point for point in _thinned(*spectrum)]
         panel.axhline(facts["floor"], color=QUIET, linewidth=1, linestyle=":")
         panel.set_yscale("log")
-        plain(panel.yaxis)
+        plain_tick_labels(panel.yaxis)
         panel.set_title(key, fontsize=8)
         note = f"N {facts['num_samples']:,}, D {facts['num_units']:,}"
         panel.annotate(note, (0.97, 0.93), xycoords="axes fraction", ha="right", va="top", fontsize=7, color=SOFT)
@@ -275,15 +282,15 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
 
 
 def _line(panel: Axes, values: np.ndarray, facts: dict, **style: object) -> None:
-    seen = values > facts["floor"]
-    marker = "." if seen.sum() < 3 else ""
-    panel.plot(np.arange(1, len(values) + 1)[seen], values[seen], marker=marker, **style)  # pyright: ignore[reportArgumentType]
+    above_floor = values > facts["floor"]
+    marker = "." if above_floor.sum() < 3 else ""
+    panel.plot(np.arange(1, len(values) + 1)[above_floor], values[above_floor], marker=marker, **style)  # pyright: ignore[reportArgumentType]
 
 
 def rank_by_samples(study: StudyData) -> ReportFigure | None:
-    """Two measures of three layers against N, trained and untrained, for every arm that has control probe sets."""
+    """Two measures of three layers against N, trained and untrained, for every arm with probe sets of other sizes."""
     keys = chosen_layers(study, 3)
-    arms = [arm for arm in study.arms if any(len(_sets(run)) > 1 for run in study.of(arm))]
+    arms = [arm for arm in study.arms if any(len(_probe_set_sizes(run)) > 1 for run in study.runs_of(arm))]
     if not keys or not arms:
         return None
     figure = Figure(figsize=(3.1 * len(keys) + 0.6, 5.2))
@@ -293,8 +300,8 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
         for panel, key in zip(grid[row], keys, strict=True):
             for arm in arms:
                 points: dict[str, list[tuple[int, float, float]]] = {}
-                for run in study.of(arm):
-                    for probe_set, size in _sets(run).items():
+                for run in study.runs_of(arm):
+                    for probe_set, size in _probe_set_sizes(run).items():
                         key_of_set = "/".join(filter(None, (key, probe_set)))
                         ends = run.untrained_and_trained(metric(name, key_of_set, threshold))
                         if np.isfinite(ends).any():
@@ -330,31 +337,33 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
         panel.set_xlabel("probe samples N")
     handles = [Line2D([], [], color=colour(study, arm), marker="o", label=arm) for arm in arms]
     handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", marker=".", label="untrained"))
-    if any("own_batch" in _sets(run) for arm in arms for run in study.of(arm)):
+    if any("own_batch" in _probe_set_sizes(run) for arm in arms for run in study.runs_of(arm)):
         handles.append(Line2D([], [], color=UNTRAINED, linestyle="", marker="*", label="own batch"))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
     sizes = sorted({row["num_samples"] for row in data})
-    says = f"Near-rank loss and effective rank of {listed(keys)} against {sizes[0]:,} to {sizes[-1]:,} probe samples."
-    return ReportFigure(figure, says, data)
+    alt_text = (
+        f"Near-rank loss and effective rank of {listed(keys)} against {sizes[0]:,} to {sizes[-1]:,} probe samples."
+    )
+    return ReportFigure(figure, alt_text, data)
 
 
 def _mean(values: list[tuple[int, float, float]]) -> tuple[float, ...]:
-    """Column means; what no run has stays nan."""
+    """Column means without nan; nan for a column of nan only."""
     columns = [[v for v in column if v == v] for column in zip(*values, strict=True)]
     return tuple(float(np.mean(column)) if column else float("nan") for column in columns)
 
 
-def _sets(run: RunData) -> dict[str, int]:
-    """Probe sets of a run and their sizes: the fixed one is ""."""
+def _probe_set_sizes(run: RunData) -> dict[str, int]:
+    """Probe sets of a run and their sizes; the name of the fixed one is ""."""
     names = {path.parent.name for path in (run.folder / "spectra").glob("*/step_*.npz")}
     sizes = {name: int(name[1:]) for name in names if name[0] == "n" and name[1:].isdigit()}
     if "own_batch" in names:
         sizes["own_batch"] = run.global_size
-    return ({"": known} if (known := run.info.get("num_probe_samples")) else {}) | sizes
+    return ({"": fixed_size} if (fixed_size := run.info.get("num_probe_samples")) else {}) | sizes
 
 
 def measures_over_steps(study: StudyData) -> ReportFigure | None:
-    """One run: near-rank loss and effective rank of every layer while it trains."""
+    """One run: near-rank loss and effective rank of every layer during training."""
     keys = chosen_layers(study)
     if not keys:
         return None
@@ -369,7 +378,7 @@ def measures_over_steps(study: StudyData) -> ReportFigure | None:
             of_layer = {"measure": metric(name, "", threshold), "layer": key}
             data += [of_layer | {"step": int(at), "value": float(v)} for at, v in zip(x, y, strict=True)]
         axes.set_xscale("symlog", linthresh=1)
-        plain(axes.xaxis)
+        plain_tick_labels(axes.xaxis)
         axes.set_title(label)
         axes.set_xlabel("step")
     panels[1].legend(fontsize=8)
@@ -377,7 +386,7 @@ def measures_over_steps(study: StudyData) -> ReportFigure | None:
 
 
 def diagnostics_over_steps(study: StudyData) -> ReportFigure | None:
-    """One run: every diagnostic explanation that was measured more than once."""
+    """One run: every metric of DIAGNOSTICS that was measured more than once."""
     recorded = study.runs[0].history()
     series = {name: recorded.series(name) for name in DIAGNOSTICS}
     series = {name: (x, y) for name, (x, y) in series.items() if len(x) > 1}
@@ -391,14 +400,14 @@ def diagnostics_over_steps(study: StudyData) -> ReportFigure | None:
     for number, (panel, (name, (x, y))) in enumerate(zip(panels, series.items(), strict=False)):
         panel.plot(x, y, color=COLOURS[number % len(COLOURS)], marker="." if len(x) < 30 else "")
         panel.set_xscale("symlog", linthresh=1)
-        plain(panel.xaxis)
+        plain_tick_labels(panel.xaxis)
         if y.min() > 0 and y.max() > 20 * y.min():
             panel.set_yscale("log")
-            plain(panel.yaxis)
+            plain_tick_labels(panel.yaxis)
         panel.set_title(DIAGNOSTICS[name], fontsize=9)
         panel.set_xlabel("step")
         data += [{"measure": name, "step": int(at), "value": float(v)} for at, v in zip(x, y, strict=True)]
     for panel in panels[len(series) :]:
         panel.set_visible(False)
     ends = [f"{DIAGNOSTICS[name]} {y[-1]:.3g}" for name, (_, y) in series.items()]
-    return ReportFigure(figure, f"Other explanations at the last step: {listed(ends)}.", data)
+    return ReportFigure(figure, f"Other measures at the last step: {listed(ends)}.", data)

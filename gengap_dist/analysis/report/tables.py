@@ -1,4 +1,4 @@
-"""The tables of a report: cells are what people read, each with the number it is sorted by."""
+"""The tables of a report: each cell has its text and the number by which it is sorted."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,15 +11,15 @@ from gengap_dist.statistics.paired import Interval, spread
 
 
 class Cell(NamedTuple):
-    """One cell."""
+    """One table cell."""
 
     text: str
     number: float | None = None
-    """What it is sorted by; None for words."""
+    """Sort key; None for text, nan for a missing value."""
 
 
 class Table(NamedTuple):
-    """Heads, and rows of as many cells; the first cell of a row is its name."""
+    """A table: each row has one cell per head, and its first cell is its name."""
 
     name: str
     caption: str
@@ -31,67 +31,72 @@ MISSING = Cell("-", float("nan"))
 
 
 def number(value: Any, style: str = ",.4g", text: str | None = None) -> Cell:
-    """A number as a cell; a dash, sorted last, for one that is missing.
+    """A number as a cell; a dash, sorted last, for a missing value.
 
     >>> number(1234, ","), number(None).text, number("nan").text
     (Cell(text='1,234', number=1234.0), '-', '-')
     """
-    if value is None or (known := float(value)) != known:
+    if value is None or (numeric := float(value)) != numeric:
         return MISSING
-    return Cell(format(value, style) if text is None else text, known)
+    return Cell(format(value, style) if text is None else text, numeric)
 
 
 def _interval(pair: Interval | None) -> Cell:
     return MISSING if pair is None else Cell(interval(pair), sum(pair) / 2)
 
 
-def arm_table(study: StudyData, said: Comparison) -> Table:
-    """One row per arm: accuracy, gap, what could have been seen, and what was lost."""
+def arm_table(study: StudyData, comparison: Comparison) -> Table:
+    """One row per arm: accuracy, gap, detectable differences, and unfinished runs."""
     last = last_layer(study)
     heads = ["arm", "batch", "updates", "seeds", "test acc. (sd)", "gap", "95% t", "95% bootstrap", "Holm p"]
-    heads += ["unseen below", "found from", "matched"]
+    heads += ["CI half-width", "detectable", "matched"]
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     rows = []
     for arm in study.arms:
-        if not (runs := study.of(arm)):
-            if lost := study.not_finished(arm):
-                row = [Cell(arm), MISSING, MISSING, Cell(f"0, {lost}", 0)]
+        if not (runs := study.runs_of(arm)):
+            if unfinished := study.unfinished_runs(arm):
+                row = [Cell(arm), MISSING, MISSING, Cell(f"0, {unfinished}", 0)]
                 rows.append([*row, *[MISSING] * (len(heads) - len(row))])
             continue
-        accuracies, found = list(study.results(arm, "test/accuracy").values()), said.gaps.get(arm)
+        accuracies, arm_gap = list(study.results(arm, "test/accuracy").values()), comparison.gaps.get(arm)
         mean, deviation = spread(accuracies) if accuracies else (None, float("nan"))
         row = [
             Cell(arm),
             number(runs[0].global_size, ","),
             number(runs[0].info.get("num_steps"), ","),
-            Cell(str(len(accuracies)) + (f" + {lost}" if (lost := study.not_finished(arm)) else ""), len(accuracies)),
+            Cell(
+                str(len(accuracies)) + (f" + {unfinished}" if (unfinished := study.unfinished_runs(arm)) else ""),
+                len(accuracies),
+            ),
             number(mean, text=percent(mean) + (f" ({100 * deviation:.2f})" if deviation == deviation else "")),
         ]
-        if arm == said.baseline:
+        if arm == comparison.baseline:
             row += [Cell("baseline", 0.0), *[MISSING] * 5, Cell("")]
-        elif found is None:
+        elif arm_gap is None:
             row += [*[MISSING] * 6, Cell("no pair")]
         else:
             row += [
-                number(found.paired.mean, text=points(found.paired.mean)),
-                _interval(found.paired.student),
-                _interval(found.paired.bootstrap),
-                number(found.holm, ".2g"),
+                number(arm_gap.paired.mean, text=points(arm_gap.paired.mean)),
+                _interval(arm_gap.paired.student),
+                _interval(arm_gap.paired.bootstrap),
+                number(arm_gap.holm, ".2g"),
                 *(
-                    number(v, text="" if v is None else f"{100 * v:.2f}")
-                    for v in (found.ci_half_width, found.minimum_detectable_effect)
+                    number(value, text="" if value is None else f"{100 * value:.2f}")
+                    for value in (arm_gap.ci_half_width, arm_gap.minimum_detectable_effect)
                 ),
-                Cell(found.matched or "nothing"),
+                Cell(arm_gap.matched or "nothing"),
             ]
         for name, threshold in (("near_rank_loss", "rel_1e-2"), ("effective_rank", "")) if last else ():
-            ends = [run.untrained_and_trained(metric(name, last or "", threshold))[1] for run in study.finished(arm)]
-            row.append(number(spread(ends)[0] if ends else None, ".3g"))
+            final_values = [
+                run.untrained_and_trained(metric(name, last or "", threshold))[1] for run in study.finished_runs(arm)
+            ]
+            row.append(number(spread(final_values)[0] if final_values else None, ".3g"))
         rows.append(row)
     return Table(
         "Arms",
-        f"Gap: test accuracy of {said.baseline} minus the arm's, in percentage points, paired by seed; p by the paired "
-        't test, corrected for all arms (Holm). With this spread and these seeds a difference below "unseen below" is '
-        'not told from none, and a true one of "found from" is found four times in five. Matched: what the arm has in '
+        f"Gap: test accuracy of {comparison.baseline} minus the arm's, in percentage points, paired by seed; p from "
+        'the paired t test, corrected for all arms (Holm). A difference smaller than "CI half-width" is not '
+        'significant, and a true difference of "detectable" is found with 80% power. Matched: what the arm has in '
         "common with the baseline.",
         heads,
         rows,
@@ -99,11 +104,11 @@ def arm_table(study: StudyData, said: Comparison) -> Table:
 
 
 def run_table(study: StudyData) -> Table:
-    """One row per run, whatever became of it."""
+    """One row per run, with any status."""
     heads = ["arm", "seed", "status", "updates", "test, last", "test, best by validation", "train", "train_test_gap"]
     heads += ["images/s", "seconds"]
     rows = []
-    for run in (run for arm in study.arms for run in study.of(arm)):
+    for run in (run for arm in study.arms for run in study.runs_of(arm)):
         result = run.info.get("result") or {}
         shares = [result.get(f"{name}/accuracy") for name in ("test", "test_at_best_val", "train_full")]
         shares = [None if share is None else float(share) for share in shares]
@@ -120,25 +125,25 @@ def run_table(study: StudyData) -> Table:
                 number(run.info.get("seconds"), ",.1f"),
             ]
         )
-    return Table("Runs", "Every run, also those that came to no result.", heads, rows)
+    return Table("Runs", "Every run, including runs without a result.", heads, rows)
 
 
 def tuning_tables(tuned: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str], Table]]:
-    """For each tuned arm: its best setting in words, its edge flags, and all its trials."""
+    """For each tuned arm: its best settings as text, settings at an edge of the space, and a table of its trials."""
     out = []
-    for arm, found in tuned.items():
-        trials = [dict(trial) for trial in found.get("trials") or []]
+    for arm, search in tuned.items():
+        trials = [dict(trial) for trial in search.get("trials") or []]
         settings = [trial.pop("setting", None) or {} for trial in trials]
         flat = [setting | trial for setting, trial in zip(settings, trials, strict=True)]
         best = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                         for name, value in (found.get("best") or {}).items())  # fmt: skip
+                         for name, value in (search.get("best") or {}).items())  # fmt: skip
         table = data_table(f"Trials of {arm}", [{"trial": at, **trial} for at, trial in enumerate(flat)])
-        out.append((f"{arm}: {best or 'no trial came to a result'}", list(found.get("edge") or []), table))
+        out.append((f"{arm}: {best or 'no trial has a result'}", list(search.get("edge") or []), table))
     return out
 
 
 def data_table(name: str, rows: Sequence[Row]) -> Table:
-    """Rows of a picture as a table."""
+    """Rows of a figure as a table."""
     heads = list(dict.fromkeys(head for row in rows for head in row))
     return Table(name, "", heads, [[_any(row.get(head)) for head in heads] for row in rows])
 
@@ -149,7 +154,7 @@ def _any(value: object) -> Cell:
     return number(value, ",.4g" if isinstance(value, float) else "") if isinstance(value, int | float) else MISSING
 
 
-def first_to_show(study: StudyData) -> RunData | None:
-    """The run whose facts stand for all: the first finished one, else the first."""
-    done = [run for arm in study.arms for run in study.finished(arm)]
-    return next(iter([*done, *study.runs]), None)
+def representative_run(study: StudyData) -> RunData | None:
+    """The run whose metadata the page shows: the first finished run, else the first."""
+    finished = [run for arm in study.arms for run in study.finished_runs(arm)]
+    return next(iter([*finished, *study.runs]), None)

@@ -1,4 +1,4 @@
-"""Numbers and rows as text, for the terminal and the page."""
+"""Formats numbers and rows as text, for the terminal and the page."""
 
 import sys
 from pathlib import Path
@@ -39,29 +39,29 @@ def interval(pair: tuple[float, float] | None) -> str:
 
 
 def last_layer(study: StudyData) -> str | None:
-    """The last layer measured, raw: where the network's representation ends."""
+    """Key of the last measured layer, raw activations; None if there is none."""
     keys = [key for key in study.layer_keys() if not key.endswith("/centred")]
     return keys[-1] if keys else None
 
 
 def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
-    """The cells of `study_table`, as text."""
+    """The cells of `cli.terminal.study_table`, as text."""
     rows = []
     for arm in study.arms:
-        runs, accuracies = study.of(arm), list(study.results(arm, "test/accuracy").values())
+        runs, accuracies = study.runs_of(arm), list(study.results(arm, "test/accuracy").values())
         if not runs:
-            if lost := study.not_finished(arm):
-                rows.append([arm, "-", "-", f"0, {lost}", *["-"] * (6 if last else 4)])
+            if unfinished := study.unfinished_runs(arm):
+                rows.append([arm, "-", "-", f"0, {unfinished}", *["-"] * (6 if last else 4)])
             continue
         mean, deviation = spread(accuracies) if accuracies else (None, float("nan"))
         accuracy = percent(mean) + (f" ({100 * deviation:.2f})" if deviation == deviation else "")
-        lost = study.not_finished(arm)
+        unfinished = study.unfinished_runs(arm)
         gap: Paired | None = None if arm == study.baseline else study.gap(arm)
         row = [
             arm,
             f"{runs[0].global_size:,}",
             f"{runs[0].info['num_steps']:,}",
-            str(len(accuracies)) + (f" + {lost}" if lost else ""),
+            str(len(accuracies)) + (f" + {unfinished}" if unfinished else ""),
             accuracy,
             "baseline" if arm == study.baseline else points(gap.mean) if gap else "-",
             interval(gap.bootstrap if gap else None),
@@ -69,14 +69,16 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
         ]
         if last:
             for name, threshold in (("near_rank_loss", "rel_1e-2"), ("effective_rank", "")):
-                ends = [run.untrained_and_trained(metric(name, last, threshold))[1] for run in study.finished(arm)]
-                row.append(f"{spread(ends)[0]:.3g}" if ends else "-")
+                final_values = [
+                    run.untrained_and_trained(metric(name, last, threshold))[1] for run in study.finished_runs(arm)
+                ]
+                row.append(f"{spread(final_values)[0]:.3g}" if final_values else "-")
         rows.append(row)
     return rows
 
 
 def ui_command(uri: str) -> str:
-    """How to look at an MLflow store.
+    """The command that opens an MLflow store.
 
     >>> ui_command("http://mlflow:5000")
     'open http://mlflow:5000'

@@ -74,7 +74,7 @@ def test_gaps_are_in_the_study_s_order_and_lost_runs_counted(study):
             assert row["ci_low"] is None
         else:
             assert row["ci_low"] <= row["sb_lb_gap"] <= row["ci_high"]
-    assert f"lb64 {expected[0]:+.2f}" in picture.says
+    assert f"lb64 {expected[0]:+.2f}" in picture.alt_text
 
 
 def test_more_than_three_arms_of_one_batch_have_rows(tmp_path):

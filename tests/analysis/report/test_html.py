@@ -65,7 +65,7 @@ def test_every_picture_is_drawn(shown):
 @NEEDS_CHROMIUM
 def test_the_answer_comes_first(shown):
     heads = shown.locator("h2").all_inner_texts()
-    assert heads[:4] == ["What the numbers say", "What cannot be concluded", "Arms", "Pictures"]
+    assert heads[:4] == ["Claims of the paper", "Limits of this comparison", "Arms", "Figures"]
     assert shown.locator(".lead").inner_text() == "What does a larger batch cost?"
     assert shown.locator("h1").inner_text() == "toy <study>"
     outcomes = shown.locator(".outcome").all_inner_texts()
@@ -158,7 +158,7 @@ def test_a_reader_without_eyes_or_mouse_finds_everything(shown):
     assert wrong == []
     shown.reload()
     shown.keyboard.press("Tab")
-    assert shown.evaluate("document.activeElement.textContent") == "Skip to the answer"
+    assert shown.evaluate("document.activeElement.textContent") == "Skip to the results"
     assert shown.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     shown.keyboard.press("Enter")
     assert shown.evaluate("document.activeElement.id") == "main"
@@ -240,7 +240,7 @@ def test_one_run_alone(tmp_path):
     assert "One run, finished, test accuracy 88.00%" in text
     assert 'id="all_spectra"' in text
     assert 'id="arms"' not in text
-    assert "What the numbers say" not in text
+    assert "Claims of the paper" not in text
 
 
 def test_one_arm_and_one_seed(tmp_path):
@@ -263,7 +263,7 @@ def test_whatever_is_missing_the_rest_is_shown(tmp_path, lacking):
     if lacking in ("runs/*", "runs/sb8/*"):
         assert "The baseline (sb8) has no finished run" in text
     if lacking == "runs/*/*/run.json":
-        assert text.count("A run is left out of everything") == 4
+        assert text.count("A run is left out of the report") == 4
     if lacking == "runs/*/*/spectra":
         assert 'id="gap"' in text
 

@@ -1,17 +1,26 @@
-# make demo | test | check | bench | gpu: each alone makes .venv, installs, and does its job.
+# make demo | quick | test | test-full | check | bench | gpu: each alone makes .venv, installs, and does its job.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo quick test test-full check bench gpu clean
 
 demo: .venv/.installed
 	$(BIN)/gengap study --config configs/demo.yaml --out demo
 
 # one thread each: processes whose threads wait for each other on two cores take five times as long; three of them,
-# as tests wait for starts and clusters a third of their time
+# as tests wait for starts and clusters a third of their time; files in the order of tests/conftest.py
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/test_launch_files.py -n 3 --dist loadfile \
+	--no-loadscope-reorder
+
+quick: .venv/.installed-dev
+	$(PYTEST) -m "not processes"
+
 test: .venv/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/test_launch_files.py -n 3 --dist loadfile
+	$(PYTEST)
+
+test-full: .venv/.installed-dev
+	GENGAP_FULL=1 $(PYTEST)
 
 # the last of these is launch/ and docker/, which `make test` leaves out
 check: .venv/.installed-dev

@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +22,12 @@ from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training import ENTRY_POINT
 from gengap_dist.training.trainer import run
-from tests.ranks import standing
+from tests.ranks import Crews, standing
 from tests.ray_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
+
+FULL = "GENGAP_FULL" in os.environ  # `make test-full`; tests choose their sizes by it: NUM_KILLS = 20 if FULL else 1
 
 # A slow machine is no failure, and a change must not fail on another change's luck: CI draws the same cases every time.
 settings.register_profile("default", deadline=None)
@@ -31,6 +35,48 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if "CI" in os.environ else "default")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has Ctrl-C ignored, here and in all we start
+
+
+# Each worker takes one file at a time: the longest first, so that none of them is left alone with one at the end.
+LONGEST = [
+    "tests/test_two_hosts.py",
+    "tests/tracking/test_studies.py",
+    "tests/distributed/launchers/test_ray.py",
+    "tests/study/test_ray_runner.py",
+    "tests/cli/test_commands.py",
+    "tests/training/test_resume.py",
+    "tests/study/test_study.py",
+    "tests/distributed/launchers/test_ray_gpus.py",
+    "tests/preflight/test_doctor.py",
+    "tests/test_gpu_benchmark.py",
+    "tests/training/algorithms/test_odd_combinations.py",
+    "tests/cuda/test_scenarios.py",
+    "tests/study/test_restart.py",
+    "tests/cuda/test_commands.py",
+    "tests/parallel/strategies/test_contract.py",
+    "tests/training/algorithms/test_world_size_law.py",
+    "tests/tracking/test_mlflow.py",
+    "tests/test_launch_scripts.py",
+    "tests/test_kills.py",
+]
+STARTING = {"gengap", "cluster", "pools", "crews"}  # fixtures that start processes
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if STARTING & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.processes)
+        if item.get_closest_marker("full") and not FULL:
+            item.add_marker(pytest.mark.skip(reason="only in `make test-full`: GENGAP_FULL is not set"))
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.relative_to(ROOT).as_posix(), len(place)))
+
+
+def thinned(table: Iterable[Any], kept: Callable[..., bool]) -> list[Any]:
+    """Parameters of a test; those rows of `table` that are not `kept(*row)` run in `make test-full` only."""
+    rows = [row if isinstance(row, tuple) else (row,) for row in table]
+    return [pytest.param(*row, marks=() if kept(*row) else pytest.mark.full) for row in rows]
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +124,18 @@ def cut_after(out: Path, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def pools() -> Iterator[dict[int, LocalLauncher]]:
+def pools(crews: Crews) -> Iterator[dict[int, LocalLauncher]]:
     """One, two and three ranks that stay."""
+    crews.close()  # memory for these; who asks for them again gets new ones
     with standing(lambda size: LocalLauncher(size, ENTRY_POINT), (1, 2, 3)) as pools:
         yield pools
+
+
+@pytest.fixture(scope="session")
+def crews() -> Iterator[Crews]:
+    """Ranks that stay for all tests of this process: those on CPUs, in nobody's special environment."""
+    with closing(Crews()) as crews:
+        yield crews
 
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]

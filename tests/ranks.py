@@ -4,6 +4,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -65,6 +66,29 @@ class Crew:
     def close(self) -> None:
         for process in self.processes:
             process.kill()
+
+
+class Crews:
+    """Ranks that stay, of every size that is asked for: `crews[size](job, *args)`; after an error they start anew."""
+
+    def __init__(self) -> None:
+        self.started: dict[int, Crew] = {}
+
+    def __getitem__(self, size: int) -> Callable[..., list[Any]]:
+        return partial(self._run, size)
+
+    def _run(self, size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
+        if size not in self.started:
+            self.started[size] = Crew(size)
+        try:
+            return self.started[size](job, *args)
+        except BaseException:
+            self.started.pop(size).close()
+            raise
+
+    def close(self) -> None:
+        while self.started:
+            self.started.popitem()[1].close()
 
 
 @contextmanager

@@ -50,6 +50,7 @@ def recorded() -> dict[str, dict[str, dict[str, object]]]:
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_without_a_gpu_there_is_one_sentence():
     found = gpu("--part", "correctness", "--out", "gpu.json", CUDA_VISIBLE_DEVICES="")
     assert found.returncode == 2
@@ -59,6 +60,7 @@ def test_without_a_gpu_there_is_one_sentence():
     assert not Path("gpu.json").exists()
 
 
+@pytest.mark.processes
 def test_the_list_needs_no_gpu():
     found = gpu("--list", CUDA_VISIBLE_DEVICES="")
     assert found.returncode == 0
@@ -67,6 +69,7 @@ def test_the_list_needs_no_gpu():
     assert by_part.count("correctness") >= 40
 
 
+@pytest.mark.processes
 @FAKE
 def test_items_of_all_parts_run_and_a_second_command_skips_them():
     only = ["--only", "no norm, float64", "control", "too large a micro_size, LeNet-5"]
@@ -91,6 +94,8 @@ def test_items_of_all_parts_run_and_a_second_command_skips_them():
     assert recorded() == whole["sessions"][0]["parts"]  # nothing was measured anew
 
 
+@pytest.mark.full  # else: the next test, and cuda/test_memory.py for what is said
+@pytest.mark.processes
 @FAKE
 def test_a_broken_item_is_told_and_stops_nobody():
     found = on_fake("--part", "correctness", "--only", "ResNet-20", "no norm, float64", mib=48)
@@ -123,6 +128,7 @@ PART = Part("Mine", "Is it so?", [
 """
 
 
+@pytest.mark.processes
 @FAKE
 def test_items_that_die_hang_or_take_too_long():
     Path("mine.py").write_text(MINE)

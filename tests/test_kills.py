@@ -1,6 +1,7 @@
 """Ranks are killed at random moments, during saves too; the run ends as if nothing had happened.
 
-`GENGAP_KILLS=20 pytest tests/test_kills.py` kills more often than the few times that every test run affords.
+`make test` kills ranks of torchrun twice, `make test-full` those of torchrun and Ray five times; as often as one likes:
+`GENGAP_FULL=1 GENGAP_KILLS=20 pytest tests/test_kills.py`.
 """
 
 import os
@@ -19,11 +20,11 @@ from mlflow import MlflowClient
 
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import read_info, read_metrics
-from tests.conftest import weights
+from tests.conftest import FULL, weights
 from tests.ray_cluster import Cluster
 
-NUM_KILLS = int(os.environ.get("GENGAP_KILLS", "3"))
-NUM_STEPS = 300
+NUM_KILLS = int(os.environ.get("GENGAP_KILLS", "5" if FULL else "2"))
+NUM_STEPS = 100 * NUM_KILLS
 SETTINGS = {
     "--train.steps": NUM_STEPS, "--batch.global_size": 100, "--train.num_evals": 3, "--probe.per_decade": 1,
     "--probe.num_samples": 64, "--checkpoint.every_steps": 3,
@@ -31,7 +32,7 @@ SETTINGS = {
 WORDS = [str(word) for pair in SETTINGS.items() for word in pair]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-pytestmark = pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("default")]  # what MLflow warns of is not ours to mend
 
 
 def kill_now_and_then(
@@ -63,12 +64,18 @@ def kill_now_and_then(
     return moments
 
 
-def test_torchrun_ranks_killed_at_random_moments(tmp_path):
-    whole = tmp_path / "whole"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
-    quiet = [*TORCHRUN, "-m", "gengap_dist.train", *WORDS, "--mlflow.enabled", "false", "--out", str(whole)]
-    subprocess.run(quiet, env=env, check=True, capture_output=True)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The run of two ranks that nobody kills."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    words = [*WORDS, "--mlflow.enabled", "false", "--launch.num_processes", "2", "--out", str(out)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "gengap_dist.train", *words], env=env, check=True, capture_output=True)
+    return out
 
+
+def test_torchrun_ranks_killed_at_random_moments(whole, tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
     killed = tmp_path / "killed"
     command = [*TORCHRUN, "--max-restarts", str(NUM_KILLS), "-m", "gengap_dist.train", *WORDS, "--out", str(killed)]
     with (tmp_path / "log").open("w") as log:
@@ -95,12 +102,11 @@ def check_uninterrupted(killed: Path, whole: Path, uri: str) -> None:
     assert sorted((metric.step, metric.value) for metric in history) == losses[1:]
 
 
-def test_ray_ranks_killed_at_random_moments(cluster, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+@pytest.mark.full  # else: a rank of Ray killed once, in mid-run, in distributed/launchers/test_ray.py
+def test_ray_ranks_killed_at_random_moments(cluster, whole, tmp_path):
+    killed = tmp_path / "killed"
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     on_ray = [*WORDS, "--launch.launcher", "ray", "--launch.num_processes", "2"]
-    assert cluster.train(*on_ray, "--mlflow.enabled", "false", "--out", whole, cwd=tmp_path).returncode == 0
-
     env = cluster.env | {"RAY_ADDRESS": cluster.address, "MLFLOW_TRACKING_URI": store}
     command = [sys.executable, "-m", "gengap_dist.train", *on_ray, "--launch.max_failures", str(NUM_KILLS)]
     with (tmp_path / "log").open("w") as log:

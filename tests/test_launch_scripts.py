@@ -11,6 +11,8 @@ from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.processes
+
 SMALL = ["--train.steps", "6", "--launch.device", "cpu", "--probe.enabled", "false", "--mlflow.enabled", "false"]
 
 
@@ -46,7 +48,8 @@ def test_two_ranks_train(tmp_path, script, env):
     assert str(tmp_path / "run") in done.stdout
 
 
-@pytest.mark.parametrize("script", ["torchrun/multi_node.sh", "deepspeed/run.sh"])
+# DeepSpeed's launcher is slow to start; it is in the test above
+@pytest.mark.parametrize("script", ["torchrun/multi_node.sh", pytest.param("deepspeed/run.sh", marks=pytest.mark.full)])
 def test_every_rank_is_told_to_leave(tmp_path, script):
     """SIGTERM at the script reaches each rank, and nothing of the run is left."""
     (tmp_path / "gengap_dist").mkdir()

@@ -19,6 +19,8 @@ import torch
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import ROOT, weights
 
+pytestmark = pytest.mark.processes
+
 NAMES = (f"gengap{os.getpid()}.{number}" for number in itertools.count())
 STEPS, GATE = 40, 20
 WORDS = [

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from gengap_dist.analysis.study_data import read_study
+from gengap_dist.cli.compare import command
+from gengap_dist.cli.exit_codes import run_command
 from tests.conftest import config
 
 
@@ -77,19 +79,21 @@ def test_what_cannot_be_read_is_named_and_the_rest_compared(folders, gengap):
     [
         (["nowhere"], "contains no run.json"),
         (["mine", "--baseline", "b65"], "--baseline (b65) is not an arm (did you mean b64?)"),
-        (["ftp:/x"], "is no folder and no MLflow run"),
+        (["ftp:/x"], "is neither a folder nor an MLflow run"),
         (["blank"], "none of the 1 runs has test/accuracy"),
         (["experiments:/nothing"], "is not an experiment in this store"),
         (["runs:/0123"], "is not a run in this store"),
     ],
 )
-def test_bad_input(folders, gengap, words, says):
+@pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
+def test_bad_input(folders, capsys, words, says):
     (folders.parent / "nowhere").mkdir()
     run_folder(folders.parent / "blank" / "one", 8, 0, None)
     store = f"sqlite:///{folders.parent}/mlflow.db"
-    done = gengap("compare", *words, "--out", "out", "--tracking_uri", store)
-    assert done.returncode == 2, done.stderr
-    assert says in done.stderr.splitlines()[-1]
+    with pytest.raises(SystemExit) as exit_:
+        run_command("gengap compare", command, [*words, "--out", "out", "--tracking_uri", store])
+    assert exit_.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend

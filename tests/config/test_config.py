@@ -171,6 +171,7 @@ def test_bad_command_line_gets_one_sentence(words, says):
         parse_words(*words)
 
 
+@pytest.mark.processes
 def test_print_config_can_be_run_again(tmp_path):
     words = ["--config", ROOT / "configs/demo_train.yaml", "--batch.global_size", "96", "--print_config"]
     done = subprocess.run(
@@ -182,6 +183,7 @@ def test_print_config_can_be_run_again(tmp_path):
     assert resolve(RunConfig, [tmp_path / "again.yaml"], {}).batch.global_size == 96
 
 
+@pytest.mark.processes
 def test_help_says_what_every_setting_is():
     done = subprocess.run([sys.executable, "-m", "gengap_dist.train", "--help"], capture_output=True, text=True)
     for name in ("--batch.global_size", "--launch.num_processes", "exact mean", "default: 64", "--resume"):

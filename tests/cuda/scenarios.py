@@ -276,3 +276,24 @@ TOGETHER: dict[str, Scenario] = {
 }
 
 SCENARIOS: dict[str, Scenario] = ALONE | {f"{name} x2": scenario for name, scenario in TOGETHER.items()}
+
+# What others hold as well: with GENGAP_FULL=1 only.
+TWICE = {*ALONE} & {*TOGETHER} | {
+    "resnet20, ghost",  # activation_checkpointing has it
+    "all views x2",  # on one rank, and by TSQR
+    "micro-batches x2",  # images kept on the host
+    "sync norm, bfloat16 x2",  # with a rank without images
+    "fsdp, adamw, ghost x2",
+    "fsdp, bfloat16 x2",
+    "zero1, adamw x2",  # begun on the CPU
+    "zero2, bfloat16 x2",
+    "zero3 x2",  # with AdamW
+    "shuffled labels",
+    "label smoothing",  # and these: test_world_size_law.py on a CPU, and nothing of their own on a GPU
+    "no norm",
+    "nesterov, warm-up, cosine",
+    "a growing batch",
+    "local norm x2",
+    "group norm x2",
+    "swa, sync norm x2",
+}

@@ -27,7 +27,7 @@ from tests.cuda.scenarios import BASE, OFF, Settings
 from tests.cuda.test_scenarios import difference, numbers
 from tests.ranks import Crew
 
-pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))]
 
 EXACT = 1e-7
 

@@ -18,12 +18,12 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from tests import fake_cuda
-from tests.conftest import ROOT, config
+from tests.conftest import ROOT, config, thinned
 from tests.cuda.scenarios import BASE, OFF, Settings
 from tests.cuda.test_scenarios import numbers
 from tests.ranks import Crew
 
-pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))]
 
 MIB = 200
 
@@ -217,7 +217,12 @@ def test_auto_passes_on_what_the_library_said(gpu, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("launcher", "model"), [("local", "greedy_in_training"), ("torchrun", "greedy_on_rank_1")])
+@pytest.mark.parametrize(
+    ("launcher", "model"),
+    thinned(
+        [("local", "greedy_in_training"), ("torchrun", "greedy_on_rank_1")], lambda launcher, _: launcher == "torchrun"
+    ),
+)
 def test_a_command_says_it_once(tmp_path, launcher, model):
     """Whether both ranks run out of memory or one does, while the other is in the middle of a step."""
     start = ["-m", "gengap_dist.train", "--launch.num_processes", "2"]

@@ -18,14 +18,14 @@ from gengap_dist.distributed.launchers.local import LocalLauncher, _environment_
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training import ENTRY_POINT
 from tests import fake_cuda
-from tests.conftest import config, cut_after
-from tests.cuda.scenarios import BASE, SCENARIOS, Scenario, Settings
+from tests.conftest import config, cut_after, thinned
+from tests.cuda.scenarios import BASE, SCENARIOS, TWICE, Scenario, Settings
 
 Numbers = dict[tuple[int, str], float]
 TIMES = ("seconds", "time/", "probe_seconds")
 NEEDS = {"zero": "deepspeed", "lars": "timm", "lamb": "timm"}
 
-pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def tabulate(**row: object) -> None:
             file.write(json.dumps({"torch": torch.__version__.partition("+")[0]} | row) + "\n")
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", thinned(SCENARIOS, lambda name: name not in TWICE))
 def test_a_gpu_records_what_a_cpu_records(ranks, tmp_path, name):
     scenario: Scenario = SCENARIOS[name]
     for word, package in NEEDS.items():

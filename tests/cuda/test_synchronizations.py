@@ -15,12 +15,12 @@ from gengap_dist.distributed.launchers.local import _environment_variables
 from gengap_dist.distributed.process_group import World
 from gengap_dist.runs.run_folder import prepare_folder
 from tests import fake_cuda
-from tests.conftest import config
+from tests.conftest import config, thinned
 from tests.cuda.scenarios import ADAMW, AUGMENTED, BASE, FP16, LAMB, LOCAL, OFF, POST_LOCAL, SMALL, SYNC, Settings
 from tests.cuda.test_scenarios import tabulate
 from tests.ranks import Crew
 
-pytestmark = pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(bool(fake_cuda.missing()), reason=str(fake_cuda.missing()))]
 
 QUIET: Settings = BASE | OFF | {"train__steps": 24, "train__num_evals": 1, "checkpoint__every_seconds": 1e9}
 FIRST, LAST = 14, 22  # between them nothing is due
@@ -101,8 +101,25 @@ def ours(waits: Counter[str]) -> Counter[str]:
     return Counter({wait: number for wait, number in waits.items() if not is_theirs(wait)})
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("name", STEPS)
+REST = {
+    "float16, lars",
+    "adamw, clipped",
+    "bfloat16",
+    "channels_last",
+    "rank penalty, spread",
+    "ema",
+    "ghost norm, dropout",
+}
+JOINED = {"plain", "sync norm", "lars", "float16", "swa", "post-local sgd", "fsdp", "zero1", "zero3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    thinned(
+        [(name, size) for name in STEPS for size in (1, 2)],
+        lambda name, size: name not in REST and (name in JOINED) == (size == 2),
+    ),
+)
 def test_a_step_does_not_wait_for_the_gpu(crews, tmp_path, name, size):
     settings = QUIET | STEPS[name] | {"launch__device": "cuda"}
     waits = crews[size](counted, settings, tmp_path / "run", FIRST, LAST)

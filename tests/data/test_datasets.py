@@ -173,6 +173,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_loading_takes_little_more_than_what_it_loads():
     def growth(num: int) -> int:

@@ -229,6 +229,7 @@ def words(settings: dict[str, object]) -> list[object]:
     return out
 
 
+@pytest.mark.full  # else: one rank, above, and two that meet a damaged picture, below
 def test_two_ranks_make_the_same_run(folder, tmp_path, gengap):
     common = [*words(QUICK), "--data.root", folder]
     for name in ("false", "true"):

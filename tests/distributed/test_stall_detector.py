@@ -12,8 +12,10 @@ from gengap_dist.distributed.phase_timer import PHASES, PhaseTimer
 from gengap_dist.distributed.stall_detector import StallDetector, detecting_stalls
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from gengap_dist.training.trainer import run
-from tests.conftest import config, train
+from tests.conftest import config, thinned, train
 from tests.ranks import on_ranks
+
+pytestmark = pytest.mark.processes
 
 
 def one_rank_lags(world, lagging, doing):
@@ -25,7 +27,7 @@ def one_rank_lags(world, lagging, doing):
         return world.all_reduce(torch.ones(1), "sum of ones").item()
 
 
-@pytest.mark.parametrize(("lagging", "doing"), [(1, "data"), (0, "compute")])
+@pytest.mark.parametrize(("lagging", "doing"), thinned([(1, "data"), (0, "compute")], lambda lagging, _: lagging == 0))
 def test_the_rank_that_is_waited_for_is_named(capfd, lagging, doing):
     assert on_ranks(3, one_rank_lags, lagging, doing) == [3.0, 3.0, 3.0]
     said = capfd.readouterr().err
@@ -41,10 +43,10 @@ def waits_between_steps(world, run_config, out):
     return found
 
 
-def test_a_rank_that_computes_is_not_said_to_wait(tmp_path):
+def test_a_rank_that_computes_is_not_said_to_wait(crews, tmp_path):
     """DDP's first pass, before any step, is over when it is over: a long evaluation would be called a hang else."""
     prepare_folder(tmp_path / "run", "run.json", resume=False)
-    for found in on_ranks(2, waits_between_steps, config(train__steps=3, probe__enabled=False), tmp_path / "run"):
+    for found in crews[2](waits_between_steps, config(train__steps=3, probe__enabled=False), tmp_path / "run"):
         assert len(found) > 3
         assert not any(found)
 
@@ -111,9 +113,9 @@ def run_with_a_slow_rank(world, out):
     return run(config(**settings), out, world=world)
 
 
-def test_the_slowest_rank_is_named_and_the_others_wait_for_it(tmp_path):
+def test_the_slowest_rank_is_named_and_the_others_wait_for_it(crews, tmp_path):
     prepare_folder(tmp_path / "run", "run.json", resume=False)
-    on_ranks(3, run_with_a_slow_rank, tmp_path / "run")
+    crews[3](run_with_a_slow_rank, tmp_path / "run")
     result = read_info(tmp_path / "run")["result"]
     assert result["time/slowest_rank"] == 1
     assert result["time/slowest_over_mean"] > 1.5

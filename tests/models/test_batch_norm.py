@@ -28,7 +28,6 @@ from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.training.checks import check_norm, norm_group_sizes
 from tests.conftest import config, train
-from tests.ranks import Crew
 
 PLAIN = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 """By number of dimensions behind the channels."""
@@ -160,18 +159,15 @@ def test_all_ghost_layers_of_a_copy_look_at_one_position_of_their_own():
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
-def crew(request):
-    crew = Crew(request.param)
+def crew(crews, request):
+    crew = crews[request.param]
     crew.size = request.param
-    yield crew
-    crew.close()
+    return crew
 
 
 @pytest.fixture(scope="module")
-def pair():
-    crew = Crew(2)
-    yield crew
-    crew.close()
+def pair(crews):
+    return crews[2]
 
 
 def shares(num: int, size: int) -> list[slice]:

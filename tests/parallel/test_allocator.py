@@ -32,6 +32,7 @@ def faults(**variables: str) -> tuple[bool, int]:
     return told == "True", int(number)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is Linux's")
 def test_memory_that_was_freed_is_not_asked_for_again():
     told, kept = faults()

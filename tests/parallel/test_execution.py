@@ -33,9 +33,9 @@ from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.training.algorithms import build_algorithm
 from gengap_dist.training.checks import check_switches
-from tests.conftest import config, cut_after, train
+from tests.conftest import config, cut_after, thinned, train
 from tests.parallel.strategies import jobs
-from tests.ranks import Crew, standing
+from tests.ranks import Crew
 
 EXACT = {"train__dtype": "float64"}  # rounding is told from all else best where it is small
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -50,12 +50,6 @@ HAS_COMPILER = pytest.mark.skipif(
 )
 TINY = EXACT | {"model__name": "mlp", "model__widths": [8], "batch__global_size": 12, "batch__ghost_size": 2,
                 "batch__micro_size": 6, "optim__clip_norm": 1.0}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def crews() -> Iterator[dict[int, Crew]]:
-    with standing(Crew, (1, 2)) as crews:
-        yield crews
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +91,7 @@ def test_a_switch_changes_no_number(crews, off, switch, network, size):
 # -- recompute --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fsdp", "zero0", "zero2", "zero3"])
+@pytest.mark.parametrize("name", thinned(["fsdp", "zero0", "zero2", "zero3"], lambda name: name in ("fsdp", "zero3")))
 def test_recompute_under_sharded_strategies(crews, name):
     if "zero" in name:
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
@@ -602,6 +596,7 @@ def test_a_float16_run_on_a_cpu_ends_before_it_begins(tmp_path):
         train(tmp_path, train__autocast="float16", launch__device="cpu")
 
 
+@pytest.mark.processes
 def test_a_cpu_without_a_compiler(tmp_path):
     """One sentence, before anything is trained."""
     words = [sys.executable, "-m", "gengap_dist.train", "--out", "run", "--train.compile", "true"]

@@ -23,6 +23,8 @@ from gengap_dist.preflight import doctor_checks
 from gengap_dist.preflight.doctor_checks import ABSENT, FAIL, OK, WARN, CheckRequest, CheckResult
 from tests.conftest import config
 
+pytestmark = pytest.mark.processes
+
 
 def ask(**settings: object) -> CheckRequest:
     return CheckRequest(config(**settings), Path("run"))

@@ -305,6 +305,7 @@ def with_precisions(world: World) -> dict[str, tuple]:
     return out
 
 
+@pytest.mark.processes
 def test_products_are_exact_whichever_interface_had_allowed_less():
     (answers,) = on_ranks(1, with_precisions)
     for how, (found, before, inside, after) in answers.items():
@@ -331,8 +332,8 @@ def everything(world: World) -> dict:
 
 
 @pytest.fixture(scope="module")
-def on() -> dict[int, list[dict]]:
-    return {1: [everything(World())], 2: on_ranks(2, everything), 3: on_ranks(3, everything)}
+def on(crews) -> dict[int, list[dict]]:
+    return {1: [everything(World())], 2: crews[2](everything), 3: crews[3](everything)}
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -19,7 +19,6 @@ from gengap_dist.errors import UsageError
 from gengap_dist.probes import hessian as hessian_module
 from gengap_dist.probes.hessian import MeanLoss, hessian_eigenvalues, hessian_trace, keskar_sharpness, lanczos
 from gengap_dist.probes.weights import flat_parameters
-from tests.ranks import on_ranks
 
 SIZES = (7, 16, 1, 9, 4)  # blocks: uneven on 2 and on 3 ranks
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -109,8 +108,8 @@ class Bent(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def on() -> dict[int, list[dict]]:
-    return {size: on_ranks(size, everything) for size in (1, 2, 3)}
+def on(crews) -> dict[int, list[dict]]:
+    return {size: crews[size](everything) for size in (1, 2, 3)}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.neural_collapse import _whiten, nc1
 from tests.probes.test_hessian import Fussy, dealt, left_as_found, refusal
-from tests.ranks import on_ranks
 
 SIZES = (7, 16, 1, 9, 4)
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -70,8 +69,8 @@ def everything(world: World) -> dict:
 
 
 @pytest.fixture(scope="module")
-def on() -> dict[int, list[dict]]:
-    return {size: on_ranks(size, everything) for size in (1, 2, 3)}
+def on(crews) -> dict[int, list[dict]]:
+    return {size: crews[size](everything) for size in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -19,7 +19,6 @@ from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies import STRATEGIES
 from gengap_dist.probes.noise_scale import DECAY, NoiseScale, unbiased_noise_estimates
 from gengap_dist.training.step import StepBatch, train_step
-from tests.ranks import on_ranks
 
 
 @pytest.mark.parametrize(
@@ -175,8 +174,8 @@ def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], li
 
 
 @pytest.mark.parametrize(("name", "size"), [*CASES])
-def test_the_loop_sums_the_right_gradients(name, size):
-    answers = on_ranks(size, steps, name) if size > 1 else [steps(World(), name)]
+def test_the_loop_sums_the_right_gradients(crews, name, size):
+    answers = crews[size](steps, name) if size > 1 else [steps(World(), name)]
     for answer in answers:
         assert len(answer) == 3 * len(CASES[name, size])
         for global_size, micro_size, watching, found, true in answer:

@@ -11,7 +11,6 @@ from gengap_dist import models
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.weights import distance_from_init, flat_parameters, weight_spectra
-from tests.ranks import on_ranks
 
 
 def net() -> nn.Module:
@@ -30,8 +29,8 @@ def spectra(world: World) -> list:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_all_ranks_have_the_same_bits(size):
-    found, alone = on_ranks(size, spectra), spectra(World())
+def test_all_ranks_have_the_same_bits(crews, size):
+    found, alone = crews[size](spectra), spectra(World())
     assert all(other == found[0] for other in found)
     assert [name for name, _ in found[0]] == [name for name, _ in alone]
     for (name, bits), (_, true) in zip(found[0], alone, strict=True):

@@ -184,8 +184,8 @@ def agrees(answers: list[dict], dtype: torch.dtype, case: object) -> None:
         assert error(found["wrapped"], answers[0][case]["wrapped"]) == 0.0
 
 
-def test_ddp():
-    answers = on_ranks(2, under_ddp)
+def test_ddp(crews):
+    answers = crews[2](under_ddp)
     assert len(answers[0]) == 6
     for case in answers[0]:
         agrees(answers, case[1], case)
@@ -230,11 +230,13 @@ def with_deepspeed() -> list[dict]:
     return on_ranks(2, under_deepspeed)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_deepspeed(with_deepspeed, stage):
     agrees(with_deepspeed, torch.float32, stage)
 
 
+@pytest.mark.processes
 def test_zero_stage_3_is_refused(with_deepspeed):
     for answer in with_deepspeed:
         assert "is sharded over ranks (ZeRO stage 3 or FSDP)" in answer[3]
@@ -248,6 +250,6 @@ def under_fsdp(world: World) -> str:
     return refusal(model, world)
 
 
-def test_fsdp_is_refused():
-    for answer in on_ranks(2, under_fsdp):
+def test_fsdp_is_refused(crews):
+    for answer in crews[2](under_fsdp):
         assert "is sharded over ranks (ZeRO stage 3 or FSDP)" in answer

@@ -11,7 +11,7 @@ import torch
 
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import checkpoint
-from tests.conftest import ROOT
+from tests.conftest import ROOT, thinned
 
 STATE = {"w": torch.arange(3000.0), "step": 3, "nested": {"names": ["a", "b"], "none": None}}
 
@@ -85,8 +85,14 @@ save(Path(sys.argv[3]), 20)
 """
 
 
-@pytest.mark.parametrize("limit", [0, 1, 700, 12_000])
-@pytest.mark.parametrize("action", ["kill", "fail"])
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("action", "limit"),
+    thinned(
+        [(action, limit) for action in ("kill", "fail") for limit in (0, 1, 700, 12_000)],
+        lambda action, limit: (action, limit) in (("kill", 700), ("kill", 12_000), ("fail", 0), ("fail", 700)),
+    ),
+)
 def test_a_save_that_ends_at_any_byte_leaves_the_one_before(tmp_path, limit, action):
     """A file may grow to `limit` bytes: at the next one the process is killed, or meets what a full disk gives it."""
     save(tmp_path, 10)

@@ -25,6 +25,8 @@ with sampling(pathlib.Path(sys.argv[1]), 0.01, num_nodes=1):
     pass
 assert "torch" not in sys.modules
 """
+pytestmark = pytest.mark.processes
+
 FIRST = {"gpu_0_utilization_percentage": 90, "gpu_0_power_usage_watts": 350.5}
 MIB_OF_GPU = {"memory_usage_megabytes": 20_000.0, "memory_usage_percentage": 25.0}
 

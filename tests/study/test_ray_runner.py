@@ -12,6 +12,8 @@ from gengap_dist.runs.run_folder import read_info
 from tests.ray_cluster import until
 from tests.study import tiny
 
+pytestmark = pytest.mark.processes
+
 MOODY = """
 import time
 from pathlib import Path
@@ -143,6 +145,7 @@ def starts(folder) -> list[int]:
     return [*Counter(zip(*pids, strict=True)).values()]
 
 
+@pytest.mark.full  # else: the next one, whose ranks stay up for two of three runs, and `both` with its numbers
 def test_ranks_stay_up_from_run_to_run(cluster, tmp_path):
     config = telling(tmp_path, 4)
     done = tiny.start(config, tmp_path / "out", **(cluster.env | {"RAY_ADDRESS": cluster.address}))

@@ -15,6 +15,8 @@ from gengap_dist.study import runner
 from tests.ray_cluster import until
 from tests.study import tiny
 
+pytestmark = pytest.mark.processes
+
 STUDY = {"question": "How much?", "seeds": [0, 1, 2], "axes": {"batch.global_size": [64, 256, 1000]}}
 
 
@@ -116,6 +118,7 @@ def test_two_starts_at_once_are_refused(whole, copy):
         pass
 
 
+@pytest.mark.full  # else: analysis/report/test_html.py, from folders
 def test_a_baseline_without_a_result_leaves_a_study_without_gaps(tmp_path):
     wild = {"name": "wild", "set": {"optim.lr": 1e9}}
     config = tiny.write(tmp_path / "s.yaml", {"seeds": [0, 1], "arms": [wild, {"name": "tame"}]})

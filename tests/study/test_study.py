@@ -13,6 +13,9 @@ import pytest
 import yaml
 
 from gengap_dist.analysis.study_data import read_study
+from tests.conftest import FULL
+
+pytestmark = pytest.mark.processes
 
 STUDY = {
     "train": {"epochs": 1, "num_evals": 2},
@@ -102,6 +105,7 @@ def test_mlflow_has_a_parent_with_the_gap_and_a_child_per_run(done):
     assert "report.html" in {artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)}
 
 
+@pytest.mark.full  # else: test_restart.py, where a killed study goes on, and test_tuning.py
 def test_a_second_start_runs_only_what_is_missing(done):
     folder, words, _ = done
     out = folder / "out"
@@ -118,6 +122,7 @@ def test_a_second_start_runs_only_what_is_missing(done):
     assert "optim.momentum (0.5) was 0.9 when sb/seed0 was run" in other.stderr
 
 
+@pytest.mark.full  # else: test_ray_runner.py has such an arm one by one, too
 def test_a_crashing_run_does_not_stop_the_others(tmp_path, gengap):
     (tmp_path / "moody.py").write_text(
         "from gengap_dist.models import lenet5\n"
@@ -144,12 +149,12 @@ def test_a_crashing_run_does_not_stop_the_others(tmp_path, gengap):
 
 def test_progress_on_a_real_terminal(tmp_path):
     """Bars over runs and steps, drawn on a pseudo-terminal."""
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY))
+    arms = STUDY["study"]["arms"] if FULL else STUDY["study"]["arms"][:2]
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY | {"study": STUDY["study"] | {"arms": arms}}))
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "gengap_dist", "study", "--config", "s.yaml", "--out", "out"]
-    process = subprocess.Popen(
-        [*command, "--mlflow.enabled", "false", "--train.steps", "40"], cwd=tmp_path, stdout=theirs, stderr=theirs
-    )
+    more = ["--launch.num_processes", "2" if FULL else "1", "--mlflow.enabled", "false", "--train.steps", "40"]
+    process = subprocess.Popen([*command, *more], cwd=tmp_path, stdout=theirs, stderr=theirs)
     os.close(theirs)
     drawn = b""
     with contextlib.suppress(OSError):  # how a closed terminal ends on Linux
@@ -158,7 +163,7 @@ def test_progress_on_a_real_terminal(tmp_path):
     os.close(ours)
     assert process.wait(200) == 0, drawn.decode()[-2000:]
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode())
-    assert re.search(r"runs +\S*━+\S* +[1-5]/6", text)
+    assert re.search(rf"runs +\S*━+\S* +[1-{2 * len(arms) - 1}]/{2 * len(arms)}", text)
     assert re.search(r"lb seed 1 +\S*━+\S* +\d+/40", text)
 
 

@@ -65,6 +65,7 @@ def done(tmp_path_factory):
     return config, folder / "out", tiny.start(config, folder / "out")
 
 
+@pytest.mark.processes
 def test_the_best_trial_by_validation_is_what_the_seeds_are_run_with(done):
     _, out, process = done
     assert process.returncode == 0, process.stderr
@@ -85,6 +86,7 @@ def test_the_best_trial_by_validation_is_what_the_seeds_are_run_with(done):
         assert config["probe"]["enabled"]
 
 
+@pytest.mark.processes
 def test_an_arm_that_cannot_be_tuned_is_told_and_does_not_stop_the_others(done):
     _, out, process = done
     found = json.loads((out / "study.json").read_text())["tuned"]["wild"]
@@ -96,6 +98,7 @@ def test_an_arm_that_cannot_be_tuned_is_told_and_does_not_stop_the_others(done):
     assert "0, none of 4 trials finished" in (out / "report.html").read_text()
 
 
+@pytest.mark.processes
 def test_a_tuned_study_starts_again_without_doing_anything_twice(done):
     config, out, _ = done
     before, tuned = tiny.ended(out), json.loads((out / "study.json").read_text())["tuned"]
@@ -114,6 +117,7 @@ def test_a_tuned_study_starts_again_without_doing_anything_twice(done):
     assert tiny.ended(out) == before
 
 
+@pytest.mark.processes
 def test_comparing_a_tuned_study_again_is_the_study(done, tmp_path):
     """Trials are no seeds, and what was tuned tells no arms apart."""
     found, problems = gather([str(done[1])], tmp_path, SourceNames(), None, "")

@@ -27,7 +27,7 @@ SMALL = {"train__steps": 12, "batch__global_size": 50, "train__num_evals": 3, "p
 WORDS = ["--train.steps", "12", "--batch.global_size", "50", "--train.num_evals", "3", "--probe.num_samples", "64"]
 NOBODY = lambda *_: None  # noqa: E731
 
-pytestmark = pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("default")]  # what MLflow warns of is not ours to mend
 
 
 def logged(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:

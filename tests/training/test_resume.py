@@ -16,7 +16,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from gengap_dist.training.trainer import run
-from tests.conftest import ROOT, config, cut_after, train, weights
+from tests.conftest import FULL, ROOT, config, cut_after, thinned, train, weights
 from tests.ranks import on_ranks
 
 SETTINGS = {
@@ -56,8 +56,13 @@ def go(pools, size, run_config, out, *, resume=False):
     return pools[size].run(run_config, out, resume=resume, progress=lambda done, total, note: None)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("case", ["sgd", "several buckets"])
+@pytest.mark.parametrize(
+    ("case", "size"),
+    thinned(
+        [("sgd", 2), ("sgd", 3), ("several buckets", 2), ("several buckets", 3)],
+        lambda case, size: (case == "sgd") == (size == 2),
+    ),
+)
 def test_the_same_number_of_ranks_is_bitwise(pools, tmp_path, case, size):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_config = settings("sgd", "float32") if case == "sgd" else config(**SETTINGS | SEVERAL_BUCKETS)
@@ -70,7 +75,8 @@ def test_the_same_number_of_ranks_is_bitwise(pools, tmp_path, case, size):
         assert torch.equal(weight, weights(cut)[name]), name
 
 
-@pytest.mark.parametrize("case", CASES)
+# the others' state after a kill is under test in algorithms/test_world_size_law.py
+@pytest.mark.parametrize("case", thinned(CASES, lambda case: case in ("adamw", "norm")))
 def test_from_two_ranks_to_three_to_one(pools, tmp_path, case):
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     go(pools, 1, settings(case, "float64"), whole)
@@ -91,7 +97,8 @@ def test_from_two_ranks_to_three_to_one(pools, tmp_path, case):
 
 
 # A seed with which no activation comes within rounding of a kink of ReLU or max-pooling: in float32, that is luck.
-SHARDED = SETTINGS | {"seed": 2, "train__steps": 40, "checkpoint__every_steps": 10}
+QUARTER = 10 if FULL else 5  # of the steps
+SHARDED = SETTINGS | {"seed": 2, "train__steps": 4 * QUARTER, "checkpoint__every_steps": QUARTER}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +113,7 @@ def check_close(out, whole, tolerance=1e-5):
     for name, weight in weights(whole).items():
         torch.testing.assert_close(found[name], weight, rtol=tolerance, atol=tolerance, msg=name)
     lines, expected = [*read_metrics(out)], [*read_metrics(whole)]
-    assert [line["step"] for line in lines] == [*range(41)]
+    assert [line["step"] for line in lines] == [*range(4 * QUARTER + 1)]
     for line, other in zip(lines, expected, strict=True):
         assert ("noise_scale/trace_covariance" in line) == ("noise_scale/trace_covariance" in other)
         for name in ("train/grad_norm", "effective_rank/fc1", "nc1", "weight_norm"):
@@ -116,7 +123,10 @@ def check_close(out, whole, tolerance=1e-5):
             assert line["train/loss"] == pytest.approx(other["train/loss"], abs=tolerance)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize(
+    "strategy",
+    thinned(["ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"], lambda name: name in ("zero1", "zero3", "fsdp")),
+)
 def test_every_strategy_is_the_same_run_with_its_probes(pools, float32_run, tmp_path, strategy):
     out = tmp_path / "run"
     go(pools, 2, config(launch__strategy=strategy, **SHARDED), out)
@@ -124,13 +134,13 @@ def test_every_strategy_is_the_same_run_with_its_probes(pools, float32_run, tmp_
     assert read_info(out)["strategy"] == strategy
 
 
-@pytest.mark.parametrize("between", ["zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("between", thinned(["zero2", "zero3", "fsdp"], lambda name: name == "zero2"))
 def test_from_ddp_to_sharded_to_single(pools, float32_run, tmp_path, between):
     out = tmp_path / "run"
     go(pools, 2, config(launch__strategy="ddp", **SHARDED), out)
-    cut_after(out, 10)
+    cut_after(out, QUARTER)
     go(pools, 2, config(launch__strategy=between, **SHARDED), out, resume=True)
-    cut_after(out, 30)
+    cut_after(out, 3 * QUARTER)
     go(pools, 1, config(**SHARDED), out, resume=True)
     check_close(out, float32_run)
 
@@ -140,7 +150,7 @@ def test_a_sharded_run_goes_on_bitwise(pools, tmp_path):
     run_config = config(launch__strategy="zero2", **SHARDED)
     go(pools, 2, run_config, whole)
     shutil.copytree(whole, cut)
-    cut_after(cut, 20)
+    cut_after(cut, 2 * QUARTER)
     go(pools, 2, run_config, cut, resume=True)
     assert timeless(cut) == timeless(whole)
     assert all(torch.equal(weight, weights(cut)[name]) for name, weight in weights(whole).items())
@@ -165,6 +175,7 @@ def test_resume_lists_every_setting_that_differs(pools, tmp_path):
         go(pools, 1, changed, out, resume=True)
 
 
+@pytest.mark.processes
 def test_a_full_disk_does_not_stop_the_run(tmp_path):
     """Files may grow to 200 kB, which the record stays below and a checkpoint of LeNet-5 does not."""
     code = (
@@ -216,8 +227,14 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("launcher", ["local", "torchrun"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("number", "launcher"),
+    thinned(
+        [(number, launcher) for number in (signal.SIGTERM, signal.SIGINT) for launcher in ("local", "torchrun")],
+        lambda number, launcher: (number == signal.SIGTERM) == (launcher == "torchrun"),
+    ),
+)
 def test_asked_to_leave_it_saves_and_says_so(uninterrupted, tmp_path, launcher, number):
     out = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
@@ -241,10 +258,10 @@ def test_asked_to_leave_it_saves_and_says_so(uninterrupted, tmp_path, launcher, 
     assert all(torch.equal(weight, weights(out)[name]) for name, weight in weights(uninterrupted).items())
 
 
-def test_one_rank_that_is_asked_takes_the_others_along(tmp_path):
+def test_one_rank_that_is_asked_takes_the_others_along(crews, tmp_path):
     out = tmp_path / "run"
     prepare_folder(out, "run.json", resume=False)
-    ends = on_ranks(3, leave_when_rank_two_is_asked, out)
+    ends = crews[3](leave_when_rank_two_is_asked, out)
     assert len(set(ends)) == 1
     assert 5 <= ends[0] <= 7
     assert [*checkpoint.checkpoints_by_step(out / "checkpoints")] == [ends[0]]
@@ -266,6 +283,7 @@ def leave_when_rank_two_is_asked(world, out):
 # -- the folder -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_folder_that_not_all_ranks_see_is_refused(tmp_path):
     for name in ("node0", "node1"):
         prepare_folder(tmp_path / name, "run.json", resume=False)
@@ -283,12 +301,12 @@ def run_on_node(world, folder):
         return str(error)
 
 
-def test_rank_0_decides_whether_to_resume(tmp_path):
+def test_rank_0_decides_whether_to_resume(crews, tmp_path):
     """A node that joins a launch late may not know that the others were started again."""
     settings = SETTINGS | {"train__steps": 10}
     train(tmp_path / "run", **settings)
     cut_after(tmp_path / "run", 8)
-    assert on_ranks(2, resume_if_rank_is, 0, config(**settings), tmp_path / "run") == [10, 10]
+    assert crews[2](resume_if_rank_is, 0, config(**settings), tmp_path / "run") == [10, 10]
     assert len(read_info(tmp_path / "run")["resumed"]) == 1
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [*range(11)]
 
@@ -297,9 +315,9 @@ def resume_if_rank_is(world, rank, run_config, out):
     return run(run_config, out, resume=world.rank == rank, world=world)["num_steps"]
 
 
-def test_more_ranks_than_samples_are_refused(tmp_path):
+def test_more_ranks_than_samples_are_refused(crews, tmp_path):
     prepare_folder(tmp_path / "run", "run.json", resume=False)
-    (said, _) = on_ranks(2, run_with_one_sample, tmp_path / "run")
+    (said, _) = crews[2](run_with_one_sample, tmp_path / "run")
     assert said == ("batch.global_size (1) leaves 1 of 2 ranks without a sample: choose at least 2, or fewer ranks")
 
 

@@ -127,6 +127,8 @@ def test_resume_is_bitwise_the_uninterrupted_run(whole, tmp_path, monkeypatch, m
     assert len(read_info(out)["resumed"]) == 1
 
 
+@pytest.mark.full  # else: tests/test_kills.py
+@pytest.mark.processes
 def test_killed_process_resumes_to_the_same_weights(whole, tmp_path):
     out = tmp_path / "run"
     words = ["--mlflow.enabled", "false", "--checkpoint.every_seconds", "0", "--out", str(out)]

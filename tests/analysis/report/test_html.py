@@ -16,6 +16,8 @@ from gengap_dist.analysis.study_data import read_study
 from tests.analysis.report.folders import ARMS, TUNED, write_run, write_study
 from tests.browser import NEEDS_CHROMIUM, page, pictures
 
+pytestmark = pytest.mark.processes
+
 ALL = ["gap", "accuracy", "updates_to_target", "explanations", "gap_against_explanations", "near_rank_change",
        "near_rank_loss_rel", "effective_rank", "spectra", "curves"]  # fmt: skip
 SPACE = {"study": {"tune": {"trials": 2, "space": {"optim.lr": {"low": 0.1, "high": 0.4}}}}}

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests import fake_cuda
+from tests.conftest import thinned
+
+pytestmark = pytest.mark.processes
 
 NO_GPU = (
     "launch.device (cuda) needs a GPU for each of {} local rank(s), and torch finds 0 on this machine: check nvidia"
@@ -36,24 +39,32 @@ def sentence(words: list[str], cwd: Path, code: int = 2, **env: str) -> str:
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [
-        ([*LOCAL, *CUDA], NO_GPU.format(1)),
-        ([*LOCAL, *CUDA, *TWO], NO_GPU.format(2)),
-        ([*LOCAL, *HALF], FLOAT16),
-        ([*LOCAL, *HALF, *TWO], FLOAT16),
-    ],
+    thinned(
+        [
+            ([*LOCAL, *CUDA], NO_GPU.format(1)),
+            ([*LOCAL, *CUDA, *TWO], NO_GPU.format(2)),
+            ([*LOCAL, *HALF], FLOAT16),
+            ([*LOCAL, *HALF, *TWO], FLOAT16),
+        ],
+        lambda words, says: (says == FLOAT16) == (words[-1] == "2"),
+    ),
 )
 def test_local_ranks(tmp_path, words, says):
     assert sentence(words, tmp_path).startswith(f"gengap train: {says}")
 
 
-@pytest.mark.parametrize(("words", "says"), [(CUDA, NO_GPU.format(2)), (HALF, FLOAT16)])
+@pytest.mark.parametrize(
+    ("words", "says"), thinned([(CUDA, NO_GPU.format(2)), (HALF, FLOAT16)], lambda words, says: words == CUDA)
+)
 def test_ranks_of_torchrun(tmp_path, words, says):
     """The first rank says it, though another may have ended before."""
     assert sentence([*TORCHRUN, *words], tmp_path, code=1).startswith(f"gengap train: {says}")
 
 
-@pytest.mark.parametrize(("head", "code"), [([*LOCAL, *TWO], 2), (TORCHRUN, 1)], ids=["local", "torchrun"])
+@pytest.mark.parametrize(
+    ("head", "code"),
+    [pytest.param([*LOCAL, *TWO], 2, id="local", marks=pytest.mark.full), pytest.param(TORCHRUN, 1, id="torchrun")],
+)
 def test_fewer_gpus_than_local_ranks(tmp_path, head, code):
     if reason := fake_cuda.missing():
         pytest.skip(reason)
@@ -67,7 +78,14 @@ NO_ROOM = (
 )
 
 
-@pytest.mark.parametrize(("words", "says"), [(CUDA, NO_ROOM), ([*HALF, *TWO], FLOAT16)], ids=["no GPU", "float16"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        pytest.param(CUDA, NO_ROOM, id="no GPU"),
+        # what a rank refuses comes out of the driver: test_ray.py has that of another setting
+        pytest.param([*HALF, *TWO], FLOAT16, id="float16", marks=pytest.mark.full),
+    ],
+)
 def test_ranks_of_ray(tmp_path, words, says):
     pytest.importorskip("ray", reason="ray is not installed: pip install 'gengap_dist[ray]'")
     assert sentence([*RAY, *words], tmp_path) == f"gengap train: {says}"

@@ -11,7 +11,6 @@ from gengap_dist.data.batch_loader import Normalise
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.training.evaluation import evaluate
-from tests.ranks import on_ranks
 
 
 def talk(world: World) -> dict:
@@ -43,8 +42,8 @@ def talk(world: World) -> dict:
 
 
 @pytest.fixture(scope="module")
-def said() -> dict[int, list[dict]]:
-    return {size: on_ranks(size, talk) for size in (1, 2, 3)}
+def said(crews) -> dict[int, list[dict]]:
+    return {size: crews[size](talk) for size in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -11,9 +11,12 @@ from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.launchers.local import _environment_variables as environment
 from tests import fake_cuda
+from tests.conftest import FULL
 from tests.parallel.strategies import jobs
 from tests.parallel.strategies.test_contract import NEEDS, SHARED
 from tests.ranks import Crew, standing
+
+pytestmark = pytest.mark.processes
 
 LIMIT = timedelta(seconds=123)
 SETTINGS = {"model__name": "mlp", "launch__timeout_seconds": 123}
@@ -26,11 +29,11 @@ def crew_on(device: str):
 
 @pytest.fixture(scope="module")
 def crews():
-    with standing(crew_on("cpu"), (1, 2)) as crews:
+    with standing(crew_on("cpu"), (1, 2) if FULL else (2,)) as crews:
         yield crews
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize("name", SHARED)
 def test_every_group_waits_as_long_as_the_config_says(crews, name, size):
     if (name, size) == ("ddp", 1):
@@ -40,13 +43,13 @@ def test_every_group_waits_as_long_as_the_config_says(crews, name, size):
         assert set(found.values()) == {LIMIT}, found
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.full), "cuda"])
 def test_on_a_machine_with_gpus_too(device):
     """There torch makes other groups, also for ranks on a CPU; fake GPUs, because they are all that torch looks at."""
     if reason := fake_cuda.missing():
         pytest.skip(reason)
     names = ["ddp", "fsdp", *(["zero2"] if not NEEDS.args[0] else [])]  # each that makes groups of its own
-    with environment(fake_cuda.environment(2)), standing(crew_on(device), (1, 2)) as crews:
+    with environment(fake_cuda.environment(2)), standing(crew_on(device), (1, 2) if FULL else (2,)) as crews:
         for size, crew in crews.items():
             for name in names if size == 2 else names[1:]:
                 for found in crew(jobs.timeouts, name, SETTINGS):

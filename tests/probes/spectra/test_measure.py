@@ -16,7 +16,6 @@ from gengap_dist.probes import measure
 from gengap_dist.probes.layer_view import LayerView
 from gengap_dist.probes.layers import Layer
 from gengap_dist.probes.spectra.measure import plan_passes
-from tests.ranks import on_ranks
 
 NUM = 201  # splits into blocks of 32 with a short last one: uneven on 2 and on 3 ranks
 
@@ -42,8 +41,8 @@ def spectra(world: World) -> dict:
 
 
 @pytest.fixture(scope="module")
-def on() -> dict[int, list[dict]]:
-    return {size: on_ranks(size, spectra) for size in (1, 2, 3)}
+def on(crews) -> dict[int, list[dict]]:
+    return {size: crews[size](spectra) for size in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("size", [2, 3])

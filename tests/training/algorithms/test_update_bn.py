@@ -13,7 +13,6 @@ from gengap_dist.models.dropout import SampleDropout, replace_dropout
 from gengap_dist.models.sample_position import SamplePosition
 from gengap_dist.training.algorithms import update_bn as ours
 from gengap_dist.training.algorithms.update_bn import recompute_running_stats, untrained_with_statistics
-from tests.ranks import Crew
 
 
 class Given:
@@ -99,11 +98,8 @@ def test_images_are_drawn_from_all(monkeypatch):
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def crew(request):
-    crew = Crew(request.param)
-    crew.size = request.param
-    yield crew
-    crew.close()
+def crew(crews, request):
+    return crews[request.param]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -88,7 +88,7 @@ def test_a_layer_that_is_called_twice():
 
 def test_images_are_drawn_from_all(monkeypatch):
     """An image folder is sorted by class: the first images are of few."""
-    monkeypatch.setattr(ours, "MOST", 400)
+    monkeypatch.setattr(ours, "MAX_IMAGES", 400)
     _, asked = found(World(), 4000, 100)
     assert len(asked) == 4
     for indices in asked:

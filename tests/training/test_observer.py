@@ -104,7 +104,7 @@ def test_a_budget_is_kept(cost, spacing):
     due = [step for step in range(1, num_steps) if step % spacing == 0]
     for step in due:
         to_come = sum(1 for other in due if other >= step)
-        facts = {"spent": spent, "each": cost, "rest_of_run": float(num_steps)}
+        facts = {"spent_seconds": spent, "seconds_each": cost, "other_seconds": float(num_steps)}
         if should_skip(0.05, **facts, num_remaining=to_come, num_skipped_in_a_row=in_a_row):
             in_a_row += 1
             continue

@@ -538,7 +538,7 @@ def test_sync_needs_a_ranks_share_at_once(ranks, share, ragged):
     assert checked([64, *ragged], ranks, batch__micro_size=share, **settings) == sorted({64, *ragged})
     with pytest.raises(
         UsageError,
-        match=rf"batch.micro_size \({share - 1}\) cuts the {share} samples that a rank has of a step of 64, and "
+        match=rf"batch.micro_size \({share - 1}\) splits the {share} samples of a rank in a step of 64, and "
         rf"model.norm \(sync\) .* choose at least {share}, more ranks, or model.norm=ghost",
     ):
         checked([64, *ragged], ranks, batch__micro_size=share - 1, **settings)

@@ -82,7 +82,7 @@ def test_sharding_law(on, size):
                 assert found[dtype, how] == on[size][0][dtype, how]
         assert math.isnan(found["nan"])
         assert "no rank has any samples" in found["empty"]
-        assert "all are of class 0" in found["one class"]
+        assert "all samples are of class 0" in found["one class"]
         assert "Sequential ends" in found["soft"]
     assert "something after its last nn.Linear (0.head)" in on[size][-1]["soft"]
 

@@ -300,7 +300,7 @@ def test_a_model_that_cannot_be_exported_is_no_failure(study, store):
     mirror.sync(closing=True)
     found = mirror.client.get_run(state(run)["run_id"])
     assert found.info.status == "FINISHED"
-    assert "has no whole checkpoint of its last step" in found.data.tags["model"]
+    assert "has no complete checkpoint of its last step" in found.data.tags["model"]
 
 
 def test_machines_are_watched_in_the_folder_and_sent_once(study, store):

@@ -104,7 +104,7 @@ def test_a_budget_is_kept(cost, spacing):
     due = [step for step in range(1, num_steps) if step % spacing == 0]
     for step in due:
         to_come = sum(1 for other in due if other >= step)
-        facts = {"spent": spent, "each": cost, "rest_of_run": float(num_steps)}
+        facts = {"spent_seconds": spent, "seconds_each": cost, "other_seconds": float(num_steps)}
         if should_skip(0.05, **facts, num_remaining=to_come, num_skipped_in_a_row=in_a_row):
             in_a_row += 1
             continue
@@ -129,7 +129,7 @@ def test_a_run_keeps_its_budget_on_all_ranks_and_says_so(tmp_path, gengap):
     probed = [line["step"] for line in read_metrics(tmp_path / "run") if "effective_rank/fc2" in line]
     assert probed == [0, 12]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["probe_left_out"] == [1, 2, 4, 5, 6, 8, 10]
-    assert "left out 7 measurement(s), at steps 1, 2, 4, 5, 6, 8, 10" in done.stdout
+    assert "skipped 7 measurement(s), at steps 1, 2, 4, 5, 6, 8, 10" in done.stdout
 
 
 def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):

@@ -194,7 +194,7 @@ def test_a_seed_of_any_size(tmp_path):
         ({"model__name": "mlp", "batch__micro_size": 1}, "a group of one sample in a step of 64"),
         (
             {"model__name": "mlp", "model__norm": "sync", "batch__global_size": 200},
-            r"batch.micro_size \(128\) cuts the 200 samples .*choose at least 200, more ranks, or model.norm=ghost",
+            r"batch.micro_size \(128\) splits the 200 samples .*choose at least 200, more ranks, or model.norm=ghost",
         ),
         (
             {

@@ -56,7 +56,7 @@ def summary(profiles: list[RankProfile], setting: ProfileSetting) -> str:
         f"time of a step by part: mean of {traced if from_trace else timed}, in ms",
         "".join([f"{'rank':14}", *(f"{head:>15}" for head in ("step", *PARTS))]),
         *_rows(profiles, slowest),
-        "communication includes waiting for other ranks; rest: sums, Python. Work between two steps (validation,",
+        "communication: including waiting for other ranks; rest: sums, Python. Work between two steps (validation,",
         "probes, checkpoints, records) is not part of a step." + _untimed_note(setting, len(profiles)),
     ]
     if slowest.traced:

@@ -124,7 +124,7 @@ def test_a_damaged_or_locked_file_costs_a_measurement(cache, tmp_path, monkeypat
 
 def test_what_has_no_choice_or_must_not_have_one(tmp_path, cache):
     cache.unlink(missing_ok=True)
-    with pytest.raises(UsageError, match=r"model.norm \(local\) takes its statistics over micro-batches"):
+    with pytest.raises(UsageError, match=r"model.norm \(local\) computes statistics over micro-batches"):
         train(tmp_path / "local", **AUTO, **SMALL, train__channels_last="auto")
     assert not cache.exists()  # and the order of pictures was not measured for nothing
     assert "would depend on the machine" in make_plan(config(**AUTO, **SMALL), Cluster(1, 1), Constants()).refused[0]

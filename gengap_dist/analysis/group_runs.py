@@ -11,7 +11,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.tracking.mlflow.importer import SourceNames, find_runs, save_as_run_folder
-from gengap_dist.tracking.mlflow.uploader import connect, store_uri
+from gengap_dist.tracking.mlflow.uploader import connect_client, store_uri
 
 MAX_NAMED_SETTINGS = 3  # in an arm's name
 CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", MEASURED_AT)
@@ -155,7 +155,7 @@ def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) ->
         raise UsageError(f"RUN ({source}) is neither a folder nor an MLflow run: give runs:/ID or experiments:/NAME")
     address = store_uri(uri)
     try:
-        client = connect(address)
+        client = connect_client(address)
         for run in find_runs(client, source):
             folder = out / "runs" / run.info.run_id
             wanted = [name for name in run.data.metrics if name in CURVES or EXPLANATIONS.fullmatch(name)]

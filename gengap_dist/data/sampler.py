@@ -66,16 +66,16 @@ class EpochSampler:
         global_size: int,
         seed: int,
         *,
-        growth: Sequence[tuple[int, int]] = (),
+        size_schedule: Sequence[tuple[int, int]] = (),
         worker: int | None = None,
     ) -> None:
         """Sampler of `num_samples` images in steps of `global_size`.
 
         Args:
             num_samples: number of images.
-            global_size: images per step; with `growth`, in the first epochs.
+            global_size: images per step; with `size_schedule`, in the first epochs.
             seed: of the permutations.
-            growth: (first epoch, new global size) in ascending order, see `batch_size_schedule`.
+            size_schedule: (first epoch, new global size) in ascending order, see `batch_size_schedule`.
             worker: network that has its own order, for algorithm.local_sgd=swap; None: the common order.
 
         Raises:
@@ -83,7 +83,7 @@ class EpochSampler:
         """
         self.num_samples, self.global_size, self.seed, self.worker = num_samples, global_size, seed, worker
         self.phases: list[BatchSizePhase] = []
-        for epoch, size in [(0, global_size), *growth]:
+        for epoch, size in [(0, global_size), *size_schedule]:
             if size > num_samples:
                 given, remedy = f"batch.global_size ({global_size})", f"choose at most {num_samples}"
                 if epoch:
@@ -123,7 +123,7 @@ class EpochSampler:
     def epochs_done(self, steps: int) -> float:
         """Number of passes over the images after `steps` steps.
 
-        >>> sampler = EpochSampler(100, 25, seed=0, growth=[(2, 50)])  # steps in an epoch: 4, 4, 2, 2, ...
+        >>> sampler = EpochSampler(100, 25, seed=0, size_schedule=[(2, 50)])  # steps in an epoch: 4, 4, 2, 2, ...
         >>> [sampler.epochs_done(steps) for steps in (0, 1, 8, 9, 12)]
         [0.0, 0.25, 2.0, 2.5, 4.0]
         """
@@ -133,7 +133,7 @@ class EpochSampler:
     def num_steps(self, epochs: int) -> int:
         """Number of steps in the first `epochs` epochs.
 
-        >>> EpochSampler(100, 25, seed=0, growth=[(2, 50)]).num_steps(4)
+        >>> EpochSampler(100, 25, seed=0, size_schedule=[(2, 50)]).num_steps(4)
         12
         """
         return self.step_at(epochs)
@@ -141,7 +141,7 @@ class EpochSampler:
     def step_at(self, epoch: float) -> int:
         """The number of steps after which the number of passes is nearest to `epoch`.
 
-        >>> sampler = EpochSampler(100, 25, seed=0, growth=[(2, 50)])
+        >>> sampler = EpochSampler(100, 25, seed=0, size_schedule=[(2, 50)])
         >>> [sampler.step_at(epoch) for epoch in (0.3, 2, 2.5, 4)]
         [1, 8, 9, 12]
         """

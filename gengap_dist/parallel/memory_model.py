@@ -101,7 +101,7 @@ def weight_bytes(config: RunConfig, model: nn.Module, strategy: str, num_ranks: 
     """Bytes of parameters, gradients, optimizer state and kept weights on a rank under `strategy`."""
     sharding = SHARDING[strategy]
     itemsize = getattr(torch, config.train.dtype).itemsize
-    whole = itemsize * sum(p.numel() for p in model.parameters())
+    unsharded_bytes = itemsize * sum(p.numel() for p in model.parameters())
     trained = itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     copies = int(config.probe.enabled) + int(config.data.val_fraction > 0) + algorithm_copies(config, num_ranks)
@@ -110,10 +110,10 @@ def weight_bytes(config: RunConfig, model: nn.Module, strategy: str, num_ranks: 
         return -(-num_bytes // num_ranks) if sharded else num_bytes
 
     return {
-        "parameters": per_rank(whole, sharding.parameters) + buffers,
+        "parameters": per_rank(unsharded_bytes, sharding.parameters) + buffers,
         "gradients": per_rank(trained, sharding.gradients),
         "optimizer_state": per_rank((state_copies(config.optim) + sharding.master_weights) * trained, sharding.state),
-        "kept_weights": copies * whole,
+        "kept_weights": copies * unsharded_bytes,
     }
 
 
@@ -197,10 +197,12 @@ def probe_bytes(
     A layer view whose columns need several passes keeps its matrix during all of them.
     """
     worst = 0
-    for number, pieces in enumerate(passes):
-        begun = {piece.view_index for earlier in passes[:number] for piece in earlier}
-        goes_on = {piece.view_index for later in passes[number:] for piece in later}
-        alive = {piece.view_index for piece in pieces} | (begun & goes_on)
-        held = sum((piece.stop - piece.start) * views[piece.view_index].column_bytes(max_inputs) for piece in pieces)
-        worst = max(worst, held + sum(views[site].state_bytes for site in alive))
+    for number, column_blocks in enumerate(passes):
+        started = {block.view_index for earlier in passes[:number] for block in earlier}
+        continued = {block.view_index for later in passes[number:] for block in later}
+        alive = {block.view_index for block in column_blocks} | (started & continued)
+        column_bytes = sum(
+            (block.stop - block.start) * views[block.view_index].column_bytes(max_inputs) for block in column_blocks
+        )
+        worst = max(worst, column_bytes + sum(views[index].state_bytes for index in alive))
     return worst + block_bytes

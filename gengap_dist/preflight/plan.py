@@ -147,7 +147,7 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
         if sizes := collect_refusal(lambda: datasets.sizes(config.data)):
             sampler = collect_refusal(
                 lambda: EpochSampler(
-                    sizes.num_train, batch.global_size, config.seed, growth=batch_size_schedule(config)
+                    sizes.num_train, batch.global_size, config.seed, size_schedule=batch_size_schedule(config)
                 )
             )
             fields |= {"data": sizes} | _step_fields(config, sampler, num_ranks, collect_refusal)
@@ -276,17 +276,17 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     counts = probe_counts(config, sizes, num_ranks)
     example = _example(config, sizes)
     with eval_context(model):
-        sites = layer_view.build_layer_views(select_layers(model, example, probe.layers), probe.views, sum(counts))
-    passes = measure.plan_passes(sites, max(counts), probe.memory_mib)
+        views = layer_view.build_layer_views(select_layers(model, example, probe.layers), probe.views, sum(counts))
+    passes = measure.plan_passes(views, max(counts), probe.memory_mib)
     device_type = "cuda" if config.launch.device == "cuda" else "cpu"
     options = {"method": probe.method, "memory_mib": probe.memory_mib, "device_type": device_type}
-    messages = communication_model.probe_messages(sites, passes, counts, **options)
-    stream = measure.stream_bytes(device_type, probe.memory_mib)
-    num_bytes = memory_model.probe_bytes(sites, passes, max(counts), stream) + max(counts) * example.nbytes
+    messages = communication_model.probe_messages(views, passes, counts, **options)
+    block_bytes = measure.stream_bytes(device_type, probe.memory_mib)
+    num_bytes = memory_model.probe_bytes(views, passes, max(counts), block_bytes) + max(counts) * example.nbytes
     forms = {
-        "/".join(filter(None, (site.layer.name, site.view))): f"{site.num_rows} x {site.num_units}, kept as "
-        + f"{site.size} x {site.size} ({'rows' if site.is_wide else 'units'})"
-        for site in sites
+        "/".join(filter(None, (view.layer.name, view.view))): f"{view.num_rows} x {view.num_units}, kept as "
+        + f"{view.size} x {view.size} ({'rows' if view.is_wide else 'units'})"
+        for view in views
     }
     on_wire = sum(message.on_wire(num_ranks) for message in messages)
     return Probe(sum(counts), sum(map(bool, counts)), len(passes), forms, messages, on_wire), num_bytes

@@ -27,7 +27,7 @@ from gengap_dist.distributed.launchers.ray import (
     WorkerGroupRun,
     alive_nodes,
     check_folder,
-    connect,
+    connect_to_cluster,
     num_slots,
     on_this_node,
     resolve_device,
@@ -91,7 +91,7 @@ def run_all(plan: Sequence[PlannedRun], callback: StudyCallback, max_concurrent:
     largest = max(launches, key=lambda launch: launch.num_processes * resources_per_rank(launch)["CPU"])
     outcomes: dict[int, str] = {}
     try:
-        wait_for_nodes = not connect(largest)
+        wait_for_nodes = not connect_to_cluster(largest)
         with sigterm_as_interrupt():
             _run_trials(plan, callback, wait_for_nodes, storage, max_concurrent, outcomes)
     except BaseException as error:

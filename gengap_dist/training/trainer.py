@@ -161,7 +161,7 @@ class _Session:
         self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
         self.batches = BatchLoader(self.train_set, self.normalise, config.data, config.seed)
         self.sampler = EpochSampler(
-            len(self.train_set), config.batch.global_size, config.seed, growth=batch_size_schedule(config)
+            len(self.train_set), config.batch.global_size, config.seed, size_schedule=batch_size_schedule(config)
         )
         self.schedule = Schedule.of(config, self.sampler)
         self.num_steps = self.schedule.num_steps

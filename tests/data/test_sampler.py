@@ -29,7 +29,7 @@ def test_order_depends_on_seed_and_epoch_only():
     one, other, grown = (
         EpochSampler(50, 7, seed=3),
         EpochSampler(50, 10, seed=3),
-        EpochSampler(50, 7, seed=3, growth=[(1, 21)]),
+        EpochSampler(50, 7, seed=3, size_schedule=[(1, 21)]),
     )
     whole = [[torch.cat(steps).tolist() for steps in epochs(order, 3)] for order in (one, other, grown)]
     assert whole[0] == whole[1] == whole[2]
@@ -59,7 +59,7 @@ def test_a_batch_that_grows(num_samples, size, starts, factor):
     grown = [(start, size * factor**k) for k, start in enumerate(starts, 1)]
     if any(one > num_samples for _, one in grown):
         return
-    order, step = EpochSampler(num_samples, size, seed=1, growth=grown), 0
+    order, step = EpochSampler(num_samples, size, seed=1, size_schedule=grown), 0
     for epoch, steps in enumerate(epochs(order, 8)):
         want = max([size, *(one for start, one in grown if start <= epoch)])
         assert order.step_at(epoch) == order.num_steps(epoch) == step
@@ -74,7 +74,7 @@ def test_a_batch_that_grows(num_samples, size, starts, factor):
 
 
 def test_step_at_is_the_nearest_step():
-    order = EpochSampler(100, 10, seed=0, growth=[(2, 50)])
+    order = EpochSampler(100, 10, seed=0, size_schedule=[(2, 50)])
     assert [order.step_at(epoch) for epoch in (0, 0.26, 1.04, 1.9, 2, 2.4, 10)] == [0, 3, 10, 19, 20, 21, 36]
 
 
@@ -104,4 +104,4 @@ def test_a_batch_larger_than_the_set_is_refused():
         EpochSampler(23, 24, seed=0)
     says = r"batch.global_size \(4\), which optim.milestones increase to 40 at epoch 3, is larger than .* 23 images"
     with pytest.raises(UsageError, match=says):
-        EpochSampler(23, 4, seed=0, growth=[(1, 8), (3, 40)])
+        EpochSampler(23, 4, seed=0, size_schedule=[(1, 8), (3, 40)])

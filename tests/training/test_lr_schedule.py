@@ -132,7 +132,9 @@ def test_momentum_where_the_rate_is_nothing():
 
 def schedule(num_samples: int = 1000, **settings) -> Schedule:
     given = config(**settings)
-    return Schedule.of(given, EpochSampler(num_samples, given.batch.global_size, 0, growth=batch_size_schedule(given)))
+    return Schedule.of(
+        given, EpochSampler(num_samples, given.batch.global_size, 0, size_schedule=batch_size_schedule(given))
+    )
 
 
 def test_lengths():

@@ -205,7 +205,7 @@ class RayLauncher(Launcher):
         """
         check_folder(out)
         try:
-            may_grow = not connect(config.launch)
+            may_grow = not connect_to_cluster(config.launch)
             with sigterm_as_interrupt():
                 queue, results = start_run_queue([(config, out)]), dict[int, Any]()
                 (launch,) = resolve_device([config.launch], alive_nodes())
@@ -242,7 +242,7 @@ def check_folder(out: Path) -> None:
         )
 
 
-def connect(config: LaunchConfig) -> bool:
+def connect_to_cluster(config: LaunchConfig) -> bool:
     """Connect to the cluster, or start a local one that ends with this process. Returns whether it started one."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.ray_address or os.environ.get("RAY_ADDRESS") or "auto"

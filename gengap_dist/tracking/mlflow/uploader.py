@@ -108,7 +108,7 @@ def import_client() -> Callable[..., Any]:
     return MlflowClient
 
 
-def connect(uri: str) -> Any:
+def connect_client(uri: str) -> Any:
     """An MLflow client that gives up on a dead server within seconds."""
     client = import_client()
     with fast_imports():  # it imports the store's dependencies, and creates a file store
@@ -126,7 +126,7 @@ class MlflowUploader:
         """
         self.folder, self.uri, self.callbacks = folder, uri, callbacks
         with _exclusive_lock(uri):
-            self.client = connect(uri)
+            self.client = connect_client(uri)
             existing = self.client.get_experiment_by_name(experiment)
             self.experiment = (
                 existing.experiment_id

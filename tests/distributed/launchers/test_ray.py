@@ -198,7 +198,7 @@ def test_an_address_that_answers_nothing_is_refused_in_time(monkeypatch, scheme,
 
 @pytest.mark.parametrize("address", ["nowhere", "host:port", "ray://host"])
 def test_what_is_no_address_is_refused(address):
-    with pytest.raises(UsageError, match="is no address: give host:port or ray://host:port"):
+    with pytest.raises(UsageError, match="is not an address: give host:port or ray://host:port"):
         ray.check_address(address)
 
 
@@ -208,13 +208,13 @@ def test_who_asks_a_ray_cluster(monkeypatch):
     auto, on_ray, local = (LaunchConfig(launcher=name) for name in ("auto", "ray", "local"))
     kind = lambda config: type(launchers.choose(config, many_runs=False, entry_point=ENTRY_POINT)).__name__  # noqa: E731
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    assert [kind(config) for config in (auto, on_ray, local)] == ["InProcess", "RayTrain", "InProcess"]
+    assert [kind(config) for config in (auto, on_ray, local)] == ["InProcessLauncher", "RayLauncher", "InProcessLauncher"]
     monkeypatch.setenv(ray.JOB_VARIABLE, "{}")
-    assert [kind(config) for config in (auto, on_ray, local)] == ["RayTrain", "RayTrain", "InProcess"]
+    assert [kind(config) for config in (auto, on_ray, local)] == ["RayLauncher", "RayLauncher", "InProcessLauncher"]
     assert launchers.is_driver(auto)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("RANK", "1")
-    assert (kind(auto), launchers.is_driver(auto)) == ("Joined", False)
+    assert (kind(auto), launchers.is_driver(auto)) == ("TorchrunLauncher", False)
     with pytest.raises(
         UsageError, match=r"launch.launcher \(ray\) starts ranks itself, but torchrun has already started some"
     ):

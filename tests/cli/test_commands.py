@@ -241,7 +241,7 @@ OTHERS = [
     ("probe", ["--model", "timm:resnet81"], "is not a network of timm"),
     ("probe", ["--model", "torchvision:vit_b_16", "--image_size", "33"], "cannot be built for images of 33 x 33"),
     ("probe", ["--model", "lenet5", "--weights", "nowhere.pt"], "nowhere.pt is missing"),
-    ("probe", ["--model", "lenet5", "--memory_mib", "1", "--views", "flatten"], "memory_mib: raise it to"),
+    ("probe", ["--model", "lenet5", "--memory_mib", "1", "--views", "flatten"], "memory_mib: increase it to"),
     ("plan", ["--nods", "3"], "did you mean --nodes"),
     ("report", ["nowhere"], "neither run.json nor study.json"),
     ("study", [], "a study needs its arms"),

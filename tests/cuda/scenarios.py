@@ -175,7 +175,8 @@ ALONE: dict[str, Scenario] = {
     "float16, sam, clipped": Scenario(OFF | FP16 | {"algorithm__sam_rho": 0.05, "optim__clip_norm": 1.0}, **IN_FLOAT32),
     "channels_last": Scenario(SMALL | {"train__channels_last": True}),
     "channels_last=auto, micro_size=auto": Scenario(
-        OFF | SMALL | {"train__channels_last": "auto", "batch__micro_size": "auto"}, twin={"batch__micro_size": 60}
+        OFF | SMALL | {"train__dtype": "float64", "train__channels_last": "auto", "batch__micro_size": "auto"},
+        twin={"batch__micro_size": 60},  # in float64 the choice, which is one of speed, does not matter
     ),
     "deterministic": Scenario(SMALL | {"train__deterministic": True}),
     "local norm": Scenario(OFF | SMALL | {"batch__ghost_size": None}),
@@ -242,7 +243,9 @@ TOGETHER: dict[str, Scenario] = {
         "bfloat16": Scenario(BF16),
         "float16": Scenario(OFF | FP16, **IN_FLOAT32),
         "channels_last": Scenario(OFF | SMALL | {"train__channels_last": True}),
-        "micro_size=auto": Scenario(OFF | SMALL | {"batch__micro_size": "auto"}, twin={"batch__micro_size": 30}),
+        "micro_size=auto": Scenario(
+            OFF | SMALL | {"train__dtype": "float64", "batch__micro_size": "auto"}, twin={"batch__micro_size": 30}
+        ),
         "local norm": Scenario(SMALL | {"batch__ghost_size": None}),
         "ghost norm": Scenario(SMALL),
         "sync norm": Scenario(SYNC),

@@ -36,7 +36,7 @@ def test_a_healthy_machine_fits_on_a_screen(tmp_path, gengap):
     lines = done.stdout.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 80
-    assert lines[-1].startswith("This machine can do what the config asks")
+    assert lines[-1].startswith("This machine can run this config")
     assert "two ranks on this machine connected in" in done.stdout
     assert list(tmp_path.iterdir()) == []
 

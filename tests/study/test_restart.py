@@ -101,7 +101,7 @@ def study(whole, **changes) -> StudyConfig:
 def test_what_another_study_left_is_told_or_refused(whole, copy):
     assert prepare(study(whole), copy) == []
     (orphan,) = prepare(study(whole, axes={"batch.global_size": [64, 1000]}), copy)
-    assert "runs/b256 is of no arm of this study" in orphan
+    assert "runs/b256 belongs to no arm of this study" in orphan
     (question,) = prepare(study(whole, question="Why?"), copy)
     assert "study.question has changed since" in question
     assert "(How much?)" in question

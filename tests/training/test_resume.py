@@ -318,7 +318,9 @@ def resume_if_rank_is(world, rank, run_config, out):
 def test_more_ranks_than_samples_are_refused(crews, tmp_path):
     prepare_folder(tmp_path / "run", "run.json", resume=False)
     (said, _) = crews[2](run_with_one_sample, tmp_path / "run")
-    assert said == ("batch.global_size (1) leaves 1 of 2 ranks without a sample: choose at least 2, or fewer ranks")
+    assert said == (
+        "batch.global_size (1) leaves 1 of 2 ranks without a sample: choose at least 2, or start fewer ranks"
+    )
 
 
 def run_with_one_sample(world, out):

@@ -208,7 +208,11 @@ def test_who_asks_a_ray_cluster(monkeypatch):
     auto, on_ray, local = (LaunchConfig(launcher=name) for name in ("auto", "ray", "local"))
     kind = lambda config: type(launchers.choose(config, many_runs=False, entry_point=ENTRY_POINT)).__name__  # noqa: E731
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    assert [kind(config) for config in (auto, on_ray, local)] == ["InProcessLauncher", "RayLauncher", "InProcessLauncher"]
+    assert [kind(config) for config in (auto, on_ray, local)] == [
+        "InProcessLauncher",
+        "RayLauncher",
+        "InProcessLauncher",
+    ]
     monkeypatch.setenv(ray.JOB_VARIABLE, "{}")
     assert [kind(config) for config in (auto, on_ray, local)] == ["RayLauncher", "RayLauncher", "InProcessLauncher"]
     assert launchers.is_driver(auto)

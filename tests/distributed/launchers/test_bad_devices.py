@@ -19,7 +19,7 @@ NO_GPU = (
     "launch.device (cuda) needs a GPU for each of {} local rank(s), and torch finds 0 on this machine: check nvidia"
 )
 TOO_FEW = "launch.device (cuda) needs a GPU for each of 2 local rank(s), and torch finds 1 on this machine: start fewer"
-FLOAT16 = "train.autocast (float16) is for GPUs, and this run is on a CPU: choose bfloat16, or null"
+FLOAT16 = "train.autocast (float16) needs a GPU, and this run is on a CPU: choose bfloat16, or null"
 LOCAL = ["-m", "gengap_dist.train", "--mlflow.enabled", "false"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *LOCAL]
 RAY = [*LOCAL, "--launch.launcher", "ray", "--launch.ray_address", "local"]

@@ -137,7 +137,7 @@ def test_recording_and_evaluating_wait_once_each(crews, tmp_path, size):
     settings = QUIET | {"train__steps": 40, "train__num_evals": 2, "batch__micro_size": 25, "launch__device": "cuda"}
     for waits in crews[size](counted, settings, tmp_path / "recorded", 31, 33):  # every 32 steps
         assert waits.total() == 1
-        assert "_sums_of_steps" in next(iter(waits))
+        assert "_reduce_pending_sums" in next(iter(waits))
     for waits in crews[size](counted, settings, tmp_path / "evaluated", 19, 21):  # half-way, after recording
         assert waits.total() == 2
         assert sum(number for wait, number in waits.items() if "evaluate" in wait) == 1

@@ -527,12 +527,12 @@ def test_a_run_is_deterministic_from_end_to_end(tmp_path):
 REFUSED = [
     (
         {"train__autocast": "float16"}, 1, "cpu",
-        "train.autocast .float16. needs a GPU, and this run is on a CPU: choose bfloat16, or null",
+        "train.autocast (float16) needs a GPU, and this run is on a CPU: choose bfloat16, or null",
     ),
     *(
         (
             {"train__autocast": "float16", "launch__strategy": name}, 2, "cuda",
-            f"train.autocast (float16) is not for launch.strategy={name}: choose single or ddp, or "
+            f"train.autocast (float16) is not supported by launch.strategy={name}: choose single or ddp, or "
             "train.autocast=bfloat16",
         )
         for name in ("fsdp", "zero0", "zero3")
@@ -540,38 +540,39 @@ REFUSED = [
     *(
         (
             {f"train__{switch}": True, "launch__strategy": name}, 2, None,
-            f"train.{switch} (true) is not for launch.strategy={name}: choose single or ddp, or train.{switch}=false",
+            f"train.{switch} (true) is not supported by launch.strategy={name}: choose single or ddp, or "
+            f"train.{switch}=false",
         )
         for switch in ("channels_last", "compile")
         for name in ("fsdp", "zero1")
     ),
     (
         {"train__compile": True, "train__activation_checkpointing": True}, 1, None,
-        "train.compile and train.activation_checkpointing both decide what is computed twice: choose one, or neither",
+        "train.compile and train.activation_checkpointing cannot be used together: choose one, or neither",
     ),
     (
         {"train__compile": True, "model__norm": "sync"}, 1, None,
-        "train.compile (true) cannot look into model.norm (sync), where ranks meet in every layer: choose "
+        "train.compile (true) does not support model.norm (sync), which communicates in every layer: choose "
         "model.norm=ghost, or train.compile=false",
     ),
     *(
         (
             {f"train__{switch}": True, "algorithm__rank_penalty": 0.1}, 1, None,
-            "algorithm.rank_penalty (0.1) takes activations out of forward passes, which "
-            f"train.{switch} (true) hides or repeats: choose train.{switch}=false",
+            "algorithm.rank_penalty (0.1) reads activations in forward hooks, which "
+            f"train.{switch} (true) skips or repeats: choose train.{switch}=false",
         )
         for switch in ("compile", "activation_checkpointing")
     ),
     (
         {"train__autocast": "float16", "algorithm__rank_penalty": 0.1}, 1, "cuda",
-        "algorithm.rank_penalty (0.1) works with numbers too small for train.autocast (float16): choose bfloat16, or "
+        "algorithm.rank_penalty (0.1) computes values too small for train.autocast (float16): choose bfloat16, or "
         "null",
     ),
     *(
         (
             {"train__autocast": kind, "algorithm__gradient_penalty": 0.1, "algorithm__penalty_size": 32}, 1, "cuda",
-            "algorithm.gradient_penalty (0.1) takes small differences of gradients, which "
-            f"train.autocast ({kind}) rounds away: choose train.autocast=null",
+            "algorithm.gradient_penalty (0.1) computes small differences of gradients, which "
+            f"train.autocast ({kind}) loses in rounding: choose train.autocast=null",
         )
         for kind in ("float16", "bfloat16")
     ),
@@ -592,7 +593,7 @@ def test_what_is_not_refused():
 
 
 def test_a_float16_run_on_a_cpu_ends_before_it_begins(tmp_path):
-    with pytest.raises(UsageError, match=r"train.autocast .float16. needs a GPU"):
+    with pytest.raises(UsageError, match=r"train.autocast (float16) needs a GPU"):
         train(tmp_path, train__autocast="float16", launch__device="cpu")
 
 

@@ -147,7 +147,7 @@ def test_shards_of_4096_ranks_give_the_spectrum_of_the_gathered_matrix(num_rows,
     for tall in filter(None, Chorus(MANY).run(job)):
         assert tall.count == num_rows
         mean = whole_ND.mean(0) if centred else 0.0
-        same_spectrum(tall.merged(centred).singular_values(), whole_ND - mean)
+        same_spectrum(tall.finalized(centred).singular_values(), whole_ND - mean)
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -166,7 +166,7 @@ def test_columns_of_4096_ranks_give_the_spectrum_of_the_gathered_matrix(centred)
 
     for wide in filter(None, Chorus(MANY).run(job)):
         mean = whole_ND.mean(0) if centred else 0.0
-        same_spectrum(wide.merged(centred).singular_values(), whole_ND - mean)
+        same_spectrum(wide.finalized(centred).singular_values(), whole_ND - mean)
 
 
 class Tapped(World):
@@ -444,7 +444,7 @@ def test_many_nodes_are_joined_by_trees():
     ("cluster", "settings", "says"),
     [
         ((8, 16), {}, "64) leaves 64 of 128 ranks without a sample"),
-        ((2, 1), {"launch__strategy": "single"}, "does not fit 2 ranks"),
+        ((2, 1), {"launch__strategy": "single"}, "does not support 2 ranks"),
         (
             (2, 1),
             {"launch__strategy": "zero2", "train__dtype": "float64"},

@@ -56,7 +56,7 @@ def test_expectations_are_inverted(squared, trace, sizes, more):
 
 @pytest.mark.parametrize(("b", "B"), [(4, 4), (5, 4), (4.0000001, 4)])
 def test_one_size_of_batch_is_refused(b, B):
-    with pytest.raises(UsageError, match=rf"two sizes of batch and has {b:g} and {B}: train on more ranks"):
+    with pytest.raises(UsageError, match=rf"two batch sizes and has {b:g} and {B}: train on more ranks"):
         unbiased_noise_estimates(1.0, b, 1.0, B)
     scale = NoiseScale()
     with pytest.raises(UsageError):

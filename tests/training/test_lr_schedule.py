@@ -175,14 +175,14 @@ def test_legw_warms_up_for_the_small_batch_updates_whatever_the_length_unit(leng
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"warmup_epochs": 5.0}, r"optim.warmup_epochs \(5\) are 50 steps, and the run has 50: choose fewer"),
+        ({"warmup_epochs": 5.0}, r"optim.warmup_epochs \(5\) are 50 steps, and the run has 50: choose a smaller value"),
         (
             {"warmup_epochs": 1.5, "scaling": "legw", "base_size": 25},
             r"optim.warmup_epochs \(1.5\), 4 times as many under optim.scaling=legw, are 60 steps, and the run has 50",
         ),
         (
             {"warmup_epochs": 3.0, "schedule": "step"},
-            r"\(3\) are 30 steps, and all before the first of optim.milestones has 25",
+            r"\(3\) are 30 steps, and the part before the first of optim.milestones has 25",
         ),
         ({"warmup_epochs": 3.0, "schedule": "grow", "gamma": 0.5}, "30 steps, and .* the first .* has 20"),
     ],
@@ -197,11 +197,11 @@ def test_a_warmup_longer_than_the_run_is_refused(settings, says):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"nesterov": True, "momentum_correction": False}, "optim.nesterov .true. looks ahead"),
+        ({"nesterov": True, "momentum_correction": False}, "optim.nesterov .true. cannot be combined"),
         ({"name": "lamb", "momentum_correction": False}, "is for sgd and lars, not for lamb"),
         ({"name": "lambs"}, r"optim.name \(lambs\) is not valid \(did you mean lamb\?\)"),
         ({"name": "adam"}, r"did you mean adamw\?"),
-        ({"scaling": "legw"}, "optim.scaling .legw. needs the batch"),
+        ({"scaling": "legw"}, "optim.scaling .legw. needs the global batch"),
     ],
 )
 def test_bad_settings(settings, says):

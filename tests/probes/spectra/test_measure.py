@@ -174,7 +174,7 @@ def test_non_finite_activations_are_left_out_with_a_warning():
 
 def test_a_budget_that_is_too_small():
     model, inputs = setting("lenet5", torch.float32)
-    with pytest.raises(UsageError, match=r"layer fc1 has 201 rows and 120 units.*120 x 120.*raise it to 1,"):
+    with pytest.raises(UsageError, match=r"layer fc1 has 201 rows and 120 units.*120 x 120.*increase it to 1,"):
         measure(model, [inputs], layers="fc1", memory_mib=0)
     with pytest.raises(UsageError, match=r"layer conv1 has 201 rows and 864 units in view flatten.*202 x 202"):
         measure(model, [inputs], views=["flatten"], memory_mib=0, layers="conv1")
@@ -232,7 +232,7 @@ def test_fewer_than_two_samples():
 
 def test_views_that_a_layer_does_not_have():
     model, inputs = setting("lenet5", torch.float32)
-    with pytest.raises(UsageError, match=r"probe.views \(token\) are no views of layer conv1.*add channel or pool or"):
+    with pytest.raises(UsageError, match=r"probe.views \(token\) do not apply to layer conv1.*add channel or pool or"):
         measure(model, [inputs], views=["token"])
     with pytest.raises(UsageError, match=r"probe.views \(chanel\) is not a view"):
         measure(model, [inputs], views=["chanel"])

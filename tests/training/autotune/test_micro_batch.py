@@ -89,7 +89,7 @@ def test_it_is_remembered_by_machine_and_by_run(pools, cache, tmp_path):
 def test_a_plan_takes_what_a_run_found(cache):
     settings, place = config(**AUTO, launch__device="cpu"), Cluster(1, 1)
     cache.unlink(missing_ok=True)
-    assert "taken to find 96" in make_plan(settings, place, Constants()).assumed[0]
+    assert "assumed to choose 96" in make_plan(settings, place, Constants()).assumed[0]
     model = models.from_config(settings, 10, 1, World())
     threads = torch.get_num_threads()
     torch.set_num_threads(int(threads_per_rank(1)["OMP_NUM_THREADS"]))

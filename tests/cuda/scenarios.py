@@ -176,7 +176,6 @@ ALONE: dict[str, Scenario] = {
     "channels_last": Scenario(SMALL | {"train__channels_last": True}),
     "channels_last=auto, micro_size=auto": Scenario(
         OFF | SMALL | {"train__dtype": "float64", "train__channels_last": "auto", "batch__micro_size": "auto"},
-        twin={"batch__micro_size": 60},  # in float64 the choice, which is one of speed, does not matter
     ),
     "deterministic": Scenario(SMALL | {"train__deterministic": True}),
     "local norm": Scenario(OFF | SMALL | {"batch__ghost_size": None}),
@@ -244,7 +243,7 @@ TOGETHER: dict[str, Scenario] = {
         "float16": Scenario(OFF | FP16, **IN_FLOAT32),
         "channels_last": Scenario(OFF | SMALL | {"train__channels_last": True}),
         "micro_size=auto": Scenario(
-            OFF | SMALL | {"train__dtype": "float64", "batch__micro_size": "auto"}, twin={"batch__micro_size": 30}
+            OFF | SMALL | {"train__dtype": "float64", "batch__micro_size": "auto"},
         ),
         "local norm": Scenario(SMALL | {"batch__ghost_size": None}),
         "ghost norm": Scenario(SMALL),

@@ -520,7 +520,7 @@ def test_a_misspelt_key_is_refused(file, path, new):
 
 def test_other_mistakes_are_refused(tmp_path):
     entrypoint = load(ROOT / "launch/kuberay/rayjob.yaml")["spec"]["entrypoint"]
-    for right, wrong, said in (("num_processes", "num_process", "did you mean"), ("ray ", "rays ", "backend .rays.")):
+    for right, wrong, said in (("num_processes", "num_process", "did you mean"), ("ray ", "rays ", "launcher .rays.")):
         with pytest.raises(UsageError, match=said):
             check_train(entrypoint.replace(right, wrong).split())
     (tmp_path / "a.sh").write_text("#!/usr/bin/env bash\nrm -r $1/x\n")

@@ -26,13 +26,15 @@ HERE = Path(__file__).parent.parent
 BASE = {
     "mlflow.enabled": "false", "train.steps": "12", "train.dtype": "float64", "batch.global_size": "60",
     "batch.micro_size": "10", "batch.ghost_size": "10", "checkpoint.every_steps": "6", "checkpoint.keep": "9",
-    "train.num_evals": "3", "probe.max_time_fraction": "null", "probe.num_samples": "100", "model.name": "resnet20",
+    "train.num_evals": "3", "probe.enabled": "false", "probe.num_samples": "100", "model.name": "resnet20",
+    "data.image_size": "16",
 }  # fmt: skip
 AUGMENT = {"data.augment": '["crop","flip","cutout"]', "data.crop_padding": "2", "data.cutout_size": "4"}
 SYNC = {"model.norm": "sync", "batch.ghost_size": "null", "batch.micro_size": "64"}
 ZERO = {"train.dtype": "float32"}
 CONFIGS: dict[str, dict[str, str]] = {
-    "default": {},
+    "default, probed": {"probe.enabled": "true", "probe.max_time_fraction": "null", "model.name": "lenet5",
+                        "batch.ghost_size": "null", "data.image_size": "32"},
     "fsdp": {"launch.strategy": "fsdp"},
     "zero1": ZERO | {"launch.strategy": "zero1"},
     "zero2": ZERO | {"launch.strategy": "zero2", "algorithm.weight_averaging": "ema"},
@@ -41,7 +43,7 @@ CONFIGS: dict[str, dict[str, str]] = {
     "sam, augmentation": {"algorithm.sam_rho": "0.05"} | AUGMENT,
     "gradient penalty": {"algorithm.gradient_penalty": "0.05", "algorithm.penalty_size": "10"},
     "rank penalty": {"algorithm.rank_penalty": "0.01", "algorithm.rank_layers": '["auto"]', "model.name": "lenet5",
-                     "batch.ghost_size": "null"},
+                     "batch.ghost_size": "null", "data.image_size": "32"},
     "post-local SGD": {"algorithm.local_sgd": "post_local_sgd", "algorithm.workers": "3", "algorithm.local_steps": "2"},
     "SWA, AdamW, dropout": {"algorithm.weight_averaging": "swa", "optim.name": "adamw", "optim.lr": "0.003",
                             "model.name": "mlp", "model.dropout": "0.2", "batch.ghost_size": "null"},
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*CONFIGS], default=[*CONFIGS], help="rows")
     parser.add_argument("--old_keys", action="store_true", help="translate settings for the other checkout")
     options = parser.parse_args()
-    lines, num_differing = [], 0
+    num_differing = 0
     with tempfile.TemporaryDirectory() as folder:
         todo = [(name, size) for name in options.only for size in options.ranks]
         for name, size in track(todo, description="runs"):
@@ -70,10 +72,10 @@ def main() -> None:
             largest, num_values = difference(*outs)
             same = largest == 0 if size == 1 else largest <= 1e-12
             num_differing += not same
-            lines.append(f"{name:22} {size} rank(s)  {num_values:7} values  {largest:.1e}  {'' if same else 'DIFFERS'}")
+            verdict = "" if same else "  DIFFERS"
+            print(f"{name:22} {size} rank(s)  {num_values:7} values  {largest:.1e}{verdict}", flush=True)
             for out in outs:
                 shutil.rmtree(out)
-    print("\n".join(lines))
     sys.exit(1 if num_differing else 0)
 
 

@@ -45,8 +45,8 @@ CONFIGS: dict[str, dict[str, str]] = {
     "rank penalty": {"algorithm.rank_penalty": "0.01", "algorithm.rank_layers": '["auto"]', "model.name": "lenet5",
                      "batch.ghost_size": "null", "data.image_size": "32"},
     "post-local SGD": {"algorithm.local_sgd": "post_local_sgd", "algorithm.workers": "3", "algorithm.local_steps": "2"},
-    "SWA, AdamW, dropout": {"algorithm.weight_averaging": "swa", "optim.name": "adamw", "optim.lr": "0.003",
-                            "model.name": "mlp", "model.dropout": "0.2", "batch.ghost_size": "null"},
+    "SWA, AdamW": {"algorithm.weight_averaging": "swa", "optim.name": "adamw", "optim.lr": "0.003",
+                            "model.name": "mlp", "batch.ghost_size": "null"},
     "resumed": AUGMENT,
 }  # fmt: skip
 

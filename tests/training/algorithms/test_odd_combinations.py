@@ -4,12 +4,10 @@ import shutil
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
-from gengap_dist.runs.run_folder import read_info
-from tests.conftest import FULL, cut_after, thinned, weights
-from tests.training.algorithms.test_world_size_law import BASE, SYNC, curves, train
+from tests.conftest import FULL, cut_after, thinned
+from tests.training.algorithms.test_world_size_law import BASE, SYNC, assert_same_runs, train
 
 
 class Shared(nn.Module):
@@ -123,13 +121,5 @@ def test_ranks_micro_batches_and_kills_change_nothing(crews, tmp_path, name):
         outs.append(shutil.copytree(outs[of], tmp_path / f"moved{of}"))
         cut_after(outs[-1], 13)
         crews[after](train, settings | {"batch__micro_size": large}, outs[-1], True)
-    first, *others = [(curves(out), weights(out), read_info(out)["result"]) for out in outs]
-    assert first[0]["train/loss"][-1] != first[0]["train/loss"][0]  # LARS without momentum correction has a higher one
-    for curve, state, result in others:
-        for key, values in curve.items():
-            assert values == pytest.approx(first[0][key], abs=1e-8), key
-        for key, value in state.items():
-            if value.is_floating_point():
-                torch.testing.assert_close(value, first[1][key], rtol=0, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
-        for key in ("test/accuracy", "test/loss", "best_val/accuracy"):
-            assert result[key] == pytest.approx(first[2][key], abs=1e-8)
+    losses = assert_same_runs(outs)
+    assert losses[-1] != losses[0]  # LARS without momentum correction has a higher one

@@ -17,12 +17,13 @@ from hypothesis import settings
 
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.launchers import local
 from gengap_dist.distributed.launchers.local import LocalLauncher
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training import ENTRY_POINT
 from gengap_dist.training.trainer import run
-from tests.ranks import Crews, standing
+from tests.ranks import Crews, forking, standing
 from tests.ray_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -127,8 +128,10 @@ def cut_after(out: Path, step: int) -> None:
 def pools(crews: Crews) -> Iterator[dict[int, LocalLauncher]]:
     """One, two and three ranks that stay."""
     crews.close()  # memory for these; who asks for them again gets new ones
-    with standing(lambda size: LocalLauncher(size, ENTRY_POINT), (1, 2, 3)) as pools:
-        yield pools
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "get_context", lambda method: forking())
+        with standing(lambda size: LocalLauncher(size, ENTRY_POINT), (1, 2, 3)) as pools:
+            yield pools
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 from gengap_dist.config.sections import LaunchConfig
@@ -37,11 +38,18 @@ def on_ranks(size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     return [got[rank] for rank in range(size)]
 
 
+def forking() -> ForkServerContext:
+    """Starts processes as forks of one that has imported torch and the trainer, which takes each of them seconds."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "gengap_dist.training.trainer"])
+    return context
+
+
 class Crew:
     """Ranks that stay, for many small jobs: `crew(job, *args)` is like `on_ranks(size, job, *args)`."""
 
     def __init__(self, size: int, launch: LaunchConfig = ON_CPU) -> None:
-        context = get_context("spawn")
+        context = forking() if launch.device == "cpu" else get_context("spawn")
         port = free_port()
         pairs = [context.Pipe() for _ in range(size)]
         self.pipes = [here for here, _ in pairs]

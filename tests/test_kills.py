@@ -1,6 +1,6 @@
 """Ranks are killed at random moments, during saves too; the run ends as if nothing had happened.
 
-`make test` kills ranks of torchrun twice, `make test-full` those of torchrun and Ray five times; as often as one likes:
+`make test` kills ranks of torchrun once, `make test-full` those of torchrun and Ray five times; as often as one likes:
 `GENGAP_FULL=1 GENGAP_KILLS=20 pytest tests/test_kills.py`.
 """
 
@@ -23,7 +23,7 @@ from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import FULL, weights
 from tests.ray_cluster import Cluster
 
-NUM_KILLS = int(os.environ.get("GENGAP_KILLS", "5" if FULL else "2"))
+NUM_KILLS = int(os.environ.get("GENGAP_KILLS", "5" if FULL else "1"))
 NUM_STEPS = 100 * NUM_KILLS
 SETTINGS = {
     "--train.steps": NUM_STEPS, "--batch.global_size": 100, "--train.num_evals": 3, "--probe.per_decade": 1,

@@ -199,6 +199,7 @@ def test_a_node_is_killed_and_the_other_goes_on_alone(hosts, gate, whole):
     check_same(gate / "run", whole)
 
 
+@pytest.mark.full  # else: what is said in distributed/test_stall_detector.py; a start after a failure below and above
 def test_the_link_is_cut_and_the_run_is_started_again(hosts, gate, whole):
     limits = [
         "--launch.timeout_seconds",

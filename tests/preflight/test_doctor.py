@@ -1,17 +1,12 @@
 """The doctor, against what is really broken: dead and silent servers, missing files, tools, packages and networks."""
 
-import contextlib
 import http.server
 import json
 import os
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -22,6 +17,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.preflight import doctor_checks
 from gengap_dist.preflight.doctor_checks import ABSENT, FAIL, OK, WARN, CheckRequest, CheckResult
 from tests.conftest import config
+from tests.tracking.servers import mlflow_server
 
 pytestmark = pytest.mark.processes
 
@@ -100,36 +96,16 @@ def test_a_server_that_never_answers_is_given_up(tmp_path):
     assert "no answer within 5 s" in finding.found
 
 
-@pytest.fixture(scope="module", autouse=True)  # it takes a while, in which the first tests run
-def server(tmp_path_factory: pytest.TempPathFactory):
-    """The port of a real MLflow server that answers to the name `localhost` and to no other, sooner or later."""
-    port, folder = free_port(), tmp_path_factory.mktemp("server")
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/store.db", "--allowed-hosts", f"localhost:{port}"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    yield port
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def until_it_answers(port: int) -> None:
-    for _ in range(200):
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://localhost:{port}/health", timeout=2):
-            return
-        time.sleep(0.3)
-    pytest.fail("the server does not start")
-
-
-def test_a_real_server(server):
-    until_it_answers(server)
-    finding = store(f"http://localhost:{server}", needed=True)
-    assert finding.status == OK
-    assert "answers in" in finding.found
-    finding = store(f"http://127.0.0.1:{server}", needed=True)  # its health page would answer
+def test_a_real_server(tmp_path):
+    with mlflow_server(f"sqlite:///{tmp_path}/store.db", tmp_path, host="localhost") as uri:
+        finding = store(uri, needed=True)
+        assert finding.status == OK, finding
+        assert "answers in" in finding.found
+        other_name = uri.replace("localhost", "127.0.0.1")  # its health page would answer
+        finding = store(other_name, needed=True)
     assert finding.status == FAIL
     assert "403" in finding.found
-    assert f"--allowed-hosts 127.0.0.1:{server}" in finding.remedy
+    assert f"--allowed-hosts {other_name.removeprefix('http://')}" in finding.remedy
 
 
 def test_a_server_that_wants_a_password():

@@ -135,7 +135,9 @@ def test_sharding_law(on, size):
         assert found.keys() == alone.keys()
         for key, value in found.items():
             if key[-1] in ("eigenvalues", "trace", "keskar"):
-                assert np.allclose(value, alone[key], rtol=1e-9, atol=1e-12), key
+                # float32 is rounded as the place of a tensor in memory has it
+                rtol = 1e-6 if torch.float32 in key else 1e-9
+                assert np.allclose(value, alone[key], rtol=rtol, atol=1e-12), key
                 assert value == on[size][0][key]
         assert np.isnan(np.hstack(found["nan"])).all()
         assert "no rank has any samples" in found["empty"]

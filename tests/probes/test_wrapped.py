@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -27,7 +26,6 @@ SIZES = (7, 16, 1, 9, 4)
 KEYS = [f"{layer}/{view}" for layer in ("conv.2", "act") for view in ("channel", "pool", "flatten")]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 NO_DEEPSPEED = "deepspeed is not installed" if importlib.util.find_spec("deepspeed") is None else ""
-NO_COMPILER = "" if shutil.which("g++") and shutil.which("ninja") else "DeepSpeed builds an op: needs g++ and ninja"
 
 
 class Net(nn.Module):
@@ -203,6 +201,7 @@ def under_deepspeed(world: World) -> dict:
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__ = {}  # otherwise it compiles an op that only inference uses, for a minute
     out = {}
     for stage in (0, 1, 2, 3):
         model = net(torch.float32)
@@ -225,8 +224,8 @@ def under_deepspeed(world: World) -> dict:
 
 @pytest.fixture(scope="module")
 def with_deepspeed() -> list[dict]:
-    if NO_DEEPSPEED or NO_COMPILER:
-        pytest.skip(NO_DEEPSPEED or NO_COMPILER)
+    if NO_DEEPSPEED:
+        pytest.skip(NO_DEEPSPEED)
     return on_ranks(2, under_deepspeed)
 
 

@@ -22,27 +22,29 @@ POSTGRES = shutil.which("pg_ctl") or next(map(str, Path("/usr/lib/postgresql").g
 
 
 @contextmanager
-def mlflow_server(store: str, folder: Path, command: str = "server") -> Iterator[str]:
-    """`mlflow server` (or `ui`) on a store; its address."""
+def mlflow_server(store: str, folder: Path, command: str = "server", *, host: str = "127.0.0.1") -> Iterator[str]:
+    """`mlflow server` (or `ui`) on a store, on the loopback, which answers to the name `host` only; its address."""
     port = free_port()
     words = [sys.executable, "-m", "mlflow", command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    words += ["--backend-store-uri", store]
+    words += ["--backend-store-uri", store, "--allowed-hosts", f"{host}:{port}"]
     words += ["--artifacts-destination", str(folder / "artifacts")] if command == "server" else []
+    # its ten processes for jobs, which nothing here uses, would keep two cores busy for half a minute
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     log_path = folder / f"{command}.log"
     with log_path.open("w") as log:
-        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-        process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
+        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://{host}:{port}"
     try:
         for _ in range(600):
-            try:
-                urllib.request.urlopen(
-                    f"{uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default", timeout=5
-                )
+            try:  # the store: a server's health page answers earlier, and its first answers are slow
+                address = f"{uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
+                urllib.request.urlopen(address, timeout=2).close()
                 break
             except OSError:
                 assert process.poll() is None, log_path.read_text()
                 time.sleep(0.2)
+        else:
+            pytest.fail(f"the server does not start: {log_path.read_text()}")
         yield uri
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -2,14 +2,11 @@
 
 import json
 import math
-import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 
 import pytest
@@ -22,6 +19,7 @@ from gengap_dist.tracking.mlflow.process import sync_now
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader
 from gengap_dist.training import trainer as run_module
 from tests.conftest import ROOT, config, train
+from tests.tracking.servers import mlflow_server
 
 SMALL = {"train__steps": 12, "batch__global_size": 50, "train__num_evals": 3, "probe__num_samples": 64}
 WORDS = ["--train.steps", "12", "--batch.global_size", "50", "--train.num_evals", "3", "--probe.num_samples", "64"]
@@ -62,24 +60,8 @@ def same(a, b) -> bool:
 
 @pytest.fixture
 def server(tmp_path):
-    port = free_port()
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    store = f"sqlite:///{tmp_path}/server.db"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(f"{uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default", timeout=1)
-            break
-        except OSError:
-            assert process.poll() is None, (tmp_path / "server.log").read_text()
-            time.sleep(0.2)
-    yield uri
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with mlflow_server(f"sqlite:///{tmp_path}/server.db", tmp_path) as uri:
+        yield uri
 
 
 def test_a_command_mirrors_itself_to_a_real_server(tmp_path, server, gengap):

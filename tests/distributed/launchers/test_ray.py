@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gengap_dist.cli.train import command as train_command
 from gengap_dist.config.sections import LaunchConfig, RunConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.launchers import ray
@@ -83,7 +84,7 @@ def test_a_submitted_job_gives_the_result_of_one_process(cluster, tmp_path, geng
 
 
 @pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
-def test_a_stopped_job_is_killed_everywhere_and_goes_on_as_the_same_run(cluster, tmp_path, factory):
+def test_a_stopped_job_is_killed_everywhere_and_goes_on_as_the_same_run(cluster, tmp_path, factory, monkeypatch):
     from mlflow import MlflowClient
 
     out, store = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
@@ -100,8 +101,13 @@ def test_a_stopped_job_is_killed_everywhere_and_goes_on_as_the_same_run(cluster,
     client = MlflowClient(tracking_uri=store)
     until(lambda: client.get_run(first).info.status == "KILLED")
     (tmp_path / "wait").unlink()
-    done = cluster.submit("--resume", "--out", out, name=f"{name}-again", path=tmp_path)
-    assert done.returncode == 0, done.stdout
+    if FULL:
+        done = cluster.submit("--resume", "--out", out, name=f"{name}-again", path=tmp_path)
+        assert done.returncode == 0, done.stdout
+    else:  # continued by another launcher
+        monkeypatch.syspath_prepend(tmp_path)
+        local = ["--launch.launcher", "local", "--launch.num_processes", "1"]
+        assert train_command(["--resume", "--out", str(out), *local]) == 0
     assert read_info(out)["status"] == "finished"
     assert json.loads((out / "mlflow.json").read_text())["run_id"] == first
     assert client.get_run(first).info.status == "FINISHED"

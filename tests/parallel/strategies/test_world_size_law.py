@@ -7,40 +7,37 @@ import numpy as np
 import pytest
 import torch
 
-from gengap_dist.distributed.launchers.local import LocalLauncher
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
-from gengap_dist.training import ENTRY_POINT
 from tests.conftest import FULL, config, weights
 
 pytestmark = pytest.mark.processes
 
+NUM_STEPS = 20 if FULL else 10
 SIZES = [(1, 7), (1, 128), (2, 128), (3, 7)] + FULL * [(2, 7), (3, 128)]  # ranks, samples of a micro-batch
 CASES = {  # 100 splits unevenly; 1293 leaves a last step of one sample: ranks without any
     "100": {"batch__global_size": 100, "data__augment": ["crop", "flip"]},
-    "ragged": {"batch__global_size": 1293, "train__steps": 4},
+    "ragged": {"batch__global_size": 1293, "train__steps": 4 if FULL else 3},
 }
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(pools, tmp_path_factory):
     """(case, ranks, micro_size) to (losses, gradient norms, weights, test accuracy), all trained for real."""
     out = {}
-    for size in (1, 2, 3):
-        with LocalLauncher(size, ENTRY_POINT) as pool:
-            for case, settings in CASES.items():
-                for micro in (micro for ranks, micro in SIZES if ranks == size):
-                    folder = tmp_path_factory.mktemp("law")
-                    prepare_folder(folder, "run.json", resume=False)
-                    given = {"train__steps": 20, "train__dtype": "float64", "train__num_evals": 2} | settings
-                    run = config(batch__micro_size=micro, launch__num_processes=size, probe__num_samples=64, **given)
-                    result = pool.run(run, folder, resume=False, progress=lambda *_: None)
-                    lines = list(read_metrics(folder))
-                    out[case, size, micro] = (
-                        np.array([line["train/loss"] for line in lines if "train/loss" in line]),
-                        np.array([line["train/grad_norm"] for line in lines if "train/loss" in line]),
-                        weights(folder),
-                        result["test/accuracy"],
-                    )
+    for case, settings in CASES.items():
+        for size, micro in SIZES:
+            folder = tmp_path_factory.mktemp("law")
+            prepare_folder(folder, "run.json", resume=False)
+            given = {"train__steps": NUM_STEPS, "train__dtype": "float64", "train__num_evals": 2} | settings
+            run = config(batch__micro_size=micro, launch__num_processes=size, probe__num_samples=64, **given)
+            result = pools[size].run(run, folder, resume=False, progress=lambda *_: None)
+            lines = list(read_metrics(folder))
+            out[case, size, micro] = (
+                np.array([line["train/loss"] for line in lines if "train/loss" in line]),
+                np.array([line["train/grad_norm"] for line in lines if "train/loss" in line]),
+                weights(folder),
+                result["test/accuracy"],
+            )
     return out
 
 
@@ -49,7 +46,7 @@ def runs(tmp_path_factory):
 def test_world_size_law(runs, case, size, micro):
     losses, norms, weights, accuracy = runs[case, size, micro]
     true_losses, true_norms, true_weights, true_accuracy = runs[case, 1, 128]
-    assert len(losses) == CASES[case].get("train__steps", 20)
+    assert len(losses) == CASES[case].get("train__steps", NUM_STEPS)
     assert losses[-1] != losses[0]
     assert np.abs(losses / true_losses - 1).max() < 1e-9
     assert np.abs(norms / true_norms - 1).max() < 1e-8

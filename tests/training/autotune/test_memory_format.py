@@ -6,7 +6,7 @@ import pytest
 
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.training.autotune.cache import micro_sizes_path
-from tests.conftest import cut_after, train
+from tests.conftest import cut_after, thinned, train
 from tests.training.autotune.test_micro_batch import go, timeless
 
 AUTO = {"train__channels_last": "auto", "batch__global_size": 96, "train__steps": 4, "probe__num_samples": 64}
@@ -19,7 +19,7 @@ def cache(tmp_path_factory):
         yield micro_sizes_path()
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", thinned([1, 2], lambda size: size == 2))
 def test_it_is_the_run_with_the_order_it_found(pools, tmp_path, size):
     first = go(pools[size], tmp_path / "auto", **AUTO)
     found, order = first["channels_last_auto"], first["channels_last"]

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gengap_dist.analysis.results import Run
-from gengap_dist.config.identity import Settings, differing_settings, effective_settings
+from gengap_dist.config.identity import Settings, differing_settings, effective_settings, is_counterpart
 
 SAME = 0.02  # epochs and updates that differ by less count as equal: the last step of an epoch may be smaller
 
-RATE = {"optim.lr", "optim.warmup_epochs"}
+RATE = {"optim.lr", "optim.warmup_epochs", "optim.scaling"}
 LENGTH = {"train.epochs", "train.steps", "train.num_evals"}
 NORM = {"model.norm", "batch.ghost_size"}
 RANK = {"algorithm.rank_penalty", "algorithm.rank_measure", "algorithm.rank_layers"}
@@ -67,8 +67,7 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
                 other
                 for other in arms.values()
                 if other.settings.get("algorithm.rank_penalty") is None
-                and other.global_size == arm.global_size
-                and differing_settings(arm.settings, other.settings) <= RANK
+                and is_counterpart(arm.settings, other.settings, RANK)
             ]
             groups.penalised.extend((arm, other) for other in controls[:1])
         elif arm.global_size > base.global_size:
@@ -103,9 +102,7 @@ def shorter_counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     shorter = (
         other
         for other in arms
-        if other.global_size == arm.global_size
-        and differing_settings(other.settings, arm.settings) <= allowed
-        and _epochs(other) < (1 - SAME) * _epochs(arm)
+        if is_counterpart(arm.settings, other.settings, allowed) and _epochs(other) < (1 - SAME) * _epochs(arm)
     )
     return min(shorter, key=_epochs, default=None)
 

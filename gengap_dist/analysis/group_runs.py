@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gengap_dist.analysis.study_data import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, tuned_settings
-from gengap_dist.config.identity import computed_settings, differing_settings, effective_settings
+from gengap_dist.config.identity import differing_settings, effective_settings, is_same_arm
+from gengap_dist.config.loading import flat
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.run_folder import read_info
@@ -100,7 +101,7 @@ def gather(
 
 
 def _of_data(run: RunData) -> object:
-    return (run.info.get("data") or {}).get("name") or computed_settings(run.info).get("data.name")
+    return (run.info.get("data") or {}).get("name") or flat(run.info["config"]).get("data.name")
 
 
 def _checked_run(source: Source) -> RunData:
@@ -116,7 +117,7 @@ def _checked_run(source: Source) -> RunData:
     if accuracy is not None and not 0 <= accuracy <= 1:
         raise UsageError(f"its test accuracy ({accuracy}) is not between 0 and 1: correct its run.json")
     run.check()
-    _ = run.info["status"], computed_settings(run.info)
+    _ = run.info["status"], effective_settings(flat(run.info["config"]))
     return run
 
 
@@ -191,13 +192,13 @@ def _arms(runs: Iterable[RunData], tuned: Collection[str]) -> dict[str, list[Run
 
 
 def _same_arm(first: RunData, second: RunData, tuned: Collection[str]) -> bool:
-    different = differing_settings(computed_settings(first.info), computed_settings(second.info)) - set(tuned)
-    return first.global_size == second.global_size and not different and (not tuned or first.arm == second.arm)
+    one, other = flat(first.info["config"]), flat(second.info["config"])
+    return is_same_arm(one, other, tuned) and (not tuned or first.arm == second.arm)
 
 
 def _name(run: RunData, first: RunData) -> str:
     """The batch size, and the other settings that differ from the first arm."""
-    settings: dict[str, Any] = effective_settings(computed_settings(run.info))
-    differs = sorted(differing_settings(computed_settings(run.info), computed_settings(first.info)))
+    own = flat(run.info["config"])
+    settings, differs = effective_settings(own), sorted(differing_settings(own, flat(first.info["config"])))
     shown = [f"{name}={settings.get(name)}" for name in differs[:MAX_NAMED_SETTINGS]]
     return " ".join([f"b{run.global_size}", *shown, *(["..."] if len(differs) > MAX_NAMED_SETTINGS else [])])

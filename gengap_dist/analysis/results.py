@@ -23,7 +23,7 @@ class Run(NamedTuple):
     """0 if unknown; the same holds for `num_epochs`."""
     num_epochs: float
     settings: Mapping[str, object]
-    """Dotted settings that define the computation, without the seed."""
+    """By dotted name, without those tuned for each arm."""
     accuracy: float | None
     """Final test accuracy, a share of 1; None if there is none."""
     measures: Mapping[str, float]

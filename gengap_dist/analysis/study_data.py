@@ -12,7 +12,7 @@ import numpy as np
 
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.results import Comparison, Run
-from gengap_dist.config.identity import computed_settings
+from gengap_dist.config.loading import flat
 from gengap_dist.config.metric_key import CONTROLS, EXPLANATORY_METRICS
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metrics_table import MetricsTable
@@ -177,7 +177,7 @@ class StudyData:
 def _comparison_run(run: RunData, tuned: Collection[str]) -> Run:
     """The data of a run that a comparison uses; settings tuned for each arm are left out."""
     info, result = run.info, run.info.get("result") or {}
-    settings = {name: value for name, value in computed_settings(info).items() if name not in tuned}
+    settings = {name: value for name, value in flat(info["config"]).items() if name not in tuned}
     first, last = run.first_and_last_probe()
     num_updates = int(result.get("num_steps") or info.get("num_steps") or 0)
     return Run(

@@ -11,14 +11,14 @@ from pydantic import AliasChoices, Field, PositiveInt
 from pydantic_settings import BaseSettings, CliDualFlag, CliSettingsSource, CliToggleFlag, SettingsConfigDict
 
 from gengap_dist.config.loading import field_names, renamed, validate
-from gengap_dist.config.sections import RunConfig, Section
+from gengap_dist.config.sections import FrozenModel, RunConfig
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.errors import UsageError, did_you_mean
 
-OptionsT = TypeVar("OptionsT", bound=Section)
+OptionsT = TypeVar("OptionsT", bound=FrozenModel)
 
 
-class CommonOptions(Section):
+class CommonOptions(FrozenModel):
     """Options of every command that reads settings."""
 
     config: list[Path] = []
@@ -62,7 +62,7 @@ class DoctorOptions(CommonOptions):
     """Print the results as JSON."""
 
 
-class Flags(Section):
+class Flags(FrozenModel):
     """Settings of a run that are flags on the command line."""
 
     profile: CliDualFlag[bool] = Field(default=False, description=RunConfig.model_fields["profile"].description)

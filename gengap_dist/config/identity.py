@@ -1,23 +1,63 @@
-"""Which settings define an experiment, and comparison of the settings of two runs."""
+"""What makes two runs the same experiment: all answers follow from what each setting affects (`sections.Affects`).
+
+Two runs are the same run if they differ in `runtime` settings only: a run may be resumed so, and a study does not
+repeat it. Two arms are the same experiment if they differ in no setting that affects the `result`: `gengap compare`
+groups by that, an arm is "plain" if it differs in the batch only, and a counterpart differs in the remedy only.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
 
-from gengap_dist.config.loading import flat
-from gengap_dist.config.sections import RunConfig
+from gengap_dist.config.loading import flat, renamed
+from gengap_dist.config.sections import Affects, Effect, RunConfig, Section
 
-EXECUTION_SETTINGS = (
-    "launch.", "mlflow.", "checkpoint.", "batch.micro_size", "data.root", "data.download", "data.memory_gib",
-    "data.workers", "data.device", "train.compile", "train.activation_checkpointing", "train.channels_last", "profile",
-)  # fmt: skip
-"""Settings of how and where a run is executed, not of what it computes: they may change when a run is resumed."""
+Settings = Mapping[str, object]
+"""Settings of a run, by dotted name."""
+
+REPLICATE = "seed"
+"""It affects the result, but separates the runs of one arm, not arms."""
+FACTOR = "batch.global_size"
+"""The factor under study: it affects the result and separates arms, but is no part of a treatment."""
+
+WHERE_IT_STOPS = ("train.target_accuracy", "train.num_evals")  # the target is noticed at an evaluation
+LOCAL_GROUPS = ("batch.micro_size", "launch.num_processes", "launch.max_processes")
+
+
+@cache
+def declared_effect(name: str, root: type[Section] = RunConfig) -> Effect:
+    """What the declaration of a setting says that it affects; `result` for settings of another program.
+
+    A former name has the effect of the current one, and a name below a setting that of the setting.
+
+    >>> declared_effect("optim.lr"), declared_effect("probe.every"), declared_effect("batch.micro_size")
+    ('result', 'observation', 'runtime')
+    >>> declared_effect("launch.resources_per_rank.CPU"), declared_effect("launch.backend"), declared_effect("launch.x")
+    ('runtime', 'runtime', 'result')
+    """
+    head, _, rest = (renamed(name) or name).partition(".")
+    field = root.model_fields.get(head)
+    if field is None:
+        return "result"
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        return declared_effect(rest, field.annotation)
+    own: list[Effect] = [each.effect for each in field.metadata if isinstance(each, Affects)]
+    return own[0] if own else root.affects
+
+
+# -- the same run ------------------------------------------------------------------------------------------------------
+
+
+def may_change_on_resume(name: str) -> bool:
+    """Whether a run may be resumed with another value of a setting: its record stays that of one run."""
+    return declared_effect(name) == "runtime"
 
 
 def differences(before: Mapping[str, Any], after: BaseModel) -> str:
-    """The settings that make two runs different experiments, as a clause of a sentence; empty if there are none.
+    """The settings in which two runs differ and may not, as a clause of a sentence; empty if there are none.
 
     A setting that did not exist when the run started had its default then.
 
@@ -28,73 +68,72 @@ def differences(before: Mapping[str, Any], after: BaseModel) -> str:
     'seed (3) was 0 and optim.lr (1.0) was 0.02'
     """
     old, new = flat(RunConfig()) | flat(before), flat(after)
-    names = [
-        name for name in {**new, **old} if old.get(name) != new.get(name) and not name.startswith(EXECUTION_SETTINGS)
-    ]
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name) and not may_change_on_resume(name)]
     return " and ".join(f"{name} ({new.get(name)}) was {old.get(name)}" for name in names)
 
 
-NON_TREATMENT_SETTINGS = (
-    *EXECUTION_SETTINGS,
-    "study.",
-    "seed",
-    "batch.global_size",
-    "probe.",
-    "train.num_evals",
-    "train.log_every",
-)
-"""Settings that are not part of a treatment: the global batch, the seed, and settings that only observe the run."""
+def identifying_settings(config: RunConfig) -> dict[str, Any]:
+    """Settings that determine what a run computes and records: equal for two configs of the same run.
 
+    With model.norm=local the ranks and their micro-batches count, in case that the network has batch norm.
 
-def treatment(settings: Mapping[str, object], baseline: Mapping[str, object]) -> str:
-    """The changes of an arm other than the batch, as `setting=value` words; "plain" if there are none.
-
-    `optim.base_size` is omitted if it equals the baseline's batch: the learning rate is then scaled from the baseline.
-
-    Args:
-        settings: of the arm, by dotted name.
-        baseline: of the baseline, by dotted name.
-
-    >>> baseline = {"batch.global_size": 32, "optim.scaling": "none", "optim.base_size": None, "data.augment": []}
-    >>> treatment(baseline | {"batch.global_size": 256, "probe.every": 5}, baseline)
-    'plain'
-    >>> treatment(baseline | {"optim.scaling": "sqrt", "optim.base_size": 32, "data.augment": ["flip"]}, baseline)
-    'data.augment=["flip"] optim.scaling=sqrt'
+    >>> from gengap_dist.config.loading import merge, validate
+    >>> small = {"batch": {"global_size": 8}, "optim": {"base_size": 8}}
+    >>> a, b = ({"optim": {"base_size": 8, "scaling": rule}} for rule in ("none", "sqrt"))
+    >>> a, b = (identifying_settings(validate(RunConfig, merge(small, changes))) for changes in (a, b))
+    >>> a == b
+    True
     """
-    names = sorted(
-        name
-        for name in {*settings, *baseline}
-        if settings.get(name) != baseline.get(name)
-        and not name.startswith(NON_TREATMENT_SETTINGS)
-        and not (name == "optim.base_size" and settings.get(name) == baseline.get("batch.global_size"))
-    )
-    return " ".join(f"{name}={_word(settings.get(name))}" for name in names) or "plain"
+    counted = LOCAL_GROUPS if config.norm == "local" else ()
+    settings = {
+        name: value
+        for name, value in flat(config).items()
+        if declared_effect(name) != "runtime" or name in counted
+    }  # fmt: skip
+    if config.batch.global_size == config.optim.base_size and config.algorithm.local_sgd != "swap":
+        settings |= {"optim.scaling": "none", "train.length_unit": "epochs"}  # k = 1: all rules give the same rate
+    if (settings["optim.scaling"], settings["train.length_unit"]) == ("none", "epochs"):
+        del settings["optim.base_size"]
+    return settings
 
 
-def _word(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+# -- the same experiment -----------------------------------------------------------------------------------------------
 
 
-Settings = Mapping[str, object]
+def affects_result(name: str, settings: Settings) -> bool:
+    """Whether a setting affects what a run with these settings computes.
+
+    Without `train.stop_at_target` the target only says what is recorded; with it the run ends there, at the first
+    evaluation that reaches the target.
+
+    >>> [affects_result("train.target_accuracy", {"train.stop_at_target": stops}) for stops in (False, True)]
+    [False, True]
+    """
+    stops = bool(settings.get("train.stop_at_target")) and name in WHERE_IT_STOPS
+    return stops or declared_effect(name) == "result"
 
 
 def effective_settings(settings: Settings) -> dict[str, object]:
-    """Settings without the batch; learning rate, warm-up and epochs are those at that batch (see `optim.scaling`).
+    """The settings that affect the result, at what they amount to at the run's batch, without batch and seed.
+
+    Learning rate, warm-up and epochs are those at that batch (see `optim.scaling`).
 
     >>> scaled = {"batch.global_size": 512, "optim.scaling": "sqrt", "optim.base_size": 128, "optim.lr": 0.1}
-    >>> effective_settings(scaled)
+    >>> effective_settings(scaled | {"seed": 3, "launch.num_processes": 2})
     {'optim.lr': 0.2}
     >>> effective_settings(scaled | {"optim.scaling": "none", "train.length_unit": "updates", "train.epochs": 3})
     {'optim.lr': 0.1, 'train.epochs': 12.0}
     >>> effective_settings({"batch.global_size": 128, "batch.ghost_size": 128, "model.norm": "ghost"})  # one group
     {'batch.ghost_size': None, 'model.norm': 'sync'}
     """
-    out = dict(settings)
-    size, scaling = out.pop("batch.global_size", None), out.pop("optim.scaling", "none")
+    out = {name: value for name, value in settings.items() if name != REPLICATE and affects_result(name, settings)}
+    size, scaling = out.pop(FACTOR, None), out.pop("optim.scaling", "none")
     base, length_unit = out.pop("optim.base_size", None), out.pop("train.length_unit", "epochs")
     factor = 1.0
     if isinstance(size, int | float) and isinstance(base, int | float) and base > 0:
         factor = size / base
+    if out.get("algorithm.local_sgd") == "swap" and scaling != "none":  # it gives the rate of the networks, too
+        out["optim.scaling"] = scaling
     if size is not None and out.get("batch.ghost_size") == size:
         out |= {"batch.ghost_size": None, "model.norm": "sync"}
     _scale(out, "optim.lr", {"linear": factor, "sqrt": factor**0.5, "legw": factor**0.5}.get(str(scaling), 1.0))
@@ -110,7 +149,7 @@ def _scale(settings: dict[str, object], name: str, factor: float) -> None:
 
 
 def differing_settings(one: Settings, other: Settings) -> set[str]:
-    """Names of the settings in which two arms differ, except the batch.
+    """Names of the settings that affect the result and in which two arms differ, except the batch.
 
     >>> differing_settings({"batch.global_size": 8, "optim.lr": 0.1}, {"batch.global_size": 64, "optim.lr": 0.1})
     set()
@@ -119,22 +158,48 @@ def differing_settings(one: Settings, other: Settings) -> set[str]:
     return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
 
 
-REPORTING_SETTINGS = (
-    "seed",
-    "train.num_evals",
-    "train.log_every",
-    "train.target_accuracy",
-)  # do not change what a run computes
+def is_counterpart(arm: Settings, other: Settings, remedy: Collection[str] = ()) -> bool:
+    """Whether two arms have the same batch and differ in nothing that affects the result but settings of a remedy.
+
+    >>> arm = {"batch.global_size": 8, "optim.lr": 0.1, "train.log_every": 1}
+    >>> is_counterpart(arm, arm | {"train.log_every": 5}), is_counterpart(arm, arm | {"optim.lr": 0.2})
+    (True, False)
+    >>> is_counterpart(arm, arm | {"optim.lr": 0.2}, {"optim.lr"})
+    True
+    """
+    return arm.get(FACTOR) == other.get(FACTOR) and differing_settings(arm, other) <= {*remedy}
 
 
-def computed_settings(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that determine what a run computes, by dotted name: without seed, probes and execution.
+def is_same_arm(one: Settings, other: Settings, tuned: Collection[str] = ()) -> bool:
+    """Whether two runs are replicates of one arm: their own counterparts, but for the seed and what was tuned."""
+    return is_counterpart(one, other, remedy=tuned)
+
+
+def treatment(settings: Settings, baseline: Settings) -> str:
+    """The changes of an arm other than the batch, as `setting=value` words; "plain" if there are none.
+
+    The words give the settings as they were set, not at the run's batch.
+    `optim.base_size` is omitted if it equals the baseline's batch: the learning rate is then scaled from the baseline.
 
     Args:
-        info: the content of run.json.
+        settings: of the arm, by dotted name.
+        baseline: of the baseline, by dotted name.
+
+    >>> baseline = {"batch.global_size": 32, "optim.scaling": "none", "optim.base_size": None, "data.augment": []}
+    >>> treatment(baseline | {"batch.global_size": 256, "probe.every": 5}, baseline)
+    'plain'
+    >>> treatment(baseline | {"optim.scaling": "sqrt", "optim.base_size": 32, "data.augment": ["flip"]}, baseline)
+    'data.augment=["flip"] optim.scaling=sqrt'
     """
-    return {
-        name: value
-        for name, value in flat(info["config"]).items()
-        if not name.startswith((*EXECUTION_SETTINGS, "probe.")) and name not in REPORTING_SETTINGS
-    }
+    names = sorted(
+        name
+        for name in {*settings, *baseline} - {REPLICATE, FACTOR}
+        if settings.get(name) != baseline.get(name)
+        and (affects_result(name, settings) or affects_result(name, baseline))
+        and not (name == "optim.base_size" and settings.get(name) == baseline.get(FACTOR))
+    )
+    return " ".join(f"{name}={_word(settings.get(name))}" for name in names) or "plain"
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -6,8 +6,9 @@ package, so `--help` is fast.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -39,20 +40,46 @@ def _number_or_auto(value: Any, check: Callable[[Any], int | Literal["auto"]]) -
         ) from None
 
 
-class Section(BaseModel):
-    """Base class of all sections: frozen, refuses unknown keys, uses the docstrings of fields as help texts."""
+Effect = Literal["result", "observation", "runtime"]
+"""result: what a run computes; observation: what is recorded about it; runtime: how and where it is executed."""
+
+
+@dataclass(frozen=True)
+class Affects:
+    """Says in the annotation of a field what the setting affects, if that is not what its section affects."""
+
+    effect: Effect
+
+
+class FrozenModel(BaseModel):
+    """Base class of settings, options and cached files: frozen, refuses unknown keys, field docstrings are help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
-class DataConfig(Section):
+class Section(FrozenModel):
+    """Base class of all sections of a config. Each says what its settings affect; a field may differ by `Affects`.
+
+    Nothing else decides what makes two runs the same experiment: `config/identity.py` derives all answers from it.
+    """
+
+    affects: ClassVar[Effect]
+
+    def __init_subclass__(cls, *, affects: Effect | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if affects is not None:
+            cls.affects = affects
+        assert hasattr(cls, "affects"), f"class {cls.__name__} does not say what its settings affect: add affects=..."
+
+
+class DataConfig(Section, affects="result"):
     """The data set, its split and its augmentation."""
 
     name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagefolder"] = "digits"
     """Data set. `digits` is part of the package; the others are read from data.root."""
-    root: Path = Path("data")
+    root: Annotated[Path, Affects("runtime")] = Path("data")
     """Folder that holds the data set's files (not used by digits)."""
-    download: bool = False
+    download: Annotated[bool, Affects("runtime")] = False
     """Let torchvision download missing files into data.root."""
     image_size: PositiveInt = 32
     """Height and width of the images, in pixels: imagefolder resizes to it, all others are padded with zeros."""
@@ -69,13 +96,13 @@ class DataConfig(Section):
     """Largest shift of crop in each direction, in pixels."""
     cutout_size: PositiveInt = 16
     """Side of the square of cutout, in pixels."""
-    memory_gib: PositiveFloat = 8.0
+    memory_gib: Annotated[PositiveFloat, Affects("runtime")] = 8.0
     """Largest data set that is loaded into memory, in GiB per rank."""
     streaming: bool = False
     """imagefolder: read images from disk during training, not all before it: for folders larger than memory."""
-    workers: PositiveInt = 4
+    workers: Annotated[PositiveInt, Affects("runtime")] = 4
     """Number of threads per rank that prefetch images when data.streaming is set."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Affects("runtime")] = "auto"
     """Memory that holds the images when GPUs train: cuda, that of each GPU; cpu, that of the host, from which batches
     are prefetched and copied through pinned memory; auto: cuda if the images take at most half of its free memory, else
     cpu."""
@@ -105,7 +132,7 @@ class DataConfig(Section):
         return self
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, affects="result"):
     """The network."""
 
     name: str = "lenet5"
@@ -122,12 +149,12 @@ class ModelConfig(Section):
     batch.ghost_size is set, else local."""
 
 
-class BatchConfig(Section):
+class BatchConfig(Section, affects="result"):
     """The global batch, and its split into micro-batches."""
 
     global_size: PositiveInt = 64
     """Samples per optimizer step, over all ranks. The gradient is the exact mean over them."""
-    micro_size: Annotated[PositiveInt | Literal["auto"], WrapValidator(_number_or_auto)] = 128
+    micro_size: Annotated[PositiveInt | Literal["auto"], WrapValidator(_number_or_auto), Affects("runtime")] = 128
     """Largest number of samples in one forward and backward pass of one rank; sets speed and memory. On a CPU a small
     value fits the cache; on a GPU choose the largest that fits, or auto: it measures several sizes, takes the fastest
     for all ranks, and caches it for this network on this machine. The result depends on it only with model.norm=local,
@@ -160,7 +187,7 @@ class BatchConfig(Section):
         return self
 
 
-class OptimConfig(Section):
+class OptimConfig(Section, affects="result"):
     """The optimizer and its learning rate."""
 
     name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
@@ -227,7 +254,7 @@ class OptimConfig(Section):
         return self
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, affects="result"):
     """Length, precision and execution of training."""
 
     epochs: PositiveInt = 5
@@ -237,7 +264,7 @@ class TrainConfig(Section):
     that a global batch of optim.base_size takes in these epochs (regime adaptation; Hoffer et al. 2017)."""
     steps: PositiveInt | None = None
     """Number of optimizer steps; replaces train.epochs when set."""
-    target_accuracy: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    target_accuracy: Annotated[Annotated[float, Field(gt=0.0, le=1.0)] | None, Affects("observation")] = None
     """Target validation accuracy (0 to 1); the result reports the updates and epochs needed to reach it."""
     stop_at_target: bool = False
     """Stop when train.target_accuracy is reached."""
@@ -249,23 +276,23 @@ class TrainConfig(Section):
     tf32: bool = False
     """Allow TF32 on GPUs: inputs of float32 matrix products and convolutions are rounded to 10 mantissa bits. Faster,
     but the result then depends on ranks and micro-batches by about 1e-3. Probes never use TF32."""
-    channels_last: bool | Literal["auto"] = False
+    channels_last: Annotated[bool | Literal["auto"], Affects("runtime")] = False
     """Use the channels_last (NHWC) memory format, which is faster on some hardware; auto measures both formats and
     caches the faster one for this network on this machine."""
-    compile: bool = False
+    compile: Annotated[bool, Affects("runtime")] = False
     """Compile the network with torch.compile; on a CPU this needs a C++ compiler."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, Affects("runtime")] = False
     """Recompute activations inside blocks in the backward pass: less memory, about a third more time."""
     deterministic: bool = False
     """Allow only deterministic operations (bitwise equal results); operations on a CPU always are."""
-    num_evals: PositiveInt = 20
+    num_evals: Annotated[PositiveInt, Affects("observation")] = 20
     """Number of validation passes, evenly spaced over the run: the same for every arm, so that the choice of the best
     checkpoint is fair."""
-    log_every: PositiveInt = 1
+    log_every: Annotated[PositiveInt, Affects("observation")] = 1
     """Steps between two records of loss, accuracy, learning rate and gradient norm."""
 
 
-class AlgorithmConfig(Section):
+class AlgorithmConfig(Section, affects="result"):
     """Changes to plain training that recover the accuracy of small batches, or test why it is lost."""
 
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -327,7 +354,7 @@ class AlgorithmConfig(Section):
         return self
 
 
-class ProbeConfig(Section):
+class ProbeConfig(Section, affects="observation"):
     """The near-rank-loss probe."""
 
     enabled: bool = True
@@ -367,7 +394,7 @@ class ProbeConfig(Section):
     and trace) and keskar (sharpness)."""
 
 
-class LaunchConfig(Section):
+class LaunchConfig(Section, affects="runtime"):
     """Processes, devices and communication."""
 
     launcher: Literal["auto", "local", "torchrun", "ray"] = "auto"
@@ -411,7 +438,7 @@ class LaunchConfig(Section):
         return self
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, affects="runtime"):
     """When checkpoints are saved, and how many are kept."""
 
     every_seconds: NonNegativeFloat = 60.0
@@ -422,7 +449,7 @@ class CheckpointConfig(Section):
     """Number of checkpoints to keep; each also contains the best weights so far."""
 
 
-class MlflowConfig(Section):
+class MlflowConfig(Section, affects="runtime"):
     """Upload of the run to MLflow."""
 
     enabled: bool = True
@@ -439,12 +466,12 @@ class MlflowConfig(Section):
     """Seconds between two measurements of a node's CPU, memory, disk, network and GPUs; null: none."""
 
 
-class RunConfig(Section):
+class RunConfig(Section, affects="result"):
     """One training run."""
 
     seed: NonNegativeInt = 0
     """Seed of initialisation, sample order and augmentation."""
-    profile: bool = False
+    profile: Annotated[bool, Affects("runtime")] = False
     """Trace a few steps of every rank, and write where their time is spent to OUT/profile."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

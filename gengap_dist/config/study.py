@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
 
+from gengap_dist.config.identity import identifying_settings
 from gengap_dist.config.loading import field_names, flat, merge, nested, renamed, validate
-from gengap_dist.config.sections import RunConfig, Section
+from gengap_dist.config.sections import Affects, FrozenModel, RunConfig, Section
 from gengap_dist.errors import UsageError, did_you_mean
 
 
-class Arm(Section):
+class Arm(FrozenModel):
     """One arm of a study: a name, and its changes to the settings of the study."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
@@ -23,7 +24,7 @@ class Arm(Section):
     """Settings of this arm, nested or with dotted names: {batch.global_size: 512}."""
 
 
-class Space(Section):
+class Space(FrozenModel):
     """Search space of a tuned setting: a range from low to high, or a list of values."""
 
     low: FiniteFloat | None = None
@@ -52,7 +53,7 @@ class Space(Section):
         return self
 
 
-class TuneSection(Section):
+class TuneSection(FrozenModel):
     """Tuning, with the same number of trials for every arm."""
 
     trials: Annotated[int, Field(ge=2)] = 16
@@ -63,16 +64,16 @@ class TuneSection(Section):
     """Settings of optim and algorithm, each with {low, high} or {low, high, log: true} or {values: [...]}."""
 
 
-class StudySection(Section):
+class StudySection(Section, affects="result"):
     """Arms x seeds."""
 
-    name: str = "study"
+    name: Annotated[str, Affects("observation")] = "study"
     """Title of the study."""
-    question: str = ""
+    question: Annotated[str, Affects("observation")] = ""
     """The research question of the study; printed at the top of its report."""
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
     """Seeds; every arm runs with each of them, and arms are compared seed by seed."""
-    baseline: str = ""
+    baseline: Annotated[str, Affects("observation")] = ""
     """Name of the arm that the others are compared with (empty: the first arm with the smallest global batch)."""
     arms: tuple[Arm, ...] = ()
     """Explicit arms: a list of {name, set}."""
@@ -80,17 +81,17 @@ class StudySection(Section):
     """Additional arms: every combination of one entry of each axis. An axis is a setting and its values, such as
     {batch.global_size: [128, 1024]}, or a name and named entries with settings, such as
     {algorithm: {plain: {}, sqrt: {optim.scaling: sqrt}}}. Names are joined: b128-plain, b128-sqrt, ...; an entry named
-    "" adds nothing to the name. A combination that computes the same run as an earlier arm is not repeated."""
+    "" adds nothing to the name. A combination that is the same run as an earlier arm is not repeated."""
     length_units: tuple[Literal["epochs", "updates"], ...] = ()
     """An additional axis: values of train.length_unit."""
     tune: TuneSection | None = None
     """Tune settings of every arm by validation accuracy before its seeds run: the same number of trials at the same
     points for each arm. Test images are not used."""
-    concurrent: PositiveInt | None = None
+    concurrent: Annotated[PositiveInt | None, Affects("runtime")] = None
     """ray: largest number of concurrent runs; null: limited only by the resources of the cluster."""
 
 
-class StudyConfig(RunConfig):
+class StudyConfig(RunConfig, affects="result"):
     """A study: the settings of a run, and the changes of its arms."""
 
     study: StudySection
@@ -150,7 +151,7 @@ class StudyConfig(RunConfig):
 
     @cached_property
     def duplicates(self) -> dict[str, str]:
-        """Combinations of the axes that compute the same run as an earlier arm: their names to the name of that arm.
+        """Combinations of the axes that are the same run as an earlier arm: their names to the name of that arm.
 
         Raises:
             UsageError: if an arm's overrides are not settings of a run.
@@ -158,7 +159,7 @@ class StudyConfig(RunConfig):
         first_names: dict[str, str] = {}
         duplicates: dict[str, str] = {}
         for number, arm in enumerate(self.candidates):
-            key = json.dumps(_computed_settings(self.run_config(arm, seed=0)))
+            key = json.dumps(identifying_settings(self.run_config(arm, seed=0)))
             if key not in first_names:
                 first_names[key] = arm.name
             elif number >= len(self.study.arms):
@@ -223,20 +224,3 @@ def _combined(entries: Iterable[tuple[str, dict[str, Any]]]) -> Arm:
     for _, change in entries:
         settings = merge(settings, nested(change))
     return validate(Arm, {"name": "-".join(label for label, _ in entries if label) or "plain", "set": settings})
-
-
-def _computed_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that determine the computation: equal for two configs that describe the same run.
-
-    >>> small = {"batch": {"global_size": 8}, "optim": {"base_size": 8}}
-    >>> a, b = ({"optim": {"base_size": 8, "scaling": rule}} for rule in ("none", "sqrt"))
-    >>> a, b = (_computed_settings(validate(RunConfig, merge(small, changes))) for changes in (a, b))
-    >>> a == b
-    True
-    """
-    settings = {name: value for name, value in flat(config).items() if not name.startswith(("mlflow.", "checkpoint."))}
-    if config.batch.global_size == config.optim.base_size and config.algorithm.local_sgd is None:
-        settings |= {"optim.scaling": "none", "train.length_unit": "epochs"}  # k = 1: all rules give the same rate
-    if (settings["optim.scaling"], settings["train.length_unit"]) == ("none", "epochs"):
-        del settings["optim.base_size"]
-    return settings

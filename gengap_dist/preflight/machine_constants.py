@@ -9,12 +9,12 @@ from pathlib import Path
 from pydantic import NonNegativeFloat
 
 from gengap_dist.config.loading import validate
-from gengap_dist.config.sections import RunConfig, Section
+from gengap_dist.config.sections import FrozenModel, RunConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.training.autotune.cache import default_path
 
 
-class LinkConstants(Section):
+class LinkConstants(FrozenModel):
     """A link's latency and bandwidth."""
 
     alpha: NonNegativeFloat
@@ -23,7 +23,7 @@ class LinkConstants(Section):
     """Seconds per byte of one rank."""
 
 
-class ComputeConstants(Section):
+class ComputeConstants(FrozenModel):
     """Compute time of a rank."""
 
     seconds_per_sample: NonNegativeFloat
@@ -32,7 +32,7 @@ class ComputeConstants(Section):
     """Gradient norm and optimizer step."""
 
 
-class Constants(Section):
+class Constants(FrozenModel):
     """Constants of a machine; unknown ones are null."""
 
     where: str = ""

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 from gengap_dist.compat.fast_imports import fast_imports
-from gengap_dist.config.identity import EXECUTION_SETTINGS
+from gengap_dist.config.identity import declared_effect, treatment
 from gengap_dist.config.loading import flat
+from gengap_dist.config.study import StudyConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import (
     DIVERGED,
@@ -144,8 +145,6 @@ class MlflowUploader:
     # -- a study, its arms, its runs ----------------------------------------------------------------------------------
 
     def _sync_study(self, study: Line, closing: bool, progress: UploadProgress) -> None:
-        from gengap_dist.config.identity import treatment  # its package imports scipy, which is slow
-
         tune = study["config"]["study"].get("tune") or {}
         shared = {"study": study["name"], "tuned": ",".join(tune.get("space", ())) or None}
         # with the time, because names of studies need not be unique
@@ -307,9 +306,9 @@ class MlflowUploader:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         settings = flat(info["config"])
-        final = {
-            key: value for key, value in settings.items() if not key.startswith(EXECUTION_SETTINGS)
-        }  # params cannot change
+        final = {  # params cannot change
+            key: value for key, value in settings.items() if declared_effect(key, StudyConfig) != "runtime"
+        }
         params = [Param(key, str(value)[:6000]) for key, value in final.items()]
         for at in range(0, len(params), 100):
             self.client.log_batch(run_id, params=params[at : at + 100])

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gengap_dist.config.loading import validate
-from gengap_dist.config.sections import Section
+from gengap_dist.config.sections import FrozenModel
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import write_atomically
 
@@ -21,7 +21,7 @@ def default_path() -> Path:
     return Path(cache) / "gengap_dist" / "constants.json"
 
 
-class MicroSize(Section):
+class MicroSize(FrozenModel):
     """The fastest micro-batch size."""
 
     size: PositiveInt
@@ -33,7 +33,7 @@ class MicroSize(Section):
     """Description of the network and the machine, for readers of the file."""
 
 
-class MemoryFormat(Section):
+class MemoryFormat(FrozenModel):
     """The faster memory format of images."""
 
     channels_last: bool
@@ -43,7 +43,7 @@ class MemoryFormat(Section):
     """Description of the network and the machine, for readers of the file."""
 
 
-class MicroSizes(Section):
+class MicroSizes(FrozenModel):
     """Cached results, by a key of network and machine; see `micro_batch` and `memory_format`."""
 
     found: dict[str, MicroSize] = {}

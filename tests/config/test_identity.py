@@ -1,0 +1,199 @@
+"""What makes two runs the same experiment: one declaration for each setting, and all answers agree with it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from gengap_dist.analysis.arm_roles import Arm, roles
+from gengap_dist.analysis.group_runs import gather
+from gengap_dist.config.identity import declared_effect, differences, treatment
+from gengap_dist.config.loading import field_names, flat, nested, validate
+from gengap_dist.config.sections import RunConfig, Section
+from gengap_dist.config.study import StudyConfig
+from gengap_dist.errors import UsageError
+from gengap_dist.tracking.mlflow.importer import SourceNames
+from tests.cli.test_compare import run_folder
+
+NAMES = [*field_names(RunConfig)]
+SETTINGS = [name for name in NAMES if not any(other.startswith(f"{name}.") for other in NAMES)]
+RUNTIME = {
+    "profile", "data.root", "data.download", "data.memory_gib", "data.workers", "data.device", "batch.micro_size",
+    "train.channels_last", "train.compile", "train.activation_checkpointing",
+}  # fmt: skip
+OBSERVATION = {"train.target_accuracy", "train.num_evals", "train.log_every"}
+CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is valid, and means something
+    "data.streaming": {"data.name": "imagefolder"},
+    "train.stop_at_target": {"train.target_accuracy": 0.9},
+    "train.length_unit": {"optim.base_size": 32},
+    "optim.scaling": {"optim.base_size": 32},
+    "optim.base_size": {"optim.base_size": 32, "optim.scaling": "sqrt"},
+    "algorithm.gradient_penalty": {"algorithm.gradient_penalty": 0.1, "algorithm.penalty_size": 16},
+    "algorithm.penalty_size": {"algorithm.gradient_penalty": 0.1, "algorithm.penalty_size": 16},
+    "batch.micro_size": {"model.norm": "none"},
+    "launch.num_processes": {"model.norm": "none"},
+    "launch.max_processes": {"model.norm": "none"},
+}
+VALUES = (2, 3, 0.5, 0.25, True, False, "other", [3], [0.25], ["other"], {"CPU": 2.0})
+
+
+def config(**given: Any) -> RunConfig:
+    return validate(RunConfig, nested({key.replace("__", "."): value for key, value in given.items()}))
+
+
+def choices(annotation: Any) -> Iterator[Any]:
+    """The values of all Literals in an annotation."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for part in get_args(annotation):
+            yield from choices(part)
+
+
+def pair(name: str) -> tuple[RunConfig, RunConfig, Any]:
+    """Two configs that differ in one setting only, and its value in the second."""
+    base = config(**CONTEXT.get(name, {}))
+    model: Any = RunConfig
+    field: Any = None
+    for part in name.split("."):
+        field = model.model_fields[part]
+        model = field.annotation
+    literals = [*choices(field.annotation)]
+    for value in (*literals, *([value] for value in literals), *VALUES):
+        try:
+            changed = config(**CONTEXT.get(name, {}) | {name: value})
+        except UsageError:
+            continue
+        if flat(changed) != flat(base):
+            return base, changed, value
+    raise AssertionError(f"{name} has no other value that is valid: add one to VALUES, or settings to CONTEXT")
+
+
+# -- the five answers, as their users ask for them ---------------------------------------------------------------------
+
+
+def may_resume(base: RunConfig, changed: RunConfig) -> bool:
+    return not differences(base.model_dump(mode="json"), changed)
+
+
+def are_one_run(base: RunConfig, arms: Mapping[str, Any]) -> bool:
+    study = base.model_dump(mode="json") | {"study": {"axes": {"axis": dict(arms)}}}
+    return len(validate(StudyConfig, study).arms) == 1
+
+
+def are_one_group(base: RunConfig, changed: RunConfig, folder: Path) -> bool:
+    for name, each in {"a": base, "b": changed}.items():
+        settings = {key: value for key, value in flat(each).items() if key not in ("seed", "batch.global_size")}
+        run_folder(folder / name, each.batch.global_size, each.seed, 0.9, **settings)
+    return len(gather([str(folder)], folder / "out", SourceNames(), None, "")[0].arms) == 1
+
+
+def is_counterpart(base: RunConfig, changed: RunConfig) -> bool:
+    """Whether the base is the counterpart of the changed settings with a rank penalty."""
+    penalised = flat(changed) | {"algorithm.rank_penalty": 0.1}
+    arms = {
+        name: Arm(name, {}, size, settings)
+        for name, size, settings in [
+            ("base", base.batch.global_size, flat(base)),
+            ("penalised", changed.batch.global_size, penalised),
+        ]
+    }
+    return bool(roles(arms, "base").penalised)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_five_answers_agree_with_the_declaration(name, tmp_path):
+    base, changed, value = pair(name)
+    effect = declared_effect(name)
+    same_experiment = effect != "result"
+    assert may_resume(base, changed) == (effect == "runtime")
+    if name == "seed":  # a replicate: another run of the same arm
+        same_experiment = True
+        with pytest.raises(UsageError, match="seed cannot be set by an arm"):
+            are_one_run(base, {"a": {}, "b": {name: value}})
+    else:
+        assert are_one_run(base, {"a": {}, "b": {name: value}}) == (effect == "runtime")
+    assert are_one_group(base, changed, tmp_path) == same_experiment
+    plain = same_experiment or name == "batch.global_size"  # the factor: another arm, but no treatment
+    found = treatment(flat(changed), flat(base))
+    assert found == "plain" if plain else [word.partition("=")[0] for word in found.split()] == [name]
+    in_remedy = name.startswith("algorithm.rank_")
+    assert is_counterpart(base, changed) == (same_experiment or in_remedy)
+
+
+def test_what_each_setting_affects():
+    found = {
+        effect: {name for name in SETTINGS if declared_effect(name) == effect} for effect in ("observation", "runtime")
+    }
+    assert {name for name in found["runtime"] if not name.startswith(("launch.", "checkpoint.", "mlflow."))} == RUNTIME
+    assert {name for name in found["observation"] if not name.startswith("probe.")} == OBSERVATION
+
+
+@pytest.mark.parametrize(
+    ("name", "effect"),
+    [
+        ("study.concurrent", "runtime"),
+        ("study.question", "observation"),
+        ("study.axes.batch.global_size", "result"),
+        ("study.tune.space.optim.lr.low", "result"),
+        ("launch.resources_per_rank.CPU", "runtime"),
+        ("launch.hang_seconds", "runtime"),  # a former name, in old run folders
+        ("train.recompute", "runtime"),
+        ("recipe.sam_rho", "result"),
+        ("launch.gpus", "result"),  # of another program
+        ("seed_everything", "result"),
+        ("profiler", "result"),
+        ("probe", "result"),
+        ("", "result"),
+    ],
+)
+def test_names_that_are_not_settings_of_a_run(name, effect):
+    assert declared_effect(name, StudyConfig) == effect
+
+
+def test_a_section_must_say_what_it_affects():
+    with pytest.raises(AssertionError, match=r"class Silent does not say what its settings affect: add affects="):
+
+        class Silent(Section):
+            pass
+
+
+# -- conditions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stops", "change", "words"),
+    [
+        (False, {"train__target_accuracy": 0.95}, "plain"),
+        (False, {"train__target_accuracy": None}, "plain"),
+        (False, {"train__num_evals": 5}, "plain"),
+        (True, {"train__target_accuracy": 0.95}, "train.target_accuracy=0.95"),
+        (True, {"train__num_evals": 5}, "train.num_evals=5"),  # the target is noticed at an evaluation
+        (True, {"train__log_every": 5}, "plain"),
+    ],
+)
+def test_a_target_is_part_of_the_result_if_the_run_stops_there(stops, change, words, tmp_path):
+    settings = {"train__target_accuracy": 0.9, "train__stop_at_target": stops}
+    base, changed = config(**settings), config(**settings | change)
+    assert treatment(flat(changed), flat(base)) == words
+    assert are_one_group(base, changed, tmp_path) == (words == "plain")
+    assert is_counterpart(base, changed) == (words == "plain")
+    assert not may_resume(base, changed)
+    assert not are_one_run(base, {"a": {}, "b": {key.replace("__", "."): value for key, value in change.items()}})
+
+
+@pytest.mark.parametrize("name", ["batch.micro_size", "launch.num_processes", "launch.max_processes"])
+@pytest.mark.parametrize(("norm", "same"), [(None, False), ("local", False), ("group", True)])
+def test_ranks_and_micro_batches_make_another_run_with_local_batch_norm(name, norm, same):
+    assert are_one_run(config(model__norm=norm), {"a": {}, "b": {name: 2}}) == same
+
+
+@pytest.mark.parametrize(("algorithm", "same"), [(None, True), ("post_local_sgd", True), ("swap", False)])
+def test_a_rule_that_scales_by_one_is_the_same_run(algorithm, same, tmp_path):
+    """But the networks of swap have the rate that it gives for their own batch."""
+    settings = {"optim__base_size": 64, "algorithm__local_sgd": algorithm}
+    base, changed = config(**settings), config(**settings, optim__scaling="sqrt")
+    assert are_one_run(base, {"a": {}, "b": {"optim.scaling": "sqrt"}}) == same
+    assert are_one_group(base, changed, tmp_path) == same
+    assert is_counterpart(base, changed) == same

@@ -57,18 +57,26 @@ class World:
         with self.timer.phase("communication", label, collective=self.size > 1):
             return tensor.cpu()
 
-    def all_reduce_async(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Start to sum `tensor` over ranks, in place; the returned function waits and returns the sum."""
-        if self.size == 1:
-            return lambda: tensor
-        dense = tensor.contiguous()
-        work = dist.all_reduce(dense, async_op=True)
-        assert work is not None
+    def all_reduce_to_cpu_async(self, tensor: Tensor, label: str = "sum") -> Callable[[], Tensor]:
+        """Start to sum `tensor` over ranks, in place; the returned function waits, and returns the sum in CPU memory.
+
+        Until then `tensor` must not be used. On a GPU the host waits until the GPU has done all work enqueued before.
+        """
+        if tensor.is_cpu:
+            work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
+            finish = None if work is None else work.wait
+        else:
+            self.all_reduce(tensor, label)
+            on_gpu, copied = tensor, torch.cuda.Event()
+            tensor = torch.empty_like(on_gpu, device="cpu", pin_memory=True).copy_(on_gpu, non_blocking=True)
+            copied.record()
+            finish = copied.synchronize
 
         def wait() -> Tensor:
-            with self.timer.phase("communication", "preemption check", collective=True):
-                work.wait()
-            return tensor if dense is tensor else tensor.copy_(dense)
+            if finish is not None:
+                with self.timer.phase("communication", label, collective=self.size > 1):
+                    finish()
+            return tensor
 
         return wait
 

@@ -14,8 +14,7 @@ from torch.nn.functional import cross_entropy
 from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.parallel.strategies import Strategy
-
-NUM_SUMS = 7  # per step, see `accumulate`
+from gengap_dist.training.step_metrics import StepMetrics, zero_metrics
 
 
 class StepBatch(NamedTuple):
@@ -56,7 +55,7 @@ class Objective:
         return 0.0
 
 
-ComputeGradient = Callable[[Strategy, BatchLoader, StepBatch, Objective], tuple[Tensor, Tensor | None]]
+ComputeGradient = Callable[[Strategy, BatchLoader, StepBatch, Objective], tuple[StepMetrics[Tensor], Tensor | None]]
 """Writes the direction of a step to the parameters' gradients. Returns the sums of `accumulate`, and the norm of the
 gradient at the weights, or None if the strategy computes it. Collective."""
 PLAIN_OBJECTIVE = Objective()
@@ -68,7 +67,7 @@ def train_step(
     step_batch: StepBatch,
     objective: Objective = PLAIN_OBJECTIVE,
     compute_gradient: ComputeGradient | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[StepMetrics[Tensor], Tensor]:
     """One optimizer step on a global batch, on this rank's share. Collective.
 
     Returns:
@@ -84,17 +83,18 @@ def train_step(
     return sums, norm_of_step if norm is None else norm
 
 
-def accumulate(strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective) -> Tensor:
+def accumulate(
+    strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective
+) -> StepMetrics[Tensor]:
     """Add the gradient of the global batch to the parameters' gradients. Collective.
 
     Returns:
-        [NUM_SUMS] float64, on the device: this rank's sum of losses and number of correct predictions; then, if
-        track_local_grad_norm is set, |G_b|^2 and 1/b of its first micro-batch, and 1, for the noise scale; its share of
-        the penalty; and 0, which local SGD replaces by the mean square of its workers' gradient norms.
+        This rank's sums of losses, correct predictions and penalty; if track_local_grad_norm is set, also those of the
+        noise scale. The others are 0.
     """
     indices, epoch, spans, key = step_batch
     world = strategy.world
-    sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=world.device)
+    sums = zero_metrics(world.device)
     track_norm = strategy.track_local_grad_norm and 0 < spans[0].size < len(indices)
     with objective.step_context(strategy, batches, step_batch):
         for number, span in enumerate(spans, 1):
@@ -111,14 +111,14 @@ def accumulate(strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, 
                     loss = loss_sum / len(indices) + objective.penalty()
                 with world.timer.span("backward"):
                     strategy.backward(loss)
-            sums[0] += loss_sum.detach()
-            sums[1] += (logits.detach().argmax(1) == labels).sum()
+            sums.loss_sum.add_(loss_sum.detach())
+            sums.num_correct.add_((logits.detach().argmax(1) == labels).sum())
             if track_norm and number == 1:
                 share = span.size / len(indices)
-                sums[2] = strategy.local_squared_grad_norm() / share**2
-                sums[3].fill_(1 / span.size)  # assigning a Python number would synchronise with the GPU
-                sums[4].fill_(1.0)
-        sums[5].add_(objective.penalty_value() / world.size)
+                sums.local_squared_norm.copy_(strategy.local_squared_grad_norm() / share**2)
+                sums.local_inverse_size.fill_(1 / span.size)  # assigning a number would synchronise with the GPU
+                sums.num_local_norms.fill_(1.0)
+        sums.penalty.add_(objective.penalty_value() / world.size)
     return sums
 
 

@@ -3,37 +3,30 @@
 Every launcher calls `run` on every rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
 """
 
-import contextlib
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.config.identity import differences
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import BatchLoader, Normalise
-from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
+from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.distributed.phase_timer import PHASES
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.distributed.process_group import World, init_process_group
 from gengap_dist.distributed.stall_detector import detecting_stalls
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import average_buffers, frozen_running_stats
-from gengap_dist.parallel.execution import check_compiler, deterministic, keep_freed_memory
+from gengap_dist.parallel.execution import deterministic
 from gengap_dist.parallel.out_of_memory import explaining_out_of_memory, memory_snapshot
 from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
-from gengap_dist.probes.cadence import Cadence, any_of, at_steps, evenly, every, log_spaced, should_skip
-from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import (
@@ -46,34 +39,20 @@ from gengap_dist.runs.run_folder import (
     read_info,
 )
 from gengap_dist.training.algorithms import build_algorithm
-from gengap_dist.training.algorithms.base import StepResult, batch_plan_for
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
-from gengap_dist.training.autotune.memory_format import resolve_memory_format
-from gengap_dist.training.autotune.micro_batch import ModelShape, resolve_micro_size
-from gengap_dist.training.checks import (
-    check_auto_micro_size,
-    check_norm,
-    norm_group_sizes,
-    startup_checks,
-    strategy_name,
-)
-from gengap_dist.training.evaluation import Score, evaluate
-from gengap_dist.training.lr_schedule import Schedule
-from gengap_dist.training.observer import ProbeObserver, measurement_seconds
+from gengap_dist.training.checkpoint_manager import CheckpointManager, read_run_state
+from gengap_dist.training.evaluation import Evaluator
+from gengap_dist.training.observer import ProbeObserver
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
+from gengap_dist.training.probe_scheduler import ProbeScheduler
 from gengap_dist.training.profiler.profile import NoProfile, Profile, with_profiler_clock
-from gengap_dist.training.setup import (
-    Diverged,
-    Progress,
-    build_model,
-    check_shared,
-    load_data,
-    previous_run_info,
-    sampling_system_metrics,
-)
+from gengap_dist.training.resolved_run import ResolvedRun, resolve_run
+from gengap_dist.training.setup import Diverged, Progress, check_shared, sampling_system_metrics
+from gengap_dist.training.state import TrainState
 from gengap_dist.training.step import zero_contribution_pass
+from gengap_dist.training.step_metrics import StepMetricsAggregator, StepResult
 
-FLUSH_EVERY = 32  # steps whose sums are combined in one all-reduce
+RECORD_EVERY = 32  # steps between two records of times, at which rank 0's clock decides whether to save
 
 
 def run(
@@ -118,12 +97,12 @@ def run(
             prepare_folder(out, "run.json", resume=True)
         check_shared(out, world)
         recorder = RunRecorder(out) if world.rank == 0 else NullRecorder()
-        session = _Session(config, out, world, recorder, progress, launcher)
-        session.start(bool(world.broadcast_int(resume)))  # a node that joins late may have another value
+        trainer = Trainer(resolve_run(config, out, world, progress), world, recorder, progress, launcher)
+        trainer.start(resume=bool(world.broadcast_int(resume)))  # a node that joins late may have another value
         try:
             with sampling_system_metrics(config, out, world):
-                session.train(preemption_requested)
-                result = session.result()
+                trainer.train(preemption_requested)
+                result = trainer.result()
             recorder.finish(FINISHED, result)
         except Diverged as error:
             result = {"diverged_at_step": error.step}
@@ -133,159 +112,81 @@ def run(
             world.barrier()
             raise
         finally:
-            session.close()
+            trainer.close()
         world.barrier()  # when a rank returns, the folder is complete
     return result
 
 
-class _Session:
-    """The state of a run on one rank."""
+@final
+class Trainer:
+    """Trains one run on this rank, together with the other ranks."""
 
     def __init__(
-        self, config: RunConfig, out: Path, world: World, recorder: NullRecorder, progress: Progress, launcher: str
+        self, resolved: ResolvedRun, world: World, recorder: NullRecorder, progress: Progress, launcher: str
     ) -> None:
-        self.config, self.out, self.world, self.recorder, self.progress = config, out, world, recorder, progress
-        for check in startup_checks(config, world.size, world.device.type):
-            check()
-        if config.train.compile:
-            check_compiler(world.device.type)
-        if world.device.type == "cpu":
-            keep_freed_memory()
-        splits = load_data(config, world, progress)
-        splits_on_device = datasets.place_splits(splits, config.data, world.device)
-        self.train_set, self.val_set, self.test_set = (
-            splits_on_device.train,
-            splits_on_device.val,
-            splits_on_device.test,
-        )
-        self.normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
-        self.batches = BatchLoader(self.train_set, self.normalise, config.data, config.seed)
-        self.sampler = EpochSampler(
-            len(self.train_set), config.batch.global_size, config.seed, size_schedule=batch_size_schedule(config)
-        )
-        self.schedule = Schedule.of(config, self.sampler)
-        self.num_steps = self.schedule.num_steps
-
-        self.model = build_model(config, splits, world)  # unsharded; self.strategy owns it after setup
-        self.requested_config = config  # saved in run.json
-        check_auto_micro_size(config, self.model)
-        choices = config.batch.micro_size, config.train.channels_last
-        if "auto" in choices:
-            progress(0, 0, "measuring the fastest setting on this machine")
-        network = ModelShape(self.model, splits.in_channels, splits.num_classes)
-        previous_info = previous_run_info(out) if "auto" in choices else {}
-        config, memory_format_info = resolve_memory_format(
-            config, network, world, previous_info.get("channels_last_auto") or {}
-        )
-        config, micro_size_info = resolve_micro_size(config, network, world, previous_info.get("micro_size_auto") or {})
-        if world.device.type == "cuda":  # without the autotuning and earlier runs of this process
-            torch.cuda.reset_peak_memory_stats(world.device)
-            torch.cuda.reset_accumulated_memory_stats(world.device)
-        self.config = config
-        self.observer = ProbeObserver(config, self.train_set, self.normalise, flat_parameters(self.model), world)
-        check_norm(config, self.model, self.sampler.sizes(), world.size)
-        strategy = strategy_name(config, world.size)
-        self.strategy = STRATEGIES[strategy](config, world)
-        has_untimed_collectives = self.strategy.has_untimed_collectives
+        """A trainer that has done no step; `launcher` is named in run.json."""
+        config, out = resolved.config, resolved.out
+        self.resolved, self.config, self.world = resolved, config, world
+        self.recorder, self.progress, self.launcher = recorder, progress, launcher
+        self.sampler, self.schedule = resolved.sampler, resolved.schedule
+        self.batches = BatchLoader(resolved.splits.train, resolved.normalise, config.data, config.seed)
+        self.state = TrainState(resolved.schedule.num_steps)
+        self.step_metrics = StepMetricsAggregator(config, world)
+        self.evaluator = Evaluator(config.train, resolved.splits, resolved.normalise, world, self.state)
+        initial_P = flat_parameters(resolved.model)
+        observer = ProbeObserver(config, resolved.splits.train, resolved.normalise, initial_P, world)
+        self.probes = ProbeScheduler(config.probe, resolved.sampler, observer, self.state)
+        self.checkpoints = CheckpointManager(config.checkpoint, out, world, recorder)
+        self.strategy = STRATEGIES[resolved.strategy](config, world)
+        untimed = self.strategy.has_untimed_collectives
         self.profile = (
-            Profile(out, world, config, strategy, has_untimed_collectives=has_untimed_collectives)
+            Profile(out, world, config, resolved.strategy, has_untimed_collectives=untimed)
             if config.profile
             else NoProfile()
         )
-        self.checkpoint_writer = (
-            checkpoint.CheckpointWriter(out / "checkpoints", config.checkpoint.keep) if world.rank == 0 else None
-        )
-        self.facts = {
-            "data": datasets.summary(splits, config.data) if world.rank == 0 else None,
-            "world_size": world.size,
-            "device": str(world.device.type),
-            "launcher": launcher,
-            "launch_id": os.environ.get("TORCHELASTIC_RUN_ID"),
-            "strategy": strategy,
-            "num_parameters": sum(p.numel() for p in self.model.parameters()),
-            "steps_per_epoch": self.sampler.steps_per_epoch,
-            "num_steps": self.num_steps,
-            "num_probe_samples": self.observer.num_samples,
-            "norm_size": norm_group_sizes(
-                config, self.model, [phase.size for phase in self.sampler.phases], world.size
-            ),
-            "small_size": self._noise_small_size(),
-            "micro_size": config.batch.micro_size,
-            "micro_size_auto": micro_size_info,
-            "channels_last": config.train.channels_last,
-            "channels_last_auto": memory_format_info,
-        }
-        self.step = 0
-        self.best_val: dict[str, Any] = {}
-        self.target_step: int | None = None  # the step at which train.target_accuracy was reached
-        self.noise_scale = NoiseScale()
-        self._pending: list[tuple[int, StepResult]] = []
-        self._saved_at = time.monotonic()
-        self.probe_seconds = self.eval_seconds = self.train_seconds = 0.0
-        self.phase_seconds = torch.zeros(
-            world.size, len(PHASES), dtype=torch.float64
-        )  # [ranks, phases], since this start
-        self.probe_due = _probe_cadence(config, self.sampler)
-        self.skipped_probe_steps: list[int] = []
-        self._probe_seconds_each, self._num_skipped_in_a_row = 0.0, 0
-        self._window = time.monotonic(), 0  # start time and step of the current training window
-        self._update_norm: Tensor | None = None
-        self.eval_due = evenly(config.train.num_evals, self.num_steps)
-
-    def _noise_small_size(self) -> float | None:
-        """The small batch size of the noise scale, harmonic mean over ranks; None without smaller gradients."""
-        size = self.config.batch.global_size
-        plan = batch_plan_for(self.config, size, self.world.size)
-        first_sizes = [plan.micro_batches(rank)[0].size for rank in range(self.world.size)]
-        inverses = [1 / first for first in first_sizes if 0 < first < size]
-        return len(inverses) / sum(inverses) if inverses else None
+        self.phase_seconds = torch.zeros(world.size, len(PHASES), dtype=torch.float64)  # of this start
+        self._window = time.monotonic(), 0  # start time and step of the current window of training
+        self._update_norm: Tensor | None = None  # of the last step, if a measurement is planned after it
 
     # -- start and resume ---------------------------------------------------------------------------------------------
 
-    def start(self, resume: bool) -> None:
-        """Start the run, or continue from the last valid checkpoint if `resume` and there is one. Collective."""
-        path = self._last_checkpoint() if resume else None
-        if path is None:
-            self._setup_strategy({}, {})
-            self.recorder.start(self.requested_config, self.facts)
-            self.recorder.resume(0, 0.0, {})
-            self.observe()
+    def start(self, *, resume: bool) -> None:
+        """Start the run, or continue from the last valid checkpoint if `resume` and there is one. Collective.
+
+        Raises:
+            UsageError: if the run in the folder has other settings.
+        """
+        path = self.checkpoints.latest() if resume else None
+        if path is not None:
+            self._restore(path)
             return
-        if changed := differences(read_info(self.out)["config"], self.config):
+        self._set_up({}, {})
+        self.recorder.start(self.resolved.requested_config, self._info())
+        self.recorder.resume(0, 0.0, {})
+        self.evaluate_and_probe()
+
+    def _restore(self, path: Path) -> None:
+        out = self.resolved.out
+        if changed := differences(read_info(out)["config"], self.config):
             raise UsageError(
-                f"{changed} when the run in {self.out} was started: "
+                f"{changed} when the run in {out} was started: "
                 "resume with the settings it was started with, or choose a new --out"
             )
-        checkpoint.restore(self.model, checkpoint.load(path / "model.pt"), path / "model.pt")
-        state = checkpoint.load(path / "run.pt")
-        self.step, self.best_val, self.target_step = state["step"], state["best"], state["reached"]
-        if self.target_step is not None and self.config.train.stop_at_target:
-            self.num_steps = self.target_step
-        self._setup_strategy(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "algorithm.pt"))
-        self.strategy.scaler.load_state_dict(state["scaler"])
-        if self.best_val:
-            self.best_val["model"] = checkpoint.load(path / "best.pt")
-        self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each = state["timers"]
-        self.skipped_probe_steps, self.noise_scale = state["probe_left_out"], NoiseScale(**state["noise"])
-        self.recorder.start(self.requested_config, self.facts)
-        self.recorder.resume(self.step, state["seconds"], state["held"])
+        checkpoint.restore(self.resolved.model, checkpoint.load(path / "model.pt"), path / "model.pt")
+        run = read_run_state(path)
+        self._set_up(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "algorithm.pt"))
+        self.strategy.scaler.load_state_dict(run["scaler"])
+        self.state.load_state_dict(run["train"])
+        best_weights = checkpoint.load(path / "best.pt") if run["evaluator"]["best"] else {}
+        self.evaluator.load_state_dict(run["evaluator"], best_weights)
+        self.probes.load_state_dict(run["probes"])
+        self.step_metrics.load_state_dict(run["step_metrics"])
+        self.recorder.start(self.resolved.requested_config, self._info())
+        self.recorder.resume(self.state.step, run["seconds"], run["pending_rows"])
 
-    def _last_checkpoint(self) -> Path | None:
-        """The last checkpoint that is valid on rank 0; rank 0 decides. Collective."""
-        folder, step, error = self.out / "checkpoints", -1, None
-        if self.world.rank == 0:
-            try:
-                path = checkpoint.latest(folder, partial(warnings.warn, stacklevel=2))
-                step = step if path is None else int(path.name.removeprefix("step_"))
-            except UsageError as found:
-                step, error = -2, found
-        step = self.world.broadcast_int(step)
-        if step == -2:
-            raise error or UsageError("rank 0 found every checkpoint damaged")
-        return None if step < 0 else checkpoint.checkpoints_by_step(folder)[step]
-
-    def _setup_strategy(self, optimizer_state: OptimizerState, algorithm_state: dict[str, Any]) -> None:
-        self.strategy.setup(self.model, partial(build_optimizer, self.config.optim))
+    def _set_up(self, optimizer_state: OptimizerState, algorithm_state: dict[str, Any]) -> None:
+        """Give the network to the strategy, and the strategy to the algorithm. Collective."""
+        self.strategy.setup(self.resolved.model, partial(build_optimizer, self.config.optim))
         self.strategy.load_optimizer_state(optimizer_state)
         self.model = self.strategy.model
         if self.strategy.needs_warmup_backward:
@@ -299,65 +200,19 @@ class _Session:
         if algorithm_state:
             self.algorithm.load(algorithm_state)
 
-    def save(self, *, wait: bool = False) -> None:
-        """Write the checkpoint; with `wait`, block until it is on disk. Collective.
-
-        Raises:
-            UsageError: if `wait` and it cannot be written.
-        """
-        with self.world.timer.phase("checkpoint"):
-            optimizer, algorithm = self.strategy.optimizer_state(), self.algorithm.state()
-            with self.algorithm.unsharded_model() as model:
-                if self.checkpoint_writer:
-                    self._write(self.checkpoint_writer, model.state_dict(), optimizer, algorithm, wait=wait)
-        self._saved_at = time.monotonic()
-
-    def _write(
-        self,
-        checkpoint_writer: checkpoint.CheckpointWriter,
-        model: dict[str, Tensor],
-        optimizer: OptimizerState,
-        algorithm: dict[str, Any],
-        *,
-        wait: bool,
-    ) -> None:
-        run = {
-            "step": self.step,
-            "best": {key: value for key, value in self.best_val.items() if key != "model"},
-            "reached": self.target_step,
-            "seconds": self.recorder.seconds(),
-            "timers": [self.probe_seconds, self.eval_seconds, self.train_seconds, self._probe_seconds_each],
-            "probe_left_out": self.skipped_probe_steps,
-            "noise": asdict(self.noise_scale),
-            "scaler": self.strategy.scaler.state_dict(),
+    def _info(self) -> dict[str, Any]:
+        """What run.json says about the run before its first step."""
+        return {
+            "world_size": self.world.size,
+            "device": str(self.world.device.type),
+            "launcher": self.launcher,
+            "launch_id": os.environ.get("TORCHELASTIC_RUN_ID"),
+            "strategy": self.resolved.strategy,
+            "steps_per_epoch": self.sampler.steps_per_epoch,
+            "num_steps": self.schedule.num_steps,
+            "num_probe_samples": self.probes.observer.num_samples,
+            **self.resolved.info,
         }
-        states: dict[str, Any] = {"model": model, "optimizer": optimizer, "algorithm": algorithm}
-        states |= {"best": self.best_val["model"]} if self.best_val else {}
-        facts = {key: self.facts[key] for key in ("world_size", "strategy", "launcher")}
-        try:
-            self.recorder.flush(before=self.step)
-            states["run"] = run | {"held": self.recorder.pending_rows()}
-            checkpoint_writer.save(self.step, states, facts | {"mlflow_run_id": self.recorder.mlflow_run_id()})
-            if wait:
-                checkpoint_writer.wait()
-        except OSError as error:
-            latest_step = max(checkpoint.checkpoints_by_step(checkpoint_writer.folder), default=None)
-            message = (
-                f"a checkpoint could not be written after step {self.step} ({error.strerror or error}); "
-                + ("there is none yet" if latest_step is None else f"the one of step {latest_step} is complete")
-                + f": free disk space in {self.out}"
-            )
-            if wait:
-                raise UsageError(f"{message}, then continue with --resume") from None
-            warnings.warn(f"{message}; the run continues", stacklevel=2)
-
-    def close(self) -> None:
-        """Wait for a checkpoint that is being written, and release the model."""
-        with contextlib.suppress(OSError):
-            if self.checkpoint_writer:
-                self.checkpoint_writer.wait()
-        self.profile.close()
-        self.strategy.close()
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -368,237 +223,189 @@ class _Session:
             Diverged: if the loss is not finite.
             Preempted: if preemption was requested on a rank.
         """
-        config, timer = self.config, self.world.timer
+        state = self.state
         self.model.train()
-        self._window = time.monotonic(), self.step
-        while self.step < self.num_steps:
-            timer.step = self.step + 1
-            self.profile.begin(self.num_steps - self.step)
-            # overlaps with the computation of this step
-            any_preempted = self.world.all_reduce_async(torch.tensor([int(preemption_requested())]))
-            lr, momentum = self.schedule.lr(self.step), self.schedule.momentum(self.step)
-            last = self.step + 1 == self.num_steps
-            logged = last or (self.step + 1) % config.train.log_every == 0
-            self.strategy.track_local_grad_norm = logged and "noise_scale" in config.probe.diagnostics
-            before_P = self._weights() if self._probe_possible(self.step + 1) else None
-            with timer.phase("compute", "forward and backward"):
-                result_of_step = self.algorithm.step(self.step, lr, momentum)
-            self.step += 1
-            self._update_norm = None if before_P is None else (self._weights() - before_P).double().norm()
-            if logged:
-                self._pending.append((self.step, result_of_step))
-            self.progress(self.step, self.num_steps, "")
-            preempted = bool(any_preempted()) and not last
+        self._window = time.monotonic(), state.step
+        while not state.at_end:
+            self.profile.begin(state.num_steps - state.step)
+            result = self._step()
+            self.step_metrics.add(state.step, result, preemption_requested=preemption_requested())
+            self.progress(state.step, state.num_steps, "")
+            stop = self._stop_due()
+            preempted = self._record_steps(in_flight=0 if stop else 1) and not state.at_end
             self._window = self._window[0] + self.profile.end(), self._window[1]
-            if preempted or self.step % FLUSH_EVERY == 0 or self._flush_due():
-                save_due = self._flush()
-                self.train_seconds += time.monotonic() - self._window[0]
-                average_buffers(self.model, self.world)
-                self.observe()
-                last = self.step == self.num_steps  # True if the target accuracy was reached
-                if save_due or preempted or last:
-                    self.save(wait=preempted or last)
-                self._window = time.monotonic(), self.step
+            if stop or preempted:
+                self._record_steps(in_flight=0)
+                save_due = self._record_times()
+                self.evaluate_and_probe()
+                if save_due or preempted or state.at_end:
+                    self.save(wait=preempted or state.at_end)
+                self._window = time.monotonic(), state.step
             if preempted:
-                raise Preempted(self.step)
+                raise Preempted(state.step)
         self.profile.finish()
+
+    def _step(self) -> StepResult:
+        """One optimizer step. Collective."""
+        number = self.state.step
+        self.world.timer.step = number + 1
+        self.strategy.track_local_grad_norm = self._recorded(number + 1) and (
+            "noise_scale" in self.config.probe.diagnostics
+        )
+        before_P = self._weights() if self.probes.possible(number + 1) else None
+        with self.world.timer.phase("compute", "forward and backward"):
+            result = self.algorithm.step(number, self.schedule.lr(number), self.schedule.momentum(number))
+        self.state.step += 1
+        self._update_norm = None if before_P is None else (self._weights() - before_P).double().norm()
+        return result
 
     def _weights(self) -> Tensor:
         """A copy of all trainable parameters, unsharded: [P]. Collective."""
         with self.algorithm.unsharded_model() as model:
             return flat_parameters(model)
 
-    def _flush_due(self) -> bool:
-        every_steps = self.config.checkpoint.every_steps
+    def _recorded(self, step: int) -> bool:
+        """Whether the metrics of step number `step` (from 1) are recorded."""
+        return step == self.state.num_steps or step % self.config.train.log_every == 0
+
+    def _stop_due(self) -> bool:
+        """Whether something is due before the next step."""
+        step = self.state.step
         return (
-            self.step == self.num_steps
-            or self._probe_possible(self.step)
-            or self.eval_due(self.step)
-            or (every_steps is not None and self.step % every_steps == 0)
+            self.state.at_end
+            or step % RECORD_EVERY == 0
+            or self.probes.possible(step)
+            or self.evaluator.planned(step)
+            or self.checkpoints.due(step)
         )
 
-    def _probe_possible(self, step: int) -> bool:
-        return self.config.probe.enabled and (step == self.num_steps or self.probe_due(step))
+    def _record_steps(self, *, in_flight: int) -> bool:
+        """Record all steps but the last `in_flight`; returns whether preemption was requested in one. Collective.
 
-    def _epoch(self, step: int) -> float:
-        return self.sampler.epochs_done(step)
-
-    def _flush(self) -> bool:
-        """Record the pending steps; returns whether a checkpoint is due, by step or by rank 0's clock. Collective.
-
-        Synchronises once with the GPU, for the sums of the steps. Other values are reduced in CPU memory.
+        Raises:
+            Diverged: if a loss is not finite.
         """
-        rows = self._reduce_pending_sums()
-        every_steps = self.config.checkpoint.every_steps
-        overdue = time.monotonic() - self._saved_at > self.config.checkpoint.every_seconds
-        shared = torch.zeros(2 + self.phase_seconds.numel(), dtype=torch.float64)
-        times = shared[2:].view_as(self.phase_seconds)
+        preempted = False
+        for record in self.step_metrics.read(in_flight=in_flight):
+            preempted = preempted or record.preempted
+            if self._recorded(record.step):
+                self.log(record.metrics, record.step)
+            if not math.isfinite(record.loss):
+                raise Diverged(record.step, record.loss)
+        return preempted
+
+    def _record_times(self) -> bool:
+        """Record the times of the last steps, and skip a measurement that takes too long. Collective.
+
+        Returns:
+            Whether a checkpoint is due, by step or by rank 0's clock.
+        """
+        start_time, start_step = self._window
+        num_flags = 2
+        shared = torch.zeros(num_flags + self.phase_seconds.numel(), dtype=torch.float64)
+        times = shared[num_flags:].view_as(self.phase_seconds)
         times[self.world.rank] = torch.tensor(self.world.timer.pop_seconds())
-        if self.checkpoint_writer:  # rank 0, which decides by its clock
-            shared[:2] = torch.tensor([overdue and not self.checkpoint_writer.busy, self._probe_to_skip()])
+        if self.world.rank == 0:
+            per_step = (time.monotonic() - start_time) / (self.state.step - start_step)
+            exceeds_time = self.probes.exceeds_time(self.recorder.seconds(), per_step)
+            shared[:num_flags] = torch.tensor([self.checkpoints.overdue(), exceeds_time])
         self.world.all_reduce(shared, "times of the last steps")
-        save_due, skip_probe = shared[:2].bool().tolist()
-        self._num_skipped_in_a_row += skip_probe
-        self.skipped_probe_steps += [self.step] if skip_probe else []
-        for (step, result_of_step), (loss, correct, *small, penalty, mean_squared_norm, norm) in zip(
-            self._pending, rows, strict=True
-        ):
-            size, norm = result_of_step.size, mean_squared_norm**0.5 if result_of_step.norm is None else norm
-            loss /= size
-            metrics = {
-                "train/loss": loss,
-                "train/accuracy": correct / size,
-                "train/grad_norm": norm,
-                "train/lr": result_of_step.lr,
-            }
-            if self.config.algorithm.rank_penalty is not None:
-                metrics["train/rank_penalty"] = penalty
-            if self.config.optim.schedule == "grow":
-                metrics["train/global_size"] = size
-            self.recorder.log(step, self._epoch(step), metrics | self._noise_metrics(small, norm, size))
-            if not math.isfinite(loss):
-                self._pending.clear()
-                raise Diverged(step, loss)
-        self._pending.clear()
+        overdue, exceeds_time = shared[:num_flags].bool().tolist()
+        if exceeds_time:
+            self.probes.skip()
         self.phase_seconds += times
-        self.recorder.log(self.step, self._epoch(self.step), _time_metrics(times))
-        return save_due or (every_steps is not None and self.step % every_steps == 0)
+        self.state.train_seconds += time.monotonic() - start_time
+        self.log(_time_metrics(times))
+        average_buffers(self.model, self.world)  # evaluation and checkpoints need their mean over ranks
+        return overdue or self.checkpoints.due(self.state.step)
 
-    def _reduce_pending_sums(self) -> list[list[float]]:
-        """The sums of `accumulate` over all ranks and the gradient norm of each pending step. Collective."""
-        if not self._pending:
-            return []
-        zero = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        gradient_norms = [
-            result_of_step.norm if self.world.rank == 0 and result_of_step.norm is not None else zero
-            for _, result_of_step in self._pending
-        ]
-        sums = torch.stack([result_of_step.sums for _, result_of_step in self._pending])
-        norms = torch.stack([norm.double() for norm in gradient_norms])  # equal on all ranks: only rank 0 contributes
-        return self.world.all_reduce_to_cpu(torch.cat([sums, norms[:, None]], 1), "metrics of the last steps").tolist()
+    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Record metrics of a step; None: of the current one."""
+        step = self.state.step if step is None else step
+        self.recorder.log(step, self.sampler.epochs_done(step), metrics)
 
-    def _noise_metrics(self, small: list[float], norm: float, size: int) -> dict[str, float]:
-        """The noise scale after a step, if it has gradients of two batch sizes."""
-        squares, inverses, count = small
-        if not count or count / inverses >= size or not math.isfinite(squares + norm):
-            return {}
-        self.noise_scale.add(squares / count, count / inverses, norm**2, size)
-        return self.noise_scale.metrics()
+    # -- measurements, checkpoints, result ----------------------------------------------------------------------------
 
-    def _probe_to_skip(self) -> bool:
-        """Whether to skip the measurement due at this step; the first and last step are never skipped."""
-        max_time_fraction = self.config.probe.max_time_fraction
-        if max_time_fraction is None or self.step == self.num_steps or not self._probe_possible(self.step):
-            return False
-        start_time, step = self._window  # without setup, which happens once
-        each_step = (time.monotonic() - start_time) / (self.step - step)
-        elapsed = self.recorder.seconds() - self.probe_seconds
-        return should_skip(
-            max_time_fraction,
-            spent_seconds=self.probe_seconds,
-            seconds_each=self._probe_seconds_each,
-            other_seconds=elapsed + (self.num_steps - self.step) * each_step,
-            num_remaining=sum(map(self.probe_due, range(self.step, self.num_steps))),
-            num_skipped_in_a_row=self._num_skipped_in_a_row,
-        )
-
-    # -- measurements -------------------------------------------------------------------------------------------------
-
-    def observe(self) -> None:
+    def evaluate_and_probe(self) -> None:
         """Validate and probe, if due at this step. Collective."""
-        is_first_or_last = self.step in (0, self.num_steps)
-        validate = len(self.val_set) and (is_first_or_last or self.eval_due(self.step))
-        skipped = self.step in self.skipped_probe_steps[-1:]
-        probe = self.config.probe.enabled and (is_first_or_last or (self.probe_due(self.step) and not skipped))
+        validate, probe = self.evaluator.due(), self.probes.due()
         if not (validate or probe):
             return
+        timer = self.world.timer
         with self.algorithm.evaluated_model() as model:
-            if self.step == 0:
-                with self.world.timer.phase("evaluation"):
-                    model = untrained_with_statistics(model, self.batches, self.world, self.config.batch.ghost_size)
+            if self.state.step == 0:
+                with timer.phase("evaluation"):
+                    ghost_size = self.config.batch.ghost_size
+                    model = untrained_with_statistics(model, self.batches, self.world, ghost_size)
             if validate:
-                with self.world.timer.phase("evaluation"):
-                    self.validate(model)
-            if probe or (
-                self.config.probe.enabled and self.step == self.num_steps
-            ):  # True if the target was just reached
-                with self.world.timer.phase("probe"):
-                    self.probe(model)
+                with timer.phase("evaluation"):
+                    score = self.evaluator.validate(model)
+                self.log({"val/loss": score.loss, "val/accuracy": score.accuracy})
+                self.progress(self.state.step, self.state.num_steps, f"val {score.accuracy:.1%}")
+            if probe or self.probes.due():  # if the target was reached just now, this step is the last
+                with timer.phase("probe"):
+                    observation = self.probes.measure(model)
+                for probe_set, layer_spectra in observation.spectra.items():
+                    self.recorder.spectra(self.state.step, layer_spectra, probe_set)
+                update = {} if self._update_norm is None else {"train/update_norm": float(self._update_norm)}
+                self.log(observation.metrics | (update if "norms" in self.config.probe.diagnostics else {}))
 
-    def validate(self, model: nn.Module) -> None:
-        """Evaluate on the validation images, and keep the model if it is the best so far. Collective."""
-        start_time = time.monotonic()
-        score = self._score(model, self.val_set)
-        if score.accuracy > self.best_val.get("accuracy", -1.0):
-            state = {key: value.clone() for key, value in model.state_dict().items()}
-            self.best_val = {"step": self.step, "accuracy": score.accuracy, "model": state}
-        self.recorder.log(self.step, self._epoch(self.step), {"val/loss": score.loss, "val/accuracy": score.accuracy})
-        train = self.config.train
-        if self.target_step is None and train.target_accuracy is not None and score.accuracy >= train.target_accuracy:
-            self.target_step = self.step
-            if train.stop_at_target:
-                self.num_steps = self.step
-        self.eval_seconds += time.monotonic() - start_time
-        self.progress(self.step, self.num_steps, f"val {score.accuracy:.1%}")
+    def save(self, *, wait: bool = False) -> None:
+        """Write a checkpoint; with `wait`, return when it is on disk. Collective.
 
-    def probe(self, model: nn.Module) -> None:
-        """Measure near-rank loss and diagnostics on the probe set; at both ends also controls. Collective."""
-        start_time = time.monotonic()
-        is_first_or_last = self.step in (0, self.num_steps)
-        metrics, spectra = self.observer(model, controls=is_first_or_last)
-        for probe_set, layer_spectra in spectra.items():
-            self.recorder.spectra(self.step, layer_spectra, probe_set)
-        if self._update_norm is not None and "norms" in self.config.probe.diagnostics:
-            metrics["train/update_norm"] = float(self._update_norm)
-        self.recorder.log(self.step, self._epoch(self.step), metrics)
-        self.probe_seconds += time.monotonic() - start_time
-        self._probe_seconds_each, self._num_skipped_in_a_row = measurement_seconds(metrics), 0
-
-    def _target_metrics(self) -> dict[str, Any]:
-        """Updates and epochs to train.target_accuracy, None if it was not reached; {} without a target."""
-        if self.config.train.target_accuracy is None:
-            return {}
-        epochs = None if self.target_step is None else self._epoch(self.target_step)
-        return {"updates_to_target": self.target_step, "epochs_to_target": epochs}
-
-    def _score(self, model: nn.Module, images: datasets.Images) -> Score:
-        return evaluate(model, images, self.normalise, self.world)
+        Raises:
+            UsageError: if `wait` and it cannot be written.
+        """
+        with self.world.timer.phase("checkpoint"):
+            states: dict[str, Any] = {"optimizer": self.strategy.optimizer_state(), "algorithm": self.algorithm.state()}
+            if self.evaluator.best:
+                states["best"] = self.evaluator.best["model"]
+            states["run"] = {
+                "train": self.state.state_dict(),
+                "step_metrics": self.step_metrics.state_dict(),
+                "evaluator": self.evaluator.state_dict(),
+                "probes": self.probes.state_dict(),
+                "scaler": self.strategy.scaler.state_dict(),
+                "seconds": self.recorder.seconds(),
+            }
+            info = {"world_size": self.world.size, "strategy": self.resolved.strategy, "launcher": self.launcher}
+            with self.algorithm.unsharded_model() as model:
+                self.checkpoints.save(self.state.step, {"model": model.state_dict(), **states}, info, wait=wait)
 
     def result(self) -> dict[str, Any]:
-        """Evaluate the last and the best model on the test images, which are used only here. Collective."""
+        """The result of the run, with the scores of the last and the best model on the test images. Collective."""
+        state, evaluator = self.state, self.evaluator
         with self.algorithm.evaluated_model() as model, self.world.timer.phase("evaluation"):
-            train, test = self._score(model, self.train_set), self._score(model, self.test_set)
-            if not math.isfinite(train.loss):  # the loss of a step belongs to the weights before it
-                raise Diverged(self.step, train.loss, "train_full/loss")
-            out = {
-                "train_full/loss": train.loss,
-                "train_full/accuracy": train.accuracy,
-                "test/loss": test.loss,
-                "test/accuracy": test.accuracy,
-                "train_test_gap": train.accuracy - test.accuracy,
-            }
-            if self.best_val:
-                model.load_state_dict(self.best_val["model"])
-                out["test_at_best_val/accuracy"] = self._score(model, self.test_set).accuracy
-        reached = {name: value for name, value in self._target_metrics().items() if value is not None}
-        self.recorder.log(self.step, self._epoch(self.step), out | reached)
-        samples = self._epoch(self.step) * len(self.train_set)
+            scores = evaluator.final_scores(model)
+        target: dict[str, Any] = {}
+        if self.config.train.target_accuracy is not None:
+            reached = evaluator.target_step
+            epochs = None if reached is None else self.sampler.epochs_done(reached)
+            target = {"updates_to_target": reached, "epochs_to_target": epochs}
+        self.log(scores | {name: value for name, value in target.items() if value is not None})
+        samples = self.sampler.epochs_done(state.step) * len(self.resolved.splits.train)
         return (
-            out
+            scores
             | {
-                "best_val_step": self.best_val.get("step"),
-                "best_val/accuracy": self.best_val.get("accuracy"),
-                "num_steps": self.step,
-                **self._target_metrics(),
-                "train_seconds": round(self.train_seconds, 3),
-                "probe_seconds": round(self.probe_seconds, 3),
-                "probe_left_out": self.skipped_probe_steps,
-                "eval_seconds": round(self.eval_seconds, 3),
-                "images_per_second": round(samples / max(self.train_seconds, 1e-9), 1),
+                "best_val_step": evaluator.best.get("step"),
+                "best_val/accuracy": evaluator.best.get("accuracy"),
+                "num_steps": state.step,
+                **target,
+                "train_seconds": round(state.train_seconds, 3),
+                "probe_seconds": round(self.probes.seconds, 3),
+                "probe_left_out": self.probes.skipped_steps,
+                "eval_seconds": round(evaluator.seconds, 3),
+                "images_per_second": round(samples / max(state.train_seconds, 1e-9), 1),
             }
             | _time_metrics(self.phase_seconds)
             | _memory_peaks(self.world)
         )
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is being written, and release the model."""
+        self.checkpoints.close()
+        self.profile.close()
+        self.strategy.close()
 
 
 def _time_metrics(times: Tensor) -> dict[str, float]:
@@ -626,12 +433,3 @@ def _memory_peaks(world: World) -> dict[str, list[float]]:
     peaks = torch.zeros(world.size, dtype=torch.float64)
     peaks[world.rank] = torch.cuda.max_memory_allocated(world.device) / 2**30
     return {"memory_peak_gib": [round(peak, 3) for peak in world.all_reduce(peaks, "peaks of memory").tolist()]}
-
-
-def _probe_cadence(config: RunConfig, sampler: EpochSampler) -> Cadence:
-    """The steps at which the run measures, in addition to the first and the last."""
-    probe = config.probe
-    cadences = [at_steps(map(sampler.step_at, probe.at_epochs))]
-    cadences += [log_spaced(probe.per_decade)] if probe.per_decade else []
-    cadences += [every(probe.every)] if probe.every else []
-    return any_of(*cadences)

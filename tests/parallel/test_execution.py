@@ -307,7 +307,7 @@ def sam_steps(world: World, name: str, settings: dict[str, Any]) -> dict[str, li
     rows = []
     for step in range(4):
         taken = course.step(step, 0.02, 0.9)
-        rows.append((float(world.all_reduce(taken.sums[:1].clone())), float(taken.norm)))
+        rows.append((float(world.all_reduce(taken.sums.loss_sum.clone())), float(taken.norm)))
     average_buffers(trainer.strategy.model, world)
     return {"loss": [row[0] for row in rows], "norm": [row[1] for row in rows]}
 
@@ -358,7 +358,7 @@ def compiled_steps(world: World, name: str, settings: dict[str, Any]) -> dict[st
                 "fail_on_recompile" if step > 1 and trainer.config.train.compile else "default"
             ):
                 sums = course.step(step, 0.02, 0.9).sums
-            losses.append(float(world.all_reduce(sums[:1].clone())))
+            losses.append(float(world.all_reduce(sums.loss_sum.clone())))
     saved = trainer.save()
     breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
     return {"loss": losses, "breaks": breaks, "graphs": graphs} | jobs.arrays(saved)

@@ -168,7 +168,7 @@ def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], li
             true = expected(copy.deepcopy(model), batches, indices, plan)
             strategy.track_local_grad_norm = watching
             sums, norm = train_step(strategy, batches, StepBatch(indices, 0, plan.micro_batches(world.rank)))
-            found = [*world.all_reduce(sums)[2:5].tolist(), float(norm) ** 2]
+            found = [*world.all_reduce(torch.stack(sums))[2:5].tolist(), float(norm) ** 2]
             out.append((global_size, micro_size, watching, found, true))
     return out
 

@@ -156,8 +156,8 @@ def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arr
 def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     uri = f"sqlite:///{tmp_path}/m.db"
     out = tmp_path / "run"
-    original = run_module._Session.result
-    monkeypatch.setattr(run_module._Session, "result", lambda self: 1 / 0)
+    original = run_module.Trainer.result
+    monkeypatch.setattr(run_module.Trainer, "result", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(out, **SMALL)
     MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)  # the driver is gone: the run is closed as killed
@@ -167,7 +167,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     found = MlflowClient(uri).get_run(first)
     assert found.info.status == "KILLED"
     assert found.data.tags["launcher"] == "local"
-    monkeypatch.setattr(run_module._Session, "result", original)
+    monkeypatch.setattr(run_module.Trainer, "result", original)
     run_module.run(config(**SMALL), out, resume=True, launcher="torchrun")
     MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)
     assert state(out)["run_id"] == first

@@ -145,7 +145,7 @@ def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):
             time.sleep(first.pop())
 
     monkeypatch.setattr(ProbeObserver, "__call__", slow)
-    monkeypatch.setattr("gengap_dist.training.trainer.measurement_seconds", lambda metrics: 0.1)
+    monkeypatch.setattr("gengap_dist.training.probe_scheduler.measurement_seconds", lambda metrics: 0.1)
     settings = {"train__steps": 100, "batch__global_size": 8, "probe__num_samples": 20, "probe__diagnostics": []}
     prepare_folder(tmp_path / "run", "run.json", resume=False)
     result = run(config(probe__max_time_fraction=0.05, **settings), tmp_path / "run", progress=progress)

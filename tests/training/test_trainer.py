@@ -88,7 +88,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(whole, tmp_path, monkeypatch, m
     from gengap_dist.training import trainer as run_module
     from gengap_dist.training.algorithms import base
 
-    session = run_module._Session
+    session = run_module.Trainer
     settings = SMALL | {"checkpoint__every_seconds": 0.0}  # save at every log point
     out = tmp_path / "run"
 
@@ -108,10 +108,9 @@ def test_resume_is_bitwise_the_uninterrupted_run(whole, tmp_path, monkeypatch, m
         original = base.train_step
         monkeypatch.setattr(base, "train_step", lambda *args: cut(*args, original=lambda s, *a: original(s, *a)))
     else:
-        original = getattr(session, "observe" if moment == "save" else "result")
-        monkeypatch.setattr(
-            session, "observe" if moment == "save" else "result", lambda self: cut(self, original=lambda s: original(s))
-        )
+        name = "evaluate_and_probe" if moment == "save" else "result"
+        original = getattr(session, name)
+        monkeypatch.setattr(session, name, lambda self: cut(self, original=original))
     with pytest.raises(Cut):
         train(out, **settings)
     monkeypatch.undo()

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gengap_dist.config.sections import AlgorithmConfig, RunConfig
 from gengap_dist.data.batch_loader import BatchLoader
@@ -17,19 +17,7 @@ from gengap_dist.training.algorithms.gradient_penalty import gradient_penalty
 from gengap_dist.training.algorithms.rank_penalty import RankPenalty
 from gengap_dist.training.algorithms.sam import sam
 from gengap_dist.training.step import ComputeGradient, Objective, StepBatch, train_step
-
-
-class StepResult(NamedTuple):
-    """The result of a step on one rank."""
-
-    size: int
-    """Samples of the step, over all ranks."""
-    lr: float
-    """Learning rate."""
-    sums: Tensor
-    """Sums of this rank, see `accumulate`."""
-    norm: Tensor | None
-    """Norm of the global gradient; None: the root of the last of the sums, over all ranks."""
+from gengap_dist.training.step_metrics import StepResult
 
 
 class TrainingAlgorithm:

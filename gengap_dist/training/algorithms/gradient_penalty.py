@@ -8,7 +8,8 @@ from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.training.algorithms.sam import TINY, perturbed
-from gengap_dist.training.step import NUM_SUMS, ComputeGradient, Objective, StepBatch, zero_contribution_pass
+from gengap_dist.training.step import ComputeGradient, Objective, StepBatch, zero_contribution_pass
+from gengap_dist.training.step_metrics import StepMetrics, zero_metrics
 
 STEP = 0.01  # length of the forward difference in parameter space, as in DARTS (Liu et al. 2019)
 
@@ -23,11 +24,11 @@ def gradient_penalty(coefficient: float) -> ComputeGradient:
 
     def compute_gradient(
         strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[StepMetrics[Tensor], None]:
         world = strategy.world
         parameters = [p for p in strategy.model.parameters() if p.requires_grad]
         direction = [torch.zeros_like(p) for p in parameters]
-        sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=world.device)
+        sums = zero_metrics(world.device)
 
         def gradient(span: Span, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
             strategy.position.move_to(span.start, len(step_batch.indices), world.size, *step_batch.rng_key)
@@ -50,8 +51,8 @@ def gradient_penalty(coefficient: float) -> ComputeGradient:
             weight = span.size / len(step_batch.indices)
             for total, g, ahead in zip(direction, gradient_at_w, gradient_ahead, strict=True):
                 total += weight * (g + coefficient * (ahead - g) / step)
-            sums[0] += loss_sum.detach()
-            sums[1] += (logits.detach().argmax(1) == labels).sum()
+            sums.loss_sum.add_(loss_sum.detach())
+            sums.num_correct.add_((logits.detach().argmax(1) == labels).sum())
         with strategy.micro_step(last=True):  # the gradient of <p, direction> is direction; the all-reduce sums it
             linear = sum((p * d).sum() for p, d in zip(parameters, direction, strict=True))
             zero_contribution_pass(strategy, batches, step_batch.epoch, linear)

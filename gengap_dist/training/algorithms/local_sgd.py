@@ -22,11 +22,12 @@ from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import average_buffers, has_batch_norm
 from gengap_dist.parallel.strategies import OptimizerState, Single, Strategy
-from gengap_dist.training.algorithms.base import StepResult, TrainingAlgorithm, batch_plan_for, first_step_after
+from gengap_dist.training.algorithms.base import TrainingAlgorithm, batch_plan_for, first_step_after
 from gengap_dist.training.algorithms.update_bn import recompute_running_stats
 from gengap_dist.training.lr_schedule import scaled_lr
 from gengap_dist.training.optimizer import build_optimizer
-from gengap_dist.training.step import NUM_SUMS, StepBatch, train_step
+from gengap_dist.training.step import StepBatch, train_step
+from gengap_dist.training.step_metrics import StepResult, zero_metrics
 
 
 @final
@@ -77,7 +78,7 @@ class LocalSGD(TrainingAlgorithm):
             momentum /= self.lr_factor  # the form v = m v + lr g: momentum contains the previous rate
         lr *= self.lr_factor
         num_active = sum(size > 0 for size in sizes)
-        sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.world.device)
+        sums = zero_metrics(self.world.device)
         for worker, strategy in self.workers.items():
             indices, epoch = worker_batches[worker]
             if not len(indices):  # incomplete last batch of an epoch: this worker makes no step
@@ -87,9 +88,10 @@ class LocalSGD(TrainingAlgorithm):
             spans = batch_plan_for(self.config, len(indices), 1).micro_batches(0)
             step_batch = StepBatch(indices, epoch, spans, (self.config.seed, step, worker))
             worker_sums, norm = train_step(strategy, self.batches, step_batch, self.objective, self.compute_gradient)
-            sums[:2] += worker_sums[:2]
-            sums[-2] += worker_sums[-2] / num_active
-            sums[-1] += norm.double().square() / num_active
+            sums.loss_sum.add_(worker_sums.loss_sum)
+            sums.num_correct.add_(worker_sums.num_correct)
+            sums.penalty.add_(worker_sums.penalty / num_active)
+            sums.worker_squared_norm.add_(norm.double().square() / num_active)
         self._holds_average = False
         algorithm = self.config.algorithm
         if algorithm.local_sgd == "post_local_sgd" and (step - self.first_step + 1) % algorithm.local_steps == 0:

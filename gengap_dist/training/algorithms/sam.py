@@ -10,6 +10,7 @@ from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.training.step import ComputeGradient, Objective, StepBatch, accumulate
+from gengap_dist.training.step_metrics import StepMetrics
 
 TINY = 1e-12
 
@@ -34,7 +35,7 @@ def sam(rho: float) -> ComputeGradient:
 
     def compute_gradient(
         strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, objective: Objective
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[StepMetrics[Tensor], Tensor]:
         sums = accumulate(strategy, batches, step_batch, objective)
         scaled_norm = strategy.gradient_norm()
         parameters = [p for p in strategy.model.parameters() if p.grad is not None]

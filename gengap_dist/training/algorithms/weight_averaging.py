@@ -13,8 +13,9 @@ from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.models.batch_norm import average_buffers, has_batch_norm
 from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.training.algorithms.base import StepResult, TrainingAlgorithm, first_step_after
+from gengap_dist.training.algorithms.base import TrainingAlgorithm, first_step_after
 from gengap_dist.training.algorithms.update_bn import recompute_running_stats
+from gengap_dist.training.step_metrics import StepResult
 
 
 @final

@@ -70,8 +70,8 @@ class Trainer:
             )
             assert norm.shape == ()
             mine = torch.zeros(self.world.size, 2, dtype=torch.float64)
-            mine[self.world.rank] = sums[2:4]
-            loss = self.world.all_reduce(sums[:1].clone()) / len(indices)
+            mine[self.world.rank] = torch.stack(sums[2:4])
+            loss = self.world.all_reduce(sums.loss_sum.clone()) / len(indices)
             rows.append({"loss": float(loss), "norm": float(norm), "energy": self.world.all_reduce(mine).tolist()})
             self.step += 1
         return {key: [row[key] for row in rows] for key in ("loss", "norm", "energy")}

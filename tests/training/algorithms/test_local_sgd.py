@@ -88,8 +88,8 @@ def check(taken, results):
     """The step's loss and norm are the mean and the root mean square over workers of one size."""
     losses, norms = torch.tensor(results, dtype=torch.float64).T
     assert taken.norm is None
-    assert float(taken.sums[0]) / taken.size == pytest.approx(float(losses.mean()), rel=1e-10)
-    assert float(taken.sums[-1]) ** 0.5 == pytest.approx(float(norms.square().mean().sqrt()), rel=1e-10)
+    assert float(taken.sums.loss_sum) / taken.size == pytest.approx(float(losses.mean()), rel=1e-10)
+    assert float(taken.sums.worker_squared_norm) ** 0.5 == pytest.approx(float(norms.square().mean().sqrt()), rel=1e-10)
 
 
 def test_post_local_sgd_is_what_it_is_defined_as():

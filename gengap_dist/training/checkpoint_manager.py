@@ -1,0 +1,113 @@
+"""When a run saves checkpoints, and from which one it continues."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+from gengap_dist.config.sections import CheckpointConfig
+from gengap_dist.distributed.process_group import World
+from gengap_dist.errors import UsageError
+from gengap_dist.runs import checkpoint
+from gengap_dist.runs.run_folder import NullRecorder
+
+SCHEMA = 2  # of run.pt
+
+
+@final
+class CheckpointManager:
+    """The checkpoints of one run. Rank 0 writes them, and decides by its clock and its disk."""
+
+    def __init__(self, config: CheckpointConfig, out: Path, world: World, recorder: NullRecorder) -> None:
+        """Checkpoints in the run folder `out`, in which `recorder` writes the metrics."""
+        self.config, self.world, self.recorder, self.folder = config, world, recorder, out / "checkpoints"
+        self.writer = checkpoint.CheckpointWriter(self.folder, config.keep) if world.rank == 0 else None
+        self._saved_at = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether checkpoint.every_steps asks for one after `step` steps."""
+        return self.config.every_steps is not None and step % self.config.every_steps == 0
+
+    def overdue(self) -> bool:
+        """Whether checkpoint.every_seconds asks for one now; False on ranks other than 0."""
+        late = time.monotonic() - self._saved_at > self.config.every_seconds
+        return late and self.writer is not None and not self.writer.busy
+
+    def latest(self) -> Path | None:
+        """The last checkpoint that is valid on rank 0; None if there is none. Collective.
+
+        Raises:
+            UsageError: if all are damaged.
+        """
+        step, error = -1, None
+        if self.writer:
+            try:
+                path = checkpoint.latest(self.folder, partial(warnings.warn, stacklevel=2))
+                step = step if path is None else int(path.name.removeprefix("step_"))
+            except UsageError as found:
+                step, error = -2, found
+        step = self.world.broadcast_int(step)
+        if step == -2:
+            raise error or UsageError("rank 0 found every checkpoint damaged")
+        return None if step < 0 else checkpoint.checkpoints_by_step(self.folder)[step]
+
+    def save(self, step: int, states: Mapping[str, Any], facts: Mapping[str, Any], *, wait: bool) -> None:
+        """Write a checkpoint in the background; with `wait`, return when it is on disk. Does nothing on other ranks.
+
+        All metrics of earlier steps are written before; the checkpoint holds those of `step`, which may still grow. If
+        it cannot be written, the run continues with a warning.
+
+        Args:
+            step: number of optimizer steps done.
+            states: by file; see `CheckpointWriter.save`.
+            facts: information for people.
+            wait: wait until it is on disk.
+
+        Raises:
+            UsageError: if `wait` and it cannot be written.
+        """
+        self._saved_at = time.monotonic()
+        if self.writer is None:
+            return
+        try:
+            self.recorder.flush(before=step)
+            run = {"schema": SCHEMA, **states["run"], "pending_rows": self.recorder.pending_rows()}
+            self.writer.save(step, {**states, "run": run}, {**facts, "mlflow_run_id": self.recorder.mlflow_run_id()})
+            if wait:
+                self.writer.wait()
+        except OSError as error:
+            latest_step = max(checkpoint.checkpoints_by_step(self.folder), default=None)
+            message = (
+                f"a checkpoint could not be written after step {step} ({error.strerror or error}); "
+                + ("there is none yet" if latest_step is None else f"the one of step {latest_step} is complete")
+                + f": free disk space in {self.folder.parent}"
+            )
+            if wait:
+                raise UsageError(f"{message}, then continue with --resume") from None
+            warnings.warn(f"{message}; the run continues", stacklevel=2)
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is being written."""
+        with contextlib.suppress(OSError):
+            if self.writer:
+                self.writer.wait()
+
+
+def read_run_state(path: Path) -> dict[str, Any]:
+    """The content of run.pt of a checkpoint, also of one that an earlier version wrote."""
+    state = checkpoint.load(path / "run.pt")
+    if state.get("schema") == SCHEMA:
+        return state
+    probe_seconds, eval_seconds, train_seconds, seconds_each = state["timers"]
+    return {
+        "train": {"step": state["step"], "train_seconds": train_seconds},
+        "seconds": state["seconds"],
+        "scaler": state["scaler"],
+        "pending_rows": state["held"],
+        "evaluator": {"best": state["best"], "target_step": state["reached"], "seconds": eval_seconds},
+        "probes": {"seconds": probe_seconds, "seconds_each": seconds_each, "skipped_steps": state["probe_left_out"]},
+        "step_metrics": state["noise"],
+    }

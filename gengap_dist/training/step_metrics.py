@@ -1,0 +1,135 @@
+"""The numbers of a step, summed over ranks by one asynchronous all-reduce, and read while the next step computes."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, Generic, NamedTuple, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.process_group import World
+from gengap_dist.probes.noise_scale import NoiseScale
+
+Value = TypeVar("Value", Tensor, float)
+
+
+class StepMetrics(NamedTuple, Generic[Value]):
+    """Sums of one step: those of one rank, as float64 scalars on its device, or those over all ranks, as floats."""
+
+    loss_sum: Value
+    """Losses of the samples."""
+    num_correct: Value
+    """Samples whose class was predicted correctly."""
+    local_squared_norm: Value
+    """|G_b|^2 of a rank's first micro-batch, for the noise scale; 0 if it is not tracked."""
+    local_inverse_size: Value
+    """1/b of the same micro-batch."""
+    num_local_norms: Value
+    """1 for each rank with such a micro-batch."""
+    penalty: Value
+    """Share of the penalty that is part of the objective."""
+    worker_squared_norm: Value
+    """Share of the mean squared gradient norm over the workers of local SGD."""
+    grad_norm: Value
+    """Norm of the global gradient: only from rank 0, because all ranks have the same."""
+    preemption_requests: Value
+    """1 for each rank that was asked to stop."""
+
+
+def zero_metrics(device: torch.device) -> StepMetrics[Tensor]:
+    """Sums to which a rank adds in place."""
+    return StepMetrics(*torch.zeros(len(StepMetrics._fields), dtype=torch.float64, device=device))
+
+
+class StepResult(NamedTuple):
+    """The result of a step on one rank."""
+
+    size: int
+    """Samples of the step, over all ranks."""
+    lr: float
+    """Learning rate."""
+    sums: StepMetrics[Tensor]
+    """Sums of this rank."""
+    norm: Tensor | None
+    """Norm of the global gradient; None: the root of `worker_squared_norm`, summed over ranks."""
+
+
+class StepRecord(NamedTuple):
+    """A step whose sums over all ranks are known; the same on every rank."""
+
+    step: int
+    """Number of the step, from 1."""
+    loss: float
+    """Mean loss over the global batch."""
+    preempted: bool
+    """Whether preemption was requested on a rank before the step ended."""
+    metrics: dict[str, float]
+    """What is recorded about the step."""
+
+
+@final
+class StepMetricsAggregator:
+    """Sums the metrics of each step over ranks, without waiting for the others or for a GPU in the same step."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        """For the steps of one run."""
+        self.config, self.world = config, world
+        self.noise_scale = NoiseScale()
+        self._in_flight: deque[tuple[int, StepResult, Callable[[], Tensor]]] = deque()
+
+    def add(self, step: int, result: StepResult, *, preemption_requested: bool) -> None:
+        """Start the sum over ranks of the metrics of step number `step`, from 1. Collective."""
+        sums = result.sums
+        if self.world.rank == 0 and result.norm is not None:
+            sums.grad_norm.copy_(result.norm)
+        if preemption_requested:
+            sums.preemption_requests.fill_(1.0)
+        self._in_flight.append(
+            (step, result, self.world.all_reduce_to_cpu_async(torch.stack(sums), "metrics of a step"))
+        )
+
+    def read(self, *, in_flight: int) -> Iterator[StepRecord]:
+        """The records of the added steps, in order, except the last `in_flight`: their sums may not be ready.
+
+        Collective: all ranks must read the same steps.
+        """
+        while len(self._in_flight) > in_flight:
+            step, result, wait = self._in_flight.popleft()
+            totals = StepMetrics[float](*wait().tolist())
+            loss = totals.loss_sum / result.size
+            yield StepRecord(step, loss, totals.preemption_requests > 0, self._metrics(result, totals, loss))
+
+    def _metrics(self, result: StepResult, totals: StepMetrics[float], loss: float) -> dict[str, float]:
+        norm = totals.worker_squared_norm**0.5 if result.norm is None else totals.grad_norm
+        metrics = {
+            "train/loss": loss,
+            "train/accuracy": totals.num_correct / result.size,
+            "train/grad_norm": norm,
+            "train/lr": result.lr,
+        }
+        if self.config.algorithm.rank_penalty is not None:
+            metrics["train/rank_penalty"] = totals.penalty
+        if self.config.optim.schedule == "grow":
+            metrics["train/global_size"] = result.size
+        return metrics | self._noise_metrics(totals, norm, result.size)
+
+    def _noise_metrics(self, totals: StepMetrics[float], norm: float, size: int) -> dict[str, float]:
+        """The noise scale after a step, if it has gradients of two batch sizes."""
+        count = totals.num_local_norms
+        if not count or count / totals.local_inverse_size >= size:
+            return {}
+        if not math.isfinite(totals.local_squared_norm + norm):
+            return {}
+        self.noise_scale.add(totals.local_squared_norm / count, count / totals.local_inverse_size, norm**2, size)
+        return self.noise_scale.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages of the noise scale; no step may be in flight."""
+        return asdict(self.noise_scale)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+        self.noise_scale = NoiseScale(**state)

@@ -24,7 +24,7 @@ OWNERS = {
     "torch/amp/grad_scaler.py": "GradScaler",
     "deepspeed/": "DeepSpeed",
 }  # waits in these files belong to the named package
-FIRST, NUM_STEPS, TOTAL = 4, 8, 20  # counted steps; a run reads its sums after 32 steps, and at its end
+FIRST, NUM_STEPS, TOTAL = 4, 8, 20  # counted steps; a run waits for an event in each of them, which is not counted
 BASE: Settings = {**NO_PROBE, "train.steps": TOTAL, "data.val_fraction": 0.0}
 
 SETTINGS: dict[str, tuple[Settings, str]] = {  # settings, and the package that is needed

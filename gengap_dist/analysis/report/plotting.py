@@ -226,7 +226,7 @@ def in_rows(study: StudyData) -> bool:
 
 def chosen_layers(study: StudyData, max_layers: int = MAX_PANELS) -> list[str]:
     """Raw layer keys, at most `max_layers` of them, evenly spaced over the depth of the network."""
-    keys = [key for key in study.layer_keys() if not key.endswith("/centred")]
+    keys = study.layer_keys()
     if len(keys) <= max_layers:
         return keys
     return [keys[round(i * (len(keys) - 1) / (max_layers - 1))] for i in range(max_layers)]

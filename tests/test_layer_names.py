@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("default")]  # M
 
 UNITS = [
     "n1", "own_batch", "weight", "centred", "file", "meta", "rel_1e-2", "a/b@größe", "a_b", "a:b", "a%2Fb", "[red]",
-    "x" * 300, "x" * 299 + "y",
+    "$a_$", "x" * 300, "x" * 299 + "y",
 ]  # fmt: skip
 LAYERS = ["pool", *UNITS, "relu", "relu#2"]
 SETTINGS = {
@@ -75,7 +75,7 @@ def test_layers_with_odd_names_are_measured_compared_reported_and_read_back(tmp_
 
     here = read_study(out)
     assert [run.info["status"] for run in here.runs] == [FINISHED] * 2
-    compared = {run.folder: comparison_run(run) for run in here.runs}
+    compared = {run.folder: comparison_run(run, ()) for run in here.runs}
     for run in here.runs:
         for probe_set, measures in (("", compared[run.folder].measures), ("own_batch", compared[run.folder].own_batch)):
             of_layers = {name for name in measures if MetricKey.parse(name).measure == "near_rank_loss"}
@@ -111,7 +111,7 @@ def test_layers_with_odd_names_are_measured_compared_reported_and_read_back(tmp_
     assert (problems, back.arms, back.baseline) == ([], here.arms, here.baseline)
     for arm in here.arms:
         for one, other in zip(back.runs_of(arm), here.runs_of(arm), strict=True):
-            imported = comparison_run(one)
+            imported = comparison_run(one, ())
             assert imported.measures == compared[other.folder].measures
             assert imported.own_batch == compared[other.folder].own_batch
             assert imported.own_batch_untrained == compared[other.folder].own_batch_untrained

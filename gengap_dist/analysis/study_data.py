@@ -174,7 +174,7 @@ class StudyData:
         return []
 
 
-def comparison_run(run: RunData, tuned: Collection[str] = ()) -> Run:
+def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
     """The data of a run that a comparison uses; settings tuned for each arm are left out."""
     info, result = run.info, run.info.get("result") or {}
     settings = {name: value for name, value in computed_settings(info).items() if name not in tuned}

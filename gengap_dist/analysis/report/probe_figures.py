@@ -27,6 +27,7 @@ from gengap_dist.analysis.report.plotting import (
     colour,
     dots,
     in_rows,
+    label_of,
     listed,
     one_per_batch,
     plain_tick_labels,
@@ -82,7 +83,7 @@ def by_layer(study: StudyData, name: str) -> ReportFigure | None:
             row_axis(panel, [arm for arm, _ in arms])
         else:
             batch_axis(panel, sizes)
-        panel.set_title(key)
+        panel.set_title(label_of(key))
         limits = panel.set_xlim if rows else panel.set_ylim
         top = (panel.dataLim.x1 if rows else panel.dataLim.y1) * 1.08
         limits(*((-0.04, 1.04) if MEASURES[name].is_share else (0, top if top > 0 else None)))
@@ -131,7 +132,8 @@ def near_rank_change(study: StudyData) -> ReportFigure | None:
             )
     if not data:
         return None
-    column_width = max(0.8, 0.1 + 0.085 * max(map(len, keys)))  # inches
+    heads = [label_of(key) for key in keys]
+    column_width = max(0.8, 0.1 + 0.085 * max(map(len, heads)))  # inches
     labels_rotated = column_width * len(keys) > 8
     figure = Figure(figsize=(2 + min(column_width * len(keys), 8), 0.3 * len(arms) + (1.5 if labels_rotated else 0.5)))
     axes = figure.subplots()
@@ -146,7 +148,7 @@ def near_rank_change(study: StudyData) -> ReportFigure | None:
     row_axis(axes, arms)
     axes.set_xlim(-0.55, len(keys) - 0.45)
     axes.set_xticks(
-        range(len(keys)), keys, rotation=40 if labels_rotated else 0, ha="left" if labels_rotated else "center"
+        range(len(heads)), heads, rotation=40 if labels_rotated else 0, ha="left" if labels_rotated else "center"
     )
     axes.xaxis.tick_top()
     axes.tick_params(axis="x", length=0)
@@ -186,7 +188,7 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
             axes.set_ylim(len(steps) - 0.8, -2.1)
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
-            axes.set_title(key if row else f"{arm}, seed {run.seed}\n{key}")
+            axes.set_title(label_of(key) if row else f"{arm}, seed {run.seed}\n{label_of(key)}")
         grid[-1, column].set_xlabel("log10 of value / largest")
     for axes in grid[:, 0]:
         axes.set_ylabel("step")
@@ -256,7 +258,7 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
         panel.axhline(facts["floor"], color=QUIET, linewidth=1, linestyle=":")
         panel.set_yscale("log")
         plain_tick_labels(panel.yaxis)
-        panel.set_title(key.format(), fontsize=8)
+        panel.set_title(label_of(key.format()), fontsize=8)
         note = f"N {facts['num_samples']:,}, D {facts['num_units']:,}"
         panel.annotate(note, (0.97, 0.93), xycoords="axes fraction", ha="right", va="top", fontsize=7, color=SOFT)
         panel.tick_params(labelsize=7)
@@ -320,7 +322,7 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
                 if own is not None:
                     panel.plot(own[0], own[1], "*", color=colour(study, arm), markersize=9, markerfacecolor="none")
                     panel.plot(own[0], own[2], "*", color=colour(study, arm), markersize=9)
-            panel.set_title(key if row == 0 else "")
+            panel.set_title(label_of(key) if row == 0 else "")
             panel.set_ylim(*((-0.04, 1.04) if MEASURES[name].is_share else (0, None)))
         grid[row, 0].set_ylabel(MEASURES[name].label)
     if not data:
@@ -367,7 +369,7 @@ def measures_over_steps(study: StudyData) -> ReportFigure | None:
     for axes, name in zip(panels, SUMMARY, strict=True):
         for number, key in enumerate(keys):
             x, y = recorded.series(layer_metric(name, key))
-            axes.plot(x, y, marker=".", color=COLOURS[number % len(COLOURS)], label=key)
+            axes.plot(x, y, marker=".", color=COLOURS[number % len(COLOURS)], label=label_of(key))
             of_layer = {"measure": name, "layer": key}
             data += [of_layer | {"step": int(at), "value": float(v)} for at, v in zip(x, y, strict=True)]
         axes.set_xscale("symlog", linthresh=1)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from gengap_dist.analysis.arm_roles import Arm, Roles, group_by_arm, roles, shorter_counterpart, unscaled_counterpart
 from gengap_dist.analysis.results import Claim, Correlation, Outcome, Run
+from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.statistics.paired import CONFIDENCE, differences, holm, p_value, t_interval
 
 ALPHA = 1 - CONFIDENCE
@@ -19,8 +20,7 @@ NEGLIGIBLE_GAP = 0.005  # half a percentage point of accuracy
 NEGLIGIBLE_LOSS = 0.01  # one singular value in a hundred
 CLOSED = 0.25  # a remedy that leaves less than this share of the gap, if any, resolves it
 HALF = 0.5  # share of the growth that a penalty must remove, and share of the accuracy that must return
-LOSS = "near_rank_loss/"
-RELATIVE, ABSOLUTE = "/rel_1e-2", "/abs_1e-2"
+RELATIVE, ABSOLUTE = "rel_1e-2", "abs_1e-2"
 
 NO_GAP = "Tested only where there is a gap, and here no gap is significant."
 
@@ -80,32 +80,27 @@ def near_rank_loss_increase(threshold: str, measures_of: Measures, layers: Seque
     """Seed to the near-rank loss of the first arm minus that of the second, mean over the layers measured in both runs.
 
     Args:
-        threshold: suffix of the metric names.
+        threshold: of near-rank loss.
         measures_of: selects a set of measures of a run.
-        layers: layers to include, by name or by the first part of the name; empty for all.
+        layers: names of the layers to include, in all views; empty for all.
     """
 
     def difference(arm: Arm, other: Arm) -> dict[int, float]:
         out: dict[int, float] = {}
         for seed in sorted(arm.runs.keys() & other.runs.keys()):
             first, second = arm.runs[seed], other.runs[seed]
+            shared = {name: MetricKey.parse(name) for name in measures_of(first) if name in measures_of(second)}
             names = [
                 name
-                for name in measures_of(first)
-                if name in measures_of(second) and name.startswith(LOSS) and name.endswith(threshold)
+                for name, key in shared.items()
+                if (key.measure, key.threshold) == ("near_rank_loss", threshold) and (not layers or key.layer in layers)
             ]
-            names = [name for name in names if not layers or _within(name, layers)]
             same_size = measures_of is not _trained or first.num_probe_samples == second.num_probe_samples
             if names and same_size:
                 out[seed] = fmean(measures_of(first)[name] - measures_of(second)[name] for name in names)
         return out
 
     return difference
-
-
-def _within(name: str, layers: Sequence[str]) -> bool:
-    key = name.removeprefix(LOSS)
-    return any(key == layer or key.startswith(f"{layer}/") for layer in layers)
 
 
 def _trained(run: Run) -> Mapping[str, float]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gengap_dist.analysis.results import Correlation, Run
+from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.statistics.correlation import (
     fisher_interval,
     p_value_of_r,
@@ -17,13 +18,6 @@ from gengap_dist.statistics.correlation import (
 )
 from gengap_dist.statistics.paired import holm
 
-POSITIVE = (
-    "noise_scale",
-    "hessian/",
-    "keskar_sharpness",
-    "nc1",
-    "updates",
-)  # differ by factors: their logarithms are used
 UPDATES = "updates"
 
 
@@ -74,6 +68,6 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
 
 def _value(name: str, run: Run) -> float:
     value = float(run.num_updates or "nan") if name == UPDATES else run.measures.get(name, float("nan"))
-    if name.startswith(POSITIVE):
+    if name == UPDATES or MetricKey.parse(name).known.has_log_scale:
         return float(np.log(value)) if value > 0 else float("nan")
     return value

@@ -5,9 +5,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gengap_dist.analysis.study_data import EXPLANATIONS, MEASURED_AT, RunData, StudyData, read_study, tuned_settings
+from gengap_dist.analysis.study_data import MEASURED_AT, RunData, StudyData, read_study, tuned_settings
 from gengap_dist.config.identity import differing_settings, effective_settings, is_same_arm
 from gengap_dist.config.loading import flat
+from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.run_folder import read_info
@@ -159,8 +160,7 @@ def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) ->
         client = connect_client(address)
         for run in find_runs(client, source):
             folder = out / "runs" / run.info.run_id
-            wanted = [name for name in run.data.metrics if name in CURVES or EXPLANATIONS.fullmatch(name)]
-            save_as_run_folder(client, run, folder, names, wanted)
+            save_as_run_folder(client, run, folder, names, _is_compared)
             tags = run.data.tags
             tuned = frozenset(filter(None, tags.get("tuned", "").split(",")))
             yield Source(folder, tags.get("arm", ""), tuned, tags.get("role") == "baseline")
@@ -169,6 +169,10 @@ def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) ->
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise UsageError(f"MLflow at {address} cannot be read ({text}): check --tracking_uri") from None
+
+
+def _is_compared(name: str) -> bool:
+    return name in CURVES or MetricKey.parse(name).known.is_explanation
 
 
 def _arms(runs: Iterable[RunData], tuned: Collection[str]) -> dict[str, list[RunData]]:

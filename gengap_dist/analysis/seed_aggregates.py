@@ -4,7 +4,6 @@ Pure functions of the contents of run folders.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import reduce
@@ -12,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gengap_dist.config.metric_key import CONTROLS, EXPLANATORY_METRICS
+from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import SeedRun
 from gengap_dist.statistics.paired import paired, t_half_width, t_interval
 
-CHARTED = re.compile("val/(accuracy|loss)|" + EXPLANATORY_METRICS)
+CHARTED = ("train/loss", "val/accuracy", "val/loss")  # besides the explanations
 
 Line = dict[str, Any]
 
@@ -85,7 +84,7 @@ def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list
 
 
 def curves(runs: Sequence[MetricsTable]) -> Curves:
-    """The metrics in `CHARTED` over one or several runs that have recorded something.
+    """The metrics in `CHARTED` and those that may explain a gap, over runs of which each has recorded something.
 
     The training loss is kept only at steps that also have a validation accuracy.
     """
@@ -122,7 +121,9 @@ def _lines(curves: Curves) -> list[Line]:
 
 
 def _charted(name: str) -> bool:
-    return name == "train/loss" or (bool(CHARTED.fullmatch(name)) and not CONTROLS.search(name))
+    key = MetricKey.parse(name)
+    explains = key.known.is_explanation and not key.is_control and name != "relative_distance_from_init"
+    return explains or name in CHARTED
 
 
 def _accuracies(seeds: Sequence[SeedRun]) -> dict[int, float]:

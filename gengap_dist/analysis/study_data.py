@@ -1,7 +1,6 @@
 """Reads run folders and study folders for tables and figures."""
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,13 +12,13 @@ import numpy as np
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.results import Comparison, Run
 from gengap_dist.config.loading import flat
-from gengap_dist.config.metric_key import CONTROLS, EXPLANATORY_METRICS
+from gengap_dist.config.measures import OWN_BATCH
+from gengap_dist.config.metric_key import LayerKey, MetricKey
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import FINISHED, load_spectra, read_info, read_metrics_table
 from gengap_dist.statistics.paired import Paired, paired
 
-EXPLANATIONS = re.compile(EXPLANATORY_METRICS + "|relative_distance_from_init")
 CURVES = ("step", "epoch", "train/loss", "val/accuracy")  # drawn for every run
 MEASURED_AT = "probe_seconds/near_rank_loss"  # present in every line with a probe measurement
 
@@ -38,7 +37,8 @@ def _summarise_metrics(table: MetricsTable) -> _MetricsSummary:
         measured = np.flatnonzero(table.known[:, table.columns[MEASURED_AT]])
         first, last = table.line(measured[0]), table.line(measured[-1])
     else:  # a run of another program may measure at any step
-        ends = {name: table.series(name)[1][[0, -1]] for name in table.columns if EXPLANATIONS.fullmatch(name)}
+        names = [name for name in table.columns if MetricKey.parse(name).known.is_explanation]
+        ends = {name: table.series(name)[1][[0, -1]] for name in names}
         first, last = ({name: float(end[at]) for name, end in ends.items()} for at in (0, 1))
     epochs = table.series("epoch")[1]
     return _MetricsSummary(first, last, float(epochs[-1]) if len(epochs) else 0.0, table.select_columns(CURVES))
@@ -160,21 +160,21 @@ class StudyData:
         order = {arm: number for number, arm in enumerate(self.arms)}
         tuned = tuned_settings(self.info)
         runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))
-        return compare([_comparison_run(run, tuned) for run in runs], self.baseline)
+        return compare([comparison_run(run, tuned) for run in runs], self.baseline)
 
     def with_baseline(self, baseline: str) -> "StudyData":
         """The same study with another baseline."""
         return replace(self, baseline=baseline, info=self.info | {"baseline": baseline})
 
     def layer_keys(self) -> list[str]:
-        """Keys of the measured layers, in the model's order."""
+        """Keys of the measured layers on raw activations, in the model's order."""
         for run in self.runs:
             if steps := run.spectra_steps():
-                return list(run.spectra(steps[0]))
+                return [key for key in run.spectra(steps[0]) if not LayerKey.parse(key).centred]
         return []
 
 
-def _comparison_run(run: RunData, tuned: Collection[str]) -> Run:
+def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
     """The data of a run that a comparison uses; settings tuned for each arm are left out."""
     info, result = run.info, run.info.get("result") or {}
     settings = {name: value for name, value in flat(info["config"]).items() if name not in tuned}
@@ -190,8 +190,8 @@ def _comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         settings=settings,
         accuracy=result.get("test/accuracy"),
         measures=_explanations(last),
-        own_batch=_explanations(last, "/own_batch"),
-        own_batch_untrained=_explanations(first, "/own_batch"),
+        own_batch=_explanations(last, OWN_BATCH),
+        own_batch_untrained=_explanations(first, OWN_BATCH),
         num_probe_samples=info.get("num_probe_samples"),
         target=_section(info, "train").get("target_accuracy"),
         updates_to_target=result.get("updates_to_target"),
@@ -213,24 +213,17 @@ def _explanations(line: Mapping[str, float], probe_set: str = "") -> dict[str, f
     """Measures that may explain a gap, on raw activations; the name of another probe set is removed from the names.
 
     >>> line = {"nc1": 2.0, "effective_rank/a": 8.0, "effective_rank/a/centred": 7.0, "effective_rank/a/own_batch": 3.0}
-    >>> _explanations(line), _explanations(line, "/own_batch")
+    >>> _explanations(line), _explanations(line, "own_batch")
     ({'nc1': 2.0, 'effective_rank/a': 8.0}, {'effective_rank/a': 3.0})
     """
-    names = {name.replace(probe_set, ""): name for name in line if probe_set in name}
-    return {
-        name: float(line[full])
-        for name, full in names.items()
-        if EXPLANATIONS.fullmatch(name) and not CONTROLS.search(name) and math.isfinite(line[full])
-    }
-
-
-def metric(measure: str, key: str, threshold: str = "") -> str:
-    """The metric name of a layer's measure, see `probes.metrics`.
-
-    >>> metric("near_rank_loss", "fc2/centred", "abs_1e-2")
-    'near_rank_loss/fc2/centred/abs_1e-2'
-    """
-    return "/".join(filter(None, (measure, key, threshold)))
+    out: dict[str, float] = {}
+    for name, value in line.items():
+        key = MetricKey.parse(name)
+        if key.known.is_explanation and key.probe_set == probe_set and math.isfinite(value):
+            key = key._replace(probe_set="")
+            if not key.is_control:
+                out[key.format() if probe_set else name] = float(value)
+    return out
 
 
 def read_run(folder: Path, arm: str | None = None) -> RunData:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import Parser
 from gengap_dist.config.loading import load_yaml, merge, nested, validate
+from gengap_dist.config.measures import PROBE_DIAGNOSTICS
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:  # torch is slow to import, and --help does not need it
     Network = tuple[int, Path, dict[str, Tensor] | None]
 
 PROG = "gengap probe"
-DIAGNOSTICS = ("norms", "weights", "neural_collapse", "hessian", "keskar")
 
 
 def command(argv: Sequence[str]) -> int:
@@ -162,7 +162,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--diagnostics",
         nargs="*",
-        choices=DIAGNOSTICS,
+        choices=PROBE_DIAGNOSTICS,
         help="other diagnostics to measure (default: norms weights neural_collapse)",
     )
     add("--seed", type=int, help="seed of an untrained network's weights")

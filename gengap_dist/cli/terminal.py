@@ -21,7 +21,9 @@ from rich.progress import (
 from rich.table import Table
 
 from gengap_dist.analysis.report.text import last_layer, percent, study_rows, ui_command
-from gengap_dist.analysis.study_data import RunData, StudyData, metric, read_run
+from gengap_dist.analysis.study_data import RunData, StudyData, read_run
+from gengap_dist.config.measures import MEASURES
+from gengap_dist.config.metric_key import layer_metric
 
 if TYPE_CHECKING:  # these import torch, which the driver process does not need
     from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
@@ -29,7 +31,12 @@ if TYPE_CHECKING:  # these import torch, which the driver process does not need
 
 QUIET_SECONDS = 15.0  # minimum interval between progress lines when there is no terminal
 OUTCOMES = {"supported": "blue", "contradicted": "dark_orange3", "undecided": "dim"}
-MEASURES = (("near_rank_loss", "rel_1e-2"), ("near_rank_loss", "abs_1e-2"), ("effective_rank", ""))
+SHOWN = {
+    "near_rank_loss/rel_1e-2": "near rank loss rel_1e-2",
+    "near_rank_loss/abs_1e-2": "near rank loss abs_1e-2",
+    "effective_rank": "effective rank",
+}
+"""Columns of a table of layers."""
 
 
 class RunProgress:
@@ -145,12 +152,12 @@ def layer_table(run: RunData) -> Table | None:
     table = Table(title=f"activation spectra: step {steps[0]} -> step {steps[-1]}", title_justify="left")
     table.add_column("layer", no_wrap=True)
     table.add_column("units", justify="right")
-    for name, threshold in MEASURES:
-        table.add_column(" ".join(filter(None, (name.replace("_", " "), threshold))), justify="right")
+    for head in SHOWN.values():
+        table.add_column(head, justify="right")
     for key, (_, facts) in spectra.items():
-        ends = [run.untrained_and_trained(metric(name, key, threshold)) for name, threshold in MEASURES]
+        ends = [run.untrained_and_trained(layer_metric(name, key)) for name in SHOWN]
         cells = [f"{before:.3g} -> {after:.3g}" for before, after in ends]
-        table.add_row(key, str(facts["num_units"]), *cells)
+        table.add_row(escape(key), str(facts["num_units"]), *cells)
     return table
 
 
@@ -165,7 +172,7 @@ def print_observation(observation: "Observation", untrained: "Observation | None
         values, values_before = spectrum.measures(), before.get(spectrum.key, {})
         near_rank_loss = values["near_rank_loss/rel_1e-2"]
         table.add_row(
-            spectrum.key,
+            escape(spectrum.key),
             f"{spectrum.num_samples:,}",
             f"{spectrum.num_units:,}" + (" > N" if spectrum.num_units > spectrum.num_samples else ""),
             str(spectrum.dead_units),
@@ -181,7 +188,7 @@ def print_observation(observation: "Observation", untrained: "Observation | None
     if len(sets := {name: spectra for name, spectra in observation.spectra.items() if name != "weights"}) > 1:
         console.print(_samples_table(sets))
     for name, value in observation.metrics.items():
-        if name.split("/")[0] in ("nc1", "hessian", "keskar_sharpness", "distance_from_init", "weight_norm"):
+        if name in MEASURES and name != "relative_distance_from_init":
             console.print(f"{name} {value:.4g}", highlight=False)
 
 
@@ -198,7 +205,7 @@ def _samples_table(sets: dict[str, list["LayerSpectrum"]]) -> Table:
             f"{values['near_rank_loss/rel_1e-2']:.1%}, {values['effective_rank']:.2f}" if values else "-"
             for values in measures
         ]
-        table.add_row(key, *cells)
+        table.add_row(escape(key), *cells)
     return table
 
 
@@ -254,7 +261,7 @@ def study_table(study: StudyData, *, every_column: bool = True) -> Table:
     heads = ["arm", "batch", "steps", "seeds", "test acc. (sd)", "sb_lb_gap", "bootstrap", "t"]
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number == 0 else "right", no_wrap=number in (0, 5, 6, 7))
+        table.add_column(escape(head), justify="left" if number == 0 else "right", no_wrap=number in (0, 5, 6, 7))
     for row in study_rows(study, last):
         table.add_row(*row)
     return table

@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from gengap_dist.config import measures
+
 
 def _one_or_many(value: Any) -> Any:
     """Accept a single value in place of a list."""
@@ -142,7 +144,7 @@ class ModelConfig(Section, affects="result"):
     """Units in each hidden layer of mlp."""
     activation: Literal["relu", "linear"] = "relu"
     """Non-linearity of lenet5 and mlp; linear: none (a control)."""
-    norm: Literal["local", "ghost", "sync", "group", "none"] | None = None
+    norm: measures.Norm | None = None
     """Statistics of the network's batch norm layers. local: of each rank's micro-batch, so the result depends on the
     number of ranks and on batch.micro_size; ghost: of batch.ghost_size consecutive samples of the global batch; sync:
     of the global batch; group: batch norm is replaced by group norm; none: it is removed. null: ghost if
@@ -190,7 +192,7 @@ class BatchConfig(Section, affects="result"):
 class OptimConfig(Section, affects="result"):
     """The optimizer and its learning rate."""
 
-    name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    name: measures.Optimizer = "sgd"
     """Optimizer: sgd (with momentum), adamw, or lars and lamb, which are sgd and adam with the learning rate of each
     layer scaled by the norm of its weights."""
     lr: PositiveFloat = 0.02
@@ -214,7 +216,7 @@ class OptimConfig(Section, affects="result"):
     train.length_unit=updates."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Number of epochs in which the learning rate rises from near 0 to its full value."""
-    schedule: Literal["constant", "step", "cosine", "polynomial", "grow"] = "constant"
+    schedule: measures.Schedule = "constant"
     """Learning rate after warm-up: constant; step: multiplied by optim.gamma at each milestone; cosine and polynomial:
     decays to 0 at the last step, along a half cosine or as (1 - t)^optim.power; grow: constant, and the global batch is
     divided by optim.gamma at each milestone (Smith et al. 2018)."""
@@ -309,7 +311,7 @@ class AlgorithmConfig(Section, affects="result"):
     """Coefficient: add this times algorithm.rank_measure, summed over algorithm.rank_layers, to the loss. It raises the
     rank of their activations over the global batch directly, to separate cause from correlation. One extra forward pass
     per step."""
-    rank_measure: Literal["logdet", "spread"] = "logdet"
+    rank_measure: measures.RankMeasure = "logdet"
     """Function of the eigenvalues of the D x D covariance of the activations, divided by their mean: minus the mean log
     (logdet), or the variance (spread)."""
     rank_layers: tuple[str, ...] = ("auto",)
@@ -379,16 +381,14 @@ class ProbeConfig(Section, affects="observation"):
     layers: tuple[str, ...] = ("auto",)
     """`auto` (outputs of all non-linearities and residual blocks), or layer names; patterns such as `features.*` are
     allowed."""
-    views: tuple[Literal["channel", "token", "pool", "flatten"], ...] = ("channel", "token", "pool")
+    views: tuple[measures.View, ...] = ("channel", "token", "pool")
     """Reshaping of activations to a matrix. [N, C, H, W]: channel (N H W) x C, pool N x C (mean over H, W), flatten
     N x (C H W); tokens [N, T, D]: token (N T) x D, pool, flatten."""
-    method: Literal["gram", "tsqr"] = "gram"
+    method: measures.Method = "gram"
     """gram (fast; singular values below 6e-8 of the largest are noise) or tsqr (slower; below 1e-14, for float64)."""
     memory_mib: PositiveInt = 512
     """Largest memory of the probe per rank, in MiB; wide layers use several passes over the images if necessary."""
-    diagnostics: tuple[Literal["noise_scale", "norms", "weights", "neural_collapse", "hessian", "keskar"], ...] = (
-        "noise_scale", "norms", "weights", "neural_collapse",
-    )  # fmt: skip
+    diagnostics: tuple[measures.Diagnostic, ...] = ("noise_scale", "norms", "weights", "neural_collapse")
     """Alternative explanations to measure: noise_scale (of the gradient), norms (distance from initialisation, update),
     weights (their spectra), neural_collapse (NC1); and, at many times the cost of the probe, hessian (top eigenvalues
     and trace) and keskar (sharpness)."""
@@ -408,7 +408,7 @@ class LaunchConfig(Section, affects="runtime"):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu (gloo), cuda (NCCL, one GPU per rank), or auto: cuda if there is one GPU for every local rank; under ray, if
     the nodes have one for each of launch.num_processes ranks when the run starts."""
-    strategy: Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"] = "auto"
+    strategy: Literal["auto", measures.Strategy] = "auto"
     """Parallel strategy: single (one rank), ddp, DeepSpeed's ZeRO stages, or fsdp (torch's FSDP2, which shards
     parameters too); auto is single on one rank and ddp on more."""
     timeout_seconds: PositiveInt = 600

@@ -6,10 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gengap_dist.config.measures import VIEWS
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.layers import Layer
-
-VIEWS = ("channel", "token", "pool", "flatten")
 
 
 class LayerView(NamedTuple):

@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from gengap_dist.config.measures import WEIGHT_VIEW
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.activations import unwrapped
@@ -59,7 +60,7 @@ def _spectrum(name: str, matrix: Tensor, s: Tensor) -> LayerSpectrum:
     floor = FLOOR * float(s[0])
     return LayerSpectrum(
         layer=name.removesuffix(".weight").replace("._orig_mod", ""),  # added by torch.compile
-        view="weight",
+        view=WEIGHT_VIEW,
         centred=False,
         num_samples=matrix.shape[0],
         num_units=matrix.shape[1],

@@ -248,12 +248,15 @@ class RunRecorder(NullRecorder):
 
 
 def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:
-    """Spectra as the bytes of an npz file: one array per layer key, and `meta`, a JSON string with the other fields."""
+    """Spectra as the bytes of an npz file: one array per layer key, and `meta`, a JSON string with the other fields.
+
+    `_member` names the array of a layer key.
+    """
     import numpy as np
 
     arrays, meta = {}, {}
     for s in spectra:
-        arrays[s.key] = s.singular_values.numpy()
+        arrays[_member(s.key)] = s.singular_values.numpy()
         meta[s.key] = {
             "layer": s.layer, "view": s.view, "centred": s.centred, "floor": s.floor, "num_samples": s.num_samples,
             "num_units": s.num_units, "dead_units": s.dead_units,
@@ -269,7 +272,17 @@ def load_spectra(path: Path) -> "dict[str, tuple[np.ndarray, dict[str, Any]]]":
 
     with np.load(path) as file:
         meta = json.loads(str(file["meta"]))
-        return {key: (file[key], info) for key, info in meta.items()}
+        members = {key: _member(key) if _member(key) in file else key for key in meta}  # old files have the key itself
+        return {key: (file[members[key]], info) for key, info in meta.items()}
+
+
+def _member(key: str) -> str:
+    """The name of a layer key's array in an npz file: the key, unless numpy or `dump_spectra` uses that name.
+
+    >>> _member("fc2/pool"), _member("file"), _member("meta"), _member("block.npy")
+    ('fc2/pool', 'file/', 'meta/', 'block.npy/')
+    """
+    return f"{key}/" if key in ("file", "allow_pickle", "meta") or key.endswith(".npy") else key
 
 
 def read_info(out: Path) -> dict[str, Any]:

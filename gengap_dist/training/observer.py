@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gengap_dist.config.measures import OWN_BATCH
 from gengap_dist.config.sections import ProbeConfig, RunConfig
 from gengap_dist.data.batch_loader import Normalise
 from gengap_dist.data.datasets import Images
@@ -61,7 +62,7 @@ class ProbeObserver:
         self.num_samples = sizes[-1]
         self.controls = {f"n{size}": size for size in sizes[:-1]}
         if self.config.own_batch:
-            self.controls["own_batch"] = config.batch.global_size
+            self.controls[OWN_BATCH] = config.batch.global_size
         self._failed_diagnostics: set[str] = set()
 
     def __call__(self, model: nn.Module, *, controls: bool) -> Observation:

@@ -134,7 +134,7 @@ def test_a_study_is_a_parent_its_arms_and_their_seeds(sent, store):
     note = client.get_run(parent).data.tags["mlflow.note.content"]
     verdict = "- A claim. **undecided**: too few seeds."
     assert note == f"Does it *work*?\n\n{verdict}\n\n[Compare the arms]({comparison_path(study)})"
-    assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a_b/mean": 0.5}
+    assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a_b-300273da/mean": 0.5}
 
     before = everything(client, experiment)  # a second start, and a catch-up: nothing is sent twice
     MlflowUploader(study, store, "sent", COMPUTED).sync()

@@ -78,13 +78,13 @@ STUDY_FIGURES: dict[str, Entry] = {  # by file name
     ),
     "near_rank_loss_rel": Entry(
         "Near-rank loss of each layer",
-        lambda study, _: probe_figures.by_layer(study, *probe_figures.MEASURES[0]),
+        lambda study, _: probe_figures.by_layer(study, "near_rank_loss/rel_1e-2"),
         "Share of singular values below 1% of the largest, on the probe set. Dots are finished runs, diamonds their "
         "mean; the dashed line is the same networks before training.",
     ),
     "effective_rank": Entry(
         "Effective rank of each layer",
-        lambda study, _: probe_figures.by_layer(study, *probe_figures.MEASURES[1]),
+        lambda study, _: probe_figures.by_layer(study, "effective_rank"),
         "Effective rank (Roy & Vetterli 2007) of the raw activations, trained against untrained.",
     ),
     "spectra": SPECTRA,

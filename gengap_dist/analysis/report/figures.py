@@ -24,6 +24,7 @@ from gengap_dist.analysis.report.plotting import (
     colour,
     dots,
     in_rows,
+    label_of,
     listed,
     plain_tick_labels,
     row_axis,
@@ -249,7 +250,7 @@ def explanations(_: StudyData, comparison: Comparison) -> ReportFigure | None:
                 "num_arms": correlation.num_arms,
             }
         )
-    row_axis(axes, [correlation.measure for correlation in shown])
+    row_axis(axes, [label_of(correlation.measure) for correlation in shown])
     axes.set_xlim(-1.05, 1.05)
     axes.set_xlabel("correlation with test accuracy lost, over runs, seeds removed")
     handles = [
@@ -307,7 +308,7 @@ def gap_against_explanations(study: StudyData, comparison: Comparison) -> Report
             axes.set_xscale("log")
             plain_tick_labels(axes.xaxis)
         axes.axhline(0, color=QUIET, linewidth=1, linestyle="--")
-        axes.set_title(name, fontsize=9)
+        axes.set_title(label_of(name), fontsize=9)
     for axes in grid.flatten()[len(panels) :]:
         axes.set_visible(False)
     figure.supylabel("percentage points of test accuracy lost", fontsize=10, color=SOFT)

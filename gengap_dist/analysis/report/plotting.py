@@ -40,6 +40,7 @@ ACCENT, WARM = COLOURS[:2]
 UNTRAINED = QUIET
 MAX_PANELS = 9  # layers in one figure; of a deeper network, evenly spaced layers are shown
 MAX_ARMS_PER_BATCH = 3  # arms of one batch size that fit side by side on the batch axis
+MAX_LABEL = 100  # characters of a layer's or a metric's name
 ROW = 0.25  # inches
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -152,6 +153,17 @@ def listed(words: Sequence[str], max_words: int = 6) -> str:
     return ", ".join(words[:max_words]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def label_of(name: str) -> str:
+    r"""The name of a layer or a metric as text in a figure: shortened, and `$` begins no formula.
+
+    >>> label_of("fc2/pool"), label_of("a$b$c"), len(label_of(300 * "x"))
+    ('fc2/pool', 'a\\$b\\$c', 100)
+    """
+    half = MAX_LABEL // 2
+    shown = name if len(name) <= MAX_LABEL else f"{name[: half - 3]}...{name[-half:]}"
+    return shown.replace("$", r"\$")
+
+
 def colour(study: StudyData, arm: str) -> str:
     """The arm's colour, the same in every figure."""
     return COLOURS[study.arms.index(arm) % len(COLOURS)]
@@ -226,7 +238,7 @@ def in_rows(study: StudyData) -> bool:
 
 def chosen_layers(study: StudyData, max_layers: int = MAX_PANELS) -> list[str]:
     """Raw layer keys, at most `max_layers` of them, evenly spaced over the depth of the network."""
-    keys = [key for key in study.layer_keys() if not key.endswith("/centred")]
+    keys = study.layer_keys()
     if len(keys) <= max_layers:
         return keys
     return [keys[round(i * (len(keys) - 1) / (max_layers - 1))] for i in range(max_layers)]

@@ -27,35 +27,27 @@ from gengap_dist.analysis.report.plotting import (
     colour,
     dots,
     in_rows,
+    label_of,
     listed,
     one_per_batch,
     plain_tick_labels,
     row_axis,
     row_colour,
 )
-from gengap_dist.analysis.study_data import RunData, StudyData, metric
+from gengap_dist.analysis.study_data import RunData, StudyData
+from gengap_dist.config.measures import MEASURES, OWN_BATCH, SUMMARY
+from gengap_dist.config.metric_key import LayerKey, layer_metric
 
-MEASURES = (
-    ("near_rank_loss", "rel_1e-2", "near-rank loss (share < 0.01 s1)"),
-    ("effective_rank", "", "effective rank"),
-)
-DIAGNOSTICS = {  # metric: axis label
-    "noise_scale": "gradient noise scale (samples)",
-    "distance_from_init": "distance from initialisation",
-    "train/update_norm": "norm of the update",
-    "nc1": "NC1",
-    "hessian/eigenvalue_1": "largest Hessian eigenvalue",
-    "hessian/trace": "Hessian trace",
-    "keskar_sharpness": "sharpness (Keskar), %",
-}
+DIAGNOSTICS = {name: known.label for name, known in MEASURES.items() if known.label and not known.per_layer}
 MAX_RIDGES = 7  # steps of one panel
 MAX_VALUES = 128  # singular values of one spectrum in its CSV; spectra/*.npz have all
 BANDWIDTH = 0.12  # of the density kernel of a ridge, in decades of singular value
 NEAR = -2.0  # log10 of the relative near-rank threshold that is drawn
 
 
-def by_layer(study: StudyData, name: str, threshold: str, label: str) -> ReportFigure | None:
+def by_layer(study: StudyData, name: str) -> ReportFigure | None:
     """A measure of every layer, by global batch or one row per arm: trained (means, seeds) and untrained (dashed)."""
+    label = MEASURES[name].label
     keys, arms, rows = chosen_layers(study), arms_with_runs(study), in_rows(study)
     if not keys or not arms:
         return None
@@ -67,13 +59,13 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> ReportF
     sizes = [runs[0].global_size for _, runs in arms]
     data: list[Row] = []
     for panel, key in zip(grid.flatten(), keys, strict=False):
-        untrained = [run.untrained_and_trained(metric(name, key, threshold))[0] for _, runs in arms for run in runs]
+        untrained = [run.untrained_and_trained(layer_metric(name, key))[0] for _, runs in arms for run in runs]
         if np.isfinite(untrained).any():
             line = panel.axvline if rows else panel.axhline
             line(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
         for number, (arm, _) in enumerate(arms):
             runs = study.finished_runs(arm)
-            ends = [run.untrained_and_trained(metric(name, key, threshold)) for run in runs]
+            ends = [run.untrained_and_trained(layer_metric(name, key)) for run in runs]
             values = [trained for _, trained in ends]
             position, colour_of_arm = (
                 number if rows else batch_axis_position(sizes, number, 1.18),
@@ -84,17 +76,17 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> ReportF
                 dots(panel, rows, position, [np.nanmean(values)], marker="D", color=colour_of_arm, markersize=6)
             of_arm = {"arm": arm, "global_size": sizes[number], "layer": key}
             data += [
-                of_arm | {"seed": run.seed, "untrained": untrained_value, metric(name, "", threshold): trained_value}
+                of_arm | {"seed": run.seed, "untrained": untrained_value, name: trained_value}
                 for run, (untrained_value, trained_value) in zip(runs, ends, strict=True)
             ]
         if rows:
             row_axis(panel, [arm for arm, _ in arms])
         else:
             batch_axis(panel, sizes)
-        panel.set_title(key)
+        panel.set_title(label_of(key))
         limits = panel.set_xlim if rows else panel.set_ylim
         top = (panel.dataLim.x1 if rows else panel.dataLim.y1) * 1.08
-        limits(*((-0.04, 1.04) if name == "near_rank_loss" else (0, top if top > 0 else None)))
+        limits(*((-0.04, 1.04) if MEASURES[name].is_share else (0, top if top > 0 else None)))
     for panel in grid.flatten()[len(keys) :]:
         panel.set_visible(False)
     handles = [Line2D([], [], color=colour(study, arm), linestyle="", marker="D", label=arm) for arm, _ in arms]
@@ -102,10 +94,10 @@ def by_layer(study: StudyData, name: str, threshold: str, label: str) -> ReportF
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
     figure.supxlabel(label if rows else "global batch", fontsize=10, color=SOFT)
     figure.supylabel("" if rows else label, fontsize=10, color=SOFT)
-    column, last = metric(name, "", threshold), keys[-1]
+    last = keys[-1]
     means = []
     for arm, _ in arms:
-        values = [row[column] for row in data if row["arm"] == arm and row["layer"] == last]
+        values = [row[name] for row in data if row["arm"] == arm and row["layer"] == last]
         if np.isfinite(values).any():
             means.append(f"{arm} {np.nanmean(values):.3g}")
     return ReportFigure(
@@ -122,7 +114,7 @@ def near_rank_change(study: StudyData) -> ReportFigure | None:
     for i, arm in enumerate(arms):
         for j, key in enumerate(keys):
             runs = study.finished_runs(arm)
-            ends = np.array([run.untrained_and_trained(metric("near_rank_loss", key, "rel_1e-2")) for run in runs])
+            ends = np.array([run.untrained_and_trained(layer_metric("near_rank_loss/rel_1e-2", key)) for run in runs])
             if not (has_both := np.isfinite(ends).all(axis=1)).any():
                 continue
             untrained, trained = ends[has_both].mean(axis=0)
@@ -140,7 +132,8 @@ def near_rank_change(study: StudyData) -> ReportFigure | None:
             )
     if not data:
         return None
-    column_width = max(0.8, 0.1 + 0.085 * max(map(len, keys)))  # inches
+    heads = [label_of(key) for key in keys]
+    column_width = max(0.8, 0.1 + 0.085 * max(map(len, heads)))  # inches
     labels_rotated = column_width * len(keys) > 8
     figure = Figure(figsize=(2 + min(column_width * len(keys), 8), 0.3 * len(arms) + (1.5 if labels_rotated else 0.5)))
     axes = figure.subplots()
@@ -155,7 +148,7 @@ def near_rank_change(study: StudyData) -> ReportFigure | None:
     row_axis(axes, arms)
     axes.set_xlim(-0.55, len(keys) - 0.45)
     axes.set_xticks(
-        range(len(keys)), keys, rotation=40 if labels_rotated else 0, ha="left" if labels_rotated else "center"
+        range(len(heads)), heads, rotation=40 if labels_rotated else 0, ha="left" if labels_rotated else "center"
     )
     axes.xaxis.tick_top()
     axes.tick_params(axis="x", length=0)
@@ -195,7 +188,7 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
             axes.set_ylim(len(steps) - 0.8, -2.1)
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
-            axes.set_title(key if row else f"{arm}, seed {run.seed}\n{key}")
+            axes.set_title(label_of(key) if row else f"{arm}, seed {run.seed}\n{label_of(key)}")
         grid[-1, column].set_xlabel("log10 of value / largest")
     for axes in grid[:, 0]:
         axes.set_ylabel("step")
@@ -204,7 +197,7 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
         Line2D([], [], color=QUIET, marker="|", linestyle="", label="numerical floor"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=9)
-    last = metric("near_rank_loss", keys[-1], "rel_1e-2")
+    last = layer_metric("near_rank_loss/rel_1e-2", keys[-1])
     ends = [(arm, run.untrained_and_trained(last)) for arm, run in runs.items()]
     shares = listed([f"{arm} {first:.1%} to {last_share:.1%}" for arm, (first, last_share) in ends])
     alt_text = f"Share of the singular values of {keys[-1]} below 0.01 s1, from the first step to the last: {shares}."
@@ -243,8 +236,10 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
     steps = run.spectra_steps()
     if not steps:
         return None
-    first, last = run.spectra(steps[0]), run.spectra(steps[-1])
-    keys = [key for key in last if not key.endswith("/centred")]
+    first, last = (
+        {LayerKey.parse(key): spectrum for key, spectrum in run.spectra(step).items()} for step in (steps[0], steps[-1])
+    )
+    keys = [key for key in last if not key.centred]
     num_columns = min(len(keys), 4 if len(keys) <= 24 else 6)
     num_rows = -(-len(keys) // num_columns)
     figure = Figure(figsize=(2.6 * num_columns + 0.4, 2.1 * num_rows + 0.6))
@@ -253,17 +248,17 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
     for panel, key in zip(panels, keys, strict=False):
         facts = last[key][1]
         drawn = {"trained": (last[key], {"color": ACCENT, "linewidth": 1.6})}
-        if f"{key}/centred" in last:
-            drawn["centred"] = (last[f"{key}/centred"], {"color": WARM, "linewidth": 0.9})
+        if centred := last.get(key._replace(centred=True)):
+            drawn["centred"] = (centred, {"color": WARM, "linewidth": 0.9})
         if len(steps) > 1 and key in first:
             drawn["untrained"] = (first[key], {"color": UNTRAINED, "linestyle": "--", "linewidth": 1.2})
         for which, (spectrum, style) in drawn.items():
             _line(panel, *spectrum, **style)
-            data += [{"layer": key, "which": which} | point for point in _thinned(*spectrum)]
+            data += [{"layer": key.format(), "which": which} | point for point in _thinned(*spectrum)]
         panel.axhline(facts["floor"], color=QUIET, linewidth=1, linestyle=":")
         panel.set_yscale("log")
         plain_tick_labels(panel.yaxis)
-        panel.set_title(key, fontsize=8)
+        panel.set_title(label_of(key.format()), fontsize=8)
         note = f"N {facts['num_samples']:,}, D {facts['num_units']:,}"
         panel.annotate(note, (0.97, 0.93), xycoords="axes fraction", ha="right", va="top", fontsize=7, color=SOFT)
         panel.tick_params(labelsize=7)
@@ -278,7 +273,8 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
         handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained, raw"))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
     figure.supxlabel("index of singular value", fontsize=9, color=SOFT)
-    return ReportFigure(figure, f"Singular values of {len(keys)} layers at step {steps[-1]:,}: {listed(keys)}.", data)
+    names = listed([key.format() for key in keys])
+    return ReportFigure(figure, f"Singular values of {len(keys)} layers at step {steps[-1]:,}: {names}.", data)
 
 
 def _line(panel: Axes, values: np.ndarray, facts: dict, **style: object) -> None:
@@ -296,14 +292,13 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
     figure = Figure(figsize=(3.1 * len(keys) + 0.6, 5.2))
     grid = figure.subplots(2, len(keys), squeeze=False, sharex=True)
     data: list[Row] = []
-    for row, (name, threshold, label) in enumerate(MEASURES):
+    for row, name in enumerate(SUMMARY):
         for panel, key in zip(grid[row], keys, strict=True):
             for arm in arms:
                 points: dict[str, list[tuple[int, float, float]]] = {}
                 for run in study.runs_of(arm):
                     for probe_set, size in _probe_set_sizes(run).items():
-                        key_of_set = "/".join(filter(None, (key, probe_set)))
-                        ends = run.untrained_and_trained(metric(name, key_of_set, threshold))
+                        ends = run.untrained_and_trained(layer_metric(name, key, probe_set))
                         if np.isfinite(ends).any():
                             points.setdefault(probe_set, []).append((size, *ends))
                 means = {which: _mean(values) for which, values in points.items()}
@@ -311,7 +306,7 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
                     {
                         "arm": arm,
                         "layer": key,
-                        "measure": metric(name, "", threshold),
+                        "measure": name,
                         "probe_set": which or "fixed",
                         "num_samples": int(size),
                         "untrained": untrained,
@@ -319,7 +314,7 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
                     }
                     for which, (size, untrained, trained) in means.items()
                 ]
-                own = means.pop("own_batch", None)
+                own = means.pop(OWN_BATCH, None)
                 if means:
                     size, untrained, trained = np.array(sorted(means.values())).T
                     panel.plot(size, untrained, color=colour(study, arm), linestyle="--", linewidth=1, marker=".")
@@ -327,9 +322,9 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
                 if own is not None:
                     panel.plot(own[0], own[1], "*", color=colour(study, arm), markersize=9, markerfacecolor="none")
                     panel.plot(own[0], own[2], "*", color=colour(study, arm), markersize=9)
-            panel.set_title(key if row == 0 else "")
-            panel.set_ylim(*((-0.04, 1.04) if name == "near_rank_loss" else (0, None)))
-        grid[row, 0].set_ylabel(label)
+            panel.set_title(label_of(key) if row == 0 else "")
+            panel.set_ylim(*((-0.04, 1.04) if MEASURES[name].is_share else (0, None)))
+        grid[row, 0].set_ylabel(MEASURES[name].label)
     if not data:
         return None
     for panel in grid[1]:
@@ -337,7 +332,7 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
         panel.set_xlabel("probe samples N")
     handles = [Line2D([], [], color=colour(study, arm), marker="o", label=arm) for arm in arms]
     handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", marker=".", label="untrained"))
-    if any("own_batch" in _probe_set_sizes(run) for arm in arms for run in study.runs_of(arm)):
+    if any(OWN_BATCH in _probe_set_sizes(run) for arm in arms for run in study.runs_of(arm)):
         handles.append(Line2D([], [], color=UNTRAINED, linestyle="", marker="*", label="own batch"))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
     sizes = sorted({row["num_samples"] for row in data})
@@ -357,8 +352,8 @@ def _probe_set_sizes(run: RunData) -> dict[str, int]:
     """Probe sets of a run and their sizes; the name of the fixed one is ""."""
     names = {path.parent.name for path in (run.folder / "spectra").glob("*/step_*.npz")}
     sizes = {name: int(name[1:]) for name in names if name[0] == "n" and name[1:].isdigit()}
-    if "own_batch" in names:
-        sizes["own_batch"] = run.global_size
+    if OWN_BATCH in names:
+        sizes[OWN_BATCH] = run.global_size
     return ({"": fixed_size} if (fixed_size := run.info.get("num_probe_samples")) else {}) | sizes
 
 
@@ -371,15 +366,15 @@ def measures_over_steps(study: StudyData) -> ReportFigure | None:
     figure = Figure(figsize=(9.5, 3.4))
     panels = figure.subplots(1, 2)
     data: list[Row] = []
-    for axes, (name, threshold, label) in zip(panels, MEASURES, strict=True):
+    for axes, name in zip(panels, SUMMARY, strict=True):
         for number, key in enumerate(keys):
-            x, y = recorded.series(metric(name, key, threshold))
-            axes.plot(x, y, marker=".", color=COLOURS[number % len(COLOURS)], label=key)
-            of_layer = {"measure": metric(name, "", threshold), "layer": key}
+            x, y = recorded.series(layer_metric(name, key))
+            axes.plot(x, y, marker=".", color=COLOURS[number % len(COLOURS)], label=label_of(key))
+            of_layer = {"measure": name, "layer": key}
             data += [of_layer | {"step": int(at), "value": float(v)} for at, v in zip(x, y, strict=True)]
         axes.set_xscale("symlog", linthresh=1)
         plain_tick_labels(axes.xaxis)
-        axes.set_title(label)
+        axes.set_title(MEASURES[name].label)
         axes.set_xlabel("step")
     panels[1].legend(fontsize=8)
     return ReportFigure(figure, f"Near-rank loss and effective rank of {listed(keys)} over steps.", data)

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 from gengap_dist.analysis.report.plotting import Row
 from gengap_dist.analysis.report.text import interval, last_layer, percent, points
 from gengap_dist.analysis.results import Comparison
-from gengap_dist.analysis.study_data import RunData, StudyData, metric
+from gengap_dist.analysis.study_data import RunData, StudyData
+from gengap_dist.config.measures import SUMMARY
+from gengap_dist.config.metric_key import layer_metric
 from gengap_dist.statistics.paired import Interval, mean_and_std
 
 
@@ -86,9 +88,9 @@ def arm_table(study: StudyData, comparison: Comparison) -> Table:
                 ),
                 Cell(arm_gap.matched or "nothing"),
             ]
-        for name, threshold in (("near_rank_loss", "rel_1e-2"), ("effective_rank", "")) if last else ():
+        for name in SUMMARY if last else ():
             final_values = [
-                run.untrained_and_trained(metric(name, last or "", threshold))[1] for run in study.finished_runs(arm)
+                run.untrained_and_trained(layer_metric(name, last or ""))[1] for run in study.finished_runs(arm)
             ]
             row.append(number(mean_and_std(final_values)[0] if final_values else None, ".3g"))
         rows.append(row)

@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gengap_dist.analysis.study_data import StudyData, metric
+from gengap_dist.analysis.study_data import StudyData
+from gengap_dist.config.measures import SUMMARY
+from gengap_dist.config.metric_key import layer_metric
 from gengap_dist.statistics.paired import Paired, mean_and_std
 
 if TYPE_CHECKING:  # they would import torch, and the driver of ranks needs none
@@ -40,7 +42,7 @@ def interval(pair: tuple[float, float] | None) -> str:
 
 def last_layer(study: StudyData) -> str | None:
     """Key of the last measured layer, raw activations; None if there is none."""
-    keys = [key for key in study.layer_keys() if not key.endswith("/centred")]
+    keys = study.layer_keys()
     return keys[-1] if keys else None
 
 
@@ -68,9 +70,9 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
             interval(gap.student if gap else None),
         ]
         if last:
-            for name, threshold in (("near_rank_loss", "rel_1e-2"), ("effective_rank", "")):
+            for name in SUMMARY:
                 final_values = [
-                    run.untrained_and_trained(metric(name, last, threshold))[1] for run in study.finished_runs(arm)
+                    run.untrained_and_trained(layer_metric(name, last))[1] for run in study.finished_runs(arm)
                 ]
                 row.append(f"{mean_and_std(final_values)[0]:.3g}" if final_values else "-")
         rows.append(row)

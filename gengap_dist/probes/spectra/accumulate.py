@@ -16,12 +16,13 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gengap_dist.config.measures import Method
 from gengap_dist.distributed.batch_plan import Span, split
 from gengap_dist.distributed.process_group import World
 from gengap_dist.probes.spectra.gram import GramAccumulator, SpectrumAccumulator, all_reduce_grams
 from gengap_dist.probes.spectra.tsqr import QRAccumulator
 
-METHODS: dict[str, type[GramAccumulator] | type[QRAccumulator]] = {"gram": GramAccumulator, "tsqr": QRAccumulator}
+METHODS: dict[Method, type[GramAccumulator] | type[QRAccumulator]] = {"gram": GramAccumulator, "tsqr": QRAccumulator}
 
 
 @final

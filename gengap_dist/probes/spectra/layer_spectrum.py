@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gengap_dist.config.metric_key import LayerKey
+
 TAUS = (1e-1, 1e-2, 1e-3)  # thresholds of near-rank loss, the paper's sigma << 1
 ACTIVATION_FLOORS = {  # relative to s_1 of the raw matrix: rounding error of activations in their dtype
     torch.float64: 0.0,
@@ -51,12 +53,12 @@ class LayerSpectrum:
 
     @property
     def key(self) -> str:
-        """Name for metrics and files: layer, then view and `centred` where they apply.
+        """Name for metrics and files, see `config.metric_key`: layer, then view and `centred` where they apply.
 
         >>> LayerSpectrum("conv1", "pool", True, 2, 1, torch.ones(1).double(), 0.0, 0).key
         'conv1/pool/centred'
         """
-        return "/".join(part for part in (self.layer, self.view, "centred" if self.centred else "") if part)
+        return LayerKey(self.layer, self.view, self.centred).format()
 
     def measures(self) -> dict[str, float]:
         """All rank measures that these singular values support; docs/measures.md has the formulas.

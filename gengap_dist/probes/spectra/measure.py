@@ -10,11 +10,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gengap_dist.config.measures import Method
+from gengap_dist.config.metric_key import layer_metric
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.activations import capture_activations, eval_context, unwrapped
@@ -36,7 +38,7 @@ def measure(
     centred: Sequence[bool] = (False, True),
     world: World | None = None,
     memory_mib: int = 512,
-    method: Literal["gram", "tsqr"] = "gram",
+    method: Method = "gram",
 ) -> list[LayerSpectrum]:
     """Activation spectra of a network's layers over the inputs of all ranks. Collective.
 
@@ -278,15 +280,12 @@ def _solve(
 
 
 def metrics(spectra: Iterable[LayerSpectrum], probe_set: str = "") -> dict[str, float]:
-    """Flat metric names, `<measure>/<layer>[/<view>][/centred][/<probe set>][/<threshold>]`.
+    """All measures of the spectra by metric name, see `config.metric_key`.
 
     >>> s = LayerSpectrum("fc2", "", False, 9, 2, torch.tensor([1.0, 1e-3]).double(), 0.0, 0)
     >>> metrics([s])["near_rank_loss/fc2/abs_1e-2"], metrics([s], "n9")["sigma_max/fc2/n9"]
     (0.5, 1.0)
     """
-    out = {}
-    for layer in spectra:
-        for name, value in layer.measures().items():
-            measure_name, _, threshold = name.partition("/")
-            out["/".join(filter(None, (measure_name, layer.key, probe_set, threshold)))] = value
-    return out
+    return {
+        layer_metric(name, layer.key, probe_set): value for layer in spectra for name, value in layer.measures().items()
+    }

@@ -7,13 +7,14 @@ under its own names; for other runs the caller gives the names.
 import ast
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.config.loading import nested
 from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.runs.run_folder import write_atomically
+from gengap_dist.tracking.mlflow.names import own_name
 
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "running"}
 
@@ -81,15 +82,17 @@ def _search(client: Any, experiment_id: str, query: str = "") -> list[Any]:
             return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_name or ""))
 
 
-def save_as_run_folder(client: Any, run: Any, folder: Path, names: SourceNames, metric_names: Iterable[str]) -> None:
-    """Write one MLflow run as a run folder: run.json, and metrics.jsonl of the given metrics.
+def save_as_run_folder(
+    client: Any, run: Any, folder: Path, names: SourceNames, is_wanted: Callable[[str], bool]
+) -> None:
+    """Write one MLflow run as a run folder: run.json, and metrics.jsonl of the metrics whose names are wanted.
 
     Args:
         client: MLflow client of the store.
         run: the MLflow run.
         folder: folder to write; created if it does not exist.
         names: names of the required values in the run.
-        metric_names: metrics whose whole history is fetched.
+        is_wanted: whether to fetch the whole history of a metric; it is given the name in our run folders.
 
     Raises:
         UsageError: if a parameter is missing or not a number, or the accuracy is not between 0 and 1.
@@ -107,10 +110,11 @@ def save_as_run_folder(client: Any, run: Any, folder: Path, names: SourceNames, 
             )
         result["test/accuracy"] = accuracy
     lines: dict[int, dict[str, float]] = {}
-    for name in metrics.keys() & set(metric_names):
-        for point in client.get_metric_history(run.info.run_id, name):
-            lines.setdefault(point.step, {})[name] = point.value
     ours = run.data.tags.get("mlflow.source.name") == "gengap_dist"
+    for sent_name in metrics:
+        if is_wanted(name := own_name(sent_name, run.data.tags) if ours else sent_name):
+            for point in client.get_metric_history(run.info.run_id, sent_name):
+                lines.setdefault(point.step, {})[name] = point.value
     counted = metrics.get(names.num_updates, params.get(names.num_updates, max(lines, default=0) if ours else 0))
     num_steps = _integer(run, names.num_updates, str(counted), None)
     result["num_steps"] = num_steps

@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from gengap_dist.runs.run_folder import (
     read_metrics_table,
     write_atomically,
 )
+from gengap_dist.tracking.mlflow.names import mlflow_name, name_tags
 
 if TYPE_CHECKING:  # numpy, which the command that starts the uploader does not need
     from gengap_dist.runs.metrics_table import MetricsTable
@@ -247,8 +247,7 @@ class MlflowUploader:
         """Send the study's own metrics; MLflow shows the last value sent."""
         from mlflow.entities import Metric
 
-        recorded = (study.get("metrics") or {}).items()
-        metrics = {re.sub(r"[^/\w.\- :]", "_", name): value for name, value in recorded}  # names of arms may have a +
+        metrics = {mlflow_name(name): value for name, value in (study.get("metrics") or {}).items()}
         before = parent.get("metrics", {})
         timestamp = _millis(study["ended"]) if "ended" in study else 0
         self._log_metrics(
@@ -299,7 +298,9 @@ class MlflowUploader:
 
         known = state.get("tags", {})
         if changed := dict(_tag_strings(tags).items() - known.items()):
-            self.client.log_batch(state["run_id"], tags=[RunTag(key, value) for key, value in changed.items()])
+            entities = [RunTag(key, value) for key, value in changed.items()]
+            for at in range(0, len(entities), 100):
+                self.client.log_batch(state["run_id"], tags=entities[at : at + 100])
             self._save_state(folder, state, tags=known | changed)
 
     def _log_params_and_data(self, run_id: str, info: Line) -> None:
@@ -309,7 +310,7 @@ class MlflowUploader:
         final = {  # params cannot change
             key: value for key, value in settings.items() if declared_effect(key, StudyConfig) != "runtime"
         }
-        params = [Param(key, str(value)[:6000]) for key, value in final.items()]
+        params = [Param(mlflow_name(key), str(value)[:6000]) for key, value in final.items()]
         for at in range(0, len(params), 100):
             self.client.log_batch(run_id, params=params[at : at + 100])
         if data := info.get("data"):
@@ -336,13 +337,14 @@ class MlflowUploader:
             unsent = [
                 line for line in request if line["step"] > uncertain or not self._was_received(state["run_id"], line)
             ]
+            self._set_tags(folder, state, name_tags({name for line in request for name in _metric_values(line)}))
             self._save_state(folder, state, in_flight=last_step)
             self._log_metrics(state["run_id"], _mlflow_metrics(unsent, info))
             self._save_state(folder, state, last_step=last_step, in_flight=None)
             progress(folder.name, last_step, lines[-1]["step"])
 
     def _was_received(self, run_id: str, line: Line) -> bool:
-        name = list(_metric_values(line))[-1]
+        name = mlflow_name(list(_metric_values(line))[-1])
         return any(metric.step == line["step"] for metric in self.client.get_metric_history(run_id, name))
 
     def _send_system(self, folder: Path, state: State) -> None:
@@ -353,7 +355,7 @@ class MlflowUploader:
             done, lines = state.get("system", {}), list(read_lines(path))
             prefix = "/".join(filter(None, ("system", path.stem.removeprefix("system").lstrip("_"))))
             points = [
-                Metric(f"{prefix}/{name}", value, line["time"], step)
+                Metric(mlflow_name(f"{prefix}/{name}"), value, line["time"], step)
                 for step, line in enumerate(lines)
                 if step >= done.get(path.name, 0)
                 for name, value in line.items()
@@ -449,7 +451,7 @@ def _mlflow_metrics(lines: Iterable[Line], info: Line) -> list[Any]:
 
     start = _millis(info["started"])
     return [
-        Metric(name, value, start + round(line["seconds"] * 1000), line["step"])
+        Metric(mlflow_name(name), value, start + round(line["seconds"] * 1000), line["step"])
         for line in lines
         for name, value in _metric_values(line).items()
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gengap_dist.analysis.study_data import metric
+from gengap_dist.probes import metrics as metrics_of
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 from gengap_dist.runs.run_folder import DIVERGED, FINISHED, RunRecorder
 from tests.conftest import config
@@ -60,8 +60,7 @@ def write_run(folder: Path, number: int, seed: int, *, status: str = FINISHED, *
     record.start(config(seed=seed, **(target | settings)), FACTS)
     for step in STEPS:
         found = spectra(1 if step == 0 else 1 + number)
-        parts = [(s.key, name.partition("/"), value) for s in found for name, value in s.measures().items()]
-        metrics = {metric(measure, key, threshold): value for key, (measure, _, threshold), value in parts}
+        metrics = metrics_of(found)
         metrics |= {"probe_seconds/near_rank_loss": 0.1, "nc1": 1.0 + number + 0.01 * seed, "noise_scale": 50.0 + seed}
         metrics |= {"train/loss": 2.0 / (1 + step), "val/accuracy": 0.1 + 0.03 * step}
         record.log(step, step / 10, metrics)

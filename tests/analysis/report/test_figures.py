@@ -85,7 +85,7 @@ def test_more_than_three_arms_of_one_batch_have_rows(tmp_path):
     assert [label.get_text() for label in picture.figure.axes[0].get_yticklabels()] == found.arms
     assert STUDY_FIGURES["accuracy"].draw(found, found.comparison) is None  # the gaps say the same
     assert STUDY_FIGURES["accuracy"].draw(found, NOTHING) is not None
-    panels = drawn(probe_figures.by_layer(found, *probe_figures.MEASURES[0])).figure
+    panels = drawn(probe_figures.by_layer(found, "near_rank_loss/rel_1e-2")).figure
     assert means(panels) == 2 * [((1 + number) / 8, number) for number in range(5)]
 
 

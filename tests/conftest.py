@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -161,13 +162,11 @@ def gengap(tmp_path: Path) -> Command:
     return call
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # an idle cluster takes a tenth of a core
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Ray cluster of four CPUs."""
     pytest.importorskip("ray", reason="ray is not installed: pip install 'gengap_dist[ray]'")
     # a path for sockets may hold 107 characters: pytest's own folders are too deep
-    folder = tmp_path_factory.getbasetemp().parent / f"r{os.getpid()}"
-    folder.mkdir()
-    cluster = Cluster(folder)
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="r", dir=tmp_path_factory.getbasetemp().parent)))
     yield cluster
     cluster.close()

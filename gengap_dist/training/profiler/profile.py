@@ -167,7 +167,8 @@ class Profile(NoProfile):
             strategy: its name, for the title.
             has_untimed_collectives: whether the strategy has collectives that PhaseTimer does not measure.
         """
-        self.folder, self.world, self.config, self.strategy = out / FOLDER, world, config, strategy
+        self.folder, self.world, self.config = out / FOLDER, world, config
+        self.strategy: Strategy = strategy
         self.clock = cast("ProfilerClock", world.timer)
         self.has_untimed_collectives = (
             has_untimed_collectives and world.size > 1 and world.device.type == "cpu"

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import OptimConfig, RunConfig
+from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.execution import checkpointable_blocks
 from gengap_dist.probes.layer_view import LayerView
 from gengap_dist.probes.spectra.measure import ColumnBlock
-
-
-class Sharding(NamedTuple):
-    """What a strategy shards over ranks instead of replicating it (Rajbhandari et al. 2020, ZeRO)."""
-
-    state: bool = False
-    gradients: bool = False
-    parameters: bool = False
-    master_weights: bool = False
-    """Whether the engine keeps float32 copies of its shard of the parameters, even of float32 ones (DeepSpeed does)."""
-
-
-SHARDING = {
-    "single": Sharding(),
-    "ddp": Sharding(),
-    "zero0": Sharding(),
-    "zero1": Sharding(state=True, master_weights=True),
-    "zero2": Sharding(state=True, gradients=True, master_weights=True),
-    "zero3": Sharding(state=True, gradients=True, parameters=True, master_weights=True),
-    "fsdp": Sharding(state=True, gradients=True, parameters=True),
-}
 
 
 @dataclass(frozen=True)
@@ -97,9 +77,9 @@ def algorithm_copies(config: RunConfig, num_ranks: int) -> int:
     return copies
 
 
-def weight_bytes(config: RunConfig, model: nn.Module, strategy: str, num_ranks: int) -> dict[str, int]:
+def weight_bytes(config: RunConfig, model: nn.Module, strategy: Strategy, num_ranks: int) -> dict[str, int]:
     """Bytes of parameters, gradients, optimizer state and kept weights on a rank under `strategy`."""
-    sharding = SHARDING[strategy]
+    sharding = CAPABILITIES[strategy].sharding
     itemsize = getattr(torch, config.train.dtype).itemsize
     unsharded_bytes = itemsize * sum(p.numel() for p in model.parameters())
     trained = itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -22,7 +22,9 @@ from typing import Literal
 
 import numpy as np
 
+from gengap_dist.config.measures import Strategy
 from gengap_dist.distributed.batch_plan import split
+from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.preflight.batch_layout import Cluster
 from gengap_dist.probes.layer_view import LayerView
 from gengap_dist.probes.spectra.accumulate import redistribution_blocks
@@ -93,7 +95,7 @@ def collective_seconds(message: Message, cluster: Cluster, inside: Link, between
     return message.times * 2 * (within + (min(ring, trees) if n > 1 else 0.0))
 
 
-def step_messages(strategy: str, gradient_bytes: int, parameter_bytes: int, num_micro: int) -> list[Message]:
+def step_messages(strategy: Strategy, gradient_bytes: int, parameter_bytes: int, num_micro: int) -> list[Message]:
     """The messages of one step, by strategy; empty on one rank.
 
     ddp, zero0: gradients are all-reduced once. zero1, zero2: DeepSpeed also all-reduces whole buckets of gradients
@@ -104,22 +106,25 @@ def step_messages(strategy: str, gradient_bytes: int, parameter_bytes: int, num_
     >>> [(m.operation, m.num_bytes) for m in step_messages("zero2", 8, 8, num_micro=2)]
     [('all-reduce', 16), ('all-gather', 8)]
     """
-    match strategy:
-        case "single":
+    capabilities = CAPABILITIES[strategy]
+    match capabilities.traffic:
+        case "none":
             return []
-        case "zero1" | "zero2":
-            rounds = num_micro if strategy == "zero2" else 1
+        case "all-reduce and all-gather":
+            rounds = num_micro if capabilities.sends_every_micro_batch else 1
             return [
                 Message("gradients", "all-reduce", rounds * gradient_bytes, rounds),
                 Message("parameters", "all-gather", parameter_bytes),
             ]
-        case "zero3" | "fsdp":
+        case "all-gather and reduce-scatter":
             return [
                 Message("parameters", "all-gather", 2 * num_micro * parameter_bytes, 2 * num_micro),
                 Message("gradients", "reduce-scatter", num_micro * gradient_bytes, num_micro),
             ]
-    first, each = DDP_BUCKETS
-    return [Message("gradients", "all-reduce", gradient_bytes, 1 + max(0, math.ceil((gradient_bytes - first) / each)))]
+        case "all-reduce":
+            first, each = DDP_BUCKETS
+            buckets = 1 + max(0, math.ceil((gradient_bytes - first) / each))
+            return [Message("gradients", "all-reduce", gradient_bytes, buckets)]
 
 
 def probe_messages(

@@ -30,6 +30,7 @@ from gengap_dist.data import TORCHVISION
 from gengap_dist.distributed.launchers.ray import check_address
 from gengap_dist.distributed.launchers.torchrun import uses_torchrun
 from gengap_dist.errors import UsageError
+from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.preflight.doctor_subprocess import (
     GIB,
     IMPORT_SECONDS,
@@ -74,7 +75,8 @@ class CheckRequest(NamedTuple):
     @property
     def uses_deepspeed(self) -> bool:
         """Whether the run uses DeepSpeed."""
-        return self.config.launch.strategy.startswith("zero")
+        strategy = self.config.launch.strategy
+        return strategy != "auto" and CAPABILITIES[strategy].package == "deepspeed"
 
     @property
     def may_span_nodes(self) -> bool:

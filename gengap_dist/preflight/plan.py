@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import models
+from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import BatchConfig, RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
@@ -19,6 +20,7 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.parallel import memory_model
+from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.memory_model import MemoryEstimate
 from gengap_dist.preflight import communication_model
 from gengap_dist.preflight.batch_layout import Cluster, Layout, layout
@@ -85,7 +87,7 @@ class Plan:
     """The plan; fields that cannot be computed after an error are None or empty."""
 
     cluster: Cluster
-    strategy: str
+    strategy: Strategy
     model: str
     num_parameters: int | None = None
     data: datasets.Sizes | None = None
@@ -234,7 +236,7 @@ def _model_fields(
     )
     weight_bytes = memory_model.weight_bytes(config, model, strategy, num_ranks)
     probe, probe_bytes = collect_refusal(lambda: _probe(config, model, sizes, num_ranks)) or (None, 0)
-    if probe and memory_model.SHARDING[strategy].parameters:
+    if probe and CAPABILITIES[strategy].sharding.parameters:
         probe_bytes += parameter_bytes
     min_micro_size = 2 if has_batch_norm(model) else 1  # batch norm refuses to train on one image
     micro_size = max(batch.micro_sizes[1], min_micro_size)
@@ -337,7 +339,7 @@ def step_seconds(
     )
 
 
-def _assumptions(config: RunConfig, strategy: str, fields: dict[str, Any]) -> list[str]:
+def _assumptions(config: RunConfig, strategy: Strategy, fields: dict[str, Any]) -> list[str]:
     """Assumptions behind the numbers, one sentence each."""
     not_opened = "image files are counted, not opened"
     assumptions = [
@@ -351,7 +353,7 @@ def _assumptions(config: RunConfig, strategy: str, fields: dict[str, Any]) -> li
         assumptions.append("the probe uses block sizes for a CPU; with launch.device=cuda blocks are larger")
     if config.data.augment:
         assumptions.append(f"augmentation ({', '.join(config.data.augment)}) is part of the measured time")
-    if strategy.startswith("zero") or strategy == "fsdp":
+    if CAPABILITIES[strategy].has_untimed_collectives:
         assumptions.append(
             f"{strategy} traffic is that of the published scheme (Rajbhandari et al. 2020), without padding"
         )

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import get_args
 
 from torch import Tensor, nn
 
+from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
+from gengap_dist.parallel.capabilities import CAPABILITIES, Algorithm, Switch, strategies_with
 from gengap_dist.parallel.out_of_memory import is_out_of_memory
-from gengap_dist.parallel.strategies.deepspeed import check as check_zero
 from gengap_dist.probes.activations import eval_context
 
 
-def strategy_name(config: RunConfig, num_ranks: int) -> str:
+def strategy_name(config: RunConfig, num_ranks: int) -> Strategy:
     """The name of the strategy that launch.strategy selects; auto and ddp on one rank are single.
 
     >>> strategy_name(RunConfig(), 1), strategy_name(RunConfig(), 8)
@@ -50,25 +52,27 @@ def check_strategy(config: RunConfig, num_ranks: int) -> None:
     """Refuse a strategy that does not support the number of ranks, the precision or the optimizer.
 
     Raises:
-        UsageError: for single on several ranks, and for configs that a ZeRO stage does not support.
+        UsageError: names the setting and the strategies that support it.
     """
     name = strategy_name(config, num_ranks)
-    if name == "single" and num_ranks > 1:
+    capabilities, dtype, optimizer = CAPABILITIES[name], config.train.dtype, config.optim.name
+    if capabilities.single_rank and num_ranks > 1:
         raise UsageError(
-            f"launch.strategy (single) does not support {num_ranks} ranks: start one rank, or choose "
+            f"launch.strategy ({name}) does not support {num_ranks} ranks: start one rank, or choose "
             "launch.strategy=auto"
         )
-    if name.startswith("zero"):
-        check_zero(config, int(name[-1]))
-
-
-ALGORITHM_STRATEGIES = {  # settings that need unsharded parameters or gradients: strategies
-    "algorithm.sam_rho": ("single", "ddp", "fsdp"),
-    "algorithm.gradient_penalty": ("single", "ddp"),
-    "algorithm.rank_penalty": ("single", "ddp"),
-    "algorithm.weight_averaging": ("single", "ddp", "zero0", "zero1", "zero2"),
-    "algorithm.local_sgd": ("single", "ddp"),
-}
+    if dtype not in capabilities.dtypes:
+        raise UsageError(
+            f"train.dtype ({dtype}) is not supported by launch.strategy={name}, which keeps "
+            f"{' or '.join(capabilities.dtypes)} weights: choose train.dtype={capabilities.dtypes[0]}, or "
+            f"{strategies_with(lambda each: dtype in each.dtypes)}"
+        )
+    if optimizer not in capabilities.optimizers:
+        raise UsageError(
+            f"optim.name ({optimizer}) is not supported by launch.strategy={name}, where a rank sees shards of many "
+            "layers as one vector and cannot compute a layer's norm: choose "
+            f"{strategies_with(lambda each: optimizer in each.optimizers)}"
+        )
 
 
 def check_algorithm(config: RunConfig, num_ranks: int) -> None:
@@ -78,19 +82,20 @@ def check_algorithm(config: RunConfig, num_ranks: int) -> None:
         UsageError: names the setting and the strategies that support it.
     """
     name = strategy_name(config, num_ranks)
-    for setting, supported in ALGORITHM_STRATEGIES.items():
-        value = getattr(config.algorithm, setting.removeprefix("algorithm."))
-        if value is not None and name not in supported:
+    for algorithm in get_args(Algorithm):
+        value = getattr(config.algorithm, algorithm)
+        if value is not None and algorithm not in CAPABILITIES[name].algorithms:
             raise UsageError(
-                f"{setting} ({value}) is not supported by launch.strategy={name}, where a rank has no unsharded "
-                f"weights and gradients between passes: choose {' or '.join(supported)}"
+                f"algorithm.{algorithm} ({value}) is not supported by launch.strategy={name}, where a rank has no "
+                "unsharded weights and gradients between passes: choose "
+                f"{strategies_with(lambda each, algorithm=algorithm: algorithm in each.algorithms)}"
             )
 
 
-SWITCHES = {  # other strategies shard parameters, or scale the loss themselves
-    "train.autocast": ("float16", ("single", "ddp"), "bfloat16"),
-    "train.channels_last": (True, ("single", "ddp"), "false"),
-    "train.compile": (True, ("single", "ddp"), "false"),
+SWITCHES: dict[Switch, tuple[str, object, str]] = {  # setting, its value, the alternative
+    "float16": ("autocast", "float16", "bfloat16"),
+    "channels_last": ("channels_last", True, "false"),
+    "compile": ("compile", True, "false"),
 }
 
 
@@ -106,11 +111,12 @@ def check_switches(config: RunConfig, num_ranks: int, device_type: str | None) -
         UsageError: names the setting, what it conflicts with, and an alternative.
     """
     name, train, algorithm = strategy_name(config, num_ranks), config.train, config.algorithm
-    for setting, (refused, supported, alternative) in SWITCHES.items():
-        if getattr(train, setting.removeprefix("train.")) == refused and name not in supported:
+    for switch, (setting, refused, alternative) in SWITCHES.items():
+        if getattr(train, setting) == refused and switch not in CAPABILITIES[name].switches:
             raise UsageError(
-                f"{setting} ({str(refused).lower()}) is not supported by launch.strategy={name}: choose "
-                f"{' or '.join(supported)}, or {setting}={alternative}"
+                f"train.{setting} ({str(refused).lower()}) is not supported by launch.strategy={name}: choose "
+                f"{strategies_with(lambda each, switch=switch: switch in each.switches)}, or "
+                f"train.{setting}={alternative}"
             )
     if train.autocast == "float16" and device_type == "cpu":
         raise UsageError("train.autocast (float16) needs a GPU, and this run is on a CPU: choose bfloat16, or null")

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Normalise
@@ -46,7 +47,7 @@ class ResolvedRun:
     schedule: Schedule
     model: nn.Module
     """Initialised, on the device of this rank, unsharded."""
-    strategy: str
+    strategy: Strategy
     """Name of the parallel strategy."""
     info: Mapping[str, Any]
     """What run.json says about the data and about the choices made here."""

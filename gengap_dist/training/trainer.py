@@ -138,7 +138,7 @@ class Trainer:
         self.probes = ProbeScheduler(config.probe, resolved.sampler, observer, self.state)
         self.checkpoints = CheckpointManager(config.checkpoint, out, world, recorder)
         self.strategy = STRATEGIES[resolved.strategy](config, world)
-        untimed = self.strategy.has_untimed_collectives
+        untimed = self.strategy.capabilities.has_untimed_collectives
         self.profile = (
             Profile(out, world, config, resolved.strategy, has_untimed_collectives=untimed)
             if config.profile
@@ -189,7 +189,7 @@ class Trainer:
         self.strategy.setup(self.resolved.model, partial(build_optimizer, self.config.optim))
         self.strategy.load_optimizer_state(optimizer_state)
         self.model = self.strategy.model
-        if self.strategy.needs_warmup_backward:
+        if self.strategy.capabilities.needs_warmup_backward:
             first = self.world.timer.phase("compute", "a first backward pass")
             with first, frozen_running_stats(self.model), self.strategy.micro_step(last=True):
                 zero_contribution_pass(self.strategy, self.batches, epoch=0)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from gengap_dist.config import measures
-from gengap_dist.config.sections import LaunchConfig, OptimConfig
+from gengap_dist.config.sections import AlgorithmConfig, LaunchConfig, OptimConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import replace_batch_norm
 from gengap_dist.models.sample_position import SamplePosition
-from gengap_dist.parallel.memory_model import SHARDING
+from gengap_dist.parallel.capabilities import CAPABILITIES, Algorithm
 from gengap_dist.parallel.strategies import STRATEGIES
 from gengap_dist.probes.noise_scale import NoiseScale
 from gengap_dist.probes.spectra.accumulate import METHODS
@@ -22,7 +22,8 @@ from gengap_dist.training.optimizer import build_optimizer
 
 def test_every_name_has_its_function():
     assert [*STRATEGIES] == [*get_args(measures.Strategy)]
-    assert {*SHARDING} <= {*STRATEGIES}
+    assert [*CAPABILITIES] == [*STRATEGIES]
+    assert {*get_args(Algorithm)} <= AlgorithmConfig.model_fields.keys()
     assert {*METHODS} == {*get_args(measures.Method)}
     assert [*DIAGNOSTICS] == [*measures.PROBE_DIAGNOSTICS]
     assert {*rank_penalty.MEASURES} == {*get_args(measures.RankMeasure)}

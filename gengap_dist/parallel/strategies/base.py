@@ -14,6 +14,7 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import GhostBatchNorm, SyncBatchNorm
 from gengap_dist.models.sample_position import position_of
+from gengap_dist.parallel.capabilities import Capabilities
 from gengap_dist.parallel.execution import checkpoint_blocks, compiled
 
 OptimizerState = dict[str, dict[str, Tensor]]
@@ -24,14 +25,8 @@ BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 class Strategy(ABC):
     """A model and its optimizer, trained by all ranks together."""
 
-    needs_warmup_backward = False
-    """Whether the first backward pass changes the order in which gradients are summed. A run then starts with one
-    without effect, so that a resumed run sums in the same order as an uninterrupted one."""
-    equal_micro_batches_required = False
-    """Whether all ranks must do equally many micro-steps, with empty ones if needed; see `BatchPlan.micro_batches`."""
-
-    has_untimed_collectives = False
-    """Whether the engine's passes contain collectives that the phase timer does not time."""
+    capabilities: Capabilities
+    """What the strategy shards, sends and supports; of the class, or of its stage."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
         """A strategy for the ranks of `world`.

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.strategies.base import BuildOptimizer, Strategy
 
 # Running statistics are averaged before evaluation instead of copied from rank 0 in every forward pass; the name of
@@ -21,7 +22,7 @@ _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "bro
 class DDP(Strategy):
     """Gradients are summed over ranks during the last micro-batch's backward pass."""
 
-    needs_warmup_backward = True  # it rebuilds its buckets
+    capabilities = CAPABILITIES["ddp"]
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective."""

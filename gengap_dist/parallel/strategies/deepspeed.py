@@ -24,12 +24,14 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World, ensure_process_group
 from gengap_dist.errors import UsageError
+from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.strategies.base import BuildOptimizer, OptimizerState, Strategy
 from gengap_dist.parallel.strategies.local_grad_norm import LocalGradNorm
 from gengap_dist.parallel.strategies.unsharded_copy import UnshardedCopy
 
 MAX_BUCKET_SIZE = 50_000_000  # maximum number of gradient elements that are reduced together
 PERSISTENCE_THRESHOLD = 10_000  # stage 3: smaller parameters are not sharded
+STAGES = (CAPABILITIES["zero0"], CAPABILITIES["zero1"], CAPABILITIES["zero2"], CAPABILITIES["zero3"])
 
 
 class ParameterShard(NamedTuple):
@@ -41,41 +43,18 @@ class ParameterShard(NamedTuple):
     size: int
 
 
-def check(config: RunConfig, stage: int) -> None:
-    """Refuse configs that a stage cannot train; does not import deepspeed.
-
-    Raises:
-        UsageError: for float64, and from stage 1 on for LARS and LAMB, because a rank sees shards of many layers as
-            one vector.
-    """
-    if config.train.dtype != "float32":
-        raise UsageError(
-            f"train.dtype ({config.train.dtype}) is not for launch.strategy=zero{stage}, which keeps float32 "
-            "weights: choose train.dtype=float32, or ddp or fsdp"
-        )
-    if stage and config.optim.name in ("lars", "lamb"):
-        raise UsageError(
-            f"optim.name ({config.optim.name}) is not for launch.strategy=zero{stage}, where a rank sees shards "
-            "of many layers as one vector and cannot compute a layer's norm: choose zero0, ddp or fsdp"
-        )
-
-
 @final
 class DeepSpeedZero(Strategy):
     """A DeepSpeed engine of one ZeRO stage that sums gradients exactly as the other strategies do."""
-
-    has_untimed_collectives = True
 
     def __init__(self, config: RunConfig, world: World, *, stage: int) -> None:
         """See `Strategy`.
 
         Raises:
-            UsageError: if deepspeed cannot be imported, or the stage does not support the config.
+            UsageError: if deepspeed cannot be imported.
         """
         super().__init__(config, world)
-        self.stage = stage
-        self.equal_micro_batches_required = stage >= 2  # gradients are reduced in every backward pass
-        check(config, stage)
+        self.stage, self.capabilities = stage, STAGES[stage]
         self._deepspeed = _import(f"zero{stage}", world.device)
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:

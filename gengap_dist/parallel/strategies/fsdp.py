@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gengap_dist.distributed.process_group import ensure_process_group
 from gengap_dist.errors import UsageError
+from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.strategies.base import BuildOptimizer, OptimizerState, Strategy
 from gengap_dist.parallel.strategies.local_grad_norm import LocalGradNorm
 from gengap_dist.parallel.strategies.unsharded_copy import UnshardedCopy
@@ -48,8 +49,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 class FSDP(Strategy):
     """Parameters are gathered for each pass through a unit; gradients are reduce-scattered in every backward pass."""
 
-    equal_micro_batches_required = True
-    has_untimed_collectives = True
+    capabilities = CAPABILITIES["fsdp"]
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective.

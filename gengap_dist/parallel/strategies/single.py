@@ -5,12 +5,15 @@ from typing import final
 
 from torch import Tensor
 
+from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.strategies.base import Strategy
 
 
 @final
 class Single(Strategy):
     """Plain torch without collectives."""
+
+    capabilities = CAPABILITIES["single"]
 
     def _forward(self, images: Tensor) -> Tensor:
         return self.net(images)

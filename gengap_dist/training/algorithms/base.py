@@ -74,7 +74,7 @@ class TrainingAlgorithm:
         if size not in self._spans:
             plan, equal_counts = (
                 batch_plan_for(self.config, size, world.size),
-                self.strategy.equal_micro_batches_required,
+                self.strategy.capabilities.sends_every_micro_batch,
             )
             self._spans[size] = plan.micro_batches(world.rank, equal_counts=equal_counts)
         return StepBatch(indices, epoch, self._spans[size], (self.config.seed, step))

@@ -14,6 +14,7 @@ from torch import nn
 from gengap_dist import models
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
+from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.training.autotune.cache import MemoryFormat, as_run_info, lookup, store
 from gengap_dist.training.autotune.micro_batch import ModelShape, cache_key, candidates, describe_workload, hardware_of
 from gengap_dist.training.autotune.search import pass_seconds
@@ -42,7 +43,7 @@ def resolve_memory_format(
     if config.train.channels_last != "auto":
         return config, None
     convolves = any(isinstance(module, CONVOLUTIONS) for module in network.model.modules())
-    if not convolves or strategy_name(config, world.size) not in ("single", "ddp"):
+    if not convolves or "channels_last" not in CAPABILITIES[strategy_name(config, world.size)].switches:
         return with_memory_format(config, False), {"by": "there is no choice", "channels_last": False}
     description = describe_workload(config, network, hardware_of(world))
     key = cache_key(description)

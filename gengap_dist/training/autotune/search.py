@@ -15,7 +15,7 @@ from torch import nn
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
-from gengap_dist.parallel.memory_model import SHARDING
+from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.out_of_memory import is_out_of_memory, library_message
 from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload, max_over_ranks, timed
 from gengap_dist.training.checks import strategy_name
@@ -120,7 +120,7 @@ def _communication_seconds(config: RunConfig, model: nn.Module, world: World) ->
 
     Parameters are gathered twice and gradients scattered once; each takes half as long as an all-reduce.
     """
-    sharding = SHARDING[strategy_name(config, world.size)]
+    sharding = CAPABILITIES[strategy_name(config, world.size)].sharding
     if world.size == 1 or not sharding.gradients:
         return 0.0
     weights = torch.zeros(sum(p.numel() for p in model.parameters()), device=world.device)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast, final
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.phase_timer import PhaseTimer
 from gengap_dist.distributed.process_group import World
@@ -155,7 +156,7 @@ class Profile(NoProfile):
     """Profiles the first steps after warm-up."""
 
     def __init__(
-        self, out: Path, world: World, config: RunConfig, strategy: str, *, has_untimed_collectives: bool
+        self, out: Path, world: World, config: RunConfig, strategy: Strategy, *, has_untimed_collectives: bool
     ) -> None:
         """A profile that is written to `out`/profile.
 
@@ -166,7 +167,8 @@ class Profile(NoProfile):
             strategy: its name, for the title.
             has_untimed_collectives: whether the strategy has collectives that PhaseTimer does not measure.
         """
-        self.folder, self.world, self.config, self.strategy = out / FOLDER, world, config, strategy
+        self.folder, self.world, self.config = out / FOLDER, world, config
+        self.strategy: Strategy = strategy
         self.clock = cast("ProfilerClock", world.timer)
         self.has_untimed_collectives = (
             has_untimed_collectives and world.size > 1 and world.device.type == "cpu"

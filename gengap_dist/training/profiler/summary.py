@@ -3,7 +3,9 @@
 from statistics import fmean, median
 from typing import NamedTuple
 
+from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import DataConfig
+from gengap_dist.parallel.capabilities import CAPABILITIES
 
 PARTS: tuple[str, ...] = ("data", "forward", "backward", "communication", "optimizer", "rest")
 WIDTH = 120
@@ -37,7 +39,7 @@ class ProfileSetting(NamedTuple):
     first_timed: int
     first_traced: int
     device: str
-    strategy: str
+    strategy: Strategy
     has_untimed_collectives: bool
     """Whether some collectives are only visible in the trace: the split is then that of traced steps."""
     data: DataConfig
@@ -84,7 +86,7 @@ def _overhead(profiles: list[RankProfile], timed: str, traced: str) -> str:
 def _untimed_note(setting: ProfileSetting, num_ranks: int) -> str:
     if setting.has_untimed_collectives:
         return f" {setting.strategy} communicates inside the passes: measured from the trace."
-    if num_ranks > 1 and setting.strategy not in ("ddp", "single"):
+    if num_ranks > 1 and CAPABILITIES[setting.strategy].has_untimed_collectives:
         return f" {setting.strategy} communicates inside the passes: counted as forward and backward."
     return ""
 

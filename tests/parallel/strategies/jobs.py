@@ -63,7 +63,7 @@ class Trainer:
             strategy.set_rates(0.02 + 0.001 * self.step, self.config.optim.momentum)
             indices, epoch = self.order.indices(self.step), self.order.epoch(self.step)
             plan = BatchPlan(len(indices), self.world.size, batch.micro_size, batch.ghost_size)
-            spans = plan.micro_batches(self.world.rank, equal_counts=strategy.equal_micro_batches_required)
+            spans = plan.micro_batches(self.world.rank, equal_counts=strategy.capabilities.sends_every_micro_batch)
             work = StepBatch(indices, epoch, spans)
             sums, norm = train_step(
                 strategy, self.batches, work, compute_gradient=gradient_function(self.config.algorithm)

@@ -215,10 +215,10 @@ def test_one_rank_without_a_compiler_and_without_a_word(alone, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("name", "settings", "says"),
     [
-        ("zero0", {"train__dtype": "float64"}, r"train.dtype \(float64\) is not for launch.strategy=zero0"),
-        ("zero1", {"optim__name": "lars"}, r"optim.name \(lars\) is not for launch.strategy=zero1"),
-        ("zero2", {"optim__name": "lamb"}, r"optim.name \(lamb\) is not for launch.strategy=zero2"),
-        ("zero3", {"optim__name": "lars"}, "choose zero0, ddp or fsdp"),
+        ("zero0", {"train__dtype": "float64"}, r"train.dtype \(float64\) is not supported by launch.strategy=zero0"),
+        ("zero1", {"optim__name": "lars"}, r"optim.name \(lars\) is not supported by launch.strategy=zero1"),
+        ("zero2", {"optim__name": "lamb"}, r"optim.name \(lamb\) is not supported by launch.strategy=zero2"),
+        ("zero3", {"optim__name": "lars"}, "choose single, ddp, zero0 or fsdp"),
     ],
 )
 def test_what_zero_cannot_train(name, settings, says):

@@ -24,7 +24,7 @@ from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training import ENTRY_POINT
 from gengap_dist.training.trainer import run
-from tests.ranks import Crews, forking, standing
+from tests.ranks import Crews, Forking, standing
 from tests.ray_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -130,7 +130,7 @@ def pools(crews: Crews) -> Iterator[dict[int, LocalLauncher]]:
     """One, two and three ranks that stay."""
     crews.close()  # memory for these; who asks for them again gets new ones
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "get_context", lambda method: forking())
+        patch.setattr(local, "get_context", lambda method: Forking())
         with standing(lambda size: LocalLauncher(size, ENTRY_POINT), (1, 2, 3)) as pools:
             yield pools
 

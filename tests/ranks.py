@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from multiprocessing import get_context
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from gengap_dist.config.sections import LaunchConfig
@@ -38,18 +38,32 @@ def on_ranks(size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     return [got[rank] for rank in range(size)]
 
 
-def forking() -> ForkServerContext:
-    """Starts processes as forks of one that has imported torch and the trainer, which takes each of them seconds."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "gengap_dist.training.trainer"])
-    return context
+class Forking:
+    """Starts processes as forks of one that has imported torch and the trainer, which takes each of them seconds.
+
+    What is used of multiprocessing's contexts; a process has the environment variables of the moment it is started.
+    """
+
+    def __init__(self) -> None:
+        self.context = get_context("forkserver")
+        self.context.set_forkserver_preload(["torch", "gengap_dist.training.trainer"])
+        self.Pipe = self.context.Pipe
+
+    def Process(self, *, target: Callable[..., None], args: tuple[Any, ...], **more: Any) -> ForkServerProcess:
+        return self.context.Process(target=_in_environment, args=(dict(os.environ), target, args), **more)
+
+
+def _in_environment(variables: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    target(*args)
 
 
 class Crew:
     """Ranks that stay, for many small jobs: `crew(job, *args)` is like `on_ranks(size, job, *args)`."""
 
     def __init__(self, size: int, launch: LaunchConfig = ON_CPU) -> None:
-        context = forking() if launch.device == "cpu" else get_context("spawn")
+        context = Forking() if launch.device == "cpu" else get_context("spawn")
         port = free_port()
         pairs = [context.Pipe() for _ in range(size)]
         self.pipes = [here for here, _ in pairs]

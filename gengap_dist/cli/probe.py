@@ -104,6 +104,7 @@ def _of_run(folder: Path, which_weights: str) -> "list[Network]":
         UsageError: if the run has no such weights.
     """
     from gengap_dist.runs import checkpoint
+    from gengap_dist.training.checkpoint_manager import read_run_state
 
     if which_weights == "0":
         return [(0, folder, None)]
@@ -114,9 +115,9 @@ def _of_run(folder: Path, which_weights: str) -> "list[Network]":
     if kept:
         path = checkpoint.latest(folder / "checkpoints", partial(warnings.warn, stacklevel=2))
         assert path is not None
-        state = checkpoint.load(path / "run.pt")
-        kept["last"] = (state["step"], path / "model.pt")
-        if best := state["best"]:
+        state = read_run_state(path)
+        kept["last"] = (state["train"]["step"], path / "model.pt")
+        if best := state["evaluator"]["best"]:
             kept["best"] = (best["step"], path / "best.pt")
     if which_weights not in kept:
         names = ", ".join(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from gengap_dist.config.sections import TrainConfig
@@ -31,8 +32,12 @@ class Score(NamedTuple):
     accuracy: float
 
 
-def evaluate(model: nn.Module, images: Images, normalise: Normalise, world: World) -> Score:
+def evaluate(
+    model: nn.Module, images: Images, normalise: Normalise, world: World, weights: Mapping[str, Tensor] | None = None
+) -> Score:
     """Loss and accuracy over all `images`, each counted once; identical on any number of ranks. Collective.
+
+    `weights`, a state dict, replaces the model's own, which are not changed.
 
     The sums of each block have their own row in one tensor, which is summed over ranks and then over blocks. So the
     order of additions does not depend on the number of ranks either.
@@ -44,7 +49,7 @@ def evaluate(model: nn.Module, images: Images, normalise: Normalise, world: Worl
             inputs = normalise(images.pixels[start:stop])
             for next_block in own_blocks[number : number + 1]:
                 images.prefetch(torch.arange(*next_block))  # read while this block computes
-            logits = model(inputs)
+            logits = model(inputs) if weights is None else functional_call(model, dict(weights), (inputs,))
             labels = images.labels[start:stop]
             sums[start // EVAL_BLOCK, 0] = cross_entropy(logits.double(), labels, reduction="sum")
             sums[start // EVAL_BLOCK, 1] = (logits.argmax(1) == labels).sum()
@@ -112,12 +117,11 @@ class Evaluator:
             "train_test_gap": train.accuracy - test.accuracy,
         }
         if self.best:
-            model.load_state_dict(self.best["model"])
-            scores["test_at_best_val/accuracy"] = self._score(model, self.splits.test).accuracy
+            scores["test_at_best_val/accuracy"] = self._score(model, self.splits.test, self.best["model"]).accuracy
         return scores
 
-    def _score(self, model: nn.Module, images: Images) -> Score:
-        return evaluate(model, images, self.normalise, self.world)
+    def _score(self, model: nn.Module, images: Images, weights: Mapping[str, Tensor] | None = None) -> Score:
+        return evaluate(model, images, self.normalise, self.world, weights)
 
     def state_dict(self) -> dict[str, Any]:
         """The state without the best model's weights."""

@@ -227,6 +227,7 @@ class Trainer:
         self.model.train()
         self._window = time.monotonic(), state.step
         while not state.at_end:
+            self.world.timer.step = state.step + 1
             self.profile.begin(state.num_steps - state.step)
             result = self._step()
             self.step_metrics.add(state.step, result, preemption_requested=preemption_requested())
@@ -248,7 +249,6 @@ class Trainer:
     def _step(self) -> StepResult:
         """One optimizer step. Collective."""
         number = self.state.step
-        self.world.timer.step = number + 1
         self.strategy.track_local_grad_norm = self._recorded(number + 1) and (
             "noise_scale" in self.config.probe.diagnostics
         )

@@ -103,26 +103,26 @@ def crew() -> Iterator[Crew]:
 
 
 def stuck(world: World, settings: Settings, out: Path) -> str:
-    """What a rank says of a run in which the GPUs take 3 s to hand out the sums of the first steps."""
+    """What a rank says of a run in which the GPUs take 3 s to do the first step."""
     from gengap_dist.training.trainer import run
 
-    kernels: Any = importlib.import_module("fake_cuda.kernels")
-    note, trained, waited = kernels.note, [], []
+    counting: Any = importlib.import_module("fake_cuda.counting")
+    note, trained, waited = counting.note, [], []
 
     def slow(kind: str) -> None:
-        if trained and not waited and kind.startswith("sync: copy D2H"):
+        if trained and not waited and "(read)" in counting.place():  # of step metrics
             waited.append(time.sleep(3))
         note(kind)
 
     if world.rank == 0:
         prepare_folder(out, "run.json", resume=False)
     world.barrier()
-    kernels.note = slow
+    counting.note = slow
     try:
         with redirect_stderr(io.StringIO()) as said:
             run(config(**settings), out, world=world, progress=lambda done, *_: trained.append(done) if done else None)
     finally:
-        kernels.note = note
+        counting.note = note
     return said.getvalue()
 
 
@@ -130,7 +130,7 @@ def test_a_gpu_that_does_not_answer_is_seen_by_the_watchdog(crew, tmp_path):
     """The CPU waits for the GPU in one place, which counts as waiting for the other ranks."""
     settings = BASE | OFF | {"train__steps": 3, "launch__device": "cuda", "launch__stall_report_seconds": 0.8}
     said = "".join(crew(stuck, settings, tmp_path / "run"))
-    assert said.count("all ranks wait in metrics of the last steps (step ") == 1
+    assert said.count("all ranks wait in metrics of a step (step ") == 1
 
 
 def switches(world: World, settings: Settings, out: Path) -> tuple[list[Any], ...]:

@@ -4,8 +4,8 @@ The interface has micro-steps and steps, but no clipping and no optimizer calls:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -158,11 +158,14 @@ class Strategy(ABC):
             nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
 
     def unsharded_model(self) -> AbstractContextManager[nn.Module]:
-        """Context with the plain model with all its parameters and buffers, on every rank, to read. Collective.
+        """Context with the plain model with all its parameters and buffers, on every rank, to read only. Collective.
 
-        It may be a copy that is valid until the context ends: changes to it are lost.
+        It may be the model in training, or a copy that is valid until the context ends.
+
+        Raises:
+            RuntimeError: at the end, if the model in training was changed.
         """
-        return nullcontext(self.model)
+        return _for_reading(self.model)
 
     def optimizer_state(self) -> OptimizerState:
         """The unsharded optimizer state. Collective; complete on rank 0, possibly incomplete on others."""
@@ -177,6 +180,17 @@ class Strategy(ABC):
 
     def close(self) -> None:  # noqa: B027, most have nothing to release
         """Release the model: some engines keep references to it, and the next run of a study needs the memory."""
+
+
+@contextmanager
+def _for_reading(model: nn.Module) -> Iterator[nn.Module]:
+    def versions() -> list[int]:  # torch counts the changes of a tensor in place
+        return [tensor._version for tensor in (*model.parameters(), *model.buffers())]
+
+    before = versions()
+    yield model
+    if versions() != before:
+        raise RuntimeError("the model in training was changed in `unsharded_model`, which is for reading")
 
 
 def _to_layout_of(parameter: nn.Parameter, value: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.parallel.strategies import STRATEGIES
+from gengap_dist.parallel.strategies import STRATEGIES, Single
 from gengap_dist.parallel.strategies.fsdp import FSDP, units
+from gengap_dist.training.checks import check_strategy
 from tests.conftest import FULL, config, thinned
 from tests.parallel.strategies import jobs
 from tests.ranks import on_ranks
@@ -223,7 +224,7 @@ def test_one_rank_without_a_compiler_and_without_a_word(alone, tmp_path, monkeyp
 )
 def test_what_zero_cannot_train(name, settings, says):
     with pytest.raises(UsageError, match=says):
-        STRATEGIES[name](config(**settings), World())
+        check_strategy(config(launch__strategy=name, **settings), 2)
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -251,3 +252,13 @@ def test_fsdp_keeps_tied_parameters_together_and_refuses_scalars():
     assert [type(unit) for unit in units(torch.nn.ModuleList([torch.nn.Linear(200, 200)]))] == [torch.nn.Linear]
     with pytest.raises(UsageError, match=r"launch.strategy \(fsdp\) cannot shard parameter scale"):
         FSDP(config(), World()).setup(Scaled(), lambda model: torch.optim.SGD(model.parameters()))
+
+
+def test_the_model_in_training_is_only_read():
+    strategy = Single(config(), World())
+    strategy.setup(torch.nn.Linear(2, 2), lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+    with strategy.unsharded_model() as model:
+        model.eval()(torch.ones(1, 2))
+    with pytest.raises(RuntimeError, match="the model in training was changed"), torch.no_grad():  # noqa: SIM117
+        with strategy.unsharded_model() as model:
+            model.weight.add_(1)

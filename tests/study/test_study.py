@@ -149,8 +149,9 @@ def test_a_crashing_run_does_not_stop_the_others(tmp_path, gengap):
 
 def test_progress_on_a_real_terminal(tmp_path):
     """Bars over runs and steps, drawn on a pseudo-terminal."""
-    arms = STUDY["study"]["arms"] if FULL else STUDY["study"]["arms"][:2]
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY | {"study": STUDY["study"] | {"arms": arms}}))
+    arms = STUDY["study"]["arms"] if FULL else STUDY["study"]["arms"][1:2]
+    study = STUDY["study"] | {"arms": arms, "baseline": "sb" if FULL else "lb"}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY | {"study": study}))
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "gengap_dist", "study", "--config", "s.yaml", "--out", "out"]
     more = ["--launch.num_processes", "2" if FULL else "1", "--mlflow.enabled", "false", "--train.steps", "40"]

@@ -71,6 +71,7 @@ def test_the_list_needs_no_gpu():
 
 @pytest.mark.processes
 @FAKE
+@pytest.mark.full  # else: the test below runs items, and starts again
 def test_items_of_all_parts_run_and_a_second_command_skips_them():
     only = ["--only", "no norm, float64", "control", "too large a micro_size, LeNet-5"]
     found = on_fake(*only)

@@ -252,6 +252,7 @@ def ray_nodes(hosts):
             host.kill()
 
 
+@pytest.mark.full  # else: a node of torchrun that dies, above; a rank of Ray that dies, in launchers/test_ray.py
 def test_a_node_of_a_ray_cluster_dies(hosts, ray_nodes, gate, whole):
     words = ["--launch.launcher", "ray", "--launch.max_processes", 2, "--launch.placement", "SPREAD"]
     words += ["--launch.ray_address", ray_nodes, "--launch.timeout_seconds", 30, "--out", gate / "run"]

@@ -46,6 +46,7 @@ def agree(gpu: Path, cpu: Path) -> None:
     assert max(difference(got[key], want[key]) for key in want) <= EXACT
 
 
+@pytest.mark.full  # else: two ranks in test_scenarios.py, torchrun in test_memory.py
 def test_torchrun(tmp_path):
     """Two ranks on two GPUs are one rank on the CPU, in float64."""
     given = ["--mlflow.enabled", "false", "--train.steps", 3, "--train.dtype", "float64", "--probe.num_samples", 100]

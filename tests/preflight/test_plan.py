@@ -448,12 +448,12 @@ def test_many_nodes_are_joined_by_trees():
         (
             (2, 1),
             {"launch__strategy": "zero2", "train__dtype": "float64"},
-            "train.dtype (float64) is not for",
+            "train.dtype (float64) is not supported by",
         ),
         (
             (2, 1),
             {"launch__strategy": "zero1", "optim__name": "lars"},
-            "optim.name (lars) is not for",
+            "optim.name (lars) is not supported by",
         ),
         ((16, 4), {"model__name": "mlp"}, "leaves batch norm a group of one sample in a step of 64"),
         ((1, 2), {"batch__ghost_size": 8}, "model.norm (ghost) has no effect"),

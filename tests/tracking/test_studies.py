@@ -401,6 +401,7 @@ def test_a_server_on_postgresql_takes_a_whole_study(trained, study, tmp_path):
 
 
 @NEEDS_CHROMIUM
+@pytest.mark.full  # else: the tests above read from the store what the pages show
 def test_the_ui_shows_the_study_its_arms_their_means_and_charts(sent, store, tmp_path):
     study = sent.folder
     runs, title = f"#/experiments/{sent.experiment}/runs", state(study)["tags"]["mlflow.runName"]

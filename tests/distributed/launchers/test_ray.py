@@ -66,6 +66,7 @@ def losses(out: Path) -> list[float]:
     return [line["train/loss"] for line in read_metrics(out) if "train/loss" in line]
 
 
+@pytest.mark.full  # else: the next test submits a job; the one after compares numbers with ranks of this machine
 def test_a_submitted_job_gives_the_result_of_one_process(cluster, tmp_path, gengap):
     words = [*SMALL, *NO_MLFLOW, "--train.steps", 40]
     assert gengap("train", *words, "--out", "one").returncode == 0

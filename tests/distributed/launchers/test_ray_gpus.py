@@ -76,6 +76,7 @@ def losses(out: Path) -> list[float]:
     return [line["train/loss"] for line in read_metrics(out) if "train/loss" in line]
 
 
+@pytest.mark.full  # else: what auto stands for, and ranks for which no GPU is set aside, below
 def test_auto_takes_a_gpu_for_each_rank_and_goes_on_without(gpu_cluster, tmp_path, telling, monkeypatch):
     words = [*SMALL, "--data.image_size", 8]
     done = gpu_cluster.train(*words, *TWO_ON_RAY, "--out", "run", cwd=tmp_path)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,16 +61,21 @@ class World:
     def all_reduce_to_cpu_async(self, tensor: Tensor, label: str = "sum") -> Callable[[], Tensor]:
         """Start to sum `tensor` over ranks, in place; the returned function waits, and returns the sum in CPU memory.
 
-        Until then `tensor` must not be used. On a GPU the host waits until the GPU has done all work enqueued before.
+        `tensor` is contiguous, and must not be used until then. On a GPU the sum and its copy to the CPU have a stream
+        of their own: work that is enqueued later does not wait for them, and the host waits for the copy only.
         """
+        work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
         if tensor.is_cpu:
-            work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
             finish = None if work is None else work.wait
         else:
-            self.all_reduce(tensor, label)
             on_gpu, copied = tensor, torch.cuda.Event()
-            tensor = torch.empty_like(on_gpu, device="cpu", pin_memory=True).copy_(on_gpu, non_blocking=True)
-            copied.record()
+            self._copy_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._copy_stream):
+                if work is not None:
+                    work.wait()  # makes this stream wait, not the host
+                tensor = torch.empty_like(on_gpu, device="cpu", pin_memory=True).copy_(on_gpu, non_blocking=True)
+                copied.record()
+            on_gpu.record_stream(self._copy_stream)
             finish = copied.synchronize
 
         def wait() -> Tensor:
@@ -79,6 +85,10 @@ class World:
             return tensor
 
         return wait
+
+    @cached_property
+    def _copy_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
 
     def all_to_all(
         self, chunks: Sequence[Tensor], row_counts: Sequence[int], num_columns: int | None = None

@@ -90,11 +90,12 @@ CAPABILITIES: dict[Strategy, Capabilities] = {
 }
 
 
-def strategies_with(holds: Callable[[Capabilities], bool]) -> str:
-    """The names of the strategies whose capabilities satisfy a condition, as words for a sentence.
+def strategies_with(holds: Callable[[Capabilities], bool], num_ranks: int) -> str:
+    """The names of the strategies for `num_ranks` ranks that satisfy a condition, as words for a sentence.
 
-    >>> strategies_with(lambda capabilities: capabilities.package == ""), strategies_with(lambda each: each.single_rank)
-    ('single, ddp or fsdp', 'single')
+    >>> strategies_with(lambda each: not each.package, 1), strategies_with(lambda each: "compile" in each.switches, 2)
+    ('single, ddp or fsdp', 'ddp')
     """
-    *first, last = [name for name, capabilities in CAPABILITIES.items() if holds(capabilities)]
+    possible = {name: each for name, each in CAPABILITIES.items() if num_ranks == 1 or not each.single_rank}
+    *first, last = [name for name, each in possible.items() if holds(each)]
     return f"{', '.join(first)} or {last}" if first else last

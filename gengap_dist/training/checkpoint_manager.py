@@ -69,7 +69,6 @@ class CheckpointManager:
         Raises:
             UsageError: if `wait` and it cannot be written.
         """
-        self._saved_at = time.monotonic()
         if self.writer is None:
             return
         try:
@@ -88,6 +87,7 @@ class CheckpointManager:
             if wait:
                 raise UsageError(f"{message}, then continue with --resume") from None
             warnings.warn(f"{message}; the run continues", stacklevel=2)
+        self._saved_at = time.monotonic()
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written."""
@@ -97,10 +97,19 @@ class CheckpointManager:
 
 
 def read_run_state(path: Path) -> dict[str, Any]:
-    """The content of run.pt of a checkpoint, also of one that an earlier version wrote."""
+    """The content of run.pt of a checkpoint, also of one that an earlier version wrote.
+
+    Raises:
+        UsageError: if a later version wrote it.
+    """
     state = checkpoint.load(path / "run.pt")
-    if state.get("schema") == SCHEMA:
+    if (schema := state.get("schema")) == SCHEMA:
         return state
+    if schema is not None:
+        raise UsageError(
+            f"{path / 'run.pt'} has schema {schema}, and this version reads up to {SCHEMA}: continue with the version "
+            "of gengap_dist that wrote it"
+        )
     probe_seconds, eval_seconds, train_seconds, seconds_each = state["timers"]
     return {
         "train": {"step": state["step"], "train_seconds": train_seconds},

@@ -65,13 +65,13 @@ def check_strategy(config: RunConfig, num_ranks: int) -> None:
         raise UsageError(
             f"train.dtype ({dtype}) is not supported by launch.strategy={name}, which keeps "
             f"{' or '.join(capabilities.dtypes)} weights: choose train.dtype={capabilities.dtypes[0]}, or "
-            f"{strategies_with(lambda each: dtype in each.dtypes)}"
+            f"launch.strategy={strategies_with(lambda each: dtype in each.dtypes, num_ranks)}"
         )
     if optimizer not in capabilities.optimizers:
         raise UsageError(
             f"optim.name ({optimizer}) is not supported by launch.strategy={name}, where a rank sees shards of many "
             "layers as one vector and cannot compute a layer's norm: choose "
-            f"{strategies_with(lambda each: optimizer in each.optimizers)}"
+            f"{strategies_with(lambda each: optimizer in each.optimizers, num_ranks)}"
         )
 
 
@@ -88,7 +88,7 @@ def check_algorithm(config: RunConfig, num_ranks: int) -> None:
             raise UsageError(
                 f"algorithm.{algorithm} ({value}) is not supported by launch.strategy={name}, where a rank has no "
                 "unsharded weights and gradients between passes: choose "
-                f"{strategies_with(lambda each, algorithm=algorithm: algorithm in each.algorithms)}"
+                f"{strategies_with(lambda each, algorithm=algorithm: algorithm in each.algorithms, num_ranks)}"
             )
 
 
@@ -115,7 +115,7 @@ def check_switches(config: RunConfig, num_ranks: int, device_type: str | None) -
         if getattr(train, setting) == refused and switch not in CAPABILITIES[name].switches:
             raise UsageError(
                 f"train.{setting} ({str(refused).lower()}) is not supported by launch.strategy={name}: choose "
-                f"{strategies_with(lambda each, switch=switch: switch in each.switches)}, or "
+                f"{strategies_with(lambda each, switch=switch: switch in each.switches, num_ranks)}, or "
                 f"train.{setting}={alternative}"
             )
     if train.autocast == "float16" and device_type == "cpu":

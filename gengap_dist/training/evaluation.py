@@ -3,11 +3,11 @@
 import math
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from gengap_dist.config.sections import TrainConfig
@@ -32,12 +32,8 @@ class Score(NamedTuple):
     accuracy: float
 
 
-def evaluate(
-    model: nn.Module, images: Images, normalise: Normalise, world: World, weights: Mapping[str, Tensor] | None = None
-) -> Score:
+def evaluate(model: nn.Module, images: Images, normalise: Normalise, world: World) -> Score:
     """Loss and accuracy over all `images`, each counted once; identical on any number of ranks. Collective.
-
-    `weights`, a state dict, replaces the model's own, which are not changed.
 
     The sums of each block have their own row in one tensor, which is summed over ranks and then over blocks. So the
     order of additions does not depend on the number of ranks either.
@@ -49,7 +45,7 @@ def evaluate(
             inputs = normalise(images.pixels[start:stop])
             for next_block in own_blocks[number : number + 1]:
                 images.prefetch(torch.arange(*next_block))  # read while this block computes
-            logits = model(inputs) if weights is None else functional_call(model, dict(weights), (inputs,))
+            logits = model(inputs)
             labels = images.labels[start:stop]
             sums[start // EVAL_BLOCK, 0] = cross_entropy(logits.double(), labels, reduction="sum")
             sums[start // EVAL_BLOCK, 1] = (logits.argmax(1) == labels).sum()
@@ -117,11 +113,15 @@ class Evaluator:
             "train_test_gap": train.accuracy - test.accuracy,
         }
         if self.best:
-            scores["test_at_best_val/accuracy"] = self._score(model, self.splits.test, self.best["model"]).accuracy
+            best_model = deepcopy(
+                model
+            )  # `model` is for reading; torch's functional_call changes layers with two names
+            best_model.load_state_dict(self.best["model"])
+            scores["test_at_best_val/accuracy"] = self._score(best_model, self.splits.test).accuracy
         return scores
 
-    def _score(self, model: nn.Module, images: Images, weights: Mapping[str, Tensor] | None = None) -> Score:
-        return evaluate(model, images, self.normalise, self.world, weights)
+    def _score(self, model: nn.Module, images: Images) -> Score:
+        return evaluate(model, images, self.normalise, self.world)
 
     def state_dict(self) -> dict[str, Any]:
         """The state without the best model's weights."""

@@ -1,6 +1,7 @@
 """Decides at which steps of a run the network is measured, so that probes take a limited part of its time."""
 
 import time
+from collections.abc import Callable
 from typing import Any, final
 
 from torch import nn
@@ -34,10 +35,9 @@ class ProbeScheduler:
 
     def due(self) -> bool:
         """Whether to measure now."""
-        state = self.state
-        if not self.config.enabled or state.at_first_or_last:
-            return self.config.enabled
-        return self._in_cadence(state.step) and state.step not in self.skipped_steps[-1:]
+        step = self.state.step
+        planned = self._in_cadence(step) and step not in self.skipped_steps[-1:]
+        return self.config.enabled and (self.state.at_first_or_last or planned)
 
     def exceeds_time(self, run_seconds: float, seconds_per_step: float) -> bool:
         """Whether the measurement planned now would take more than probe.max_time_fraction of the run.
@@ -65,13 +65,16 @@ class ProbeScheduler:
         self._num_skipped_in_a_row += 1
         self.skipped_steps.append(self.state.step)
 
-    def measure(self, model: nn.Module) -> Observation:
-        """Measure near-rank loss and diagnostics on the probe set; at both ends also controls. Collective."""
+    def measure(self, model: nn.Module, record: Callable[[Observation], None]) -> None:
+        """Measure near-rank loss and diagnostics on the probe set; at both ends also controls. Collective.
+
+        `record` writes what was found; its time counts, too.
+        """
         start_time = time.monotonic()
         observation = self.observer(model, controls=self.state.at_first_or_last)
+        record(observation)
         self.seconds += time.monotonic() - start_time
         self._seconds_each, self._num_skipped_in_a_row = measurement_seconds(observation.metrics), 0
-        return observation
 
     def state_dict(self) -> dict[str, Any]:
         """Times, and the steps that were skipped."""

@@ -19,7 +19,7 @@ class TrainState:
     @property
     def at_end(self) -> bool:
         """Whether all steps are done."""
-        return self.step == self.num_steps
+        return self.step >= self.num_steps
 
     @property
     def at_first_or_last(self) -> bool:

@@ -42,7 +42,7 @@ from gengap_dist.training.algorithms import build_algorithm
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
 from gengap_dist.training.checkpoint_manager import CheckpointManager, read_run_state
 from gengap_dist.training.evaluation import Evaluator
-from gengap_dist.training.observer import ProbeObserver
+from gengap_dist.training.observer import Observation, ProbeObserver
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.probe_scheduler import ProbeScheduler
 from gengap_dist.training.profiler.profile import NoProfile, Profile, with_profiler_clock
@@ -236,9 +236,11 @@ class Trainer:
             preempted = self._record_steps(in_flight=0 if stop else 1) and not state.at_end
             self._window = self._window[0] + self.profile.end(), self._window[1]
             if stop or preempted:
-                self._record_steps(in_flight=0)
+                self._record_steps(in_flight=0)  # with `stop`, there are none left
                 save_due = self._record_times()
+                average_buffers(self.model, self.world)
                 self.evaluate_and_probe()
+                preempted = not state.at_end and (preempted or self._any_rank(preemption_requested()))
                 if save_due or preempted or state.at_end:
                     self.save(wait=preempted or state.at_end)
                 self._window = time.monotonic(), state.step
@@ -288,11 +290,16 @@ class Trainer:
         preempted = False
         for record in self.step_metrics.read(in_flight=in_flight):
             preempted = preempted or record.preempted
-            if self._recorded(record.step):
+            diverged = not math.isfinite(record.loss)
+            if diverged or self._recorded(record.step):
                 self.log(record.metrics, record.step)
-            if not math.isfinite(record.loss):
+            if diverged:
                 raise Diverged(record.step, record.loss)
         return preempted
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank. Collective."""
+        return bool(self.world.all_reduce(torch.tensor([int(flag)]), "preemption check"))
 
     def _record_times(self) -> bool:
         """Record the times of the last steps, and skip a measurement that takes too long. Collective.
@@ -316,7 +323,6 @@ class Trainer:
         self.phase_seconds += times
         self.state.train_seconds += time.monotonic() - start_time
         self.log(_time_metrics(times))
-        average_buffers(self.model, self.world)  # evaluation and checkpoints need their mean over ranks
         return overdue or self.checkpoints.due(self.state.step)
 
     def log(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -344,11 +350,13 @@ class Trainer:
                 self.progress(self.state.step, self.state.num_steps, f"val {score.accuracy:.1%}")
             if probe or self.probes.due():  # if the target was reached just now, this step is the last
                 with timer.phase("probe"):
-                    observation = self.probes.measure(model)
-                for probe_set, layer_spectra in observation.spectra.items():
-                    self.recorder.spectra(self.state.step, layer_spectra, probe_set)
-                update = {} if self._update_norm is None else {"train/update_norm": float(self._update_norm)}
-                self.log(observation.metrics | (update if "norms" in self.config.probe.diagnostics else {}))
+                    self.probes.measure(model, self._record_observation)
+
+    def _record_observation(self, observation: Observation) -> None:
+        for probe_set, layer_spectra in observation.spectra.items():
+            self.recorder.spectra(self.state.step, layer_spectra, probe_set)
+        update = {} if self._update_norm is None else {"train/update_norm": float(self._update_norm)}
+        self.log(observation.metrics | (update if "norms" in self.config.probe.diagnostics else {}))
 
     def save(self, *, wait: bool = False) -> None:
         """Write a checkpoint; with `wait`, return when it is on disk. Collective.

@@ -134,6 +134,25 @@ def test_a_gpu_that_does_not_answer_is_seen_by_the_watchdog(crew, tmp_path):
     assert said.count("all ranks wait in metrics of a step (step ") == 1
 
 
+def trained_and_resumed(world: World, settings: Settings, out: Path) -> list[dict[str, Any]]:
+    """The results of a run, and of the same run started again when it had ended."""
+    from gengap_dist.training.trainer import run
+
+    if world.rank == 0:
+        prepare_folder(out, "run.json", resume=False)
+    world.barrier()
+    return [run(config(**settings), out, world=world, resume=resume) for resume in (False, True)]
+
+
+def test_the_best_weights_of_a_resumed_run_are_where_it_computes(crew, tmp_path):
+    """The run has nothing left to train, and evaluates the best weights that its checkpoint holds."""
+    target = {"train__target_accuracy": 0.01, "train__stop_at_target": True, "launch__device": "cuda"}
+    first, again = crew(trained_and_resumed, BASE | OFF | target, tmp_path / "run")[0]
+    assert again["best_val_step"] == first["best_val_step"] < 6
+    for name in ("test_at_best_val/accuracy", "test/loss"):
+        assert again[name] == first[name]
+
+
 def switches(world: World, settings: Settings, out: Path) -> tuple[list[Any], ...]:
     """How float32 is multiplied: before, in and after a run."""
     from gengap_dist.training.trainer import run

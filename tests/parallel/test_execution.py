@@ -532,7 +532,7 @@ REFUSED = [
     *(
         (
             {"train__autocast": "float16", "launch__strategy": name}, 2, "cuda",
-            f"train.autocast (float16) is not supported by launch.strategy={name}: choose single or ddp, or "
+            f"train.autocast (float16) is not supported by launch.strategy={name}: choose ddp, or "
             "train.autocast=bfloat16",
         )
         for name in ("fsdp", "zero0", "zero3")
@@ -540,7 +540,7 @@ REFUSED = [
     *(
         (
             {f"train__{switch}": True, "launch__strategy": name}, 2, None,
-            f"train.{switch} (true) is not supported by launch.strategy={name}: choose single or ddp, or "
+            f"train.{switch} (true) is not supported by launch.strategy={name}: choose ddp, or "
             f"train.{switch}=false",
         )
         for switch in ("channels_last", "compile")

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import signal
@@ -8,9 +9,13 @@ import time
 import pytest
 import torch
 
+from gengap_dist import models
+from gengap_dist.data import datasets
+from gengap_dist.data.batch_loader import Normalise
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import load_spectra, read_info, read_metrics
-from tests.conftest import config, train, weights
+from tests.conftest import config, cut_after, train, weights
 
 SMALL = {
     "train__steps": 24,
@@ -238,3 +243,63 @@ def test_settings_that_cannot_work(tmp_path, settings, says):
         pytest.skip("this machine has a GPU")
     with pytest.raises(UsageError, match=says):
         train(tmp_path / "run", **settings)
+
+
+def tied(num_classes: int, in_channels: int) -> torch.nn.Module:
+    """A network with one layer, norm included, under two names."""
+    layer = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU())
+    first, last = torch.nn.Linear(in_channels * 64, 32), torch.nn.Linear(32, num_classes)
+    return torch.nn.Sequential(torch.nn.Flatten(), first, layer, layer, last)
+
+
+def test_the_best_weights_are_scored_without_changing_the_last(tmp_path):
+    """Also where one layer has two names, and where the best weights are not the last."""
+    settings = {"model__name": "tests.training.test_trainer:tied", "data__image_size": 8, "batch__ghost_size": 8}
+    more = {"train__steps": 8, "train__num_evals": 4, "optim__lr": 5.0, "probe__enabled": False}
+    result = train(tmp_path / "run", **settings, **more)
+    path = max((tmp_path / "run" / "checkpoints").glob("step_*"))
+    splits = datasets.load(config(**settings).data)
+    images = Normalise(splits, torch.device("cpu"), torch.float32)(splits.test.pixels)
+    accuracies = {}
+    for name in ("best", "model"):
+        model = models.from_config(config(**settings), 10, 1, World()).eval()
+        model.load_state_dict(torch.load(path / f"{name}.pt", weights_only=True))
+        accuracies[name] = (model(images).argmax(1) == splits.test.labels).double().mean().item()
+    assert result["best_val_step"] < 8
+    assert accuracies["best"] != accuracies["model"]
+    assert result["test_at_best_val/accuracy"] == accuracies["best"]
+    assert result["test/accuracy"] == accuracies["model"]
+
+
+def rewrite_run_state(checkpoint, change):
+    """Replace the content of run.pt of a checkpoint, and its checksum."""
+    path, facts = checkpoint / "run.pt", json.loads((checkpoint / "checkpoint.json").read_text())
+    torch.save(change(torch.load(path, weights_only=True)), path)
+    facts["sha256"]["run.pt"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (checkpoint / "checkpoint.json").write_text(json.dumps(facts))
+
+
+def first_form(state):
+    """run.pt as it was before it had a schema."""
+    evaluator, probes = state["evaluator"], state["probes"]
+    timers = [probes["seconds"], evaluator["seconds"], state["train"]["train_seconds"], probes["seconds_each"]]
+    return {
+        "step": state["train"]["step"], "best": evaluator["best"], "reached": evaluator["target_step"],
+        "seconds": state["seconds"], "timers": timers, "probe_left_out": probes["skipped_steps"],
+        "noise": state["step_metrics"], "scaler": state["scaler"], "held": state["pending_rows"],
+    }  # fmt: skip
+
+
+def test_checkpoints_of_an_earlier_form_are_read_and_of_a_later_refused(whole, tmp_path):
+    out, settings = tmp_path / "run", SMALL | {"checkpoint__every_steps": 12, "checkpoint__keep": 9}
+    train(out, **settings)
+    cut_after(out, 12)
+    checkpoint = out / "checkpoints" / "step_00000012"
+    kept = torch.load(checkpoint / "run.pt", weights_only=True)
+    rewrite_run_state(checkpoint, lambda state: state | {"schema": 3})
+    with pytest.raises(UsageError, match=r"run.pt has schema 3, and this version reads up to 2: continue with"):
+        train(out, resume=True, **settings)
+    rewrite_run_state(checkpoint, lambda _: first_form(kept))
+    train(out, resume=True, **settings)
+    assert timeless(out) == timeless(whole[0])
+    assert all(torch.equal(weight, weights(out)[name]) for name, weight in weights(whole[0]).items())

@@ -163,7 +163,7 @@ class Strategy(ABC):
         It may be the model in training, or a copy that is valid until the context ends.
 
         Raises:
-            RuntimeError: at the end, if the model in training was changed.
+            RuntimeError: at the end, if a parameter of the model in training was changed.
         """
         return _for_reading(self.model)
 
@@ -184,13 +184,12 @@ class Strategy(ABC):
 
 @contextmanager
 def _for_reading(model: nn.Module) -> Iterator[nn.Module]:
-    def versions() -> list[int]:  # torch counts the changes of a tensor in place
-        return [tensor._version for tensor in (*model.parameters(), *model.buffers())]
-
-    before = versions()
+    """Context with `model`, whose parameters must not change. (A user's network may count its passes in a buffer.)"""
+    before = [parameter._version for parameter in model.parameters()]  # the number of its changes in place
     yield model
-    if versions() != before:
-        raise RuntimeError("the model in training was changed in `unsharded_model`, which is for reading")
+    named = zip(model.named_parameters(), before, strict=True)
+    if changed := [name for (name, parameter), version in named if parameter._version != version]:
+        raise RuntimeError(f"parameter {changed[0]} was changed in `unsharded_model`, which is for reading")
 
 
 def _to_layout_of(parameter: nn.Parameter, value: Tensor) -> Tensor:

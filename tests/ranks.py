@@ -4,6 +4,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
@@ -122,13 +123,17 @@ def standing(kind: Callable[[int], Any], sizes: Iterable[int]) -> Iterator[dict[
 
 def _stay(rank: int, size: int, port: int, pipe: Any, launch: LaunchConfig) -> None:
     _environment(rank, size, port)
+    from gengap_dist.distributed.phase_timer import PhaseTimer
     from gengap_dist.distributed.process_group import init_process_group
 
     world = init_process_group(launch.device, launch.timeout_seconds)
     while True:
         job, args = pipe.recv()
+        timer = PhaseTimer(
+            on_gpu=world.device.type == "cuda"
+        )  # the phase in which the last job ended is not this one's
         try:
-            pipe.send((job(world, *args), None))
+            pipe.send((job(replace(world, timer=timer), *args), None))
         except Exception:
             pipe.send((None, traceback.format_exc()))
 

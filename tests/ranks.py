@@ -129,9 +129,8 @@ def _stay(rank: int, size: int, port: int, pipe: Any, launch: LaunchConfig) -> N
     world = init_process_group(launch.device, launch.timeout_seconds)
     while True:
         job, args = pipe.recv()
-        timer = PhaseTimer(
-            on_gpu=world.device.type == "cuda"
-        )  # the phase in which the last job ended is not this one's
+        # the phase in which the last job ended is not this one's
+        timer = PhaseTimer(on_gpu=world.device.type == "cuda")
         try:
             pipe.send((job(replace(world, timer=timer), *args), None))
         except Exception:

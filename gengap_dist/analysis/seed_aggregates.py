@@ -122,7 +122,7 @@ def _lines(curves: Curves) -> list[Line]:
 
 def _charted(name: str) -> bool:
     key = MetricKey.parse(name)
-    explains = key.known.is_explanation and not key.is_control and name != "relative_distance_from_init"
+    explains = key.known.is_explanation and not key.is_control and not key.known.is_derived
     return explains or name in CHARTED
 
 

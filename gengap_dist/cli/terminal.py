@@ -188,7 +188,7 @@ def print_observation(observation: "Observation", untrained: "Observation | None
     if len(sets := {name: spectra for name, spectra in observation.spectra.items() if name != "weights"}) > 1:
         console.print(_samples_table(sets))
     for name, value in observation.metrics.items():
-        if name in MEASURES and name != "relative_distance_from_init":
+        if name in MEASURES and not MEASURES[name].is_derived:
             console.print(f"{name} {value:.4g}", highlight=False)
 
 

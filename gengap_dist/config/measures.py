@@ -34,6 +34,8 @@ class Measure(NamedTuple):
     """Whether it is between 0 and 1; figures then show this whole range."""
     has_log_scale: bool = False
     """Whether it is positive and differs by factors, so that its logarithm is correlated."""
+    is_derived: bool = False
+    """Whether it is another measure in other units: curves over seeds and tables show that one only."""
 
 
 _LAYER, _SHARE = Measure(per_layer=True), Measure(per_layer=True, is_share=True)
@@ -60,7 +62,7 @@ MEASURES: dict[str, Measure] = {  # in the order of figures; those with a thresh
     "noise_scale/trace_covariance": Measure(),
     "weight_norm": Measure(),
     "distance_from_init": Measure("distance from initialisation"),
-    "relative_distance_from_init": Measure(is_explanation=True),
+    "relative_distance_from_init": Measure(is_explanation=True, is_derived=True),
     "train/update_norm": Measure("norm of the update"),
     "nc1": Measure("NC1", is_explanation=True, has_log_scale=True),
     "hessian/eigenvalue_1": Measure("largest Hessian eigenvalue", is_explanation=True, has_log_scale=True),

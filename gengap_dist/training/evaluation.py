@@ -113,9 +113,8 @@ class Evaluator:
             "train_test_gap": train.accuracy - test.accuracy,
         }
         if self.best:
-            best_model = deepcopy(
-                model
-            )  # `model` is for reading; torch's functional_call changes layers with two names
+            # `model` is for reading, and torch's functional_call changes a layer that has two names
+            best_model = deepcopy(model)
             best_model.load_state_dict(self.best["model"])
             scores["test_at_best_val/accuracy"] = self._score(best_model, self.splits.test).accuracy
         return scores

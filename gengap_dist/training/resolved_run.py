@@ -81,7 +81,7 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress) 
         "data": datasets.summary(loaded, config.data) if world.rank == 0 else None,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "norm_size": norm_group_sizes(resolved, model, step_sizes, world.size),
-        "small_size": noise_small_size(resolved, world.size),
+        "small_size": _noise_small_size(resolved, world.size),
         **choices,
     }
     return ResolvedRun(
@@ -120,7 +120,7 @@ def _resolve_auto(
     return config, choices
 
 
-def noise_small_size(config: RunConfig, num_ranks: int) -> float | None:
+def _noise_small_size(config: RunConfig, num_ranks: int) -> float | None:
     """The small batch size of the noise scale, harmonic mean over ranks; None without smaller gradients."""
     size = config.batch.global_size
     plan = batch_plan_for(config, size, num_ranks)

@@ -137,6 +137,8 @@ def _weights(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tup
 def _neural_collapse(
     model: nn.Module, batches: Batches, observer: ProbeObserver
 ) -> tuple[Metrics, list[LayerSpectrum]]:
+    if observer.task.spec.num_classes is None:
+        raise UsageError("NC1 needs one class for each sample, and the targets are real numbers")
     return {"nc1": nc1(model, batches, world=observer.world)}, []
 
 

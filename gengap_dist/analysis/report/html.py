@@ -47,7 +47,7 @@ def write_report(study: StudyData, *, pdf: bool = True) -> Path:
         pdf: also write the figures as PDF, which doubles the time.
     """
     is_study = (study.folder / "study.json").exists()
-    comparison = study.comparison if is_study else Comparison(study.baseline, {}, [], None, [], [])
+    comparison = study.comparison if is_study else Comparison(study.metric, study.baseline, {}, [], None, [], [])
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(files("gengap_dist.analysis.report").joinpath("template.html").read_text())

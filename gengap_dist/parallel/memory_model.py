@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from gengap_dist.compat.fake_tensors import FakeTensorMode
 from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import OptimConfig, RunConfig
 from gengap_dist.parallel.capabilities import CAPABILITIES
@@ -128,17 +128,15 @@ def _zero_images(config: RunConfig, model: nn.Module, shape: Sequence[int]) -> T
 
 
 def _saved_bytes(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], images: Tensor) -> int:
-    own = {tensor.untyped_storage()._cdata for tensor in named.values()}
-    outside: dict[int, int] = {}
+    own = {tensor.untyped_storage() for tensor in named.values()}
+    outside: dict[torch.UntypedStorage, int] = {}
     saved = outside  # or the dict of the running block, if it is checkpointed
-    inside: list[dict[int, int]] = []
-    kept: list[Tensor] = []  # so that no address is reused
+    inside: list[dict[torch.UntypedStorage, int]] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage.nbytes()
-            kept.append(tensor.detach())
+        if storage not in own:
+            saved[storage] = storage.nbytes()
         return tensor
 
     def enter(block: nn.Module, args: tuple[object, ...]) -> None:
@@ -164,7 +162,9 @@ def _saved_bytes(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor
         labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         loss = cross_entropy(logits.to(images.dtype), labels, reduction="sum")
     del loss
-    max_block = max((sum(size for key, size in block.items() if key not in outside) for block in inside), default=0)
+    max_block = max(
+        (sum(size for storage, size in block.items() if storage not in outside) for block in inside), default=0
+    )
     return sum(outside.values()) + max_block
 
 

@@ -31,7 +31,7 @@ from gengap_dist import models
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Normalise
+from gengap_dist.data.batch_loader import Preprocess
 from gengap_dist.distributed.phase_timer import PhaseTimer
 from gengap_dist.distributed.process_group import World
 from gengap_dist.training.trainer import run
@@ -146,7 +146,7 @@ class Field(NamedTuple):
         """The network with the same weights for every candidate, on the rank's device."""
         torch.manual_seed(0)
         config, splits = self.workload.settings(self.root), self.splits
-        model = models.from_config(config, splits.num_classes, splits.in_channels, self.world).train()
+        model = models.from_config(config, splits.spec, self.world).train()
         return model.to(self.world.device, memory_format=self.mode.order)  # pyright: ignore[reportCallIssue]
 
     def compiled(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -350,11 +350,11 @@ def _broadcast_str(word: str, world: World) -> str:
 def synthetic_baseline(field: Field, turn: Turn, *, real: bool = False) -> None:
     """Forward, backward and optimizer step on the same resident micro-batch: no data loading, metrics or logging."""
     generator, device = torch.Generator().manual_seed(field.world.rank), field.world.device
-    pixels = field.splits.train.pixels[: field.micro_size]
+    pixels = field.splits.train.inputs[: field.micro_size]
     assert isinstance(pixels, Tensor)
     images = torch.randn(pixels.shape, generator=generator).to(device, memory_format=field.mode.order)
     if real:
-        images = Normalise(field.splits, device, torch.float32)(pixels.to(device))
+        images = Preprocess(field.splits.pixels, device, torch.float32)(pixels.to(device))
     labels = torch.randint(field.splits.num_classes, (field.micro_size,), generator=generator).to(device)
     model = field.network()
     if field.world.size > 1:

@@ -26,13 +26,14 @@ from gengap_dist import models
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Preprocess
 from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.training.algorithms.base import TrainingAlgorithm
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
+from gengap_dist.training.tasks import Classification
 
 
 def main() -> None:
@@ -62,15 +63,15 @@ def main() -> None:
     def new_strategy() -> Single:
         torch.manual_seed(0)
         strategy = Single(config, world)
-        model = models.from_config(config, splits.num_classes, splits.in_channels, world).train()
+        model = models.from_config(config, splits.spec, world).train()
         strategy.setup(model, lambda model: build_optimizer(config.optim, model))
         return strategy
 
     strategy = new_strategy()
-    loader = BatchLoader(splits.train, Normalise(splits, world.device, torch.float32), config.data, config.seed)
-    algorithm = TrainingAlgorithm(config, strategy, loader, sampler, schedule.num_steps)
+    loader = BatchLoader(splits.train, Preprocess(splits.pixels, world.device, torch.float32), config.data, config.seed)
+    algorithm = TrainingAlgorithm(config, Classification(splits.spec), strategy, loader, sampler, schedule.num_steps)
     baseline_strategy = new_strategy()
-    images, labels = torch.randn(128, 3, 32, 32), torch.randint(splits.num_classes, (128,))
+    images, labels = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
 
     def gengap(step: int) -> None:
         algorithm.step(step, schedule.lr(step), schedule.momentum(step))

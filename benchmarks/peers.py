@@ -59,7 +59,7 @@ def set_up(world: World, name: str, data: Path, who: str) -> float:
     TURNS[who] = Turn(lambda turn: work(given, turn))
     TURNS[who].steps(1)
     release_memory()
-    return splits.train.pixels.nbytes / 2**20 if isinstance(splits.train.pixels, torch.Tensor) else 0.0
+    return splits.train.inputs.nbytes / 2**20 if isinstance(splits.train.inputs, torch.Tensor) else 0.0
 
 
 def take_turn(world: World, who: str, num_steps: int, untimed: int = 0) -> float:

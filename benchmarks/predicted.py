@@ -43,7 +43,7 @@ def task(model: str, micro_size: int, device: str = "cpu") -> Task:
     settings |= {"batch": {"micro_size": micro_size}, "probe": {"enabled": False}, "mlflow": {"enabled": False}}
     config = validate(RunConfig, settings)
     sizes = datasets.sizes(config.data)
-    network = models.from_config(config, sizes.num_classes, sizes.in_channels, World())
+    network = models.from_config(config, sizes.spec, World())
     return Task(config, sizes, sum(p.numel() * p.itemsize for p in network.parameters() if p.requires_grad))
 
 

@@ -62,13 +62,13 @@ PREPARED: dict[str, tuple[Strategy, BatchLoader]] = {}  # by network, in this ra
 def set_up(world: World, name: str, task: Task) -> None:
     """Build the network, its strategy and random images."""
     config, sizes, _ = task
-    network = models.from_config(config, sizes.num_classes, sizes.in_channels, World()).to(world.device)
+    network = models.from_config(config, sizes.spec, World()).to(world.device)
     strategy = STRATEGIES[strategy_name(config, world.size)](config, world)
     strategy.setup(network.train(), partial(build_optimizer, config.optim))
     num_images = LARGEST * config.batch.max_micro_size
     PREPARED[name] = (
         strategy,
-        synthetic_workload.random_batches(config, sizes.in_channels, sizes.num_classes, num_images, world.device),
+        synthetic_workload.random_batches(config, sizes.spec, num_images, world.device),
     )
 
 

@@ -8,8 +8,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.preflight.batch_layout import Cluster
-from gengap_dist.preflight.machine_constants import Constants, LinkConstants, workload
+from gengap_dist.preflight.machine_constants import Constants, LinkConstants, workload_name
 from gengap_dist.preflight.plan import make_plan
 from tests.conftest import ROOT, config
 
@@ -103,7 +104,7 @@ def test_the_simulated_curve_is_what_plan_predicts(mode):
     each = {"batch__micro_size": 64, "probe__enabled": False}
     run = config(model__name="lenet5", data__name="fashion_mnist", batch__global_size=last["global_size"], **each)
     inside, between = (LinkConstants(alpha=link.alpha, beta=link.beta) for link in (links.inside, links.between))
-    compute = {workload(run, 1, last["global_size"] // 4096): predicted.ACCELERATOR}
+    compute = {workload_name(run, DataSpec.images(10, 1), last["global_size"] // 4096): predicted.ACCELERATOR}
     plan = make_plan(run, Cluster(512, 8), Constants(inside=inside, between=between, compute=compute))
     assert plan.time is not None
     assert last["ranks"] == plan.cluster.num_ranks == 4096

@@ -14,6 +14,7 @@ import torch
 from tables import table
 
 from gengap_dist import models
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel.memory_model import saved_for_backward
@@ -24,6 +25,7 @@ from gengap_dist.runs.run_folder import read_info
 from gengap_dist.training.autotune.micro_batch import OTHER_BYTES, TEMPORARY
 from gengap_dist.training.autotune.search import pass_seconds
 from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload
+from gengap_dist.training.tasks import Classification
 
 from .items import Answer, Item, Part, places
 from .runs import NO_PROBE, Settings, config, folder, train
@@ -64,9 +66,9 @@ def room_for(num_bytes: int, device: torch.device) -> Iterator[None]:
 def saved_bytes(settings: Settings) -> int:
     """Bytes that a pass of the whole batch saves for its backward pass, as in `gengap plan`."""
     given = config({**WHOLE, **settings}, "cpu")
-    model = models.from_config(given, 10, 1, World())
-    side = given.data.image_size
-    return saved_for_backward(given, model, (1, side, side), given.batch.global_size)[0]
+    spec = DataSpec.images(10, 1, given.data.image_size)
+    model, task = models.from_config(given, spec, World()), Classification(spec)
+    return saved_for_backward(given, model, spec, task.training_loss_sum, given.batch.global_size)[0]
 
 
 def ooms() -> int:
@@ -77,10 +79,11 @@ def ooms() -> int:
 def passes(settings: Settings, share: float, world: World) -> Answer:
     """A pass that fits, a pass of the whole batch that does not, and one that fits, as tried by auto."""
     run_config = config({**WHOLE, **settings}, "cuda")
-    model = models.from_config(run_config, 10, 1, World()).to(world.device)
+    spec = DataSpec.images(10, 1, run_config.data.image_size)
+    model = models.from_config(run_config, spec, World()).to(world.device)
     limit_bytes, before, seconds_of = int(share * saved_bytes(settings)), ooms(), dict[str, float]()
     with room_for(limit_bytes, world.device):
-        synthetic = SyntheticWorkload(run_config, model, 1, 10, world.device)
+        synthetic = SyntheticWorkload(run_config, model, Classification(spec), world.device)
         for name, size in {"before": 64, "whole": run_config.batch.global_size, "after": 64}.items():
             seconds_of[name] = pass_seconds(synthetic, size, 1, world)
         kept = torch.cuda.memory_allocated()

@@ -94,7 +94,7 @@ def _splits() -> datasets.Splits:
 def largest_that_fits(world: World, model_name: str, global_size: int) -> int:
     """Images per pass: the whole batch, halved until its memory fits."""
     config, splits = task(model_name, global_size).settings(images()), _splits()
-    model = models.from_config(config, splits.num_classes, splits.in_channels, World())
+    model = models.from_config(config, splits.spec, World())
     num_bytes, free = (
         pass_bytes_function(config, model, splits.in_channels),
         MEMORY_SHARE * available_memory(world.device, 1),

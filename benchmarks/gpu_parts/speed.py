@@ -19,6 +19,7 @@ from tables import table
 from gengap_dist import models
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.probes import measure
 from gengap_dist.training.autotune.synthetic_workload import synchronise
@@ -137,7 +138,9 @@ PROBES = {
 
 def probe(model: str, views: tuple[str, ...], num_images: int, world: World) -> Answer:
     """Seconds of one near-rank-loss measurement of an untrained network, all layers."""
-    network = models.from_config(validate(RunConfig, nested({"model.name": model})), 10, 3, World()).to(world.device)
+    network = models.from_config(
+        validate(RunConfig, nested({"model.name": model})), DataSpec.images(10, 3), World()
+    ).to(world.device)
     generator = torch.Generator().manual_seed(0)
     batches = torch.randn(num_images, 3, 32, 32, generator=generator).to(world.device).split(128)
     took = _median(partial(measure, network, batches, views=views, world=world), world, times=3)

@@ -27,9 +27,9 @@ class Arm(NamedTuple):
     global_size: int
     settings: Settings
 
-    def accuracies(self) -> dict[int, float]:
-        """Seed to test accuracy."""
-        return {seed: run.accuracy for seed, run in self.runs.items() if run.accuracy is not None}
+    def scores(self) -> dict[int, float]:
+        """Seed to score on the test samples."""
+        return {seed: run.score for seed, run in self.runs.items() if run.score is not None}
 
 
 def group_by_arm(runs: Sequence[Run]) -> dict[str, Arm]:

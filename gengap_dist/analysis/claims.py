@@ -13,13 +13,14 @@ from typing import NamedTuple
 from gengap_dist.analysis.arm_roles import Arm, Roles, group_by_arm, roles, shorter_counterpart, unscaled_counterpart
 from gengap_dist.analysis.results import Claim, Correlation, Outcome, Run
 from gengap_dist.config.metric_key import MetricKey
+from gengap_dist.runs.schema import ACCURACY, MetricDescription
 from gengap_dist.statistics.paired import CONFIDENCE, differences, holm, p_value, t_interval
 
 ALPHA = 1 - CONFIDENCE
-NEGLIGIBLE_GAP = 0.005  # half a percentage point of accuracy
+NEGLIGIBLE_GAP = 0.005  # half a percentage point of a share; of other metrics this part of the baseline's mean
 NEGLIGIBLE_LOSS = 0.01  # one singular value in a hundred
 CLOSED = 0.25  # a remedy that leaves less than this share of the gap, if any, resolves it
-HALF = 0.5  # share of the growth that a penalty must remove, and share of the accuracy that must return
+HALF = 0.5  # share of the growth that a penalty must remove, and share of the score that must return
 RELATIVE, ABSOLUTE = "rel_1e-2", "abs_1e-2"
 
 NO_GAP = "Tested only where there is a gap, and here no gap is significant."
@@ -71,9 +72,9 @@ def corrected(*families: Sequence[Contrast]) -> list[list[Contrast]]:
     return [[each._replace(p=next(ps)) for each in family] for family in families]
 
 
-def accuracy_lost(arm: Arm, other: Arm) -> dict[int, float]:
-    """Seed to the accuracy of `other` minus that of `arm`."""
-    return differences(other.accuracies(), arm.accuracies())
+def score_lost(arm: Arm, other: Arm) -> dict[int, float]:
+    """Seed to the score of `other` minus that of `arm`."""
+    return differences(other.scores(), arm.scores())
 
 
 def near_rank_loss_increase(threshold: str, measures_of: Measures, layers: Sequence[str] = ()) -> Difference:
@@ -118,17 +119,34 @@ def _own_untrained(run: Run) -> Mapping[str, float]:
 # -- the claims --------------------------------------------------------------------------------------------------------
 
 
-def claims(runs: Sequence[Run], baseline: str, correlations: Sequence[Correlation] = ()) -> list[Claim]:
+class _Metric(NamedTuple):
+    """The study's metric, and the smallest difference that counts."""
+
+    description: MetricDescription
+    negligible: float
+
+    def difference(self, c: Contrast) -> str:
+        """A contrast of scores, with its interval, in the unit that is shown."""
+        show = self.description.format_difference
+        return show(c.mean) + _bounds(c, show)
+
+
+def claims(
+    runs: Sequence[Run],
+    baseline: str,
+    correlations: Sequence[Correlation] = (),
+    metric: MetricDescription = ACCURACY,
+) -> list[Claim]:
     """The paper's claims, in the paper's order; empty if the baseline has no finished run."""
     arms = group_by_arm(runs)
     if baseline not in arms or not arms[baseline].runs:
         return []
     base, arm_roles = arms[baseline], roles(arms, baseline)
+    level = 1.0 if metric.unit == "share" else abs(fmean(base.scores().values() or [0.0]))
+    shown = _Metric(metric, NEGLIGIBLE_GAP * level)
     plain = [(arm, base) for arm in arm_roles.plain]
-    lost, grown = corrected(
-        contrasts(plain, accuracy_lost), contrasts(plain, near_rank_loss_increase(RELATIVE, _trained))
-    )
-    gap = _gap(lost, arm_roles, base)
+    lost, grown = corrected(contrasts(plain, score_lost), contrasts(plain, near_rank_loss_increase(RELATIVE, _trained)))
+    gap = _gap(lost, arm_roles, base, shown)
     grows = _grows(grown, arm_roles, base)
     others = [arm for arm in arms.values() if arm.runs]
     scaled = [(arm, unscaled_counterpart(arm, others, base)) for arm in arm_roles.scaled]
@@ -136,20 +154,19 @@ def claims(runs: Sequence[Run], baseline: str, correlations: Sequence[Correlatio
     return [
         gap,
         grows,
-        _explains(arm_roles, base, gap, grows, correlations),
-        _remedy("scaling", "Scaling the learning rate does not resolve the gap.", scaled, base, gap),
-        _remedy("longer_training", "Longer training does not resolve the gap.", longer, base, gap),
+        _explains(arm_roles, base, gap, grows, correlations, shown),
+        _remedy("scaling", "Scaling the learning rate does not resolve the gap.", scaled, base, gap, shown),
+        _remedy("longer_training", "Longer training does not resolve the gap.", longer, base, gap, shown),
     ]
 
 
-def _gap(lost: Sequence[Contrast], arm_roles: Roles, base: Arm) -> Claim:
+def _gap(lost: Sequence[Contrast], arm_roles: Roles, base: Arm, metric: _Metric) -> Claim:
     claim = "Networks trained with large batches generalize worse than with small ones."
     control = "The same seeds, initial weights, epochs and settings; only the batch differs."
     if not lost:
         return Claim("gap", claim, "undecided", _no_contrast_reason(arm_roles, base), control)
-    return Claim(
-        "gap", claim, _outcome(lost, NEGLIGIBLE_GAP), f"Test accuracy lost: {_listed(lost, _points)}.", control
-    )
+    evidence = f"Test {metric.description.harm}: {_listed(lost, metric.difference)}."
+    return Claim("gap", claim, _outcome(lost, metric.negligible), evidence, control)
 
 
 def _no_contrast_reason(arm_roles: Roles, base: Arm) -> str:
@@ -206,8 +223,12 @@ def _grows(relative: Sequence[Contrast], arm_roles: Roles, base: Arm) -> Claim:
     return Claim("near_rank_loss_grows", claim, outcome, evidence, control)
 
 
-def _explains(arm_roles: Roles, base: Arm, gap: Claim, grows: Claim, correlations: Sequence[Correlation]) -> Claim:
-    key, claim = "explains", "Near-rank loss causes the accuracy loss of large batches."
+def _explains(
+    arm_roles: Roles, base: Arm, gap: Claim, grows: Claim, correlations: Sequence[Correlation], metric: _Metric
+) -> Claim:
+    name = metric.description.name
+    harm = f"{name} loss" if metric.description.higher_is_better else f"added {name}"
+    key, claim = "explains", f"Near-rank loss causes the {harm} of large batches."
     control = (
         "An arm with a penalty on near-rank loss, against the same arm without the penalty, minus the effect of the "
         "penalty on the baseline."
@@ -218,15 +239,15 @@ def _explains(arm_roles: Roles, base: Arm, gap: Claim, grows: Claim, correlation
         (arm, control_arm)
         for arm, control_arm in arm_roles.penalised
         if control_arm.global_size > base.global_size
-        and accuracy_lost(control_arm, base)
-        and _mean(accuracy_lost(control_arm, base)) > 0
+        and score_lost(control_arm, base)
+        and _mean(score_lost(control_arm, base)) > 0
     ]
     # the effect of the penalty at the small batch: if it helps there as much, it does not explain the gap
     small = next((pair for pair in arm_roles.penalised if pair[0].global_size == base.global_size), None)
-    small_gain = {seed: -lost for seed, lost in accuracy_lost(*small).items()} if small else {}
+    small_gain = {seed: -lost for seed, lost in score_lost(*small).items()} if small else {}
     lowered, gains = [], []
     for arm, control_arm in pairs:
-        gain = {seed: -lost for seed, lost in accuracy_lost(arm, control_arm).items()}
+        gain = {seed: -lost for seed, lost in score_lost(arm, control_arm).items()}
         gain = {
             seed: value - small_gain.get(seed, 0.0) for seed, value in gain.items() if not small or seed in small_gain
         }
@@ -243,17 +264,17 @@ def _explains(arm_roles: Roles, base: Arm, gap: Claim, grows: Claim, correlation
         arm, control_arm = next(pair for pair in pairs if pair[0].name == change_of_arm.name)
         growth = near_rank_loss_increase(RELATIVE, _trained, _penalised_layers(arm))(control_arm, base)
         verdict, reason = _penalty_outcome(
-            change_of_arm, gain, _mean(growth) if growth else 0.0, _mean(accuracy_lost(control_arm, base))
+            change_of_arm, gain, _mean(growth) if growth else 0.0, _mean(score_lost(control_arm, base)), metric
         )
         if verdict == "supported" and not small:
-            verdict, reason = "undecided", "accuracy returns, but no arm has the penalty at the baseline's batch"
+            verdict, reason = "undecided", f"{name} returns, but no arm has the penalty at the baseline's batch"
         verdicts.append(verdict)
         words.append(
-            f"{arm.name} changes near-rank loss by {_share(change_of_arm)}, accuracy by {_points(gain)} of "
-            f"{100 * _mean(accuracy_lost(control_arm, base)):.2f} lost: {reason}"
+            f"{arm.name} changes near-rank loss by {_share(change_of_arm)}, {name} by {metric.difference(gain)} of "
+            f"{metric.description.format_difference(_mean(score_lost(control_arm, base)), signed=False)} lost: {reason}"
         )
     evidence = "; ".join(words) or "No arm has a penalty on near-rank loss"
-    note = _correlation_note(correlations)
+    note = _correlation_note(correlations, metric)
     decided: list[Outcome] = [verdict for verdict in verdicts if verdict != "undecided"]
     if not decided and grows.outcome == "contradicted":
         evidence = f"There is a gap, and near-rank loss does not grow with the batch. {evidence}"
@@ -262,23 +283,26 @@ def _explains(arm_roles: Roles, base: Arm, gap: Claim, grows: Claim, correlation
     return Claim(key, claim, outcome, f"{evidence}. {note}".strip(), control)
 
 
-def _penalty_outcome(change: Contrast, gain: Contrast, growth: float, lost: float) -> tuple[Outcome, str]:
+def _penalty_outcome(
+    change: Contrast, gain: Contrast, growth: float, lost: float, metric: _Metric
+) -> tuple[Outcome, str]:
     """Outcome for one penalised arm, and the reason.
 
     Args:
         change: near-rank loss with the penalty minus that without it.
-        gain: accuracy with the penalty minus that without it.
+        gain: score with the penalty minus that without it.
         growth: near-rank loss without the penalty minus that of the baseline.
-        lost: accuracy lost without the penalty.
+        lost: score lost without the penalty.
+        metric: of the scores.
     """
     if not change.is_significant(-1) or -change.mean < HALF * growth:
         return "undecided", "near-rank loss falls by less than half of its growth, so this arm decides nothing"
-    if gain.is_significant(-1) and gain.mean < -NEGLIGIBLE_GAP:
-        return "undecided", "the penalty itself lowers accuracy, so this arm decides nothing"
+    if gain.is_significant(-1) and gain.mean < -metric.negligible:
+        return "undecided", f"the penalty itself worsens {metric.description.name}, so this arm decides nothing"
     if gain.high < HALF * lost:
-        return "contradicted", "near-rank loss falls, and less than half of the accuracy returns"
+        return "contradicted", f"near-rank loss falls, and less than half of the {metric.description.name} returns"
     if gain.is_significant(1) and gain.mean >= HALF * lost:
-        return "supported", "near-rank loss falls, and accuracy returns"
+        return "supported", f"near-rank loss falls, and {metric.description.name} returns"
     return "undecided", "the interval is too wide to decide"
 
 
@@ -293,7 +317,7 @@ def _mean(values: Mapping[int, float]) -> float:
     return fmean(values.values())
 
 
-def _correlation_note(correlations: Sequence[Correlation]) -> str:
+def _correlation_note(correlations: Sequence[Correlation], metric: _Metric) -> str:
     """The strongest correlations as a sentence; they decide no claim."""
     strongest = ", ".join(
         f"{c.measure} {c.r:+.2f} [{c.interval[0]:+.2f}, {c.interval[1]:+.2f}]"
@@ -301,39 +325,46 @@ def _correlation_note(correlations: Sequence[Correlation]) -> str:
         for c in [c for c in correlations if c.interval][:3]
         if c.interval
     )
-    return f"Strongest correlations with accuracy lost (not evidence of a cause): {strongest}." if strongest else ""
+    harm = metric.description.harm
+    return f"Strongest correlations with {harm} (not evidence of a cause): {strongest}." if strongest else ""
 
 
-def _remedy(key: str, claim: str, pairs: Sequence[tuple[Arm, Arm | None]], base: Arm, gap: Claim) -> Claim:
+def _remedy(
+    key: str, claim: str, pairs: Sequence[tuple[Arm, Arm | None]], base: Arm, gap: Claim, metric: _Metric
+) -> Claim:
     """Whether all arms with a remedy leave the gap open (supported), or one of them closes it (contradicted).
 
-    Each arm is compared with its control, the arm with the same batch size without the remedy. If the control loses no
-    accuracy, there is no gap to close.
+    Each arm is compared with its control, the arm with the same batch size without the remedy. If the control is not
+    worse, there is no gap to close.
     """
-    control = "The arm with the same batch without the remedy, which must lose accuracy, and the baseline."
+    control = (
+        f"The arm with the same batch without the remedy, which must lose {metric.description.name}, and the baseline."
+    )
     if gap.outcome != "supported":
         return Claim(key, claim, "undecided", NO_GAP, control)
     both = [
         (arm, control_arm)
         for arm, control_arm in pairs
-        if control_arm and accuracy_lost(arm, base) and accuracy_lost(control_arm, base)
+        if control_arm and score_lost(arm, base) and score_lost(control_arm, base)
     ]
-    (left,) = corrected(contrasts([(arm, base) for arm, _ in both], accuracy_lost))
+    (left,) = corrected(contrasts([(arm, base) for arm, _ in both], score_lost))
     control_arms = {control_arm.name: control_arm for _, control_arm in both}
-    (before,) = corrected(contrasts([(control_arm, base) for control_arm in control_arms.values()], accuracy_lost))
+    (before,) = corrected(contrasts([(control_arm, base) for control_arm in control_arms.values()], score_lost))
     verdicts: list[Outcome] = []
     sentences: list[str] = []
     for (arm, control_arm), c in zip(both, left, strict=True):
         lost = next(each for each in before if each.name == control_arm.name)
-        text = f"{arm.name} leaves {_points(c)} of the {_points(lost)} points that {control_arm.name} loses"
+        unit = " points" if metric.description.unit == "share" else ""
+        text = f"{arm.name} leaves {metric.difference(c)} of the {metric.difference(lost)}{unit} that "
+        text += f"{control_arm.name} loses"
         interval = t_interval([*c.values.values()], 1 - ALPHA / len(both)) if c.interval else None
         high = interval[1] if interval else float("inf")  # corrected, because one of several arms suffices
         if not lost.is_significant(1):
             sentences.append(f"{text}, so there is no gap to close")
             continue
-        if high >= NEGLIGIBLE_GAP and c.is_significant(1):
+        if high >= metric.negligible and c.is_significant(1):
             verdicts.append("supported")
-        elif high < NEGLIGIBLE_GAP or high < CLOSED * lost.mean:
+        elif high < metric.negligible or high < CLOSED * lost.mean:
             verdicts.append("contradicted")
             text += " and so closes the gap"
         else:
@@ -357,17 +388,11 @@ def _listed(tested: Sequence[Contrast], show: Callable[[Contrast], str]) -> str:
     return ", ".join(f"{c.name} {show(c)}" for c in tested)
 
 
-def _points(c: Contrast) -> str:
-    """In percentage points, with the interval."""
-    return f"{100 * c.mean:+.2f}" + _bounds(c, 100, ".2f")
-
-
 def _share(c: Contrast) -> str:
-    return f"{c.mean:+.3f}" + _bounds(c, 1, ".3f")
+    return f"{c.mean:+.3f}" + _bounds(c, "{:+.3f}".format)
 
 
-def _bounds(c: Contrast, scale: float, style: str) -> str:
+def _bounds(c: Contrast, show: Callable[[float], str]) -> str:
     if c.interval is None:
         return " (one pair)" if len(c.values) == 1 else f" (the same in all {len(c.values)} pairs: no interval)"
-    low, high = (format(scale * end, f"+{style}") for end in c.interval)
-    return f" [{low}, {high}]"
+    return f" [{show(c.interval[0])}, {show(c.interval[1])}]"

@@ -10,38 +10,41 @@ from gengap_dist.analysis.claims import claims
 from gengap_dist.analysis.correlations import correlations
 from gengap_dist.analysis.critical_batch import updates_to_target
 from gengap_dist.analysis.results import Comparison, Gap, Run
+from gengap_dist.runs.schema import ACCURACY, MetricDescription
 from gengap_dist.statistics.paired import holm, minimum_detectable_effect, p_value, paired
 
 FEW_PAIRS = 8
 
 
-def compare(runs: Sequence[Run], baseline: str) -> Comparison:
+def compare(runs: Sequence[Run], baseline: str, metric: MetricDescription = ACCURACY) -> Comparison:
     """The comparison of all arms with the baseline; what cannot be computed is left out and named in the caveats.
 
     Args:
         runs: all runs, also those that did not finish; arms are listed in the order of their first runs.
         baseline: name of the arm that the others are compared with.
+        metric: what the scores of the runs are.
     """
     arms = group_by_arm(runs)
     gaps = _gaps(runs, arms, baseline)
     explained = correlations(runs)
     return Comparison(
+        metric=metric,
         baseline=baseline,
         gaps=gaps,
         correlations=explained,
         target=updates_to_target(runs, baseline),
-        claims=claims(runs, baseline, explained),
-        caveats=_caveats(runs, arms, baseline, gaps),
+        claims=claims(runs, baseline, explained, metric),
+        caveats=_caveats(runs, arms, baseline, gaps, metric),
     )
 
 
 def _gaps(runs: Sequence[Run], arms: dict[str, Arm], baseline: str) -> dict[str, Gap]:
-    base = arms[baseline].accuracies() if baseline in arms else {}
+    base = arms[baseline].scores() if baseline in arms else {}
     out: dict[str, Gap] = {}
     for name, arm in arms.items():
-        if name == baseline or not (base.keys() & arm.accuracies().keys()):
+        if name == baseline or not (base.keys() & arm.scores().keys()):
             continue
-        difference = paired(base, arm.accuracies())
+        difference = paired(base, arm.scores())
         values = np.array([*difference.differences.values()])
         n = len(values)
         out[name] = Gap(
@@ -74,7 +77,9 @@ def unfinished_runs(runs: Sequence[Run], arm: str) -> str:
     return ", ".join(f"{number} {status}" for status, number in counts.items())
 
 
-def _caveats(runs: Sequence[Run], arms: dict[str, Arm], baseline: str, gaps: dict[str, Gap]) -> list[str]:
+def _caveats(
+    runs: Sequence[Run], arms: dict[str, Arm], baseline: str, gaps: dict[str, Gap], metric: MetricDescription
+) -> list[str]:
     out = []
     if baseline not in arms or not arms[baseline].runs:
         out.append(f"The baseline ({baseline}) has no finished run: the other arms have no comparison.")
@@ -88,15 +93,15 @@ def _caveats(runs: Sequence[Run], arms: dict[str, Arm], baseline: str, gaps: dic
     if num_pairs and max(num_pairs) == 1:
         out.append("With one pair of seeds there is no interval, and no difference can be significant.")
     elif widths := [gap.ci_half_width for gap in gaps.values() if gap.ci_half_width is not None]:
-        n, width = max(num_pairs), 100 * float(np.median(widths))
-        detectable = 100 * float(
-            np.median(
-                [gap.minimum_detectable_effect for gap in gaps.values() if gap.minimum_detectable_effect is not None]
-            )
+        n, unit = max(num_pairs), "points" if metric.unit == "share" else metric.unit
+        effects = [gap.minimum_detectable_effect for gap in gaps.values() if gap.minimum_detectable_effect is not None]
+        width, detectable = (
+            f"{metric.format_difference(float(np.median(values)), signed=False)} {unit}".rstrip()
+            for values in (widths, effects)
         )
         out.append(
-            f"With {n} seeds a loss or gain under {width:.2f} points (median over arms) is not significant, and a true "
-            f"difference of {detectable:.2f} points is missed one time in five."
+            f"With {n} seeds a loss or gain under {width} (median over arms) is not significant, and a true "
+            f"difference of {detectable} is missed one time in five."
         )
         if n < FEW_PAIRS:
             out.append(f"With {n} pairs use the t interval: the bootstrap cannot exceed the observed differences.")
@@ -110,9 +115,9 @@ def _caveats(runs: Sequence[Run], arms: dict[str, Arm], baseline: str, gaps: dic
         out.append(
             "Probe sets differ in size between runs: near-rank loss is compared only between probe sets of equal size."
         )
-    without_accuracy = [name for name, arm in arms.items() if arm.runs and len(arm.accuracies()) < len(arm.runs)]
-    if without_accuracy:
-        out.append(f"Some finished runs have no test accuracy: {', '.join(without_accuracy)}.")
+    without_score = [name for name, arm in arms.items() if arm.runs and len(arm.scores()) < len(arm.runs)]
+    if without_score:
+        out.append(f"Some finished runs have no test {metric.name}: {', '.join(without_score)}.")
     measured = {name for arm in arms.values() for run in arm.runs.values() for name in run.measures}
     partly = [name for name, arm in arms.items() if any(measured - run.measures.keys() for run in arm.runs.values())]
     if measured and partly:

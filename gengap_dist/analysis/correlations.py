@@ -1,4 +1,4 @@
-"""Correlation of each measure with the accuracy lost: over runs, seeds removed, updates held constant.
+"""Correlation of each measure with the score lost: over runs, seeds removed, updates held constant.
 
 Correlation is not cause: these numbers decide no claim (see `claims`).
 """
@@ -24,13 +24,13 @@ UPDATES = "updates"
 def correlations(runs: Sequence[Run]) -> list[Correlation]:
     """One for each measure that at least three arms have, and one for the number of updates; the strongest first.
 
-    For run i of seed s, x and y are the measure and the accuracy lost, each less its mean over the runs of seed s; r is
+    For run i of seed s, x and y are the measure and the score lost, each less its mean over the runs of seed s; r is
     Pearson's of all (x, y). Runs of one arm are repeats of one experiment, so intervals and p count arms: Fisher's
     tanh(atanh r +- 1.96 / sqrt(A - 3 - k)), and t = r sqrt((A - 2 - k) / (1 - r^2)) with A - 2 - k degrees of freedom,
     for A arms and k variables held constant. The partial correlation holds u, the logarithm of the updates, constant:
     (r_xy - r_xu r_yu) / sqrt((1 - r_xu^2) (1 - r_yu^2)).
     """
-    finished = [run for run in runs if run.status == "finished" and run.accuracy is not None]
+    finished = [run for run in runs if run.status == "finished" and run.score is not None]
     names = list(dict.fromkeys(name for run in finished for name in run.measures))
     candidates = [_correlation(name, finished) for name in [*names, UPDATES]]
     out = [correlation for correlation in candidates if correlation]
@@ -46,7 +46,7 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
         return None
     seeds = [run.seed for run, _ in measured]
     x = subtract_group_mean(np.array([value for _, value in measured]), seeds)
-    y = subtract_group_mean(np.array([-(run.accuracy or 0.0) for run, _ in measured]), seeds)
+    y = subtract_group_mean(np.array([-(run.score or 0.0) for run, _ in measured]), seeds)
     u = subtract_group_mean(np.log([max(1, run.num_updates) for run, _ in measured]), seeds)
     r = pearson(x, y)
     if r is None:

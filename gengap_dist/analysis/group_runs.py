@@ -16,7 +16,7 @@ from gengap_dist.tracking.mlflow.importer import SourceNames, find_runs, save_as
 from gengap_dist.tracking.mlflow.uploader import connect_client, store_uri
 
 MAX_NAMED_SETTINGS = 3  # in an arm's name
-CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", MEASURED_AT)
+CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", MEASURED_AT)  # of runs in MLflow
 
 
 class Source(NamedTuple):
@@ -44,7 +44,7 @@ def gather(
         question: printed at the head of the report.
 
     Raises:
-        UsageError: if a source contains no run, all runs are unreadable, or none has a test accuracy.
+        UsageError: if a source contains no run, all runs are unreadable, or none has its metric on the test samples.
     """
     problems: list[str] = []
     collected: list[Source] = []
@@ -60,7 +60,7 @@ def gather(
             problems.append(f"{each.folder} is left out: it is not a complete run folder ({error})")
     if not runs:
         raise UsageError(f"no run can be read from {', '.join(sources)}: give folders that hold a run.json")
-    if not any(accuracy_of(run) is not None for run in runs):
+    if not any(test_value(run) is not None for run in runs):
         raise UsageError(
             f"none of the {len(runs)} runs has {names.accuracy}: give the name of their test accuracy with --accuracy"
         )
@@ -72,7 +72,7 @@ def gather(
     for arm, of_arm in arms.items():
         for seed in sorted({run.seed for run in of_arm}):
             same_seed = [run for run in of_arm if run.seed == seed]
-            same_seed.sort(key=lambda run: (run.info["status"] == run_folder.FINISHED, accuracy_of(run) is not None))
+            same_seed.sort(key=lambda run: (run.info["status"] == run_folder.FINISHED, test_value(run) is not None))
             duplicates += [f"{arm}, seed {seed}"] if len(same_seed) > 1 else []
             members.append(RunData(same_seed[-1].folder, arm, same_seed[-1].info))
     data = sorted({str(_of_data(run)) for run in runs})
@@ -112,19 +112,19 @@ def _checked_run(source: Source) -> RunData:
         UsageError: if it does not.
     """
     run = RunData(source.folder, source.arm, read_info(source.folder))
-    accuracy, size, seed = accuracy_of(run), run.global_size, run.seed
+    value, size, seed = test_value(run), run.global_size, run.seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(size, int):
         raise UsageError(f"its seed ({seed}) and batch ({size}) are not integers: correct its run.json")
-    if accuracy is not None and not 0 <= accuracy <= 1:
-        raise UsageError(f"its test accuracy ({accuracy}) is not between 0 and 1: correct its run.json")
+    if value is not None and run.metric.unit == "share" and not 0 <= value <= 1:
+        raise UsageError(f"its test {run.metric.name} ({value}) is not between 0 and 1: correct its run.json")
     run.check()
     _ = run.info["status"], effective_settings(flat(run.info["config"]))
     return run
 
 
-def accuracy_of(run: RunData) -> float | None:
-    """Test accuracy of a run, a share of 1; None if it has none."""
-    return (run.info.get("result") or {}).get("test/accuracy")
+def test_value(run: RunData) -> float | None:
+    """The metric of a run on the test samples; None if it has none."""
+    return (run.info.get("result") or {}).get(f"test/{run.metric.name}")
 
 
 def _baseline_order(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> tuple[bool, int, int]:

@@ -6,6 +6,7 @@ Only data types of numbers and text: nothing is read or drawn here. `compare` bu
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from gengap_dist.runs.schema import MetricDescription
 from gengap_dist.statistics.paired import Interval, Paired
 
 Outcome = Literal["supported", "contradicted", "undecided"]
@@ -24,8 +25,8 @@ class Run(NamedTuple):
     num_epochs: float
     settings: Mapping[str, object]
     """By dotted name, without those tuned for each arm."""
-    accuracy: float | None
-    """Final test accuracy, a share of 1; None if there is none."""
+    score: float | None
+    """`MetricDescription.score` of the study's metric on the test samples at the end; None if there is none."""
     measures: Mapping[str, float]
     """Measures that may explain a gap, at the last measurement: `near_rank_loss/fc2/rel_1e-2`, `noise_scale`, ..."""
     own_batch: Mapping[str, float]
@@ -33,7 +34,7 @@ class Run(NamedTuple):
     own_batch_untrained: Mapping[str, float]
     """The same at the first measurement."""
     num_probe_samples: int | None
-    """Images in the fixed probe set; None if unknown."""
+    """Samples in the fixed probe set; None if unknown."""
     target: float | None
     """Validation accuracy to reach; None if none was set."""
     updates_to_target: int | None
@@ -41,7 +42,7 @@ class Run(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Baseline minus arm, in test accuracy as a share of 1."""
+    """Score of the baseline minus that of the arm: above 0 the arm is worse."""
 
     paired: Paired
     p: float | None
@@ -59,7 +60,7 @@ class Gap(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """Correlation of a measure with test accuracy lost, over runs, seeds removed."""
+    """Correlation of a measure with the score lost, over runs, seeds removed."""
 
     measure: str
     r: float
@@ -109,6 +110,7 @@ class Claim(NamedTuple):
 class Comparison(NamedTuple):
     """A study compared with its baseline."""
 
+    metric: MetricDescription
     baseline: str
     gaps: Mapping[str, Gap]
     """By arm, in the order of the study; arms without a pair are missing."""

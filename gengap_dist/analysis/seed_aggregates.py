@@ -14,9 +14,8 @@ import numpy as np
 from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import SeedRun
+from gengap_dist.runs.schema import ACCURACY, MetricDescription
 from gengap_dist.statistics.paired import paired, t_half_width, t_interval
-
-CHARTED = ("train/loss", "val/accuracy", "val/loss")  # besides the explanations
 
 Line = dict[str, Any]
 
@@ -54,8 +53,8 @@ def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list
     """Lines as in metrics.jsonl, in increasing order of step; the last one also has the results.
 
     Curves are NAME/mean, /ci_low and /ci_high over the finished seeds, at the steps where all of them have NAME.
-    Results have NAME/num_seeds as well, `sb_lb_gap` is the baseline's test accuracy minus the arm's, paired by seed,
-    and `num_runs/STATUS` counts all runs, including those without a result.
+    Results have NAME/num_seeds as well, `sb_lb_gap` is the baseline's score on the test samples minus the arm's, paired
+    by seed, and `num_runs/STATUS` counts all runs, including those without a result.
 
     Args:
         arm: all runs of the arm.
@@ -72,7 +71,7 @@ def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list
         numbers = [float(value) for value in values if isinstance(value, int | float | str)]
         if numbers and not name.startswith("time/"):
             last |= summary(name, numbers) | {f"{name}/num_seeds": len(numbers)}
-    of_baseline, of_arm = _accuracies(baseline), _accuracies(arm)
+    of_baseline, of_arm = _scores(baseline), _scores(arm)
     if of_baseline.keys() & of_arm.keys():
         gap = paired(of_baseline, of_arm)
         last |= {"sb_lb_gap/mean": gap.mean, "sb_lb_gap/num_seeds": len(gap.differences)}
@@ -84,16 +83,16 @@ def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list
 
 
 def curves(runs: Sequence[MetricsTable]) -> Curves:
-    """The metrics in `CHARTED` and those that may explain a gap, over runs of which each has recorded something.
+    """Losses, validation metrics, and measures that may explain a gap, over runs that have recorded something.
 
-    The training loss is kept only at steps that also have a validation accuracy.
+    The training loss is kept only at steps that also have a validation loss.
     """
     steps = reduce(np.intersect1d, (run.series("step")[1] for run in runs))
     names = [name for name in runs[0].columns if _charted(name) and all(name in run.columns for run in runs)]
     tables = [run.values_at(steps, ["seconds", *names]) for run in runs]
     values, known = np.stack([table[0] for table in tables]), np.all([table[1] for table in tables], axis=0)
     if "train/loss" in names:
-        with_validation = known[:, 1 + names.index("val/accuracy")] if "val/accuracy" in names else False
+        with_validation = known[:, 1 + names.index("val/loss")] if "val/loss" in names else False
         known[:, 1 + names.index("train/loss")] &= with_validation
     mean = values.mean(axis=0)
     with np.errstate(invalid="ignore"):  # inf - inf
@@ -123,10 +122,16 @@ def _lines(curves: Curves) -> list[Line]:
 def _charted(name: str) -> bool:
     key = MetricKey.parse(name)
     explains = key.known.is_explanation and not key.is_control and not key.known.is_derived
-    return explains or name in CHARTED
+    return explains or name == "train/loss" or name.startswith("val/")
 
 
-def _accuracies(seeds: Sequence[SeedRun]) -> dict[int, float]:
-    """Seed to test accuracy, for the runs that have one."""
-    by_seed = {seed.info["seed"]: seed.info.get("result", {}).get("test/accuracy") for seed in seeds}
-    return {seed: accuracy for seed, accuracy in by_seed.items() if accuracy is not None}
+def _scores(seeds: Sequence[SeedRun]) -> dict[int, float]:
+    """Seed to score on the test samples, for the runs that have one."""
+    out: dict[int, float] = {}
+    for seed in seeds:
+        given = seed.info.get("metric")
+        metric = MetricDescription.model_validate(given) if given else ACCURACY
+        value = (seed.info.get("result") or {}).get(f"test/{metric.name}")
+        if value is not None:
+            out[seed.info["seed"]] = metric.score(float(value))
+    return out

@@ -17,9 +17,10 @@ from gengap_dist.config.metric_key import LayerKey, MetricKey
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import FINISHED, load_spectra, read_info, read_metrics_table
+from gengap_dist.runs.schema import ACCURACY, MetricDescription
 from gengap_dist.statistics.paired import Paired, paired
 
-CURVES = ("step", "epoch", "train/loss", "val/accuracy")  # drawn for every run
+CURVES = ("step", "epoch", "train/loss")  # drawn for every run, with the metric on the validation samples
 MEASURED_AT = "probe_seconds/near_rank_loss"  # present in every line with a probe measurement
 
 
@@ -32,7 +33,7 @@ class _MetricsSummary(NamedTuple):
     curves: MetricsTable
 
 
-def _summarise_metrics(table: MetricsTable) -> _MetricsSummary:
+def _summarise_metrics(table: MetricsTable, metric: MetricDescription) -> _MetricsSummary:
     if MEASURED_AT in table.columns:
         measured = np.flatnonzero(table.known[:, table.columns[MEASURED_AT]])
         first, last = table.line(measured[0]), table.line(measured[-1])
@@ -41,7 +42,8 @@ def _summarise_metrics(table: MetricsTable) -> _MetricsSummary:
         ends = {name: table.series(name)[1][[0, -1]] for name in names}
         first, last = ({name: float(end[at]) for name, end in ends.items()} for at in (0, 1))
     epochs = table.series("epoch")[1]
-    return _MetricsSummary(first, last, float(epochs[-1]) if len(epochs) else 0.0, table.select_columns(CURVES))
+    num_epochs = float(epochs[-1]) if len(epochs) else 0.0
+    return _MetricsSummary(first, last, num_epochs, table.select_columns((*CURVES, f"val/{metric.name}")))
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class RunData:
         return self.info["seed"]
 
     @property
+    def metric(self) -> MetricDescription:
+        """The metric that the run is compared by."""
+        given = self.info.get("metric")
+        return MetricDescription.model_validate(given) if given else ACCURACY
+
+    @property
     def global_size(self) -> int:
         """Global batch size."""
         return self.info["config"]["batch"]["global_size"]
@@ -68,7 +76,7 @@ class RunData:
 
     @cached_property
     def _recorded(self) -> _MetricsSummary:
-        return _summarise_metrics(self.history())
+        return _summarise_metrics(self.history(), self.metric)
 
     @property
     def num_epochs(self) -> float:
@@ -84,7 +92,7 @@ class RunData:
         _ = self._recorded
 
     def series(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
-        """Values of `against` and of `name` (one of CURVES) at the steps where `name` was recorded."""
+        """Values of `against` and of `name` (one of CURVES or val/METRIC) at the steps where `name` was recorded."""
         return self._recorded.curves.series(name, against)
 
     def first_and_last_probe(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
@@ -138,9 +146,31 @@ class StudyData:
         values = {run.seed: (run.info.get("result") or {}).get(name) for run in self.finished_runs(arm)}
         return {seed: value for seed, value in values.items() if value is not None}
 
-    def gap(self, arm: str, name: str = "test/accuracy") -> Paired | None:
-        """Baseline minus arm, paired by seed; None if no seed has both."""
-        of_arm, of_baseline = self.results(arm, name), self.results(self.baseline, name)
+    @cached_property
+    def metric(self) -> MetricDescription:
+        """The metric that the runs are compared by.
+
+        Raises:
+            UsageError: if they have different ones.
+        """
+        metrics = {run.metric.name: run.metric for run in self.runs}
+        if len(metrics) > 1:
+            raise UsageError(
+                f"the runs in {self.folder} are compared by different metrics ({', '.join(metrics)}): compare runs of "
+                "one task"
+            )
+        return next(iter(metrics.values()), ACCURACY)
+
+    def test_values(self, arm: str) -> dict[int, float]:
+        """Seed to the metric on the test samples, for the finished runs of an arm that have it."""
+        return self.results(arm, f"test/{self.metric.name}")
+
+    def gap(self, arm: str) -> Paired | None:
+        """Score of the baseline minus that of the arm, paired by seed; None if no seed has both."""
+        of_arm, of_baseline = (
+            {seed: self.metric.score(value) for seed, value in self.test_values(name).items()}
+            for name in (arm, self.baseline)
+        )
         return paired(of_baseline, of_arm) if of_arm.keys() & of_baseline.keys() else None
 
     def unfinished_runs(self, arm: str) -> str:
@@ -160,7 +190,7 @@ class StudyData:
         order = {arm: number for number, arm in enumerate(self.arms)}
         tuned = tuned_settings(self.info)
         runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))
-        return compare([comparison_run(run, tuned) for run in runs], self.baseline)
+        return compare([comparison_run(run, tuned) for run in runs], self.baseline, self.metric)
 
     def with_baseline(self, baseline: str) -> "StudyData":
         """The same study with another baseline."""
@@ -179,6 +209,7 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
     info, result = run.info, run.info.get("result") or {}
     settings = {name: value for name, value in flat(info["config"]).items() if name not in tuned}
     first, last = run.first_and_last_probe()
+    value = result.get(f"test/{run.metric.name}")
     num_updates = int(result.get("num_steps") or info.get("num_steps") or 0)
     return Run(
         arm=run.arm,
@@ -188,7 +219,7 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         num_updates=num_updates,
         num_epochs=run.num_epochs,
         settings=settings,
-        accuracy=result.get("test/accuracy"),
+        score=None if value is None else run.metric.score(float(value)),
         measures=_explanations(last),
         own_batch=_explanations(last, OWN_BATCH),
         own_batch_untrained=_explanations(first, OWN_BATCH),

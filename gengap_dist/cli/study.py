@@ -86,7 +86,8 @@ def _warn(text: str) -> None:
 
 
 def _run(config: StudyConfig, out: Path) -> int:
-    from gengap_dist.analysis.report.text import percent
+    from gengap_dist.analysis.report.text import value_text
+    from gengap_dist.analysis.study_data import read_run
     from gengap_dist.cli.terminal import RunProgress
 
     total = runner.num_runs(config)
@@ -100,16 +101,13 @@ def _run(config: StudyConfig, out: Path) -> int:
 
             def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
                 done = progress.run_ended(planned_run.title)
-                result = (
-                    run_folder.read_info(planned_run.folder).get("result", {})
-                    if (planned_run.folder / "run.json").exists()
-                    else {}
-                )
-                metric_name = "best_val/accuracy" if planned_run.label.startswith("trial") else "test/accuracy"
-                progress.print_line(
-                    f"[{done}/{total}] {planned_run.title}: {note}, "
-                    f"{metric_name.replace('/', ' ')} {percent(result.get(metric_name))}"
-                )
+                shown = note
+                if (planned_run.folder / "run.json").exists():
+                    run = read_run(planned_run.folder)
+                    name = f"{'best_val' if planned_run.label.startswith('trial') else 'test'}/{run.metric.name}"
+                    value = (run.info.get("result") or {}).get(name)
+                    shown += f", {name.replace('/', ' ')} {value_text(value, run.metric)}"
+                progress.print_line(f"[{done}/{total}] {planned_run.title}: {shown}")
 
         return runner.run_study(config, out, Shown(), driver=True, warn=_warn)
 
@@ -125,11 +123,12 @@ def _headline(study: Any) -> dict[str, float]:
 
     out: dict[str, float] = {}
     for arm in study.arms:
-        if accuracies := list(study.results(arm, "test/accuracy").values()):
-            mean, deviation = mean_and_std(accuracies)
-            out |= {f"test_accuracy/{arm}/mean": mean, f"test_accuracy/{arm}/num_seeds": len(accuracies)}
+        if values := list(study.test_values(arm).values()):
+            mean, deviation = mean_and_std(values)
+            name = f"test_{study.metric.name}/{arm}"
+            out |= {f"{name}/mean": mean, f"{name}/num_seeds": len(values)}
             if deviation == deviation:
-                out[f"test_accuracy/{arm}/sd"] = deviation
+                out[f"{name}/sd"] = deviation
         gap = study.gap(arm)
         if arm == study.baseline or gap is None:
             continue

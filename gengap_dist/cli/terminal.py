@@ -20,7 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from gengap_dist.analysis.report.text import last_layer, percent, study_rows, ui_command
+from gengap_dist.analysis.report.tables import gap_sentence, test_head
+from gengap_dist.analysis.report.text import last_layer, study_rows, ui_command, value_text
 from gengap_dist.analysis.study_data import RunData, StudyData, read_run
 from gengap_dist.config.measures import MEASURES
 from gengap_dist.config.metric_key import layer_metric
@@ -109,10 +110,13 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
     if run.info["status"] != "finished":
         console.print(f"[bold red]{run.info['status']}[/]: {run.info.get('error', '')}", highlight=False)
     else:
+        metric = run.metric
+        test, train, best = (
+            escape(value_text(result[f"{name}/{metric.name}"], metric)) for name in ("test", "train_full", "best_val")
+        )
         console.print(
-            f"test accuracy [bold]{percent(result['test/accuracy'])}[/] "
-            f"(train {percent(result['train_full/accuracy'])}, val best {percent(result['best_val/accuracy'])}) "
-            f"after {result['num_steps']:,} steps of {run.global_size:,}, {result['images_per_second']:,.0f} images/s",
+            f"test {escape(metric.name)} [bold]{test}[/] (train {train}, val best {best}) after "
+            f"{result['num_steps']:,} steps of {run.global_size:,}, {result['samples_per_second']:,.0f} samples/s",
             highlight=False,
         )
     if table := layer_table(run):
@@ -240,7 +244,7 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
     console = wide_console()
     console.print(study_table(study, every_column=console.width >= 118))
     console.print(
-        f"[dim]sb_lb_gap: accuracy of {study.baseline} minus the arm's, in points, paired by seed; "
+        f"[dim]sb_lb_gap: {escape(gap_sentence(study.baseline, study.metric))}, paired by seed; "
         "intervals are 95%; with few seeds use the t interval[/]",
         highlight=False,
     )
@@ -255,10 +259,10 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
 
 
 def study_table(study: StudyData, *, every_column: bool = True) -> Table:
-    """One row per arm: accuracy and gap with intervals; with `every_column` also ranks of the last measured layer."""
+    """One row per arm: metric and gap with intervals; with `every_column` also ranks of the last measured layer."""
     table = Table(title=study.name, title_justify="left")
     last = last_layer(study) if every_column else None
-    heads = ["arm", "batch", "steps", "seeds", "test acc. (sd)", "sb_lb_gap", "bootstrap", "t"]
+    heads = ["arm", "batch", "steps", "seeds", test_head(study.metric), "sb_lb_gap", "bootstrap", "t"]
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     for number, head in enumerate(heads):
         table.add_column(escape(head), justify="left" if number == 0 else "right", no_wrap=number in (0, 5, 6, 7))

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from gengap_dist.config import measures
+from gengap_dist.errors import did_you_mean
 
 
 def _one_or_many(value: Any) -> Any:
@@ -77,8 +78,9 @@ class Section(FrozenModel):
 class DataConfig(Section, affects="result"):
     """The data set, its split and its augmentation."""
 
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagefolder"] = "digits"
-    """Data set. `digits` is part of the package; the others are read from data.root."""
+    name: str = "digits"
+    """digits (part of the package), mnist, fashion_mnist, cifar10, cifar100 or imagefolder (read from data.root), or
+    your own module.path:factory, which returns {"train": (inputs, targets), "test": (inputs, targets)}."""
     root: Annotated[Path, Affects("runtime")] = Path("data")
     """Folder that holds the data set's files (not used by digits)."""
     download: Annotated[bool, Affects("runtime")] = False
@@ -110,6 +112,15 @@ class DataConfig(Section, affects="result"):
     cpu."""
 
     @model_validator(mode="after")
+    def _check_name(self) -> Self:
+        if ":" not in self.name and self.name not in measures.DATA_SETS:
+            raise ValueError(
+                f"data.name ({self.name}) is not a data set{did_you_mean(self.name, measures.DATA_SETS)}: choose one "
+                f"of {', '.join(measures.DATA_SETS)}, or your own module.path:factory"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_augmentation_and_storage(self) -> Self:
         if "cutout" in self.augment and self.cutout_size > self.image_size:
             raise ValueError(
@@ -134,12 +145,21 @@ class DataConfig(Section, affects="result"):
         return self
 
 
+class TaskConfig(Section, affects="result"):
+    """What the network learns: its loss, and the metric that runs are compared by."""
+
+    name: str = "classification"
+    """classification (cross-entropy, accuracy), or your own module.path:Class, a subclass of
+    gengap_dist.training.tasks.Task."""
+
+
 class ModelConfig(Section, affects="result"):
     """The network."""
 
     name: str = "lenet5"
     """lenet5, vgg16, resnet20, resnet44, resnet56, resnet110, f1, c1, mlp, torchvision:NAME, timm:NAME, or your own
-    module.path:factory, which is called with num_classes and in_channels."""
+    module.path:factory, which is called with those of num_classes, in_channels, image_size, input_shape and
+    output_shape that it names."""
     widths: tuple[PositiveInt, ...] = (512, 512, 512, 512, 512)
     """Units in each hidden layer of mlp."""
     activation: Literal["relu", "linear"] = "relu"
@@ -474,6 +494,7 @@ class RunConfig(Section, affects="result"):
     profile: Annotated[bool, Affects("runtime")] = False
     """Trace a few steps of every rank, and write where their time is spent to OUT/profile."""
     data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()

@@ -42,7 +42,7 @@ def counter_bits(indices: Tensor, *counters: int | Tensor) -> Tensor:
 
 
 def augment(
-    pixels: Tensor, indices: Tensor, normalise: Callable[[Tensor], Tensor], config: DataConfig, seed: int, epoch: int
+    pixels: Tensor, indices: Tensor, preprocess: Callable[[Tensor], Tensor], config: DataConfig, seed: int, epoch: int
 ) -> Tensor:
     """[n, C, H, W] normalised images after crop, flip and cutout, in this order whatever the order in `config`.
 
@@ -51,14 +51,14 @@ def augment(
     Args:
         pixels: [n, C, H, W] uint8, the pixels of the images `indices`.
         indices: [n] int64 image numbers, on the device of `pixels`.
-        normalise: maps pixels to the training dtype; applied before cutout, which sets pixels to the mean (0).
+        preprocess: maps pixels to the training dtype; applied before cutout, which sets pixels to the mean (0).
         config: names and parameters of the augmentations.
         seed: of the run.
         epoch: from 0.
     """
     names = config.augment
     if not names:
-        return normalise(pixels)
+        return preprocess(pixels)
     draws = torch.arange(NUM_DRAWS, device=indices.device)[:, None]
     for_crop, for_flip, for_cutout = counter_bits(indices, seed, epoch, draws)
     if "crop" in names or "flip" in names:
@@ -68,7 +68,7 @@ def augment(
             for_flip if "flip" in names else torch.ones_like(indices),
             config.crop_padding if "crop" in names else 0,
         )
-    inputs = normalise(pixels)
+    inputs = preprocess(pixels)
     return cutout(inputs, for_cutout, config.cutout_size) if "cutout" in names else inputs
 
 

@@ -1,10 +1,10 @@
-"""Data sets by name: loaded into memory as uint8, checked, padded and split, or kept on disk (`data.streaming`).
+"""Data sets by name: loaded into memory, checked, padded and split, or kept on disk (`data.streaming`).
 
-Shapes: N images, C channels, H = W = image_size.
+Shapes: N samples; of images C channels, H = W = image_size.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import TORCHVISION
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.data.host_images import HostImages
 from gengap_dist.data.streaming import PREFETCH_BYTES, StreamedImages, read_image
+from gengap_dist.data.user import Arrays, load_user_data
 from gengap_dist.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,85 +30,89 @@ MAX_GPU_MEMORY_FRACTION = 0.5  # largest fraction of free GPU memory that data.d
 NUM_MEAN_IMAGES = 4_096  # training images that give mean and standard deviation of a streamed data set
 
 
-class Images(NamedTuple):
+class Samples(NamedTuple):
     """One split."""
 
-    pixels: Tensor | StreamedImages | HostImages  # [N, C, H, W] uint8
-    labels: Tensor  # [N] int64
+    inputs: Tensor | StreamedImages | HostImages  # [N, C, H, W] uint8 images, or [N, ...] real numbers
+    targets: Tensor  # [N] int64 classes, or [N, ...] real numbers
 
     def __len__(self) -> int:
-        """N, the number of images."""
-        return len(self.labels)
+        """N, the number of samples."""
+        return len(self.targets)
 
-    def to(self, device: torch.device) -> "Images":
-        """The same images on a device; streamed images are copied there when indexed."""
-        assert not isinstance(self.pixels, HostImages)  # already has its device
-        return Images(self.pixels.to(device), self.labels.to(device))
+    def to(self, device: torch.device) -> "Samples":
+        """The same samples on a device; streamed images are copied there when indexed."""
+        assert not isinstance(self.inputs, HostImages)  # already has its device
+        return Samples(self.inputs.to(device), self.targets.to(device))
 
-    def on_host(self, device: torch.device) -> "Images":
-        """The same images in host memory, copied to `device` when indexed; labels are on `device`."""
-        assert isinstance(self.pixels, Tensor)
-        return Images(HostImages(self.pixels, device), self.labels.to(device))
+    def on_host(self, device: torch.device) -> "Samples":
+        """The same samples with inputs in host memory, copied to `device` when indexed; targets are on `device`."""
+        assert isinstance(self.inputs, Tensor)
+        return Samples(HostImages(self.inputs, device), self.targets.to(device))
 
     def take(self, indices: Tensor, device_indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [n, C, H, W] and labels [n] at `indices` [n] int64; `device_indices`: a copy on the labels' device."""
-        if isinstance(self.pixels, Tensor):
+        """Inputs [n, ...] and targets [n, ...] at `indices` [n] int64; `device_indices`: a copy where targets are."""
+        if isinstance(self.inputs, Tensor):
             # 20 times as fast as indexing
-            return self.pixels.index_select(0, device_indices), self.labels[device_indices]
-        return self.pixels[indices], self.labels[device_indices]  # reading device_indices would synchronize the GPU
+            return self.inputs.index_select(0, device_indices), self.targets[device_indices]
+        return self.inputs[indices], self.targets[device_indices]  # reading device_indices would synchronize the GPU
 
     def prefetch(self, indices: Tensor) -> None:
-        """Announce that `indices` [n] are used next, so that images outside the device can be prefetched."""
-        if not isinstance(self.pixels, Tensor):
-            self.pixels.prefetch(indices)
+        """Announce that `indices` [n] are used next, so that inputs outside the device can be prefetched."""
+        if not isinstance(self.inputs, Tensor):
+            self.inputs.prefetch(indices)
 
     def fingerprint(self, root: Path) -> Iterator[Any]:
-        """Bytes to hash: pixels (for streamed images paths and file sizes), then labels."""
-        if isinstance(self.pixels, StreamedImages):
-            yield from self.pixels.fingerprint(root)
+        """Bytes to hash: inputs (for streamed images paths and file sizes), then targets."""
+        if isinstance(self.inputs, StreamedImages):
+            yield from self.inputs.fingerprint(root)
         else:
-            pixels = self.pixels.pixels if isinstance(self.pixels, HostImages) else self.pixels
-            yield np.ascontiguousarray(pixels.cpu().numpy()).data
-        yield np.ascontiguousarray(self.labels.cpu().numpy()).data
+            inputs = self.inputs.pixels if isinstance(self.inputs, HostImages) else self.inputs
+            yield np.ascontiguousarray(inputs.cpu().numpy()).data
+        yield np.ascontiguousarray(self.targets.cpu().numpy()).data
 
 
 class Splits(NamedTuple):
     """A data set ready for training; `val` may be empty."""
 
-    train: Images
-    val: Images
-    test: Images
-    num_classes: int
-    mean_C: Tensor
-    """[C] float64, mean of the training pixels without padding; of at most NUM_MEAN_IMAGES streamed images."""
-    std_C: Tensor
-    """[C] float64, standard deviation of the same pixels, at least 1 grey level."""
-
-    @property
-    def in_channels(self) -> int:
-        """C, the number of channels."""
-        return self.train.pixels.shape[1]
+    train: Samples
+    val: Samples
+    test: Samples
+    spec: DataSpec
+    pixels: "PixelStatistics | None" = None
+    """Of images; other inputs are not normalised."""
 
     def digest(self, root: Path = Path()) -> str:
-        """Hex hash of all labels and pixels of all splits; for streamed images, of paths in `root` and file sizes."""
+        """Hex hash of all targets and inputs of all splits; for streamed images, of paths in `root` and file sizes."""
         digest = hashlib.blake2b(digest_size=16)
-        for images in (self.train, self.val, self.test):
-            for part in images.fingerprint(root):
+        for samples in (self.train, self.val, self.test):
+            for part in samples.fingerprint(root):
                 digest.update(part)
         return digest.hexdigest()
 
 
+class PixelStatistics(NamedTuple):
+    """Mean and standard deviation of the training pixels, without padding; of at most NUM_MEAN_IMAGES streamed images.
+
+    Both are [C] float64, in grey levels.
+    """
+
+    mean_C: Tensor
+    std_C: Tensor
+    """At least 1."""
+
+
 def place_splits(splits: Splits, config: DataConfig, device: torch.device) -> Splits:
-    """The splits with their images in the memory that `data.device` requests, for training on `device`.
+    """The splits with their inputs in the memory that `data.device` requests, for training on `device`.
 
     Raises:
-        UsageError: if data.device=cuda and the images do not fit; nothing is copied then.
+        UsageError: if data.device=cuda and the inputs do not fit; nothing is copied then.
     """
-    move = Images.to
+    move = Samples.to
     if device.type == "cuda" and not config.streaming:
         torch.cuda.empty_cache()  # memory cached by torch is also free
         free, _ = torch.cuda.mem_get_info(device)
-        needed = sum(images.pixels.shape.numel() for images in (splits.train, splits.val, splits.test))
+        needed = sum(_num_bytes(samples.inputs) for samples in (splits.train, splits.val, splits.test))
         if config.device == "cuda" and needed > free:
             raise UsageError(
                 f"data.device (cuda) keeps the {needed / 2**30:.3g} GiB of {config.name} in the memory of every GPU, "
@@ -114,19 +120,13 @@ def place_splits(splits: Splits, config: DataConfig, device: torch.device) -> Sp
                 "or cpu"
             )
         if config.device == "cpu" or (config.device == "auto" and needed > free * MAX_GPU_MEMORY_FRACTION):
-            move = Images.on_host
-    train, val, test = (move(images, device) for images in (splits.train, splits.val, splits.test))
+            move = Samples.on_host
+    train, val, test = (move(samples, device) for samples in (splits.train, splits.val, splits.test))
     return splits._replace(train=train, val=val, test=test)
 
 
-class _Raw(NamedTuple):
-    """A data set as stored in its files: pixels [N, H, W] or [N, C, H, W] uint8, labels [N]."""
-
-    train_pixels: Tensor
-    train_labels: Tensor
-    test_pixels: Tensor
-    test_labels: Tensor
-    num_classes: int
+def _num_bytes(inputs: Tensor | StreamedImages | HostImages) -> int:
+    return inputs.nbytes if isinstance(inputs, Tensor) else inputs.shape.numel()
 
 
 Progress = Callable[[str, int, int], None]
@@ -137,7 +137,7 @@ def _silent(task: str, done: int, total: int) -> None:
     """Report no progress."""
 
 
-def _digits(config: DataConfig, progress: Progress) -> _Raw:
+def _digits(config: DataConfig, progress: Progress) -> Arrays:
     """The 1,797 handwritten digits of the UCI test set (Alpaydin & Kaynak 1998, as in scikit-learn); 8 x 8, 0 to 16.
 
     Every fifth image is a test image: the data set has no split of its own.
@@ -147,7 +147,7 @@ def _digits(config: DataConfig, progress: Progress) -> _Raw:
         labels = torch.from_numpy(file["labels"]).long()
     test = torch.arange(len(labels)) % 5 == 0
     pixels = pixels.to(torch.uint8)
-    return _Raw(pixels[~test], labels[~test], pixels[test], labels[test], 10)
+    return Arrays(pixels[~test], labels[~test], pixels[test], labels[test], 10)
 
 
 COUNTS = {  # name: training images, test images, classes, channels
@@ -159,7 +159,7 @@ COUNTS = {  # name: training images, test images, classes, channels
 }  # those of imagefolder are read from disk
 
 
-def _torchvision(config: DataConfig, progress: Progress) -> _Raw:
+def _torchvision(config: DataConfig, progress: Progress) -> Arrays:
     from torchvision import datasets  # slow import, and digits do not need it
 
     class_name, folder = TORCHVISION[config.name]
@@ -183,7 +183,7 @@ def _torchvision(config: DataConfig, progress: Progress) -> _Raw:
     for part in (train, test):
         pixels = torch.as_tensor(part.data)
         sets += [pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels, torch.as_tensor(part.targets).long()]
-    return _Raw(*sets, num_classes=len(train.classes))
+    return Arrays(*sets, num_classes=len(train.classes))
 
 
 def list_image_folders(config: DataConfig) -> "list[ImageFolder]":
@@ -211,7 +211,7 @@ def list_image_folders(config: DataConfig) -> "list[ImageFolder]":
     return folders
 
 
-def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
+def _imagefolder(config: DataConfig, progress: Progress) -> Arrays:
     """root/train/CLASS/*.jpg and root/test/CLASS/*.jpg, decoded once, resized to image_size, three channels."""
     size = config.image_size
     sets: list[Tensor] = []
@@ -230,10 +230,10 @@ def _imagefolder(config: DataConfig, progress: Progress) -> _Raw:
                 if done % 500 == 0:
                     progress(f"reading {part} images", done, len(jobs))
         sets += [pixels, torch.tensor(listing.targets)]
-    return _Raw(*sets, num_classes=len(folders[0].classes))
+    return Arrays(*sets, num_classes=len(folders[0].classes))
 
 
-LOADERS: dict[str, Callable[[DataConfig, Progress], _Raw]] = {
+LOADERS: dict[str, Callable[[DataConfig, Progress], Arrays]] = {
     "digits": _digits,
     **dict.fromkeys(TORCHVISION, _torchvision),
     "imagefolder": _imagefolder,
@@ -254,21 +254,28 @@ class Sizes(NamedTuple):
     num_train: int
     num_val: int
     num_test: int
-    num_classes: int
-    in_channels: int
     num_bytes: int
-    """Memory in bytes: 1 per pixel, 8 per label; of streamed images, only the prefetched ones."""
+    """Memory in bytes: 1 per pixel, 8 per class; of streamed images, only the prefetched ones."""
+    spec: DataSpec
 
 
 def sizes(config: DataConfig) -> Sizes:
-    """Size of the data set that `load` would return, without opening an image; only imagefolder reads file names.
+    """Size of the data set that `load` would return, without opening an image.
+
+    Only imagefolder reads file names, and a user's own data set is loaded.
 
     Raises:
-        UsageError: if an image folder is missing, or the data set exceeds data.memory_gib.
+        UsageError: if an image folder is missing, the data set exceeds data.memory_gib, or a user's own is not valid.
 
-    >>> sizes(DataConfig(name="cifar10"))
-    Sizes(num_train=45000, num_val=5000, num_test=10000, num_classes=10, in_channels=3, num_bytes=184800000)
+    >>> sizes(DataConfig(name="cifar10"))[:4]
+    (45000, 5000, 10000, 184800000)
     """
+    if ":" in config.name:
+        splits = load(config)
+        parts = splits.train, splits.val, splits.test
+        num_bytes = sum(_num_bytes(samples.inputs) + samples.targets.nbytes for samples in parts)
+        num_train, num_val, num_test = map(len, parts)
+        return Sizes(num_train, num_val, num_test, num_bytes, splits.spec)
     if config.name == "imagefolder":
         train, test = list_image_folders(config)
         num, num_test, num_classes, channels = len(train.samples), len(test.samples), len(train.classes), 3
@@ -280,7 +287,8 @@ def sizes(config: DataConfig) -> Sizes:
     else:
         _check_memory(num_bytes, config)
     num_val = _num_val(num, config)
-    return Sizes(num - num_val, num_val, num_test, num_classes, channels, num_bytes + 8 * (num + num_test))
+    spec = DataSpec.images(num_classes, channels, config.image_size)
+    return Sizes(num - num_val, num_val, num_test, num_bytes + 8 * (num + num_test), spec)
 
 
 def _num_val(num: int, config: DataConfig) -> int:
@@ -326,27 +334,57 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
     """
     if config.streaming:
         return _streamed(config)
-    raw = LOADERS[config.name](config, progress)
+    if ":" in config.name:
+        raw = load_user_data(config.name)
+        if raw.train_inputs.dtype != torch.uint8:
+            return _real_splits(raw, config)
+    else:
+        raw = LOADERS[config.name](config, progress)
+    num_classes = raw.num_classes
+    if num_classes is None:
+        raise UsageError(f"data.name ({config.name}) returns images with real targets: return one class for each image")
     for split_name, pixels, labels in (
-        ("training", raw.train_pixels, raw.train_labels),
-        ("test", raw.test_pixels, raw.test_labels),
+        ("training", raw.train_inputs, raw.train_targets),
+        ("test", raw.test_inputs, raw.test_targets),
     ):
         if len(pixels) != len(labels) or not len(pixels):
             raise UsageError(
                 f"data.root ({config.root}): {config.name} contains {len(pixels)} {split_name} images for "
                 f"{len(labels)} labels; copy its files again"
             )
-        check_labels(labels, raw.num_classes, split_name)
-    pixels, test_pixels = (p if p.ndim == 4 else p[:, None] for p in (raw.train_pixels, raw.test_pixels))
+        check_labels(labels, num_classes, split_name)
+    pixels, test_pixels = (p if p.ndim == 4 else p[:, None] for p in (raw.train_inputs, raw.test_inputs))
     _check_memory((len(pixels) + len(test_pixels)) * pixels.shape[1] * config.image_size**2, config)
     train, val = _train_val_positions(len(pixels), config)
     test = torch.arange(len(test_pixels))
     return Splits(
-        Images(_select_and_pad(pixels, config.image_size, train), _training_labels(raw.train_labels[train], config)),
-        Images(_select_and_pad(pixels, config.image_size, val), raw.train_labels[val]),
-        Images(_select_and_pad(test_pixels, config.image_size, test), raw.test_labels),
-        raw.num_classes,
-        *_mean_and_std(pixels[chunk] for chunk in train.split(CHUNK_SIZE)),
+        Samples(_select_and_pad(pixels, config.image_size, train), _shuffled(raw.train_targets[train], config)),
+        Samples(_select_and_pad(pixels, config.image_size, val), raw.train_targets[val]),
+        Samples(_select_and_pad(test_pixels, config.image_size, test), raw.test_targets),
+        DataSpec.images(num_classes, pixels.shape[1], config.image_size),
+        _mean_and_std(pixels[chunk] for chunk in train.split(CHUNK_SIZE)),
+    )
+
+
+def _real_splits(raw: Arrays, config: DataConfig) -> Splits:
+    """The splits of a data set whose inputs are real numbers."""
+    if raw.num_classes is not None:
+        check_labels(raw.train_targets, raw.num_classes, "training")
+        check_labels(raw.test_targets, raw.num_classes, "test")
+    _check_memory(raw.train_inputs.nbytes + raw.test_inputs.nbytes, config)
+    if config.augment:
+        raise UsageError(
+            f"data.augment ({', '.join(config.augment)}) changes images, and the inputs of {config.name} are no "
+            "uint8 images: set data.augment=[]"
+        )
+    target_shape = tuple(raw.train_targets.shape[1:])
+    output_shape = target_shape if raw.num_classes is None else (raw.num_classes,)
+    train, val = _train_val_positions(len(raw.train_inputs), config)
+    return Splits(
+        Samples(raw.train_inputs[train], _shuffled(raw.train_targets[train], config)),
+        Samples(raw.train_inputs[val], raw.train_targets[val]),
+        Samples(raw.test_inputs, raw.test_targets),
+        DataSpec(tuple(raw.train_inputs.shape[1:]), output_shape, target_shape, raw.num_classes),
     )
 
 
@@ -360,11 +398,11 @@ def _streamed(config: DataConfig) -> Splits:
     train_images = images.subset(train)
     chosen = np.random.default_rng([config.split_seed, 4]).permutation(len(train))[:NUM_MEAN_IMAGES]
     return Splits(
-        Images(train_images, _training_labels(labels[train], config)),
-        Images(images.subset(val), labels[val]),
-        Images(test, test_labels),
-        len(folders[0].classes),
-        *_mean_and_std([train_images[torch.from_numpy(chosen)]]),
+        Samples(train_images, _shuffled(labels[train], config)),
+        Samples(images.subset(val), labels[val]),
+        Samples(test, test_labels),
+        DataSpec.images(len(folders[0].classes), 3, config.image_size),
+        _mean_and_std([train_images[torch.from_numpy(chosen)]]),
     )
 
 
@@ -375,18 +413,19 @@ def _train_val_positions(num: int, config: DataConfig) -> tuple[Tensor, Tensor]:
     return permutation[num_val:].sort().values, permutation[:num_val].sort().values
 
 
-def _training_labels(labels: Tensor, config: DataConfig) -> Tensor:
+def _shuffled(targets: Tensor, config: DataConfig) -> Tensor:
+    """The training targets, permuted if data.shuffle_labels is set."""
     if not config.shuffle_labels:
-        return labels
-    shuffled = np.random.default_rng([config.split_seed, 3]).permutation(len(labels))
-    return labels[torch.from_numpy(shuffled)]
+        return targets
+    shuffled = np.random.default_rng([config.split_seed, 3]).permutation(len(targets))
+    return targets[torch.from_numpy(shuffled)]
 
 
-def _mean_and_std(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """[C] mean and standard deviation of images in parts [n, C, H, W] uint8; exact, from counts of the 256 levels.
+def _mean_and_std(parts: Iterable[Tensor]) -> PixelStatistics:
+    """Mean and standard deviation of images in parts [n, C, H, W] uint8; exact, from counts of the 256 levels.
 
     >>> _mean_and_std([torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1)])
-    (tensor([100.], dtype=torch.float64), tensor([100.], dtype=torch.float64))
+    PixelStatistics(mean_C=tensor([100.], dtype=torch.float64), std_C=tensor([100.], dtype=torch.float64))
     """
     histograms = ([torch.bincount(c.flatten(), minlength=256) for c in part.unbind(1)] for part in parts)
     counts = torch.stack([torch.stack(part) for part in histograms]).sum(0).double()  # [C, 256]
@@ -394,22 +433,34 @@ def _mean_and_std(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     total = counts.sum(1)
     mean = counts @ levels / total
     variance = counts @ levels.square() / total - mean.square()
-    return mean, variance.clamp_min(1.0).sqrt()
+    return PixelStatistics(mean, variance.clamp_min(1.0).sqrt())
 
 
 def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
     """Description of a data set for run.json: name, sizes, normalisation and its number of images, digest."""
+    spec, pixels = splits.spec, splits.pixels
+    normalisation: dict[str, Any] = {}
+    if pixels is not None:
+        num_mean = min(len(splits.train), NUM_MEAN_IMAGES) if config.streaming else len(splits.train)
+        normalisation = {"mean": pixels.mean_C.tolist(), "std": pixels.std_C.tolist(), "num_mean": num_mean}
     return {
         "name": config.name,
-        "root": None if config.name == "digits" else str(config.root.resolve()),
+        "root": None if config.name == "digits" or ":" in config.name else str(config.root.resolve()),
         "num_train": len(splits.train),
         "num_val": len(splits.val),
         "num_test": len(splits.test),
-        "num_classes": splits.num_classes,
-        "mean": splits.mean_C.tolist(),
-        "std": splits.std_C.tolist(),
-        "num_mean": min(len(splits.train), NUM_MEAN_IMAGES) if config.streaming else len(splits.train),
+        "num_classes": spec.num_classes,
+        **normalisation,
         "shuffle_labels": config.shuffle_labels,
-        "shape": list(splits.train.pixels.shape[1:]),
+        "shape": list(spec.input_shape),
+        "output_shape": list(spec.output_shape),
         "digest": splits.digest(config.root),
     }
+
+
+def recorded_spec(data: Mapping[str, Any]) -> DataSpec:
+    """The shapes of a data set from its `summary` in a run.json, also of an older version, which knew images only."""
+    num_classes, shape = data["num_classes"], tuple(data["shape"])
+    output_shape = tuple(data.get("output_shape") or [num_classes])
+    target_shape = () if num_classes else output_shape
+    return DataSpec(shape, output_shape, target_shape, num_classes, is_image="mean" in data)

@@ -4,10 +4,12 @@ import importlib
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.models.batch_norm import replace_batch_norm
@@ -28,65 +30,60 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "c1": c1,
     "mlp": mlp,
 }
+IMAGE_ARGUMENTS = ("num_classes", "in_channels", "image_size")
 ZOOS: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "timm": timm_model}
 
 
-def from_config(config: RunConfig, num_classes: int, in_channels: int, world: World) -> nn.Module:
-    """The network of `config`, newly initialised, on the CPU, with the batch norm and dropout layers of the run.
+def from_config(config: RunConfig, spec: DataSpec, world: World) -> nn.Module:
+    """The network of `config` for samples as in `spec`, newly initialised, on the CPU, with the run's batch norm.
 
     Raises:
         UsageError: see `build` and `replace_batch_norm`.
     """
-    model = build(
-        config.model.name,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        image_size=config.data.image_size,
-        widths=config.model.widths,
-        activation=config.model.activation,
-    )
+    model = build(config.model.name, spec, widths=config.model.widths, activation=config.model.activation)
     position = SamplePosition()
     replace_batch_norm(model, config.norm, ghost_size=config.batch.ghost_size, position=position, world=world)
     replace_dropout(model, position)
     return model
 
 
-def build(
-    name: str,
-    *,
-    num_classes: int,
-    in_channels: int,
-    image_size: int = 32,
-    widths: tuple[int, ...] | None = None,
-    activation: str = "relu",
-) -> nn.Module:
-    """A newly initialised network: images [n, in_channels, image_size, image_size] to logits [n, num_classes].
+def build(name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, activation: str = "relu") -> nn.Module:
+    """A newly initialised network: inputs [n, *spec.input_shape] to outputs [n, *spec.output_shape].
 
     Args:
         name: a key of MODELS, `torchvision:NAME`, `timm:NAME`, or a `module.path:factory` of the user. A factory
-            receives those of num_classes, in_channels, image_size, widths and activation that its signature names.
-        num_classes: number of outputs.
-        in_channels: number of image channels.
-        image_size: height and width of the images, in pixels.
+            receives those of input_shape, output_shape, widths and activation that its signature names; for images with
+            classes also num_classes, in_channels and image_size (height and width, in pixels).
+        spec: of the data set.
         widths: units in each hidden layer, for models with this argument.
         activation: `relu`, or `linear` for none, for models with this argument.
 
     Raises:
-        UsageError: if the model is unknown or cannot be imported, or has no such activation.
+        UsageError: if the model is unknown or cannot be imported, needs other samples, or has no such activation.
 
-    >>> sum(p.numel() for p in build("lenet5", num_classes=10, in_channels=1).parameters())
+    >>> sum(p.numel() for p in build("lenet5", DataSpec.images(num_classes=10, in_channels=1)).parameters())
     61706
     """
     factory = _factory(name)
-    arguments = dict(
-        num_classes=num_classes, in_channels=in_channels, image_size=image_size, widths=widths, activation=activation
-    )
+    arguments: dict[str, Any] = {"input_shape": spec.input_shape, "output_shape": spec.output_shape}
+    arguments |= {"widths": widths, "activation": activation}
+    of_images: dict[str, Any] = {}
+    if spec.is_image and spec.num_classes is not None:
+        in_channels, image_size, _ = spec.input_shape
+        of_images = {"num_classes": spec.num_classes, "in_channels": in_channels, "image_size": image_size}
     parameters = inspect.signature(factory).parameters.values()
     has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    names = {"num_classes", "in_channels"} if has_kwargs else set()
-    names |= {p.name for p in parameters}
+    names = {p.name for p in parameters} | ({"num_classes", "in_channels"} if has_kwargs and of_images else set())
+    missing = [p.name for p in parameters if p.default is p.empty and p.name in IMAGE_ARGUMENTS and not of_images]
+    if missing:
+        raise UsageError(
+            f"model.name ({name}) is built from {' and '.join(missing)}, for images with classes, and the samples are "
+            f"inputs of shape {list(spec.input_shape)} with targets of shape {list(spec.target_shape)}: choose mlp, or "
+            "your own module.path:factory that takes input_shape and output_shape"
+        )
     if activation != "relu" and "activation" not in names:
         raise UsageError(f"model.activation ({activation}) has no effect on {name}: choose relu, or lenet5 or mlp")
+    arguments |= of_images
     model = factory(**{key: value for key, value in arguments.items() if key in names and value is not None})
     if not isinstance(model, nn.Module):
         raise UsageError(

@@ -1,18 +1,18 @@
-"""Memory of a rank in bytes: weights, gradients, optimizer state, activations, images, probe."""
+"""Memory of a rank in bytes: weights, gradients, optimizer state, activations, samples, probe."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
 from gengap_dist.compat.fake_tensors import FakeTensorMode
 from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import OptimConfig, RunConfig
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.execution import checkpointable_blocks
 from gengap_dist.probes.layer_view import LayerView
@@ -37,7 +37,7 @@ class MemoryEstimate:
     activations_method: str
     """How `activations` was determined."""
     probe: int
-    """Maximum of matrices, column blocks and batch blocks; probe images; unsharded parameters if they are sharded."""
+    """Maximum of matrices, column blocks and batch blocks; probe samples; unsharded parameters if they are sharded."""
     probe_limit: int
     """probe.memory_mib, which limits the matrices, column blocks and batch blocks."""
 
@@ -97,37 +97,41 @@ def weight_bytes(config: RunConfig, model: nn.Module, strategy: Strategy, num_ra
     }
 
 
-def saved_for_backward(config: RunConfig, model: nn.Module, shape: Sequence[int], micro_size: int) -> tuple[int, str]:
-    """Bytes that autograd saves in one forward pass of `micro_size` images [C, H, W] and its loss, and the method used.
+LossSum = Callable[[Tensor, Tensor], Tensor]
+
+
+def saved_for_backward(
+    config: RunConfig, model: nn.Module, spec: DataSpec, loss_sum: LossSum, micro_size: int
+) -> tuple[int, str]:
+    """Bytes that autograd saves in one forward pass of `micro_size` samples and its loss, and the method used.
 
     Every saved storage counts once; parameters and buffers do not count. With train.activation_checkpointing the sum
     is over blocks' inputs, tensors saved outside blocks, and the maximum that one block saves when it is recomputed.
     The pass uses fake tensors, which have shapes but no values, so it takes neither the memory nor the time of a real
-    pass. A model that cannot run on them (its control flow depends on values) is run with 2 and 4 real images, and the
+    pass. A model that cannot run on them (its control flow depends on values) is run with 2 and 4 real samples, and the
     result is extrapolated linearly.
     """
     try:
         with FakeTensorMode() as mode:
             named = {n: mode.from_tensor(t) for n, t in [*model.named_parameters(), *model.named_buffers()]}
-            num_bytes = _saved_bytes(config, model, named, _zero_images(config, model, (micro_size, *shape)))
-        return num_bytes, f"one pass of {micro_size} fake images"
+            num_bytes = _saved_bytes(config, model, named, spec, loss_sum, micro_size)
+        return num_bytes, f"one pass of {micro_size} fake samples"
     except Exception as error:  # an unknown model may raise anything on fake tensors
         warnings.warn(
             f"{config.model.name} needs values to run ({type(error).__name__}): its activations are measured with 2 "
-            "and 4 images, and extrapolated",
+            "and 4 samples, and extrapolated",
             stacklevel=2,
         )
     named = dict([*model.named_parameters(), *model.named_buffers()])
-    two, four = (_saved_bytes(config, model, named, _zero_images(config, model, (n, *shape))) for n in (2, 4))
-    return two + (four - two) * (micro_size - 2) // 2, "passes of 2 and 4 images, extrapolated"
+    two, four = (_saved_bytes(config, model, named, spec, loss_sum, num) for num in (2, 4))
+    return two + (four - two) * (micro_size - 2) // 2, "passes of 2 and 4 samples, extrapolated"
 
 
-def _zero_images(config: RunConfig, model: nn.Module, shape: Sequence[int]) -> Tensor:
+def _saved_bytes(
+    config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], spec: DataSpec, loss_sum: LossSum, num: int
+) -> int:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return torch.zeros(*shape, dtype=getattr(torch, config.train.dtype), device=device)
-
-
-def _saved_bytes(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor], images: Tensor) -> int:
+    inputs, targets = spec.zero_inputs(num, getattr(torch, config.train.dtype), device), spec.zero_targets(num, device)
     own = {tensor.untyped_storage() for tensor in named.values()}
     outside: dict[torch.UntypedStorage, int] = {}
     saved = outside  # or the dict of the running block, if it is checkpointed
@@ -155,12 +159,11 @@ def _saved_bytes(config: RunConfig, model: nn.Module, named: Mapping[str, Tensor
     for block in checkpointable_blocks(model) if config.train.activation_checkpointing else []:
         hooks.callback(block.register_forward_pre_hook(enter).remove)
         hooks.callback(block.register_forward_hook(leave).remove)
-    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=config.train.autocast is not None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.autocast is not None)
     with hooks, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with autocast:
-            logits = functional_call(model.train(), dict(named), (images,))
-        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        loss = cross_entropy(logits.to(images.dtype), labels, reduction="sum")
+            outputs = functional_call(model.train(), dict(named), (inputs,))
+        loss = loss_sum(outputs.to(inputs.dtype), targets)
     del loss
     max_block = max(
         (sum(size for storage, size in block.items() if storage not in outside) for block in inside), default=0

@@ -21,9 +21,10 @@ from gengap_dist.distributed.launchers.base import RankFailed
 from gengap_dist.distributed.launchers.local import free_port, rank_variables, threads_per_rank
 from gengap_dist.distributed.process_group import World, destroy_process_group, init_process_group
 from gengap_dist.parallel.execution import keep_freed_memory
-from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, workload
+from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, workload_name
 from gengap_dist.training.autotune.memory_format import with_memory_format
 from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload, median_seconds
+from gengap_dist.training.tasks import build_task
 
 SIZES = [2**power for power in range(10, 25, 2)]  # bytes of all-reduces
 
@@ -48,7 +49,7 @@ def calibrate(config: RunConfig, sizes: Sizes, micro_size: int, known: Constants
         pipes.append(parent_pipe)
     measurements = [_receive(rank, pipe) for rank, pipe in enumerate(pipes)]
     where, compute, link = measurements[0]
-    key = workload(config, sizes.in_channels, micro_size)
+    key = workload_name(config, sizes.spec, micro_size)
     return known.model_copy(
         update={"where": where, "inside": link or known.inside, "compute": known.compute | {key: compute}}
     )
@@ -87,10 +88,10 @@ def _rank_main(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, 
 
 
 def time_compute(config: RunConfig, sizes: Sizes, micro_size: int, world: World) -> ComputeConstants:
-    """Seconds of one micro-batch of random images, and of an update, on the slowest rank. Collective."""
-    model = models.from_config(config, sizes.num_classes, sizes.in_channels, World())
+    """Seconds of one micro-batch of random samples, and of an update, on the slowest rank. Collective."""
+    model = models.from_config(config, sizes.spec, World())
     model = model.to(world.device, getattr(torch, config.train.dtype))
-    synthetic = SyntheticWorkload(config, model, sizes.in_channels, sizes.num_classes, world.device)
+    synthetic = SyntheticWorkload(config, model, build_task(config, sizes.spec), world.device)
     pass_seconds, update_seconds = (
         median_seconds(job, world) for job in (partial(synthetic.micro_batch, micro_size), synthetic.update)
     )

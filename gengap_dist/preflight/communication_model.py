@@ -141,8 +141,8 @@ def probe_messages(
 
     Args:
         layer_views: the measured layers.
-        passes: column blocks that each pass over the probe images measures, from `measure.plan_passes`.
-        counts: probe images on each rank.
+        passes: column blocks that each pass over the probe samples measures, from `measure.plan_passes`.
+        counts: probe samples on each rank.
         method: probe.method.
         memory_mib: probe.memory_mib.
         device_type: cpu or cuda; it determines the block size.
@@ -172,7 +172,7 @@ def probe_messages(
     num_means = sum(1 if view.is_wide else view.num_units + 1 for view in layer_views)
     num_values = num_centrings * sum(min(view.num_units, view.num_rows) for view in layer_views)
     messages = [
-        Message("image counts", "all-reduce", 8 * (num_ranks + 10), 2),
+        Message("sample counts", "all-reduce", 8 * (num_ranks + 10), 2),
         Message("means", "all-reduce", 8 * num_means, len(passes)),
         Message("singular values", "all-reduce", 8 * num_values, len(passes)),
     ]

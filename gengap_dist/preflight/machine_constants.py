@@ -10,6 +10,7 @@ from pydantic import NonNegativeFloat
 
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import FrozenModel, RunConfig
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError
 from gengap_dist.training.autotune.cache import default_path
 
@@ -42,18 +43,18 @@ class Constants(FrozenModel):
     between: LinkConstants | None = None
     """Between nodes: not measured by this program, read from a file."""
     compute: dict[str, ComputeConstants] = {}
-    """Compute constants by `workload` name."""
+    """Compute constants by `workload_name`."""
 
 
-def workload(config: RunConfig, in_channels: int, micro_size: int) -> str:
+def workload_name(config: RunConfig, spec: DataSpec, micro_size: int) -> str:
     """Name of the computation of one micro-batch.
 
-    >>> workload(RunConfig(), 1, 64)
+    >>> workload_name(RunConfig(), DataSpec.images(num_classes=10, in_channels=1), 64)
     'lenet5 1x32x32 float32 sgd micro_size=64'
     """
-    model, side = config.model, config.data.image_size
+    model, shape = config.model, "x".join(map(str, spec.input_shape))
     words = [model.name + (f"[{','.join(map(str, model.widths))}]" if model.name == "mlp" else "")]
-    words += [f"{in_channels}x{side}x{side}", config.train.autocast or config.train.dtype, *config.data.augment]
+    words += [shape, config.train.autocast or config.train.dtype, *config.data.augment]
     words += [f"norm={config.norm}{config.batch.ghost_size or ''}"] if config.norm != "local" else []
     words += [
         name

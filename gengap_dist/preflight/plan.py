@@ -25,7 +25,7 @@ from gengap_dist.parallel.memory_model import MemoryEstimate
 from gengap_dist.preflight import communication_model
 from gengap_dist.preflight.batch_layout import Cluster, Layout, layout
 from gengap_dist.preflight.communication_model import Link, Message
-from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, workload
+from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, workload_name
 from gengap_dist.probes import layer_view
 from gengap_dist.probes.activations import eval_context
 from gengap_dist.probes.layers import select_layers
@@ -35,16 +35,17 @@ from gengap_dist.training.algorithms.rank_penalty import RankPenalty
 from gengap_dist.training.autotune.memory_format import with_memory_format
 from gengap_dist.training.autotune.micro_batch import (
     Hardware,
-    ModelShape,
+    Workload,
     cached_micro_size,
     candidates,
     device_name,
     with_micro_size,
 )
-from gengap_dist.training.checks import check_auto_micro_size, check_logits, check_norm, startup_checks, strategy_name
+from gengap_dist.training.checks import check_auto_micro_size, check_network, check_norm, startup_checks, strategy_name
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
+from gengap_dist.training.tasks import build_task
 
 T = TypeVar("T")
 
@@ -54,9 +55,9 @@ class Probe:
     """One near-rank-loss measurement."""
 
     num_samples: int
-    num_ranks_with_images: int
+    num_ranks_with_samples: int
     num_passes: int
-    """Over the probe images."""
+    """Over the probe samples."""
     forms: dict[str, str]
     """By layer and view: rows x units, and the square matrix that is kept."""
     messages: list[Message]
@@ -121,7 +122,7 @@ class Plan:
             elif section:
                 tree[name]["step"] = section.step
         if self.data:
-            tree["data"] = self.data._asdict()
+            tree["data"] = self.data._asdict() | {"spec": asdict(self.data.spec)}
         return tree
 
 
@@ -153,15 +154,18 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
                 )
             )
             fields |= {"data": sizes} | _step_fields(config, sampler, num_ranks, collect_refusal)
-            if model := collect_refusal(lambda: _model(config, sizes)):
+            if workload := collect_refusal(lambda: _workload(config, sizes)):
+                model = workload.model
                 collect_refusal(lambda: check_auto_micro_size(given_config, model))
                 collect_refusal(lambda: check_norm(config, model, sampler.sizes() if sampler else [], num_ranks))
                 collect_refusal(lambda: build_optimizer(config.optim, model))
                 if config.algorithm.rank_penalty is not None:
                     collect_refusal(
-                        lambda: RankPenalty(config.algorithm).penalized_layers(model, lambda: _example(config, sizes))
+                        lambda: RankPenalty(config.algorithm, workload.task).penalized_layers(
+                            model, lambda: _inputs(config, sizes, 1)
+                        )
                     )
-                fields |= _model_fields(config, cluster, model, sizes, fields["batch"], collect_refusal)
+                fields |= _model_fields(config, cluster, workload, sizes, fields["batch"], collect_refusal)
                 fields |= _time_fields(config, constants, fields)
     fields["warned"] = sorted({str(warning.message) for warning in caught})
     return Plan(**fields, assumed=assumed + _assumptions(config, strategy, fields))
@@ -176,8 +180,7 @@ def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, li
     known = None
     with suppress(UsageError):  # the plan lists the error
         sizes = datasets.sizes(config.data)
-        network = ModelShape(_model(config, sizes), sizes.in_channels, sizes.num_classes)
-        known = cached_micro_size(config, network, _hardware(config, cluster))
+        known = cached_micro_size(config, _workload(config, sizes), _hardware(config, cluster))
     if known:
         return with_micro_size(config, known), [
             f"batch.micro_size=auto found {known} on this machine before; another machine may differ"
@@ -210,23 +213,24 @@ def _step_fields(
     }
 
 
-def _model(config: RunConfig, sizes: datasets.Sizes) -> nn.Module:
-    side, dtype = config.data.image_size, getattr(torch, config.train.dtype)
-    model = models.from_config(config, sizes.num_classes, sizes.in_channels, World()).to(dtype)
-    check_logits(config, model, torch.zeros(2, sizes.in_channels, side, side, dtype=dtype), sizes.num_classes)
-    return model
+def _workload(config: RunConfig, sizes: datasets.Sizes) -> Workload:
+    task = build_task(config, sizes.spec)
+    model = models.from_config(config, sizes.spec, World()).to(getattr(torch, config.train.dtype))
+    check_network(config, model, _inputs(config, sizes, 2), sizes.spec.zero_targets(2), task)
+    return Workload(model, task)
 
 
 def _model_fields(
     config: RunConfig,
     cluster: Cluster,
-    model: nn.Module,
+    workload: Workload,
     sizes: datasets.Sizes,
     batch: Layout,
     collect_refusal: Callable[..., Any],
 ) -> dict[str, Any]:
+    model, task = workload
     num_ranks, strategy = cluster.num_ranks, strategy_name(config, cluster.num_ranks)
-    side, itemsize = config.data.image_size, getattr(torch, config.train.dtype).itemsize
+    itemsize = getattr(torch, config.train.dtype).itemsize
     parameter_bytes = itemsize * sum(p.numel() for p in model.parameters())
     gradient_bytes = itemsize * sum(p.numel() for p in model.parameters() if p.requires_grad)
     messages = (
@@ -238,10 +242,10 @@ def _model_fields(
     probe, probe_bytes = collect_refusal(lambda: _probe(config, model, sizes, num_ranks)) or (None, 0)
     if probe and CAPABILITIES[strategy].sharding.parameters:
         probe_bytes += parameter_bytes
-    min_micro_size = 2 if has_batch_norm(model) else 1  # batch norm refuses to train on one image
+    min_micro_size = 2 if has_batch_norm(model) else 1  # batch norm refuses to train on one sample
     micro_size = max(batch.micro_sizes[1], min_micro_size)
     activation_bytes, activations_method = memory_model.saved_for_backward(
-        config, model, (sizes.in_channels, side, side), micro_size
+        config, model, task.spec, task.training_loss_sum, micro_size
     )
     return {
         "num_parameters": sum(p.numel() for p in model.parameters()),
@@ -261,14 +265,13 @@ def _model_fields(
 
 
 def probe_counts(config: RunConfig, sizes: datasets.Sizes, num_ranks: int) -> list[int]:
-    """Number of images of the probe set on each rank."""
+    """Number of samples of the probe set on each rank."""
     size = min(max(config.probe.num_samples), sizes.num_train)
     return [sum(s.size for s in blocks(size, PROBE_BLOCK, World(rank, num_ranks))) for rank in range(num_ranks)]
 
 
-def _example(config: RunConfig, sizes: datasets.Sizes) -> Tensor:
-    side = config.data.image_size
-    return torch.zeros(1, sizes.in_channels, side, side, dtype=getattr(torch, config.train.dtype))
+def _inputs(config: RunConfig, sizes: datasets.Sizes, num: int) -> Tensor:
+    return sizes.spec.zero_inputs(num, getattr(torch, config.train.dtype))
 
 
 def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks: int) -> tuple[Probe, int] | None:
@@ -276,7 +279,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     if not probe.enabled:
         return None
     counts = probe_counts(config, sizes, num_ranks)
-    example = _example(config, sizes)
+    example = _inputs(config, sizes, 1)
     with eval_context(model):
         views = layer_view.build_layer_views(select_layers(model, example, probe.layers), probe.views, sum(counts))
     passes = measure.plan_passes(views, max(counts), probe.memory_mib)
@@ -296,7 +299,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
 
 def _time_fields(config: RunConfig, constants: Constants, fields: dict[str, Any]) -> dict[str, Any]:
     cluster, batch = fields["cluster"], fields["batch"]
-    compute = constants.compute.get(workload(config, fields["data"].in_channels, batch.micro_sizes[1]))
+    compute = constants.compute.get(workload_name(config, fields["data"].spec, batch.micro_sizes[1]))
     inside, between = (Link(c.alpha, c.beta) if c else None for c in (constants.inside, constants.between))
     needs_inside = cluster.gpus_per_node > 1 or (cluster.nodes > 1 and between is None)
     if compute is None or (needs_inside and inside is None):
@@ -341,9 +344,13 @@ def step_seconds(
 
 def _assumptions(config: RunConfig, strategy: Strategy, fields: dict[str, Any]) -> list[str]:
     """Assumptions behind the numbers, one sentence each."""
-    not_opened = "image files are counted, not opened"
+    known_from = f"{config.data.name} has the published number of images"
+    if ":" in config.data.name:
+        known_from = f"{config.data.name} was loaded to count its samples"
+    elif config.data.name == "imagefolder":
+        known_from = "image files are counted, not opened"
     assumptions = [
-        not_opened if config.data.name == "imagefolder" else f"{config.data.name} has the published number of images",
+        known_from,
         "bytes are per rank, without loss sums, validation, checkpoints and diagnostics "
         f"({', '.join(config.probe.diagnostics) or 'none'})",
         "memory does not include temporary tensors of single operations, buckets, libraries and the CUDA context",

@@ -12,7 +12,7 @@ def plan_page(plan: Plan, constants: Constants) -> list[Table | str]:
     """Batches, memory, bytes and time; then errors, warnings and assumptions: tables, and lines in rich's markup."""
     cluster = plan.cluster
     size = f", {plan.num_parameters:,} parameters" if plan.num_parameters else ""
-    images = f", {plan.data.num_train:,} training images" if plan.data else ""
+    images = f", {plan.data.num_train:,} training samples" if plan.data else ""
     head = (
         f"[bold]{escape(plan.model)}[/]{size}{images}; {cluster.nodes:,} node(s) x {cluster.gpus_per_node:,} = "
         f"{cluster.num_ranks:,} rank(s), {plan.strategy}"
@@ -97,8 +97,8 @@ def _notes(plan: Plan) -> list[str]:
     if probe := plan.probe:
         wide = sum("rows" in form for form in probe.forms.values())
         notes.append(
-            f"probe        {probe.num_samples:,} images on {probe.num_ranks_with_images:,} rank(s), {len(probe.forms)} "
-            f"matrices ({wide} with more columns than rows), {probe.num_passes} pass(es), "
+            f"probe        {probe.num_samples:,} samples on {probe.num_ranks_with_samples:,} rank(s), "
+            f"{len(probe.forms)} matrices ({wide} with more columns than rows), {probe.num_passes} pass(es), "
             f"{in_bytes(probe.bytes_on_wire)} sent"
         )
     return notes

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -19,10 +18,19 @@ from gengap_dist.probes.activations import eval_context, unwrapped
 from gengap_dist.probes.weights import flat_parameters, trainable_parameters
 
 Batches = Sequence[tuple[Tensor, Tensor]]
+LossSum = Callable[[Tensor, Tensor], Tensor]
+"""(outputs [n, ...] in float64, targets [n, ...]) to the sum of the losses of all targets, a scalar."""
+NumTargets = Callable[[Tensor], Tensor]
+"""Targets [n, ...] to the number of them that each sample has in the loss, [n] int64."""
+
+
+def one_each(targets: Tensor) -> Tensor:
+    """One target for each sample: [n]."""
+    return torch.ones(len(targets), dtype=torch.int64, device=targets.device)
 
 
 class MeanLoss:
-    """Mean cross entropy over all ranks' samples as a function of the trainable parameters. Methods are collective.
+    """The mean loss over all ranks' targets as a function of the trainable parameters. Methods are collective.
 
     The function is deterministic: the model is in eval mode, and every call starts from the same random state. Samples
     are processed block by block, so memory use is that of one block; sums over blocks and ranks are float64. The model
@@ -30,28 +38,33 @@ class MeanLoss:
 
     >>> model = nn.Linear(1, 2, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
-    >>> loss = MeanLoss(model, [(torch.tensor([[2.0]]), torch.tensor([0]))], World())
+    >>> loss_sum = nn.CrossEntropyLoss(reduction="sum")
+    >>> loss = MeanLoss(model, [(torch.tensor([[2.0]]), torch.tensor([0]))], loss_sum, World())
     >>> loss.hessian_vector_product(torch.tensor([1.0, 0.0]))  # H = x^2 p (1 - p) [[1, -1], [-1, 1]]
     tensor([ 1., -1.], dtype=torch.float64)
     """
 
-    def __init__(self, model: nn.Module, batches: Batches, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Batches, loss_sum: LossSum, world: World, num_targets: NumTargets = one_each
+    ) -> None:
         """Collective.
 
         Args:
-            model: any network that returns logits; its trainable parameters are the variables.
-            batches: this rank's images [n, ...] and labels [n]; some ranks, but not all, may have none.
+            model: any network; its trainable parameters are the variables.
+            batches: this rank's inputs and targets, [n, ...] each; some ranks, but not all, may have none.
+            loss_sum: the sum of the losses of a batch, not their mean.
             world: the participating ranks.
+            num_targets: number of targets of each sample.
 
         Raises:
-            UsageError: if no rank has samples, or the model has no trainable parameters.
+            UsageError: if no rank has samples with targets, or the model has no trainable parameters.
         """
-        self._model, self._batches, self._world = unwrapped(model), batches, world
+        self._model, self._batches, self._world, self._sum = unwrapped(model), batches, world, loss_sum
         self._trainable = trainable_parameters(model)
         self.weights_P = flat_parameters(model)
-        samples = torch.tensor([sum(len(labels) for _, labels in batches)], device=self.weights_P.device)
-        self._num_samples = int(world.all_reduce(samples))
-        if not self._num_samples:
+        own = torch.tensor([sum(int(num_targets(targets).sum()) for _, targets in batches)])
+        self._num_targets = int(world.all_reduce(own.to(self.weights_P.device)))
+        if not self._num_targets:
             raise UsageError("no rank has any samples: give at least one batch")
 
     def gradient(self, at_P: Tensor) -> tuple[float, Tensor]:
@@ -60,7 +73,7 @@ class MeanLoss:
         def block(weights: list[Tensor], loss: Tensor) -> Sequence[Tensor]:
             return loss, *torch.autograd.grad(loss, weights, materialize_grads=True)
 
-        mean = self._mean_over_samples(block, at_P, 1 + len(at_P))
+        mean = self._mean_over_targets(block, at_P, 1 + len(at_P))
         return float(mean[0]), mean[1:]
 
     def hessian_vector_product(self, vector_P: Tensor) -> Tensor:
@@ -79,20 +92,20 @@ class MeanLoss:
             ).sum()
             return torch.autograd.grad(directional, weights, materialize_grads=True)
 
-        return self._mean_over_samples(block, self.weights_P, len(vector_P))
+        return self._mean_over_targets(block, self.weights_P, len(vector_P))
 
-    def _mean_over_samples(
+    def _mean_over_targets(
         self, per_block: Callable[[list[Tensor], Tensor], Sequence[Tensor]], at_P: Tensor, length: int
     ) -> Tensor:
-        """The flattened results of `per_block(weights, sum of losses)`, averaged over all ranks' samples."""
+        """The flattened results of `per_block(weights, sum of losses)`, averaged over all ranks' targets."""
         total = torch.zeros(length + 1, dtype=torch.float64, device=self.weights_P.device)
         failure = None
         # only the math kernel of attention supports double backward
         with eval_context(self._model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             try:
-                for images, labels in self._batches:
+                for inputs, targets in self._batches:
                     weights = [w.requires_grad_() for w in self._split(at_P)]
-                    parts = per_block(weights, self._loss_sum(weights, images, labels))
+                    parts = per_block(weights, self._loss_sum(weights, inputs, targets))
                     total[:-1] += torch.cat([part.detach().double().reshape(-1) for part in parts])
             except RuntimeError as error:
                 if "derivative" not in str(error):
@@ -105,14 +118,14 @@ class MeanLoss:
                 f"({failure or 'see the error of another rank'}): "
                 "replace the operation that has no second derivative, or leave sharpness out"
             ) from failure
-        return total[:-1] / self._num_samples
+        return total[:-1] / self._num_targets
 
-    def _loss_sum(self, weights: list[Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    def _loss_sum(self, weights: list[Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         buffers = {
             name: buffer.clone() for name, buffer in self._model.named_buffers()
         }  # some modules update buffers in eval mode
-        logits = functional_call(self._model, buffers | dict(zip(self._trainable, weights, strict=True)), (images,))
-        return cross_entropy(logits.double(), labels, reduction="sum")
+        outputs = functional_call(self._model, buffers | dict(zip(self._trainable, weights, strict=True)), (inputs,))
+        return self._sum(outputs.double(), targets)
 
     def _split(self, vector_P: Tensor) -> list[Tensor]:
         parts = vector_P.detach().split([p.numel() for p in self._trainable.values()])
@@ -135,22 +148,26 @@ def _refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
 def hessian_eigenvalues(
     model: nn.Module,
     batches: Batches,
+    loss_sum: LossSum,
     *,
+    num_targets: NumTargets = one_each,
     world: World | None = None,
     num: int = 3,
     max_steps: int = 80,
     tolerance: float = 1e-5,
     seed: int = 0,
 ) -> list[float]:
-    """The largest eigenvalues of the Hessian of the mean cross entropy, by the Lanczos method. Collective.
+    """The largest eigenvalues of the Hessian of the mean loss, by the Lanczos method. Collective.
 
     Full reorthogonalisation, applied twice (Golub & Van Loan, 10.3). The Krylov vectors take max_steps * P * 8 bytes on
     every rank (5 GB for 8 million parameters), in CPU memory, because a GPU needs its memory for the passes. A multiple
     eigenvalue may be returned only once.
 
     Args:
-        model: any network that returns logits; not changed.
-        batches: this rank's images [n, ...] and labels [n]; some ranks, but not all, may have none.
+        model: any network; not changed.
+        batches: this rank's inputs and targets, [n, ...] each; some ranks, but not all, may have none.
+        loss_sum: the sum of the losses of a batch, not their mean.
+        num_targets: number of targets of each sample.
         world: the participating ranks; None for this process only.
         num: number of eigenvalues.
         max_steps: maximum number of Hessian-vector products; each costs about two gradients.
@@ -166,14 +183,15 @@ def hessian_eigenvalues(
 
     >>> model = nn.Linear(1, 2, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
-    >>> eigenvalues = hessian_eigenvalues(model, [(torch.tensor([[2.0]]), torch.tensor([0]))])
+    >>> batches, loss_sum = [(torch.tensor([[2.0]]), torch.tensor([0]))], nn.CrossEntropyLoss(reduction="sum")
+    >>> eigenvalues = hessian_eigenvalues(model, batches, loss_sum)
     >>> [round(value, 6) + 0.0 for value in eigenvalues]  # H = [[1, -1], [-1, 1]]
     [2.0, 0.0]
     """
     if max_steps < num:
         raise UsageError(f"max_steps ({max_steps}) limits the number of eigenvalues: choose {num} (num) or more")
     world = world or World()
-    loss = MeanLoss(model, batches, world)
+    loss = MeanLoss(model, batches, loss_sum, world, num_targets)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every rank
 
     def draw() -> Tensor:
@@ -288,16 +306,25 @@ def _broadcast_from_rank_0(world: World, values: Sequence[float], device: torch.
 
 
 def hessian_trace(
-    model: nn.Module, batches: Batches, *, world: World | None = None, num_vectors: int = 16, seed: int = 0
+    model: nn.Module,
+    batches: Batches,
+    loss_sum: LossSum,
+    *,
+    num_targets: NumTargets = one_each,
+    world: World | None = None,
+    num_vectors: int = 16,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """Trace of the Hessian of the mean cross entropy, and its standard error. Collective.
+    """Trace of the Hessian of the mean loss, and its standard error. Collective.
 
     Hutchinson 1989: the mean of v^T H v over random vectors of +1 and -1; the standard error is the sample standard
     deviation (num_vectors - 1) divided by sqrt(num_vectors). It is 0 for a diagonal Hessian.
 
     Args:
-        model: any network that returns logits; not changed.
-        batches: this rank's images [n, ...] and labels [n]; some ranks, but not all, may have none.
+        model: any network; not changed.
+        batches: this rank's inputs and targets, [n, ...] each; some ranks, but not all, may have none.
+        loss_sum: the sum of the losses of a batch, not their mean.
+        num_targets: number of targets of each sample.
         world: the participating ranks; None for this process only.
         num_vectors: number of vectors, 2 or more; each costs about two gradients.
         seed: of the vectors.
@@ -307,13 +334,14 @@ def hessian_trace(
 
     >>> model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ZeroPad1d((0, 1)))  # logits w x and 0
     >>> _ = nn.init.zeros_(model[0].weight)
-    >>> hessian_trace(model, [(torch.tensor([[2.0]]), torch.tensor([0]))])  # H = x^2 p (1 - p)
+    >>> batches, loss_sum = [(torch.tensor([[2.0]]), torch.tensor([0]))], nn.CrossEntropyLoss(reduction="sum")
+    >>> hessian_trace(model, batches, loss_sum)  # H = x^2 p (1 - p)
     (1.0, 0.0)
     """
     if num_vectors < 2:
         raise UsageError(f"num_vectors ({num_vectors}) gives no standard error: choose 2 or more")
     world = world or World()
-    loss = MeanLoss(model, batches, world)
+    loss = MeanLoss(model, batches, loss_sum, world, num_targets)
     generator = torch.Generator().manual_seed(seed)
     samples: list[float] = []
     for _ in range(num_vectors):
@@ -325,17 +353,26 @@ def hessian_trace(
 
 
 def keskar_sharpness(
-    model: nn.Module, batches: Batches, *, world: World | None = None, epsilon: float = 1e-3, steps: int = 20
+    model: nn.Module,
+    batches: Batches,
+    loss_sum: LossSum,
+    *,
+    num_targets: NumTargets = one_each,
+    world: World | None = None,
+    epsilon: float = 1e-3,
+    steps: int = 20,
 ) -> float:
     """Sharpness by Keskar et al. 2017 (eq. 4, full space): 100 (max f(x + z) - f(x)) / (1 + f(x)). Collective.
 
-    f is the mean cross entropy, x the trainable parameters, and |z_i| <= epsilon (|x_i| + 1). The maximum is
-    approximated by projected ascent along the signs of the gradient: the first step goes to a corner of the box, and
-    the step size decreases to zero. The best point counts, so the result is a lower bound and never negative.
+    f is the mean loss, which must not be negative, x the trainable parameters, and |z_i| <= epsilon (|x_i| + 1). The
+    maximum is approximated by projected ascent along the signs of the gradient: the first step goes to a corner of the
+    box, and the step size decreases to zero. The best point counts, so the result is a lower bound and never negative.
 
     Args:
-        model: any network that returns logits; not changed.
-        batches: this rank's images [n, ...] and labels [n]; some ranks, but not all, may have none.
+        model: any network; not changed.
+        batches: this rank's inputs and targets, [n, ...] each; some ranks, but not all, may have none.
+        loss_sum: the sum of the losses of a batch, not their mean.
+        num_targets: number of targets of each sample.
         world: the participating ranks; None for this process only.
         epsilon: size of the box.
         steps: number of ascent steps, each costs one gradient; fixed, so that all ranks do the same number.
@@ -348,11 +385,12 @@ def keskar_sharpness(
 
     >>> model = nn.Linear(1, 2, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
-    >>> sharpness = keskar_sharpness(model, [(torch.tensor([[1.0]]), torch.tensor([0]))], epsilon=0.5)
+    >>> batches, loss_sum = [(torch.tensor([[1.0]]), torch.tensor([0]))], nn.CrossEntropyLoss(reduction="sum")
+    >>> sharpness = keskar_sharpness(model, batches, loss_sum, epsilon=0.5)
     >>> round(sharpness, 5), round(100 * (math.log(1 + math.e) - math.log(2)) / (1 + math.log(2)), 5)
     (36.62496, 36.62496)
     """
-    loss = MeanLoss(model, batches, world or World())
+    loss = MeanLoss(model, batches, loss_sum, world or World(), num_targets)
     start_P = loss.weights_P.double()
     bound_P = epsilon * (start_P.abs() + 1)
     start, gradient_P = loss.gradient(start_P)

@@ -4,12 +4,14 @@ Points come from a quasi-random sequence, as in Shallue et al. 2019 and Nado et 
 outcome, so trials may run concurrently and in any order, and an interrupted search continues where it stopped.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.config.study import Space, TuneSection
 from gengap_dist.runs import run_folder
+from gengap_dist.runs.schema import ACCURACY, MetricDescription
 
 Point = dict[str, Any]
 """Maps dotted settings to values."""
@@ -20,8 +22,8 @@ class Trial(NamedTuple):
 
     point: Point
     status: str
-    accuracy: float | None = None
-    """Validation accuracy at the end."""
+    score: float | None = None
+    """`MetricDescription.score` on the validation samples at the end."""
     updates: int | None = None
     """Updates to train.target_accuracy; None if it was not reached, or no target is set."""
 
@@ -59,15 +61,17 @@ def read_trial(point: Point, folder: Path) -> Trial:
     info = run_folder.read_info(folder) if (folder / "run.json").exists() else {}
     if info.get("status") != run_folder.FINISHED:
         return Trial(point, info.get("status", ""))
-    accuracies = [line["val/accuracy"] for line in run_folder.read_metrics(folder) if "val/accuracy" in line]
-    return Trial(point, run_folder.FINISHED, accuracies[-1], info["result"].get("updates_to_target"))
+    metric = MetricDescription.model_validate(info["metric"]) if "metric" in info else ACCURACY
+    name = f"val/{metric.name}"
+    values = [line[name] for line in run_folder.read_metrics(folder) if name in line]
+    return Trial(point, run_folder.FINISHED, metric.score(values[-1]), info["result"].get("updates_to_target"))
 
 
 def best(trials: Sequence[Trial], *, to_target: bool) -> Trial | None:
-    """The finished trial with the highest validation accuracy, or with the fewest updates to the target.
+    """The finished trial with the highest validation score, or with the fewest updates to the target.
 
-    Ties, and trials that did not reach the target, are decided by accuracy, then by the order of the trials. None if no
-    trial finished.
+    Ties, and trials that did not reach the target, are decided by that score, then by the order of the trials. None
+    if no trial finished.
 
     >>> one, two = Trial({"lr": 1}, "finished", 0.9, 70), Trial({"lr": 2}, "finished", 0.8, 50)
     >>> lost = Trial({"lr": 3}, "diverged")
@@ -78,7 +82,7 @@ def best(trials: Sequence[Trial], *, to_target: bool) -> Trial | None:
 
     def score(trial: Trial) -> tuple[float, float]:
         updates = trial.updates if to_target and trial.updates is not None else float("inf")
-        return -updates, trial.accuracy or 0.0
+        return -updates, -math.inf if trial.score is None else trial.score
 
     return max((trial for trial in trials if trial.status == run_folder.FINISHED), key=score, default=None)
 
@@ -112,7 +116,7 @@ def summary(tune: TuneSection, trials: Sequence[Trial], *, to_target: bool) -> M
     """The trials of one arm and the best setting, for study.json."""
     chosen = best(trials, to_target=to_target)
     return {
-        "trials": [{"setting": t.point, "status": t.status, "score": t.accuracy, "updates": t.updates} for t in trials],
+        "trials": [{"setting": t.point, "status": t.status, "score": t.score, "updates": t.updates} for t in trials],
         "best": chosen.point if chosen else None,
         "edge": edges(tune, trials, chosen.point) if chosen else [],
     }

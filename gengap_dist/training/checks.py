@@ -14,6 +14,7 @@ from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.parallel.capabilities import CAPABILITIES, Algorithm, Switch, strategies_with
 from gengap_dist.parallel.out_of_memory import is_out_of_memory
 from gengap_dist.probes.activations import eval_context
+from gengap_dist.training.tasks import Task
 
 
 def strategy_name(config: RunConfig, num_ranks: int) -> Strategy:
@@ -219,25 +220,28 @@ def check_norm(config: RunConfig, model: nn.Module, sizes: Iterable[int], num_ra
             )
 
 
-def check_logits(config: RunConfig, model: nn.Module, images: Tensor, num_classes: int) -> None:
-    """Run the network on a few images [n, C, H, W] and check that its output is [n, num_classes].
+def check_network(config: RunConfig, model: nn.Module, inputs: Tensor, targets: Tensor, task: Task) -> None:
+    """Run the network on a few inputs, and check its outputs and the sums that the task makes of them.
 
     Raises:
-        UsageError: if it fails on the images, or has a different output.
+        UsageError: if it fails on the inputs, has outputs of another shape, or the sums are not sums.
     """
     with eval_context(model):
         try:
-            logits = model(images)
+            outputs = model(inputs)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             raise UsageError(
-                f"model.name ({config.model.name}) does not accept images of shape {list(images.shape[1:])} "
+                f"model.name ({config.model.name}) does not accept inputs of shape {list(inputs.shape[1:])} "
                 f"({str(error).splitlines()[0]}): change the model, or data.image_size"
             ) from None
-    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if shape != [len(images), num_classes]:
-        raise UsageError(
-            f"model.name ({config.model.name}) outputs {shape} for {len(images)} images, "
-            f"needs {[len(images), num_classes]}: its last layer must have one unit for each of the classes"
-        )
+        needed = [len(inputs), *task.spec.output_shape]
+        shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if shape != needed:
+            last = "must have one unit for each of the classes" if task.spec.num_classes else "must have this shape"
+            raise UsageError(
+                f"model.name ({config.model.name}) outputs {shape} for {len(inputs)} inputs, needs {needed}: its last "
+                f"layer {last}"
+            )
+        task.check(outputs, targets)

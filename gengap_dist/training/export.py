@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gengap_dist import models
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.data.datasets import recorded_spec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import checkpoint
@@ -52,7 +53,7 @@ def scorer(folder: Path, info: dict[str, Any]) -> Scorer:
     path = checkpoint.latest(folder / "checkpoints", report=lambda message: None)
     if path is None or int(path.name.removeprefix("step_")) != info["result"]["num_steps"]:
         raise UsageError(f"{folder} has no complete checkpoint of its last step")
-    network = models.from_config(config, data["num_classes"], data["shape"][0], World())
+    network = models.from_config(config, recorded_spec(data), World())
     dtype = getattr(torch, config.train.dtype)
     checkpoint.restore(network.to(dtype), checkpoint.evaluated_state(path / "model.pt"), path)
     return Scorer(network, torch.tensor(data["mean"]).to(dtype), torch.tensor(data["std"]).to(dtype)).eval()

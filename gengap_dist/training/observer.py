@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gengap_dist.config.measures import OWN_BATCH
 from gengap_dist.config.sections import ProbeConfig, RunConfig
-from gengap_dist.data.batch_loader import Normalise
-from gengap_dist.data.datasets import Images
+from gengap_dist.data.batch_loader import Preprocess
+from gengap_dist.data.datasets import Samples
 from gengap_dist.data.sampler import seeded_rng
 from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
@@ -20,9 +20,10 @@ from gengap_dist.probes import LayerSpectrum, measure, metrics
 from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar_sharpness
 from gengap_dist.probes.neural_collapse import nc1
 from gengap_dist.probes.weights import distance_from_init, weight_spectra
+from gengap_dist.training.tasks import Task
 
 PROBE_BLOCK = (
-    128  # probe images in one pass; blocks are not split between ranks, so spectra do not depend on their number
+    128  # probe samples in one pass; blocks are not split between ranks, so spectra do not depend on their number
 )
 NUM_EIGENVALUES = 3
 
@@ -39,22 +40,29 @@ class Observation(NamedTuple):
 
 
 class ProbeObserver:
-    """Measures a network on probe images drawn by `data.split_seed`: the same for all arms and seeds of a study."""
+    """Measures a network on probe samples drawn by `data.split_seed`: the same for all arms and seeds of a study."""
 
     def __init__(
-        self, config: RunConfig, train_set: Images, normalise: Normalise, initial_P: Tensor, world: World
+        self,
+        config: RunConfig,
+        task: Task,
+        train_set: Samples,
+        preprocess: Preprocess,
+        initial_P: Tensor,
+        world: World,
     ) -> None:
-        """An observer of networks that were initialised with `initial_P` [P].
+        """An observer of networks for `task` that were initialised with `initial_P` [P].
 
-        Warns if the training set has fewer images than probe.num_samples; the probe set is then all of them.
+        Warns if the training set has fewer samples than probe.num_samples; the probe set is then all of them.
         """
         self.config: ProbeConfig = config.probe
-        self.train_set, self.normalise, self.initial_P, self.world = train_set, normalise, initial_P, world
+        self.task, self.train_set, self.preprocess = task, train_set, preprocess
+        self.initial_P, self.world = initial_P, world
         self._permutation = torch.from_numpy(seeded_rng(config.data.split_seed, 2).permutation(len(train_set)))
         asked = max(self.config.num_samples)
         if self.config.enabled and asked > len(train_set):
             warnings.warn(
-                f"probe.num_samples ({asked:,}) is more than the {len(train_set):,} training images: "
+                f"probe.num_samples ({asked:,}) is more than the {len(train_set):,} training samples: "
                 "all of them are measured",
                 stacklevel=2,
             )
@@ -76,10 +84,10 @@ class ProbeObserver:
         sets = {"": self.num_samples} | (self.controls if controls else {})
         for name, size in sets.items():
             began = time.monotonic()
-            images = [images for images, _ in self._batches(size)]
+            inputs = [inputs for inputs, _ in self._batches(size)]
             spectra[name] = measure(
                 model,
-                images,
+                inputs,
                 layers=self.config.layers,
                 views=self.config.views,
                 world=self.world,
@@ -105,12 +113,12 @@ class ProbeObserver:
         return Observation(found, spectra)
 
     def _batches(self, size: int) -> Batches:
-        """This rank's blocks of the first `size` probe images; smaller probe sets are subsets of larger ones."""
+        """This rank's blocks of the first `size` probe samples; smaller probe sets are subsets of larger ones."""
         chosen = self._permutation[:size].sort().values.to(self.world.device)
         out = []
         for start, stop in blocks(size, PROBE_BLOCK, self.world):
             indices = chosen[start:stop]
-            out.append((self.normalise(self.train_set.pixels[indices]), self.train_set.labels[indices]))
+            out.append((self.preprocess(self.train_set.inputs[indices]), self.train_set.targets[indices]))
         return out
 
 
@@ -133,14 +141,18 @@ def _neural_collapse(
 
 
 def _hessian(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
-    values = hessian_eigenvalues(model, batches, world=observer.world, num=NUM_EIGENVALUES)
-    trace, error = hessian_trace(model, batches, world=observer.world)
+    task, world = observer.task, observer.world
+    options = {"num_targets": task.num_targets, "world": world}
+    values = hessian_eigenvalues(model, batches, task.loss_sum, **options, num=NUM_EIGENVALUES)
+    trace, error = hessian_trace(model, batches, task.loss_sum, **options)
     found = {f"hessian/eigenvalue_{number}": value for number, value in enumerate(values, 1)}
     return found | {"hessian/trace": trace, "hessian/trace_standard_error": error}, []
 
 
 def _keskar(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
-    return {"keskar_sharpness": keskar_sharpness(model, batches, world=observer.world)}, []
+    task = observer.task
+    value = keskar_sharpness(model, batches, task.loss_sum, num_targets=task.num_targets, world=observer.world)
+    return {"keskar_sharpness": value}, []
 
 
 DIAGNOSTICS: dict[str, Diagnostic] = {  # without noise_scale, which is computed from training gradients

@@ -9,7 +9,7 @@ from torch import Tensor
 from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Preprocess
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.out_of_memory import explaining_out_of_memory
 from gengap_dist.probes.weights import flat_parameters
@@ -18,6 +18,7 @@ from gengap_dist.runs.run_folder import FINISHED, NullRecorder, RunRecorder
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
 from gengap_dist.training.observer import Observation, ProbeObserver
 from gengap_dist.training.setup import build_model, load_data
+from gengap_dist.training.tasks import build_task
 
 
 def probe(
@@ -36,11 +37,12 @@ def probe(
     """
     with training_float32(world.device, tf32=config.train.tf32), explaining_out_of_memory(world):
         splits = load_data(config, world, lambda done, total, note: None)
-        model = build_model(config, splits, world)
+        task = build_task(config, splits.spec)
+        model = build_model(config, splits, task, world)
         train_set = datasets.place_splits(splits, config.data, world.device).train
-        normalise = Normalise(splits, world.device, getattr(torch, config.train.dtype))
-        batches = BatchLoader(train_set, normalise, config.data, config.seed)
-        observer = ProbeObserver(config, train_set, normalise, flat_parameters(model), world)
+        preprocess = Preprocess(splits.pixels, world.device, getattr(torch, config.train.dtype))
+        batches = BatchLoader(train_set, preprocess, config.data, config.seed)
+        observer = ProbeObserver(config, task, train_set, preprocess, flat_parameters(model), world)
         recorder = RunRecorder(out) if out and world.rank == 0 else NullRecorder()
         observations = []
         for number, (step, path, state) in enumerate(networks):
@@ -48,6 +50,7 @@ def probe(
                 checkpoint.restore(model, state, path)
             if number == 0:
                 facts = {
+                    "metric": task.metric.model_dump(),
                     "data": datasets.summary(splits, config.data) if world.rank == 0 else None,
                     "world_size": world.size,
                     "device": str(world.device.type),

@@ -11,14 +11,14 @@ from torch import nn
 from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Normalise
+from gengap_dist.data.batch_loader import Preprocess
 from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
 from gengap_dist.distributed.process_group import World
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.parallel.execution import check_compiler, keep_freed_memory
 from gengap_dist.training.algorithms.base import batch_plan_for
 from gengap_dist.training.autotune.memory_format import resolve_memory_format
-from gengap_dist.training.autotune.micro_batch import ModelShape, resolve_micro_size
+from gengap_dist.training.autotune.micro_batch import Workload, resolve_micro_size
 from gengap_dist.training.checks import (
     check_auto_micro_size,
     check_norm,
@@ -28,6 +28,7 @@ from gengap_dist.training.checks import (
 )
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.setup import Progress, build_model, load_data, previous_run_info
+from gengap_dist.training.tasks import Task, build_task
 
 
 @final
@@ -42,8 +43,9 @@ class ResolvedRun:
     out: Path
     """The run folder."""
     splits: datasets.Splits
-    """The images, where data.device wants them."""
-    normalise: Normalise
+    """The samples, where data.device wants them."""
+    preprocess: Preprocess
+    task: Task
     sampler: EpochSampler
     schedule: Schedule
     model: nn.Module
@@ -71,14 +73,14 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, 
     size_schedule = batch_size_schedule(config)
     sampler = EpochSampler(len(splits.train), config.batch.global_size, config.seed, size_schedule=size_schedule)
     schedule = Schedule.of(config, sampler)
-    model = build_model(config, loaded, world)
+    task = build_task(config, loaded.spec)
+    model = build_model(config, loaded, task, world)
     check_auto_micro_size(config, model)
-    resolved, choices = _resolve_auto(
-        config, out, ModelShape(model, loaded.in_channels, loaded.num_classes), world, progress
-    )
+    resolved, choices = _resolve_auto(config, out, Workload(model, task), world, progress)
     check_norm(resolved, model, sampler.sizes(), world.size)
     step_sizes = [phase.size for phase in sampler.phases]
     info = {
+        "metric": task.metric.model_dump(),
         "data": datasets.summary(loaded, config.data) if world.rank == 0 else None,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "norm_size": norm_group_sizes(resolved, model, step_sizes, world.size),
@@ -90,7 +92,8 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, 
         requested_config=config,
         out=out,
         splits=splits,
-        normalise=Normalise(loaded, world.device, getattr(torch, config.train.dtype)),
+        preprocess=Preprocess(loaded.pixels, world.device, getattr(torch, config.train.dtype)),
+        task=task,
         sampler=sampler,
         schedule=schedule,
         model=model,
@@ -100,15 +103,15 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, 
 
 
 def _resolve_auto(
-    config: RunConfig, out: Path, network: ModelShape, world: World, progress: Progress
+    config: RunConfig, out: Path, workload: Workload, world: World, progress: Progress
 ) -> tuple[RunConfig, dict[str, Any]]:
     """The config without `auto`, and the choices for run.json. Collective."""
     previous: dict[str, Any] = {}
     if "auto" in (config.batch.micro_size, config.train.channels_last):
         progress(0, 0, "measuring the fastest setting on this machine")
         previous = previous_run_info(out)
-    config, memory_format = resolve_memory_format(config, network, world, previous.get("channels_last_auto") or {})
-    config, micro_size = resolve_micro_size(config, network, world, previous.get("micro_size_auto") or {})
+    config, memory_format = resolve_memory_format(config, workload, world, previous.get("channels_last_auto") or {})
+    config, micro_size = resolve_micro_size(config, workload, world, previous.get("micro_size_auto") or {})
     if world.device.type == "cuda":  # the peaks of the run, without those of measuring and of earlier runs
         torch.cuda.reset_peak_memory_stats(world.device)
         torch.cuda.reset_accumulated_memory_stats(world.device)

@@ -13,13 +13,14 @@ from torch import nn
 from gengap_dist import models
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Normalise
+from gengap_dist.data.batch_loader import Preprocess
 from gengap_dist.data.sampler import seeded_rng
 from gengap_dist.distributed.process_group import World, local_size, rank_environment
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.system_metrics import sampling
-from gengap_dist.training.checks import check_logits
+from gengap_dist.training.checks import check_network
+from gengap_dist.training.tasks import Task
 
 SHARED_SECONDS = 5.0  # until a new file must be visible on all nodes
 
@@ -92,15 +93,15 @@ def load_data(config: RunConfig, world: World, progress: Progress) -> datasets.S
     return datasets.load(config.data, report)
 
 
-def build_model(config: RunConfig, splits: datasets.Splits, world: World) -> nn.Module:
+def build_model(config: RunConfig, splits: datasets.Splits, task: Task, world: World) -> nn.Module:
     """The network, initialised from the seed, on this rank's device.
 
     Raises:
-        UsageError: if the model does not exist, or does not match the images and classes.
+        UsageError: if the model does not exist, or does not match the samples and the task.
     """
     torch.manual_seed(int(seeded_rng(config.seed, 0).integers(2**62)))
     dtype = getattr(torch, config.train.dtype)
-    model = models.from_config(config, splits.num_classes, splits.in_channels, world).to(world.device, dtype)
-    images = Normalise(splits, world.device, dtype)(splits.train.pixels[:2].to(world.device))
-    check_logits(config, model, images, splits.num_classes)
+    model = models.from_config(config, splits.spec, world).to(world.device, dtype)
+    inputs = Preprocess(splits.pixels, world.device, dtype)(splits.train.inputs[:2].to(world.device))
+    check_network(config, model, inputs, splits.train.targets[:2].to(world.device), task)
     return model

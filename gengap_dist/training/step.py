@@ -1,6 +1,6 @@
 """One training step on one rank: forward, backward, optimizer.
 
-Shapes: n samples of one micro-batch, C x H x W pixels, K classes.
+Shapes: n samples of one micro-batch.
 """
 
 from collections.abc import Callable
@@ -9,32 +9,47 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.training.step_metrics import StepMetrics, zero_metrics
+from gengap_dist.training.tasks import Task
 
 
 class StepBatch(NamedTuple):
     """The samples of one step, and this rank's share."""
 
     indices: Tensor
-    """[global size] int64: the images of the whole step."""
+    """[global size] int64: the samples of the whole step."""
     epoch: int
     spans: list[Span]
     """This rank's micro-batches."""
     rng_key: tuple[int, ...] = (0,)
     """Seeds the random numbers of this step, for example of dropout."""
+    targets_each: Tensor | int = 1
+    """Number of targets of each sample of the training set, [N] int64 on the CPU; an int: of all samples."""
+
+    def num_targets(self, span: Span | None = None) -> int:
+        """The number of targets of the whole step, or of a span of it; known on every rank without communication."""
+        indices = self.indices if span is None else self.indices[span.start : span.stop]
+        each = self.targets_each
+        return each * len(indices) if isinstance(each, int) else int(each[indices].sum())
+
+
+def targets_each(task: Task, targets: Tensor) -> Tensor | int:
+    """`StepBatch.targets_each` of a training set with `targets` [N, ...]."""
+    each_N = task.num_targets(targets).cpu()
+    first = int(each_N[0])
+    return first if (each_N == first).all() else each_N
 
 
 class Objective:
-    """The objective of a step: mean cross-entropy over the global batch, with optional label smoothing."""
+    """The objective of a step: the mean training loss over the targets of the global batch."""
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        """Cross-entropy; the fraction `label_smoothing` of each target is spread over all classes."""
-        self.label_smoothing = label_smoothing
+    def __init__(self, task: Task) -> None:
+        """The loss of `task`."""
+        self.task = task
 
     def step_context(
         self, strategy: Strategy, batches: BatchLoader, step_batch: StepBatch
@@ -42,9 +57,17 @@ class Objective:
         """Context for all passes of one gradient. Collective."""
         return nullcontext()
 
-    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, summed over a micro-batch: logits [n, K], labels [n]."""
-        return cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+    def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The training loss, summed over the targets of a micro-batch."""
+        return self.task.training_loss_sum(outputs, targets)
+
+    def add_to(
+        self, sums: StepMetrics[Tensor], outputs: Tensor, targets: Tensor, loss_sum: Tensor, num_targets: int
+    ) -> None:
+        """Add what is recorded of a micro-batch to `sums`, in place."""
+        sums.loss_sum.add_(loss_sum.detach())
+        sums.metric_sum.add_(self.task.metric_sum(outputs.detach(), targets))
+        sums.num_targets.add_(num_targets)
 
     def penalty(self) -> Tensor | float:
         """The penalty of the last forward pass, added to its share of the mean loss."""
@@ -58,14 +81,13 @@ class Objective:
 ComputeGradient = Callable[[Strategy, BatchLoader, StepBatch, Objective], tuple[StepMetrics[Tensor], Tensor | None]]
 """Writes the direction of a step to the parameters' gradients. Returns the sums of `accumulate`, and the norm of the
 gradient at the weights, or None if the strategy computes it. Collective."""
-PLAIN_OBJECTIVE = Objective()
 
 
 def train_step(
     strategy: Strategy,
     batches: BatchLoader,
     step_batch: StepBatch,
-    objective: Objective = PLAIN_OBJECTIVE,
+    objective: Objective,
     compute_gradient: ComputeGradient | None = None,
 ) -> tuple[StepMetrics[Tensor], Tensor]:
     """One optimizer step on a global batch, on this rank's share. Collective.
@@ -89,10 +111,11 @@ def accumulate(
     """Add the gradient of the global batch to the parameters' gradients. Collective.
 
     Returns:
-        This rank's sums of losses, correct predictions and penalty; if track_local_grad_norm is set, also those of the
-        noise scale. The others are 0.
+        This rank's sums of losses, of the task's metric, of targets and of the penalty; if track_local_grad_norm is
+        set, also those of the noise scale. The others are 0.
     """
-    indices, epoch, spans, key = step_batch
+    indices, epoch, spans, key, _ = step_batch
+    num_targets = max(1, step_batch.num_targets())
     world = strategy.world
     sums = zero_metrics(world.device)
     track_norm = strategy.track_local_grad_norm and 0 < spans[0].size < len(indices)
@@ -104,17 +127,17 @@ def accumulate(
                     zero_contribution_pass(strategy, batches, epoch)
                     continue
                 with world.timer.phase("data"):
-                    images, labels = batches(indices[span.start : span.stop], epoch)
+                    inputs, targets = batches(indices[span.start : span.stop], epoch)
                 with world.timer.span("forward"):
-                    logits = strategy.forward(images)
-                    loss_sum = objective.loss_sum(logits, labels)
-                    loss = loss_sum / len(indices) + objective.penalty()
+                    outputs = strategy.forward(inputs)
+                    loss_sum = objective.loss_sum(outputs, targets)
+                    loss = loss_sum / num_targets + objective.penalty()
                 with world.timer.span("backward"):
                     strategy.backward(loss)
-            sums.loss_sum.add_(loss_sum.detach())
-            sums.num_correct.add_((logits.detach().argmax(1) == labels).sum())
-            if track_norm and number == 1:
-                share = span.size / len(indices)
+            own_targets = step_batch.num_targets(span)
+            objective.add_to(sums, outputs, targets, loss_sum, own_targets)
+            if track_norm and number == 1 and own_targets:
+                share = own_targets / num_targets
                 sums.local_squared_norm.copy_(strategy.local_squared_grad_norm() / share**2)
                 sums.local_inverse_size.fill_(1 / span.size)  # assigning a number would synchronise with the GPU
                 sums.num_local_norms.fill_(1.0)
@@ -125,13 +148,13 @@ def accumulate(
 def zero_contribution_pass(strategy: Strategy, batches: BatchLoader, epoch: int, loss: Tensor | float = 0.0) -> None:
     """A rank with no samples joins the gradient all-reduce with zeros, or with the gradients of `loss`.
 
-    It runs one image in eval mode and multiplies the output by 0; with sync batch norm it runs an empty batch.
+    It runs one sample in eval mode and multiplies the output by 0; with sync batch norm it runs an empty batch.
     `loss` may depend on parameters only.
     """
-    images, _ = batches(torch.zeros(1, dtype=torch.int64), epoch)
+    inputs, _ = batches(torch.zeros(1, dtype=torch.int64), epoch)
     strategy.model.train(strategy.has_sync_bn)
     with strategy.world.timer.span("forward"):
-        zero = strategy.forward(images[:0] if strategy.has_sync_bn else images).sum() * 0
+        zero = strategy.forward(inputs[:0] if strategy.has_sync_bn else inputs).sum() * 0
     with strategy.world.timer.span("backward"):
         strategy.backward(zero + loss)
     strategy.model.train()

@@ -12,6 +12,7 @@ from torch import Tensor
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.probes.noise_scale import NoiseScale
+from gengap_dist.training.tasks import Task
 
 Value = TypeVar("Value", Tensor, float)
 
@@ -20,9 +21,11 @@ class StepMetrics(NamedTuple, Generic[Value]):
     """Sums of one step: those of one rank, as float64 scalars on its device, or those over all ranks, as floats."""
 
     loss_sum: Value
-    """Losses of the samples."""
-    num_correct: Value
-    """Samples whose class was predicted correctly."""
+    """Losses of the targets."""
+    metric_sum: Value
+    """`Task.metric_sum`, such as the number of correct predictions."""
+    num_targets: Value
+    """Targets that these two are sums of."""
     local_squared_norm: Value
     """|G_b|^2 of a rank's first micro-batch, for the noise scale; 0 if it is not tracked."""
     local_inverse_size: Value
@@ -63,7 +66,7 @@ class StepRecord(NamedTuple):
     step: int
     """Number of the step, from 1."""
     loss: float
-    """Mean loss over the global batch."""
+    """Mean loss over the targets of the global batch."""
     preempted: bool
     """Whether preemption was requested on a rank before the step ended."""
     metrics: dict[str, float]
@@ -74,9 +77,9 @@ class StepRecord(NamedTuple):
 class StepMetricsAggregator:
     """Sums the metrics of each step over ranks, without waiting for the others or for a GPU in the same step."""
 
-    def __init__(self, config: RunConfig, world: World) -> None:
+    def __init__(self, config: RunConfig, task: Task, world: World) -> None:
         """For the steps of one run."""
-        self.config, self.world = config, world
+        self.config, self.task, self.world = config, task, world
         self.noise_scale = NoiseScale()
         self._in_flight: deque[tuple[int, StepResult, Callable[[], Tensor]]] = deque()
 
@@ -99,17 +102,14 @@ class StepMetricsAggregator:
         while len(self._in_flight) > in_flight:
             step, result, wait = self._in_flight.popleft()
             totals = StepMetrics[float](*wait().tolist())
-            loss = totals.loss_sum / result.size
-            yield StepRecord(step, loss, totals.preemption_requests > 0, self._metrics(result, totals, loss))
+            loss, mean = (total / max(1.0, totals.num_targets) for total in (totals.loss_sum, totals.metric_sum))
+            metrics = {f"train/{name}": value for name, value in self.task.metrics(loss, mean).items()}
+            metrics |= self._more_metrics(result, totals)
+            yield StepRecord(step, loss, totals.preemption_requests > 0, metrics)
 
-    def _metrics(self, result: StepResult, totals: StepMetrics[float], loss: float) -> dict[str, float]:
+    def _more_metrics(self, result: StepResult, totals: StepMetrics[float]) -> dict[str, float]:
         norm = totals.worker_squared_norm**0.5 if result.norm is None else totals.grad_norm
-        metrics = {
-            "train/loss": loss,
-            "train/accuracy": totals.num_correct / result.size,
-            "train/grad_norm": norm,
-            "train/lr": result.lr,
-        }
+        metrics = {"train/grad_norm": norm, "train/lr": result.lr}
         if self.config.algorithm.rank_penalty is not None:
             metrics["train/rank_penalty"] = totals.penalty
         if self.config.optim.schedule == "grow":

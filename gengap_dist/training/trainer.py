@@ -131,12 +131,13 @@ class Trainer:
         self.resolved, self.config, self.world = resolved, config, world
         self.recorder, self.progress, self.context = recorder, progress, context
         self.sampler, self.schedule = resolved.sampler, resolved.schedule
-        self.batches = BatchLoader(resolved.splits.train, resolved.normalise, config.data, config.seed)
+        self.task = resolved.task
+        self.batches = BatchLoader(resolved.splits.train, resolved.preprocess, config.data, config.seed)
         self.state = TrainState(resolved.schedule.num_steps)
-        self.step_metrics = StepMetricsAggregator(config, world)
-        self.evaluator = Evaluator(config.train, resolved.splits, resolved.normalise, world, self.state)
+        self.step_metrics = StepMetricsAggregator(config, self.task, world)
+        self.evaluator = Evaluator(config.train, self.task, resolved.splits, resolved.preprocess, world, self.state)
         initial_P = flat_parameters(resolved.model)
-        observer = ProbeObserver(config, resolved.splits.train, resolved.normalise, initial_P, world)
+        observer = ProbeObserver(config, self.task, resolved.splits.train, resolved.preprocess, initial_P, world)
         self.probes = ProbeScheduler(config.probe, resolved.sampler, observer, self.state)
         self.checkpoints = CheckpointManager(config.checkpoint, out, world, recorder)
         self.strategy = STRATEGIES[resolved.strategy](config, world)
@@ -197,7 +198,7 @@ class Trainer:
                 zero_contribution_pass(self.strategy, self.batches, epoch=0)
             self.strategy.optimizer.zero_grad(set_to_none=False)
         self.algorithm = build_algorithm(
-            self.config, self.strategy, self.batches, self.sampler, self.schedule.num_steps
+            self.config, self.task, self.strategy, self.batches, self.sampler, self.schedule.num_steps
         )
         if algorithm_state:
             self.algorithm.load(algorithm_state)
@@ -349,8 +350,11 @@ class Trainer:
             if validate:
                 with timer.phase("evaluation"):
                     score = self.evaluator.validate(model)
-                self.log({"val/loss": score.loss, "val/accuracy": score.accuracy})
-                self.progress(self.state.step, self.state.num_steps, f"val {score.accuracy:.1%}")
+                self.log({f"val/{name}": value for name, value in score.items()})
+                metric = self.task.metric
+                self.progress(
+                    self.state.step, self.state.num_steps, f"val {metric.format(score[metric.name], digits=1)}"
+                )
             if probe or self.probes.due():  # if the target was reached just now, this step is the last
                 with timer.phase("probe"):
                     self.probes.measure(model, self._record_observation)
@@ -388,7 +392,7 @@ class Trainer:
                 self.checkpoints.save(self.state.step, {"model": model.state_dict(), **states}, info, wait=wait)
 
     def result(self) -> dict[str, Any]:
-        """The result of the run, with the scores of the last and the best model on the test images. Collective."""
+        """The result of the run, with the scores of the last and the best model on the test samples. Collective."""
         state, evaluator = self.state, self.evaluator
         with self.algorithm.evaluated_model() as model, self.world.timer.phase("evaluation"):
             scores = evaluator.final_scores(model)
@@ -403,14 +407,14 @@ class Trainer:
             scores
             | {
                 "best_val_step": evaluator.best.get("step"),
-                "best_val/accuracy": evaluator.best.get("accuracy"),
+                f"best_val/{self.task.metric.name}": evaluator.best.get(self.task.metric.name),
                 "num_steps": state.step,
                 **target,
                 "train_seconds": round(state.train_seconds, 3),
                 "probe_seconds": round(self.probes.seconds, 3),
                 "probe_left_out": self.probes.skipped_steps,
                 "eval_seconds": round(evaluator.seconds, 3),
-                "images_per_second": round(samples / max(state.train_seconds, 1e-9), 1),
+                "samples_per_second": round(samples / max(state.train_seconds, 1e-9), 1),
             }
             | _time_metrics(self.phase_seconds)
             | _memory_peaks(self.world)

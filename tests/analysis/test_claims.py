@@ -53,7 +53,7 @@ def study(
                     num_updates=1000 * 64 // (64 if long else size),
                     num_epochs=8.0 * (size / 64 if long else 1),
                     settings=chosen,
-                    accuracy=0.9 - lost.get(arm, 0.0) + common[0] + rng.normal(0, noise),
+                    score=0.9 - lost.get(arm, 0.0) + common[0] + rng.normal(0, noise),
                     measures=measures,
                     own_batch={"near_rank_loss/fc/rel_1e-2": 0.3 + own.get(arm, 0.0)} if own else {},
                     own_batch_untrained={"near_rank_loss/fc/rel_1e-2": 0.1 + own.get(arm, 0.0)} if own else {},
@@ -87,7 +87,7 @@ def test_intervals_cover_a_planted_gap(num_seeds):
     covered: Counter[str] = Counter()
     for _ in range(NUM):
         runs = study(rng, {"sb": BASE, "lb1024": LARGE}, num_seeds=num_seeds, lost={"lb1024": 0.02})
-        by_arm = [{run.seed: run.accuracy or 0.0 for run in runs if run.arm == arm} for arm in ("sb", "lb1024")]
+        by_arm = [{run.seed: run.score or 0.0 for run in runs if run.arm == arm} for arm in ("sb", "lb1024")]
         found = paired(by_arm[0], by_arm[1])
         for name in ("student", "bootstrap"):
             low, high = getattr(found, name)
@@ -191,7 +191,7 @@ def test_arms_of_fewer_epochs_are_not_plain():
 def test_equal_differences_have_no_spread_to_judge_by():
     runs = study(np.random.default_rng(0), {"sb": BASE, "lb1024": LARGE}, num_seeds=3)
     for lost in (0.05, 0.0):
-        same = [run._replace(accuracy=0.9 - lost * (run.arm != "sb")) for run in runs]
+        same = [run._replace(score=0.9 - lost * (run.arm != "sb")) for run in runs]
         found = compare(same, "sb")
         assert found.gaps["lb1024"].ci_half_width is None
         assert found.claims[0].outcome == "undecided"
@@ -200,7 +200,7 @@ def test_equal_differences_have_no_spread_to_judge_by():
 
 def test_where_all_large_arms_diverged_that_is_said():
     runs = study(np.random.default_rng(0), PLAIN)
-    runs = [run._replace(status="diverged", accuracy=None) if run.arm != "sb" else run for run in runs]
+    runs = [run._replace(status="diverged", score=None) if run.arm != "sb" else run for run in runs]
     assert "No seed has a result" in verdict(runs)["gap"].evidence
 
 
@@ -254,10 +254,10 @@ def test_one_seed_concludes_nothing_and_says_so():
 def test_what_is_lost_or_missing_is_said():
     runs = study(np.random.default_rng(0), PLAIN, num_seeds=3, lost={"lb1024": 0.02})
     runs = [
-        run._replace(status="diverged", accuracy=None, measures={}) if (run.arm, run.seed) == ("lb1024", 1) else run
+        run._replace(status="diverged", score=None, measures={}) if (run.arm, run.seed) == ("lb1024", 1) else run
         for run in runs
     ]
-    runs = [run._replace(accuracy=None) if (run.arm, run.seed) == ("lb256", 0) else run for run in runs]
+    runs = [run._replace(score=None) if (run.arm, run.seed) == ("lb256", 0) else run for run in runs]
     runs = [run._replace(measures={}) if (run.arm, run.seed) == ("lb256", 2) else run for run in runs]
     found = compare(runs, "sb")
     assert found.gaps["lb1024"].unfinished_runs == "1 diverged"

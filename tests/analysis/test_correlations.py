@@ -18,7 +18,7 @@ def runs_of(values: np.ndarray, lost: np.ndarray, updates: np.ndarray, name: str
     }
     return [
         Run(
-            arm=f"arm{arm}", seed=seed, accuracy=0.9 - lost[arm, seed], measures={name: values[arm, seed]},
+            arm=f"arm{arm}", seed=seed, score=0.9 - lost[arm, seed], measures={name: values[arm, seed]},
             num_updates=int(updates[arm]), **template, **empty,
         )
         for arm in range(values.shape[0])

@@ -7,6 +7,7 @@ from gengap_dist import models
 from gengap_dist.config.loading import load_yaml, resolve
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.probes.layers import select_layers
 from tests.conftest import ROOT
 
@@ -54,5 +55,5 @@ def test_layers_of_a_rank_penalty_exist(path):
         if config.seed or not config.algorithm.rank_penalty:
             continue
         size, channels = config.data.image_size, CHANNELS[config.data.name]
-        model = models.build(config.model.name, num_classes=10, in_channels=channels, image_size=size).eval()
+        model = models.build(config.model.name, DataSpec.images(10, channels, size)).eval()
         assert select_layers(model, torch.zeros(1, channels, size, size), config.algorithm.rank_layers)

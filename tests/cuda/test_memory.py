@@ -58,7 +58,9 @@ def curvature(world: World) -> tuple[list[float], int]:
     model = nn.Sequential(nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 3)).to(world.device)
     batches = [(torch.randn(40, 500, device=world.device), torch.arange(40, device=world.device) % 3)]
     torch.cuda.reset_peak_memory_stats()
-    found = hessian_eigenvalues(model, batches, world=world, num=2, tolerance=1e-9, max_steps=120)
+    found = hessian_eigenvalues(
+        model, batches, torch.nn.CrossEntropyLoss(reduction="sum"), world=world, num=2, tolerance=1e-9, max_steps=120
+    )
     return found, torch.cuda.max_memory_allocated() >> 20
 
 

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Preprocess
 from gengap_dist.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -23,41 +23,41 @@ def test_digits_are_scikit_learns():
     splits = datasets.load(DataConfig(val_fraction=0.0))
     test = np.arange(len(theirs.target)) % 5 == 0
     assert (len(splits.train), len(splits.test)) == (1437, 360)
-    assert np.array_equal(splits.test.labels.numpy(), theirs.target[test])
-    inner = splits.test.pixels[:, 0, 12:20, 12:20].numpy()
+    assert np.array_equal(splits.test.targets.numpy(), theirs.target[test])
+    inner = splits.test.inputs[:, 0, 12:20, 12:20].numpy()
     assert np.array_equal(inner, (theirs.images[test].astype(int) * 255 // 16).astype(np.uint8))
-    assert splits.test.pixels.sum() == inner.sum(dtype=np.int64)  # nothing but zeros around it
+    assert splits.test.inputs.sum() == inner.sum(dtype=np.int64)  # nothing but zeros around it
 
 
 def test_validation_is_held_out_by_its_own_seed():
     a, b, c = (datasets.load(DataConfig(split_seed=seed)) for seed in (0, 0, 1))
     assert (len(a.train), len(a.val)) == (1294, 143)
     assert a.digest() == b.digest() != c.digest()
-    assert torch.equal(a.test.pixels, c.test.pixels)
-    both = torch.cat([a.train.pixels, a.val.pixels]).flatten(1)
-    whole = datasets.load(DataConfig(val_fraction=0.0)).train.pixels.flatten(1)
+    assert torch.equal(a.test.inputs, c.test.inputs)
+    both = torch.cat([a.train.inputs, a.val.inputs]).flatten(1)
+    whole = datasets.load(DataConfig(val_fraction=0.0)).train.inputs.flatten(1)
     assert sorted(map(bytes, both.numpy())) == sorted(map(bytes, whole.numpy()))
 
 
 def test_normalised_pixels_have_mean_0_and_deviation_1_where_there_is_no_padding():
     splits = datasets.load(DataConfig())
-    normal = Normalise(splits, CPU, torch.float64)(splits.train.pixels)[:, :, 12:20, 12:20]
+    normal = Preprocess(splits.pixels, CPU, torch.float64)(splits.train.inputs)[:, :, 12:20, 12:20]
     assert abs(float(normal.mean())) < 1e-12
     assert abs(float(normal.std(correction=0)) - 1) < 1e-12
 
 
 def test_batches_are_the_images_asked_for():
     splits = datasets.load(DataConfig())
-    normalise = Normalise(splits, CPU, torch.float32)
+    normalise = Preprocess(splits.pixels, CPU, torch.float32)
     images, labels = BatchLoader(splits.train, normalise, DataConfig(), seed=0)(torch.tensor([5, 2, 2]), epoch=0)
-    assert torch.equal(labels, splits.train.labels[[5, 2, 2]])
-    assert torch.equal(images, normalise(splits.train.pixels[[5, 2, 2]]))
+    assert torch.equal(labels, splits.train.targets[[5, 2, 2]])
+    assert torch.equal(images, normalise(splits.train.inputs[[5, 2, 2]]))
 
 
 def test_real_fashion_mnist(real_data):
     splits = datasets.load(DataConfig(name="fashion_mnist", root=real_data))
     assert (len(splits.train), len(splits.val), len(splits.test)) == (54_000, 6_000, 10_000)
-    assert splits.train.pixels.shape[1:] == (1, 32, 32)
+    assert splits.train.inputs.shape[1:] == (1, 32, 32)
     assert float(splits.mean_C) / 255 == pytest.approx(0.286, abs=2e-3)
     assert float(splits.std_C) / 255 == pytest.approx(0.353, abs=2e-3)
 
@@ -99,9 +99,9 @@ def test_cifar100_in_its_own_file_format(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     splits = datasets.load(DataConfig(name="cifar100", root=tmp_path, val_fraction=0.0))
     assert splits.num_classes == 100
-    assert splits.train.pixels.shape == (200, 3, 32, 32)
+    assert splits.train.inputs.shape == (200, 3, 32, 32)
     first = pickle.loads((folder / "train").read_bytes())["data"][0].reshape(3, 32, 32)
-    assert np.array_equal(splits.train.pixels[0].numpy(), first)
+    assert np.array_equal(splits.train.inputs[0].numpy(), first)
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def pictures(tmp_path):
 def test_a_folder_of_pictures(pictures):
     splits = datasets.load(DataConfig(name="imagefolder", root=pictures, image_size=16, val_fraction=0.0))
     assert splits.num_classes == 2
-    assert splits.train.pixels.shape == (12, 3, 16, 16)
-    assert splits.train.labels.tolist() == [0] * 6 + [1] * 6
-    assert splits.train.pixels[7, :, 3, 3].tolist() == [100, 1, 7]
+    assert splits.train.inputs.shape == (12, 3, 16, 16)
+    assert splits.train.targets.tolist() == [0] * 6 + [1] * 6
+    assert splits.train.inputs[7, :, 3, 3].tolist() == [100, 1, 7]
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,10 @@ def test_the_splits_are_those_in_memory(folder):
         on_disk = datasets.load(folder_config(folder, streaming=True, **settings))
         for ours, theirs in zip(on_disk[:3], held[:3], strict=True):
             assert len(ours) == len(theirs)
-            assert ours.pixels.shape == theirs.pixels.shape
-            assert torch.equal(ours.pixels[:], theirs.pixels)
-            assert torch.equal(ours.pixels[2:5], theirs.pixels[2:5])
-            assert torch.equal(ours.labels, theirs.labels)
+            assert ours.inputs.shape == theirs.inputs.shape
+            assert torch.equal(ours.inputs[:], theirs.inputs)
+            assert torch.equal(ours.inputs[2:5], theirs.inputs[2:5])
+            assert torch.equal(ours.targets, theirs.targets)
             which = torch.tensor([3, 0, 3, len(ours) - 1])
             for found, expected in zip(ours.to(CPU).take(which, which), theirs.take(which, which), strict=True):
                 assert torch.equal(found, expected)
@@ -141,7 +141,7 @@ def test_mean_and_deviation_of_large_folders_come_from_a_fixed_sample(folder, mo
     assert torch.equal(splits.mean_C, again.mean_C)
     assert not torch.equal(splits.mean_C, other.mean_C)
     chosen = np.random.default_rng([0, 4]).permutation(len(splits.train))[:7]
-    pixels = splits.train.pixels[:][torch.from_numpy(chosen)].double()
+    pixels = splits.train.inputs[:][torch.from_numpy(chosen)].double()
     assert torch.allclose(splits.mean_C, pixels.mean((0, 2, 3)))
     assert torch.allclose(splits.std_C, pixels.std((0, 2, 3), correction=0))
     assert datasets.summary(splits, config)["num_mean"] == 7
@@ -183,7 +183,7 @@ def test_a_damaged_picture_is_named_as_if_it_were_read_into_memory(own, damage):
     splits = datasets.load(folder_config(own, streaming=True))
     splits.test.prefetch(torch.arange(8))
     with pytest.raises(UsageError) as when_asked:
-        splits.test.pixels[:]
+        splits.test.inputs[:]
     assert str(when_asked.value) == str(in_memory.value)
     assert str(path) in str(in_memory.value)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gengap_dist import models
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -147,7 +148,7 @@ def statistics(model: nn.Module) -> list[torch.Tensor]:
 
 
 def test_all_ghost_layers_of_a_copy_look_at_one_position_of_their_own():
-    net = treated(models.build("mlp", num_classes=2, in_channels=1, widths=(4, 4)), "ghost", 2)
+    net = treated(models.build("mlp", DataSpec.images(2, 1), widths=(4, 4)), "ghost", 2)
     twin = copy.deepcopy(net)
     position_of(twin).move_to(6, 12, 3)
     layers = [module for module in twin.modules() if isinstance(module, GhostBatchNorm)]
@@ -361,7 +362,7 @@ def test_networks_are_the_same_in_eval_and_in_training_over_one_group(name):
     if name.startswith("timm"):
         pytest.importorskip("timm", reason="timm is not installed: pip install 'gengap_dist[timm]'")
     torch.manual_seed(0)
-    net = models.build(name, num_classes=10, in_channels=1, image_size=NETWORKS[name]).double()
+    net = models.build(name, DataSpec.images(10, 1, NETWORKS)[name]).double()
     for module in net.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -388,7 +389,7 @@ def test_networks_are_the_same_in_eval_and_in_training_over_one_group(name):
 
 def test_parameters_keep_their_order_and_names():
     """Optimizers, checkpoints and seeds go by them."""
-    net = models.build("resnet20", num_classes=10, in_channels=3)
+    net = models.build("resnet20", DataSpec.images(10, 3))
     for kind, size in (("local", None), ("ghost", 2), ("sync", None)):
         twin = treated(net, kind, size)
         assert [*twin.state_dict()] == [*net.state_dict()]

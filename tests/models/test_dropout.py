@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gengap_dist import models
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.dropout import SampleDropout, replace_dropout
@@ -112,7 +113,9 @@ def test_only_torchs_own_dropout_is_replaced_each_with_draws_of_its_own():
 
 def test_the_network_of_a_run_has_it():
     """C1 has two; they, and the groups of batch norm, look at one position."""
-    net = models.from_config(config(model__name="c1", batch__global_size=8, batch__ghost_size=4), 10, 1, World())
+    net = models.from_config(
+        config(model__name="c1", batch__global_size=8, batch__ghost_size=4), DataSpec.images(10, 1), World()
+    )
     found = [module for module in net.modules() if hasattr(module, "position")]
     assert sum(isinstance(module, SampleDropout) for module in found) == 2
     assert len(found) == 6

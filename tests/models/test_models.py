@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gengap_dist import models
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.layers import select_layers
 
@@ -27,7 +28,7 @@ LAYERS = {
 
 def make(name: str, num_classes: int = 10, in_channels: int = 3, **more) -> nn.Module:
     torch.manual_seed(0)
-    return models.build(name, num_classes=num_classes, in_channels=in_channels, **more)
+    return models.build(name, DataSpec.images(num_classes, in_channels), **more)
 
 
 def count(model: nn.Module) -> int:
@@ -184,14 +185,14 @@ def test_own_factory(tmp_path, monkeypatch):
         "    return 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert models.build("mynet:make", num_classes=7, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
+    assert models.build("mynet:make", DataSpec.images(7, 1))(torch.zeros(2, 1, 8, 8)).shape == (2, 7)
     with pytest.raises(UsageError, match=r"mynet:wrong\) returned a int"):
-        models.build("mynet:wrong", num_classes=7, in_channels=1)
+        models.build("mynet:wrong", DataSpec.images(7, 1))
     with pytest.raises(UsageError, match=r"mynet:mkae\) cannot be imported"):
-        models.build("mynet:mkae", num_classes=7, in_channels=1)
+        models.build("mynet:mkae", DataSpec.images(7, 1))
 
 
 @pytest.mark.parametrize(("name", "near"), [("lenet", "lenet5"), ("resnet65", "resnet56"), ("vgg-16", "vgg16")])
 def test_unknown_model_names_the_nearest(name, near):
     with pytest.raises(UsageError, match=rf"model.name \({name}\) is not a model \(did you mean {near}\?\)"):
-        models.build(name, num_classes=10, in_channels=1)
+        models.build(name, DataSpec.images(10, 1))

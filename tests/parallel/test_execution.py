@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist import models
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import average_buffers
@@ -33,6 +34,7 @@ from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.training.algorithms import build_algorithm
 from gengap_dist.training.checks import check_switches
+from gengap_dist.training.tasks import Classification
 from tests.conftest import config, cut_after, thinned, train
 from tests.parallel.strategies import jobs
 from tests.ranks import Crew
@@ -127,11 +129,11 @@ class Encoder(nn.Module):
 
 
 def test_blocks_of_many_networks():
-    build = partial(models.build, num_classes=10, in_channels=1)
+    build = partial(models.build, spec=DataSpec.images(10, 1))
     assert names(build("resnet20")) == ["conv1"] + [f"stage{s}.{b}" for s in (1, 2, 3) for b in range(3)]
     assert names(build("lenet5")) == ["conv1", "conv2", "fc1", "fc2"]
     assert names(build("torchvision:resnet18")) == [f"layer{s}.{b}" for s in (1, 2, 3, 4) for b in (0, 1)]
-    vit = build("torchvision:vit_b_16", image_size=32)
+    vit = build("torchvision:vit_b_16")
     assert names(vit) == [f"encoder.layers.encoder_layer_{n}" for n in range(12)] + ["heads"]
     assert names(Encoder()) == ["body.blocks.0", "body.blocks.1"]
     assert names(nn.Linear(2, 2)) == []
@@ -177,7 +179,7 @@ def test_recompute_draws_the_same_where_a_layer_drops_twice():
 
 
 def test_a_copy_recomputes_with_its_own_weights():
-    model = models.build("lenet5", num_classes=10, in_channels=1)
+    model = models.build("lenet5", DataSpec.images(10, 1))
     checkpoint_blocks(model)
     twin = copy.deepcopy(model)
     nn.init.zeros_(twin.get_parameter("fc1.affine.weight"))
@@ -208,8 +210,9 @@ def test_recompute_keeps_less_than_a_third_of_resnet56():
     kept, planned = [], []
     for on in (False, True):
         settings = config(model__name="resnet56", train__activation_checkpointing=on)
-        model = models.from_config(settings, 10, 3, World())
-        planned.append(memory_model.saved_for_backward(settings, model, (3, 32, 32), 4)[0])
+        spec = DataSpec.images(10, 3)
+        model = models.from_config(settings, spec, World())
+        planned.append(memory_model.saved_for_backward(settings, model, spec, Classification(spec).loss_sum, 4)[0])
         if on:
             checkpoint_blocks(model)
         own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
@@ -302,7 +305,7 @@ def test_sam_under_float16(crews):
 def sam_steps(world: World, name: str, settings: dict[str, Any]) -> dict[str, list[float]]:
     """Losses, running statistics averaged, and norms of four steps of a algorithm."""
     trainer = jobs.Trainer(name, world, settings)
-    course = build_algorithm(trainer.config, trainer.strategy, trainer.batches, trainer.order, 4)
+    course = build_algorithm(trainer.config, trainer.task, trainer.strategy, trainer.batches, trainer.order, 4)
     trainer.strategy.model.train()
     rows = []
     for step in range(4):
@@ -348,7 +351,7 @@ def compiled_steps(world: World, name: str, settings: dict[str, Any]) -> dict[st
     torch.compiler.reset()
     counters.clear()
     trainer = jobs.Trainer(name, world, settings)
-    course = build_algorithm(trainer.config, trainer.strategy, trainer.batches, trainer.order, 5)
+    course = build_algorithm(trainer.config, trainer.task, trainer.strategy, trainer.batches, trainer.order, 5)
     trainer.strategy.model.train()
     losses = []
     with warnings.catch_warnings():

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from gengap_dist import models
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Preprocess
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.batch_plan import BatchPlan, blocks, split
 from gengap_dist.distributed.process_group import World
@@ -24,7 +25,14 @@ from gengap_dist.parallel.strategies import DDP
 from gengap_dist.preflight import communication_model
 from gengap_dist.preflight.batch_layout import Cluster, layout
 from gengap_dist.preflight.communication_model import Link, Message, collective_seconds
-from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, load, save, workload
+from gengap_dist.preflight.machine_constants import (
+    ComputeConstants,
+    Constants,
+    LinkConstants,
+    load,
+    save,
+    workload_name,
+)
 from gengap_dist.preflight.plan import Plan, make_plan
 from gengap_dist.probes import layer_view, measure
 from gengap_dist.probes.activations import eval_context
@@ -34,6 +42,7 @@ from gengap_dist.probes.spectra.measure import plan_passes, stream_bytes
 from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.step import StepBatch, train_step
+from gengap_dist.training.tasks import Classification
 from tests.conftest import FULL, ROOT, config
 
 MANY = 4096
@@ -203,7 +212,7 @@ PROBED = {
 
 def probed_model() -> nn.Module:
     torch.manual_seed(0)
-    return models.build("lenet5", num_classes=10, in_channels=1)
+    return models.build("lenet5", DataSpec.images(10, 1))
 
 
 def planned(options: dict[str, Any], counts: list[int]) -> list[Message]:
@@ -302,7 +311,7 @@ def ddp_bytes(world: World) -> tuple[int, int]:
     settings = config(batch__micro_size=8, launch__strategy="ddp")
     strategy = DDP(settings, world)
     strategy.setup(probed_model().train(), partial(build_optimizer, settings.optim))
-    batches = BatchLoader(splits.train, Normalise(splits, world.device, torch.float32), DataConfig(), 0)
+    batches = BatchLoader(splits.train, Preprocess(splits.pixels, world.device, torch.float32), DataConfig(), 0)
     spans = BatchPlan(50, world.size, 8).micro_batches(world.rank)
 
     def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -330,8 +339,9 @@ def test_saved_activations_of_lenet5_are_known():
     n, settings = 12, config()
     per_image = 4 * (32 * 32 + 6 * 28 * 28 + 16 * 10 * 10 + 6 * 14 * 14 + 16 * 5 * 5 + 120 + 84 + 10)
     per_image += 8 * (6 * 14 * 14 + 16 * 5 * 5 + 1)  # int64: where the maxima were; labels
-    found, how = memory_model.saved_for_backward(settings, probed_model(), (1, 32, 32), n)
-    assert how == "one pass of 12 fake images"
+    spec = DataSpec.images(10, 1)
+    found, how = memory_model.saved_for_backward(settings, probed_model(), spec, Classification(spec).loss_sum, n)
+    assert how == "one pass of 12 fake samples"
     assert found - n * per_image in range(0, 9)  # the loss's own weight, a scalar
 
 
@@ -342,10 +352,12 @@ class NeedsValues(nn.Sequential):
 
 def test_a_network_that_needs_values_is_run_with_real_images():
     model = NeedsValues(nn.Flatten(), nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 3))
+    spec = DataSpec.images(3, 1, 4)
+    what = spec, Classification(spec).loss_sum
     with pytest.warns(UserWarning, match="needs values"):
-        found, how = memory_model.saved_for_backward(config(), model, (1, 4, 4), 100)
-    assert how == "passes of 2 and 4 images, extrapolated"
-    real = memory_model._saved_bytes(config(), model, dict(model.named_parameters()), torch.zeros(100, 1, 4, 4))
+        found, how = memory_model.saved_for_backward(config(), model, *what, 100)
+    assert how == "passes of 2 and 4 samples, extrapolated"
+    real = memory_model._saved_bytes(config(), model, dict(model.named_parameters()), *what, 100)
     assert found == real
 
 
@@ -494,7 +506,8 @@ def timed(constants: Constants, cluster: tuple[int, int]) -> Plan:
 
 
 def test_no_time_is_invented():
-    compute = {workload(config(), 1, 32): ComputeConstants(seconds_per_sample=0.5, seconds_per_update=3.0)}
+    name = workload_name(config(), DataSpec.images(10, 1), 32)
+    compute = {name: ComputeConstants(seconds_per_sample=0.5, seconds_per_update=3.0)}
     link = LinkConstants(alpha=1.0, beta=0.0)
     assert timed(Constants(), (1, 2)).missing == "this network is not calibrated: add --calibrate"
     assert timed(Constants(compute=compute), (1, 2)).missing.startswith("the link inside a node is not calibrated")

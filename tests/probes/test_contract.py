@@ -21,6 +21,8 @@ from tests.ranks import on_ranks
 SIZES = (6, 5, 9, 3, 2)
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
+LOSS = nn.CrossEntropyLoss(reduction="sum")
+
 
 class Probe(NamedTuple):
     call: Callable[[nn.Module, Batches, World], object]
@@ -42,9 +44,9 @@ PROBES = {
     "weights": Probe(lambda m, b, w: spectra(weight_spectra(m, world=w)), runs_forward=False),
     "distance": Probe(lambda m, b, w: distance_from_init(m, torch.ones_like(flat_parameters(m))), runs_forward=False),
     "nc1": Probe(lambda m, b, w: nc1(m, b, world=w)),
-    "eigenvalues": Probe(lambda m, b, w: hessian_eigenvalues(m, b, world=w, num=2, max_steps=3, tolerance=9.0)),
-    "trace": Probe(lambda m, b, w: hessian_trace(m, b, world=w, num_vectors=2)),
-    "keskar": Probe(lambda m, b, w: keskar_sharpness(m, b, world=w, epsilon=0.02, steps=3)),
+    "eigenvalues": Probe(lambda m, b, w: hessian_eigenvalues(m, b, LOSS, world=w, num=2, max_steps=3, tolerance=9.0)),
+    "trace": Probe(lambda m, b, w: hessian_trace(m, b, LOSS, world=w, num_vectors=2)),
+    "keskar": Probe(lambda m, b, w: keskar_sharpness(m, b, LOSS, world=w, epsilon=0.02, steps=3)),
 }
 FORWARD = [name for name, probe in PROBES.items() if probe.runs_forward]
 

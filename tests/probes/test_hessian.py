@@ -23,6 +23,8 @@ from gengap_dist.probes.weights import flat_parameters
 SIZES = (7, 16, 1, 9, 4)  # blocks: uneven on 2 and on 3 ranks
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
+LOSS = nn.CrossEntropyLoss(reduction="sum")
+
 
 class Tanh(nn.Module):
     """Smooth, with batch norm, dropout, a frozen layer, and one weight that is used twice."""
@@ -70,16 +72,19 @@ def everything(world: World) -> dict:
     for dtype, how in ((torch.float64, "dealt"), (torch.float64, "few"), (torch.float32, "dealt")):
         model, batches = setting(dtype)
         mine = dealt(batches, world)[how]
-        out[dtype, how, "eigenvalues"] = hessian_eigenvalues(model, mine, world=world)
-        out[dtype, how, "trace"] = hessian_trace(model, mine, world=world, num_vectors=5)
-        out[dtype, how, "keskar"] = keskar_sharpness(model, mine, world=world, epsilon=0.02, steps=5)
+        out[dtype, how, "eigenvalues"] = hessian_eigenvalues(model, mine, LOSS, world=world)
+        out[dtype, how, "trace"] = hessian_trace(model, mine, LOSS, world=world, num_vectors=5)
+        out[dtype, how, "keskar"] = keskar_sharpness(model, mine, LOSS, world=world, epsilon=0.02, steps=5)
     model, batches = setting(torch.float64)
     mine = dealt(batches, world)["few"]
     out["bent"] = refusal(hessian_eigenvalues, Bent(), mine, world=world)
     out["empty"] = refusal(keskar_sharpness, model, [], world=world)
     nn.init.constant_(model.head.bias, math.nan)
     with pytest.warns(UserWarning, match="not finite"):
-        out["nan"] = hessian_eigenvalues(model, mine, world=world), keskar_sharpness(model, mine, world=world)
+        out["nan"] = (
+            hessian_eigenvalues(model, mine, LOSS, world=world),
+            keskar_sharpness(model, mine, LOSS, world=world),
+        )
     return out
 
 
@@ -148,20 +153,20 @@ def test_sharding_law(on, size):
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-4), (torch.float32, 1e-3)])
 def test_eigenvalues_of_the_explicit_hessian(hessian, dtype, error):
     true = torch.linalg.eigvalsh(hessian).flip(0)[:3].numpy()
-    found = hessian_eigenvalues(*setting(dtype))
+    found = hessian_eigenvalues(*setting(dtype), LOSS)
     assert np.abs(found / true - 1).max() < error
     assert true[0] > 1.1 * true[1] > 1.1**2 * true[2]  # so that the right ones are there in the right order
 
 
 def test_all_eigenvalues_when_asked_for_more_than_there_are(hessian):
     model, batches = setting(torch.float64)
-    found = hessian_eigenvalues(model, batches, num=500, max_steps=500)
+    found = hessian_eigenvalues(model, batches, LOSS, num=500, max_steps=500)
     assert np.allclose(found, torch.linalg.eigvalsh(hessian).flip(0), atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_trace_of_the_explicit_hessian(hessian, dtype):
-    trace, error = hessian_trace(*setting(dtype), num_vectors=200)
+    trace, error = hessian_trace(*setting(dtype), LOSS, num_vectors=200)
     beside = hessian - hessian.diag().diag()
     assert abs(trace - float(hessian.trace())) < 4 * error
     assert error == pytest.approx((2 * float(beside.square().sum()) / 200) ** 0.5, rel=0.2)
@@ -174,7 +179,7 @@ def test_trace_is_exact_where_the_hessian_is_diagonal():
     images, labels = torch.arange(50), torch.randint(2, (50,))
     model.append(nn.Flatten())
     p = model[0].weight.detach().sigmoid()
-    trace, error = hessian_trace(model, [(images[:9], labels[:9]), (images[9:], labels[9:])], num_vectors=2)
+    trace, error = hessian_trace(model, [(images[:9], labels[:9]), (images[9:], labels[9:])], LOSS, num_vectors=2)
     assert trace == pytest.approx(float((p * (1 - p)).mean()), rel=1e-12)
     assert error < 1e-15
 
@@ -188,7 +193,7 @@ def test_keskar_is_the_worst_of_all_corners(epsilon):
         there = weight + epsilon * (weight.abs() + 1) * torch.tensor(signs).view(3, 2)
         losses.append(float(cross_entropy(images @ there.T, labels)))
     start = float(cross_entropy(images @ weight.T, labels))
-    found = keskar_sharpness(model, batches, epsilon=epsilon)
+    found = keskar_sharpness(model, batches, LOSS, epsilon=epsilon)
     assert found == pytest.approx(100 * (max(losses) - start) / (1 + start), rel=1e-9)
 
 
@@ -207,15 +212,15 @@ def test_keskar_is_never_negative_and_keeps_the_best():
     batches = [(torch.zeros(1).double(), torch.tensor([0]))]
     worst, start = (math.log(1 + math.exp(math.cos(w))) for w in (0.0, 0.1))
     true = 100 * (worst - start) / (1 + start)
-    assert keskar_sharpness(Wave(), batches, epsilon=1.5, steps=1) == 0.0  # far over the top
-    assert 0.9 * true < keskar_sharpness(Wave(), batches, epsilon=1.5, steps=200) <= true
+    assert keskar_sharpness(Wave(), batches, LOSS, epsilon=1.5, steps=1) == 0.0  # far over the top
+    assert 0.9 * true < keskar_sharpness(Wave(), batches, LOSS, epsilon=1.5, steps=200) <= true
 
 
 def test_attention_is_differentiated_twice():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3)).double()
-    loss = MeanLoss(model, [(torch.randn(5, 3, 8).double(), torch.tensor([0, 1, 2, 0, 1]))], World())
+    loss = MeanLoss(model, [(torch.randn(5, 3, 8).double(), torch.tensor([0, 1, 2, 0, 1]))], LOSS, World())
     v = torch.randn_like(loss.weights_P)
     ahead, behind = (loss.gradient(loss.weights_P + h * v)[1] for h in (1e-5, -1e-5))
     assert torch.allclose(loss.hessian_vector_product(v), (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-7)
@@ -235,7 +240,7 @@ def test_an_operation_without_second_derivative_is_named(monkeypatch):
             return nn.functional.scaled_dot_product_attention(q, q, q)[0, 0]
 
     with pytest.raises(UsageError, match=r"Attention cannot be differentiated twice .*attention_for_cpu_backward"):
-        hessian_trace(Attention(), setting(torch.float32)[1])
+        hessian_trace(Attention(), setting(torch.float32)[1], LOSS)
 
 
 def explicit(matrix: torch.Tensor, num: int, max_steps: int = 80) -> tuple[list[float], float, int]:
@@ -286,16 +291,16 @@ def test_lanczos_says_how_far_it_is():
 def test_too_few_steps_are_a_warning():
     model, batches = setting(torch.float64)
     with pytest.warns(UserWarning, match=r"residual of .* after 4 Lanczos steps, above 1.0e-05"):
-        assert len(hessian_eigenvalues(model, batches, max_steps=4)) == 3
+        assert len(hessian_eigenvalues(model, batches, LOSS, max_steps=4)) == 3
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, b: hessian_eigenvalues(m, b, max_steps=2), r"max_steps \(2\)"),
-        (lambda m, b: hessian_trace(m, b, num_vectors=1), r"num_vectors \(1\)"),
-        (lambda m, b: keskar_sharpness(m.requires_grad_(False), b), "no parameter with requires_grad"),
-        (lambda m, b: hessian_trace(m, []), "no rank has any samples"),
+        (lambda m, b: hessian_eigenvalues(m, b, LOSS, max_steps=2), r"max_steps \(2\)"),
+        (lambda m, b: hessian_trace(m, b, LOSS, num_vectors=1), r"num_vectors \(1\)"),
+        (lambda m, b: keskar_sharpness(m.requires_grad_(False), b, LOSS), "no parameter with requires_grad"),
+        (lambda m, b: hessian_trace(m, [], LOSS), "no rank has any samples"),
     ],
 )
 def test_refusals(call, message):

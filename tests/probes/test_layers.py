@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from gengap_dist import models
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
 from gengap_dist.probes.layers import Layer, Pattern, select_layers, trace_calls
@@ -35,7 +36,7 @@ def facts(layers: list[Layer]) -> list[tuple]:
 
 
 def lenet(image_size: int = 32) -> nn.Module:
-    return models.build("lenet5", num_classes=10, in_channels=3, image_size=image_size)
+    return models.build("lenet5", DataSpec.images(10, 3, image_size))
 
 
 def test_lenet5():
@@ -45,12 +46,12 @@ def test_lenet5():
         ("fc1", (1, 120), True, "non-linear"),
         ("fc2", (1, 84), True, "non-linear"),
     ]
-    assert names(models.build("mlp", num_classes=5, in_channels=3, widths=(8, 8))) == ["fc1", "fc2"]
+    assert names(models.build("mlp", DataSpec.images(5, 3), widths=(8, 8))) == ["fc1", "fc2"]
 
 
 @pytest.mark.parametrize("name", ["lenet5", "mlp"])
 def test_a_linear_network_is_measured_where_its_twin_is(name: str):
-    relu, linear = (models.build(name, num_classes=5, in_channels=3, activation=a) for a in ("relu", "linear"))
+    relu, linear = (models.build(name, DataSpec.images(5, 3), activation=a) for a in ("relu", "linear"))
     assert [fact[:3] for fact in facts(found(linear))] == [fact[:3] for fact in facts(found(relu))]
     assert {layer.kind for layer in found(linear)} == {"linear"}
 
@@ -60,7 +61,7 @@ def test_an_identity_that_is_no_units_act_is_no_layer():
 
 
 def test_a_residual_block_of_our_own_is_measured_after_its_addition():
-    assert facts(found(models.build("resnet20", num_classes=5, in_channels=3)))[:5:2] == [
+    assert facts(found(models.build("resnet20", DataSpec.images(5, 3))))[:5:2] == [
         ("conv1", (1, 16, 32, 32), False, "non-linear"),
         ("stage1.0.act", (1, 16, 32, 32), False, "non-linear"),
         ("stage1.1.act", (1, 16, 32, 32), False, "non-linear"),

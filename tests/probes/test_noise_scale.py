@@ -12,13 +12,14 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist.config.sections import DataConfig, RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Preprocess
 from gengap_dist.distributed.batch_plan import BatchPlan, Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies import STRATEGIES
 from gengap_dist.probes.noise_scale import DECAY, NoiseScale, unbiased_noise_estimates
-from gengap_dist.training.step import StepBatch, train_step
+from gengap_dist.training.step import Objective, StepBatch, train_step
+from gengap_dist.training.tasks import Classification
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def expected(model: nn.Module, batches: BatchLoader, indices: torch.Tensor, plan
 def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], list[float]]]:
     """Found and expected in every case over three steps; nobody watches in the second."""
     splits = datasets.load(DataConfig())
-    batches = BatchLoader(splits.train, Normalise(splits, world.device, torch.float64), DataConfig(), 0)
+    batches = BatchLoader(splits.train, Preprocess(splits.pixels, world.device, torch.float64), DataConfig(), 0)
     out = []
     for global_size, micro_size in CASES[name, world.size]:
         model = network()
@@ -167,8 +168,9 @@ def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], li
             indices = torch.arange(global_size) * 7 + 200 * step
             true = expected(copy.deepcopy(model), batches, indices, plan)
             strategy.track_local_grad_norm = watching
-            sums, norm = train_step(strategy, batches, StepBatch(indices, 0, plan.micro_batches(world.rank)))
-            found = [*world.all_reduce(torch.stack(sums))[2:5].tolist(), float(norm) ** 2]
+            step_batch = StepBatch(indices, 0, plan.micro_batches(world.rank))
+            sums, norm = train_step(strategy, batches, step_batch, Objective(Classification(splits.spec)))
+            found = [*world.all_reduce(torch.stack(sums))[3:6].tolist(), float(norm) ** 2]
             out.append((global_size, micro_size, watching, found, true))
     return out
 

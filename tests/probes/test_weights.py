@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gengap_dist import models
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.weights import distance_from_init, flat_parameters, weight_spectra
@@ -15,7 +16,7 @@ from gengap_dist.probes.weights import distance_from_init, flat_parameters, weig
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    model = models.build("lenet5", num_classes=10, in_channels=3, image_size=16)
+    model = models.build("lenet5", DataSpec.images(10, 3, 16))
     with torch.no_grad():
         model.fc1.affine.weight[:, 3] = 0.0
         model.fc2.affine.weight[:] = torch.randn(84, 5) @ torch.randn(5, 120)

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
@@ -119,7 +120,7 @@ def test_wrapped_in_one_process(wrapper, layers):
 def test_a_compiled_unit_is_named_like_any_other():
     from gengap_dist import models
 
-    plain, model = (models.build("lenet5", num_classes=3, in_channels=1, image_size=16) for _ in range(2))
+    plain, model = (models.build("lenet5", DataSpec.images(3, 1, 16)) for _ in range(2))
     model.load_state_dict(plain.state_dict())
     model.conv1, model.fc1.act = torch.compile(model.conv1, backend="eager"), torch.compile(nn.ReLU(), backend="eager")
     x = [torch.randn(9, 1, 16, 16)]

@@ -272,15 +272,15 @@ def test_a_model_scores_as_its_run_did(sent, store, arm):
     mlflow.set_tracking_uri(store)
     model = mlflow.pytorch.load_model(f"runs:/{kept['run_id']}/model")
     test = datasets.load(read_config(folder).data).test
-    logits = model(test.pixels.float())
+    logits = model(test.inputs.float())
     result = read_info(folder)["result"]
-    assert (logits.argmax(1) == test.labels).double().mean().item() == result["test/accuracy"]
-    assert torch.nn.functional.cross_entropy(logits, test.labels).item() == pytest.approx(result["test/loss"], 1e-5)
-    assert model(test.pixels[:1].float()).shape == (1, 10)  # any number of images
+    assert (logits.argmax(1) == test.targets).double().mean().item() == result["test/accuracy"]
+    assert torch.nn.functional.cross_entropy(logits, test.targets).item() == pytest.approx(result["test/loss"], 1e-5)
+    assert model(test.inputs[:1].float()).shape == (1, 10)  # any number of images
     info = mlflow.models.get_model_info(f"models:/{kept['model_id']}")
     assert [tuple(spec.shape) for spec in info.signature.inputs.inputs] == [(-1, 1, 32, 32)]
     assert [tuple(spec.shape) for spec in info.signature.outputs.inputs] == [(-1, 10)]
-    assert mlflow.pyfunc.load_model(f"models:/{kept['model_id']}").predict(test.pixels[:3].float().numpy()).shape == (
+    assert mlflow.pyfunc.load_model(f"models:/{kept['model_id']}").predict(test.inputs[:3].float().numpy()).shape == (
         3,
         10,
     )

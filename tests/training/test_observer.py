@@ -87,12 +87,12 @@ def test_cadences_add_up(tmp_path):
 
 def test_labels_shuffled():
     plain, shuffled = (datasets.load(DataConfig(shuffle_labels=on)) for on in (False, True))
-    same = plain.train.labels == shuffled.train.labels
+    same = plain.train.targets == shuffled.train.targets
     assert 0.05 < same.double().mean() < 0.2  # by chance, one in ten
-    assert torch.equal(plain.train.labels.bincount(), shuffled.train.labels.bincount())
-    assert torch.equal(plain.train.pixels, shuffled.train.pixels)
-    assert torch.equal(plain.val.labels, shuffled.val.labels)
-    assert torch.equal(plain.test.labels, shuffled.test.labels)
+    assert torch.equal(plain.train.targets.bincount(), shuffled.train.targets.bincount())
+    assert torch.equal(plain.train.inputs, shuffled.train.inputs)
+    assert torch.equal(plain.val.targets, shuffled.val.targets)
+    assert torch.equal(plain.test.targets, shuffled.test.targets)
     assert plain.digest() != shuffled.digest()
 
 

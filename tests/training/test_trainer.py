@@ -11,7 +11,8 @@ import torch
 
 from gengap_dist import models
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Normalise
+from gengap_dist.data.batch_loader import Preprocess
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.errors import UsageError
@@ -271,12 +272,12 @@ def test_the_best_weights_are_scored_without_changing_the_last(tmp_path):
     result = train(tmp_path / "run", **settings, **more)
     path = max((tmp_path / "run" / "checkpoints").glob("step_*"))
     splits = datasets.load(config(**settings).data)
-    images = Normalise(splits, torch.device("cpu"), torch.float32)(splits.test.pixels)
+    images = Preprocess(splits.pixels, torch.device("cpu"), torch.float32)(splits.test.inputs)
     accuracies = {}
     for name in ("best", "model"):
-        model = models.from_config(config(**settings), 10, 1, World()).eval()
+        model = models.from_config(config(**settings), DataSpec.images(10, 1), World()).eval()
         model.load_state_dict(torch.load(path / f"{name}.pt", weights_only=True))
-        accuracies[name] = (model(images).argmax(1) == splits.test.labels).double().mean().item()
+        accuracies[name] = (model(images).argmax(1) == splits.test.targets).double().mean().item()
     assert result["best_val_step"] < 8
     assert accuracies["best"] != accuracies["model"]
     assert result["test_at_best_val/accuracy"] == accuracies["best"]

@@ -7,14 +7,26 @@ from gengap_dist.analysis.report import figures, probe_figures
 from gengap_dist.analysis.report.plotting import ReportFigure, in_rows
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
+from gengap_dist.runs.schema import MetricDescription
 
 
 class Entry(NamedTuple):
-    """One figure of a report."""
+    """One figure of a report; {metric} in its texts is the name of the study's metric, {harm} what a worse arm lost."""
 
     title: str
     draw: Callable[[StudyData, Comparison], ReportFigure | None]
     caption: str
+
+
+def name_metric(text: str, metric: MetricDescription) -> str:
+    """The text with the names that belong to `metric`.
+
+    >>> name_metric("{Harm} by each arm", MetricDescription())
+    'Accuracy lost by each arm'
+    """
+    for word, name in (("metric", metric.name), ("harm", metric.harm)):
+        text = text.replace(f"{{{word}}}", name).replace(f"{{{word.capitalize()}}}", f"{name[:1].upper()}{name[1:]}")
+    return text
 
 
 SPECTRA = Entry(
@@ -33,22 +45,22 @@ RANK_BY_SAMPLES = Entry(
 CURVES = Entry(
     "Training",
     lambda study, _: figures.curves(study),
-    "Training loss by step and by epoch, and validation accuracy; the first seed in full colour, the others faint. "
+    "Training loss by step and by epoch, and validation {metric}; the first seed in full colour, the others faint. "
     f"Long curves are means over {figures.MAX_POINTS} consecutive intervals.",
 )
 STUDY_FIGURES: dict[str, Entry] = {  # by file name
     "gap": Entry(
-        "Accuracy lost by each arm",
+        "{Harm} by each arm",
         figures.gap,
-        "Test accuracy of the baseline minus the arm's, paired by seed. Dots are seeds, diamonds their mean, bars the "
+        "Test {harm} against the baseline, paired by seed. Dots are seeds, diamonds their mean, bars the "
         "95% t interval. Filled diamonds: significant after Holm's correction for all arms. Runs without a result are "
         "counted on the right.",
     ),
     "accuracy": Entry(
-        "Accuracy by batch",
+        "{Metric} by batch",
         # with one row per arm, the gap figure shows the same
-        lambda study, comparison: None if in_rows(study) and comparison.gaps else figures.accuracy(study),
-        "Test accuracy of every arm. Dots are seeds, diamonds their mean, bars the 95% t interval of the mean.",
+        lambda study, comparison: None if in_rows(study) and comparison.gaps else figures.test_values(study),
+        "Test {metric} of every arm. Dots are seeds, diamonds their mean, bars the 95% t interval of the mean.",
     ),
     "updates_to_target": Entry(
         "Updates to the target",
@@ -58,16 +70,16 @@ STUDY_FIGURES: dict[str, Entry] = {  # by file name
         "interval). The gradient noise scale of the baseline predicts the critical batch (McCandlish et al. 2018).",
     ),
     "explanations": Entry(
-        "Correlation with accuracy lost",
+        "Correlation with {harm}",
         figures.explanations,
-        "Correlation of each measure with test accuracy lost, over all finished runs, seeds removed: as measured, and "
+        "Correlation of each measure with test {harm}, over all finished runs, seeds removed: as measured, and "
         "given the logarithm of the number of updates. Bars are 95% intervals; strongest first. An interval that "
         "contains 0 shows no correlation.",
     ),
     "gap_against_explanations": Entry(
-        "Accuracy lost against the most correlated measures",
+        "{Harm} against the most correlated measures",
         figures.gap_against_explanations,
-        "Every finished run: test accuracy lost against the baseline run of its seed, by the value of the measure at "
+        "Every finished run: test {harm} against the baseline run of its seed, by the value of the measure at "
         "the end of training.",
     ),
     "near_rank_change": Entry(

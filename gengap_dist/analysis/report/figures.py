@@ -32,6 +32,7 @@ from gengap_dist.analysis.report.plotting import (
 )
 from gengap_dist.analysis.results import Comparison, Correlation
 from gengap_dist.analysis.study_data import StudyData
+from gengap_dist.runs.schema import MetricDescription
 from gengap_dist.statistics.paired import Interval, differences, mean_and_std, t_interval
 
 HIGHEST_LOSS = 20.0  # upper limit of the axis; a diverging run may exceed it
@@ -40,9 +41,11 @@ MAX_EXPLANATIONS, MAX_SCATTERS, MAX_LINES = 20, 6, 8
 SIGNIFICANT = 0.05
 
 
-def accuracy(study: StudyData) -> ReportFigure | None:
-    """Test accuracy of every arm, by global batch or one row per arm: dots are seeds, means have t intervals."""
-    results = {arm: study.results(arm, "test/accuracy") for arm, _ in arms_with_runs(study)}
+def test_values(study: StudyData) -> ReportFigure | None:
+    """The metric on the test samples, by global batch or one row per arm: dots are seeds, means have t intervals."""
+    metric = study.metric
+    name, scale = f"test/{metric.name}", metric.scale
+    results = {arm: study.test_values(arm) for arm, _ in arms_with_runs(study)}
     arms = [arm for arm, values in results.items() if values]
     if not arms:
         return None
@@ -53,7 +56,7 @@ def accuracy(study: StudyData) -> ReportFigure | None:
     data: list[Row] = []
     for number, arm in enumerate(arms):
         values, colour_of_arm = (
-            100 * np.array(list(results[arm].values())),
+            scale * np.array(list(results[arm].values())),
             (row_colour if rows else colour)(study, arm),
         )
         position, mean, half = (
@@ -66,32 +69,34 @@ def accuracy(study: StudyData) -> ReportFigure | None:
         bar = {"xerr" if rows else "yerr": half or None}
         axes.errorbar(*middle, **bar, fmt="D", color=colour_of_arm, capsize=4, markersize=6, label=arm)
         data += [
-            {"arm": arm, "global_size": sizes[number], "kind": "seed", "seed": seed, "test/accuracy": value}
+            {"arm": arm, "global_size": sizes[number], "kind": "seed", "seed": seed, name: value}
             for seed, value in results[arm].items()
         ]
-        ends = {"ci_low": (mean - half) / 100, "ci_high": (mean + half) / 100} if half else {}
-        data.append({"arm": arm, "global_size": sizes[number], "kind": "mean", "test/accuracy": mean / 100} | ends)
+        ends = {"ci_low": (mean - half) / scale, "ci_high": (mean + half) / scale} if half else {}
+        data.append({"arm": arm, "global_size": sizes[number], "kind": "mean", name: mean / scale} | ends)
     axis, limits = (axes.xaxis, axes.set_xlim) if rows else (axes.yaxis, axes.set_ylim)
-    axis.set_label_text("test accuracy, %")
-    low, high = axis.get_view_interval()
-    limits(max(low, -3), min(high, 103))  # an interval may extend beyond 0% or 100%
+    axis.set_label_text(f"test {metric.axis_label}")
+    if metric.unit == "share":
+        low, high = axis.get_view_interval()
+        limits(max(low, -3), min(high, 103))  # an interval may extend beyond 0% or 100%
     if rows:
         row_axis(axes, arms)
     else:
         batch_axis(axes, sizes)
         axes.set_xlabel("global batch (samples per step)")
         axes.legend(loc="best", fontsize=9)
-    means = [f"{row['arm']} {row['test/accuracy']:.2%}" for row in data if row["kind"] == "mean"]
-    return ReportFigure(figure, f"Mean test accuracy: {listed(means)}.", data)
+    means = [f"{row['arm']} {metric.format(row[name])}" for row in data if row["kind"] == "mean"]
+    return ReportFigure(figure, f"Mean test {metric.name}: {listed(means)}.", data)
 
 
 def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
-    """Accuracy lost against the baseline, one row per arm: seeds, means, t intervals; unfinished runs are counted."""
+    """What arms lost against the baseline, one row per arm: seeds, means, t intervals; unfinished runs are counted."""
     arms = [arm for arm, _ in arms_with_runs(study) if arm != comparison.baseline]
     if not any(arm in comparison.gaps for arm in arms):
         return None
     figure = Figure(figsize=(7.2, ROW * len(arms) + 1.1))
-    axes = figure.subplots()
+    axes, metric = figure.subplots(), comparison.metric
+    scale = metric.scale
     data: list[Row] = []
     axes.axvline(0, color=SOFT, linestyle="--", linewidth=1.2)
     row_transform = axes.get_yaxis_transform()
@@ -109,15 +114,17 @@ def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
                 axes,
                 True,
                 number,
-                [100 * d for d in paired.differences.values()],
+                [scale * d for d in paired.differences.values()],
                 marker="o",
                 color=c,
                 alpha=0.4,
                 mew=0,
             )
             if paired.student:
-                axes.plot([100 * end for end in paired.student], [number] * 2, color=c, linewidth=1.8)
-            axes.plot(100 * paired.mean, number, "D", color=c, markersize=6.5, mfc=c if significant else PAPER, mew=1.6)
+                axes.plot([scale * end for end in paired.student], [number] * 2, color=c, linewidth=1.8)
+            axes.plot(
+                scale * paired.mean, number, "D", color=c, markersize=6.5, mfc=c if significant else PAPER, mew=1.6
+            )
             data += [row | {"kind": "seed", "seed": s, "sb_lb_gap": d} for s, d in paired.differences.items()]
             low, high = paired.student or (None, None)
             mean = {"kind": "mean", "sb_lb_gap": paired.mean, "ci_low": low, "ci_high": high, "holm_p": arm_gap.holm}
@@ -125,7 +132,8 @@ def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
         if notes:
             axes.text(1.01, number, ", ".join(notes), transform=row_transform, va="center", color=WARM, fontsize=9)
     row_axis(axes, arms)
-    axes.set_xlabel(f"points of test accuracy lost against {comparison.baseline} (above 0: the arm is worse)")
+    points = "points of " if metric.unit == "share" else ""
+    axes.set_xlabel(f"{points}test {metric.harm} against {comparison.baseline} (above 0: the arm is worse)")
     handles = [
         Line2D([], [], color=ACCENT, marker="D", label=f"differs (Holm p < {SIGNIFICANT:g})"),
         Line2D([], [], color=SOFT, marker="D", mfc=PAPER, mew=1.6, label="not significant"),
@@ -133,11 +141,11 @@ def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
     means = [
-        f"{row['arm']} {100 * row['sb_lb_gap']:+.2f}" for row in data if row["kind"] == "mean" and "sb_lb_gap" in row
+        f"{row['arm']} {metric.format_difference(row['sb_lb_gap'])}"
+        for row in data
+        if row["kind"] == "mean" and "sb_lb_gap" in row
     ]
-    return ReportFigure(
-        figure, f"Percentage points of test accuracy lost against {comparison.baseline}: {listed(means)}.", data
-    )
+    return ReportFigure(figure, f"{_harm_label(metric)} against {comparison.baseline}: {listed(means)}.", data)
 
 
 def updates_to_target(study: StudyData, comparison: Comparison) -> ReportFigure | None:
@@ -213,7 +221,7 @@ def updates_to_target(study: StudyData, comparison: Comparison) -> ReportFigure 
 
 
 def explanations(_: StudyData, comparison: Comparison) -> ReportFigure | None:
-    """Correlation of each measure with accuracy lost, as measured and given the number of updates."""
+    """Correlation of each measure with the score lost, as measured and given the number of updates."""
     shown = _strongest_first(comparison)[:MAX_EXPLANATIONS]
     if not shown:
         return None
@@ -252,14 +260,15 @@ def explanations(_: StudyData, comparison: Comparison) -> ReportFigure | None:
         )
     row_axis(axes, [label_of(correlation.measure) for correlation in shown])
     axes.set_xlim(-1.05, 1.05)
-    axes.set_xlabel("correlation with test accuracy lost, over runs, seeds removed")
+    harm = comparison.metric.harm
+    axes.set_xlabel(f"correlation with test {harm}, over runs, seeds removed")
     handles = [
         Line2D([], [], color=ACCENT, marker="o", label="r, 95% interval"),
         Line2D([], [], color=WARM, marker="D", mfc=PAPER, label="r given the number of updates"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=9)
     strongest = listed([f"{correlation.measure} {correlation.r:+.2f}" for correlation in shown], 4)
-    return ReportFigure(figure, f"Correlation with test accuracy lost, strongest first: {strongest}.", data)
+    return ReportFigure(figure, f"Correlation with test {harm}, strongest first: {strongest}.", data)
 
 
 def _strongest_first(comparison: Comparison) -> list[Correlation]:
@@ -273,9 +282,11 @@ def _correlation(axes: Axes, at: float, r: float, ends: Interval | None, *, colo
 
 
 def gap_against_explanations(study: StudyData, comparison: Comparison) -> ReportFigure | None:
-    """Accuracy lost in each run against the most correlated measures, one panel each."""
+    """Score lost in each run against the most correlated measures, one panel each."""
+    metric = study.metric
+    sign = metric.score(1.0)
     lost = {
-        arm: differences(study.results(comparison.baseline, "test/accuracy"), study.results(arm, "test/accuracy"))
+        arm: {s: sign * d for s, d in differences(study.test_values(study.baseline), study.test_values(arm)).items()}
         for arm in study.arms
     }
     panels: dict[str, list[Row]] = {}
@@ -301,7 +312,7 @@ def gap_against_explanations(study: StudyData, comparison: Comparison) -> Report
         for arm in study.arms:
             of_arm = [row for row in rows if row["arm"] == arm]
             c = (colour if one_colour_per_arm else row_colour)(study, arm)
-            x, y = [row["value"] for row in of_arm], [100 * row["sb_lb_gap"] for row in of_arm]
+            x, y = [row["value"] for row in of_arm], [metric.scale * row["sb_lb_gap"] for row in of_arm]
             axes.plot(x, y, "o", color=c, alpha=0.6, markersize=5, mew=0)
         values = [row["value"] for row in rows]
         if min(values) > 0 and max(values) > 30 * min(values):
@@ -311,7 +322,7 @@ def gap_against_explanations(study: StudyData, comparison: Comparison) -> Report
         axes.set_title(label_of(name), fontsize=9)
     for axes in grid.flatten()[len(panels) :]:
         axes.set_visible(False)
-    figure.supylabel("percentage points of test accuracy lost", fontsize=10, color=SOFT)
+    figure.supylabel(_harm_label(metric).lower(), fontsize=10, color=SOFT)
     named = (
         [(arm, colour(study, arm)) for arm in study.arms]
         if one_colour_per_arm
@@ -320,12 +331,12 @@ def gap_against_explanations(study: StudyData, comparison: Comparison) -> Report
     handles = [Line2D([], [], color=c, linestyle="", marker="o", label=arm) for arm, c in named]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
     count = len(next(iter(panels.values())))
-    alt_text = f"Accuracy lost by {count} runs against {listed(list(panels))}."
+    alt_text = f"{metric.harm.capitalize()} by {count} runs against {listed(list(panels))}."
     return ReportFigure(figure, alt_text, [row for rows in panels.values() for row in rows])
 
 
 def curves(study: StudyData) -> ReportFigure | None:
-    """Training loss by step and epoch, validation accuracy by epoch: first seed in full colour, the others faint."""
+    """Training loss by step and epoch, validation metric by epoch: first seed in full colour, the others faint."""
     arms = [(arm, runs) for arm, runs in arms_with_runs(study) if any(len(run.series("train/loss")[0]) for run in runs)]
     if not arms:
         return None
@@ -334,7 +345,7 @@ def curves(study: StudyData) -> ReportFigure | None:
     plots = (
         (panels[0], "train/loss", "step", "training loss", "optimizer step"),
         (panels[1], "train/loss", "epoch", "training loss", "epoch"),
-        (panels[2], "val/accuracy", "epoch", "validation accuracy", "epoch"),
+        (panels[2], f"val/{study.metric.name}", "epoch", f"validation {study.metric.name}", "epoch"),
     )
     line_styles, data = _line_styles(study, [arm for arm, _ in arms]), []
     for axes, name, against, title, label in plots:
@@ -371,7 +382,9 @@ def _line_styles(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]
     if len(arms) <= MAX_LINES:
         return {arm: {"color": colour(study, arm), "linewidth": 1.6, "label": arm} for arm in arms}
     means = {
-        arm: mean_and_std([*results.values()])[0] for arm in arms if (results := study.results(arm, "test/accuracy"))
+        arm: study.metric.score(mean_and_std([*values.values()])[0])
+        for arm in arms
+        if (values := study.test_values(arm))
     }
     rest = sorted((arm for arm in means if arm != study.baseline), key=means.__getitem__)
     highlighted = {study.baseline: (WARM, "baseline")}
@@ -383,6 +396,16 @@ def _line_styles(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]
         else {"color": QUIET, "linewidth": 0.8, "alpha": 0.7, "label": "other arms"}
         for arm in arms
     }
+
+
+def _harm_label(metric: MetricDescription) -> str:
+    """What an arm lost, with its unit.
+
+    >>> _harm_label(MetricDescription())
+    'Percentage points of test accuracy lost'
+    """
+    unit = metric.difference_unit
+    return f"{unit} of test {metric.harm}".capitalize() if unit else f"test {metric.harm}".capitalize()
 
 
 def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import matplotlib
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from gengap_dist.analysis.report.figure_list import RUN_FIGURES, STUDY_FIGURES
+from gengap_dist.analysis.report.figure_list import RUN_FIGURES, STUDY_FIGURES, name_metric
 from gengap_dist.analysis.report.plotting import STYLE, THEME, save
 from gengap_dist.analysis.report.tables import (
     Table,
@@ -20,7 +20,6 @@ from gengap_dist.analysis.report.tables import (
     run_table,
     tuning_tables,
 )
-from gengap_dist.analysis.report.text import percent
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.runs.run_folder import write_atomically
@@ -81,6 +80,7 @@ def _render_figures(study: StudyData, comparison: Comparison, is_study: bool, *,
     out = []
     with matplotlib.rc_context(STYLE):
         for name, (title, draw, caption) in (STUDY_FIGURES if is_study else RUN_FIGURES).items():
+            title, caption = name_metric(title, study.metric), name_metric(caption, study.metric)
             if not study.runs or (figure := draw(study, comparison)) is None:
                 continue
             svg, csv = save(figure, folder, name, pdf=pdf)
@@ -95,9 +95,9 @@ def _summary(study: StudyData, is_study: bool) -> str:
     done = sum(len(study.finished_runs(arm)) for arm in study.arms)
     if is_study:
         return f"{len(study.arms)} arms, {len(study.runs) + len(study.unreadable)} runs, {done} finished"
-    result = study.runs[0].info.get("result") or {}
-    accuracy = result.get("test/accuracy")
-    shown = f", test accuracy {percent(float(accuracy))}" if accuracy is not None else ""
+    result, metric = study.runs[0].info.get("result") or {}, study.metric
+    value = result.get(f"test/{metric.name}")
+    shown = f", test {metric.name} {metric.format(float(value))}" if value is not None else ""
     return f"One run, {study.runs[0].info['status']}{shown}"
 
 

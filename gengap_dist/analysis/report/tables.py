@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gengap_dist.analysis.report.plotting import Row
-from gengap_dist.analysis.report.text import interval, last_layer, percent, points
+from gengap_dist.analysis.report.text import interval, last_layer, mean_text, value_text
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import RunData, StudyData
 from gengap_dist.config.measures import SUMMARY
 from gengap_dist.config.metric_key import layer_metric
+from gengap_dist.runs.schema import MetricDescription
 from gengap_dist.statistics.paired import Interval, mean_and_std
 
 
@@ -43,14 +44,29 @@ def number(value: Any, style: str = ",.4g", text: str | None = None) -> Cell:
     return Cell(format(value, style) if text is None else text, numeric)
 
 
-def _interval(pair: Interval | None) -> Cell:
-    return MISSING if pair is None else Cell(interval(pair), sum(pair) / 2)
+def _interval(pair: Interval | None, metric: MetricDescription) -> Cell:
+    return MISSING if pair is None else Cell(interval(pair, metric), sum(pair) / 2)
+
+
+def test_head(metric: MetricDescription) -> str:
+    """Head of a column with means of the metric on the test samples."""
+    return f"test {'acc.' if metric.name == 'accuracy' else metric.name} (sd)"
+
+
+def gap_sentence(baseline: str, metric: MetricDescription) -> str:
+    """What a gap is: above 0, the arm is worse.
+
+    >>> gap_sentence("b64", MetricDescription())
+    "test accuracy of b64 minus the arm's, in percentage points"
+    """
+    order = f"of {baseline} minus the arm's" if metric.higher_is_better else f"of the arm minus that of {baseline}"
+    return f"test {metric.name} {order}" + (f", in {metric.difference_unit}" if metric.difference_unit else "")
 
 
 def arm_table(study: StudyData, comparison: Comparison) -> Table:
-    """One row per arm: accuracy, gap, detectable differences, and unfinished runs."""
-    last = last_layer(study)
-    heads = ["arm", "batch", "updates", "seeds", "test acc. (sd)", "gap", "95% t", "95% bootstrap", "Holm p"]
+    """One row per arm: metric, gap, detectable differences, and unfinished runs."""
+    last, metric = last_layer(study), study.metric
+    heads = ["arm", "batch", "updates", "seeds", test_head(metric), "gap", "95% t", "95% bootstrap", "Holm p"]
     heads += ["CI half-width", "detectable", "matched"]
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     rows = []
@@ -60,17 +76,16 @@ def arm_table(study: StudyData, comparison: Comparison) -> Table:
                 row = [Cell(arm), MISSING, MISSING, Cell(f"0, {unfinished}", 0)]
                 rows.append([*row, *[MISSING] * (len(heads) - len(row))])
             continue
-        accuracies, arm_gap = list(study.results(arm, "test/accuracy").values()), comparison.gaps.get(arm)
-        mean, deviation = mean_and_std(accuracies) if accuracies else (None, float("nan"))
+        values, arm_gap = list(study.test_values(arm).values()), comparison.gaps.get(arm)
         row = [
             Cell(arm),
             number(runs[0].global_size, ","),
             number(runs[0].info.get("num_steps"), ","),
             Cell(
-                str(len(accuracies)) + (f" + {unfinished}" if (unfinished := study.unfinished_runs(arm)) else ""),
-                len(accuracies),
+                str(len(values)) + (f" + {unfinished}" if (unfinished := study.unfinished_runs(arm)) else ""),
+                len(values),
             ),
-            number(mean, text=percent(mean) + (f" ({100 * deviation:.2f})" if deviation == deviation else "")),
+            number(mean_and_std(values)[0] if values else None, text=mean_text(values, metric)),
         ]
         if arm == comparison.baseline:
             row += [Cell("baseline", 0.0), *[MISSING] * 5, Cell("")]
@@ -78,12 +93,12 @@ def arm_table(study: StudyData, comparison: Comparison) -> Table:
             row += [*[MISSING] * 6, Cell("no pair")]
         else:
             row += [
-                number(arm_gap.paired.mean, text=points(arm_gap.paired.mean)),
-                _interval(arm_gap.paired.student),
-                _interval(arm_gap.paired.bootstrap),
+                number(arm_gap.paired.mean, text=metric.format_difference(arm_gap.paired.mean)),
+                _interval(arm_gap.paired.student, metric),
+                _interval(arm_gap.paired.bootstrap, metric),
                 number(arm_gap.holm, ".2g"),
                 *(
-                    number(value, text="" if value is None else f"{100 * value:.2f}")
+                    number(value, text="" if value is None else metric.format_difference(value, signed=False))
                     for value in (arm_gap.ci_half_width, arm_gap.minimum_detectable_effect)
                 ),
                 Cell(arm_gap.matched or "nothing"),
@@ -96,7 +111,7 @@ def arm_table(study: StudyData, comparison: Comparison) -> Table:
         rows.append(row)
     return Table(
         "Arms",
-        f"Gap: test accuracy of {comparison.baseline} minus the arm's, in percentage points, paired by seed; p from "
+        f"Gap: {gap_sentence(comparison.baseline, metric)}, paired by seed; p from "
         'the paired t test, corrected for all arms (Holm). A difference smaller than "CI half-width" is not '
         'significant, and a true difference of "detectable" is found with 80% power. Matched: what the arm has in '
         "common with the baseline.",
@@ -108,12 +123,12 @@ def arm_table(study: StudyData, comparison: Comparison) -> Table:
 def run_table(study: StudyData) -> Table:
     """One row per run, with any status."""
     heads = ["arm", "seed", "status", "updates", "test, last", "test, best by validation", "train", "train_test_gap"]
-    heads += ["images/s", "seconds"]
-    rows = []
+    heads += ["samples/s", "seconds"]
+    rows, metric = [], study.metric
     for run in (run for arm in study.arms for run in study.runs_of(arm)):
         result = run.info.get("result") or {}
-        shares = [result.get(f"{name}/accuracy") for name in ("test", "test_at_best_val", "train_full")]
-        shares = [None if share is None else float(share) for share in shares]
+        values = [result.get(f"{name}/{metric.name}") for name in ("test", "test_at_best_val", "train_full")]
+        values = [None if value is None else float(value) for value in values]
         gap = result.get("train_test_gap")
         rows.append(
             [
@@ -121,9 +136,9 @@ def run_table(study: StudyData) -> Table:
                 number(run.seed, ""),
                 Cell(run.info["status"]),
                 number(result.get("num_steps", run.info.get("num_steps")), ","),
-                *(number(share, text=percent(share)) for share in shares),
-                number(gap, text="" if gap is None else points(float(gap))),
-                number(result.get("images_per_second"), ",.0f"),
+                *(number(value, text=value_text(value, metric)) for value in values),
+                number(gap, text="" if gap is None else metric.format_difference(float(gap))),
+                number(result.get("samples_per_second", result.get("images_per_second")), ",.0f"),  # the former name
                 number(run.info.get("seconds"), ",.1f"),
             ]
         )

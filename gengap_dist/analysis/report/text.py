@@ -1,43 +1,41 @@
 """Formats numbers and rows as text, for the terminal and the page."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.config.measures import SUMMARY
 from gengap_dist.config.metric_key import layer_metric
+from gengap_dist.runs.schema import MetricDescription
 from gengap_dist.statistics.paired import Paired, mean_and_std
 
-if TYPE_CHECKING:  # they would import torch, and the driver of ranks needs none
-    pass
 
+def interval(pair: tuple[float, float] | None, metric: MetricDescription) -> str:
+    """An interval of differences of a metric, or a dash.
 
-def percent(value: float | None) -> str:
-    """A share as percent, or a dash.
-
-    >>> percent(0.9735), percent(None)
-    ('97.35%', '-')
-    """
-    return "-" if value is None else f"{value:.2%}"
-
-
-def points(value: float) -> str:
-    """A difference of shares in percentage points, signed.
-
-    >>> points(0.0123)
-    '+1.23'
-    """
-    return f"{100 * value:+.2f}"
-
-
-def interval(pair: tuple[float, float] | None) -> str:
-    """An interval in percentage points, or a dash.
-
-    >>> interval((-0.001, 0.02))
+    >>> interval((-0.001, 0.02), MetricDescription())
     '[-0.10, +2.00]'
     """
-    return "-" if pair is None else f"[{points(pair[0])}, {points(pair[1])}]"
+    return "-" if pair is None else f"[{metric.format_difference(pair[0])}, {metric.format_difference(pair[1])}]"
+
+
+def value_text(value: float | None, metric: MetricDescription) -> str:
+    """A value of a metric, or a dash."""
+    return "-" if value is None else metric.format(float(value))
+
+
+def mean_text(values: Sequence[float], metric: MetricDescription) -> str:
+    """Mean of the values of a metric, with their standard deviation in parentheses if there are several; or a dash.
+
+    >>> mean_text([0.5, 0.75], MetricDescription())
+    '62.50% (17.68)'
+    """
+    if not values:
+        return "-"
+    mean, deviation = mean_and_std([*values])
+    shown = f" ({metric.format_difference(deviation, signed=False)})" if deviation == deviation else ""
+    return metric.format(mean) + shown
 
 
 def last_layer(study: StudyData) -> str | None:
@@ -48,26 +46,24 @@ def last_layer(study: StudyData) -> str | None:
 
 def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
     """The cells of `cli.terminal.study_table`, as text."""
-    rows = []
+    rows, metric = [], study.metric
     for arm in study.arms:
-        runs, accuracies = study.runs_of(arm), list(study.results(arm, "test/accuracy").values())
+        runs, values = study.runs_of(arm), list(study.test_values(arm).values())
         if not runs:
             if unfinished := study.unfinished_runs(arm):
                 rows.append([arm, "-", "-", f"0, {unfinished}", *["-"] * (6 if last else 4)])
             continue
-        mean, deviation = mean_and_std(accuracies) if accuracies else (None, float("nan"))
-        accuracy = percent(mean) + (f" ({100 * deviation:.2f})" if deviation == deviation else "")
         unfinished = study.unfinished_runs(arm)
         gap: Paired | None = None if arm == study.baseline else study.gap(arm)
         row = [
             arm,
             f"{runs[0].global_size:,}",
             f"{runs[0].info['num_steps']:,}",
-            str(len(accuracies)) + (f" + {unfinished}" if unfinished else ""),
-            accuracy,
-            "baseline" if arm == study.baseline else points(gap.mean) if gap else "-",
-            interval(gap.bootstrap if gap else None),
-            interval(gap.student if gap else None),
+            str(len(values)) + (f" + {unfinished}" if unfinished else ""),
+            mean_text(values, metric),
+            "baseline" if arm == study.baseline else metric.format_difference(gap.mean) if gap else "-",
+            interval(gap.bootstrap if gap else None, metric),
+            interval(gap.student if gap else None, metric),
         ]
         if last:
             for name in SUMMARY:

@@ -7,14 +7,20 @@ from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.training.algorithms.base import TrainingAlgorithm
 from gengap_dist.training.algorithms.local_sgd import LocalSGD
 from gengap_dist.training.algorithms.weight_averaging import WeightAveraging
+from gengap_dist.training.tasks import Task
 
 
 def build_algorithm(
-    config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
+    config: RunConfig,
+    task: Task,
+    strategy: Strategy,
+    batches: BatchLoader,
+    sampler: EpochSampler,
+    num_steps: int,
 ) -> TrainingAlgorithm:
     """The training algorithm that `config.algorithm` selects; `strategy` must be set up."""
     algorithm = config.algorithm
     algorithm_class = (
         WeightAveraging if algorithm.weight_averaging else LocalSGD if algorithm.local_sgd else TrainingAlgorithm
     )
-    return algorithm_class(config, strategy, batches, sampler, num_steps)
+    return algorithm_class(config, task, strategy, batches, sampler, num_steps)

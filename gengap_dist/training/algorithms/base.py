@@ -16,17 +16,24 @@ from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.training.algorithms.gradient_penalty import gradient_penalty
 from gengap_dist.training.algorithms.rank_penalty import RankPenalty
 from gengap_dist.training.algorithms.sam import sam
-from gengap_dist.training.step import ComputeGradient, Objective, StepBatch, train_step
+from gengap_dist.training.step import ComputeGradient, Objective, StepBatch, targets_each, train_step
 from gengap_dist.training.step_metrics import StepResult
+from gengap_dist.training.tasks import Task
 
 
 class TrainingAlgorithm:
     """Plain training with one strategy; the evaluated model is the trained one."""
 
     def __init__(
-        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
+        self,
+        config: RunConfig,
+        task: Task,
+        strategy: Strategy,
+        batches: BatchLoader,
+        sampler: EpochSampler,
+        num_steps: int,
     ) -> None:
-        """`num_steps` steps of `strategy`, which is set up, over `batches` in the order of `sampler`.
+        """`num_steps` steps of `task` by `strategy`, which is set up, over `batches` in the order of `sampler`.
 
         Raises:
             UsageError: if algorithm.rank_layers names a layer that the network does not have.
@@ -34,9 +41,10 @@ class TrainingAlgorithm:
         algorithm = config.algorithm
         self.config, self.strategy, self.batches, self.sampler = config, strategy, batches, sampler
         self.num_steps = num_steps  # of the strategy; no prefetch beyond them
-        self.objective = Objective(algorithm.label_smoothing)
+        self.objective = Objective(task)
+        self.targets_each = targets_each(task, batches.samples.targets)
         if algorithm.rank_penalty is not None:
-            self.objective = RankPenalty(algorithm)
+            self.objective = RankPenalty(algorithm, task)
             self.objective.penalized_layers(strategy.model, lambda: batches(sampler.indices(0)[:1], 0)[0])
         self.compute_gradient = gradient_function(algorithm)
         self._spans: dict[int, list[Span]] = {}
@@ -77,7 +85,7 @@ class TrainingAlgorithm:
                 self.strategy.capabilities.sends_every_micro_batch,
             )
             self._spans[size] = plan.micro_batches(world.rank, equal_counts=equal_counts)
-        return StepBatch(indices, epoch, self._spans[size], (self.config.seed, step))
+        return StepBatch(indices, epoch, self._spans[size], (self.config.seed, step), self.targets_each)
 
     def unsharded_model(self) -> AbstractContextManager[nn.Module]:
         """The unsharded trained network, as saved in checkpoints; see `Strategy.unsharded_model`. Collective."""

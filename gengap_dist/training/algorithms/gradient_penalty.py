@@ -30,29 +30,32 @@ def gradient_penalty(coefficient: float) -> ComputeGradient:
         direction = [torch.zeros_like(p) for p in parameters]
         sums = zero_metrics(world.device)
 
-        def gradient(span: Span, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        num_targets = max(1, step_batch.num_targets())
+
+        def gradient(span: Span, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
             strategy.position.move_to(span.start, len(step_batch.indices), world.size, *step_batch.rng_key)
             with world.timer.span("forward"):
-                logits = strategy.local_forward(images)
-                loss_sum = objective.loss_sum(logits, labels)
+                outputs = strategy.local_forward(inputs)
+                loss_sum = objective.loss_sum(outputs, targets)
             with world.timer.span("backward"):
-                gradients = torch.autograd.grad(loss_sum / len(labels), parameters, materialize_grads=True)
-            return logits, loss_sum, gradients
+                mean_loss = loss_sum / max(1, step_batch.num_targets(span))
+                gradients = torch.autograd.grad(mean_loss, parameters, materialize_grads=True)
+            return outputs, loss_sum, gradients
 
         for span in step_batch.spans:
             if not span.size:
                 continue
             with world.timer.phase("data"):
-                images, labels = batches(step_batch.indices[span.start : span.stop], step_batch.epoch)
-            logits, loss_sum, gradient_at_w = gradient(span, images, labels)
+                inputs, targets = batches(step_batch.indices[span.start : span.stop], step_batch.epoch)
+            outputs, loss_sum, gradient_at_w = gradient(span, inputs, targets)
             step = STEP / (nn.utils.get_total_norm(gradient_at_w) + TINY)
             with perturbed(parameters, list(gradient_at_w), step), frozen_running_stats(strategy.model):
-                *_, gradient_ahead = gradient(span, images, labels)
-            weight = span.size / len(step_batch.indices)
+                *_, gradient_ahead = gradient(span, inputs, targets)
+            own_targets = step_batch.num_targets(span)
+            weight = own_targets / num_targets
             for total, g, ahead in zip(direction, gradient_at_w, gradient_ahead, strict=True):
                 total += weight * (g + coefficient * (ahead - g) / step)
-            sums.loss_sum.add_(loss_sum.detach())
-            sums.num_correct.add_((logits.detach().argmax(1) == labels).sum())
+            objective.add_to(sums, outputs, targets, loss_sum, own_targets)
         with strategy.micro_step(last=True):  # the gradient of <p, direction> is direction; the all-reduce sums it
             linear = sum((p * d).sum() for p, d in zip(parameters, direction, strict=True))
             zero_contribution_pass(strategy, batches, step_batch.epoch, linear)

@@ -28,6 +28,7 @@ from gengap_dist.training.lr_schedule import scaled_lr
 from gengap_dist.training.optimizer import build_optimizer
 from gengap_dist.training.step import StepBatch, train_step
 from gengap_dist.training.step_metrics import StepResult, zero_metrics
+from gengap_dist.training.tasks import Task
 
 
 @final
@@ -37,18 +38,24 @@ class LocalSGD(TrainingAlgorithm):
     post_local_sgd (Lin et al. 2020): a worker has its share of every global batch, and the run's learning rate; after
     every algorithm.local_steps all get the averaged parameters and running statistics, and keep their own momentum.
 
-    swap (Gupta et al. 2020): a worker visits all images in its own order, B / K per step, with the run's learning
+    swap (Gupta et al. 2020): a worker visits all samples in its own order, B / K per step, with the run's learning
     rate times scaled_lr(B / K) / scaled_lr(B). Running statistics are recomputed for the average.
 
     The average is stored in the strategy's network, which is no longer trained.
     """
 
     def __init__(
-        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
+        self,
+        config: RunConfig,
+        task: Task,
+        strategy: Strategy,
+        batches: BatchLoader,
+        sampler: EpochSampler,
+        num_steps: int,
     ) -> None:
         """See `TrainingAlgorithm`."""
         self.first_step = first_step_after("algorithm.local_start", config.algorithm.local_start, num_steps)
-        super().__init__(config, strategy, batches, sampler, self.first_step)
+        super().__init__(config, task, strategy, batches, sampler, self.first_step)
         self.num_workers, self.world = config.algorithm.workers, strategy.world
         self.has_workers = False
         self.workers: dict[int, Strategy] = {}  # workers of this rank
@@ -86,10 +93,11 @@ class LocalSGD(TrainingAlgorithm):
             self._seed(step, worker)
             strategy.set_rates(lr, momentum)
             spans = batch_plan_for(self.config, len(indices), 1).micro_batches(0)
-            step_batch = StepBatch(indices, epoch, spans, (self.config.seed, step, worker))
+            step_batch = StepBatch(indices, epoch, spans, (self.config.seed, step, worker), self.targets_each)
             worker_sums, norm = train_step(strategy, self.batches, step_batch, self.objective, self.compute_gradient)
             sums.loss_sum.add_(worker_sums.loss_sum)
-            sums.num_correct.add_(worker_sums.num_correct)
+            sums.metric_sum.add_(worker_sums.metric_sum)
+            sums.num_targets.add_(worker_sums.num_targets)
             sums.penalty.add_(worker_sums.penalty / num_active)
             sums.worker_squared_norm.add_(norm.double().square() / num_active)
         self._holds_average = False
@@ -101,7 +109,7 @@ class LocalSGD(TrainingAlgorithm):
         return StepResult(sum(sizes), lr, sums, None)
 
     def _worker_batches(self, step: int) -> tuple[list[int], dict[int, tuple[Tensor, int]]]:
-        """Images per worker in a step; for this rank's workers, the image indices and the epoch for augmentation."""
+        """Samples per worker in a step; for this rank's workers, their indices and the epoch for augmentation."""
         if self.config.algorithm.local_sgd == "swap":
             at, first_local_epoch = step - self.first_step, self.sampler.epoch(self.first_step)
             # an epoch number that no other worker and no earlier epoch uses, for augmentation

@@ -19,6 +19,7 @@ from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.probes.activations import capture_activations, eval_context
 from gengap_dist.probes.layers import Layer, select_layers
 from gengap_dist.training.step import Objective, StepBatch
+from gengap_dist.training.tasks import Task
 
 FLOOR = 1e-3  # relative to the mean eigenvalue; so a dead unit costs 7, not infinity
 
@@ -55,9 +56,9 @@ class RankPenalty(Objective):
     gradient 2 M (h - m) / N is exactly that of R.
     """
 
-    def __init__(self, config: AlgorithmConfig) -> None:
+    def __init__(self, config: AlgorithmConfig, task: Task) -> None:
         """See AlgorithmConfig."""
-        super().__init__(config.label_smoothing)
+        super().__init__(task)
         self.strength, self.patterns = config.rank_penalty or 0.0, config.rank_layers
         self.measure = MEASURES[config.rank_measure]
         self._layers: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()
@@ -98,12 +99,12 @@ class RankPenalty(Objective):
                 if span.size or strategy.has_sync_bn:
                     reset_call_counts()
                     strategy.position.move_to(span.start, len(step_batch.indices), world.size, *step_batch.rng_key)
-                    images, _ = batches(
+                    inputs, _ = batches(
                         step_batch.indices[span.start : span.stop] if span.size else step_batch.indices[:1],
                         step_batch.epoch,
                     )
                     with world.timer.span("forward"):
-                        strategy.local_forward(images if span.size else images[:0])
+                        strategy.local_forward(inputs if span.size else inputs[:0])
         moments = world.all_reduce(
             torch.cat([matrix.flatten() for matrix in sums.values()]), "covariance of activations"
         )

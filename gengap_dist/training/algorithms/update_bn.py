@@ -17,33 +17,33 @@ from gengap_dist.models.batch_norm import ReplacedBatchNorm, frozen_running_stat
 from gengap_dist.models.sample_position import position_of
 from gengap_dist.training.evaluation import EVAL_BLOCK
 
-MAX_IMAGES = 8192  # training images that are used, unless one block has more
-MAX_IMAGES_UNTRAINED = 1024
+MAX_SAMPLES = 8192  # training samples that are used, unless one block has more
+MAX_SAMPLES_UNTRAINED = 1024
 
 
 @torch.no_grad()
 def recompute_running_stats(
-    model: nn.Module, batches: BatchLoader, world: World, block_size: int | None, max_images: int | None = None
+    model: nn.Module, batches: BatchLoader, world: World, block_size: int | None, max_samples: int | None = None
 ) -> None:
-    """Set running statistics to the mean over blocks of training images, augmented as in epoch 0. Collective.
+    """Set running statistics to the mean over blocks of training samples, augmented as in epoch 0. Collective.
 
-    Blocks do not depend on the number of ranks, and each is normalised by its own statistics, as in training. Images
+    Blocks do not depend on the number of ranks, and each is normalised by its own statistics, as in training. Samples
     are drawn at random, because image folders are sorted by class.
 
     Args:
         model: the unsharded network, equal on all ranks.
-        batches: training images.
+        batches: training samples.
         world: the ranks.
-        block_size: images per block; None: EVAL_BLOCK, or all if there are fewer.
-        max_images: maximum number of images; None: MAX_IMAGES.
+        block_size: samples per block; None: EVAL_BLOCK, or all if there are fewer.
+        max_samples: maximum number of samples; None: MAX_SAMPLES.
     """
     batch_norms = [module for module in model.modules() if isinstance(module, BatchNormBase)]
     layers = [layer for layer in batch_norms if layer.track_running_stats]
     if not layers:
         return
-    size = min(block_size or EVAL_BLOCK, len(batches.images))
-    num_images = max(size, min(max_images or MAX_IMAGES, len(batches.images)) // size * size)  # whole blocks
-    drawn = torch.randperm(len(batches.images), generator=torch.Generator().manual_seed(0))
+    size = min(block_size or EVAL_BLOCK, len(batches.samples))
+    num_samples = max(size, min(max_samples or MAX_SAMPLES, len(batches.samples)) // size * size)  # whole blocks
+    drawn = torch.randperm(len(batches.samples), generator=torch.Generator().manual_seed(0))
     sums = [torch.zeros(3, layer.num_features, dtype=torch.float64, device=world.device) for layer in layers]
     with ExitStack() as stack:
         stack.enter_context(frozen_running_stats(model))
@@ -57,10 +57,10 @@ def recompute_running_stats(
                 layer.forward = partial(_normalize_by_block, layer)
         model.train()
         position = position_of(model)
-        for start, stop in blocks(num_images, size, world):
-            position.move_to(start, num_images, 1, 0)
-            images, _ = batches(drawn[start:stop], epoch=0)
-            model(images)
+        for start, stop in blocks(num_samples, size, world):
+            position.move_to(start, num_samples, 1, 0)
+            inputs, _ = batches(drawn[start:stop], epoch=0)
+            model(inputs)
     totals = world.all_reduce(torch.cat([total.flatten() for total in sums]), "running statistics")
     for layer, total_of_layer in zip(layers, totals.split([total.numel() for total in sums]), strict=True):
         assert layer.running_mean is not None
@@ -80,13 +80,13 @@ def untrained_with_statistics(
     """
     if has_batch_norm(model):
         model = deepcopy(model)
-        recompute_running_stats(model, batches, world, block_size, MAX_IMAGES_UNTRAINED)
+        recompute_running_stats(model, batches, world, block_size, MAX_SAMPLES_UNTRAINED)
     return model
 
 
 def _add_statistics(layer: nn.Module, args: tuple[Any, ...], *, total: Tensor) -> None:
-    (images,) = args
-    var, mean = torch.var_mean(images, [dim for dim in range(images.ndim) if dim != 1])
+    (inputs,) = args
+    var, mean = torch.var_mean(inputs, [dim for dim in range(inputs.ndim) if dim != 1])
     total += torch.stack([mean, var, torch.ones_like(mean)])  # a layer may be called several times
 
 

@@ -16,6 +16,7 @@ from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.training.algorithms.base import TrainingAlgorithm, first_step_after
 from gengap_dist.training.algorithms.update_bn import recompute_running_stats
 from gengap_dist.training.step_metrics import StepResult
+from gengap_dist.training.tasks import Task
 
 
 @final
@@ -27,10 +28,16 @@ class WeightAveraging(TrainingAlgorithm):
     """
 
     def __init__(
-        self, config: RunConfig, strategy: Strategy, batches: BatchLoader, sampler: EpochSampler, num_steps: int
+        self,
+        config: RunConfig,
+        task: Task,
+        strategy: Strategy,
+        batches: BatchLoader,
+        sampler: EpochSampler,
+        num_steps: int,
     ) -> None:
         """See `TrainingAlgorithm`."""
-        super().__init__(config, strategy, batches, sampler, num_steps)
+        super().__init__(config, task, strategy, batches, sampler, num_steps)
         algorithm = config.algorithm
         self.is_swa = algorithm.weight_averaging == "swa"
         self.first_step = (

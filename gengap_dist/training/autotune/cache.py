@@ -25,7 +25,7 @@ class MicroSize(FrozenModel):
     """The fastest micro-batch size."""
 
     size: PositiveInt
-    images_per_second: dict[PositiveInt, PositiveFloat]
+    samples_per_second: dict[PositiveInt, PositiveFloat]
     """Of the slowest rank, by micro-batch size, for all measured sizes."""
     pass_bytes: NonNegativeInt
     """Peak memory of a pass of the fastest size, estimated."""
@@ -37,7 +37,7 @@ class MemoryFormat(FrozenModel):
     """The faster memory format of images."""
 
     channels_last: bool
-    images_per_second: tuple[NonNegativeFloat, NonNegativeFloat]
+    samples_per_second: tuple[NonNegativeFloat, NonNegativeFloat]
     """Of the slowest rank, in NCHW and in NHWC format; 0: out of memory."""
     where: dict[str, Any] = {}
     """Description of the network and the machine, for readers of the file."""

@@ -24,9 +24,10 @@ from gengap_dist.errors import UsageError
 from gengap_dist.parallel import memory_model
 from gengap_dist.training.autotune.available_memory import available_memory
 from gengap_dist.training.autotune.cache import MicroSize, as_run_info, load_micro_sizes, lookup, store
-from gengap_dist.training.autotune.search import images_per_second
+from gengap_dist.training.autotune.search import samples_per_second
 from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload, max_over_ranks
 from gengap_dist.training.checks import strategy_name
+from gengap_dist.training.tasks import Task
 
 TEMPORARY = 2  # peak over saved memory of a pass: 1.1 to 1.9 for LeNet-5, ResNets, VGG-16 and ViT
 OTHER_BYTES = 64 * 2**20  # library buffers, which matter for small networks
@@ -34,12 +35,11 @@ GIB = 2**30
 REMEDY = "set train.activation_checkpointing=true, start more ranks, or choose a smaller network or data.image_size"
 
 
-class ModelShape(NamedTuple):
-    """A network, its number of input channels and of classes."""
+class Workload(NamedTuple):
+    """What is computed: a network, and its task."""
 
     model: nn.Module
-    in_channels: int
-    num_classes: int
+    task: Task
 
 
 class Hardware(NamedTuple):
@@ -52,7 +52,7 @@ class Hardware(NamedTuple):
 
 
 def resolve_micro_size(
-    config: RunConfig, network: ModelShape, world: World, previous: Mapping[str, Any]
+    config: RunConfig, workload: Workload, world: World, previous: Mapping[str, Any]
 ) -> tuple[RunConfig, dict[str, Any] | None]:
     """The config with a number for batch.micro_size, and how it was chosen; None if it was set. Collective.
 
@@ -61,7 +61,7 @@ def resolve_micro_size(
 
     Args:
         config: the run, which `checks.check_auto` has passed.
-        network: its network, unsharded.
+        workload: its network, unsharded, and its task.
         world: the ranks.
         previous: the choice saved in run.json, if the run is resumed; the value on rank 0 is used.
 
@@ -72,7 +72,7 @@ def resolve_micro_size(
         return config, None
     gpus = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), world.timer.phase("other", "choosing batch.micro_size"):
-        result = _choose_micro_size(config, network, world, previous)
+        result = _choose_micro_size(config, workload, world, previous)
     world.timer.pop_seconds()  # exclude this time from the run
     return with_micro_size(config, result["size"]), result
 
@@ -83,13 +83,13 @@ def with_micro_size(config: RunConfig, size: int) -> RunConfig:
 
 
 def _choose_micro_size(
-    config: RunConfig, network: ModelShape, world: World, previous: Mapping[str, Any]
+    config: RunConfig, workload: Workload, world: World, previous: Mapping[str, Any]
 ) -> dict[str, Any]:
     hardware = hardware_of(world)
-    description, sizes = describe_workload(config, network, hardware), candidates(config, world.size)
+    description, sizes = describe_workload(config, workload, hardware), candidates(config, world.size)
     key = cache_key(description)
     free_bytes = -max_over_ranks(-float(available_memory(world.device, hardware.local_ranks)), world) - fixed_bytes(
-        config, network.model, world.size
+        config, workload.model, world.size
     )
     cached = lookup(MicroSize, key, previous) if world.rank == 0 else {}
     size, num_bytes = (world.broadcast_int(cached.get(name, 0)) for name in ("size", "pass_bytes"))
@@ -97,8 +97,8 @@ def _choose_micro_size(
         return {**cached, "size": size}  # only rank 0 records it
     plain = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
     dtype = getattr(torch, config.train.dtype)
-    model = models.from_config(plain, network.num_classes, network.in_channels, World()).to(world.device, dtype)
-    pass_bytes = pass_bytes_function(config, model, network.in_channels)
+    model = models.from_config(plain, workload.task.spec, World()).to(world.device, dtype)
+    pass_bytes = pass_bytes_function(config, model, workload.task)
     fitting = [size for size in sizes if pass_bytes(size) <= free_bytes]
     if not fitting:
         least, free = pass_bytes(sizes[0]) / GIB, max(0.0, free_bytes) / GIB
@@ -108,23 +108,23 @@ def _choose_micro_size(
         )
     rates: dict[int, float] = {}
     if len(sizes) > 1:
-        workload = SyntheticWorkload(plain, model, network.in_channels, network.num_classes, world.device)
-        rates = images_per_second(workload, config, sizes[-1], fitting, world)
+        synthetic = SyntheticWorkload(plain, model, workload.task, world.device)
+        rates = samples_per_second(synthetic, config, sizes[-1], fitting, world)
         if not rates:
             raise UsageError(
                 f"batch.micro_size (auto) ran out of memory in a pass of {fitting[0]} "
-                f"({workload.out_of_memory_message or 'on another rank'}): {REMEDY}"
+                f"({synthetic.out_of_memory_message or 'on another rank'}): {REMEDY}"
             )
     size = world.broadcast_int(max(rates, key=lambda size: rates[size], default=sizes[0]))
-    result = MicroSize(size=size, images_per_second=rates, pass_bytes=pass_bytes(size), where=description)
+    result = MicroSize(size=size, samples_per_second=rates, pass_bytes=pass_bytes(size), where=description)
     if world.rank == 0:
         store(key, result)
     return as_run_info(result, key, "measurement" if rates else "there is no other")
 
 
-def cached_micro_size(config: RunConfig, network: ModelShape, hardware: Hardware) -> int | None:
+def cached_micro_size(config: RunConfig, workload: Workload, hardware: Hardware) -> int | None:
     """The cached micro-batch size for such a run on such hardware, if any."""
-    result = load_micro_sizes().found.get(cache_key(describe_workload(config, network, hardware)))
+    result = load_micro_sizes().found.get(cache_key(describe_workload(config, workload, hardware)))
     return result and result.size
 
 
@@ -144,19 +144,20 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def describe_workload(config: RunConfig, network: ModelShape, hardware: Hardware) -> dict[str, Any]:
-    """Everything the result depends on: network, images, settings, how the batch is split, and the machine.
+def describe_workload(config: RunConfig, workload: Workload, hardware: Hardware) -> dict[str, Any]:
+    """Everything the result depends on: network, samples, settings, how the batch is split, and the machine.
 
     A user's network is identified by its name and the names and shapes of its parameters: other changes to it do not
     cause a new measurement.
     """
-    shapes = [(name, list(parameter.shape)) for name, parameter in network.model.named_parameters()]
-    side, train = config.data.image_size, config.train
+    shapes = [(name, list(parameter.shape)) for name, parameter in workload.model.named_parameters()]
+    spec, train = workload.task.spec, config.train
     return {
         "model": config.model.model_dump(mode="json"),
         "parameters": cache_key(dict(shapes)),
-        "images": [network.in_channels, side, side],
-        "num_classes": network.num_classes,
+        "task": config.task.name,
+        "inputs": list(spec.input_shape),
+        "outputs": list(spec.output_shape),
         "augment": list(config.data.augment),
         "sizes": candidates(config, hardware.num_ranks),
         **{
@@ -204,9 +205,11 @@ def fixed_bytes(config: RunConfig, model: nn.Module, num_ranks: int) -> int:
     return OTHER_BYTES + max(later_bytes, 2 * sum(parameter.nbytes for parameter in model.parameters()))
 
 
-def pass_bytes_function(config: RunConfig, model: nn.Module, in_channels: int) -> Callable[[int], int]:
-    """The peak bytes of a pass as a function of its images: linear, fitted to two passes of fake tensors."""
+def pass_bytes_function(config: RunConfig, model: nn.Module, task: Task) -> Callable[[int], int]:
+    """The peak bytes of a pass as a function of its samples: linear, fitted to two passes of fake tensors."""
     group = config.batch.ghost_size or 2
-    shape = (in_channels, config.data.image_size, config.data.image_size)
-    one, two = (memory_model.saved_for_backward(config, model, shape, size)[0] for size in (group, 2 * group))
+    one, two = (
+        memory_model.saved_for_backward(config, model, task.spec, task.training_loss_sum, size)[0]
+        for size in (group, 2 * group)
+    )
     return lambda size: TEMPORARY * (one + (two - one) * (size - group) // group)

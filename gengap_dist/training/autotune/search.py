@@ -27,21 +27,21 @@ TURN_SECONDS, ROUNDS_SECONDS = 0.05, 1.5  # of one size; of the final rounds, at
 LONG_SECONDS = 1.0  # of a pass: fixed costs are negligible, larger sizes cannot gain
 
 
-def images_per_second(
+def samples_per_second(
     workload: SyntheticWorkload, config: RunConfig, share: int, sizes: Sequence[int], world: World
 ) -> dict[int, float]:
-    """Images per second of the slowest rank, by measured size; empty if none fits. Collective.
+    """Samples per second of the slowest rank, by measured size; empty if none fits. Collective.
 
     Args:
         workload: the passes to measure.
         config: the run.
-        share: maximum number of images of a rank in a step; each size splits it into nearly equal micro-batches.
+        share: maximum number of samples of a rank in a step; each size splits it into nearly equal micro-batches.
         sizes: ascending.
         world: the ranks.
     """
     communication_seconds = _communication_seconds(config, workload.strategy.model, world)
     largest_micro_batch = {size: _largest(share, size, config.batch.ghost_size) for size in sizes}
-    seconds_per_image: dict[int, float] = {}  # seconds per image, minimum of all runs
+    seconds_per_sample: dict[int, float] = {}  # minimum of all runs
     seconds_per_pass: dict[int, float] = {}  # seconds per pass
 
     def measure(size: int) -> None:
@@ -51,38 +51,38 @@ def images_per_second(
             + communication_seconds
         )
         seconds = seconds_per_pass[size] / largest_micro_batch[size]
-        seconds_per_image[size] = (
-            seconds if seconds == math.inf else min(seconds, seconds_per_image.get(size, math.inf))
+        seconds_per_sample[size] = (
+            seconds if seconds == math.inf else min(seconds, seconds_per_sample.get(size, math.inf))
         )
 
     def fits(size: int) -> bool:
         measure(size)  # includes warm-up of the first pass
-        if seconds_per_image[size] < math.inf:
+        if seconds_per_sample[size] < math.inf:
             for _ in range(3 if seconds_per_pass[size] < LONG_SECONDS else 1):
                 measure(size)
-        return seconds_per_image[size] < math.inf
+        return seconds_per_sample[size] < math.inf
 
     regular_sizes = [size for size in sizes if size >= SMALLEST_SIZE] or [sizes[-1]]
     best, num_without_gain = math.inf, 0
     for size in regular_sizes:
         if not fits(size):
             break
-        num_without_gain = 0 if seconds_per_image[size] * MIN_GAIN < best else num_without_gain + 1
-        best = min(best, seconds_per_image[size])
-        if num_without_gain == 2 or seconds_per_image[size] * largest_micro_batch[size] > LONG_SECONDS:
+        num_without_gain = 0 if seconds_per_sample[size] * MIN_GAIN < best else num_without_gain + 1
+        best = min(best, seconds_per_sample[size])
+        if num_without_gain == 2 or seconds_per_sample[size] * largest_micro_batch[size] > LONG_SECONDS:
             break
     small_sizes = (
-        [size for size in sizes if size < regular_sizes[0]] if seconds_per_image[regular_sizes[0]] == math.inf else []
+        [size for size in sizes if size < regular_sizes[0]] if seconds_per_sample[regular_sizes[0]] == math.inf else []
     )
     while small_sizes and not fits(small_sizes.pop()):
         pass
-    finalists = [size for size in seconds_per_image if seconds_per_image[size] < FINALIST_RATIO * best]
+    finalists = [size for size in seconds_per_sample if seconds_per_sample[size] < FINALIST_RATIO * best]
     deadline, rounds = time.monotonic() + ROUNDS_SECONDS, 0
     while len(finalists) > 1 and (rounds < 2 or world.broadcast_int(time.monotonic() < deadline)):
         for size in finalists if rounds % 2 else reversed(finalists):
             measure(size)
         rounds += 1
-    return {size: round(1 / seconds, 1) for size, seconds in seconds_per_image.items() if seconds < math.inf}
+    return {size: round(1 / seconds, 1) for size, seconds in seconds_per_sample.items() if seconds < math.inf}
 
 
 def _largest(share: int, size: int, ghost_size: int | None) -> int:
@@ -94,25 +94,25 @@ def _largest(share: int, size: int, ghost_size: int | None) -> int:
     return max(span.size for span in BatchPlan(share, 1, size, ghost_size).micro_batches(0))
 
 
-def pass_seconds(workload: SyntheticWorkload, num_images: int, num_passes: int, world: World) -> float:
+def pass_seconds(workload: SyntheticWorkload, num_samples: int, num_passes: int, world: World) -> float:
     """Mean seconds of `num_passes` passes on this rank; infinite if it runs out of memory. Collective."""
 
     def job() -> None:
         for _ in range(num_passes):
-            workload.micro_batch(num_images)
+            workload.micro_batch(num_samples)
 
-    seconds_per_image = math.inf
+    seconds_per_sample = math.inf
     try:
-        seconds_per_image = (
+        seconds_per_sample = (
             timed(job, world) / num_passes
         )  # no collectives inside the job: a failing rank blocks no other rank
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         workload.out_of_memory_message = library_message(error)
-    if seconds_per_image == math.inf and world.device.type == "cuda":
+    if seconds_per_sample == math.inf and world.device.type == "cuda":
         torch.cuda.empty_cache()
-    return seconds_per_image
+    return seconds_per_sample
 
 
 def _communication_seconds(config: RunConfig, model: nn.Module, world: World) -> float:

@@ -1,4 +1,4 @@
-"""Training passes over random images, timed on all ranks at once, because ranks share cores and memory."""
+"""Training passes over random samples, timed on all ranks at once, because ranks share cores and memory."""
 
 import statistics
 import time
@@ -9,26 +9,27 @@ import torch
 from torch import nn
 
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.batch_loader import BatchLoader, Normalise
-from gengap_dist.data.datasets import Images, Splits
+from gengap_dist.data.batch_loader import BatchLoader, Preprocess
+from gengap_dist.data.data_spec import DataSpec
+from gengap_dist.data.datasets import PixelStatistics, Samples
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
-from gengap_dist.training.step import PLAIN_OBJECTIVE, StepBatch, accumulate
+from gengap_dist.training.step import Objective, StepBatch, accumulate
+from gengap_dist.training.tasks import Task
 
 MIN_REPEATS, MIN_SECONDS = 5, 1.0  # of a median
-NUM_IMAGES = 64  # reused by all passes
+NUM_SAMPLES = 64  # reused by all passes
 
 
 class SyntheticWorkload:
     """The passes of one rank, without communication, on a separate network."""
 
-    def __init__(
-        self, config: RunConfig, model: nn.Module, in_channels: int, num_classes: int, device: torch.device
-    ) -> None:
-        """Passes of `model`, which is on `device`, over images augmented according to `config`."""
-        self.batches = random_batches(config, in_channels, num_classes, NUM_IMAGES, device)
+    def __init__(self, config: RunConfig, model: nn.Module, task: Task, device: torch.device) -> None:
+        """Passes of `model`, which is on `device`, over samples augmented according to `config`."""
+        self.batches = random_batches(config, task.spec, NUM_SAMPLES, device)
+        self.objective = Objective(task)
         self.out_of_memory_message = ""
         """The library's message when a pass of this rank last ran out of memory."""
         self.strategy = Single(config, World(device=device))
@@ -37,25 +38,28 @@ class SyntheticWorkload:
         self.strategy.set_rates(0.0, 1.0 if config.optim.momentum else 0.0)
 
     def micro_batch(self, size: int) -> None:
-        """Forward and backward pass of `size` images."""
+        """Forward and backward pass of `size` samples."""
         self.strategy.begin_step(size)
-        step_batch = StepBatch(torch.arange(size) % NUM_IMAGES, 0, [Span(0, size)])
-        accumulate(self.strategy, self.batches, step_batch, PLAIN_OBJECTIVE)
+        step_batch = StepBatch(torch.arange(size) % NUM_SAMPLES, 0, [Span(0, size)])
+        accumulate(self.strategy, self.batches, step_batch, self.objective)
 
     def update(self) -> None:
         """Gradient norm and optimizer step."""
         self.strategy.step()
 
 
-def random_batches(
-    config: RunConfig, in_channels: int, num_classes: int, num_images: int, device: torch.device
-) -> BatchLoader:
-    """Batches of `num_images` random images with the shape that `config` gives, on `device`."""
-    side, mean = config.data.image_size, torch.full((in_channels,), 127.0, dtype=torch.float64)
-    pixels = torch.randint(256, (num_images, in_channels, side, side), dtype=torch.uint8)
-    images = Images(pixels, torch.arange(num_images) % num_classes).to(device)
-    splits = Splits(images, images, images, num_classes, mean, mean)
-    return BatchLoader(images, Normalise(splits, device, getattr(torch, config.train.dtype)), config.data, config.seed)
+def random_batches(config: RunConfig, spec: DataSpec, num: int, device: torch.device) -> BatchLoader:
+    """Batches of `num` random samples as in `spec`, on `device`."""
+    pixels = None
+    if spec.is_image:
+        mean = torch.full((spec.input_shape[0],), 127.0, dtype=torch.float64)
+        pixels = PixelStatistics(mean, mean)
+    targets = spec.zero_targets(num)
+    if spec.num_classes:
+        targets += torch.arange(num) % spec.num_classes
+    samples = Samples(spec.random_inputs(num), targets).to(device)
+    preprocess = Preprocess(pixels, device, getattr(torch, config.train.dtype))
+    return BatchLoader(samples, preprocess, config.data, config.seed)
 
 
 def timed(job: Callable[[], object], world: World) -> float:

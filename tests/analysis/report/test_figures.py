@@ -39,7 +39,7 @@ def mean_accuracy(number: int, seeds=range(3)) -> float:
 
 
 def test_arms_of_one_batch_stand_side_by_side(study):
-    picture = drawn(figures.accuracy(study))
+    picture = drawn(figures.test_values(study))
     found = means(picture.figure)
     assert [y for _, y in found] == [
         pytest.approx(100 * mean_accuracy(number, range(2 if number == 3 else 3))) for number in range(4)
@@ -80,7 +80,7 @@ def test_gaps_are_in_the_study_s_order_and_lost_runs_counted(study):
 def test_more_than_three_arms_of_one_batch_have_rows(tmp_path):
     found = read_study(write_study(tmp_path, {"sb8": {}} | {f"lb{n}": {"batch__global_size": 64} for n in range(4)}, 2))
     assert plotting.in_rows(found)
-    picture = drawn(figures.accuracy(found))
+    picture = drawn(figures.test_values(found))
     assert [row for _, row in means(picture.figure)] == [0, 1, 2, 3, 4]
     assert [label.get_text() for label in picture.figure.axes[0].get_yticklabels()] == found.arms
     assert STUDY_FIGURES["accuracy"].draw(found, found.comparison) is None  # the gaps say the same

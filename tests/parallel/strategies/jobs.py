@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gengap_dist import models
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Preprocess
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
@@ -21,7 +22,8 @@ from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.parallel.strategies import STRATEGIES
 from gengap_dist.training.algorithms.base import gradient_function
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
-from gengap_dist.training.step import StepBatch, train_step
+from gengap_dist.training.step import Objective, StepBatch, train_step
+from gengap_dist.training.tasks import build_task
 from tests.conftest import config
 
 State = dict[str, Any]
@@ -42,10 +44,14 @@ class Trainer:
         self.config = config(**settings)
         splits = datasets.load(self.config.data)
         dtype = getattr(torch, self.config.train.dtype)
-        self.batches = BatchLoader(splits.train, Normalise(splits, self.world.device, dtype), self.config.data, 0)
+        self.batches = BatchLoader(
+            splits.train, Preprocess(splits.pixels, self.world.device, dtype), self.config.data, 0
+        )
+        self.task = build_task(self.config, splits.spec)
+        self.objective = Objective(self.task)
         self.order = EpochSampler(len(splits.train), self.config.batch.global_size, 0)
         torch.manual_seed(2)
-        model = models.from_config(self.config, 10, 1, self.world).to(dtype)
+        model = models.from_config(self.config, DataSpec.images(10, 1), self.world).to(dtype)
         if saved:
             model.load_state_dict(saved["model"])
         self.strategy = STRATEGIES[name](self.config, self.world)
@@ -66,11 +72,11 @@ class Trainer:
             spans = plan.micro_batches(self.world.rank, equal_counts=strategy.capabilities.sends_every_micro_batch)
             work = StepBatch(indices, epoch, spans)
             sums, norm = train_step(
-                strategy, self.batches, work, compute_gradient=gradient_function(self.config.algorithm)
+                strategy, self.batches, work, self.objective, gradient_function(self.config.algorithm)
             )
             assert norm.shape == ()
             mine = torch.zeros(self.world.size, 2, dtype=torch.float64)
-            mine[self.world.rank] = torch.stack(sums[2:4])
+            mine[self.world.rank] = torch.stack([sums.local_squared_norm, sums.local_inverse_size])
             loss = self.world.all_reduce(sums.loss_sum.clone()) / len(indices)
             rows.append({"loss": float(loss), "norm": float(norm), "energy": self.world.all_reduce(mine).tolist()})
             self.step += 1

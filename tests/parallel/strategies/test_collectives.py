@@ -7,10 +7,12 @@ from torch import nn
 from gengap_dist import models
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import Normalise
+from gengap_dist.data.batch_loader import Preprocess
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import average_buffers
 from gengap_dist.training.evaluation import evaluate
+from gengap_dist.training.tasks import Classification
 
 
 def talk(world: World) -> dict:
@@ -27,11 +29,12 @@ def talk(world: World) -> dict:
     for name in ("lenet5", "mlp"):
         for dtype in (torch.float32, torch.float64):
             torch.manual_seed(1)
-            model = models.build(name, num_classes=10, in_channels=1, widths=(32,)).to(dtype)
-            normalise = Normalise(splits, world.device, dtype)
-            scores[name, dtype] = evaluate(model, splits.test, normalise, world)  # 360 does not divide into 250s
-            few = datasets.Images(splits.test.pixels[:7], splits.test.labels[:7])  # fewer images than one block
-            scores[name, dtype, "few"] = evaluate(model, few, normalise, world)
+            model = models.build(name, DataSpec.images(10, 1), widths=(32,)).to(dtype)
+            normalise = Preprocess(splits.pixels, world.device, dtype)
+            task = Classification(splits.spec)
+            scores[name, dtype] = evaluate(model, splits.test, normalise, task, world)  # 360 does not divide into 250s
+            few = datasets.Samples(splits.test.inputs[:7], splits.test.targets[:7])  # fewer images than one block
+            scores[name, dtype, "few"] = evaluate(model, few, normalise, task, world)
     return {
         "sum": total.tolist(),
         "swapped": [chunk.tolist() for chunk in swapped],
@@ -63,10 +66,10 @@ def test_evaluation_is_the_same_number_on_any_world(said, size):
 def test_evaluation_counts_every_image_once(said):
     splits = datasets.load(DataConfig())
     torch.manual_seed(1)
-    model = models.build("lenet5", num_classes=10, in_channels=1).double().eval()
-    normalise = Normalise(splits, torch.device("cpu"), torch.float64)
+    model = models.build("lenet5", DataSpec.images(10, 1)).double().eval()
+    normalise = Preprocess(splits.pixels, torch.device("cpu"), torch.float64)
     with torch.no_grad():
-        logits = model(normalise(splits.test.pixels))
+        logits = model(normalise(splits.test.inputs))
     score = said[3][0]["scores"]["lenet5", torch.float64]
-    assert score.accuracy == float((logits.argmax(1) == splits.test.labels).double().mean())
-    assert score.loss == pytest.approx(float(nn.functional.cross_entropy(logits, splits.test.labels)), rel=1e-12)
+    assert score["accuracy"] == float((logits.argmax(1) == splits.test.targets).double().mean())
+    assert score["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, splits.test.targets)), rel=1e-12)

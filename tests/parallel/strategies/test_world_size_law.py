@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
 from tests.conftest import FULL, config, weights
 
@@ -60,27 +61,27 @@ def test_gradient_is_the_mean_over_the_global_batch():
     from gengap_dist import models
     from gengap_dist.config.sections import DataConfig, RunConfig
     from gengap_dist.data import datasets
-    from gengap_dist.data.batch_loader import BatchLoader, Normalise
+    from gengap_dist.data.batch_loader import BatchLoader, Preprocess
     from gengap_dist.distributed.batch_plan import BatchPlan
     from gengap_dist.distributed.process_group import World
     from gengap_dist.parallel.strategies import Single
-    from gengap_dist.training.step import StepBatch, train_step
+    from gengap_dist.training.step import Objective, StepBatch, train_step
+    from gengap_dist.training.tasks import Classification
 
     splits = datasets.load(DataConfig())
-    normalise = Normalise(splits, torch.device("cpu"), torch.float64)
+    normalise = Preprocess(splits.pixels, torch.device("cpu"), torch.float64)
     torch.manual_seed(0)
-    model = models.build("lenet5", num_classes=10, in_channels=1).double()
-    twin = models.build("lenet5", num_classes=10, in_channels=1).double()
+    model = models.build("lenet5", DataSpec.images(10, 1)).double()
+    twin = models.build("lenet5", DataSpec.images(10, 1)).double()
     twin.load_state_dict(model.state_dict())
     strategy = Single(RunConfig(), World())
     strategy.setup(model, lambda model: torch.optim.SGD(model.parameters(), lr=0.5))
     indices = torch.arange(50) * 3
     spans = BatchPlan(50, 1, 7).micro_batches(0)
-    sums, norm = train_step(
-        strategy, BatchLoader(splits.train, normalise, DataConfig(), 0), StepBatch(indices, 0, spans)
-    )
+    batches = BatchLoader(splits.train, normalise, DataConfig(), 0)
+    sums, norm = train_step(strategy, batches, StepBatch(indices, 0, spans), Objective(Classification(splits.spec)))
 
-    images, labels = normalise(splits.train.pixels[indices]), splits.train.labels[indices]
+    images, labels = normalise(splits.train.inputs[indices]), splits.train.targets[indices]
     loss = torch.nn.functional.cross_entropy(twin(images), labels)
     loss.backward()
     assert float(sums[0]) / 50 == pytest.approx(loss.item(), rel=1e-12)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gengap_dist import models
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -22,7 +23,7 @@ NUM = 201  # splits into blocks of 32 with a short last one: uneven on 2 and on 
 
 def setting(name: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
-    model = models.build(name, num_classes=10, in_channels=1, image_size=16, widths=(48, 32)).to(dtype)
+    model = models.build(name, DataSpec.images(10, 1, 16), widths=(48, 32)).to(dtype)
     return model, torch.randn(NUM, 1, 16, 16, dtype=dtype)
 
 

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from gengap_dist import models
 from gengap_dist.config.sections import AlgorithmConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Preprocess
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import Single
@@ -20,9 +21,12 @@ from gengap_dist.training.algorithms.rank_penalty import MEASURES, RankPenalty
 from gengap_dist.training.algorithms.sam import sam
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.step import Objective, StepBatch, accumulate
+from gengap_dist.training.tasks import Classification
 from tests.conftest import config
 
 NUM, CLASSES = 24, 5
+SPEC = DataSpec((1, 6, 6), (CLASSES,), num_classes=CLASSES)
+TASK = Classification(SPEC)
 
 
 class Given:
@@ -66,7 +70,7 @@ def test_sam_is_the_gradient_one_step_up(problem):
     before = [p.detach().clone() for p in problem.parameters]
     g = gradient_of(mean_loss(problem), problem)
     norm = torch.sqrt(sum(x.square().sum() for x in g))
-    sums, told = sam(rho)(problem.strategy, problem.given, problem.work, Objective())
+    sums, told = sam(rho)(problem.strategy, problem.given, problem.work, Objective(TASK))
     assert all(torch.equal(a, b) for a, b in zip(before, problem.parameters, strict=True))  # bit for bit
     assert float(sums[0]) / NUM == pytest.approx(mean_loss(problem).item())  # the loss at the weights
     assert float(told) == pytest.approx(norm.item())
@@ -80,7 +84,7 @@ def test_sam_is_the_gradient_one_step_up(problem):
 def test_the_gradient_penalty_is_a_hessian_product(problem):
     """c/2 mean_b |g_b|^2, differentiated by autograd twice; the forward difference is good to a few percent of it."""
     c = 0.7
-    sums, _ = gradient_penalty(c)(problem.strategy, problem.given, problem.work, Objective())
+    sums, _ = gradient_penalty(c)(problem.strategy, problem.given, problem.work, Objective(TASK))
     got = gradients(problem)
     plain = torch.cat([x.flatten() for x in gradient_of(mean_loss(problem), problem)])
     penalty = sum(
@@ -109,7 +113,7 @@ def test_the_forward_difference_to_the_last_digit(problem):
         logits = torch.func.functional_call(problem.net, named, problem.given.images[slice(*span)])
         ahead = torch.autograd.grad(cross_entropy(logits, problem.given.labels[slice(*span)]), list(named.values()))
         want = want + (g + c * (torch.cat([x.flatten() for x in ahead]) - g) / step) / 3
-    gradient_penalty(c)(problem.strategy, problem.given, problem.work, Objective())
+    gradient_penalty(c)(problem.strategy, problem.given, problem.work, Objective(TASK))
     torch.testing.assert_close(gradients(problem), want, rtol=1e-9, atol=1e-11)
 
 
@@ -118,7 +122,7 @@ def test_the_rank_penalty_is_differentiated_through_the_covariance(problem, meas
     """Autograd of the whole batch's covariance at once, convolutions by channel; the direction and the value."""
     strength = 0.4
     algorithm = AlgorithmConfig(rank_penalty=strength, rank_measure=measure)
-    objective = RankPenalty(algorithm)
+    objective = RankPenalty(algorithm, TASK)
     sums = accumulate(problem.strategy, problem.given, problem.work, objective)
     got = gradients(problem)
     first = torch.tanh(problem.net[0](problem.given.images))
@@ -144,10 +148,10 @@ def test_the_rank_penalty_under_bfloat16_points_the_same_way():
         run = config(data__image_size=16, algorithm__rank_penalty=1.0, train__autocast=autocast)
         splits = datasets.load(run.data)
         torch.manual_seed(0)
-        net = models.from_config(run, splits.num_classes, splits.in_channels, World()).to(dtype)
+        net = models.from_config(run, splits.spec, World()).to(dtype)
         strategy = Single(run, World())
         strategy.setup(net, partial(build_optimizer, run.optim))
-        batches = BatchLoader(splits.train, Normalise(splits, torch.device("cpu"), dtype), run.data, run.seed)
+        batches = BatchLoader(splits.train, Preprocess(splits.pixels, torch.device("cpu"), dtype), run.data, run.seed)
         accumulate(strategy, batches, StepBatch(torch.arange(64), 0, [Span(0, 64)]), Alone(run.algorithm))
         found.append(torch.cat([p.grad.double().flatten() for p in net.parameters()]))
     assert torch.cosine_similarity(*found, dim=0) > 0.98
@@ -156,7 +160,7 @@ def test_the_rank_penalty_under_bfloat16_points_the_same_way():
 @pytest.mark.parametrize("measure", ["logdet", "spread"])
 @pytest.mark.parametrize("spans", [[Span(0, 1)], [Span(0, 8)]])
 def test_the_rank_penalty_of_one_row_or_of_a_dead_layer_is_nothing(problem, measure, spans):
-    objective = RankPenalty(AlgorithmConfig(rank_penalty=1.0, rank_measure=measure, rank_layers=("4",)))
+    objective = RankPenalty(AlgorithmConfig(rank_penalty=1.0, rank_measure=measure, rank_layers=("4",)), TASK)
     if spans[0].size > 1:
         with torch.no_grad():
             problem.net[3].weight.zero_()
@@ -164,7 +168,7 @@ def test_the_rank_penalty_of_one_row_or_of_a_dead_layer_is_nothing(problem, meas
     sums = accumulate(problem.strategy, problem.given, work, objective)
     got = gradients(problem)
     problem.strategy.optimizer.zero_grad()
-    accumulate(problem.strategy, problem.given, work, Objective())
+    accumulate(problem.strategy, problem.given, work, Objective(TASK))
     assert torch.equal(got, gradients(problem))
     assert sums[5] == 0
 
@@ -172,19 +176,19 @@ def test_the_rank_penalty_of_one_row_or_of_a_dead_layer_is_nothing(problem, meas
 def test_the_gradient_penalty_of_a_parameter_that_nothing_uses(problem):
     problem.net.spare = nn.Linear(2, 2).double()
     problem.net.forward = lambda images: problem.net[:6](images)
-    gradient_penalty(0.7)(problem.strategy, problem.given, problem.work, Objective())
+    gradient_penalty(0.7)(problem.strategy, problem.given, problem.work, Objective(TASK))
     with_spare = gradients(problem)
     assert not problem.net.spare.weight.grad.any()
     del problem.net.spare
     problem.strategy.optimizer.zero_grad()
-    gradient_penalty(0.7)(problem.strategy, problem.given, problem.work, Objective())
+    gradient_penalty(0.7)(problem.strategy, problem.given, problem.work, Objective(TASK))
     assert torch.equal(with_spare, gradients(problem))
 
 
 @pytest.mark.parametrize("measure", ["logdet", "spread"])
 def test_the_rank_penalty_raises_the_effective_rank(problem, measure):
     """Steps along it, of nothing else."""
-    objective = RankPenalty(AlgorithmConfig(rank_penalty=1.0, rank_measure=measure))
+    objective = RankPenalty(AlgorithmConfig(rank_penalty=1.0, rank_measure=measure), TASK)
 
     def participation():
         rows = torch.tanh(problem.net[3](torch.tanh(problem.net[0](problem.given.images)).flatten(1))).detach()
@@ -201,7 +205,7 @@ def test_the_rank_penalty_raises_the_effective_rank(problem, measure):
 
 
 def test_label_smoothing(problem):
-    objective = Objective(0.2)
+    objective = Objective(Classification(SPEC, 0.2))
     accumulate(problem.strategy, problem.given, problem.work, objective)
     logs = problem.net(problem.given.images).log_softmax(1)
     targets = torch.full_like(logs, 0.2 / CLASSES)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist import models
 from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import BatchLoader, Normalise
+from gengap_dist.data.batch_loader import BatchLoader, Preprocess
 from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.batch_plan import split
 from gengap_dist.distributed.process_group import World
@@ -25,6 +25,7 @@ from gengap_dist.training.algorithms import build_algorithm
 from gengap_dist.training.algorithms.update_bn import recompute_running_stats
 from gengap_dist.training.checks import check_norm
 from gengap_dist.training.optimizer import build_optimizer
+from gengap_dist.training.tasks import Classification
 from tests.conftest import config, cut_after, thinned
 
 LR, MOMENTUM, STEPS, FIRST, EVERY = 0.1, 0.9, 13, 4, 3
@@ -42,13 +43,13 @@ def start(world, local, workers, **settings):
     """A course, and its network, from which a twin can be made."""
     run = config(**TINY | {"algorithm__local_sgd": local, "algorithm__workers": workers} | settings)
     splits = datasets.load(run.data)
-    batches = BatchLoader(splits.train, Normalise(splits, world.device, torch.float64), run.data, run.seed)
+    batches = BatchLoader(splits.train, Preprocess(splits.pixels, world.device, torch.float64), run.data, run.seed)
     torch.manual_seed(7)
-    model = models.from_config(run, splits.num_classes, splits.in_channels, world).double()
+    model = models.from_config(run, splits.spec, world).double()
     strategy = (DDP if world.size > 1 else Single)(run, world)
     strategy.setup(model, partial(build_optimizer, run.optim))
     order = EpochSampler(len(splits.train), run.batch.global_size, run.seed)
-    return build_algorithm(run, strategy, batches, order, STEPS), deepcopy(model)
+    return build_algorithm(run, Classification(splits.spec), strategy, batches, order, STEPS), deepcopy(model)
 
 
 def flat(model):
@@ -222,7 +223,7 @@ def test_a_last_part_without_steps_is_refused(settings, share, steps):
     with pytest.raises(
         UsageError, match=rf"algorithm.{name} \({share:g}\) leaves none of {steps} steps after it: choose"
     ):
-        build_algorithm(run, Single(run, World()), None, EpochSampler(48, 24, 0), steps)
+        build_algorithm(run, None, Single(run, World()), None, EpochSampler(48, 24, 0), steps)
 
 
 def test_an_average_of_swap_has_statistics_of_its_own():

@@ -25,7 +25,7 @@ def test_it_is_the_run_with_the_order_it_found(pools, tmp_path, size):
     found, order = first["channels_last_auto"], first["channels_last"]
     assert found["by"] == "measurement"
     assert first["config"]["train"]["channels_last"] == "auto"
-    contiguous, last = found["images_per_second"]
+    contiguous, last = found["samples_per_second"]
     assert order == (last > 1.03 * contiguous)
     go(pools[size], tmp_path / "plain", **AUTO | {"train__channels_last": order})
     assert timeless(tmp_path / "auto") == timeless(tmp_path / "plain")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gengap_dist import models
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.launchers.local import threads_per_rank
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -18,9 +19,10 @@ from gengap_dist.preflight.plan import make_plan
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from gengap_dist.training.autotune import available_memory
 from gengap_dist.training.autotune.cache import MicroSize, load_micro_sizes, micro_sizes_path, store
-from gengap_dist.training.autotune.micro_batch import ModelShape, candidates, resolve_micro_size
-from gengap_dist.training.autotune.search import images_per_second
+from gengap_dist.training.autotune.micro_batch import Workload, candidates, resolve_micro_size
+from gengap_dist.training.autotune.search import samples_per_second
 from gengap_dist.training.autotune.synthetic_workload import SyntheticWorkload
+from gengap_dist.training.tasks import Classification
 from tests.conftest import ROOT, config, cut_after, thinned, train, weights
 
 AUTO = {"batch__micro_size": "auto", "batch__global_size": 96, "train__steps": 4, "probe__num_samples": 64}
@@ -54,7 +56,7 @@ def test_it_is_the_run_with_the_number_it_found(pools, cache, tmp_path, size):
     assert first["config"]["batch"]["micro_size"] == "auto"
     assert found["by"] == "measurement"
     assert number in candidates(config(**settings), size)
-    rates = {int(tried): rate for tried, rate in found["images_per_second"].items()}
+    rates = {int(tried): rate for tried, rate in found["samples_per_second"].items()}
     assert len(rates) > 1
     assert rates[number] == max(rates.values())
     again = go(pools[size], tmp_path / "number", **settings | {"batch__micro_size": number})
@@ -90,15 +92,15 @@ def test_a_plan_takes_what_a_run_found(cache):
     settings, place = config(**AUTO, launch__device="cpu"), Cluster(1, 1)
     cache.unlink(missing_ok=True)
     assert "assumed to choose 96" in make_plan(settings, place, Constants()).assumed[0]
-    model = models.from_config(settings, 10, 1, World())
+    model = models.from_config(settings, DataSpec.images(10, 1), World())
     threads = torch.get_num_threads()
     torch.set_num_threads(int(threads_per_rank(1)["OMP_NUM_THREADS"]))
     try:
-        _, found = resolve_micro_size(settings, ModelShape(model, 1, 10), World(), {})
+        _, found = resolve_micro_size(settings, Workload(model, TASK), World(), {})
     finally:
         torch.set_num_threads(threads)
     assert found is not None
-    store(found["mark"], MicroSize(size=8, images_per_second={}, pass_bytes=1))
+    store(found["mark"], MicroSize(size=8, samples_per_second={}, pass_bytes=1))
     plan = make_plan(settings, place, Constants())
     assert plan.assumed[0].startswith("batch.micro_size=auto found 8 ")
     assert plan.batch is not None
@@ -119,7 +121,7 @@ def test_a_damaged_or_locked_file_costs_a_measurement(cache, tmp_path, monkeypat
     path.unlink()
     path.mkdir()
     with pytest.warns(UserWarning, match="has no valid"), pytest.warns(UserWarning, match="cannot be written"):
-        store("x", MicroSize(size=1, images_per_second={}, pass_bytes=1))
+        store("x", MicroSize(size=1, samples_per_second={}, pass_bytes=1))
 
 
 def test_what_has_no_choice_or_must_not_have_one(tmp_path, cache):
@@ -140,9 +142,9 @@ def test_what_has_no_choice_or_must_not_have_one(tmp_path, cache):
 
 def test_the_network_and_random_states_stay(tmp_path):
     settings = config(**AUTO | SMALL, model__norm="group")
-    model = models.from_config(settings, 10, 1, World()).train()
+    model = models.from_config(settings, DataSpec.images(10, 1), World()).train()
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
-    resolve_micro_size(settings, ModelShape(model, 1, 10), World(), {})
+    resolve_micro_size(settings, Workload(model, TASK), World(), {})
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -150,6 +152,9 @@ def test_the_network_and_random_states_stay(tmp_path):
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
+
+
+TASK = Classification(DataSpec.images(10, 1))
 
 
 class Greedy(nn.Module):
@@ -167,9 +172,9 @@ class Greedy(nn.Module):
 
 def greedy(world, mosts):
     settings = config(**AUTO | {"batch__global_size": 192})
-    rehearsal = SyntheticWorkload(settings, Greedy(mosts[world.rank]), 1, 10, world.device)
+    rehearsal = SyntheticWorkload(settings, Greedy(mosts[world.rank]), TASK, world.device)
     sizes = candidates(settings, world.size)
-    return sorted(images_per_second(rehearsal, settings, sizes[-1], sizes, world))
+    return sorted(samples_per_second(rehearsal, settings, sizes[-1], sizes, world))
 
 
 def test_a_rank_that_runs_out_of_memory_decides_for_all(crews):
@@ -184,7 +189,9 @@ import gengap_dist.training.trainer
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.models import from_config
-from gengap_dist.training.autotune.micro_batch import ModelShape, resolve_micro_size
+from gengap_dist.training.autotune.micro_batch import Workload, resolve_micro_size
+from gengap_dist.data.data_spec import DataSpec
+from gengap_dist.training.tasks import Classification
 from gengap_dist.cli.train import main
 from gengap_dist.distributed.process_group import World
 
@@ -195,7 +202,8 @@ def leave_only(mebibytes):
 torch.set_num_threads(1)
 words = {"model.name": "deep:Deep", "batch.micro_size": "auto", "launch.device": "cpu"}
 config = validate(RunConfig, nested(words))
-network = ModelShape(from_config(config, 10, 1, World()), 1, 10)
+spec = DataSpec.images(10, 1)
+network = Workload(from_config(config, spec, World()), Classification(spec))
 leave_only(700)
 print(resolve_micro_size(config, network, World(), {})[1]["size"], flush=True)
 leave_only(150)

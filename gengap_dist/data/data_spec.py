@@ -1,0 +1,46 @@
+"""What a data set gives to a network and expects from it: shapes and kinds of one sample, without its values."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Shapes are those of one sample, without the sample dimension.
+
+    >>> DataSpec.images(num_classes=10, in_channels=1).zero_inputs(2, torch.float32).shape
+    torch.Size([2, 1, 32, 32])
+    """
+
+    input_shape: tuple[int, ...]
+    """What the network receives: (C, H, W) for an image, (F,) for a row of a table."""
+    output_shape: tuple[int, ...]
+    """What the network returns: (K,) for K classes; else the shape of a target."""
+    target_shape: tuple[int, ...] = ()
+    """(): one class or one number."""
+    num_classes: int | None = None
+    """Targets are classes 0 to num_classes - 1, as int64; None: they are real numbers."""
+    is_image: bool = False
+    """Inputs are stored as uint8 pixels (0 to 255) and normalised by channel; else they are real numbers, unchanged."""
+
+    @classmethod
+    def images(cls, num_classes: int, in_channels: int, image_size: int = 32) -> "DataSpec":
+        """Images of image_size x image_size pixels, with one class each."""
+        return cls((in_channels, image_size, image_size), (num_classes,), num_classes=num_classes, is_image=True)
+
+    def zero_inputs(self, num: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """`num` inputs of zeros, as the network receives them: [num, *input_shape]."""
+        return torch.zeros(num, *self.input_shape, dtype=dtype, device=device)
+
+    def zero_targets(self, num: int, device: torch.device | str = "cpu") -> Tensor:
+        """`num` targets of zeros: [num, *target_shape], int64 for classes, else float32."""
+        dtype = torch.float32 if self.num_classes is None else torch.int64
+        return torch.zeros(num, *self.target_shape, dtype=dtype, device=device)
+
+    def random_inputs(self, num: int) -> Tensor:
+        """`num` random inputs as they are stored: uint8 pixels of images, else normal numbers. [num, *input_shape]."""
+        if self.is_image:
+            return torch.randint(256, (num, *self.input_shape), dtype=torch.uint8)
+        return torch.randn(num, *self.input_shape)

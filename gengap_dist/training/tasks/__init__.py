@@ -1,0 +1,58 @@
+"""What a network learns. A task of your own is a subclass of `Task`: `task.name=module.path:Class`."""
+
+import importlib
+
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.data.data_spec import DataSpec
+from gengap_dist.errors import UsageError, did_you_mean
+from gengap_dist.training.tasks.base import Task
+from gengap_dist.training.tasks.classification import Classification
+
+__all__ = ["Classification", "Task", "build_task"]
+
+
+def build_task(config: RunConfig, spec: DataSpec) -> Task:
+    """The task of a run on samples as in `spec`.
+
+    Raises:
+        UsageError: if it does not exist, or does not fit the samples or the settings.
+    """
+    name, smoothing = config.task.name, config.algorithm.label_smoothing
+    if name == "classification":
+        return Classification(spec, smoothing)
+    cls = _own_class(name)
+    if smoothing:
+        raise UsageError(
+            f"algorithm.label_smoothing ({smoothing}) changes the targets of classification, and task.name is {name}: "
+            "set algorithm.label_smoothing=0"
+        )
+    task = cls(spec)
+    target = config.train.target_accuracy
+    if target is not None and task.metric.name != "accuracy":
+        raise UsageError(
+            f"train.target_accuracy ({target}) needs a task with accuracy, and {name} measures {task.metric.name}: "
+            "set train.target_accuracy=null"
+        )
+    return task
+
+
+def _own_class(name: str) -> type[Task]:
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise UsageError(
+            f"task.name ({name}) is not a task{did_you_mean(name, ['classification'])}: choose classification, or your "
+            "own module.path:Class"
+        )
+    try:
+        cls = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"task.name ({name}) cannot be imported ({error}): "
+            "give module.path:Class, with the module on PYTHONPATH or in the current folder"
+        ) from None
+    if not (isinstance(cls, type) and issubclass(cls, Task)):
+        raise UsageError(
+            f"task.name ({name}) is a {type(cls).__name__}, needs a subclass of gengap_dist.training.tasks.Task: "
+            "derive your class from it"
+        )
+    return cls

@@ -1,0 +1,52 @@
+"""One class for each sample: cross-entropy, and accuracy."""
+
+from typing import final
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from gengap_dist.data.data_spec import DataSpec
+from gengap_dist.errors import UsageError
+from gengap_dist.runs.schema import MetricDescription
+from gengap_dist.training.tasks.base import Task
+
+
+@final
+class Classification(Task):
+    """Outputs are logits [n, K], targets are classes [n] of 0 to K - 1."""
+
+    def __init__(self, spec: DataSpec, label_smoothing: float = 0.0) -> None:
+        """In training, the fraction `label_smoothing` of each target is spread over all classes.
+
+        Raises:
+            UsageError: if targets are not classes.
+        """
+        super().__init__(spec)
+        if spec.num_classes is None:
+            raise UsageError(
+                "task.name (classification) needs one class for each sample, and the data set has targets of shape "
+                f"{list(spec.target_shape)} that are real numbers: choose a data set with classes, or your own "
+                "module.path:Class"
+            )
+        self.label_smoothing, self.num_classes = label_smoothing, spec.num_classes
+
+    @property
+    def metric(self) -> MetricDescription:
+        """Accuracy."""
+        return MetricDescription(name="accuracy", unit="share", higher_is_better=True, chance=1 / self.num_classes)
+
+    def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy, summed."""
+        return cross_entropy(outputs, targets, reduction="sum")
+
+    def training_loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy with label smoothing, summed."""
+        return cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
+
+    def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The number of correct predictions."""
+        return (outputs.argmax(1) == targets).sum()
+
+    def metrics(self, loss: float, mean: float) -> dict[str, float]:
+        """`loss` and `accuracy`."""
+        return {"loss": loss, "accuracy": mean}

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import torch
 
+from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.distributed.launchers.base import hard_exit
 from gengap_dist.distributed.launchers.local import free_port, rank_variables
 from gengap_dist.distributed.process_group import init_process_group
 

@@ -7,7 +7,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Never
 
-from gengap_dist.distributed.launchers.base import hard_exit, started_externally
+from gengap_dist.compat.hard_exit import hard_exit
+from gengap_dist.distributed.launchers.base import started_externally
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import OutOfMemory, UsageError
 

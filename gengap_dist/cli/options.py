@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +109,8 @@ class Parser(argparse.ArgumentParser):
             name = message.split()[2].split("=")[0]
             if new := renamed(name.removeprefix("--")):
                 raise UsageError(f"{name} is called --{new} now: use that name")
-            known = [*self._option_string_actions, *(f"--{setting}" for setting in self.settings)]
+            options = re.findall(r"--[\w.-]+", self.format_usage())
+            known = [*options, *(f"--{setting}" for setting in self.settings)]
             message = f"{name} is not a setting{did_you_mean(name, known)}: see --help for all"
         raise UsageError(message)
 

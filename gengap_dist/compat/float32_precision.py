@@ -3,6 +3,8 @@
 Torch has two interfaces for this. The older one raises when it is read, inside and outside of the contexts below, after
 the newer one was set to a state that the older cannot express. The newer one is a tree: a setting also applies to the
 nodes below it.
+
+Remove when torch has dropped the older interface: setting `fp32_precision` is then enough.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,6 @@
 """A separate store for the ranks of each restart: torchrun keeps one store over all restarts (torch 2.15).
 
-Unnecessary as soon as torchrun creates a new store for each restart.
+Remove when torchrun creates a new store for each restart.
 """
 
 import time

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from gengap_dist.compat.default_store import default_store
 from gengap_dist.distributed.phase_timer import CurrentPhase
 from gengap_dist.distributed.process_group import World
 
@@ -89,10 +90,7 @@ class StallDetector:
     def __init__(self, world: World, report_seconds: float) -> None:
         """Start the thread."""
         self.world, self.report_seconds = world, report_seconds
-        # The group's own store; torch has no public name for it.
-        self.store = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
-            "stall_detector", dist.distributed_c10d._get_default_store()
-        )
+        self.store = dist.PrefixStore("stall_detector", default_store())  # pyright: ignore[reportPrivateImportUsage]
         self._stop_requested = threading.Event()
         self._last_reported = -1
         self._thread = threading.Thread(target=self._run, name="stall_detector", daemon=True)

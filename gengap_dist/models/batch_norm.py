@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from gengap_dist.compat.batch_norm_base import BatchNormBase
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.sample_position import SamplePosition
@@ -22,7 +22,7 @@ from gengap_dist.models.sample_position import SamplePosition
 GROUP_CHANNELS = 16  # of group norm, as in Wu & He 2018, table 3
 
 
-class ReplacedBatchNorm(_BatchNorm):
+class ReplacedBatchNorm(BatchNormBase):
     """Base of batch norm layers with their own training statistics; in eval mode they are torch's batch norm."""
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -222,14 +222,14 @@ def replace_batch_norm(
     """
     if kind == "local":
         return
-    factories: dict[str, Callable[[_BatchNorm], nn.Module]] = {
+    factories: dict[str, Callable[[BatchNormBase], nn.Module]] = {
         "ghost": lambda old: _ghost(old, ghost_size or 0, position),
         "sync": lambda old: _sync(old, world),
         "group": _group,
         "none": lambda old: nn.Identity(),
     }
     modules = model.named_modules(remove_duplicate=False)  # a layer may have two names
-    batch_norms = [(path, old) for path, old in modules if isinstance(old, _BatchNorm)]
+    batch_norms = [(path, old) for path, old in modules if isinstance(old, BatchNormBase)]
     if not batch_norms and kind != "none":
         raise UsageError(
             f"model.norm ({kind}) has no effect on {type(model).__name__}, which has no batch norm: leave model.norm "
@@ -248,7 +248,7 @@ def replace_batch_norm(
         setattr(model.get_submodule(parent), last, replacements[old])
 
 
-def _copy_state(old: _BatchNorm, new: nn.Module) -> nn.Module:
+def _copy_state(old: BatchNormBase, new: nn.Module) -> nn.Module:
     """`new`, with those weights and buffers of `old` that it has."""
     for name, tensor in [*old.named_parameters(recurse=False), *old.named_buffers(recurse=False)]:
         if hasattr(new, name):
@@ -256,30 +256,30 @@ def _copy_state(old: _BatchNorm, new: nn.Module) -> nn.Module:
     return new
 
 
-def _settings(old: _BatchNorm) -> dict[str, Any]:
+def _settings(old: BatchNormBase) -> dict[str, Any]:
     return {
         "eps": old.eps, "momentum": old.momentum, "affine": old.affine, "track_running_stats": old.track_running_stats
     }  # fmt: skip
 
 
-def _ghost(old: _BatchNorm, ghost_size: int, position: SamplePosition) -> nn.Module:
+def _ghost(old: BatchNormBase, ghost_size: int, position: SamplePosition) -> nn.Module:
     new = GhostBatchNorm(old.num_features, ghost_size, **_settings(old))
     new.position = position
     return new
 
 
-def _sync(old: _BatchNorm, world: World) -> nn.Module:
+def _sync(old: BatchNormBase, world: World) -> nn.Module:
     return SyncBatchNorm(old.num_features, world, **_settings(old))
 
 
-def _group(old: _BatchNorm) -> nn.Module:
+def _group(old: BatchNormBase) -> nn.Module:
     """Group norm with gcd(channels, GROUP_CHANNELS) channels per group; with a single group if that is 1."""
     channels = old.num_features
     size = gcd(channels, GROUP_CHANNELS)
     return nn.GroupNorm(channels // size if size > 1 else 1, channels, old.eps, old.affine)
 
 
-def _with_tail(path: str, old: _BatchNorm, new: nn.Module) -> nn.Module:
+def _with_tail(path: str, old: BatchNormBase, new: nn.Module) -> nn.Module:
     """`new`, followed by the other parts of `old`: timm's batch norm contains dropout and a non-linearity."""
     if type(old) in TORCH_BATCH_NORMS:
         return new
@@ -293,13 +293,13 @@ def _with_tail(path: str, old: _BatchNorm, new: nn.Module) -> nn.Module:
 
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any layer uses statistics over the samples of a batch."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
+    return any(isinstance(module, BatchNormBase) for module in model.modules())
 
 
 @contextmanager
 def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     """In the context, training passes do not change running statistics."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNormBase)]
     before = [(module, module.momentum, module.num_batches_tracked) for module in norms]
     for module in norms:
         module.momentum, module.num_batches_tracked = 0.0, None

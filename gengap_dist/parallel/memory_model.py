@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
+from gengap_dist.compat.fake_tensors import FakeTensorMode
 from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import OptimConfig, RunConfig
 from gengap_dist.data.data_spec import DataSpec
@@ -132,17 +132,15 @@ def _saved_bytes(
 ) -> int:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     inputs, targets = spec.zero_inputs(num, getattr(torch, config.train.dtype), device), spec.zero_targets(num, device)
-    own = {tensor.untyped_storage()._cdata for tensor in named.values()}
-    outside: dict[int, int] = {}
+    own = {tensor.untyped_storage() for tensor in named.values()}
+    outside: dict[torch.UntypedStorage, int] = {}
     saved = outside  # or the dict of the running block, if it is checkpointed
-    inside: list[dict[int, int]] = []
-    kept: list[Tensor] = []  # so that no address is reused
+    inside: list[dict[torch.UntypedStorage, int]] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage.nbytes()
-            kept.append(tensor.detach())
+        if storage not in own:
+            saved[storage] = storage.nbytes()
         return tensor
 
     def enter(block: nn.Module, args: tuple[object, ...]) -> None:
@@ -167,7 +165,9 @@ def _saved_bytes(
             outputs = functional_call(model.train(), dict(named), (inputs,))
         loss = loss_sum(outputs.to(inputs.dtype), targets)
     del loss
-    max_block = max((sum(size for key, size in block.items() if key not in outside) for block in inside), default=0)
+    max_block = max(
+        (sum(size for storage, size in block.items() if storage not in outside) for block in inside), default=0
+    )
     return sum(outside.values()) + max_block
 
 

@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from gengap_dist.compat.default_store import default_store
+from gengap_dist.compat.memory_history import record_allocations, stop_recording, write_recording
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import OutOfMemory
 
@@ -118,7 +119,7 @@ def memory_snapshot(world: World, folder: Path | None) -> Iterator[None]:
     if folder is None or world.device.type != "cuda":
         yield
         return
-    torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS, stacks="python")
+    record_allocations(MAX_ALLOCATIONS)
     try:
         yield
     except RuntimeError as error:
@@ -126,14 +127,14 @@ def memory_snapshot(world: World, folder: Path | None) -> Iterator[None]:
             _write_snapshot(folder / f"rank{world.rank}.pickle")
         raise
     finally:
-        torch.cuda.memory._record_memory_history(None)
+        stop_recording()
 
 
 def _write_snapshot(path: Path) -> None:
     part = path.with_suffix(".part")
     try:
         path.parent.mkdir(exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(part))
+        write_recording(part)
         part.replace(path)
     except OSError as error:
         warnings.warn(f"{path} could not be written ({error.strerror or error}): free disk space there", stacklevel=2)
@@ -143,5 +144,5 @@ def _count_failed_ranks(world: World, failed: bool) -> int:
     """How many ranks ran out of memory so far, including this one; only this one if the store is down."""
     if world.size > 1:
         with suppress(RuntimeError):
-            return dist.distributed_c10d._get_default_store().add("gengap/out_of_memory", int(failed))
+            return default_store().add("gengap/out_of_memory", int(failed))
     return int(failed)

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from gengap_dist import models
+from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.datasets import Sizes
-from gengap_dist.distributed.launchers.base import RankFailed, hard_exit
+from gengap_dist.distributed.launchers.base import RankFailed
 from gengap_dist.distributed.launchers.local import free_port, rank_variables, threads_per_rank
 from gengap_dist.distributed.process_group import World, destroy_process_group, init_process_group
 from gengap_dist.parallel.execution import keep_freed_memory

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from gengap_dist.compat.ray_job import started_by_job
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import TORCHVISION
 from gengap_dist.distributed.launchers.ray import check_address
@@ -70,7 +71,7 @@ class CheckRequest(NamedTuple):
     def uses_ray(self) -> bool:
         """Whether Ray starts the ranks."""
         launcher = self.config.launch.launcher
-        return launcher == "ray" or (launcher == "auto" and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ)
+        return launcher == "ray" or (launcher == "auto" and started_by_job())
 
     @property
     def uses_deepspeed(self) -> bool:

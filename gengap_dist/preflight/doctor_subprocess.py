@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.config.sections import DataConfig
-from gengap_dist.distributed.launchers.base import hard_exit
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.errors import UsageError
 

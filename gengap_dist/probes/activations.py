@@ -1,14 +1,15 @@
 """Captures the activations of layers during a forward pass, without changing the model."""
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from gengap_dist.compat.compiled_model import uncompiled, without_compiled_code
 from gengap_dist.compat.float32_precision import exact_float32
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.layers import Layer
@@ -26,8 +27,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     while True:
         wrapped = isinstance(model, DataParallel | DistributedDataParallel) or _is_engine(model)
-        inner = model.module if wrapped else getattr(model, "_orig_mod", None)  # set by torch.compile
-        if not isinstance(inner, nn.Module):
+        inner: Any = model.module if wrapped else uncompiled(model)
+        if inner is model:
             break
         model = inner
     for name, parameter in model.named_parameters():
@@ -50,8 +51,7 @@ def eval_context(model: nn.Module) -> Iterator[None]:
     devices = {parameter.device for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled; the import takes 2 s
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(without_compiled_code())
         stack.enter_context(exact_float32())
         stack.enter_context(torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]))
         for device_type in {device.type for device in devices} | {"cpu"}:

@@ -195,9 +195,8 @@ def _trial(job: _TrialJob, number: int) -> None:
     """Start a worker group, and execute runs until none is left for it."""
     import ray
 
-    group = WorkerGroup(uuid.uuid4().hex, *job.launches[number], job.run_queue, job.storage, ENTRY_POINT)
+    group = WorkerGroup(uuid.uuid4().hex, *job.launches[number], job.run_queue, job.storage, ENTRY_POINT, job.command)
     os.chdir(job.folder)  # the driver's: settings may contain relative paths
-    sys.orig_argv = [*job.command]
 
     def folder(run: int) -> Path:
         return ray.get(group.queue.run.remote(run))[1]

@@ -5,12 +5,11 @@ outcome, so trials may run concurrently and in any order, and an interrupted sea
 """
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.config.study import TuneSection
+from gengap_dist.config.study import Space, TuneSection
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.schema import ACCURACY, MetricDescription
 
@@ -36,29 +35,25 @@ def points(tune: TuneSection) -> list[Point]:
     >>> sorted(point["optim.momentum"] for point in points(tune))
     [0.5, 0.5, 0.9, 0.9]
     """
-    import optuna  # slow, and only this function needs it
+    from scipy.stats import qmc  # takes more than a second, and only this function needs it
 
-    space = {
-        name: optuna.distributions.FloatDistribution(0.0, len(entry.values))
-        if entry.low is None or entry.high is None
-        else optuna.distributions.FloatDistribution(entry.low, entry.high, log=entry.log)
-        for name, entry in tune.space.items()
-    }
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        search = optuna.create_study(sampler=optuna.samplers.QMCSampler(scramble=True, seed=tune.seed))
-    # the sampler takes the space from a finished trial; without one it would draw at random
-    corner = {name: distribution.low for name, distribution in space.items()}
-    search.add_trial(optuna.create_trial(params=corner, distributions={**space}, value=0.0))
-    drawn = [search.ask({**space}).params for _ in range(tune.trials)]
-    return [{name: _value(tune, name, x) for name, x in point.items()} for point in drawn]
+    # `rng=` would give other points than those of studies that exist
+    unit_cube = qmc.Sobol(len(tune.space), scramble=True, seed=tune.seed)  # pyright: ignore[reportCallIssue]
+    drawn = unit_cube.random_base2((tune.trials - 1).bit_length())[: tune.trials]  # [trials, settings], in [0, 1)
+    return [{name: _value(tune.space[name], u) for name, u in zip(tune.space, row, strict=True)} for row in drawn]
 
 
-def _value(tune: TuneSection, name: str, drawn: float) -> Any:
-    """The drawn number with four digits, or for a list of values the entry at that position."""
-    values = tune.space[name].values
-    return values[min(int(drawn), len(values) - 1)] if values else float(f"{drawn:.4g}")
+def _value(space: Space, u: float) -> Any:
+    """The setting at u in [0, 1) of its space: a number with four digits, or one of the listed values.
+
+    >>> [_value(each, 0.5) for each in (Space(low=1, high=2), Space(low=0.01, high=1, log=True), Space(values=(3, 4)))]
+    [1.5, 0.1, 4]
+    """
+    low, high = space.low, space.high
+    if low is None or high is None:
+        return space.values[int(u * len(space.values))]
+    number = low * (high / low) ** u if space.log else low + (high - low) * u
+    return float(f"{number:.4g}")
 
 
 def read_trial(point: Point, folder: Path) -> Trial:

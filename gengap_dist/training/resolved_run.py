@@ -14,6 +14,7 @@ from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Preprocess
 from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
 from gengap_dist.distributed.process_group import World
+from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.parallel.execution import check_compiler, keep_freed_memory
 from gengap_dist.training.algorithms.base import batch_plan_for
 from gengap_dist.training.autotune.memory_format import resolve_memory_format
@@ -55,7 +56,7 @@ class ResolvedRun:
     """What run.json says about the data and about the choices made here."""
 
 
-def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress) -> ResolvedRun:
+def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, context: RuntimeContext) -> ResolvedRun:
     """Check a run, load its data, build its network, and decide everything that is `auto`. Collective.
 
     Raises:
@@ -67,7 +68,7 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress) 
         check_compiler(world.device.type)
     if world.device.type == "cpu":
         keep_freed_memory()
-    loaded = load_data(config, world, progress)
+    loaded: datasets.Splits = context.data.get(config.data, lambda: load_data(config, world, progress))
     splits = datasets.place_splits(loaded, config.data, world.device)
     size_schedule = batch_size_schedule(config)
     sampler = EpochSampler(len(splits.train), config.batch.global_size, config.seed, size_schedule=size_schedule)

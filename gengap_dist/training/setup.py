@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gengap_dist import models
-from gengap_dist.config.sections import DataConfig, RunConfig
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Preprocess
 from gengap_dist.data.sampler import seeded_rng
@@ -80,25 +80,17 @@ def check_shared(out: Path, world: World) -> None:
         )
 
 
-_LOADED: dict[DataConfig, datasets.Splits] = {}  # the last data set, shared by the runs of a study
-
-
 def load_data(config: RunConfig, world: World, progress: Progress) -> datasets.Splits:
-    """The data of a run; the last data set is cached, because the runs of a study share it."""
+    """The data of a run; with data.download, one rank of each node downloads the files first."""
 
     def report(label: str, done: int, total: int) -> None:
         progress(0, 0, f"{label} {done:,}/{total:,}")
 
-    if config.data in _LOADED:
-        return _LOADED[config.data]
-    _LOADED.clear()
-    local_rank = rank_environment()[1]
-    if config.data.download and local_rank == 0:
-        datasets.load(config.data, report)  # one rank per node downloads the files
+    if config.data.download and rank_environment()[1] == 0:
+        datasets.load(config.data, report)
     if config.data.download:
         world.barrier()
-    _LOADED[config.data] = datasets.load(config.data, report)
-    return _LOADED[config.data]
+    return datasets.load(config.data, report)
 
 
 def build_model(config: RunConfig, splits: datasets.Splits, task: Task, world: World) -> nn.Module:

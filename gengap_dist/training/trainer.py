@@ -21,6 +21,7 @@ from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.distributed.phase_timer import PHASES
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.distributed.process_group import World, init_process_group
+from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.distributed.stall_detector import detecting_stalls
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import average_buffers, frozen_running_stats
@@ -63,7 +64,7 @@ def run(
     world: World | None = None,
     progress: Progress = lambda done, total, note: None,
     preemption_requested: Callable[[], bool] = lambda: False,
-    launcher: str = "local",
+    context: RuntimeContext | None = None,
 ) -> dict[str, Any]:
     """Train, measure and record; returns the result of run.json, the same on every rank. Collective.
 
@@ -74,13 +75,14 @@ def run(
         world: the ranks; None: initialise the process group from the environment.
         progress: called on every rank after every step.
         preemption_requested: called between steps; if it returns True on any rank, all ranks save and stop.
-        launcher: name of the launcher, for run.json.
+        context: the process, if it executes more than this run.
 
     Raises:
         UsageError: if the config does not match the data, the model or the machine.
         OutOfMemory: if the run does not fit in GPU memory.
         Preempted: after preemption was requested on a rank; the run can be resumed.
     """
+    context = context or RuntimeContext()
     world = world or init_process_group(config.launch.device, config.launch.timeout_seconds)
     world = with_profiler_clock(world) if config.profile else world
     float32 = training_float32(world.device, tf32=config.train.tf32)
@@ -97,7 +99,7 @@ def run(
             prepare_folder(out, "run.json", resume=True)
         check_shared(out, world)
         recorder = RunRecorder(out) if world.rank == 0 else NullRecorder()
-        trainer = Trainer(resolve_run(config, out, world, progress), world, recorder, progress, launcher)
+        trainer = Trainer(resolve_run(config, out, world, progress, context), world, recorder, progress, context)
         trainer.start(resume=bool(world.broadcast_int(resume)))  # a node that joins late may have another value
         try:
             with sampling_system_metrics(config, out, world):
@@ -122,12 +124,12 @@ class Trainer:
     """Trains one run on this rank, together with the other ranks."""
 
     def __init__(
-        self, resolved: ResolvedRun, world: World, recorder: NullRecorder, progress: Progress, launcher: str
+        self, resolved: ResolvedRun, world: World, recorder: NullRecorder, progress: Progress, context: RuntimeContext
     ) -> None:
-        """A trainer that has done no step; `launcher` is named in run.json."""
+        """A trainer that has done no step."""
         config, out = resolved.config, resolved.out
         self.resolved, self.config, self.world = resolved, config, world
-        self.recorder, self.progress, self.launcher = recorder, progress, launcher
+        self.recorder, self.progress, self.context = recorder, progress, context
         self.sampler, self.schedule = resolved.sampler, resolved.schedule
         self.task = resolved.task
         self.batches = BatchLoader(resolved.splits.train, resolved.preprocess, config.data, config.seed)
@@ -206,7 +208,8 @@ class Trainer:
         return {
             "world_size": self.world.size,
             "device": str(self.world.device.type),
-            "launcher": self.launcher,
+            "launcher": self.context.launcher,
+            "command": [*self.context.command],
             "launch_id": os.environ.get("TORCHELASTIC_RUN_ID"),
             "strategy": self.resolved.strategy,
             "steps_per_epoch": self.sampler.steps_per_epoch,
@@ -380,7 +383,11 @@ class Trainer:
                 "scaler": self.strategy.scaler.state_dict(),
                 "seconds": self.recorder.seconds(),
             }
-            info = {"world_size": self.world.size, "strategy": self.resolved.strategy, "launcher": self.launcher}
+            info = {
+                "world_size": self.world.size,
+                "strategy": self.resolved.strategy,
+                "launcher": self.context.launcher,
+            }
             with self.algorithm.unsharded_model() as model:
                 self.checkpoints.save(self.state.step, {"model": model.state_dict(), **states}, info, wait=wait)
 

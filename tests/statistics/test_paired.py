@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from gengap_dist.statistics.paired import paired
+from gengap_dist.statistics.paired import paired, t_interval
 
 accuracies = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=6)
 
@@ -20,6 +20,17 @@ def test_intervals_hold_the_mean_and_t_is_scipys(pairs):
     if differences.std() > 1e-6:
         expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
         assert result.student == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("num", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (21, 2.086), (31, 2.042), (121, 1.980)]
+)
+def test_the_t_interval_has_the_quantiles_of_printed_tables(num, quantile):
+    """Two-sided 95%, n - 1 degrees of freedom: Fisher & Yates 1963, table III."""
+    values = np.arange(num, dtype=float)
+    low, high = t_interval(values)
+    standard_error = (num * (num + 1) / 12 / num) ** 0.5  # of 0 .. n-1, whose variance is n (n + 1) / 12
+    assert (high - low) / 2 / standard_error == pytest.approx(quantile, abs=5e-4)
 
 
 def test_pairs_are_seeds_that_both_have():

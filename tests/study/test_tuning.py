@@ -32,6 +32,28 @@ def test_points_are_fixed_by_the_section_and_fill_the_space():
     assert sorted(int(8 * (point["optim.momentum"] - 0.5) / 0.48) for point in found) == [*range(8)]
 
 
+def test_points_are_those_of_studies_that_were_tuned_before():
+    """The printed numbers are what Optuna 5.0 drew for these settings; an interrupted study has some of its trials."""
+    found = tuning.points(section(trials=6, space=SPACE | {"algorithm.sam_rho": {"values": [None, 0.05, 0.1]}}))
+    assert [tuple(point.values()) for point in found] == [
+        (0.1319, 0.8099, 0.1),
+        (0.007807, 0.59, None),
+        (0.02939, 0.9431, 0.1),
+        (0.2084, 0.727, 0.05),
+        (0.3375, 0.8945, None),
+        (0.01795, 0.6334, 0.1),
+    ]
+
+
+@pytest.mark.parametrize("seed", [5, 77])
+def test_every_box_of_one_sixteenth_of_the_square_has_one_of_16_points(seed):
+    """What makes the first two dimensions of a Sobol sequence a (0, 4, 2) net, for boxes of every shape."""
+    space = {"optim.lr": {"low": 0.0, "high": 16.0}, "optim.momentum": {"low": 0.0, "high": 16.0}}
+    found = [(point["optim.lr"], point["optim.momentum"]) for point in tuning.points(section(seed=seed, space=space))]
+    for width in (1, 2, 4, 8, 16):
+        assert len({(x // width, y // (16 / width)) for x, y in found}) == 16
+
+
 def test_values_are_tried_equally_often():
     found = tuning.points(section(trials=8, space={"algorithm.sam_rho": {"values": [None, 0.05]}}))
     assert sorted(str(point["algorithm.sam_rho"]) for point in found) == ["0.05"] * 4 + ["None"] * 4

@@ -14,6 +14,7 @@ import pytest
 from gengap_dist.cli.train import command as train_command
 from gengap_dist.cli.upload import COMPUTED
 from gengap_dist.distributed.launchers.local import free_port
+from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
 from gengap_dist.tracking.mlflow.process import sync_now
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader
@@ -168,7 +169,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     assert found.info.status == "KILLED"
     assert found.data.tags["launcher"] == "local"
     monkeypatch.setattr(run_module.Trainer, "result", original)
-    run_module.run(config(**SMALL), out, resume=True, launcher="torchrun")
+    run_module.run(config(**SMALL), out, resume=True, context=RuntimeContext("torchrun"))
     MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)
     assert state(out)["run_id"] == first
     found = MlflowClient(uri).get_run(first)

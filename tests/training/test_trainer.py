@@ -14,8 +14,10 @@ from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Preprocess
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
+from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import load_spectra, read_info, read_metrics
+from gengap_dist.training.trainer import run
 from tests.conftest import config, cut_after, train, weights
 
 SMALL = {
@@ -73,6 +75,16 @@ def test_spectra_on_disk_give_the_metrics(whole):
     assert facts["num_samples"] == 100
     assert line["near_rank_loss/fc2/abs_1e-2"] == pytest.approx(float((values < 1e-2).mean()))
     assert line["sigma_max/fc2"] == values[0]
+
+
+def test_the_runs_of_a_process_share_their_data_and_its_name(tmp_path):
+    context, loaded = RuntimeContext("a launcher", ["a", "command"]), []
+    for name in ("one", "other"):
+        run(config(**SMALL, seed=len(name)), tmp_path / name, context=context)
+        info = read_info(tmp_path / name)
+        assert (info["launcher"], info["command"]) == ("a launcher", ["a", "command"])
+        loaded.append(context.data.get(config(**SMALL).data, lambda: None))
+    assert loaded[0] is loaded[1] is not None
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(whole, tmp_path):

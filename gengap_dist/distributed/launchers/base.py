@@ -2,12 +2,11 @@
 
 import importlib
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Never, Self
+from typing import Any, Self
 
 from gengap_dist.config.sections import RunConfig
 
@@ -18,17 +17,6 @@ Progress = Callable[[int, int, str], None]
 def started_externally() -> bool:
     """Whether torchrun or the deepspeed launcher has started this process as one of several ranks."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
-
-
-def hard_exit(code: int) -> Never:
-    """End a rank's process by os._exit, without Python's teardown.
-
-    gloo's threads may still run during teardown: about one exit in 25 then ends in std::terminate (SIGABRT), and a
-    complete run fails (torch 2.15; see docs/adr/0075-ranks-end-by-os-exit.md). All files must be on disk before.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 class RankFailed(RuntimeError):

@@ -2,18 +2,21 @@
 
 import os
 import socket
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, final
 
 from gengap_dist.compat.fast_imports import fast_imports
+from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, hard_exit, load_entry_point
+from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, load_entry_point
 from gengap_dist.distributed.preemption import Preempted, PreemptionFlag, catching_signals
+from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.errors import OutOfMemory, UsageError
 
 PROGRESS_SECONDS = 0.1  # between two progress messages of rank 0
@@ -67,7 +70,10 @@ class LocalLauncher(Launcher):
             parent_pipe, rank_pipe = context.Pipe()
             env = rank_variables(rank, self.num_processes, port)
             process = context.Process(
-                target=_rank_main, args=(rank_pipe, env, self.entry_point), name=f"rank{rank}", daemon=True
+                target=_rank_main,
+                args=(rank_pipe, env, self.entry_point, sys.orig_argv),
+                name=f"rank{rank}",
+                daemon=True,
             )
             with _environment_variables(threads_per_rank(self.num_processes)):
                 process.start()
@@ -157,8 +163,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank_main(pipe: Connection, env: dict[str, str], entry_point: str) -> None:
-    """The main function of a rank: execute runs from the pipe until it receives None."""
+def _rank_main(pipe: Connection, env: dict[str, str], entry_point: str, command: Sequence[str]) -> None:
+    """The main function of a rank: execute runs from the pipe until it receives None; `command` is for run.json."""
     import signal
     import warnings
 
@@ -173,7 +179,7 @@ def _rank_main(pipe: Connection, env: dict[str, str], entry_point: str) -> None:
 
         run = load_entry_point(entry_point)
 
-    last_sent = 0.0
+    context, last_sent = RuntimeContext(command=command), 0.0
 
     def progress(done: int, total: int, note: str) -> None:
         nonlocal last_sent
@@ -185,7 +191,8 @@ def _rank_main(pipe: Connection, env: dict[str, str], entry_point: str) -> None:
         while (job := pipe.recv()) is not None:
             config, out, resume = job
             try:
-                pipe.send(("result", run(config, out, resume=resume, progress=progress, preemption_requested=flag)))
+                result = run(config, out, resume=resume, progress=progress, preemption_requested=flag, context=context)
+                pipe.send(("result", result))
             except Preempted as error:
                 pipe.send(("preempted", error.step))
             except OutOfMemory as error:

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,26 +22,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Never, final
 
+from gengap_dist.compat.ray_connection import connects
+from gengap_dist.compat.ray_failures import killed_ranks
+from gengap_dist.compat.ray_job import started_by_job
 from gengap_dist.config.sections import LaunchConfig, RunConfig
 from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, load_entry_point
 from gengap_dist.distributed.preemption import Preempted, PreemptionFlag
+from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.errors import OutOfMemory, UsageError
 
 CONNECT_TIMEOUT_SECONDS = 12.0  # for a cluster to answer
 POLL_SECONDS = 0.5  # between two progress messages of rank 0, and between two polls of the driver
 WARNING_SECONDS = 60.0  # between two warnings that no rank has started yet
 PREEMPTION_SECONDS = 5.0  # between two polls for a preemption notice; Ray itself polls as often
-
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, only for the process it starts
-_NO_CLUSTER = 3  # exit code of _CONNECT_SCRIPT if "auto" finds no cluster
-_CONNECT_SCRIPT = f"""
-import sys, ray
-try:
-    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
-except ConnectionError as error:
-    print(error, file=sys.stderr)
-    sys.exit({_NO_CLUSTER} if sys.argv[1] == "auto" and "find any running" in str(error) else 1)
-"""
 
 Message = tuple[str, Any]
 """started: world size; progress: run, step, steps, note; result: run, its result; usage: a sentence; failed: rank,
@@ -61,7 +53,7 @@ def uses_ray(config: LaunchConfig) -> bool:
             "launch.launcher (ray) starts ranks itself, but torchrun has already started some: start the command "
             "without torchrun, or choose launch.launcher=auto"
         )
-    submitted = JOB_VARIABLE in os.environ and "RAY_ADDRESS" in os.environ
+    submitted = started_by_job() and "RAY_ADDRESS" in os.environ
     return config.launcher == "ray" or (config.launcher == "auto" and submitted and not under_torchrun)
 
 
@@ -154,8 +146,6 @@ def _warn(text: str) -> None:
 def check_address(address: str) -> bool:
     """Whether a Ray cluster answers at an address; False if the address is "auto" and this machine runs none.
 
-    A subprocess connects: at an address that does not answer, ray.init blocks for minutes and ignores signals.
-
     Args:
         address: host:port, ray://host:port, or auto (the cluster that `ray start` has started on this machine).
 
@@ -176,20 +166,10 @@ def check_address(address: str) -> bool:
             socket.create_connection((host.strip("[]"), int(port)), timeout=3.0).close()
         except (OSError, OverflowError) as error:
             raise UsageError(f"launch.ray_address ({address}) cannot be reached ({error}): {check}") from None
-    command = [sys.executable, "-c", _CONNECT_SCRIPT, address]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        _, output = process.communicate(timeout=CONNECT_TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        _, output = process.communicate()
-        output = output if "Unauthenticated" in output else f"no answer within {CONNECT_TIMEOUT_SECONDS:g} s"
-    if process.returncode in (0, _NO_CLUSTER):
-        return process.returncode == 0
-    if "Unauthenticated" in output or "AuthenticationError" in output:
-        output = "it requires another authentication token"
-    reason = output.strip().splitlines()[-1][:200] if output.strip() else f"exit code {process.returncode}"
-    raise UsageError(f"launch.ray_address ({address}) does not lead to a Ray cluster ({reason}): {check}")
+    connected, reason = connects(address, CONNECT_TIMEOUT_SECONDS)
+    if reason:
+        raise UsageError(f"launch.ray_address ({address}) does not lead to a Ray cluster ({reason}): {check}")
+    return connected
 
 
 @final
@@ -209,7 +189,9 @@ class RayLauncher(Launcher):
             with sigterm_as_interrupt():
                 queue, results = start_run_queue([(config, out)]), dict[int, Any]()
                 (launch,) = resolve_device([config.launch], alive_nodes())
-                group = WorkerGroup(uuid.uuid4().hex, config.launch, launch, queue, out / "ray", self.entry_point)
+                group = WorkerGroup(
+                    uuid.uuid4().hex, config.launch, launch, queue, out / "ray", self.entry_point, sys.orig_argv
+                )
                 on_progress = lambda number, done, total, note: progress(done, total, note)  # noqa: E731
                 WorkerGroupRun(group, on_progress, results.__setitem__, config.launch.max_failures).wait(may_grow)
                 return results[0]
@@ -251,7 +233,7 @@ def connect_to_cluster(config: LaunchConfig) -> bool:
 
         if ray.is_initialized():  # the runs of a study share one connection
             return False
-    if address != "local" and JOB_VARIABLE not in os.environ and not check_address(address):
+    if address != "local" and not started_by_job() and not check_address(address):
         address = "local"
     if address == "local":
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # before the import: Ray uses loopback only
@@ -362,6 +344,8 @@ class WorkerGroup(NamedTuple):
     """Folder for Ray Train's own files, which are not needed afterwards."""
     entry_point: str
     """The function that every rank calls for a run, as `module:function`."""
+    command: Sequence[str]
+    """The driver's command line, for run.json."""
 
 
 class WorkerGroupRun:
@@ -391,7 +375,6 @@ class WorkerGroupRun:
             "max_failures": max_failures,
             "num_threads": max(1, int(resources_per_rank(group.resolved)["CPU"])),
             "folder": Path.cwd(),
-            "command": sys.orig_argv,
         }
         self._failures: list[Message] = []  # since the latest start of the ranks
         self._num_starts, self._size = 0, 0
@@ -505,9 +488,7 @@ def _fit(job: dict[str, Any]) -> tuple[dict[int, str], str] | None:
     try:
         _trainer(job).fit()
     except Exception as error:
-        failures = sorted(getattr(error, "worker_failures", {}).items())
-        dead = [(rank, cause) for rank, cause in failures if type(cause).__name__ == "WorkerHealthCheckFailedError"]
-        return {rank: " ".join(str(cause).split()) for rank, cause in dead}, str(error)
+        return killed_ranks(error), str(error)
 
 
 def _trainer(job: dict[str, Any]) -> Any:
@@ -553,14 +534,14 @@ def _rank_main(job: dict[str, Any]) -> None:
 
     from gengap_dist.distributed.process_group import init_process_group
 
-    name, launch, resolved, queue, _, entry_point = job["group"]
-    run = load_entry_point(entry_point)
+    group: WorkerGroup = job["group"]
+    name, launch, resolved, queue = group.name, group.launch, group.resolved, group.queue
+    run, context = load_entry_point(group.entry_point), RuntimeContext("ray", group.command)
     rank = int(os.environ["RANK"])
     if rank != 0:
         warnings.simplefilter("ignore")  # rank 0 shows them
     if job["folder"].is_dir():
         os.chdir(job["folder"])  # the driver's: git and modules there are found; Ray's own folder is empty
-    sys.orig_argv = job["command"]  # shown in run.json
     torch.set_num_threads(job["num_threads"])  # the reserved CPUs; Ray itself sets 1
     number, last_sent = -1, 0.0
 
@@ -582,7 +563,7 @@ def _rank_main(job: dict[str, Any]) -> None:
             # the same process group, with a new phase timer for each run
             fresh = init_process_group(resolved.device, resolved.timeout_seconds)
             result = run(
-                config, out, resume=True, world=fresh, progress=progress, preemption_requested=flag, launcher="ray"
+                config, out, resume=True, world=fresh, progress=progress, preemption_requested=flag, context=context
             )
             if rank == 0:
                 publish("result", (number, result))

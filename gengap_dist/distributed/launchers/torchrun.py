@@ -7,6 +7,7 @@ from typing import Any, final
 from gengap_dist.config.sections import LaunchConfig, RunConfig
 from gengap_dist.distributed.launchers.base import Launcher, Progress, load_entry_point, started_externally
 from gengap_dist.distributed.preemption import catching_signals
+from gengap_dist.distributed.runtime_context import RuntimeContext
 
 
 def uses_torchrun(config: LaunchConfig) -> bool:
@@ -29,6 +30,11 @@ def restarted() -> bool:
 class TorchrunLauncher(Launcher):
     """Runs on this process, which is already a rank. Collective: every rank makes the same calls."""
 
+    def __init__(self, entry_point: str) -> None:
+        """See `Launcher`."""
+        super().__init__(entry_point)
+        self.context = RuntimeContext("torchrun")
+
     @staticmethod
     def is_first() -> bool:
         """Whether this is rank 0."""
@@ -38,7 +44,7 @@ class TorchrunLauncher(Launcher):
         """See `Launcher.run`; returns this rank's result, and exceptions are passed on unchanged."""
         run = load_entry_point(self.entry_point)  # imports torch, which --help does not need
         with catching_signals() as flag:
-            return run(config, out, resume=resume, progress=progress, preemption_requested=flag, launcher="torchrun")
+            return run(config, out, resume=resume, progress=progress, preemption_requested=flag, context=self.context)
 
     def close(self, *, kill: bool = False) -> None:
         """Destroy the process group."""

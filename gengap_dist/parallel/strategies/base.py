@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from gengap_dist.compat.change_count import change_count
+from gengap_dist.compat.sgd_first_step import init_momentum
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import GhostBatchNorm, SyncBatchNorm
@@ -61,16 +63,10 @@ class Strategy(ABC):
         self.net = compiled(model) if train.compile else model
         """Called in training: the model, or its compiled form with the same parameters."""
         if self.scaler.is_enabled() and isinstance(self.optimizer, torch.optim.SGD):
-            self._init_momentum()
+            init_momentum(self.optimizer)
         self.position = position_of(model)
         self._ghost_norms = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
         self.has_sync_bn = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in model.modules())
-
-    def _init_momentum(self) -> None:
-        """Momentum buffers of zeros: torch's fused SGD (2.15) reads uninitialized memory if it skips its first step."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"] if group["momentum"] else []:
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def begin_step(self, global_size: int) -> None:
         """Set this step's number of samples in ghost batch norm layers. On every rank, also one without samples."""
@@ -185,10 +181,10 @@ class Strategy(ABC):
 @contextmanager
 def _for_reading(model: nn.Module) -> Iterator[nn.Module]:
     """Context with `model`, whose parameters must not change. (A user's network may count its passes in a buffer.)"""
-    before = [parameter._version for parameter in model.parameters()]  # the number of its changes in place
+    before = [change_count(parameter) for parameter in model.parameters()]
     yield model
     named = zip(model.named_parameters(), before, strict=True)
-    if changed := [name for (name, parameter), version in named if parameter._version != version]:
+    if changed := [name for (name, parameter), count in named if change_count(parameter) != count]:
         raise RuntimeError(f"parameter {changed[0]} was changed in `unsharded_model`, which is for reading")
 
 

@@ -1,6 +1,5 @@
 """Several ranks, each with the whole model: torch's DistributedDataParallel, exact for uneven shards."""
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast, final
 
@@ -9,13 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gengap_dist.compat.ddp_buffers import no_buffer_sync
 from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.strategies.base import BuildOptimizer, Strategy
-
-# Running statistics are averaged before evaluation instead of copied from rank 0 in every forward pass; the name of
-# torch's parameter depends on its version.
-_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 @final
@@ -29,9 +24,9 @@ class DDP(Strategy):
         super().setup(model, build)
         # DDP wraps the compiled model, not the reverse: torch then splits the graph where a bucket of gradients is
         # full, and the communication hook stays plain Python.
-        self._ddp = DistributedDataParallel(
-            cast("nn.Module", self.net), gradient_as_bucket_view=True, **_NO_BUFFER_SYNC
-        )
+        # Running statistics are averaged before evaluation instead of copied from rank 0 in every forward pass.
+        options: dict[str, Any] = {"gradient_as_bucket_view": True} | no_buffer_sync()
+        self._ddp = DistributedDataParallel(cast("nn.Module", self.net), **options)
         self._ddp.register_comm_hook(None, self._all_reduce_bucket)
         self._bucket_squared_norms: list[Tensor] = []  # of the buckets reduced in this micro-step
 

@@ -7,19 +7,16 @@ layout. A `ParameterShard` maps a range of a parameter to a range of a flat vect
 gathered and loaded by parameter name, for any number of ranks.
 """
 
-import logging
-import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from gengap_dist.compat.deepspeed_fragments import fragment
+from gengap_dist.compat.deepspeed_start import errors_only, import_deepspeed, join_process_group
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World, ensure_process_group
@@ -60,10 +57,10 @@ class DeepSpeedZero(Strategy):
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """See `Strategy.setup`. Collective."""
         ensure_process_group(self.world, self.config.launch.timeout_seconds)
-        _use_process_group(self._deepspeed, self.world.device, self.config.launch.timeout_seconds)
+        join_process_group(self._deepspeed, self.world.device.type, self.config.launch.timeout_seconds)
         self._unsharded_copy = UnshardedCopy(model, self.world.device) if self.stage == 3 else None
         super().setup(model, build)
-        with _errors_only():
+        with errors_only():
             self._engine, *_ = self._deepspeed.initialize(
                 model=_AutocastModule(model, super()._autocast), optimizer=self.optimizer, config=self._engine_config()
             )
@@ -158,10 +155,8 @@ class DeepSpeedZero(Strategy):
                 yield name, local.ds_shape, _stage3_shard(local, flat, offset, self.world.rank)
                 continue
             shard = None
-            if mapping := local._hp_mapping:
-                in_parameter, in_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-                flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-                shard = ParameterShard(flat, in_flat.start, in_parameter.start, in_parameter.numel)
+            if part := fragment(parameter):
+                shard = ParameterShard(zero.single_partition_of_fp32_groups[part.group], *part[1:])
             yield name, parameter.shape, shard
 
     def _gather(self, shard: ParameterShard | None, values: Tensor, shape: torch.Size) -> Tensor:
@@ -233,10 +228,8 @@ def _import(strategy: str, device: torch.device) -> Any:
     Raises:
         UsageError: if it is missing or broken.
     """
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     try:
-        import deepspeed
+        return import_deepspeed(device.type)
     except ImportError as error:
         missing = error.name == "deepspeed"
         raise UsageError(
@@ -244,35 +237,3 @@ def _import(strategy: str, device: torch.device) -> Any:
             + ("" if missing else f", which cannot be imported ({error})")
             + ': pip install "gengap_dist[deepspeed]", or choose ddp or fsdp'
         ) from None
-    return deepspeed
-
-
-def _use_process_group(deepspeed: Any, device: torch.device, timeout_seconds: int) -> None:
-    """Make DeepSpeed use our process group and timeout, without compiling ops. Collective.
-
-    On a CPU it would first compile an op with g++ and ninja for a minute; only inference uses that op.
-    """
-    from deepspeed.utils import groups
-
-    if deepspeed.comm.is_initialized():
-        return
-    compatible_ops = deepspeed.ops.__dict__.pop("__compatible_ops__", None)
-    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
-    with _errors_only():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    del deepspeed.ops.__compatible_ops__
-    if compatible_ops is not None:
-        deepspeed.ops.__compatible_ops__ = compatible_ops
-    groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=timeout_seconds))
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Context in which DeepSpeed logs errors only: its warnings are about intended settings."""
-    logger = logging.getLogger("DeepSpeed")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

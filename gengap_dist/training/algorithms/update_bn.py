@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from gengap_dist.compat.batch_norm_base import BatchNormBase
 from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
@@ -37,7 +37,7 @@ def recompute_running_stats(
         block_size: samples per block; None: EVAL_BLOCK, or all if there are fewer.
         max_samples: maximum number of samples; None: MAX_SAMPLES.
     """
-    batch_norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    batch_norms = [module for module in model.modules() if isinstance(module, BatchNormBase)]
     layers = [layer for layer in batch_norms if layer.track_running_stats]
     if not layers:
         return

@@ -6,7 +6,6 @@ times come from steps with it. All times are in milliseconds.
 
 import gc
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, cast, final
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from gengap_dist.compat.quiet_kineto import start_quietly
 from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.phase_timer import PhaseTimer
@@ -30,7 +30,6 @@ from gengap_dist.training.profiler.summary import PARTS, ProfileSetting, RankPro
 FOLDER, SUMMARY = "profile", "summary.txt"
 COMPUTE_PARTS = ("forward", "backward", "optimizer")  # PhaseTimer counts these as compute
 MAX_PASSES = 16  # maximum number in a trace, but at least one step: events are read one by one
-QUIET_LOG_LEVEL = "99"  # kineto's log level without messages about start, stop or a missing GPU
 
 
 class Window(NamedTuple):
@@ -203,13 +202,12 @@ class Profile(NoProfile):
 
     def _start_profiler(self) -> None:
         with self.clock.paused():
-            os.environ.setdefault("KINETO_LOG_LEVEL", QUIET_LOG_LEVEL)
             on_gpu = self.world.device.type == "cuda"
             self._profiler = profile(
                 activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
                 acc_events=True,  # there is one cycle: avoids torch's warning about earlier cycles
             )
-            self._profiler.start()
+            start_quietly(self._profiler)
         self.clock.tracing = True
 
     def end(self) -> float:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gengap_dist.cli.train import command as train_command
+from gengap_dist.compat.ray_job import JOB_VARIABLE
 from gengap_dist.config.sections import LaunchConfig, RunConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.launchers import ray
@@ -210,7 +211,7 @@ def test_what_is_no_address_is_refused(address):
 
 
 def test_who_asks_a_ray_cluster(monkeypatch):
-    for name in (ray.JOB_VARIABLE, "RAY_ADDRESS", "TORCHELASTIC_RUN_ID"):
+    for name in (JOB_VARIABLE, "RAY_ADDRESS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     auto, on_ray, local = (LaunchConfig(launcher=name) for name in ("auto", "ray", "local"))
     kind = lambda config: type(launchers.choose(config, many_runs=False, entry_point=ENTRY_POINT)).__name__  # noqa: E731
@@ -220,7 +221,7 @@ def test_who_asks_a_ray_cluster(monkeypatch):
         "RayLauncher",
         "InProcessLauncher",
     ]
-    monkeypatch.setenv(ray.JOB_VARIABLE, "{}")
+    monkeypatch.setenv(JOB_VARIABLE, "{}")
     assert [kind(config) for config in (auto, on_ray, local)] == ["RayLauncher", "RayLauncher", "InProcessLauncher"]
     assert launchers.is_driver(auto)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")

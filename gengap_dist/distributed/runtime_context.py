@@ -1,0 +1,46 @@
+"""What a process keeps from run to run, and what it was started as; in place of state of modules.
+
+The main function of a process creates the context, and it is passed down to whoever needs it. A study's ranks execute
+many runs with one context.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, final
+
+Value = TypeVar("Value")
+
+
+@final
+class LastValue(Generic[Value]):
+    """Keeps one value, made for the key of the last call: the runs of a study share a data set, but memory holds one.
+
+    >>> squares = LastValue[int]()
+    >>> squares.get(3, lambda: 9), squares.get(3, lambda: 0), squares.get(4, lambda: 16), squares.get(3, lambda: 0)
+    (9, 9, 16, 0)
+    """
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        self._kept: tuple[object, Value] | None = None
+
+    def get(self, key: object, make: Callable[[], Value]) -> Value:
+        """The kept value if it was made for an equal key; else forget it, and keep what `make` returns."""
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # its memory is needed for the next one
+            self._kept = key, make()
+        return self._kept[1]
+
+
+@final
+@dataclass(frozen=True)
+class RuntimeContext:
+    """A process that executes runs."""
+
+    launcher: str = "local"
+    """Name of the launcher of the ranks, for run.json."""
+    command: Sequence[str] = field(default_factory=lambda: [*sys.orig_argv])
+    """Command line that started the runs, for run.json; on ranks of other machines, that of the driver."""
+    data: LastValue[Any] = field(default_factory=LastValue)
+    """The last data set, by its settings."""

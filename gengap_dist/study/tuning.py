@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from gengap_dist.config.study import TuneSection
 from gengap_dist.runs import run_folder
+from gengap_dist.runs.schema import RunStatus
 
 Point = dict[str, Any]
 """Maps dotted settings to values."""
@@ -61,11 +62,13 @@ def _value(tune: TuneSection, name: str, drawn: float) -> Any:
 
 def read_trial(point: Point, folder: Path) -> Trial:
     """Read a trial from its folder; the status is "" if it has not started."""
-    info = run_folder.read_info(folder) if (folder / "run.json").exists() else {}
-    if info.get("status") != run_folder.FINISHED:
-        return Trial(point, info.get("status", ""))
+    if not (folder / "run.json").exists():
+        return Trial(point, "")
+    info = run_folder.read_info(folder)
+    if info.status != RunStatus.FINISHED:
+        return Trial(point, info.status)
     accuracies = [line["val/accuracy"] for line in run_folder.read_metrics(folder) if "val/accuracy" in line]
-    return Trial(point, run_folder.FINISHED, accuracies[-1], info["result"].get("updates_to_target"))
+    return Trial(point, info.status, accuracies[-1], info.result.get("updates_to_target"))
 
 
 def best(trials: Sequence[Trial], *, to_target: bool) -> Trial | None:
@@ -85,7 +88,7 @@ def best(trials: Sequence[Trial], *, to_target: bool) -> Trial | None:
         updates = trial.updates if to_target and trial.updates is not None else float("inf")
         return -updates, trial.accuracy or 0.0
 
-    return max((trial for trial in trials if trial.status == run_folder.FINISHED), key=score, default=None)
+    return max((trial for trial in trials if trial.status == RunStatus.FINISHED), key=score, default=None)
 
 
 def edges(tune: TuneSection, trials: Sequence[Trial], chosen: Point) -> list[str]:

@@ -12,7 +12,6 @@ from collections import Counter
 import pytest
 
 from gengap_dist.cli.train import command as train_command
-from gengap_dist.cli.upload import COMPUTED
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
 from gengap_dist.tracking.mlflow.process import sync_now
@@ -121,7 +120,7 @@ def test_nothing_is_sent_twice(tmp_path):
     out = tmp_path / "run"
     train(out, **SMALL)
     for _ in range(3):
-        sync_now(out, uri, COMPUTED, NOBODY)
+        sync_now(out, uri, NOBODY)
     assert same(logged(uri, state(out)["run_id"]), recorded(out))
 
 
@@ -131,7 +130,7 @@ def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arr
     uri = f"sqlite:///{tmp_path}/m.db"
     out = tmp_path / "run"
     train(out, **SMALL)
-    mirror = MlflowUploader(out, uri, "e", COMPUTED)
+    mirror = MlflowUploader(out, uri, "e")
     send = mirror.client.log_batch
     requests = 0
 
@@ -147,7 +146,7 @@ def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arr
     with pytest.raises(ConnectionError):
         mirror.sync(closing=True)
     assert state(out)["in_flight"] is not None
-    MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)
+    MlflowUploader(out, uri, "e").sync(closing=True)
     values = logged(uri, state(out)["run_id"])
     assert same(values, recorded(out))
     assert all(count == 1 for points in values.values() for count in Counter(step for step, _ in points).values())
@@ -160,7 +159,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.Trainer, "result", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(out, **SMALL)
-    MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)  # the driver is gone: the run is closed as killed
+    MlflowUploader(out, uri, "e").sync(closing=True)  # the driver is gone: the run is closed as killed
     from mlflow import MlflowClient
 
     first = state(out)["run_id"]
@@ -169,7 +168,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     assert found.data.tags["launcher"] == "local"
     monkeypatch.setattr(run_module.Trainer, "result", original)
     run_module.run(config(**SMALL), out, resume=True, launcher="torchrun")
-    MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)
+    MlflowUploader(out, uri, "e").sync(closing=True)
     assert state(out)["run_id"] == first
     found = MlflowClient(uri).get_run(first)
     assert found.info.status == "FINISHED"
@@ -181,8 +180,7 @@ def test_a_fresh_sqlite_store_survives_several_first_users(tmp_path):
     uri = f"sqlite:///{tmp_path}/fresh.db"
     code = (
         "import sys; from pathlib import Path; from gengap_dist.tracking.mlflow.uploader import MlflowUploader; "
-        "from gengap_dist.cli.upload import COMPUTED; "
-        "MlflowUploader(Path('.'), sys.argv[1], 'e', COMPUTED)"
+        "MlflowUploader(Path('.'), sys.argv[1], 'e')"
     )
     users = [subprocess.Popen([sys.executable, "-c", code, uri]) for _ in range(3)]
     assert [user.wait() for user in users] == [0, 0, 0]

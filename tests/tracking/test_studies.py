@@ -4,6 +4,8 @@ import fcntl
 import json
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from urllib.parse import quote
@@ -29,7 +31,7 @@ from gengap_dist.tracking.mlflow.importer import SourceNames
 from gengap_dist.tracking.mlflow.process import UploaderProcess, sync_now
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
 from tests.browser import NEEDS_CHROMIUM, page, pictures
-from tests.conftest import FULL, thinned
+from tests.conftest import FULL, thinned, train
 from tests.tracking.servers import mlflow_server, postgresql, refusing
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("default")]  # what MLflow warns of is not ours to mend
@@ -68,8 +70,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def study(trained, tmp_path):
-    """A copy without checkpoints, from which a mirror would export a model for each run."""
-    return Path(shutil.copytree(trained, tmp_path / "tiny", ignore=shutil.ignore_patterns("checkpoints")))
+    """A copy without checkpoints and models, which would be sent for each run."""
+    return Path(shutil.copytree(trained, tmp_path / "tiny", ignore=shutil.ignore_patterns("checkpoints", "model")))
 
 
 @pytest.fixture(scope="module")
@@ -299,13 +301,47 @@ def read_config(folder):
     return RunConfig.model_validate(read_info(folder).config)
 
 
-def test_a_model_that_cannot_be_exported_is_no_failure(study, store):
-    run = study / "runs/sb32/seed0"
+class Undecided(torch.nn.Module):
+    """Takes another path for other images, which no graph can say."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.flat, self.linear = torch.nn.Flatten(), torch.nn.Linear(64 * in_channels, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.linear(self.flat(images))
+        return logits if float(logits.sum()) > 0 else logits.relu()
+
+
+def test_a_model_that_cannot_be_exported_is_no_failure(tmp_path, store):
+    run = tmp_path / "run"
+    settings = {"data__image_size": 8, "train__steps": 2, "probe__enabled": False, "mlflow__enabled": True}
+    train(run, model__name="tests.tracking.test_studies:Undecided", **settings)
+    info = read_info(run)
+    assert (info.status, info.model) == ("finished", None)
     mirror = MlflowUploader(run, store, "none")
     mirror.sync(closing=True)
     found = mirror.client.get_run(state(run)["run_id"])
     assert found.info.status == "FINISHED"
-    assert "has no complete checkpoint of its last step" in found.data.tags["model"]
+    assert found.data.tags["model"] == f"not logged: {info.model_error[:400]}"
+    assert not mirror.client.search_logged_models([mirror.experiment])
+
+
+def test_the_uploader_sends_a_model_and_loads_no_torch(trained, study, store):
+    run = study / "runs/sb32/seed0"
+    (run / "model").mkdir()
+    shutil.copyfile(trained / "runs/sb32/seed0/model/model.pt2", run / "model/model.pt2")
+    code = (
+        "import sys; from pathlib import Path; from gengap_dist.tracking.mlflow.process import sync_now; "
+        "sync_now(Path(sys.argv[1]), sys.argv[2], lambda *_: None); print(*{'torch'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, run, store], capture_output=True, text=True, check=True)
+    assert not done.stdout.strip()
+    assert state(run)["model_logged"]
+    other = MlflowUploader(study / "runs/sb32/seed1", store, "lost")
+    other.sync(closing=True)
+    tags = other.client.get_run(state(other.folder)["run_id"]).data.tags
+    assert tags["model"] == "not logged: model/model.pt2 is missing"
 
 
 def test_machines_are_watched_in_the_folder_and_sent_once(study, store):
@@ -345,6 +381,9 @@ def test_half_a_folder_does_not_keep_the_others_back(study, store):
     (study / "runs/lb256-ema/seed1/run.json").write_text('{"status": "fin')
     with (study / "runs/sb32/seed0/metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "val/acc')
+    for path in study.glob("runs/*/mean.jsonl"):
+        path.unlink()
+    assert not update_means(study)
     mirror = MlflowUploader(study, store, "half")
     mirror.sync(closing=True)
     arm = mirror.client.get_run(state(study / "runs/lb256-ema")["run_id"])

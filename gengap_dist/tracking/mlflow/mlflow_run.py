@@ -197,9 +197,10 @@ class MlflowRun:
         """Upload the exported model of a run; without one, a tag says why."""
         if self.state.get("model_logged"):
             return
-        if info.model_error:
-            self.set_tags({"model": f"not logged: {info.model_error[:400]}"})
-        if info.model is None:
+        lost = info.model is not None and not (self.folder / info.model.file).exists()
+        if reason := f"{info.model.file} is missing" if lost else info.model_error:
+            self.set_tags({"model": f"not logged: {reason[:400]}"})
+        if info.model is None or lost:
             return
         from mlflow.entities import LoggedModelOutput
 

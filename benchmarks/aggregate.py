@@ -30,7 +30,8 @@ from gengap_dist.analysis.seed_aggregates import Curves, curves
 from gengap_dist.analysis.study_data import MEASURED_AT, read_study
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.runs.run_folder import FINISHED, RunRecorder, read_info, read_metrics_table
+from gengap_dist.runs.run_folder import RunRecorder, read_info, read_metrics_table, write_info
+from gengap_dist.runs.schema import RunStatus, StudyInfo
 
 LIMIT_SECONDS, LIMIT_MIB = 30, 1024
 
@@ -49,7 +50,7 @@ def make(folder: Path, options: argparse.Namespace) -> None:
         recorder.start(config.model_copy(update={"seed": seed}), {})
         for step, row in enumerate(rng.random((options.points, options.metrics)).tolist()):
             recorder.log(step, step / 10, dict(zip(names, row, strict=True)))
-        recorder.finish(FINISHED, {"num_steps": options.points})
+        recorder.finish(RunStatus.FINISHED, {"num_steps": options.points})
         info = read_info(first)
         for number, arm in enumerate(arms):
             run = folder / "runs" / arm / f"seed{seed}"
@@ -57,11 +58,12 @@ def make(folder: Path, options: argparse.Namespace) -> None:
                 run.mkdir(parents=True)
                 for path in first.glob("metrics.*"):
                     shutil.copyfile(path, run / path.name)
-            info["config"]["batch"]["global_size"] = 64 + number
-            info["result"]["test/accuracy"] = 0.9 - number / 1000 + rng.normal() / 500
-            (run / "run.json").write_text(json.dumps(info))
-    study = {"name": "many", "question": "", "baseline": arms[0], "arms": arms, "seeds": [*range(options.seeds)]}
-    (folder / "study.json").write_text(json.dumps({"schema": 1, "status": FINISHED, **study}))
+            info.config["batch"]["global_size"] = 64 + number
+            info.result["test/accuracy"] = 0.9 - number / 1000 + rng.normal() / 500
+            write_info(run, info)
+    seeds = [*range(options.seeds)]
+    study = StudyInfo(status=RunStatus.FINISHED, name="many", question="", baseline=arms[0], arms=arms, seeds=seeds)
+    write_info(folder, study)
 
 
 def aggregate(folder: Path) -> dict[str, float]:

@@ -72,7 +72,7 @@ def probes(console: Console) -> None:
                 prepare_folder(out, "run.json", resume=False)
                 result = run(validate(RunConfig, nested(settings)), out)
                 measured = sum("nc1" in line for line in read_metrics(out))
-                seconds = read_info(out)["seconds"]
+                seconds = read_info(out).seconds
             console.print(
                 f"{title}, {steps} steps, probe.max_time_fraction={max_time_fraction}: {measured} measurements took "
                 f"{result['probe_seconds']:.2f} of {seconds:.1f} s, {result['probe_seconds'] / seconds:.1%}; "

@@ -1,6 +1,5 @@
 """What tests share: real ranks, real commands, real data where it is there."""
 
-import json
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.launchers import local
 from gengap_dist.distributed.launchers.local import LocalLauncher
 from gengap_dist.runs import checkpoint
-from gengap_dist.runs.run_folder import prepare_folder, read_info
+from gengap_dist.runs.run_folder import prepare_folder, read_info, write_info
 from gengap_dist.training import ENTRY_POINT
 from gengap_dist.training.trainer import run
 from tests.ranks import Crews, Forking, standing
@@ -121,8 +120,7 @@ def cut_after(out: Path, step: int) -> None:
     for later, path in checkpoint.checkpoints_by_step(out / "checkpoints").items():
         if later > step:
             shutil.rmtree(path)
-    info = read_info(out)
-    (out / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    write_info(out, read_info(out).with_fields(status="running"))
 
 
 @pytest.fixture(scope="module")

@@ -85,12 +85,12 @@ def test_torchrun_ranks_killed_at_random_moments(whole, tmp_path):
         assert agent.wait(timeout=600) == 0, (tmp_path / "log").read_text()[-3000:]
     print(f"killed {dict(moments)}")
     check_uninterrupted(killed, whole, f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert 1 <= len(read_info(killed)["resumed"]) <= NUM_KILLS  # one may be killed again before it says so
+    assert 1 <= len(read_info(killed).resumed) <= NUM_KILLS  # one may be killed again before it says so
 
 
 def check_uninterrupted(killed: Path, whole: Path, uri: str) -> None:
     """Bitwise the same weights; every step once in the record and in one MLflow run."""
-    assert read_info(killed)["status"] == "finished"
+    assert read_info(killed).status == "finished"
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(killed)[name]), name
     losses = [(line["step"], line.get("train/loss")) for line in read_metrics(killed)]

@@ -43,7 +43,7 @@ def test_two_ranks_train(tmp_path, script, env):
     done = subprocess.run(command, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     info = read_info(tmp_path / "run")
-    assert (info["status"], info["world_size"]) == ("finished", 2)
+    assert (info.status, info.world_size) == ("finished", 2)
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "train/loss" in line] == [*range(1, 7)]
     assert str(tmp_path / "run") in done.stdout
 

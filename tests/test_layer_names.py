@@ -13,11 +13,11 @@ from gengap_dist.analysis.group_runs import gather
 from gengap_dist.analysis.report.html import write_report
 from gengap_dist.analysis.study_data import comparison_run, read_study
 from gengap_dist.cli.terminal import layer_table
-from gengap_dist.cli.upload import COMPUTED
 from gengap_dist.config.loading import validate
 from gengap_dist.config.metric_key import LayerKey, MetricKey, layer_metric
 from gengap_dist.config.study import StudyConfig
-from gengap_dist.runs.run_folder import FINISHED, load_spectra, read_metrics
+from gengap_dist.runs.run_folder import load_spectra, read_metrics
+from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study import runner
 from gengap_dist.study.run_matrix import StudyCallback
 from gengap_dist.tracking.mlflow.importer import SourceNames
@@ -71,10 +71,10 @@ def test_layers_with_odd_names_are_measured_compared_reported_and_read_back(tmp_
     out.mkdir()
     runner.prepare(study, out, pytest.fail)
     runner.run_study(study, out, StudyCallback(), driver=True)
-    runner.conclude(out, FINISHED, {}, [])
+    runner.conclude(out, RunStatus.FINISHED, {}, [])
 
     here = read_study(out)
-    assert [run.info["status"] for run in here.runs] == [FINISHED] * 2
+    assert [run.info["status"] for run in here.runs] == [RunStatus.FINISHED] * 2
     compared = {run.folder: comparison_run(run, ()) for run in here.runs}
     for run in here.runs:
         for probe_set, measures in (("", compared[run.folder].measures), ("own_batch", compared[run.folder].own_batch)):
@@ -97,7 +97,7 @@ def test_layers_with_odd_names_are_measured_compared_reported_and_read_back(tmp_
     assert "a%2Fb@größe" in page.read_text()
 
     uri = f"sqlite:///{tmp_path}/m.db"
-    uploader = MlflowUploader(out, uri, "odd", COMPUTED)
+    uploader = MlflowUploader(out, uri, "odd")
     uploader.sync(closing=True)
     for run in here.runs:
         sent = uploader.client.get_run(json.loads((run.folder / "mlflow.json").read_text())["run_id"]).data.metrics

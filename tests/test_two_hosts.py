@@ -178,7 +178,7 @@ def torchrun(
 
 
 def check_same(run: Path, whole: Path) -> None:
-    assert read_info(run)["status"] == "finished"
+    assert read_info(run).status == "finished"
     lines, expected = [*read_metrics(run)], [*read_metrics(whole)]
     assert [line["step"] for line in lines] == [*range(STEPS + 1)]
     losses, others = ([line["train/loss"] for line in found[1:]] for found in (lines, expected))
@@ -195,7 +195,7 @@ def test_a_node_is_killed_and_the_other_goes_on_alone(hosts, gate, whole):
     (gate / "wait").unlink()
     assert agents[0].wait(240) == 0, agents[0].said()
     info = read_info(gate / "run")
-    assert (info["world_size"], len(info["resumed"])) == (1, 1)
+    assert (info.world_size, len(info.resumed)) == (1, 1)
     check_same(gate / "run", whole)
 
 
@@ -216,7 +216,7 @@ def test_the_link_is_cut_and_the_run_is_started_again(hosts, gate, whole):
     said = agents[0].said()
     assert re.search(r"rank 0 waits in sum of gradients \(step 20\) for rank 1 \(.*, process \d+\), which sent", said)
     assert "gengap train, rank 1: RuntimeError: " in agents[1].said()
-    assert read_info(gate / "run")["status"] == "failed"
+    assert read_info(gate / "run").status == "failed"
     hosts[1].link("up")
     for agent in torchrun(hosts, gate, *limits, "--resume", nnodes="2", again=".again"):
         assert agent.wait(240) == 0, agent.said()
@@ -263,5 +263,5 @@ def test_a_node_of_a_ray_cluster_dies(hosts, ray_nodes, gate, whole):
     (gate / "wait").unlink()
     assert driver.wait(400) == 0, driver.said()
     assert re.search(r"1 rank\(s\) restarted from the last checkpoint after: \w+Error: ", driver.said())
-    assert read_info(gate / "run")["world_size"] == 1
+    assert read_info(gate / "run").world_size == 1
     check_same(gate / "run", whole)

@@ -250,7 +250,7 @@ def _in_two(settings: Settings, first: str, device: str) -> State:
     """A run stopped after half of its steps on `first`, and resumed on `device`."""
     with folder() as out:
         train(settings, first, out, until=settings["train.steps"] // 2)
-        assert read_info(out)["status"] == "preempted"
+        assert read_info(out).status == "preempted"
         train(settings, device, out, resume=True)
         return _state(out)
 

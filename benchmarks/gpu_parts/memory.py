@@ -109,7 +109,7 @@ def auto_survives(settings: Settings, share: float, world: World) -> Answer:
     with room_for(room, world.device), folder() as out:
         train({**WHOLE, **settings, "batch.micro_size": "auto"}, "cuda", out)
         info = read_info(out)
-    size, rates = info["micro_size"], info["micro_size_auto"].get("images_per_second", {})
+    size, rates = info.micro_size, (info.micro_size_auto or {}).get("images_per_second", {})
     return {
         "good": True,
         "text": f"with {room / MIB:.0f} MiB it found {size}, and trained; {', '.join(map(str, rates))} fit, "

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from gengap_dist.analysis.arm_roles import Arm, Roles, group_by_arm, roles, shorter_counterpart, unscaled_counterpart
 from gengap_dist.analysis.results import Claim, Correlation, Outcome, Run
 from gengap_dist.config.metric_key import MetricKey
-from gengap_dist.runs.schema import ACCURACY, MetricDescription
+from gengap_dist.runs.metric import ACCURACY, MetricDescription
 from gengap_dist.statistics.paired import CONFIDENCE, differences, holm, p_value, t_interval
 
 ALPHA = 1 - CONFIDENCE

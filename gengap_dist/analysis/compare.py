@@ -10,7 +10,7 @@ from gengap_dist.analysis.claims import claims
 from gengap_dist.analysis.correlations import correlations
 from gengap_dist.analysis.critical_batch import updates_to_target
 from gengap_dist.analysis.results import Comparison, Gap, Run
-from gengap_dist.runs.schema import ACCURACY, MetricDescription
+from gengap_dist.runs.metric import ACCURACY, MetricDescription
 from gengap_dist.statistics.paired import holm, minimum_detectable_effect, p_value, paired
 
 FEW_PAIRS = 8

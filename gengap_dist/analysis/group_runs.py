@@ -12,8 +12,9 @@ from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.run_folder import read_info
+from gengap_dist.runs.schema import RunStatus, StudyInfo, StudyMember
+from gengap_dist.tracking.mlflow.client import connect_client, store_uri
 from gengap_dist.tracking.mlflow.importer import SourceNames, find_runs, save_as_run_folder
-from gengap_dist.tracking.mlflow.uploader import connect_client, store_uri
 
 MAX_NAMED_SETTINGS = 3  # in an arm's name
 CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", MEASURED_AT)  # of runs in MLflow
@@ -72,7 +73,7 @@ def gather(
     for arm, of_arm in arms.items():
         for seed in sorted({run.seed for run in of_arm}):
             same_seed = [run for run in of_arm if run.seed == seed]
-            same_seed.sort(key=lambda run: (run.info["status"] == run_folder.FINISHED, test_value(run) is not None))
+            same_seed.sort(key=lambda run: (run.info["status"] == RunStatus.FINISHED, test_value(run) is not None))
             duplicates += [f"{arm}, seed {seed}"] if len(same_seed) > 1 else []
             members.append(RunData(same_seed[-1].folder, arm, same_seed[-1].info))
     data = sorted({str(_of_data(run)) for run in runs})
@@ -82,23 +83,22 @@ def gather(
         problems.append(
             f"several runs have the same arm and seed, and only one of them is used: {'; '.join(duplicates)}"
         )
-    info = {
-        "schema": 1,
-        "status": run_folder.FINISHED,
-        "name": out.name,
-        "question": question,
-        "baseline": baseline,
-        "arms": list(arms),
-        "seeds": sorted({run.seed for run in runs}),
-        "tuned": {arm: {"best": dict.fromkeys(tuned)} for arm in arms} if tuned else {},
-        "started": run_folder.now(),
-        "command": sys.orig_argv,
-        "config": {"sources": [str(source) for source in sources]},
-        "versions": run_folder.versions(),
-        "git": run_folder.git_state(),
-        "members": [{"arm": run.arm, "folder": str(run.folder)} for run in members],
-    }
-    return StudyData(out, info["name"], question, baseline, list(arms), members, info), problems
+    info = StudyInfo(
+        status=RunStatus.FINISHED,
+        name=out.name,
+        question=question,
+        baseline=baseline,
+        arms=list(arms),
+        seeds=sorted({run.seed for run in runs}),
+        tuned={arm: {"best": dict.fromkeys(tuned)} for arm in arms} if tuned else {},
+        started=run_folder.now(),
+        command=sys.orig_argv,
+        config={"sources": [str(source) for source in sources]},
+        versions=run_folder.versions(),
+        git=run_folder.git_state(),
+        members=[StudyMember(arm=run.arm, folder=str(run.folder)) for run in members],
+    )
+    return StudyData(out, info.name, question, baseline, list(arms), members, info.content()), problems
 
 
 def _of_data(run: RunData) -> object:
@@ -111,7 +111,7 @@ def _checked_run(source: Source) -> RunData:
     Raises:
         UsageError: if it does not.
     """
-    run = RunData(source.folder, source.arm, read_info(source.folder))
+    run = RunData(source.folder, source.arm, read_info(source.folder).content())
     value, size, seed = test_value(run), run.global_size, run.seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(size, int):
         raise UsageError(f"its seed ({seed}) and batch ({size}) are not integers: correct its run.json")
@@ -130,7 +130,7 @@ def test_value(run: RunData) -> float | None:
 def _baseline_order(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> tuple[bool, int, int]:
     """Sort key, smallest for the baseline: a study's own baseline, else the smallest batch with the most results."""
     of_study = any(sources[run.folder].is_baseline for run in arm)
-    return (not of_study, arm[0].global_size, -sum(run.info["status"] == run_folder.FINISHED for run in arm))
+    return (not of_study, arm[0].global_size, -sum(run.info["status"] == RunStatus.FINISHED for run in arm))
 
 
 def _on_disk(folder: Path) -> Iterator[Source]:

@@ -6,7 +6,7 @@ Only data types of numbers and text: nothing is read or drawn here. `compare` bu
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from gengap_dist.runs.schema import MetricDescription
+from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import Interval, Paired
 
 Outcome = Literal["supported", "contradicted", "undecided"]

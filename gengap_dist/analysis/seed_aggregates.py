@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gengap_dist.config.metric_key import MetricKey
+from gengap_dist.runs.metric import ACCURACY, MetricDescription
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import SeedRun
-from gengap_dist.runs.schema import ACCURACY, MetricDescription
 from gengap_dist.statistics.paired import paired, t_half_width, t_interval
 
 Line = dict[str, Any]

@@ -15,9 +15,10 @@ from gengap_dist.config.loading import flat
 from gengap_dist.config.measures import OWN_BATCH
 from gengap_dist.config.metric_key import LayerKey, MetricKey
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.metric import ACCURACY, MetricDescription
 from gengap_dist.runs.metrics_table import MetricsTable
-from gengap_dist.runs.run_folder import FINISHED, load_spectra, read_info, read_metrics_table
-from gengap_dist.runs.schema import ACCURACY, MetricDescription
+from gengap_dist.runs.run_folder import load_spectra, read_info, read_metrics_table, read_study_info
+from gengap_dist.runs.schema import RunStatus
 from gengap_dist.statistics.paired import Paired, paired
 
 CURVES = ("step", "epoch", "train/loss")  # drawn for every run, with the metric on the validation samples
@@ -139,7 +140,7 @@ class StudyData:
 
     def finished_runs(self, arm: str) -> list[RunData]:
         """Finished runs of one arm, by seed."""
-        return [run for run in self.runs_of(arm) if run.info["status"] == FINISHED]
+        return [run for run in self.runs_of(arm) if run.info["status"] == RunStatus.FINISHED]
 
     def results(self, arm: str, name: str) -> dict[int, float]:
         """Seed to the final result `name`, for the finished runs of an arm that have it."""
@@ -177,7 +178,7 @@ class StudyData:
         """Runs of an arm that did not finish, as text ("1 diverged"); empty if there are none."""
         counts: dict[str, int] = {}
         for run in self.runs_of(arm):
-            if run.info["status"] != FINISHED:
+            if run.info["status"] != RunStatus.FINISHED:
                 counts[run.info["status"]] = counts.get(run.info["status"], 0) + 1
         trials = (self.info.get("tuned") or {}).get(arm, {}).get("trials", ())
         if trials and not self.runs_of(arm):
@@ -263,10 +264,7 @@ def read_run(folder: Path, arm: str | None = None) -> RunData:
     Raises:
         UsageError: if it is not a run folder.
     """
-    info = read_info(folder)
-    if lacking := [name for name in ("seed", "status", "config") if name not in info]:
-        raise UsageError(f"{folder / 'run.json'} lacks {', '.join(lacking)}: give the folder of a run")
-    return RunData(folder, arm or folder.name, info)
+    return RunData(folder, arm or folder.name, read_info(folder).content())
 
 
 def read_study(folder: Path) -> StudyData:
@@ -278,18 +276,19 @@ def read_study(folder: Path) -> StudyData:
     if not (folder / "study.json").exists():
         run = read_run(folder)
         return StudyData(folder, folder.name, "", run.arm, [run.arm], [run], run.info)
-    info = read_info(folder / "study.json")
-    members = info.get("members") or [
-        {"folder": path, "arm": path.parent.name} for path in sorted(folder.glob("runs/*/*")) if path.is_dir()
-    ]
+    info = read_study_info(folder)
+    if info.members is None:
+        members = [(path, path.parent.name) for path in sorted(folder.glob("runs/*/*")) if path.is_dir()]
+    else:
+        members = [(Path(member.folder), member.arm) for member in info.members]
     runs, unreadable = [], []
-    for member in (member for member in members if member["arm"] in info["arms"]):
+    for path, arm in ((path, arm) for path, arm in members if arm in info.arms):
         try:
-            run = read_run(Path(member["folder"]), member["arm"])
+            run = read_run(path, arm)
             run.check()
-            runs += [run] if run.seed in info["seeds"] else []
+            runs += [run] if run.seed in info.seeds else []
         except UsageError as error:
             unreadable.append(str(error).replace(f"{folder}/", ""))
         except (KeyError, TypeError, ValueError) as error:
-            unreadable.append(f"{member['folder']} is damaged ({type(error).__name__}: {error})")
-    return StudyData(folder, info["name"], info["question"], info["baseline"], info["arms"], runs, info, unreadable)
+            unreadable.append(f"{path} is damaged ({type(error).__name__}: {error})")
+    return StudyData(folder, info.name, info.question, info.baseline, info.arms, runs, info.content(), unreadable)

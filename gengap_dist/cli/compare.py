@@ -10,7 +10,6 @@ Examples:
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -32,6 +31,7 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.analysis.report.html import write_report
     from gengap_dist.cli.terminal import print_study
     from gengap_dist.runs import run_folder
+    from gengap_dist.runs.schema import StudyInfo
     from gengap_dist.tracking.mlflow.importer import SourceNames
 
     run_folder.prepare_folder(out, "study.json", resume=True)
@@ -43,7 +43,7 @@ def command(argv: Sequence[str]) -> int:
         near = did_you_mean(options.baseline, study.arms)
         raise UsageError(f"--baseline ({options.baseline}) is not an arm{near}: choose one of {', '.join(study.arms)}")
     study = study.with_baseline(options.baseline or study.baseline)
-    run_folder.write_atomically(out / "study.json", json.dumps(study.info, indent=1))
+    run_folder.write_info(out, StudyInfo.model_validate(study.info))
     print_study(study, write_report(study), None)
     return OK
 

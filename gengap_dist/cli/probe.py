@@ -80,10 +80,9 @@ def _show(options: argparse.Namespace, config: RunConfig, observations: list[Any
     )
     if options.mlflow:
         from gengap_dist.analysis.report.text import ui_command
-        from gengap_dist.cli.upload import COMPUTED
         from gengap_dist.tracking.mlflow.process import sync_now
 
-        uri = sync_now(out, options.tracking_uri, COMPUTED, lambda name, done, total: None)
+        uri = sync_now(out, options.tracking_uri, lambda name, done, total: None)
         print_line(f"mlflow   {ui_command(uri)}", highlight=False, soft_wrap=True)
 
 

@@ -6,6 +6,7 @@ Examples:
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,14 @@ def _draw(folder: Path) -> int:
 
 def _sync(folder: Path, uri: str | None) -> int:
     from gengap_dist.cli.terminal import RunProgress
-    from gengap_dist.cli.upload import COMPUTED
+    from gengap_dist.study.means import update_means
     from gengap_dist.tracking.mlflow.process import sync_now
 
+    if (folder / "study.json").exists():  # of an interrupted study, or of an earlier version, which wrote no means
+        for problem in update_means(folder):
+            print(f"{PROG}: warning: {problem}", file=sys.stderr)
     with RunProgress("sending") as progress:
-        tracking_uri = sync_now(folder, uri, COMPUTED, lambda name, done, total: progress(done, total, name))
+        tracking_uri = sync_now(folder, uri, lambda name, done, total: progress(done, total, name))
     print(f"all of {folder} is in MLflow at {tracking_uri}")
     return OK
 

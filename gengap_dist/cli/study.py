@@ -22,6 +22,7 @@ from gengap_dist.config.study import StudyConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
+from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study import runner
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.tracking.mlflow.process import UploaderProcess
@@ -50,7 +51,7 @@ def command(argv: Sequence[str]) -> int:
 def _drive(config: StudyConfig, out: Path) -> int:
     """The driver process: folders, progress, MLflow, the report."""
     runner.prepare(config, out, _warn)
-    uploader = UploaderProcess(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
+    uploader = UploaderProcess(out, config.mlflow) if config.mlflow.enabled else None
     try:
         num_failed = _run(config, out)
         with fast_imports():
@@ -58,11 +59,12 @@ def _drive(config: StudyConfig, out: Path) -> int:
             from gengap_dist.analysis.study_data import read_study
 
         study_data = read_study(out)
-        outcome = run_folder.FAILED if num_failed else run_folder.FINISHED
-        study = replace(study_data, info=runner.conclude(out, outcome, _headline(study_data), _verdicts(study_data)))
+        outcome = RunStatus.FAILED if num_failed else RunStatus.FINISHED
+        info = runner.conclude(out, outcome, _headline(study_data), _verdicts(study_data))
+        study = replace(study_data, info=info.content())
         page = write_report(study)
     except BaseException as error:
-        runner.conclude(out, run_folder.FAILED if isinstance(error, Exception) else run_folder.KILLED, {})
+        runner.conclude(out, RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED, {})
         raise
     finally:
         upload_warning = uploader.finish() if uploader else None

@@ -50,11 +50,7 @@ def command(argv: Sequence[str]) -> int:
 def _started_by_this_launch(out: Path) -> bool:
     """Whether the run in this folder was started by the launch to which this process belongs."""
     launch_id = launchers.launch_id()
-    return (
-        launch_id is not None
-        and (out / "run.json").exists()
-        and run_folder.read_info(out).get("launch_id") == launch_id
-    )
+    return launch_id is not None and (out / "run.json").exists() and run_folder.read_info(out).launch_id == launch_id
 
 
 def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool) -> int:
@@ -62,7 +58,7 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
     from gengap_dist.cli.terminal import RunProgress, print_profile, print_run
 
     run_folder.prepare_folder(out, "run.json", resume=resume)
-    uploader = UploaderProcess(out, config.mlflow, "gengap_dist.cli.upload") if config.mlflow.enabled else None
+    uploader = UploaderProcess(out, config.mlflow) if config.mlflow.enabled else None
     try:
         with RunProgress(out.name) as progress:
             ranks.run(config, out, resume=resume, progress=progress)

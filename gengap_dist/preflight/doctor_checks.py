@@ -40,7 +40,7 @@ from gengap_dist.preflight.doctor_subprocess import (
     run_in_subprocess,
     run_two_ranks,
 )
-from gengap_dist.tracking.mlflow.uploader import CLIENT_DEFAULTS, store_uri
+from gengap_dist.tracking.mlflow.client import CLIENT_DEFAULTS, store_uri
 from gengap_dist.training.autotune.cache import micro_sizes_path, read_micro_sizes
 
 OK, WARN, FAIL, ABSENT = "ok", "warn", "fail", "absent"

@@ -26,6 +26,7 @@ from pydantic_core import from_json
 from gengap_dist.config.loading import to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.schema import NewerSchema, RunInfo, RunStatus, StudyInfo
 
 if TYPE_CHECKING:  # all commands import this module, and --help needs neither numpy nor torch
     import numpy as np
@@ -34,11 +35,8 @@ if TYPE_CHECKING:  # all commands import this module, and --help needs neither n
     from gengap_dist.runs.metrics_table import MetricsTable
 
 Metrics = Mapping[str, float]
-RUNNING, FINISHED, DIVERGED, FAILED, KILLED = "running", "finished", "diverged", "failed", "killed"
-ENDED = (FINISHED, DIVERGED)  # with a result: such a run is not repeated
 MAX_LINE_BYTES = 2**20  # more than the longest line of metrics.jsonl
 MIN_TABLE_BYTES = 2**20  # of metrics.jsonl, from which on metrics.npz is written, too
-PREEMPTED = "preempted"  # stopped by a signal before the end; saved and can be resumed
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -118,8 +116,16 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(status)}
 
 
+def json_line(values: Mapping[str, float]) -> str:
+    """Numbers as a JSON object. JSON has no NaN and no infinities: they become strings that float() can read.
+
+    >>> json_line({"step": 1, "a": float("nan")})
+    '{"step": 1, "a": "nan"}'
+    """
+    return json.dumps({name: _json_number(value) for name, value in values.items()})
+
+
 def _json_number(value: float) -> float | str:
-    """JSON has no NaN and no infinities: they are written as strings that float() can read."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -152,7 +158,15 @@ class NullRecorder:
     def spectra(self, step: int, spectra: Iterable["LayerSpectrum"], probe_set: str = "") -> None:
         """Nothing to do."""
 
-    def finish(self, status: str, result: Mapping[str, Any], error: str | None = None, *, flush: bool = True) -> None:
+    def finish(
+        self,
+        status: RunStatus,
+        result: Mapping[str, Any],
+        error: str | None = None,
+        *,
+        flush: bool = True,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         """Nothing to do."""
 
 
@@ -165,17 +179,15 @@ class RunRecorder(NullRecorder):
         (out / "spectra").mkdir(exist_ok=True)
         self._pending: dict[int, dict[str, float]] = {}
         self._start_time = time.monotonic()
-        self._info: dict[str, Any] = {}
 
     def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
         """Write run.json with all that is known before the first step."""
-        previous = read_info(self.out) if (self.out / "run.json").exists() else {}
-        self._info = {
-            "schema": 1,
-            "status": RUNNING,
+        previous = read_info(self.out) if (self.out / "run.json").exists() else None
+        info = {
+            "status": RunStatus.RUNNING,
             "seed": config.seed,
-            "started": previous.get("started", now()),
-            "resumed": [*previous.get("resumed", []), now()] if previous else [],
+            "started": previous.started or now() if previous else now(),
+            "resumed": [*previous.resumed, now()] if previous else [],
             "command": sys.orig_argv,
             "config": config.model_dump(mode="json"),
             "versions": versions(),
@@ -183,10 +195,7 @@ class RunRecorder(NullRecorder):
             **facts,
         }
         write_atomically(self.out / "config.yaml", to_yaml(config))
-        self._save()
-
-    def _save(self) -> None:
-        write_atomically(self.out / "run.json", json.dumps(self._info, indent=1))
+        write_info(self.out, RunInfo.model_validate(info))
 
     def resume(self, step: int, seconds: float, pending: dict[int, dict[str, float]]) -> None:
         """Return to the state after `step` steps: later lines are removed and will be written again."""
@@ -211,8 +220,7 @@ class RunRecorder(NullRecorder):
         """Write the lines of all steps below `before` (None: all), which must be over."""
         ready = [step for step in sorted(self._pending) if before is None or step < before]
         if ready:
-            lines = [{key: _json_number(value) for key, value in self._pending[step].items()} for step in ready]
-            _append(self.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            _append(self.out / "metrics.jsonl", "".join(json_line(self._pending[step]) + "\n" for step in ready))
             for step in ready:
                 del self._pending[step]
 
@@ -231,17 +239,33 @@ class RunRecorder(NullRecorder):
         path = self.out / "mlflow.json"
         return json.loads(path.read_text()).get("run_id") if path.exists() else None
 
-    def finish(self, status: str, result: Mapping[str, Any], error: str | None = None, *, flush: bool = True) -> None:
-        """Write pending lines (unless a checkpoint contains them: `flush=False`), then the status and the result."""
+    def finish(
+        self,
+        status: RunStatus,
+        result: Mapping[str, Any],
+        error: str | None = None,
+        *,
+        flush: bool = True,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write pending lines (unless a checkpoint contains them: `flush=False`), then the status and the result.
+
+        Args:
+            status: how the run ended.
+            result: numbers by name.
+            error: why it did not finish.
+            flush: see above.
+            facts: other fields of run.json.
+        """
         if flush:
             self.flush()
-        self._info |= {"status": status, "ended": now(), "seconds": round(self.seconds(), 3)}
-        self._info["result"] = {k: _json_number(v) if isinstance(v, float) else v for k, v in result.items()}
+        fields = {"status": status, "ended": now(), "seconds": round(self.seconds(), 3), **(facts or {})}
+        fields["result"] = {k: _json_number(v) if isinstance(v, float) else v for k, v in result.items()}
         if error is not None:
-            self._info["error"] = error
-        self._save()
+            fields["error"] = error
+        write_info(self.out, read_info(self.out).with_fields(**fields))
         lines = self.out / "metrics.jsonl"
-        if status in ENDED and lines.exists() and (size := lines.stat().st_size) > MIN_TABLE_BYTES:
+        if status.has_result and lines.exists() and (size := lines.stat().st_size) > MIN_TABLE_BYTES:
             from gengap_dist.runs.metrics_table import dump, to_table
 
             write_atomically(self.out / "metrics.npz", dump(to_table(read_raw(lines)), size))
@@ -285,17 +309,24 @@ def _member(key: str) -> str:
     return f"{key}/" if key in ("file", "allow_pickle", "meta") or key.endswith(".npy") else key
 
 
-def read_info(out: Path) -> dict[str, Any]:
-    """run.json of a run folder, or the given file (such as study.json), as a dict.
+def read_info(out: Path) -> RunInfo:
+    """The run.json of a run folder.
 
     Raises:
+        NewerSchema: if a later version of this package wrote it.
         UsageError: if it is missing or damaged.
     """
-    path = out if out.is_file() else out / "run.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): give the folder of a run") from None
+    return RunInfo.read(out / RunInfo.file_name)
+
+
+def read_study_info(out: Path) -> StudyInfo:
+    """The study.json of a study folder; raises what `read_info` raises."""
+    return StudyInfo.read(out / StudyInfo.file_name)
+
+
+def write_info(out: Path, info: RunInfo | StudyInfo) -> None:
+    """Write the run.json of a run folder, or the study.json of a study folder."""
+    write_atomically(out / info.file_name, json.dumps(info.content(), indent=1))
 
 
 def read_metrics(out: Path) -> Iterator[dict[str, Any]]:
@@ -331,51 +362,71 @@ class SeedRun(NamedTuple):
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The complete lines of a file of JSON objects, with strings converted to numbers; none if the file is missing."""
-    for values in read_raw(path):
-        for key, value in values.items():
-            if isinstance(value, str):
-                values[key] = float(value)
-        yield values
+    return map(_as_numbers, read_raw(path))
 
 
 def read_raw(path: Path) -> Iterator[dict[str, Any]]:
-    """The same without converting strings, which is faster.
+    """The same without converting strings, which is faster; raises what `read_from` raises."""
+    return (values for values, _ in _read_from(path, 0))
+
+
+def read_from(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """The complete lines from byte `start` on, each with the byte after it; strings are converted to numbers.
 
     Raises:
         ValueError: if a line is not a JSON object.
     """
+    return ((_as_numbers(values), end) for values, end in _read_from(path, start))
+
+
+def _read_from(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
     if not path.exists():
         return
     with path.open("rb") as file:
+        file.seek(start)
+        end = start
         for line in file:
             if line.endswith(b"\n"):
                 values = from_json(line, cache_strings="keys")  # four times as fast as json.loads, and as exact
                 if not isinstance(values, dict):
                     raise ValueError(f"{path} has a line that is not a JSON object ({values!r})")
-                yield values
+                end += len(line)
+                yield values, end
+
+
+def _as_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    for key, value in values.items():
+        if isinstance(value, str):
+            values[key] = float(value)
+    return values
 
 
 def describe_damage(out: Path) -> str:
     """What is missing or incomplete in a run folder; "" if it is complete, empty or missing.
 
     The recorder writes complete files; but a process may end before run.json exists, and files may be lost later.
+
+    Raises:
+        NewerSchema: if a later version of this package wrote it.
     """
     if not out.is_dir() or not any(out.iterdir()):
         return ""
     if not (out / "run.json").exists():
         return "it holds files and no run.json"
     try:
-        info = json.loads((out / "run.json").read_text())
-        status, num_steps = info["status"], info["result"]["num_steps"] if info["status"] == FINISHED else None
-        info["config"]["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
+        info = read_info(out)
+        num_steps = info.result["num_steps"] if info.status == RunStatus.FINISHED else None
+        info.config["seed"]
+    except NewerSchema:
+        raise
+    except (UsageError, KeyError):
         return "its run.json is not valid"
-    if status == FINISHED and _last_step(out / "metrics.jsonl") != num_steps:
+    if info.status == RunStatus.FINISHED and last_step(out / "metrics.jsonl") != num_steps:
         return f"its metrics.jsonl does not end with step {num_steps}, the last"
     return ""
 
 
-def _last_step(path: Path) -> int | None:
+def last_step(path: Path) -> int | None:
     """Step of the last line; None if the last line is missing or incomplete."""
     try:
         with path.open("rb") as file:
@@ -406,7 +457,7 @@ def close_abandoned(out: Path, error: BaseException) -> None:
             shutil.rmtree(out)
         return
     info = read_info(out)
-    if info["status"] == RUNNING:
-        info["status"] = FAILED if isinstance(error, Exception) else KILLED
-        info |= {"ended": now(), "error": f"{type(error).__name__}: {error}".strip()}
-        write_atomically(out / "run.json", json.dumps(info, indent=1))
+    if info.status == RunStatus.RUNNING:
+        status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED
+        text = f"{type(error).__name__}: {error}".strip()
+        write_info(out, info.with_fields(status=status, ended=now(), error=text))

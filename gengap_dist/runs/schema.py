@@ -1,70 +1,229 @@
-"""stub"""
+"""What run.json and study.json contain: versioned models, checked when a file is read.
 
-from gengap_dist.config.sections import FrozenModel
+Schema 1 lacks `metric` and `model`, and is read as schema 2, which is written. A newer schema is refused. Fields that
+are not listed here are kept.
+"""
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+from gengap_dist.errors import UsageError
+from gengap_dist.runs.metric import ACCURACY, MetricDescription
+
+SCHEMA = 2
+
+StrictInt = Annotated[int, Strict()]
 
 
-class MetricDescription(FrozenModel):
-    """The metric that the runs of a study are compared by.
+class RunStatus(StrEnum):
+    """The state of a run or of a study."""
 
-    >>> metric = MetricDescription(name="loss", unit="", higher_is_better=False)
-    >>> metric.harm, metric.format(0.51234), metric.format_difference(0.25), metric.score(0.5)
-    ('loss added', '0.5123', '+0.25', -0.5)
-    """
-
-    name: str = "accuracy"
-    """A run has it as val/NAME in its history and as test/NAME in its result."""
-    unit: str = "share"
-    """`share`: between 0 and 1, shown in percent; else the unit to print after a number, or nothing."""
-    higher_is_better: bool = True
-    chance: float | None = None
-    """Its value for a network that has learned nothing; null: not known."""
-
-    @property
-    def harm(self) -> str:
-        """What an arm that is worse than the baseline has lost, or has too much of."""
-        return f"{self.name} lost" if self.higher_is_better else f"{self.name} added"
-
-    @property
-    def scale(self) -> float:
-        """Factor from values to the numbers that are shown."""
-        return 100.0 if self.unit == "share" else 1.0
-
-    @property
-    def axis_label(self) -> str:
-        """The name, with the unit of the numbers that are shown."""
-        unit = "%" if self.unit == "share" else self.unit
-        return f"{self.name}, {unit}" if unit else self.name
+    RUNNING = "running"
+    """Started and not ended; also if it was lost without a word."""
+    FINISHED = "finished"
+    DIVERGED = "diverged"
+    """A loss was not finite, which is a result."""
+    FAILED = "failed"
+    KILLED = "killed"
+    PREEMPTED = "preempted"
+    """Stopped by a signal before the end; saved and can be resumed."""
 
     @property
-    def difference_unit(self) -> str:
-        """Of the numbers that are shown of differences."""
-        return "percentage points" if self.unit == "share" else self.unit
+    def has_result(self) -> bool:
+        """Whether the run is done and not repeated."""
+        return self in (RunStatus.FINISHED, RunStatus.DIVERGED)
 
-    def format(self, value: float, digits: int = 2) -> str:
-        """A value with its unit; `digits` are those of a percentage.
+    @property
+    def is_final(self) -> bool:
+        """Whether the run came to its end; others go on, or were interrupted."""
+        return self.has_result or self == RunStatus.FAILED
 
-        >>> MetricDescription().format(0.97345)
-        '97.34%'
+
+class NewerSchema(UsageError):
+    """A file was written by a later version of this package: it is complete, and must not be changed."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class TensorDescription(_Part):
+    """The input or output of an exported model."""
+
+    dtype: str
+    """numpy's name."""
+    shape: list[int]
+    """-1: any size."""
+
+
+class ExportedModel(_Part):
+    """A network written by torch.export; see `training/export.py`."""
+
+    file: str
+    """Path in the run folder."""
+    torch: str
+    """Version of torch that wrote it."""
+    input: TensorDescription
+    output: TensorDescription
+    metadata: dict[str, str]
+    """What input and output mean, for people."""
+
+
+class StudyMember(_Part):
+    """A run that `gengap compare` has put into an arm."""
+
+    arm: str
+    folder: str
+
+
+class _Record(BaseModel):
+    """A JSON file with a schema. Fields that are not set are not written."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    file_name: ClassVar[str]
+
+    schema_: Literal[2] = Field(default=SCHEMA, alias="schema")
+    status: RunStatus
+    started: str | None = None
+    """ISO 8601, UTC."""
+    ended: str | None = None
+    command: list[str] = []
+    versions: dict[str, str] = {}
+    git: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file.
+
+        Raises:
+            NewerSchema: if a later version of this package wrote it.
+            UsageError: if it is missing or damaged: one sentence with the field and its rule.
         """
-        return f"{value:.{digits}%}" if self.unit == "share" else f"{value:.4g} {self.unit}".rstrip()
+        try:
+            tree = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read ({error}): give the folder of a run or study") from None
+        if not isinstance(tree, dict):
+            raise UsageError(f"{path} is damaged: it must be a JSON object, and is {tree!r:.40}")
+        _check_schema(path, tree)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise UsageError(f"{path} is damaged: {_first_error(error)}; restore it, or remove its folder") from None
 
-    def format_difference(self, value: float, *, signed: bool = True) -> str:
-        """A difference of two values, without its unit.
+    @model_validator(mode="before")
+    @classmethod
+    def _as_schema_2(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**tree, "schema": SCHEMA}
 
-        >>> MetricDescription().format_difference(0.0123)
-        '+1.23'
-        """
-        text = f"{100 * value:+.2f}" if self.unit == "share" else f"{value:+.4g}"
-        return text if signed else text.removeprefix("+")
+    def content(self) -> dict[str, Any]:
+        """The content of the file, as JSON values."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
 
-    def score(self, value: float) -> float:
-        """The value with the sign that makes larger ones better."""
-        return value if self.higher_is_better else -value
-
-    def is_better(self, value: float, than: float) -> bool:
-        """Whether a value is better than another one."""
-        return self.score(value) > self.score(than)
+    def with_fields(self, **fields: Any) -> Self:
+        """A copy with some fields set."""
+        return type(self).model_validate(self.content() | fields)
 
 
-ACCURACY = MetricDescription()
-"""The metric of runs that do not name theirs."""
+class RunInfo(_Record):
+    """run.json. A run of another program may have only the fields without a default."""
+
+    file_name = "run.json"
+
+    seed: StrictInt
+    config: dict[str, Any]
+    """The settings; those of a run of another program have any names."""
+    metric: MetricDescription
+    seconds: float | None = None
+    """Duration, without the time between an end and a resume."""
+    resumed: list[str] = []
+    """Times of later starts."""
+    data: dict[str, Any] | None = None
+    """See `datasets.summary`."""
+    world_size: int | None = None
+    device: str | None = None
+    launcher: str | None = None
+    launch_id: str | None = None
+    strategy: str | None = None
+    steps_per_epoch: int | None = None
+    num_steps: int | None = None
+    """Planned optimizer steps."""
+    num_parameters: int | None = None
+    num_probe_samples: int | None = None
+    norm_size: Any = None
+    """Sizes of the groups of samples that batch norm uses."""
+    small_size: float | None = None
+    """The small batch of the noise scale."""
+    micro_size: int | None = None
+    micro_size_auto: dict[str, Any] | None = None
+    """How `auto` chose it."""
+    channels_last: bool | None = None
+    channels_last_auto: dict[str, Any] | None = None
+    result: dict[str, Any] = {}
+    error: str | None = None
+    model: ExportedModel | None = None
+    """The exported model, if there is one."""
+    model_error: str | None = None
+    """Why there is none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_metric(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"metric": _accuracy(tree.get("data")), **tree}
+
+
+class StudyInfo(_Record):
+    """study.json, of a study or of a comparison of runs."""
+
+    file_name = "study.json"
+
+    name: str
+    question: str
+    baseline: str
+    arms: list[str]
+    seeds: list[StrictInt]
+    config: dict[str, Any] = {}
+    """The settings of a study; where the runs of a comparison come from."""
+    twins: dict[str, str] = {}
+    """Arms that are not run, because another one has the same settings."""
+    tuned: dict[str, Any] = {}
+    """Trials and best setting by arm; see `tuning.summary`."""
+    metrics: dict[str, float] = {}
+    """The headline, for MLflow."""
+    verdicts: list[str] = []
+    members: list[StudyMember] | None = None
+    """The runs of a comparison, which are not in its folder."""
+
+
+def _accuracy(data: Any) -> MetricDescription:
+    """The metric of runs that name none."""
+    num_classes = data.get("num_classes") if isinstance(data, Mapping) else None
+    chance = 1 / num_classes if isinstance(num_classes, int) and num_classes > 0 else None
+    return ACCURACY.model_copy(update={"chance": chance})
+
+
+def _check_schema(path: Path, tree: Mapping[str, Any]) -> None:
+    schema = tree.get("schema", 1)
+    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
+        raise UsageError(f"{path} is damaged: schema ({schema!r:.40}) must be an integer, at least 1")
+    if schema > SCHEMA:
+        versions = tree.get("versions")
+        version = versions.get("gengap_dist") if isinstance(versions, Mapping) else None
+        needed = f"gengap_dist {version}" if version else "the version of gengap_dist that wrote it"
+        raise NewerSchema(
+            f"{path} has schema {schema}, and this version of gengap_dist reads up to {SCHEMA}: "
+            f"install {needed}, or a later one"
+        )
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name} ({first['input']!r:.60}) is not valid: {first['msg'][0].lower()}{first['msg'][1:]}"

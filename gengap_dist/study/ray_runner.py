@@ -38,6 +38,7 @@ from gengap_dist.distributed.launchers.ray import (
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
+from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.training import ENTRY_POINT
 
@@ -103,12 +104,11 @@ def run_all(plan: Sequence[PlannedRun], callback: StudyCallback, max_concurrent:
         shutil.rmtree(storage, ignore_errors=True)
     for number in set(range(len(plan))) - outcomes.keys():  # the process of its trial died
         _close(plan[number], RankFailed("the process that started the ranks died"))
-        status = (
-            run_folder.read_info(plan[number].folder)["status"] if plan[number].folder.exists() else run_folder.FAILED
-        )
-        outcomes[number] = status if status in run_folder.ENDED else "failed: the process that started the ranks died"
+        started = plan[number].folder.exists()
+        status = run_folder.read_info(plan[number].folder).status if started else RunStatus.FAILED
+        outcomes[number] = status if status.has_result else "failed: the process that started the ranks died"
         callback.on_run_end(plan[number], outcomes[number])
-    return sum(note.startswith(run_folder.FAILED) for note in outcomes.values())
+    return sum(note.startswith(RunStatus.FAILED) for note in outcomes.values())
 
 
 def _close(planned: PlannedRun, error: BaseException) -> None:
@@ -208,7 +208,7 @@ def _trial(job: _TrialJob, number: int) -> None:
         group.queue.publish.remote(STUDY, "progress", (run, done, total, note))
 
     def over(run: int, result: dict[str, Any]) -> None:
-        send("over", (run, run_folder.read_info(folder(run))["status"]))
+        send("over", (run, run_folder.read_info(folder(run)).status))
 
     def next_run() -> tuple[int, int] | None:
         return ray.get(group.queue.assign.remote(group.name, group.launch))  # (run number, number of earlier starts)

@@ -5,7 +5,6 @@ The state of a study is the state of its run folders, so an interrupted study co
 
 import contextlib
 import fcntl
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,9 @@ from gengap_dist.distributed import launchers
 from gengap_dist.distributed.launchers import Launcher
 from gengap_dist.errors import OutOfMemory, UsageError
 from gengap_dist.runs import run_folder
+from gengap_dist.runs.schema import NewerSchema, RunStatus, StudyInfo
 from gengap_dist.study import ray_runner, run_matrix, tuning
+from gengap_dist.study.means import MeansCallback, update_means
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.training import ENTRY_POINT
 
@@ -57,18 +58,18 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
     """
     plan = _trials(config, out) or run_matrix.planned_runs(config, out, {})
     previous = _read_previous(out, warn)
-    if previous.get("name", config.study.name) != config.study.name:
+    if previous and previous.name != config.study.name:
         raise UsageError(
-            f"--out ({out}) contains the study {previous['name']}, not {config.study.name}: choose another folder"
+            f"--out ({out}) contains the study {previous.name}, not {config.study.name}: choose another folder"
         )
-    if previous.get("question", config.study.question) != config.study.question:
-        warn(f"study.question has changed since {out} was created ({previous['question']}): the report has the new one")
+    if previous and previous.question != config.study.question:
+        warn(f"study.question has changed since {out} was created ({previous.question}): the report has the new one")
     for folder in sorted([*out.glob("runs/*/*"), *out.glob("tune/*/*")]):
         if damage := run_folder.describe_damage(folder):
             moved_to = run_folder.quarantine(folder, out / "damaged")
             warn(f"{folder} is damaged ({damage}): moved to {moved_to}; it is run again if it belongs to this study")
     _check_same_settings(plan)
-    previous_tune = (previous.get("config") or {}).get("study", {}).get("tune")
+    previous_tune = previous.config.get("study", {}).get("tune") if previous else None
     tune = config.study.tune.model_dump(mode="json") if config.study.tune else None
     if previous and previous_tune != tune and any(out.glob("runs/*/*/run.json")):
         raise UsageError(
@@ -80,31 +81,32 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
             warn(f"{folder} belongs to no arm of this study: it is kept, but not in the report")
     for name, original in config.duplicates.items():
         warn(f"arm {name} has the same settings as {original}, so it is not run again")
-    info = {
-        "schema": 1,
-        "status": run_folder.RUNNING,
-        "name": config.study.name,
-        "question": config.study.question,
-        "baseline": config.baseline,
-        "arms": arms,
-        "twins": config.duplicates,
-        "seeds": list(config.study.seeds),
-        "started": previous.get("started", run_folder.now()),
-        "command": sys.orig_argv,
-        "config": config.model_dump(mode="json"),
-        "versions": run_folder.versions(),
-        "git": run_folder.git_state(),
-    }
-    run_folder.write_atomically(out / "study.json", json.dumps(info, indent=1))
+    info = StudyInfo(
+        status=RunStatus.RUNNING,
+        name=config.study.name,
+        question=config.study.question,
+        baseline=config.baseline,
+        arms=arms,
+        twins=config.duplicates,
+        seeds=list(config.study.seeds),
+        started=(previous and previous.started) or run_folder.now(),
+        command=sys.orig_argv,
+        config=config.model_dump(mode="json"),
+        versions=run_folder.versions(),
+        git=run_folder.git_state(),
+    )
+    run_folder.write_info(out, info)
 
 
-def _read_previous(out: Path, warn: Warn) -> dict[str, Any]:
+def _read_previous(out: Path, warn: Warn) -> StudyInfo | None:
     path = out / "study.json"
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
+        return run_folder.read_study_info(out) if path.exists() else None
+    except NewerSchema:
+        raise
+    except UsageError:
         warn(f"{path} is damaged: it is written again, and only the time of the first start is lost")
-        return {}
+        return None
 
 
 def _trials(config: StudyConfig, out: Path) -> list[PlannedRun]:
@@ -115,17 +117,17 @@ def _check_same_settings(plan: list[PlannedRun]) -> None:
     for planned in plan:
         if not status(planned):
             continue
-        if changed := differences(run_folder.read_info(planned.folder)["config"], planned.config):
+        if changed := differences(run_folder.read_info(planned.folder).config, planned.config):
             raise UsageError(
                 f"{changed} when {planned.arm}/{planned.folder.name} was run in {planned.folder}: "
                 "choose a new --out, or remove that run's folder"
             )
 
 
-def status(planned: PlannedRun) -> str:
-    """Status of a run from its run.json; "" if it has not started or its folder is damaged."""
+def status(planned: PlannedRun) -> RunStatus | None:
+    """Status of a run from its run.json; None if it has not started or its folder is damaged."""
     intact = (planned.folder / "run.json").exists() and not run_folder.describe_damage(planned.folder)
-    return run_folder.read_info(planned.folder)["status"] if intact else ""
+    return run_folder.read_info(planned.folder).status if intact else None
 
 
 def num_runs(config: StudyConfig) -> int:
@@ -139,6 +141,8 @@ def run_study(
 ) -> int:
     """Run the trials, then the runs that are not finished; returns the number of runs that failed.
 
+    Means over seeds are written when all runs of an arm have ended.
+
     Args:
         config: the study.
         out: its folder, after `prepare`.
@@ -146,6 +150,15 @@ def run_study(
         driver: whether this process prepares folders; under torchrun the other ranks only execute the runs.
         warn: called with each warning.
     """
+    if not driver:
+        return _run_study(config, out, callback, driver=False, warn=warn)
+    num_failed = _run_study(config, out, MeansCallback(callback, out), driver=True, warn=warn)
+    for problem in update_means(out):
+        warn(problem)
+    return num_failed
+
+
+def _run_study(config: StudyConfig, out: Path, callback: StudyCallback, *, driver: bool, warn: Warn) -> int:
     run = partial(run_all, callback=callback, driver=driver, max_concurrent=config.study.concurrent)
     if not config.study.tune:
         return run(run_matrix.planned_runs(config, out, {}))
@@ -153,7 +166,7 @@ def run_study(
     # a failed trial is retried until the runs of its arm have started: all of them must have the same settings
     arms_with_runs = {arm.name for arm in config.arms if (out / "runs" / arm.name).exists()}
     num_failed = run(
-        [planned for planned in trials if planned.arm not in arms_with_runs or status(planned) != run_folder.FAILED]
+        [planned for planned in trials if planned.arm not in arms_with_runs or status(planned) != RunStatus.FAILED]
     )
     searches = _summarise_trials(config, trials)
     tuned = {arm: search["best"] for arm, search in searches.items() if search["best"] is not None}
@@ -192,7 +205,7 @@ def run_all(plan: list[PlannedRun], callback: StudyCallback, *, driver: bool, ma
     """
     to_do = []
     for planned in plan:
-        if status(planned) in run_folder.ENDED:
+        if (known := status(planned)) and known.has_result:
             callback.on_run_end(planned, "already there")
         else:
             to_do.append(planned)
@@ -220,7 +233,7 @@ def _run_sequentially(plan: list[PlannedRun], callback: StudyCallback, *, driver
                 ranks[launch].run(
                     planned.config, planned.folder, resume=True, progress=partial(callback.on_step, planned)
                 )
-                callback.on_run_end(planned, status(planned))
+                callback.on_run_end(planned, status(planned) or "")
             except (launchers.RankFailed, OutOfMemory) as error:
                 if launchers.uses_torchrun(planned.config.launch):
                     if driver:
@@ -236,12 +249,12 @@ def _run_sequentially(plan: list[PlannedRun], callback: StudyCallback, *, driver
     return num_failed
 
 
-def conclude(out: Path, outcome: str, numbers: dict[str, Any], verdicts: Sequence[str] = ()) -> dict[str, Any]:
+def conclude(out: Path, outcome: RunStatus, numbers: dict[str, Any], verdicts: Sequence[str] = ()) -> StudyInfo:
     """Write the final status, metrics and verdicts of the study; returns the content of study.json."""
     return _update(out, status=outcome, ended=run_folder.now(), metrics=numbers, verdicts=[*verdicts])
 
 
-def _update(out: Path, **news: Any) -> dict[str, Any]:
-    info = run_folder.read_info(out / "study.json") | news
-    run_folder.write_atomically(out / "study.json", json.dumps(info, indent=1))
+def _update(out: Path, **news: Any) -> StudyInfo:
+    info = run_folder.read_study_info(out).with_fields(**news)
+    run_folder.write_info(out, info)
     return info

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from gengap_dist.config.study import Space, TuneSection
 from gengap_dist.runs import run_folder
-from gengap_dist.runs.schema import ACCURACY, MetricDescription
+from gengap_dist.runs.schema import RunStatus
 
 Point = dict[str, Any]
 """Maps dotted settings to values."""
@@ -58,13 +58,14 @@ def _value(space: Space, u: float) -> Any:
 
 def read_trial(point: Point, folder: Path) -> Trial:
     """Read a trial from its folder; the status is "" if it has not started."""
-    info = run_folder.read_info(folder) if (folder / "run.json").exists() else {}
-    if info.get("status") != run_folder.FINISHED:
-        return Trial(point, info.get("status", ""))
-    metric = MetricDescription.model_validate(info["metric"]) if "metric" in info else ACCURACY
-    name = f"val/{metric.name}"
+    if not (folder / "run.json").exists():
+        return Trial(point, "")
+    info = run_folder.read_info(folder)
+    if info.status != RunStatus.FINISHED:
+        return Trial(point, info.status)
+    name = f"val/{info.metric.name}"
     values = [line[name] for line in run_folder.read_metrics(folder) if name in line]
-    return Trial(point, run_folder.FINISHED, metric.score(values[-1]), info["result"].get("updates_to_target"))
+    return Trial(point, info.status, info.metric.score(values[-1]), info.result.get("updates_to_target"))
 
 
 def best(trials: Sequence[Trial], *, to_target: bool) -> Trial | None:
@@ -84,7 +85,7 @@ def best(trials: Sequence[Trial], *, to_target: bool) -> Trial | None:
         updates = trial.updates if to_target and trial.updates is not None else float("inf")
         return -updates, -math.inf if trial.score is None else trial.score
 
-    return max((trial for trial in trials if trial.status == run_folder.FINISHED), key=score, default=None)
+    return max((trial for trial in trials if trial.status == RunStatus.FINISHED), key=score, default=None)
 
 
 def edges(tune: TuneSection, trials: Sequence[Trial], chosen: Point) -> list[str]:

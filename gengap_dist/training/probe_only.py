@@ -14,7 +14,8 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.out_of_memory import explaining_out_of_memory
 from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
-from gengap_dist.runs.run_folder import FINISHED, NullRecorder, RunRecorder
+from gengap_dist.runs.run_folder import NullRecorder, RunRecorder
+from gengap_dist.runs.schema import RunStatus
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
 from gengap_dist.training.observer import Observation, ProbeObserver
 from gengap_dist.training.setup import build_model, load_data
@@ -70,5 +71,5 @@ def probe(
             for probe_set, spectra in observations[-1][1].spectra.items():
                 recorder.spectra(step, spectra, probe_set)
             recorder.log(step, 0.0, observations[-1][1].metrics)
-        recorder.finish(FINISHED, {"num_steps": networks[-1][0]})
+        recorder.finish(RunStatus.FINISHED, {"num_steps": networks[-1][0]})
         return observations

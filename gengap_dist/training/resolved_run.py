@@ -106,12 +106,14 @@ def _resolve_auto(
     config: RunConfig, out: Path, workload: Workload, world: World, progress: Progress
 ) -> tuple[RunConfig, dict[str, Any]]:
     """The config without `auto`, and the choices for run.json. Collective."""
-    previous: dict[str, Any] = {}
+    previous = None
     if "auto" in (config.batch.micro_size, config.train.channels_last):
         progress(0, 0, "measuring the fastest setting on this machine")
         previous = previous_run_info(out)
-    config, memory_format = resolve_memory_format(config, workload, world, previous.get("channels_last_auto") or {})
-    config, micro_size = resolve_micro_size(config, workload, world, previous.get("micro_size_auto") or {})
+    known_format = (previous and previous.channels_last_auto) or {}
+    known_size = (previous and previous.micro_size_auto) or {}
+    config, memory_format = resolve_memory_format(config, workload, world, known_format)
+    config, micro_size = resolve_micro_size(config, workload, world, known_size)
     if world.device.type == "cuda":  # the peaks of the run, without those of measuring and of earlier runs
         torch.cuda.reset_peak_memory_stats(world.device)
         torch.cuda.reset_accumulated_memory_stats(world.device)

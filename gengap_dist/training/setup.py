@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from gengap_dist.data.sampler import seeded_rng
 from gengap_dist.distributed.process_group import World, local_size, rank_environment
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
+from gengap_dist.runs.schema import RunInfo
 from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.training.checks import check_network
 from gengap_dist.training.tasks import Task
@@ -37,12 +37,12 @@ class Diverged(Exception):
         self.step = step
 
 
-def previous_run_info(out: Path) -> dict[str, Any]:
-    """The run.json of the run in `out`, or {} if there is none."""
+def previous_run_info(out: Path) -> RunInfo | None:
+    """The run.json of the run in `out`; None if there is none."""
     try:
         return read_info(out)
     except UsageError:  # none yet; other readers report a damaged file
-        return {}
+        return None
 
 
 def sampling_system_metrics(config: RunConfig, out: Path, world: World) -> contextlib.AbstractContextManager[None]:

@@ -30,15 +30,8 @@ from gengap_dist.parallel.out_of_memory import explaining_out_of_memory, memory_
 from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
 from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
-from gengap_dist.runs.run_folder import (
-    DIVERGED,
-    FINISHED,
-    PREEMPTED,
-    NullRecorder,
-    RunRecorder,
-    prepare_folder,
-    read_info,
-)
+from gengap_dist.runs.run_folder import NullRecorder, RunRecorder, prepare_folder, read_info
+from gengap_dist.runs.schema import RunStatus
 from gengap_dist.training.algorithms import build_algorithm
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
 from gengap_dist.training.checkpoint_manager import CheckpointManager, read_run_state
@@ -105,12 +98,12 @@ def run(
             with sampling_system_metrics(config, out, world):
                 trainer.train(preemption_requested)
                 result = trainer.result()
-            recorder.finish(FINISHED, result)
+            recorder.finish(RunStatus.FINISHED, result, facts=trainer.exported())
         except Diverged as error:
             result = {"diverged_at_step": error.step}
-            recorder.finish(DIVERGED, result, str(error))
+            recorder.finish(RunStatus.DIVERGED, result, str(error))
         except Preempted as error:
-            recorder.finish(PREEMPTED, {"num_steps": error.step}, str(error), flush=False)
+            recorder.finish(RunStatus.PREEMPTED, {"num_steps": error.step}, str(error), flush=False)
             world.barrier()
             raise
         finally:
@@ -170,7 +163,7 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         out = self.resolved.out
-        if changed := differences(read_info(out)["config"], self.config):
+        if changed := differences(read_info(out).config, self.config):
             raise UsageError(
                 f"{changed} when the run in {out} was started: "
                 "resume with the settings it was started with, or choose a new --out"
@@ -419,6 +412,14 @@ class Trainer:
             | _time_metrics(self.phase_seconds)
             | _memory_peaks(self.world)
         )
+
+    def exported(self) -> dict[str, Any]:
+        """Export the final model, if MLflow wants it; returns what run.json says about it. {} on ranks other than 0."""
+        if self.world.rank != 0 or not (self.config.mlflow.enabled and self.config.mlflow.log_model):
+            return {}
+        from gengap_dist.training.export import try_export  # torch's compiler is slow to import
+
+        return try_export(self.resolved.out, self.config, self.resolved.info["data"], self.state.step)
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written, and release the model."""

@@ -8,7 +8,7 @@ from tests.analysis.test_claims import BASE
 
 def run(arm: str, seed: int, size: int, updates: int | None, status: str = "finished", **more) -> Run:
     empty = {"measures": {}, "own_batch": {}, "own_batch_untrained": {}, "num_probe_samples": 64}
-    made = {"num_updates": 1000, "num_epochs": 1.0, "settings": BASE, "accuracy": 0.9, "target": 0.8} | empty | more
+    made = {"num_updates": 1000, "num_epochs": 1.0, "settings": BASE, "score": 0.9, "target": 0.8} | empty | more
     return Run(arm=arm, seed=seed, status=status, global_size=size, updates_to_target=updates, **made)
 
 

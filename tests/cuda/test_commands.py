@@ -63,7 +63,7 @@ def test_torchrun(tmp_path):
     done = command(*run, "--out", tmp_path / "gpu", num_gpus=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     info = read_info(tmp_path / "gpu")
-    assert (info["device"], info["world_size"], info["strategy"]) == ("cuda", 2, "ddp")
+    assert (info.device, info.world_size, info.strategy) == ("cuda", 2, "ddp")
     train_here(
         tmp_path / "cpu", train__steps=3, train__dtype="float64", probe__num_samples=100, probe__max_time_fraction=0.05
     )
@@ -80,7 +80,7 @@ def test_probe_of_a_run_made_elsewhere(tmp_path, gengap):
     measured = ["--model", tmp_path / "run", "--num_samples", 100, "--diagnostics", "norms", "weights", "--out"]
     done = command("gengap_dist", "probe", *measured, tmp_path / "gpu", num_gpus=1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert read_info(tmp_path / "gpu")["device"] == "cuda"
+    assert read_info(tmp_path / "gpu").device == "cuda"
     made = (tmp_path / "run/config.yaml").read_text()
     (tmp_path / "run/config.yaml").write_text(made.replace("device: cpu", "device: cuda"))
     done = gengap("probe", *measured, tmp_path / "cpu")
@@ -176,7 +176,7 @@ def test_gpus_round_float32_only_if_they_are_asked_to(crew, tmp_path, tf32, want
     for before, inside, after in crew(switches, settings, tmp_path / "run"):
         assert inside == wanted
         assert before == after
-    assert read_info(tmp_path / "run")["config"]["train"]["tf32"] is tf32
+    assert read_info(tmp_path / "run").config["train"]["tf32"] is tf32
 
 
 def test_a_cpu_keeps_its_switches():
@@ -210,7 +210,7 @@ def peaks(world: World, settings: Settings, out: Path) -> list[float]:
         prepare_folder(out, "run.json", resume=False)
     world.barrier()
     result = run(config(**settings), out, world=world)
-    assert result["memory_peak_gib"] == read_info(out)["result"]["memory_peak_gib"]
+    assert result["memory_peak_gib"] == read_info(out).result["memory_peak_gib"]
     return result["memory_peak_gib"]
 
 
@@ -223,4 +223,4 @@ def test_the_record_knows_the_peak_of_each_gpu(crew, tmp_path):
     assert 0.098 <= second < 0.15
     assert max(crew(peaks, settings, tmp_path / "even")[0]) < 0.05
     train_here(tmp_path / "cpu", **(settings | {"launch__device": "cpu"}))
-    assert "memory_peak_gib" not in read_info(tmp_path / "cpu")["result"]
+    assert "memory_peak_gib" not in read_info(tmp_path / "cpu").result

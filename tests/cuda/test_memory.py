@@ -106,7 +106,7 @@ def test_auto_finds_a_micro_size_that_fits(gpu, tmp_path):
     settings = BASE | OFF | {"model__name": f"{__name__}:hungry", "data__image_size": 16, "train__steps": 1}
     settings |= {"launch__device": "cuda", "batch__global_size": 512, "batch__micro_size": "auto"}
     assert gpu(trained, settings, tmp_path / "run") == [""]
-    assert 1 <= read_info(tmp_path / "run")["micro_size"] <= 256
+    assert 1 <= read_info(tmp_path / "run").micro_size <= 256
 
 
 GPU = r"\(Fake H100 \(no GPU\), 0\.195 GiB\)"

@@ -82,11 +82,11 @@ def test_a_gpu_records_what_a_cpu_records(ranks, tmp_path, name):
         train(ranks[scenario.begun_on, scenario.num_ranks], scenario.begun_on, scenario.settings, gpu)
         cut_after(gpu, 4)
     train(gpus, "cuda", scenario.settings, gpu, resume=bool(scenario.begun_on))
-    chosen = {"batch__micro_size": read_info(gpu)["micro_size"]}  # auto chooses by speed, which is not compared here
+    chosen = {"batch__micro_size": read_info(gpu).micro_size}  # auto chooses by speed, which is not compared here
     auto = scenario.settings.get("batch__micro_size") == "auto"
     train(cpus, "cpu", scenario.settings | scenario.twin | (chosen if auto else {}), cpu)
-    assert read_info(gpu)["device"] == "cuda"
-    assert read_info(cpu)["device"] == "cpu"
+    assert read_info(gpu).device == "cuda"
+    assert read_info(cpu).device == "cpu"
     got, want = numbers(gpu), numbers(cpu)
     assert got.keys() == want.keys()
     compared = [key for key in want if scenario.only in key[1]]

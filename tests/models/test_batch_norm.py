@@ -587,4 +587,4 @@ def test_a_run_says_what_its_batch_norm_is_over(tmp_path, settings, told):
         probe__num_samples=50,
         **settings,
     )
-    assert read_info(tmp_path / "run")["norm_size"] == told
+    assert read_info(tmp_path / "run").norm_size == told

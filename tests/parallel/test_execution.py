@@ -401,9 +401,9 @@ def test_runs_share_what_was_compiled_and_an_odd_last_step_is_not_compiled_at_al
         train(tmp_path / str(seed), **TINY | {"train__epochs": 2, "train__steps": None}, train__compile=True, seed=seed)
         assert counters["stats"]["unique_graphs"] == 1
     steps = [line["train/loss"] for line in read_metrics(tmp_path / "1") if "train/loss" in line]
-    facts = read_info(tmp_path / "1")
-    assert len(steps) == 2 * facts["steps_per_epoch"]
-    assert facts["data"]["num_train"] % TINY["batch__global_size"]  # the last step of an epoch is smaller
+    info = read_info(tmp_path / "1")
+    assert len(steps) == 2 * info.steps_per_epoch
+    assert info.data["num_train"] % TINY["batch__global_size"]  # the last step of an epoch is smaller
 
 
 def test_dropout_is_not_compiled():

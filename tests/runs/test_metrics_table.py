@@ -12,6 +12,7 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.runs import metrics_table as module
 from gengap_dist.runs.metrics_table import to_table
 from gengap_dist.runs.run_folder import RunRecorder, read_metrics_table, read_raw
+from gengap_dist.runs.schema import RunStatus
 
 NAMES = st.sampled_from(["train/loss", "val/accuracy", "near_rank_loss/fc2/rel_1e-2", "nc1"])
 VALUES = st.floats(allow_nan=False) | st.sampled_from(["nan", "inf", "-inf"]) | st.integers(-(2**53), 2**53)
@@ -75,7 +76,7 @@ def long_run(out, num_lines=400):
 
 
 def test_a_long_run_leaves_columns_that_say_what_its_lines_say(tmp_path):
-    long_run(tmp_path).finish("finished", {})
+    long_run(tmp_path).finish(RunStatus.FINISHED, {})
     assert (tmp_path / "metrics.npz").exists()
     found, expected = read_metrics_table(tmp_path), to_table(read_raw(tmp_path / "metrics.jsonl"))
     assert found.columns == expected.columns
@@ -85,7 +86,7 @@ def test_a_long_run_leaves_columns_that_say_what_its_lines_say(tmp_path):
 
 @pytest.mark.parametrize("harm", ["lines changed", "columns cut short", "columns are something else"])
 def test_lines_count_and_columns_are_only_their_copy(tmp_path, harm):
-    long_run(tmp_path).finish("finished", {})
+    long_run(tmp_path).finish(RunStatus.FINISHED, {})
     lines, columns = tmp_path / "metrics.jsonl", tmp_path / "metrics.npz"
     if harm == "lines changed":
         lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:5]))
@@ -96,13 +97,13 @@ def test_lines_count_and_columns_are_only_their_copy(tmp_path, harm):
 
 def test_only_a_long_run_that_has_ended_has_columns(tmp_path):
     book = long_run(tmp_path)
-    book.finish("failed", {})
+    book.finish(RunStatus.FAILED, {})
     assert not (tmp_path / "metrics.npz").exists()
-    book.finish("finished", {})
+    book.finish(RunStatus.FINISHED, {})
     RunRecorder(tmp_path).resume(3, 1.0, {})
     assert not (tmp_path / "metrics.npz").exists()
     assert len(read_metrics_table(tmp_path).values) == 3
     (tmp_path / "short").mkdir()
     short = long_run(tmp_path / "short", num_lines=2)
-    short.finish("finished", {})
+    short.finish(RunStatus.FINISHED, {})
     assert not (tmp_path / "short" / "metrics.npz").exists()

@@ -100,11 +100,11 @@ def test_an_abandoned_run_gets_its_last_status(tmp_path):
     out.mkdir()
     RunRecorder(out).start(RunConfig(), {})
     run_folder.close_abandoned(out, RuntimeError("rank 1 died"))
-    assert read_info(out)["status"] == "failed"
-    assert read_info(out)["error"] == "RuntimeError: rank 1 died"
+    assert read_info(out).status == "failed"
+    assert read_info(out).error == "RuntimeError: rank 1 died"
     RunRecorder(out).start(RunConfig(), {})
     run_folder.close_abandoned(out, KeyboardInterrupt())
-    assert read_info(out)["status"] == "killed"
+    assert read_info(out).status == "killed"
 
 
 def test_a_run_that_never_began_leaves_no_folder(tmp_path):

@@ -53,7 +53,7 @@ def both(cluster, tmp_path_factory):
     said, _ = first.communicate(timeout=60)
     before = tiny.ended(folder / "ray")
     (folder / "wait").unlink()
-    assert not any(read_info(path.parent)["status"] == "running" for path in folder.glob("ray/*/*/*/run.json"))
+    assert not any(read_info(path.parent).status == "running" for path in folder.glob("ray/*/*/*/run.json"))
     second = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=280)
     return folder, alone, (first.returncode, said, before), second
 
@@ -63,7 +63,7 @@ def test_side_by_side_gives_the_numbers_of_one_by_one(both):
     assert alone.returncode == second.returncode == 1, second.stderr
     assert tiny.table(folder / "ray") == tiny.table(folder / "alone")
     assert tiny.scores(folder / "ray") == tiny.scores(folder / "alone")
-    assert all(read_info(path.parent)["launcher"] == "ray" for path in folder.glob("ray/runs/*/*/run.json"))
+    assert all(read_info(path.parent).launcher == "ray" for path in folder.glob("ray/runs/*/*/run.json"))
     assert not list(folder.glob("ray/**/ray"))
 
 
@@ -79,8 +79,8 @@ def test_a_run_that_fails_does_not_stop_the_others(both):
     folder, alone, _, second = both
     for name, process in (("alone", alone), ("ray", second)):
         info = read_info(folder / name / "runs/moody/seed0")
-        assert info["status"] == "failed"
-        assert "ArithmeticError: no mood" in info["error"]
+        assert info.status == "failed"
+        assert "ArithmeticError: no mood" in info.error
         assert "1 run(s) failed" in process.stderr
 
 
@@ -165,5 +165,5 @@ def test_a_run_pays_for_its_own_failures_only(cluster, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 rank(s) restarted from the last checkpoint" in done.stderr
     assert starts(tmp_path) == [1, 2, 2]
-    resumed = [len(read_info(tmp_path / f"out/runs/sb/seed{seed}").get("resumed", [])) for seed in range(3)]
+    resumed = [len(read_info(tmp_path / f"out/runs/sb/seed{seed}").resumed) for seed in range(3)]
     assert resumed == [1, 1, 0]

@@ -10,7 +10,7 @@ from gengap_dist.analysis.study_data import read_study, tuned_settings
 from gengap_dist.config.loading import resolve, validate
 from gengap_dist.config.study import StudyConfig, TuneSection
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.run_folder import read_info, read_metrics
+from gengap_dist.runs.run_folder import read_info, read_metrics, write_info
 from gengap_dist.study import runner, tuning
 from gengap_dist.tracking.mlflow.importer import SourceNames
 from tests.study import tiny
@@ -99,11 +99,11 @@ def test_the_best_trial_by_validation_is_what_the_seeds_are_run_with(done):
     winner = found["trials"][last.index(max(last))]
     assert found["best"] == winner["setting"]
     for folder, trial in zip(folders, found["trials"], strict=True):
-        config = read_info(folder)["config"]
+        config = read_info(folder).config
         assert (config["optim"]["lr"], config["seed"]) == (trial["setting"]["optim.lr"], 1000)
         assert not config["probe"]["enabled"]
     for seed in (0, 1):
-        config = read_info(out / f"runs/tame/seed{seed}")["config"]
+        config = read_info(out / f"runs/tame/seed{seed}").config
         assert (config["optim"]["lr"], config["seed"]) == (winner["setting"]["optim.lr"], seed)
         assert config["probe"]["enabled"]
 
@@ -173,8 +173,8 @@ def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):
     assert go() == [("trial 0", "finished"), ("trial 1", "finished"), ("seed 0", "finished")]
     tuned = json.loads((out / "study.json").read_text())["tuned"]["a"]
     worse = [trial["setting"] for trial in tuned["trials"]].index(tuned["best"]) ^ 1
-    lost = out / f"tune/a/trial00{worse}/run.json"
-    lost.write_text(json.dumps(read_info(lost.parent) | {"status": "failed"}))
+    lost = out / f"tune/a/trial00{worse}"
+    write_info(lost, read_info(lost).with_fields(status="failed"))
     assert go() == [(f"trial {worse ^ 1}", "already there"), ("seed 0", "already there")]
 
 

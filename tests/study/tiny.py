@@ -50,7 +50,7 @@ def scores(out: Path) -> dict[str, dict[str, Any]]:
     """Folder to the numbers of every run, trials too, that must not depend on how it was run."""
     found = {}
     for path in sorted([*out.glob("runs/*/*/run.json"), *out.glob("tune/*/*/run.json")]):
-        result = read_info(path.parent).get("result", {})
+        result = read_info(path.parent).result
         found[str(path.parent.relative_to(out))] = {name: result.get(name) for name in SCORES}
     return found
 
@@ -61,5 +61,5 @@ def table(out: Path) -> list[list[str]]:
 
 def ended(out: Path) -> dict[Path, int]:
     """Files of runs that are finished, and when each was last written."""
-    folders = [path.parent for path in out.glob("*/*/*/run.json") if read_info(path.parent)["status"] == "finished"]
+    folders = [path.parent for path in out.glob("*/*/*/run.json") if read_info(path.parent).status == "finished"]
     return {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*") if path.is_file()}

@@ -12,10 +12,9 @@ from collections import Counter
 import pytest
 
 from gengap_dist.cli.train import command as train_command
-from gengap_dist.cli.upload import COMPUTED
 from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.distributed.runtime_context import RuntimeContext
-from gengap_dist.runs.run_folder import prepare_folder, read_metrics
+from gengap_dist.runs.run_folder import RunRecorder, prepare_folder, read_metrics
 from gengap_dist.tracking.mlflow.process import sync_now
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader
 from gengap_dist.training import trainer as run_module
@@ -122,7 +121,7 @@ def test_nothing_is_sent_twice(tmp_path):
     out = tmp_path / "run"
     train(out, **SMALL)
     for _ in range(3):
-        sync_now(out, uri, COMPUTED, NOBODY)
+        sync_now(out, uri, NOBODY)
     assert same(logged(uri, state(out)["run_id"]), recorded(out))
 
 
@@ -132,7 +131,7 @@ def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arr
     uri = f"sqlite:///{tmp_path}/m.db"
     out = tmp_path / "run"
     train(out, **SMALL)
-    mirror = MlflowUploader(out, uri, "e", COMPUTED)
+    mirror = MlflowUploader(out, uri, "e")
     send = mirror.client.log_batch
     requests = 0
 
@@ -148,7 +147,7 @@ def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arr
     with pytest.raises(ConnectionError):
         mirror.sync(closing=True)
     assert state(out)["in_flight"] is not None
-    MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)
+    MlflowUploader(out, uri, "e").sync(closing=True)
     values = logged(uri, state(out)["run_id"])
     assert same(values, recorded(out))
     assert all(count == 1 for points in values.values() for count in Counter(step for step, _ in points).values())
@@ -161,7 +160,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.Trainer, "result", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(out, **SMALL)
-    MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)  # the driver is gone: the run is closed as killed
+    MlflowUploader(out, uri, "e").sync(closing=True)  # the driver is gone: the run is closed as killed
     from mlflow import MlflowClient
 
     first = state(out)["run_id"]
@@ -170,7 +169,7 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     assert found.data.tags["launcher"] == "local"
     monkeypatch.setattr(run_module.Trainer, "result", original)
     run_module.run(config(**SMALL), out, resume=True, context=RuntimeContext("torchrun"))
-    MlflowUploader(out, uri, "e", COMPUTED).sync(closing=True)
+    MlflowUploader(out, uri, "e").sync(closing=True)
     assert state(out)["run_id"] == first
     found = MlflowClient(uri).get_run(first)
     assert found.info.status == "FINISHED"
@@ -178,12 +177,91 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
     assert same(logged(uri, first), recorded(out))
 
 
+def book(out, steps, *, seconds: float = 0.0) -> RunRecorder:
+    """The record of a run that has done these steps, the first of which a checkpoint may have had."""
+    out.mkdir(exist_ok=True)
+    recorder = RunRecorder(out)
+    recorder.start(config(), {"launcher": "local"})
+    recorder.resume(steps[0], seconds, {})
+    for step in steps:
+        recorder.log(step, 0.0, {"x": step / 3})
+    recorder.flush()
+    return recorder
+
+
+def sent_steps(uploader, out) -> list[int]:
+    uploader.sync()
+    return [step for step, _ in logged(uploader.uri, state(out)["run_id"])["x"]]
+
+
+def test_an_upload_reads_only_the_lines_that_are_new(tmp_path):
+    out = tmp_path / "run"
+    recorder, lines = book(out, range(100)), out / "metrics.jsonl"
+    uploader = MlflowUploader(out, f"sqlite:///{tmp_path}/m.db", "e")
+    assert sent_steps(uploader, out) == [*range(100)]
+    start, end, step = state(out)["position"]
+    assert (end, step) == (lines.stat().st_size, 99)
+    lines.write_bytes(b"#" * start + lines.read_bytes()[start:])  # whoever reads this finds that it is damaged
+    recorder.log(100, 0.0, {"x": 0.5})
+    recorder.flush()
+    assert sent_steps(uploader, out) == [*range(101)]
+
+
+def test_a_record_that_a_resumed_run_writes_again_is_sent_once(tmp_path):
+    out = tmp_path / "run"
+    book(out, range(20))
+    uploader = MlflowUploader(out, f"sqlite:///{tmp_path}/m.db", "e")
+    assert sent_steps(uploader, out) == [*range(20)]
+    recorder = book(out, range(8, 12), seconds=1e6)  # lines of another length
+    assert sent_steps(uploader, out) == [*range(20)]
+    assert state(out)["position"][2] == 11
+    for step in range(12, 25):
+        recorder.log(step, 0.0, {"x": step / 3})
+        recorder.flush()
+        assert sent_steps(uploader, out) == [*range(max(20, step + 1))]
+    assert same(logged(uploader.uri, state(out)["run_id"]), recorded(out))
+
+
+def test_what_an_earlier_version_has_sent_is_not_sent_again(tmp_path):
+    """Its mlflow.json has the last step and no position."""
+    out = tmp_path / "run"
+    recorder = book(out, range(10))
+    (out / "system.jsonl").write_text('{"time": 1000, "cpu": 1.0}\n{"time": 2000, "cpu": 2.0}\n')
+    uploader = MlflowUploader(out, f"sqlite:///{tmp_path}/m.db", "e")
+    assert sent_steps(uploader, out) == [*range(10)]
+    old = {key: value for key, value in state(out).items() if key not in ("position", "samples")}
+    (out / "mlflow.json").write_text(json.dumps(old | {"system": {"system.jsonl": 2}}))
+    recorder.log(10, 0.0, {"x": 0.5})
+    recorder.flush()
+    assert sent_steps(uploader, out) == [*range(11)]
+    history = uploader.client.get_metric_history(state(out)["run_id"], "system/cpu")
+    assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 2.0)]
+
+
+def test_a_first_line_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    book(out, [0])
+    uploader = MlflowUploader(out, f"sqlite:///{tmp_path}/m.db", "e")
+    send = uploader.client.log_batch
+
+    def lossy(run_id, metrics=(), params=(), tags=()):
+        send(run_id, metrics=metrics, params=params, tags=tags)
+        if metrics:
+            raise ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploader.client, "log_batch", lossy)
+        with pytest.raises(ConnectionError):
+            uploader.sync()
+    assert state(out)["in_flight"] == 0
+    assert sent_steps(uploader, out) == [0]
+
+
 def test_a_fresh_sqlite_store_survives_several_first_users(tmp_path):
     uri = f"sqlite:///{tmp_path}/fresh.db"
     code = (
         "import sys; from pathlib import Path; from gengap_dist.tracking.mlflow.uploader import MlflowUploader; "
-        "from gengap_dist.cli.upload import COMPUTED; "
-        "MlflowUploader(Path('.'), sys.argv[1], 'e', COMPUTED)"
+        "MlflowUploader(Path('.'), sys.argv[1], 'e')"
     )
     users = [subprocess.Popen([sys.executable, "-c", code, uri]) for _ in range(3)]
     assert [user.wait() for user in users] == [0, 0, 0]

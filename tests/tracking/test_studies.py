@@ -4,6 +4,8 @@ import fcntl
 import json
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from urllib.parse import quote
@@ -14,21 +16,22 @@ import torch
 
 from gengap_dist.analysis.group_runs import gather
 from gengap_dist.analysis.study_data import read_study
-from gengap_dist.cli.upload import COMPUTED
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.data import datasets
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.run_folder import FINISHED, read_info, read_lines, read_metrics
+from gengap_dist.runs.run_folder import read_info, read_lines, read_metrics, read_study_info, write_info
+from gengap_dist.runs.schema import RunStatus
 from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.study import runner
+from gengap_dist.study.means import update_means
 from gengap_dist.study.run_matrix import StudyCallback
 from gengap_dist.tracking.mlflow.importer import SourceNames
 from gengap_dist.tracking.mlflow.process import UploaderProcess, sync_now
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
 from tests.browser import NEEDS_CHROMIUM, page, pictures
-from tests.conftest import FULL, thinned
+from tests.conftest import FULL, thinned, train
 from tests.tracking.servers import mlflow_server, postgresql, refusing
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("default")]  # what MLflow warns of is not ours to mend
@@ -53,7 +56,7 @@ def run_study(out: Path) -> None:
     runner.prepare(study, out, pytest.fail)
     runner.run_study(study, out, StudyCallback(), driver=True)
     numbers = {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a+b/mean": 0.5}
-    runner.conclude(out, FINISHED, numbers, ["A claim. **undecided**: too few seeds."])
+    runner.conclude(out, RunStatus.FINISHED, numbers, ["A claim. **undecided**: too few seeds."])
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +70,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def study(trained, tmp_path):
-    """A copy without checkpoints, from which a mirror would export a model for each run."""
-    return Path(shutil.copytree(trained, tmp_path / "tiny", ignore=shutil.ignore_patterns("checkpoints")))
+    """A copy without checkpoints and models, which would be sent for each run."""
+    return Path(shutil.copytree(trained, tmp_path / "tiny", ignore=shutil.ignore_patterns("checkpoints", "model")))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def sent(trained, store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sent")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # where a sqlite store keeps files
-        mirror = MlflowUploader(Path(shutil.copytree(trained, folder / "tiny")), store, "sent", COMPUTED)
+        mirror = MlflowUploader(Path(shutil.copytree(trained, folder / "tiny")), store, "sent")
         mirror.sync(closing=True)
     return mirror
 
@@ -137,8 +140,8 @@ def test_a_study_is_a_parent_its_arms_and_their_seeds(sent, store):
     assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a_b-300273da/mean": 0.5}
 
     before = everything(client, experiment)  # a second start, and a catch-up: nothing is sent twice
-    MlflowUploader(study, store, "sent", COMPUTED).sync()
-    MlflowUploader(study, store, "sent", COMPUTED).sync(closing=True)
+    MlflowUploader(study, store, "sent").sync()
+    MlflowUploader(study, store, "sent").sync(closing=True)
     assert everything(client, experiment) == before
 
 
@@ -146,8 +149,8 @@ def test_an_arm_has_means_and_intervals_over_its_seeds(sent):
     mirror, study = sent, sent.folder
     arm = state(study / "runs/lb256-ema")["run_id"]
     found = mirror.client.get_run(arm).data.metrics
-    results = [read_info(study / f"runs/lb256-ema/seed{seed}")["result"] for seed in (0, 1)]
-    baseline = [read_info(study / f"runs/sb32/seed{seed}")["result"] for seed in (0, 1)]
+    results = [read_info(study / f"runs/lb256-ema/seed{seed}").result for seed in (0, 1)]
+    baseline = [read_info(study / f"runs/sb32/seed{seed}").result for seed in (0, 1)]
     accuracies = np.array([result["test/accuracy"] for result in results])
     half = 12.706204736 * accuracies.std(ddof=1) / 2**0.5  # Student's t, one degree of freedom
     assert found["test/accuracy/mean"] == pytest.approx(accuracies.mean())
@@ -166,13 +169,13 @@ def test_an_arm_has_means_and_intervals_over_its_seeds(sent):
 
 
 def test_a_seed_that_the_study_does_without_is_in_no_mean(study, store):
-    info = read_info(study / "study.json")
-    (study / "study.json").write_text(json.dumps(info | {"seeds": [1]}))
-    mirror = MlflowUploader(study, store, "fewer", COMPUTED)
+    write_info(study, read_study_info(study).with_fields(seeds=[1]))
+    assert not update_means(study)
+    mirror = MlflowUploader(study, store, "fewer")
     mirror.sync(closing=True)
     arm = mirror.client.get_run(state(study / "runs/sb32")["run_id"])
     assert arm.data.metrics["test/accuracy/num_seeds"] == 1
-    assert arm.data.metrics["test/accuracy/mean"] == read_info(study / "runs/sb32/seed1")["result"]["test/accuracy"]
+    assert arm.data.metrics["test/accuracy/mean"] == read_info(study / "runs/sb32/seed1").result["test/accuracy"]
 
 
 def test_a_folder_is_sent_by_one_at_a_time(study, store, monkeypatch):
@@ -180,8 +183,8 @@ def test_a_folder_is_sent_by_one_at_a_time(study, store, monkeypatch):
     with (study / "mlflow.log").open("w") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="is being sent to MLflow by another process"):
-            sync_now(study, store, COMPUTED, lambda name, done, total: None)
-    assert sync_now(study, store, COMPUTED, lambda name, done, total: None) == store
+            sync_now(study, store, lambda name, done, total: None)
+    assert sync_now(study, store, lambda name, done, total: None) == store
 
 
 def test_a_study_read_back_from_mlflow_compares_as_its_folder(sent, store, tmp_path):
@@ -204,19 +207,22 @@ def test_a_study_read_back_from_mlflow_compares_as_its_folder(sent, store, tmp_p
 def test_an_arm_waits_for_its_seeds_and_is_made_anew_when_one_is_done_again(study, store):
     late = study / "runs/lb256-ema/seed1"
     info = read_info(late)
-    (late / "run.json").write_text(json.dumps(info | {"status": "running"}))
-    whole = read_info(study / "study.json")
-    going_on = {key: value for key, value in whole.items() if key not in ("ended", "metrics")} | {"status": "running"}
-    (study / "study.json").write_text(json.dumps(going_on))
-    mirror = MlflowUploader(study, store, "again", COMPUTED)
+    write_info(late, info.with_fields(status="running"))
+    whole = read_study_info(study)
+    write_info(study, whole.with_fields(status="running", ended=None, metrics={}))
+    for path in study.glob("runs/*/mean.jsonl"):
+        path.unlink()
+    update_means(study, whole.arms)
+    mirror = MlflowUploader(study, store, "again")
     client = mirror.client
     mirror.sync()
     first = state(study / "runs/lb256-ema")["run_id"]
     assert client.get_run(first).info.status == "RUNNING"
     assert not client.get_run(first).data.metrics
     assert client.get_run(state(study / "runs/sb32")["run_id"]).data.metrics["num_runs/finished"] == 2
-    (late / "run.json").write_text(json.dumps(info))
-    (study / "study.json").write_text(json.dumps(whole))
+    write_info(late, info)
+    write_info(study, whole)
+    update_means(study)
     mirror.sync(closing=True)
     assert state(study / "runs/lb256-ema")["run_id"] == first
     assert client.get_run(first).info.status == "FINISHED"
@@ -224,8 +230,9 @@ def test_an_arm_waits_for_its_seeds_and_is_made_anew_when_one_is_done_again(stud
 
     old_seed = state(late)["run_id"]
     (late / "mlflow.json").unlink()  # as if the run's folder had been removed, and the study started again
-    result = info["result"] | {"test/accuracy": 1.0}
-    (late / "run.json").write_text(json.dumps(info | {"ended": "2030-01-01T00:00:00+00:00", "result": result}))
+    result = info.result | {"test/accuracy": 1.0}
+    write_info(late, info.with_fields(ended="2030-01-01T00:00:00+00:00", result=result))
+    update_means(study)
     others = [state(study / name)["run_id"] for name in ("", "runs/sb32", "runs/sb32/seed0", "runs/lb256-ema/seed0")]
     mirror.sync(closing=True)
     assert state(late)["run_id"] != old_seed
@@ -233,7 +240,7 @@ def test_an_arm_waits_for_its_seeds_and_is_made_anew_when_one_is_done_again(stud
     assert arm != first
     assert client.get_run(first).info.lifecycle_stage == "deleted"
     (point,) = client.get_metric_history(arm, "test/accuracy/mean")
-    assert point.value == pytest.approx((1.0 + read_info(late.parent / "seed0")["result"]["test/accuracy"]) / 2)
+    assert point.value == pytest.approx((1.0 + read_info(late.parent / "seed0").result["test/accuracy"]) / 2)
     assert client.get_run(arm).data.tags["seen_by"] == "a reviewer"
     assert client.get_run(state(late)["run_id"]).data.tags["mlflow.parentRunId"] == arm
     assert client.get_run(state(late.parent / "seed0")["run_id"]).data.tags["mlflow.parentRunId"] == arm
@@ -241,7 +248,7 @@ def test_an_arm_waits_for_its_seeds_and_is_made_anew_when_one_is_done_again(stud
 
 
 def test_a_mirror_that_broke_off_anywhere_sends_an_arm_once(study, store, monkeypatch):
-    mirror = MlflowUploader(study, store, "broken", COMPUTED)
+    mirror = MlflowUploader(study, store, "broken")
     send, sent = mirror.client.log_batch, 0
 
     def lossy(run_id, metrics=(), params=(), tags=()):
@@ -255,7 +262,7 @@ def test_a_mirror_that_broke_off_anywhere_sends_an_arm_once(study, store, monkey
     with pytest.raises(ConnectionError):
         mirror.sync(closing=True)
     assert sent == 1
-    again = MlflowUploader(study, store, "broken", COMPUTED)
+    again = MlflowUploader(study, store, "broken")
     again.sync(closing=True)
     arm = state(study / "runs/sb32")["run_id"]
     for name in again.client.get_run(arm).data.metrics:
@@ -273,7 +280,7 @@ def test_a_model_scores_as_its_run_did(sent, store, arm):
     model = mlflow.pytorch.load_model(f"runs:/{kept['run_id']}/model")
     test = datasets.load(read_config(folder).data).test
     logits = model(test.inputs.float())
-    result = read_info(folder)["result"]
+    result = read_info(folder).result
     assert (logits.argmax(1) == test.targets).double().mean().item() == result["test/accuracy"]
     assert torch.nn.functional.cross_entropy(logits, test.targets).item() == pytest.approx(result["test/loss"], 1e-5)
     assert model(test.inputs[:1].float()).shape == (1, 10)  # any number of images
@@ -291,16 +298,50 @@ def test_a_model_scores_as_its_run_did(sent, store, arm):
 def read_config(folder):
     from gengap_dist.config.sections import RunConfig
 
-    return RunConfig.model_validate(read_info(folder)["config"])
+    return RunConfig.model_validate(read_info(folder).config)
 
 
-def test_a_model_that_cannot_be_exported_is_no_failure(study, store):
-    run = study / "runs/sb32/seed0"
-    mirror = MlflowUploader(run, store, "none", COMPUTED)
+class Undecided(torch.nn.Module):
+    """Takes another path for other images, which no graph can say."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.flat, self.linear = torch.nn.Flatten(), torch.nn.Linear(64 * in_channels, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.linear(self.flat(images))
+        return logits if float(logits.sum()) > 0 else logits.relu()
+
+
+def test_a_model_that_cannot_be_exported_is_no_failure(tmp_path, store):
+    run = tmp_path / "run"
+    settings = {"data__image_size": 8, "train__steps": 2, "probe__enabled": False, "mlflow__enabled": True}
+    train(run, model__name="tests.tracking.test_studies:Undecided", **settings)
+    info = read_info(run)
+    assert (info.status, info.model) == ("finished", None)
+    mirror = MlflowUploader(run, store, "none")
     mirror.sync(closing=True)
     found = mirror.client.get_run(state(run)["run_id"])
     assert found.info.status == "FINISHED"
-    assert "has no complete checkpoint of its last step" in found.data.tags["model"]
+    assert found.data.tags["model"] == f"not logged: {info.model_error[:400]}"
+    assert not mirror.client.search_logged_models([mirror.experiment])
+
+
+def test_the_uploader_sends_a_model_and_loads_no_torch(trained, study, store):
+    run = study / "runs/sb32/seed0"
+    (run / "model").mkdir()
+    shutil.copyfile(trained / "runs/sb32/seed0/model/model.pt2", run / "model/model.pt2")
+    code = (
+        "import sys; from pathlib import Path; from gengap_dist.tracking.mlflow.process import sync_now; "
+        "sync_now(Path(sys.argv[1]), sys.argv[2], lambda *_: None); print(*{'torch'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, run, store], capture_output=True, text=True, check=True)
+    assert not done.stdout.strip()
+    assert state(run)["model_logged"]
+    other = MlflowUploader(study / "runs/sb32/seed1", store, "lost")
+    other.sync(closing=True)
+    tags = other.client.get_run(state(other.folder)["run_id"]).data.tags
+    assert tags["model"] == "not logged: model/model.pt2 is missing"
 
 
 def test_machines_are_watched_in_the_folder_and_sent_once(study, store):
@@ -311,7 +352,7 @@ def test_machines_are_watched_in_the_folder_and_sent_once(study, store):
     with sampling(run, 0.05, num_nodes=2):
         torch.randn(400, 400).matmul(torch.randn(400, 400))
     (node,) = run.glob("system_*.jsonl")
-    mirror = MlflowUploader(run, store, "system", COMPUTED)
+    mirror = MlflowUploader(run, store, "system")
     mirror.sync(closing=True)
     metrics = mirror.client.get_run(state(run)["run_id"]).data.metrics
     name = node.stem.removeprefix("system_")
@@ -325,10 +366,9 @@ def test_two_studies_of_one_name_are_told_apart(study, store):
         for folder in study.glob("runs/*/seed1"):
             shutil.rmtree(folder)
     other = Path(shutil.copytree(study, study.with_name("elsewhere")))
-    info = read_info(other / "study.json")
-    (other / "study.json").write_text(json.dumps(info | {"started": "2030-01-01T00:00:00+00:00"}))
+    write_info(other, read_study_info(other).with_fields(started="2030-01-01T00:00:00+00:00"))
     for folder in (study, other):
-        mirror = MlflowUploader(folder, store, "twice", COMPUTED)
+        mirror = MlflowUploader(folder, store, "twice")
         mirror.sync(closing=True)
     parents = mirror.client.search_runs([mirror.experiment], "tags.level = 'study' and tags.study = 'tiny'")
     assert len({run.info.run_name for run in parents}) == len({run.data.tags["folder"] for run in parents}) == 2
@@ -341,7 +381,10 @@ def test_half_a_folder_does_not_keep_the_others_back(study, store):
     (study / "runs/lb256-ema/seed1/run.json").write_text('{"status": "fin')
     with (study / "runs/sb32/seed0/metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "val/acc')
-    mirror = MlflowUploader(study, store, "half", COMPUTED)
+    for path in study.glob("runs/*/mean.jsonl"):
+        path.unlink()
+    assert not update_means(study)
+    mirror = MlflowUploader(study, store, "half")
     mirror.sync(closing=True)
     arm = mirror.client.get_run(state(study / "runs/lb256-ema")["run_id"])
     assert arm.data.tags["runs"] == "1 finished, 1 not started"
@@ -361,12 +404,12 @@ REFUSALS = [
 def test_a_server_that_refuses_costs_one_sentence(study, status, body):
     run = study / "runs/sb32/seed0"
     with refusing(status, body) as uri:
-        behind = UploaderProcess(run, MlflowConfig(tracking_uri=uri), "gengap_dist.cli.upload").finish()
+        behind = UploaderProcess(run, MlflowConfig(tracking_uri=uri)).finish()
         assert behind is not None
         assert "\n" not in behind
         assert f"gengap report sync {run}" in behind
         with pytest.raises(UsageError, match=re.escape(uri)) as refused:
-            sync_now(run, uri, COMPUTED, lambda name, done, total: None)
+            sync_now(run, uri, lambda name, done, total: None)
     assert "\n" not in str(refused.value)
 
 
@@ -379,9 +422,7 @@ def test_a_server_on_postgresql_takes_a_whole_study(trained, study, tmp_path):
         shutil.copytree(trained / "runs/sb32/seed0", study / "runs/sb32/seed0", dirs_exist_ok=True)
 
     with postgresql() as database, mlflow_server(database, tmp_path) as uri:
-        follower = UploaderProcess(
-            study, MlflowConfig(tracking_uri=uri, experiment="pg", flush_timeout_seconds=300), "gengap_dist.cli.upload"
-        )
+        follower = UploaderProcess(study, MlflowConfig(tracking_uri=uri, experiment="pg", flush_timeout_seconds=300))
         assert follower.finish() is None, (study / "mlflow.log").read_text()
         assert follower.comparison_url() == f"{uri}/{comparison_path(study)}"
         client = mlflow.MlflowClient(uri)
@@ -393,7 +434,7 @@ def test_a_server_on_postgresql_takes_a_whole_study(trained, study, tmp_path):
         names = ("test/accuracy", "test/accuracy/mean", "val/loss/mean", "train/loss")
         before = everything(client, experiment, names)
         assert len(before) == 1 + 3 + 6
-        sync_now(study, uri, COMPUTED, lambda name, done, total: None)
+        sync_now(study, uri, lambda name, done, total: None)
         assert everything(client, experiment, names) == before
         mlflow.set_tracking_uri(uri)
         seed = state(study / "runs/sb32/seed0")["run_id"]

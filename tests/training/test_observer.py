@@ -31,7 +31,7 @@ def test_controls_are_measured_at_both_ends(tmp_path):
         assert lines[-1][metric] == (values < 1e-2).mean()
         assert metric in lines[0]
         assert (metric in lines[2]) == (not name)  # in between, only the probe set itself
-    assert read_info(tmp_path / "sweep")["num_probe_samples"] == 100
+    assert read_info(tmp_path / "sweep").num_probe_samples == 100
 
 
 def test_a_smaller_probe_set_is_part_of_the_larger(tmp_path):
@@ -45,7 +45,7 @@ def test_a_smaller_probe_set_is_part_of_the_larger(tmp_path):
 def test_a_probe_set_smaller_than_asked(tmp_path):
     with pytest.warns(UserWarning, match=r"probe.num_samples \(5,000\) is more than the 1,294 training images"):
         train(tmp_path / "run", **SHORT | {"probe__num_samples": 5000})
-    assert read_info(tmp_path / "run")["num_probe_samples"] == 1294
+    assert read_info(tmp_path / "run").num_probe_samples == 1294
 
 
 def all_convolutional(num_classes: int, in_channels: int) -> nn.Module:
@@ -74,7 +74,7 @@ def test_dear_rivals_when_asked(tmp_path):
 
 def test_one_size_of_gradient_gives_no_noise_scale(tmp_path):
     train(tmp_path / "run", **SHORT)  # 40 samples in one micro-batch
-    assert read_info(tmp_path / "run")["small_size"] is None
+    assert read_info(tmp_path / "run").small_size is None
     assert not any(name.startswith("noise_scale") for line in read_metrics(tmp_path / "run") for name in line)
 
 

@@ -163,7 +163,7 @@ def test_a_folder_that_cannot_be_written_loses_the_profile_and_not_the_run(tmp_p
 
     with pytest.warns(UserWarning, match=r"profile could not be written .* \(rank 0: File exists, and 1 more\)"):
         run(config(**SHORT | {"train__steps": 3}), out, progress=block)
-    assert read_info(out)["status"] == "finished"
+    assert read_info(out).status == "finished"
 
 
 def event(name: str, start: float, end: float, *, on: str = "CPU", **more: Any) -> FunctionEvent:

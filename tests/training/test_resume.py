@@ -92,8 +92,8 @@ def test_from_two_ranks_to_three_to_one(pools, tmp_path, case):
     assert [line["step"] for line in lines] == [*range(25)]
     for line, other in zip(lines[1:], expected[1:], strict=True):
         assert line["train/loss"] == pytest.approx(other["train/loss"], rel=1e-9)
-    assert read_info(moved)["strategy"] == "single"
-    assert len(read_info(moved)["resumed"]) == 2
+    assert read_info(moved).strategy == "single"
+    assert len(read_info(moved).resumed) == 2
 
 
 # A seed with which no activation comes within rounding of a kink of ReLU or max-pooling: in float32, that is luck.
@@ -131,7 +131,7 @@ def test_every_strategy_is_the_same_run_with_its_probes(pools, float32_run, tmp_
     out = tmp_path / "run"
     go(pools, 2, config(launch__strategy=strategy, **SHARDED), out)
     check_close(out, float32_run)
-    assert read_info(out)["strategy"] == strategy
+    assert read_info(out).strategy == strategy
 
 
 @pytest.mark.parametrize("between", thinned(["zero2", "zero3", "fsdp"], lambda name: name == "zero2"))
@@ -191,7 +191,7 @@ def test_a_full_disk_does_not_stop_the_run(tmp_path):
     assert ended.stderr.count("a checkpoint could not be written after step") >= 1
     assert "(File too large); there is none yet: free disk space in" in ended.stderr
     assert "then continue with --resume" in ended.stderr.splitlines()[-1]  # the last one is worth more than a warning
-    assert read_info(out)["status"] == "running"
+    assert read_info(out).status == "running"
 
 
 # -- asked to leave ---------------------------------------------------------------------------------------------------
@@ -246,10 +246,10 @@ def test_asked_to_leave_it_saves_and_says_so(uninterrupted, tmp_path, launcher, 
     process.send_signal(number)
     said = process.communicate(timeout=60)[1].decode()
     info = read_info(out)
-    assert info["status"] == "preempted", said
-    assert f"preempted after step {info['result']['num_steps']}; checkpoint saved. Continue with --resume." in said
-    assert 0 < info["result"]["num_steps"] < 150
-    assert max(checkpoint.checkpoints_by_step(out / "checkpoints")) == info["result"]["num_steps"]
+    assert info.status == "preempted", said
+    assert f"preempted after step {info.result['num_steps']}; checkpoint saved. Continue with --resume." in said
+    assert 0 < info.result["num_steps"] < 150
+    assert max(checkpoint.checkpoints_by_step(out / "checkpoints")) == info.result["num_steps"]
     if launcher == "local":
         assert process.returncode == 75
     again = subprocess.run([*command, "--resume"], capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -307,7 +307,7 @@ def test_rank_0_decides_whether_to_resume(crews, tmp_path):
     train(tmp_path / "run", **settings)
     cut_after(tmp_path / "run", 8)
     assert crews[2](resume_if_rank_is, 0, config(**settings), tmp_path / "run") == [10, 10]
-    assert len(read_info(tmp_path / "run")["resumed"]) == 1
+    assert len(read_info(tmp_path / "run").resumed) == 1
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [*range(11)]
 
 

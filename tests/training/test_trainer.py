@@ -40,12 +40,12 @@ def whole(tmp_path_factory):
 def test_run_folder_is_complete(whole):
     out, result = whole
     info = read_info(out)
-    assert info["status"] == "finished"
-    assert info["result"] == json.loads(json.dumps(result))
-    assert info["config"] == json.loads(json.dumps(config(**SMALL).model_dump(mode="json")))
-    assert (info["seed"], info["world_size"], info["num_parameters"]) == (0, 1, 61_706)
-    assert info["data"]["num_train"] == 1294
-    assert torch.__version__.startswith(info["versions"]["torch"])
+    assert info.status == "finished"
+    assert info.result == json.loads(json.dumps(result))
+    assert info.config == json.loads(json.dumps(config(**SMALL).model_dump(mode="json")))
+    assert (info.seed, info.world_size, info.num_parameters) == (0, 1, 61_706)
+    assert info.data["num_train"] == 1294
+    assert torch.__version__.startswith(info.versions["torch"])
     lines = list(read_metrics(out))
     assert [line["step"] for line in lines] == list(range(25))  # step 0 is the untrained network
     assert all({"step", "epoch", "seconds"} <= line.keys() for line in lines)
@@ -58,7 +58,7 @@ def test_run_folder_is_complete(whole):
     assert "near_rank_loss/conv1/pool/centred/rel_1e-2" in lines[-1]
     for line in lines[1:]:  # 17 of 50 samples in the first micro-batch: two sizes of gradient
         assert line["noise_scale/trace_covariance"] == line["noise_scale/trace_covariance"]
-    assert info["small_size"] == 16
+    assert info.small_size == 16
     diagnostics = {"nc1", "distance_from_init", "train/update_norm", "effective_rank/fc2.affine/weight"}
     assert diagnostics <= lines[10].keys()
     assert lines[0]["distance_from_init"] == 0 < lines[1]["distance_from_init"]
@@ -133,15 +133,15 @@ def test_resume_is_bitwise_the_uninterrupted_run(whole, tmp_path, monkeypatch, m
         train(out, **settings)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    assert read_info(out)["status"] == "running"
+    assert read_info(out).status == "running"
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 23, "epoch"')  # a line that the crash cut short
     train(out, resume=True, **settings)
     assert timeless(out) == timeless(whole[0])
     for name, weight in weights(out).items():
         assert torch.equal(weight, weights(whole[0])[name]), name
-    assert read_info(out)["status"] == "finished"
-    assert len(read_info(out)["resumed"]) == 1
+    assert read_info(out).status == "finished"
+    assert len(read_info(out).resumed) == 1
 
 
 @pytest.mark.full  # else: tests/test_kills.py
@@ -181,9 +181,9 @@ def test_resume_refuses_other_settings_and_other_models(whole, tmp_path):
 def test_divergence_is_a_result(tmp_path):
     result = train(tmp_path / "run", optim__lr=1e6, **SMALL)
     info = read_info(tmp_path / "run")
-    assert info["status"] == "diverged"
-    assert info["result"] == result
-    assert "train/loss was" in info["error"]
+    assert info.status == "diverged"
+    assert info.result == result
+    assert "train/loss was" in info.error
     lines = list(read_metrics(tmp_path / "run"))
     assert lines[-1]["step"] == result["diverged_at_step"]
     assert not abs(lines[-1]["train/loss"]) < float("inf")
@@ -194,8 +194,8 @@ def test_divergence_in_the_last_update_is_one_too(tmp_path):
     once = {"train__steps": 1, "probe__enabled": False, "train__num_evals": 1}
     result = train(tmp_path / "run", optim__lr=1e38, **once)
     info = read_info(tmp_path / "run")
-    assert (info["status"], result) == ("diverged", {"diverged_at_step": 1})
-    assert info["error"] == "train_full/loss was nan at step 1"
+    assert (info.status, result) == ("diverged", {"diverged_at_step": 1})
+    assert info.error == "train_full/loss was nan at step 1"
 
 
 def test_a_seed_of_any_size(tmp_path):

@@ -7,7 +7,7 @@ from gengap_dist.analysis.report import figures, probe_figures
 from gengap_dist.analysis.report.plotting import ReportFigure, in_rows
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
-from gengap_dist.runs.schema import MetricDescription
+from gengap_dist.runs.metric import MetricDescription
 
 
 class Entry(NamedTuple):

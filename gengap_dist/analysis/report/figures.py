@@ -32,7 +32,7 @@ from gengap_dist.analysis.report.plotting import (
 )
 from gengap_dist.analysis.results import Comparison, Correlation
 from gengap_dist.analysis.study_data import StudyData
-from gengap_dist.runs.schema import MetricDescription
+from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import Interval, differences, mean_and_std, t_interval
 
 HIGHEST_LOSS = 20.0  # upper limit of the axis; a diverging run may exceed it

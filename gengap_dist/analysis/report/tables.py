@@ -9,7 +9,7 @@ from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import RunData, StudyData
 from gengap_dist.config.measures import SUMMARY
 from gengap_dist.config.metric_key import layer_metric
-from gengap_dist.runs.schema import MetricDescription
+from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import Interval, mean_and_std
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.config.measures import SUMMARY
 from gengap_dist.config.metric_key import layer_metric
-from gengap_dist.runs.schema import MetricDescription
+from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import Paired, mean_and_std
 
 

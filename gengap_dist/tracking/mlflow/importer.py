@@ -13,10 +13,17 @@ from typing import Any, NamedTuple
 
 from gengap_dist.config.loading import nested
 from gengap_dist.errors import UsageError, did_you_mean
-from gengap_dist.runs.run_folder import write_atomically
+from gengap_dist.runs.run_folder import json_line, write_atomically, write_info
+from gengap_dist.runs.schema import RunInfo, RunStatus
 from gengap_dist.tracking.mlflow.names import own_name
 
-STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running", "SCHEDULED": "running"}
+STATUS = {
+    "FINISHED": RunStatus.FINISHED,
+    "FAILED": RunStatus.FAILED,
+    "KILLED": RunStatus.KILLED,
+    "RUNNING": RunStatus.RUNNING,
+    "SCHEDULED": RunStatus.RUNNING,
+}
 
 
 class SourceNames(NamedTuple):
@@ -120,29 +127,27 @@ def save_as_run_folder(
     result["num_steps"] = num_steps
     if "updates_to_target" in metrics:
         result["updates_to_target"] = int(metrics["updates_to_target"])
-    status = run.data.tags.get("status", STATUS.get(run.info.status, "finished"))
+    status = STATUS.get(run.info.status, RunStatus.FINISHED)
     settings = nested(
         {name: _parse_value(text) for name, text in params.items() if name not in (names.global_size, names.seed)}
     )
     settings = settings | {"batch": {**_dict_or_empty(settings.get("batch")), "global_size": size}, "seed": seed}
     folder.mkdir(parents=True, exist_ok=True)
-    info = {
-        "schema": 1,
-        "status": status,
+    info = RunInfo.model_validate({
+        "status": run.data.tags.get("status", status) if ours else status,
         "seed": seed,
         "config": settings,
         "num_steps": num_steps,
         "result": result,
         "seconds": ((run.info.end_time or run.info.start_time) - run.info.start_time) / 1000,
         "mlflow": {"run_id": run.info.run_id, "name": run.info.run_name},
-    }
-    write_atomically(folder / "run.json", json.dumps(info, indent=1))
+    })  # fmt: skip
+    write_info(folder, info)
     rows = [
-        {"step": step, "epoch": values.pop("epoch", 0.0), "seconds": 0.0}
-        | {name: value if math.isfinite(value) else str(value) for name, value in sorted(values.items())}
+        {"step": step, "epoch": values.pop("epoch", 0.0), "seconds": 0.0} | dict(sorted(values.items()))
         for step, values in sorted(lines.items())
     ]
-    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(folder / "metrics.jsonl", "".join(json_line(row) + "\n" for row in rows))
 
 
 def _dict_or_empty(value: Any) -> dict[str, Any]:

@@ -20,18 +20,13 @@ from typing import IO
 
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.run_folder import read_info
-from gengap_dist.tracking.mlflow.uploader import (
-    MlflowUploader,
-    UploadCallbacks,
-    UploadProgress,
-    comparison_path,
-    import_client,
-    store_uri,
-)
+from gengap_dist.runs.run_folder import read_info, read_study_info
+from gengap_dist.tracking.mlflow.client import import_client, store_uri
+from gengap_dist.tracking.mlflow.mlflow_run import UploadProgress
+from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
 
 POLL_SECONDS = 1.0
-REST_FACTOR = 20  # pause in multiples of the last upload's time: every upload reads the whole metrics.jsonl
+REST_FACTOR = 20  # pause in multiples of the last upload's time, which is that of new lines and of every run.json
 MAX_WAIT_SECONDS = 60.0  # between attempts to reach a server that fails
 DEFAULT_UI = "http://127.0.0.1:5000/"  # of `mlflow ui`, for a store without a server
 LOCK_TIMEOUT_SECONDS = 5.0  # for an uploader process that has reported its end to exit
@@ -45,13 +40,12 @@ class UploaderProcess:
     still has to send the status of the killed run. It ends when its standard input closes, however the command ends.
     """
 
-    def __init__(self, folder: Path, config: MlflowConfig, module: str) -> None:
-        """Start to upload `folder`; `module` is run as the process and calls `main`."""
+    def __init__(self, folder: Path, config: MlflowConfig) -> None:
+        """Start to upload `folder`."""
         self.folder, self.config, self.uri = folder, config, store_uri(config.tracking_uri)
-        arguments = [str(folder), self.uri, config.experiment] + ["--model"] * config.log_model
         with (folder / "mlflow.log").open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [sys.executable, "-m", __name__, str(folder), self.uri, config.experiment],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,  # only for DONE
                 stderr=log,
@@ -86,24 +80,16 @@ class UploaderProcess:
         )
 
 
-def upload_until_closed(
-    folder: Path,
-    uri: str,
-    experiment: str,
-    callbacks: UploadCallbacks,
-    *,
-    log_model: bool,
-    pause: Callable[[float], bool],
-) -> None:
+def upload_until_closed(folder: Path, uri: str, experiment: str, pause: Callable[[float], bool]) -> None:
     """Upload until `pause(seconds)` returns True (the command has ended), then once more to the end.
 
-    Dependencies are imported while the command prepares its first step.
+    MLflow is imported while the command prepares its first step.
 
     Raises:
         Exception: if the last attempt failed.
     """
     uploader, wait, over = None, POLL_SECONDS, False
-    imports = threading.Thread(target=_import_dependencies, args=(callbacks if log_model else None,), daemon=True)
+    imports = threading.Thread(target=import_client, daemon=True)
     imports.start()
     while not ((folder / "run.json").exists() or (folder / "study.json").exists()):
         if pause(POLL_SECONDS):
@@ -111,7 +97,7 @@ def upload_until_closed(
     imports.join()
     while True:
         try:
-            uploader = uploader or MlflowUploader(folder, uri, experiment, callbacks)
+            uploader = uploader or MlflowUploader(folder, uri, experiment)
             start = time.monotonic()
             uploader.sync(closing=over)
             wait = min(MAX_WAIT_SECONDS, max(POLL_SECONDS, REST_FACTOR * (time.monotonic() - start)))
@@ -123,12 +109,6 @@ def upload_until_closed(
         if over:
             return
         over = _wait_for_changes(wait, folder, pause)
-
-
-def _import_dependencies(callbacks: UploadCallbacks | None) -> None:
-    import_client()
-    if callbacks:
-        callbacks.prepare_export()
 
 
 def _wait_for_changes(seconds: float, folder: Path, pause: Callable[[float], bool]) -> bool:
@@ -150,12 +130,11 @@ def _stdin_closes_within(seconds: float) -> bool:
     return bool(ready)
 
 
-def main(callbacks: UploadCallbacks) -> None:
+def main() -> None:
     """The main function of the process."""
     parser = argparse.ArgumentParser(description="Upload a run or study folder to MLflow until standard input closes.")
     for name in ("folder", "uri", "experiment"):
         parser.add_argument(name)
-    parser.add_argument("--model", action="store_true", help="log the models of finished runs")
     arguments = parser.parse_args()
     if os.fork():  # the command's child ends here, see UploaderProcess
         os._exit(0)
@@ -164,29 +143,37 @@ def main(callbacks: UploadCallbacks) -> None:
     fcntl.flock(sys.stderr.fileno(), fcntl.LOCK_EX)  # mlflow.log: the uploader of a killed command may still be sending
     os.nice(10)  # training comes first
     try:
-        target = (Path(arguments.folder), arguments.uri, arguments.experiment)
-        upload_until_closed(*target, callbacks, log_model=arguments.model, pause=_stdin_closes_within)
+        upload_until_closed(Path(arguments.folder), arguments.uri, arguments.experiment, _stdin_closes_within)
         os.write(report, DONE)
     except Exception as error:
         print(f"{type(error).__name__}: {_one_line(error)}", flush=True)
     os._exit(0)  # also during an import
 
 
-def sync_now(folder: Path, uri: str | None, callbacks: UploadCallbacks, progress: UploadProgress) -> str:
+def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
     """Send everything in a folder that its MLflow store does not have yet; returns the store's URI.
 
     Raises:
         UsageError: if the folder is not a run or study, is being uploaded, or the store cannot be reached.
     """
-    info = read_info(folder / "study.json" if (folder / "study.json").exists() else folder)
-    config = MlflowConfig.model_validate(info["config"]["mlflow"])
+    info = read_study_info(folder) if (folder / "study.json").exists() else read_info(folder)
+    if "mlflow" not in info.config:
+        raise UsageError(f"{folder} was not written by a run or study of this package: give the folder of one")
+    config = MlflowConfig.model_validate(info.config["mlflow"])
     state = folder / "mlflow.json"
     known = json.loads(state.read_text())["uri"] if state.exists() else None
     target: str = uri or os.environ.get("MLFLOW_TRACKING_URI") or known or store_uri(config.tracking_uri)
     with (folder / "mlflow.log").open("a") as log:  # the same lock as that of an uploader process
         if not _acquire_lock(log, time.monotonic() + LOCK_TIMEOUT_SECONDS):
             raise UsageError(f"{folder} is being sent to MLflow by another process: wait until it has ended")
-        return _upload_all(folder, target, config.experiment, callbacks, progress)
+        try:
+            MlflowUploader(folder, target, config.experiment).sync(closing=True, progress=progress)
+        except Exception as error:
+            raise UsageError(
+                f"MLflow at {target} cannot be reached ({_one_line(error)[:300]}): check the address, or start the "
+                "server"
+            ) from None
+    return target
 
 
 def _acquire_lock(file: IO[str], deadline: float) -> bool:
@@ -201,13 +188,5 @@ def _acquire_lock(file: IO[str], deadline: float) -> bool:
             time.sleep(0.1)
 
 
-def _upload_all(
-    folder: Path, target: str, experiment: str, callbacks: UploadCallbacks, progress: UploadProgress
-) -> str:
-    try:
-        MlflowUploader(folder, target, experiment, callbacks).sync(closing=True, progress=progress)
-    except Exception as error:
-        raise UsageError(
-            f"MLflow at {target} cannot be reached ({_one_line(error)[:300]}): check the address, or start the server"
-        ) from None
-    return target
+if __name__ == "__main__":
+    main()

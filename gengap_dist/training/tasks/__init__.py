@@ -5,10 +5,11 @@ import importlib
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError, did_you_mean
+from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.training.tasks.base import Task
 from gengap_dist.training.tasks.classification import Classification
 
-__all__ = ["Classification", "Task", "build_task"]
+__all__ = ["Classification", "MetricDescription", "Task", "build_task"]
 
 
 def build_task(config: RunConfig, spec: DataSpec) -> Task:

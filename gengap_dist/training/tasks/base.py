@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.schema import MetricDescription
+from gengap_dist.runs.metric import MetricDescription
 
 TOLERANCE = 1e-3  # relative difference of two sums in float32 that add the same numbers in another order
 

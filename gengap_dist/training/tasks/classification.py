@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.schema import MetricDescription
+from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.training.tasks.base import Task
 
 

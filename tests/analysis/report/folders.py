@@ -8,7 +8,8 @@ import torch
 
 from gengap_dist.probes import metrics as metrics_of
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
-from gengap_dist.runs.run_folder import DIVERGED, FINISHED, RunRecorder
+from gengap_dist.runs.run_folder import RunRecorder
+from gengap_dist.runs.schema import RunStatus
 from tests.conftest import config
 
 LAYERS = ("fc1", "fc2")
@@ -52,7 +53,7 @@ def accuracy(number: int, seed: int) -> float:
     return 0.9 - 0.02 * number + 0.001 * ((seed * (number + 1)) % 3)
 
 
-def write_run(folder: Path, number: int, seed: int, *, status: str = FINISHED, **settings: Any) -> None:
+def write_run(folder: Path, number: int, seed: int, *, status: RunStatus = RunStatus.FINISHED, **settings: Any) -> None:
     """A run of arm `number`: the untrained network has 1 small value, the trained one 1 + `number` of 8."""
     folder.mkdir(parents=True)
     record = RunRecorder(folder)
@@ -67,7 +68,9 @@ def write_run(folder: Path, number: int, seed: int, *, status: str = FINISHED, *
         record.spectra(step, found)
     result = {"test/accuracy": accuracy(number, seed), "num_steps": 20}
     result |= {"updates_to_target": 400 // (1 + 2 * number) + seed}
-    record.finish(status, result if status == FINISHED else {}, "loss is nan" if status == DIVERGED else None)
+    record.finish(
+        status, result if status == RunStatus.FINISHED else {}, "loss is nan" if status == RunStatus.DIVERGED else None
+    )
 
 
 def write_study(folder: Path, arms: dict[str, dict[str, Any]] = ARMS, seeds: int = 3, **info: Any) -> Path:
@@ -75,10 +78,10 @@ def write_study(folder: Path, arms: dict[str, dict[str, Any]] = ARMS, seeds: int
     for number, (arm, settings) in enumerate(arms.items()):
         for seed in range(seeds):
             lost = len(arms) > 1 and number == len(arms) - 1 and seed == seeds - 1 > 0
-            status = DIVERGED if lost else FINISHED
+            status = RunStatus.DIVERGED if lost else RunStatus.FINISHED
             write_run(folder / "runs" / arm / f"seed{seed}", number, seed, status=status, **settings)
     facts = {
-        "schema": 1, "status": FINISHED, "name": "toy <study>", "question": "What does a larger batch cost?",
+        "schema": 1, "status": RunStatus.FINISHED, "name": "toy <study>", "question": "What does a larger batch cost?",
         "baseline": next(iter(arms)), "arms": list(arms), "seeds": list(range(seeds)), "command": ["python", "-m", "x"],
         "config": config().model_dump(mode="json"), "versions": {"python": "3"}, "git": None,
     }  # fmt: skip

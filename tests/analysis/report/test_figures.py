@@ -12,9 +12,10 @@ from gengap_dist.analysis.report.figure_list import STUDY_FIGURES
 from gengap_dist.analysis.report.plotting import ReportFigure
 from gengap_dist.analysis.results import Comparison, Correlation, Target
 from gengap_dist.analysis.study_data import StudyData, read_study
+from gengap_dist.runs.metric import ACCURACY
 from tests.analysis.report.folders import ARMS, accuracy, write_study
 
-NOTHING = Comparison("sb8", {}, [], None, [], [])
+NOTHING = Comparison(ACCURACY, "sb8", {}, [], None, [], [])
 
 
 @pytest.fixture(scope="module")

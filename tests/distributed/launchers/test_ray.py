@@ -74,11 +74,11 @@ def test_a_submitted_job_gives_the_result_of_one_process(cluster, tmp_path, geng
     done = cluster.submit(*words, "--launch.num_processes", 2, "--out", tmp_path / "ray", name=f"same-{tmp_path.name}")
     assert done.returncode == 0, done.stdout + done.stderr
     one, ray = (read_info(tmp_path / name) for name in ("one", "ray"))
-    assert (one["launcher"], one["world_size"], ray["launcher"], ray["world_size"]) == ("local", 1, "ray", 2)
+    assert (one.launcher, one.world_size, ray.launcher, ray.world_size) == ("local", 1, "ray", 2)
     assert losses(tmp_path / "ray") == pytest.approx(losses(tmp_path / "one"), rel=1e-9)
     assert len(losses(tmp_path / "ray")) == 40
     for name in ("train_full/loss", "test/loss", "test/accuracy", "best_val/accuracy"):
-        assert ray["result"][name] == pytest.approx(one["result"][name], rel=1e-9), name
+        assert ray.result[name] == pytest.approx(one.result[name], rel=1e-9), name
     assert "test accuracy" in done.stdout
     assert "Traceback" not in done.stdout
     assert len(re.findall(r"^\(.*pid=", done.stdout, flags=re.MULTILINE)) < 5, done.stdout  # Ray keeps quiet
@@ -98,7 +98,7 @@ def test_a_stopped_job_is_killed_everywhere_and_goes_on_as_the_same_run(cluster,
     until(lambda: len(list(read_metrics(out))) > 8 and (out / "mlflow.json").exists())
     stopped = cluster.ray("job", "stop", name)
     assert stopped.returncode == 0, stopped.stderr
-    assert read_info(out)["status"] == "killed"
+    assert read_info(out).status == "killed"
     first = json.loads((out / "mlflow.json").read_text())["run_id"]
     client = MlflowClient(tracking_uri=store)
     until(lambda: client.get_run(first).info.status == "KILLED")
@@ -110,13 +110,13 @@ def test_a_stopped_job_is_killed_everywhere_and_goes_on_as_the_same_run(cluster,
         monkeypatch.syspath_prepend(tmp_path)
         local = ["--launch.launcher", "local", "--launch.num_processes", "1"]
         assert train_command(["--resume", "--out", str(out), *local]) == 0
-    assert read_info(out)["status"] == "finished"
+    assert read_info(out).status == "finished"
     assert json.loads((out / "mlflow.json").read_text())["run_id"] == first
     assert client.get_run(first).info.status == "FINISHED"
     history = client.get_metric_history(first, "train/loss")
     assert sorted(metric.step for metric in history) == list(range(1, 61))
     assert [line["step"] for line in read_metrics(out)] == list(range(61))
-    assert len(read_info(out)["resumed"]) == 1
+    assert len(read_info(out).resumed) == 1
 
 
 def test_ranks_that_die_are_started_again_and_nothing_is_lost(cluster, tmp_path, factory, gengap):
@@ -128,7 +128,7 @@ def test_ranks_that_die_are_started_again_and_nothing_is_lost(cluster, tmp_path,
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "deadly").exists()
     assert "2 rank(s) restarted from the last checkpoint" in done.stderr
-    assert len(read_info(tmp_path / "run")["resumed"]) == 1
+    assert len(read_info(tmp_path / "run").resumed) == 1
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(25))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     for name, weight in weights(tmp_path / "whole").items():
@@ -149,7 +149,7 @@ def test_what_a_rank_raises_comes_out_of_the_driver(cluster, tmp_path, factory):
     done = cluster.train(*words, "--out", "run", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "rank 1 died" in done.stderr
-    assert read_info(tmp_path / "run")["status"] == "failed"
+    assert read_info(tmp_path / "run").status == "failed"
 
 
 @pytest.mark.full  # else: from 2 ranks to 1 where a node dies, in test_two_hosts.py
@@ -159,7 +159,7 @@ def test_as_many_ranks_as_there_is_room_for(cluster, tmp_path):
     words += ["--launch.resources_per_rank", '{"CPU": 1, "slot": 1}', "--out", "run"]
     done = cluster.train(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert read_info(tmp_path / "run")["world_size"] == 1
+    assert read_info(tmp_path / "run").world_size == 1
 
 
 @pytest.mark.full  # else: test_bad_devices.py has it of GPUs

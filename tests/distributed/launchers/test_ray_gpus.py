@@ -82,8 +82,8 @@ def test_auto_takes_a_gpu_for_each_rank_and_goes_on_without(gpu_cluster, tmp_pat
     done = gpu_cluster.train(*words, *TWO_ON_RAY, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     info = read_info(tmp_path / "run")
-    assert [info[fact] for fact in ("device", "strategy", "world_size")] == ["cuda", "ddp", 2]
-    assert info["config"]["launch"]["device"] == "auto"  # what was asked for, also of who resumes it
+    assert (info.device, info.strategy, info.world_size) == ("cuda", "ddp", 2)
+    assert info.config["launch"]["device"] == "auto"  # what was asked for, also of who resumes it
     for rank in (0, 1):
         (said,) = telling(rank)
         assert said["set aside"] == {"CPU": 1.0, "GPU": 1.0}
@@ -98,7 +98,7 @@ def test_auto_takes_a_gpu_for_each_rank_and_goes_on_without(gpu_cluster, tmp_pat
     cut_after(tmp_path / "run", 2)
     assert train_command(["--resume", "--out", "run", "--launch.launcher", "local"]) == 0
     info = read_info(tmp_path / "run")
-    assert (info["device"], info["status"], len(info["resumed"])) == ("cpu", "finished", 1)
+    assert (info.device, info.status, len(info.resumed)) == ("cpu", "finished", 1)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-12)
 
 
@@ -115,7 +115,7 @@ def test_a_study_takes_one_kind_of_device_for_all(gpu_cluster, tmp_path, telling
     done = tiny.start(config, tmp_path / "out", **(gpu_cluster.env | {"RAY_ADDRESS": gpu_cluster.address}))
     assert done.returncode == 0, done.stderr
     infos = [read_info(tmp_path / f"out/runs/{arm}/seed0") for arm in ("asks", "open")]
-    assert [(info["device"], info["world_size"]) for info in infos] == [("cuda", 1), ("cuda", 1)]
+    assert [(info.device, info.world_size) for info in infos] == [("cuda", 1), ("cuda", 1)]
     said = sorted(telling(0), key=lambda said: said["set aside"]["CPU"])
     assert [one["set aside"] for one in said] == [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}]
     assert {tuple(one["gpus"]) for one in said} == {("0",), ("1",)}
@@ -129,7 +129,7 @@ def test_gpus_that_ray_does_not_have_are_left_alone(cluster, two_gpus, tmp_path,
     words = [*SMALL, "--data.image_size", 8, "--out", tmp_path / "run"]
     done = cluster.submit(*words, name=f"left-{hides}-{tmp_path.name}", **env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert read_info(tmp_path / "run")["device"] == "cpu"
+    assert read_info(tmp_path / "run").device == "cpu"
     (said,) = telling(0)
     assert said["set aside"] == {"CPU": 1.0}
     assert (said["seen"], said["current"]) == (0, None)

@@ -117,8 +117,8 @@ def assert_same_runs(outs: list[Path]) -> list[float]:
             if value.is_floating_point():
                 torch.testing.assert_close(value, first[1][key], rtol=0, atol=1e-8, msg=lambda m, k=key: f"{k}: {m}")
         for key in ("test/accuracy", "test/loss", "best_val/accuracy"):
-            assert info["result"][key] == pytest.approx(first[2]["result"][key], abs=1e-8)
-        assert info["norm_size"] == first[2]["norm_size"]
+            assert info.result[key] == pytest.approx(first[2].result[key], abs=1e-8)
+        assert info.norm_size == first[2].norm_size
     return first[0]["train/loss"]
 
 
@@ -146,7 +146,7 @@ def test_local_norm_depends_on_the_cut_and_the_run_says_so(crews, tmp_path):
     for size in (1, 2):
         settings = BASE | {"batch__ghost_size": None, "batch__micro_size": 60}
         crews[size](train, settings, tmp_path / str(size))
-        sizes.append(read_info(tmp_path / str(size))["norm_size"])
+        sizes.append(read_info(tmp_path / str(size)).norm_size)
     assert sizes == [[60], [30]]
     a, b = (curves(tmp_path / str(size))["train/loss"] for size in (1, 2))
     assert max(abs(x - y) for x, y in zip(a, b, strict=True)) > 1e-3

@@ -37,18 +37,18 @@ def test_a_resumed_run_goes_on_in_its_own_order(cache, tmp_path):
     """Also where the cache has come to another answer meanwhile."""
     settings = AUTO | {"checkpoint__every_steps": 2}
     train(tmp_path, **settings)
-    order, before = read_info(tmp_path)["channels_last"], timeless(tmp_path)
+    order, before = read_info(tmp_path).channels_last, timeless(tmp_path)
     cut_after(tmp_path, 2)
     known = json.loads(cache.read_text())
     for entry in known["memory_formats"].values():
         entry["channels_last"] = not order
     cache.write_text(json.dumps(known))
     train(tmp_path, resume=True, **settings)
-    assert read_info(tmp_path)["channels_last"] == order
-    assert read_info(tmp_path)["channels_last_auto"]["by"] == "this run's record"
+    assert read_info(tmp_path).channels_last == order
+    assert read_info(tmp_path).channels_last_auto["by"] == "this run's record"
     assert timeless(tmp_path) == before
 
 
 def test_nothing_is_measured_without_convolutions(tmp_path):
     train(tmp_path, **AUTO | {"model__name": "mlp", "model__widths": (8,)})
-    assert read_info(tmp_path)["channels_last_auto"] == {"by": "there is no choice", "channels_last": False}
+    assert read_info(tmp_path).channels_last_auto == {"by": "there is no choice", "channels_last": False}

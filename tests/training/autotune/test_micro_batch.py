@@ -52,15 +52,15 @@ def test_it_is_the_run_with_the_number_it_found(pools, cache, tmp_path, size):
     cache.unlink(missing_ok=True)
     settings = AUTO | SMALL | {"batch__ghost_size": 4} if size == 2 else AUTO
     first = go(pools[size], tmp_path / "auto", **settings)
-    found, number = first["micro_size_auto"], first["micro_size"]
-    assert first["config"]["batch"]["micro_size"] == "auto"
+    found, number = first.micro_size_auto, first.micro_size
+    assert first.config["batch"]["micro_size"] == "auto"
     assert found["by"] == "measurement"
     assert number in candidates(config(**settings), size)
     rates = {int(tried): rate for tried, rate in found["samples_per_second"].items()}
     assert len(rates) > 1
     assert rates[number] == max(rates.values())
     again = go(pools[size], tmp_path / "number", **settings | {"batch__micro_size": number})
-    assert again["micro_size_auto"] is None
+    assert again.micro_size_auto is None
     assert timeless(tmp_path / "auto") == timeless(tmp_path / "number")
     for name, weight in weights(tmp_path / "auto").items():
         assert torch.equal(weight, weights(tmp_path / "number")[name]), name
@@ -69,23 +69,23 @@ def test_it_is_the_run_with_the_number_it_found(pools, cache, tmp_path, size):
 def test_it_is_remembered_by_machine_and_by_run(pools, cache, tmp_path):
     """First the file's word holds, then the record's, and neither where something else is asked."""
     cache.unlink(missing_ok=True)
-    mark = go(pools[2], tmp_path / "a", **AUTO)["micro_size_auto"]["mark"]
+    mark = go(pools[2], tmp_path / "a", **AUTO).micro_size_auto["mark"]
     known = load_micro_sizes().found[mark]
     store(mark, known.model_copy(update={"size": 2}))
     kept = go(pools[2], tmp_path / "b", **AUTO, checkpoint__every_steps=2)
-    assert (kept["micro_size"], kept["micro_size_auto"]["by"]) == (2, "an earlier measurement")
+    assert (kept.micro_size, kept.micro_size_auto["by"]) == (2, "an earlier measurement")
     cut_after(tmp_path / "b", 2)
     store(mark, known.model_copy(update={"size": 4}))
     resumed = go(pools[2], tmp_path / "b", **AUTO, checkpoint__every_steps=2, resume=True)
-    assert (resumed["micro_size"], resumed["micro_size_auto"]["by"]) == (2, "this run's record")
+    assert (resumed.micro_size, resumed.micro_size_auto["by"]) == (2, "this run's record")
     number = AUTO | {"batch__micro_size": 2}
     go(pools[2], tmp_path / "c", **number, checkpoint__every_steps=2)
     assert timeless(tmp_path / "b") == timeless(tmp_path / "c")
     other = go(pools[2], tmp_path / "d", **AUTO | {"batch__global_size": 24})
-    assert other["micro_size_auto"]["mark"] != mark
+    assert other.micro_size_auto["mark"] != mark
     cut_after(tmp_path / "b", 2)
     alone = go(pools[1], tmp_path / "b", **AUTO, checkpoint__every_steps=2, resume=True)
-    assert alone["micro_size_auto"]["mark"] != mark
+    assert alone.micro_size_auto["mark"] != mark
 
 
 def test_a_plan_takes_what_a_run_found(cache):
@@ -137,7 +137,7 @@ def test_what_has_no_choice_or_must_not_have_one(tmp_path, cache):
     assert candidates(config(**grown, batch__global_size=20), 2) == [1, 2, 4, 8, 16, 20]
     train(tmp_path / "sync", **AUTO | SMALL, model__norm="sync", probe__enabled=False)
     info = read_info(tmp_path / "sync")
-    assert (info["micro_size"], info["micro_size_auto"]["by"]) == (96, "there is no other")
+    assert (info.micro_size, info.micro_size_auto["by"]) == (96, "there is no other")
 
 
 def test_the_network_and_random_states_stay(tmp_path):

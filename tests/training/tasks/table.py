@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gengap_dist.runs.schema import MetricDescription
-from gengap_dist.training.tasks import Task
+from gengap_dist.training.tasks import MetricDescription, Task
 
 NUM_COLUMNS, NUM_TARGETS, MASKED = 6, 4, 99.0
 

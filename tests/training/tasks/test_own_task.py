@@ -52,12 +52,12 @@ def test_the_loss_is_the_mean_over_all_targets_that_count(tmp_path):
     assert counts.unique().tolist() == [0, 1, 2, 3, 4]
     trained = weights(tmp_path / "run")
     errors = (outputs_of(trained, splits.test.inputs) - splits.test.targets)[splits.test.targets != table.MASKED]
-    result = read_info(tmp_path / "run")["result"]
+    result = read_info(tmp_path / "run").result
     assert result["test/loss"] == pytest.approx(float(errors.square().mean()), rel=1e-12)
     assert result["test/mae"] == pytest.approx(float(errors.abs().mean()), rel=1e-12)
     assert result["train_test_gap"] == pytest.approx(result["test/mae"] - result["train_full/mae"], rel=1e-12)
     assert result["best_val/mae"] == min(series(tmp_path / "run", "val/mae"))
-    assert read_info(tmp_path / "run")["metric"]["name"] == "mae"
+    assert read_info(tmp_path / "run").metric.name == "mae"
 
 
 def test_the_gradient_is_that_of_the_mean_over_all_targets_of_the_step(tmp_path):
@@ -67,7 +67,11 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets_of_the_step(tmp_path)
     before, trained = weights_at_start(MASKED | one), weights(tmp_path / "run")
     splits = datasets.load(config(**MASKED).data)
     parameters = {name: value.clone().requires_grad_() for name, value in before.items()}
-    loss = (outputs_of(parameters, splits.train.inputs) - splits.train.targets)[splits.train.targets != table.MASKED].square().mean()
+    loss = (
+        (outputs_of(parameters, splits.train.inputs) - splits.train.targets)[splits.train.targets != table.MASKED]
+        .square()
+        .mean()
+    )
     loss.backward()
     for name, value in parameters.items():
         expected = before[name] - 0.1 * value.grad
@@ -81,7 +85,9 @@ def weights_at_start(settings):
 
     run = config(**settings)
     splits = datasets.load(run.data)
-    return {k: v.clone() for k, v in build_model(run, splits, build_task(run, splits.spec), World()).state_dict().items()}
+    return {
+        k: v.clone() for k, v in build_model(run, splits, build_task(run, splits.spec), World()).state_dict().items()
+    }
 
 
 ALGORITHMS = {

@@ -1,0 +1,77 @@
+"""Connects to an MLflow store: a server, or a sqlite file that is created if it does not exist."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gengap_dist.compat.fast_imports import fast_imports
+
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development"
+}  # the UI shows runs and charts first, not prompts
+CLIENT_DEFAULTS = {  # a dead server must be detected in seconds; with MLflow's defaults it takes minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+def store_uri(configured: str | None) -> str:
+    """The MLflow store to use: the configured one, MLFLOW_TRACKING_URI, or a file in the current folder."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def import_client() -> Callable[..., Any]:
+    """Import MLflow, which takes seconds; returns its client class."""
+    for name, value in CLIENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    with fast_imports():
+        from mlflow import MlflowClient
+    return MlflowClient
+
+
+def connect_client(uri: str) -> Any:
+    """An MLflow client that gives up on a dead server within seconds."""
+    client = import_client()
+    with fast_imports():  # it imports the store's dependencies, and creates a file store
+        return client(tracking_uri=uri)
+
+
+def connect_experiment(uri: str, name: str) -> tuple[Any, str]:
+    """A client, and the id of an experiment, which is created if it does not exist.
+
+    Raises:
+        Exception: any error of the MLflow client.
+    """
+    with _exclusive_lock(uri):
+        client = connect_client(uri)
+        if existing := client.get_experiment_by_name(name):
+            return client, existing.experiment_id
+        return client, client.create_experiment(name, _artifact_location(uri), EXPERIMENT_TAGS)
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _artifact_location(uri: str) -> str | None:
+    """A folder beside a sqlite store, independent of the current folder; None: a server decides."""
+    path = _sqlite_path(uri)
+    return path.resolve().with_name("mlartifacts").as_uri() if path else None
+
+
+@contextlib.contextmanager
+def _exclusive_lock(uri: str) -> Iterator[None]:
+    """Context in which only one process initializes a sqlite store: several at once would break it."""
+    path = _sqlite_path(uri)
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -30,7 +30,10 @@ class DDP(Strategy):
         # DDP wraps the compiled model, not the reverse: torch then splits the graph where a bucket of gradients is
         # full, and the communication hook stays plain Python.
         self._ddp = DistributedDataParallel(
-            cast("nn.Module", self.net), gradient_as_bucket_view=True, **_NO_BUFFER_SYNC
+            cast("nn.Module", self.net),
+            process_group=self.world.group,
+            gradient_as_bucket_view=True,
+            **_NO_BUFFER_SYNC,
         )
         self._ddp.register_comm_hook(None, self._all_reduce_bucket)
         self._bucket_squared_norms: list[Tensor] = []  # of the buckets reduced in this micro-step
@@ -60,7 +63,7 @@ class DDP(Strategy):
             self._bucket_squared_norms.append(torch.linalg.vector_norm(bucket.buffer(), dtype=torch.float64).square())
         self.world.timer.enter_collective("sum of gradients")
         self._last_bucket = self.world.timer.now()
-        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        work = dist.all_reduce(bucket.buffer(), group=self.world.group, async_op=True)
         assert work is not None
         return work.get_future().then(lambda future: future.value()[0])
 

@@ -1,4 +1,8 @@
-"""Parameters, gradients and optimizer state sharded over ranks: torch's FSDP2, for models too large for one GPU."""
+"""Parameters, gradients and optimizer state sharded over ranks: torch's FSDP2, for models too large for one GPU.
+
+With launch.shard_size each group of so many ranks shards one copy of the model (HSDP): parameters are gathered inside a
+group only, and the groups' gradients are summed by an all-reduce.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -57,7 +61,6 @@ class FSDP(Strategy):
         Raises:
             UsageError: if the model has a parameter without dimensions.
         """
-        from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         for name, parameter in model.named_parameters():
@@ -66,13 +69,12 @@ class FSDP(Strategy):
                     f"launch.strategy (fsdp) cannot shard parameter {name}, which has no dimension: "
                     "give it the shape [1], or choose zero3"
                 )
-        ensure_process_group(self.world, self.config.launch.timeout_seconds)
+        self.world = ensure_process_group(self.world, self.config.launch.timeout_seconds)
         self._unsharded_copy = UnshardedCopy(model, self.world.device)
-        assert dist.group.WORLD is not None
-        # not init_device_mesh, which may create a group of its own, with torch's timeout instead of ours
-        mesh = DeviceMesh.from_group(dist.group.WORLD, self.world.device.type)
+        shard_size, timeout = self.config.launch.shard_size, self.config.launch.timeout_seconds
+        self._hybrid_mesh = self.world.hybrid_mesh(shard_size, timeout) if shard_size else None
         for module in (*units(model), model):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=self._hybrid_mesh or self.world.mesh)
         self._local_grad_norm = LocalGradNorm()
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -136,6 +138,11 @@ class FSDP(Strategy):
             for key, value in entry.items():
                 if value.shape == sharded.shape:  # every rank has the full tensor: nothing is sent
                     entry[key] = distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+    def close(self) -> None:
+        """See `Strategy.close`: the process groups of hybrid sharding."""
+        for group in self._hybrid_mesh.get_all_groups() if self._hybrid_mesh else ():
+            dist.destroy_process_group(group)
 
 
 def _gather(tensor: Tensor) -> Tensor:

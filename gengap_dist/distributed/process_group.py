@@ -56,7 +56,7 @@ class World:
             timeout_seconds: time limit of collectives in these groups.
         """
         rows, timeout = torch.arange(self.size).view(-1, shard_size), timedelta(seconds=timeout_seconds)
-        groups = [
+        groups: list[Any] = [
             dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout, group_desc=name)[0]
             for name, lines in ((REPLICATE, rows.T), (SHARD, rows))
         ]

@@ -49,7 +49,7 @@ class DDP(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """See `Strategy.backward`. The time after the last bucket was sent counts as communication."""
-        self.scaler.scale(loss).backward()
+        self.execution.scaler.scale(loss).backward()
         if self._last_bucket is not None:
             self.world.timer.charge_since(self._last_bucket, "communication")
 
@@ -71,7 +71,8 @@ class DDP(Strategy):
         """See `Strategy.local_squared_grad_norm`; with a single micro-batch it is recorded per bucket."""
         if not self._bucket_squared_norms:
             return super().local_squared_grad_norm()
-        return self.unscaled(self.unscaled(torch.stack(self._bucket_squared_norms).sum()))  # twice: it is squared
+        unscaled = self.execution.unscaled
+        return unscaled(unscaled(torch.stack(self._bucket_squared_norms).sum()))  # twice: it is squared
 
     def close(self) -> None:
         """See `Strategy.close`: the reducer references `_all_reduce_bucket`, which the garbage collector cannot see."""

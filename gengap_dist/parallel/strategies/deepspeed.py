@@ -65,7 +65,9 @@ class DeepSpeedZero(Strategy):
         super().setup(model, build)
         with _errors_only():
             self._engine, *_ = self._deepspeed.initialize(
-                model=_AutocastModule(model, super()._autocast), optimizer=self.optimizer, config=self._engine_config()
+                model=_AutocastModule(model, self.execution.autocast),
+                optimizer=self.optimizer,
+                config=self._engine_config(),
             )
         self._local_grad_norm = LocalGradNorm()
         self._local_grad_norm.register_hooks(model.parameters())
@@ -95,11 +97,10 @@ class DeepSpeedZero(Strategy):
             "timers": {"throughput": {"enabled": False}},  # otherwise it waits for the GPU in every pass
         }
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        return nullcontext()  # the engine disables an outer context: `_AutocastModule` enters it
-
     def _forward(self, images: Tensor) -> Tensor:
-        return self._engine(images)
+        # the engine disables an outer autocast, with a warning: `_AutocastModule` enters it
+        with torch.autocast(self.world.device.type, enabled=False):
+            return self._engine(images)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective in the last micro-step, from stage 2 on in all: every rank has equally many."""

@@ -24,4 +24,4 @@ class Single(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """See `Strategy.backward`."""
-        self.scaler.scale(loss).backward()
+        self.execution.scaler.scale(loss).backward()

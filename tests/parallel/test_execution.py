@@ -316,9 +316,8 @@ def test_the_scaler_goes_on_where_it_stopped():
     """Scale and growth counter through a checkpoint's formats; then the same bits as without a break."""
     world, settings = World(), HALF | NETWORKS["mlp-ghost"]
     whole = jobs.Trainer("single", world, settings)
-    whole.strategy.execution.scaler.set_growth_interval(
-        4
-    )  # it grows in the second part only if the first is remembered
+    # it grows in the second part only if the first is remembered
+    whole.strategy.execution.scaler.set_growth_interval(4)
     first = jobs.Trainer("single", world, settings)
     first.strategy.execution.scaler.set_growth_interval(4)
     first.train(3)

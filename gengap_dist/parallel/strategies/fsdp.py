@@ -121,12 +121,12 @@ class FSDP(Strategy):
 
     def optimizer_state(self) -> OptimizerState:
         """See `Strategy.optimizer_state`: only on rank 0, in CPU memory."""
-        out: OptimizerState = {}
-        for name, shards in super().optimizer_state().items():
-            gathered = {key: _gather(value) for key, value in shards.items()}
-            if self.world.rank == 0:
-                out[name] = {key: value.cpu() for key, value in gathered.items()}
-        return out
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        if not self.optimizer.state:  # it would be initialised by a step
+            return {}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_optimizer_state_dict(self.model, self.optimizer, options=options).get("state", {})
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """See `Strategy.load_optimizer_state`."""

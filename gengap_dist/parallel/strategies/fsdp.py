@@ -126,7 +126,8 @@ class FSDP(Strategy):
         if not self.optimizer.state:  # it would be initialised by a step
             return {}
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_optimizer_state_dict(self.model, self.optimizer, options=options).get("state", {})
+        full: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=options)  # {} elsewhere
+        return full.get("state", {})
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """See `Strategy.load_optimizer_state`."""

@@ -58,6 +58,13 @@ def test_imports_point_left(path):
         assert others - {*OUTSIDE, "__init__"} <= {*LINE[: LINE.index(name)]}
 
 
+def test_ranks_know_no_settings():
+    """Launchers read those of `launch`; mesh, collectives, timers and what else serves a rank is given numbers."""
+    paths = [*(ROOT / "gengap_dist" / "distributed").glob("*.py")]
+    assert len(paths) > 5
+    assert not set().union(*(imported(path, ROOT, "gengap_dist.config") for path in paths))
+
+
 def test_every_file_has_its_place():
     assert {package(module_name(path)) for path in MODULES} == {*LINE, *OUTSIDE, *DOORS}
 

@@ -431,6 +431,9 @@ class LaunchConfig(Section, affects="runtime"):
     strategy: Literal["auto", measures.Strategy] = "auto"
     """Parallel strategy: single (one rank), ddp, DeepSpeed's ZeRO stages, or fsdp (torch's FSDP2, which shards
     parameters too); auto is single on one rank and ddp on more."""
+    shard_size: PositiveInt | None = None
+    """fsdp: number of consecutive ranks that shard one copy of parameters, gradients and optimizer state; each such
+    group has a copy (hybrid sharding, HSDP), and parameters are sent inside a group only. null: all ranks."""
     timeout_seconds: PositiveInt = 600
     """Timeout of collectives, in seconds: a rank that waits longer for the others fails."""
     stall_report_seconds: PositiveFloat = 60.0

@@ -1,4 +1,4 @@
-"""The process group of a run, and its collectives.
+"""The ranks of a run as a mesh, and their collectives.
 
 With one rank every call returns its input, so callers need no `if distributed`. All methods are collective: every rank
 must call them, equally often and in the same order.
@@ -6,7 +6,7 @@ must call them, equally often and in the same order.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from typing import Any
@@ -14,21 +14,53 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from gengap_dist.compat.torchrun_store import restart_store
 from gengap_dist.distributed.phase_timer import PhaseTimer
 from gengap_dist.errors import UsageError
 
+BATCH = "batch"  # the dimension of a mesh along which ranks have different samples
+REPLICATE, SHARD = "replicate", "shard"  # the dimensions into which `World.hybrid_mesh` divides it
+
 
 @dataclass(frozen=True)
 class World:
-    """This process in the group: `rank` of `size`, computing on `device`."""
+    """This process among those that share a batch: `rank` of `size` along that dimension, computing on `device`.
+
+    All collectives are over the dimension `batch` of `mesh`, however a strategy divides it, and whatever dimensions
+    stand beside it: `rank`, `size` and `group` are those of this dimension only.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
     timer: PhaseTimer = field(default_factory=PhaseTimer, compare=False, repr=False)
+    mesh: DeviceMesh | None = field(default=None, compare=False, repr=False)
+    """All processes of the run; None: one rank, without a process group."""
+
+    @cached_property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks along the dimension `batch`; None: without a mesh."""
+        return None if self.mesh is None else self.mesh.get_group(BATCH)
+
+    def hybrid_mesh(self, shard_size: int, timeout_seconds: float) -> DeviceMesh:
+        """The ranks along `batch` as a mesh `replicate` x `shard` with process groups of its own. Collective.
+
+        `shard_size` consecutive ranks, which launchers place on one node if it has so many, form a row; ranks with the
+        same place in their rows form a column.
+
+        Args:
+            shard_size: divides the number of ranks.
+            timeout_seconds: time limit of collectives in these groups.
+        """
+        rows, timeout = torch.arange(self.size).view(-1, shard_size), timedelta(seconds=timeout_seconds)
+        groups: list[Any] = [
+            dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout, group_desc=name)[0]
+            for name, lines in ((REPLICATE, rows.T), (SHARD, rows))
+        ]
+        return DeviceMesh.from_group(groups, self.device.type, rows, mesh_dim_names=(REPLICATE, SHARD))
 
     def __deepcopy__(self, memo: object) -> "World":
         """Returns itself: a copy of a model with collectives uses the same group."""
@@ -42,7 +74,7 @@ class World:
         if self.size > 1:
             with self.timer.phase("communication", label, collective=True):
                 dense = tensor.contiguous()  # NCCL requires it; gloo does not
-                dist.all_reduce(dense)
+                dist.all_reduce(dense, group=self.group)
                 if dense is not tensor:
                     tensor.copy_(dense)
         return tensor
@@ -64,7 +96,7 @@ class World:
         `tensor` is contiguous, and must not be used until then. On a GPU the sum and its copy to the CPU have a stream
         of their own: work that is enqueued later does not wait for them, and the host waits for the copy only.
         """
-        work = dist.all_reduce(tensor, async_op=True) if self.size > 1 else None
+        work = dist.all_reduce(tensor, group=self.group, async_op=True) if self.size > 1 else None
         if tensor.is_cpu:
             finish = None if work is None else work.wait
         else:
@@ -108,7 +140,7 @@ class World:
         # one flat buffer: gloo's list form requires chunks of one size
         flat = torch.cat([chunk.flatten() for chunk in chunks])
         with self.timer.phase("communication", "all-to-all of activations", collective=True):
-            dist.all_to_all_single(received, flat, sizes, [chunk.numel() for chunk in chunks])
+            dist.all_to_all_single(received, flat, sizes, [chunk.numel() for chunk in chunks], self.group)
         return [part.view(-1, columns) for part in received.split(sizes)] if columns else [chunks[0][:0]] * self.size
 
     def broadcast_int(self, value: int) -> int:
@@ -168,7 +200,16 @@ def init_process_group(device: str, timeout_seconds: float) -> World:
                 ) from None
             options |= {"store": start_store, "rank": rank, "world_size": size}
         dist.init_process_group(_backend(torch_device), **options)
-    return World(rank, size, torch_device, PhaseTimer(on_gpu=on_gpu))
+    world = World(rank, size, torch_device, PhaseTimer(on_gpu=on_gpu))
+    return _with_mesh(world) if dist.is_initialized() else world
+
+
+def _with_mesh(world: World) -> World:
+    """The world with the mesh of its process group, whose only dimension is the batch."""
+    assert dist.group.WORLD is not None
+    # not init_device_mesh, which may create a group of its own, with torch's timeout instead of ours
+    mesh = DeviceMesh.from_group(dist.group.WORLD, world.device.type, mesh_dim_names=(BATCH,))
+    return replace(world, mesh=mesh)
 
 
 def _check_gpus(local_rank: int, num_gpus: int) -> None:
@@ -191,8 +232,8 @@ def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def ensure_process_group(world: World, timeout_seconds: float) -> None:
-    """Create a process group for a single rank, which some engines require.
+def ensure_process_group(world: World, timeout_seconds: float) -> World:
+    """Create a process group for a single rank, which some engines require; returns the world with its mesh.
 
     It is not bound to its GPU: otherwise torch makes NCCL split every further group from it, which one rank does not
     need.
@@ -200,6 +241,7 @@ def ensure_process_group(world: World, timeout_seconds: float) -> None:
     if not dist.is_initialized():
         store, timeout = dist.HashStore(), timedelta(seconds=timeout_seconds)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(_backend(world.device), store=store, rank=0, world_size=1, timeout=timeout)
+    return _with_mesh(world) if world.mesh is None else world
 
 
 def destroy_process_group() -> None:

@@ -40,6 +40,8 @@ class Capabilities:
     sends_every_micro_batch: bool = False
     """Whether gradients are sent after every micro-batch, not only after the last. All ranks must then do equally many
     micro-steps, with empty ones if needed; see `BatchPlan.micro_batches`."""
+    shard_groups: bool = False
+    """Whether launch.shard_size ranks may shard one copy, instead of all ranks."""
     single_rank: bool = False
     """Whether it is for one rank only."""
     needs_warmup_backward: bool = False
@@ -85,6 +87,7 @@ CAPABILITIES: dict[Strategy, Capabilities] = {
         algorithms=("sam_rho",),
         traffic="all-gather and reduce-scatter",
         sends_every_micro_batch=True,
+        shard_groups=True,
         has_untimed_collectives=True,
     ),
 }

@@ -1,4 +1,7 @@
-"""Switches that change how a run is computed, not its result: compilation, activation checkpointing, determinism."""
+"""How passes are computed, which is the same for all strategies: precision, memory format, compilation, recomputation.
+
+Nothing here changes what a run computes, except by rounding.
+"""
 
 import ctypes
 import os
@@ -7,18 +10,82 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gengap_dist.compat.float32_precision import training_float32
+from gengap_dist.compat.sgd_first_step import init_momentum
+from gengap_dist.config.sections import TrainConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.models.dropout import SampleDropout
 from gengap_dist.models.sample_position import SamplePosition, position_of
 
 WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@final
+class Execution:
+    """The settings of `train` for precision and speed, applied to one network and its optimizer."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        """For a network on `device`."""
+        self.config, self.device = config, device
+        self.compiled_sizes: set[int] = set()
+        """Micro-batch sizes of full steps. With train.compile, other sizes, such as those of an epoch's last step, run
+        without compilation: compiling them takes longer, and code compiled for any size is slower."""
+        # Disabled, the default, it changes nothing. Gradients are summed before they are unscaled, so a gradient that
+        # is infinite on one rank is infinite or NaN on all: all ranks skip the step and halve the scale.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.autocast == "float16")
+        """Scales the loss, so that gradients in float16 do not underflow; its state is part of a checkpoint."""
+
+    def prepare(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Change the model in place; returns what to call in training: the model, or its compiled form.
+
+        Raises:
+            UsageError: if it cannot be compiled.
+        """
+        if self.config.channels_last:
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if self.config.activation_checkpointing:
+            checkpoint_blocks(model)
+        return compiled(model) if self.config.compile else model
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Prepare for a first step that the scaler skips."""
+        if self.scaler.is_enabled() and isinstance(optimizer, torch.optim.SGD):
+            init_momentum(optimizer)
+
+    def run(self, net: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """The output of `net`, in the dtype of the inputs."""
+        if self.config.channels_last and inputs.ndim == 4:
+            inputs = inputs.to(memory_format=torch.channels_last)
+        with self.autocast(), self._compile_stance(len(inputs)):
+            return net(inputs).to(inputs.dtype)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context of the precision of products and convolutions."""
+        dtype = self.config.autocast
+        return torch.autocast(self.device.type, dtype=getattr(torch, dtype)) if dtype else nullcontext()
+
+    def _compile_stance(self, size: int) -> AbstractContextManager[object]:
+        uncompiled = self.config.compile and self.compiled_sizes and size not in self.compiled_sizes
+        return torch.compiler.set_stance("force_eager") if uncompiled else nullcontext()
+
+    def unscaled(self, value: Tensor) -> Tensor:
+        """Divide a value that is proportional to gradients of the scaled loss by the loss scale."""
+        # the same as get_scale, but without waiting for the GPU
+        return value / self.scaler.scale(torch.ones((), device=value.device)) if self.scaler.is_enabled() else value
+
+
+@contextmanager
+def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Context with torch's global settings for train.deterministic and train.tf32; see `deterministic`."""
+    with deterministic(config.deterministic), training_float32(device, tf32=config.tf32):
+        yield
 
 
 def checkpointable_blocks(model: nn.Module) -> list[nn.Module]:
@@ -97,9 +164,7 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
                 f"train.compile (true) does not support {name}, whose dropout ({module.p}) mask changes with every "
                 "micro-batch: choose a network without dropout, or train.compile=false"
             )
-    return torch.compile(
-        model, dynamic=False
-    )  # rare sizes are not compiled at all: see `Strategy.compiled_batch_sizes`
+    return torch.compile(model, dynamic=False)  # rare sizes are not compiled at all: see `Execution.compiled_sizes`
 
 
 def check_compiler(device_type: str) -> None:

@@ -87,7 +87,7 @@ def weight_bytes(config: RunConfig, model: nn.Module, strategy: Strategy, num_ra
     copies = int(config.probe.enabled) + int(config.data.val_fraction > 0) + algorithm_copies(config, num_ranks)
 
     def per_rank(num_bytes: int, sharded: bool) -> int:
-        return -(-num_bytes // num_ranks) if sharded else num_bytes
+        return -(-num_bytes // (config.launch.shard_size or num_ranks)) if sharded else num_bytes
 
     return {
         "parameters": per_rank(unsharded_bytes, sharding.parameters) + buffers,

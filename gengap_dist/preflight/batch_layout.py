@@ -1,5 +1,6 @@
 """How a global batch is divided over the ranks of a cluster. Pure functions; `distributed.batch_plan` has the rules."""
 
+import math
 from dataclasses import dataclass
 
 from gengap_dist.distributed.batch_plan import BatchPlan
@@ -16,6 +17,24 @@ class Cluster:
     def num_ranks(self) -> int:
         """One rank for each GPU."""
         return self.nodes * self.gpus_per_node
+
+    def shard_group(self, size: int) -> "Cluster":
+        """`size` consecutive ranks; groups that do not fit into nodes are assumed to lie on more of them.
+
+        >>> Cluster(nodes=4, gpus_per_node=8).shard_group(16), Cluster(4, 8).shard_group(2)
+        (Cluster(nodes=2, gpus_per_node=8), Cluster(nodes=1, gpus_per_node=2))
+        """
+        each = math.gcd(size, self.gpus_per_node)
+        return Cluster(size // each, each)
+
+    def replicas(self, size: int) -> "Cluster":
+        """One rank of each group of `size` consecutive ranks.
+
+        >>> Cluster(nodes=4, gpus_per_node=8).replicas(16), Cluster(4, 8).replicas(2)
+        (Cluster(nodes=2, gpus_per_node=1), Cluster(nodes=4, gpus_per_node=4))
+        """
+        each = 1 if self.gpus_per_node % size else self.gpus_per_node // size
+        return Cluster(self.num_ranks // size // each, each)
 
 
 @dataclass(frozen=True)

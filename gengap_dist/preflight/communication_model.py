@@ -17,7 +17,7 @@ The bytes sent by a rank are the same as without hierarchy: (R-1)/R M, and twice
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -47,6 +47,8 @@ class Message:
     """Sum of M over all of them; for all-to-all: the maximum over ranks of the bytes sent or received."""
     times: int = 1
     """Number of collectives."""
+    ranks: Cluster | None = None
+    """Those that take part; None: all."""
 
     def on_wire(self, num_ranks: int) -> int:
         """Bytes sent by a rank; for all-to-all, by the rank that sends most.
@@ -56,6 +58,7 @@ class Message:
         """
         if self.operation == "all-to-all":
             return self.num_bytes
+        num_ranks = self.ranks.num_ranks if self.ranks else num_ranks
         num_phases = 2 if self.operation == "all-reduce" else 1
         return num_phases * self.num_bytes * (num_ranks - 1) // num_ranks
 
@@ -79,6 +82,7 @@ def collective_seconds(message: Message, cluster: Cluster, inside: Link, between
     >>> collective_seconds(Message("", "all-reduce", 100), Cluster(2, 1), link, link)
     3.0
     """
+    cluster = message.ranks or cluster
     g, n, num_ranks = cluster.gpus_per_node, cluster.nodes, cluster.num_ranks
     each = message.num_bytes / max(message.times, 1)
     if num_ranks == 1:
@@ -125,6 +129,21 @@ def step_messages(strategy: Strategy, gradient_bytes: int, parameter_bytes: int,
             first, each = DDP_BUCKETS
             buckets = 1 + max(0, math.ceil((gradient_bytes - first) / each))
             return [Message("gradients", "all-reduce", gradient_bytes, buckets)]
+
+
+def hybrid_messages(messages: Sequence[Message], cluster: Cluster, shard_size: int) -> list[Message]:
+    """The messages of a step with launch.shard_size: those of a group, and an all-reduce of its sums over the groups.
+
+    >>> step = step_messages("fsdp", 8, 8, num_micro=1)
+    >>> [(m.operation, m.num_bytes, m.on_wire(4)) for m in hybrid_messages(step, Cluster(2, 2), shard_size=2)]
+    [('all-gather', 16, 8), ('reduce-scatter', 8, 4), ('all-reduce', 4, 4)]
+    """
+    group, replicas = cluster.shard_group(shard_size), cluster.replicas(shard_size)
+    return [replace(message, ranks=group) for message in messages] + [
+        replace(message, operation="all-reduce", num_bytes=message.num_bytes // shard_size, ranks=replicas)
+        for message in messages
+        if message.operation == "reduce-scatter"
+    ]
 
 
 def probe_messages(

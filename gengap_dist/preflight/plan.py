@@ -238,6 +238,8 @@ def _model_fields(
         if num_ranks > 1
         else []
     )
+    if (shard_size := config.launch.shard_size) and num_ranks % shard_size == 0:
+        messages = communication_model.hybrid_messages(messages, cluster, shard_size)
     weight_bytes = memory_model.weight_bytes(config, model, strategy, num_ranks)
     probe, probe_bytes = collect_refusal(lambda: _probe(config, model, sizes, num_ranks)) or (None, 0)
     if probe and CAPABILITIES[strategy].sharding.parameters:

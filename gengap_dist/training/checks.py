@@ -50,7 +50,7 @@ def check_ranks(config: RunConfig, num_ranks: int) -> None:
 
 
 def check_strategy(config: RunConfig, num_ranks: int) -> None:
-    """Refuse a strategy that does not support the number of ranks, the precision or the optimizer.
+    """Refuse a strategy that does not support the number of ranks, launch.shard_size, the precision or the optimizer.
 
     Raises:
         UsageError: names the setting and the strategies that support it.
@@ -61,6 +61,17 @@ def check_strategy(config: RunConfig, num_ranks: int) -> None:
         raise UsageError(
             f"launch.strategy ({name}) does not support {num_ranks} ranks: start one rank, or choose "
             "launch.strategy=auto"
+        )
+    shard_size = config.launch.shard_size
+    if shard_size and not capabilities.shard_groups:
+        raise UsageError(
+            f"launch.shard_size ({shard_size}) is not supported by launch.strategy={name}: choose "
+            f"{strategies_with(lambda each: each.shard_groups, num_ranks)}, or launch.shard_size=null"
+        )
+    if shard_size and num_ranks % shard_size:
+        raise UsageError(
+            f"launch.shard_size ({shard_size}) does not divide the number of ranks ({num_ranks}): choose a divisor of "
+            "it, or launch.shard_size=null"
         )
     if dtype not in capabilities.dtypes:
         raise UsageError(

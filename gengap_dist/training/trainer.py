@@ -14,7 +14,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.config.identity import differences
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.batch_loader import BatchLoader
@@ -25,7 +24,7 @@ from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.distributed.stall_detector import detecting_stalls
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import average_buffers, frozen_running_stats
-from gengap_dist.parallel.execution import deterministic
+from gengap_dist.parallel.execution import torch_settings
 from gengap_dist.parallel.out_of_memory import explaining_out_of_memory, memory_snapshot
 from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
 from gengap_dist.probes.weights import flat_parameters
@@ -78,13 +77,11 @@ def run(
     context = context or RuntimeContext()
     world = world or init_process_group(config.launch.device, config.launch.timeout_seconds)
     world = with_profiler_clock(world) if config.profile else world
-    float32 = training_float32(world.device, tf32=config.train.tf32)
     stall_detection = detecting_stalls(world, config.launch.stall_report_seconds)
     memory_recording = memory_snapshot(world, out / "memory" if config.launch.memory_snapshot else None)
     with (
         stall_detection,
-        deterministic(config.train.deterministic),
-        float32,
+        torch_settings(config.train, world.device),
         explaining_out_of_memory(world),
         memory_recording,
     ):
@@ -171,7 +168,7 @@ class Trainer:
         checkpoint.restore(self.resolved.model, checkpoint.load(path / "model.pt"), path / "model.pt")
         run = read_run_state(path)
         self._set_up(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "algorithm.pt"))
-        self.strategy.scaler.load_state_dict(run["scaler"])
+        self.strategy.execution.scaler.load_state_dict(run["scaler"])
         self.state.load_state_dict(run["train"])
         best_weights = checkpoint.load(path / "best.pt") if run["evaluator"]["best"] else {}
         self.evaluator.load_state_dict(run["evaluator"], best_weights)
@@ -373,7 +370,7 @@ class Trainer:
                 "step_metrics": self.step_metrics.state_dict(),
                 "evaluator": self.evaluator.state_dict(),
                 "probes": self.probes.state_dict(),
-                "scaler": self.strategy.scaler.state_dict(),
+                "scaler": self.strategy.execution.scaler.state_dict(),
                 "seconds": self.recorder.seconds(),
             }
             info = {

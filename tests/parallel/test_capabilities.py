@@ -24,6 +24,7 @@ def table() -> str:
     }
     rows |= {f"`train.dtype={name}`": lambda each, name=name: name in each.dtypes for name in ("float32", "float64")}
     rows |= {f"`optim.name={name}`": lambda each, name=name: name in each.optimizers for name in get_args(Optimizer)}
+    rows |= {"`launch.shard_size`": lambda each: each.shard_groups}
     lines = ["| | " + " | ".join(CAPABILITIES) + " |", "|---" * (len(CAPABILITIES) + 1) + "|"]
     for name, holds in rows.items():
         lines.append(
@@ -61,5 +62,6 @@ def test_what_a_strategy_does_not_support_is_refused_with_those_that_do(strategy
         assert bool(refused(strategy, **{f"train__{setting}": value})) == (switch not in capabilities.switches)
     for dtype in ("float32", "float64"):
         assert bool(refused(strategy, train__dtype=dtype)) == (dtype not in capabilities.dtypes)
+    assert bool(refused(strategy, launch__shard_size=1)) == (not capabilities.shard_groups)
     for optimizer in get_args(Optimizer):
         assert bool(refused(strategy, optim__name=optimizer)) == (optimizer not in capabilities.optimizers)

@@ -234,14 +234,14 @@ HALF = {"train__autocast": "float16"}
 def halves(world: World, name: str, spoil: int | None) -> dict[str, Any]:
     """Two steps under the scaler; in the first, one rank's gradient is made infinite if `spoil` names that rank."""
     trainer = jobs.Trainer(name, world, EXACT | HALF | NETWORKS["mlp-ghost"])
-    strategy, scale = trainer.strategy, trainer.strategy.scaler.get_scale()
+    strategy, scale = trainer.strategy, trainer.strategy.execution.scaler.get_scale()
     model = strategy.model
     if spoil == world.rank:
         hook = model.get_parameter("head.bias").register_hook(lambda gradient: gradient / 0)
     start = {key: value.clone() for key, value in model.named_parameters()}
     first = trainer.train(1, watch=True)
     stayed = all(torch.equal(value, start[key]) for key, value in model.named_parameters())
-    kept = strategy.scaler.get_scale() / scale
+    kept = strategy.execution.scaler.get_scale() / scale
     if spoil == world.rank:
         hook.remove()
     second = trainer.train(1, watch=True)
@@ -319,16 +319,17 @@ def test_the_scaler_goes_on_where_it_stopped():
     """Scale and growth counter through a checkpoint's formats; then the same bits as without a break."""
     world, settings = World(), HALF | NETWORKS["mlp-ghost"]
     whole = jobs.Trainer("single", world, settings)
-    whole.strategy.scaler.set_growth_interval(4)  # it grows in the second part only if the first is remembered
+    # it grows in the second part only if the first is remembered
+    whole.strategy.execution.scaler.set_growth_interval(4)
     first = jobs.Trainer("single", world, settings)
-    first.strategy.scaler.set_growth_interval(4)
+    first.strategy.execution.scaler.set_growth_interval(4)
     first.train(3)
     second = jobs.Trainer("single", world, settings, first.save())
-    second.strategy.scaler.load_state_dict(first.strategy.scaler.state_dict())
-    scale = second.strategy.scaler.get_scale()
+    second.strategy.execution.scaler.load_state_dict(first.strategy.execution.scaler.state_dict())
+    scale = second.strategy.execution.scaler.get_scale()
     losses = whole.train(6)["loss"][3:]
     assert second.train(3)["loss"] == losses
-    assert second.strategy.scaler.get_scale() == whole.strategy.scaler.get_scale() == 2 * scale
+    assert second.strategy.execution.scaler.get_scale() == whole.strategy.execution.scaler.get_scale() == 2 * scale
     assert all(
         torch.equal(p, q)
         for p, q in zip(whole.strategy.model.parameters(), second.strategy.model.parameters(), strict=True)

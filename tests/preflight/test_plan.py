@@ -392,6 +392,24 @@ def test_sharded_memory_adds_up_to_the_whole():
         assert found["optimizer_state"] == pytest.approx(state * whole, abs=1)
 
 
+def test_hybrid_sharding_keeps_more_and_sends_less_between_nodes():
+    """Two nodes of two: a rank keeps a half, not a quarter, and only sums of its half are sent between nodes."""
+    settings = {"launch__strategy": "fsdp", "batch__global_size": 128, "batch__micro_size": 16}
+    flat, hybrid = (
+        make_plan(config(**settings, launch__shard_size=size), Cluster(2, 2), Constants()) for size in (None, 2)
+    )
+    assert flat.memory
+    assert hybrid.memory
+    whole = 4 * (flat.num_parameters or 0)
+    assert (flat.memory.gradients, hybrid.memory.gradients) == (whole / 4, whole / 2)
+    assert [(message.operation, message.num_bytes, message.ranks) for message in hybrid.messages] == [
+        ("all-gather", 4 * whole, Cluster(1, 2)),
+        ("reduce-scatter", 2 * whole, Cluster(1, 2)),
+        ("all-reduce", whole, Cluster(2, 1)),
+    ]
+    assert hybrid.bytes_on_wire == 2 * whole + whole + whole
+
+
 def test_the_probe_keeps_to_its_limit():
     for mib in (3, 8, 64):
         found = make_plan(

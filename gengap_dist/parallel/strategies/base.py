@@ -5,19 +5,18 @@ The interface has micro-steps and steps, but no clipping and no optimizer calls:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from gengap_dist.compat.change_count import change_count
-from gengap_dist.compat.sgd_first_step import init_momentum
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import GhostBatchNorm, SyncBatchNorm
 from gengap_dist.models.sample_position import position_of
 from gengap_dist.parallel.capabilities import Capabilities
-from gengap_dist.parallel.execution import checkpoint_blocks, compiled
+from gengap_dist.parallel.execution import Execution
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Unsharded optimizer state: parameter name to quantity name to tensor; the same for every strategy."""
@@ -44,26 +43,15 @@ class Strategy(ABC):
         """Whether forward passes in training contain collectives (SyncBatchNorm)."""
         self.track_local_grad_norm = False
         """Whether `local_squared_grad_norm` will be called; it costs one pass over the gradients."""
-        self.compiled_batch_sizes: set[int] = set()
-        """Micro-batch sizes of full steps. With train.compile, other sizes, such as those of an epoch's last step, run
-        without compilation: compiling them takes longer, and code compiled for any size is slower."""
-        # Disabled, the default, it changes nothing. Gradients are summed before they are unscaled, so a gradient that
-        # is infinite on one rank is infinite or NaN on all: all ranks skip the step and halve the scale.
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.autocast == "float16")
-        """Scales the loss, so that gradients in float16 do not underflow; its state is part of a checkpoint."""
+        self.execution = Execution(config.train, world.device)
+        """Precision, memory format and compilation of the passes."""
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
         """Take the model, whose weights are equal on all ranks, and build its optimizer. Collective."""
-        train = self.config.train
-        if train.channels_last:
-            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if train.activation_checkpointing:
-            checkpoint_blocks(model)
-        self.model, self.optimizer = model, build(model)
-        self.net = compiled(model) if train.compile else model
+        self.net = self.execution.prepare(model)
         """Called in training: the model, or its compiled form with the same parameters."""
-        if self.scaler.is_enabled() and isinstance(self.optimizer, torch.optim.SGD):
-            init_momentum(self.optimizer)
+        self.model, self.optimizer = model, build(model)
+        self.execution.prepare_optimizer(self.optimizer)
         self.position = position_of(model)
         self._ghost_norms = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
         self.has_sync_bn = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in model.modules())
@@ -73,34 +61,23 @@ class Strategy(ABC):
         for layer in self._ghost_norms:
             layer.begin_step(global_size)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [n, num_classes] of this rank's images [n, C, H, W], in the images' dtype."""
-        return self._run_forward(self._forward, images)
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs [n, ...] of this rank's inputs [n, ...], in the dtype of the inputs."""
+        return self._run_forward(self._forward, inputs)
 
-    def local_forward(self, images: Tensor) -> Tensor:
+    def local_forward(self, inputs: Tensor) -> Tensor:
         """`forward` without the engine: for gradients of this rank that are not reduced over ranks."""
-        return self._run_forward(self.net, images)
+        return self._run_forward(self.net, inputs)
 
-    def _run_forward(self, net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        if self.config.train.channels_last and images.ndim == 4:
-            images = images.to(memory_format=torch.channels_last)
-        with self._autocast(), self._compile_stance(len(images)):
-            logits = net(images).to(images.dtype)
+    def _run_forward(self, net: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        outputs = self.execution.run(net, inputs)
         for layer in self._ghost_norms:
             layer.commit_running_stats()
-        return logits
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = self.config.train.autocast
-        return torch.autocast(self.world.device.type, dtype=getattr(torch, dtype)) if dtype else nullcontext()
-
-    def _compile_stance(self, size: int) -> AbstractContextManager[object]:
-        uncompiled = self.config.train.compile and self.compiled_batch_sizes and size not in self.compiled_batch_sizes
-        return torch.compiler.set_stance("force_eager") if uncompiled else nullcontext()
+        return outputs
 
     @abstractmethod
-    def _forward(self, images: Tensor) -> Tensor:
-        """Logits, in any precision."""
+    def _forward(self, inputs: Tensor) -> Tensor:
+        """Outputs, in any precision."""
 
     @abstractmethod
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
@@ -112,7 +89,7 @@ class Strategy(ABC):
 
     def local_squared_grad_norm(self) -> Tensor:
         """|g|^2, float64, of this rank's gradient after its first micro-batch, before the sum over ranks."""
-        return self.unscaled(nn.utils.get_total_norm(self._gradients()).double()).square()
+        return self.execution.unscaled(nn.utils.get_total_norm(self._gradients()).double()).square()
 
     def set_rates(self, lr: float, momentum: float) -> None:
         """Set the learning rate and, if the optimizer has it, the momentum of the next step."""
@@ -128,18 +105,14 @@ class Strategy(ABC):
             The global gradient's 2-norm before clipping by optim.clip_norm; a scalar on the device. If the gradient
             overflowed float16, it is not finite, and the parameters are unchanged.
         """
-        self.scaler.unscale_(self.optimizer)
+        scaler = self.execution.scaler
+        scaler.unscale_(self.optimizer)
         norm = self.gradient_norm()
         self._clip(norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        scaler.step(self.optimizer)
+        scaler.update()
         self.optimizer.zero_grad(set_to_none=False)
         return norm
-
-    def unscaled(self, value: Tensor) -> Tensor:
-        """Divide a value that is proportional to the gradients of `backward` by the loss scale."""
-        # the same as get_scale, but without waiting for the GPU
-        return value / self.scaler.scale(torch.ones((), device=value.device)) if self.scaler.is_enabled() else value
 
     def gradient_norm(self) -> Tensor:
         """2-norm of the parameters' gradients after the last micro-step, a scalar on the device. Collective."""

@@ -26,12 +26,12 @@ class DDP(Strategy):
         # full, and the communication hook stays plain Python.
         # Running statistics are averaged before evaluation instead of copied from rank 0 in every forward pass.
         options: dict[str, Any] = {"gradient_as_bucket_view": True} | no_buffer_sync()
-        self._ddp = DistributedDataParallel(cast("nn.Module", self.net), **options)
+        self._ddp = DistributedDataParallel(cast("nn.Module", self.net), process_group=self.world.group, **options)
         self._ddp.register_comm_hook(None, self._all_reduce_bucket)
         self._bucket_squared_norms: list[Tensor] = []  # of the buckets reduced in this micro-step
 
-    def _forward(self, images: Tensor) -> Tensor:
-        return self._ddp(images)
+    def _forward(self, inputs: Tensor) -> Tensor:
+        return self._ddp(inputs)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective in the last micro-step: every rank has exactly one."""
@@ -41,7 +41,7 @@ class DDP(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """See `Strategy.backward`. The time after the last bucket was sent counts as communication."""
-        self.scaler.scale(loss).backward()
+        self.execution.scaler.scale(loss).backward()
         if self._last_bucket is not None:
             self.world.timer.charge_since(self._last_bucket, "communication")
 
@@ -55,7 +55,7 @@ class DDP(Strategy):
             self._bucket_squared_norms.append(torch.linalg.vector_norm(bucket.buffer(), dtype=torch.float64).square())
         self.world.timer.enter_collective("sum of gradients")
         self._last_bucket = self.world.timer.now()
-        work = dist.all_reduce(bucket.buffer(), async_op=True)
+        work = dist.all_reduce(bucket.buffer(), group=self.world.group, async_op=True)
         assert work is not None
         return work.get_future().then(lambda future: future.value()[0])
 
@@ -63,7 +63,8 @@ class DDP(Strategy):
         """See `Strategy.local_squared_grad_norm`; with a single micro-batch it is recorded per bucket."""
         if not self._bucket_squared_norms:
             return super().local_squared_grad_norm()
-        return self.unscaled(self.unscaled(torch.stack(self._bucket_squared_norms).sum()))  # twice: it is squared
+        unscaled = self.execution.unscaled
+        return unscaled(unscaled(torch.stack(self._bucket_squared_norms).sum()))  # twice: it is squared
 
     def close(self) -> None:
         """See `Strategy.close`: the reducer references `_all_reduce_bucket`, which the garbage collector cannot see."""

@@ -62,7 +62,9 @@ class DeepSpeedZero(Strategy):
         super().setup(model, build)
         with errors_only():
             self._engine, *_ = self._deepspeed.initialize(
-                model=_AutocastModule(model, super()._autocast), optimizer=self.optimizer, config=self._engine_config()
+                model=_AutocastModule(model, self.execution.autocast),
+                optimizer=self.optimizer,
+                config=self._engine_config(),
             )
         self._local_grad_norm = LocalGradNorm()
         self._local_grad_norm.register_hooks(model.parameters())
@@ -92,11 +94,10 @@ class DeepSpeedZero(Strategy):
             "timers": {"throughput": {"enabled": False}},  # otherwise it waits for the GPU in every pass
         }
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        return nullcontext()  # the engine disables an outer context: `_AutocastModule` enters it
-
-    def _forward(self, images: Tensor) -> Tensor:
-        return self._engine(images)
+    def _forward(self, inputs: Tensor) -> Tensor:
+        # the engine disables an outer autocast, with a warning: `_AutocastModule` enters it
+        with torch.autocast(self.world.device.type, enabled=False):
+            return self._engine(inputs)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective in the last micro-step, from stage 2 on in all: every rank has equally many."""
@@ -217,9 +218,9 @@ class _AutocastModule(nn.Module):
         super().__init__()
         self.net, self.autocast = net, autocast
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         with self.autocast():
-            return self.net(images)
+            return self.net(inputs)
 
 
 def _import(strategy: str, device: torch.device) -> Any:

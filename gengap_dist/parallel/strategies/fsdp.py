@@ -1,4 +1,8 @@
-"""Parameters, gradients and optimizer state sharded over ranks: torch's FSDP2, for models too large for one GPU."""
+"""Parameters, gradients and optimizer state sharded over ranks: torch's FSDP2, for models too large for one GPU.
+
+With launch.shard_size each group of so many ranks shards one copy of the model (HSDP): parameters are gathered inside a
+group only, and the groups' gradients are summed by an all-reduce.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -57,7 +61,6 @@ class FSDP(Strategy):
         Raises:
             UsageError: if the model has a parameter without dimensions.
         """
-        from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         for name, parameter in model.named_parameters():
@@ -66,13 +69,12 @@ class FSDP(Strategy):
                     f"launch.strategy (fsdp) cannot shard parameter {name}, which has no dimension: "
                     "give it the shape [1], or choose zero3"
                 )
-        ensure_process_group(self.world, self.config.launch.timeout_seconds)
+        self.world = ensure_process_group(self.world, self.config.launch.timeout_seconds)
         self._unsharded_copy = UnshardedCopy(model, self.world.device)
-        assert dist.group.WORLD is not None
-        # not init_device_mesh, which may create a group of its own, with torch's timeout instead of ours
-        mesh = DeviceMesh.from_group(dist.group.WORLD, self.world.device.type)
+        shard_size, timeout = self.config.launch.shard_size, self.config.launch.timeout_seconds
+        self._hybrid_mesh = self.world.hybrid_mesh(shard_size, timeout) if shard_size else None
         for module in (*units(model), model):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=self._hybrid_mesh or self.world.mesh)
         self._local_grad_norm = LocalGradNorm()
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -89,8 +91,8 @@ class FSDP(Strategy):
         if torch.is_grad_enabled():
             self._local_grad_norm.register_hooks(module.parameters(recurse=False))
 
-    def _forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+    def _forward(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective: every rank has equally many micro-steps."""
@@ -119,12 +121,13 @@ class FSDP(Strategy):
 
     def optimizer_state(self) -> OptimizerState:
         """See `Strategy.optimizer_state`: only on rank 0, in CPU memory."""
-        out: OptimizerState = {}
-        for name, shards in super().optimizer_state().items():
-            gathered = {key: _gather(value) for key, value in shards.items()}
-            if self.world.rank == 0:
-                out[name] = {key: value.cpu() for key, value in gathered.items()}
-        return out
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        if not self.optimizer.state:  # it would be initialised by a step
+            return {}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        full: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=options)  # {} elsewhere
+        return full.get("state", {})
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """See `Strategy.load_optimizer_state`."""
@@ -136,6 +139,11 @@ class FSDP(Strategy):
             for key, value in entry.items():
                 if value.shape == sharded.shape:  # every rank has the full tensor: nothing is sent
                     entry[key] = distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+    def close(self) -> None:
+        """See `Strategy.close`: the process groups of hybrid sharding."""
+        for group in self._hybrid_mesh.get_all_groups() if self._hybrid_mesh else ():
+            dist.destroy_process_group(group)
 
 
 def _gather(tensor: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ class Single(Strategy):
 
     capabilities = CAPABILITIES["single"]
 
-    def _forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+    def _forward(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs)
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Does nothing."""
@@ -24,4 +24,4 @@ class Single(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """See `Strategy.backward`."""
-        self.scaler.scale(loss).backward()
+        self.execution.scaler.scale(loss).backward()

@@ -197,10 +197,12 @@ class MlflowRun:
         """Upload the exported model of a run; without one, a tag says why."""
         if self.state.get("model_logged"):
             return
-        lost = info.model is not None and not (self.folder / info.model.file).exists()
-        if reason := f"{info.model.file} is missing" if lost else info.model_error:
+        reason = info.model_error
+        if info.model is not None and not (self.folder / info.model.file).exists():
+            reason = f"{info.model.file} is missing"
+        if reason:
             self.set_tags({"model": f"not logged: {reason[:400]}"})
-        if info.model is None or lost:
+        if info.model is None or reason:
             return
         from mlflow.entities import LoggedModelOutput
 

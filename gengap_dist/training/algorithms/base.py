@@ -50,7 +50,7 @@ class TrainingAlgorithm:
         self._spans: dict[int, list[Span]] = {}
         for phase in sampler.phases:
             spans = batch_plan_for(config, phase.size, strategy.world.size).micro_batches(strategy.world.rank)
-            strategy.compiled_batch_sizes.update(span.size for span in spans)
+            strategy.execution.compiled_sizes.update(span.size for span in spans)
 
     def step(self, step: int, lr: float, momentum: float) -> StepResult:
         """Step number `step`, from 0. Collective."""

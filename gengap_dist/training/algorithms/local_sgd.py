@@ -132,7 +132,7 @@ class LocalSGD(TrainingAlgorithm):
             strategy = self.workers[worker] = Single(self.config, single_rank_world)
             strategy.setup(deepcopy(self.strategy.model).train(), partial(build_optimizer, self.config.optim))
             strategy.load_optimizer_state(optimizer_state)
-            strategy.scaler.load_state_dict(self.strategy.scaler.state_dict())
+            strategy.execution.scaler.load_state_dict(self.strategy.execution.scaler.state_dict())
         self.strategy.optimizer.state.clear()  # from now on only the workers' optimizers are used
 
     def _average(self) -> None:
@@ -175,7 +175,7 @@ class LocalSGD(TrainingAlgorithm):
         for worker, strategy in self.workers.items():
             strategy.model.load_state_dict(state["workers"][worker]["model"])
             strategy.load_optimizer_state(state["workers"][worker]["optimizer"])
-            strategy.scaler.load_state_dict(state["workers"][worker]["scaler"])
+            strategy.execution.scaler.load_state_dict(state["workers"][worker]["scaler"])
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -198,6 +198,6 @@ def _copy_from_flat(flat: Tensor, model: nn.Module) -> None:
 def _serialized(strategy: Strategy) -> Tensor:
     """Network and optimizer as bytes [n] on the CPU, so that ranks exchange them bit for bit."""
     file = io.BytesIO()
-    scaler = strategy.scaler.state_dict()
+    scaler = strategy.execution.scaler.state_dict()
     torch.save({"model": strategy.model.state_dict(), "optimizer": strategy.optimizer_state(), "scaler": scaler}, file)
     return torch.frombuffer(file.getbuffer(), dtype=torch.uint8).clone()

@@ -45,6 +45,6 @@ def sam(rho: float) -> ComputeGradient:
         with perturbed(parameters, ascent, rho / (scaled_norm + TINY)), frozen_running_stats(strategy.model):
             accumulate(strategy, batches, step_batch, objective)
         strategy.track_local_grad_norm = track_norm
-        return sums, strategy.unscaled(scaled_norm)
+        return sums, strategy.execution.unscaled(scaled_norm)
 
     return compute_gradient

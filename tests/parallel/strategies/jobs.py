@@ -186,6 +186,17 @@ def forgotten(world: World, name: str, settings: State) -> bool:
     return model() is None
 
 
+def sharding(world: World, name: str, settings: State) -> State:
+    """How a strategy has laid out its parameters, how many process groups it has made, and left once it is closed."""
+    groups = dist.distributed_c10d._world.pg_map  # every group of this process; pyright: ignore[reportPrivateUsage]
+    before, trainer = len(groups), Trainer(name, world, settings)
+    weight: Any = next(trainer.strategy.model.parameters())
+    out = {"dimensions": weight.device_mesh.mesh_dim_names, "ranks": weight.device_mesh.mesh.tolist(),
+           "share": weight.to_local().numel() / weight.numel(), "groups": len(groups) - before}  # fmt: skip
+    trainer.strategy.close()
+    return out | {"left": len(groups) - before}
+
+
 def timeouts(world: World, name: str, settings: State) -> dict[str, timedelta]:
     """How long each backend of each process group waits for its ranks, once a strategy is set up."""
     Trainer(name, world, settings)

@@ -189,6 +189,35 @@ def test_fsdp_is_exact_in_float64(crews, alone):
     agree(crews[3](jobs.trained, "fsdp", settings, 8), alone(settings, 8), 1e-13)
 
 
+HYBRID = {"launch__shard_size": 2}
+
+
+def test_hybrid_sharding_on_two_by_two_ranks(crews, alone):
+    """Sums go over both dimensions, also in a smaller step (the fourth); one rank resumes, then four."""
+    settings = {"batch__global_size": 399, "batch__micro_size": 50, "optim__weight_decay": 1e-3}
+    settings |= {"train__dtype": "float64", "optim__clip_norm": 0.05}
+    answers = crews[4](jobs.trained, "fsdp", settings | HYBRID, 5, True)
+    agree(answers, alone(settings, 5), 1e-12)
+    assert min(answers[0]["norm"]) > 0.05  # every step is clipped
+    for step, energies in crews[1](jobs.small_energies, settings, 4, [0, 3])[0].items():
+        assert answers[0]["energy"][step] == [pytest.approx(pair, rel=1e-9) for pair in energies], step
+    (resumed,) = crews[1](jobs.ring, ["single"], settings, 1, answers[0])
+    resumed = crews[4](jobs.ring, ["fsdp"], settings | HYBRID, 1, resumed)[0]
+    whole = alone(settings, 7)
+    assert farthest(resumed["model"], whole["model"]) < 1e-12
+    assert farthest(resumed["optimizer"], whole["optimizer"]) < 1e-12
+
+
+def test_hybrid_sharding_has_groups_of_its_own(crews):
+    for answer in crews[4](jobs.sharding, "fsdp", MLP | HYBRID):
+        assert answer["dimensions"] == ("replicate", "shard")
+        assert answer["ranks"] == [[0, 1], [2, 3]]
+        assert answer["share"] == 0.5
+        assert (answer["groups"], answer["left"]) == (2, 0)
+    for answer in crews[4](jobs.sharding, "fsdp", MLP):
+        assert answer == {"dimensions": ("batch",), "ranks": [0, 1, 2, 3], "share": 0.25, "groups": 0, "left": 0}
+
+
 @pytest.mark.parametrize("name", SHARED)
 def test_a_gradient_that_is_no_number_ends_in_a_loss_that_is_none(crews, name):
     """DeepSpeed alone would leave the update out, and go on."""
@@ -220,9 +249,11 @@ def test_one_rank_without_a_compiler_and_without_a_word(alone, tmp_path, monkeyp
         ("zero1", {"optim__name": "lars"}, r"optim.name \(lars\) is not supported by launch.strategy=zero1"),
         ("zero2", {"optim__name": "lamb"}, r"optim.name \(lamb\) is not supported by launch.strategy=zero2"),
         ("zero3", {"optim__name": "lars"}, "choose ddp, zero0 or fsdp"),
+        ("ddp", HYBRID, r"launch.shard_size \(2\) is not supported by launch.strategy=ddp: choose fsdp"),
+        ("fsdp", {"launch__shard_size": 4}, r"launch.shard_size \(4\) does not divide the number of ranks \(2\)"),
     ],
 )
-def test_what_zero_cannot_train(name, settings, says):
+def test_what_a_strategy_cannot_train(name, settings, says):
     with pytest.raises(UsageError, match=says):
         check_strategy(config(launch__strategy=name, **settings), 2)
 

@@ -43,6 +43,12 @@ def test_every_group_waits_as_long_as_the_config_says(crews, name, size):
         assert set(found.values()) == {LIMIT}, found
 
 
+def test_groups_of_hybrid_sharding_do_too(crews):
+    for found in crews[2](jobs.timeouts, "fsdp", SETTINGS | {"launch__shard_size": 1}):
+        assert set(found) == {"default_pg gloo", "replicate gloo", "shard gloo"}
+        assert set(found.values()) == {LIMIT}, found
+
+
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.full), "cuda"])
 def test_on_a_machine_with_gpus_too(device):
     """There torch makes other groups, also for ranks on a CPU; fake GPUs, because they are all that torch looks at."""

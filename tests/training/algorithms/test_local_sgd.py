@@ -203,15 +203,15 @@ def test_workers_keep_their_loss_scales():
     course, _ = start(World(), "post_local_sgd", 2, **half)
     for step in range(FIRST):
         course.step(step, LR, MOMENTUM)
-    course.strategy.scaler.update(1024.0)
+    course.strategy.execution.scaler.update(1024.0)
     course.step(FIRST, LR, MOMENTUM)
-    scalers = [strategy.scaler for strategy in course.workers.values()]
+    scalers = [strategy.execution.scaler for strategy in course.workers.values()]
     assert [scaler.get_scale() for scaler in scalers] == [1024.0, 1024.0]
     for scaler, scale in zip(scalers, (512.0, 256.0), strict=True):
         scaler.update(scale)
     again, _ = start(World(), "post_local_sgd", 2, **half)
     again.load(course.state())
-    assert [strategy.scaler.get_scale() for strategy in again.workers.values()] == [512.0, 256.0]
+    assert [strategy.execution.scaler.get_scale() for strategy in again.workers.values()] == [512.0, 256.0]
 
 
 @pytest.mark.parametrize(("share", "steps"), [(0.97, STEPS), (0.6, 1)])

@@ -31,7 +31,7 @@ from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import NullRecorder, RunRecorder, prepare_folder, read_info
 from gengap_dist.runs.schema import RunStatus
-from gengap_dist.training.algorithms import build_algorithm
+from gengap_dist.training.algorithms import BuildAlgorithm, build_algorithm
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
 from gengap_dist.training.checkpoint_manager import CheckpointManager, read_run_state
 from gengap_dist.training.evaluation import Evaluator
@@ -57,6 +57,7 @@ def run(
     progress: Progress = lambda done, total, note: None,
     preemption_requested: Callable[[], bool] = lambda: False,
     context: RuntimeContext | None = None,
+    build_algorithm: BuildAlgorithm = build_algorithm,
 ) -> dict[str, Any]:
     """Train, measure and record; returns the result of run.json, the same on every rank. Collective.
 
@@ -68,6 +69,7 @@ def run(
         progress: called on every rank after every step.
         preemption_requested: called between steps; if it returns True on any rank, all ranks save and stop.
         context: the process, if it executes more than this run.
+        build_algorithm: selects the training algorithm; a user's own is not recorded in the settings of the run.
 
     Raises:
         UsageError: if the config does not match the data, the model or the machine.
@@ -89,7 +91,8 @@ def run(
             prepare_folder(out, "run.json", resume=True)
         check_shared(out, world)
         recorder = RunRecorder(out) if world.rank == 0 else NullRecorder()
-        trainer = Trainer(resolve_run(config, out, world, progress, context), world, recorder, progress, context)
+        resolved = resolve_run(config, out, world, progress, context)
+        trainer = Trainer(resolved, world, recorder, progress, context, build_algorithm)
         trainer.start(resume=bool(world.broadcast_int(resume)))  # a node that joins late may have another value
         try:
             with sampling_system_metrics(config, out, world):
@@ -114,9 +117,16 @@ class Trainer:
     """Trains one run on this rank, together with the other ranks."""
 
     def __init__(
-        self, resolved: ResolvedRun, world: World, recorder: NullRecorder, progress: Progress, context: RuntimeContext
+        self,
+        resolved: ResolvedRun,
+        world: World,
+        recorder: NullRecorder,
+        progress: Progress,
+        context: RuntimeContext,
+        build_algorithm: BuildAlgorithm = build_algorithm,
     ) -> None:
         """A trainer that has done no step."""
+        self.build_algorithm = build_algorithm
         config, out = resolved.config, resolved.out
         self.resolved, self.config, self.world = resolved, config, world
         self.recorder, self.progress, self.context = recorder, progress, context
@@ -187,7 +197,7 @@ class Trainer:
             with first, frozen_running_stats(self.model), self.strategy.micro_step(last=True):
                 zero_contribution_pass(self.strategy, self.batches, epoch=0)
             self.strategy.optimizer.zero_grad(set_to_none=False)
-        self.algorithm = build_algorithm(
+        self.algorithm = self.build_algorithm(
             self.config, self.task, self.strategy, self.batches, self.sampler, self.schedule.num_steps
         )
         if algorithm_state:

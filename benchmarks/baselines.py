@@ -174,7 +174,8 @@ class Field(NamedTuple):
         steps: list[Any] = []
         if "augment" in self.workload.data:
             steps += [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-        mean, std = ([float(x) / 255 for x in v] for v in (self.splits.mean_C, self.splits.std_C))
+        assert self.splits.pixels is not None
+        mean, std = ([float(x) / 255 for x in v] for v in self.splits.pixels)
         return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
     def dataset(self) -> "ImageDataset":
@@ -200,11 +201,11 @@ def wait_until_idle() -> None:
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Same work per sample as torchvision's in-memory data sets: an array, a PIL image, a transform."""
 
-    def __init__(self, images: datasets.Images, transform: Any) -> None:
+    def __init__(self, images: datasets.Samples, transform: Any) -> None:
         """`images`, one by one."""
-        assert isinstance(images.pixels, Tensor)
-        self.arrays = images.pixels.permute(0, 2, 3, 1).squeeze(-1).contiguous().numpy()
-        self.labels, self.transform = images.labels.tolist(), transform
+        assert isinstance(images.inputs, Tensor)
+        self.arrays = images.inputs.permute(0, 2, 3, 1).squeeze(-1).contiguous().numpy()
+        self.labels, self.transform = images.targets.tolist(), transform
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -355,7 +356,7 @@ def synthetic_baseline(field: Field, turn: Turn, *, real: bool = False) -> None:
     images = torch.randn(pixels.shape, generator=generator).to(device, memory_format=field.mode.order)
     if real:
         images = Preprocess(field.splits.pixels, device, torch.float32)(pixels.to(device))
-    labels = torch.randint(field.splits.num_classes, (field.micro_size,), generator=generator).to(device)
+    labels = torch.randint(field.splits.spec.num_classes or 0, (field.micro_size,), generator=generator).to(device)
     model = field.network()
     if field.world.size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)

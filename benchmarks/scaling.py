@@ -44,7 +44,8 @@ from gengap_dist.training.algorithms.base import batch_plan_for
 from gengap_dist.training.autotune import synthetic_workload
 from gengap_dist.training.checks import strategy_name
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
-from gengap_dist.training.step import StepBatch, train_step
+from gengap_dist.training.step import Objective, StepBatch, train_step
+from gengap_dist.training.tasks import Classification
 
 LARGEST = 8  # ranks
 MICRO_SIZES = {  # images in a micro-batch: on a CPU small ones fit the cache, and turns must be short
@@ -56,7 +57,7 @@ MICRO_SIZES = {  # images in a micro-batch: on a CPU small ones fit the cache, a
 # -- on the ranks -----------------------------------------------------------------------------------------------------
 
 
-PREPARED: dict[str, tuple[Strategy, BatchLoader]] = {}  # by network, in this rank
+PREPARED: dict[str, tuple[Strategy, BatchLoader, Objective]] = {}  # by network, in this rank
 
 
 def set_up(world: World, name: str, task: Task) -> None:
@@ -69,19 +70,20 @@ def set_up(world: World, name: str, task: Task) -> None:
     PREPARED[name] = (
         strategy,
         synthetic_workload.random_batches(config, sizes.spec, num_images, world.device),
+        Objective(Classification(sizes.spec)),
     )
 
 
 def train(world: World, name: str, task: Task, global_size: int, num_steps: int) -> float:
     """Mean seconds of a step over `num_steps`."""
-    strategy, batches = PREPARED[name]
+    strategy, batches, objective = PREPARED[name]
     spans = batch_plan_for(task.config, global_size, world.size).micro_batches(world.rank)
     step_batch = StepBatch(torch.randperm(global_size), 0, spans)
     synthetic_workload.synchronise(world)
     world.barrier()
     began = time.perf_counter()
     for _ in range(num_steps):
-        train_step(strategy, batches, step_batch)
+        train_step(strategy, batches, step_batch, objective)
     synthetic_workload.synchronise(world)
     world.barrier()
     return (time.perf_counter() - began) / num_steps

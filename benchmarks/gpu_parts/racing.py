@@ -19,6 +19,7 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.training.autotune.available_memory import available_memory
 from gengap_dist.training.autotune.micro_batch import pass_bytes_function
 from gengap_dist.training.autotune.synthetic_workload import synchronise
+from gengap_dist.training.tasks import Classification
 
 from .items import Answer, failure
 from .runs import Settings
@@ -96,7 +97,7 @@ def largest_that_fits(world: World, model_name: str, global_size: int) -> int:
     config, splits = task(model_name, global_size).settings(images()), _splits()
     model = models.from_config(config, splits.spec, World())
     num_bytes, free = (
-        pass_bytes_function(config, model, splits.in_channels),
+        pass_bytes_function(config, model, Classification(splits.spec)),
         MEMORY_SHARE * available_memory(world.device, 1),
     )
     size = global_size

@@ -41,7 +41,7 @@ from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, Prim
 from gengap_dist.probes.spectra.measure import plan_passes, stream_bytes
 from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
-from gengap_dist.training.step import StepBatch, train_step
+from gengap_dist.training.step import Objective, StepBatch, train_step
 from gengap_dist.training.tasks import Classification
 from tests.conftest import FULL, ROOT, config
 
@@ -320,7 +320,7 @@ def ddp_bytes(world: World) -> tuple[int, int]:
 
     dist.all_reduce = counted
     try:
-        train_step(strategy, batches, StepBatch(torch.arange(50), 0, spans))
+        train_step(strategy, batches, StepBatch(torch.arange(50), 0, spans), Objective(Classification(splits.spec)))
     finally:
         dist.all_reduce = real
     return sum(given), len(given)

@@ -85,14 +85,15 @@ def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list
 def curves(runs: Sequence[MetricsTable]) -> Curves:
     """Losses, validation metrics, and measures that may explain a gap, over runs that have recorded something.
 
-    The training loss is kept only at steps that also have a validation loss.
+    The training loss is kept only at steps that also have a validation.
     """
     steps = reduce(np.intersect1d, (run.series("step")[1] for run in runs))
     names = [name for name in runs[0].columns if _charted(name) and all(name in run.columns for run in runs)]
     tables = [run.values_at(steps, ["seconds", *names]) for run in runs]
     values, known = np.stack([table[0] for table in tables]), np.all([table[1] for table in tables], axis=0)
     if "train/loss" in names:
-        with_validation = known[:, 1 + names.index("val/loss")] if "val/loss" in names else False
+        validated = [1 + column for column, name in enumerate(names) if name.startswith("val/")]
+        with_validation = known[:, validated].any(axis=1)
         known[:, 1 + names.index("train/loss")] &= with_validation
     mean = values.mean(axis=0)
     with np.errstate(invalid="ignore"):  # inf - inf

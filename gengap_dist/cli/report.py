@@ -58,13 +58,33 @@ def _sync(folder: Path, uri: str | None) -> int:
     from gengap_dist.study.means import update_means
     from gengap_dist.tracking.mlflow.process import sync_now
 
-    if (folder / "study.json").exists():  # of an interrupted study, or of an earlier version, which wrote no means
-        for problem in update_means(folder):
-            print(f"{PROG}: warning: {problem}", file=sys.stderr)
+    is_study = (folder / "study.json").exists()
+    for problem in update_means(folder) if is_study else ():
+        print(f"{PROG}: warning: {problem}", file=sys.stderr)
+    for run in sorted(path.parent for path in folder.glob("runs/*/*/run.json" if is_study else "run.json")):
+        if not (run / "mlflow.json").exists():
+            _export_missing_model(run)
     with RunProgress("sending") as progress:
         tracking_uri = sync_now(folder, uri, lambda name, done, total: progress(done, total, name))
     print(f"all of {folder} is in MLflow at {tracking_uri}")
     return OK
+
+
+def _export_missing_model(folder: Path) -> None:
+    """Export the model of a finished run that was trained without MLflow, or by an earlier version."""
+    from gengap_dist.runs.run_folder import read_info, write_info
+    from gengap_dist.runs.schema import RunStatus
+
+    try:
+        info = read_info(folder)
+    except UsageError:  # the uploader leaves it out with a message
+        return
+    wanted = info.config.get("mlflow", {}).get("log_model", False) and info.launcher != "probe"
+    if wanted and info.status == RunStatus.FINISHED and not (info.model or info.model_error) and info.data:
+        from gengap_dist.training.export import try_export
+
+        exported = try_export(folder, info.config, info.data, info.result["num_steps"])
+        write_info(folder, info.with_fields(**exported))
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

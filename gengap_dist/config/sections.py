@@ -484,7 +484,7 @@ class MlflowConfig(Section, affects="runtime"):
     flush_timeout_seconds: NonNegativeFloat = 60.0
     """Seconds that a finished command waits for the upload to end; `gengap report sync` uploads the rest later."""
     log_model: bool = True
-    """Log the final network of a finished run as an MLflow model with its signature."""
+    """Export the final network of a run that is uploaded, and log it as an MLflow model with its signature."""
     system_seconds: PositiveFloat | None = 10.0
     """Seconds between two measurements of a node's CPU, memory, disk, network and GPUs; null: none."""
 

@@ -23,6 +23,8 @@ from gengap_dist.runs.schema import ExportedModel, TensorDescription
 
 FILE = "model/model.pt2"  # in the run folder
 
+Settings = RunConfig | dict[str, Any]
+
 
 class Scorer(nn.Module):
     """Inputs as they are stored, as float32 (of pixels, grey levels 0 to 255), to the outputs of the network."""
@@ -60,18 +62,19 @@ def scorer(folder: Path, config: RunConfig, data: dict[str, Any], num_steps: int
     return Scorer(network, pixels, dtype).eval()
 
 
-def export(folder: Path, config: RunConfig, data: dict[str, Any], num_steps: int) -> ExportedModel:
+def export(folder: Path, settings: Settings, data: dict[str, Any], num_steps: int) -> ExportedModel:
     """Write the graph of the run in `folder` after its last step to model/model.pt2.
 
     Args:
         folder: the run folder.
-        config: settings of the run.
+        settings: the config of the run.
         data: see `datasets.summary`.
         num_steps: number of steps of the run.
 
     Raises:
         Exception: any error while the network is built or traced.
     """
+    config = RunConfig.model_validate(settings)
     model = scorer(folder, config, data, num_steps)
     path, spec = folder / FILE, recorded_spec(data)
     path.parent.mkdir(exist_ok=True)
@@ -92,9 +95,9 @@ def export(folder: Path, config: RunConfig, data: dict[str, Any], num_steps: int
     )
 
 
-def try_export(folder: Path, config: RunConfig, data: dict[str, Any], num_steps: int) -> dict[str, Any]:
+def try_export(folder: Path, settings: Settings, data: dict[str, Any], num_steps: int) -> dict[str, Any]:
     """What run.json says about the exported model of a run: `model`, or in `model_error` why there is none."""
     try:
-        return {"model": export(folder, config, data, num_steps)}
+        return {"model": export(folder, settings, data, num_steps)}
     except Exception as error:  # with a user's own model torch.export may raise anything
         return {"model_error": " ".join(f"{type(error).__name__}: {error}".split())}

@@ -98,7 +98,8 @@ def run(
             with sampling_system_metrics(config, out, world):
                 trainer.train(preemption_requested)
                 result = trainer.result()
-            recorder.finish(RunStatus.FINISHED, result, facts=trainer.exported())
+            trained = {"seconds": round(recorder.seconds(), 3)}  # without the export
+            recorder.finish(RunStatus.FINISHED, result, facts=trained | trainer.exported())
         except Diverged as error:
             result = {"diverged_at_step": error.step}
             recorder.finish(RunStatus.DIVERGED, result, str(error))

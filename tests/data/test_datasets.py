@@ -58,7 +58,7 @@ def test_real_fashion_mnist(real_data):
     splits = datasets.load(DataConfig(name="fashion_mnist", root=real_data))
     assert (len(splits.train), len(splits.val), len(splits.test)) == (54_000, 6_000, 10_000)
     assert splits.train.inputs.shape[1:] == (1, 32, 32)
-    assert float(splits.mean_C) / 255 == pytest.approx(0.286, abs=2e-3)
+    assert float(splits.pixels.mean_C) / 255 == pytest.approx(0.286, abs=2e-3)
     assert float(splits.std_C) / 255 == pytest.approx(0.353, abs=2e-3)
 
 
@@ -98,7 +98,7 @@ def test_cifar100_in_its_own_file_format(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)  # our small files have other checksums
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     splits = datasets.load(DataConfig(name="cifar100", root=tmp_path, val_fraction=0.0))
-    assert splits.num_classes == 100
+    assert splits.spec.num_classes == 100
     assert splits.train.inputs.shape == (200, 3, 32, 32)
     first = pickle.loads((folder / "train").read_bytes())["data"][0].reshape(3, 32, 32)
     assert np.array_equal(splits.train.inputs[0].numpy(), first)
@@ -117,7 +117,7 @@ def pictures(tmp_path):
 
 def test_a_folder_of_pictures(pictures):
     splits = datasets.load(DataConfig(name="imagefolder", root=pictures, image_size=16, val_fraction=0.0))
-    assert splits.num_classes == 2
+    assert splits.spec.num_classes == 2
     assert splits.train.inputs.shape == (12, 3, 16, 16)
     assert splits.train.targets.tolist() == [0] * 6 + [1] * 6
     assert splits.train.inputs[7, :, 3, 3].tolist() == [100, 1, 7]

@@ -62,9 +62,9 @@ def test_the_splits_are_those_in_memory(folder):
             which = torch.tensor([3, 0, 3, len(ours) - 1])
             for found, expected in zip(ours.to(CPU).take(which, which), theirs.take(which, which), strict=True):
                 assert torch.equal(found, expected)
-        assert on_disk.num_classes == held.num_classes
-        assert on_disk.in_channels == 3
-        assert torch.equal(on_disk.mean_C, held.mean_C)  # of all 30: fewer than NUM_MEAN_IMAGES
+        assert on_disk.spec == held.spec
+        assert on_disk.spec.input_shape[0] == 3
+        assert torch.equal(on_disk.pixels.mean_C, held.pixels.mean_C)  # of all 30: fewer than NUM_MEAN_IMAGES
         assert torch.equal(on_disk.std_C, held.std_C)
 
 
@@ -138,11 +138,11 @@ def test_mean_and_deviation_of_large_folders_come_from_a_fixed_sample(folder, mo
     monkeypatch.setattr(datasets, "NUM_MEAN_IMAGES", 7)
     config = folder_config(folder, streaming=True)
     splits, again, other = (datasets.load(c) for c in (config, config, config.model_copy(update={"split_seed": 1})))
-    assert torch.equal(splits.mean_C, again.mean_C)
-    assert not torch.equal(splits.mean_C, other.mean_C)
+    assert torch.equal(splits.pixels.mean_C, again.pixels.mean_C)
+    assert not torch.equal(splits.pixels.mean_C, other.pixels.mean_C)
     chosen = np.random.default_rng([0, 4]).permutation(len(splits.train))[:7]
     pixels = splits.train.inputs[:][torch.from_numpy(chosen)].double()
-    assert torch.allclose(splits.mean_C, pixels.mean((0, 2, 3)))
+    assert torch.allclose(splits.pixels.mean_C, pixels.mean((0, 2, 3)))
     assert torch.allclose(splits.std_C, pixels.std((0, 2, 3), correction=0))
     assert datasets.summary(splits, config)["num_mean"] == 7
     held = config.model_copy(update={"streaming": False})

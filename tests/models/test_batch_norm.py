@@ -362,7 +362,7 @@ def test_networks_are_the_same_in_eval_and_in_training_over_one_group(name):
     if name.startswith("timm"):
         pytest.importorskip("timm", reason="timm is not installed: pip install 'gengap_dist[timm]'")
     torch.manual_seed(0)
-    net = models.build(name, DataSpec.images(10, 1, NETWORKS)[name]).double()
+    net = models.build(name, DataSpec.images(10, 1, NETWORKS[name])).double()
     for module in net.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

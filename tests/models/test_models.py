@@ -26,9 +26,9 @@ LAYERS = {
 """What probes find by themselves: the output of every layer but the classifier."""
 
 
-def make(name: str, num_classes: int = 10, in_channels: int = 3, **more) -> nn.Module:
+def make(name: str, num_classes: int = 10, in_channels: int = 3, image_size: int = 32, **more) -> nn.Module:
     torch.manual_seed(0)
-    return models.build(name, DataSpec.images(num_classes, in_channels), **more)
+    return models.build(name, DataSpec.images(num_classes, in_channels, image_size), **more)
 
 
 def count(model: nn.Module) -> int:

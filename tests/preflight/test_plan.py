@@ -425,7 +425,7 @@ def test_sizes_are_those_of_the_data_loaded(pictures):
         splits, sizes = datasets.load(settings), datasets.sizes(settings)
         parts = (splits.train, splits.val, splits.test)
         assert sizes[:3] == tuple(map(len, parts))
-        assert (sizes.num_classes, sizes.in_channels) == (splits.num_classes, splits.in_channels)
+        assert sizes.spec == splits.spec
         assert sizes.num_bytes == sum(tensor.nbytes for images in parts for tensor in images)
 
 
@@ -446,7 +446,7 @@ def test_sizes_of_real_fashion_mnist(real_data):
     settings = DataConfig(name="fashion_mnist", root=real_data)
     splits, sizes = datasets.load(settings), datasets.sizes(settings)
     assert sizes[:3] == (len(splits.train), len(splits.val), len(splits.test))
-    assert (sizes.num_classes, sizes.in_channels) == (splits.num_classes, splits.in_channels)
+    assert sizes.spec == splits.spec
 
 
 def test_levels_send_what_a_flat_ring_sends():

@@ -42,7 +42,7 @@ def test_a_run_of_schema_1_is_read_and_written_as_schema_2(old):
     before = json.loads((folder / "run.json").read_text())
     assert before["schema"] == 1
     info = read_info(folder)
-    assert info.metric == MetricDescription(name="test/accuracy", unit="share", higher_is_better=True, chance=0.1)
+    assert info.metric == MetricDescription(name="accuracy", unit="share", higher_is_better=True, chance=0.1)
     assert (info.status, info.result["test/accuracy"]) == ("finished", ACCURACIES["sb32"][0])
     assert info.status.has_result
     write_info(folder, info.with_fields(status=RunStatus.FAILED, error="by hand"))

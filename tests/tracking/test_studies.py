@@ -16,6 +16,7 @@ import torch
 
 from gengap_dist.analysis.group_runs import gather
 from gengap_dist.analysis.study_data import read_study
+from gengap_dist.cli.report import command as report_command
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.config.study import StudyConfig
@@ -27,11 +28,12 @@ from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.study import runner
 from gengap_dist.study.means import update_means
 from gengap_dist.study.run_matrix import StudyCallback
+from gengap_dist.tracking.mlflow.client import connect_client
 from gengap_dist.tracking.mlflow.importer import SourceNames
 from gengap_dist.tracking.mlflow.process import UploaderProcess, sync_now
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
 from tests.browser import NEEDS_CHROMIUM, page, pictures
-from tests.conftest import FULL, thinned, train
+from tests.conftest import FULL, ROOT, thinned, train
 from tests.tracking.servers import mlflow_server, postgresql, refusing
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("default")]  # what MLflow warns of is not ours to mend
@@ -342,6 +344,23 @@ def test_the_uploader_sends_a_model_and_loads_no_torch(trained, study, store):
     other.sync(closing=True)
     tags = other.client.get_run(state(other.folder)["run_id"]).data.tags
     assert tags["model"] == "not logged: model/model.pt2 is missing"
+
+
+def test_what_the_folders_of_an_earlier_version_lack_is_written_before_they_are_sent(tmp_path, store):
+    study, run = tmp_path / "old", tmp_path / "run"
+    shutil.copytree(ROOT / "tests/runs/schema_1/study", study)
+    train(run, model__name="mlp", data__image_size=8, train__steps=2, probe__enabled=False)  # without MLflow
+    assert read_info(run).model is None
+    for folder in (study, run):
+        assert report_command(["sync", str(folder), "--tracking_uri", store]) == 0
+    client = connect_client(store)
+    arm = client.get_run(state(study / "runs/lb128")["run_id"]).data.metrics
+    assert arm["sb_lb_gap/mean"] == pytest.approx((0.10277777777777777 - 0.10555555555555556 + 0.14444444444444443
+                                                   - 0.17222222222222222) / 2)  # fmt: skip
+    seed = client.get_run(state(study / "runs/lb128/seed0")["run_id"]).data
+    assert seed.params["batch.global_size"] == "128"
+    assert "has no complete checkpoint of its last step" in seed.tags["model"]
+    assert client.get_logged_model(state(run)["model_id"]).status == "READY"
 
 
 def test_machines_are_watched_in_the_folder_and_sent_once(study, store):

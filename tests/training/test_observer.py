@@ -43,7 +43,7 @@ def test_a_smaller_probe_set_is_part_of_the_larger(tmp_path):
 
 
 def test_a_probe_set_smaller_than_asked(tmp_path):
-    with pytest.warns(UserWarning, match=r"probe.num_samples \(5,000\) is more than the 1,294 training images"):
+    with pytest.warns(UserWarning, match=r"probe.num_samples \(5,000\) is more than the 1,294 training samples"):
         train(tmp_path / "run", **SHORT | {"probe__num_samples": 5000})
     assert read_info(tmp_path / "run").num_probe_samples == 1294
 

@@ -82,7 +82,7 @@ def test_the_runs_of_a_process_share_their_data_and_its_name(tmp_path):
     for name in ("one", "other"):
         run(config(**SMALL, seed=len(name)), tmp_path / name, context=context)
         info = read_info(tmp_path / name)
-        assert (info["launcher"], info["command"]) == ("a launcher", ["a", "command"])
+        assert (info.launcher, info.command) == ("a launcher", ["a", "command"])
         loaded.append(context.data.get(config(**SMALL).data, lambda: None))
     assert loaded[0] is loaded[1] is not None
 
@@ -247,7 +247,7 @@ def test_a_seed_of_any_size(tmp_path):
         ({"launch__device": "cuda"}, r"launch.device \(cuda\) needs a GPU"),
         ({"data__image_size": 12}, r"data.image_size \(12\) is too small for lenet5"),
         ({"model__name": "lenet"}, r"model.name \(lenet\) is not a model \(did you mean lenet5\?\)"),
-        ({"model__name": "torch.nn:Flatten"}, r"outputs \[2, 1024\] for 2 images, needs \[2, 10\]"),
+        ({"model__name": "torch.nn:Flatten"}, r"outputs \[2, 1024\] for 2 inputs, needs \[2, 10\]"),
         ({"probe__layers": ["fc22"]}, r"probe.layers \(fc22\) matches no layer"),
     ],
 )

@@ -197,12 +197,12 @@ class MlflowRun:
         """Upload the exported model of a run; without one, a tag says why."""
         if self.state.get("model_logged"):
             return
-        reason = info.model_error
-        if info.model is not None and not (self.folder / info.model.file).exists():
-            reason = f"{info.model.file} is missing"
+        model, reason = info.model, info.model_error
+        if model and not (self.folder / model.file).exists():
+            model, reason = None, f"{model.file} is missing"
         if reason:
             self.set_tags({"model": f"not logged: {reason[:400]}"})
-        if info.model is None or reason:
+        if model is None:
             return
         from mlflow.entities import LoggedModelOutput
 
@@ -212,8 +212,7 @@ class MlflowRun:
         model_id = self.state["model_id"]
         with tempfile.TemporaryDirectory() as temporary:
             files = Path(temporary) / MODEL_NAME
-            graph, python = self.folder / info.model.file, info.versions["python"]
-            write_model_files(graph, info.model, python, files, model_id, self.id)
+            write_model_files(self.folder / model.file, model, info.versions["python"], files, model_id, self.id)
             self.client.log_model_artifacts(model_id, str(files))
         self.client.finalize_logged_model(model_id, "READY")
         self.client.log_outputs(self.id, [LoggedModelOutput(model_id, info.result["num_steps"])])

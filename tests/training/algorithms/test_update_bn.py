@@ -19,14 +19,14 @@ class Given:
     """Batches of one data set, as `Batches` hands them out; remembers which were asked for."""
 
     def __init__(self, num):
-        self.images = torch.randn(num, 1, 6, 6, generator=torch.Generator().manual_seed(1)).double()
-        self.images += torch.arange(num)[:, None, None, None] / num  # as if sorted by class
+        self.samples = torch.randn(num, 1, 6, 6, generator=torch.Generator().manual_seed(1)).double()
+        self.samples += torch.arange(num)[:, None, None, None] / num  # as if sorted by class
         self.asked = []
 
     def __call__(self, indices, epoch):
         assert epoch == 0
         self.asked.append(indices)
-        return self.images[indices], indices
+        return self.samples[indices], indices
 
 
 def network(dropout=0.0):
@@ -48,7 +48,7 @@ def found(world, num, block_size, kind="local", dropout=0.0):
     assert not net.training  # nor anything else but what was
     assert [name for name, module in net.named_modules() if module.training] == ["0"]
     assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in net.modules())
-    net(given.images[:2])
+    net(given.samples[:2])
     return {name: value for name, value in net.state_dict().items() if "running" in name}, given.asked
 
 
@@ -65,7 +65,7 @@ def test_like_torch_on_the_same_blocks(num, block_size):
     assert [len(indices) for indices in asked] == [size] * (num // size)  # a last block that is short is left out
     assert len(torch.cat(asked).unique()) == num // size * size
     net = network()
-    update_bn([Given(num).images[indices] for indices in asked], net)
+    update_bn([Given(num).samples[indices] for indices in asked], net)
     close(got, {name: value for name, value in net.state_dict().items() if "running" in name})
 
 
@@ -82,13 +82,13 @@ def test_a_layer_that_is_called_twice():
 
     net, twin, given = Twice(), Twice(), Given(12)
     recompute_running_stats(net, given, World(), 4)
-    update_bn([given.images[indices] for indices in given.asked], twin)
+    update_bn([given.samples[indices] for indices in given.asked], twin)
     close(net.state_dict(), twin.state_dict() | {"norm.num_batches_tracked": net.norm.num_batches_tracked})
 
 
 def test_images_are_drawn_from_all(monkeypatch):
     """An image folder is sorted by class: the first images are of few."""
-    monkeypatch.setattr(ours, "MAX_IMAGES", 400)
+    monkeypatch.setattr(ours, "MAX_SAMPLES", 400)
     _, asked = found(World(), 4000, 100)
     assert len(asked) == 4
     for indices in asked:
@@ -156,7 +156,7 @@ def test_an_untrained_network_is_shown_as_its_first_step_sees_it():
     seen = {}
     for name in ("1", "9"):
         shown[int(name)].register_forward_hook(lambda module, args, out, name=name: seen.update({name: out}))
-    shown(given.images)
+    shown(given.samples)
     for out in seen.values():
         dims = [dim for dim in range(out.ndim) if dim != 1]
         torch.testing.assert_close(out.mean(dims), torch.zeros_like(out.mean(dims)), rtol=0, atol=1e-3)

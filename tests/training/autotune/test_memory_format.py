@@ -22,15 +22,15 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize("size", thinned([1, 2], lambda size: size == 2))
 def test_it_is_the_run_with_the_order_it_found(pools, tmp_path, size):
     first = go(pools[size], tmp_path / "auto", **AUTO)
-    found, order = first["channels_last_auto"], first["channels_last"]
+    found, order = first.channels_last_auto, first.channels_last
     assert found["by"] == "measurement"
-    assert first["config"]["train"]["channels_last"] == "auto"
+    assert first.config["train"]["channels_last"] == "auto"
     contiguous, last = found["samples_per_second"]
     assert order == (last > 1.03 * contiguous)
     go(pools[size], tmp_path / "plain", **AUTO | {"train__channels_last": order})
     assert timeless(tmp_path / "auto") == timeless(tmp_path / "plain")
     again = go(pools[size], tmp_path / "again", **AUTO)
-    assert again["channels_last_auto"] == found | {"by": "an earlier measurement"}
+    assert again.channels_last_auto == found | {"by": "an earlier measurement"}
 
 
 def test_a_resumed_run_goes_on_in_its_own_order(cache, tmp_path):

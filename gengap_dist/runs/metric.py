@@ -13,11 +13,11 @@ class MetricDescription(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str = "accuracy"
+    name: str
     """A run has it as val/NAME in its history and as test/NAME in its result."""
-    unit: str = "share"
+    unit: str
     """`share`: between 0 and 1, shown in percent; else the unit to print after a number, or nothing."""
-    higher_is_better: bool = True
+    higher_is_better: bool
     chance: float | None = None
     """Its value for a network that has learned nothing; null: not known."""
 
@@ -45,7 +45,7 @@ class MetricDescription(BaseModel):
     def format(self, value: float, digits: int = 2) -> str:
         """A value with its unit; `digits` are those of a percentage.
 
-        >>> MetricDescription().format(0.97345)
+        >>> ACCURACY.format(0.97345)
         '97.34%'
         """
         return f"{value:.{digits}%}" if self.unit == "share" else f"{value:.4g} {self.unit}".rstrip()
@@ -53,7 +53,7 @@ class MetricDescription(BaseModel):
     def format_difference(self, value: float, *, signed: bool = True) -> str:
         """A difference of two values, without its unit.
 
-        >>> MetricDescription().format_difference(0.0123)
+        >>> ACCURACY.format_difference(0.0123)
         '+1.23'
         """
         text = f"{100 * value:+.2f}" if self.unit == "share" else f"{value:+.4g}"
@@ -68,5 +68,5 @@ class MetricDescription(BaseModel):
         return self.score(value) > self.score(than)
 
 
-ACCURACY = MetricDescription()
+ACCURACY = MetricDescription(name="accuracy", unit="share", higher_is_better=True)
 """The metric of runs that do not name theirs."""

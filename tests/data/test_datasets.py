@@ -59,7 +59,7 @@ def test_real_fashion_mnist(real_data):
     assert (len(splits.train), len(splits.val), len(splits.test)) == (54_000, 6_000, 10_000)
     assert splits.train.inputs.shape[1:] == (1, 32, 32)
     assert float(splits.pixels.mean_C) / 255 == pytest.approx(0.286, abs=2e-3)
-    assert float(splits.std_C) / 255 == pytest.approx(0.353, abs=2e-3)
+    assert float(splits.pixels.std_C) / 255 == pytest.approx(0.353, abs=2e-3)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])

@@ -65,7 +65,7 @@ def test_the_splits_are_those_in_memory(folder):
         assert on_disk.spec == held.spec
         assert on_disk.spec.input_shape[0] == 3
         assert torch.equal(on_disk.pixels.mean_C, held.pixels.mean_C)  # of all 30: fewer than NUM_MEAN_IMAGES
-        assert torch.equal(on_disk.std_C, held.std_C)
+        assert torch.equal(on_disk.pixels.std_C, held.pixels.std_C)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_mean_and_deviation_of_large_folders_come_from_a_fixed_sample(folder, mo
     chosen = np.random.default_rng([0, 4]).permutation(len(splits.train))[:7]
     pixels = splits.train.inputs[:][torch.from_numpy(chosen)].double()
     assert torch.allclose(splits.pixels.mean_C, pixels.mean((0, 2, 3)))
-    assert torch.allclose(splits.std_C, pixels.std((0, 2, 3), correction=0))
+    assert torch.allclose(splits.pixels.std_C, pixels.std((0, 2, 3), correction=0))
     assert datasets.summary(splits, config)["num_mean"] == 7
     held = config.model_copy(update={"streaming": False})
     assert datasets.summary(datasets.load(held), held)["num_mean"] == 30

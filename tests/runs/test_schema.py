@@ -110,7 +110,7 @@ DAMAGES = [
     ({"status": "finis"}, "status ('finis') is not valid: input should be 'running', 'finished'"),
     ({"seed": "x"}, "seed ('x') is not valid: input should be a valid integer"),
     ({"config": None}, "config (None) is not valid: input should be a valid dictionary"),
-    ({"metric": {"name": "a", "unit": "", "higher_is_better": True}}, "metric.chance is missing"),
+    ({"metric": {"name": "a", "unit": ""}}, "metric.higher_is_better is missing"),
     ({"schema": "1"}, "schema ('1') must be an integer"),
     ({"seconds": [1]}, "seconds ([1]) is not valid: input should be a valid number"),
 ]

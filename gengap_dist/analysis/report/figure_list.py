@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 def name_metric(text: str, metric: MetricDescription) -> str:
     """The text with the names that belong to `metric`.
 
-    >>> name_metric("{Harm} by each arm", MetricDescription())
+    >>> name_metric("{Harm} by each arm", MetricDescription(name="accuracy", unit="share", higher_is_better=True))
     'Accuracy lost by each arm'
     """
     for word, name in (("metric", metric.name), ("harm", metric.harm)):

@@ -401,7 +401,7 @@ def _line_styles(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]
 def _harm_label(metric: MetricDescription) -> str:
     """What an arm lost, with its unit.
 
-    >>> _harm_label(MetricDescription())
+    >>> _harm_label(MetricDescription(name="accuracy", unit="share", higher_is_better=True))
     'Percentage points of test accuracy lost'
     """
     unit = metric.difference_unit

@@ -56,7 +56,7 @@ def test_head(metric: MetricDescription) -> str:
 def gap_sentence(baseline: str, metric: MetricDescription) -> str:
     """What a gap is: above 0, the arm is worse.
 
-    >>> gap_sentence("b64", MetricDescription())
+    >>> gap_sentence("b64", MetricDescription(name="accuracy", unit="share", higher_is_better=True))
     "test accuracy of b64 minus the arm's, in percentage points"
     """
     order = f"of {baseline} minus the arm's" if metric.higher_is_better else f"of the arm minus that of {baseline}"

@@ -14,7 +14,7 @@ from gengap_dist.statistics.paired import Paired, mean_and_std
 def interval(pair: tuple[float, float] | None, metric: MetricDescription) -> str:
     """An interval of differences of a metric, or a dash.
 
-    >>> interval((-0.001, 0.02), MetricDescription())
+    >>> interval((-0.001, 0.02), MetricDescription(name="accuracy", unit="share", higher_is_better=True))
     '[-0.10, +2.00]'
     """
     return "-" if pair is None else f"[{metric.format_difference(pair[0])}, {metric.format_difference(pair[1])}]"
@@ -28,7 +28,7 @@ def value_text(value: float | None, metric: MetricDescription) -> str:
 def mean_text(values: Sequence[float], metric: MetricDescription) -> str:
     """Mean of the values of a metric, with their standard deviation in parentheses if there are several; or a dash.
 
-    >>> mean_text([0.5, 0.75], MetricDescription())
+    >>> mean_text([0.5, 0.75], MetricDescription(name="accuracy", unit="share", higher_is_better=True))
     '62.50% (17.68)'
     """
     if not values:

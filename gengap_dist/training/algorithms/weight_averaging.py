@@ -37,12 +37,12 @@ class WeightAveraging(TrainingAlgorithm):
         num_steps: int,
     ) -> None:
         """See `TrainingAlgorithm`."""
-        super().__init__(config, task, strategy, batches, sampler, num_steps)
         algorithm = config.algorithm
         self.is_swa = algorithm.weight_averaging == "swa"
         self.first_step = (
             first_step_after("algorithm.average_start", algorithm.average_start, num_steps) if self.is_swa else 0
         )
+        super().__init__(config, task, strategy, batches, sampler, num_steps)
         self.average, self.num_averaged = deepcopy(strategy.model), 0
 
     def step(self, step: int, lr: float, momentum: float) -> StepResult:

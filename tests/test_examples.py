@@ -12,6 +12,7 @@ from tests.study import tiny
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+ARMS = [{"name": f"b{size}", "set": {"batch.global_size": size}} for size in (64, 256)]
 
 pytestmark = pytest.mark.processes
 
@@ -51,7 +52,7 @@ def test_own_algorithm(tmp_path):
 
 
 def test_study_with_pandas(tmp_path):
-    config = tiny.write(tmp_path / "tiny.yaml", {"seeds": [0, 1], "batch_sizes": [64, 256]})
+    config = tiny.write(tmp_path / "tiny.yaml", {"seeds": [0, 1], "arms": ARMS})
     assert tiny.start(config, tmp_path / "out").returncode == 0
     text = printed("study_with_pandas.py", tmp_path / "out")
     assert len(re.findall(r"^\S+ +2$|\b2$", text, re.M)) >= 2  # two seeds in each arm

@@ -94,7 +94,7 @@ def test_the_runs_of_a_study_share_their_processes(tmp_path):
     done = start(write(tmp_path / "study.yaml", study, **settings), tmp_path / "out", "--launch.num_processes", 2)
     assert done.returncode == 0, done.stderr
     assert len([*tmp_path.glob("out/runs/sb/*/report.html"), *tmp_path.glob("out/runs/sb/*/run.json")]) == 2
-    commands = [read_info(path.parent)["command"] for path in tmp_path.glob("out/runs/sb/*/run.json")]
+    commands = [read_info(path.parent).command for path in tmp_path.glob("out/runs/sb/*/run.json")]
     assert all("--launch.num_processes" in command for command in commands)  # the command's, not that of the ranks
     made = Counter((tmp_path / "pids").read_text().splitlines())  # "rank pid" to networks made
     assert sorted(line.split()[0] for line in made) == ["0", "1"]

@@ -20,8 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from gengap_dist.analysis.report.tables import gap_sentence, test_head
-from gengap_dist.analysis.report.text import last_layer, study_rows, ui_command, value_text
+from gengap_dist.analysis.report.text import gap_sentence, last_layer, study_rows, test_head, ui_command, value_text
 from gengap_dist.analysis.study_data import RunData, StudyData, read_run
 from gengap_dist.config.measures import MEASURES
 from gengap_dist.config.metric_key import layer_metric

@@ -56,7 +56,7 @@ STUDY_FIGURES: dict[str, Entry] = {  # by file name
         "95% t interval. Filled diamonds: significant after Holm's correction for all arms. Runs without a result are "
         "counted on the right.",
     ),
-    "accuracy": Entry(
+    "test_values": Entry(
         "{Metric} by batch",
         # with one row per arm, the gap figure shows the same
         lambda study, comparison: None if in_rows(study) and comparison.gaps else figures.test_values(study),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gengap_dist.analysis.report.plotting import Row
-from gengap_dist.analysis.report.text import interval, last_layer, mean_text, value_text
+from gengap_dist.analysis.report.text import gap_sentence, interval, last_layer, mean_text, test_head, value_text
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import RunData, StudyData
 from gengap_dist.config.measures import SUMMARY
@@ -46,21 +46,6 @@ def number(value: Any, style: str = ",.4g", text: str | None = None) -> Cell:
 
 def _interval(pair: Interval | None, metric: MetricDescription) -> Cell:
     return MISSING if pair is None else Cell(interval(pair, metric), sum(pair) / 2)
-
-
-def test_head(metric: MetricDescription) -> str:
-    """Head of a column with means of the metric on the test samples."""
-    return f"test {'acc.' if metric.name == 'accuracy' else metric.name} (sd)"
-
-
-def gap_sentence(baseline: str, metric: MetricDescription) -> str:
-    """What a gap is: above 0, the arm is worse.
-
-    >>> gap_sentence("b64", MetricDescription(name="accuracy", unit="share", higher_is_better=True))
-    "test accuracy of b64 minus the arm's, in percentage points"
-    """
-    order = f"of {baseline} minus the arm's" if metric.higher_is_better else f"of the arm minus that of {baseline}"
-    return f"test {metric.name} {order}" + (f", in {metric.difference_unit}" if metric.difference_unit else "")
 
 
 def arm_table(study: StudyData, comparison: Comparison) -> Table:

@@ -38,6 +38,21 @@ def mean_text(values: Sequence[float], metric: MetricDescription) -> str:
     return metric.format(mean) + shown
 
 
+def test_head(metric: MetricDescription) -> str:
+    """Head of a column with means of the metric on the test samples."""
+    return f"test {'acc.' if metric.name == 'accuracy' else metric.name} (sd)"
+
+
+def gap_sentence(baseline: str, metric: MetricDescription) -> str:
+    """What a gap is: above 0, the arm is worse.
+
+    >>> gap_sentence("b64", MetricDescription(name="accuracy", unit="share", higher_is_better=True))
+    "test accuracy of b64 minus the arm's, in percentage points"
+    """
+    order = f"of {baseline} minus the arm's" if metric.higher_is_better else f"of the arm minus that of {baseline}"
+    return f"test {metric.name} {order}" + (f", in {metric.difference_unit}" if metric.difference_unit else "")
+
+
 def last_layer(study: StudyData) -> str | None:
     """Key of the last measured layer, raw activations; None if there is none."""
     keys = study.layer_keys()

@@ -84,8 +84,8 @@ def test_more_than_three_arms_of_one_batch_have_rows(tmp_path):
     picture = drawn(figures.test_values(found))
     assert [row for _, row in means(picture.figure)] == [0, 1, 2, 3, 4]
     assert [label.get_text() for label in picture.figure.axes[0].get_yticklabels()] == found.arms
-    assert STUDY_FIGURES["accuracy"].draw(found, found.comparison) is None  # the gaps say the same
-    assert STUDY_FIGURES["accuracy"].draw(found, NOTHING) is not None
+    assert STUDY_FIGURES["test_values"].draw(found, found.comparison) is None  # the gaps say the same
+    assert STUDY_FIGURES["test_values"].draw(found, NOTHING) is not None
     panels = drawn(probe_figures.by_layer(found, "near_rank_loss/rel_1e-2")).figure
     assert means(panels) == 2 * [((1 + number) / 8, number) for number in range(5)]
 

@@ -19,7 +19,7 @@ from tests.conftest import thinned
 
 pytestmark = pytest.mark.processes
 
-ALL = ["gap", "accuracy", "updates_to_target", "explanations", "gap_against_explanations", "near_rank_change",
+ALL = ["gap", "test_values", "updates_to_target", "explanations", "gap_against_explanations", "near_rank_change",
        "near_rank_loss_rel", "effective_rank", "spectra", "curves"]  # fmt: skip
 SPACE = {"study": {"tune": {"trials": 2, "space": {"optim.lr": {"low": 0.1, "high": 0.4}}}}}
 
@@ -246,7 +246,7 @@ def test_one_run_alone(tmp_path):
 
 def test_one_arm_and_one_seed(tmp_path):
     text = write_report(read_study(write_study(tmp_path, {"sb8": {}}, 1))).read_text()
-    assert 'id="accuracy"' in text
+    assert 'id="test_values"' in text
     assert 'id="gap"' not in text
     two = write_study(tmp_path / "two", {"sb8": {}, "lb64": {"batch__global_size": 64}}, 1)
     assert "With one pair of seeds there is no interval" in write_report(read_study(two)).read_text()

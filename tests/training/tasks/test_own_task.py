@@ -79,6 +79,10 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets_of_the_step(tmp_path)
     assert series(tmp_path / "run", "train/loss")[0] == pytest.approx(loss.item(), rel=1e-12)
 
 
+def quiet(*about):
+    """No progress."""
+
+
 def weights_at_start(settings):
     from gengap_dist.distributed.process_group import World
     from gengap_dist.training.setup import build_model
@@ -105,9 +109,9 @@ def test_ranks_micro_batches_and_a_kill_change_nothing(pools, tmp_path, algorith
     """With a ragged number of targets on every rank, and a ragged last step of 25 rows."""
     settings = MASKED | ALGORITHMS[algorithm] | {"checkpoint__every_steps": 5, "checkpoint__keep": 9}
     for size, micro in ((1, 40), (2, 9), (3, 16)):
-        pools[size].run(config(**settings, batch__micro_size=micro), tmp_path / str(size), resume=False)
+        pools[size].run(config(**settings, batch__micro_size=micro), tmp_path / str(size), resume=False, progress=quiet)
     cut_after(tmp_path / "2", 5)
-    pools[3].run(config(**settings, batch__micro_size=16), tmp_path / "2", resume=True)
+    pools[3].run(config(**settings, batch__micro_size=16), tmp_path / "2", resume=True, progress=quiet)
     for name in ("train/loss", "train/mae", "val/mae", "train/grad_norm"):
         expected = series(tmp_path / "1", name)
         assert len(expected) > 2
@@ -143,9 +147,11 @@ def test_a_study_of_it_is_compared_and_reported(tmp_path, gengap):
         train: {{epochs: 8, num_evals: 4}}
         probe: {{num_samples: [64]}}
         mlflow: {{enabled: false}}
-        study: {{name: table, question: Does the batch matter?, seeds: [0, 1, 2], batch_sizes: [20, 225]}}
+        study: {{name: table, question: "Does the batch matter?", seeds: [0, 1, 2]}}
         """
     )
+    arms = [{"name": f"b{size}", "set": {"batch.global_size": size}} for size in (20, 225)]
+    settings["study"] |= {"arms": arms, "baseline": "b20"}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(settings))
     done = tiny.start(path, tmp_path / "out")

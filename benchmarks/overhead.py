@@ -1,8 +1,9 @@
-"""Measures the overhead of checkpoints and probes in a run, and of Ray in a step.
+"""Measures the overhead of checkpoints and probes in a run, and of Ray and of metrics in a step.
 
     python benchmarks/overhead.py checkpoints        ResNet-56, saved every 50 steps during training
     python benchmarks/overhead.py probes             LeNet-5 and ResNet-56 with the default interval and time limit
     python benchmarks/overhead.py ray [--rounds 3]   LeNet-5 on 2 ranks: torchrun and Ray Train, in turns
+    python benchmarks/overhead.py metrics            LeNet-5 at 512 on 2 ranks: steps with and without metrics, in turns
 
 The checkpoint's share is an upper bound: the time for which training is blocked, plus the whole time of the writing
 thread, as if training made no progress meanwhile.
@@ -16,15 +17,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.launchers import LocalLauncher
+from gengap_dist.distributed.process_group import init_process_group
+from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.runs import checkpoint
-from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
-from gengap_dist.training.trainer import run
+from gengap_dist.runs.run_folder import NullRecorder, prepare_folder, read_info, read_metrics
+from gengap_dist.training.resolved_run import resolve_run
+from gengap_dist.training.trainer import Trainer, run
 
 EVERY = 50
 
@@ -115,9 +121,54 @@ def ray(console: Console, rounds: int) -> None:
     console.print(f"ray / torchrun {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
+def metrics_of_a_rank(config: RunConfig, out: Path, **options: Any) -> dict[str, Any]:
+    """Seconds of blocks of steps on one rank, in turns with the sum of metrics over ranks and without it."""
+    context = RuntimeContext()
+    world = init_process_group(config.launch.device, config.launch.timeout_seconds)
+    resolved = resolve_run(config, out, world, options["progress"], context)
+    trainer = Trainer(resolved, world, NullRecorder(), options["progress"], context)
+    trainer.start(resume=False)
+    trainer.model.train()
+    metrics, seconds = trainer.step_metrics, ([], [])
+    for number in range(config.train.steps // BLOCK if config.train.steps else 0):
+        recorded = number % 2
+        world.barrier()
+        began = time.perf_counter()
+        for _ in range(BLOCK):
+            result = trainer._step()
+            if recorded:
+                metrics.add(trainer.state.step, result, preemption_requested=False)
+                list(metrics.read(in_flight=1))
+        list(metrics.read(in_flight=0))
+        world.barrier()
+        seconds[recorded].append(time.perf_counter() - began)
+    trainer.close()
+    return {"without": seconds[0], "with": seconds[1]}
+
+
+def metrics(console: Console) -> None:
+    settings = {"batch.global_size": 512, "train.steps": 60 * BLOCK, "probe.enabled": False, "train.num_evals": 1}
+    launcher = LocalLauncher(2, "overhead:metrics_of_a_rank")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = validate(RunConfig, nested(settings | {"mlflow.enabled": False}))
+            found = launcher.run(config, Path(folder), resume=False, progress=lambda *about: None)
+    finally:
+        launcher.close()
+    pairs = list(zip(found["with"], found["without"], strict=True))[1:]  # the first is warm-up
+    step_ms = 1000 * statistics.median(without for _, without in pairs) / BLOCK
+    extra_ms = [1000 * (with_metrics - without) / BLOCK for with_metrics, without in pairs]
+    low, middle, high = statistics.quantiles(extra_ms, n=4)
+    console.print(f"LeNet-5 at 512 on 2 ranks: {step_ms:.2f} ms per step without metrics, {len(pairs)} pairs of blocks")
+    console.print(
+        f"metrics add {middle:+.3f} ms, {middle / step_ms:+.2%} of a step (middle half {low / step_ms:+.2%} to "
+        f"{high / step_ms:+.2%})"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["checkpoints", "probes", "ray"])
+    parser.add_argument("what", choices=["checkpoints", "probes", "ray", "metrics"])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     console = Console(width=100)
@@ -125,7 +176,7 @@ def main() -> None:
     if options.what == "ray":
         ray(console, options.rounds)
     else:
-        {"checkpoints": checkpoints, "probes": probes}[options.what](console)
+        {"checkpoints": checkpoints, "probes": probes, "metrics": metrics}[options.what](console)
 
 
 if __name__ == "__main__":

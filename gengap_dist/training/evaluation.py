@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, final
 
@@ -25,6 +25,7 @@ EVAL_BLOCK = (
 )
 
 
+TO_TARGET = ("updates_to_target", "epochs_to_target")  # None if it was not reached
 Score = dict[str, float]
 """Metrics of a set of samples, `loss` first, by the names that `Task.metrics` gives."""
 
@@ -129,6 +130,20 @@ class Evaluator:
 
     def _score(self, model: nn.Module, samples: Samples) -> Score:
         return evaluate(model, samples, self.preprocess, self.task, self.world)
+
+    def summary(self, epochs_done: Callable[[int], float]) -> dict[str, Any]:
+        """What the result says: the best validation, the way to the target (if there is one), and seconds.
+
+        Args:
+            epochs_done: epochs after a number of steps.
+        """
+        target: dict[str, Any] = {}
+        if self.config.target_accuracy is not None:
+            reached = self.target_step
+            target = dict(zip(TO_TARGET, (reached, None if reached is None else epochs_done(reached)), strict=True))
+        name = self.task.metric.name
+        best = {"best_val_step": self.best.get("step"), f"best_val/{name}": self.best.get(name)}
+        return best | target | {"eval_seconds": round(self.seconds, 3)}
 
     def state_dict(self) -> dict[str, Any]:
         """The state without the best model's weights."""

@@ -76,6 +76,10 @@ class ProbeScheduler:
         self.seconds += time.monotonic() - start_time
         self._seconds_each, self._num_skipped_in_a_row = measurement_seconds(observation.metrics), 0
 
+    def summary(self) -> dict[str, Any]:
+        """What the result says: seconds of all measurements, and the steps that were skipped."""
+        return {"probe_seconds": round(self.seconds, 3), "probe_left_out": self.skipped_steps}
+
     def state_dict(self) -> dict[str, Any]:
         """Times, and the steps that were skipped."""
         return {"seconds": self.seconds, "seconds_each": self._seconds_each, "skipped_steps": self.skipped_steps}

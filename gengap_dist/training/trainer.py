@@ -5,7 +5,6 @@ Every launcher calls `run` on every rank, with RANK, WORLD_SIZE, LOCAL_RANK, MAS
 
 import math
 import os
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import Tensor
 from gengap_dist.config.identity import differences
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.batch_loader import BatchLoader
-from gengap_dist.distributed.phase_timer import PHASES
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.distributed.process_group import World, init_process_group
 from gengap_dist.distributed.runtime_context import RuntimeContext
@@ -34,12 +32,13 @@ from gengap_dist.runs.schema import RunStatus
 from gengap_dist.training.algorithms import BuildAlgorithm, build_algorithm
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
 from gengap_dist.training.checkpoint_manager import CheckpointManager, read_run_state
-from gengap_dist.training.evaluation import Evaluator
+from gengap_dist.training.evaluation import TO_TARGET, Evaluator
 from gengap_dist.training.observer import Observation, ProbeObserver
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.probe_scheduler import ProbeScheduler
 from gengap_dist.training.profiler.profile import NoProfile, Profile, with_profiler_clock
 from gengap_dist.training.resolved_run import ResolvedRun, resolve_run
+from gengap_dist.training.run_times import RunTimes, memory_peaks
 from gengap_dist.training.setup import Diverged, Progress, check_shared, sampling_system_metrics
 from gengap_dist.training.state import TrainState
 from gengap_dist.training.step import zero_contribution_pass
@@ -99,7 +98,7 @@ def run(
                 trainer.train(preemption_requested)
                 result = trainer.result()
             trained = {"seconds": round(recorder.seconds(), 3)}  # without the export
-            recorder.finish(RunStatus.FINISHED, result, facts=trained | trainer.exported())
+            recorder.finish(RunStatus.FINISHED, result, facts=trained | _exported(trainer))
         except Diverged as error:
             result = {"diverged_at_step": error.step}
             recorder.finish(RunStatus.DIVERGED, result, str(error))
@@ -148,8 +147,7 @@ class Trainer:
             if config.profile
             else NoProfile()
         )
-        self.phase_seconds = torch.zeros(world.size, len(PHASES), dtype=torch.float64)  # of this start
-        self._window = time.monotonic(), 0  # start time and step of the current window of training
+        self.times = RunTimes(world, self.state)
         self._update_norm: Tensor | None = None  # of the last step, if a measurement is planned after it
 
     # -- start and resume ---------------------------------------------------------------------------------------------
@@ -230,7 +228,7 @@ class Trainer:
         """
         state = self.state
         self.model.train()
-        self._window = time.monotonic(), state.step
+        self.times.begin()
         while not state.at_end:
             self.world.timer.step = state.step + 1
             self.profile.begin(state.num_steps - state.step)
@@ -239,7 +237,7 @@ class Trainer:
             self.progress(state.step, state.num_steps, "")
             stop = self._stop_due()
             preempted = self._record_steps(in_flight=0 if stop else 1) and not state.at_end
-            self._window = self._window[0] + self.profile.end(), self._window[1]
+            self.times.exclude(self.profile.end())
             if stop or preempted:
                 self._record_steps(in_flight=0)  # with `stop`, there are none left
                 save_due = self._record_times()
@@ -248,7 +246,7 @@ class Trainer:
                 preempted = not state.at_end and (preempted or self._any_rank(preemption_requested()))
                 if save_due or preempted or state.at_end:
                     self.save(wait=preempted or state.at_end)
-                self._window = time.monotonic(), state.step
+                self.times.begin()
             if preempted:
                 raise Preempted(state.step)
         self.profile.finish()
@@ -312,22 +310,13 @@ class Trainer:
         Returns:
             Whether a checkpoint is due, by step or by rank 0's clock.
         """
-        start_time, start_step = self._window
-        num_flags = 2
-        shared = torch.zeros(num_flags + self.phase_seconds.numel(), dtype=torch.float64)
-        times = shared[num_flags:].view_as(self.phase_seconds)
-        times[self.world.rank] = torch.tensor(self.world.timer.pop_seconds())
-        if self.world.rank == 0:
-            per_step = (time.monotonic() - start_time) / (self.state.step - start_step)
-            exceeds_time = self.probes.exceeds_time(self.recorder.seconds(), per_step)
-            shared[:num_flags] = torch.tensor([self.checkpoints.overdue(), exceeds_time])
-        self.world.all_reduce(shared, "times of the last steps")
-        overdue, exceeds_time = shared[:num_flags].bool().tolist()
+        exceeds_time = self.world.rank == 0 and self.probes.exceeds_time(
+            self.recorder.seconds(), self.times.seconds_per_step()
+        )
+        metrics, (overdue, exceeds_time) = self.times.record(self.checkpoints.overdue(), exceeds_time)
         if exceeds_time:
             self.probes.skip()
-        self.phase_seconds += times
-        self.state.train_seconds += time.monotonic() - start_time
-        self.log(_time_metrics(times))
+        self.log(metrics)
         return overdue or self.checkpoints.due(self.state.step)
 
     def log(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -397,37 +386,15 @@ class Trainer:
         state, evaluator = self.state, self.evaluator
         with self.algorithm.evaluated_model() as model, self.world.timer.phase("evaluation"):
             scores = evaluator.final_scores(model)
-        target: dict[str, Any] = {}
-        if self.config.train.target_accuracy is not None:
-            reached = evaluator.target_step
-            epochs = None if reached is None else self.sampler.epochs_done(reached)
-            target = {"updates_to_target": reached, "epochs_to_target": epochs}
-        self.log(scores | {name: value for name, value in target.items() if value is not None})
+        found = evaluator.summary(self.sampler.epochs_done)
+        self.log(scores | {name: value for name, value in found.items() if name in TO_TARGET and value is not None})
         samples = self.sampler.epochs_done(state.step) * len(self.resolved.splits.train)
-        return (
-            scores
-            | {
-                "best_val_step": evaluator.best.get("step"),
-                f"best_val/{self.task.metric.name}": evaluator.best.get(self.task.metric.name),
-                "num_steps": state.step,
-                **target,
-                "train_seconds": round(state.train_seconds, 3),
-                "probe_seconds": round(self.probes.seconds, 3),
-                "probe_left_out": self.probes.skipped_steps,
-                "eval_seconds": round(evaluator.seconds, 3),
-                "samples_per_second": round(samples / max(state.train_seconds, 1e-9), 1),
-            }
-            | _time_metrics(self.phase_seconds)
-            | _memory_peaks(self.world)
-        )
-
-    def exported(self) -> dict[str, Any]:
-        """Export the final model, if MLflow wants it; returns what run.json says about it. {} on ranks other than 0."""
-        if self.world.rank != 0 or not (self.config.mlflow.enabled and self.config.mlflow.log_model):
-            return {}
-        from gengap_dist.training.export import try_export  # torch's compiler is slow to import
-
-        return try_export(self.resolved.out, self.config, self.resolved.info["data"], self.state.step)
+        speed = {
+            "num_steps": state.step,
+            "train_seconds": round(state.train_seconds, 3),
+            "samples_per_second": round(samples / max(state.train_seconds, 1e-9), 1),
+        }
+        return scores | found | speed | self.probes.summary() | self.times.totals() | memory_peaks(self.world)
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written, and release the model."""
@@ -436,28 +403,11 @@ class Trainer:
         self.strategy.close()
 
 
-def _time_metrics(times: Tensor) -> dict[str, float]:
-    """Mean seconds by phase, and the slowest rank, from seconds by rank and phase [ranks, phases].
-
-    >>> seconds = torch.tensor([[0.0, 3.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 0.0, 0.0]])
-    >>> _time_metrics(seconds)["time/slowest_rank"]
-    0
-    """
-    out: dict[str, float] = {f"time/{kind}": round(float(x), 4) for kind, x in zip(PHASES, times.mean(0), strict=True)}
-    busy_seconds = times[:, :2].sum(1)  # data and compute; other ranks wait, which counts as communication
-    if len(busy_seconds) > 1 and busy_seconds.sum() > 0:
-        slowest = int(busy_seconds.argmax())
-        out |= {
-            "time/slowest_rank": slowest,
-            "time/slowest_over_mean": round(float(busy_seconds[slowest] / busy_seconds.mean()), 3),
-        }
-    return out
-
-
-def _memory_peaks(world: World) -> dict[str, list[float]]:
-    """Peak GPU memory allocated by torch since this start, in GiB, by rank; {} on CPUs. Collective."""
-    if world.device.type != "cuda":
+def _exported(trainer: Trainer) -> dict[str, Any]:
+    """Export the final model, if MLflow wants it; returns what run.json says about it. {} on ranks other than 0."""
+    config = trainer.config
+    if trainer.world.rank != 0 or not (config.mlflow.enabled and config.mlflow.log_model):
         return {}
-    peaks = torch.zeros(world.size, dtype=torch.float64)
-    peaks[world.rank] = torch.cuda.max_memory_allocated(world.device) / 2**30
-    return {"memory_peak_gib": [round(peak, 3) for peak in world.all_reduce(peaks, "peaks of memory").tolist()]}
+    from gengap_dist.training.export import try_export  # torch's compiler is slow to import
+
+    return try_export(trainer.resolved.out, config, trainer.resolved.info["data"], trainer.state.step)

@@ -17,10 +17,11 @@ pytestmark = pytest.mark.processes
 MOODY = """
 import time
 from pathlib import Path
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.models import build
 
 def make(num_classes, in_channels):
-    model = build("mlp", num_classes=num_classes, in_channels=in_channels, image_size=8, widths=(16,))
+    model = build("mlp", DataSpec.images(num_classes, in_channels, 8), widths=(16,))
     def hook(module, args):
         if not module.training: return
         while Path(__file__).with_name("wait").exists(): time.sleep(0.05)
@@ -108,13 +109,14 @@ def test_a_teller_hands_out_every_run_once_to_ranks_of_its_kind(tmp_path):
 
 TELLING = """
 import os
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.models import build
 
 PIDS = {pids!r}
 DEADLY = {deadly!r}
 
 def make(num_classes, in_channels):
-    model = build("mlp", num_classes=num_classes, in_channels=in_channels, image_size=8, widths=(16,))
+    model = build("mlp", DataSpec.images(num_classes, in_channels, 8), widths=(16,))
     rank = os.environ["RANK"]
     with open(PIDS + rank, "a") as file:
         file.write(f"{{os.getpid()}}\\n")

@@ -28,6 +28,7 @@ TWO_ON_RAY = ["--launch.launcher", "ray", "--launch.num_processes", "2"]
 
 TELLING = """
 import json, os, ray, torch, torch.distributed as dist
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.models import build
 
 def make(num_classes, in_channels):
@@ -42,7 +43,7 @@ def make(num_classes, in_channels):
         }}
         with open({here!r} + "/rank" + os.environ["RANK"], "a") as file:
             print(json.dumps(said), file=file)
-    return build("mlp", num_classes=num_classes, in_channels=in_channels, image_size=8, widths=(16,))
+    return build("mlp", DataSpec.images(num_classes, in_channels, 8), widths=(16,))
 """
 
 

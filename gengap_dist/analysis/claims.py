@@ -1,7 +1,7 @@
 """Tests the paper's claims (Oyedotun et al. 2022) on a study: each is supported, contradicted or undecided.
 
 A claim is supported only by a control that excludes its confound. Near-rank loss is compared on the fixed probe set,
-which has the same images for all arms, never on a run's own batch. Whether near-rank loss explains the gap is decided
+which has the same samples for all arms, never on a run's own batch. Whether near-rank loss explains the gap is decided
 by arms that lower it and change nothing else, never by correlation. All tests are two-sided paired t tests at 5%,
 corrected for the arms of a claim (Holm). The result is deterministic, and the evidence text contains the numbers used.
 """
@@ -189,7 +189,7 @@ def _outcome(tested: Sequence[Contrast], negligible: float) -> Outcome:
 def _grows(relative: Sequence[Contrast], arm_roles: Roles, base: Arm) -> Claim:
     claim = "A larger batch increases near-rank loss of the units' activations."
     control = (
-        "All arms are probed on the same fixed set of images. On a run's own batch, near-rank loss changes with the "
+        "All arms are probed on the same fixed set of samples. On a run's own batch, near-rank loss changes with the "
         "batch size even in an untrained network."
     )
     pairs = [(arm, base) for arm in arm_roles.plain]

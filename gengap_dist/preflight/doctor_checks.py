@@ -496,8 +496,9 @@ def data(request: CheckRequest) -> CheckResults:
     if config.name == "digits":
         return {"data": CheckResult(OK, f"digits are included in the package{beside}")}
     facts = run_in_subprocess("read_data", config.model_dump_json())
-    if "images" in facts:
-        return {"data": CheckResult(OK, f"{config.name}: {facts['images']:,} images in {config.root}{beside}")}
+    if "samples" in facts:
+        where = "" if ":" in config.name else f" in {config.root}{beside}"
+        return {"data": CheckResult(OK, f"{config.name}: {facts['samples']:,} samples{where}")}
     if facts.get("late"):
         found = f"{config.name} in {config.root} takes more than {IMPORT_SECONDS} s to read: not checked"
         return {"data": CheckResult(WARN, found, "copy it to a faster disk")}

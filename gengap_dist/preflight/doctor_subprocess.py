@@ -128,10 +128,10 @@ def read_data() -> None:
     config = DataConfig.model_validate_json(sys.argv[1]).model_copy(update={"download": False})
     try:
         if config.name == "imagefolder":
-            _emit(images=sum(len(listing.samples) for listing in datasets.list_image_folders(config)))
+            _emit(samples=sum(len(listing.samples) for listing in datasets.list_image_folders(config)))
         else:
             splits = datasets.load(config)
-            _emit(images=len(splits.train) + len(splits.val) + len(splits.test))
+            _emit(samples=len(splits.train) + len(splits.val) + len(splits.test))
     except UsageError as error:
         _emit(error=str(error))
 

@@ -12,9 +12,9 @@ def plan_page(plan: Plan, constants: Constants) -> list[Table | str]:
     """Batches, memory, bytes and time; then errors, warnings and assumptions: tables, and lines in rich's markup."""
     cluster = plan.cluster
     size = f", {plan.num_parameters:,} parameters" if plan.num_parameters else ""
-    images = f", {plan.data.num_train:,} training samples" if plan.data else ""
+    samples = f", {plan.data.num_train:,} training samples" if plan.data else ""
     head = (
-        f"[bold]{escape(plan.model)}[/]{size}{images}; {cluster.nodes:,} node(s) x {cluster.gpus_per_node:,} = "
+        f"[bold]{escape(plan.model)}[/]{size}{samples}; {cluster.nodes:,} node(s) x {cluster.gpus_per_node:,} = "
         f"{cluster.num_ranks:,} rank(s), {plan.strategy}"
     )
     tables = [table for table in (_steps(plan), _memory(plan), _traffic(plan)) if table]

@@ -110,7 +110,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: RunConfig, sampler: EpochSampler) -> Self:
-        """The schedule of a run that draws images with `sampler`.
+        """The schedule of a run that draws samples with `sampler`.
 
         The length is train.steps, or train.epochs passes. With train.length_unit=updates it is the number of steps
         that a global batch of optim.base_size makes in these epochs, also for warm-up (regime adaptation;

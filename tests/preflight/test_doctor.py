@@ -245,7 +245,7 @@ def test_data_are_read_as_a_run_reads_them(tmp_path):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(idx((num, 28, 28)))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx((num,)))
     finding = doctor_checks.data(ask(data__name="mnist"))["data"]
-    assert finding == CheckResult(OK, "mnist: 30 images in data; data also has cifar10")
+    assert finding == CheckResult(OK, "mnist: 30 samples in data; data also has cifar10")
 
 
 def test_folders_of_pictures(tmp_path):

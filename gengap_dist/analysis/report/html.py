@@ -110,11 +110,11 @@ def _facts(study: StudyData) -> dict[str, str]:
     model = model if isinstance(model, dict) else {"name": model}  # in a run of another program
     return {
         "data": f"{data.get('name', '-')}: {_count(data.get('num_train'))} training, {_count(data.get('num_val'))} "
-        f"validation, {_count(data.get('num_test'))} test images, digest {data.get('digest', '-')[:12]}",
+        f"validation, {_count(data.get('num_test'))} test samples, digest {data.get('digest', '-')[:12]}",
         "model": f"{model.get('name', '-')}, {_count(run.get('num_parameters'))} parameters",
         "ranks": f"{_count(run.get('world_size'))} on {run.get('device', '-')} "
         f"({run.get('strategy', '-')}, {run.get('launcher', '-')})",
-        "probe": f"{_count(run.get('num_probe_samples'))} fixed training images, eval mode, no augmentation",
+        "probe": f"{_count(run.get('num_probe_samples'))} fixed training samples, eval mode, no augmentation",
         "versions": ", ".join(f"{name} {version}" for name, version in (study.info.get("versions") or {}).items()),
         "commit": f"{git['commit'][:12]}{' with uncommitted changes' if git['dirty'] else ''}" if git else "none",
         "status": study.info.get("status", "-"),

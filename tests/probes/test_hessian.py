@@ -77,8 +77,8 @@ def everything(world: World) -> dict:
         out[dtype, how, "keskar"] = keskar_sharpness(model, mine, LOSS, world=world, epsilon=0.02, steps=5)
     model, batches = setting(torch.float64)
     mine = dealt(batches, world)["few"]
-    out["bent"] = refusal(hessian_eigenvalues, Bent(), mine, world=world)
-    out["empty"] = refusal(keskar_sharpness, model, [], world=world)
+    out["bent"] = refusal(hessian_eigenvalues, Bent(), mine, LOSS, world=world)
+    out["empty"] = refusal(keskar_sharpness, model, [], LOSS, world=world)
     nn.init.constant_(model.head.bias, math.nan)
     with pytest.warns(UserWarning, match="not finite"):
         out["nan"] = (

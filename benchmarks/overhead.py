@@ -147,7 +147,7 @@ def metrics_of_a_rank(config: RunConfig, out: Path, **options: Any) -> dict[str,
 
 
 def metrics(console: Console) -> None:
-    settings = {"batch.global_size": 512, "train.steps": 60 * BLOCK, "probe.enabled": False, "train.num_evals": 1}
+    settings = {"batch.global_size": 512, "train.steps": 40 * BLOCK, "probe.enabled": False, "train.num_evals": 1}
     launcher = LocalLauncher(2, "overhead:metrics_of_a_rank")
     try:
         with tempfile.TemporaryDirectory() as folder:

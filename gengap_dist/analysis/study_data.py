@@ -71,6 +71,12 @@ class RunData:
         """Global batch size."""
         return self.info["config"]["batch"]["global_size"]
 
+    @property
+    def samples_per_second(self) -> float | None:
+        """Speed of training; None if it is not known."""
+        result = self.info.get("result") or {}
+        return result.get("samples_per_second", result.get("images_per_second"))  # its name in schema 1
+
     def history(self) -> MetricsTable:
         """All recorded metrics, read from disk at each call."""
         return read_metrics_table(self.folder)

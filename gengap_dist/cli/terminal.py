@@ -115,7 +115,7 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
         )
         console.print(
             f"test {escape(metric.name)} [bold]{test}[/] (train {train}, val best {best}) after "
-            f"{result['num_steps']:,} steps of {run.global_size:,}, {result['samples_per_second']:,.0f} samples/s",
+            f"{result['num_steps']:,} steps of {run.global_size:,}, {run.samples_per_second:,.0f} samples/s",
             highlight=False,
         )
     if table := layer_table(run):

@@ -51,6 +51,16 @@ def test_a_run_of_schema_1_is_read_and_written_as_schema_2(old):
     assert after == before | {"schema": 2, "status": "failed", "error": "by hand"}
 
 
+def test_a_run_of_schema_1_is_reported(old, capsys):
+    """Its speed has another name."""
+    run = old / "runs/lb128/seed1"
+    with pytest.raises(SystemExit) as exit_:
+        run_command("gengap report", report_command, [str(run)])
+    assert exit_.value.code == 0
+    assert "16,966 samples/s" in capsys.readouterr().out
+    assert "16,966" in (run / "report.html").read_text()
+
+
 def test_a_study_of_schema_1_is_read_and_compared(old):
     study = read_study(old)
     assert {arm: study.results(arm, "test/accuracy") for arm in study.arms} == ACCURACIES

@@ -123,7 +123,7 @@ def run_table(study: StudyData) -> Table:
                 number(result.get("num_steps", run.info.get("num_steps")), ","),
                 *(number(value, text=value_text(value, metric)) for value in values),
                 number(gap, text="" if gap is None else metric.format_difference(float(gap))),
-                number(result.get("samples_per_second", result.get("images_per_second")), ",.0f"),  # the former name
+                number(run.samples_per_second, ",.0f"),
                 number(run.info.get("seconds"), ",.1f"),
             ]
         )

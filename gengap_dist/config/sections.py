@@ -111,9 +111,14 @@ class DataConfig(Section, affects="result"):
     are prefetched and copied through pinned memory; auto: cuda if the images take at most half of its free memory, else
     cpu."""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether `name` is a user's own factory."""
+        return ":" in self.name
+
     @model_validator(mode="after")
     def _check_name(self) -> Self:
-        if ":" not in self.name and self.name not in measures.DATA_SETS:
+        if not self.is_own and self.name not in measures.DATA_SETS:
             raise ValueError(
                 f"data.name ({self.name}) is not a data set{did_you_mean(self.name, measures.DATA_SETS)}: choose one "
                 f"of {', '.join(measures.DATA_SETS)}, or your own module.path:factory"

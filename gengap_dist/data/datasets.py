@@ -270,7 +270,7 @@ def sizes(config: DataConfig) -> Sizes:
     >>> sizes(DataConfig(name="cifar10"))[:4]
     (45000, 5000, 10000, 184800000)
     """
-    if ":" in config.name:
+    if config.is_own:
         splits = load(config)
         parts = splits.train, splits.val, splits.test
         num_bytes = sum(_num_bytes(samples.inputs) + samples.targets.nbytes for samples in parts)
@@ -334,7 +334,7 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
     """
     if config.streaming:
         return _streamed(config)
-    if ":" in config.name:
+    if config.is_own:
         raw = load_user_data(config.name)
         if raw.train_inputs.dtype != torch.uint8:
             return _real_splits(raw, config)
@@ -445,7 +445,7 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
         normalisation = {"mean": pixels.mean_C.tolist(), "std": pixels.std_C.tolist(), "num_mean": num_mean}
     return {
         "name": config.name,
-        "root": None if config.name == "digits" or ":" in config.name else str(config.root.resolve()),
+        "root": None if config.name == "digits" or config.is_own else str(config.root.resolve()),
         "num_train": len(splits.train),
         "num_val": len(splits.val),
         "num_test": len(splits.test),

@@ -1,12 +1,12 @@
 """A user's own data set, from a function that returns arrays: `data.name=module.path:factory`."""
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gengap_dist.config.own_code import load_own
 from gengap_dist.errors import UsageError
 
 FORM = '{"train": (inputs, targets), "test": (inputs, targets)}'
@@ -33,14 +33,7 @@ def load_user_data(name: str) -> Arrays:
     Raises:
         UsageError: if the factory cannot be imported or fails, or returns something else.
     """
-    module_name, _, attribute = name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"data.name ({name}) cannot be imported ({error}): "
-            "give module.path:factory, with the module on PYTHONPATH or in the current folder"
-        ) from None
+    factory = load_own("data.name", name, "factory")
     try:
         given = factory()
     except Exception as error:  # a user's function may raise anything

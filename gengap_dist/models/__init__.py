@@ -1,6 +1,5 @@
 """Networks by name. The non-linearity of a layer is a module named `<layer>.act`, so that probes can name the layer."""
 
-import importlib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from gengap_dist.config.own_code import load_own
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
@@ -103,10 +103,4 @@ def _factory(name: str) -> Callable[..., nn.Module]:
         )
     if module_name in ZOOS:
         return partial(ZOOS[module_name], attribute)
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"model.name ({name}) cannot be imported ({error}): "
-            "give module.path:factory, with the module on PYTHONPATH or in the current folder"
-        ) from None
+    return load_own("model.name", name, "factory")

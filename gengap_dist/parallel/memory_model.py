@@ -1,7 +1,7 @@
 """Memory of a rank in bytes: weights, gradients, optimizer state, activations, samples, probe."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from gengap_dist.config.sections import OptimConfig, RunConfig
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.execution import checkpointable_blocks
+from gengap_dist.probes.hessian import LossSum
 from gengap_dist.probes.layer_view import LayerView
 from gengap_dist.probes.spectra.measure import ColumnBlock
 
@@ -95,9 +96,6 @@ def weight_bytes(config: RunConfig, model: nn.Module, strategy: Strategy, num_ra
         "optimizer_state": per_rank((state_copies(config.optim) + sharding.master_weights) * trained, sharding.state),
         "kept_weights": copies * unsharded_bytes,
     }
-
-
-LossSum = Callable[[Tensor, Tensor], Tensor]
 
 
 def saved_for_backward(

@@ -497,7 +497,7 @@ def data(request: CheckRequest) -> CheckResults:
         return {"data": CheckResult(OK, f"digits are included in the package{beside}")}
     facts = run_in_subprocess("read_data", config.model_dump_json())
     if "samples" in facts:
-        where = "" if ":" in config.name else f" in {config.root}{beside}"
+        where = "" if config.is_own else f" in {config.root}{beside}"
         return {"data": CheckResult(OK, f"{config.name}: {facts['samples']:,} samples{where}")}
     if facts.get("late"):
         found = f"{config.name} in {config.root} takes more than {IMPORT_SECONDS} s to read: not checked"

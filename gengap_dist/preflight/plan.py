@@ -347,7 +347,7 @@ def step_seconds(
 def _assumptions(config: RunConfig, strategy: Strategy, fields: dict[str, Any]) -> list[str]:
     """Assumptions behind the numbers, one sentence each."""
     known_from = f"{config.data.name} has the published number of images"
-    if ":" in config.data.name:
+    if config.data.is_own:
         known_from = f"{config.data.name} was loaded to count its samples"
     elif config.data.name == "imagefolder":
         known_from = "image files are counted, not opened"

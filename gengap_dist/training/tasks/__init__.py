@@ -1,7 +1,6 @@
 """What a network learns. A task of your own is a subclass of `Task`: `task.name=module.path:Class`."""
 
-import importlib
-
+from gengap_dist.config.own_code import load_own
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError, did_you_mean
@@ -38,19 +37,12 @@ def build_task(config: RunConfig, spec: DataSpec) -> Task:
 
 
 def _own_class(name: str) -> type[Task]:
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise UsageError(
             f"task.name ({name}) is not a task{did_you_mean(name, ['classification'])}: choose classification, or your "
             "own module.path:Class"
         )
-    try:
-        cls = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"task.name ({name}) cannot be imported ({error}): "
-            "give module.path:Class, with the module on PYTHONPATH or in the current folder"
-        ) from None
+    cls = load_own("task.name", name, "Class")
     if not (isinstance(cls, type) and issubclass(cls, Task)):
         raise UsageError(
             f"task.name ({name}) is a {type(cls).__name__}, needs a subclass of gengap_dist.training.tasks.Task: "

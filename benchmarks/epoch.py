@@ -30,7 +30,7 @@ from gengap_dist.data.batch_loader import BatchLoader, Preprocess
 from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import Single
-from gengap_dist.training.algorithms.base import TrainingAlgorithm
+from gengap_dist.training.algorithms.base import AlgorithmSetup, TrainingAlgorithm
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.tasks import Classification
@@ -69,7 +69,8 @@ def main() -> None:
 
     strategy = new_strategy()
     loader = BatchLoader(splits.train, Preprocess(splits.pixels, world.device, torch.float32), config.data, config.seed)
-    algorithm = TrainingAlgorithm(config, Classification(splits.spec), strategy, loader, sampler, schedule.num_steps)
+    task = Classification(splits.spec)
+    algorithm = TrainingAlgorithm(AlgorithmSetup(config, task, strategy, loader, sampler, schedule.num_steps))
     baseline_strategy = new_strategy()
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
 

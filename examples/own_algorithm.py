@@ -17,7 +17,7 @@ from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.launchers import LocalLauncher
 from gengap_dist.training import trainer
-from gengap_dist.training.algorithms import TrainingAlgorithm
+from gengap_dist.training.algorithms import AlgorithmSetup, TrainingAlgorithm
 from gengap_dist.training.step_metrics import StepResult
 
 K, ALPHA = 5, 0.5
@@ -27,8 +27,8 @@ SETTINGS = {"train.steps": 60, "batch.global_size": 256, "mlflow.enabled": False
 class Lookahead(TrainingAlgorithm):
     """Plain steps, and a step back every K of them. All ranks have the same weights, so nothing is communicated."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, setup: AlgorithmSetup) -> None:
+        super().__init__(setup)
         self.anchor = [parameter.detach().clone() for parameter in self.strategy.model.parameters()]
 
     def step(self, step: int, lr: float, momentum: float) -> StepResult:

@@ -29,7 +29,7 @@ from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import NullRecorder, RunRecorder, prepare_folder, read_info
 from gengap_dist.runs.schema import RunStatus
-from gengap_dist.training.algorithms import BuildAlgorithm, build_algorithm
+from gengap_dist.training.algorithms import AlgorithmSetup, BuildAlgorithm, build_algorithm
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
 from gengap_dist.training.checkpoint_manager import CheckpointManager, read_run_state
 from gengap_dist.training.evaluation import TO_TARGET, Evaluator
@@ -196,9 +196,8 @@ class Trainer:
             with first, frozen_running_stats(self.model), self.strategy.micro_step(last=True):
                 zero_contribution_pass(self.strategy, self.batches, epoch=0)
             self.strategy.optimizer.zero_grad(set_to_none=False)
-        self.algorithm = self.build_algorithm(
-            self.config, self.task, self.strategy, self.batches, self.sampler, self.schedule.num_steps
-        )
+        setup = self.config, self.task, self.strategy, self.batches, self.sampler, self.schedule.num_steps
+        self.algorithm = self.build_algorithm(AlgorithmSetup(*setup))
         if algorithm_state:
             self.algorithm.load(algorithm_state)
 

@@ -32,7 +32,7 @@ from gengap_dist.parallel.execution import (
 )
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.runs.run_folder import read_info, read_metrics
-from gengap_dist.training.algorithms import build_algorithm
+from gengap_dist.training.algorithms import AlgorithmSetup, build_algorithm
 from gengap_dist.training.checks import check_switches
 from gengap_dist.training.tasks import Classification
 from tests.conftest import config, cut_after, thinned, train
@@ -305,7 +305,8 @@ def test_sam_under_float16(crews):
 def sam_steps(world: World, name: str, settings: dict[str, Any]) -> dict[str, list[float]]:
     """Losses, running statistics averaged, and norms of four steps of a algorithm."""
     trainer = jobs.Trainer(name, world, settings)
-    course = build_algorithm(trainer.config, trainer.task, trainer.strategy, trainer.batches, trainer.order, 4)
+    setup = trainer.config, trainer.task, trainer.strategy, trainer.batches, trainer.order, 4
+    course = build_algorithm(AlgorithmSetup(*setup))
     trainer.strategy.model.train()
     rows = []
     for step in range(4):
@@ -352,7 +353,8 @@ def compiled_steps(world: World, name: str, settings: dict[str, Any]) -> dict[st
     torch.compiler.reset()
     counters.clear()
     trainer = jobs.Trainer(name, world, settings)
-    course = build_algorithm(trainer.config, trainer.task, trainer.strategy, trainer.batches, trainer.order, 5)
+    setup = trainer.config, trainer.task, trainer.strategy, trainer.batches, trainer.order, 5
+    course = build_algorithm(AlgorithmSetup(*setup))
     trainer.strategy.model.train()
     losses = []
     with warnings.catch_warnings():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,23 +21,30 @@ from gengap_dist.training.step_metrics import StepResult
 from gengap_dist.training.tasks import Task
 
 
+class AlgorithmSetup(NamedTuple):
+    """What a training algorithm is made of."""
+
+    config: RunConfig
+    task: Task
+    strategy: Strategy
+    """Set up."""
+    batches: BatchLoader
+    sampler: EpochSampler
+    """The order of the samples."""
+    num_steps: int
+    """Steps of the run."""
+
+
 class TrainingAlgorithm:
     """Plain training with one strategy; the evaluated model is the trained one."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        task: Task,
-        strategy: Strategy,
-        batches: BatchLoader,
-        sampler: EpochSampler,
-        num_steps: int,
-    ) -> None:
-        """`num_steps` steps of `task` by `strategy`, which is set up, over `batches` in the order of `sampler`.
+    def __init__(self, setup: AlgorithmSetup) -> None:
+        """Prepare the steps of a run.
 
         Raises:
             UsageError: if algorithm.rank_layers names a layer that the network does not have.
         """
+        config, task, strategy, batches, sampler, num_steps = setup
         algorithm = config.algorithm
         self.config, self.strategy, self.batches, self.sampler = config, strategy, batches, sampler
         self.num_steps = num_steps  # of the strategy; no prefetch beyond them

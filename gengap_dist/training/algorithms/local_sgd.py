@@ -15,20 +15,17 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import average_buffers, has_batch_norm
 from gengap_dist.parallel.strategies import OptimizerState, Single, Strategy
-from gengap_dist.training.algorithms.base import TrainingAlgorithm, batch_plan_for, first_step_after
+from gengap_dist.training.algorithms.base import AlgorithmSetup, TrainingAlgorithm, batch_plan_for, first_step_after
 from gengap_dist.training.algorithms.update_bn import recompute_running_stats
 from gengap_dist.training.lr_schedule import scaled_lr
 from gengap_dist.training.optimizer import build_optimizer
 from gengap_dist.training.step import StepBatch, train_step
 from gengap_dist.training.step_metrics import StepResult, zero_metrics
-from gengap_dist.training.tasks import Task
 
 
 @final
@@ -44,19 +41,12 @@ class LocalSGD(TrainingAlgorithm):
     The average is stored in the strategy's network, which is no longer trained.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        task: Task,
-        strategy: Strategy,
-        batches: BatchLoader,
-        sampler: EpochSampler,
-        num_steps: int,
-    ) -> None:
+    def __init__(self, setup: AlgorithmSetup) -> None:
         """See `TrainingAlgorithm`."""
-        self.first_step = first_step_after("algorithm.local_start", config.algorithm.local_start, num_steps)
-        super().__init__(config, task, strategy, batches, sampler, self.first_step)
-        self.num_workers, self.world = config.algorithm.workers, strategy.world
+        config = setup.config
+        self.first_step = first_step_after("algorithm.local_start", config.algorithm.local_start, setup.num_steps)
+        super().__init__(setup._replace(num_steps=self.first_step))
+        self.num_workers, self.world = config.algorithm.workers, setup.strategy.world
         self.has_workers = False
         self.workers: dict[int, Strategy] = {}  # workers of this rank
         self._holds_average = False  # the strategy's network is the average of the current workers
@@ -66,7 +56,8 @@ class LocalSGD(TrainingAlgorithm):
             worker_size = config.batch.global_size // self.num_workers
             self.lr_factor = scaled_lr(config.optim, worker_size) / scaled_lr(config.optim, config.batch.global_size)
             self.samplers = [
-                EpochSampler(sampler.num_samples, worker_size, config.seed, worker=w) for w in range(self.num_workers)
+                EpochSampler(setup.sampler.num_samples, worker_size, config.seed, worker=w)
+                for w in range(self.num_workers)
             ]
 
     def step(self, step: int, lr: float, momentum: float) -> StepResult:

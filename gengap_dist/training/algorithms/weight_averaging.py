@@ -8,15 +8,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.batch_loader import BatchLoader
-from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.models.batch_norm import average_buffers, has_batch_norm
-from gengap_dist.parallel.strategies import Strategy
-from gengap_dist.training.algorithms.base import TrainingAlgorithm, first_step_after
+from gengap_dist.training.algorithms.base import AlgorithmSetup, TrainingAlgorithm, first_step_after
 from gengap_dist.training.algorithms.update_bn import recompute_running_stats
 from gengap_dist.training.step_metrics import StepResult
-from gengap_dist.training.tasks import Task
 
 
 @final
@@ -27,23 +22,15 @@ class WeightAveraging(TrainingAlgorithm):
     in a tensor, which needs a GPU synchronisation in every step.)
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        task: Task,
-        strategy: Strategy,
-        batches: BatchLoader,
-        sampler: EpochSampler,
-        num_steps: int,
-    ) -> None:
+    def __init__(self, setup: AlgorithmSetup) -> None:
         """See `TrainingAlgorithm`."""
-        algorithm = config.algorithm
+        algorithm = setup.config.algorithm
         self.is_swa = algorithm.weight_averaging == "swa"
         self.first_step = (
-            first_step_after("algorithm.average_start", algorithm.average_start, num_steps) if self.is_swa else 0
+            first_step_after("algorithm.average_start", algorithm.average_start, setup.num_steps) if self.is_swa else 0
         )
-        super().__init__(config, task, strategy, batches, sampler, num_steps)
-        self.average, self.num_averaged = deepcopy(strategy.model), 0
+        super().__init__(setup)
+        self.average, self.num_averaged = deepcopy(setup.strategy.model), 0
 
     def step(self, step: int, lr: float, momentum: float) -> StepResult:
         """See `TrainingAlgorithm.step`."""

@@ -21,7 +21,7 @@ from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.parallel.strategies import DDP, Single
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_metrics
-from gengap_dist.training.algorithms import build_algorithm
+from gengap_dist.training.algorithms import AlgorithmSetup, build_algorithm
 from gengap_dist.training.algorithms.update_bn import recompute_running_stats
 from gengap_dist.training.checks import check_norm
 from gengap_dist.training.optimizer import build_optimizer
@@ -49,7 +49,8 @@ def start(world, local, workers, **settings):
     strategy = (DDP if world.size > 1 else Single)(run, world)
     strategy.setup(model, partial(build_optimizer, run.optim))
     order = EpochSampler(len(splits.train), run.batch.global_size, run.seed)
-    return build_algorithm(run, Classification(splits.spec), strategy, batches, order, STEPS), deepcopy(model)
+    setup = AlgorithmSetup(run, Classification(splits.spec), strategy, batches, order, STEPS)
+    return build_algorithm(setup), deepcopy(model)
 
 
 def flat(model):
@@ -223,7 +224,7 @@ def test_a_last_part_without_steps_is_refused(settings, share, steps):
     with pytest.raises(
         UsageError, match=rf"algorithm.{name} \({share:g}\) leaves none of {steps} steps after it: choose"
     ):
-        build_algorithm(run, None, Single(run, World()), None, EpochSampler(48, 24, 0), steps)
+        build_algorithm(AlgorithmSetup(run, None, Single(run, World()), None, EpochSampler(48, 24, 0), steps))
 
 
 def test_an_average_of_swap_has_statistics_of_its_own():

@@ -11,6 +11,7 @@ from gengap_dist.config.loading import flat
 from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
+from gengap_dist.runs.metric import value_on_test
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.schema import RunStatus, StudyInfo, StudyMember
 from gengap_dist.tracking.mlflow.client import connect_client, store_uri
@@ -61,7 +62,7 @@ def gather(
             problems.append(f"{each.folder} is left out: it is not a complete run folder ({error})")
     if not runs:
         raise UsageError(f"no run can be read from {', '.join(sources)}: give folders that hold a run.json")
-    if not any(test_value(run) is not None for run in runs):
+    if not any(value_on_test(run.info) is not None for run in runs):
         raise UsageError(
             f"none of the {len(runs)} runs has {names.accuracy}: give the name of their test accuracy with --accuracy"
         )
@@ -73,7 +74,9 @@ def gather(
     for arm, of_arm in arms.items():
         for seed in sorted({run.seed for run in of_arm}):
             same_seed = [run for run in of_arm if run.seed == seed]
-            same_seed.sort(key=lambda run: (run.info["status"] == RunStatus.FINISHED, test_value(run) is not None))
+            same_seed.sort(
+                key=lambda run: (run.info["status"] == RunStatus.FINISHED, value_on_test(run.info) is not None)
+            )
             duplicates += [f"{arm}, seed {seed}"] if len(same_seed) > 1 else []
             members.append(RunData(same_seed[-1].folder, arm, same_seed[-1].info))
     data = sorted({str(_of_data(run)) for run in runs})
@@ -112,7 +115,7 @@ def _checked_run(source: Source) -> RunData:
         UsageError: if it does not.
     """
     run = RunData(source.folder, source.arm, read_info(source.folder).content())
-    value, size, seed = test_value(run), run.global_size, run.seed
+    value, size, seed = value_on_test(run.info), run.global_size, run.seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(size, int):
         raise UsageError(f"its seed ({seed}) and batch ({size}) are not integers: correct its run.json")
     if value is not None and run.metric.unit == "share" and not 0 <= value <= 1:
@@ -120,11 +123,6 @@ def _checked_run(source: Source) -> RunData:
     run.check()
     _ = run.info["status"], effective_settings(flat(run.info["config"]))
     return run
-
-
-def test_value(run: RunData) -> float | None:
-    """The metric of a run on the test samples; None if it has none."""
-    return (run.info.get("result") or {}).get(f"test/{run.metric.name}")
 
 
 def _baseline_order(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> tuple[bool, int, int]:

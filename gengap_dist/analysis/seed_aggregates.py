@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gengap_dist.config.metric_key import MetricKey
-from gengap_dist.runs.metric import ACCURACY, MetricDescription
+from gengap_dist.runs.metric import score_of
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import SeedRun
 from gengap_dist.statistics.paired import paired, t_half_width, t_interval
@@ -128,11 +128,5 @@ def _charted(name: str) -> bool:
 
 def _scores(seeds: Sequence[SeedRun]) -> dict[int, float]:
     """Seed to score on the test samples, for the runs that have one."""
-    out: dict[int, float] = {}
-    for seed in seeds:
-        given = seed.info.get("metric")
-        metric = MetricDescription.model_validate(given) if given else ACCURACY
-        value = (seed.info.get("result") or {}).get(f"test/{metric.name}")
-        if value is not None:
-            out[seed.info["seed"]] = metric.score(float(value))
-    return out
+    scores = {seed.info["seed"]: score_of(seed.info) for seed in seeds}
+    return {seed: score for seed, score in scores.items() if score is not None}

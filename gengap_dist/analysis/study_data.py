@@ -15,7 +15,7 @@ from gengap_dist.config.loading import flat
 from gengap_dist.config.measures import OWN_BATCH
 from gengap_dist.config.metric_key import LayerKey, MetricKey
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.metric import ACCURACY, MetricDescription
+from gengap_dist.runs.metric import ACCURACY, MetricDescription, metric_of, score_of
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import load_spectra, read_info, read_metrics_table, read_study_info
 from gengap_dist.runs.schema import RunStatus
@@ -63,8 +63,12 @@ class RunData:
     @property
     def metric(self) -> MetricDescription:
         """The metric that the run is compared by."""
-        given = self.info.get("metric")
-        return MetricDescription.model_validate(given) if given else ACCURACY
+        return metric_of(self.info)
+
+    @property
+    def score(self) -> float | None:
+        """`MetricDescription.score` of the metric on the test samples; None if there is none."""
+        return score_of(self.info)
 
     @property
     def global_size(self) -> int:
@@ -172,12 +176,13 @@ class StudyData:
         """Seed to the metric on the test samples, for the finished runs of an arm that have it."""
         return self.results(arm, f"test/{self.metric.name}")
 
+    def scores(self, arm: str) -> dict[int, float]:
+        """Seed to `MetricDescription.score` of `test_values`."""
+        return {seed: self.metric.score(value) for seed, value in self.test_values(arm).items()}
+
     def gap(self, arm: str) -> Paired | None:
         """Score of the baseline minus that of the arm, paired by seed; None if no seed has both."""
-        of_arm, of_baseline = (
-            {seed: self.metric.score(value) for seed, value in self.test_values(name).items()}
-            for name in (arm, self.baseline)
-        )
+        of_arm, of_baseline = self.scores(arm), self.scores(self.baseline)
         return paired(of_baseline, of_arm) if of_arm.keys() & of_baseline.keys() else None
 
     def unfinished_runs(self, arm: str) -> str:
@@ -216,7 +221,6 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
     info, result = run.info, run.info.get("result") or {}
     settings = {name: value for name, value in flat(info["config"]).items() if name not in tuned}
     first, last = run.first_and_last_probe()
-    value = result.get(f"test/{run.metric.name}")
     num_updates = int(result.get("num_steps") or info.get("num_steps") or 0)
     return Run(
         arm=run.arm,
@@ -226,7 +230,7 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         num_updates=num_updates,
         num_epochs=run.num_epochs,
         settings=settings,
-        score=None if value is None else run.metric.score(float(value)),
+        score=run.score,
         measures=_explanations(last),
         own_batch=_explanations(last, OWN_BATCH),
         own_batch_untrained=_explanations(first, OWN_BATCH),

@@ -1,5 +1,8 @@
 """The metric that runs are compared by: what it is called, how it is shown, which values are better."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -66,6 +69,22 @@ class MetricDescription(BaseModel):
     def is_better(self, value: float, than: float) -> bool:
         """Whether a value is better than another one."""
         return self.score(value) > self.score(than)
+
+
+def metric_of(info: Mapping[str, Any]) -> MetricDescription:
+    """The metric of a run by the content of its run.json; accuracy if it names none."""
+    return MetricDescription.model_validate(info["metric"]) if info.get("metric") else ACCURACY
+
+
+def value_on_test(info: Mapping[str, Any]) -> float | None:
+    """The metric of a run on the test samples, by the content of its run.json; None if it has none."""
+    return (info.get("result") or {}).get(f"test/{metric_of(info).name}")
+
+
+def score_of(info: Mapping[str, Any]) -> float | None:
+    """`MetricDescription.score` of `value_on_test`."""
+    value = value_on_test(info)
+    return None if value is None else metric_of(info).score(float(value))
 
 
 ACCURACY = MetricDescription(name="accuracy", unit="share", higher_is_better=True)

@@ -1,11 +1,11 @@
 """Writes the means over the seeds of each arm into the folder of a study, as soon as its runs have ended."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.arm_means import Sources, read_sources, write_means
-from gengap_dist.runs.run_folder import SeedRun, read_info, read_metrics_table, read_study_info
+from gengap_dist.runs.arm_means import Sources, have_ended, read_runs, read_sources, write_means
+from gengap_dist.runs.run_folder import SeedRun, read_metrics_table, read_study_info
 from gengap_dist.runs.schema import RunInfo, RunStatus
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 
@@ -42,32 +42,21 @@ def update_means(out: Path, arms: Iterable[str] | None = None) -> list[str]:
             over, with their gap to what there is of the baseline.
     """
     study, problems = read_study_info(out), []
-    baseline = _read_runs(out / "runs" / study.baseline, study.seeds)
-    baseline_is_due = arms is None or _have_ended(baseline, study.seeds)
+
+    def read(arm: str) -> Runs:
+        return read_runs(out / "runs" / arm, study.seeds, damaged=lambda error: None)  # the report names it
+
+    baseline = read(study.baseline)
+    baseline_is_due = arms is None or have_ended(baseline, study.seeds)
     for arm in study.arms if arms is None else arms:
         folder = out / "runs" / arm
-        runs, others = (baseline, {}) if arm == study.baseline else (_read_runs(folder, study.seeds), baseline)
-        if baseline_is_due and _have_ended(runs, study.seeds):
+        runs, others = (baseline, {}) if arm == study.baseline else (read(arm), baseline)
+        if baseline_is_due and have_ended(runs, study.seeds):
             try:
                 _write_arm(folder, runs, others)
             except (UsageError, ValueError, KeyError, TypeError, OSError) as error:
                 problems.append(f"the means of arm {arm} were not written ({type(error).__name__}: {error})")
     return problems
-
-
-def _have_ended(runs: Runs, seeds: Sequence[int]) -> bool:
-    return len(runs) >= len(seeds) and all(info.status.is_final for info in runs.values())
-
-
-def _read_runs(arm: Path, seeds: Sequence[int]) -> Runs:
-    """The runs of an arm that the study contains and that can be read."""
-    runs: Runs = {}
-    for path in sorted(arm.glob("*/run.json")):
-        try:
-            runs[path.parent] = read_info(path.parent)
-        except UsageError:  # the report names it
-            continue
-    return {folder: info for folder, info in runs.items() if info.seed in seeds}
 
 
 def _write_arm(arm: Path, runs: Runs, baseline: Runs) -> None:

@@ -284,11 +284,7 @@ def _correlation(axes: Axes, at: float, r: float, ends: Interval | None, *, colo
 def gap_against_explanations(study: StudyData, comparison: Comparison) -> ReportFigure | None:
     """Score lost in each run against the most correlated measures, one panel each."""
     metric = study.metric
-    sign = metric.score(1.0)
-    lost = {
-        arm: {s: sign * d for s, d in differences(study.test_values(study.baseline), study.test_values(arm)).items()}
-        for arm in study.arms
-    }
+    lost = {arm: differences(study.scores(study.baseline), study.scores(arm)) for arm in study.arms}
     panels: dict[str, list[Row]] = {}
     for name in (correlation.measure for correlation in _strongest_first(comparison)):
         rows: list[Row] = [
@@ -381,11 +377,7 @@ def _line_styles(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]
     """Line style of each arm; of more than MAX_LINES arms, only the baseline, best and worst are highlighted."""
     if len(arms) <= MAX_LINES:
         return {arm: {"color": colour(study, arm), "linewidth": 1.6, "label": arm} for arm in arms}
-    means = {
-        arm: study.metric.score(mean_and_std([*values.values()])[0])
-        for arm in arms
-        if (values := study.test_values(arm))
-    }
+    means = {arm: mean_and_std([*values.values()])[0] for arm in arms if (values := study.scores(arm))}
     rest = sorted((arm for arm in means if arm != study.baseline), key=means.__getitem__)
     highlighted = {study.baseline: (WARM, "baseline")}
     if rest:

@@ -6,7 +6,7 @@ any point and called again; nothing is sent twice, see `mlflow_run.py`.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from urllib.parse import quote
 from gengap_dist.config.identity import treatment
 from gengap_dist.config.loading import flat
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.arm_means import read_means, read_sources
+from gengap_dist.runs.arm_means import have_ended, read_means, read_runs, read_sources
 from gengap_dist.runs.run_folder import read_info, read_study_info
 from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo
 from gengap_dist.tracking.mlflow.client import connect_experiment
@@ -78,7 +78,12 @@ class MlflowUploader:
         name = f"{study.name} {datetime.fromisoformat(described.started):%Y-%m-%d %H:%M:%S}"
         parent.open(described, shared | {"mlflow.runName": name, "level": "study", "status": study.status})
         shared["study_run_id"] = parent.id
-        arms = {arm: self._arm_runs(arm, study.seeds, closing) for arm in study.arms}
+
+        def damaged(error: UsageError) -> None:
+            if closing:
+                print(error, flush=True)
+
+        arms = {arm: read_runs(self.folder / "runs" / arm, study.seeds, damaged) for arm in study.arms}
         reference = next((flat(info.config) for info in arms.get(study.baseline, {}).values()), None)
         for arm, runs in arms.items():
             if not runs:
@@ -99,19 +104,6 @@ class MlflowUploader:
             _send_headline(parent, study)
             parent.close(described)
 
-    def _arm_runs(self, arm: str, seeds: Sequence[int], closing: bool) -> Runs:
-        """The arm's runs; an unreadable one is skipped, with a message in the log."""
-        out: dict[Path, RunInfo] = {}
-        for path in sorted((self.folder / "runs" / arm).glob("*/run.json")):
-            try:
-                info = read_info(path.parent)
-                if info.seed in seeds:  # otherwise the study no longer contains it
-                    out[path.parent] = info
-            except UsageError as error:
-                if closing:
-                    print(error, flush=True)
-        return out
-
     def _sync_arm(self, runs: Runs, study: StudyInfo, tags: Tags, closing: bool) -> str:
         """Send the means over an arm's seeds, if the study has written them; returns the id of the arm's MLflow run.
 
@@ -120,7 +112,7 @@ class MlflowUploader:
         """
         folder = next(iter(runs)).parent
         num_missing = len(study.seeds) - len(runs)
-        over = closing or study.status != RunStatus.RUNNING or _is_complete(runs, study)
+        over = closing or study.status != RunStatus.RUNNING or have_ended(runs, study.seeds)
         described = _describe_arm(runs, over=over, complete=num_missing <= 0)
         counts = Counter(str(info.status) for info in runs.values()) + Counter({"not started": num_missing})
         own = {
@@ -143,10 +135,6 @@ class MlflowUploader:
         if over and not run.is_closed(described.ended):
             run.close(described)
         return run.id
-
-
-def _is_complete(runs: Runs, study: StudyInfo) -> bool:
-    return len(runs) >= len(study.seeds) and all(info.status.is_final for info in runs.values())
 
 
 def _describe_arm(runs: Runs, *, over: bool, complete: bool) -> Described:

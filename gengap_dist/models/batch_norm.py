@@ -55,7 +55,9 @@ class GhostBatchNorm(ReplacedBatchNorm):
         running = (1 - eta)^G running + sum_i eta (1 - eta)^(G - 1 - i) statistics_i
 
     The sum is linear, so each rank adds the terms of its own groups, times the number of ranks, and the mean over ranks
-    (`average_buffers`) is the sum above.
+    (`average_buffers`) is the sum above. A layer that a network calls K times in a pass has G K terms: of each group
+    those of all calls, as plain batch norm has them when it gets one group after the other. K is known only when a pass
+    has ended, so in a run the strategy calls `commit_running_stats` after each pass.
 
     >>> norm = GhostBatchNorm(1, 2)
     >>> norm(torch.tensor([[0.0], [2.0], [10.0], [30.0]])).flatten().tolist()
@@ -69,7 +71,16 @@ class GhostBatchNorm(ReplacedBatchNorm):
         super().__init__(num_features, **settings)
         self.ghost_size = ghost_size
         self.position = SamplePosition()
-        self._pending_stats: list[tuple[Tensor, Tensor, int]] = []  # mean, variance, size of groups not yet committed
+        self._pending_stats: list[list[tuple[Tensor, Tensor, int]]] = []
+        """By call of the last pass: mean, variance and size of each group, not yet committed."""
+        self._undecayed_size: int | None = None
+        """Samples of a step that has begun, before its first pass was committed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `ReplacedBatchNorm`."""
+        if not self.training and self._undecayed_size is not None:  # a rank without samples joins in eval mode
+            self._pending_stats = [*self._pending_stats, []]
+        return super().forward(input)
 
     def train_forward(self, input: Tensor) -> Tensor:
         """See `ReplacedBatchNorm`; the last group may be smaller."""
@@ -78,30 +89,42 @@ class GhostBatchNorm(ReplacedBatchNorm):
             mean, var = input.new_zeros(2, self.num_features, dtype=_stats_dtype(input))
             out.append(batch_norm(group, mean, var, self.weight, self.bias, True, 1.0, self.eps))
             stats.append((mean, var, len(group)))
-        self._pending_stats = stats
-        if not torch.compiler.is_compiling():  # positions would become constants: the strategy calls it afterwards
+        # compiled code must not read what changes; in a recomputation, momentum is 0 and nobody commits
+        if torch.compiler.is_compiling() or self.momentum:
+            self._pending_stats = [*self._pending_stats, stats]
+        if not torch.compiler.is_compiling() and self.position.global_size is None:  # outside of a run
+            self._undecayed_size = len(input)
             self.commit_running_stats()
         return torch.cat(out) if len(out) > 1 else out[0]
 
+    def begin_step(self, global_size: int) -> None:
+        """Begin a step of `global_size` samples; on every rank, also without samples."""
+        self._pending_stats, self._undecayed_size = [], global_size
+
     def commit_running_stats(self) -> None:
-        """Update the running statistics by the groups of the last training pass, once."""
-        stats, self._pending_stats = self._pending_stats, []
-        position, eta = self.position, self.momentum or 0.0
-        first, size = position.start // self.ghost_size, position.global_size
-        if stats and size is None:  # outside of a run
-            first, size = 0, sum(num for *_, num in stats)
-            self.begin_step(size)
-        for number, (mean, var, _) in enumerate(stats, first):
-            last = -(-(size or 0) // self.ghost_size) - 1
-            self.update_running_stats(mean, var, position.num_ranks * eta * (1 - eta) ** (last - number))
+        """Update the running statistics by the last pass of a step; its first pass also decays what was before."""
+        calls, self._pending_stats = self._pending_stats, []
+        eta, position = self.momentum or 0.0, self.position
+        if not calls or not eta:
+            return
+        if self._undecayed_size is not None:
+            self._decay((1 - eta) ** (self._num_groups(self._undecayed_size) * len(calls)))
+            self._undecayed_size = None
+        first = position.start // self.ghost_size
+        num_groups = self._num_groups(position.global_size or sum(num for *_, num in calls[0]))
+        for call, stats in enumerate(calls, 1):
+            for number, (mean, var, _) in enumerate(stats, first + 1):
+                later = (num_groups - number) * len(calls) + len(calls) - call  # terms of the step after this one
+                self.update_running_stats(mean, var, position.num_ranks * eta * (1 - eta) ** later)
+
+    def _num_groups(self, num_samples: int) -> int:
+        return -(-num_samples // self.ghost_size)
 
     @torch.no_grad()
-    def begin_step(self, global_size: int) -> None:
-        """Decay the running statistics for the groups of a step; on every rank, also without samples."""
+    def _decay(self, factor: float) -> None:
         if self.running_mean is not None and self.running_var is not None:
-            decay = (1 - (self.momentum or 0.0)) ** -(-global_size // self.ghost_size)
-            self.running_mean.mul_(decay)
-            self.running_var.mul_(decay)
+            self.running_mean.mul_(factor)
+            self.running_var.mul_(factor)
 
 
 class SyncBatchNorm(ReplacedBatchNorm):

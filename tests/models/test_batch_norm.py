@@ -87,6 +87,42 @@ def test_ghost_is_torchs_batch_norm_of_each_group_in_order(dims, affine, momentu
     close(ghost.eval()(x), plain.eval()(x), dtype)
 
 
+@pytest.mark.parametrize("in_a_run", [False, True])
+def test_a_ghost_layer_that_is_called_twice(in_a_run):
+    """As plain batch norm, which is given one group after the other; also with ghost_size = batch."""
+    torch.manual_seed(0)
+    plain = SharedNorm().double()
+    for ghost_size, num in ((8, 8), (4, 10)):
+        ghost, twin = treated(plain, "ghost", ghost_size), copy.deepcopy(plain)
+        strategy = Single(PLAIN_RUN, World())
+        strategy.setup(ghost, lambda model: torch.optim.SGD(model.parameters(), 0.1))
+        for step in range(3):
+            x = torch.randn(num, 3).double() * 2 + 1
+            if in_a_run:
+                strategy.begin_step(num)
+                for start in range(0, num, ghost_size):
+                    strategy.position.move_to(start, num, 1, step)
+                    strategy.forward(x[start : start + ghost_size])
+            else:
+                for group in x.split(ghost_size):
+                    ghost(group)
+            for group in x.split(ghost_size):
+                twin(group)
+        for mine, theirs in zip(statistics(ghost), statistics(twin), strict=True):
+            close(mine, theirs)
+
+
+class SharedNorm(nn.Module):
+    """One norm, called twice in a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.linear(self.norm(x)).relu())
+
+
 class Cut(NamedTuple):
     num: int
     ghost: int
@@ -123,10 +159,13 @@ def test_ghost_does_not_know_ranks_and_micro_batches(cut, average_each_step):
         for rank, strategy in enumerate(ranks):
             strategy.begin_step(cut.num)
             for start, stop in plan.micro_batches(rank):
-                if start == stop:
+                if start == stop:  # as in `zero_contribution_pass`
+                    strategy.model.eval()
+                    strategy.forward(x[:1])
+                    strategy.model.train()
                     continue
                 strategy.position.move_to(start, cut.num, cut.ranks, step)
-                outs.append(strategy.model(x[start:stop]))
+                outs.append(strategy.forward(x[start:stop]))
                 (outs[-1] * pull[start:stop]).sum().backward()
         close(torch.cat(outs), want)
         networks = [strategy.model for strategy in ranks]

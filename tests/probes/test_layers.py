@@ -182,7 +182,7 @@ def test_views_of_both_layouts_equal_numpys_svd(layer):
     assert len(spectra) == 6
     for s in spectra:
         a = rows[s.view]
-        true = np.linalg.svd(a - s.centred * a.mean(0), compute_uv=False) / len(a) ** 0.5
+        true = np.linalg.svd(a - s.centred * a.mean(0), compute_uv=False)[: len(a) - s.centred] / len(a) ** 0.5
         assert (s.num_samples, s.num_units) == a.shape
         assert np.abs(s.singular_values.numpy() - true).max() < 1e-7 * true[0]
 

@@ -1,8 +1,9 @@
 """Computes all rank measures from the singular values of one layer. Pure: no network, no ranks.
 
 A is the layer's activation matrix, N rows (samples) by D columns (units); s_1 >= ... >= s_m are its singular values
-divided by sqrt(N), m = min(N, D). Values below the numerical floor are rounding noise and are set to 0: they count
-as small, but they never enter a sum, and a threshold below the floor gives no measure.
+divided by sqrt(N), m = min(N, D), or min(N - 1, D) of a centred matrix, whose rows sum to 0. Values below the numerical
+floor are rounding noise and are set to 0: they count as small, but they never enter a sum, and a threshold below the
+floor gives no measure.
 """
 
 from dataclasses import dataclass

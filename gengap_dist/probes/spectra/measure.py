@@ -247,7 +247,9 @@ def _solve(
     matrix_keys = list(
         product(complete_accumulators, sorted({False, *centred}, reverse=True))
     )  # always raw: its s_1 sets the floor
-    sizes = [min(layer_views[number].num_units, layer_views[number].num_rows) for number, _ in matrix_keys]
+    sizes = [
+        min(layer_views[number].num_units, layer_views[number].num_rows - centred) for number, centred in matrix_keys
+    ]
     values = torch.zeros(sum(sizes), dtype=torch.float64, device=world.device)
     for at, ((number, c), part) in enumerate(zip(matrix_keys, values.split(sizes), strict=True)):
         if at % world.size == world.rank:

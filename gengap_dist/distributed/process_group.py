@@ -212,6 +212,13 @@ def _with_mesh(world: World) -> World:
     return replace(world, mesh=mesh)
 
 
+def initialized_world(device: torch.device) -> World:
+    """The ranks of the process group that this program has already; this process alone if it has none."""
+    if not dist.is_available() or not dist.is_initialized():
+        return World(device=device)
+    return _with_mesh(World(dist.get_rank(), dist.get_world_size(), device))
+
+
 def _check_gpus(local_rank: int, num_gpus: int) -> None:
     """Refuse launch.device=cuda without a GPU for each rank of this machine.
 

@@ -151,6 +151,8 @@ def probe_messages(
     passes: Sequence[Sequence[ColumnBlock]],
     counts: Sequence[int],
     *,
+    input_size: int,
+    num_leaves: int,
     method: str,
     memory_mib: int,
     device_type: str,
@@ -162,6 +164,8 @@ def probe_messages(
         layer_views: the measured layers.
         passes: column blocks that each pass over the probe samples measures, from `measure.plan_passes`.
         counts: probe samples on each rank.
+        input_size: numbers in one sample.
+        num_leaves: modules of the network without children.
         method: probe.method.
         memory_mib: probe.memory_mib.
         device_type: cpu or cuda; it determines the block size.
@@ -188,10 +192,16 @@ def probe_messages(
             sent += row_bytes * rows * (block.size - shares)
             received += row_bytes * (rows.sum() - rows) * shares
             num_redistributions_total += 1
+    sizes_of_passes = [len({layer_views[block.view_index].layer.name for block in blocks}) for blocks in passes]
     num_means = sum(1 if view.is_wide else view.num_units + 1 for view in layer_views)
-    num_values = num_centrings * sum(min(view.num_units, view.num_rows) for view in layer_views)
+    num_values = sum(
+        min(view.num_units, view.num_rows - centred) for view in layer_views for centred in range(num_centrings)
+    )
     messages = [
-        Message("sample counts", "all-reduce", 8 * (num_ranks + 10), 2),
+        Message("sample counts and traced samples", "all-reduce", 8 * (num_ranks + 10 + 2 * input_size), 3),
+        Message(
+            "layers that ran", "all-reduce", 8 * (3 + num_leaves + len(passes) + sum(sizes_of_passes)), 2 + len(passes)
+        ),
         Message("means", "all-reduce", 8 * num_means, len(passes)),
         Message("singular values", "all-reduce", 8 * num_values, len(passes)),
     ]

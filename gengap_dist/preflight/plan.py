@@ -27,7 +27,7 @@ from gengap_dist.preflight.batch_layout import Cluster, Layout, layout
 from gengap_dist.preflight.communication_model import Link, Message
 from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, workload_name
 from gengap_dist.probes import layer_view
-from gengap_dist.probes.activations import eval_context
+from gengap_dist.probes.activations import eval_context, leaf_names
 from gengap_dist.probes.layers import select_layers
 from gengap_dist.probes.spectra import measure
 from gengap_dist.training.algorithms.base import batch_plan_for
@@ -287,7 +287,8 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     passes = measure.plan_passes(views, max(counts), probe.memory_mib)
     device_type = "cuda" if config.launch.device == "cuda" else "cpu"
     options = {"method": probe.method, "memory_mib": probe.memory_mib, "device_type": device_type}
-    messages = communication_model.probe_messages(views, passes, counts, **options)
+    sizes_of_network = {"input_size": example.numel(), "num_leaves": len(leaf_names(model))}
+    messages = communication_model.probe_messages(views, passes, counts, **sizes_of_network, **options)
     block_bytes = measure.stream_bytes(device_type, probe.memory_mib)
     num_bytes = memory_model.probe_bytes(views, passes, max(counts), block_bytes) + max(counts) * example.nbytes
     forms = {

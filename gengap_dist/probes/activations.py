@@ -3,24 +3,33 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
+from gengap_dist.compat.change_count import change_count
 from gengap_dist.compat.compiled_model import uncompiled, without_compiled_code
 from gengap_dist.compat.float32_precision import exact_float32
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.layers import Layer
+from gengap_dist.probes.trace import (
+    Layer,
+    ModuleStack,
+    activation_of,
+    function_name,
+    function_output,
+    uncompiled_modules,
+)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The plain network inside torch.compile, DataParallel, DistributedDataParallel or a DeepSpeed engine.
 
     Raises:
-        UsageError: if each rank holds only a part of the parameters (ZeRO stage 3, FSDP). A forward pass would gather
-            them with collectives, but ranks may hold different numbers of probe batches.
+        UsageError: if it is TorchScript, or if each rank holds only a part of the parameters (ZeRO stage 3, FSDP). A
+            forward pass would gather them with collectives, but ranks may hold different numbers of probe batches.
 
     >>> unwrapped(torch.compile(nn.Linear(2, 2)))
     Linear(in_features=2, out_features=2, bias=True)
@@ -31,6 +40,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is model:
             break
         model = inner
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            f"{model.original_name} is a TorchScript module, in which no layer can be seen: measure the nn.Module from "
+            "which it was made"
+        )
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "placements") or hasattr(parameter, "ds_id"):  # importing DTensor takes 1 s
             raise UsageError(
@@ -40,14 +54,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the network's parameters are; the CPU, if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def _is_engine(model: nn.Module) -> bool:
     return any(base.__name__ == "DeepSpeedEngine" for base in type(model).__mro__)
 
 
 @contextmanager
 def eval_context(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, autocast, TF32 and compilation, with forked random state; restored on exit."""
+    """Eval mode without gradients, autocast, TF32 and compilation, with forked random state; restored on exit.
+
+    Buffers that the network itself changes in eval mode are restored, too.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, change_count(buffer), buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     devices = {parameter.device for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -62,27 +89,98 @@ def eval_context(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+            for module, name, buffer, count, value in buffers:
+                if change_count(buffer) != count:
+                    buffer.copy_(value)
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+
+
+class Capture:
+    """Calls a function with the activations of layers."""
+
+    def __init__(self, layers: Sequence[Layer], callback: Callable[[Layer, Tensor], None]) -> None:
+        """For layers of one network."""
+        self.callback = callback
+        self.by_call = {(id(layer.module), layer.function, layer.call): layer for layer in layers}
+        self.calls: Counter[tuple[int, str]] = Counter()
+        """Calls in this pass, by id of the module and name of the function."""
+        self.is_busy = False
+        """Whether the callback runs, whose own functions are not the network's."""
+
+    def begin_pass(self) -> None:
+        """Begin to count calls anew; before each forward pass."""
+        self.calls.clear()
+
+    def completed(self, module: nn.Module, function: str, output: Any) -> None:
+        """A module, or a function inside it, has returned `output`."""
+        self.calls[id(module), function] += 1
+        if layer := self.by_call.get((id(module), function, self.calls[id(module), function])):
+            self.is_busy = True
+            try:
+                self.callback(layer, output)
+            finally:
+                self.is_busy = False
+
+
+def leaf_names(model: nn.Module) -> list[str]:
+    """The names of the modules without children."""
+    return [name for name, module in uncompiled_modules(model).items() if not [*module.children()]]
+
+
+@contextmanager
+def leaves_that_run(model: nn.Module) -> Iterator[set[str]]:
+    """While open, the names of the modules without children that have run."""
+    ran: set[str] = set()
+    modules = uncompiled_modules(model)
+    with ExitStack() as stack:
+        for name in leaf_names(model):
+            stack.callback(modules[name].register_forward_hook(lambda *_, name=name: ran.add(name)).remove)
+        yield ran
 
 
 @contextmanager
 def capture_activations(
-    layers: Sequence[Layer], callback: Callable[[Layer, Tensor], None]
-) -> Iterator[Callable[[], None]]:
-    """While open, call `callback(layer, activation)` for every layer of a forward pass.
+    model: nn.Module, layers: Sequence[Layer], callback: Callable[[Layer, Tensor], None]
+) -> Iterator[Capture]:
+    """While open, call `callback(layer, activation)` for every layer of a forward pass of `model`.
 
-    Yields a function to call before each forward pass: it resets the counts of module calls.
+    `begin_pass` of what it yields is to be called before each forward pass.
     """
-    layer_by_call = {(id(layer.module), layer.call): layer for layer in layers}
-    calls: Counter[int] = Counter()
+    capture = Capture(layers, callback)
 
-    def hook(module: nn.Module, args: object, output: Tensor) -> None:
-        calls[id(module)] += 1
-        if layer := layer_by_call.get((id(module), calls[id(module)])):
-            callback(layer, output)
+    def hook(module: nn.Module, args: object, output: Any) -> None:
+        capture.completed(module, "", activation_of(module, output))
 
-    handles = [module.register_forward_hook(hook) for module in {id(m.module): m.module for m in layers}.values()]
-    try:
-        yield calls.clear
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = {id(layer.module): layer.module for layer in layers if not layer.function}
+    functions = {layer.function for layer in layers if layer.function}
+    with ExitStack() as stack:
+        for module in modules.values():
+            stack.callback(module.register_forward_hook(hook).remove)
+        if functions:
+            stack.enter_context(_FunctionCapture(model, functions, capture))
+        yield capture
+
+
+class _FunctionCapture(TorchFunctionMode):
+    """Reports the results of some torch functions, with the innermost module that called them."""
+
+    def __init__(self, model: nn.Module, functions: set[str], capture: Capture) -> None:
+        super().__init__()
+        self.functions, self.capture, self.stack, self._exit = functions, capture, ModuleStack(model), ExitStack()
+
+    def __enter__(self) -> Self:
+        self._exit.enter_context(self.stack.attached())
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._exit.close()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.capture.is_busy and (name := function_name(func)) in self.functions:
+            self.capture.completed(self.stack.innermost, name, function_output(out))
+        return out

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gengap_dist.distributed.process_group import World
+from gengap_dist.distributed.process_group import World, initialized_world
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.activations import eval_context, unwrapped
+from gengap_dist.probes.activations import device_of, eval_context, unwrapped
 from gengap_dist.probes.weights import flat_parameters, trainable_parameters
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -168,7 +168,8 @@ def hessian_eigenvalues(
         batches: this rank's inputs and targets, [n, ...] each; some ranks, but not all, may have none.
         loss_sum: the sum of the losses of a batch, not their mean.
         num_targets: number of targets of each sample.
-        world: the participating ranks; None for this process only.
+        world: the participating ranks; None: those of torch.distributed's process group, or this process only if there
+            is none.
         num: number of eigenvalues.
         max_steps: maximum number of Hessian-vector products; each costs about two gradients.
         tolerance: residual |H v - lambda v| at which an eigenvalue is accepted, relative to the largest |lambda|.
@@ -190,7 +191,7 @@ def hessian_eigenvalues(
     """
     if max_steps < num:
         raise UsageError(f"max_steps ({max_steps}) limits the number of eigenvalues: choose {num} (num) or more")
-    world = world or World()
+    world = world or initialized_world(device_of(model))
     loss = MeanLoss(model, batches, loss_sum, world, num_targets)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every rank
 
@@ -325,7 +326,8 @@ def hessian_trace(
         batches: this rank's inputs and targets, [n, ...] each; some ranks, but not all, may have none.
         loss_sum: the sum of the losses of a batch, not their mean.
         num_targets: number of targets of each sample.
-        world: the participating ranks; None for this process only.
+        world: the participating ranks; None: those of torch.distributed's process group, or this process only if there
+            is none.
         num_vectors: number of vectors, 2 or more; each costs about two gradients.
         seed: of the vectors.
 
@@ -340,7 +342,7 @@ def hessian_trace(
     """
     if num_vectors < 2:
         raise UsageError(f"num_vectors ({num_vectors}) gives no standard error: choose 2 or more")
-    world = world or World()
+    world = world or initialized_world(device_of(model))
     loss = MeanLoss(model, batches, loss_sum, world, num_targets)
     generator = torch.Generator().manual_seed(seed)
     samples: list[float] = []
@@ -373,7 +375,8 @@ def keskar_sharpness(
         batches: this rank's inputs and targets, [n, ...] each; some ranks, but not all, may have none.
         loss_sum: the sum of the losses of a batch, not their mean.
         num_targets: number of targets of each sample.
-        world: the participating ranks; None for this process only.
+        world: the participating ranks; None: those of torch.distributed's process group, or this process only if there
+            is none.
         epsilon: size of the box.
         steps: number of ascent steps, each costs one gradient; fixed, so that all ranks do the same number.
 
@@ -390,7 +393,7 @@ def keskar_sharpness(
     >>> round(sharpness, 5), round(100 * (math.log(1 + math.e) - math.log(2)) / (1 + math.log(2)), 5)
     (36.62496, 36.62496)
     """
-    loss = MeanLoss(model, batches, loss_sum, world or World(), num_targets)
+    loss = MeanLoss(model, batches, loss_sum, world or initialized_world(device_of(model)), num_targets)
     start_P = loss.weights_P.double()
     bound_P = epsilon * (start_P.abs() + 1)
     start, gradient_P = loss.gradient(start_P)

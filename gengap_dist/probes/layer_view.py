@@ -1,5 +1,6 @@
 """Views: how an activation tensor is reshaped into the rows of a matrix."""
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from gengap_dist.config.measures import VIEWS
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.layers import Layer
+from gengap_dist.probes.trace import Layer
 
 
 class LayerView(NamedTuple):
@@ -49,30 +50,39 @@ class LayerView(NamedTuple):
 
 
 def build_layer_views(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> list[LayerView]:
-    """Every layer in every requested view that its output supports.
+    """Every layer in every requested view that its output supports. A layer without one is left out, with a warning.
 
     Raises:
-        UsageError: if a view is unknown, or a layer supports none of `views`.
+        UsageError: if a view is unknown, a layer that the user named supports none of `views`, or no layer does.
     """
     if unknown := [view for view in views if view not in VIEWS]:
         raise UsageError(f"probe.views ({unknown[0]}) is not a view: choose among {', '.join(VIEWS)}")
-    layer_views = []
+    layer_views, without = [], []
     for layer in layers:
-        shape = layer.output
-        units, numel = shape[-1 if layer.channels_last else 1], shape.numel()
+        shape, num_units = layer.output, layer.output[-1 if layer.channels_last else 1]
+        numel = shape.numel() // 2  # of one sample; two were traced
         by_position = "token" if layer.channels_last and len(shape) == 3 else "channel"
-        possible = {by_position: (numel // units, units)}
-        if shape[0] == 1:  # one row per example; attention windows, for example, have more
-            possible |= {"pool": (1, units), "flatten": (1, numel)} if len(shape) > 2 else {"": (1, units)}
+        possible = {by_position: (numel // num_units, num_units)}
+        if shape[0] == 2:  # one row per sample; attention windows, for example, have more
+            possible |= {"pool": (1, num_units), "flatten": (1, numel)} if len(shape) > 2 else {"": (1, num_units)}
         chosen = [view for view in possible if view in views or not view] if "" not in possible else [""]
         if not chosen:
-            raise UsageError(
-                f"probe.views ({', '.join(views)}) do not apply to layer {layer.name}, which outputs {list(shape)} "
-                f"for one sample: add {' or '.join(possible)}, or leave the layer out"
-            )
+            without.append((layer, possible))
         for view in chosen:
-            rows_each, num_units = possible[view]
-            layer_views.append(LayerView(layer, view, rows_each, rows_each * num_inputs, num_units))
+            rows_each, columns_each = possible[view]
+            layer_views.append(LayerView(layer, view, rows_each, rows_each * num_inputs, columns_each))
+    for layer, possible in without:
+        if layer.is_asked or not layer_views:
+            raise UsageError(
+                f"probe.views ({', '.join(views)}) do not apply to layer {layer.name}, which outputs "
+                f"{list(layer.output)} for two samples: add {' or '.join(possible)}, or leave the layer out"
+            )
+    if without:
+        warnings.warn(
+            f"probe.views ({', '.join(views)}) do not apply to {', '.join(layer.name for layer, _ in without)}: not "
+            "measured",
+            stacklevel=3,
+        )
     return layer_views
 
 

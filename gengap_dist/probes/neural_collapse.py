@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from gengap_dist.distributed.process_group import World
+from gengap_dist.distributed.process_group import World, initialized_world
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.activations import eval_context, unwrapped
+from gengap_dist.probes.activations import device_of, eval_context, unwrapped
 
 
 def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: World | None = None) -> float:
@@ -30,7 +30,8 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
         model: any network whose output is that of an nn.Linear on [n, D] features; not changed.
         batches: this rank's images [n, ...] and labels [n]; some ranks, but not all, may have none. The features of
             all batches are kept in memory.
-        world: the participating ranks; None for this process only.
+        world: the participating ranks; None: those of torch.distributed's process group, or this process only if there
+            is none.
 
     Returns:
         NC1, the same on every rank; nan, with a warning, if features are not finite or all class means are equal.
@@ -42,7 +43,8 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
     >>> nc1(nn.Linear(1, 2), [(images, labels)])  # Sigma_W = 1, Sigma_B = 4
     0.125
     """
-    world, model = world or World(), unwrapped(model)
+    model = unwrapped(model)
+    world = world or initialized_world(device_of(model))
     device = next(model.parameters(), torch.empty(0)).device
     features, num_classes, problem = _features(model, batches)
     shared_facts = torch.zeros(5, dtype=torch.float64, device=device)  # not known on a rank without batches

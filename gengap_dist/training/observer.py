@@ -73,27 +73,37 @@ class ProbeObserver:
             self.controls[OWN_BATCH] = config.batch.global_size
         self._failed_diagnostics: set[str] = set()
 
-    def __call__(self, model: nn.Module, *, controls: bool) -> Observation:
+    def __call__(self, model: nn.Module, *, controls: bool, required: bool = True) -> Observation:
         """Run all configured measurements, each with its `probe_seconds/...`. Collective.
 
         Args:
             model: the network; not changed.
             controls: also measure the control sets.
+            required: raise an error if near-rank loss cannot be measured; otherwise it is left out, with a warning.
+
+        Raises:
+            UsageError: if `required`, and the network or a layer that the user named cannot be measured.
         """
         found, spectra = {}, {}
         sets = {"": self.num_samples} | (self.controls if controls else {})
         for name, size in sets.items():
             began = time.monotonic()
             inputs = [inputs for inputs, _ in self._batches(size)]
-            spectra[name] = measure(
-                model,
-                inputs,
-                layers=self.config.layers,
-                views=self.config.views,
-                world=self.world,
-                memory_mib=self.config.memory_mib,
-                method=self.config.method,
-            )
+            try:
+                spectra[name] = measure(
+                    model,
+                    inputs,
+                    layers=self.config.layers,
+                    views=self.config.views,
+                    world=self.world,
+                    memory_mib=self.config.memory_mib,
+                    method=self.config.method,
+                )
+            except UsageError as error:  # the same on every rank
+                if required:
+                    raise
+                warnings.warn(f"near-rank loss is not measured now: {error}", stacklevel=2)
+                continue
             found |= metrics(spectra[name], name)
             found[f"probe_seconds/{f'control/{name}' if name else 'near_rank_loss'}"] = time.monotonic() - began
         batches = self._batches(self.num_samples)

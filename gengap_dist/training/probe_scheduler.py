@@ -68,10 +68,11 @@ class ProbeScheduler:
     def measure(self, model: nn.Module, record: Callable[[Observation], None]) -> None:
         """Measure near-rank loss and diagnostics on the probe set; at both ends also controls. Collective.
 
-        `record` writes what was found; its time counts, too.
+        `record` writes what was found; its time counts, too. A network that cannot be measured ends a run before its
+        first step only.
         """
         start_time = time.monotonic()
-        observation = self.observer(model, controls=self.state.at_first_or_last)
+        observation = self.observer(model, controls=self.state.at_first_or_last, required=self.state.step == 0)
         record(observation)
         self.seconds += time.monotonic() - start_time
         self._seconds_each, self._num_skipped_in_a_row = measurement_seconds(observation.metrics), 0

@@ -35,7 +35,7 @@ from gengap_dist.preflight.machine_constants import (
 )
 from gengap_dist.preflight.plan import Plan, make_plan
 from gengap_dist.probes import layer_view, measure
-from gengap_dist.probes.activations import eval_context
+from gengap_dist.probes.activations import eval_context, leaf_names
 from gengap_dist.probes.layers import select_layers
 from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, PrimalAccumulator, merge_ranks
 from gengap_dist.probes.spectra.measure import plan_passes, stream_bytes
@@ -222,7 +222,8 @@ def planned(options: dict[str, Any], counts: list[int]) -> list[Message]:
         layers = select_layers(model, torch.zeros(1, 1, 32, 32), ["auto"])
         sites = layer_view.build_layer_views(layers, options.pop("views"), sum(counts))
     passes = plan_passes(sites, max(counts), options["memory_mib"])
-    return communication_model.probe_messages(sites, passes, counts, device_type="cpu", **options)
+    sizes = {"input_size": 32 * 32, "num_leaves": len(leaf_names(model))}
+    return communication_model.probe_messages(sites, passes, counts, device_type="cpu", **sizes, **options)
 
 
 def shares_of_probe(num_samples: int, size: int) -> list[int]:

@@ -17,7 +17,8 @@ from gengap_dist import models
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
-from gengap_dist.probes.layers import Layer, Pattern, select_layers, trace_calls
+from gengap_dist.probes.layers import Pattern, select_layers
+from gengap_dist.probes.trace import Layer, trace_calls
 
 IMAGE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -41,10 +42,10 @@ def lenet(image_size: int = 32) -> nn.Module:
 
 def test_lenet5():
     assert facts(found(lenet())) == [
-        ("conv1", (1, 6, 28, 28), False, "non-linear"),  # before pooling
-        ("conv2", (1, 16, 10, 10), False, "non-linear"),
-        ("fc1", (1, 120), True, "non-linear"),
-        ("fc2", (1, 84), True, "non-linear"),
+        ("conv1", (2, 6, 28, 28), False, "non-linear"),  # before pooling
+        ("conv2", (2, 16, 10, 10), False, "non-linear"),
+        ("fc1", (2, 120), True, "non-linear"),
+        ("fc2", (2, 84), True, "non-linear"),
     ]
     assert names(models.build("mlp", DataSpec.images(5, 3), widths=(8, 8))) == ["fc1", "fc2"]
 
@@ -62,9 +63,9 @@ def test_an_identity_that_is_no_units_act_is_no_layer():
 
 def test_a_residual_block_of_our_own_is_measured_after_its_addition():
     assert facts(found(models.build("resnet20", DataSpec.images(5, 3))))[:5:2] == [
-        ("conv1", (1, 16, 32, 32), False, "non-linear"),
-        ("stage1.0.act", (1, 16, 32, 32), False, "non-linear"),
-        ("stage1.1.act", (1, 16, 32, 32), False, "non-linear"),
+        ("conv1", (2, 16, 32, 32), False, "non-linear"),
+        ("stage1.0.act", (2, 16, 32, 32), False, "non-linear"),
+        ("stage1.1.act", (2, 16, 32, 32), False, "non-linear"),
     ]
 
 
@@ -102,8 +103,8 @@ def tokens(block: str, gelu: str, width: int) -> list[tuple]:
         fact
         for at in (0, 1)
         for fact in (
-            (f"{block.format(at)}.{gelu}", (1, 17, width), True, "non-linear"),
-            (block.format(at), (1, 17, 16), True, "residual"),
+            (f"{block.format(at)}.{gelu}", (2, 17, width), True, "non-linear"),
+            (block.format(at), (2, 17, 16), True, "residual"),
         )
     ]
 
@@ -128,7 +129,7 @@ def test_vision_transformer_of_transformers():
     model = transformers.ViTModel(transformers.ViTConfig(**small, image_size=32, patch_size=8))
     *layers, pooler = facts(found(model))
     assert [layer[1:] for layer in layers] == [layer[1:] for layer in tokens("{}", "", 48)]
-    assert pooler == ("pooler.activation", (1, 16), True, "non-linear")
+    assert pooler == ("pooler.activation", (2, 16), True, "non-linear")
 
 
 CONVNEXT = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
@@ -137,10 +138,10 @@ CONVNEXT = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]
 def test_convnext_is_channels_last_inside_its_blocks_only():
     """GELUs on [N, H, W, C], which is told by the linear map before; the stream itself is [N, C, H, W]."""
     assert facts(found(ConvNeXt(CONVNEXT, num_classes=3))) == [
-        ("features.1.0.block.4", (1, 8, 8, 32), True, "non-linear"),
-        ("features.1.0", (1, 8, 8, 8), False, "residual"),
-        ("features.3.0.block.4", (1, 4, 4, 64), True, "non-linear"),
-        ("features.3.0", (1, 16, 4, 4), False, "residual"),
+        ("features.1.0.block.4", (2, 8, 8, 32), True, "non-linear"),
+        ("features.1.0", (2, 8, 8, 8), False, "residual"),
+        ("features.3.0.block.4", (2, 4, 4, 64), True, "non-linear"),
+        ("features.3.0", (2, 16, 4, 4), False, "residual"),
     ]
 
 
@@ -156,14 +157,14 @@ def test_swin_is_channels_last_throughout(library):
     layers = found(model, example=torch.randn(1, 3, 56, 56))
     assert [layer.kind for layer in layers] == ["non-linear", "residual"] * 2
     assert all(layer.channels_last for layer in layers)
-    assert [tuple(layer.output) for layer in layers[1::2]] == [(1, 14, 14, 12), (1, 7, 7, 24)]
+    assert [tuple(layer.output) for layer in layers[1::2]] == [(2, 14, 14, 12), (2, 7, 7, 24)]
 
 
 def test_a_reshape_keeps_what_is_known():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(2), nn.ReLU(), nn.Unflatten(2, (30, 30)), nn.ReLU())
-    assert facts(found(model)) == [("2", (1, 6, 900), False, "non-linear"), ("4", (1, 6, 30, 30), False, "non-linear")]
+    assert facts(found(model)) == [("2", (2, 6, 900), False, "non-linear"), ("4", (2, 6, 30, 30), False, "non-linear")]
     model = nn.Sequential(nn.Flatten(2), nn.Linear(1024, 5), nn.Unflatten(1, (1, 3)), nn.ReLU())
-    assert facts(found(model)) == [("3", (1, 1, 3, 5), True, "non-linear")]
+    assert facts(found(model)) == [("3", (2, 1, 3, 5), True, "non-linear")]
 
 
 @pytest.mark.parametrize("layer", ["features.1.0.block.4", "features.1.0", "features.3.0"])
@@ -210,10 +211,10 @@ def test_transformer_encoder(activation):
     first, second = encoder(activation, batch_first=True), Swapped(encoder(activation, batch_first=False))
     x = torch.randn(11, 5, 8, dtype=torch.float64)
     assert facts(found(first, example=x[:1])) == [
-        (f"layers.{at}.dropout", (1, 5, 24), True, "non-linear") for at in (0, 1)
+        (f"layers.{at}.dropout", (2, 5, 24), True, "non-linear") for at in (0, 1)
     ]
     assert facts(found(second, example=x[:1])) == [
-        (f"encoder.layers.{at}.dropout", (5, 1, 24), True, "non-linear") for at in (0, 1)
+        (f"encoder.layers.{at}.dropout", (5, 2, 24), True, "non-linear") for at in (0, 1)
     ]
     views = ["token", "pool", "flatten"]
     mine = {s.key: s for s in measure(first, x.split(4), views=views)}
@@ -241,21 +242,56 @@ class Functional(nn.Module):
         return self.head(torch.tanh(F.relu(x.mean((2, 3)))))
 
 
-def test_functions_that_no_module_puts_out_are_a_warning():
-    with pytest.warns(UserWarning, match=r"Functional calls relu, tanh as functions 3 time\(s\) inside larger modules"):
-        assert names(Functional()) == ["act"]
+def test_functions_that_no_module_returns_are_layers_of_their_own():
+    """Named after the module that calls them; a second call has a number."""
+    assert facts(found(Functional())) == [
+        ("act", (2, 4, 30, 30), False, "non-linear"),
+        ("relu", (2, 4, 30, 30), False, "non-linear"),
+        ("relu#2", (2, 4), True, "non-linear"),
+        ("tanh", (2, 4), True, "non-linear"),
+    ]
+    assert names(Functional(), "relu") == ["relu", "relu#2"]
+    assert names(Functional(), ["relu#2", "head"]) == ["relu#2", "head"]
 
 
-def test_nothing_but_functions_is_refused():
+def test_a_function_is_measured_in_the_pass():
+    """A network whose activations are all functions, against its own computation in numpy."""
+    model, x = Functional().double().eval(), torch.randn(9, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        first = F.relu(model.act(model.conv(x)) - 0.1)
+        second = F.relu(first.mean((2, 3)))
+    true = {"relu": first.permute(0, 2, 3, 1).reshape(-1, 4), "relu#2": second, "tanh": second.tanh()}
+    spectra = measure(model, x.split(4), layers=["relu", "tanh"], views=["channel"], centred=[False])
+    assert [s.layer for s in spectra] == [*true]
+    for s in spectra:
+        a = true[s.layer].numpy()
+        assert np.abs(s.singular_values.numpy() - np.linalg.svd(a, compute_uv=False) / len(a) ** 0.5).max() < 1e-7
+
+
+def test_a_function_of_the_whole_network_is_found():
     class Bare(nn.Sequential):
         def forward(self, x):
             return F.relu(super().forward(x)) * 2
 
-    with (
-        pytest.warns(UserWarning, match=r"Bare calls relu as functions 1 time\(s\)"),
-        pytest.raises(UsageError, match=r"probe.layers \(auto\) matches no layer of Bare: choose among 0, 1"),
-    ):
-        names(Bare(nn.Flatten(), nn.Linear(3 * 32**2, 4)))
+    assert names(Bare(nn.Flatten(), nn.Linear(3 * 32**2, 4))) == ["relu"]
+
+
+def test_no_non_linearity_is_refused():
+    with pytest.raises(UsageError, match=r"probe.layers \(auto\) matches no layer of Sequential: choose among 0, 1"):
+        names(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32**2, 4)))
+
+
+def test_a_function_with_the_name_of_a_module():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(F.relu(self.relu(x)))
+
+    assert names(Named(), example=torch.randn(2, 4)) == ["relu()"]
+    assert names(Named(), "relu", example=torch.randn(2, 4)) == ["relu"]
 
 
 class Swish(nn.Module):
@@ -278,7 +314,7 @@ class Gated(nn.Module):
 
 def test_activations_written_by_hand():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), Swish(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Gated(), nn.Linear(6, 2))
-    assert facts(found(model)) == [("1", (1, 6, 30, 30), False, "non-linear"), ("4", (1, 6), True, "non-linear")]
+    assert facts(found(model)) == [("1", (2, 6, 30, 30), False, "non-linear"), ("4", (2, 6), True, "non-linear")]
 
 
 def test_inplace_non_linearities():

@@ -146,8 +146,8 @@ def report(model: nn.Module, world: World, dtype: torch.dtype) -> dict:
     start = copy.deepcopy(twin.state_dict())
     twin.load_state_dict(unwrapped(model).state_dict())
     return {
-        "wrapped": spectra(model, batches[world.rank :: world.size], world),
-        "alone": spectra(twin, batches),
+        "wrapped": spectra(model, batches[world.rank :: world.size]),  # of all ranks of the process group
+        "alone": spectra(twin, batches, World()),
         "sharded": spectra(twin, batches[world.rank :: world.size], world),
         "moved": max(float((twin.state_dict()[key] - value).abs().max()) for key, value in start.items()),
         "dtypes": {value.dtype for value in unwrapped(model).parameters()},
@@ -253,3 +253,75 @@ def under_fsdp(world: World) -> str:
 def test_fsdp_is_refused(crews):
     for answer in crews[2](under_fsdp):
         assert "is sharded over ranks (ZeRO stage 3 or FSDP)" in answer
+
+
+def words_of_each(world: World) -> dict[str, str]:
+    """What each kind of disagreement says on this rank."""
+    other = world.rank == 1
+    narrow, wide = (nn.Sequential(nn.Linear(4, width), nn.ReLU()).double() for width in (3, 5))
+    inputs = torch.randn(6, 4, dtype=torch.float64)
+    cases = {
+        "shape": lambda: measure(narrow, [inputs[:, :3] if other else inputs]),
+        "dtype": lambda: measure(narrow, [inputs.float() if other else inputs]),
+        "layers": lambda: measure(wide if other else narrow, [inputs]),
+        "names": lambda: measure(narrow, [inputs], layers="2" if other else "1"),
+        "failure": lambda: measure(Failing(fails=other), [inputs]),
+        "samples": lambda: len(measure(narrow, [] if other else [inputs])),
+    }
+    out = {}
+    for name, call in cases.items():
+        try:
+            out[name] = str(call())
+        except UsageError as error:
+            out[name] = str(error)
+    return out
+
+
+class Failing(nn.Module):
+    """Fails in the pass after the traced one."""
+
+    def __init__(self, *, fails: bool) -> None:
+        super().__init__()
+        self.net, self.fails = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).double(), fails
+
+    def forward(self, x):
+        if self.fails and len(x) > 2:
+            raise ValueError("not today")
+        return self.net(x)
+
+
+def test_ranks_that_disagree_are_told_in_one_sentence(crews):
+    """Nobody waits for ever; a rank without samples is no disagreement."""
+    first, second = crews[2](words_of_each)
+    for name in ("shape", "dtype"):
+        assert first[name] == "the network cannot be traced on another rank, which reports why"
+        assert second[name] == "rank 1 has inputs of another shape or dtype than rank 0: give all ranks one kind"
+    assert first["layers"] == second["layers"]
+    assert first["layers"].startswith("ranks find different layers, or layers of different shapes")
+    assert first["names"] == "the network cannot be traced on another rank, which reports why"
+    assert second["names"].startswith("probe.layers (2) matches no layer")
+    assert first["failure"] == "the network failed in a forward pass on another rank, which reports why"
+    assert "(ValueError: not today)" in second["failure"]
+    assert first["samples"] == second["samples"] == "2"
+
+
+def mixture_of(world: World) -> tuple[list[str], list[str]]:
+    """Experts that run for the samples of rank 1 only, and those whose traced call is missing there."""
+    import warnings
+
+    from tests.probes.test_functions import Halves, halves
+
+    found = []
+    for first in (True, False):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            spectra = measure(Halves(4), [halves(first=first)[world.rank]])
+        found.append((sorted({s.layer for s in spectra}), [str(w.message) for w in caught]))
+    return found
+
+
+def test_a_layer_that_runs_on_one_rank_only_is_left_out_on_all(crews):
+    for (traced, says_traced), (untraced, says_untraced) in crews[2](mixture_of):
+        assert traced == untraced == ["a.1"]
+        assert any("layer b.1" in words and "left out" in words for words in says_traced)
+        assert any("b.0, b.1 did not run for the two traced samples" in words for words in says_untraced)

@@ -136,9 +136,9 @@ def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):
     """1.5 s for the first step, a moment for every other: 5% of that pays for no measurement but those at the ends."""
     measure, first = ProbeObserver.__call__, [1.5]
 
-    def slow(self: ProbeObserver, model: nn.Module, *, controls: bool) -> Observation:
+    def slow(self: ProbeObserver, model: nn.Module, **options: bool) -> Observation:
         time.sleep(0.1)
-        return measure(self, model, controls=controls)
+        return measure(self, model, **options)
 
     def progress(done: int, total: int, note: str) -> None:
         if done == 1 and first:

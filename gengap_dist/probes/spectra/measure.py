@@ -6,24 +6,33 @@ activations of its own inputs and sends rows to other ranks only when columns ar
 together are measured in several passes over the inputs, in blocks of columns if necessary.
 """
 
+import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.measures import Method
 from gengap_dist.config.metric_key import layer_metric
-from gengap_dist.distributed.process_group import World
+from gengap_dist.distributed.process_group import World, initialized_world
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.activations import capture_activations, eval_context, unwrapped
+from gengap_dist.probes.activations import (
+    capture_activations,
+    device_of,
+    eval_context,
+    leaf_names,
+    leaves_that_run,
+    unwrapped,
+)
 from gengap_dist.probes.layer_view import LayerView, build_layer_views, columns
-from gengap_dist.probes.layers import Layer, Pattern, select_layers
+from gengap_dist.probes.layers import Pattern, select_layers
 from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, PrimalAccumulator, merge_ranks
 from gengap_dist.probes.spectra.layer_spectrum import ACTIVATION_FLOORS, LayerSpectrum
+from gengap_dist.probes.trace import Layer
 
 INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
 STREAM_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}  # of a float64 block: about one cache; enough for a GPU
@@ -53,16 +62,19 @@ def measure(
             (mean over positions, N x C), `flatten` (N x (C H W)); of tokens [N, T, D]: `token` ((N T) x D), `pool`,
             `flatten`. [N, D] has only one view.
         centred: False: the raw matrix; True: with column means subtracted.
-        world: the participating ranks; None for this process only.
+        world: the participating ranks; None: those of torch.distributed's process group, or this process only if there
+            is none.
         memory_mib: maximum memory of matrices, stored activations and buffers on this rank, in MiB.
         method: `gram` (float64 Gram matrices; floor 6e-8 s_1) or `tsqr` (QR factors, slower; floor 1e-14 s_1).
 
     Returns:
         One spectrum per layer, view and centring, in the order in which layers run, identical on every rank. A layer
-        with a non-finite activation is skipped, with a warning.
+        with a non-finite activation is left out, with a warning; so is one that `auto` finds and that does not put out
+        the same number of rows for every sample.
 
     Raises:
-        UsageError: if a name matches no layer, a layer does not output a matrix, there are fewer than 2 samples, or the
+        UsageError: on every rank, if a name matches no layer, a layer that is named does not put out the same number of
+            rows for every sample, ranks have different inputs or layers, there are fewer than 2 samples, or the
             smallest matrix that a layer needs exceeds `memory_mib`.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())
@@ -72,7 +84,7 @@ def measure(
     [3.0, 1.0]
     """
     model = unwrapped(model)
-    world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
+    world = world or initialized_world(device_of(model))
     inputs = list(batches) if iter(batches) is batches else batches
     patterns = [layers] if isinstance(layers, str | type) else layers
     counts = _count_inputs(inputs, world)
@@ -80,33 +92,40 @@ def measure(
         raise UsageError(f"the probe set holds {sum(counts)} sample(s), needs at least 2: give more inputs")
     spectra: dict[int, list[LayerSpectrum]] = {}
     with eval_context(model):
-        layer_views = build_layer_views(
-            select_layers(model, _example_input(inputs, world), patterns), views, sum(counts)
-        )
+        example, problem = _example_inputs(inputs, counts, world)
+        with leaves_that_run(model) as traced:
+            layer_views = _agreed_layer_views(
+                lambda: build_layer_views(select_layers(model, example, patterns), views, sum(counts)), problem, world
+            )
         block_bytes = stream_bytes(world.device.type, memory_mib)
         accumulators: dict[int, PrimalAccumulator | DualAccumulator] = {}
-        for blocks in plan_passes(layer_views, max(counts), memory_mib):
+        left_out: set[str] = set()
+        for pass_number, planned_blocks in enumerate(plan_passes(layer_views, max(counts), memory_mib)):
+            blocks = [block for block in planned_blocks if layer_views[block.view_index].layer.name not in left_out]
+            if not blocks:
+                continue
             for number in dict.fromkeys(block.view_index for block in blocks):
                 view = layer_views[number]
                 if number not in accumulators:  # already there if its columns take several passes
                     accumulators[number] = (DualAccumulator if view.is_wide else PrimalAccumulator)(
                         METHODS[method](view.size, world.device)
                     )
-            stored_columns = _run_pass(
-                model, inputs, layer_views, blocks, accumulators, counts[world.rank], block_bytes
-            )
-            for block, own_rows_nw in stored_columns.items():
+            one_pass = _Pass(model, layer_views, blocks, accumulators, counts[world.rank], block_bytes)
+            left_out |= one_pass.run(inputs, world, None if pass_number else traced)
+            blocks = [block for block in blocks if layer_views[block.view_index].layer.name not in left_out]
+            for block, own_rows_nw in one_pass.stored_columns(blocks, world.device).items():
                 view, accumulator = layer_views[block.view_index], accumulators[block.view_index]
                 assert isinstance(accumulator, DualAccumulator)
                 accumulator.redistribute_columns(
                     own_rows_nw, [count * view.rows_per_input for count in counts], world, block_bytes
                 )
-            del stored_columns
+            del one_pass
             complete = {block.view_index for block in blocks if block.stop == layer_views[block.view_index].num_units}
             complete_accumulators = {number: accumulators.pop(number) for number in sorted(complete)}
-            merge_ranks(list(complete_accumulators.values()), world)
-            spectra |= _solve(complete_accumulators, layer_views, centred, world)
-    return [spectrum for number in range(len(layer_views)) for spectrum in spectra[number]]
+            if complete_accumulators:
+                merge_ranks(list(complete_accumulators.values()), world)
+                spectra |= _solve(complete_accumulators, layer_views, centred, world)
+    return [spectrum for number in range(len(layer_views)) for spectrum in spectra.get(number, [])]
 
 
 class ColumnBlock(NamedTuple):
@@ -164,72 +183,201 @@ def _count_inputs(inputs: Iterable[Tensor], world: World) -> list[int]:
     return [int(count) for count in world.all_reduce(counts)]
 
 
-def _example_input(inputs: Iterable[Tensor], world: World) -> Tensor:
-    """One input: the first of this rank, or zeros with the shape of other ranks' inputs. Collective."""
-    own_input = next((batch[:1] for batch in inputs if len(batch)), None)
-    shared_facts = torch.zeros(10, dtype=torch.float64, device=world.device)  # ranks with inputs, dtype, shape
-    if own_input is not None:
-        shared_facts[: own_input.ndim + 1] = shared_facts.new_tensor(
-            [1, INPUT_DTYPES.index(own_input.dtype), *own_input.shape[1:]]
+def _example_inputs(inputs: Iterable[Tensor], counts: Sequence[int], world: World) -> tuple[Tensor, str]:
+    """Two inputs, the same on every rank: the first of the first rank that has any; a single one twice. Collective.
+
+    Returns:
+        The inputs, and what is wrong with this rank's own, or ''.
+    """
+    own = next((batch[:2] for batch in inputs if len(batch)), None)
+    if own is not None:
+        own = torch.cat([own, own])[:2]
+        if world.size == 1:
+            return own, ""
+    first = next(rank for rank, count in enumerate(counts) if count)
+    own_facts: list[float] = []
+    if own is not None:
+        own_facts = [INPUT_DTYPES.index(own.dtype) if own.dtype in INPUT_DTYPES else -1, *own.shape[1:]]
+    facts = torch.zeros(10, dtype=torch.float64, device=world.device)  # dtype, shape
+    if world.rank == first:
+        facts[: len(own_facts)] = facts.new_tensor(own_facts)
+    dtype, *sizes = map(int, world.all_reduce_to_cpu(facts).tolist())
+    sizes = [size for size in sizes if size]
+    problem = ""
+    if own is not None and own_facts != [dtype, *sizes]:
+        problem = f"rank {world.rank} has inputs of another shape or dtype than rank {first}: give all ranks one kind"
+    if dtype < 0:
+        known = ", ".join(str(each).removeprefix("torch.") for each in INPUT_DTYPES)
+        problem = f"inputs have a dtype that cannot be sent to other ranks: choose among {known}"
+    example = torch.zeros(2, *sizes, dtype=torch.float64, device=world.device)
+    if world.rank == first and own is not None:
+        example.copy_(own)
+    return world.all_reduce(example).to(INPUT_DTYPES[dtype]), problem
+
+
+def _agreed_layer_views(choose: Callable[[], list[LayerView]], problem: str, world: World) -> list[LayerView]:
+    """What `choose` returns, which must be the same on every rank. Collective.
+
+    Raises:
+        UsageError: if it is not, if `choose` failed on a rank, or if a rank has a `problem`.
+    """
+    views: list[LayerView] = []
+    failure: Exception | None = UsageError(problem) if problem else None
+    if failure is None:
+        try:
+            views = choose()
+        except Exception as error:  # of any network: the other ranks wait
+            failure = error
+    facts = [(view.layer._replace(module=nn.Identity()), *view[1:]) for view in views]
+    digest = int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:6])  # exact in float64
+    shared = torch.tensor([failure is not None, world.rank == 0 and digest], dtype=torch.float64, device=world.device)
+    num_failed, of_rank_0 = world.all_reduce_to_cpu(shared).tolist()
+    if failure is not None:
+        _raise_failure(failure)
+    if num_failed:
+        raise UsageError("the network cannot be traced on another rank, which reports why")
+    if world.all_reduce_to_cpu(shared.new_tensor([digest != of_rank_0])).any():
+        raise UsageError(
+            "ranks find different layers, or layers of different shapes: give all ranks the same network and layers"
         )
-    shared_facts = world.all_reduce(shared_facts)
-    if own_input is not None:
-        return own_input
-    dtype, *dims = (int(value / shared_facts[0]) for value in shared_facts[1:])
-    return torch.zeros(1, *filter(None, dims), dtype=INPUT_DTYPES[dtype], device=world.device)
+    return views
 
 
-def _run_pass(
-    model: nn.Module,
-    inputs: Iterable[Tensor],
-    layer_views: Sequence[LayerView],
-    blocks: Sequence[ColumnBlock],
-    accumulators: Mapping[int, PrimalAccumulator | DualAccumulator],
-    count: int,
-    block_bytes: int,
-) -> dict[ColumnBlock, Tensor]:
-    """One pass over this rank's inputs: adds rows of D <= N views, returns columns of wide ones [rows, columns]."""
-    stored_columns: dict[ColumnBlock, Tensor] = {}
-    filled: Counter[ColumnBlock] = Counter()
-    blocks_by_layer: dict[str, list[ColumnBlock]] = {}
-    for block in blocks:
-        blocks_by_layer.setdefault(layer_views[block.view_index].layer.name, []).append(block)
+def _raise_failure(failure: Exception) -> NoReturn:
+    """Raise what a forward pass of the network raised, as one sentence."""
+    if isinstance(failure, UsageError | torch.OutOfMemoryError | MemoryError):
+        raise failure
+    raise UsageError(
+        f"the network failed in a forward pass in eval mode ({type(failure).__name__}: {failure}): give inputs that it "
+        "takes"
+    ) from failure
 
-    def add_activation(layer: Layer, activation: Tensor) -> None:
-        if activation.numel() != num_inputs * layer.output.numel():
-            raise UsageError(
-                f"layer {layer.name} outputs {list(activation.shape)} for {num_inputs} samples "
-                f"and {list(layer.output)} for one, so its rows do not belong to samples: leave it out of probe.layers"
+
+class _Pass:
+    """One pass over this rank's inputs: adds rows of D <= N views, and stores columns of wide ones."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer_views: Sequence[LayerView],
+        blocks: Sequence[ColumnBlock],
+        accumulators: Mapping[int, PrimalAccumulator | DualAccumulator],
+        count: int,
+        block_bytes: int,
+    ) -> None:
+        """A pass for `blocks`, over `count` inputs in total."""
+        self.model, self.layer_views, self.blocks, self.accumulators = model, layer_views, blocks, accumulators
+        self.count, self.block_bytes = count, block_bytes
+        self.blocks_by_layer: dict[str, list[ColumnBlock]] = {}
+        for block in blocks:
+            self.blocks_by_layer.setdefault(layer_views[block.view_index].layer.name, []).append(block)
+        self.layers = list(
+            {view.layer.name: view.layer for view in (layer_views[b.view_index] for b in blocks)}.values()
+        )
+        self.num_inputs = 0  # of the current batch
+        self.problems: dict[str, str] = {}
+        """Layer name to why its rows on this rank are not those of its inputs."""
+        self._stored: dict[ColumnBlock, Tensor] = {}
+        self._filled: Counter[ColumnBlock] = Counter()
+
+    def run(self, inputs: Iterable[Tensor], world: World, traced: set[str] | None) -> set[str]:
+        """Pass all inputs through the network. Collective.
+
+        Args:
+            inputs: this rank's batches.
+            world: the ranks.
+            traced: names of the modules without children that ran in the traced pass, to warn of others; None: do not.
+
+        Returns:
+            The names of layers that do not have the same number of rows for every input on every rank.
+
+        Raises:
+            UsageError: if the user named such a layer, or the network failed on a rank.
+        """
+        failure: Exception | None = None
+        with leaves_that_run(self.model) as ran:
+            try:
+                self._forward(inputs)
+            except Exception as error:  # of any network: the other ranks wait
+                failure = error
+        leaves = [] if traced is None else leaf_names(self.model)
+        own = [failure is not None, *(layer.name in self.problems for layer in self.layers)]
+        own += [name in ran and name not in (traced or ()) for name in leaves]
+        flags = torch.tensor(own, dtype=torch.float64, device=world.device)
+        failed, *flagged = (world.all_reduce_to_cpu(flags) > 0).tolist()
+        if failure is not None:
+            _raise_failure(failure)
+        if failed:
+            raise UsageError("the network failed in a forward pass on another rank, which reports why")
+        wrong = [layer for layer, flag in zip(self.layers, flagged, strict=False) if flag]
+        for layer in wrong:
+            problem = self.problems.get(layer.name, f"layer {layer.name} has wrong rows, as another rank reports")
+            if layer.is_asked:
+                raise UsageError(f"{problem}: leave it out of probe.layers")
+            warnings.warn(f"{problem}: it is left out", stacklevel=3)
+        if extra := [name for name, flag in zip(leaves, flagged[len(self.layers) :], strict=True) if flag]:
+            warnings.warn(
+                f"{', '.join(extra[:5])}{', ...' * (len(extra) > 5)} did not run for the two traced samples and ran "
+                "for others: not measured",
+                stacklevel=3,
             )
-        for block in blocks_by_layer[layer.name]:
-            view, accumulator = layer_views[block.view_index], accumulators[block.view_index]
-            if view.is_wide and block not in stored_columns:
-                rows = count * view.rows_per_input
-                stored_columns[block] = activation.new_empty(rows, block.stop - block.start, dtype=view.dtype)
-            for part in activation.split(max(1, block_bytes // (8 * activation[0].numel()))):
+        return {layer.name for layer in wrong}
+
+    def stored_columns(self, blocks: Sequence[ColumnBlock], device: torch.device) -> dict[ColumnBlock, Tensor]:
+        """The columns of wide views among `blocks`, [rows, columns]; without rows on a rank without inputs."""
+        wide = [block for block in blocks if self.layer_views[block.view_index].is_wide]
+        return {
+            block: self._stored[block]
+            if block in self._stored
+            else torch.empty(0, block.stop - block.start, dtype=self.layer_views[block.view_index].dtype, device=device)
+            for block in wide
+        }
+
+    def _forward(self, inputs: Iterable[Tensor]) -> None:
+        with capture_activations(self.model, self.layers, self._add_activation) as capture:
+            for batch in inputs:
+                self.num_inputs = len(batch)
+                if not self.num_inputs:
+                    continue
+                capture.begin_pass()
+                self.model(batch)
+                for layer in self.layers:
+                    if capture.calls[id(layer.module), layer.function] != layer.num_calls:
+                        self.problems.setdefault(
+                            layer.name,
+                            f"layer {layer.name} ran {capture.calls[id(layer.module), layer.function]} time(s) in one "
+                            f"pass and {layer.num_calls} in another, so its rows do not belong to samples",
+                        )
+
+    def _add_activation(self, layer: Layer, activation: Any) -> None:
+        per_two = layer.output.numel()
+        if (
+            not isinstance(activation, Tensor)
+            or 2 * activation.numel() != self.num_inputs * per_two
+            or not (activation.shape[0] == self.num_inputs if layer.output[0] == 2 else True)
+            or activation.shape[-1 if layer.channels_last else 1] != layer.output[-1 if layer.channels_last else 1]
+        ):
+            shape = list(activation.shape) if isinstance(activation, Tensor) else type(activation).__name__
+            self.problems.setdefault(
+                layer.name,
+                f"layer {layer.name} outputs {shape} for {self.num_inputs} samples and {list(layer.output)} for two, "
+                "so its rows do not belong to samples",
+            )
+        if layer.name in self.problems:
+            return
+        for block in self.blocks_by_layer[layer.name]:
+            view, accumulator = self.layer_views[block.view_index], self.accumulators[block.view_index]
+            if view.is_wide and block not in self._stored:
+                rows = self.count * view.rows_per_input
+                self._stored[block] = activation.new_empty(rows, block.stop - block.start, dtype=view.dtype)
+            for part in activation.split(max(1, self.block_bytes // (8 * activation[0].numel()))):
                 matrix_Dn = columns(part, view.view, channels_last=layer.channels_last)
                 if isinstance(accumulator, PrimalAccumulator):
                     accumulator.add(matrix_Dn)
                 else:
-                    at = filled[block]
-                    filled[block] += matrix_Dn.shape[1]
-                    stored_columns[block][at : filled[block]] = matrix_Dn[block.start : block.stop].T
-
-    with capture_activations(
-        [layer_views[block.view_index].layer for block in blocks], add_activation
-    ) as reset_call_counts:
-        for batch in inputs:
-            if num_inputs := len(batch):
-                reset_call_counts()
-                model(batch)
-    device = next(iter(accumulators.values())).spectrum.squared_row_norms().device
-    nothing = (
-        block for block in blocks if layer_views[block.view_index].is_wide and block not in stored_columns
-    )  # this rank has no inputs
-    stored_columns |= {
-        p: torch.empty(0, p.stop - p.start, dtype=layer_views[p.view_index].dtype, device=device) for p in nothing
-    }
-    return {block: stored_columns[block] for block in blocks if block in stored_columns}
+                    at = self._filled[block]
+                    self._filled[block] += matrix_Dn.shape[1]
+                    self._stored[block][at : self._filled[block]] = matrix_Dn[block.start : block.stop].T
 
 
 def _solve(

@@ -17,7 +17,8 @@ from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.parallel.strategies import Strategy
 from gengap_dist.probes.activations import capture_activations, eval_context
-from gengap_dist.probes.layers import Layer, select_layers
+from gengap_dist.probes.layers import select_layers
+from gengap_dist.probes.trace import Layer
 from gengap_dist.training.step import Objective, StepBatch
 from gengap_dist.training.tasks import Task
 
@@ -94,10 +95,10 @@ class RankPenalty(Objective):
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)  # [rows, D + 1]
             sums[layer.name] += rows.T @ rows  # sums of h h^T and h, and the number of rows
 
-        with torch.no_grad(), frozen_running_stats(model), capture_activations(layers, add) as reset_call_counts:
+        with torch.no_grad(), frozen_running_stats(model), capture_activations(model, layers, add) as capture:
             for span in step_batch.spans:
                 if span.size or strategy.has_sync_bn:
-                    reset_call_counts()
+                    capture.begin_pass()
                     strategy.position.move_to(span.start, len(step_batch.indices), world.size, *step_batch.rng_key)
                     inputs, _ = batches(
                         step_batch.indices[span.start : span.stop] if span.size else step_batch.indices[:1],
@@ -122,10 +123,10 @@ class RankPenalty(Objective):
                 rows = _rows(layer, output).to(kind) - mean_D
                 self._terms.append((rows @ matrix_DD * rows).sum())
 
-        with capture_activations(layers, add_penalty) as reset_call_counts:
+        with capture_activations(model, layers, add_penalty) as capture:
 
             def reset(module: nn.Module, args: object) -> None:
-                reset_call_counts()
+                capture.begin_pass()
                 self._terms.clear()
 
             hook = model.register_forward_pre_hook(reset)

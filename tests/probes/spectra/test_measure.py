@@ -15,8 +15,8 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
 from gengap_dist.probes.layer_view import LayerView
-from gengap_dist.probes.layers import Layer
 from gengap_dist.probes.spectra.measure import plan_passes
+from gengap_dist.probes.trace import Layer
 
 NUM = 201  # splits into blocks of 32 with a short last one: uneven on 2 and on 3 ranks
 
@@ -139,7 +139,7 @@ def test_model_is_left_as_found():
 
 def test_model_is_left_as_found_when_the_forward_pass_fails():
     model = Fussy().train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UsageError, match=r"the network failed in a forward pass.*RuntimeError: .*channels"):
         measure(model, [torch.randn(9, 3, 8, 8)])
     assert model.training
     assert not model.act._forward_hooks
@@ -183,7 +183,7 @@ def test_a_budget_that_is_too_small():
 
 
 def test_passes_keep_the_budget():
-    layer = Layer("x", nn.Identity(), 1, torch.Size([1, 8, 8, 8]), torch.float32, False, "")
+    layer = Layer("x", nn.Identity(), 1, torch.Size([2, 8, 8, 8]), torch.float32, False, "")
     sites = [LayerView(layer, "flatten", 1, 100, width) for width in (4_000, 50, 300_000, 90_000, 700)]
     budget = 2**20 * 3 // 4
     passes = plan_passes(sites, 60, 1)
@@ -213,8 +213,12 @@ def test_a_small_budget_gives_the_same_spectra():
 
 
 def test_a_layer_that_puts_out_no_tensor():
-    with pytest.raises(UsageError, match="layer 0 outputs tuple"):
-        measure(nn.Sequential(nn.LSTM(4, 4), nn.Identity()), [torch.randn(2, 3, 4)], layers="0")
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(UsageError, match="layer 0 outputs tuple, needs one tensor"):
+        measure(nn.Sequential(Pair(), nn.Identity()), [torch.randn(2, 3, 4)], layers="0")
 
 
 def test_a_layer_whose_rows_are_not_the_samples():
@@ -222,7 +226,7 @@ def test_a_layer_whose_rows_are_not_the_samples():
         def forward(self, x):
             return x.T @ x
 
-    with pytest.raises(UsageError, match=r"layer 0 outputs \[4, 4\] for 5 samples and \[4, 4\] for one"):
+    with pytest.raises(UsageError, match=r"layer 0 outputs \[4, 4\] for 5 samples and \[4, 4\] for two.*leave it out"):
         measure(nn.Sequential(Summary(), nn.Identity()), [torch.randn(5, 4)], layers="0")
 
 
@@ -235,6 +239,8 @@ def test_fewer_than_two_samples():
 def test_views_that_a_layer_does_not_have():
     model, inputs = setting("lenet5", torch.float32)
     with pytest.raises(UsageError, match=r"probe.views \(token\) do not apply to layer conv1.*add channel or pool or"):
-        measure(model, [inputs], views=["token"])
+        measure(model, [inputs], views=["token"], layers="conv1")
+    with pytest.warns(UserWarning, match=r"probe.views \(token\) do not apply to conv1, conv2: not measured"):
+        assert {s.layer for s in measure(model, [inputs], views=["token"])} == {"fc1", "fc2"}
     with pytest.raises(UsageError, match=r"probe.views \(chanel\) is not a view"):
         measure(model, [inputs], views=["chanel"])

@@ -1,0 +1,484 @@
+"""Follows a forward pass: which modules run, which non-linear functions are called, and what dimension holds the units.
+
+A non-linearity is an activation function (`ACTIVATIONS`), or an element-wise function of one tensor that people write
+by hand, such as `x * (x > 0)` or `0.5 * x * (1 + erf(x / 2**0.5))`. If a module returns its result, it belongs to the
+module; otherwise it is a layer of its own, named after the innermost module that called it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+ACTIVATIONS = {
+    "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "tanh", "sigmoid",
+    "softplus", "hardswish", "hardtanh", "hardsigmoid", "logsigmoid", "log_sigmoid", "glu", "softsign", "tanhshrink",
+    "hardshrink", "softshrink", "threshold", "softmax", "expit",
+}  # fmt: skip
+"""Names of torch functions; each result is a layer."""
+CURVED = {
+    "abs", "absolute", "arctan", "asinh", "atan", "clamp", "clamp_max", "clamp_min", "clip", "cos", "cosh", "erf",
+    "erfc", "exp", "exp2", "expm1", "fmax", "fmin", "ge", "gt", "le", "lt", "max", "maximum", "min", "minimum", "pow",
+    "sign", "sin", "sinc", "sinh", "square", "tan",
+}  # fmt: skip
+"""Element-wise functions that are not linear: an activation function may consist of several."""
+STRAIGHT = {
+    "add", "bfloat16", "clone", "contiguous", "div", "divide", "double", "dropout", "float", "half", "iadd", "idiv",
+    "imul", "isub", "itruediv", "log", "log1p", "mul", "multiply", "neg", "negative", "rdiv", "reciprocal", "rsqrt",
+    "rsub", "sqrt", "sub", "subtract", "to", "true_divide", "truediv", "type", "type_as", "where",
+}  # fmt: skip
+"""Other element-wise functions: their result is no activation by itself, but may be the end of one."""
+IN_NORMS = {"abs", "exp", "mul", "pow", "square"}
+"""Parts of a norm or a softmax by hand, if a sum over them follows."""
+PRODUCTS = {"mul", "multiply", "imul", "where"}
+MAXIMA = {"max", "maximum", "min", "minimum", "fmax", "fmin"}
+MATRIX_PRODUCTS = {"matmul", "rmatmul", "bmm", "baddbmm", "einsum", "mm"}
+CHANNELS_FIRST = ("conv", "batch_norm", "group_norm", "instance_norm", "max_pool", "avg_pool")
+CHANNELS_LAST = ("linear", "layer_norm", "rms_norm")
+RESHAPES = {"reshape", "view", "flatten", "unflatten"}
+REORDERS = RESHAPES | {"permute", "transpose", "movedim", "moveaxis", "swapaxes"}
+STACKS = RESHAPES | {"stack"}
+
+
+class Layer(NamedTuple):
+    """One call of one module, or of one function inside a module, in a forward pass."""
+
+    name: str
+    """As reported, see `reported_names`; `<module>.<function>` for a function. Later calls of the same module or
+    function have the suffix `#2`, `#3`, ..."""
+    module: nn.Module
+    """Of a function: the innermost module that was running."""
+    call: int
+    """1 for the first call in a forward pass, counted over all calls of the module, or of `function` inside it."""
+    output: Any
+    """Shape of the output for two samples, or the name of its type if it is not a floating-point tensor."""
+    dtype: torch.dtype
+    channels_last: bool
+    """True if units are the last dimension, [N, ..., D]; False if they are the second, [N, D, ...]."""
+    kind: str
+    """`non-linear`, `residual` (a sum of two activations), `linear` (a unit whose `act` is nn.Identity), or empty."""
+    function: str = ""
+    """Name of the torch function that puts out the activation, or empty for a module."""
+    num_calls: int = 1
+    """Calls of the module, or of the function inside it, in the traced pass."""
+    is_asked: bool = False
+    """Whether the user named the layer; `auto` alone did not."""
+
+
+def reported_names(model: nn.Module) -> dict[str, str]:
+    """The name of every module in results: its module name, except that `conv1.act` is reported as `conv1`.
+
+    The models of this package consist of nn.Sequential units whose non-linearity is named `act`. Its output is the
+    layer's output, before any pooling.
+
+    >>> from collections import OrderedDict
+    >>> unit = nn.Sequential(OrderedDict(affine=nn.Linear(1, 1), act=nn.ReLU()))
+    >>> reported_names(nn.Sequential(OrderedDict(fc1=unit)))
+    {'fc1': 'fc1', 'fc1.affine': 'fc1.affine', 'fc1.act': 'fc1'}
+    """
+    modules = uncompiled_modules(model)
+    names = {}
+    for name in modules:
+        parent, _, last = name.rpartition(".")
+        is_unit = last == "act" and type(modules.get(parent)) is nn.Sequential
+        names[name] = parent if is_unit else name
+    return names
+
+
+def uncompiled_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules inside a network by name, without the wrappers of torch.compile, and without TorchScript.
+
+    >>> uncompiled_modules(nn.Sequential(torch.compile(nn.ReLU())))
+    {'0': ReLU()}
+    """
+    # the wrapped module follows its torch.compile wrapper and replaces it in the dict
+    return {
+        name.replace("._orig_mod", ""): module
+        for name, module in model.named_modules()
+        if name and not isinstance(module, torch.jit.ScriptModule)
+    }
+
+
+def scripted_modules(model: nn.Module) -> list[str]:
+    """Names of the outermost modules in TorchScript, which call no hooks."""
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
+def activation_of(module: nn.Module, output: Any) -> Any:
+    """The activation in a module's output: of a recurrent network its outputs at all times, samples first.
+
+    >>> activation_of(nn.LSTM(3, 5), nn.LSTM(3, 5)(torch.zeros(7, 2, 3))).shape
+    torch.Size([2, 7, 5])
+    """
+    if not isinstance(module, nn.RNNBase):
+        return output
+    steps = output[0]
+    return steps.transpose(0, 1) if isinstance(steps, Tensor) and steps.ndim == 3 and not module.batch_first else steps
+
+
+class ModuleStack:
+    """The modules that are running, innermost last, while it is attached."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """For the modules of `model`."""
+        self.model = model
+        self.running: list[nn.Module] = []
+
+    @property
+    def innermost(self) -> nn.Module:
+        """The module that is computing; the network itself outside of all others."""
+        return self.running[-1] if self.running else self.model
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """While open, hooks follow the modules."""
+        handles: list[Any] = []
+        for module in dict.fromkeys(uncompiled_modules(self.model).values()):
+            handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            yield
+        finally:
+            self.running.clear()
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: object) -> None:
+        self.running.append(module)
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        while self.running and self.running.pop() is not module:
+            pass
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """The name of a torch function, the same for its method and its in-place form.
+
+    >>> function_name(torch.relu_), function_name(torch.Tensor.__iadd__)
+    ('relu', 'iadd')
+    """
+    return getattr(function, "__name__", "").strip("_")
+
+
+def function_output(output: Any) -> Any:
+    """The tensor that a function returns; of torch.max over a dimension the values."""
+    return output[0] if isinstance(output, tuple) and output and hasattr(output, "values") else output
+
+
+def trace_calls(model: nn.Module, example: Tensor) -> list[Layer]:
+    """Every call of every module in a forward pass of `example`, and of every non-linear function that belongs to none.
+
+    They are in the order in which they completed.
+    """
+    tracker = _TensorTracker(model, example)
+    calls: list[_Call] = []
+    counts: Counter[int] = Counter()
+    handles = []
+    modules = uncompiled_modules(model)
+    names = reported_names(model)
+    for name, given in names.items():
+        handles.append(modules[name].register_forward_pre_hook(tracker.enter_module))
+        handles.append(modules[name].register_forward_hook(_make_forward_hook(name, given, tracker, calls, counts)))
+    try:
+        with tracker.stack.attached(), tracker:
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for call in calls:
+        if call.claimed is not None and call.claimed.is_attention:
+            call.kind = ""
+    of_modules = [(call.time, call.as_layer(num_calls=counts[id(call.module)])) for call in calls]
+    of_functions = _function_layers(tracker, {id(modules[name]): given for name, given in names.items()}, names)
+    return [layer for _, layer in sorted([*of_modules, *of_functions], key=lambda pair: pair[0])]
+
+
+@dataclass
+class _Candidate:
+    """A result that is the output of an activation function, as far as is known."""
+
+    tensor: Tensor
+    label: str
+    """Name of the last function that is not linear."""
+    module: nn.Module
+    function: str
+    call: int
+    time: int
+    is_complete: bool
+    """Whether it is an activation function; otherwise what follows may belong to it."""
+    is_dropped: bool = False
+    """Whether it is part of another one, or belongs to a module."""
+    is_attention: bool = False
+    """Whether it is a softmax that weights the rows of another tensor."""
+
+
+@dataclass
+class _Call:
+    """A call of a module."""
+
+    name: str
+    module: nn.Module
+    call: int
+    output: Any
+    dtype: torch.dtype
+    channels_last: bool
+    kind: str
+    time: int
+    claimed: _Candidate | None
+
+    def as_layer(self, num_calls: int) -> Layer:
+        return Layer(
+            self.name, self.module, self.call, self.output, self.dtype, self.channels_last, self.kind,
+            num_calls=num_calls,
+        )  # fmt: skip
+
+
+def _make_forward_hook(
+    name: str, reported: str, tracker: "_TensorTracker", calls: list[_Call], counts: Counter[int]
+) -> Callable[..., None]:
+    def ended(module: nn.Module, args: object, output: object) -> None:
+        counts[id(module)] += 1
+        call = counts[id(module)]
+        output = activation_of(module, output)
+        kind, claimed = tracker.exit_module(module, output)
+        if reported != name and isinstance(module, nn.Identity):
+            kind = "linear"  # so a linear network is measured at the same layers as the non-linear one
+        if isinstance(module, nn.RNNBase):
+            kind = "non-linear"
+        shown = f"{reported}#{call}" if call > 1 else reported
+        time = tracker.next_time()
+        if isinstance(output, Tensor) and output.is_floating_point():
+            last = True if isinstance(module, nn.RNNBase) else tracker.channels_last(output)
+            calls.append(_Call(shown, module, call, output.shape, output.dtype, last, kind, time, claimed))
+        else:
+            kind = kind if isinstance(module, nn.RNNBase) else ""
+            calls.append(_Call(shown, module, call, type(output).__name__, torch.float32, False, kind, time, None))
+
+    return ended
+
+
+def _function_layers(
+    tracker: "_TensorTracker", given: dict[int, str], names: dict[str, str]
+) -> list[tuple[int, Layer]]:
+    """The candidates that no module returned, each with its time."""
+    taken = {*names, *names.values()}
+    times_named: Counter[str] = Counter()
+    out = []
+    for found in tracker.candidates:
+        tensor = found.tensor
+        if found.is_dropped or found.is_attention or not tensor.is_floating_point():
+            continue
+        if tensor.ndim > 1 and tensor.shape[-1 if tracker.channels_last(tensor) else 1] == 1:  # as the norm of a row
+            continue
+        owner = given.get(id(found.module), "")
+        name = f"{owner}.{found.label}" if owner else found.label
+        if name in taken:  # a module of this name
+            name += "()"
+        times_named[name] += 1
+        shown = f"{name}#{times_named[name]}" if times_named[name] > 1 else name
+        layer = Layer(
+            shown, found.module, found.call, tensor.shape, tensor.dtype, tracker.channels_last(tensor), "non-linear",
+            found.function, tracker.counts[id(found.module), found.function],
+        )  # fmt: skip
+        out.append((found.time, layer))
+    return out
+
+
+@dataclass
+class _Origin:
+    """What is known of a tensor that comes from the example."""
+
+    source: int
+    """Id of the tensor of which it is an element-wise function; its own if it is none."""
+    is_activation: bool = True
+    """Whether the values are computed from real numbers; not so token numbers and masks."""
+    is_curved: bool = False
+    """Whether that function is not linear."""
+    inside: list[_Candidate] = field(default_factory=list)
+    """Candidates of which the function consists."""
+
+
+class _TensorTracker(TorchFunctionMode):
+    """Tracks tensors through a forward pass: which operation made them, and which dimension holds the units."""
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        self.stack = ModuleStack(model)
+        self.alive: list[Tensor] = [example]  # an id is unique only while the tensor is alive
+        self.residual: set[int] = set()  # sums of two activations that are not yet the output of a module
+        self.units_are_last: dict[int, bool] = {}  # whether units are the last dimension, if known
+        self.made_by: dict[int, str] = {}  # the name of the function
+        self.entered: list[int] = []  # per running module: number of candidates before it
+        self.candidates: list[_Candidate] = []
+        self.origins: dict[int, _Origin] = {id(example): _Origin(id(example), example.is_floating_point())}
+        self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        """Ids of tensors that do not depend on the example."""
+        self.counts: Counter[tuple[int, str]] = Counter()
+        self.time = 0
+
+    def next_time(self) -> int:
+        """A number for every completed call."""
+        self.time += 1
+        return self.time
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        raw, name = getattr(func, "__name__", ""), function_name(func)
+        tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
+        self.counts[id(self.stack.innermost), name] += 1
+        result = function_output(out)
+        if isinstance(result, Tensor):
+            in_place = name in ACTIVATIONS or raw.startswith("__i") or (raw.endswith("_") and not raw.endswith("__"))
+            if in_place or not any(result is tensor for tensor in tensors):  # not dropout in eval mode, for example
+                self.record_origin(name, tensors, result, keeps_dim=_keeps_dim(args, kwargs))
+                self.record_units(name, tensors, result)
+                self.made_by[id(result)] = name
+        elif isinstance(out, tuple | list):  # chunk, split, unbind
+            for part in out:
+                if isinstance(part, Tensor):
+                    self.record_origin(name, [t for t in _tensors(args) if t is not part], part, keeps_dim=False)
+        return out
+
+    def record_origin(self, name: str, tensors: list[Tensor], out: Tensor, *, keeps_dim: bool) -> None:
+        """Record of which tensor `out` is an element-wise function, and whether it is a candidate."""
+        self.alive.append(out)
+        for tensor in tensors:
+            if id(tensor) not in self.origins and id(tensor) not in self.constants and tensor.is_floating_point():
+                self.alive.append(tensor)  # from code that calls no torch function, such as TorchScript
+                self.origins[id(tensor)] = _Origin(id(tensor))
+        operands = [(tensor, self.origins[id(tensor)]) for tensor in tensors if id(tensor) in self.origins]
+        if name in ("stack", "cat", "concat"):  # their tensors are in a list
+            self.origins[id(out)] = _Origin(id(out), out.is_floating_point())
+            return
+        if not operands or name.endswith("_like") or name.startswith("new_"):
+            self.constants.add(id(out))
+            return
+        weights = any(isinstance(tensor, nn.Parameter) for tensor in tensors)
+        if not weights and not any(origin.is_activation for _, origin in operands):
+            self.origins[id(out)] = _Origin(id(out), is_activation=False)
+            return
+        inside = list({id(found): found for _, origin in operands for found in origin.inside}.values())
+        sources = {origin.source for _, origin in operands}
+        of_one = len(sources) == 1 and all(tensor.shape == out.shape for tensor, _ in operands)
+        made_from = self.made_by.get(id(operands[0][0]), "")
+        if name in ACTIVATIONS:
+            self._absorb(found for found in inside if not found.is_complete)
+            found = self._new_candidate(name, name, out, is_complete=True)
+            self.origins[id(out)] = _Origin(sources.pop() if of_one else id(out), True, True, [found])
+        elif name in CURVED | STRAIGHT and not (name in MAXIMA and out.shape != operands[0][0].shape):
+            self._record_elementwise(name, operands, inside, out, of_one=of_one)
+        else:
+            self.origins[id(out)] = _Origin(id(out), out.is_floating_point())
+            if name in MATRIX_PRODUCTS:
+                for found in inside:
+                    found.is_attention |= found.label == "softmax"
+            elif keeps_dim:
+                self._absorb(found for found in inside if found.label in IN_NORMS and not found.is_complete)
+            if name in ("max", "amax") and made_from in STACKS:  # maxout
+                self.origins[id(out)].inside = [self._new_candidate(name, name, out, is_complete=True)]
+
+    def _record_elementwise(
+        self, name: str, operands: list[tuple[Tensor, _Origin]], inside: list[_Candidate], out: Tensor, *, of_one: bool
+    ) -> None:
+        several, bends = len(operands) > 1, name in CURVED
+        parts = [found for found in inside if not found.is_complete]
+        if not of_one:  # a gate, a residual, a mask
+            self.origins[id(out)] = _Origin(id(out))
+            if name in MAXIMA and several:
+                self.origins[id(out)].inside = [self._new_candidate(name, name, out, is_complete=True)]
+            return
+        curved = bends or any(origin.is_curved for _, origin in operands) or (several and name in PRODUCTS)
+        self.origins[id(out)] = _Origin(operands[0][1].source, True, curved, inside)
+        if not curved or not (bends or parts or several):
+            return  # linear, or an activation function times a number
+        label = name if bends or not inside else inside[-1].label
+        self._absorb(inside if several else parts)
+        self.origins[id(out)].inside = [self._new_candidate(label, name, out, is_complete=False)]
+
+    def _new_candidate(self, label: str, name: str, out: Tensor, *, is_complete: bool) -> _Candidate:
+        module = self.stack.innermost
+        found = _Candidate(out, label, module, name, self.counts[id(module), name], self.next_time(), is_complete)
+        self.candidates.append(found)
+        return found
+
+    @staticmethod
+    def _absorb(parts: Iterator[_Candidate] | Sequence[_Candidate]) -> None:
+        for found in parts:
+            found.is_dropped = True
+
+    def record_units(self, name: str, tensors: list[Tensor], out: Tensor) -> None:
+        """Record which dimension of `out` holds the units, and whether it is the sum of two activations."""
+        if name in ("add", "iadd") and out.ndim > 1 and [_activation(tensor) for tensor in tensors] == [out.shape] * 2:
+            self.residual.add(id(out))
+        if any(word in name for word in CHANNELS_LAST):
+            self.units_are_last[id(out)] = True
+        elif any(word in name for word in CHANNELS_FIRST):
+            self.units_are_last[id(out)] = False
+        elif name in REORDERS:
+            if name in RESHAPES and tensors:
+                self.record_reshape(name, tensors[0], out)
+        else:
+            known = [
+                self.units_are_last[id(tensor)]
+                for tensor in tensors
+                if id(tensor) in self.units_are_last and tensor.shape == out.shape
+            ]
+            if known:
+                self.units_are_last[id(out)] = known[0]
+
+    def record_reshape(self, name: str, tensor: Tensor, out: Tensor) -> None:
+        """Keep the kind of the activation, and its unit dimension unless that was split or merged with another."""
+        if id(tensor) in self.residual and name in ("reshape", "view"):
+            self.residual.add(id(out))
+        last = self.units_are_last.get(id(tensor))
+        if last is not None and (out.shape[-1:] == tensor.shape[-1:] if last else out.shape[:2] == tensor.shape[:2]):
+            self.units_are_last[id(out)] = last
+
+    def channels_last(self, out: Tensor) -> bool:
+        """As tracked; if not known, [N, T, D] or [N, D, H, W] is assumed."""
+        return self.units_are_last.get(id(out), out.ndim <= 3)
+
+    def enter_module(self, module: nn.Module, args: object) -> None:
+        """Note that the module begins."""
+        self.entered.append(len(self.candidates))
+
+    def exit_module(self, module: nn.Module, output: object) -> tuple[str, _Candidate | None]:
+        """The kind of a module's output, and its candidate; only the innermost module that returns a tensor gets it."""
+        before = self.entered.pop()
+        live = [found for found in self.candidates if not found.is_dropped]
+        claimed = next((found for found in reversed(live) if found.tensor is output), None)
+        kind = "non-linear" if claimed else "residual" if id(output) in self.residual else ""
+        self.residual.discard(id(output))
+        if isinstance(module, nn.RNNBase):
+            self._absorb(self.candidates[before:])
+        if not kind and not [*module.children(), *module.parameters()]:
+            composed = [found for found in self.candidates[before:] if not (found.is_dropped or found.is_attention)]
+            if composed:  # a function of several tensors
+                self._absorb(composed)
+                kind = "non-linear"
+        if claimed:
+            claimed.is_dropped = True
+        if kind and isinstance(output, Tensor):
+            self.origins[id(output)] = _Origin(id(output), inside=[claimed] if claimed else [])
+        return kind, claimed
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _keeps_dim(args: Sequence[Any], kwargs: dict[str, Any] | None) -> bool:
+    return bool((kwargs or {}).get("keepdim")) or any(value is True for value in args)
+
+
+def _activation(tensor: Tensor) -> torch.Size | None:
+    """The shape of an activation; None for a parameter, such as a position embedding."""
+    return None if isinstance(tensor, nn.Parameter) else tensor.shape

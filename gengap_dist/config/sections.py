@@ -55,9 +55,14 @@ class Affects:
 
 
 class FrozenModel(BaseModel):
-    """Base class of settings, options and cached files: frozen, refuses unknown keys, field docstrings are help."""
+    """Base class of settings, options and cached files: frozen, refuses unknown keys, numbers are finite.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    Docstrings of fields are help.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Section(FrozenModel):

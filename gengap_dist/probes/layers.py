@@ -83,9 +83,11 @@ def select_layers(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]
 
 
 def _problem(call: Layer) -> str | None:
-    """What a call puts out for two samples that is no matrix of samples and units; None: it is one."""
+    """What a call puts out for two samples, if it is no matrix of samples and units; None: it is one."""
     if isinstance(call.output, str):
         return call.output
+    if call.kind == "constant":
+        return f"{list(call.output)}, the same for all samples"
     shape = call.output
     if len(shape) < 2 or shape.numel() % 2 or not shape.numel():
         return str(list(shape))

@@ -61,7 +61,8 @@ class Layer(NamedTuple):
     channels_last: bool
     """True if units are the last dimension, [N, ..., D]; False if they are the second, [N, D, ...]."""
     kind: str
-    """`non-linear`, `residual` (a sum of two activations), `linear` (a unit whose `act` is nn.Identity), or empty."""
+    """`non-linear`, `residual` (a sum of two activations), `linear` (a unit whose `act` is nn.Identity), `constant` (a
+    non-linearity of a bias or a position, the same for all samples), or empty."""
     function: str = ""
     """Name of the torch function that puts out the activation, or empty for a module."""
     num_calls: int = 1
@@ -319,6 +320,7 @@ class _TensorTracker(TorchFunctionMode):
         self.origins: dict[int, _Origin] = {id(example): _Origin(id(example), example.is_floating_point())}
         self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         """Ids of tensors that do not depend on the example."""
+        self.constant_activations: set[int] = set()
         self.counts: Counter[tuple[int, str]] = Counter()
         self.time = 0
 
@@ -360,6 +362,8 @@ class _TensorTracker(TorchFunctionMode):
             return
         if not operands or name.endswith("_like") or name.startswith("new_"):
             self.constants.add(id(out))
+            if name in ACTIVATIONS:
+                self.constant_activations.add(id(out))
             return
         weights = any(isinstance(tensor, nn.Parameter) for tensor in tensors)
         if not weights and not any(origin.is_activation for _, origin in operands):
@@ -466,6 +470,9 @@ class _TensorTracker(TorchFunctionMode):
                 kind = "non-linear"
         if claimed:
             claimed.is_dropped = True
+        if not kind and id(output) in self.constant_activations:
+            self.constant_activations.discard(id(output))
+            return "constant", None
         if kind and isinstance(output, Tensor):
             self.origins[id(output)] = _Origin(id(output), inside=[claimed] if claimed else [])
         return kind, claimed

@@ -30,10 +30,10 @@ Progress = Callable[[int, int, str], None]
 
 
 class Diverged(Exception):
-    """The loss is not finite; this is a result of the run, not a crash."""
+    """A loss or a gradient is not finite; this is a result of the run, not a crash."""
 
-    def __init__(self, step: int, loss: float, name: str = "train/loss") -> None:
-        super().__init__(f"{name} was {loss} at step {step}")
+    def __init__(self, step: int, value: float, name: str) -> None:
+        super().__init__(f"{name} was {value} at step {step}")
         self.step = step
 
 

@@ -65,8 +65,8 @@ class StepRecord(NamedTuple):
 
     step: int
     """Number of the step, from 1."""
-    loss: float
-    """Mean loss over the targets of the global batch."""
+    not_finite: str
+    """The metric that ends the run, because it is not finite: the loss or the gradient norm; or ''."""
     preempted: bool
     """Whether preemption was requested on a rank before the step ended."""
     metrics: dict[str, float]
@@ -105,7 +105,11 @@ class StepMetricsAggregator:
             loss, mean = (total / max(1.0, totals.num_targets) for total in (totals.loss_sum, totals.metric_sum))
             metrics = {f"train/{name}": value for name, value in self.task.metrics(loss, mean).items()}
             metrics |= self._more_metrics(result, totals)
-            yield StepRecord(step, loss, totals.preemption_requests > 0, metrics)
+            ends_run = ["train/loss"]
+            if self.config.train.autocast != "float16":  # there, a gradient that overflows is a skipped step
+                ends_run.append("train/grad_norm")  # clipped by an infinite norm, a step would have length 0
+            not_finite = next((name for name in ends_run if not math.isfinite(metrics[name])), "")
+            yield StepRecord(step, not_finite, totals.preemption_requests > 0, metrics)
 
     def _more_metrics(self, result: StepResult, totals: StepMetrics[float]) -> dict[str, float]:
         norm = totals.worker_squared_norm**0.5 if result.norm is None else totals.grad_norm

@@ -3,7 +3,6 @@
 Every launcher calls `run` on every rank, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set.
 """
 
-import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -287,16 +286,15 @@ class Trainer:
         """Record all steps but the last `in_flight`; returns whether preemption was requested in one. Collective.
 
         Raises:
-            Diverged: if a loss is not finite.
+            Diverged: if a loss or a gradient is not finite.
         """
         preempted = False
         for record in self.step_metrics.read(in_flight=in_flight):
             preempted = preempted or record.preempted
-            diverged = not math.isfinite(record.loss)
-            if diverged or self._recorded(record.step):
+            if record.not_finite or self._recorded(record.step):
                 self.log(record.metrics, record.step)
-            if diverged:
-                raise Diverged(record.step, record.loss)
+            if name := record.not_finite:
+                raise Diverged(record.step, record.metrics[name], name)
         return preempted
 
     def _any_rank(self, flag: bool) -> bool:

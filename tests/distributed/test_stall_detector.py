@@ -89,6 +89,9 @@ def end_while_rank_0_stands_still(world):
     return out
 
 
+SLEEP = 0.1  # long against what a step of the others takes on a busy machine
+
+
 class Slow(torch.nn.Module):
     """Takes its time on rank 1."""
 
@@ -98,7 +101,7 @@ class Slow(torch.nn.Module):
 
     def forward(self, images):
         if self.training and torch.distributed.get_rank() == 1:
-            time.sleep(0.05)
+            time.sleep(SLEEP)
         return self.body(images)
 
 
@@ -118,9 +121,9 @@ def test_the_slowest_rank_is_named_and_the_others_wait_for_it(crews, tmp_path):
     crews[3](run_with_a_slow_rank, tmp_path / "run")
     result = read_info(tmp_path / "run").result
     assert result["time/slowest_rank"] == 1
-    assert result["time/slowest_over_mean"] > 1.5
-    assert result["time/compute"] >= 10 * 0.05 / 3  # mean over ranks
-    assert result["time/communication"] >= 10 * 0.05 * 2 / 3 * 0.5  # two of three wait for most of it
+    assert result["time/slowest_over_mean"] > 1.1
+    assert result["time/compute"] >= 10 * SLEEP / 3  # mean over ranks
+    assert result["time/communication"] >= 10 * SLEEP * 2 / 3 * 0.3  # two of three wait for much of it
     split = [line for line in read_metrics(tmp_path / "run") if "time/compute" in line]
     assert sum(line["time/compute"] for line in split) == pytest.approx(result["time/compute"], rel=0.1, abs=0.01)
     assert all(line["time/slowest_rank"] == 1 for line in split if line["step"])

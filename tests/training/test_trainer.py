@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from gengap_dist import models
 from gengap_dist.data import datasets
@@ -189,6 +190,34 @@ def test_divergence_is_a_result(tmp_path):
     assert not abs(lines[-1]["train/loss"]) < float("inf")
 
 
+class Exploding(nn.Module):
+    """A finite loss with a gradient that is infinite from its first pass on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        out = self.linear(x.flatten(1))
+        return out + (out * 0).abs().sqrt() * 1e-3  # the derivative of the root at 0
+
+
+def exploding(num_classes: int, in_channels: int) -> nn.Module:
+    return Exploding()
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("log_every", [1, 50])
+def test_an_infinite_gradient_is_a_divergence_at_its_step(tmp_path, clip_norm, log_every):
+    """Clipped by its infinite norm it would have length 0, and the run would finish untrained."""
+    settings = {"model__name": f"{__name__}:exploding", "data__image_size": 8, "probe__enabled": False}
+    result = train(tmp_path / "run", **settings, optim__clip_norm=clip_norm, train__log_every=log_every)
+    info = read_info(tmp_path / "run")
+    assert (info.status, result) == ("diverged", {"diverged_at_step": 1})
+    assert info.error.startswith("train/grad_norm was ")
+    assert info.error.endswith(" at step 1")
+
+
 def test_divergence_in_the_last_update_is_one_too(tmp_path):
     """The loss of a step is of the weights before it."""
     once = {"train__steps": 1, "probe__enabled": False, "train__num_evals": 1}
@@ -268,7 +297,7 @@ def tied(num_classes: int, in_channels: int) -> torch.nn.Module:
 def test_the_best_weights_are_scored_without_changing_the_last(tmp_path):
     """Also where one layer has two names, and where the best weights are not the last."""
     settings = {"model__name": "tests.training.test_trainer:tied", "data__image_size": 8, "batch__ghost_size": 8}
-    more = {"train__steps": 8, "train__num_evals": 4, "optim__lr": 5.0, "probe__enabled": False}
+    more = {"train__steps": 8, "train__num_evals": 4, "optim__lr": 3.0, "probe__enabled": False}
     result = train(tmp_path / "run", **settings, **more)
     path = max((tmp_path / "run" / "checkpoints").glob("step_*"))
     splits = datasets.load(config(**settings).data)

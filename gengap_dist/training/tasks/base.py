@@ -97,8 +97,11 @@ class Task(ABC):
                 f"{name}.num_targets returns {counts!r:.80} for {len(targets)} samples: return the number of targets "
                 "of each sample, [n] int64"
             )
-        if self.metric.name not in self.metrics(0.0, 0.0):
+        recorded = self.metrics(0.0, 0.0)
+        if "loss" not in recorded:
+            raise UsageError(f"{name}.metrics returns {', '.join(recorded)}, needs loss, too: add it")
+        if self.metric.name not in recorded:
             raise UsageError(
-                f"{name}.metric is called {self.metric.name}, and {name}.metrics returns "
-                f"{', '.join(self.metrics(0.0, 0.0))}: make its name one of them"
+                f"{name}.metric is called {self.metric.name}, and {name}.metrics returns {', '.join(recorded)}: make "
+                "its name one of them"
             )

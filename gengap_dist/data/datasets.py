@@ -4,10 +4,11 @@ Shapes: N samples; of images C channels, H = W = image_size.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +18,10 @@ from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import TORCHVISION
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.data.host_images import HostImages
-from gengap_dist.data.streaming import PREFETCH_BYTES, StreamedImages, read_image
+from gengap_dist.data.image_folder import DECODING, NUM_NAMED, ImageListing, list_images, read_image
+from gengap_dist.data.streaming import PREFETCH_BYTES, StreamedImages
 from gengap_dist.data.user import Arrays, load_user_data
 from gengap_dist.errors import UsageError
-
-if TYPE_CHECKING:
-    from torchvision.datasets import ImageFolder
-
 
 CHUNK_SIZE = 1_024  # images copied or counted at a time, to keep temporaries small
 MAX_GPU_MEMORY_FRACTION = 0.5  # largest fraction of free GPU memory that data.device=auto uses for images
@@ -81,6 +79,8 @@ class Splits(NamedTuple):
     spec: DataSpec
     pixels: "PixelStatistics | None" = None
     """Of images; other inputs are not normalised."""
+    facts: Mapping[str, Any] = {}
+    """More of an image folder for run.json: class names, number of skipped files, how files are decoded."""
 
     def digest(self, root: Path = Path()) -> str:
         """Hex hash of all targets and inputs of all splits; for streamed images, of paths in `root` and file sizes."""
@@ -89,6 +89,14 @@ class Splits(NamedTuple):
             for part in samples.fingerprint(root):
                 digest.update(part)
         return digest.hexdigest()
+
+    def target_digests(self) -> dict[str, str]:
+        """Hex hash of the targets of each part."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {
+            name: hashlib.blake2b(np.ascontiguousarray(part.targets.cpu().numpy()).data, digest_size=8).hexdigest()
+            for name, part in parts.items()
+        }
 
 
 class PixelStatistics(NamedTuple):
@@ -159,6 +167,40 @@ COUNTS = {  # name: training images, test images, classes, channels
 }  # those of imagefolder are read from disk
 
 
+MD5_OF_MNIST = {  # torchvision checks the archives only, and both have files of the same names
+    "mnist": {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "fashion_mnist": {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+}
+
+
+def _check_digests(name: str, folder: Path) -> None:
+    """Refuse files that are not those of the data set `name`.
+
+    Raises:
+        UsageError: names the file, and the data set that it belongs to, if that is known.
+    """
+    for file, expected in MD5_OF_MNIST.get(name, {}).items():
+        with (folder / file).open("rb") as opened:
+            found = hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if found != expected:
+            others = [other for other, digests in MD5_OF_MNIST.items() if digests[file] == found]
+            belongs = f"is that of {others[0]}" if others else f"has the MD5 digest {found}, not {expected}"
+            raise UsageError(
+                f"data.name ({name}): {folder / file} {belongs}: copy the unmodified file, or give your own data as "
+                "module.path:factory"
+            )
+
+
 def _torchvision(config: DataConfig, progress: Progress) -> Arrays:
     from torchvision import datasets  # slow import, and digits do not need it
 
@@ -179,6 +221,7 @@ def _torchvision(config: DataConfig, progress: Progress) -> Arrays:
             f"data.root ({config.root}): the files of {config.name} in {data_folder} are damaged or cannot be "
             f"downloaded ({type(error).__name__}: {error}); remove them and copy them again or use --data.download true"
         ) from None
+    _check_digests(config.name, data_folder)
     sets = []
     for part in (train, test):
         pixels = torch.as_tensor(part.data)
@@ -186,29 +229,35 @@ def _torchvision(config: DataConfig, progress: Progress) -> Arrays:
     return Arrays(*sets, num_classes=len(train.classes))
 
 
-def list_image_folders(config: DataConfig) -> "list[ImageFolder]":
+def list_image_folders(config: DataConfig) -> list[ImageListing]:
     """The image files in root/train/CLASS and root/test/CLASS, as [train, test]; no file is opened.
 
-    Raises:
-        UsageError: if a folder is missing or empty, or the two have different classes.
-    """
-    from torchvision.datasets import ImageFolder
+    Warns of files that are skipped.
 
-    folders: list[ImageFolder] = []
+    Raises:
+        UsageError: if a folder is missing or empty, a file is in two classes, or the two have different classes.
+    """
+    listings: list[ImageListing] = []
     for part in ("train", "test"):
         folder = config.root / part
         try:
-            folders.append(ImageFolder(str(folder)))
-        except (OSError, RuntimeError) as error:
+            listings.append(list_images(folder))
+        except UsageError as error:
             raise UsageError(
                 f"data.root ({config.root}) is not an image folder: {folder} needs one sub-folder of images per class "
                 f"({error}); arrange the files as {folder}/CLASS/IMAGE.jpg"
             ) from None
-    if unmatched := sorted(set(folders[0].classes) ^ set(folders[1].classes)):
+        if skipped := listings[-1].skipped:
+            warnings.warn(
+                f"{folder}: {len(skipped):,} file(s) are no images, or links to one that is listed, and are skipped: "
+                f"{', '.join(skipped[:NUM_NAMED])}{', ...' * (len(skipped) > NUM_NAMED)}",
+                stacklevel=2,
+            )
+    if unmatched := sorted(set(listings[0].classes) ^ set(listings[1].classes)):
         raise UsageError(
             f"data.root ({config.root}): class {unmatched[0]} is not in both train/ and test/: make them match"
         )
-    return folders
+    return listings
 
 
 def _imagefolder(config: DataConfig, progress: Progress) -> Arrays:
@@ -217,20 +266,20 @@ def _imagefolder(config: DataConfig, progress: Progress) -> Arrays:
     sets: list[Tensor] = []
     folders = list_image_folders(config)
     for part, listing in zip(("train", "test"), folders, strict=True):
-        _check_memory(len(listing.samples) * 3 * size * size, config)
-        pixels = torch.empty(len(listing.samples), 3, size, size, dtype=torch.uint8)
+        _check_memory(len(listing.paths) * 3 * size * size, config)
+        pixels = torch.empty(len(listing.paths), 3, size, size, dtype=torch.uint8)
 
         def decode(job: tuple[int, str], pixels: Tensor = pixels) -> None:
             position, path = job
             pixels[position] = read_image(path, size)
 
         with ThreadPoolExecutor() as pool:
-            jobs = [(position, path) for position, (path, _) in enumerate(listing.samples)]
+            jobs = [*enumerate(listing.paths)]
             for done, _ in enumerate(pool.map(decode, jobs), 1):
                 if done % 500 == 0:
                     progress(f"reading {part} images", done, len(jobs))
         sets += [pixels, torch.tensor(listing.targets)]
-    return Arrays(*sets, num_classes=len(folders[0].classes))
+    return Arrays(*sets, num_classes=len(folders[0].classes), facts=_folder_facts(folders))
 
 
 LOADERS: dict[str, Callable[[DataConfig, Progress], Arrays]] = {
@@ -238,6 +287,11 @@ LOADERS: dict[str, Callable[[DataConfig, Progress], Arrays]] = {
     **dict.fromkeys(TORCHVISION, _torchvision),
     "imagefolder": _imagefolder,
 }
+
+
+def _folder_facts(listings: Sequence[ImageListing]) -> dict[str, Any]:
+    num_skipped = sum(len(listing.skipped) for listing in listings)
+    return {"classes": listings[0].classes, "num_skipped_files": num_skipped, "decoding": DECODING}
 
 
 def _check_memory(num_bytes: int, config: DataConfig) -> None:
@@ -278,7 +332,7 @@ def sizes(config: DataConfig) -> Sizes:
         return Sizes(num_train, num_val, num_test, num_bytes, splits.spec)
     if config.name == "imagefolder":
         train, test = list_image_folders(config)
-        num, num_test, num_classes, channels = len(train.samples), len(test.samples), len(train.classes), 3
+        num, num_test, num_classes, channels = len(train.paths), len(test.paths), len(train.classes), 3
     else:
         num, num_test, num_classes, channels = COUNTS[config.name]
     num_bytes = (num + num_test) * channels * config.image_size**2
@@ -363,6 +417,7 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
         Samples(_select_and_pad(test_pixels, config.image_size, test), raw.test_targets),
         DataSpec.images(num_classes, pixels.shape[1], config.image_size),
         _mean_and_std(pixels[chunk] for chunk in train.split(CHUNK_SIZE)),
+        raw.facts,
     )
 
 
@@ -392,7 +447,7 @@ def _streamed(config: DataConfig) -> Splits:
     """An image folder kept on disk; only the images for mean and std are read. The splits are those of `load`."""
     pool = ThreadPoolExecutor(config.workers, thread_name_prefix="image-reader")
     folders = list_image_folders(config)
-    images, test = (StreamedImages([path for path, _ in part.samples], config.image_size, pool) for part in folders)
+    images, test = (StreamedImages(part.paths, config.image_size, pool) for part in folders)
     labels, test_labels = (torch.tensor(part.targets) for part in folders)
     train, val = _train_val_positions(len(images), config)
     train_images = images.subset(train)
@@ -403,6 +458,7 @@ def _streamed(config: DataConfig) -> Splits:
         Samples(test, test_labels),
         DataSpec.images(len(folders[0].classes), 3, config.image_size),
         _mean_and_std([train_images[torch.from_numpy(chosen)]]),
+        _folder_facts(folders),
     )
 
 
@@ -454,7 +510,10 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
         "shuffle_labels": config.shuffle_labels,
         "shape": list(spec.input_shape),
         "output_shape": list(spec.output_shape),
+        **splits.facts,
         "digest": splits.digest(config.root),
+        "digest_of": "files" if config.streaming else "values",
+        "target_digests": splits.target_digests(),
     }
 
 

@@ -1,7 +1,6 @@
 """Images that are read from disk during training, for folders larger than memory.
 
-Threads prefetch images during a step. `read_image` is also used to load folders into memory, so both paths give the
-same pixels.
+Threads prefetch images during a step.
 """
 
 from collections import deque
@@ -9,32 +8,12 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gengap_dist.errors import UsageError
+from gengap_dist.data.image_folder import read_image
 
 PREFETCH_BYTES = 2**27  # images prefetched and not used yet, in bytes
-
-
-def read_image(path: str, size: int) -> Tensor:
-    """The image file as [3, size, size] uint8, resized if necessary.
-
-    Raises:
-        UsageError: if the file cannot be decoded.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            # copy with numpy: torch would start its threads in a reader thread
-            return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
-    except Exception as error:  # Pillow raises many error types for damaged files
-        raise UsageError(f"data.root: the image {path} cannot be read ({error}); replace or remove it") from None
 
 
 class StreamedImages:

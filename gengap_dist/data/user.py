@@ -21,6 +21,8 @@ class Arrays(NamedTuple):
     test_targets: Tensor
     num_classes: int | None
     """None: targets are real numbers."""
+    facts: Mapping[str, Any] = {}
+    """More for run.json."""
 
 
 def load_user_data(name: str) -> Arrays:

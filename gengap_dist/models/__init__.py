@@ -31,6 +31,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
 }
 IMAGE_ARGUMENTS = ("num_classes", "in_channels", "image_size")
+BUILT = "_gengap_built_as"  # attribute of a network that a factory has returned
 ZOOS: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "timm": timm_model}
 
 
@@ -89,6 +90,12 @@ def build(name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, a
         raise UsageError(
             f"model.name ({name}) returned a {type(model).__name__}, needs a torch.nn.Module: return the network"
         )
+    if getattr(model, BUILT, None) == id(model):
+        raise UsageError(
+            f"model.name ({name}) returned a network that it returned before, with the weights that it has now: build "
+            "a new one in each call"
+        )
+    setattr(model, BUILT, id(model))  # a copy has another id
     return model
 
 

@@ -128,7 +128,7 @@ def read_data() -> None:
     config = DataConfig.model_validate_json(sys.argv[1]).model_copy(update={"download": False})
     try:
         if config.name == "imagefolder":
-            _emit(samples=sum(len(listing.samples) for listing in datasets.list_image_folders(config)))
+            _emit(samples=sum(len(listing.paths) for listing in datasets.list_image_folders(config)))
         else:
             splits = datasets.load(config)
             _emit(samples=len(splits.train) + len(splits.val) + len(splits.test))

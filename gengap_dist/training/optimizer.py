@@ -26,6 +26,11 @@ def _without_compile_wrappers(optimizer_class: type[torch.optim.Optimizer]) -> C
     )
 
 
+LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.Embedding)
+"""Layers of torch whose parameters with several dimensions are weights, also those of one unit."""
+NO_WEIGHTS = ("bias", "scale", "gamma", "beta", "token", "pos", "table")
+"""Parts of names of parameters that are no weights of a layer."""
+
 _SGD, _AdamW = _without_compile_wrappers(torch.optim.SGD), _without_compile_wrappers(torch.optim.AdamW)
 
 
@@ -44,9 +49,9 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
         case "adamw":
             return _AdamW(parameters, **common, fused=True)
         case "lars":
-            return _timm("Lars")(_layers(parameters), **common, **momentum)
+            return _timm("Lars")(_layers(model), **common, **momentum)
         case "lamb":  # by default it would clip the gradient norm at 1
-            lamb = _timm("Lamb")(_layers(parameters), **common, max_grad_norm=None)
+            lamb = _timm("Lamb")(_layers(model), **common, max_grad_norm=None)
             lamb.register_step_pre_hook(_restore_step_count)
             lamb.register_step_post_hook(_save_step_count)
             return lamb
@@ -62,13 +67,44 @@ def _timm(name: str) -> Callable[..., torch.optim.Optimizer]:
     return getattr(timm.optim, name)
 
 
-def _layers(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups of LARS (You et al. 2017) and LAMB (You et al. 2020): biases and norm parameters are neither
-    adapted nor decayed. timm does not adapt layers without weight decay; the papers do.
+def _layers(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups of LARS (You et al. 2017) and LAMB (You et al. 2020): weights of layers are adapted and decayed.
+
+    All others are not: biases, parameters of norms, layer scales, position tables. timm does not adapt layers without
+    weight decay; the papers do.
     """
-    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "always_adapt": True}, {"params": vectors, "weight_decay": 0.0}]
+    is_weight: dict[nn.Parameter, bool] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            is_weight[parameter] = is_weight.get(parameter, False) or is_layer_weight(module, name, parameter)
+    parameters = list(model.parameters())
+    weights, others = [p for p in parameters if is_weight[p]], [p for p in parameters if not is_weight[p]]
+    groups = [{"params": weights, "always_adapt": True}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def is_layer_weight(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter that `module` owns is the weight of a layer: a linear map between units, or an embedding.
+
+    Those of torch's layers are known. Of other modules it is each parameter with two or more dimensions larger than 1,
+    unless the class is a norm (by its name), or the parameter is called a bias, a scale, a token or a position.
+
+    >>> norm, scale = nn.LayerNorm((4, 4)), nn.Parameter(torch.ones(8, 1, 1))
+    >>> is_layer_weight(nn.Conv2d(1, 8, 3), "weight", nn.Conv2d(1, 8, 3).weight)
+    True
+    >>> is_layer_weight(norm, "weight", norm.weight), is_layer_weight(nn.Module(), "layer_scale", scale)
+    (False, False)
+    >>> table = nn.Parameter(torch.ones(1, 16, 8))
+    >>> is_layer_weight(nn.Module(), "pos_embed", table), is_layer_weight(nn.Module(), "queries_to_keys", table)
+    (False, True)
+    """
+    if parameter.ndim <= 1:
+        return False
+    if isinstance(module, LINEAR):
+        return True
+    is_norm = "norm" in type(module).__name__.lower()
+    is_matrix = sum(size > 1 for size in parameter.shape) > 1
+    return is_matrix and not is_norm and not any(word in name.lower() for word in NO_WEIGHTS)
 
 
 def _restore_step_count(lamb: torch.optim.Optimizer, *_: object) -> None:

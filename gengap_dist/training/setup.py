@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -99,7 +101,9 @@ def build_model(config: RunConfig, splits: datasets.Splits, task: Task, world: W
     Raises:
         UsageError: if the model does not exist, or does not match the samples and the task.
     """
-    torch.manual_seed(int(seeded_rng(config.seed, 0).integers(2**62)))
+    seed = int(seeded_rng(config.seed, 0).integers(2**62))
+    for set_seed in (torch.manual_seed, random.seed, lambda seed: np.random.seed(seed % 2**32)):  # noqa: NPY002
+        set_seed(seed)  # a user's factory may draw from any of them
     dtype = getattr(torch, config.train.dtype)
     model = models.from_config(config, splits.spec, world).to(world.device, dtype)
     inputs = Preprocess(splits.pixels, world.device, dtype)(splits.train.inputs[:2].to(world.device))

@@ -26,6 +26,7 @@ from gengap_dist.parallel.out_of_memory import explaining_out_of_memory, memory_
 from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
 from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
+from gengap_dist.runs.data_changes import data_changes
 from gengap_dist.runs.run_folder import NullRecorder, RunRecorder, prepare_folder, read_info
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.training.algorithms import AlgorithmSetup, BuildAlgorithm, build_algorithm
@@ -172,6 +173,12 @@ class Trainer:
             raise UsageError(
                 f"{changed} when the run in {out} was started: "
                 "resume with the settings it was started with, or choose a new --out"
+            )
+        changed = data_changes(read_info(out).data, self.resolved.info["data"])  # known on rank 0
+        if self.world.broadcast_int(bool(changed)):
+            raise UsageError(
+                f"the data are not those with which the run in {out} was started: {changed or 'as rank 0 reports'}: "
+                "restore them, or choose a new --out"
             )
         checkpoint.restore(self.resolved.model, checkpoint.load(path / "model.pt"), path / "model.pt")
         run = read_run_state(path)

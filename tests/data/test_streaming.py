@@ -14,7 +14,8 @@ from PIL import Image
 
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.streaming import StreamedImages, read_image
+from gengap_dist.data.image_folder import read_image
+from gengap_dist.data.streaming import StreamedImages
 from gengap_dist.errors import UsageError
 from tests.conftest import train, weights
 

@@ -256,7 +256,7 @@ def test_folders_of_pictures(tmp_path):
     with pytest.raises(UsageError, match="class b is not in both"):
         list_image_folders(wanted)
     (tmp_path / "test" / "c").rename(tmp_path / "test" / "b")
-    assert [len(listing.samples) for listing in list_image_folders(wanted)] == [2, 2]
+    assert [len(listing.paths) for listing in list_image_folders(wanted)] == [2, 2]
     (tmp_path / "train" / "b" / "1.png").unlink()
     finding = doctor_checks.data(ask(data__name="imagefolder", data__root=str(tmp_path)))["data"]
     assert finding.status == FAIL

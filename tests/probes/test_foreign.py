@@ -366,8 +366,8 @@ NETWORKS: dict[str, Callable[[], Setting]] = {
             "test_efficientnet_ln": 32, "test_mambaout": 32, "test_nfnet": 64, "test_resnet": 32,
             "ghostnet_050": 32, "lcnet_035": 32, "mobilenetv4_conv_small_035": 32, "repvgg_a0": 32, "seresnet18": 32,
             "skresnet18": 32, "selecsls42": 64, "hardcorenas_a": 32, "tinynet_e": 32, "dla46_c": 32,
-            "repghostnet_050": 32, "edgenext_xx_small": 64, "mobilevit_xxs": 64, "ese_vovnet19b_slim": 32, "resnet10t": 32, "fbnetc_100": 32,
-            "starnet_s1": 64,
+            "repghostnet_050": 32, "edgenext_xx_small": 64, "mobilevit_xxs": 64, "ese_vovnet19b_slim": 32,
+            "resnet10t": 32, "fbnetc_100": 32, "starnet_s1": 64,
         }.items()
     },
     **{

@@ -150,3 +150,35 @@ def test_an_optimizer_goes_on_from_the_states_of_its_parameters(name):
         step(nets[1], again)
     for one, other in zip(*(net.parameters() for net in nets), strict=True):
         assert torch.equal(one, other)
+
+
+class Mixed(nn.Module):
+    """A weight of its own, and what no optimizer should adapt: a norm of two dimensions, a scale, a table, a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.LayerNorm((4, 6, 6))
+        self.layer_scale = nn.Parameter(torch.ones(4, 1, 1))
+        self.pos_embed = nn.Parameter(torch.ones(1, 4, 6))
+        self.mask_token = nn.Parameter(torch.ones(1, 2, 6))
+        self.W = nn.Parameter(torch.ones(6, 3))
+        self.attention = nn.MultiheadAttention(6, 2)
+        self.one = nn.Linear(6, 1)
+        self.gru = nn.GRU(6, 3)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_only_weights_of_layers_are_adapted_and_decayed(name):
+    """By the kind of the module, not by the number of dimensions."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    model = Mixed()
+    optimizer = build_optimizer(OptimConfig(name=name, weight_decay=0.1), model)
+    names = {parameter: key for key, parameter in model.named_parameters()}
+    adapted, others = ([names[p] for p in group["params"]] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert sorted(adapted) == sorted([
+        "W", "conv.weight", "attention.in_proj_weight", "attention.out_proj.weight", "one.weight", "gru.weight_ih_l0",
+        "gru.weight_hh_l0", "normed.parametrizations.weight.original1",
+    ])  # fmt: skip
+    assert {"norm.weight", "norm.bias", "layer_scale", "pos_embed", "mask_token"} <= {*others}

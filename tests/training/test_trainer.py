@@ -1,13 +1,19 @@
+import copy
 import hashlib
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from gengap_dist import models
@@ -285,6 +291,104 @@ def test_settings_that_cannot_work(tmp_path, settings, says):
         pytest.skip("this machine has a GPU")
     with pytest.raises(UsageError, match=says):
         train(tmp_path / "run", **settings)
+
+
+def drawn_by_numpy(num_classes: int, in_channels: int) -> nn.Module:
+    """Initialised by the generators of numpy and of Python."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 64, num_classes))
+    with torch.no_grad():
+        weight = np.random.normal(size=model[1].weight.shape)  # noqa: NPY002
+        model[1].weight.copy_(torch.from_numpy(weight * random.random()))
+    return model
+
+
+def test_the_seed_is_that_of_all_generators(tmp_path):
+    settings = {"model__name": "tests.training.test_trainer:drawn_by_numpy", "data__image_size": 8, "train__steps": 2}
+    results = []
+    for number, seed in enumerate((3, 3, 4)):
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002
+        results.append(train(tmp_path / str(number), seed=seed, probe__enabled=False, **settings)["test/loss"])
+    assert results[0] == results[1] != results[2]
+
+
+KEPT = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def kept(num_classes: int, in_channels: int) -> nn.Module:
+    return KEPT
+
+
+def copied(num_classes: int, in_channels: int) -> nn.Module:
+    return copy.deepcopy(KEPT)
+
+
+def test_a_factory_that_returns_one_network_twice_is_refused(tmp_path):
+    """The second run would begin where the first ended; a copy is another network."""
+    settings = {"data__image_size": 8, "train__steps": 1, "probe__enabled": False}
+    train(tmp_path / "first", model__name="tests.training.test_trainer:kept", **settings)
+    with pytest.raises(UsageError, match=r"returned a network that it returned before.*build a new one in each call"):
+        train(tmp_path / "second", model__name="tests.training.test_trainer:kept", **settings)
+    for name in ("third", "fourth"):
+        train(tmp_path / name, model__name="tests.training.test_trainer:copied", **settings)
+
+
+def pictures(root: Path, *, level: int = 0) -> Path:
+    """An image folder of two classes, bright and dark, with noise."""
+    rng = np.random.default_rng(0)
+    for part, num in (("train", 30), ("test", 8)):
+        for name, mean in (("a", 60), ("b", 190)):
+            (root / part / name).mkdir(parents=True)
+            for number in range(num):
+                pixels = rng.normal(mean + level, 20, (8, 8, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{number}.png")
+    return root
+
+
+def swap(root: Path) -> None:
+    for part in ("train", "test"):
+        (root / part / "a").rename(root / part / "c")
+        (root / part / "b").rename(root / part / "a")
+        (root / part / "c").rename(root / part / "b")
+
+
+def remove_one(root: Path) -> None:
+    (root / "train" / "a" / "3.png").unlink()
+
+
+def rename_a_class(root: Path) -> None:
+    for part in ("train", "test"):
+        (root / part / "a").rename(root / part / "c")
+
+
+def change_one(root: Path) -> None:
+    Image.new("RGB", (8, 8)).save(root / "train" / "a" / "3.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (swap, "the inputs have changed"),
+        (remove_one, r"num_train \(59\) was 60"),
+        (rename_a_class, r"classes \(\['b', 'c'\]\) was \['a', 'b'\]"),
+        (change_one, "the inputs have changed"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_data(tmp_path, change, says):
+    """Unlike its place, which may change."""
+    root, out = pictures(tmp_path / "data"), tmp_path / "run"
+    settings = {"data__name": "imagefolder", "data__image_size": 8, "data__val_fraction": 0.0, "model__name": "mlp"}
+    settings |= {"probe__enabled": False, "batch__global_size": 20, "checkpoint__every_steps": 2, "train__steps": 6}
+    settings["checkpoint__keep"] = 9
+    train(out, data__root=str(root), **settings)
+    cut_after(out, 2)
+    moved = root.rename(tmp_path / "moved")
+    change(moved)
+    with pytest.raises(UsageError, match=f"the data are not those with which the run in .* was started: {says}"):
+        train(out, resume=True, data__root=str(moved), **settings)
+    shutil.rmtree(moved)
+    pictures(moved)
+    assert train(out, resume=True, data__root=str(moved), **settings)["num_steps"] == 6
 
 
 def tied(num_classes: int, in_channels: int) -> torch.nn.Module:

@@ -1,0 +1,140 @@
+"""Folders of image files: which files are images of which class, and how a file becomes pixels.
+
+Training, `gengap plan` and `gengap doctor` take one listing; images in memory and streamed ones are decoded alike.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gengap_dist.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif",
+)  # fmt: skip
+BACKGROUND = 0  # grey level behind transparent pixels, as that of padding
+DECODING = {"background": BACKGROUND, "orientation": "EXIF"}
+"""How files are decoded, for run.json."""
+NUM_NAMED = 5  # skipped files that a message names
+
+
+class ImageListing(NamedTuple):
+    """The image files of one part of an image folder, by class and path."""
+
+    classes: list[str]
+    """Names of the sub-folders, sorted."""
+    paths: list[str]
+    targets: list[int]
+    """Class of each file."""
+    skipped: list[str]
+    """Files that are no images by their ending, and further links to a file that is listed; relative paths."""
+
+
+def list_images(folder: Path) -> ImageListing:
+    """The image files in folder/CLASS/..., each real file once, without hidden files and folders; none is opened.
+
+    A folder is visited once, by whatever links lead to it.
+
+    Raises:
+        UsageError: if there is no class, a class has no images, or one file is in two classes.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name))
+    paths: list[str] = []
+    targets: list[int] = []
+    skipped: list[str] = []
+    class_of: dict[Path, str] = {}  # of each real file
+    visited: set[Path] = set()
+    for target, name in enumerate(classes):
+        num_before = len(paths)
+        for path in _files(folder / name, visited):
+            real = path.resolve()
+            if path.suffix.lower() not in SUFFIXES or class_of.get(real) == name:
+                skipped.append(path.relative_to(folder).as_posix())
+                continue
+            if real in class_of:
+                raise UsageError(
+                    f"{path} is the same file as one of class {class_of[real]}, and an image has one class: remove one "
+                    "of the two links"
+                )
+            class_of[real] = name
+            paths.append(str(path))
+            targets.append(target)
+        if len(paths) == num_before:
+            raise UsageError(f"{folder / name} has no images (files that end in {', '.join(SUFFIXES)})")
+    if not classes:
+        raise UsageError(f"{folder} has no sub-folder")
+    return ImageListing(classes, paths, targets, skipped)
+
+
+def _files(folder: Path, visited: set[Path]) -> Iterator[Path]:
+    """All files below, in the order of torchvision's ImageFolder: folders by their path, then files by name."""
+    folders: list[tuple[str, list[str]]] = []
+    for path, below, files in os.walk(folder, followlinks=True):
+        visited.add(Path(path).resolve())
+        # a link to a folder that was visited, or to one above, would be followed for ever
+        below[:] = [name for name in below if not _is_hidden(name) and (Path(path) / name).resolve() not in visited]
+        folders.append((path, sorted(name for name in files if not _is_hidden(name))))
+    for path, files in sorted(folders):
+        yield from (Path(path) / name for name in files)
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is not data: `.ipynb_checkpoints`, `.trash`, `__MACOSX`, `._0.jpg`.
+
+    >>> [_is_hidden(name) for name in (".trash", "__MACOSX", "cat")]
+    [True, True, False]
+    """
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def read_image(path: str, size: int) -> Tensor:
+    """The image file as [3, size, size] uint8, upright, resized if necessary, over a black background.
+
+    Grey levels of 16 bits are scaled to 8.
+
+    Raises:
+        UsageError: if the file cannot be decoded, or does not say what range its numbers have.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            kind = image.format or ""
+            image = _in_8_bits(ImageOps.exif_transpose(image), kind)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (BACKGROUND,) * 3 + (255,)), image)
+            image = image.convert("RGB")
+            if image.size != (size, size):
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+            # copy with numpy: torch would start its threads in a reader thread
+            return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+    except Exception as error:  # Pillow raises many error types for damaged files
+        raise UsageError(f"data.root: the image {path} cannot be read ({error}); replace or remove it") from None
+
+
+def _in_8_bits(image: "Image.Image", kind: str) -> "Image.Image":
+    """The image with grey levels 0 to 255; `kind` is the file format.
+
+    Raises:
+        ValueError: if the range of its numbers is not known.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # 0 to 65,535
+        levels = np.asarray(image).astype(np.float64)
+        return Image.fromarray((levels / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        name = {"I": "32-bit integers", "F": "real numbers"}[image.mode]
+        raise ValueError(f"its pixels are {name}, whose range the file does not say: convert it to 8 or 16 bits")
+    return image

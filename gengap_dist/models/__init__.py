@@ -14,7 +14,7 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.models.batch_norm import replace_batch_norm
 from gengap_dist.models.c1 import c1
-from gengap_dist.models.dropout import replace_dropout
+from gengap_dist.models.dropout import replace_random_layers
 from gengap_dist.models.lenet5 import lenet5
 from gengap_dist.models.mlp import f1, mlp
 from gengap_dist.models.resnet import resnet
@@ -44,7 +44,7 @@ def from_config(config: RunConfig, spec: DataSpec, world: World) -> nn.Module:
     model = build(config.model.name, spec, widths=config.model.widths, activation=config.model.activation)
     position = SamplePosition()
     replace_batch_norm(model, config.norm, ghost_size=config.batch.ghost_size, position=position, world=world)
-    replace_dropout(model, position)
+    replace_random_layers(model, position)
     return model
 
 
@@ -65,7 +65,7 @@ def build(name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, a
     >>> sum(p.numel() for p in build("lenet5", DataSpec.images(num_classes=10, in_channels=1)).parameters())
     61706
     """
-    factory = _factory(name)
+    factory = factory_of(name)
     arguments: dict[str, Any] = {"input_shape": spec.input_shape, "output_shape": spec.output_shape}
     arguments |= {"widths": widths, "activation": activation}
     of_images: dict[str, Any] = {}
@@ -99,7 +99,12 @@ def build(name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, a
     return model
 
 
-def _factory(name: str) -> Callable[..., nn.Module]:
+def factory_of(name: str) -> Callable[..., nn.Module]:
+    """The function that builds the network `name`; a user's module is imported.
+
+    Raises:
+        UsageError: if the model is unknown or cannot be imported.
+    """
     if name in MODELS:
         return MODELS[name]
     module_name, colon, attribute = name.partition(":")

@@ -93,7 +93,7 @@ class GhostBatchNorm(ReplacedBatchNorm):
         if torch.compiler.is_compiling() or self.momentum:
             self._pending_stats = [*self._pending_stats, stats]
         if not torch.compiler.is_compiling() and self.position.global_size is None:  # outside of a run
-            self._undecayed_size = len(input)
+            self._undecayed_size = len(input) if self.momentum else None
             self.commit_running_stats()
         return torch.cat(out) if len(out) > 1 else out[0]
 

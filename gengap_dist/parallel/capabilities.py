@@ -42,6 +42,8 @@ class Capabilities:
     micro-steps, with empty ones if needed; see `BatchPlan.micro_batches`."""
     shard_groups: bool = False
     """Whether launch.shard_size ranks may shard one copy, instead of all ranks."""
+    scalar_parameters: bool = False
+    """Whether it supports parameters without dimensions."""
     single_rank: bool = False
     """Whether it is for one rank only."""
     needs_warmup_backward: bool = False
@@ -53,7 +55,7 @@ class Capabilities:
     """Package that it needs beside torch."""
 
 
-_UNSHARDED = Capabilities(algorithms=get_args(Algorithm), switches=get_args(Switch))
+_UNSHARDED = Capabilities(algorithms=get_args(Algorithm), switches=get_args(Switch), scalar_parameters=True)
 _ZERO = Capabilities(
     algorithms=("weight_averaging",),
     dtypes=("float32",),  # the type of the weights that the engine keeps

@@ -21,7 +21,7 @@ from gengap_dist.compat.sgd_first_step import init_momentum
 from gengap_dist.config.sections import TrainConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import frozen_running_stats
-from gengap_dist.models.dropout import SampleDropout
+from gengap_dist.models.dropout import SampleDraws
 from gengap_dist.models.sample_position import SamplePosition, position_of
 
 WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
@@ -159,7 +159,7 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
         UsageError: if it has dropout: masks depend on the step and the sample, which would be compiled as constants.
     """
     for name, module in model.named_modules():
-        if isinstance(module, SampleDropout) and module.p:
+        if isinstance(module, SampleDraws) and module.p:
             raise UsageError(
                 f"train.compile (true) does not support {name}, whose dropout ({module.p}) mask changes with every "
                 "micro-batch: choose a network without dropout, or train.compile=false"

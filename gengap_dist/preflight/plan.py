@@ -41,7 +41,14 @@ from gengap_dist.training.autotune.micro_batch import (
     device_name,
     with_micro_size,
 )
-from gengap_dist.training.checks import check_auto_micro_size, check_network, check_norm, startup_checks, strategy_name
+from gengap_dist.training.checks import (
+    check_auto_micro_size,
+    check_network,
+    check_norm,
+    check_parameters,
+    startup_checks,
+    strategy_name,
+)
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
@@ -157,6 +164,7 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
             if workload := collect_refusal(lambda: _workload(config, sizes)):
                 model = workload.model
                 collect_refusal(lambda: check_auto_micro_size(given_config, model))
+                collect_refusal(lambda: check_parameters(given_config, model, num_ranks))
                 collect_refusal(lambda: check_norm(config, model, sampler.sizes() if sampler else [], num_ranks))
                 collect_refusal(lambda: build_optimizer(config.optim, model))
                 if config.algorithm.rank_penalty is not None:

@@ -27,16 +27,15 @@ def data_changes(before: Mapping[str, Any] | None, after: Mapping[str, Any] | No
         for name in COMPARED
         if old.get(name) is not None and new.get(name) is not None and old[name] != new[name]
     ]
-    targets = old.get("target_digests"), new.get("target_digests")
-    if all(targets) and not changes:
+    old_targets, new_targets = old.get("target_digests") or {}, new.get("target_digests") or {}
+    if not changes:
         changes = [
-            f"the {part} targets have changed" for part in targets[1] if targets[0].get(part) != targets[1][part]
+            f"the {part} targets have changed"
+            for part, digest in new_targets.items()
+            if old_targets.get(part, digest) != digest
         ]
-        if not changes and old.get("digest_of") == new.get("digest_of"):
-            changes = ["the inputs have changed"]
-        return " and ".join(changes)
     if not changes and old.get("digest_of", new.get("digest_of")) == new.get("digest_of"):
-        changes = ["inputs or targets have changed"]
+        changes = ["the inputs have changed" if old_targets and new_targets else "inputs or targets have changed"]
     return " and ".join(changes)
 
 

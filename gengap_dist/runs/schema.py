@@ -157,6 +157,11 @@ class RunInfo(_Record):
     num_probe_samples: int | None = None
     norm_size: Any = None
     """Sizes of the groups of samples that batch norm uses."""
+    unused_parameters: list[str] = []
+    """Trainable parameters that got no gradient in a pass before the first step."""
+    depends_on_ranks: list[str] = []
+    """Modules with random numbers of a micro-batch, and buffers that each pass changes: with them the result depends on
+    the number of ranks and micro-batches, which it does not otherwise."""
     small_size: float | None = None
     """The small batch of the noise scale."""
     micro_size: int | None = None

@@ -185,6 +185,21 @@ def _norm_group_sizes_of_step(config: RunConfig, size: int, num_ranks: int) -> s
     return set().union(*(BatchPlan(*split, batch.max_micro_size, group).norm_sizes() for split in splits))
 
 
+def check_parameters(config: RunConfig, model: nn.Module, num_ranks: int) -> None:
+    """Refuse parameters without dimensions if the strategy does not support them.
+
+    Raises:
+        UsageError: names the parameter and the strategies that support it.
+    """
+    strategy = strategy_name(config, num_ranks)
+    for name, parameter in model.named_parameters():
+        if not parameter.ndim and not CAPABILITIES[strategy].scalar_parameters:
+            raise UsageError(
+                f"launch.strategy ({strategy}) does not support parameter {name}, which has no dimension: give it the "
+                f"shape [1], or choose {strategies_with(lambda each: each.scalar_parameters, num_ranks)}"
+            )
+
+
 def check_auto_micro_size(config: RunConfig, model: nn.Module) -> None:
     """Refuse to choose the micro-batch size by speed if it changes the result.
 

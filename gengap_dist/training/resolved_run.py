@@ -22,12 +22,13 @@ from gengap_dist.training.autotune.micro_batch import Workload, resolve_micro_si
 from gengap_dist.training.checks import (
     check_auto_micro_size,
     check_norm,
+    check_parameters,
     norm_group_sizes,
     startup_checks,
     strategy_name,
 )
 from gengap_dist.training.lr_schedule import Schedule
-from gengap_dist.training.setup import Progress, build_model, load_data, previous_run_info
+from gengap_dist.training.setup import Progress, build_model, inspect_network, load_data, previous_run_info
 from gengap_dist.training.tasks import Task, build_task
 
 
@@ -52,6 +53,8 @@ class ResolvedRun:
     """Initialised, on the device of this rank, unsharded."""
     strategy: Strategy
     """Name of the parallel strategy."""
+    has_unused_parameters: bool
+    """Whether some trainable parameters got no gradient in a pass before the first step."""
     info: Mapping[str, Any]
     """What run.json says about the data and about the choices made here."""
 
@@ -75,6 +78,8 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, 
     schedule = Schedule.of(config, sampler)
     task = build_task(config, loaded.spec)
     model = build_model(config, loaded, task, world)
+    check_parameters(config, model, world.size)
+    inspection = inspect_network(config, loaded, model, task, world)
     check_auto_micro_size(config, model)
     resolved, choices = _resolve_auto(config, out, Workload(model, task), world, progress)
     check_norm(resolved, model, sampler.sizes(), world.size)
@@ -84,6 +89,8 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, 
         "data": datasets.summary(loaded, config.data) if world.rank == 0 else None,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "norm_size": norm_group_sizes(resolved, model, step_sizes, world.size),
+        "unused_parameters": inspection.unused_parameters,
+        "depends_on_ranks": inspection.depends_on_ranks,
         "small_size": _noise_small_size(resolved, world.size),
         **choices,
     }
@@ -98,6 +105,7 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, 
         schedule=schedule,
         model=model,
         strategy=strategy_name(resolved, world.size),
+        has_unused_parameters=bool(inspection.unused_parameters),
         info=info,
     )
 

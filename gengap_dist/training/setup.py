@@ -4,12 +4,13 @@ import contextlib
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gengap_dist import models
 from gengap_dist.config.sections import RunConfig
@@ -22,8 +23,10 @@ from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.schema import RunInfo
 from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.training.checks import check_network
+from gengap_dist.training.inspection import Inspection, inspect
 from gengap_dist.training.tasks import Task
 
+NUM_NAMED = 5  # names in a warning
 SHARED_SECONDS = 5.0  # until a new file must be visible on all nodes
 
 
@@ -101,11 +104,40 @@ def build_model(config: RunConfig, splits: datasets.Splits, task: Task, world: W
     Raises:
         UsageError: if the model does not exist, or does not match the samples and the task.
     """
+    models.factory_of(config.model.name)  # the module of a user may draw random numbers when it is imported
     seed = int(seeded_rng(config.seed, 0).integers(2**62))
     for set_seed in (torch.manual_seed, random.seed, lambda seed: np.random.seed(seed % 2**32)):  # noqa: NPY002
         set_seed(seed)  # a user's factory may draw from any of them
     dtype = getattr(torch, config.train.dtype)
     model = models.from_config(config, splits.spec, world).to(world.device, dtype)
-    inputs = Preprocess(splits.pixels, world.device, dtype)(splits.train.inputs[:2].to(world.device))
-    check_network(config, model, inputs, splits.train.targets[:2].to(world.device), task)
+    check_network(config, model, *_two_samples(config, splits, world), task)
     return model
+
+
+def inspect_network(
+    config: RunConfig, splits: datasets.Splits, model: nn.Module, task: Task, world: World
+) -> Inspection:
+    """What a training pass of the network does that a run must know; rank 0 warns. Collective with sync batch norm."""
+    found = inspect(model, *_two_samples(config, splits, world), task)
+    if world.rank == 0 and found.unused_parameters:
+        warnings.warn(
+            f"{_named(found.unused_parameters)} of {config.model.name} take part in no training pass: they are not "
+            "trained",
+            stacklevel=2,
+        )
+    if world.rank == 0 and found.depends_on_ranks:
+        warnings.warn(
+            f"{_named(found.depends_on_ranks)} of {config.model.name} draw random numbers by micro-batch, or change in "
+            "every pass: the result depends on the number of ranks and micro-batches (run.json, depends_on_ranks)",
+            stacklevel=2,
+        )
+    return found
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:NUM_NAMED]) + f" and {len(names) - NUM_NAMED} more" * (len(names) > NUM_NAMED)
+
+
+def _two_samples(config: RunConfig, splits: datasets.Splits, world: World) -> tuple[Tensor, Tensor]:
+    preprocess = Preprocess(splits.pixels, world.device, getattr(torch, config.train.dtype))
+    return preprocess(splits.train.inputs[:2].to(world.device)), splits.train.targets[:2].to(world.device)

@@ -141,6 +141,7 @@ class Trainer:
         self.probes = ProbeScheduler(config.probe, resolved.sampler, observer, self.state)
         self.checkpoints = CheckpointManager(config.checkpoint, out, world, recorder)
         self.strategy = STRATEGIES[resolved.strategy](config, world)
+        self.strategy.has_unused_parameters = resolved.has_unused_parameters
         untimed = self.strategy.capabilities.has_untimed_collectives
         self.profile = (
             Profile(out, world, config, resolved.strategy, has_untimed_collectives=untimed)

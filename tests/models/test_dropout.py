@@ -1,16 +1,26 @@
 """Dropout whose draws belong to samples, whatever the cut."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from gengap_dist import models
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.batch_plan import BatchPlan
 from gengap_dist.distributed.process_group import World
-from gengap_dist.models.dropout import SampleDropout, replace_dropout
+from gengap_dist.models.dropout import (
+    SampleAlphaDropout,
+    SampleChannelDropout,
+    SampleDraws,
+    SampleDropout,
+    replace_random_layers,
+)
 from gengap_dist.models.sample_position import SamplePosition, position_of
 from tests.conftest import config
 
@@ -98,17 +108,96 @@ class Own(nn.Dropout):
     pass
 
 
-def test_only_torchs_own_dropout_is_replaced_each_with_draws_of_its_own():
+def test_known_layers_are_replaced_each_with_draws_of_its_own():
     shared = nn.Dropout(0.2)
     net = nn.Sequential(nn.Dropout(0.5), nn.Sequential(shared, nn.Dropout2d(0.5)), Own(0.5), shared, nn.AlphaDropout())
     position = SamplePosition()
-    replace_dropout(net, position)
-    new = [net[0], net[1][0], net[3]]
+    replace_random_layers(net, position)
+    new = [net[0], net[1][0], net[1][1], net[3], net[4]]
     assert [(type(layer), layer.p, layer.layer) for layer in new] == [
-        (SampleDropout, 0.5, 0), (SampleDropout, 0.2, 1), (SampleDropout, 0.2, 2)
+        (SampleDropout, 0.5, 0), (SampleDropout, 0.2, 1), (SampleChannelDropout, 0.5, 2), (SampleDropout, 0.2, 3),
+        (SampleAlphaDropout, 0.5, 4),
     ]  # fmt: skip
     assert all(layer.position is position for layer in new)
-    assert [type(layer) for layer in (net[1][1], net[2], net[4])] == [nn.Dropout2d, Own, nn.AlphaDropout]
+    assert type(net[2]) is Own
+
+
+class DropPath(nn.Module):
+    """As in timm and transformers."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+
+KINDS = {  # a layer, and the shape of what it drops together in a sample of shape [3, 4, 5]
+    "Dropout": (nn.Dropout(0.4), (3, 4, 5)),
+    "Dropout1d": (nn.Dropout1d(0.4), (3, 1)),
+    "Dropout2d": (nn.Dropout2d(0.4), (3, 1, 1)),
+    "AlphaDropout": (nn.AlphaDropout(0.4), (3, 4, 5)),
+    "FeatureAlphaDropout": (nn.FeatureAlphaDropout(0.4), (3, 1, 1)),
+    "StochasticDepth": (StochasticDepth(0.4, "row"), (1, 1, 1)),
+    "StochasticDepth of the batch": (StochasticDepth(0.4, "batch"), None),
+    "DropPath": (DropPath(0.4), (1, 1, 1)),
+}
+
+
+def replaced(name: str, position: SamplePosition) -> nn.Module:
+    net = nn.Sequential(copy.deepcopy(KINDS[name][0]))
+    replace_random_layers(net, position)
+    assert isinstance(net[0], SampleDraws)
+    return net.train()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_draws_by_sample_however_the_batch_is_cut(name):
+    position = SamplePosition()
+    net = replaced(name, position)
+    num, x = 23, torch.randn(23, 3, 4, 5)[..., 0 if name == "Dropout1d" else slice(None)]
+    for step in range(3):
+        position.move_to(0, num, 1, 7, step)
+        want = net(x)
+        for ranks, micro in ((1, 4), (3, 5)):
+            parts = []
+            for rank in range(ranks):
+                for start, stop in BatchPlan(num, ranks, micro).micro_batches(rank):
+                    position.move_to(start, num, ranks, 7, step)
+                    parts.append(net(x[start:stop]))
+            assert torch.equal(torch.cat(parts), want)
+    assert torch.equal(net.eval()(x), x)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_drops_what_torchs_drops(name):
+    """The same values together, with the same share, mean and scale."""
+    torch.manual_seed(0)
+    together, position = KINDS[name][1], SamplePosition()
+    net, num = replaced(name, position), 4000
+    x = torch.randn(num, 3, 4, 5)[..., 0 if name == "Dropout1d" else slice(None)]
+    outs = []
+    for step in range(1 if together else 200):
+        position.move_to(0, num, 1, 0, step)
+        outs.append(net(x))
+    if "Alpha" in name:  # the same constant where something is dropped, and the same line where not
+        dropped, facts = None, []
+        for out in (copy.deepcopy(KINDS[name][0]).train()(x), outs[0]):
+            constant = out.flatten().mode().values
+            dropped = (out - constant).abs() < 1e-6
+            facts.append([float(constant), *np.polyfit(x[~dropped].numpy(), out[~dropped].numpy(), 1)])
+        assert facts[1] == pytest.approx(facts[0], rel=1e-4)
+        assert abs(outs[0].mean()) < 0.05
+        assert abs(outs[0].var() - 1) < 0.05
+    else:
+        dropped = outs[0] == 0
+        kept = outs[0][~dropped] / x[~dropped]
+        assert torch.allclose(kept, torch.full_like(kept, 1 / 0.6))
+    if together is None:
+        assert all(bool((out == 0).all()) or not bool((out == 0).any()) for out in outs)
+        assert abs(sum(bool((out == 0).all()) for out in outs) / 200 - 0.4) < 5 * (0.24 / 200) ** 0.5
+        return
+    first = dropped[tuple(slice(0, size if size > 1 else 1) for size in (num, *together))]
+    assert torch.equal(dropped, first.expand_as(dropped))
+    assert abs(first.float().mean() - 0.4) < 5 * (0.24 / first.numel()) ** 0.5
 
 
 def test_the_network_of_a_run_has_it():

@@ -20,7 +20,7 @@ from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import average_buffers
-from gengap_dist.models.dropout import replace_dropout
+from gengap_dist.models.dropout import replace_random_layers
 from gengap_dist.models.sample_position import SamplePosition
 from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.execution import (
@@ -168,7 +168,7 @@ def test_recompute_draws_the_same_where_a_layer_drops_twice():
     torch.manual_seed(0)
     position, x = SamplePosition(), torch.rand(3, 8, dtype=torch.float64)
     plain = nn.Sequential(Twice(), Twice()).double()
-    replace_dropout(plain, position)
+    replace_random_layers(plain, position)
     twice = copy.deepcopy(plain)
     checkpoint_blocks(twice)
     for model in (plain, twice):
@@ -413,7 +413,7 @@ def test_dropout_is_not_compiled():
     """Its masks hang on numbers that are new in every micro-batch; a layer that drops nothing is no obstacle."""
     strategy = Single(config(train__compile=True), World())
     network = dropping(num_classes=10, in_channels=1)
-    replace_dropout(network, SamplePosition())
+    replace_random_layers(network, SamplePosition())
     sentence = r"does not support 2, whose dropout .0.5. mask changes with every micro-batch: choose a network without"
     with pytest.raises(UsageError, match=sentence):
         strategy.setup(network, descent)

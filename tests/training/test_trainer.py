@@ -312,6 +312,18 @@ def test_the_seed_is_that_of_all_generators(tmp_path):
     assert results[0] == results[1] != results[2]
 
 
+def test_the_import_of_a_users_module_does_not_change_its_initialisation(tmp_path, monkeypatch):
+    """It draws a random number; only the first run of a process imports it."""
+    (tmp_path / "drawing.py").write_text(
+        "import torch\nfrom torch import nn\ntorch.rand(1)\n"
+        "def net(num_classes, in_channels):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"model__name": "drawing:net", "data__image_size": 8, "train__steps": 1, "probe__enabled": False}
+    losses = [train(tmp_path / name, **settings)["test/loss"] for name in ("first", "second")]
+    assert losses[0] == losses[1]
+
+
 KEPT = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 

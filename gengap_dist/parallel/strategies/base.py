@@ -41,6 +41,8 @@ class Strategy(ABC):
         self.optimizer: torch.optim.Optimizer
         self.has_sync_bn = False
         """Whether forward passes in training contain collectives (SyncBatchNorm)."""
+        self.has_unused_parameters = False
+        """Whether some trainable parameters may get no gradient; to be set before `setup`."""
         self.track_local_grad_norm = False
         """Whether `local_squared_grad_norm` will be called; it costs one pass over the gradients."""
         self.execution = Execution(config.train, world.device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gengap_dist.compat.ddp_buffers import no_buffer_sync
+from gengap_dist.errors import UsageError
 from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.strategies.base import BuildOptimizer, Strategy
 
@@ -26,12 +27,21 @@ class DDP(Strategy):
         # full, and the communication hook stays plain Python.
         # Running statistics are averaged before evaluation instead of copied from rank 0 in every forward pass.
         options: dict[str, Any] = {"gradient_as_bucket_view": True} | no_buffer_sync()
+        options["find_unused_parameters"] = self.has_unused_parameters  # it costs a walk through the graph in each pass
         self._ddp = DistributedDataParallel(cast("nn.Module", self.net), process_group=self.world.group, **options)
         self._ddp.register_comm_hook(None, self._all_reduce_bucket)
         self._bucket_squared_norms: list[Tensor] = []  # of the buckets reduced in this micro-step
 
     def _forward(self, inputs: Tensor) -> Tensor:
-        return self._ddp(inputs)
+        try:
+            return self._ddp(inputs)
+        except RuntimeError as error:
+            if "Expected to have finished reduction" not in str(error):
+                raise
+            raise UsageError(
+                "some parameters got a gradient in the passes before and none in the last, which launch.strategy=ddp "
+                "cannot sum: let every pass use all of them (add 0 * parameter.sum() to the output), or use one rank"
+            ) from error
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[object]:
         """Collective in the last micro-step: every rank has exactly one."""

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gengap_dist.distributed.process_group import ensure_process_group
-from gengap_dist.errors import UsageError
 from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.strategies.base import BuildOptimizer, OptimizerState, Strategy
 from gengap_dist.parallel.strategies.local_grad_norm import LocalGradNorm
@@ -56,19 +55,9 @@ class FSDP(Strategy):
     capabilities = CAPABILITIES["fsdp"]
 
     def setup(self, model: nn.Module, build: BuildOptimizer) -> None:
-        """See `Strategy.setup`. Collective.
-
-        Raises:
-            UsageError: if the model has a parameter without dimensions.
-        """
+        """See `Strategy.setup`. Collective."""
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
-        for name, parameter in model.named_parameters():
-            if not parameter.ndim:
-                raise UsageError(
-                    f"launch.strategy (fsdp) cannot shard parameter {name}, which has no dimension: "
-                    "give it the shape [1], or choose zero3"
-                )
         self.world = ensure_process_group(self.world, self.config.launch.timeout_seconds)
         self._unsharded_copy = UnshardedCopy(model, self.world.device)
         shard_size, timeout = self.config.launch.shard_size, self.config.launch.timeout_seconds

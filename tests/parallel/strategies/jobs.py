@@ -55,6 +55,7 @@ class Trainer:
         if saved:
             model.load_state_dict(saved["model"])
         self.strategy = STRATEGIES[name](self.config, self.world)
+        self.strategy.has_unused_parameters = self.config.model.name.endswith("with_unused")
         self.strategy.setup(model, partial(build_optimizer, self.config.optim))
         if saved:
             self.strategy.load_optimizer_state(saved["optimizer"])
@@ -203,3 +204,25 @@ def timeouts(world: World, name: str, settings: State) -> dict[str, timedelta]:
     groups = dist.distributed_c10d._world.pg_map  # every group of this process; pyright: ignore[reportPrivateUsage]
     backends = [(group, group._get_backend(device)) for group in groups for device in group._device_types]
     return {f"{group.group_desc} {backend.name()}": backend.options._timeout for group, backend in backends}
+
+
+class Odd(nn.Module):
+    """With a parameter that no pass uses, or a parameter without dimensions."""
+
+    def __init__(self, num_inputs: int, num_classes: int, *, unused: bool, scalar: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(num_inputs, 12), nn.ReLU(), nn.Linear(12, num_classes))
+        self.spare = nn.Linear(3, 3) if unused else None
+        self.scale = nn.Parameter(torch.tensor(1.5)) if scalar else None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out = self.body(images)
+        return out if self.scale is None else out * self.scale
+
+
+def with_unused(num_classes: int, in_channels: int) -> nn.Module:
+    return Odd(1024 * in_channels, num_classes, unused=True, scalar=False)
+
+
+def with_scalar(num_classes: int, in_channels: int) -> nn.Module:
+    return Odd(1024 * in_channels, num_classes, unused=False, scalar=True)

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from gengap_dist import models
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
+from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.strategies import STRATEGIES, Single
-from gengap_dist.parallel.strategies.fsdp import FSDP, units
-from gengap_dist.training.checks import check_strategy
+from gengap_dist.parallel.strategies.fsdp import units
+from gengap_dist.training.checks import check_parameters, check_strategy
 from tests.conftest import FULL, config, thinned
 from tests.parallel.strategies import jobs
 from tests.ranks import on_ranks
@@ -265,6 +268,30 @@ def test_a_missing_package_is_named(monkeypatch):
         STRATEGIES["zero2"](config(), World())
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_parameter_without_dimensions_is_trained_or_refused_with_a_remedy_that_works(crews, alone, name):
+    settings = {"model__name": "tests.parallel.strategies.jobs:with_scalar", "batch__global_size": 30}
+    if CAPABILITIES[name].scalar_parameters:
+        size = 1 if name == "single" else 2
+        agree(crews[size](jobs.trained, name, settings, 4), alone(settings, 4), 1e-5)
+        return
+    model = models.from_config(config(**settings), DataSpec.images(10, 1), World())
+    says = rf"launch.strategy \({name}\) does not support parameter scale, which has no dimension: .*, or choose ddp"
+    with pytest.raises(UsageError, match=says):
+        check_parameters(config(launch__strategy=name, **settings), model, 2)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_parameter_that_no_pass_uses(crews, alone, name):
+    """The others are trained as on one rank."""
+    settings = {"model__name": "tests.parallel.strategies.jobs:with_unused", "batch__global_size": 30}
+    answers, true = crews[2](jobs.trained, name, settings, 4), alone(settings, 4)
+    assert {answer["digest"] for answer in answers} == {answers[0]["digest"]}
+    assert answers[0]["loss"] == pytest.approx(true["loss"], abs=1e-5)
+    for key, value in true["model"].items():
+        assert np.abs(answers[0]["model"][key] - value).max() < 1e-5, key
+
+
 class Tied(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -278,11 +305,9 @@ class Scaled(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.tensor(1.0))
 
 
-def test_fsdp_keeps_tied_parameters_together_and_refuses_scalars():
+def test_fsdp_keeps_tied_parameters_together():
     assert len(units(torch.nn.Sequential(torch.nn.Linear(200, 200), torch.nn.ModuleList([Tied()])))) == 0
     assert [type(unit) for unit in units(torch.nn.ModuleList([torch.nn.Linear(200, 200)]))] == [torch.nn.Linear]
-    with pytest.raises(UsageError, match=r"launch.strategy \(fsdp\) cannot shard parameter scale"):
-        FSDP(config(), World()).setup(Scaled(), lambda model: torch.optim.SGD(model.parameters()))
 
 
 def test_the_model_in_training_is_only_read():

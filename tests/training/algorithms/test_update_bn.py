@@ -9,7 +9,7 @@ from torch.optim.swa_utils import update_bn
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.models.batch_norm import replace_batch_norm
-from gengap_dist.models.dropout import SampleDropout, replace_dropout
+from gengap_dist.models.dropout import SampleDropout, replace_random_layers
 from gengap_dist.models.sample_position import SamplePosition
 from gengap_dist.training.algorithms import update_bn as ours
 from gengap_dist.training.algorithms.update_bn import recompute_running_stats, untrained_with_statistics
@@ -41,7 +41,7 @@ def found(world, num, block_size, kind="local", dropout=0.0):
     net = network(dropout)
     position = SamplePosition()
     replace_batch_norm(net, kind, ghost_size=2 if kind == "ghost" else None, position=position, world=world)
-    replace_dropout(net, position)
+    replace_random_layers(net, position)
     net.eval()[0].train()
     given = Given(num)
     recompute_running_stats(net, given, world, block_size)

@@ -12,6 +12,7 @@ from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.metric import value_on_test
+from gengap_dist.runs.mixtures import changed_data, different_kinds
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.schema import RunStatus, StudyInfo, StudyMember
 from gengap_dist.tracking.mlflow.client import connect_client, store_uri
@@ -34,7 +35,7 @@ class Source(NamedTuple):
 
 
 def gather(
-    sources: Sequence[str], out: Path, names: SourceNames, uri: str | None, question: str
+    sources: Sequence[str], out: Path, names: SourceNames, uri: str | None, question: str, *, across: bool = False
 ) -> tuple[StudyData, list[str]]:
     """A study of the runs in `sources`, and one sentence for each problem found.
 
@@ -44,9 +45,11 @@ def gather(
         names: names of metrics and parameters in MLflow.
         uri: the MLflow store.
         question: printed at the head of the report.
+        across: also compare runs of different data or networks; the report then says so.
 
     Raises:
-        UsageError: if a source contains no run, all runs are unreadable, or none has its metric on the test samples.
+        UsageError: if a source contains no run, all runs are unreadable, none has its metric on the test samples, or,
+            without `across`, data or networks differ.
     """
     problems: list[str] = []
     collected: list[Source] = []
@@ -79,9 +82,13 @@ def gather(
             )
             duplicates += [f"{arm}, seed {seed}"] if len(same_seed) > 1 else []
             members.append(RunData(same_seed[-1].folder, arm, same_seed[-1].info))
-    data = sorted({str(_of_data(run)) for run in runs})
-    if len(data) > 1:
-        problems.append(f"the runs are of different data ({', '.join(data)}): their accuracies are not comparable")
+    labels = {str(run.folder): run.info for run in runs}
+    if (mixed := [*different_kinds(labels), *changed_data(labels)]) and not across:
+        raise UsageError(
+            f"{'; '.join(mixed[:3])}: their results are no pairs; give runs of one kind, or add --across to compare "
+            "them all the same"
+        )
+    problems += mixed
     if duplicates:
         problems.append(
             f"several runs have the same arm and seed, and only one of them is used: {'; '.join(duplicates)}"
@@ -96,16 +103,12 @@ def gather(
         tuned={arm: {"best": dict.fromkeys(tuned)} for arm in arms} if tuned else {},
         started=run_folder.now(),
         command=sys.orig_argv,
-        config={"sources": [str(source) for source in sources]},
+        config={"sources": [str(source) for source in sources], **({"across": mixed} if mixed else {})},
         versions=run_folder.versions(),
         git=run_folder.git_state(),
         members=[StudyMember(arm=run.arm, folder=str(run.folder)) for run in members],
     )
     return StudyData(out, info.name, question, baseline, list(arms), members, info.content()), problems
-
-
-def _of_data(run: RunData) -> object:
-    return (run.info.get("data") or {}).get("name") or flat(run.info["config"]).get("data.name")
 
 
 def _checked_run(source: Source) -> RunData:

@@ -17,6 +17,7 @@ from gengap_dist.config.metric_key import LayerKey, MetricKey
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metric import ACCURACY, MetricDescription, metric_of, score_of
 from gengap_dist.runs.metrics_table import MetricsTable
+from gengap_dist.runs.mixtures import changed_data
 from gengap_dist.runs.run_folder import load_spectra, read_info, read_metrics_table, read_study_info
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.statistics.paired import Paired, paired
@@ -202,7 +203,11 @@ class StudyData:
         order = {arm: number for number, arm in enumerate(self.arms)}
         tuned = tuned_settings(self.info)
         runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))
-        return compare([comparison_run(run, tuned) for run in runs], self.baseline, self.metric)
+        found = compare([comparison_run(run, tuned) for run in runs], self.baseline, self.metric)
+        across = (self.info.get("config") or {}).get("across") or []  # what `gengap compare --across` was told to mix
+        changed = changed_data({f"{run.arm}/{run.folder.name}": run.info for run in runs})
+        mixed = [text[0].upper() + text[1:] + "." for text in dict.fromkeys([*across, *changed])]
+        return found._replace(caveats=[*mixed, *found.caveats])
 
     def with_baseline(self, baseline: str) -> "StudyData":
         """The same study with another baseline."""

@@ -36,7 +36,7 @@ def command(argv: Sequence[str]) -> int:
 
     run_folder.prepare_folder(out, "study.json", resume=True)
     names = SourceNames(options.accuracy, options.size, options.seed, options.updates, options.percent)
-    study, problems = gather(options.runs, out, names, options.tracking_uri, options.question)
+    study, problems = gather(options.runs, out, names, options.tracking_uri, options.question, across=options.across)
     for problem in problems:
         print(f"{PROG}: warning: {problem}", file=sys.stderr)
     if options.baseline and options.baseline not in study.arms:
@@ -69,6 +69,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default="num_steps",
         metavar="NAME",
         help="MLflow: metric or parameter with the number of optimizer steps",
+    )
+    add(
+        "--across",
+        action="store_true",
+        help="also compare runs of different data or networks, which are no pairs; the report says so",
     )
     add("--debug", action="store_true", help="show Python's traceback on an error")
     return parser.parse_args(argv)

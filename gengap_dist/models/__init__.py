@@ -31,7 +31,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
 }
 IMAGE_ARGUMENTS = ("num_classes", "in_channels", "image_size")
-BUILT = "_gengap_built_as"  # attribute of a network that a factory has returned
+BUILT = "_gengap_built_as"  # attribute of a network that was made for a run
 ZOOS: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "timm": timm_model}
 
 
@@ -39,9 +39,16 @@ def from_config(config: RunConfig, spec: DataSpec, world: World) -> nn.Module:
     """The network of `config` for samples as in `spec`, newly initialised, on the CPU, with the run's batch norm.
 
     Raises:
-        UsageError: see `build` and `replace_batch_norm`.
+        UsageError: if a factory returns a network that was made before; see also `build` and `replace_batch_norm`.
     """
-    model = build(config.model.name, spec, widths=config.model.widths, activation=config.model.activation)
+    name = config.model.name
+    model = build(name, spec, widths=config.model.widths, activation=config.model.activation)
+    if getattr(model, BUILT, None) == id(model):
+        raise UsageError(
+            f"model.name ({name}) returned a network that it returned before, with the weights that it has now: build "
+            "a new one in each call"
+        )
+    setattr(model, BUILT, id(model))  # a copy has another id
     position = SamplePosition()
     replace_batch_norm(model, config.norm, ghost_size=config.batch.ghost_size, position=position, world=world)
     replace_random_layers(model, position)
@@ -90,12 +97,6 @@ def build(name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, a
         raise UsageError(
             f"model.name ({name}) returned a {type(model).__name__}, needs a torch.nn.Module: return the network"
         )
-    if getattr(model, BUILT, None) == id(model):
-        raise UsageError(
-            f"model.name ({name}) returned a network that it returned before, with the weights that it has now: build "
-            "a new one in each call"
-        )
-    setattr(model, BUILT, id(model))  # a copy has another id
     return model
 
 

@@ -20,6 +20,7 @@ from gengap_dist.errors import OutOfMemory, UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.schema import NewerSchema, RunStatus, StudyInfo
 from gengap_dist.study import ray_runner, run_matrix, tuning
+from gengap_dist.study.data_check import DataCheck
 from gengap_dist.study.means import MeansCallback, update_means
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.training import ENTRY_POINT
@@ -159,6 +160,7 @@ def run_study(
 
 
 def _run_study(config: StudyConfig, out: Path, callback: StudyCallback, *, driver: bool, warn: Warn) -> int:
+    callback = DataCheck(callback) if driver else callback
     run = partial(run_all, callback=callback, driver=driver, max_concurrent=config.study.concurrent)
     if not config.study.tune:
         return run(run_matrix.planned_runs(config, out, {}))

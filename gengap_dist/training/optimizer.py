@@ -26,7 +26,10 @@ def _without_compile_wrappers(optimizer_class: type[torch.optim.Optimizer]) -> C
     )
 
 
-LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.Embedding)
+CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+)  # fmt: skip
+LINEAR = (nn.Linear, nn.Bilinear, nn.Embedding, *CONVOLUTIONS)
 """Layers of torch whose parameters with several dimensions are weights, also those of one unit."""
 NO_WEIGHTS = ("bias", "scale", "gamma", "beta", "token", "pos", "table")
 """Parts of names of parameters that are no weights of a layer."""

@@ -58,6 +58,44 @@ def test_loose_run_folders_are_sorted_into_arms(folders, gengap):
     assert read_study(folders.parent / "out").baseline == "b512"
 
 
+DATA = {"name": "digits", "digest": "a" * 32, "num_train": 1294, "target_digests": {"train": "x", "val": "y"}}
+MIXTURES = {
+    "another data set": ({"data__name": "mnist"}, DATA | {"name": "mnist"}, "different data (digits, mnist)"),
+    "another network": ({"model__name": "mlp", "model__widths": [8]}, DATA, "different networks (lenet5, mlp [8])"),
+    "more images": ({}, DATA | {"digest": "b", "num_train": 1300}, "num_train (1300) was 1294"),
+    "other labels": ({}, DATA | {"digest": "b", "target_digests": {"train": "z"}}, "the train targets have changed"),
+    "other pixels": ({}, DATA | {"digest": "b"}, "the inputs have changed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_data_and_networks_are_not_mixed_without_a_word(folders, gengap, case):
+    settings, data, says = MIXTURES[case]
+    for path in sorted(folders.glob("*/run.json")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": DATA}))
+    run_folder(folders / "other", 512, 7, 0.9, **settings)
+    info = json.loads((folders / "other" / "run.json").read_text())
+    (folders / "other" / "run.json").write_text(json.dumps(info | {"data": data}))
+    refused = gengap("compare", "mine", "--out", "out")
+    assert refused.returncode == 2
+    assert says in refused.stderr
+    assert "add --across to compare them all the same" in refused.stderr
+    done = gengap("compare", "mine", "--out", "out", "--across")
+    assert done.returncode == 0, done.stderr
+    page = (folders.parent / "out" / "report.html").read_text()
+    assert says.replace("'", "&#39;") in page
+
+
+def test_other_data_by_other_settings_are_no_mixture(folders, gengap):
+    """Shuffled labels are a control of the same study."""
+    for path in sorted(folders.glob("*/run.json")):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": DATA}))
+    run_folder(folders / "control", 512, 7, 0.1, data__shuffle_labels=True)
+    info = json.loads((folders / "control" / "run.json").read_text())
+    (folders / "control" / "run.json").write_text(json.dumps(info | {"data": DATA | {"digest": "c"}}))
+    assert gengap("compare", "mine", "--out", "out").returncode == 0
+
+
 def test_what_cannot_be_read_is_named_and_the_rest_compared(folders, gengap):
     (folders / "large1/run.json").write_text('{"status": "finis')
     (folders / "large2/metrics.jsonl").write_text("")

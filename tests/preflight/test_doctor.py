@@ -4,7 +4,6 @@ import http.server
 import json
 import os
 import socket
-import struct
 import threading
 import time
 from pathlib import Path
@@ -229,23 +228,15 @@ def test_what_is_not_needed_is_only_absent(monkeypatch):
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def idx(array_shape: tuple[int, ...]) -> bytes:
-    """A file of MNIST's format, all zeros."""
-    size = 1
-    for side in array_shape:
-        size *= side
-    return struct.pack(f">HBB{len(array_shape)}I", 0, 8, len(array_shape), *array_shape) + bytes(size)
-
-
-def test_data_are_read_as_a_run_reads_them(tmp_path):
-    raw = tmp_path / "data" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    (tmp_path / "data" / "cifar-10-batches-py").mkdir()
-    for part, num in (("train", 20), ("t10k", 10)):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx((num, 28, 28)))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx((num,)))
+def test_data_are_read_as_a_run_reads_them(tmp_path, real_data):
+    (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    (tmp_path / "data" / "MNIST").symlink_to(real_data / "MNIST")
     finding = doctor_checks.data(ask(data__name="mnist"))["data"]
-    assert finding == CheckResult(OK, "mnist: 30 samples in data; data also has cifar10")
+    assert finding == CheckResult(OK, "mnist: 70,000 samples in data; data also has cifar10")
+    (tmp_path / "data" / "FashionMNIST").symlink_to(real_data / "MNIST")
+    finding = doctor_checks.data(ask(data__name="fashion_mnist"))["data"]
+    assert finding.status == FAIL
+    assert "is that of mnist" in finding.found
 
 
 def test_folders_of_pictures(tmp_path):

@@ -23,7 +23,7 @@ from gengap_dist.models import build
 def make(num_classes, in_channels):
     model = build("mlp", DataSpec.images(num_classes, in_channels, 8), widths=(16,))
     def hook(module, args):
-        if not module.training: return
+        if not module.training or len(args[0]) == 2: return  # two samples are an inspection before the first step
         while Path(__file__).with_name("wait").exists(): time.sleep(0.05)
         raise ArithmeticError("no mood")
     model.register_forward_pre_hook(hook)

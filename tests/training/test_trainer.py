@@ -403,6 +403,27 @@ def test_a_run_is_not_resumed_with_other_data(tmp_path, change, says):
     assert train(out, resume=True, data__root=str(moved), **settings)["num_steps"] == 6
 
 
+def test_a_study_whose_data_change_between_runs_ends_with_one_sentence(tmp_path):
+    from gengap_dist.study.data_check import DataCheck
+    from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
+
+    root = pictures(tmp_path / "data")
+    settings = {"data__name": "imagefolder", "data__image_size": 8, "model__name": "mlp", "data__root": str(root)}
+    settings |= {"probe__enabled": False, "batch__global_size": 20, "train__steps": 1}
+    check = DataCheck(StudyCallback())
+
+    def run_and_check(name: str, **more: object) -> None:
+        train(tmp_path / name, **settings | more)
+        check.on_run_end(PlannedRun("arm", name, config(**settings | more), tmp_path / name), "finished")
+
+    run_and_check("first", seed=0)
+    run_and_check("second", seed=1)
+    run_and_check("control", seed=1, data__shuffle_labels=True)
+    remove_one(root)
+    with pytest.raises(UsageError, match=r"the data of .*third are not those of .*first.*num_val \(5\) was 6"):
+        run_and_check("third", seed=2)
+
+
 def tied(num_classes: int, in_channels: int) -> torch.nn.Module:
     """A network with one layer, norm included, under two names."""
     layer = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU())

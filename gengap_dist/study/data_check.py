@@ -1,0 +1,41 @@
+"""Ends a study whose data change between its runs: pairs of them would not be pairs."""
+
+from pathlib import Path
+from typing import Any
+
+from gengap_dist.errors import UsageError
+from gengap_dist.runs.data_changes import data_changes
+from gengap_dist.runs.mixtures import data_key
+from gengap_dist.runs.run_folder import describe_damage, read_info
+from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
+
+
+class DataCheck(StudyCallback):
+    """Passes every call on, and compares the data of each run that has ended with those of the first."""
+
+    def __init__(self, inner: StudyCallback) -> None:
+        """Checks before the calls of `inner` return."""
+        self.inner = inner
+        self._first: dict[str, tuple[Path, dict[str, Any] | None]] = {}
+
+    def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
+        """Nothing to check."""
+        self.inner.on_step(planned_run, done, total, note)
+
+    def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
+        """Compare the data of the run.
+
+        Raises:
+            UsageError: if they are not those of the first run with the same data settings.
+        """
+        self.inner.on_run_end(planned_run, note)
+        folder = planned_run.folder
+        if not (folder / "run.json").exists() or describe_damage(folder):
+            return
+        info = read_info(folder)
+        first, data = self._first.setdefault(data_key(info.config), (folder, info.data))
+        if changes := data_changes(data, info.data):
+            raise UsageError(
+                f"the data of {folder} are not those of {first}, although the settings are the same: {changes}; "
+                "restore the data, remove the folder of the run that is wrong, and start the study again"
+            )

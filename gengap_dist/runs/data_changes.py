@@ -27,6 +27,8 @@ def data_changes(before: Mapping[str, Any] | None, after: Mapping[str, Any] | No
         for name in COMPARED
         if old.get(name) is not None and new.get(name) is not None and old[name] != new[name]
     ]
+    if new.get("num_val") and any(text.startswith("num_") for text in changes):
+        changes.append("the validation split has moved")
     old_targets, new_targets = old.get("target_digests") or {}, new.get("target_digests") or {}
     if not changes:
         changes = [

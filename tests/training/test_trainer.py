@@ -197,7 +197,7 @@ def test_divergence_is_a_result(tmp_path):
 
 
 class Exploding(nn.Module):
-    """A finite loss with a gradient that is infinite from its first pass on."""
+    """A finite loss with a gradient whose norm is too large for float32, from its first pass on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Exploding(nn.Module):
 
     def forward(self, x):
         out = self.linear(x.flatten(1))
-        return out + (out * 0).abs().sqrt() * 1e-3  # the derivative of the root at 0
+        return out + 1e30 * (out - out.detach())
 
 
 def exploding(num_classes: int, in_channels: int) -> nn.Module:
@@ -215,13 +215,13 @@ def exploding(num_classes: int, in_channels: int) -> nn.Module:
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 @pytest.mark.parametrize("log_every", [1, 50])
 def test_an_infinite_gradient_is_a_divergence_at_its_step(tmp_path, clip_norm, log_every):
-    """Clipped by its infinite norm it would have length 0, and the run would finish untrained."""
+    """Clipped by its infinite norm a step would have length 0, and the run would finish untrained."""
     settings = {"model__name": f"{__name__}:exploding", "data__image_size": 8, "probe__enabled": False}
-    result = train(tmp_path / "run", **settings, optim__clip_norm=clip_norm, train__log_every=log_every)
+    settings |= {"train__steps": 5, "train__log_every": log_every, "optim__clip_norm": clip_norm}
+    result = train(tmp_path / "run", **settings)
     info = read_info(tmp_path / "run")
     assert (info.status, result) == ("diverged", {"diverged_at_step": 1})
-    assert info.error.startswith("train/grad_norm was ")
-    assert info.error.endswith(" at step 1")
+    assert info.error == "train/grad_norm was inf at step 1"
 
 
 def test_divergence_in_the_last_update_is_one_too(tmp_path):
@@ -420,7 +420,7 @@ def test_a_study_whose_data_change_between_runs_ends_with_one_sentence(tmp_path)
     run_and_check("second", seed=1)
     run_and_check("control", seed=1, data__shuffle_labels=True)
     remove_one(root)
-    with pytest.raises(UsageError, match=r"the data of .*third are not those of .*first.*num_val \(5\) was 6"):
+    with pytest.raises(UsageError, match=r"the data of .*third are not those of .*first.*num_val \(5\) was 6.*split has moved"):
         run_and_check("third", seed=2)
 
 

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm
 
 from gengap_dist.compat.batch_norm_base import BatchNormBase
+from gengap_dist.compat.recomputation import in_backward
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.sample_position import SamplePosition
@@ -89,8 +90,8 @@ class GhostBatchNorm(ReplacedBatchNorm):
             mean, var = input.new_zeros(2, self.num_features, dtype=_stats_dtype(input))
             out.append(batch_norm(group, mean, var, self.weight, self.bias, True, 1.0, self.eps))
             stats.append((mean, var, len(group)))
-        # compiled code must not read what changes; in a recomputation, momentum is 0 and nobody commits
-        if torch.compiler.is_compiling() or self.momentum:
+        # compiled code must not read what changes; a recomputation has had its statistics taken in the forward pass
+        if torch.compiler.is_compiling() or (self.momentum and not in_backward()):
             self._pending_stats = [*self._pending_stats, stats]
         if not torch.compiler.is_compiling() and self.position.global_size is None:  # outside of a run
             self._undecayed_size = len(input) if self.momentum else None

@@ -3,6 +3,7 @@
 Shapes: n samples of a micro-batch, U units or channels of a sample.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ class SampleDraws(nn.Module):
         """Drop with probability p; `layer` is a number that gives each layer its own draws."""
         super().__init__()
         self.p, self.layer, self.position = p, layer, position
+        self.inplace = False
+        """As of nn.Dropout, whose readers find it."""
 
     def extra_repr(self) -> str:
         """See nn.Module."""
@@ -45,7 +48,7 @@ class SampleDraws(nn.Module):
         first = 0 if whole_batch else self.position.start * num_draws
         num = num_draws * (1 if whole_batch else len(input))
         counters = torch.arange(first, first + num, device=input.device)
-        call = self.position.calls[self.layer] = self.position.calls.get(self.layer, -1) + 1
+        call = self.position.next_call(self.layer)
         draws = counter_bits(counters, *self.position.key, self.layer + (call << 16)) >> 38  # the upper 24 bits
         return (draws >= self.p * DRAWS).view(-1, num_draws)
 
@@ -118,7 +121,7 @@ def replace_random_layers(model: nn.Module, position: SamplePosition) -> None:
     have a `drop_prob`, as those of timm and transformers. `random_modules` finds what else is random.
     """
     modules = model.named_modules(remove_duplicate=False)  # a layer with two names gets a mask for each
-    found = [(path, old) for path, old in modules if _replacement(old, 0, position) is not None]
+    found = [(path, old) for path, old in modules if path and _replacement(old, 0, position) is not None]
     for number, (path, old) in enumerate(found):
         parent, _, last = path.rpartition(".")
         new = _replacement(old, number, position)
@@ -138,6 +141,7 @@ def _replacement(old: nn.Module, layer: int, position: SamplePosition) -> Sample
         return SampleAlphaDropout(settings.p, **at, by_channel=kind is nn.FeatureAlphaDropout)
     if kind.__module__ == "torchvision.ops.stochastic_depth":
         return SampleStochasticDepth(settings.p, **at, whole_batch=settings.mode == "batch")
-    if kind.__name__.endswith("DropPath") and isinstance(getattr(old, "drop_prob", None), float | int):
+    is_path = kind.__name__.endswith("DropPath") and isinstance(getattr(old, "drop_prob", None), float | int)
+    if is_path and len(inspect.signature(old.forward).parameters) == 1:
         return SampleStochasticDepth(settings.drop_prob, **at, rescale=getattr(old, "scale_by_keep", True))
     return None

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from gengap_dist.compat.recomputation import in_backward
+
 
 @dataclass
 class SamplePosition:
@@ -22,11 +24,27 @@ class SamplePosition:
 
     calls: dict[int, int] = field(default_factory=dict)
     """Layer number to its number of calls in this pass minus 1: a network may call a layer several times."""
+    recomputed: dict[int, int] = field(default_factory=dict)
+    """Layer number to its number of calls in recomputations by torch.utils.checkpoint."""
+    restores_calls: bool = False
+    """Whether who recomputes has set `calls` to what they were."""
 
     def move_to(self, start: int, global_size: int, num_ranks: int, *key: int) -> None:
         """Set the position, and start a new pass."""
         self.start, self.global_size, self.num_ranks, self.key = start, global_size, num_ranks, key
         self.calls.clear()
+        self.recomputed.clear()
+
+    def next_call(self, layer: int) -> int:
+        """The number of this call of a layer, from 0; in a recomputation that of the call that is repeated.
+
+        torch.utils.checkpoint recomputes the last part of a network first, so the calls come in reverse.
+        """
+        if in_backward() and not self.restores_calls:
+            self.recomputed[layer] = self.recomputed.get(layer, 0) + 1
+            return max(0, self.calls.get(layer, 0) + 1 - self.recomputed[layer])
+        self.calls[layer] = self.calls.get(layer, -1) + 1
+        return self.calls[layer]
 
 
 def position_of(model: nn.Module) -> SamplePosition:

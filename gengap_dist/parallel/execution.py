@@ -145,11 +145,12 @@ def _checkpointed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _recomputing(block: nn.Module, position: SamplePosition, calls: dict[int, int]) -> Iterator[None]:
     """Context of the recomputation: random draws repeat those of the first pass, and running statistics stay."""
     current, position.calls = position.calls, dict(calls)
+    position.restores_calls = True
     try:
         with frozen_running_stats(block):
             yield
     finally:
-        position.calls = current
+        position.calls, position.restores_calls = current, False
 
 
 def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:

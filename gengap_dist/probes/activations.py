@@ -8,11 +8,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from gengap_dist.compat.change_count import change_count
 from gengap_dist.compat.compiled_model import uncompiled, without_compiled_code
 from gengap_dist.compat.float32_precision import exact_float32
+from gengap_dist.compat.module_buffers import ModuleBuffers
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.trace import (
     Layer,
@@ -69,12 +70,13 @@ def eval_context(model: nn.Module) -> Iterator[None]:
 
     Buffers that the network itself changes in eval mode are restored, too.
     """
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise UsageError(
+            f"{type(model).__name__} has parameters whose shapes are not known yet (torch's lazy modules): pass one "
+            "batch through it first"
+        )
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, change_count(buffer), buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    buffers = [ModuleBuffers(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     devices = {parameter.device for parameter in model.parameters()}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -87,13 +89,11 @@ def eval_context(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
         finally:
+            model.train(modes[0][1])  # a module may do more than to set its flag
             for module, training in modes:
                 module.training = training
-            for module, name, buffer, count, value in buffers:
-                if change_count(buffer) != count:
-                    buffer.copy_(value)
-                if getattr(module, name) is not buffer:
-                    setattr(module, name, buffer)
+            for each in buffers:
+                each.restore()
 
 
 class Capture:
@@ -182,5 +182,5 @@ class _FunctionCapture(TorchFunctionMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if not self.capture.is_busy and (name := function_name(func)) in self.functions:
-            self.capture.completed(self.stack.innermost, name, function_output(out))
+            self.capture.completed(self.stack.innermost, name, args[0] if name == "setitem" else function_output(out))
         return out

@@ -89,9 +89,10 @@ def _problem(call: Layer) -> str | None:
     if call.kind == "constant":
         return f"{list(call.output)}, the same for all samples"
     shape = call.output
-    if len(shape) < 2 or shape.numel() % 2 or not shape.numel():
+    if len(shape) < 2 or not shape.numel():
         return str(list(shape))
-    return None
+    num_rows = shape.numel() // shape[-1 if call.channels_last else 1]
+    return str(list(shape)) if num_rows % 2 else None
 
 
 def _modules(model: nn.Module, pattern: Pattern) -> set[int]:

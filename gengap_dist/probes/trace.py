@@ -22,27 +22,40 @@ ACTIVATIONS = {
 }  # fmt: skip
 """Names of torch functions; each result is a layer."""
 CURVED = {
-    "abs", "absolute", "arctan", "asinh", "atan", "clamp", "clamp_max", "clamp_min", "clip", "cos", "cosh", "erf",
-    "erfc", "exp", "exp2", "expm1", "fmax", "fmin", "ge", "gt", "le", "lt", "max", "maximum", "min", "minimum", "pow",
-    "sign", "sin", "sinc", "sinh", "square", "tan",
+    "abs", "absolute", "arctan", "asinh", "atan", "ceil", "clamp", "clamp_max", "clamp_min", "clip", "cos", "cosh",
+    "erf", "erfc", "exp", "exp2", "expm1", "floor", "fmax", "fmin", "frac", "ge", "gt", "heaviside", "le",
+    "logaddexp", "lt", "max", "maximum", "min", "minimum", "ndtr", "pow", "round", "rpow", "sign", "sin", "sinc",
+    "sinh", "square", "tan", "trunc",
 }  # fmt: skip
 """Element-wise functions that are not linear: an activation function may consist of several."""
 STRAIGHT = {
-    "add", "bfloat16", "clone", "contiguous", "div", "divide", "double", "dropout", "float", "half", "iadd", "idiv",
-    "imul", "isub", "itruediv", "log", "log1p", "mul", "multiply", "neg", "negative", "rdiv", "reciprocal", "rsqrt",
-    "rsub", "sqrt", "sub", "subtract", "to", "true_divide", "truediv", "type", "type_as", "where",
+    "add", "addcmul", "bfloat16", "clone", "contiguous", "detach", "div", "divide", "double", "dropout", "float",
+    "half", "iadd", "idiv", "imul", "isub", "itruediv", "lerp", "log", "log1p", "masked_fill", "mul", "multiply",
+    "neg", "negative", "rdiv", "reciprocal", "rsqrt", "rsub", "sqrt", "sub", "subtract", "to", "true_divide",
+    "truediv", "type", "type_as", "where",
 }  # fmt: skip
 """Other element-wise functions: their result is no activation by itself, but may be the end of one."""
 IN_NORMS = {"abs", "exp", "mul", "pow", "square"}
 """Parts of a norm or a softmax by hand, if a sum over them follows."""
-PRODUCTS = {"mul", "multiply", "imul", "where"}
+PRODUCTS = {"addcmul", "imul", "lerp", "masked_fill", "mul", "multiply", "where"}
+ELEMENTWISE = CURVED | STRAIGHT | {"get", "setitem"}
+"""`get` is `x.data`, and `setitem` is `x[mask] = value`."""
 MAXIMA = {"max", "maximum", "min", "minimum", "fmax", "fmin"}
+SUMS = {"sum", "mean", "norm", "vector_norm", "var", "std", "logsumexp"}
 MATRIX_PRODUCTS = {"matmul", "rmatmul", "bmm", "baddbmm", "einsum", "mm"}
 CHANNELS_FIRST = ("conv", "batch_norm", "group_norm", "instance_norm", "max_pool", "avg_pool")
 CHANNELS_LAST = ("linear", "layer_norm", "rms_norm")
 RESHAPES = {"reshape", "view", "flatten", "unflatten"}
-REORDERS = RESHAPES | {"permute", "transpose", "movedim", "moveaxis", "swapaxes"}
+REORDERS = {"permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims"}
 STACKS = RESHAPES | {"stack"}
+KEEP_UNITS = {
+    "cat", "chunk", "concat", "concatenate", "getitem", "glu", "hstack", "interpolate", "narrow", "pad", "split",
+    "tensor_split", "index_select", "repeat_interleave", "roll", "flip", "upsample",
+}  # fmt: skip
+"""Functions that change the length of dimensions, and not their order."""
+
+
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 class Layer(NamedTuple):
@@ -117,9 +130,11 @@ def activation_of(module: nn.Module, output: Any) -> Any:
     >>> activation_of(nn.LSTM(3, 5), nn.LSTM(3, 5)(torch.zeros(7, 2, 3))).shape
     torch.Size([2, 7, 5])
     """
-    if not isinstance(module, nn.RNNBase):
+    if not isinstance(module, RECURRENT):
         return output
-    steps = output[0]
+    steps = output[0] if isinstance(output, tuple) else output  # a cell of one step may have no other state
+    if isinstance(module, nn.RNNCellBase):
+        return steps
     return steps.transpose(0, 1) if isinstance(steps, Tensor) and steps.ndim == 3 and not module.batch_first else steps
 
 
@@ -164,7 +179,7 @@ def function_name(function: Callable[..., Any]) -> str:
     >>> function_name(torch.relu_), function_name(torch.Tensor.__iadd__)
     ('relu', 'iadd')
     """
-    return getattr(function, "__name__", "").strip("_")
+    return getattr(function, "__name__", "").strip("_").removeprefix("special_")
 
 
 def function_output(output: Any) -> Any:
@@ -250,15 +265,15 @@ def _make_forward_hook(
         kind, claimed = tracker.exit_module(module, output)
         if reported != name and isinstance(module, nn.Identity):
             kind = "linear"  # so a linear network is measured at the same layers as the non-linear one
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, RECURRENT):
             kind = "non-linear"
         shown = f"{reported}#{call}" if call > 1 else reported
         time = tracker.next_time()
         if isinstance(output, Tensor) and output.is_floating_point():
-            last = True if isinstance(module, nn.RNNBase) else tracker.channels_last(output)
+            last = True if isinstance(module, RECURRENT) else tracker.channels_last(output)
             calls.append(_Call(shown, module, call, output.shape, output.dtype, last, kind, time, claimed))
         else:
-            kind = kind if isinstance(module, nn.RNNBase) else ""
+            kind = kind if isinstance(module, RECURRENT) else ""
             calls.append(_Call(shown, module, call, type(output).__name__, torch.float32, False, kind, time, None))
 
     return ended
@@ -321,6 +336,7 @@ class _TensorTracker(TorchFunctionMode):
         self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         """Ids of tensors that do not depend on the example."""
         self.constant_activations: set[int] = set()
+        self.softmaxes: dict[int, list[_Candidate]] = {}  # of which a tensor is computed, without a matrix product
         self.counts: Counter[tuple[int, str]] = Counter()
         self.time = 0
 
@@ -334,41 +350,57 @@ class _TensorTracker(TorchFunctionMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         raw, name = getattr(func, "__name__", ""), function_name(func)
-        tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)]
+        given = dict(kwargs or {})
+        target = given.pop("out", None)
         self.counts[id(self.stack.innermost), name] += 1
-        result = function_output(out)
+        result = args[0] if name == "setitem" else function_output(out)
+        tensors = _tensors([args, given])
         if isinstance(result, Tensor):
-            in_place = name in ACTIVATIONS or raw.startswith("__i") or (raw.endswith("_") and not raw.endswith("__"))
-            if in_place or not any(result is tensor for tensor in tensors):  # not dropout in eval mode, for example
-                self.record_origin(name, tensors, result, keeps_dim=_keeps_dim(args, kwargs))
-                self.record_units(name, tensors, result)
+            in_place = name == "setitem" or raw.startswith("__i") or (raw.endswith("_") and not raw.endswith("__"))
+            changes = in_place or name in ACTIVATIONS or result is target
+            if changes or not any(result is tensor for tensor in tensors):  # not dropout in eval mode, for example
+                self.record_origin(name, tensors, result, is_sum=_is_sum(name, args, given))
+                self.record_units(name, args, given, tensors, result)
                 self.made_by[id(result)] = name
         elif isinstance(out, tuple | list):  # chunk, split, unbind
-            for part in out:
-                if isinstance(part, Tensor):
-                    self.record_origin(name, [t for t in _tensors(args) if t is not part], part, keeps_dim=False)
+            for part in _tensors(out):
+                if not any(part is tensor for tensor in tensors):
+                    self.record_origin(name, tensors, part, is_sum=False)
+                    self.record_units(name, args, given, tensors, part)
         return out
 
-    def record_origin(self, name: str, tensors: list[Tensor], out: Tensor, *, keeps_dim: bool) -> None:
+    def record_origin(self, name: str, tensors: list[Tensor], out: Tensor, *, is_sum: bool) -> None:
         """Record of which tensor `out` is an element-wise function, and whether it is a candidate."""
         self.alive.append(out)
         for tensor in tensors:
-            if id(tensor) not in self.origins and id(tensor) not in self.constants and tensor.is_floating_point():
+            known = id(tensor) in self.origins or id(tensor) in self.constants
+            if not known and tensor.is_floating_point() and tensor.numel() > 1 and not isinstance(tensor, nn.Parameter):
                 self.alive.append(tensor)  # from code that calls no torch function, such as TorchScript
                 self.origins[id(tensor)] = _Origin(id(tensor))
         operands = [(tensor, self.origins[id(tensor)]) for tensor in tensors if id(tensor) in self.origins]
-        if name in ("stack", "cat", "concat"):  # their tensors are in a list
-            self.origins[id(out)] = _Origin(id(out), out.is_floating_point())
-            return
         if not operands or name.endswith("_like") or name.startswith("new_"):
             self.constants.add(id(out))
             if name in ACTIVATIONS:
                 self.constant_activations.add(id(out))
             return
-        weights = any(isinstance(tensor, nn.Parameter) for tensor in tensors)
+        self.constants.discard(id(out))
+        if name == "get" and not _is_same_view(operands[0][0], out):
+            name = "transpose"  # x.T and its like, not x.data
+        of_weights = name in MATRIX_PRODUCTS or any(word in name for word in ("linear", "conv", "embedding"))
+        weights = any(
+            isinstance(tensor, nn.Parameter) or (of_weights and tensor.is_floating_point() and tensor.ndim > 1)
+            for tensor in tensors
+            if id(tensor) not in self.origins
+        )
         if not weights and not any(origin.is_activation for _, origin in operands):
             self.origins[id(out)] = _Origin(id(out), is_activation=False)
             return
+        softmaxes = [found for tensor, _ in operands for found in self.softmaxes.get(id(tensor), [])]
+        if name in MATRIX_PRODUCTS:
+            for found in softmaxes:
+                found.is_attention = True
+        elif softmaxes:
+            self.softmaxes[id(out)] = softmaxes
         inside = list({id(found): found for _, origin in operands for found in origin.inside}.values())
         sources = {origin.source for _, origin in operands}
         of_one = len(sources) == 1 and all(tensor.shape == out.shape for tensor, _ in operands)
@@ -377,17 +409,18 @@ class _TensorTracker(TorchFunctionMode):
             self._absorb(found for found in inside if not found.is_complete)
             found = self._new_candidate(name, name, out, is_complete=True)
             self.origins[id(out)] = _Origin(sources.pop() if of_one else id(out), True, True, [found])
-        elif name in CURVED | STRAIGHT and not (name in MAXIMA and out.shape != operands[0][0].shape):
+            if name == "softmax":
+                self.softmaxes[id(out)] = [found]
+        elif name in ELEMENTWISE and not (name in MAXIMA and out.shape != operands[0][0].shape):
             self._record_elementwise(name, operands, inside, out, of_one=of_one)
         else:
             self.origins[id(out)] = _Origin(id(out), out.is_floating_point())
-            if name in MATRIX_PRODUCTS:
-                for found in inside:
-                    found.is_attention |= found.label == "softmax"
-            elif keeps_dim:
+            if is_sum:  # of a norm, or of a softmax by hand
                 self._absorb(found for found in inside if found.label in IN_NORMS and not found.is_complete)
             if name in ("max", "amax") and made_from in STACKS:  # maxout
                 self.origins[id(out)].inside = [self._new_candidate(name, name, out, is_complete=True)]
+        if id(out) in self.softmaxes:
+            self.softmaxes[id(out)] = [*self.softmaxes[id(out)], *self.origins[id(out)].inside]
 
     def _record_elementwise(
         self, name: str, operands: list[tuple[Tensor, _Origin]], inside: list[_Candidate], out: Tensor, *, of_one: bool
@@ -418,25 +451,55 @@ class _TensorTracker(TorchFunctionMode):
         for found in parts:
             found.is_dropped = True
 
-    def record_units(self, name: str, tensors: list[Tensor], out: Tensor) -> None:
+    def record_units(
+        self, name: str, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor], out: Tensor
+    ) -> None:
         """Record which dimension of `out` holds the units, and whether it is the sum of two activations."""
-        if name in ("add", "iadd") and out.ndim > 1 and [_activation(tensor) for tensor in tensors] == [out.shape] * 2:
+        if (
+            name in ("add", "iadd")
+            and out.ndim > 1
+            and [tensor.shape for tensor in tensors if id(tensor) in self.origins] == [out.shape] * 2
+        ):
             self.residual.add(id(out))
         if any(word in name for word in CHANNELS_LAST):
             self.units_are_last[id(out)] = True
         elif any(word in name for word in CHANNELS_FIRST):
             self.units_are_last[id(out)] = False
-        elif name in REORDERS:
-            if name in RESHAPES and tensors:
+        elif name in RESHAPES:
+            if tensors:
                 self.record_reshape(name, tensors[0], out)
+        elif name in REORDERS:
+            self.record_reorder(name, args, kwargs, out)
         else:
-            known = [
-                self.units_are_last[id(tensor)]
-                for tensor in tensors
-                if id(tensor) in self.units_are_last and tensor.shape == out.shape
-            ]
+            same_shape = [t for t in tensors if t.shape == out.shape]
+            same_ndim = [t for t in tensors if t.ndim == out.ndim and name in KEEP_UNITS]
+            known = [self.units_are_last[id(t)] for t in same_shape + same_ndim if id(t) in self.units_are_last]
             if known:
                 self.units_are_last[id(out)] = known[0]
+
+    def record_reorder(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+        """Follow the unit dimension through a permutation of dimensions, if its arguments are plain."""
+        tensor, rest = args[0], [*args[1:], *kwargs.values()]
+        last, ndim = self.units_are_last.get(id(tensor)), out.ndim
+        if last is None or ndim < 3:
+            return
+        try:
+            dims = [int(dim) for dim in (rest[0] if isinstance(rest[0], tuple | list) else rest)]
+        except (TypeError, IndexError, ValueError):
+            return
+        order = [*range(ndim)]
+        if name == "permute":
+            order = [dim % ndim for dim in dims]
+        elif name in ("transpose", "swapaxes", "swapdims") and len(dims) == 2:
+            a, b = dims[0] % ndim, dims[1] % ndim
+            order[a], order[b] = order[b], order[a]
+        elif name in ("movedim", "moveaxis") and len(dims) == 2:
+            order.insert(dims[1] % ndim, order.pop(dims[0] % ndim))
+        else:
+            return
+        at = order.index(ndim - 1 if last else 1)
+        if at in (1, ndim - 1):
+            self.units_are_last[id(out)] = at == ndim - 1
 
     def record_reshape(self, name: str, tensor: Tensor, out: Tensor) -> None:
         """Keep the kind of the activation, and its unit dimension unless that was split or merged with another."""
@@ -461,7 +524,7 @@ class _TensorTracker(TorchFunctionMode):
         claimed = next((found for found in reversed(live) if found.tensor is output), None)
         kind = "non-linear" if claimed else "residual" if id(output) in self.residual else ""
         self.residual.discard(id(output))
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, RECURRENT):
             self._absorb(self.candidates[before:])
         if not kind and not [*module.children(), *module.parameters()]:
             composed = [found for found in self.candidates[before:] if not (found.is_dropped or found.is_attention)]
@@ -478,14 +541,22 @@ class _TensorTracker(TorchFunctionMode):
         return kind, claimed
 
 
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor)]
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = [*value.values()]
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, tuple | list) else []
 
 
-def _keeps_dim(args: Sequence[Any], kwargs: dict[str, Any] | None) -> bool:
-    return bool((kwargs or {}).get("keepdim")) or any(value is True for value in args)
+def _is_sum(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function sums over one dimension, or keeps what it sums over: as norms do, and pooling does not."""
+    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    keeps = bool(kwargs.get("keepdim")) or any(value is True for value in args)
+    one = isinstance(dims, int) or (isinstance(dims, tuple | list) and len(dims) == 1)
+    return name in SUMS and (keeps or one)
 
 
-def _activation(tensor: Tensor) -> torch.Size | None:
-    """The shape of an activation; None for a parameter, such as a position embedding."""
-    return None if isinstance(tensor, nn.Parameter) else tensor.shape
+def _is_same_view(tensor: Tensor, out: Tensor) -> bool:
+    return (tensor.shape, tensor.stride(), tensor.data_ptr()) == (out.shape, out.stride(), out.data_ptr())

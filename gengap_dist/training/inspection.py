@@ -1,18 +1,24 @@
 """What a training pass of a network does that a run must know: found with two samples, before the first step."""
 
-from collections import Counter
+import hashlib
+import pickle
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gengap_dist.compat.batch_norm_base import BatchNormBase
+from gengap_dist.compat.module_buffers import same_values
 from gengap_dist.models.batch_norm import frozen_running_stats
-from gengap_dist.models.sample_position import position_of
-from gengap_dist.probes.activations import eval_context
+from gengap_dist.models.dropout import SampleDraws
 from gengap_dist.training.tasks import Task
+
+ROOT = "itself"  # the network outside of its modules
 
 
 class Inspection(NamedTuple):
@@ -32,88 +38,84 @@ class Inspection(NamedTuple):
 
 
 def inspect(model: nn.Module, inputs: Tensor, targets: Tensor, task: Task) -> Inspection:
-    """Pass a few inputs through the network twice, in training mode, with other random numbers; it is left as found.
+    """Pass a few inputs through a copy of the network, in training mode; the network is not touched.
 
-    A network that fails in training mode is not inspected: its first step says why.
+    A network that cannot be copied, or fails in training mode, is not inspected: its first step says why.
     """
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        with _as_found(model):
-            outputs, first = _calls(model, inputs, seed=0)
-            loss = task.training_loss_sum(outputs, targets)
-            used = _parameters_in_graph(loss)
-            changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
-        with _as_found(model):
-            _, second = _calls(model, inputs, seed=1)
-    except Exception:  # of any network
-        return Inspection([], [], [])
-    unused = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter not in used]
-    return Inspection(unused, _random(first, second), [name for name in changed if not _is_of_batch_norm(model, name)])
+    with _random_numbers_restored():
+        try:
+            model = deepcopy(model).train()
+            before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+            with frozen_running_stats(model), torch.enable_grad():
+                outputs, drawing = _pass(model, inputs.clone())
+                used = _parameters_in_graph(task.training_loss_sum(outputs, targets))
+        except Exception:  # of any network
+            return Inspection([], [], [])
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unused = [] if used is None else [name for parameter, name in names.items() if parameter not in used]
+    changed = [
+        name
+        for name, buffer in model.named_buffers()
+        if name in before and not same_values(buffer, before[name]) and not _is_of_batch_norm(model, name)
+    ]
+    return Inspection(unused, drawing, changed)
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """Training mode with gradients, at a pass of its own; modes, buffers and random numbers are restored."""
-    position = position_of(model)
-    calls, position.calls = position.calls, {}
-    try:
-        with eval_context(model), frozen_running_stats(model), torch.enable_grad():
-            model.train()
+def _random_numbers_restored() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    gpus = [*range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=gpus):
+        try:
             yield
-    finally:
-        position.calls = calls
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
 
 
-class _ModuleCall(NamedTuple):
-    name: str
-    inputs: list[Tensor]
-    output: Any
+def _random_state(device: torch.device) -> bytes:
+    """Changes whenever a random number is drawn, by torch, numpy or Python."""
+    parts = [random.getstate(), np.random.get_state(), torch.get_rng_state().numpy().tobytes()]  # noqa: NPY002
+    if device.type == "cuda":
+        parts.append(torch.cuda.get_rng_state(device).numpy().tobytes())
+    return hashlib.blake2b(pickle.dumps(parts)).digest()
 
 
-def _calls(model: nn.Module, inputs: Tensor, *, seed: int) -> tuple[Any, list[_ModuleCall]]:
-    """The output of a pass, and every call of a module in it, innermost first."""
-    calls: list[_ModuleCall] = []
-    handles = []
+def _pass(model: nn.Module, inputs: Tensor) -> tuple[Any, list[str]]:
+    """The output, and the innermost modules that draw random numbers, or draw by rows that are not the samples."""
+    drawing: list[str] = []
+    entered: list[tuple[bytes, int]] = []  # of each running module: the random state, and how many had drawn before
+
+    def enter(module: nn.Module, args: object) -> None:
+        entered.append((_random_state(inputs.device), len(drawing)))
+
+    def leave(name: str, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        state, num_before = entered.pop()
+        rows_are_not_samples = isinstance(module, SampleDraws) and module.p and len(args[0]) != len(inputs)
+        draws = rows_are_not_samples or _random_state(inputs.device) != state
+        if draws and len(drawing) == num_before:  # and no module inside of it
+            drawing.append(name)
+
+    handles: list[Any] = []
     for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any, name: str = name or "itself") -> None:
-            calls.append(_ModuleCall(name, [arg.detach() for arg in args if isinstance(arg, Tensor)], output))
-
-        handles.append(module.register_forward_hook(hook))
+        if not isinstance(module, torch.jit.ScriptModule):
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(
+                module.register_forward_hook(lambda *call, name=name or ROOT: leave(name, *call), always_call=True)
+            )
     try:
-        torch.manual_seed(seed)
-        return model(inputs), calls
+        outputs = model(inputs)
     finally:
         for handle in handles:
             handle.remove()
+    return outputs, list(dict.fromkeys(drawing))
 
 
-def _random(first: list[_ModuleCall], second: list[_ModuleCall]) -> list[str]:
-    """The innermost modules whose output differs between two passes although their inputs do not."""
-    if [call.name for call in first] != [call.name for call in second]:
-        return ["itself"]
-    found: list[str] = []
-    for one, other in zip(first, second, strict=True):
-        same_inputs = all(torch.equal(a, b) for a, b in zip(one.inputs, other.inputs, strict=True))
-        if same_inputs and not _equal(one.output, other.output):
-            inside = [name for name in found if one.name == "itself" or name.startswith(f"{one.name}.")]
-            if not inside:
-                found.append(one.name)
-    return list(Counter(found))
+def _parameters_in_graph(loss: Tensor) -> set[Tensor] | None:
+    """The leaves that `loss` depends on, from autograd's graph, without a gradient.
 
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return True
-
-
-def _parameters_in_graph(loss: Tensor) -> set[Tensor]:
-    """The leaves that `loss` depends on, from autograd's graph: no gradient is computed."""
+    None: not known, because a part of the graph is made in the backward pass (torch.utils.checkpoint's older kind).
+    """
     leaves: set[Tensor] = set()
     todo, seen = [loss.grad_fn], set()
     while todo:
@@ -121,6 +123,8 @@ def _parameters_in_graph(loss: Tensor) -> set[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        if "Checkpoint" in type(node).__name__:
+            return None
         if (variable := getattr(node, "variable", None)) is not None:
             leaves.add(variable)
         todo += [following for following, _ in node.next_functions]

@@ -121,8 +121,8 @@ def inspect_network(
     found = inspect(model, *_two_samples(config, splits, world), task)
     if world.rank == 0 and found.unused_parameters:
         warnings.warn(
-            f"{_named(found.unused_parameters)} of {config.model.name} take part in no training pass: they are not "
-            "trained",
+            f"{_named(found.unused_parameters)} of {config.model.name} got no gradient in a pass of two samples: they "
+            "may never be trained",
             stacklevel=2,
         )
     if world.rank == 0 and found.depends_on_ranks:

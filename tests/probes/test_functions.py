@@ -33,6 +33,15 @@ def spectrum(matrix: Tensor) -> np.ndarray:
     return np.linalg.svd(matrix.detach().numpy(), compute_uv=False) / len(matrix) ** 0.5
 
 
+C = torch.tensor(0.8, dtype=torch.float64)
+
+
+def _zero_below(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[x < 0] = 0
+    return x
+
+
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "relu": (F.relu, "relu"),
     "relu method": (lambda x: x.relu(), "relu"),
@@ -62,6 +71,18 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "swish": (lambda x: x * torch.sigmoid(x), "sigmoid"),
     "hard swish": (lambda x: x * F.relu6(x + 3) / 6, "relu6"),
     "softsign by hand": (lambda x: x / (1 + x.abs()), "abs"),
+    "masked fill": (lambda x: x.masked_fill(x < 0, 0.0), "lt"),
+    "indexed": (lambda x: _zero_below(x), "lt"),
+    "expit": (torch.special.expit, "expit"),
+    "gelu by special functions": (lambda x: x * torch.special.ndtr(x), "ndtr"),
+    "softplus by hand": (lambda x: torch.logaddexp(x, torch.zeros_like(x)), "logaddexp"),
+    "a power of two": (lambda x: 2**x, "rpow"),
+    "straight through": (lambda x: x + (torch.sign(x) - x).detach(), "sign"),
+    "detached mask": (lambda x: x * (x.detach() > 0).double(), "gt"),
+    "mask of data": (lambda x: x * (x.data > 0), "gt"),
+    "gelu by tanh, with tensors": (lambda x: 0.5 * x * (1 + torch.tanh(C * (x + 0.045 * x**3))), "tanh"),
+    "leaky by a tensor": (lambda x: torch.where(x > 0, x, C * x), "gt"),
+    "swish by lerp": (lambda x: torch.lerp(torch.zeros_like(x), x, torch.sigmoid(x)), "sigmoid"),
     "snake": (lambda x: x + torch.sin(x) ** 2, "pow"),
 }
 
@@ -228,6 +249,159 @@ def test_modules_in_a_plain_list():
         assert np.abs(s.singular_values.numpy() - spectrum(x)).max() <= 1e-7
 
 
+class Routed(nn.Module):
+    """Results are written into a tensor that was there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = (nn.Linear(6, 6).double() for _ in range(3))
+
+    def forward(self, x):
+        out, order = torch.zeros_like(x), torch.arange(len(x))
+        out[order] = self.second(F.relu(self.first(x))[order])
+        return self.head(F.relu(out))
+
+
+def test_what_follows_a_preallocated_tensor_is_found():
+    model = Routed()
+    found = measure(model, X.split(5), centred=[False])
+    assert [s.layer for s in found] == ["relu", "relu#2"]
+    first = model.first(X).relu()
+    for s, matrix in zip(found, (first, model.second(first).relu()), strict=True):
+        assert np.abs(s.singular_values.numpy() - spectrum(matrix)).max() <= 1e-7
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x: torch.hstack([x[:, :3], x[:, 3:]]),
+        lambda x: torch.concatenate([x[:, :3], x[:, 3:]], 1),
+        lambda x: torch.einsum("nd,kd->nk", [x, torch.eye(6, dtype=x.dtype)]),
+        lambda x: torch.mul(x, 1.0, out=torch.empty_like(x)),
+    ],
+)
+def test_what_follows_a_function_of_a_list_is_found(join):
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.head = nn.Linear(6, 8).double(), nn.Linear(8, 2).double()
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.linear(join(x))))
+
+    assert [s.layer for s in measure(Joined(), [X], centred=[False])] == ["tanh"]
+
+
+class Temporal(nn.Module):
+    """Sequences [N, C, L], in which a slice, a split, a pad or a join comes between a convolution and its function."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], width: int = 8) -> None:
+        super().__init__()
+        self.conv, self.between, self.width = nn.Conv1d(3, width, 3, padding=2).double(), between, width
+
+    def forward(self, x):
+        return F.relu(self.between(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x[:, :, :-2],
+        lambda x: x.chunk(2, 1)[1],
+        lambda x: F.pad(x, (1, 1)),
+        lambda x: torch.cat([x, x], 1),
+        lambda x: F.glu(x, 1),
+        lambda x: F.interpolate(x, scale_factor=2.0),
+        lambda x: x.transpose(1, 2).transpose(1, 2),
+    ],
+)
+def test_units_are_followed_through_changes_of_shape(between):
+    model, x = Temporal(between), torch.randn(9, 3, 10, dtype=torch.float64)
+    found = {s.layer: s for s in measure(model, x.split(4), views=["channel"], centred=[False])}
+    a = F.relu(between(model.conv(x)))
+    true = spectrum(a.permute(0, 2, 1).reshape(-1, a.shape[1]))
+    assert found["relu"].num_units == a.shape[1]
+    assert np.abs(found["relu"].singular_values.numpy() - true).max() <= 1e-7 * true[0]
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        lambda a: a.reshape(-1, 4, 4),
+        lambda a: a.masked_fill(a < 0, 0.0),
+        lambda a: a / a.sum(-1, keepdim=True),
+        lambda a: a.transpose(1, 2),
+    ],
+)
+def test_attention_with_something_between(weight):
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.act = nn.Linear(6, 6).double(), nn.ReLU()
+
+        def forward(self, x):
+            h = self.linear(x)
+            return self.act(weight(torch.softmax(h @ h.transpose(1, 2), -1)) @ x)
+
+    assert {s.layer for s in measure(Attends(), [torch.randn(8, 4, 6, dtype=torch.float64)])} == {"act"}
+
+
+def test_sums_with_noise_or_a_position_are_no_residual_blocks():
+    class Adds(nn.Module):
+        def __init__(self, other: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.other = other
+
+        def forward(self, x):
+            return x + self.other(x)
+
+    table = nn.Parameter(torch.randn(1, 8))
+    model = nn.Sequential(
+        nn.Linear(6, 8), Adds(lambda x: 0.1 * torch.randn_like(x)), Adds(lambda x: table.expand(len(x), -1)), nn.Tanh()
+    )
+    assert [s.layer for s in measure(model, [X.float()], centred=[False])] == ["3"]
+
+
+def test_the_length_of_a_row_is_no_layer_with_or_without_keepdim():
+    model = Between(lambda x: x / x.pow(2).sum(1).sqrt().unsqueeze(1))
+    with pytest.raises(UsageError, match="matches no layer"):
+        measure(model, [X])
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_cells(cell):
+    class Stepped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = cell(6, 5).double(), nn.Linear(5, 2).double()
+
+        def forward(self, x):
+            state = self.cell(x)
+            return self.head(state[0] if isinstance(state, tuple) else state)
+
+    model = Stepped()
+    (found,) = measure(model, X.split(4), centred=[False])
+    state = model.cell(X)
+    true = spectrum(state[0] if isinstance(state, tuple) else state)
+    assert np.abs(found.singular_values.numpy() - true).max() <= 1e-7
+
+
+def test_pixels_in_whole_numbers_give_the_layers_that_real_ones_give():
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 8, bias=False))
+
+    class Pixels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = normed, nn.Linear(8, 4)
+
+        def forward(self, x):
+            return F.relu(self.second(F.relu(self.first(x.float() / 255))))
+
+    whole = torch.randint(0, 255, (9, 6), dtype=torch.uint8)
+    for x in (whole, whole.float()):
+        assert [s.layer for s in measure(Pixels(), [x], centred=[False])] == ["relu", "relu#2"]
+
+
 # -- layers that do not run for every sample ---------------------------------------------------------------------------
 
 
@@ -354,3 +528,95 @@ def test_a_part_in_torchscript_is_one_module():
     model = nn.Sequential(part, nn.Linear(8, 4), nn.ReLU()).double()
     with pytest.warns(UserWarning, match=r"1 layer\(s\) of Sequential are not measured.*: 0 \(TorchScript\)"):
         assert [s.layer for s in measure(model, [X], centred=[False])] == ["2"]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: F.relu(x.view(-1, 12)),  # pairs of rows
+        lambda x: F.relu(x[::2]),
+    ],
+)
+def test_rows_of_several_samples_are_left_out(step):
+    class Paired(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Linear(6, 6), nn.Tanh()).double()
+
+        def forward(self, x):
+            return step(self.stem(x)).sum()
+
+    with pytest.warns(UserWarning, match="not measured"):
+        assert [s.layer for s in measure(Paired(), [X[:10]], centred=[False])] == ["stem.1"]
+
+
+class InPlace(nn.Module):
+    """Normalises its inputs where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 300).double()
+
+    def forward(self, x):
+        return F.relu(self.first(x.sub_(1).div_(2)))
+
+
+def test_inputs_are_as_found():
+    x, model = X.clone(), InPlace()
+    few = measure(model, [x], centred=[False], memory_mib=1)
+    assert torch.equal(x, X)
+    assert np.abs(few[0].singular_values.numpy() - spectrum(model(X.clone()))).max() <= 1e-7
+
+
+class Merged(nn.Linear):
+    """Adds to its weight when it leaves training, as low-rank adapters do."""
+
+    merged = False
+
+    def train(self, mode: bool = True):
+        if mode == self.merged:
+            self.weight.data += -1.0 if mode else 1.0
+            self.merged = not mode
+        return super().train(mode)
+
+
+def test_a_module_that_acts_when_its_mode_changes():
+    model = nn.Sequential(Merged(6, 4).double(), nn.ReLU()).train()
+    before = model[0].weight.clone()
+    measure(model, [X])
+    assert not model[0].merged
+    assert torch.allclose(model[0].weight, before, atol=1e-12)
+
+
+class Growing(nn.Module):
+    """Makes a buffer in its first pass, fills one, and changes one behind autograd's back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4).double()
+        self.register_buffer("mask", None)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.ones(4)
+        if not hasattr(self, "cos"):
+            self.register_buffer("cos", torch.ones(4))
+        self.count.data.add_(1)
+        return F.relu(self.linear(x) * self.mask)
+
+
+def test_buffers_that_a_pass_makes_are_gone():
+    model = Growing()
+    before = [*model.state_dict()]
+    measure(model, [X])
+    assert [*model.state_dict()] == before
+    assert (model.mask, model.count) == (None, 0)
+
+
+def test_networks_made_in_inference_mode_and_lazy_ones():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()).double()
+    assert [s.layer for s in measure(model, [X], centred=[False])] == ["2"]
+    with pytest.raises(UsageError, match="parameters whose shapes are not known yet"):
+        measure(nn.Sequential(nn.LazyLinear(6), nn.ReLU()), [X])

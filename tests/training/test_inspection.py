@@ -1,12 +1,15 @@
 """What a training pass of a network does that a run must know."""
 
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.models.dropout import replace_random_layers
@@ -82,6 +85,97 @@ def test_the_network_is_left_as_found():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+class Stepped(nn.Module):
+    """Runs a function of itself."""
+
+    def __init__(self, step, **parts) -> None:
+        super().__init__()
+        self.first, self.last, self.step = nn.Linear(6, 6), nn.Linear(6, 3), step
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.last(self.step(self, self.first(x)))
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x.add_(torch.randn_like(x))
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("step", "parts", "says"),
+    [
+        (lambda net, x: net.noise(x), {"noise": Noise()}, ["noise"]),  # in place
+        (lambda net, x: net.keyed(x=net.noise(x)), {"noise": Noise(), "keyed": ByKeyword()}, ["noise"]),
+        (lambda net, x: x * (torch.rand([]) > 0.01), {}, ["itself"]),  # which two passes seldom show
+        (lambda net, x: x * (random.random() > 0.01), {}, ["itself"]),
+        (lambda net, x: x * np.random.rand(), {}, ["itself"]),  # noqa: NPY002
+        (lambda net, x: x * torch.nan, {}, []),
+        (lambda net, x: net.drop(x.view(2, 3, 2).flatten(0, 1)).view(2, 6), {"drop": nn.Dropout(0.1)}, ["drop"]),
+        (lambda net, x: checkpoint(net.inner, x, use_reentrant=True), {"inner": nn.Linear(6, 6)}, []),
+    ],
+)
+def test_odd_steps(step, parts, says):
+    model = Stepped(step, **parts)
+    states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    found = inspected(model)
+    assert found.depends_on_ranks == says
+    assert found.unused_parameters == []
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == (random.getstate(), str(np.random.get_state()))  # noqa: NPY002
+
+
+class Initialised(nn.Module):
+    """Takes its values from its first batch, as ActNorm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.done = nn.Parameter(torch.zeros(6)), False
+
+    def forward(self, x):
+        if not self.done:
+            self.shift.data.copy_(x.mean(0))
+            self.done = True
+        return x - self.shift
+
+
+def test_what_a_network_takes_from_its_first_batch_is_not_taken_from_an_inspection():
+    model = Stepped(lambda net, x: net.norm(x), norm=Initialised())
+    inspect(model, INPUTS, TARGETS, TASK)
+    assert not model.norm.done
+    assert not model.norm.shift.any()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_dropout_in_a_users_own_checkpointing(reentrant):
+    """The mask of the recomputation is that of the pass; also for a block that is called twice."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.5))
+    plain = nn.Sequential(block, block, nn.Linear(6, 3))
+    position = SamplePosition()
+    replace_random_layers(plain, position)
+    gradients = []
+    for checkpointed in (False, True):
+        position.move_to(0, 2, 1, 7)
+        hidden = INPUTS.clone().requires_grad_()
+        for part in plain[:2]:
+            hidden = checkpoint(part, hidden, use_reentrant=reentrant) if checkpointed else part(hidden)
+        plain.zero_grad()
+        plain[2](hidden).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in plain.parameters()]))
+    assert torch.allclose(*gradients)
+
+
 def test_a_network_that_fails_is_left_to_its_first_step():
     class Failing(nn.Module):
         def forward(self, x):
@@ -122,7 +216,7 @@ def test_a_run_with_random_layers_is_the_same_on_two_ranks(tmp_path, pools):
     """Also where a parameter gets no gradient; both are in the record."""
     settings = {"model__name": f"{__name__}:deep", "data__image_size": 12, "train__dtype": "float64"}
     settings |= {"batch__global_size": 50, "train__steps": 6, "probe__enabled": False}
-    with pytest.warns(UserWarning, match="spare.weight, spare.bias of .*:deep take part in no training pass"):
+    with pytest.warns(UserWarning, match="spare.weight, spare.bias of .*:deep got no gradient in a pass"):
         train(tmp_path / "1", **settings, batch__micro_size=50)
     pools[2].run(config(**settings, batch__micro_size=9), tmp_path / "2", resume=False, progress=lambda *about: None)
     losses = [[line["train/loss"] for line in read_metrics(tmp_path / size) if "train/loss" in line] for size in "12"]

@@ -420,7 +420,7 @@ def test_a_study_whose_data_change_between_runs_ends_with_one_sentence(tmp_path)
     run_and_check("second", seed=1)
     run_and_check("control", seed=1, data__shuffle_labels=True)
     remove_one(root)
-    with pytest.raises(UsageError, match=r"the data of .*third are not those of .*first.*num_val \(5\) was 6.*split has moved"):
+    with pytest.raises(UsageError, match=r"data of .*third are not those of .*first.*num_val \(5\) was 6.*has moved"):
         run_and_check("third", seed=2)
 
 

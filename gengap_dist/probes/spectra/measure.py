@@ -340,7 +340,7 @@ class _Pass:
                 if not self.num_inputs:
                     continue
                 capture.begin_pass()
-                self.model(batch)
+                self.model(batch.clone())  # which a network may change in place
                 for layer in self.layers:
                     if capture.calls[id(layer.module), layer.function] != layer.num_calls:
                         self.problems.setdefault(

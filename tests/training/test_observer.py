@@ -10,6 +10,7 @@ from torch import nn
 
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
+from gengap_dist.errors import UsageError
 from gengap_dist.probes.cadence import should_skip
 from gengap_dist.runs.run_folder import load_spectra, prepare_folder, read_info, read_metrics
 from gengap_dist.training.observer import Observation, ProbeObserver
@@ -150,3 +151,46 @@ def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):
     prepare_folder(tmp_path / "run", "run.json", resume=False)
     result = run(config(probe__max_time_fraction=0.05, **settings), tmp_path / "run", progress=progress)
     assert result["probe_left_out"] == [2, 5, 10, 22, 46]
+
+
+class Moody(nn.Module):
+    """Cannot be measured in eval mode after its first training pass: its probe set is wider than its evaluations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = nn.Sequential(nn.Linear(64, 8), nn.ReLU()), nn.Linear(8, 10)
+        self.was_trained = False
+
+    def forward(self, x):
+        if self.training and len(x) > 2:  # two samples are an inspection
+            self.was_trained = True
+        if self.was_trained and not self.training and len(x) == 77:
+            raise ArithmeticError("no mood")
+        return self.head(self.net(x.flatten(1)))
+
+
+def moody(num_classes: int, in_channels: int) -> nn.Module:
+    return Moody()
+
+
+def test_after_step_0_no_failed_measurement_ends_a_run(tmp_path):
+    settings = {"model__name": f"{__name__}:moody", "data__image_size": 8, "probe__num_samples": 77}
+    settings |= {"probe__diagnostics": (), "train__steps": 4, "probe__every": 2, "probe__per_decade": None}
+    with pytest.warns(UserWarning, match=r"near-rank loss is not measured now: .*ArithmeticError: no mood"):
+        result = train(tmp_path / "run", **settings)
+    assert result["num_steps"] == 4
+    assert read_info(tmp_path / "run").status == "finished"
+    measured = [line["step"] for line in read_metrics(tmp_path / "run") if "effective_rank/net.1" in line]
+    assert measured == [0]
+
+
+def never(num_classes: int, in_channels: int) -> nn.Module:
+    model = Moody()
+    model.was_trained = True
+    return model
+
+
+def test_before_step_0_it_does(tmp_path):
+    settings = {"model__name": f"{__name__}:never", "data__image_size": 8, "probe__num_samples": 77}
+    with pytest.raises(UsageError, match="no mood"):
+        train(tmp_path / "run", **settings, train__steps=4)

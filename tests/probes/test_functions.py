@@ -620,3 +620,8 @@ def test_networks_made_in_inference_mode_and_lazy_ones():
     assert [s.layer for s in measure(model, [X], centred=[False])] == ["2"]
     with pytest.raises(UsageError, match="parameters whose shapes are not known yet"):
         measure(nn.Sequential(nn.LazyLinear(6), nn.ReLU()), [X])
+
+
+def test_sparse_inputs_are_refused_in_a_sentence():
+    with pytest.raises(UsageError, match="probe batches are sparse tensors"):
+        measure(nn.Sequential(nn.Linear(6, 6), nn.ReLU()).double(), [X.relu().to_sparse()])

@@ -189,6 +189,8 @@ def _example_inputs(inputs: Iterable[Tensor], counts: Sequence[int], world: Worl
     Returns:
         The inputs, and what is wrong with this rank's own, or ''.
     """
+    if any(batch.layout != torch.strided for batch in inputs):
+        raise UsageError("probe batches are sparse tensors, and probes need dense ones: give batch.to_dense()")
     own = next((batch[:2] for batch in inputs if len(batch)), None)
     if own is not None:
         own = torch.cat([own, own])[:2]

@@ -86,7 +86,7 @@ def are_one_group(base: RunConfig, changed: RunConfig, folder: Path) -> bool:
     for name, each in {"a": base, "b": changed}.items():
         settings = {key: value for key, value in flat(each).items() if key not in ("seed", "batch.global_size")}
         run_folder(folder / name, each.batch.global_size, each.seed, 0.9, **settings)
-    return len(gather([str(folder)], folder / "out", SourceNames(), None, "")[0].arms) == 1
+    return len(gather([str(folder)], folder / "out", SourceNames(), None, "", across=True)[0].arms) == 1
 
 
 def is_counterpart(base: RunConfig, changed: RunConfig) -> bool:

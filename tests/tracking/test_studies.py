@@ -432,6 +432,7 @@ def test_a_server_that_refuses_costs_one_sentence(study, status, body):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.full  # else: the same study in a local store, above; a real server in test_mlflow.py
 def test_a_server_on_postgresql_takes_a_whole_study(trained, study, tmp_path):
     import mlflow
 

@@ -1,6 +1,7 @@
 """Errors that end a command with one sentence for the user: name, value, rule and remedy."""
 
 import difflib
+from collections.abc import Sequence
 
 
 class UsageError(ValueError):
@@ -24,3 +25,12 @@ def did_you_mean(given: str, known: list[str] | tuple[str, ...]) -> str:
     """
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def first_of(names: Sequence[str], num: int = 5) -> str:
+    """The first names of a list, for a sentence.
+
+    >>> first_of(["a", "b", "c"], 2), first_of(["a", "b"], 2)
+    ('a, b, ...', 'a, b')
+    """
+    return ", ".join(names[:num]) + ", ..." * (len(names) > num)

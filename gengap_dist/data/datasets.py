@@ -18,10 +18,10 @@ from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import TORCHVISION
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.data.host_images import HostImages
-from gengap_dist.data.image_folder import DECODING, NUM_NAMED, ImageListing, list_images, read_image
+from gengap_dist.data.image_folder import DECODING, ImageListing, list_images, read_image
 from gengap_dist.data.streaming import PREFETCH_BYTES, StreamedImages
 from gengap_dist.data.user import Arrays, load_user_data
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, first_of
 
 CHUNK_SIZE = 1_024  # images copied or counted at a time, to keep temporaries small
 MAX_GPU_MEMORY_FRACTION = 0.5  # largest fraction of free GPU memory that data.device=auto uses for images
@@ -250,7 +250,7 @@ def list_image_folders(config: DataConfig) -> list[ImageListing]:
         if skipped := listings[-1].skipped:
             warnings.warn(
                 f"{folder}: {len(skipped):,} file(s) are no images, or links to one that is listed, and are skipped: "
-                f"{', '.join(skipped[:NUM_NAMED])}{', ...' * (len(skipped) > NUM_NAMED)}",
+                f"{first_of(skipped)}",
                 stacklevel=2,
             )
     if unmatched := sorted(set(listings[0].classes) ^ set(listings[1].classes)):

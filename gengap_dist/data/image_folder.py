@@ -23,7 +23,6 @@ SUFFIXES = (
 BACKGROUND = 0  # grey level behind transparent pixels, as that of padding
 DECODING = {"background": BACKGROUND, "orientation": "EXIF"}
 """How files are decoded, for run.json."""
-NUM_NAMED = 5  # skipped files that a message names
 
 
 class ImageListing(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.errors import UsageError, did_you_mean
+from gengap_dist.errors import UsageError, did_you_mean, first_of
 from gengap_dist.probes.trace import Layer, reported_names, scripted_modules, trace_calls, uncompiled_modules
 
 Pattern = str | type[nn.Module]
@@ -41,7 +41,7 @@ def select_layers(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]
             if left_out:
                 warnings.warn(
                     f"{len(left_out)} layer(s) of {type(model).__name__} are not measured, because what they put out "
-                    f"is no matrix of samples and units: {', '.join(left_out[:5])}" + ", ..." * (len(left_out) > 5),
+                    f"is no matrix of samples and units: {first_of(left_out)}",
                     stacklevel=4,
                 )
         else:

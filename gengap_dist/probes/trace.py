@@ -207,10 +207,11 @@ def trace_calls(model: nn.Module, example: Tensor) -> list[Layer]:
     finally:
         for handle in handles:
             handle.remove()
+    of_modules: list[tuple[int, Layer]] = []
     for call in calls:
-        if call.claimed is not None and call.claimed.is_attention:
-            call.kind = ""
-    of_modules = [(call.time, call.as_layer(num_calls=counts[id(call.module)])) for call in calls]
+        is_attention = call.claimed is not None and call.claimed.is_attention
+        kind = "" if is_attention else call.layer.kind
+        of_modules.append((call.time, call.layer._replace(kind=kind, num_calls=counts[id(call.layer.module)])))
     of_functions = _function_layers(tracker, {id(modules[name]): given for name, given in names.items()}, names)
     return [layer for _, layer in sorted([*of_modules, *of_functions], key=lambda pair: pair[0])]
 
@@ -236,23 +237,11 @@ class _Candidate:
 
 @dataclass
 class _Call:
-    """A call of a module."""
+    """A call of a module, before all calls of the pass are known."""
 
-    name: str
-    module: nn.Module
-    call: int
-    output: Any
-    dtype: torch.dtype
-    channels_last: bool
-    kind: str
+    layer: Layer
     time: int
     claimed: _Candidate | None
-
-    def as_layer(self, num_calls: int) -> Layer:
-        return Layer(
-            self.name, self.module, self.call, self.output, self.dtype, self.channels_last, self.kind,
-            num_calls=num_calls,
-        )  # fmt: skip
 
 
 def _make_forward_hook(
@@ -271,10 +260,12 @@ def _make_forward_hook(
         time = tracker.next_time()
         if isinstance(output, Tensor) and output.is_floating_point():
             last = True if isinstance(module, RECURRENT) else tracker.channels_last(output)
-            calls.append(_Call(shown, module, call, output.shape, output.dtype, last, kind, time, claimed))
+            layer = Layer(shown, module, call, output.shape, output.dtype, last, kind)
         else:
             kind = kind if isinstance(module, RECURRENT) else ""
-            calls.append(_Call(shown, module, call, type(output).__name__, torch.float32, False, kind, time, None))
+            claimed = None
+            layer = Layer(shown, module, call, type(output).__name__, torch.float32, False, kind)
+        calls.append(_Call(layer, time, claimed))
 
     return ended
 

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.data_changes import data_changes
-from gengap_dist.runs.mixtures import data_key
+from gengap_dist.runs.mixtures import changed_data, data_key
 from gengap_dist.runs.run_folder import describe_damage, read_info
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 
@@ -16,7 +15,7 @@ class DataCheck(StudyCallback):
     def __init__(self, inner: StudyCallback) -> None:
         """Checks before the calls of `inner` return."""
         self.inner = inner
-        self._first: dict[str, tuple[Path, dict[str, Any] | None]] = {}
+        self._first: dict[str, tuple[Path, dict[str, Any]]] = {}  # by data settings
 
     def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
         """Nothing to check."""
@@ -32,10 +31,9 @@ class DataCheck(StudyCallback):
         folder = planned_run.folder
         if not (folder / "run.json").exists() or describe_damage(folder):
             return
-        info = read_info(folder)
-        first, data = self._first.setdefault(data_key(info.config), (folder, info.data))
-        if changes := data_changes(data, info.data):
+        info = read_info(folder).content()
+        first = self._first.setdefault(data_key(info["config"]), (folder, info))
+        if changed := changed_data({str(path): content for path, content in (first, (folder, info))}):
             raise UsageError(
-                f"the data of {folder} are not those of {first}, although the settings are the same: {changes}; "
-                "restore the data, remove the folder of the run that is wrong, and start the study again"
+                f"{changed[0]}; restore the data, remove the folder of the run that is wrong, and start the study again"
             )

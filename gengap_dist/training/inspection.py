@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.compat.batch_norm_base import BatchNormBase
-from gengap_dist.compat.module_buffers import same_values
 from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.models.dropout import SampleDraws
 from gengap_dist.training.tasks import Task
@@ -56,7 +55,7 @@ def inspect(model: nn.Module, inputs: Tensor, targets: Tensor, task: Task) -> In
     changed = [
         name
         for name, buffer in model.named_buffers()
-        if name in before and not same_values(buffer, before[name]) and not _is_of_batch_norm(model, name)
+        if name in before and not _same_values(buffer, before[name]) and not _is_of_batch_norm(model, name)
     ]
     return Inspection(unused, drawing, changed)
 
@@ -133,3 +132,16 @@ def _parameters_in_graph(loss: Tensor) -> set[Tensor] | None:
 
 def _is_of_batch_norm(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name.rpartition(".")[0]), BatchNormBase)
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; NaN is the same as NaN.
+
+    >>> _same_values(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
+    True
+    """
+    if one.layout != other.layout or one.shape != other.shape:
+        return False
+    if one.is_sparse:
+        one, other = one.to_dense(), other.to_dense()
+    return bool(((one == other) | ((one != one) & (other != other))).all())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gengap_dist.config.measures import Method
 from gengap_dist.config.metric_key import layer_metric
 from gengap_dist.distributed.process_group import World, initialized_world
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, first_of
 from gengap_dist.probes.activations import (
     capture_activations,
     device_of,
@@ -319,8 +319,7 @@ class _Pass:
             warnings.warn(f"{problem}: it is left out", stacklevel=3)
         if extra := [name for name, flag in zip(leaves, flagged[len(self.layers) :], strict=True) if flag]:
             warnings.warn(
-                f"{', '.join(extra[:5])}{', ...' * (len(extra) > 5)} did not run for the two traced samples and ran "
-                "for others: not measured",
+                f"{first_of(extra)} did not run for the two traced samples and ran for others: not measured",
                 stacklevel=3,
             )
         return {layer.name for layer in wrong}

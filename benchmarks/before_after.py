@@ -19,25 +19,23 @@ import paired_timing
 import peers
 from baselines import AUTO, PLAIN, WORKLOADS
 from rich.console import Console
-from worker_pool import WorkerPool
-
-from gengap_dist.distributed.launchers.local import threads_per_rank
+from world_pool import WorldPool
 
 HERE = Path(__file__).parent
 
 
-def ranks_of(checkout: Path, num_ranks: int) -> WorkerPool:
+def ranks_of(checkout: Path, num_ranks: int) -> WorldPool:
     """Ranks that import their modules from a checkout: multiprocessing's children inherit sys.path."""
     before = sys.path[:]
     sys.path[:0] = [str(checkout / "benchmarks"), str(checkout)]
     try:
-        return WorkerPool(num_ranks, "cpu", threads_per_rank(num_ranks))
+        return WorldPool(num_ranks, "cpu")
     finally:
         sys.path[:] = before
 
 
 def seconds(
-    pools: dict[str, WorkerPool], name: str, candidate: str, options: argparse.Namespace
+    pools: dict[str, WorldPool], name: str, candidate: str, options: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Seconds per step of a candidate, round by round, by checkout."""
     workload = WORKLOADS[name]

@@ -35,9 +35,9 @@ from gpu_parts import written
 from gpu_parts.items import Answer, Item, Part, attempt
 from gpu_parts.ledger import Ledger, machine
 from rich.console import Console
-from worker_pool import WorkerPool
+from world_pool import WorldPool
 
-from gengap_dist.distributed.launchers.local import threads_per_rank
+from gengap_dist.distributed.worker_pool import RankFailed
 from gengap_dist.errors import UsageError
 
 PARTS = {name: f"gpu_parts.{name}" for name in ("correctness", "sync", "memory", "speed")}
@@ -55,7 +55,7 @@ class Worker:
 
     def __init__(self) -> None:
         """The process is started on first use."""
-        self._pool: WorkerPool | None = None
+        self._pool: WorldPool | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="gengap_gpu_")
         # for the process and its children: the user's caches are neither read nor written
         names = ("TMPDIR", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -73,7 +73,7 @@ class Worker:
         try:
             with _alarm(seconds):
                 answer = self._call(attempt, item.job)
-        except SystemExit:  # raised by the pool if the process died
+        except RankFailed:
             answer = {"good": False, "text": "its process died", "error": "its process died", "at": []}
         except BaseException:
             self.end(kill=True)
@@ -88,16 +88,14 @@ class Worker:
 
     def _call(self, job: Any, *args: Any) -> Any:
         if self._pool is None:
-            self._pool = WorkerPool(1, "cuda", threads_per_rank(1))
+            self._pool = WorldPool(1, "cuda")
         return self._pool(job, *args)
 
     def end(self, *, kill: bool = False) -> None:
         """End the process."""
         if self._pool is None:
             return
-        for process in self._pool.processes if kill else ():
-            process.kill()
-        self._pool.close()
+        self._pool.close(kill=kill)
         self._pool = None
 
 

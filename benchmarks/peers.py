@@ -28,10 +28,9 @@ import psutil
 import torch
 from baselines import WORKLOADS, Field, Turn, Workload, candidates, wait_until_idle
 from rich.console import Console
-from worker_pool import WorkerPool
+from world_pool import WorldPool
 
 from gengap_dist.data import datasets
-from gengap_dist.distributed.launchers.local import threads_per_rank
 from gengap_dist.distributed.process_group import World
 
 MEMORY_OF = ("lenet5_8192", "mlp_4096", "resnet56_1024")
@@ -101,8 +100,8 @@ def end_loaders(world: World) -> None:
 
 def speeds(name: str, num_ranks: int, options: argparse.Namespace, kinds: dict[str, str]) -> tuple[Any, float]:
     """Images per second of every candidate in every round, and MiB of the training images."""
-    workload, threads = WORKLOADS[name], threads_per_rank(num_ranks)
-    ours, theirs = WorkerPool(num_ranks, "cpu", threads), WorkerPool(num_ranks, "cpu", threads)
+    workload = WORKLOADS[name]
+    ours, theirs = WorldPool(num_ranks, "cpu"), WorldPool(num_ranks, "cpu")
     pools = {who: ours if kind == "ours" else theirs for who, kind in kinds.items()}
     data_mib = 0.0
     for who, pool in pools.items():
@@ -125,7 +124,7 @@ def speeds(name: str, num_ranks: int, options: argparse.Namespace, kinds: dict[s
 
 def memory(name: str, num_ranks: int, options: argparse.Namespace, who: str) -> tuple[float, float]:
     """Peak MiB of a rank with this candidate only, after MEMORY_STEPS steps, and MiB of the training images."""
-    pool = WorkerPool(num_ranks, "cpu", threads_per_rank(num_ranks))
+    pool = WorldPool(num_ranks, "cpu")
     data_mib = pool(set_up, name, options.data, who)
     pool(take_turn, who, MEMORY_STEPS)
     peak = pool(peak_mib)

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.distributed.process_group import World, destroy_process_group, init_process_group
+from gengap_dist.distributed.worker_pool import free_port
 from gengap_dist.probes import measure
 
 NUM_SAMPLES, NUM_RANKS = 1024, 2

@@ -32,7 +32,7 @@ from predicted import MODES, TITLES, Task, task
 from rich.console import Console
 from rich.table import Table
 from scaling_data import Measurements, Point, median_compute, median_link
-from worker_pool import WorkerPool
+from world_pool import WorldPool
 
 from gengap_dist import models
 from gengap_dist.data.batch_loader import BatchLoader
@@ -105,7 +105,7 @@ def time_link(world: World) -> LinkConstants:
 def measure(names: Sequence[str], max_ranks: int, rounds: int, seconds: float, device: str) -> Measurements:
     """Run all rounds; returns the measurements."""
     tasks = {name: task(name, MICRO_SIZES[device][name], device) for name in names}
-    pools = {size: WorkerPool(size, device) for size in (1, 2, 4, 8) if size <= max_ranks}
+    pools = {size: WorldPool(size, device, 1) for size in (1, 2, 4, 8) if size <= max_ranks}
     candidates: dict[Any, Callable[[], Any]] = {"link": partial(pools[2], time_link)}
     for name, what in tasks.items():
         micro = what.config.batch.max_micro_size

@@ -17,7 +17,7 @@ from hypothesis import settings
 
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.distributed.launchers import local
+from gengap_dist.distributed import worker_pool
 from gengap_dist.distributed.launchers.local import LocalLauncher
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info, write_info
@@ -128,7 +128,7 @@ def pools(crews: Crews) -> Iterator[dict[int, LocalLauncher]]:
     """One, two and three ranks that stay."""
     crews.close()  # memory for these; who asks for them again gets new ones
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "get_context", lambda method: Forking())
+        patch.setattr(worker_pool, "get_context", lambda method: Forking())
         with standing(lambda size: LocalLauncher(size, ENTRY_POINT), (1, 2, 3)) as pools:
             yield pools
 

@@ -11,7 +11,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.distributed.launchers.local import free_port
+from gengap_dist.distributed.worker_pool import free_port
 
 ON_CPU = LaunchConfig(device="cpu")
 

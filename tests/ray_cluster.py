@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from gengap_dist.distributed.launchers.local import free_port
+from gengap_dist.distributed.worker_pool import free_port
 
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).parent / "ray"

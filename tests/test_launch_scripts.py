@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gengap_dist.distributed.launchers.local import free_port
+from gengap_dist.distributed.worker_pool import free_port
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import ROOT
 

@@ -444,6 +444,9 @@ class LaunchConfig(Section, affects="runtime"):
     shard_size: PositiveInt | None = None
     """fsdp: number of consecutive ranks that shard one copy of parameters, gradients and optimizer state; each such
     group has a copy (hybrid sharding, HSDP), and parameters are sent inside a group only. null: all ranks."""
+    threads_per_rank: PositiveInt | None = None
+    """Largest number of threads of a rank; null: the cores that this program may use (of the machine, its container or
+    its job), divided among the ranks of the machine; under ray, the CPUs of launch.resources_per_rank."""
     timeout_seconds: PositiveInt = 600
     """Timeout of collectives, in seconds: a rank that waits longer for the others fails."""
     stall_report_seconds: PositiveFloat = 60.0

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, final
 
+from gengap_dist.distributed.cores import Threads
+
 Value = TypeVar("Value")
 
 
@@ -42,5 +44,7 @@ class RuntimeContext:
     """Name of the launcher of the ranks, for run.json."""
     command: Sequence[str] = field(default_factory=lambda: [*sys.orig_argv])
     """Command line that started the runs, for run.json; on ranks of other machines, that of the driver."""
+    threads: Threads | None = None
+    """Threads of a rank, and what limits them; None: as torch has them."""
     data: LastValue[Any] = field(default_factory=LastValue)
     """The last data set, by its settings."""

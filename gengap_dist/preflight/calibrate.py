@@ -4,22 +4,19 @@ Two ranks on this machine measure together, as in training: on two GPUs over NCC
 cores. With a single GPU, one rank measures, and there is no link.
 """
 
-import os
 import platform
+from contextlib import closing
 from functools import partial
-from multiprocessing import get_context
-from typing import Any
 
 import numpy as np
 import torch
 
 from gengap_dist import models
-from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.datasets import Sizes
-from gengap_dist.distributed.launchers.base import RankFailed
-from gengap_dist.distributed.launchers.local import free_port, rank_variables, threads_per_rank
-from gengap_dist.distributed.process_group import World, destroy_process_group, init_process_group
+from gengap_dist.distributed.cores import threads_per_rank
+from gengap_dist.distributed.process_group import World, init_process_group
+from gengap_dist.distributed.worker_pool import Worker, WorkerPool
 from gengap_dist.parallel.execution import keep_freed_memory
 from gengap_dist.preflight.machine_constants import ComputeConstants, Constants, LinkConstants, workload_name
 from gengap_dist.training.autotune.memory_format import with_memory_format
@@ -38,53 +35,26 @@ def calibrate(config: RunConfig, sizes: Sizes, micro_size: int, known: Constants
     if config.train.channels_last == "auto":
         config = with_memory_format(config, False)  # as in the plan
     num_ranks = 1 if torch.cuda.device_count() == 1 and config.launch.device != "cpu" else 2
-    context = get_context("spawn")
-    port = free_port()
-    pipes: list[Any] = []
-    for rank in range(num_ranks):
-        parent_pipe, child_pipe = context.Pipe()
-        env = rank_variables(rank, num_ranks, port) | threads_per_rank(num_ranks)
-        context.Process(target=_rank_main, args=(child_pipe, env, config, sizes, micro_size), daemon=True).start()
-        child_pipe.close()
-        pipes.append(parent_pipe)
-    measurements = [_receive(rank, pipe) for rank, pipe in enumerate(pipes)]
-    where, compute, link = measurements[0]
+    with closing(WorkerPool(num_ranks, threads_per_rank(num_ranks, config.launch.threads_per_rank))) as pool:
+        where, compute, link = pool(measure, config, sizes, micro_size)[0]
     key = workload_name(config, sizes.spec, micro_size)
     return known.model_copy(
         update={"where": where, "inside": link or known.inside, "compute": known.compute | {key: compute}}
     )
 
 
-Measurement = tuple[str, ComputeConstants, LinkConstants | None]
-
-
-def _receive(rank: int, pipe: Any) -> Measurement:
-    try:
-        measurement, error = pipe.recv()
-    except EOFError:
-        raise RankFailed(f"rank {rank} of the calibration died") from None
-    if error:
-        raise RankFailed(f"rank {rank} of the calibration failed: {error}")
-    return measurement
-
-
-def _rank_main(pipe: Any, env: dict[str, str], config: RunConfig, sizes: Sizes, micro_size: int) -> None:
-    """Main function of one rank: measure, send the result through `pipe`, and exit."""
-    os.environ.update(env)
-    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # torch is already imported, so the variable has no effect
-    try:
-        world = init_process_group(config.launch.device, config.launch.timeout_seconds)
-        if world.device.type == "cpu":
-            keep_freed_memory()  # as a run does
-        compute = time_compute(config, sizes, micro_size, world)
-        link = time_link(world) if world.size > 1 else None
-        threads = torch.get_num_threads()
-        where = f"{platform.machine()}, {world.size} rank(s) on {world.device.type}, {threads} thread(s) each"
-        destroy_process_group()
-        pipe.send(((where, compute, link), None))
-    except Exception as error:
-        pipe.send((None, f"{type(error).__name__}: {error}"))
-    hard_exit(0)
+def measure(
+    worker: Worker, config: RunConfig, sizes: Sizes, micro_size: int
+) -> tuple[str, ComputeConstants, LinkConstants | None]:
+    """The job of each rank: a description of the hardware, and the constants. Collective."""
+    torch.set_num_threads(worker.threads)  # torch may have been imported before its variables were set
+    world = init_process_group(config.launch.device, config.launch.timeout_seconds)
+    if world.device.type == "cpu":
+        keep_freed_memory()  # as a run does
+    compute = time_compute(config, sizes, micro_size, world)
+    link = time_link(world) if world.size > 1 else None
+    where = f"{platform.machine()}, {world.size} rank(s) on {world.device.type}, {worker.threads} thread(s) each"
+    return where, compute, link
 
 
 def time_compute(config: RunConfig, sizes: Sizes, micro_size: int, world: World) -> ComputeConstants:

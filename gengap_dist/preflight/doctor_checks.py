@@ -28,6 +28,8 @@ from urllib.parse import urlsplit
 from gengap_dist.compat.ray_job import started_by_job
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import TORCHVISION
+from gengap_dist.distributed.cgroups import memory_limits
+from gengap_dist.distributed.cores import available_cores
 from gengap_dist.distributed.launchers.ray import check_address
 from gengap_dist.distributed.launchers.torchrun import uses_torchrun
 from gengap_dist.errors import UsageError
@@ -136,27 +138,17 @@ def python(request: CheckRequest) -> CheckResults:
 
 def processors(request: CheckRequest) -> CheckResults:
     """Cores and memory that this process may use, including container limits."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = available_cores()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    quota, _, period = _cgroup_limit("cpu.max").partition(" ")
-    if quota.isdigit():
-        cores = min(cores, int(quota) / int(period))
-    if (limit := _cgroup_limit("memory.max")).isdigit():
-        memory = min(memory, int(limit))
-    found = f"{cores:.3g} cores, {memory / GIB:.1f} GiB of memory"
+    memory = min([memory, *(limit for limit, _ in memory_limits())])
+    found = f"{cores.number:.3g} cores ({cores.source}), {memory / GIB:.1f} GiB of memory"
     launch = request.config.launch
-    if not request.may_span_nodes and launch.device == "cpu" and launch.num_processes > cores:
+    if not request.may_span_nodes and launch.device == "cpu" and launch.num_processes > cores.number:
         remedy = (
             f"launch.num_processes ({launch.num_processes}) ranks share these cores: start fewer ranks to be faster"
         )
         return {"cpu": CheckResult(WARN, found, remedy)}
     return {"cpu": CheckResult(OK, found)}
-
-
-def _cgroup_limit(name: str) -> str:
-    """A limit of the container; "" if there is none."""
-    path = Path("/sys/fs/cgroup") / name
-    return path.read_text().strip() if path.exists() else ""
 
 
 def network(request: CheckRequest) -> CheckResults:

@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from multiprocessing import connection
 from typing import Any
 
-from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.config.sections import DataConfig
-from gengap_dist.distributed.launchers.local import free_port
+from gengap_dist.distributed.cores import Threads
+from gengap_dist.distributed.worker_pool import RankFailed, Worker, WorkerPool
 from gengap_dist.errors import UsageError
 
 RANK_SECONDS = 20  # timeout for two ranks on one machine to connect
@@ -36,12 +37,22 @@ def run_in_subprocess(function: str, *words: str, env: Mapping[str, str] | None 
 
 def run_two_ranks() -> list[Facts]:
     """The results of each of two ranks, within IMPORT_SECONDS."""
-    env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    env["MASTER_PORT"] = str(free_port())
-    env.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # these ranks do not belong to a torchrun launch
-    processes = [_start("rank_main", env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    deadline = time.monotonic() + IMPORT_SECONDS
-    return [_collect(process, deadline) for process in processes]
+    facts: list[Facts] = [{}, {}]
+    pool = WorkerPool(2, Threads(1, "doctor"))
+    try:
+        pool.start(check_rank)
+        deadline = time.monotonic() + IMPORT_SECONDS
+        while not pool.is_done and (left := deadline - time.monotonic()) > 0:
+            connection.wait(pool.connections, left)
+            for rank, found in pool.receive():
+                facts[rank] |= found
+        late: Facts = {"error": "not done in time", "late": True}
+        ends = [{} if rank in pool.results else late for rank in range(2)]
+    except RankFailed as error:  # it died; what it has sent before is known
+        ends = [{"error": first_line(error).partition(" ")[2].partition(" ")[2]}] * 2
+    finally:
+        pool.close(kill=True)
+    return [end | of_rank for end, of_rank in zip(ends, facts, strict=True)]
 
 
 def _start(function: str, env: Mapping[str, str], *words: str) -> "subprocess.Popen[str]":
@@ -75,8 +86,15 @@ def first_line(error: Exception) -> str:
 # -- subprocess --------------------------------------------------------------------------------------------------------
 
 
-def rank_main() -> None:
-    """Main function of each of the two ranks: prints a result for each step that works, and the first error."""
+def check_rank(worker: Worker) -> None:
+    """The job of each of the two ranks: sends a result for each step that works, and the first error."""
+
+    def emit(**facts: Any) -> None:
+        worker.send((worker.rank, facts))
+
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        os.dup2(silent, output)
     try:
         import torch
         import torch.distributed as dist
@@ -84,15 +102,15 @@ def rank_main() -> None:
         from gengap_dist.distributed.process_group import init_process_group
 
         gpus = [torch.cuda.get_device_properties(at) for at in range(torch.cuda.device_count())]
-        _emit(torch=torch.__version__, gpus=[(gpu.name, gpu.total_memory / GIB) for gpu in gpus])
+        emit(torch=torch.__version__, gpus=[(gpu.name, gpu.total_memory / GIB) for gpu in gpus])
         try:
-            _emit(torchvision=importlib.import_module("torchvision").__version__)
+            emit(torchvision=importlib.import_module("torchvision").__version__)
         except Exception as error:
-            _emit(torchvision_error=first_line(error))
+            emit(torchvision_error=first_line(error))
         began = time.monotonic()
         world = init_process_group("cpu", RANK_SECONDS)
         assert world.all_reduce(torch.ones(1)).item() == 2
-        _emit(gloo=time.monotonic() - began)
+        emit(gloo=time.monotonic() - began)
         if gpus:
             began = time.monotonic()
             size = min(2, len(gpus))  # NCCL needs one GPU per rank
@@ -101,12 +119,10 @@ def rank_main() -> None:
                 ones = torch.ones(1, device=f"cuda:{world.rank}")
                 dist.all_reduce(ones, group=group)
                 assert ones.item() == size
-                _emit(nccl=(size, time.monotonic() - began))
+                emit(nccl=(size, time.monotonic() - began))
         world.barrier()  # no rank exits before the other has finished
     except Exception as error:
-        _emit(error=first_line(error))
-        hard_exit(1)
-    hard_exit(0)
+        emit(error=first_line(error))
 
 
 def query_mlflow() -> None:

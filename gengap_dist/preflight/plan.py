@@ -15,7 +15,7 @@ from gengap_dist.config.sections import BatchConfig, RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
 from gengap_dist.distributed.batch_plan import blocks
-from gengap_dist.distributed.launchers.local import threads_per_rank
+from gengap_dist.distributed.cores import threads_per_rank
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import has_batch_norm
@@ -204,7 +204,8 @@ def _hardware(config: RunConfig, cluster: Cluster) -> Hardware:
     local, kind = cluster.gpus_per_node, config.launch.device
     on_gpu = kind == "cuda" or (kind == "auto" and local <= torch.cuda.device_count())
     device = torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
-    return Hardware(device_name(device), int(threads_per_rank(local)["OMP_NUM_THREADS"]), local, cluster.num_ranks)
+    threads = threads_per_rank(local, config.launch.threads_per_rank).number
+    return Hardware(device_name(device), threads, local, cluster.num_ranks)
 
 
 def _step_fields(

@@ -147,6 +147,9 @@ class RunInfo(_Record):
     """See `datasets.summary`."""
     world_size: int | None = None
     device: str | None = None
+    threads_per_rank: int | None = None
+    threads_source: str | None = None
+    """What limits the threads: see `distributed.cores`."""
     launcher: str | None = None
     launch_id: str | None = None
     strategy: str | None = None

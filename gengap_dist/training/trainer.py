@@ -76,6 +76,8 @@ def run(
         Preempted: after preemption was requested on a rank; the run can be resumed.
     """
     context = context or RuntimeContext()
+    if context.threads and context.threads.number != torch.get_num_threads():  # torch was imported before
+        torch.set_num_threads(context.threads.number)
     world = world or init_process_group(config.launch.device, config.launch.timeout_seconds)
     world = with_profiler_clock(world) if config.profile else world
     stall_detection = detecting_stalls(world, config.launch.stall_report_seconds)
@@ -213,6 +215,8 @@ class Trainer:
         return {
             "world_size": self.world.size,
             "device": str(self.world.device.type),
+            "threads_per_rank": torch.get_num_threads(),
+            "threads_source": self.context.threads.source if self.context.threads else "torch",
             "launcher": self.context.launcher,
             "command": [*self.context.command],
             "launch_id": os.environ.get("TORCHELASTIC_RUN_ID"),

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gengap_dist.compat.float32_precision import training_float32
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.distributed.launchers.local import _environment_variables, free_port
 from gengap_dist.distributed.process_group import World
+from gengap_dist.distributed.worker_pool import environment_variables, free_port
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from tests import fake_cuda
 from tests.conftest import config
@@ -99,7 +99,7 @@ def test_doctor(tmp_path):
 @pytest.fixture(scope="module")
 def crew() -> Iterator[Crew]:
     """Two ranks with a fake GPU each."""
-    with _environment_variables(fake_cuda.environment(2)), closing(Crew(2, LaunchConfig(device="cuda"))) as crew:
+    with environment_variables(fake_cuda.environment(2)), closing(Crew(2, LaunchConfig(device="cuda"))) as crew:
         yield crew
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.distributed.launchers.local import _environment_variables, free_port
 from gengap_dist.distributed.process_group import World
+from gengap_dist.distributed.worker_pool import environment_variables, free_port
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from tests import fake_cuda
@@ -32,7 +32,7 @@ MIB = 200
 def gpu() -> Iterator[Crew]:
     """One rank with a fake GPU of 200 MiB."""
     with (
-        _environment_variables(fake_cuda.environment(1, mib=MIB)),
+        environment_variables(fake_cuda.environment(1, mib=MIB)),
         closing(Crew(1, LaunchConfig(device="cuda"))) as crew,
     ):
         yield crew

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gengap_dist.distributed.launchers.local import LocalLauncher, _environment_variables
+from gengap_dist.distributed.launchers.local import LocalLauncher
+from gengap_dist.distributed.worker_pool import environment_variables
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training import ENTRY_POINT
 from tests import fake_cuda
@@ -44,7 +45,7 @@ def train(pool: LocalLauncher, device: str, settings: Settings, out: Path, *, re
     prepare_folder(out, "run.json", resume=resume)
     given = config(**(BASE | settings | {"launch__device": device}))
     there = fake_cuda.environment(pool.num_processes) if device == "cuda" else {"DS_ACCELERATOR": "cpu"}
-    with _environment_variables(there):
+    with environment_variables(there):
         pool.run(given, out, resume=resume, progress=lambda done, total, note: None)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.distributed.launchers.local import _environment_variables
 from gengap_dist.distributed.process_group import World
+from gengap_dist.distributed.worker_pool import environment_variables
 from gengap_dist.runs.run_folder import prepare_folder
 from tests import fake_cuda
 from tests.conftest import config, thinned
@@ -66,7 +66,7 @@ def crews() -> Iterator[dict[int, Crew]]:
     with ExitStack() as stack:
         found = {}
         for size in (1, 2):
-            with _environment_variables(fake_cuda.environment(size)):
+            with environment_variables(fake_cuda.environment(size)):
                 found[size] = stack.enter_context(closing(Crew(size, LaunchConfig(device="cuda"))))
         yield found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gengap_dist.data.datasets import list_image_folders
-from gengap_dist.distributed.launchers.local import free_port
+from gengap_dist.distributed.worker_pool import free_port
 from gengap_dist.errors import UsageError
 from gengap_dist.preflight import doctor_checks
 from gengap_dist.preflight.doctor_checks import ABSENT, FAIL, OK, WARN, CheckRequest, CheckResult

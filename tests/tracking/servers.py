@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gengap_dist.distributed.launchers.local import free_port
+from gengap_dist.distributed.worker_pool import free_port
 
 POSTGRES = shutil.which("pg_ctl") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")), None)
 

@@ -12,8 +12,8 @@ from collections import Counter
 import pytest
 
 from gengap_dist.cli.train import command as train_command
-from gengap_dist.distributed.launchers.local import free_port
 from gengap_dist.distributed.runtime_context import RuntimeContext
+from gengap_dist.distributed.worker_pool import free_port
 from gengap_dist.runs.run_folder import RunRecorder, prepare_folder, read_metrics
 from gengap_dist.tracking.mlflow.process import sync_now
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader

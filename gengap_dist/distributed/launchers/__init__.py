@@ -35,7 +35,7 @@ def choose(config: LaunchConfig, *, many_runs: bool, entry_point: str) -> Launch
     return (
         InProcessLauncher(entry_point)
         if config.num_processes == 1 and not many_runs
-        else LocalLauncher(config.num_processes, entry_point)
+        else LocalLauncher(config.num_processes, entry_point, config.threads_per_rank)
     )
 
 

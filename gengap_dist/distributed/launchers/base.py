@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.worker_pool import RankFailed as RankFailed
 
 Progress = Callable[[int, int, str], None]
 """Called with the number of steps done, the total number of steps, and a short note."""
@@ -17,10 +18,6 @@ Progress = Callable[[int, int, str], None]
 def started_externally() -> bool:
     """Whether torchrun or the deepspeed launcher has started this process as one of several ranks."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
-
-
-class RankFailed(RuntimeError):
-    """A rank raised an unexpected exception or died; the message contains its traceback or exit code."""
 
 
 def load_entry_point(name: str) -> Callable[..., dict[str, Any]]:

@@ -1,10 +1,12 @@
 """Runs on ranks that were started by torchrun, deepspeed or another program that sets the same variables."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
 from gengap_dist.config.sections import LaunchConfig, RunConfig
+from gengap_dist.distributed.cores import thread_variables, threads_per_rank
 from gengap_dist.distributed.launchers.base import Launcher, Progress, load_entry_point, started_externally
 from gengap_dist.distributed.preemption import catching_signals
 from gengap_dist.distributed.runtime_context import RuntimeContext
@@ -26,6 +28,12 @@ def restarted() -> bool:
     return bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
 
+def _num_local() -> int:
+    """Number of ranks on this machine; all of them, if the launcher does not say it."""
+    read = os.environ.get
+    return int(read("LOCAL_WORLD_SIZE") or read("LOCAL_SIZE") or read("WORLD_SIZE") or 1)
+
+
 @final
 class TorchrunLauncher(Launcher):
     """Runs on this process, which is already a rank. Collective: every rank makes the same calls."""
@@ -42,9 +50,12 @@ class TorchrunLauncher(Launcher):
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
         """See `Launcher.run`; returns this rank's result, and exceptions are passed on unchanged."""
+        threads = threads_per_rank(_num_local(), config.launch.threads_per_rank)
+        os.environ.update(thread_variables(threads.number))
         run = load_entry_point(self.entry_point)  # imports torch, which --help does not need
+        context = replace(self.context, threads=threads)
         with catching_signals() as flag:
-            return run(config, out, resume=resume, progress=progress, preemption_requested=flag, context=self.context)
+            return run(config, out, resume=resume, progress=progress, preemption_requested=flag, context=context)
 
     def close(self, *, kill: bool = False) -> None:
         """Destroy the process group."""

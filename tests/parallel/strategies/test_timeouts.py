@@ -9,7 +9,7 @@ import pytest
 
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import LaunchConfig
-from gengap_dist.distributed.launchers.local import _environment_variables as environment
+from gengap_dist.distributed.worker_pool import environment_variables as environment
 from tests import fake_cuda
 from tests.conftest import FULL
 from tests.parallel.strategies import jobs

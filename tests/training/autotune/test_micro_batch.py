@@ -10,7 +10,7 @@ from torch import nn
 
 from gengap_dist import models
 from gengap_dist.data.data_spec import DataSpec
-from gengap_dist.distributed.launchers.local import threads_per_rank
+from gengap_dist.distributed.cores import threads_per_rank
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.preflight.batch_layout import Cluster
@@ -94,7 +94,7 @@ def test_a_plan_takes_what_a_run_found(cache):
     assert "assumed to choose 96" in make_plan(settings, place, Constants()).assumed[0]
     model = models.from_config(settings, DataSpec.images(10, 1), World())
     threads = torch.get_num_threads()
-    torch.set_num_threads(int(threads_per_rank(1)["OMP_NUM_THREADS"]))
+    torch.set_num_threads(threads_per_rank(1).number)
     try:
         _, found = resolve_micro_size(settings, Workload(model, TASK), World(), {})
     finally:

@@ -81,7 +81,7 @@ class StudySettings(Flags, StudyConfig, Options, BaseSettings):  # pyright: igno
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)
 
 
-class PlanSettings(Flags, RunConfig, PlanOptions, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
+class PlanSettings(Flags, StudyConfig, PlanOptions, BaseSettings):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Settings and options of `plan`."""
 
     model_config = SettingsConfigDict(cli_use_class_docs_for_groups=True)

@@ -1,21 +1,27 @@
 """Predict batches, memory, traffic, time and configuration errors of a run on a cluster, before it is started.
 
-Nothing is trained and no data are read. The exit code is 2 if the configuration is refused.
+Nothing is trained and no data are read. The exit code is 2 if the configuration is refused. Of a study, each arm is
+planned, and the schedule of its runs on this machine is predicted from costs that were measured: by an earlier start of
+the study, or by --calibrate.
 
 Examples:
   gengap plan --config configs/demo_train.yaml --nodes 64 --gpus-per-node 8
   gengap plan --model.name torchvision:resnet50 --data.name cifar10 --batch.global_size 8192 --nodes 16 --json
   gengap plan --config configs/demo_train.yaml --gpus-per-node 2 --calibrate
+  gengap plan --config configs/demo.yaml --calibrate    when would this study end?
 """
 
 import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, USAGE, run_command
 from gengap_dist.cli.options import PlanOptions, PlanSettings, parse
-from gengap_dist.config.loading import resolve, to_yaml
+from gengap_dist.config.loading import load_yaml, resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.config.study import StudyConfig
 
 PROG = "gengap plan"
 
@@ -23,11 +29,15 @@ PROG = "gengap plan"
 def command(argv: Sequence[str]) -> int:
     """Print the plan; returns the exit code."""
     options, overrides = parse(PlanSettings, PlanOptions, argv, prog=PROG, description=str(__doc__))
-    config = resolve(RunConfig, list(options.config), overrides)
+    is_study = "study" in overrides or any("study" in load_yaml(file) for file in options.config)
+    config = resolve(StudyConfig if is_study else RunConfig, list(options.config), overrides)
     if options.print_config:
         print(to_yaml(config), end="")
         return OK
+    return _plan_study(config, options) if isinstance(config, StudyConfig) else _plan_run(config, options)
 
+
+def _plan_run(config: RunConfig, options: PlanOptions) -> int:
     from gengap_dist.preflight.batch_layout import Cluster
     from gengap_dist.preflight.machine_constants import Constants, load, save
     from gengap_dist.preflight.plan import make_plan
@@ -52,6 +62,61 @@ def command(argv: Sequence[str]) -> int:
 
         print_page(plan_page(plan, constants))
     return USAGE if plan.refused else OK
+
+
+def _plan_study(config: StudyConfig, options: PlanOptions) -> int:
+    """The arms of a study, each planned by itself, and the schedule of its runs on this machine."""
+    import torch
+
+    from gengap_dist.cli.terminal import print_page, study_plan_page
+    from gengap_dist.preflight.batch_layout import Cluster
+    from gengap_dist.preflight.machine_constants import load
+    from gengap_dist.preflight.plan import make_plan
+    from gengap_dist.study.packing import predict
+    from gengap_dist.study.run_matrix import planned_runs, planned_trials
+    from gengap_dist.study.tuning import points
+
+    constants, cluster = load(options.constants), Cluster(options.nodes, options.gpus_per_node)
+    untuned = config.study.model_copy(update={"tune": None})
+    runs = planned_runs(config.model_copy(update={"study": untuned}), Path(), {})
+    trials = planned_trials(config, Path(), points(config.study.tune)) if config.study.tune else []
+    plans = {run.arm: make_plan(run.config, cluster, constants) for run in runs[: len(config.arms)]}
+    refused = any(plan.refused for plan in plans.values())
+    num_gpus = torch.cuda.device_count() if config.launch.device != "cpu" else 0
+    concurrent = None if config.study.concurrent == "auto" else config.study.concurrent
+    phases = []
+    for phase in (trials, runs) if not refused and options.nodes == 1 else ():
+        predicted = predict(phase, concurrent, num_gpus, measure=options.calibrate, warn=_warn) if phase else ([], 1)
+        if predicted is None:
+            phases = []
+            break
+        phases.append([(phase[run.number].title, run) for run in predicted[0]])
+    if options.as_json:
+        print(json.dumps(_study_as_json(plans, phases), indent=1))
+    else:
+        print_page(study_plan_page(plans, phases))
+    return USAGE if refused else OK
+
+
+def _study_as_json(plans: dict[str, Any], phases: list[Any]) -> dict[str, Any]:
+    schedule = [
+        {
+            "run": title,
+            "ranks": run.option.layout.ranks,
+            "threads": run.option.layout.threads,
+            "start": round(run.start, 1),
+            "end": round(run.end, 1),
+        }
+        for phase in phases
+        for title, run in phase
+    ]
+    seconds = sum(max((run.end for _, run in phase), default=0.0) for phase in phases)
+    arms = {arm: plan.as_json() for arm, plan in plans.items()}
+    return {"arms": arms, "schedule": schedule, "seconds": round(seconds, 1) if phases else None}
+
+
+def _warn(text: str) -> None:
+    print(f"{PROG}: warning: {text}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

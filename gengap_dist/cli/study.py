@@ -28,6 +28,7 @@ from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.tracking.mlflow.process import UploaderProcess
 
 PROG = "gengap study"
+MEASURING = "measuring a few steps of each arm"
 
 
 def command(argv: Sequence[str]) -> int:
@@ -110,6 +111,14 @@ def _run(config: StudyConfig, out: Path) -> int:
                     value = (run.info.get("result") or {}).get(name)
                     shown += f", {name.replace('/', ' ')} {value_text(value, run.metric)}"
                 progress.print_line(f"[{done}/{total}] {planned_run.title}: {shown}")
+
+            def on_measure(self, done: int, total: int) -> None:
+                progress(done, total, "", MEASURING)
+                if done == total:
+                    progress.remove(MEASURING)
+
+            def on_time_left(self, seconds: float) -> None:
+                progress.time_left(seconds)
 
         return runner.run_study(config, out, Shown(), driver=True, warn=_warn)
 

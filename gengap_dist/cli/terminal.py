@@ -1,7 +1,7 @@
 """Terminal output: progress bars while a command runs, tables when it is done."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -24,8 +24,10 @@ from gengap_dist.analysis.report.text import gap_sentence, last_layer, study_row
 from gengap_dist.analysis.study_data import RunData, StudyData, read_run
 from gengap_dist.config.measures import MEASURES
 from gengap_dist.config.metric_key import layer_metric
+from gengap_dist.study.schedule import Placed
 
 if TYPE_CHECKING:  # these import torch, which the driver process does not need
+    from gengap_dist.preflight.plan import Plan
     from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
     from gengap_dist.training.observer import Observation
 
@@ -52,7 +54,7 @@ class RunProgress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            *([TimeRemainingColumn()] if num_runs == 1 else []),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -60,6 +62,7 @@ class RunProgress:
         self._runs = self._bar.add_task("runs", total=num_runs, note="starting") if num_runs > 1 else None
         self._steps: dict[str, TaskID] = {}
         self._num_ended = 0
+        self._seconds_left: float | None = None
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -81,24 +84,48 @@ class RunProgress:
             self._bar.update(self._steps[run], note=note)
         if not self.console.is_terminal and time.monotonic() - self._last_line_time > QUIET_SECONDS:
             (task,) = (task for task in self._bar.tasks if task.id == self._steps[run])
-            self.print_line(f"{run}: step {done}/{total} {task.fields['note']}".rstrip())
+            left = "" if self._seconds_left is None else f"; about {duration(self._seconds_left)} left for all runs"
+            self.print_line(f"{run}: step {done}/{total} {task.fields['note']}".rstrip() + left)
+
+    def remove(self, run: str) -> None:
+        """Remove a bar."""
+        if run in self._steps:
+            self._bar.remove_task(self._steps.pop(run))
 
     def run_ended(self, run: str) -> int:
         """Remove the bar of a run that has ended; returns how many runs have ended."""
-        if run in self._steps:
-            self._bar.remove_task(self._steps.pop(run))
+        self.remove(run)
         self._num_ended += 1
         self._count()
         return self._num_ended
 
     def _count(self) -> None:
         if self._runs is not None:
-            self._bar.update(self._runs, completed=self._num_ended, note=f"{len(self._steps)} active")
+            note = f"{len(self._steps)} active"
+            if self._seconds_left is not None:
+                note += f", about {duration(self._seconds_left)} left"
+            self._bar.update(self._runs, completed=self._num_ended, note=note)
+
+    def time_left(self, seconds: float) -> None:
+        """Show the forecast of the seconds until all runs have ended."""
+        self._seconds_left = seconds
+        self._count()
 
     def print_line(self, text: str) -> None:
         """Print a permanent line above the bars."""
         self._last_line_time = time.monotonic()
         self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(41.6), duration(190), duration(7000)
+    ('42 s', '3 min', '1.9 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def print_run(out: Path, page: Path, uri: str | None) -> None:
@@ -236,6 +263,53 @@ def print_page(parts: Iterable[Table | str]) -> None:
             console.print(part, highlight=False, soft_wrap=True)
         else:
             console.print(part)
+
+
+def study_plan_page(plans: "Mapping[str, Plan]", phases: "Sequence[Sequence[tuple[str, Placed]]]") -> list[Table | str]:
+    """A row for each arm of a study, what is refused, and the schedule: tables, and lines in rich's markup.
+
+    Args:
+        plans: by arm.
+        phases: tuning and runs, each a schedule of (title, run); empty if it cannot be predicted.
+    """
+    table = Table(title="arms", title_justify="left")
+    for head in ("arm", "batch", "updates", "parameters", "memory per rank"):
+        table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
+    for arm, plan in plans.items():
+        size = f"{plan.batch.global_size:,}" if plan.batch else "-"
+        memory = f"{plan.memory.total / 2**20:,.0f} MiB" if plan.memory else "-"
+        numbers = (f"{number:,}" if number else "-" for number in (plan.num_steps, plan.num_parameters))
+        table.add_row(escape(arm), size, *numbers, memory)
+    page: list[Table | str] = [table]
+    for style, head in (("bold red", "refused"), ("yellow", "warning")):
+        for arm, plan in plans.items():
+            lines = plan.refused if head == "refused" else plan.warned
+            page += [f"[{style}]{head:8}[/]     {escape(arm)}: {escape(line)}" for line in lines]
+    for name, phase in zip(("tuning", "runs"), phases, strict=False):
+        if phase:
+            page.append(_schedule_table(name, phase))
+    total = sum(max((run.end for _, run in phase), default=0.0) for phase in phases)
+    if phases:
+        page.append(f"[bold]{duration(total)}[/] on this machine, without the start and the report of the study")
+    elif not any(plan.refused for plan in plans.values()):
+        page.append("schedule: the costs of these runs on this machine are not known: --calibrate measures them")
+    return page
+
+
+def _schedule_table(name: str, phase: "Sequence[tuple[str, Placed]]") -> Table:
+    """When each run starts and ends, with a bar."""
+    width, end = 40, max(run.end for _, run in phase)
+    table = Table(title=f"schedule of the {name}: {duration(end)}", title_justify="left")
+    for head in ("run", "ranks", "threads", "start", "end", ""):
+        table.add_column(head, justify="left" if head in ("run", "") else "right", no_wrap=True)
+    for title, run in sorted(phase, key=lambda entry: entry[1].start):
+        first, last = (round(width * at / end) for at in (run.start, run.end))
+        layout = run.option.layout
+        bar = " " * first + "\u2588" * max(1, last - first)
+        table.add_row(
+            escape(title), str(layout.ranks), str(layout.threads), f"{run.start:.0f} s", f"{run.end:.0f} s", bar
+        )
+    return table
 
 
 def print_study(study: StudyData, page: Path, uri: str | None) -> None:

@@ -87,8 +87,10 @@ class StudySection(Section, affects="result"):
     tune: TuneSection | None = None
     """Tune settings of every arm by validation accuracy before its seeds run: the same number of trials at the same
     points for each arm. Test images are not used."""
-    concurrent: Annotated[PositiveInt | None, Affects("runtime")] = None
-    """ray: largest number of concurrent runs; null: limited only by the resources of the cluster."""
+    concurrent: Annotated[PositiveInt | Literal["auto"], Affects("runtime")] = "auto"
+    """Number of runs at once, each on launch.num_processes ranks. auto: on one machine, ranks, threads and runs at once
+    are chosen so that the study ends soonest, from a few measured steps of each arm; a run whose result depends on its
+    ranks keeps launch.num_processes. On a Ray cluster auto runs as many as fit."""
 
 
 class StudyConfig(RunConfig, affects="result"):

@@ -150,6 +150,8 @@ class RunInfo(_Record):
     threads_per_rank: int | None = None
     threads_source: str | None = None
     """What limits the threads: see `distributed.cores`."""
+    cpu_wait_share: float | None = None
+    """Share of its time that rank 0 was ready to run and waited for a core; see `distributed.cpu_wait`."""
     launcher: str | None = None
     launch_id: str | None = None
     strategy: str | None = None

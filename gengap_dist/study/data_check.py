@@ -6,20 +6,16 @@ from typing import Any
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.mixtures import changed_data, data_key
 from gengap_dist.runs.run_folder import describe_damage, read_info
-from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
+from gengap_dist.study.run_matrix import PassOn, PlannedRun, StudyCallback
 
 
-class DataCheck(StudyCallback):
+class DataCheck(PassOn):
     """Passes every call on, and compares the data of each run that has ended with those of the first."""
 
     def __init__(self, inner: StudyCallback) -> None:
         """Checks before the calls of `inner` return."""
-        self.inner = inner
+        super().__init__(inner)
         self._first: dict[str, tuple[Path, dict[str, Any]]] = {}  # by data settings
-
-    def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
-        """Nothing to check."""
-        self.inner.on_step(planned_run, done, total, note)
 
     def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
         """Compare the data of the run.

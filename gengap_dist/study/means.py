@@ -7,22 +7,19 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs.arm_means import Sources, have_ended, read_runs, read_sources, write_means
 from gengap_dist.runs.run_folder import SeedRun, read_metrics_table, read_study_info
 from gengap_dist.runs.schema import RunInfo, RunStatus
-from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
+from gengap_dist.study.run_matrix import PassOn, PlannedRun, StudyCallback
 
 Runs = dict[Path, RunInfo]
 """Folder to run.json."""
 
 
-class MeansCallback(StudyCallback):
+class MeansCallback(PassOn):
     """Passes every call on, and writes the means of an arm after its last run."""
 
     def __init__(self, inner: StudyCallback, out: Path) -> None:
         """Means of the study in `out`."""
-        self.inner, self.out = inner, out
-
-    def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
-        """Nothing to write."""
-        self.inner.on_step(planned_run, done, total, note)
+        super().__init__(inner)
+        self.out = out
 
     def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
         """Write what is complete now; what cannot be read is reported at the end of the study."""

@@ -75,3 +75,33 @@ class StudyCallback:
 
     def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
         """A run has ended: a status of run.json, "already there", or why it failed."""
+
+    def on_measure(self, done: int, total: int) -> None:
+        """`done` of `total` costs are measured, before the runs start."""
+
+    def on_time_left(self, seconds: float) -> None:
+        """Forecast of the seconds until all runs have ended."""
+
+
+class PassOn(StudyCallback):
+    """Passes every call on; subclasses do something beside."""
+
+    def __init__(self, inner: StudyCallback) -> None:
+        """Calls `inner`."""
+        self.inner = inner
+
+    def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
+        """See `StudyCallback`."""
+        self.inner.on_step(planned_run, done, total, note)
+
+    def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
+        """See `StudyCallback`."""
+        self.inner.on_run_end(planned_run, note)
+
+    def on_measure(self, done: int, total: int) -> None:
+        """See `StudyCallback`."""
+        self.inner.on_measure(done, total)
+
+    def on_time_left(self, seconds: float) -> None:
+        """See `StudyCallback`."""
+        self.inner.on_time_left(seconds)

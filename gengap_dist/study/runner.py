@@ -15,13 +15,14 @@ from typing import Any
 from gengap_dist.config.identity import differences
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.distributed import launchers
-from gengap_dist.distributed.launchers import Launcher
-from gengap_dist.errors import OutOfMemory, UsageError
+from gengap_dist.distributed.cores import available_cores
+from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.schema import NewerSchema, RunStatus, StudyInfo
 from gengap_dist.study import ray_runner, run_matrix, tuning
 from gengap_dist.study.data_check import DataCheck
 from gengap_dist.study.means import MeansCallback, update_means
+from gengap_dist.study.packing import run_packed
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.training import ENTRY_POINT
 
@@ -58,6 +59,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
         UsageError: if an arm is not valid, or if runs or a study in `out` have other settings.
     """
     plan = _trials(config, out) or run_matrix.planned_runs(config, out, {})
+    check_concurrent(config)
     previous = _read_previous(out, warn)
     if previous and previous.name != config.study.name:
         raise UsageError(
@@ -97,6 +99,29 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
         git=run_folder.git_state(),
     )
     run_folder.write_info(out, info)
+
+
+def check_concurrent(config: StudyConfig) -> None:
+    """Refuse more runs at once than this machine, or the launcher, can do.
+
+    Raises:
+        UsageError: names study.concurrent.
+    """
+    concurrent, launch = config.study.concurrent, config.launch
+    if concurrent in ("auto", 1) or launchers.uses_ray(launch):
+        return
+    if launchers.uses_torchrun(launch):
+        raise UsageError(
+            f"study.concurrent ({concurrent}) is not possible on the ranks of torchrun, which execute one run after "
+            "another: choose study.concurrent=1 or auto, or start the study without torchrun"
+        )
+    cores, needed = available_cores(), concurrent * launch.num_processes
+    if needed > cores.number:
+        raise UsageError(
+            f"study.concurrent ({concurrent}) runs of launch.num_processes ({launch.num_processes}) rank(s) need "
+            f"{needed} cores, and this program may use {cores.number:g} ({cores.source}): choose at most "
+            f"{max(1, int(cores.number) // launch.num_processes)}, or auto"
+        )
 
 
 def _read_previous(out: Path, warn: Warn) -> StudyInfo | None:
@@ -161,7 +186,8 @@ def run_study(
 
 def _run_study(config: StudyConfig, out: Path, callback: StudyCallback, *, driver: bool, warn: Warn) -> int:
     callback = DataCheck(callback) if driver else callback
-    run = partial(run_all, callback=callback, driver=driver, max_concurrent=config.study.concurrent)
+    concurrent = None if config.study.concurrent == "auto" else config.study.concurrent
+    run = partial(run_all, callback=callback, driver=driver, concurrent=concurrent, warn=warn)
     if not config.study.tune:
         return run(run_matrix.planned_runs(config, out, {}))
     trials = _trials(config, out)
@@ -196,14 +222,17 @@ def _summarise_trials(config: StudyConfig, trials: list[PlannedRun]) -> dict[str
     return searches
 
 
-def run_all(plan: list[PlannedRun], callback: StudyCallback, *, driver: bool, max_concurrent: int | None = None) -> int:
+def run_all(
+    plan: list[PlannedRun], callback: StudyCallback, *, driver: bool, concurrent: int | None = None, warn: Warn
+) -> int:
     """Run what is not finished; returns the number of failed runs. A failed or diverged run does not stop the others.
 
     Args:
         plan: the runs.
         callback: called on every step and at the end of every run.
         driver: whether this process prepares folders; under torchrun the other ranks only execute the runs.
-        max_concurrent: limit of concurrent runs on a Ray cluster.
+        concurrent: number of runs at once; None: as it ends soonest.
+        warn: called with each warning.
     """
     to_do = []
     for planned in plan:
@@ -212,43 +241,33 @@ def run_all(plan: list[PlannedRun], callback: StudyCallback, *, driver: bool, ma
         else:
             to_do.append(planned)
     on_ray = [planned for planned in to_do if launchers.uses_ray(planned.config.launch)]
-    num_failed = ray_runner.run_all(on_ray, callback, max_concurrent) if on_ray else 0
-    return num_failed + _run_sequentially(
-        [planned for planned in to_do if planned not in on_ray], callback, driver=driver
-    )
+    num_failed = ray_runner.run_all(on_ray, callback, concurrent) if on_ray else 0
+    on_torchrun = [planned for planned in to_do if launchers.uses_torchrun(planned.config.launch)]
+    _run_on_torchrun(on_torchrun, callback, driver=driver)
+    here = [planned for planned in to_do if planned not in on_ray and planned not in on_torchrun]
+    return num_failed + (run_packed(here, callback, concurrent, warn) if here else 0)
 
 
-def _run_sequentially(plan: list[PlannedRun], callback: StudyCallback, *, driver: bool) -> int:
-    """Execute the runs one after another on ranks that are started once; returns the number of runs that failed."""
-    num_failed = 0
-    with contextlib.ExitStack() as stack:
-        ranks: dict[str, Launcher] = {}  # by launch settings
+def _run_on_torchrun(plan: list[PlannedRun], callback: StudyCallback, *, driver: bool) -> None:
+    """Execute the runs one after another on the ranks to which this process belongs.
+
+    Raises:
+        RankFailed: if a rank failed: the others have ended, and cannot be started again here.
+    """
+    if not plan:
+        return
+    with launchers.choose(plan[0].config.launch, many_runs=True, entry_point=ENTRY_POINT) as ranks:
         for planned in plan:
-            launch = planned.config.launch.model_dump_json()
-            if launch not in ranks:
-                ranks[launch] = stack.enter_context(
-                    launchers.choose(planned.config.launch, many_runs=True, entry_point=ENTRY_POINT)
-                )
             if driver:
                 run_folder.prepare_folder(planned.folder, "run.json", resume=True)
             try:
-                ranks[launch].run(
-                    planned.config, planned.folder, resume=True, progress=partial(callback.on_step, planned)
-                )
+                on_step = partial(callback.on_step, planned)
+                ranks.run(planned.config, planned.folder, resume=True, progress=on_step)
                 callback.on_run_end(planned, status(planned) or "")
-            except (launchers.RankFailed, OutOfMemory) as error:
-                if launchers.uses_torchrun(planned.config.launch):
-                    if driver:
-                        run_folder.close_abandoned(planned.folder, error)
-                    raise  # under torchrun the other ranks have ended, and cannot be restarted here
-                run_folder.close_abandoned(planned.folder, error)
-                callback.on_run_end(planned, f"failed: {str(error).strip().splitlines()[-1]}")
-                num_failed += 1
             except BaseException as error:
                 if driver:
                     run_folder.close_abandoned(planned.folder, error)
                 raise
-    return num_failed
 
 
 def conclude(out: Path, outcome: RunStatus, numbers: dict[str, Any], verdicts: Sequence[str] = ()) -> StudyInfo:

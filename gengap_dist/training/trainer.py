@@ -15,6 +15,7 @@ from torch import Tensor
 from gengap_dist.config.identity import differences
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.batch_loader import BatchLoader
+from gengap_dist.distributed.cpu_wait import CpuWait
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.distributed.process_group import World, init_process_group
 from gengap_dist.distributed.runtime_context import RuntimeContext
@@ -99,7 +100,8 @@ def run(
             with sampling_system_metrics(config, out, world):
                 trainer.train(preemption_requested)
                 result = trainer.result()
-            trained = {"seconds": round(recorder.seconds(), 3)}  # without the export
+            trained = {"seconds": round(recorder.seconds(), 3), "cpu_wait_share": trainer.cpu_wait.share()}
+            # without the export
             recorder.finish(RunStatus.FINISHED, result, facts=trained | _exported(trainer))
         except Diverged as error:
             result = {"diverged_at_step": error.step}
@@ -151,6 +153,7 @@ class Trainer:
             else NoProfile()
         )
         self.times = RunTimes(world, self.state)
+        self.cpu_wait = CpuWait(context.threads)
         self._update_norm: Tensor | None = None  # of the last step, if a measurement is planned after it
 
     # -- start and resume ---------------------------------------------------------------------------------------------
@@ -242,7 +245,7 @@ class Trainer:
         while not state.at_end:
             self.world.timer.step = state.step + 1
             self.profile.begin(state.num_steps - state.step)
-            result = self._step()
+            result = self.step()
             self.step_metrics.add(state.step, result, preemption_requested=preemption_requested())
             self.progress(state.step, state.num_steps, "")
             stop = self._stop_due()
@@ -261,7 +264,7 @@ class Trainer:
                 raise Preempted(state.step)
         self.profile.finish()
 
-    def _step(self) -> StepResult:
+    def step(self) -> StepResult:
         """One optimizer step. Collective."""
         number = self.state.step
         self.strategy.track_local_grad_norm = self._recorded(number + 1) and (
@@ -322,6 +325,8 @@ class Trainer:
         exceeds_time = self.world.rank == 0 and self.probes.exceeds_time(
             self.recorder.seconds(), self.times.seconds_per_step()
         )
+        if self.world.rank == 0:
+            self.cpu_wait.warn_once()
         metrics, (overdue, exceeds_time) = self.times.record(self.checkpoints.overdue(), exceeds_time)
         if exceeds_time:
             self.probes.skip()

@@ -426,6 +426,7 @@ class Packer:
         self.num_failed = 0
         self._factors: list[tuple[float, float]] = []  # (expected, actual) seconds of runs that have ended
         self._forecast_at = 0.0
+        self._due: list[tuple[int, Option]] = []  # runs to start now
         self._look_at = 0.0  # when to look again whether a run can start
 
     def run(self, ranks: Ranks, stop_requested: PreemptionFlag) -> int:
@@ -445,16 +446,18 @@ class Packer:
 
     def _next(self, active: Sequence[Task]) -> Task | None:
         """The task that the best schedule starts now."""
+        if self._due:
+            return self._start(*self._due.pop(0))
         if not self.waiting or len(self.active) >= self.resources.slots or time.monotonic() < self._look_at:
             return None
         running = [(run.left(self._expected(run.task.option)), run.task.option) for run in self.active.values()]
         if not running or sum(option.cores for _, option in running) < self.resources.cores:
             schedule = best_schedule([self._scaled(number) for number in self.waiting], self.resources, running)
-            for run in sorted(schedule, key=lambda run: -run.option.seconds):
-                if run.start == 0.0:
-                    return self._start(self.waiting[run.number], run.option)
-        self._look_at = time.monotonic() + LOOK_SECONDS
-        return None
+            self._due = [(self.waiting[run.number], run.option) for run in schedule if run.start == 0.0]
+        if not self._due:
+            self._look_at = time.monotonic() + LOOK_SECONDS
+            return None
+        return self._start(*self._due.pop(0))
 
     def _scaled(self, number: int) -> list[Option]:
         return [option._replace(seconds=self._expected(option)) for option in self.options[number]]

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-MAX_SPREAD = 8  # of the last runs of a schedule, that may get more cores each
+MAX_SPREAD = 4  # schedules, and last runs of each, that may get more cores
 
 
 class Layout(NamedTuple):
@@ -78,7 +78,10 @@ def placed(
     now = 0.0
     while waiting:
         left_over: list[int] = []
-        for number in waiting:
+        for place, number in enumerate(waiting):
+            if ends and (cores < 1 or slots < 1):
+                left_over += waiting[place:]
+                break
             option = options[number]
             alone = not ends and not left_over  # what does not fit at all runs alone
             fits = option.cores <= cores and option.memory <= memory and slots >= 1
@@ -114,10 +117,12 @@ def best_schedule(
     for limit in limits:
         chosen = [_fewest_cores(options, limit) for options in runs]
         candidates.append(placed(chosen, resources, running))
-    best = min(
-        candidates, key=lambda schedule: (length(schedule, running), sum(run.end for run in schedule)), default=[]
-    )
-    return _last_spread(best, runs, resources, running)
+
+    def end(schedule: list[Placed]) -> tuple[float, float]:
+        return length(schedule, running), sum(run.end for run in schedule)
+
+    shortest = sorted(candidates, key=end)[:MAX_SPREAD]
+    return min((_last_spread(each, runs, resources, running) for each in shortest), key=end, default=[])
 
 
 def _fewest_cores(options: Sequence[Option], limit: float) -> Option:

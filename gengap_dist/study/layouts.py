@@ -18,21 +18,24 @@ def keeps_ranks(config: RunConfig) -> bool:
     return shards or config.profile or (noise_scale and config.batch.micro_size == "auto")
 
 
-def possible_layouts(config: RunConfig, num_cores: int, *, fixed: bool, on_gpu: bool) -> list[Layout]:
+def possible_layouts(
+    config: RunConfig, num_cores: int, *, fixed: bool, threads_beside_gpu: int | None = None
+) -> list[Layout]:
     """The layouts of a run, smallest first.
 
     Args:
         config: the run.
-        num_cores: of the machine; with `on_gpu`, the number of its GPUs.
+        num_cores: of the machine; or the number of its GPUs.
         fixed: whether it keeps launch.num_processes ranks.
-        on_gpu: whether each rank has a GPU; threads do not matter then.
+        threads_beside_gpu: of each rank if each has a GPU; None: ranks compute on cores.
 
-    >>> [tuple(layout) for layout in possible_layouts(RunConfig(), 4, fixed=False, on_gpu=False)]
+    >>> [tuple(layout) for layout in possible_layouts(RunConfig(), 4, fixed=False)]
     [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4)]
     """
+    on_gpu = threads_beside_gpu is not None
     powers = [2**power for power in range(num_cores.bit_length()) if 2**power <= num_cores]
     counts = sorted({*powers, num_cores})
-    threads = given_threads(config)
+    threads = given_threads(config) or threads_beside_gpu
     if fixed:
         ranks = config.launch.num_processes
         more = [] if threads or on_gpu else [num_cores // ranks]

@@ -5,6 +5,7 @@ are kept in the user's cache folder. All runs are driven from one loop: it start
 passes signals on.
 """
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -51,6 +52,8 @@ class Ranks:
     def __init__(self, num_cores: int, gpus: Sequence[str] = ()) -> None:
         """`gpus`: entries for CUDA_VISIBLE_DEVICES; without them ranks share `num_cores` cores."""
         self.gpus, self.size = [*gpus], len(gpus) or num_cores
+        self.threads_beside_gpu = max(1, num_cores // len(gpus)) if gpus else None
+        """Threads of a rank that has a GPU; None: without GPUs."""
         self._idle: list[tuple[Layout, tuple[str, ...], WorkerPool]] = []
         self._busy: list[tuple[Layout, tuple[str, ...], WorkerPool]] = []
 
@@ -99,7 +102,7 @@ def ranks_of_this_machine(configs: Sequence[RunConfig], environment: Mapping[str
     num_cores = max(1, int(available_cores().number))
     ranks = Ranks(num_cores)
     try:
-        if any(config.launch.device != "cpu" for config in configs):
+        if any(config.launch.device != "cpu" for config in configs) and _has_cuda_driver():
             pool = ranks.take(Layout(1, given_threads(configs[0]) or 1))
             count = pool(count_gpus)[0]
             if count:
@@ -111,6 +114,15 @@ def ranks_of_this_machine(configs: Sequence[RunConfig], environment: Mapping[str
         yield ranks
     finally:
         ranks.close()
+
+
+def _has_cuda_driver() -> bool:
+    """Whether there can be GPUs; without it, nobody waits for an import of torch to count them."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def count_gpus(worker: Worker) -> int:
@@ -258,8 +270,9 @@ class CostTable:
 
     def layouts(self, config: RunConfig) -> list[Layout]:
         """The layouts in which a run may be executed on these ranks, smallest first."""
-        fixed, gpus = self.is_fixed(config), bool(self.ranks.gpus)
-        return possible_layouts(config, self.ranks.size, fixed=fixed, on_gpu=gpus)
+        return possible_layouts(
+            config, self.ranks.size, fixed=self.is_fixed(config), threads_beside_gpu=self.ranks.threads_beside_gpu
+        )
 
     def num_cores(self, layout: Layout) -> int:
         """Cores or GPUs that a layout occupies, at most all."""
@@ -274,7 +287,7 @@ class CostTable:
                 layout,
                 self.num_cores(layout),
                 cost.seconds + START_SECONDS * (layout != layouts[0]),
-                layout.ranks * cost.memory_bytes,
+                0 if self.ranks.gpus else layout.ranks * cost.memory_bytes,  # a GPU has one run at a time
             )
             for layout, cost in known
             if cost
@@ -546,6 +559,7 @@ def run_packed(
 
     configs = [planned.config for planned in plan]
     with catching_signals() as flag, ranks_of_this_machine(configs, os.environ) as ranks:
+        _download(configs, ranks)
         if concurrent:
             _check_gpus(configs, concurrent, ranks)
             resources = Resources(10**9, slots=concurrent)
@@ -557,6 +571,22 @@ def run_packed(
             resources = Resources(ranks.size, free_memory())
             check_memory(plan, options, resources)
         return Packer(plan, callback, options, resources).run(ranks, flag)
+
+
+def _download(configs: Sequence[RunConfig], ranks: Ranks) -> None:
+    """Download each data set once, before several runs want it."""
+    wanted = {config.data.model_dump_json(): config for config in configs if config.data.download}
+    for config in wanted.values():
+        pool = ranks.take(Layout(1, 1))
+        pool(load_data, config)
+        ranks.give_back(pool)
+
+
+def load_data(worker: Worker, config: RunConfig) -> None:
+    """The job that reads a data set, and downloads it if it is not there."""
+    from gengap_dist.data import datasets
+
+    datasets.load(config.data, lambda label, done, total: None)
 
 
 def _check_gpus(configs: Sequence[RunConfig], concurrent: int, ranks: Ranks) -> None:

@@ -32,26 +32,26 @@ def test_what_keeps_its_ranks(settings, kept):
 def test_layouts_use_at_most_the_machine():
     run = config(launch__num_processes=3)
     for cores in (1, 2, 3, 6, 16):
-        layouts = possible_layouts(run, cores, fixed=False, on_gpu=False)
+        layouts = possible_layouts(run, cores, fixed=False)
         assert layouts[0] == (1, 1)
         assert len(set(layouts)) == len(layouts)
         assert all(layout.cores <= cores for layout in layouts)
         assert Layout(1, cores) in layouts
         assert Layout(cores, 1) in layouts
-    assert possible_layouts(run, 6, fixed=True, on_gpu=False) == [(3, 1), (3, 2)]
-    assert possible_layouts(run, 2, fixed=True, on_gpu=False) == [(3, 1)]  # more ranks than cores, as the user wants
-    assert possible_layouts(run, 4, fixed=False, on_gpu=True) == [(1, 1), (2, 1), (4, 1)]
-    assert possible_layouts(config(batch__global_size=3), 4, fixed=False, on_gpu=True) == [(1, 1), (2, 1)]
+    assert possible_layouts(run, 6, fixed=True) == [(3, 1), (3, 2)]
+    assert possible_layouts(run, 2, fixed=True) == [(3, 1)]  # more ranks than cores, as the user wants
+    assert possible_layouts(run, 4, fixed=False, threads_beside_gpu=3) == [(1, 3), (2, 3), (4, 3)]
+    assert possible_layouts(config(batch__global_size=3), 4, fixed=False, threads_beside_gpu=3) == [(1, 3), (2, 3)]
 
 
 def test_threads_that_the_user_has_set_stay(monkeypatch):
-    assert possible_layouts(config(launch__threads_per_rank=2), 8, fixed=False, on_gpu=False) == [
+    assert possible_layouts(config(launch__threads_per_rank=2), 8, fixed=False) == [
         (1, 2),
         (2, 2),
         (4, 2),
     ]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert possible_layouts(config(), 4, fixed=False, on_gpu=False) == [(1, 1), (2, 1), (4, 1)]
+    assert possible_layouts(config(), 4, fixed=False) == [(1, 1), (2, 1), (4, 1)]
 
 
 @pytest.mark.parametrize(("size", "micro", "expected"), [(32, 128, 16), (1294, 128, 128), (33, 128, 17), (64, 8, 8)])

@@ -128,8 +128,12 @@ class LocalLauncher(Launcher):
 
 def threads_per_rank(num_processes: int) -> dict[str, str]:
     """OMP_NUM_THREADS that divides this machine's cores among ranks; a value set by the user is kept."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_processes)))}
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))}
+
+
+def num_cores() -> int:
+    """The cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def rank_variables(rank: int, size: int, port: int | None = None) -> dict[str, str]:

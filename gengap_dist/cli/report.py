@@ -24,7 +24,10 @@ def command(argv: Sequence[str]) -> int:
     words = list(argv)
     action = words.pop(0) if words[:1] in (["draw"], ["sync"]) else "draw"
     parser = Parser(
-        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=f"{PROG} [sync] [--pdf] DIR"
+        prog=PROG,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"{PROG} [sync] [--pdf] DIR",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a run or of a study")
     parser.add_argument("--pdf", action="store_true", help="also write the figures as PDF")

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from gengap_dist import __version__
+from gengap_dist.compat.hard_exit import exit_without_teardown
 
 COMMANDS = {  # name: module, help text
     "train": ("gengap_dist.cli.train", "train one network with one global batch size"),
@@ -20,7 +21,12 @@ def main() -> None:
     """Run the command named by the first argument."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
-        importlib.import_module(COMMANDS[name][0]).main(sys.argv[2:])
+        try:
+            importlib.import_module(COMMANDS[name][0]).main(sys.argv[2:])
+        except SystemExit as end:
+            if "torch" in sys.modules and isinstance(end.code, int):
+                exit_without_teardown(end.code)
+            raise
     elif name in ("-h", "--help"):
         print("usage: gengap COMMAND ...\n\nLarge-batch training laboratory.\n\ncommands (each has its own --help):")
         print("\n".join(f"  {command:8} {text}" for command, (_, text) in COMMANDS.items()))

@@ -1,7 +1,8 @@
 """Write the report of a run or study again, or send its results to MLflow.
 
 Examples:
-  gengap report studies/demo            writes studies/demo/report.html and figures/ (SVG, PDF, CSV)
+  gengap report studies/demo            writes studies/demo/report.html and figures/ (SVG, CSV)
+  gengap report --pdf studies/demo      writes the figures as PDF, too
   gengap report sync studies/demo       sends to MLflow what is not there yet
 """
 
@@ -23,9 +24,13 @@ def command(argv: Sequence[str]) -> int:
     words = list(argv)
     action = words.pop(0) if words[:1] in (["draw"], ["sync"]) else "draw"
     parser = Parser(
-        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=f"{PROG} [sync] DIR"
+        prog=PROG,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"{PROG} [sync] [--pdf] DIR",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a run or of a study")
+    parser.add_argument("--pdf", action="store_true", help="also write the figures as PDF")
     parser.add_argument(
         "--tracking_uri", help="sync: MLflow store; default: the store to which the folder was uploaded"
     )
@@ -36,16 +41,16 @@ def command(argv: Sequence[str]) -> int:
         raise UsageError(
             f"DIR ({options.folder}) contains neither run.json nor study.json: give the folder of a run or study"
         )
-    return _sync(folder, options.tracking_uri) if action == "sync" else _draw(folder)
+    return _sync(folder, options.tracking_uri) if action == "sync" else _draw(folder, pdf=options.pdf)
 
 
-def _draw(folder: Path) -> int:
+def _draw(folder: Path, *, pdf: bool) -> int:
     from gengap_dist.analysis.report.html import write_report
     from gengap_dist.analysis.study_data import read_study
     from gengap_dist.cli.terminal import print_run, print_study
 
     study = read_study(folder)
-    page = write_report(study)
+    page = write_report(study, pdf=pdf)
     if (folder / "study.json").exists():
         print_study(study, page, None)
     else:

@@ -14,9 +14,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from gengap_dist.analysis.report.process import ReportProcess
 from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import Options, TrainSettings, parse
-from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
@@ -55,18 +55,21 @@ def _started_by_this_launch(out: Path) -> bool:
 
 def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool) -> int:
     """The driver process: the folder, progress, MLflow, the report."""
-    from gengap_dist.cli.terminal import RunProgress, print_profile, print_run
-
     run_folder.prepare_folder(out, "run.json", resume=resume)
     uploader = UploaderProcess(out, config.mlflow) if config.mlflow.enabled else None
     try:
-        with RunProgress(out.name) as progress:
-            ranks.run(config, out, resume=resume, progress=progress)
-        with fast_imports():
-            from gengap_dist.analysis.report.html import write_report
-            from gengap_dist.analysis.study_data import read_study
+        with ReportProcess(out) as report:
+            from gengap_dist.cli.terminal import RunProgress, print_profile, print_run
 
-        page = write_report(read_study(out), pdf=False)  # `gengap report` writes the PDFs
+            with RunProgress(out.name) as progress:
+
+                def show(done: int, total: int, note: str) -> None:
+                    progress(done, total, note)
+                    if note == run_folder.EXPORTING:
+                        report.draw()
+
+                ranks.run(config, out, resume=resume, progress=show)
+            page = report.write()
     except BaseException as error:
         run_folder.close_abandoned(out, error)
         raise

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # all commands import this module, and --help needs neither n
 
 Metrics = Mapping[str, float]
 MAX_LINE_BYTES = 2**20  # more than the longest line of metrics.jsonl
+EXPORTING = "exporting the model"  # progress note of a run whose metrics and spectra are complete in its folder
 MIN_TABLE_BYTES = 2**20  # of metrics.jsonl, from which on metrics.npz is written, too
 
 

@@ -28,7 +28,7 @@ from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
 from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.data_changes import data_changes
-from gengap_dist.runs.run_folder import NullRecorder, RunRecorder, prepare_folder, read_info
+from gengap_dist.runs.run_folder import EXPORTING, NullRecorder, RunRecorder, prepare_folder, read_info
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.training.algorithms import AlgorithmSetup, BuildAlgorithm, build_algorithm
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
@@ -422,6 +422,8 @@ def _exported(trainer: Trainer) -> dict[str, Any]:
     config = trainer.config
     if trainer.world.rank != 0 or not (config.mlflow.enabled and config.mlflow.log_model):
         return {}
+    trainer.recorder.flush()
+    trainer.progress(trainer.state.step, trainer.state.num_steps, EXPORTING)
     from gengap_dist.training.export import try_export  # torch's compiler is slow to import
 
     return try_export(trainer.resolved.out, config, trainer.resolved.info["data"], trainer.state.step)

@@ -149,7 +149,7 @@ def test_probe_measures_untrained_and_trained(tmp_path, gengap):
     assert "fc2/centred" in done.stdout
     assert "conv1" not in done.stdout
     assert (tmp_path / "spectra" / "spectra" / "step_00000000.npz").exists()
-    assert (tmp_path / "spectra" / "figures" / "all_spectra.pdf").stat().st_size > 5_000
+    assert (tmp_path / "spectra" / "figures" / "all_spectra.svg").stat().st_size > 5_000
     assert train_command([*QUICK, "--algorithm.weight_averaging", "ema", "--out", "run"]) == 0  # whose network it is
     words = ["--num_samples", 16, 32, "--diagnostics", "norms", "hessian"]
     done = gengap("probe", "--model", "run", *words, "--out", "again", "--mlflow")

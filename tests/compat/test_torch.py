@@ -80,6 +80,26 @@ def said(code: str, **variables: str) -> tuple[str, str]:
 
 
 @pytest.mark.processes
+def test_a_command_ends_with_its_exit_handlers_and_destroys_nothing():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import atexit, sys\n"
+            "from gengap_dist.compat.hard_exit import exit_without_teardown\n"
+            "class Kept:\n"
+            "    def __del__(self): print('destroyed')\n"
+            "sys.kept = Kept()\n"
+            "atexit.register(print, 'handled')\n"
+            "exit_without_teardown(3)",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.split(), done.stderr) == (3, ["handled"], "")
+
+
+@pytest.mark.processes
 def test_a_stance_imports_the_compiler_and_ours_does_not():
     out, _ = said(
         "import sys, torch\n"

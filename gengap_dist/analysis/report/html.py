@@ -2,6 +2,7 @@
 
 import base64
 import shlex
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,15 +40,19 @@ class RenderedFigure(NamedTuple):
     table: Table | None
 
 
-def write_report(study: StudyData, *, pdf: bool = True) -> Path:
+def write_report(study: StudyData, *, pdf: bool = False) -> Path:
     """Write the report and figures of a study, or of a run (see `read_study`); returns the path of the page.
 
     Args:
         study: what to show.
         pdf: also write the figures as PDF, which doubles the time.
     """
-    is_study = (study.folder / "study.json").exists()
-    comparison = study.comparison if is_study else Comparison(study.metric, study.baseline, {}, [], None, [], [])
+    return write_page(study, draw_figures(study, pdf=pdf), pdf=pdf)
+
+
+def write_page(study: StudyData, figures: Sequence[RenderedFigure], *, pdf: bool = False) -> Path:
+    """Write the page with `figures`, which `draw_figures` has returned; returns its path."""
+    is_study, comparison = _is_study(study), _comparison(study)
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(files("gengap_dist.analysis.report").joinpath("template.html").read_text())
@@ -61,7 +66,7 @@ def write_report(study: StudyData, *, pdf: bool = True) -> Path:
         theme=THEME,
         arms=arm_table(study, comparison) if is_study else None,
         runs=run_table(study),
-        figures=_render_figures(study, comparison, is_study, pdf=pdf),
+        figures=figures,
         pdf=pdf,
         tuned=tuning_tables(study.info.get("tuned") or {}),
         space=_yaml((config.get("study") or {}).get("tune")),
@@ -73,13 +78,13 @@ def write_report(study: StudyData, *, pdf: bool = True) -> Path:
     return page
 
 
-def _render_figures(study: StudyData, comparison: Comparison, is_study: bool, *, pdf: bool) -> list[RenderedFigure]:
-    """Draw every figure that has data, and write its files."""
-    folder = study.folder / "figures"
+def draw_figures(study: StudyData, *, pdf: bool = False) -> list[RenderedFigure]:
+    """Draw every figure that has data, and write its files. A run that has measured everything need not have ended."""
+    comparison, folder = _comparison(study), study.folder / "figures"
     folder.mkdir(exist_ok=True)
     out = []
     with matplotlib.rc_context(STYLE):
-        for name, (title, draw, caption) in (STUDY_FIGURES if is_study else RUN_FIGURES).items():
+        for name, (title, draw, caption) in (STUDY_FIGURES if _is_study(study) else RUN_FIGURES).items():
             title, caption = name_metric(title, study.metric), name_metric(caption, study.metric)
             if not study.runs or (figure := draw(study, comparison)) is None:
                 continue
@@ -88,6 +93,14 @@ def _render_figures(study: StudyData, comparison: Comparison, is_study: bool, *,
             table = data_table(f"Data: {title}", figure.rows) if len(figure.rows) <= MAX_ROWS else None
             out.append(RenderedFigure(name, title, caption, svg, uri, table))
     return out
+
+
+def _is_study(study: StudyData) -> bool:
+    return (study.folder / "study.json").exists()
+
+
+def _comparison(study: StudyData) -> Comparison:
+    return study.comparison if _is_study(study) else Comparison(study.metric, study.baseline, {}, [], None, [], [])
 
 
 def _summary(study: StudyData, is_study: bool) -> str:

@@ -26,6 +26,7 @@ from gengap_dist.tracking.mlflow.mlflow_run import UploadProgress
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
 
 POLL_SECONDS = 1.0
+START_POLL_SECONDS = 0.1  # until the run has begun: to connect to the store takes as long as a short run
 REST_FACTOR = 20  # pause in multiples of the last upload's time, which is that of new lines and of every run.json
 MAX_WAIT_SECONDS = 60.0  # between attempts to reach a server that fails
 DEFAULT_UI = "http://127.0.0.1:5000/"  # of `mlflow ui`, for a store without a server
@@ -92,7 +93,7 @@ def upload_until_closed(folder: Path, uri: str, experiment: str, pause: Callable
     imports = threading.Thread(target=import_client, daemon=True)
     imports.start()
     while not ((folder / "run.json").exists() or (folder / "study.json").exists()):
-        if pause(POLL_SECONDS):
+        if pause(START_POLL_SECONDS):
             return  # the command ended before the run began
     imports.join()
     while True:

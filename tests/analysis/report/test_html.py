@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from gengap_dist.analysis.report import html
 from gengap_dist.analysis.report.html import write_report
 from gengap_dist.analysis.report.plotting import THEME
 from gengap_dist.analysis.study_data import read_study
+from gengap_dist.cli.report import command
 from tests.analysis.report.folders import ARMS, TUNED, write_run, write_study
 from tests.browser import NEEDS_CHROMIUM, page, pictures
 from tests.conftest import thinned
@@ -242,6 +244,19 @@ def test_one_run_alone(tmp_path):
     assert 'id="all_spectra"' in text
     assert 'id="arms"' not in text
     assert "Claims of the paper" not in text
+
+
+def test_pdfs_are_written_on_request(tmp_path, monkeypatch):
+    monkeypatch.setattr("gengap_dist.cli.terminal.print_run", lambda *told: None)
+    monkeypatch.setattr(html, "RUN_FIGURES", {"curves": html.RUN_FIGURES["curves"]})
+    write_run(tmp_path / "run", 1, 0)
+    figures = tmp_path / "run" / "figures"
+    assert command(["--pdf", str(tmp_path / "run")]) == 0
+    assert {path.name for path in figures.iterdir()} == {"curves.svg", "curves.csv", "curves.pdf"}
+    assert "as SVG and PDF" in (tmp_path / "run" / "report.html").read_text()
+    assert command([str(tmp_path / "run")]) == 0
+    assert {path.name for path in figures.iterdir()} == {"curves.svg", "curves.csv"}
+    assert "gengap report --pdf run" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_one_arm_and_one_seed(tmp_path):

@@ -90,15 +90,15 @@ class WorkerPool:
         self._pipes: list[Any] = []
         for rank in range(num_ranks):
             here, there = context.Pipe()
-            variables = rank_variables(rank, num_ranks, port) | thread_variables(threads.number)
-            variables |= environment or {}
+            at_start = thread_variables(threads.number) | dict(environment or {})
+            variables = rank_variables(rank, num_ranks, port) | at_start
             process = context.Process(
                 target=_rank_main,
                 args=(rank, there, variables, threads, sys.orig_argv),
                 name=f"rank{rank}",
                 daemon=daemon,
             )
-            with environment_variables(variables):  # for modules that are imported before _rank_main is called
+            with environment_variables(at_start):  # for modules that are imported before _rank_main is called
                 process.start()
             there.close()
             self._processes.append(process)

@@ -29,7 +29,7 @@ from gengap_dist.study.layouts import given_threads, keeps_ranks, possible_layou
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.study.schedule import Layout, Option, Placed, Resources, best_schedule, length, placed
 from gengap_dist.training import ENTRY_POINT
-from gengap_dist.training.autotune.run_cost import CostCache, RunCost, cost_key, measure_cost
+from gengap_dist.training.run_cost import CostCache, RunCost, cost_key, measure_cost
 
 GIB = 2**30
 MIN_SHARE = 0.1  # of a run that says how long others may take

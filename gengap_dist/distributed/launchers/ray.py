@@ -36,6 +36,8 @@ POLL_SECONDS = 0.5  # between two progress messages of rank 0, and between two p
 WARNING_SECONDS = 60.0  # between two warnings that no rank has started yet
 PREEMPTION_SECONDS = 5.0  # between two polls for a preemption notice; Ray itself polls as often
 
+Assignment = tuple[int, int]
+"""A run, by its index in the queue, and how often ranks have started it."""
 Message = tuple[str, Any]
 """started: world size; progress: run, step, steps, note; result: run, its result; usage: a sentence; failed: rank,
 traceback; preempted: step."""
@@ -281,17 +283,27 @@ class RunQueue:
         """`runs`: configs and folders; a run is identified by its index."""
         self._runs = runs
         self._waiting = [*range(len(runs))]
-        self._assigned: dict[str, tuple[int, int]] = {}  # by group: its run, and how often its ranks have started it
+        self._assigned: dict[str, Assignment] = {}  # by group
+        self._retired: set[str] = set()  # groups
         self._messages: dict[str, list[Message]] = {}
 
-    def assign(self, group: str, launch: LaunchConfig) -> tuple[int, int] | None:
-        """The group's current run, else the next one of this launch config, and how often it was started; or None."""
+    def assign(
+        self, group: str, launch: LaunchConfig | None, unfinished: Assignment | None = None
+    ) -> Assignment | None:
+        """The group's current run, else `unfinished` of a retired group, else the first run that waits, if any does.
+
+        `launch`: the launch config of that run; None for any.
+        """
+        if group in self._retired:
+            return None
         if group not in self._assigned:
-            number = next((number for number in self._waiting if self._runs[number][0].launch == launch), None)
+            waiting = (number for number in self._waiting if launch in (None, self._runs[number][0].launch))
+            number, num_starts = unfinished or (next(waiting, None), 0)
             if number is None:
                 return None
-            self._waiting.remove(number)
-            self._assigned[group] = number, 0
+            if not unfinished:
+                self._waiting.remove(number)
+            self._assigned[group] = number, num_starts
         return self._assigned[group]
 
     def begin(self, group: str, launch: LaunchConfig) -> int:
@@ -305,7 +317,12 @@ class RunQueue:
 
     def end(self, group: str) -> None:
         """Mark the group's run as finished."""
-        del self._assigned[group]
+        self._assigned.pop(group, None)
+
+    def retire(self, group: str) -> Assignment | None:
+        """Assign nothing to this group any more: ranks of a process that died may still be ending. Its current run."""
+        self._retired.add(group)
+        return self._assigned.pop(group, None)
 
     def run(self, number: int) -> tuple[RunConfig, Path]:
         """The config and folder of a run."""
@@ -349,7 +366,7 @@ class WorkerGroup(NamedTuple):
 
 
 class WorkerGroupRun:
-    """One Ray Train run of a worker group, as seen by the process that waits for it."""
+    """One Ray Train run of a worker group, as seen by the driver."""
 
     def __init__(
         self,
@@ -358,7 +375,7 @@ class WorkerGroupRun:
         on_result: Callable[[int, dict[str, Any]], None],
         max_failures: int,
     ) -> None:
-        """Nothing is started before `wait`.
+        """Nothing is started before `start` or `wait`.
 
         Args:
             group: the worker group whose ranks Ray Train starts.
@@ -369,7 +386,11 @@ class WorkerGroupRun:
         import ray
 
         self.group, self.progress, self.on_result = group, progress, on_result
-        self._task = ray.remote(_fit).options(max_retries=0, **on_this_node())
+        self.task: Any = None
+        """Reference of the Ray task that ends with the ranks; None before the start."""
+        self.unfinished: Assignment | None = None
+        """The run at which the ranks ended, after a failure."""
+        self._fit = ray.remote(_fit).options(max_retries=0, **on_this_node())
         self._job = {
             "group": group,
             "max_failures": max_failures,
@@ -380,29 +401,49 @@ class WorkerGroupRun:
         self._num_starts, self._size = 0, 0
         self._last_warning = 0.0
 
-    def wait(self, may_grow: bool) -> None:
-        """Wait until no run is left and the ranks have ended.
-
-        Args:
-            may_grow: whether nodes may still join the cluster; then too few nodes are waited for.
+    def start(self, may_grow: bool) -> None:
+        """Start the ranks; `may_grow`: whether nodes may still join the cluster; then too few nodes are waited for.
 
         Raises:
-            UsageError: if a rank rejects a run's config, or the nodes are too few and no more can join.
+            UsageError: if the nodes are too few and no more can join.
+        """
+        self._check_capacity(may_grow)
+        self.task = self._fit.remote(self._job)
+
+    def poll(self) -> bool:
+        """Handle what has happened since the last call; returns whether no run is left and the ranks have ended.
+
+        Raises:
+            UsageError: if a rank rejects a run's config.
             RankFailed: if ranks failed and are not restarted.
             Preempted: if ranks were preempted and are not restarted.
         """
         import ray
+        from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
-        self._check_capacity(may_grow)
-        fit = self._task.remote(self._job)
-        while not ray.wait([fit], timeout=POLL_SECONDS)[0]:
+        if not ray.wait([self.task], timeout=0)[0]:
             self._handle_messages()
             if not self._size and time.monotonic() - self._last_warning > WARNING_SECONDS:
                 self._warn("no rank has started yet: waiting for free resources in the Ray cluster (see `ray status`)")
-        failure = ray.get(fit)
+            return False
+        failure: tuple[dict[int, str], str] | None
+        try:
+            failure = ray.get(self.task)
+        except (WorkerCrashedError, OutOfMemoryError) as error:
+            failure = {}, f"the process that started the ranks died: {' '.join(str(error).split())}"
+        self.unfinished = ray.get(self.group.queue.retire.remote(self.group.name))
         self._handle_messages()
         if failure:
-            self._raise_failure(*failure)
+            self._raise_failure(failure)
+        return True
+
+    def wait(self, may_grow: bool) -> None:
+        """`start`, and `poll` until the ranks have ended; see there."""
+        import ray
+
+        self.start(may_grow)
+        while not self.poll():
+            ray.wait([self.task], timeout=POLL_SECONDS)
 
     def _handle_messages(self) -> None:
         import ray
@@ -429,8 +470,9 @@ class WorkerGroupRun:
             self._warn(f"{size} rank(s) restarted from the last checkpoint{reason}")
         self._failures.clear()
 
-    def _raise_failure(self, dead: dict[int, str], text: str) -> Never:
+    def _raise_failure(self, failure: tuple[dict[int, str], str]) -> Never:
         """Raise the cause of the ranks' end: a rank that was killed, else the first failure that a rank reported."""
+        dead, text = failure
         for rank, reason in dead.items():
             raise RankFailed(f"rank {rank} died: {reason}")
         for kind, value in self._failures:

@@ -44,10 +44,16 @@ def concurrency(
     >>> nodes, small, large = [{"CPU": 8.0}], LaunchConfig(num_processes=2), LaunchConfig(num_processes=3)
     >>> concurrency([small], nodes, None), concurrency([small, large], nodes, None), concurrency([small], nodes, 3)
     (4, 2, 3)
+    >>> nodes, launch = [{"CPU": 8.0, "GPU": 2.0}], LaunchConfig(device="cuda", resources_per_rank={"GPU": 0.25})
+    >>> concurrency([launch], nodes, None)
+    8
     """
-    capacities = [
-        num_slots(nodes, resources_per_rank(launch), launch.placement) // launch.num_processes for launch in launches
-    ]
+
+    def capacity(launch: LaunchConfig) -> int:
+        placement = launch.placement if launch.num_processes > 1 else "PACK"  # a single rank may be on any node
+        return num_slots(nodes, resources_per_rank(launch), placement) // launch.num_processes
+
+    capacities = [capacity(launch) for launch in launches]
     return max(1, min([*capacities, *([max_concurrent] if max_concurrent else [])]))
 
 

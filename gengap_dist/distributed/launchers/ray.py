@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Never, final
 from gengap_dist.compat.ray_connection import connects
 from gengap_dist.compat.ray_failures import killed_ranks
 from gengap_dist.compat.ray_job import started_by_job
-from gengap_dist.config.sections import LaunchConfig, RunConfig
+from gengap_dist.config.sections import RESOURCE_STEP, LaunchConfig, RunConfig
 from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, load_entry_point
 from gengap_dist.distributed.preemption import Preempted, PreemptionFlag
 from gengap_dist.distributed.runtime_context import RuntimeContext
@@ -76,14 +76,23 @@ def num_slots(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, floa
     >>> nodes = [{"CPU": 4, "GPU": 2}, {"CPU": 8}, {"CPU": 1, "GPU": 8}]
     >>> [num_slots(nodes, {"CPU": 1, "GPU": 1}, placement) for placement in ("PACK", "STRICT_PACK", "STRICT_SPREAD")]
     [3, 2, 2]
+    >>> [num_slots([{"GPU": 2}], {"GPU": amount}, "PACK") for amount in (0.1, 0.3333, 0.5, 0.6, 2)]
+    [20, 6, 4, 2, 1]
     """
-    fit = [min(int(node.get(name, 0.0) / amount) for name, amount in resources.items()) for node in nodes]
+    fit = [min(_num_shares(node.get(name, 0.0), name, amount) for name, amount in resources.items()) for node in nodes]
     match placement:
         case "STRICT_PACK":
             return max(fit, default=0)
         case "STRICT_SPREAD":
             return sum(count > 0 for count in fit)
     return sum(fit)
+
+
+def _num_shares(total: float, name: str, amount: float) -> int:
+    """How many times `amount` of a resource can be reserved; less than one GPU must be of a single GPU."""
+    if name == "GPU" and amount < 1:
+        return int(total) * _num_shares(1.0, "", amount)
+    return round(total / RESOURCE_STEP) // max(1, int(amount / RESOURCE_STEP + 1e-6))
 
 
 def resolve_device(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str, float]]) -> list[LaunchConfig]:
@@ -491,8 +500,14 @@ class WorkerGroupRun:
                 f"launch.num_processes ({launch.num_processes}) asks for more ranks than fit on the Ray cluster: its "
                 f"{len(nodes)} node(s) hold {fit} rank(s) of {needs}, {launch.placement}"
             )
-            remedy = "choose fewer ranks or smaller launch.resources_per_rank"
-            remedy += ", or launch.device=cpu" if launch.device == "cuda" else ""
+            cpu = "launch.device=cpu"
+            if "GPU" in launch.resources_per_rank:
+                cpu += " without GPU in launch.resources_per_rank"
+            if launch.device == "cuda" and not any(node.get("GPU") for node in nodes):
+                text, remedy = f"{text}, and none has a GPU", f"choose {cpu}"
+            else:
+                remedy = "choose fewer ranks or smaller launch.resources_per_rank"
+                remedy += f", or {cpu}" if launch.device == "cuda" else ""
             if not may_grow:
                 raise UsageError(f"{text}: {remedy}")
             self._warn(f"{text}; waiting for more nodes: add nodes, or {remedy}")

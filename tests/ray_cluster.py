@@ -20,10 +20,13 @@ RAY = Path(sys.executable).parent / "ray"
 class Cluster:
     """`ray start --head --block` on loopback, in its own folder and with its own ports.
 
-    All of Ray's processes have the variables `more`, and the cluster as many GPUs as it is told, whether there are any.
+    All of Ray's processes have the variables `more`, and the cluster as many CPUs and GPUs as it is told, whether there
+    are any.
     """
 
-    def __init__(self, folder: Path, *, num_gpus: int = 0, more: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(
+        self, folder: Path, *, num_cpus: int = 4, num_gpus: int = 0, more: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
         self.ports = {name: free_port() for name in names}  # the defaults are one machine's, for one cluster
         self.address = f"127.0.0.1:{self.ports['port']}"
@@ -37,8 +40,17 @@ class Cluster:
             **more,
         }
         self.env.pop("RAY_ADDRESS", None)
-        words = ["--head", "--block", "--num-cpus", "4", "--num-gpus", str(num_gpus), "--resources", '{"slot": 1}']
-        words += ["--object-store-memory", "100000000", "--temp-dir", str(folder), "--dashboard-host", "127.0.0.1"]
+        words = ["--head", "--block", "--num-cpus", str(num_cpus), "--num-gpus", str(num_gpus)]
+        words += [
+            "--resources",
+            '{"slot": 1}',
+            "--object-store-memory",
+            "100000000",
+            "--temp-dir",
+            str(folder),
+            "--dashboard-host",
+            "127.0.0.1",
+        ]
         for name, port in self.ports.items():
             words += [f"--{name}", str(port)]
         self.log = folder / "start.log"

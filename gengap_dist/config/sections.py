@@ -424,6 +424,9 @@ class ProbeConfig(Section, affects="observation"):
     and trace) and keskar (sharpness)."""
 
 
+RESOURCE_STEP = 1e-4  # Ray counts resources in this step, and cuts what is finer
+
+
 class LaunchConfig(Section, affects="runtime"):
     """Processes, devices and communication."""
 
@@ -458,7 +461,8 @@ class LaunchConfig(Section, affects="runtime"):
     else a new one."""
     resources_per_rank: dict[str, PositiveFloat] = {}
     """ray: resources of one rank, such as {CPU: 4}; the default is one CPU, and one GPU if ranks compute on GPUs.
-    With GPU here, launch.device=auto means cuda."""
+    With GPU here, launch.device=auto means cuda. {GPU: 0.25} runs four runs of a study on one GPU, with one rank
+    each."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """ray: placement strategy, on as few nodes as possible (PACK) or over many nodes (SPREAD)."""
     max_failures: NonNegativeInt = 3
@@ -470,6 +474,35 @@ class LaunchConfig(Section, affects="runtime"):
             raise ValueError(
                 f"launch.max_processes ({self.max_processes}) is below launch.num_processes ({self.num_processes}): "
                 "give the smaller number as launch.num_processes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_resources(self) -> Self:
+        for name, amount in self.resources_per_rank.items():
+            if amount < RESOURCE_STEP:
+                raise ValueError(
+                    f"launch.resources_per_rank.{name} ({amount:g}) is less than Ray can count: choose "
+                    f"{RESOURCE_STEP:g} or more"
+                )
+        gpus = self.resources_per_rank.get("GPU", 1.0)
+        name = f"launch.resources_per_rank.GPU ({gpus:g})"
+        if gpus > 1 and gpus % 1:
+            raise ValueError(f"{name} is above one and not a whole number: choose {gpus // 1:g} or {gpus // 1 + 1:g}")
+        if gpus >= 1:
+            return self
+        per_gpu = int(1 / gpus + 1e-9)
+        if gpus <= 1 / per_gpu - RESOURCE_STEP:
+            smaller, larger = (int(1 / number / RESOURCE_STEP) * RESOURCE_STEP for number in (per_gpu + 1, per_gpu))
+            raise ValueError(
+                f"{name} does not divide one GPU: choose {larger:g} for {per_gpu} rank(s) on a GPU, or {smaller:g} for "
+                f"{per_gpu + 1}"
+            )
+        if max(self.num_processes, self.max_processes or 1) > 1:
+            ranks = "num_processes" if self.num_processes > 1 else "max_processes"
+            raise ValueError(
+                f"{name} would put ranks of one run on the same GPU, which NCCL refuses: choose "
+                f"launch.{ranks}=1 (it is {getattr(self, ranks)}), or one GPU for each rank"
             )
         return self
 

@@ -5,7 +5,7 @@ host), and SLURM_CPUS_PER_TASK. The ranks of a machine share them. A rank on a R
 reserves for it, and launch.threads_per_rank is an upper limit. OMP_NUM_THREADS, if the user has set it, is kept.
 
 More threads than cores do not only wait for a core: threads of OpenMP that wait for each other in a loop, as they do by
-default, use up the time of those that they wait for. So this module also bounds that wait; see `thread_variables`.
+default, use up the time of those that they wait for. So this module also bounds that wait; see `bounded_wait`.
 """
 
 import os
@@ -74,13 +74,16 @@ def _share(cores: Cores, num_local: int) -> int:
 
 
 def thread_variables(threads: int) -> dict[str, str]:
-    """Environment variables of a rank with this number of threads, read when torch and numpy are imported.
+    """Environment variables of a rank with this number of threads, read when torch and numpy are imported."""
+    return {"OMP_NUM_THREADS": str(threads)} | bounded_wait()
+
+
+def bounded_wait() -> dict[str, str]:
+    """The environment variable that bounds how long a thread of OpenMP waits in a loop.
 
     A thread that waits for the others of its team does so in a loop for SPIN_COUNT rounds (microseconds, instead of up
     to seconds), then it sleeps: alone a run is as fast, and side by side runs no longer wait for each other
     (docs/adr/0106). What the user has set is kept.
     """
-    variables = {"OMP_NUM_THREADS": str(threads)}
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        variables["GOMP_SPINCOUNT"] = SPIN_COUNT
-    return variables
+    by_user = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    return {} if by_user else {"GOMP_SPINCOUNT": SPIN_COUNT}

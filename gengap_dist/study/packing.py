@@ -649,6 +649,13 @@ def _given_option(config: RunConfig, concurrent: int, ranks: Ranks) -> Option:
     return Option(Layout(num_ranks, threads), num_ranks, 0.0)
 
 
+def longest_first(plan: Sequence[PlannedRun], warn: Callable[[str], None]) -> list[PlannedRun]:
+    """Runs for a Ray cluster: those whose costs were measured on this machine longest first, after the others."""
+    table = CostTable(Ranks(max(1, int(available_cores().number))), CostCache(warn))
+    seconds = {planned.folder: max(option.seconds for option in table.options(planned.config)) for planned in plan}
+    return sorted(plan, key=lambda planned: -seconds[planned.folder] if seconds[planned.folder] else float("-inf"))
+
+
 def check_memory(plan: Sequence[PlannedRun], options: Sequence[Sequence[Option]], resources: Resources) -> None:
     """Refuse a run that needs more memory than there is.
 

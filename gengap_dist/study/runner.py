@@ -22,7 +22,7 @@ from gengap_dist.runs.schema import NewerSchema, RunStatus, StudyInfo
 from gengap_dist.study import ray_runner, run_matrix, tuning
 from gengap_dist.study.data_check import DataCheck
 from gengap_dist.study.means import MeansCallback, update_means
-from gengap_dist.study.packing import run_packed
+from gengap_dist.study.packing import longest_first, run_packed
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.training import ENTRY_POINT
 
@@ -241,7 +241,7 @@ def run_all(
         else:
             to_do.append(planned)
     on_ray = [planned for planned in to_do if launchers.uses_ray(planned.config.launch)]
-    num_failed = ray_runner.run_all(on_ray, callback, concurrent) if on_ray else 0
+    num_failed = ray_runner.run_all(longest_first(on_ray, warn), callback, concurrent) if on_ray else 0
     on_torchrun = [planned for planned in to_do if launchers.uses_torchrun(planned.config.launch)]
     _run_on_torchrun(on_torchrun, callback, driver=driver)
     here = [planned for planned in to_do if planned not in on_ray and planned not in on_torchrun]

@@ -257,6 +257,42 @@ def test_bad_axes_get_one_sentence(axes, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("gpus", [1, 2, 8.0, 0.5, 0.3333, 1 / 3, 0.25, 0.2, 0.1666, 1 / 6, 0.1])
+def test_parts_of_a_gpu_that_fill_one(gpus):
+    assert (
+        validate(RunConfig, {"launch": {"resources_per_rank": {"GPU": gpus}}}).launch.resources_per_rank["GPU"] == gpus
+    )
+
+
+@pytest.mark.parametrize(
+    ("launch", "says"),
+    [
+        ({"GPU": 0.3}, r"GPU \(0.3\) does not divide one GPU: choose 0.3333 for 3 rank\(s\) on a GPU, or 0.25 for 4"),
+        ({"GPU": 0.33}, r"GPU \(0.33\) does not divide one GPU: choose 0.3333 for 3 .*, or 0.25 for 4"),
+        ({"GPU": 0.1667}, r"GPU \(0.1667\) does not divide one GPU: choose 0.2 for 5 .*, or 0.1666 for 6"),
+        ({"GPU": 0.6}, r"GPU \(0.6\) does not divide one GPU: choose 1 for 1 .*, or 0.5 for 2"),
+        ({"GPU": 1.5}, r"GPU \(1.5\) is above one and not a whole number: choose 1 or 2"),
+        ({"slot": 1e-5}, r"slot \(1e-05\) is less than Ray can count: choose 0.0001 or more"),
+        ({"GPU": 0}, r"launch.resources_per_rank.GPU"),
+        (
+            {"GPU": 0.5, "num_processes": 2},
+            r"GPU \(0.5\) would put .* choose launch.num_processes=1 \(it is 2\), or one",
+        ),
+        (
+            {"GPU": 0.5, "max_processes": 3},
+            r"GPU \(0.5\) would put .* choose launch.max_processes=1 \(it is 3\), or one",
+        ),
+    ],
+)
+def test_other_parts_of_a_gpu_are_refused(launch, says):
+    ranks = {name: launch[name] for name in launch if name.endswith("processes")}
+    amounts = {name: launch[name] for name in launch if name not in ranks}
+    with pytest.raises(UsageError, match=says) as error:
+        validate(RunConfig, {"launch": {"resources_per_rank": amounts, **ranks}})
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("launch.resources_per_rank")
+
+
 def test_the_smallest_batch_is_the_baseline_unless_one_is_named():
     arms = [{"name": "big", "set": {"batch.global_size": 512}}, {"name": "mine"}, {"name": "same"}]
     study = {"batch": {"global_size": 32}, "study": {"arms": arms}}

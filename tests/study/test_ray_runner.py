@@ -107,6 +107,22 @@ def test_a_teller_hands_out_every_run_once_to_ranks_of_its_kind(tmp_path):
     assert [teller.run(number) for number in range(3)] == runs
 
 
+def test_the_queue_keeps_the_order_and_forgets_groups_that_ended(tmp_path):
+    small, large = (LaunchConfig(num_processes=number) for number in (1, 2))
+    queue = RunQueue([(RunConfig(launch=launch), tmp_path / str(i)) for i, launch in enumerate([large, small] * 2)])
+    assert [queue.assign(group, None) for group in "abc"] == [(0, 0), (1, 0), (2, 0)]
+    assert [queue.begin("a", large), queue.begin("a", large)] == [0, 0]
+    assert queue.retire("a") == (0, 2)
+    assert queue.begin("a", large) == -1  # ranks that outlived the process that started them
+    assert queue.assign("d", None, (0, 2)) == (0, 2)
+    queue.end("b")
+    queue.end("a")
+    assert queue.begin("b", small) == 3
+    queue.end("d")
+    assert queue.retire("d") is None
+    assert queue.assign("e", None) is None
+
+
 TELLING = """
 import os
 from gengap_dist.data.data_spec import DataSpec
@@ -169,3 +185,44 @@ def test_a_run_pays_for_its_own_failures_only(cluster, tmp_path):
     assert starts(tmp_path) == [1, 2, 2]
     resumed = [len(read_info(tmp_path / f"out/runs/sb/seed{seed}").resumed) for seed in range(3)]
     assert resumed == [1, 1, 0]
+
+
+ORPHANS = """
+import os, psutil
+from pathlib import Path
+from gengap_dist.data.data_spec import DataSpec
+from gengap_dist.models import build
+
+def make(num_classes, in_channels):
+    model = build("mlp", DataSpec.images(num_classes, in_channels, 8), widths=(16,))
+    num_steps = 0
+    def hook(module, args):
+        nonlocal num_steps
+        num_steps += module.training
+        if num_steps == 12 and Path(__file__).with_name("deadly").exists():
+            Path(__file__).with_name("deadly").unlink()
+            siblings = psutil.Process(os.getppid()).children()
+            (starter,) = (process for process in siblings if process.cmdline()[0].startswith("ray::_fit"))
+            starter.kill()
+    model.register_forward_pre_hook(hook)
+    return model
+"""
+
+
+@pytest.mark.full  # else: what the queue says to ranks that outlive who started them, above
+@pytest.mark.parametrize(("max_failures", "code"), [(1, 0), (0, 1)])
+def test_who_starts_the_ranks_is_killed(cluster, tmp_path, max_failures, code):
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    (tmp_path / "deadly").touch()
+    study = {"baseline": "sb", "concurrent": 1, "seeds": [0, 1], "arms": [{"name": "sb"}]}
+    launch = {"launcher": "ray", "max_failures": max_failures}
+    config = tiny.write(tmp_path / "s.yaml", study, model={"name": "orphans:make"}, launch=launch)
+    done = tiny.start(config, tmp_path / "out", **(cluster.env | {"RAY_ADDRESS": cluster.address}))
+    assert done.returncode == code, done.stderr
+    assert not (tmp_path / "deadly").exists()
+    assert "Traceback" not in done.stderr
+    first, second = (read_info(tmp_path / f"out/runs/sb/seed{seed}") for seed in (0, 1))
+    assert (first.status, len(first.resumed)) == (("finished", 1) if max_failures else ("failed", 0))
+    assert (second.status, len(second.resumed)) == ("finished", 0)
+    if not max_failures:
+        assert "the process that started the ranks died" in first.error

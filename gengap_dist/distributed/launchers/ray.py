@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, Never, final
 from gengap_dist.compat.ray_connection import connects
 from gengap_dist.compat.ray_failures import killed_ranks
 from gengap_dist.compat.ray_job import started_by_job
-from gengap_dist.config.sections import LaunchConfig, RunConfig
+from gengap_dist.config.sections import RESOURCE_STEP, LaunchConfig, RunConfig
+from gengap_dist.distributed.cores import bounded_wait, threads_per_rank
 from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, load_entry_point
 from gengap_dist.distributed.preemption import Preempted, PreemptionFlag
 from gengap_dist.distributed.runtime_context import RuntimeContext
@@ -36,6 +37,8 @@ POLL_SECONDS = 0.5  # between two progress messages of rank 0, and between two p
 WARNING_SECONDS = 60.0  # between two warnings that no rank has started yet
 PREEMPTION_SECONDS = 5.0  # between two polls for a preemption notice; Ray itself polls as often
 
+Assignment = tuple[int, int]
+"""A run, by its index in the queue, and how often ranks have started it."""
 Message = tuple[str, Any]
 """started: world size; progress: run, step, steps, note; result: run, its result; usage: a sentence; failed: rank,
 traceback; preempted: step."""
@@ -74,14 +77,23 @@ def num_slots(nodes: Sequence[Mapping[str, float]], resources: Mapping[str, floa
     >>> nodes = [{"CPU": 4, "GPU": 2}, {"CPU": 8}, {"CPU": 1, "GPU": 8}]
     >>> [num_slots(nodes, {"CPU": 1, "GPU": 1}, placement) for placement in ("PACK", "STRICT_PACK", "STRICT_SPREAD")]
     [3, 2, 2]
+    >>> [num_slots([{"GPU": 2}], {"GPU": amount}, "PACK") for amount in (0.1, 0.3333, 0.5, 0.6, 2)]
+    [20, 6, 4, 2, 1]
     """
-    fit = [min(int(node.get(name, 0.0) / amount) for name, amount in resources.items()) for node in nodes]
+    fit = [min(_num_shares(node.get(name, 0.0), name, amount) for name, amount in resources.items()) for node in nodes]
     match placement:
         case "STRICT_PACK":
             return max(fit, default=0)
         case "STRICT_SPREAD":
             return sum(count > 0 for count in fit)
     return sum(fit)
+
+
+def _num_shares(total: float, name: str, amount: float) -> int:
+    """How many times `amount` of a resource can be reserved; less than one GPU must be of a single GPU."""
+    if name == "GPU" and amount < 1:
+        return int(total) * _num_shares(1.0, "", amount)
+    return round(total / RESOURCE_STEP) // max(1, int(amount / RESOURCE_STEP + 1e-6))
 
 
 def resolve_device(launches: Sequence[LaunchConfig], nodes: Sequence[Mapping[str, float]]) -> list[LaunchConfig]:
@@ -281,17 +293,27 @@ class RunQueue:
         """`runs`: configs and folders; a run is identified by its index."""
         self._runs = runs
         self._waiting = [*range(len(runs))]
-        self._assigned: dict[str, tuple[int, int]] = {}  # by group: its run, and how often its ranks have started it
+        self._assigned: dict[str, Assignment] = {}  # by group
+        self._retired: set[str] = set()  # groups
         self._messages: dict[str, list[Message]] = {}
 
-    def assign(self, group: str, launch: LaunchConfig) -> tuple[int, int] | None:
-        """The group's current run, else the next one of this launch config, and how often it was started; or None."""
+    def assign(
+        self, group: str, launch: LaunchConfig | None, unfinished: Assignment | None = None
+    ) -> Assignment | None:
+        """The group's current run, else `unfinished` of a retired group, else the first run that waits, if any does.
+
+        `launch`: the launch config of that run; None for any.
+        """
+        if group in self._retired:
+            return None
         if group not in self._assigned:
-            number = next((number for number in self._waiting if self._runs[number][0].launch == launch), None)
+            waiting = (number for number in self._waiting if launch in (None, self._runs[number][0].launch))
+            number, num_starts = unfinished or (next(waiting, None), 0)
             if number is None:
                 return None
-            self._waiting.remove(number)
-            self._assigned[group] = number, 0
+            if not unfinished:
+                self._waiting.remove(number)
+            self._assigned[group] = number, num_starts
         return self._assigned[group]
 
     def begin(self, group: str, launch: LaunchConfig) -> int:
@@ -305,7 +327,12 @@ class RunQueue:
 
     def end(self, group: str) -> None:
         """Mark the group's run as finished."""
-        del self._assigned[group]
+        self._assigned.pop(group, None)
+
+    def retire(self, group: str) -> Assignment | None:
+        """Assign nothing to this group any more: ranks of a process that died may still be ending. Its current run."""
+        self._retired.add(group)
+        return self._assigned.pop(group, None)
 
     def run(self, number: int) -> tuple[RunConfig, Path]:
         """The config and folder of a run."""
@@ -349,7 +376,7 @@ class WorkerGroup(NamedTuple):
 
 
 class WorkerGroupRun:
-    """One Ray Train run of a worker group, as seen by the process that waits for it."""
+    """One Ray Train run of a worker group, as seen by the driver."""
 
     def __init__(
         self,
@@ -358,7 +385,7 @@ class WorkerGroupRun:
         on_result: Callable[[int, dict[str, Any]], None],
         max_failures: int,
     ) -> None:
-        """Nothing is started before `wait`.
+        """Nothing is started before `start` or `wait`.
 
         Args:
             group: the worker group whose ranks Ray Train starts.
@@ -369,40 +396,63 @@ class WorkerGroupRun:
         import ray
 
         self.group, self.progress, self.on_result = group, progress, on_result
-        self._task = ray.remote(_fit).options(max_retries=0, **on_this_node())
+        self.task: Any = None
+        """Reference of the Ray task that ends with the ranks; None before the start."""
+        self.unfinished: Assignment | None = None
+        """The run at which the ranks ended, after a failure."""
+        self._fit = ray.remote(_fit).options(max_retries=0, **on_this_node())
         self._job = {
             "group": group,
             "max_failures": max_failures,
-            "num_threads": max(1, int(resources_per_rank(group.resolved)["CPU"])),
             "folder": Path.cwd(),
         }
         self._failures: list[Message] = []  # since the latest start of the ranks
         self._num_starts, self._size = 0, 0
         self._last_warning = 0.0
 
-    def wait(self, may_grow: bool) -> None:
-        """Wait until no run is left and the ranks have ended.
-
-        Args:
-            may_grow: whether nodes may still join the cluster; then too few nodes are waited for.
+    def start(self, may_grow: bool) -> None:
+        """Start the ranks; `may_grow`: whether nodes may still join the cluster; then too few nodes are waited for.
 
         Raises:
-            UsageError: if a rank rejects a run's config, or the nodes are too few and no more can join.
+            UsageError: if the nodes are too few and no more can join.
+        """
+        self._check_capacity(may_grow)
+        self.task = self._fit.remote(self._job)
+
+    def poll(self) -> bool:
+        """Handle what has happened since the last call; returns whether no run is left and the ranks have ended.
+
+        Raises:
+            UsageError: if a rank rejects a run's config.
             RankFailed: if ranks failed and are not restarted.
             Preempted: if ranks were preempted and are not restarted.
         """
         import ray
+        from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
-        self._check_capacity(may_grow)
-        fit = self._task.remote(self._job)
-        while not ray.wait([fit], timeout=POLL_SECONDS)[0]:
+        if not ray.wait([self.task], timeout=0)[0]:
             self._handle_messages()
             if not self._size and time.monotonic() - self._last_warning > WARNING_SECONDS:
                 self._warn("no rank has started yet: waiting for free resources in the Ray cluster (see `ray status`)")
-        failure = ray.get(fit)
+            return False
+        failure: tuple[dict[int, str], str] | None
+        try:
+            failure = ray.get(self.task)
+        except (WorkerCrashedError, OutOfMemoryError) as error:
+            failure = {}, f"the process that started the ranks died: {' '.join(str(error).split())}"
+        self.unfinished = ray.get(self.group.queue.retire.remote(self.group.name))
         self._handle_messages()
         if failure:
-            self._raise_failure(*failure)
+            self._raise_failure(failure)
+        return True
+
+    def wait(self, may_grow: bool) -> None:
+        """`start`, and `poll` until the ranks have ended; see there."""
+        import ray
+
+        self.start(may_grow)
+        while not self.poll():
+            ray.wait([self.task], timeout=POLL_SECONDS)
 
     def _handle_messages(self) -> None:
         import ray
@@ -429,8 +479,9 @@ class WorkerGroupRun:
             self._warn(f"{size} rank(s) restarted from the last checkpoint{reason}")
         self._failures.clear()
 
-    def _raise_failure(self, dead: dict[int, str], text: str) -> Never:
+    def _raise_failure(self, failure: tuple[dict[int, str], str]) -> Never:
         """Raise the cause of the ranks' end: a rank that was killed, else the first failure that a rank reported."""
+        dead, text = failure
         for rank, reason in dead.items():
             raise RankFailed(f"rank {rank} died: {reason}")
         for kind, value in self._failures:
@@ -449,8 +500,14 @@ class WorkerGroupRun:
                 f"launch.num_processes ({launch.num_processes}) asks for more ranks than fit on the Ray cluster: its "
                 f"{len(nodes)} node(s) hold {fit} rank(s) of {needs}, {launch.placement}"
             )
-            remedy = "choose fewer ranks or smaller launch.resources_per_rank"
-            remedy += ", or launch.device=cpu" if launch.device == "cuda" else ""
+            cpu = "launch.device=cpu"
+            if "GPU" in launch.resources_per_rank:
+                cpu += " without GPU in launch.resources_per_rank"
+            if launch.device == "cuda" and not any(node.get("GPU") for node in nodes):
+                text, remedy = f"{text}, and none has a GPU", f"choose {cpu}"
+            else:
+                remedy = "choose fewer ranks or smaller launch.resources_per_rank"
+                remedy += f", or {cpu}" if launch.device == "cuda" else ""
             if not may_grow:
                 raise UsageError(f"{text}: {remedy}")
             self._warn(f"{text}; waiting for more nodes: add nodes, or {remedy}")
@@ -514,7 +571,7 @@ def _trainer(job: dict[str, Any]) -> Any:
             logging_config=LoggingConfig(log_level="CRITICAL"),
             # Some releases of Ray hide GPUs from ranks that reserve none. With the others, each such rank would make
             # the first GPU its current device, which takes memory there.
-            worker_runtime_env={} if on_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+            worker_runtime_env={"env_vars": bounded_wait() | ({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})},
         ),
         # It cannot bind the group to a GPU (device_id). NCCL then connects at the first collective, on the current GPU,
         # which init_process_group has set.
@@ -536,13 +593,15 @@ def _rank_main(job: dict[str, Any]) -> None:
 
     group: WorkerGroup = job["group"]
     name, launch, resolved, queue = group.name, group.launch, group.resolved, group.queue
-    run, context = load_entry_point(group.entry_point), RuntimeContext("ray", group.command)
+    reserved = resources_per_rank(resolved)["CPU"]
+    threads = threads_per_rank(int(os.environ["LOCAL_WORLD_SIZE"]), launch.threads_per_rank, reserved)
+    run, context = load_entry_point(group.entry_point), RuntimeContext("ray", group.command, threads)
     rank = int(os.environ["RANK"])
     if rank != 0:
         warnings.simplefilter("ignore")  # rank 0 shows them
     if job["folder"].is_dir():
         os.chdir(job["folder"])  # the driver's: git and modules there are found; Ray's own folder is empty
-    torch.set_num_threads(job["num_threads"])  # the reserved CPUs; Ray itself sets 1
+    torch.set_num_threads(threads.number)  # Ray itself sets 1
     number, last_sent = -1, 0.0
 
     def progress(done: int, total: int, note: str) -> None:

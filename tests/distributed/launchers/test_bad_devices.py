@@ -74,14 +74,15 @@ def test_fewer_gpus_than_local_ranks(tmp_path, head, code):
 
 NO_ROOM = (
     "launch.num_processes (1) asks for more ranks than fit on the Ray cluster: its 1 node(s) hold 0 rank(s) of "
-    "{'CPU': 1.0, 'GPU': 1.0}, PACK: choose fewer ranks or smaller launch.resources_per_rank, or launch.device=cpu"
+    "{'CPU': 1.0, 'GPU': 0.25}, PACK, and none has a GPU: choose launch.device=cpu without GPU in "
+    "launch.resources_per_rank"
 )
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        pytest.param(CUDA, NO_ROOM, id="no GPU"),
+        pytest.param(["--launch.resources_per_rank", '{"GPU": 0.25}'], NO_ROOM, id="no GPU"),
         # what a rank refuses comes out of the driver: test_ray.py has that of another setting
         pytest.param([*HALF, *TWO], FLOAT16, id="float16", marks=pytest.mark.full),
     ],

@@ -4,6 +4,7 @@ What these compute is what a CPU computes. How they are found, set aside, hidden
 GPUs.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -121,6 +122,60 @@ def test_a_study_takes_one_kind_of_device_for_all(gpu_cluster, tmp_path, telling
     assert [one["set aside"] for one in said] == [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 1.0}]
     assert {tuple(one["gpus"]) for one in said} == {("0",), ("1",)}
     assert "launch.device" not in done.stderr
+
+
+SHARING = """
+import json, os, time, ray, torch
+from pathlib import Path
+from gengap_dist.data.data_spec import DataSpec
+from gengap_dist.models import build
+
+def make(num_classes, in_channels):
+    here = Path(__file__).parent
+    context = ray.get_runtime_context()
+    said = {"set aside": context.get_assigned_resources(), "gpus": context.get_accelerator_ids()["GPU"]}
+    said |= {"visible": os.environ["CUDA_VISIBLE_DEVICES"], "seen": torch.cuda.device_count(), "began": time.time()}
+    with (here / f"group{os.getpid()}").open("a") as file:
+        print(json.dumps(said), file=file)
+    end = time.monotonic() + 120
+    while len(list(here.glob("group*"))) < 4:
+        assert time.monotonic() < end, "the others never came"
+        time.sleep(0.1)
+    return build("mlp", DataSpec.images(num_classes, in_channels, 8), widths=(16,))
+"""
+
+
+@pytest.fixture
+def one_gpu(tmp_path_factory):
+    """A cluster of eight CPUs and one GPU."""
+    if reason := fake_cuda.missing():
+        pytest.skip(reason)
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'gengap_dist[ray]'")
+    folder = tmp_path_factory.getbasetemp().parent / f"o{os.getpid()}"  # short, as sockets want it
+    folder.mkdir()
+    with contextlib.closing(Cluster(folder, num_cpus=8, num_gpus=1, more=fake_cuda.environment(1, mib=2000))) as it:
+        yield it
+
+
+@pytest.mark.full  # else: how many runs fit (doctests), the order of the queue (study/test_ray_runner.py)
+def test_four_runs_on_one_gpu(one_gpu, tmp_path):
+    """Six runs: four at once, each of which waits for the other three; the last two on ranks that are up already."""
+    (tmp_path / "sharing.py").write_text(SHARING)
+    study = {"baseline": "sb", "seeds": [*range(6)], "arms": [{"name": "sb"}]}
+    launch = {"launcher": "ray", "resources_per_rank": {"GPU": 0.25}}
+    still = {"model": {"name": "sharing:make"}, "probe": {"enabled": False}, "train": {"steps": 4}}
+    config = tiny.write(tmp_path / "s.yaml", study, launch=launch, **still)
+    done = tiny.start(config, tmp_path / "out", **(one_gpu.env | {"RAY_ADDRESS": one_gpu.address}))
+    assert done.returncode == 0, done.stderr
+    infos = [read_info(tmp_path / f"out/runs/sb/seed{seed}") for seed in range(6)]
+    assert {(info.device, info.world_size, info.status) for info in infos} == {("cuda", 1, "finished")}
+    groups = [[json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("group*")]
+    assert len(groups) == 4
+    assert sum(map(len, groups)) == 6
+    for said in (said for group in groups for said in group):
+        assert said["set aside"] == {"CPU": 1.0, "GPU": 0.25}
+        assert (said["gpus"], said["visible"], said["seen"]) == (["0"], "0", 1)
+    assert max(infos[seed].started for seed in range(4)) <= min(infos[seed].started for seed in (4, 5))
 
 
 @pytest.mark.parametrize("hides", thinned(["0", "1"], lambda hides: hides == "0"))

@@ -138,7 +138,7 @@ def metrics_of_a_rank(config: RunConfig, out: Path, **options: Any) -> dict[str,
         world.barrier()
         began, computed = time.perf_counter(), time.process_time()
         for _ in range(BLOCK):
-            result = trainer._step()
+            result = trainer.step()
             if recorded:
                 metrics.add(trainer.state.step, result, preemption_requested=False)
                 list(metrics.read(in_flight=1))

@@ -19,8 +19,7 @@ from gengap_dist.runs.run_folder import read_info
 from gengap_dist.study import packing, runner
 from gengap_dist.study.run_matrix import planned_runs
 from gengap_dist.study.schedule import Layout, Option, Resources
-from gengap_dist.training import trainer
-from gengap_dist.training import run_cost
+from gengap_dist.training import run_cost, trainer
 from gengap_dist.training.run_cost import CostCache, RunCost, cost_key
 from tests.conftest import FULL, config
 from tests.ray_cluster import until

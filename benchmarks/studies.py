@@ -6,7 +6,8 @@
 Studies: demo, that of configs/demo.yaml (LeNet-5 on digits); mlp, two batch sizes x ten seeds of a multilayer
 perceptron on digits, or on Fashion-MNIST in DIR. All contestants take turns; every run trains the same network on the
 same images with the same optimizer, rate, batches and number of steps, and writes losses, validation at the same steps,
-train and test accuracy, and the near-rank loss of the same layers, at the same steps on the same images.
+train and test accuracy, and the near-rank loss of the same layers, at the same steps on the same images. The plain
+script also starts from the same weights and takes the images in the same order.
 
     packed, one by one, before    gengap study with its report, MLflow, checkpoints and other diagnostics; `before` is
                                   another checkout

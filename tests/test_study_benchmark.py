@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from gengap_dist import models, probes
-from gengap_dist.config.loading import validate
+from gengap_dist.config.loading import merge, validate
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Preprocess
 from gengap_dist.data.sampler import seeded_rng
 from gengap_dist.distributed.process_group import World
 from gengap_dist.probes.cadence import evenly, log_spaced
+from gengap_dist.runs.run_folder import prepare_folder, read_metrics
+from gengap_dist.training import trainer
 from tests.conftest import ROOT, config
 
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "rivals")]
@@ -92,6 +94,25 @@ def test_the_plain_script_measures_as_often(arm, images):
     due, spaced = evenly(20, num_steps), log_spaced(3)
     assert plan.eval_steps == {0} | {step for step in range(num_steps + 1) if due(step)}
     assert plan.probe_steps == {num_steps} | {step for step in range(num_steps) if spaced(step)}
+
+
+@pytest.mark.parametrize("study", ["demo", "mlp"])
+def test_the_plain_script_trains_the_same_network(study, images, tmp_path):
+    alone = {"mlflow": {"enabled": False}, "launch": {"num_processes": 1}}
+    config = validate(StudyConfig, merge(studies.study_tree(study, None, quick=True), alone))
+    run = config.run_config(config.arms[-1], seed=3)
+    prepare_folder(tmp_path / "ours", "run.json", resume=False)
+    ours = trainer.run(run, tmp_path / "ours", resume=False)
+    words = studies.plain_words(run, images)
+    plain_run.main([*words, "--seed", "3", "--out", str(tmp_path / "theirs.json")])
+    theirs = json.loads((tmp_path / "theirs.json").read_text())
+    rows = list(read_metrics(tmp_path / "ours"))
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert theirs["losses"] == pytest.approx(losses, rel=1e-3)
+    assert theirs["test"]["accuracy"] == pytest.approx(ours["test/accuracy"], abs=0.01)
+    assert theirs["train"]["loss"] == pytest.approx(ours["train_full/loss"], rel=1e-3)
+    assert [int(step) for step in theirs["near_rank_loss"]] == [row["step"] for row in rows if "nc1" in row]
+    assert {int(step) for step in theirs["val"]} == {row["step"] for row in rows if "val/loss" in row}
 
 
 def outcome(seconds: float, loss: float | None) -> studies.Outcome:

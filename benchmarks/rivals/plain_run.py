@@ -2,7 +2,8 @@
 
     python plain_run.py --data digits.npz --network lenet5 --global_size 256 --lr 0.02 --num_steps 180 --out run.json
 
-DATA holds uint8 `images` [n, h, w] and `test_images`, and int64 `labels` [n] and `test_labels`.
+DATA holds uint8 `images` [n, h, w] and `test_images`, and int64 `labels` [n] and `test_labels`. Split, initial weights
+and order of the images are drawn as gengap_dist draws them, so that results can be compared run by run.
 """
 
 import argparse
@@ -108,7 +109,7 @@ class Plan:
     """What happens at which step, and the optimizer; tune_lightning.py shares it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        torch.manual_seed(options.seed)
+        torch.manual_seed(int(np.random.default_rng([options.seed, 0]).integers(2**62)))
         self.options, self.data = options, load(options.data)
         self.model = network(options.network, options.widths)
         num_steps, num_evals = options.num_steps, options.num_evals
@@ -135,12 +136,12 @@ class Plan:
         return scores["test"]
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Train, measure, write."""
-    plan = Plan(parser.parse_args())
+    plan = Plan(parser.parse_args(words))
     (images, labels), model = plan.data["train"], plan.model
     size, num_steps = plan.options.global_size, plan.options.num_steps
-    steps_per_epoch, order = -(-len(images) // size), torch.empty(0)
+    steps_per_epoch, order = -(-len(images) // size), np.empty(0)
     optimizer = plan.optimizer()
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.lr)
     val, spectra, losses = {}, {}, []
@@ -151,10 +152,10 @@ def main() -> None:
             spectra[step] = near_rank_loss(model, *plan.probe_set)
         if step == num_steps:
             break
-        position = step % steps_per_epoch * size
+        epoch, position = divmod(step, steps_per_epoch)
         if position == 0:
-            order = torch.randperm(len(images))
-        chosen = order[position : position + size]
+            order = np.random.default_rng([plan.options.seed, 1, epoch]).permutation(len(images))
+        chosen = torch.from_numpy(order[position * size : (position + 1) * size])
         loss = F.cross_entropy(model(images[chosen]), labels[chosen])
         optimizer.zero_grad()
         loss.backward()

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--num_cpus", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    ray.init(num_cpus=options.num_cpus, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=options.num_cpus, include_dashboard=False, log_to_driver=False)
     arms = json.loads(options.arms.read_text())
     grid = {"arm": tune.grid_search([*arms]), "seed": tune.grid_search(options.seeds)}
     results = tune.Tuner(

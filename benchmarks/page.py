@@ -22,6 +22,7 @@ from gengap_dist.analysis.report.plotting import ACCENT, INK, QUIET, SOFT, STYLE
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLOUR = {"ours": ACCENT, "peer": WARM, "limit": QUIET}
+STUDY_REFERENCE = "xargs -P"  # whose runs per hour those of others are divided by
 
 
 def keep(docs: Path, name: str, results: Mapping[str, Any]) -> None:
@@ -39,13 +40,18 @@ def read(docs: Path, name: str) -> dict[str, Any]:
 
 def write(docs: Path) -> None:
     """Fill the page with the results, and draw the figure."""
-    peers = read(docs, "peers")
-    if not peers:
+    peers, results_of_studies = read(docs, "peers"), read(docs, "studies")
+    bodies: dict[str, str] = {}
+    if peers:
+        draw(peers, docs / "benchmarks" / "peers.svg")
+        bodies |= {"headline": headline(peers), "peers": details(peers), "memory": memory(peers)}
+    if results_of_studies:
+        bodies["studies"] = studies(results_of_studies)
+    if not bodies:
         return
-    draw(peers, docs / "benchmarks" / "peers.svg")
     page = docs / "benchmarks.md"
     text = page.read_text() if page.exists() else "# Benchmarks\n\n<!-- peers -->\n<!-- /peers -->\n"
-    for name, body in {"headline": headline(peers), "peers": details(peers), "memory": memory(peers)}.items():
+    for name, body in bodies.items():
         text = fill(text, name, body)
     page.write_text(text)
 
@@ -96,6 +102,41 @@ def memory(peers: Mapping[str, Any]) -> str:
     ]
     rows.append(["the data set itself", *(f"{result['data_mib']:,.0f}" for result in with_memory)])
     return table(["peak MiB of a rank", *(result["title"] for result in with_memory)], rows)
+
+
+def studies(results: Mapping[str, Any]) -> str:
+    """A table for each study, with the machine below it."""
+    parts = []
+    for result in results.values():
+        head, *rows = study_columns(result)
+        num_rounds = len(next(iter(result["contestants"].values()))["seconds"])
+        parts += [f"**{result['title']}** ({num_rounds} rounds)", table(head, rows)]
+        parts += [f"Machine: {paired_timing.machine_summary(result['machine'])}."]
+    return "\n\n".join(parts)
+
+
+def study_columns(result: Mapping[str, Any]) -> list[list[str]]:
+    """The head and a row for each contestant of benchmarks/studies.py; medians over rounds, means over runs."""
+    by_name, num_runs = result["contestants"], result["num_runs"]
+    per_hour = {name: [3600 * num_runs / seconds for seconds in each["seconds"]] for name, each in by_name.items()}
+    head = ["", "runs/h", f"over {STUDY_REFERENCE}", "CPU s a run", "peak MiB", "test accuracy", "near-rank loss"]
+    rows = []
+    for name, each in by_name.items():
+        accuracies = [value for of_arm in each["test_accuracy"].values() for value in of_arm]
+        losses = [value for of_arm in each["near_rank_loss"].values() for value in of_arm if value is not None]
+        ratio = paired_timing.ratio(per_hour[name], per_hour[STUDY_REFERENCE])
+        rows.append(
+            [
+                name,
+                f"{median(per_hour[name]):,.0f}",
+                "" if name == STUDY_REFERENCE else str(ratio),
+                f"{median(each['cpu_seconds']) / num_runs:.2f}",
+                f"{median(each['peak_mib']):,.0f}",
+                f"{sum(accuracies) / len(accuracies):.1%}",
+                f"{sum(losses) / len(losses):.3f}" if losses else "",
+            ]
+        )
+    return [head, *rows, *([name, why, *[""] * (len(head) - 2)] for name, why in result["missing"].items())]
 
 
 def draw(peers: Mapping[str, Any], path: Path) -> None:

@@ -8,9 +8,10 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -62,6 +63,13 @@ def kill_now_and_then(
             moments["during a save" if saving else "between saves"] += 1
             psutil.wait_procs(ranks, timeout=60)
     return moments
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """On a disk, where saves take a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")

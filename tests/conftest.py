@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -163,6 +164,23 @@ def gengap(tmp_path: Path) -> Command:
 def new_gengap(tmp_path: Path) -> Command:
     """`gengap` in a new interpreter, as a user starts it."""
     return lambda *words, **env: start_interpreter("gengap_dist", *words, cwd=tmp_path, env=os.environ | env)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import mlflow
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what MLflow warns of is not ours to mend
+        path = tmp_path_factory.mktemp("store") / "mlflow.db"
+        mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def mlflow_db(empty_store: Path, tmp_path: Path) -> Path:
+    """`tmp_path / "mlflow.db"`, an SQLite store with the tables that MLflow takes seconds to make."""
+    return Path(shutil.copy(empty_store, tmp_path))
 
 
 @pytest.fixture(scope="module")  # an idle cluster takes a tenth of a core

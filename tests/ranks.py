@@ -45,15 +45,24 @@ def on_ranks(size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     return [got[rank] for rank in range(size)]
 
 
+PRELOADED = [
+    "gengap_dist.training.trainer",
+    "gengap_dist.analysis.report.html",
+    "torch._dynamo",  # DDP imports it
+    "torch.distributed.fsdp",
+    "timm.optim",
+]
+
+
 class Forking:
-    """Starts processes as forks of one that has imported torch and the trainer, which takes each of them seconds.
+    """Starts processes as forks of one that has imported torch and more, which takes each of them seconds.
 
     What is used of multiprocessing's contexts; a process has the environment variables of the moment it is started.
     """
 
     def __init__(self) -> None:
         self.context = get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "gengap_dist.training.trainer"])
+        self.context.set_forkserver_preload(PRELOADED)
         self.Pipe = self.context.Pipe
 
     def Process(self, *, target: Callable[..., None], args: tuple[Any, ...], **more: Any) -> ForkServerProcess:
@@ -68,6 +77,17 @@ def _in_environment(variables: dict[str, str], target: Callable[..., None], args
     if number := variables.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(number))  # which it had read before
     target(*args)
+
+
+@contextmanager
+def forked_ranks() -> Iterator[None]:
+    """Context in which launchers make their ranks as `Forking` does."""
+    spawn: Any = get_context("spawn")
+    spawn.Process = Forking().Process
+    try:
+        yield
+    finally:
+        del spawn.Process
 
 
 def start_interpreter(
@@ -105,9 +125,9 @@ def _main(command: list[str], cwd: Path, variables: dict[str, str], folder: Path
     _, _, module, *words = sys.orig_argv = command
     sys.argv = [module, *words]
     forkserver._forkserver.ensure_running = lambda: None  # pyright: ignore  # it is the parent of this process
-    get_context("spawn").Process = Forking().Process  # pyright: ignore  # with which launchers start ranks
     try:
-        _in_environment(variables, runpy.run_module, (module, None, "__main__", True))
+        with forked_ranks():
+            _in_environment(variables, runpy.run_module, (module, None, "__main__", True))
     finally:
         atexit._run_exitfuncs()  # a process of multiprocessing ends without them
 

@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import FULL, weights
+from tests.ranks import start_module
 from tests.ray_cluster import Cluster
 
 NUM_KILLS = int(os.environ.get("GENGAP_KILLS", "5" if FULL else "1"))
@@ -78,7 +79,7 @@ def whole(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     words = [*WORDS, "--mlflow.enabled", "false", "--launch.num_processes", "2", "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "gengap_dist.train", *words], env=env, check=True, capture_output=True)
+    start_module("gengap_dist.train", *words, cwd=out.parent, env=env).check_returncode()
     return out
 
 

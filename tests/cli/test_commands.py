@@ -143,7 +143,7 @@ def test_a_rank_that_dies_is_reported_and_the_run_can_go_on(tmp_path, gengap):
 
 
 @pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
-def test_probe_measures_untrained_and_trained(tmp_path, gengap, new_gengap):
+def test_probe_measures_untrained_and_trained(tmp_path, mlflow_db, gengap, new_gengap):
     done = new_gengap("probe", "--model", "lenet5", "--num_samples", 64, "--layers", "fc2", "--out", "spectra")
     assert done.returncode == 0, done.stderr
     assert "fc2/centred" in done.stdout
@@ -175,7 +175,7 @@ def test_probe_measures_untrained_and_trained(tmp_path, gengap, new_gengap):
     assert lines[3]["distance_from_init"] == ran[3]["distance_from_init"] > 0
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{mlflow_db}")
     runs = client.search_runs([client.get_experiment_by_name("gengap_dist").experiment_id])
     (sent,) = [run for run in runs if run.info.run_name == "again"]
     assert sent.data.metrics["hessian/trace"] == pytest.approx(lines[3]["hessian/trace"])

@@ -47,24 +47,28 @@ if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > 8 << 30:
 # Each worker takes one file at a time: the longest first, so that none of them is left alone with one at the end.
 LONGEST = [
     "tests/test_two_hosts.py",
-    "tests/tracking/test_studies.py",
     "tests/distributed/launchers/test_ray.py",
     "tests/study/test_ray_runner.py",
-    "tests/cli/test_commands.py",
-    "tests/training/test_resume.py",
-    "tests/study/test_study.py",
-    "tests/distributed/launchers/test_ray_gpus.py",
-    "tests/preflight/test_doctor.py",
-    "tests/test_gpu_benchmark.py",
-    "tests/training/algorithms/test_odd_combinations.py",
-    "tests/cuda/test_scenarios.py",
-    "tests/study/test_restart.py",
-    "tests/cuda/test_commands.py",
     "tests/parallel/strategies/test_contract.py",
+    "tests/training/test_resume.py",
+    "tests/tracking/test_studies.py",
+    "tests/cuda/test_scenarios.py",
+    "tests/study/test_study.py",
+    "tests/parallel/test_execution.py",
     "tests/training/algorithms/test_world_size_law.py",
     "tests/tracking/test_mlflow.py",
+    "tests/cli/test_commands.py",
+    "tests/preflight/test_doctor.py",
+    "tests/distributed/launchers/test_ray_gpus.py",
+    "tests/test_gpu_benchmark.py",
+    "tests/training/algorithms/test_odd_combinations.py",
+    "tests/study/test_restart.py",
+    "tests/cuda/test_commands.py",
+    "tests/preflight/test_plan.py",
     "tests/test_launch_scripts.py",
     "tests/test_kills.py",
+    "tests/cli/test_compare.py",
+    "tests/distributed/launchers/test_bad_devices.py",
 ]
 STARTING = {"gengap", "new_gengap", "cluster", "pools", "crews"}  # fixtures that start processes
 
@@ -81,7 +85,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if exitstatus == 0 and "PYTEST_XDIST_WORKER" not in os.environ:  # the last one: pytest would keep three of them
+    given = session.config.option.basetemp is not None or os.environ.get("PYTEST_DEBUG_TEMPROOT") != str(IN_MEMORY)
+    if exitstatus == 0 and not given:  # pytest would keep those of three runs, also where all is well
         shutil.rmtree(session.config._tmp_path_factory.getbasetemp(), ignore_errors=True)  # pyright: ignore
 
 

@@ -4,8 +4,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -23,10 +23,12 @@ from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info, write_info
 from gengap_dist.training import ENTRY_POINT
 from gengap_dist.training.trainer import run
-from tests.ranks import Crews, Forking, standing
+from tests.ranks import Crews, Forking, standing, start_interpreter, start_module
 from tests.ray_cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="gengap-cache-")  # what was measured here before is nobody's
 
 FULL = "GENGAP_FULL" in os.environ  # `make test-full`; tests choose their sizes by it: NUM_KILLS = 20 if FULL else 1
 
@@ -38,29 +40,39 @@ settings.load_profile("ci" if "CI" in os.environ else "default")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has Ctrl-C ignored, here and in all we start
 
 
+# What tests write is in memory where there is room: a database of MLflow waits for a disk in each of its transactions.
+IN_MEMORY = Path("/dev/shm")
+if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > 8 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))  # pytest's name for it
+
+
 # Each worker takes one file at a time: the longest first, so that none of them is left alone with one at the end.
 LONGEST = [
     "tests/test_two_hosts.py",
-    "tests/tracking/test_studies.py",
     "tests/distributed/launchers/test_ray.py",
     "tests/study/test_ray_runner.py",
-    "tests/cli/test_commands.py",
-    "tests/training/test_resume.py",
-    "tests/study/test_study.py",
-    "tests/distributed/launchers/test_ray_gpus.py",
-    "tests/preflight/test_doctor.py",
-    "tests/test_gpu_benchmark.py",
-    "tests/training/algorithms/test_odd_combinations.py",
-    "tests/cuda/test_scenarios.py",
-    "tests/study/test_restart.py",
-    "tests/cuda/test_commands.py",
     "tests/parallel/strategies/test_contract.py",
+    "tests/training/test_resume.py",
+    "tests/tracking/test_studies.py",
+    "tests/cuda/test_scenarios.py",
+    "tests/study/test_study.py",
+    "tests/parallel/test_execution.py",
     "tests/training/algorithms/test_world_size_law.py",
     "tests/tracking/test_mlflow.py",
+    "tests/cli/test_commands.py",
+    "tests/preflight/test_doctor.py",
+    "tests/distributed/launchers/test_ray_gpus.py",
+    "tests/test_gpu_benchmark.py",
+    "tests/training/algorithms/test_odd_combinations.py",
+    "tests/study/test_restart.py",
+    "tests/cuda/test_commands.py",
+    "tests/preflight/test_plan.py",
     "tests/test_launch_scripts.py",
     "tests/test_kills.py",
+    "tests/cli/test_compare.py",
+    "tests/distributed/launchers/test_bad_devices.py",
 ]
-STARTING = {"gengap", "cluster", "pools", "crews"}  # fixtures that start processes
+STARTING = {"gengap", "new_gengap", "cluster", "pools", "crews"}  # fixtures that start processes
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
@@ -72,6 +84,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="only in `make test-full`: GENGAP_FULL is not set"))
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.relative_to(ROOT).as_posix(), len(place)))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    given = session.config.option.basetemp is not None or os.environ.get("PYTEST_DEBUG_TEMPROOT") != str(IN_MEMORY)
+    if exitstatus == 0 and not given:  # pytest would keep those of three runs, also where all is well
+        shutil.rmtree(session.config._tmp_path_factory.getbasetemp(), ignore_errors=True)  # pyright: ignore
 
 
 def thinned(table: Iterable[Any], kept: Callable[..., bool]) -> list[Any]:
@@ -145,26 +163,39 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def gengap(tmp_path: Path) -> Command:
-    """`gengap("train", "--out", ...)`: a real process, as a user starts it."""
+    """`gengap("train", "--out", ...)`: a process of its own; see `start_module`."""
+    return lambda *words, **env: start_module("gengap_dist", *words, cwd=tmp_path, env=os.environ | env)
 
-    def call(command: str, *words: object, **env: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "gengap_dist", command, *map(str, words)],
-            cwd=tmp_path,
-            env=os.environ | env,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
 
-    return call
+@pytest.fixture
+def new_gengap(tmp_path: Path) -> Command:
+    """`gengap` in a new interpreter, as a user starts it."""
+    return lambda *words, **env: start_interpreter("gengap_dist", *words, cwd=tmp_path, env=os.environ | env)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import mlflow
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what MLflow warns of is not ours to mend
+        path = tmp_path_factory.mktemp("store") / "mlflow.db"
+        mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def mlflow_db(empty_store: Path, tmp_path: Path) -> Path:
+    """`tmp_path / "mlflow.db"`, an SQLite store with the tables that MLflow takes seconds to make."""
+    return Path(shutil.copy(empty_store, tmp_path))
 
 
 @pytest.fixture(scope="module")  # an idle cluster takes a tenth of a core
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A Ray cluster of four CPUs."""
     pytest.importorskip("ray", reason="ray is not installed: pip install 'gengap_dist[ray]'")
     # a path for sockets may hold 107 characters: pytest's own folders are too deep
-    cluster = Cluster(Path(tempfile.mkdtemp(prefix="r", dir=tmp_path_factory.getbasetemp().parent)))
-    yield cluster
-    cluster.close()
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
+        cluster = Cluster(Path(folder))
+        yield cluster
+        cluster.close()

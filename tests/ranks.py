@@ -1,13 +1,19 @@
 """Run a function on several real ranks."""
 
+import atexit
 import os
+import runpy
+import subprocess
+import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 from gengap_dist.config.sections import LaunchConfig
@@ -39,15 +45,24 @@ def on_ranks(size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     return [got[rank] for rank in range(size)]
 
 
+PRELOADED = [
+    "gengap_dist.training.trainer",
+    "gengap_dist.analysis.report.html",
+    "torch._dynamo",  # DDP imports it
+    "torch.distributed.fsdp",
+    "timm.optim",
+]
+
+
 class Forking:
-    """Starts processes as forks of one that has imported torch and the trainer, which takes each of them seconds.
+    """Starts processes as forks of one that has imported torch and more, which takes each of them seconds.
 
     What is used of multiprocessing's contexts; a process has the environment variables of the moment it is started.
     """
 
     def __init__(self) -> None:
         self.context = get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "gengap_dist.training.trainer"])
+        self.context.set_forkserver_preload(PRELOADED)
         self.Pipe = self.context.Pipe
 
     def Process(self, *, target: Callable[..., None], args: tuple[Any, ...], **more: Any) -> ForkServerProcess:
@@ -55,9 +70,66 @@ class Forking:
 
 
 def _in_environment(variables: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    import torch
+
     os.environ.clear()
     os.environ.update(variables)
+    if number := variables.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(number))  # which it had read before
     target(*args)
+
+
+@contextmanager
+def forked_ranks() -> Iterator[None]:
+    """Context in which launchers make their ranks as `Forking` does."""
+    spawn: Any = get_context("spawn")
+    spawn.Process = Forking().Process
+    try:
+        yield
+    finally:
+        del spawn.Process
+
+
+def start_interpreter(
+    module: str, *words: object, cwd: Path, env: Mapping[str, str], timeout: float = 300.0
+) -> "subprocess.CompletedProcess[str]":
+    """`python -m module *words`, as a user starts it."""
+    command = [sys.executable, "-m", module, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def start_module(
+    module: str, *words: object, cwd: Path, env: Mapping[str, str], timeout: float = 300.0
+) -> "subprocess.CompletedProcess[str]":
+    """The same as a fork of a process that has imported torch, and so its ranks; with GENGAP_FULL=1 as a user does."""
+    if "GENGAP_FULL" in os.environ:
+        return start_interpreter(module, *words, cwd=cwd, env=env, timeout=timeout)
+    command = [sys.executable, "-m", module, *map(str, words)]
+    with tempfile.TemporaryDirectory() as folder:
+        process = Forking().Process(target=_main, args=(command, cwd, dict(env), Path(folder)))
+        process.start()
+        process.join(timeout)
+        said = [(Path(folder) / name).read_text() for name in ("stdout", "stderr")]
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(command, timeout, *said)
+        return subprocess.CompletedProcess(command, process.exitcode, *said)
+
+
+def _main(command: list[str], cwd: Path, variables: dict[str, str], folder: Path) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        setattr(sys, name, open(number, "w", buffering=1, closefd=False))  # noqa: SIM115
+    os.chdir(cwd)
+    sys.path[:0] = [str(cwd), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
+    _, _, module, *words = sys.orig_argv = command
+    sys.argv = [module, *words]
+    forkserver._forkserver.ensure_running = lambda: None  # pyright: ignore  # it is the parent of this process
+    try:
+        with forked_ranks():
+            _in_environment(variables, runpy.run_module, (module, None, "__main__", True))
+    finally:
+        atexit._run_exitfuncs()  # a process of multiprocessing ends without them
 
 
 class Crew:

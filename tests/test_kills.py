@@ -8,9 +8,10 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from mlflow import MlflowClient
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import FULL, weights
+from tests.ranks import start_module
 from tests.ray_cluster import Cluster
 
 NUM_KILLS = int(os.environ.get("GENGAP_KILLS", "5" if FULL else "1"))
@@ -64,13 +66,20 @@ def kill_now_and_then(
     return moments
 
 
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """On a disk, where saves take a while."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The run of two ranks that nobody kills."""
     out = tmp_path_factory.mktemp("whole") / "run"
     words = [*WORDS, "--mlflow.enabled", "false", "--launch.num_processes", "2", "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "gengap_dist.train", *words], env=env, check=True, capture_output=True)
+    start_module("gengap_dist.train", *words, cwd=out.parent, env=env).check_returncode()
     return out
 
 

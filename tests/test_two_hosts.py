@@ -18,6 +18,7 @@ import torch
 
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import ROOT, weights
+from tests.ranks import start_module
 
 pytestmark = pytest.mark.processes
 
@@ -146,9 +147,7 @@ def whole(tmp_path_factory):
     """The run of one process that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "factory.py").write_text(FACTORY)
-    command = [sys.executable, "-m", "gengap_dist.train", *map(str, WORDS), "--out", "run"]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"}
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+    done = start_module("gengap_dist.train", *WORDS, "--out", "run", cwd=folder, env=os.environ)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 

@@ -311,7 +311,7 @@ class CostTable:
             key = cost_key(with_ranks(config, layout.ranks), "gpu" if self.ranks.gpus else "cpu", *layout)
             if self.find(config, layout) is None and (key, layout) not in self._unknown:
                 waiting.setdefault(key, (config, layout))
-        total, new = len(waiting), dict[str, RunCost]()
+        named, total, new = dict(waiting), len(waiting), dict[str, RunCost]()
 
         def next_task(active: Sequence[Task]) -> Task | None:
             free = self.ranks.size - sum(task.option.cores for task in active)
@@ -348,6 +348,9 @@ class CostTable:
         if waiting:
             progress(0, total)
             drive(self.ranks, next_task, stop_requested)
+            for key, (config, layout) in named.items():
+                if key in new:
+                    self._costs[self.key(config)][layout] = new[key]
             self.cache.add(new)
 
 
@@ -437,7 +440,7 @@ class Packer:
         self.waiting = [*range(len(plan))]
         self.active: dict[int, Active] = {}  # by number
         self.num_failed = 0
-        self._factors: list[tuple[float, float]] = []  # (expected, actual) seconds of runs that have ended
+        self._known: dict[str, list[tuple[float, float]]] = {}  # by arm: (expected, actual) seconds of ended runs
         self._forecast_at = 0.0
         self._due: list[tuple[int, Option]] = []  # runs to start now
         self._look_at = 0.0  # when to look again whether a run can start
@@ -463,7 +466,7 @@ class Packer:
             return self._start(*self._due.pop(0))
         if not self.waiting or len(self.active) >= self.resources.slots or time.monotonic() < self._look_at:
             return None
-        running = [(run.left(self._expected(run.task.option)), run.task.option) for run in self.active.values()]
+        running = self._running()
         if not running or sum(option.cores for _, option in running) < self.resources.cores:
             schedule = best_schedule([self._scaled(number) for number in self.waiting], self.resources, running)
             self._due = [(self.waiting[run.number], run.option) for run in schedule if run.start == 0.0]
@@ -472,18 +475,31 @@ class Packer:
             return None
         return self._start(*self._due.pop(0))
 
-    def _scaled(self, number: int) -> list[Option]:
-        return [option._replace(seconds=self._expected(option)) for option in self.options[number]]
+    def _running(self) -> list[tuple[float, Option]]:
+        """(seconds until its end, option) of each active run."""
+        return [
+            (run.left(self._expected(run.planned.arm, run.task.option)), run.task.option)
+            for run in self.active.values()
+        ]
 
-    def _expected(self, option: Option) -> float:
-        """Seconds of a run, corrected by those that have ended."""
-        if not self._factors:
-            rates = [run.seconds for run in self.active.values() if run.share > MIN_SHARE]
-            return option.seconds or (sum(rates) / len(rates) if rates else 0.0)
-        expected, actual = (sum(values) for values in zip(*self._factors, strict=True))
-        if option.seconds and expected:
-            return option.seconds * actual / expected
-        return actual / len(self._factors)
+    def _scaled(self, number: int) -> list[Option]:
+        arm = self.plan[number].arm
+        return [option._replace(seconds=self._expected(arm, option)) for option in self.options[number]]
+
+    def _expected(self, arm: str, option: Option) -> float:
+        """Seconds of a run of an arm: as measured, times how much longer runs take that have ended, or have come far.
+
+        Runs of the same arm say it best; without one, all do.
+        """
+        known = {arm: [*pairs] for arm, pairs in self._known.items()}
+        for run in self.active.values():
+            if run.share > MIN_SHARE:
+                known.setdefault(run.planned.arm, []).append((run.task.option.seconds, run.seconds))
+        pairs = known.get(arm) or [pair for of_arm in known.values() for pair in of_arm]
+        if not pairs:
+            return option.seconds
+        expected, actual = (sum(values) for values in zip(*pairs, strict=True))
+        return option.seconds * actual / expected if option.seconds and expected else actual / len(pairs)
 
     def _start(self, number: int, option: Option) -> Task:
         planned = self.plan[number]
@@ -513,7 +529,8 @@ class Packer:
         run = self._ended(number)
         status = run_folder.read_info(run.planned.folder).status
         if status == RunStatus.FINISHED and run.first <= 1:
-            self._factors.append((run.task.option.seconds, time.monotonic() - run.task.began))
+            actual = time.monotonic() - run.task.began
+            self._known.setdefault(run.planned.arm, []).append((run.task.option.seconds, actual))
         self.callback.on_run_end(run.planned, status)
 
     def _ended(self, number: int) -> Active:
@@ -540,7 +557,7 @@ class Packer:
         options = [min(self._scaled(number), key=lambda option: option.cores) for number in self.waiting]
         if not all(option.seconds for option in options):
             return None
-        running = [(run.left(self._expected(run.task.option)), run.task.option) for run in self.active.values()]
+        running = self._running()
         return length(placed(options, self.resources, running), running)
 
 

@@ -16,6 +16,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from gengap_dist.config.loading import flat, validate
 from gengap_dist.config.sections import FrozenModel, RunConfig
+from gengap_dist.distributed.cpu_wait import CpuWait
 from gengap_dist.distributed.worker_pool import Worker
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import versions, write_atomically
@@ -24,6 +25,7 @@ from gengap_dist.training.autotune.cache import default_path
 MIN_SECONDS, MIN_STEPS = 0.3, 3
 LONG_SECONDS = 1.0
 """A step or a measurement that takes longer is timed only once."""
+BUSY_SHARE = 0.2
 END_SECONDS = 1.0  # of the last checkpoint and the exported model, about
 
 
@@ -42,6 +44,8 @@ class RunCost(FrozenModel):
     """Of the final scores and what is written at the end."""
     memory_bytes: NonNegativeInt
     """Resident memory of a rank, or of its GPU."""
+    cpu_wait_share: NonNegativeFloat
+    """Share of the time of measuring in which rank 0 waited for a core; its seconds are without that."""
     depends_on_ranks: bool
     """Whether the result of the run depends on the number of ranks."""
 
@@ -77,12 +81,15 @@ def measure_cost(worker: Worker, config: RunConfig) -> RunCost:
         local_norm = config.norm == "local" and has_batch_norm(resolved.model)
         trainer = Trainer(resolved, world, NullRecorder(), silent, worker.context)
         try:
+            cpu_wait = CpuWait(None)
             trainer.start(resume=False)  # validates and measures the untrained network
             began = trainer.evaluator.seconds, trainer.probes.seconds
             if sum(began) < LONG_SECONDS:  # again, without the cost of a first time
                 trainer.evaluate_and_probe()
                 began = trainer.evaluator.seconds - began[0], trainer.probes.seconds - began[1]
             seconds = _time_steps(trainer)
+            waited = cpu_wait.share() or 0.0
+            seconds, *began = (each * (1 - waited) for each in (seconds, *began))
         finally:
             trainer.close()
     numbers = range(resolved.schedule.num_steps + 1)
@@ -103,6 +110,7 @@ def measure_cost(worker: Worker, config: RunConfig) -> RunCost:
         num_probes=probes,
         end_seconds=began[0] * (samples[1] + 2 * samples[2]) / max(1, samples[0]) + END_SECONDS,
         memory_bytes=_memory(world.device),
+        cpu_wait_share=waited,
         depends_on_ranks=local_norm or bool(resolved.info["depends_on_ranks"]),
     )
 
@@ -188,7 +196,8 @@ class CostCache:
         self.found = dict(known.found)
 
     def add(self, new: Mapping[str, RunCost]) -> None:
-        """Keep costs, also for later studies."""
+        """Keep costs for later studies, but not those of a machine that other programs kept busy."""
+        new = {key: cost for key, cost in new.items() if cost.cpu_wait_share < BUSY_SHARE}
         if not new:
             return
         self.found |= new

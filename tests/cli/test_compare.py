@@ -38,8 +38,8 @@ def folders(tmp_path):
     return tmp_path / "mine"
 
 
-def test_loose_run_folders_are_sorted_into_arms(folders, gengap):
-    done = gengap("compare", "mine", "--out", "out", "--question", "Does it cost?")
+def test_loose_run_folders_are_sorted_into_arms(folders, gengap, new_gengap):
+    done = new_gengap("compare", "mine", "--out", "out", "--question", "Does it cost?")
     assert done.returncode == 0, done.stderr
     study = read_study(folders.parent / "out")
     assert study.arms == ["b64", "b512", "b512 optim.lr=0.0565685425"]
@@ -125,10 +125,10 @@ def test_what_cannot_be_read_is_named_and_the_rest_compared(folders, gengap):
     ],
 )
 @pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
-def test_bad_input(folders, capsys, words, says):
+def test_bad_input(folders, mlflow_db, capsys, words, says):
     (folders.parent / "nowhere").mkdir()
     run_folder(folders.parent / "blank" / "one", 8, 0, None)
-    store = f"sqlite:///{folders.parent}/mlflow.db"
+    store = f"sqlite:///{mlflow_db}"
     with pytest.raises(SystemExit) as exit_:
         run_command("gengap compare", command, [*words, "--out", "out", "--tracking_uri", store])
     assert exit_.value.code == 2
@@ -136,10 +136,10 @@ def test_bad_input(folders, capsys, words, says):
 
 
 @pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
-def test_runs_that_something_else_logged_to_mlflow(tmp_path, gengap):
+def test_runs_that_something_else_logged_to_mlflow(tmp_path, mlflow_db, gengap):
     from mlflow import MlflowClient
 
-    store = f"sqlite:///{tmp_path}/mlflow.db"
+    store = f"sqlite:///{mlflow_db}"
     client = MlflowClient(store)
     experiment = client.create_experiment("theirs", (tmp_path / "artifacts").as_uri())
     for size, accuracy in ((32, 97.0), (2048, 91.5)):

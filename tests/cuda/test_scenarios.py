@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from gengap_dist.training import ENTRY_POINT
 from tests import fake_cuda
 from tests.conftest import config, cut_after, thinned
 from tests.cuda.scenarios import BASE, SCENARIOS, SHORT, Scenario, Settings
+from tests.ranks import forked_ranks
 
 Numbers = dict[tuple[int, str], float]
 TIMES = ("seconds", "time/", "probe_seconds")
@@ -45,7 +46,7 @@ def train(pool: LocalLauncher, device: str, settings: Settings, out: Path, *, re
     prepare_folder(out, "run.json", resume=resume)
     given = config(**(BASE | settings | {"launch__device": device}))
     there = fake_cuda.environment(pool.num_processes) if device == "cuda" else {"DS_ACCELERATOR": "cpu"}
-    with environment_variables(there):
+    with environment_variables(there), forked_ranks() if device == "cpu" else nullcontext():
         pool.run(given, out, resume=resume, progress=lambda done, total, note: None)
 
 

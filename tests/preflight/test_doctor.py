@@ -25,8 +25,8 @@ def ask(**settings: object) -> CheckRequest:
     return CheckRequest(config(**settings), Path("run"))
 
 
-def test_a_healthy_machine_fits_on_a_screen(tmp_path, gengap):
-    done = gengap("doctor", "--out", "runs/next")
+def test_a_healthy_machine_fits_on_a_screen(tmp_path, new_gengap):
+    done = new_gengap("doctor", "--out", "runs/next")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) <= 30

@@ -58,7 +58,7 @@ def studies(tmp_path_factory):
 @pytest.mark.processes
 def test_a_run_packs_as_it_depends_on_its_ranks(studies):
     _, packed, one, _ = studies
-    for folder in packed.glob("runs/*/*"):
+    for folder in packed.glob("runs/*/seed*"):
         info, other = read_info(folder), read_info(one / folder.relative_to(packed))
         assert info.world_size == (2 if folder.parent.name == "normed" else 1)
         assert other.world_size == 2
@@ -208,7 +208,7 @@ def test_a_run_that_needs_more_memory_than_there_is(tmp_path):
 
 COST = RunCost(
     step_seconds=0.5, validation_seconds=1, probe_seconds=2, num_steps=10, num_validations=3, num_probes=2,
-    end_seconds=1, memory_bytes=2**20, depends_on_ranks=False,
+    end_seconds=1, memory_bytes=2**20, cpu_wait_share=0, depends_on_ranks=False,
 )  # fmt: skip
 
 

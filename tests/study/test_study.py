@@ -36,8 +36,9 @@ STUDY = {
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(empty_store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
+    shutil.copy(empty_store, folder)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
     words = ["--config", "tiny.yaml", "--out", "out", "--mlflow.tracking_uri", f"sqlite:///{folder}/mlflow.db"]
     command = [sys.executable, "-m", "gengap_dist", "study", *words]

@@ -13,6 +13,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info, read_metrics, write_info
 from gengap_dist.study import runner, tuning
 from gengap_dist.tracking.mlflow.importer import SourceNames
+from tests.ranks import forked_ranks
 from tests.study import tiny
 
 SPACE = {"optim.lr": {"low": 0.005, "high": 0.5, "log": True}, "optim.momentum": {"low": 0.5, "high": 0.98}}
@@ -167,7 +168,8 @@ def test_a_failed_trial_is_tried_again_only_until_its_arm_has_runs(tmp_path):
     def go(num_failed=0):
         runner.prepare(config, out, lambda text: None)
         watch = Counted()
-        assert runner.run_study(config, out, watch, driver=True) == num_failed
+        with forked_ranks():
+            assert runner.run_study(config, out, watch, driver=True) == num_failed
         return watch.told
 
     assert go() == [("trial 0", "finished"), ("trial 1", "finished"), ("seed 0", "finished")]

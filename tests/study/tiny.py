@@ -11,6 +11,7 @@ import yaml
 from gengap_dist.analysis.report.text import study_rows
 from gengap_dist.analysis.study_data import read_study
 from gengap_dist.runs.run_folder import read_info
+from tests.ranks import start_interpreter, start_module
 from tests.ray_cluster import ROOT
 
 SETTINGS = {
@@ -42,8 +43,9 @@ def environment(**more: str) -> dict[str, str]:
 
 def start(config: Path, out: Path, *words: object, **env: str) -> "subprocess.CompletedProcess[str]":
     """The whole command, in the config's folder."""
-    process = [command(config, out, *words), config.parent, environment(**env)]
-    return subprocess.run(process[0], cwd=process[1], env=process[2], capture_output=True, text=True, timeout=280)
+    module, *given = command(config, out, *words)[2:]
+    new = "RAY_ADDRESS" in env  # a driver of a cluster has threads
+    return (start_interpreter if new else start_module)(module, *given, cwd=config.parent, env=environment(**env))
 
 
 def scores(out: Path) -> dict[str, dict[str, Any]]:

@@ -11,14 +11,16 @@ from collections import Counter
 
 import pytest
 
+from gengap_dist.cli.report import command as report_command
 from gengap_dist.cli.train import command as train_command
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.distributed.worker_pool import free_port
+from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import RunRecorder, prepare_folder, read_metrics
 from gengap_dist.tracking.mlflow.process import sync_now
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader
 from gengap_dist.training import trainer as run_module
-from tests.conftest import ROOT, config, train
+from tests.conftest import FULL, ROOT, config, train
 from tests.tracking.servers import mlflow_server
 
 SMALL = {"train__steps": 12, "batch__global_size": 50, "train__num_evals": 3, "probe__num_samples": 64}
@@ -59,8 +61,8 @@ def same(a, b) -> bool:
 
 
 @pytest.fixture
-def server(tmp_path):
-    with mlflow_server(f"sqlite:///{tmp_path}/server.db", tmp_path) as uri:
+def server(tmp_path, mlflow_db):
+    with mlflow_server(f"sqlite:///{mlflow_db}", tmp_path) as uri:
         yield uri
 
 
@@ -87,7 +89,7 @@ def test_a_command_mirrors_itself_to_a_real_server(tmp_path, server, gengap):
     assert client.list_artifacts(run.info.run_id, "figures")
 
 
-def test_a_dead_server_delays_nothing_and_is_caught_up_later(tmp_path, gengap):
+def test_a_dead_server_delays_nothing_and_is_caught_up_later(tmp_path, mlflow_db, gengap):
     out = tmp_path / "run"
     dead = f"http://127.0.0.1:{free_port()}"
     began = time.monotonic()
@@ -96,12 +98,11 @@ def test_a_dead_server_delays_nothing_and_is_caught_up_later(tmp_path, gengap):
     assert time.monotonic() - began < 60
     assert f"gengap report sync {out}" in done.stderr
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
-    later = f"sqlite:///{tmp_path}/later.db"
+    later = f"sqlite:///{mlflow_db}"
     assert gengap("report", "sync", out, "--tracking_uri", later).returncode == 0
     assert same(logged(later, state(out)["run_id"]), recorded(out))
-    unreachable = gengap("report", "sync", out, "--tracking_uri", dead)
-    assert unreachable.returncode == 2
-    assert "cannot be reached" in unreachable.stderr
+    with pytest.raises(UsageError, match="cannot be reached"):
+        report_command(["sync", str(out), "--tracking_uri", dead])
 
 
 def test_a_hanging_server_does_not_hold_up_the_steps(tmp_path, gengap):
@@ -116,8 +117,8 @@ def test_a_hanging_server_does_not_hold_up_the_steps(tmp_path, gengap):
     assert json.loads((out / "run.json").read_text())["seconds"] < 30
 
 
-def test_nothing_is_sent_twice(tmp_path):
-    uri = f"sqlite:///{tmp_path}/m.db"
+def test_nothing_is_sent_twice(tmp_path, mlflow_db):
+    uri = f"sqlite:///{mlflow_db}"
     out = tmp_path / "run"
     train(out, **SMALL)
     for _ in range(3):
@@ -126,9 +127,9 @@ def test_nothing_is_sent_twice(tmp_path):
 
 
 @pytest.mark.parametrize("arrived", [True, False])
-def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arrived):
+def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, mlflow_db, monkeypatch, arrived):
     """The mirror dies after (or before) the store took a request, and before it noted so."""
-    uri = f"sqlite:///{tmp_path}/m.db"
+    uri = f"sqlite:///{mlflow_db}"
     out = tmp_path / "run"
     train(out, **SMALL)
     mirror = MlflowUploader(out, uri, "e")
@@ -153,8 +154,8 @@ def test_a_request_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch, arr
     assert all(count == 1 for points in values.values() for count in Counter(step for step, _ in points).values())
 
 
-def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, monkeypatch):
-    uri = f"sqlite:///{tmp_path}/m.db"
+def test_a_resumed_run_goes_on_in_its_mlflow_run(tmp_path, mlflow_db, monkeypatch):
+    uri = f"sqlite:///{mlflow_db}"
     out = tmp_path / "run"
     original = run_module.Trainer.result
     monkeypatch.setattr(run_module.Trainer, "result", lambda self: 1 / 0)
@@ -194,10 +195,10 @@ def sent_steps(uploader, out) -> list[int]:
     return [step for step, _ in logged(uploader.uri, state(out)["run_id"])["x"]]
 
 
-def test_an_upload_reads_only_the_lines_that_are_new(tmp_path):
+def test_an_upload_reads_only_the_lines_that_are_new(tmp_path, mlflow_db):
     out = tmp_path / "run"
     recorder, lines = book(out, range(100)), out / "metrics.jsonl"
-    uploader = MlflowUploader(out, f"sqlite:///{tmp_path}/m.db", "e")
+    uploader = MlflowUploader(out, f"sqlite:///{mlflow_db}", "e")
     assert sent_steps(uploader, out) == [*range(100)]
     start, end, step = state(out)["position"]
     assert (end, step) == (lines.stat().st_size, 99)
@@ -207,10 +208,10 @@ def test_an_upload_reads_only_the_lines_that_are_new(tmp_path):
     assert sent_steps(uploader, out) == [*range(101)]
 
 
-def test_a_record_that_a_resumed_run_writes_again_is_sent_once(tmp_path):
+def test_a_record_that_a_resumed_run_writes_again_is_sent_once(tmp_path, mlflow_db):
     out = tmp_path / "run"
     book(out, range(20))
-    uploader = MlflowUploader(out, f"sqlite:///{tmp_path}/m.db", "e")
+    uploader = MlflowUploader(out, f"sqlite:///{mlflow_db}", "e")
     assert sent_steps(uploader, out) == [*range(20)]
     recorder = book(out, range(8, 12), seconds=1e6)  # lines of another length
     assert sent_steps(uploader, out) == [*range(20)]
@@ -222,12 +223,12 @@ def test_a_record_that_a_resumed_run_writes_again_is_sent_once(tmp_path):
     assert same(logged(uploader.uri, state(out)["run_id"]), recorded(out))
 
 
-def test_what_an_earlier_version_has_sent_is_not_sent_again(tmp_path):
+def test_what_an_earlier_version_has_sent_is_not_sent_again(tmp_path, mlflow_db):
     """Its mlflow.json has the last step and no position."""
     out = tmp_path / "run"
     recorder = book(out, range(10))
     (out / "system.jsonl").write_text('{"time": 1000, "cpu": 1.0}\n{"time": 2000, "cpu": 2.0}\n')
-    uploader = MlflowUploader(out, f"sqlite:///{tmp_path}/m.db", "e")
+    uploader = MlflowUploader(out, f"sqlite:///{mlflow_db}", "e")
     assert sent_steps(uploader, out) == [*range(10)]
     old = {key: value for key, value in state(out).items() if key not in ("position", "samples")}
     (out / "mlflow.json").write_text(json.dumps(old | {"system": {"system.jsonl": 2}}))
@@ -238,10 +239,10 @@ def test_what_an_earlier_version_has_sent_is_not_sent_again(tmp_path):
     assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 2.0)]
 
 
-def test_a_first_line_whose_answer_was_lost_is_looked_up(tmp_path, monkeypatch):
+def test_a_first_line_whose_answer_was_lost_is_looked_up(tmp_path, mlflow_db, monkeypatch):
     out = tmp_path / "run"
     book(out, [0])
-    uploader = MlflowUploader(out, f"sqlite:///{tmp_path}/m.db", "e")
+    uploader = MlflowUploader(out, f"sqlite:///{mlflow_db}", "e")
     send = uploader.client.log_batch
 
     def lossy(run_id, metrics=(), params=(), tags=()):
@@ -263,15 +264,15 @@ def test_a_fresh_sqlite_store_survives_several_first_users(tmp_path):
         "import sys; from pathlib import Path; from gengap_dist.tracking.mlflow.uploader import MlflowUploader; "
         "MlflowUploader(Path('.'), sys.argv[1], 'e')"
     )
-    users = [subprocess.Popen([sys.executable, "-c", code, uri]) for _ in range(3)]
-    assert [user.wait() for user in users] == [0, 0, 0]
+    users = [subprocess.Popen([sys.executable, "-c", code, uri]) for _ in range(3 if FULL else 2)]
+    assert {user.wait() for user in users} == {0}
 
 
-def test_threads_do_not_outlive_a_command(tmp_path, monkeypatch):
+def test_threads_do_not_outlive_a_command(tmp_path, mlflow_db, monkeypatch):
     before = threading.active_count()
     prepare_folder(tmp_path / "x", "run.json", resume=False)
     (tmp_path / "x").rmdir()
-    uri = f"sqlite:///{tmp_path}/m.db"
+    uri = f"sqlite:///{mlflow_db}"
     words = [*WORDS, "--config", str(ROOT / "configs/demo_train.yaml"), "--mlflow.tracking_uri", uri]
     assert train_command([*words, "--out", str(tmp_path / "x")]) == 0
     assert threading.active_count() == before

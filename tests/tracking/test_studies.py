@@ -34,6 +34,7 @@ from gengap_dist.tracking.mlflow.process import UploaderProcess, sync_now
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
 from tests.browser import NEEDS_CHROMIUM, page, pictures
 from tests.conftest import FULL, ROOT, thinned, train
+from tests.ranks import forked_ranks
 from tests.tracking.servers import mlflow_server, postgresql, refusing
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("default")]  # what MLflow warns of is not ours to mend
@@ -64,7 +65,7 @@ def run_study(out: Path) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("study") / "tiny"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), forked_ranks():
         warnings.simplefilter("ignore")  # an arm diverges
         run_study(out)
     return out
@@ -77,9 +78,9 @@ def study(trained, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(empty_store):
     """One sqlite store for all tests: each has its own experiment in it."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/m.db"
+    return f"sqlite:///{shutil.copy(empty_store, empty_store.with_name('studies.db'))}"
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """A run that was cut off goes on as if it had not been: on as many ranks bitwise, on any other number to rounding."""
 
+import io
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 
 import pytest
 import torch
@@ -16,8 +19,8 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from gengap_dist.training.trainer import run
-from tests.conftest import FULL, ROOT, config, cut_after, thinned, train, weights
-from tests.ranks import on_ranks
+from tests.conftest import FULL, config, cut_after, thinned, train, weights
+from tests.ranks import start_module
 
 SETTINGS = {
     "train__steps": 24,
@@ -175,26 +178,34 @@ def test_resume_lists_every_setting_that_differs(pools, tmp_path):
         go(pools, 1, changed, out, resume=True)
 
 
-@pytest.mark.processes
-def test_a_full_disk_does_not_stop_the_run(tmp_path):
+def test_a_full_disk_does_not_stop_the_run(crews, tmp_path):
     """Files may grow to 200 kB, which the record stays below and a checkpoint of LeNet-5 does not."""
-    code = (
-        "import resource, sys\n"
-        "from pathlib import Path\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))\n"
-        "from tests.conftest import train\n"
-        "from tests.training.test_resume import SETTINGS\n"
-        "train(Path(sys.argv[1]), **SETTINGS)\n"
-    )
     out = tmp_path / "run"
-    ended = subprocess.run([sys.executable, "-c", code, out], cwd=ROOT, capture_output=True, text=True)
-    assert ended.stderr.count("a checkpoint could not be written after step") >= 1
-    assert "(File too large); there is none yet: free disk space in" in ended.stderr
-    assert "then continue with --resume" in ended.stderr.splitlines()[-1]  # the last one is worth more than a warning
+    ((warned, ended),) = crews[1](run_on_a_full_disk, out)
+    assert warned.count("a checkpoint could not be written after step") >= 1
+    assert "(File too large); there is none yet: free disk space in" in warned
+    assert "then continue with --resume" in ended  # the last one is worth more than a warning
     assert read_info(out).status == "running"
 
 
+def run_on_a_full_disk(world, out):
+    """What a run warns of, and how it ends."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    prepare_folder(out, "run.json", resume=False)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with redirect_stderr(io.StringIO()) as said:
+            run(config(**SETTINGS), out, world=world)
+    except Exception as error:
+        return said.getvalue(), str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 # -- asked to leave ---------------------------------------------------------------------------------------------------
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def start(*words, **env):
@@ -209,8 +220,9 @@ def wait_for(condition, process):
         time.sleep(0.02)
 
 
+LONG_STEPS = 150 if FULL else 80
 LONG = {
-    "--train.steps": 150, "--train.dtype": "float64", "--batch.global_size": 100, "--mlflow.enabled": "false",
+    "--train.steps": LONG_STEPS, "--train.dtype": "float64", "--batch.global_size": 100, "--mlflow.enabled": "false",
     "--probe.enabled": "false", "--checkpoint.every_steps": 10, "--train.num_evals": 2,
 }  # fmt: skip
 
@@ -222,8 +234,8 @@ def words(out, **more):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    command = [sys.executable, "-m", "gengap_dist.train", *words(out), "--launch.num_processes", "2"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    done = start_module("gengap_dist.train", *words(out), "--launch.num_processes", 2, cwd=out.parent, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
     return out
 
 
@@ -248,13 +260,13 @@ def test_asked_to_leave_it_saves_and_says_so(uninterrupted, tmp_path, launcher, 
     info = read_info(out)
     assert info.status == "preempted", said
     assert f"preempted after step {info.result['num_steps']}; checkpoint saved. Continue with --resume." in said
-    assert 0 < info.result["num_steps"] < 150
+    assert 0 < info.result["num_steps"] < LONG_STEPS
     assert max(checkpoint.checkpoints_by_step(out / "checkpoints")) == info.result["num_steps"]
     if launcher == "local":
         assert process.returncode == 75
-    again = subprocess.run([*command, "--resume"], capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert again.returncode == 0, again.stderr.decode()
-    assert [line["step"] for line in read_metrics(out)] == [*range(151)]
+    again = start_module(*command[2:], "--resume", cwd=tmp_path, env=ONE_THREAD)
+    assert again.returncode == 0, again.stderr
+    assert [line["step"] for line in read_metrics(out)] == [*range(LONG_STEPS + 1)]
     assert all(torch.equal(weight, weights(out)[name]) for name, weight in weights(uninterrupted).items())
 
 
@@ -283,22 +295,21 @@ def leave_when_rank_two_is_asked(world, out):
 # -- the folder -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.processes
-def test_a_folder_that_not_all_ranks_see_is_refused(tmp_path):
+def test_a_folder_that_not_all_ranks_see_is_refused(crews, tmp_path):
     for name in ("node0", "node1"):
         prepare_folder(tmp_path / name, "run.json", resume=False)
-    for said in on_ranks(3, run_on_node, tmp_path):
+    for said in crews[3](run_on_node, tmp_path):
         assert "is not the same folder for rank 1, 2 as for rank 0: give a folder on storage that all" in said
 
 
 def run_on_node(world, folder):
     from gengap_dist.training import setup, trainer
 
-    setup.SHARED_SECONDS = 0.3
-    try:
-        trainer.run(config(train__steps=1), folder / f"node{min(world.rank, 1)}", world=world)
-    except UsageError as error:
-        return str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "SHARED_SECONDS", 0.3)
+        with pytest.raises(UsageError) as refused:
+            trainer.run(config(train__steps=1), folder / f"node{min(world.rank, 1)}", world=world)
+    return str(refused.value)
 
 
 def test_rank_0_decides_whether_to_resume(crews, tmp_path):

@@ -4,14 +4,13 @@ torchrun adds its own report, and makes 1 of every exit code.
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import fake_cuda
 from tests.conftest import thinned
+from tests.ranks import start_interpreter, start_module
 
 pytestmark = pytest.mark.processes
 
@@ -29,8 +28,9 @@ TWO = ["--launch.num_processes", "2"]
 
 def sentence(words: list[str], cwd: Path, code: int = 2, **env: str) -> str:
     """The one thing that a command says in ending with `code`."""
-    command = [sys.executable, *words, "--out", "run"]
-    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=300)
+    local = words[: len(LOCAL)] == LOCAL and "ray" not in words
+    start = start_module if local and not env else start_interpreter
+    done = start(*words[1:], "--out", "run", cwd=cwd, env=os.environ | env)
     assert done.returncode == code, done.stderr
     assert "/gengap_dist/" not in done.stderr  # no traceback of ours; torchrun and Ray's threads have their own
     (line,) = {line for line in done.stderr.splitlines() if line.startswith("gengap train")}

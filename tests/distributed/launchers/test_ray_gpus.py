@@ -6,7 +6,7 @@ GPUs.
 
 import contextlib
 import json
-import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -64,14 +64,13 @@ def two_gpus() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def gpu_cluster(two_gpus, tmp_path_factory):
+def gpu_cluster(two_gpus):
     """A cluster of four CPUs and two GPUs."""
     pytest.importorskip("ray", reason="ray is not installed: pip install 'gengap_dist[ray]'")
-    folder = tmp_path_factory.getbasetemp().parent / f"g{os.getpid()}"  # short, as sockets want it
-    folder.mkdir()
-    cluster = Cluster(folder, num_gpus=2, more=two_gpus)
-    yield cluster
-    cluster.close()
+    with tempfile.TemporaryDirectory(prefix="g", ignore_cleanup_errors=True) as folder:  # short, as sockets want it
+        cluster = Cluster(Path(folder), num_gpus=2, more=two_gpus)
+        yield cluster
+        cluster.close()
 
 
 def losses(out: Path) -> list[float]:

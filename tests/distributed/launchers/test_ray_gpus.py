@@ -5,6 +5,7 @@ GPUs.
 """
 
 import contextlib
+import os
 import json
 import tempfile
 from pathlib import Path

@@ -38,7 +38,7 @@ STUDY = {
 SETTINGS = {
     "launch": {"num_processes": 2},
     "model": {"name": "mlp", "widths": [16], "norm": "none"},
-    "train": {"epochs": 6, "num_evals": 3, "dtype": "float64"},
+    "train": {"epochs": 3, "num_evals": 3, "dtype": "float64"},
     "probe": {"num_samples": 64, "per_decade": 1, "max_time_fraction": None, "diagnostics": ["noise_scale"]},
 }
 
@@ -112,8 +112,16 @@ def test_costs_are_kept_for_the_next_study(studies):
 
 
 def started(study, out):
-    command = tiny.command(study, out, "--study.concurrent", 2, "--launch.num_processes", 1, "--train.epochs", 60)
-    return subprocess.Popen(command, cwd=out.parent, env=tiny.environment(), stderr=subprocess.PIPE, text=True)
+    command = tiny.command(study, out, "--study.concurrent", 2, "--launch.num_processes", 1, "--train.epochs", 20)
+    return subprocess.Popen(
+        command, cwd=out.parent, env=tiny.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process, timeout=240):
+    """Exit code and stderr."""
+    _, error = process.communicate(timeout=timeout)
+    return process.returncode, error
 
 
 def running(out):
@@ -123,8 +131,8 @@ def running(out):
 @pytest.fixture(scope="module")
 def undisturbed(studies, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    process = started(studies[0], out)
-    assert process.wait() == 0, process.stderr.read()
+    code, error = ended(started(studies[0], out))
+    assert code == 0, error
     return out
 
 
@@ -143,13 +151,12 @@ def test_a_kill_at_any_moment_loses_nothing(studies, undisturbed, tmp_path, who)
         if who == "a run":
             if not ranks:
                 process.kill()
-                process.wait()
+                ended(process)
                 continue
             ranks[0].kill()
         else:
             process.send_signal(signal.SIGKILL if who == "the driver" else signal.SIGINT)
-        code = process.wait(timeout=120)
-        error = process.stderr.read()
+        code, error = ended(process)
         if who == "a run":
             assert code == 1, error
             assert "died with exit code -9" in error
@@ -158,8 +165,8 @@ def test_a_kill_at_any_moment_loses_nothing(studies, undisturbed, tmp_path, who)
             assert not running(out)  # every run has saved, and says so
         until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks))  # noqa: B023
         before = tiny.ended(out)
-        again = started(studies[0], out)
-        assert again.wait() == 0, again.stderr.read()
+        code, error = ended(started(studies[0], out))
+        assert code == 0, error
         assert before.items() <= tiny.ended(out).items()  # what was finished is not run again
         assert tiny.scores(out) == tiny.scores(undisturbed)
 

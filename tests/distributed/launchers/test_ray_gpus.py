@@ -5,8 +5,8 @@ GPUs.
 """
 
 import contextlib
-import os
 import json
+import os
 import tempfile
 from pathlib import Path
 

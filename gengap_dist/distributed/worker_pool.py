@@ -110,7 +110,7 @@ class WorkerPool:
         for rank, pipe in enumerate(self._pipes):
             try:
                 pipe.send((job, args))
-            except BrokenPipeError:
+            except (BrokenPipeError, ConnectionResetError):
                 raise self._death(rank) from None
 
     @property
@@ -137,7 +137,7 @@ class WorkerPool:
             while rank not in self.results and pipe.poll():
                 try:
                     kind, value = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     raise self._death(rank) from None
                 if kind == "message":
                     messages.append(value)
@@ -182,7 +182,7 @@ class WorkerPool:
             else:
                 try:
                     pipe.send(None)
-                except BrokenPipeError:  # it has died between two jobs
+                except (BrokenPipeError, ConnectionResetError):  # it has died between two jobs
                     process.kill()
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             process.join()
@@ -256,6 +256,6 @@ def _rank_main(
                 from gengap_dist.distributed.process_group import destroy_process_group
 
             destroy_process_group()
-    except (EOFError, BrokenPipeError):
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         hard_exit(1)  # the parent has ended
     hard_exit(0)

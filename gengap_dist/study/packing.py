@@ -1,399 +1,35 @@
 """Runs of a study side by side on one machine, as `schedule` says, on ranks that stay.
 
-With study.concurrent=auto the layouts and the order follow from a few measured steps of each distinct run; the costs
-are kept in the user's cache folder. All runs are driven from one loop: it starts what fits, waits for messages, and
-passes signals on.
+With study.concurrent=auto the layouts and the order follow from a few measured steps of each distinct run.
 """
 
-import ctypes
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing import connection
 from typing import Any, final
 
-import psutil
-
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.distributed.cgroups import memory_limits
-from gengap_dist.distributed.cores import Threads, available_cores
-from gengap_dist.distributed.launchers.local import SIGNAL_SECONDS, execute_run
+from gengap_dist.distributed.cores import available_cores
+from gengap_dist.distributed.launchers.local import execute_run
 from gengap_dist.distributed.preemption import Preempted, PreemptionFlag, catching_signals
-from gengap_dist.distributed.worker_pool import Job, RankFailed, Worker, WorkerPool
+from gengap_dist.distributed.worker_pool import Worker
 from gengap_dist.errors import OutOfMemory, UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.schema import RunStatus
-from gengap_dist.study.layouts import given_threads, keeps_ranks, possible_layouts, with_ranks
+from gengap_dist.study.costs import GIB, CostTable, free_memory, measure_what_matters
+from gengap_dist.study.layouts import given_threads, with_ranks
+from gengap_dist.study.ranks import Ranks, Task, drive, ranks_of_this_machine
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.study.schedule import Layout, Option, Placed, Resources, best_schedule, length, placed
 from gengap_dist.training import ENTRY_POINT
-from gengap_dist.training.run_cost import CostCache, RunCost, cost_key, measure_cost
+from gengap_dist.training.run_cost import CostCache
 
-GIB = 2**30
 MIN_SHARE = 0.1  # of a run that says how long others may take
-START_SECONDS = 4.0  # of ranks: they import torch
-WORTH_SECONDS = 15.0  # what further layouts must be able to save to be measured
 LOOK_SECONDS = 1.0  # while cores are free and the next run waits for more of them
 FORECAST_SECONDS = 1.0  # between two forecasts of the time left
-
-Costs = dict[str, dict[Layout, RunCost]]
-"""By key of a run (see `cost_key`, without the layout), then by layout."""
-
-
-# -- ranks ------------------------------------------------------------------------------------------------------------
-
-
-@final
-class Ranks:
-    """The worker pools of one study, on the cores or GPUs of this machine."""
-
-    def __init__(self, num_cores: int, gpus: Sequence[str] = ()) -> None:
-        """`gpus`: entries for CUDA_VISIBLE_DEVICES; without them ranks share `num_cores` cores."""
-        self.gpus, self.size = [*gpus], len(gpus) or num_cores
-        self.threads_beside_gpu = max(1, num_cores // len(gpus)) if gpus else None
-        """Threads of a rank that has a GPU; None: without GPUs."""
-        self._idle: list[tuple[Layout, tuple[str, ...], WorkerPool]] = []
-        self._busy: list[tuple[Layout, tuple[str, ...], WorkerPool]] = []
-
-    def take(self, layout: Layout) -> WorkerPool:
-        """A pool with this layout: one that has nothing to do, or a new one."""
-        for entry in self._idle:
-            if entry[0] == layout:
-                self._idle.remove(entry)
-                self._busy.append(entry)
-                return entry[2]
-        taken = {gpu for _, gpus, _ in self._busy for gpu in gpus}
-        gpus = tuple([gpu for gpu in self.gpus if gpu not in taken][: layout.ranks]) if self.gpus else ()
-        for entry in [*self._idle]:  # they would only take memory
-            num_ranks = layout.ranks + sum(pool.num_ranks for _, _, pool in [*self._idle, *self._busy])
-            if num_ranks > self.size or set(gpus) & set(entry[1]):
-                self._idle.remove(entry)
-                entry[2].close()
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-        pool = WorkerPool(layout.ranks, Threads(layout.threads, "study.concurrent"), visible)
-        self._busy.append((layout, gpus, pool))
-        return pool
-
-    def give_back(self, pool: WorkerPool) -> None:
-        """The pool has finished its job."""
-        entry = next(entry for entry in self._busy if entry[2] is pool)
-        self._busy.remove(entry)
-        self._idle.append(entry)
-
-    def kill(self, pool: WorkerPool) -> None:
-        """The pool has failed, or must not finish."""
-        self._busy = [entry for entry in self._busy if entry[2] is not pool]
-        pool.close(kill=True)
-
-    def close(self) -> None:
-        """End all ranks; those that are busy are killed."""
-        for _, _, pool in self._busy:
-            pool.close(kill=True)
-        for _, _, pool in self._idle:
-            pool.close()
-        self._idle, self._busy = [], []
-
-
-@contextmanager
-def ranks_of_this_machine(configs: Sequence[RunConfig], environment: Mapping[str, str]) -> Iterator[Ranks]:
-    """The ranks for runs that all compute on GPUs, if this machine has some, or all on its cores."""
-    num_cores = max(1, int(available_cores().number))
-    ranks = Ranks(num_cores)
-    try:
-        if any(config.launch.device != "cpu" for config in configs) and _has_cuda_driver():
-            pool = ranks.take(Layout(1, given_threads(configs[0]) or 1))
-            count = pool(count_gpus)[0]
-            if count:
-                ranks.close()
-                visible = environment.get("CUDA_VISIBLE_DEVICES")
-                ranks = Ranks(num_cores, visible.split(",")[:count] if visible else [*map(str, range(count))])
-            else:
-                ranks.give_back(pool)
-        yield ranks
-    finally:
-        ranks.close()
-
-
-def _has_cuda_driver() -> bool:
-    """Whether there can be GPUs; without it, nobody waits for an import of torch to count them."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
-def count_gpus(worker: Worker) -> int:
-    """The job that counts the GPUs that ranks of this machine can use."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
-# -- the loop ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Task:
-    """Something that a pool does."""
-
-    option: Option
-    job: Job
-    args: tuple[Any, ...]
-    on_message: Callable[[Any], None]
-    on_result: Callable[[list[Any]], None]
-    on_failure: Callable[[Exception], None]
-    """Called with what `WorkerPool.receive` has raised; if it raises, no further task is started, and the others are
-    asked to stop."""
-    can_stop: bool
-    """Whether SIGTERM makes it save and stop; otherwise it is killed."""
-    pool: WorkerPool | None = None
-    began: float = field(default_factory=time.monotonic)
-
-
-def drive(
-    ranks: Ranks,
-    next_task: Callable[[Sequence[Task]], Task | None],
-    stop_requested: PreemptionFlag,
-    tick: Callable[[Sequence[Task]], None] = lambda active: None,
-) -> None:
-    """Execute tasks until there are none left.
-
-    Args:
-        ranks: of this machine.
-        next_task: given the active tasks, what to start now; None: nothing yet, or, without active tasks, the end.
-        stop_requested: set by a signal: then every task is asked to stop.
-        tick: called often with the active tasks.
-
-    Raises:
-        Preempted: if a signal came, after all tasks have stopped.
-        UsageError: if a task's `on_failure` or `on_result` raises one, after all other tasks have stopped.
-    """
-    active: list[Task] = []
-    end: Exception | None = None
-    asked: set[int] = set()
-    while True:
-        if stop_requested() and end is None:
-            end = Preempted(0)
-        while end is None and (task := next_task(active)) is not None:
-            task.pool, task.began = ranks.take(task.option.layout), time.monotonic()
-            active.append(task)
-            try:
-                task.pool.start(task.job, *task.args)
-            except RankFailed as error:
-                active.remove(task)
-                ranks.kill(task.pool)
-                task.on_failure(error)
-        if end is not None:
-            for task in [*active]:
-                assert task.pool
-                if not task.can_stop:
-                    active.remove(task)
-                    ranks.kill(task.pool)
-                elif id(task) not in asked:
-                    asked.add(id(task))
-                    task.pool.terminate()
-        if not active:
-            break
-        connection.wait([each for task in active if task.pool for each in task.pool.connections], SIGNAL_SECONDS)
-        for task in [*active]:
-            try:
-                _receive(task, active, ranks)
-            except (Preempted, UsageError) as error:
-                end = error if end is None or isinstance(error, Preempted) else end
-        tick(active)
-    if end is not None:
-        raise end
-
-
-def _receive(task: Task, active: list[Task], ranks: Ranks) -> None:
-    """Take what the ranks of a task have sent; at its end, free them.
-
-    Raises:
-        UsageError: if what is done with a result, or with a failure, raises it.
-        Preempted: if the task was asked to stop, and has.
-    """
-    assert task.pool
-    try:
-        messages = task.pool.receive()
-    except (UsageError, Preempted, RankFailed, OutOfMemory) as error:
-        active.remove(task)
-        ranks.kill(task.pool)
-        task.on_failure(error)
-        return
-    for message in messages:
-        task.on_message(message)
-    if task.pool.is_done:
-        active.remove(task)
-        results = task.pool.results
-        ranks.give_back(task.pool)
-        task.on_result([results[rank] for rank in range(task.pool.num_ranks)])
-
-
-# -- costs ------------------------------------------------------------------------------------------------------------
-
-
-def free_memory() -> int:
-    """Bytes that ranks of this machine can still allocate together."""
-    return min([psutil.virtual_memory().available, *(free for _, free in memory_limits())])
-
-
-@final
-class CostTable:
-    """What the runs of a study cost in each layout, as far as that is known."""
-
-    def __init__(self, ranks: Ranks, cache: CostCache) -> None:
-        """Costs for these ranks; those in the cache are known."""
-        self.ranks, self.cache = ranks, cache
-        self._costs: Costs = {}
-        self._unknown: set[tuple[str, Layout]] = set()  # could not be measured
-
-    def key(self, config: RunConfig) -> str:
-        """The name of a run without its seed."""
-        return cost_key(config, "gpu" if self.ranks.gpus else "cpu", 0, config.launch.num_processes)
-
-    def find(self, config: RunConfig, layout: Layout) -> RunCost | None:
-        """The cost of a run in a layout, if it is known."""
-        of_run = self._costs.setdefault(self.key(config), {})
-        if layout not in of_run:
-            key = cost_key(with_ranks(config, layout.ranks), "gpu" if self.ranks.gpus else "cpu", *layout)
-            if key in self.cache.found:
-                of_run[layout] = self.cache.found[key]
-        return of_run.get(layout)
-
-    def is_fixed(self, config: RunConfig) -> bool:
-        """Whether a run keeps launch.num_processes ranks: by its settings, or by what was measured of its network."""
-        known = self._costs.get(self.key(config), {})
-        return keeps_ranks(config) or any(cost.depends_on_ranks for cost in known.values())
-
-    def layouts(self, config: RunConfig) -> list[Layout]:
-        """The layouts in which a run may be executed on these ranks, smallest first."""
-        return possible_layouts(
-            config, self.ranks.size, fixed=self.is_fixed(config), threads_beside_gpu=self.ranks.threads_beside_gpu
-        )
-
-    def num_cores(self, layout: Layout) -> int:
-        """Cores or GPUs that a layout occupies, at most all."""
-        return min(self.ranks.size, layout.ranks if self.ranks.gpus else layout.cores)
-
-    def options(self, config: RunConfig) -> list[Option]:
-        """The layouts whose cost is known; the smallest, if none is."""
-        layouts = self.layouts(config)
-        known = [(layout, self.find(config, layout)) for layout in layouts]
-        found = [
-            Option(
-                layout,
-                self.num_cores(layout),
-                cost.seconds + START_SECONDS * (layout != layouts[0]),
-                0 if self.ranks.gpus else layout.ranks * cost.memory_bytes,  # a GPU has one run at a time
-            )
-            for layout, cost in known
-            if cost
-        ]
-        return found or [Option(layouts[0], self.num_cores(layouts[0]), 0.0)]
-
-    def measure(
-        self,
-        wanted: Sequence[tuple[RunConfig, Layout]],
-        stop_requested: PreemptionFlag,
-        progress: Callable[[int, int], None],
-    ) -> None:
-        """Measure what is not known yet, side by side.
-
-        Raises:
-            UsageError: if a run is refused, or its ranks are killed.
-            Preempted: if a signal came.
-        """
-        waiting: dict[str, tuple[RunConfig, Layout]] = {}
-        for config, layout in wanted:
-            key = cost_key(with_ranks(config, layout.ranks), "gpu" if self.ranks.gpus else "cpu", *layout)
-            if self.find(config, layout) is None and (key, layout) not in self._unknown:
-                waiting.setdefault(key, (config, layout))
-        named, total, new = dict(waiting), len(waiting), dict[str, RunCost]()
-
-        def next_task(active: Sequence[Task]) -> Task | None:
-            free = self.ranks.size - sum(task.option.cores for task in active)
-            for key, (config, layout) in waiting.items():
-                cores = self.num_cores(layout)
-                if cores <= free:
-                    del waiting[key]
-                    return Task(
-                        Option(layout, cores, 0.0),
-                        measure_cost,
-                        (with_ranks(config, layout.ranks),),
-                        on_message=lambda message: None,
-                        on_result=partial(keep, key),
-                        on_failure=partial(fail, key, layout),
-                        can_stop=False,
-                    )
-            return None
-
-        def keep(key: str, costs: list[RunCost]) -> None:
-            slowest = max(costs, key=lambda cost: cost.seconds)
-            new[key] = slowest.model_copy(update={"memory_bytes": max(cost.memory_bytes for cost in costs)})
-            progress(len(new), total)
-
-        def fail(key: str, layout: Layout, error: Exception) -> None:
-            if isinstance(error, UsageError) and not isinstance(error, OutOfMemory):
-                raise error
-            if "exit code -9" in str(error):
-                raise UsageError(
-                    f"a run was killed while its cost was measured ({str(error).strip()}), probably because memory is "
-                    f"too small ({free_memory() / GIB:.1f} GiB are free): choose a smaller batch.micro_size or model"
-                )
-            self._unknown.add((key, layout))  # the run itself reports it
-
-        if waiting:
-            progress(0, total)
-            drive(self.ranks, next_task, stop_requested)
-            for key, (config, layout) in named.items():
-                if key in new:
-                    self._costs[self.key(config)][layout] = new[key]
-            self.cache.add(new)
-
-
-def measure_what_matters(
-    table: CostTable,
-    configs: Sequence[RunConfig],
-    stop_requested: PreemptionFlag,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Measure each distinct run in its smallest layout, then in larger ones if the study could end much sooner."""
-    for _ in range(2):  # what depends on ranks is known after the first time
-        table.measure([(config, table.layouts(config)[0]) for config in configs], stop_requested, progress)
-    resources = Resources(table.ranks.size)
-    if not all(table.find(config, table.layouts(config)[0]) for config in configs):
-        return
-    for _ in range(2):
-        now = length(best_schedule([table.options(config) for config in configs], resources))
-        hoped = best_schedule([_with_hoped(table, config) for config in configs], resources)
-        if now - length(hoped) < max(WORTH_SECONDS, 0.1 * now):
-            return
-        chosen = [(configs[run.number], run.option.layout) for run in hoped]
-        larger = [
-            (config, layout)
-            for config, of_chosen in chosen
-            for layout in table.layouts(config)
-            if table.num_cores(layout) == table.num_cores(of_chosen)
-        ]
-        table.measure(larger, stop_requested, progress)
-
-
-def _with_hoped(table: CostTable, config: RunConfig) -> list[Option]:
-    """The options of a run, and those that are not known yet as if they scaled perfectly."""
-    known = table.options(config)
-    layouts = {option.layout for option in known}
-    first = known[0]
-    return known + [
-        Option(layout, cores, first.seconds * first.cores / cores + START_SECONDS, first.memory * layout.ranks)
-        for layout in table.layouts(config)
-        if layout not in layouts and (cores := table.num_cores(layout)) > first.cores
-    ]
-
-
-# -- runs -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -572,8 +208,6 @@ def run_packed(
         concurrent: number of runs at once, each on launch.num_processes ranks; None: see the module.
         warn: called with one sentence.
     """
-    import os
-
     configs = [planned.config for planned in plan]
     with catching_signals() as flag, ranks_of_this_machine(configs, os.environ) as ranks:
         _download(configs, ranks)

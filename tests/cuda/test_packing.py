@@ -29,6 +29,7 @@ def visible_gpus(process: psutil.Process) -> set[str]:
     return found
 
 
+@pytest.mark.full  # else: which GPUs ranks get in tests/study/test_ranks.py, runs on fake GPUs in test_scenarios.py
 def test_each_run_has_a_gpu_of_its_own(tmp_path):
     config = tiny.write(tmp_path / "s.yaml", STUDY, **SETTINGS)
     environment = tiny.environment(**fake_cuda.environment(2), XDG_CACHE_HOME=str(tmp_path / "cache"))

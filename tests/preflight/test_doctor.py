@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import os
 import socket
 import threading
 import time
@@ -157,7 +156,7 @@ def test_deepspeed_without_what_builds_its_operations(tmp_path, monkeypatch):
 
 def test_torch_that_cannot_be_imported(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so is missing')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(str(tmp_path))  # ranks have the path of the process that starts them
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     found = doctor_checks.ranks(ask())
     assert found["torch"].status == FAIL
@@ -167,7 +166,7 @@ def test_torch_that_cannot_be_imported(tmp_path, monkeypatch):
 
 def test_a_broken_pair_and_a_network_interface_that_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     needs_both = ask(launch__num_processes=2, model__name="torchvision:resnet18", launch__device="cuda")
     found = doctor_checks.ranks(needs_both) | doctor_checks.network(needs_both)

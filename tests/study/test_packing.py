@@ -12,11 +12,14 @@ import numpy as np
 import psutil
 import pytest
 
+from gengap_dist.cli.plan import command as plan_command
 from gengap_dist.config.loading import resolve
 from gengap_dist.config.study import StudyConfig
+from gengap_dist.distributed import cores
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
-from gengap_dist.study import packing, runner
+from gengap_dist.study import packing, ranks, runner
+from gengap_dist.study.layouts import with_ranks
 from gengap_dist.study.run_matrix import planned_runs
 from gengap_dist.study.schedule import Layout, Option, Resources
 from gengap_dist.training import run_cost, trainer
@@ -95,24 +98,34 @@ def test_packed_is_bitwise_what_a_run_alone_is(studies, tmp_path):
         assert all(np.array_equal(ours[key], alone[key], equal_nan=ours[key].dtype.kind == "f") for key in ours.files)
 
 
-@pytest.mark.processes
-def test_costs_are_kept_for_the_next_study(studies):
-    study, packed, _, _ = studies
-    known = json.loads((packed.parent / "cache" / "gengap_dist" / "run_costs.json").read_text())
-    assert len(known["found"]) >= 3
-    assert any(cost["depends_on_ranks"] for cost in known["found"].values())
-    plan = subprocess.run(
-        [*tiny.command(study, packed)[:3], "plan", "--config", str(study), "--json"],
-        env=tiny.environment(XDG_CACHE_HOME=str(packed.parent / "cache")), capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    schedule = json.loads(plan.stdout)
-    assert len(schedule["schedule"]) == 6
-    assert {run["ranks"] for run in schedule["schedule"] if run["run"].startswith("normed")} == {2}
-    assert schedule["seconds"] == max(run["end"] for run in schedule["schedule"])
+def test_the_plan_of_a_study_says_when_it_would_end(tmp_path, monkeypatch, capsys):
+    """From costs that are known; `normed` needs its two ranks, and so the whole of this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cores, "available_cores", lambda: cores.Cores(2, "machine"))
+    for module in (packing, ranks):
+        monkeypatch.setattr(module, "available_cores", lambda: cores.Cores(2, "machine"))
+    study = tiny.write(tmp_path / "s.yaml", STUDY, **SETTINGS)
+    assert plan_command(["--config", str(study), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seconds"] is None  # nothing is known yet
+    costs = {}
+    for planned in planned_runs(resolve(StudyConfig, [study], {}), tmp_path, {}):
+        cost = COST.model_copy(update={"depends_on_ranks": planned.arm == "normed"})
+        for layout in (Layout(1, 1), Layout(2, 1)):
+            costs[cost_key(with_ranks(planned.config, layout.ranks), "cpu", *layout)] = cost
+    CostCache(lambda text: None).add(costs)
+    assert plan_command(["--config", str(study), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert {run["run"].split()[0]: run["ranks"] for run in plan["schedule"]} == {"small": 1, "large": 1, "normed": 2}
+    assert len(plan["schedule"]) == 6
+    assert plan["seconds"] == 2 * COST.seconds + 2 * COST.seconds  # two pairs, then two that need both cores
+    assert set(plan["arms"]) == {"small", "large", "normed"}
+    assert plan_command(["--config", str(study)]) == 0
+    assert "schedule of the runs" in capsys.readouterr().out
 
 
 def started(study, out):
-    command = tiny.command(study, out, "--study.concurrent", 2, "--launch.num_processes", 1, "--train.epochs", 20)
+    command = tiny.command(study, out, "--study.concurrent", 2, "--launch.num_processes", 1, "--train.epochs", 12)
     return subprocess.Popen(
         command, cwd=out.parent, env=tiny.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -137,7 +150,10 @@ def undisturbed(studies, tmp_path_factory):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("who", ["the driver", "a run", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "who",
+    [pytest.param("the driver", marks=pytest.mark.full), "a run", "Ctrl-C"],  # else: test_restart.py kills a driver
+)
 def test_a_kill_at_any_moment_loses_nothing(studies, undisturbed, tmp_path, who):
     for number in range(NUM_MOMENTS):
         out = tmp_path / str(number) / "out"
@@ -147,13 +163,15 @@ def test_a_kill_at_any_moment_loses_nothing(studies, undisturbed, tmp_path, who)
             until(lambda: len(running(out)) == 2 and any(out.glob("runs/*/*/checkpoints/*")))  # noqa: B023
         else:
             time.sleep(random.Random(f"{who}{number}").uniform(2, 12))
-        ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        processes = [
+            child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
+        ]
         if who == "a run":
-            if not ranks:
+            if not processes:
                 process.kill()
                 ended(process)
                 continue
-            ranks[0].kill()
+            processes[0].kill()
         else:
             process.send_signal(signal.SIGKILL if who == "the driver" else signal.SIGINT)
         code, error = ended(process)
@@ -163,7 +181,7 @@ def test_a_kill_at_any_moment_loses_nothing(studies, undisturbed, tmp_path, who)
         elif who == "Ctrl-C" and code:
             assert code == 75, error
             assert not running(out)  # every run has saved, and says so
-        until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in ranks))  # noqa: B023
+        until(lambda: not any(rank.is_running() and rank.status() != "zombie" for rank in processes))  # noqa: B023
         before = tiny.ended(out)
         code, error = ended(started(studies[0], out))
         assert code == 0, error

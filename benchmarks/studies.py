@@ -246,7 +246,7 @@ def contestants(options: argparse.Namespace, work: Path) -> dict[str, Contestant
     file.write_text(yaml.safe_dump(tree))
     save_images(config.data, images)
     arms = {arm.name: plain_words(config.run_config(arm, seed=0), images) for arm in config.arms}
-    packed = ("--launch.num_processes", "1", "--study.concurrent", options.concurrent)
+    packed = ("--study.concurrent", options.concurrent)
     before = gengap(options.before or CHECKOUT, file, work, ())
     lines, fewer_lines = (partial(plain_lines, arms, seeds, words) for words in ((), ("--no_probes",)))
     xargs = f"xargs -d '\\n' -n 1 -P {cores()} sh -c <"

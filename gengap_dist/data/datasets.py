@@ -21,6 +21,7 @@ from gengap_dist.data.host_images import HostImages
 from gengap_dist.data.image_folder import DECODING, ImageListing, list_images, read_image
 from gengap_dist.data.streaming import PREFETCH_BYTES, StreamedImages
 from gengap_dist.data.user import Arrays, load_user_data
+from gengap_dist.distributed.cores import available_cores
 from gengap_dist.errors import UsageError, first_of
 
 CHUNK_SIZE = 1_024  # images copied or counted at a time, to keep temporaries small
@@ -273,7 +274,7 @@ def _imagefolder(config: DataConfig, progress: Progress) -> Arrays:
             position, path = job
             pixels[position] = read_image(path, size)
 
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(max(1, int(available_cores().number))) as pool:
             jobs = [*enumerate(listing.paths)]
             for done, _ in enumerate(pool.map(decode, jobs), 1):
                 if done % 500 == 0:

@@ -89,7 +89,14 @@ def test_the_runs_of_a_study_share_their_processes(tmp_path):
     )
     study = {"baseline": "sb", "seeds": [0, 1], "arms": [{"name": "sb"}]}
     settings = {"data": {"name": "digits"}, "model": {"name": "telling:make"}, "train": {"steps": 2, "num_evals": 1}}
-    done = start(write(tmp_path / "study.yaml", study, **settings), tmp_path / "out", "--launch.num_processes", 2)
+    done = start(
+        write(tmp_path / "study.yaml", study, **settings),
+        tmp_path / "out",
+        "--launch.num_processes",
+        2,
+        "--study.concurrent",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     assert len([*tmp_path.glob("out/runs/sb/*/report.html"), *tmp_path.glob("out/runs/sb/*/run.json")]) == 2
     commands = [read_info(path.parent).command for path in tmp_path.glob("out/runs/sb/*/run.json")]

@@ -2,17 +2,27 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from itertools import product
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, WrapValidator, model_validator
 
 from gengap_dist.config.identity import identifying_settings
 from gengap_dist.config.loading import field_names, flat, merge, nested, renamed, validate
 from gengap_dist.config.sections import Affects, FrozenModel, RunConfig, Section
 from gengap_dist.errors import UsageError, did_you_mean
+
+
+def _number_or_auto(value: Any, check: Callable[[Any], int | Literal["auto"]]) -> int | Literal["auto"]:
+    """null, which older files have, is auto; one error sentence in place of one for each member of the union."""
+    try:
+        return "auto" if value is None else check(value)
+    except ValidationError:
+        raise ValueError(
+            f"study.concurrent ({value}) is not a positive integer and not auto: choose a number of runs, or auto"
+        ) from None
 
 
 class Arm(FrozenModel):
@@ -87,7 +97,7 @@ class StudySection(Section, affects="result"):
     tune: TuneSection | None = None
     """Tune settings of every arm by validation accuracy before its seeds run: the same number of trials at the same
     points for each arm. Test images are not used."""
-    concurrent: Annotated[PositiveInt | Literal["auto"], Affects("runtime")] = "auto"
+    concurrent: Annotated[PositiveInt | Literal["auto"], WrapValidator(_number_or_auto), Affects("runtime")] = "auto"
     """Number of runs at once, each on launch.num_processes ranks. auto: on one machine, ranks, threads and runs at once
     are chosen so that the study ends soonest, from a few measured steps of each arm; a run whose result depends on its
     ranks keeps launch.num_processes. On a Ray cluster auto runs as many as fit."""

@@ -85,8 +85,13 @@ def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
     if (out / marker).exists():
         if not resume:
             raise UsageError(f"--out ({out}) already holds a {marker}: add --resume to continue it, or choose another")
-    elif any(out.iterdir()):
+    elif any(not (resume and _is_of_a_start(path)) for path in out.iterdir()):
         raise UsageError(f"--out ({out}) holds other files and no {marker}: choose a new or empty folder")
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a run that is killed before it has written run.json leaves this file."""
+    return path.name == "config.yaml" or path.name.startswith((".shared.", ".writable.", "config.yaml."))
 
 
 def now() -> str:

@@ -29,8 +29,9 @@ def possible_layouts(
         fixed: whether it keeps launch.num_processes ranks.
         threads_beside_gpu: of each rank if each has a GPU; None: ranks compute on cores.
 
-    >>> [tuple(layout) for layout in possible_layouts(RunConfig(), 4, fixed=False)]
-    [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4)]
+    >>> one_thread = RunConfig.model_validate({"launch": {"threads_per_rank": 1}})
+    >>> [tuple(layout) for layout in possible_layouts(one_thread, 4, fixed=False)]
+    [(1, 1), (2, 1), (4, 1)]
     """
     on_gpu = threads_beside_gpu is not None
     powers = [2**power for power in range(num_cores.bit_length()) if 2**power <= num_cores]

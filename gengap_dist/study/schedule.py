@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+MIN_SECONDS = 1e-6  # of a run whose cost is not known: others start after it, not with it
 MAX_SPREAD = 4  # schedules, and last runs of each, that may get more cores
 
 
@@ -87,8 +88,9 @@ def placed(
             fits = option.cores <= cores and option.memory <= memory and slots >= 1
             if fits or alone:
                 cores, memory, slots = cores - option.cores, memory - option.memory, slots - 1
-                heapq.heappush(ends, (now + option.seconds, number, option))
-                schedule.append(Placed(number, option, now, now + option.seconds))
+                end = now + max(option.seconds, MIN_SECONDS)
+                heapq.heappush(ends, (end, number, option))
+                schedule.append(Placed(number, option, now, end))
             else:
                 left_over.append(number)
         waiting = left_over

@@ -41,7 +41,7 @@ def test_a_killed_study_goes_on_and_ends_as_if_nothing_had_happened(whole, tmp_p
     process = subprocess.Popen(
         tiny.command(config, out), cwd=tmp_path, env=tiny.environment(), stderr=subprocess.DEVNULL
     )
-    until(lambda: len(list(out.glob("runs/*/*/checkpoints/*"))) > 4)
+    until(lambda: tiny.ended(out))
     process.kill()
     process.wait()
     time.sleep(0.5)  # until its ranks have found out; the run they are at may come to its end

@@ -90,6 +90,11 @@ def test_a_run_that_is_too_large_runs_alone():
     assert [(run.number, run.start) for run in schedule] in ([(0, 0.0), (1, 2.0)], [(1, 0.0), (0, 1.0)])
 
 
+def test_runs_of_unknown_cost_start_one_after_another():
+    schedule = placed([option(1, 0.0)] * 3, Resources(10**9, slots=1))
+    assert [run.start > 0 for run in schedule] == [False, True, True]
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_a_number_of_runs_at_once_is_kept(slots):
     schedule = placed([option(1, 1.0)] * 6, Resources(10**9, slots=slots))

@@ -6,6 +6,7 @@ from gengap_dist.analysis.report import html, process
 from gengap_dist.analysis.report.html import write_report
 from gengap_dist.analysis.report.process import ReportProcess
 from gengap_dist.analysis.study_data import read_study
+from gengap_dist.distributed.cores import Cores
 from tests.analysis.report.folders import write_run
 
 pytestmark = pytest.mark.processes
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.processes
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "num_cores", lambda: 2)
+    monkeypatch.setattr(process, "available_cores", lambda: Cores(2, "machine"))
     write_run(tmp_path / "run", 1, 0)
     return tmp_path / "run"
 
@@ -40,7 +41,7 @@ def test_without_it_the_page_is_written_all_the_same(folder, monkeypatch):
         page = report.write()
     text = page.read_text()
     page.unlink()
-    monkeypatch.setattr(process, "num_cores", lambda: 1)
+    monkeypatch.setattr(process, "available_cores", lambda: Cores(1, "cgroup"))
     with ReportProcess(folder) as report:
         assert report._process is None
         report.draw()

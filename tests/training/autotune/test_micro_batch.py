@@ -10,6 +10,7 @@ from torch import nn
 
 from gengap_dist import models
 from gengap_dist.data.data_spec import DataSpec
+from gengap_dist.distributed import cgroups
 from gengap_dist.distributed.cores import threads_per_rank
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
@@ -238,19 +239,19 @@ def test_what_does_not_fit_is_told_before_it_is_tried(tmp_path):
 
 def test_a_container_counts(tmp_path, monkeypatch):
     """Both versions of control groups, with limits in the group and above it."""
-    old, new = (names._replace(folder=tmp_path / str(number)) for number, names in enumerate(available_memory.VERSIONS))
-    for names, levels in (
-        (new, {"": ("9000", "10"), "a/b": ("max", "5")}),
-        (old, {"a": ("700", "100"), "a/b": ("900", "5")}),
+    old = {"a": ("700", "100"), "a/b": ("900", "5")}
+    for root, limit_name, used_name, cache, levels in (
+        ("", "memory.max", "memory.current", "file", {"": ("9000", "10"), "a/b": ("max", "5")}),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", old),
     ):
         for level, (limit, used) in levels.items():
-            folder = names.folder / level
-            folder.mkdir(parents=True)
-            (folder / names.limit).write_text(f"{limit}\n")
-            (folder / names.used).write_text(f"{used}\n")
-            (folder / "memory.stat").write_text(f"other 7\n{names.cache} 50\n")
-    monkeypatch.setattr(available_memory, "VERSIONS", (old, new))
-    monkeypatch.setattr(available_memory, "MEMBERSHIPS", tmp_path / "cgroup")
+            folder = tmp_path / "groups" / root / level
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / limit_name).write_text(f"{limit}\n")
+            (folder / used_name).write_text(f"{used}\n")
+            (folder / "memory.stat").write_text(f"other 7\n{cache} 50\n")
+    monkeypatch.setattr(cgroups, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(cgroups, "MEMBERSHIPS", tmp_path / "cgroup")
     (tmp_path / "cgroup").write_text("4:memory:/a/b\n3:cpu:/a\n0::/a/b\n")
     assert available_memory.available_memory(torch.device("cpu"), 1) == 700 - 100 + 50
     assert available_memory.available_memory(torch.device("cpu"), 3) == 650 // 3

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor, nn
 
 from tests.conftest import FULL, cut_after, thinned
-from tests.training.algorithms.test_world_size_law import BASE, CUT, SYNC, assert_same_runs, train
+from tests.training.algorithms.test_world_size_law import BASE, SYNC, assert_same_runs, train
 
 
 class Shared(nn.Module):
@@ -119,7 +119,7 @@ def test_ranks_micro_batches_and_kills_change_nothing(crews, tmp_path, name):
         crews[size](train, settings | {"batch__micro_size": micro_size}, outs[-1])
     for of, after in ((1, 3), (3, 1), (2, 2)) if FULL else ((1, 3),):  # which run is killed, and ranks after that
         outs.append(shutil.copytree(outs[of], tmp_path / f"moved{of}"))
-        cut_after(outs[-1], CUT)
+        cut_after(outs[-1], 13)
         crews[after](train, settings | {"batch__micro_size": large}, outs[-1], True)
     losses = assert_same_runs(outs)
     assert losses[-1] != losses[0]  # LARS without momentum correction has a higher one

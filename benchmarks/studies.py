@@ -46,6 +46,7 @@ from gengap_dist.config.sections import DataConfig, RunConfig
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.sampler import EpochSampler
+from gengap_dist.distributed.cores import available_cores
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from gengap_dist.training.lr_schedule import Schedule, scaled_lr, warmup_steps
 
@@ -208,7 +209,16 @@ def tune(arms: Mapping[str, list[str]], seeds: Sequence[int], python: str, work:
     def command(out: Path) -> list[str]:
         for arm in arms:
             (out / arm).mkdir()
-        words = ["--arms", str(file), "--seeds", *map(str, seeds), "--num_cpus", str(cores()), "--out", str(out)]
+        words = [
+            "--arms",
+            str(file),
+            "--seeds",
+            *map(str, seeds),
+            "--num_cpus",
+            str(available_cores().whole),
+            "--out",
+            str(out),
+        ]
         return [python, str(RIVALS / "tune_lightning.py"), *words]
 
     missing = f"not installed: {', '.join(lacking)}" if lacking else ""
@@ -225,11 +235,6 @@ def read_rival(out: Path) -> dict[str, list[RunResult]]:
         last = run["near_rank_loss"].get(str(run["num_steps"]), {}).get(NEAR_RANK_LOSS)
         results.setdefault(path.parent.name, []).append(RunResult(run["test"]["accuracy"], last))
     return results
-
-
-def cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -249,7 +254,7 @@ def contestants(options: argparse.Namespace, work: Path) -> dict[str, Contestant
     packed = ("--study.concurrent", options.concurrent)
     before = gengap(options.before or CHECKOUT, file, work, ())
     lines, fewer_lines = (partial(plain_lines, arms, seeds, words) for words in ((), ("--no_probes",)))
-    xargs = f"xargs -d '\\n' -n 1 -P {cores()} sh -c <"
+    xargs = f"xargs -d '\\n' -n 1 -P {available_cores().whole} sh -c <"
     return {
         "gengap study, packed": gengap(CHECKOUT, file, work, packed),
         "gengap study, one by one": gengap(CHECKOUT, file, work, ("--study.concurrent", "1")),

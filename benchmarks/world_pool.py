@@ -4,8 +4,6 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.cores import Threads, threads_per_rank
 from gengap_dist.distributed.process_group import World, init_process_group
@@ -37,6 +35,5 @@ def run_in_world(worker: Worker, device: str, job: Callable[..., Any], args: tup
     if not _worlds:
         if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
             mallopt(-8, 1)  # M_ARENA_MAX: threads use the same memory as in separate programs
-        torch.set_num_threads(worker.threads)  # torch is already imported, so the variable has no effect
         _worlds.append(init_process_group(device, LaunchConfig().timeout_seconds))
     return job(_worlds[0], *args)

@@ -83,14 +83,13 @@ def _plan_study(config: StudyConfig, options: PlanOptions) -> int:
     plans = {run.arm: make_plan(run.config, cluster, constants) for run in runs[: len(config.arms)]}
     refused = any(plan.refused for plan in plans.values())
     num_gpus = torch.cuda.device_count() if config.launch.device != "cpu" else 0
-    concurrent = None if config.study.concurrent == "auto" else config.study.concurrent
     phases = []
     for phase in (trials, runs) if not refused and options.nodes == 1 else ():
-        predicted = predict(phase, concurrent, num_gpus, measure=options.calibrate, warn=_warn) if phase else ([], 1)
-        if predicted is None:
+        schedule = predict(phase, config.study.num_at_once, num_gpus, measure=options.calibrate, warn=_warn)
+        if schedule is None:
             phases = []
             break
-        phases.append([(phase[run.number].title, run) for run in predicted[0]])
+        phases.append([(phase[run.number].title, run) for run in schedule])
     if options.as_json:
         print(json.dumps(_study_as_json(plans, phases), indent=1))
     else:

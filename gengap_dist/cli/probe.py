@@ -46,7 +46,8 @@ def command(argv: Sequence[str]) -> int:
     config = _config(options, base)
     out = Path(options.out).resolve() if options.out else None
 
-    from gengap_dist.distributed.process_group import destroy_process_group, init_process_group, rank_environment
+    from gengap_dist.distributed.process_group import destroy_process_group, init_process_group
+    from gengap_dist.distributed.runtime_context import rank_environment
     from gengap_dist.runs.run_folder import prepare_folder
     from gengap_dist.training.probe_only import probe
 

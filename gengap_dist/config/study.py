@@ -102,6 +102,11 @@ class StudySection(Section, affects="result"):
     are chosen so that the study ends soonest, from a few measured steps of each arm; a run whose result depends on its
     ranks keeps launch.num_processes. On a Ray cluster auto runs as many as fit."""
 
+    @property
+    def num_at_once(self) -> int | None:
+        """`concurrent` as a number; None for auto."""
+        return None if self.concurrent == "auto" else self.concurrent
+
 
 class StudyConfig(RunConfig, affects="result"):
     """A study: the settings of a run, and the changes of its arms."""

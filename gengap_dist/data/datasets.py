@@ -274,7 +274,7 @@ def _imagefolder(config: DataConfig, progress: Progress) -> Arrays:
             position, path = job
             pixels[position] = read_image(path, size)
 
-        with ThreadPoolExecutor(max(1, int(available_cores().number))) as pool:
+        with ThreadPoolExecutor(available_cores().whole) as pool:
             jobs = [*enumerate(listing.paths)]
             for done, _ in enumerate(pool.map(decode, jobs), 1):
                 if done % 500 == 0:

@@ -53,6 +53,13 @@ def core_limits() -> Iterator[float]:
             yield int(quota) / int(period)
 
 
+def free_memory() -> int:
+    """Bytes that this process and others of its groups can still allocate together on this machine."""
+    import psutil  # every command imports this module
+
+    return min([psutil.virtual_memory().available, *(free for _, free in memory_limits())])
+
+
 def memory_limits() -> Iterator[tuple[int, int]]:
     """(limit, free) of each group that has a memory limit, in bytes; file cache that can be dropped counts as free."""
     for group in groups("memory"):

@@ -9,6 +9,9 @@ default, use up the time of those that they wait for. So this module also bounds
 """
 
 import os
+import platform
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from gengap_dist.compat.torchrun_threads import set_by_torchrun
@@ -24,6 +27,11 @@ class Cores(NamedTuple):
     """In a container it may be a fraction."""
     source: str
     """What limits it: `machine`, `affinity`, `cgroup`, or SLURM_CPUS_PER_TASK."""
+
+    @property
+    def whole(self) -> int:
+        """Whole cores, at least one."""
+        return max(1, int(self.number))
 
 
 class Threads(NamedTuple):
@@ -46,6 +54,12 @@ def available_cores() -> Cores:
     return min(limits, key=lambda cores: cores.number)
 
 
+def threads_by_user() -> int | None:
+    """OMP_NUM_THREADS, of the outermost level; None if the user has not set it."""
+    number = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(number) if number.isdigit() and int(number) and not set_by_torchrun() else None
+
+
 def threads_per_rank(num_local: int, largest: int | None = None, reserved: float | None = None) -> Threads:
     """The threads of each of `num_local` ranks on this machine.
 
@@ -54,9 +68,8 @@ def threads_per_rank(num_local: int, largest: int | None = None, reserved: float
         largest: launch.threads_per_rank.
         reserved: CPUs that Ray reserves for this rank.
     """
-    by_user = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if largest is None and by_user.isdigit() and int(by_user) and not set_by_torchrun() and reserved is None:
-        return Threads(int(by_user), "OMP_NUM_THREADS")
+    if largest is None and reserved is None and (number := threads_by_user()):
+        return Threads(number, "OMP_NUM_THREADS")
     cores = available_cores()
     shares = [Threads(_share(cores, num_local), cores.source)]
     if reserved is not None:
@@ -64,6 +77,15 @@ def threads_per_rank(num_local: int, largest: int | None = None, reserved: float
     if largest is not None:
         shares.append(Threads(largest, "launch.threads_per_rank"))
     return min(shares, key=lambda threads: threads.number)
+
+
+def processor_name() -> str:
+    """The model name of this machine's processor."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _share(cores: Cores, num_local: int) -> int:

@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from gengap_dist.compat.torchrun_store import restart_store
 from gengap_dist.distributed.phase_timer import PhaseTimer
+from gengap_dist.distributed.runtime_context import local_size, rank_environment
 from gengap_dist.errors import UsageError
 
 BATCH = "batch"  # the dimension of a mesh along which ranks have different samples
@@ -151,17 +152,6 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank has reached this call."""
         self.all_reduce(torch.zeros(1), "barrier")
-
-
-def rank_environment() -> tuple[int, int, int]:
-    """(rank, local rank, world size) from the environment variables of the launcher; (0, 0, 1) without a launcher."""
-    read = os.environ.get
-    return int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1"))
-
-
-def local_size() -> int:
-    """Number of ranks on this machine; the world size if the launcher does not set it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or rank_environment()[2])
 
 
 def init_process_group(device: str, timeout_seconds: float) -> World:

@@ -4,6 +4,7 @@ The main function of a process creates the context, and it is passed down to who
 many runs with one context.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -48,3 +49,14 @@ class RuntimeContext:
     """Threads of a rank, and what limits them; None: as torch has them."""
     data: LastValue[Any] = field(default_factory=LastValue)
     """The last data set, by its settings."""
+
+
+def rank_environment() -> tuple[int, int, int]:
+    """(rank, local rank, world size) from the environment variables of the launcher; (0, 0, 1) without a launcher."""
+    read = os.environ.get
+    return int(read("RANK", "0")), int(read("LOCAL_RANK", "0")), int(read("WORLD_SIZE", "1"))
+
+
+def local_size() -> int:
+    """Number of ranks on this machine; the world size if the launcher does not set it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or rank_environment()[2])

@@ -47,7 +47,6 @@ def measure(
     worker: Worker, config: RunConfig, sizes: Sizes, micro_size: int
 ) -> tuple[str, ComputeConstants, LinkConstants | None]:
     """The job of each rank: a description of the hardware, and the constants. Collective."""
-    torch.set_num_threads(worker.threads)  # torch may have been imported before its variables were set
     world = init_process_group(config.launch.device, config.launch.timeout_seconds)
     if world.device.type == "cpu":
         keep_freed_memory()  # as a run does

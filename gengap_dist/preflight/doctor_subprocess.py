@@ -49,7 +49,7 @@ def run_two_ranks() -> list[Facts]:
         late: Facts = {"error": "not done in time", "late": True}
         ends = [{} if rank in pool.results else late for rank in range(2)]
     except RankFailed as error:  # it died; what it has sent before is known
-        ends = [{"error": first_line(error).partition(" ")[2].partition(" ")[2]}] * 2
+        ends = [{"error": first_line(error).split(" ", 2)[2]}] * 2
     finally:
         pool.close(kill=True)
     return [end | of_rank for end, of_rank in zip(ends, facts, strict=True)]

@@ -4,10 +4,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import final
 
-import psutil
-
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.distributed.cgroups import memory_limits
+from gengap_dist.distributed.cgroups import free_memory
 from gengap_dist.distributed.preemption import PreemptionFlag
 from gengap_dist.errors import OutOfMemory, UsageError
 from gengap_dist.study.layouts import keeps_ranks, possible_layouts, with_ranks
@@ -23,11 +21,6 @@ Costs = dict[str, dict[Layout, RunCost]]
 """By key of a run, then by layout."""
 
 
-def free_memory() -> int:
-    """Bytes that ranks of this machine can still allocate together."""
-    return min([psutil.virtual_memory().available, *(free for _, free in memory_limits())])
-
-
 @final
 class CostTable:
     """What the runs of a study cost in each layout, as far as that is known."""
@@ -35,18 +28,22 @@ class CostTable:
     def __init__(self, ranks: Ranks, cache: CostCache) -> None:
         """Costs for these ranks; those in the cache are known."""
         self.ranks, self.cache = ranks, cache
+        self.device = "gpu" if ranks.gpus else "cpu"
         self._costs: Costs = {}
-        self._unknown: set[tuple[str, Layout]] = set()  # could not be measured
+        self._unknown: set[str] = set()  # keys of the cache; could not be measured
 
     def key(self, config: RunConfig) -> str:
         """The name of a run without its seed."""
-        return cost_key(config, "gpu" if self.ranks.gpus else "cpu", 0, config.launch.num_processes)
+        return cost_key(config, self.device, 0, config.launch.num_processes)
+
+    def _cache_key(self, config: RunConfig, layout: Layout) -> str:
+        return cost_key(with_ranks(config, layout.ranks), self.device, *layout)
 
     def find(self, config: RunConfig, layout: Layout) -> RunCost | None:
         """The cost of a run in a layout, if it is known."""
         of_run = self._costs.setdefault(self.key(config), {})
         if layout not in of_run:
-            key = cost_key(with_ranks(config, layout.ranks), "gpu" if self.ranks.gpus else "cpu", *layout)
+            key = self._cache_key(config, layout)
             if key in self.cache.found:
                 of_run[layout] = self.cache.found[key]
         return of_run.get(layout)
@@ -96,8 +93,8 @@ class CostTable:
         """
         waiting: dict[str, tuple[RunConfig, Layout]] = {}
         for config, layout in wanted:
-            key = cost_key(with_ranks(config, layout.ranks), "gpu" if self.ranks.gpus else "cpu", *layout)
-            if self.find(config, layout) is None and (key, layout) not in self._unknown:
+            key = self._cache_key(config, layout)
+            if self.find(config, layout) is None and key not in self._unknown:
                 waiting.setdefault(key, (config, layout))
         named, total, new = dict(waiting), len(waiting), dict[str, RunCost]()
 
@@ -113,7 +110,7 @@ class CostTable:
                         (with_ranks(config, layout.ranks),),
                         on_message=lambda message: None,
                         on_result=partial(keep, key),
-                        on_failure=partial(fail, key, layout),
+                        on_failure=partial(fail, key),
                         can_stop=False,
                     )
             return None
@@ -123,7 +120,7 @@ class CostTable:
             new[key] = slowest.model_copy(update={"memory_bytes": max(cost.memory_bytes for cost in costs)})
             progress(len(new), total)
 
-        def fail(key: str, layout: Layout, error: Exception) -> None:
+        def fail(key: str, error: Exception) -> None:
             if isinstance(error, UsageError) and not isinstance(error, OutOfMemory):
                 raise error
             if "exit code -9" in str(error):
@@ -131,7 +128,7 @@ class CostTable:
                     f"a run was killed while its cost was measured ({str(error).strip()}), probably because memory is "
                     f"too small ({free_memory() / GIB:.1f} GiB are free): choose a smaller batch.micro_size or model"
                 )
-            self._unknown.add((key, layout))  # the run itself reports it
+            self._unknown.add(key)  # the run itself reports it
 
         if waiting:
             progress(0, total)

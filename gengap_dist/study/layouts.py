@@ -1,9 +1,9 @@
 """In which layouts (ranks, threads) a run of a study may be executed without changing what it measures."""
 
 import math
-import os
 
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.cores import threads_by_user
 from gengap_dist.study.schedule import Layout
 
 
@@ -53,8 +53,7 @@ def possible_layouts(
 
 def given_threads(config: RunConfig) -> int | None:
     """Threads of a rank that the user has set: launch.threads_per_rank, or OMP_NUM_THREADS."""
-    by_environment = os.environ.get("OMP_NUM_THREADS", "")
-    return config.launch.threads_per_rank or (int(by_environment) if by_environment.isdigit() else None) or None
+    return config.launch.threads_per_rank or threads_by_user()
 
 
 def with_ranks(config: RunConfig, num_ranks: int) -> RunConfig:

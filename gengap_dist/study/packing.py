@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, final
 
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.cgroups import free_memory
 from gengap_dist.distributed.cores import available_cores
 from gengap_dist.distributed.launchers.local import execute_run
 from gengap_dist.distributed.preemption import Preempted, PreemptionFlag, catching_signals
@@ -19,7 +20,7 @@ from gengap_dist.distributed.worker_pool import Worker
 from gengap_dist.errors import OutOfMemory, UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.schema import RunStatus
-from gengap_dist.study.costs import GIB, CostTable, free_memory, measure_what_matters
+from gengap_dist.study.costs import GIB, CostTable, measure_what_matters
 from gengap_dist.study.layouts import given_threads, with_ranks
 from gengap_dist.study.ranks import Ranks, Task, drive, ranks_of_this_machine
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
@@ -30,6 +31,10 @@ from gengap_dist.training.run_cost import CostCache
 MIN_SHARE = 0.1  # of a run that says how long others may take
 LOOK_SECONDS = 1.0  # while cores are free and the next run waits for more of them
 FORECAST_SECONDS = 1.0  # between two forecasts of the time left
+
+
+Expectation = Callable[[str, Option], float]
+"""Seconds of a run of an arm in a layout, by all that is known now."""
 
 
 @dataclass
@@ -57,7 +62,8 @@ class Active:
         """Seconds until its end: at first as expected, later by the steps that are done."""
         elapsed, share = time.monotonic() - self.task.began, self.share
         by_cost = max(0.0, expected * (1 - self.first / self.total if self.total else 1.0) - elapsed)
-        return share * elapsed * (1 - share) / share + (1 - share) * by_cost if share > 0 else by_cost
+        # (1 - share) of what the cost says, and share of what the steps say: elapsed (1 - share) / share
+        return (1 - share) * (by_cost + elapsed) if share > 0 else by_cost
 
 
 @final
@@ -102,27 +108,27 @@ class Packer:
             return self._start(*self._due.pop(0))
         if not self.waiting or len(self.active) >= self.resources.slots or time.monotonic() < self._look_at:
             return None
-        running = self._running()
+        expected = self._expectation()
+        running = self._running(expected)
         if not running or sum(option.cores for _, option in running) < self.resources.cores:
-            schedule = best_schedule([self._scaled(number) for number in self.waiting], self.resources, running)
+            waiting = [self._options(number, expected) for number in self.waiting]
+            schedule = best_schedule(waiting, self.resources, running)
             self._due = [(self.waiting[run.number], run.option) for run in schedule if run.start == 0.0]
         if not self._due:
             self._look_at = time.monotonic() + LOOK_SECONDS
             return None
         return self._start(*self._due.pop(0))
 
-    def _running(self) -> list[tuple[float, Option]]:
+    def _running(self, expected: Expectation) -> list[tuple[float, Option]]:
         """(seconds until its end, option) of each active run."""
-        return [
-            (run.left(self._expected(run.planned.arm, run.task.option)), run.task.option)
-            for run in self.active.values()
-        ]
+        return [(run.left(expected(run.planned.arm, run.task.option)), run.task.option) for run in self.active.values()]
 
-    def _scaled(self, number: int) -> list[Option]:
+    def _options(self, number: int, expected: Expectation) -> list[Option]:
+        """The options of a run, with the seconds that are expected now."""
         arm = self.plan[number].arm
-        return [option._replace(seconds=self._expected(arm, option)) for option in self.options[number]]
+        return [option._replace(seconds=expected(arm, option)) for option in self.options[number]]
 
-    def _expected(self, arm: str, option: Option) -> float:
+    def _expectation(self) -> Expectation:
         """Seconds of a run of an arm: as measured, times how much longer runs take that have ended, or have come far.
 
         Runs of the same arm say it best; without one, all do.
@@ -131,11 +137,16 @@ class Packer:
         for run in self.active.values():
             if run.share > MIN_SHARE:
                 known.setdefault(run.planned.arm, []).append((run.task.option.seconds, run.seconds))
-        pairs = known.get(arm) or [pair for of_arm in known.values() for pair in of_arm]
-        if not pairs:
-            return option.seconds
-        expected, actual = (sum(values) for values in zip(*pairs, strict=True))
-        return option.seconds * actual / expected if option.seconds and expected else actual / len(pairs)
+        sums = {arm: (*map(sum, zip(*pairs, strict=True)), len(pairs)) for arm, pairs in known.items()}
+        of_all = tuple(map(sum, zip(*sums.values(), strict=True)))
+
+        def expected(arm: str, option: Option) -> float:
+            if not sums:
+                return option.seconds
+            measured, actual, number = sums.get(arm, of_all)
+            return option.seconds * actual / measured if option.seconds and measured else actual / number
+
+        return expected
 
     def _start(self, number: int, option: Option) -> Task:
         planned = self.plan[number]
@@ -190,10 +201,11 @@ class Packer:
 
     def seconds_left(self) -> float | None:
         """Forecast of the seconds until all runs have ended; None if nothing is known yet."""
-        options = [min(self._scaled(number), key=lambda option: option.cores) for number in self.waiting]
+        expected = self._expectation()
+        options = [min(self._options(number, expected), key=lambda option: option.cores) for number in self.waiting]
         if not all(option.seconds for option in options):
             return None
-        running = self._running()
+        running = self._running(expected)
         return length(placed(options, self.resources, running), running)
 
 
@@ -256,9 +268,8 @@ def predict(
     *,
     measure: bool,
     warn: Callable[[str], None],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[Placed], int] | None:
-    """The schedule of a study on this machine, and the number of its cores or GPUs; None if a cost is not known.
+) -> list[Placed] | None:
+    """The schedule of a study on this machine; None if a cost is not known.
 
     Args:
         plan: the runs.
@@ -266,19 +277,21 @@ def predict(
         num_gpus: that ranks can use.
         measure: whether to measure costs that are not known.
         warn: called with one sentence.
-        progress: called while costs are measured.
     """
+    if not plan:
+        return []
+    silent = lambda done, total: None  # noqa: E731
     configs = [planned.config for planned in plan]
-    ranks = Ranks(max(1, int(available_cores().number)), [*map(str, range(num_gpus))])
+    ranks = Ranks(available_cores().whole, [*map(str, range(num_gpus))])
     with catching_signals() as flag, closing(ranks):
         table = CostTable(ranks, CostCache(warn))
         if measure:
-            measure_what_matters(table, configs, flag, progress)
+            measure_what_matters(table, configs, flag, silent)
         if concurrent:
             given = [_given_option(config, concurrent, ranks) for config in configs]
             if measure:
                 wanted = [(config, option.layout) for config, option in zip(configs, given, strict=True)]
-                table.measure(wanted, flag, progress)
+                table.measure(wanted, flag, silent)
             costs = [table.find(config, option.layout) for config, option in zip(configs, given, strict=True)]
             options = [
                 [option._replace(seconds=cost.seconds if cost else 0.0)]
@@ -290,19 +303,19 @@ def predict(
             check_memory(plan, options, resources)
     if not all(option.seconds for of_run in options for option in of_run):
         return None
-    return best_schedule(options, resources), ranks.size
+    return best_schedule(options, resources)
 
 
 def _given_option(config: RunConfig, concurrent: int, ranks: Ranks) -> Option:
     num_ranks = config.launch.num_processes
-    num_cores = max(1, int(available_cores().number))
+    num_cores = available_cores().whole
     threads = given_threads(config) or max(1, num_cores // (concurrent * num_ranks))
     return Option(Layout(num_ranks, threads), num_ranks, 0.0)
 
 
 def longest_first(plan: Sequence[PlannedRun], warn: Callable[[str], None]) -> list[PlannedRun]:
     """Runs for a Ray cluster: those whose costs were measured on this machine longest first, after the others."""
-    table = CostTable(Ranks(max(1, int(available_cores().number))), CostCache(warn))
+    table = CostTable(Ranks(available_cores().whole), CostCache(warn))
     seconds = {planned.folder: max(option.seconds for option in table.options(planned.config)) for planned in plan}
     return sorted(plan, key=lambda planned: -seconds[planned.folder] if seconds[planned.folder] else float("-inf"))
 

@@ -72,7 +72,7 @@ class Ranks:
 @contextmanager
 def ranks_of_this_machine(configs: Sequence[RunConfig], environment: Mapping[str, str]) -> Iterator[Ranks]:
     """The ranks for runs that all compute on GPUs, if this machine has some, or all on its cores."""
-    num_cores = max(1, int(available_cores().number))
+    num_cores = available_cores().whole
     ranks = Ranks(num_cores)
     try:
         if any(config.launch.device != "cpu" for config in configs) and _has_cuda_driver():
@@ -153,9 +153,7 @@ def drive(
             try:
                 task.pool.start(task.job, *task.args)
             except RankFailed as error:
-                active.remove(task)
-                ranks.kill(task.pool)
-                task.on_failure(error)
+                _fail(task, error, active, ranks)
         if end is not None:
             for task in [*active]:
                 assert task.pool
@@ -178,6 +176,13 @@ def drive(
         raise end
 
 
+def _fail(task: Task, error: Exception, active: list[Task], ranks: Ranks) -> None:
+    assert task.pool
+    active.remove(task)
+    ranks.kill(task.pool)
+    task.on_failure(error)
+
+
 def _receive(task: Task, active: list[Task], ranks: Ranks) -> None:
     """Take what the ranks of a task have sent; at its end, free them.
 
@@ -189,9 +194,7 @@ def _receive(task: Task, active: list[Task], ranks: Ranks) -> None:
     try:
         messages = task.pool.receive()
     except (UsageError, Preempted, RankFailed, OutOfMemory) as error:
-        active.remove(task)
-        ranks.kill(task.pool)
-        task.on_failure(error)
+        _fail(task, error, active, ranks)
         return
     for message in messages:
         task.on_message(message)

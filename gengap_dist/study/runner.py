@@ -186,8 +186,7 @@ def run_study(
 
 def _run_study(config: StudyConfig, out: Path, callback: StudyCallback, *, driver: bool, warn: Warn) -> int:
     callback = DataCheck(callback) if driver else callback
-    concurrent = None if config.study.concurrent == "auto" else config.study.concurrent
-    run = partial(run_all, callback=callback, driver=driver, concurrent=concurrent, warn=warn)
+    run = partial(run_all, callback=callback, driver=driver, concurrent=config.study.num_at_once, warn=warn)
     if not config.study.tune:
         return run(run_matrix.planned_runs(config, out, {}))
     trials = _trials(config, out)

@@ -3,12 +3,10 @@
 import hashlib
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from gengap_dist.config.loading import flat, validate
 from gengap_dist.config.sections import FrozenModel, RunConfig
+from gengap_dist.distributed.cores import processor_name
 from gengap_dist.distributed.cpu_wait import CpuWait
 from gengap_dist.distributed.worker_pool import Worker
 from gengap_dist.errors import UsageError
@@ -64,8 +63,6 @@ def measure_cost(worker: Worker, config: RunConfig) -> RunCost:
     Raises:
         UsageError: as the run would.
     """
-    import torch
-
     from gengap_dist.distributed.process_group import init_process_group
     from gengap_dist.models.batch_norm import has_batch_norm
     from gengap_dist.parallel.execution import torch_settings
@@ -73,7 +70,6 @@ def measure_cost(worker: Worker, config: RunConfig) -> RunCost:
     from gengap_dist.training.resolved_run import resolve_run
     from gengap_dist.training.trainer import Trainer
 
-    torch.set_num_threads(worker.threads)
     world = init_process_group(config.launch.device, config.launch.timeout_seconds)
     silent = lambda done, total, note: None  # noqa: E731
     with tempfile.TemporaryDirectory() as folder, torch_settings(config.train, world.device):
@@ -153,13 +149,7 @@ class RunCosts(FrozenModel):
 
 def this_machine() -> dict[str, str]:
     """What a cost depends on besides the run: processor, cores, versions."""
-    processor = platform.processor() or platform.machine()
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    return {"processor": processor, "cores": str(os.cpu_count()), **versions()}
+    return {"processor": processor_name(), "cores": str(os.cpu_count()), **versions()}
 
 
 def cost_key(config: RunConfig, device: str, num_ranks: int, threads: int) -> str:

@@ -17,7 +17,8 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Preprocess
 from gengap_dist.data.sampler import seeded_rng
-from gengap_dist.distributed.process_group import World, local_size, rank_environment
+from gengap_dist.distributed.process_group import World
+from gengap_dist.distributed.runtime_context import local_size, rank_environment
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.schema import RunInfo

@@ -100,8 +100,8 @@ def run(
             with sampling_system_metrics(config, out, world):
                 trainer.train(preemption_requested)
                 result = trainer.result()
+            # both without the export
             trained = {"seconds": round(recorder.seconds(), 3), "cpu_wait_share": trainer.cpu_wait.share()}
-            # without the export
             recorder.finish(RunStatus.FINISHED, result, facts=trained | _exported(trainer))
         except Diverged as error:
             result = {"diverged_at_step": error.step}

@@ -9,7 +9,7 @@ from gengap_dist.config.sections import LaunchConfig, RunConfig
 from gengap_dist.distributed.cores import thread_variables, threads_per_rank
 from gengap_dist.distributed.launchers.base import Launcher, Progress, load_entry_point, started_externally
 from gengap_dist.distributed.preemption import catching_signals
-from gengap_dist.distributed.runtime_context import RuntimeContext
+from gengap_dist.distributed.runtime_context import RuntimeContext, local_size
 
 
 def uses_torchrun(config: LaunchConfig) -> bool:
@@ -28,12 +28,6 @@ def restarted() -> bool:
     return bool(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
 
-def _num_local() -> int:
-    """Number of ranks on this machine; all of them, if the launcher does not say it."""
-    read = os.environ.get
-    return int(read("LOCAL_WORLD_SIZE") or read("LOCAL_SIZE") or read("WORLD_SIZE") or 1)
-
-
 @final
 class TorchrunLauncher(Launcher):
     """Runs on this process, which is already a rank. Collective: every rank makes the same calls."""
@@ -50,7 +44,7 @@ class TorchrunLauncher(Launcher):
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
         """See `Launcher.run`; returns this rank's result, and exceptions are passed on unchanged."""
-        threads = threads_per_rank(_num_local(), config.launch.threads_per_rank)
+        threads = threads_per_rank(local_size(), config.launch.threads_per_rank)
         os.environ.update(thread_variables(threads.number))
         run = load_entry_point(self.entry_point)  # imports torch, which --help does not need
         context = replace(self.context, threads=threads)

@@ -14,8 +14,7 @@ def available_memory(device: torch.device, num_local: int) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # memory cached by torch counts as free
         return torch.cuda.mem_get_info(device)[0]
-    shared = [psutil.virtual_memory().available, *(free for _, free in cgroups.memory_limits())]
-    return max(0, min([*(free // num_local for free in shared), *_free_address_space()]))
+    return max(0, min([cgroups.free_memory() // num_local, *_free_address_space()]))
 
 
 def _free_address_space() -> Iterator[int]:

@@ -7,10 +7,7 @@ continues with the same size.
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +16,9 @@ from torch import nn
 from gengap_dist import models
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.sampler import batch_size_schedule
-from gengap_dist.distributed.process_group import World, local_size
+from gengap_dist.distributed.cores import processor_name
+from gengap_dist.distributed.process_group import World
+from gengap_dist.distributed.runtime_context import local_size
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel import memory_model
 from gengap_dist.training.autotune.available_memory import available_memory
@@ -137,11 +136,7 @@ def device_name(device: torch.device) -> str:
     """The model name of a GPU, or of this machine's processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def describe_workload(config: RunConfig, workload: Workload, hardware: Hardware) -> dict[str, Any]:

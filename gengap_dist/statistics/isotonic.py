@@ -1,0 +1,138 @@
+"""Training loss as a falling function of the step, and a score as a function of that loss; pure functions.
+
+Arms are compared at equal training loss. Measured losses are noisy, so that a loss is reached several times: isotonic
+regression gives the curve that reaches it once. scipy is imported inside functions, see paired.py.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+MATCHED_OFFSETS = tuple(0.07 * number for number in range(6))  # u: from l to 1.42 l
+
+
+def falling_blocks(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least-squares fit of values [n] by a non-increasing sequence [n], and where its constant blocks start [blocks].
+
+    min sum_i (y_i - x_i)^2 with x_1 >= x_2 >= ...: each block is the mean of its values (pool adjacent violators,
+    Ayer et al. 1955, Ann. Math. Stat. 26:641; algorithm of Busing 2022, J. Stat. Softw. 102).
+
+    >>> fitted, starts = falling_blocks(np.array([5.0, 2.0, 4.0, 1.0]))
+    >>> fitted, starts
+    (array([5., 3., 3., 1.]), array([0, 1, 3]))
+    """
+    from scipy import optimize
+
+    fitted = optimize.isotonic_regression(values, increasing=False).x
+    return fitted, np.flatnonzero(np.diff(fitted, prepend=np.inf))
+
+
+class LossCurve(NamedTuple):
+    """One run: the blocks of its isotonic fit of log loss on step, in the order of steps."""
+
+    log_losses: np.ndarray
+    """Fitted log loss [blocks], natural logarithm, strictly falling."""
+    scores: np.ndarray
+    """Mean score of each block [blocks], in the unit of the scores."""
+    steps: np.ndarray
+    """Mean step of each block [blocks]."""
+    residual_deviation: float
+    """Standard deviation of log loss around the fit: sqrt(sum (log l - fit)^2 / (n - blocks)); nan for n = blocks.
+
+    The number of blocks is the number of degrees of freedom of an isotonic fit (Meyer & Woodroofe 2000, Ann. Stat.
+    28:1083).
+    """
+
+    @classmethod
+    def of(
+        cls,
+        steps: Sequence[float] | np.ndarray,
+        losses: Sequence[float] | np.ndarray,
+        scores: Sequence[float] | np.ndarray,
+    ) -> "LossCurve":
+        """The curve of n measurements at ascending steps, all [n].
+
+        Raises:
+            ValueError: if the lengths differ or are 0, steps do not ascend, or a loss is not positive and finite.
+
+        >>> curve = LossCurve.of([0, 10, 20, 30], np.exp([1.0, -1.2, -0.8, -2.0]), [10.0, 50.0, 60.0, 80.0])
+        >>> curve.log_losses.round(9), curve.scores, curve.steps, round(curve.residual_deviation, 9)
+        (array([ 1., -1., -2.]), array([10., 55., 80.]), array([ 0., 15., 30.]), 0.282842712)
+        """
+        steps, losses, scores = (np.asarray(values, dtype=float) for values in (steps, losses, scores))
+        if not steps.shape == losses.shape == scores.shape or steps.ndim != 1 or not len(steps):
+            shapes = ", ".join(str(values.shape) for values in (steps, losses, scores))
+            raise ValueError(f"steps, losses and scores have the shapes {shapes}: one of each a measurement is needed")
+        if not (np.diff(steps) > 0).all():
+            raise ValueError(f"steps ({steps}) do not ascend: sort the measurements, one a step")
+        if not (np.isfinite(losses) & (losses > 0)).all():
+            raise ValueError(f"losses ({losses}) have no finite logarithm: leave out measurements with loss <= 0 or nan")
+        log_losses = np.log(losses)
+        fitted, starts = falling_blocks(log_losses)
+        sizes = np.diff(starts, append=len(steps))
+        spare = len(steps) - len(starts)
+        squares = float(np.sum((log_losses - fitted) ** 2))
+        return cls(
+            log_losses=fitted[starts],
+            scores=np.add.reduceat(scores, starts) / sizes,
+            steps=np.add.reduceat(steps, starts) / sizes,
+            residual_deviation=(squares / spare) ** 0.5 if spare else float("nan"),
+        )
+
+    @property
+    def final_log_loss(self) -> float:
+        """Fitted log loss at the end.
+
+        >>> LossCurve.of([1, 2], [1.0, 1.0], [0.5, 0.7]).final_log_loss
+        0.0
+        """
+        return float(self.log_losses[-1])
+
+    def score_at(self, log_losses: np.ndarray | float) -> np.ndarray:
+        """Score [k] at log losses [k], linear between blocks; nan above the first block and below the last one.
+
+        >>> curve = LossCurve.of([0, 10, 20], np.exp([1.0, 0.0, -1.0]), [10.0, 50.0, 60.0])
+        >>> curve.score_at(np.array([1.1, 0.5, -1.0, -1.1]))
+        array([nan, 30., 60., nan])
+        """
+        return self._between_blocks(log_losses, self.scores)
+
+    def step_at(self, log_losses: np.ndarray | float) -> np.ndarray:
+        """Step [k] at which the curve reaches log losses [k]; as in `score_at`, with the mean step of each block.
+
+        >>> LossCurve.of([0, 10, 20], np.exp([1.0, 0.0, -1.0]), [10.0, 50.0, 60.0]).step_at(np.array([0.5, -1.0]))
+        array([ 5., 20.])
+        """
+        return self._between_blocks(log_losses, self.steps)
+
+    def slope_at(self, log_losses: np.ndarray | float) -> np.ndarray:
+        """d score / d log loss [k] of `score_at`, at a block that of the piece with larger loss; nan where that is nan.
+
+        Also nan everywhere for a curve of one block. An error of log loss changes the score by slope x error.
+
+        >>> curve = LossCurve.of([0, 10, 20], np.exp([1.0, 0.0, -1.0]), [10.0, 50.0, 60.0])
+        >>> curve.slope_at(np.array([1.1, 1.0, 0.5, 0.0, -0.5, -1.0])).round(9)
+        array([ nan, -40., -40., -40., -10., -10.])
+        """
+        at = np.asarray(log_losses, dtype=float)
+        if len(self.log_losses) < 2:
+            return np.full(at.shape, np.nan)
+        ascending, scores = self.log_losses[::-1], self.scores[::-1]
+        slopes = np.diff(scores) / np.diff(ascending)
+        piece = np.clip(np.searchsorted(ascending, at, side="right") - 1, 0, len(slopes) - 1)
+        return np.where((at >= ascending[0]) & (at <= ascending[-1]), slopes[piece], np.nan)
+
+    def _between_blocks(self, log_losses: np.ndarray | float, values: np.ndarray) -> np.ndarray:
+        return np.interp(log_losses, self.log_losses[::-1], values[::-1], left=np.nan, right=np.nan)
+
+
+def matched_losses(final_log_losses: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Log losses [6] at which runs are compared: log l* + u, u = 0, 0.07, ..., 0.35, l* the largest of the final losses.
+
+    All runs reach l*. The average over six losses up to 1.42 l* is less noisy than the score at one loss.
+
+    >>> matched_losses([-3.0, -2.0])
+    array([-2.  , -1.93, -1.86, -1.79, -1.72, -1.65])
+    """
+    return max(final_log_losses) + np.array(MATCHED_OFFSETS)

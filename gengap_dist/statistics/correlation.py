@@ -79,3 +79,34 @@ def p_value_of_r(r: float, num: int) -> float | None:
 
     t = abs(r) * (df / max(1 - r**2, 1e-15)) ** 0.5
     return float(2 * stats.t.sf(t, df))
+
+
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
+    """Spearman's correlation of x and y [n]: Pearson's of their ranks, equal values with their mean rank.
+
+    It asks only whether one increases with the other, so that a single extreme arm cannot make it. None for n < 2 and
+    if one of them is constant.
+
+    >>> round(spearman([1.0, 2.0, 3.0, 100.0], [1.0, 4.0, 2.0, 5.0]), 9), spearman([1.0, 1.0], [0.0, 1.0])
+    (0.8, None)
+    """
+    from scipy import stats
+
+    positions_x, positions_y = (stats.rankdata(values) for values in (x, y))
+    return pearson(positions_x - positions_x.mean(), positions_y - positions_y.mean()) if len(positions_x) > 1 else None
+
+
+def leave_one_out(
+    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray
+) -> tuple[float, float] | None:
+    """Smallest and largest of Spearman's correlations of x and y [n] with one of the n arms left out.
+
+    None for n < 3, and if one of x and y is constant without some arm.
+
+    >>> leave_one_out([1.0, 2.0, 3.0, 9.0], [3.0, 2.0, 1.0, 9.0])  # all that rises in it is the last one
+    (-1.0, 0.5)
+    """
+    arms = range(len(x))
+    correlations = [spearman(np.delete(x, arm), np.delete(y, arm)) for arm in arms] if len(x) > 2 else []
+    known = [r for r in correlations if r is not None]
+    return (min(known), max(known)) if known and len(known) == len(correlations) else None

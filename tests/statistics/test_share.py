@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from gengap_dist.statistics.paired import t_interval
+from gengap_dist.statistics.share import share, share_interval
+from tests.conftest import FULL
+
+
+def kept(gain: np.ndarray, lost: np.ndarray, k: float, critical: float, phi: np.ndarray) -> np.ndarray:
+    """Whether a paired t test keeps each phi [grid], one test after the other."""
+    return np.array([abs(stats.ttest_1samp(gain - one * k * lost, 0).statistic) < critical for one in phi])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_against_a_grid_of_t_tests(seed):
+    rng = np.random.default_rng(seed)
+    num, k = int(rng.integers(3, 12)), float(rng.uniform(0.3, 1.2)) * (-1) ** (seed % 5 == 4)
+    lost = rng.normal(1.5, rng.choice([0.2, 1.5]), num)
+    gain = rng.uniform(-0.5, 1) * lost + rng.normal(0, 0.5, num)
+    critical = float(stats.t.ppf(0.975, num - 1))
+    found = share_interval(gain, lost, k, critical)
+    low, high = t_interval(lost)
+    if low <= 0 <= high:
+        assert found is None
+        return
+    ((lowest, highest),) = found
+    assert lowest < share(gain, lost, k) < highest
+    width = highest - lowest
+    grid = np.linspace(lowest - width, highest + width, 200)
+    assert (kept(gain, lost, k, critical, grid) == ((lowest < grid) & (grid < highest))).all()
+    far = np.array([-1e6, 1e6])
+    assert not kept(gain, lost, k, critical, far).any()
+
+
+def test_both_kinds_are_among_them():
+    kinds = set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        num, _ = int(rng.integers(3, 12)), rng.uniform(0.3, 1.2)
+        lost = rng.normal(1.5, rng.choice([0.2, 1.5]), num)
+        kinds.add(share_interval(lost, lost, 1.0, float(stats.t.ppf(0.975, num - 1))) is None)
+    assert kinds == {True, False}
+
+
+def test_an_unbounded_set_is_no_number():
+    """Where the loss may be 0, any share is kept far out, and None is returned; t_interval agrees on where that is."""
+    gain, lost = np.array([1.0, -1.0, 2.0]), np.array([1.0, -0.5, 2.0])
+    critical = float(stats.t.ppf(0.975, 2))
+    assert kept(gain, lost, 1.0, critical, np.array([-1e6, 1e6])).all()
+    assert share_interval(gain, lost, 1.0, critical) is None
+
+
+def test_edges():
+    assert share_interval([1.0, 2.0], [1.0, 2.0], 0.0, 2.0) is None
+    assert share_interval([1.0], [1.0], 1.0, 2.0) is None
+    assert share_interval([1.0, 2.0], [1.0, 2.0], 1.0, float("inf")) is None
+    ((low, high),) = share_interval([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], 1.0, 4.3)
+    assert (low, high) == pytest.approx((0.5, 0.5))
+
+
+def test_coverage():
+    """Of a true share, k known: the t test's, where the loss is surely not 0."""
+    num, num_seeds = (20_000 if FULL else 1500), 5
+    rng = np.random.default_rng(0)
+    critical = float(stats.t.ppf(0.975, num_seeds - 1))
+    hits, asked = 0, 0
+    for _ in range(num):
+        lost = rng.normal(1.72, 0.28, num_seeds)
+        gain = 0.6 * 0.9 * lost + rng.normal(0, 0.4, num_seeds)
+        if found := share_interval(gain, lost, 0.9, critical):
+            asked += 1
+            hits += found[0][0] <= 0.6 <= found[0][1]
+    assert asked > 0.95 * num
+    assert hits / asked == pytest.approx(0.95, abs=4 * (0.05 * 0.95 / asked) ** 0.5)

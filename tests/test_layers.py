@@ -125,6 +125,14 @@ def test_the_probes_are_a_library():
     assert not loaded("import gengap_dist.probes", suspects)
 
 
+def test_statistics_are_formulas_on_numbers():
+    """They load numpy; scipy, which takes a second, is loaded by the first function that needs it."""
+    names = [path.stem for path in MODULES if path.parent.name == "statistics" and path.stem != "__init__"]
+    assert len(names) > 5
+    code = "\n".join(f"import gengap_dist.statistics.{name}" for name in names)
+    assert not loaded(code, {"torch", "pydantic", "yaml", "scipy", "gengap_dist.config"})
+
+
 def test_reading_and_comparing_runs_loads_no_torch():
     modules = ["config.study", "statistics.correlation", "runs.run_folder", "runs.metrics_table", "analysis.compare"]
     modules += ["analysis.study_data", "analysis.group_runs", "analysis.report.html"]

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import optimize, stats
+from scipy import integrate, optimize, stats
 
 from gengap_dist.statistics.paired import t_interval
 from gengap_dist.statistics.sequential import (
@@ -92,7 +92,7 @@ def test_e_is_a_likelihood_ratio(g):
     for num, t in ((2, 1.3), (5, 0.0), (5, 4.0), (12, -6.0)):
         effects = np.linspace(-9, 9, 4001) * g**0.5
         likelihood = stats.nct.pdf(t, num - 1, effects * num**0.5) * stats.norm.pdf(effects, scale=g**0.5)
-        expected = np.trapezoid(likelihood, effects) / stats.t.pdf(t, num - 1)
+        expected = integrate.trapezoid(likelihood, effects) / stats.t.pdf(t, num - 1)
         assert e_value(t, num, g) == pytest.approx(expected, rel=1e-5)
         assert e_value(t, num, g) == pytest.approx(float(e_values(np.array(t), np.array(num), g)))
 

@@ -1,4 +1,4 @@
-"""How an arm differs from the baseline: only a larger batch, a scaled learning rate, longer training, or a penalty.
+"""How an arm differs from the baseline: only batch and length, a scaled rate, longer training, or an intervention.
 
 Decided by settings, not by names. The settings of two arms are first converted to their effective values at the arm's
 own batch size, so that `optim.scaling=sqrt` at optim.base_size does not scale, and train.length_unit=updates is a
@@ -6,7 +6,7 @@ number of epochs.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gengap_dist.analysis.results import Run
 from gengap_dist.config.identity import Settings, differing_settings, effective_settings, is_counterpart
@@ -15,17 +15,25 @@ SAME = 0.02  # epochs and updates that differ by less count as equal: the last s
 
 RATE = {"optim.lr", "optim.warmup_epochs", "optim.scaling"}
 LENGTH = {"train.epochs", "train.steps", "train.num_evals"}
+LENGTH_AND_WARMUP = LENGTH | {"optim.warmup_epochs"}  # the same warm-up in updates is another number of epochs
 NORM = {"model.norm", "batch.ghost_size"}
-RANK = {"algorithm.rank_penalty", "algorithm.rank_measure", "algorithm.rank_layers"}
+STRENGTH, MEASURE, PLACEBO_OF = "algorithm.rank_penalty", "algorithm.rank_measure", "algorithm.placebo_of"
+SAME_MACHINERY = ("algorithm.rank_layers", "algorithm.rank_images")
+"""What all interventions that are compared must share."""
+RANK = {STRENGTH, MEASURE, PLACEBO_OF, *SAME_MACHINERY}
+PLACEBO = "placebo"
 
 
 class Arm(NamedTuple):
-    """An arm: its finished runs by seed, and the settings that they share."""
+    """An arm: its runs by seed, and the settings that they share."""
 
     name: str
     runs: Mapping[int, Run]
+    """The finished ones."""
     global_size: int
     settings: Settings
+    unfinished: Mapping[int, Run] = {}
+    """The others: diverged, failed, still running."""
 
     def scores(self) -> dict[int, float]:
         """Seed to score on the test samples."""
@@ -33,52 +41,94 @@ class Arm(NamedTuple):
 
 
 def group_by_arm(runs: Sequence[Run]) -> dict[str, Arm]:
-    """Arms with their finished runs, by name, in the order of their first runs."""
+    """Arms with their runs, by name, in the order of their first runs."""
     out: dict[str, Arm] = {}
     for run in runs:
         arm = out.setdefault(run.arm, Arm(run.arm, {}, run.global_size, run.settings))
         if run.status == "finished":
             out[run.arm] = arm._replace(runs={**arm.runs, run.seed: run})
+        else:
+            out[run.arm] = arm._replace(unfinished={**arm.unfinished, run.seed: run})
     return out
 
 
+class Intervention(NamedTuple):
+    """An arm with a penalty on its activations, and the same arm without it."""
+
+    arm: Arm
+    natural: Arm
+    kind: Literal["raise", "lower", "placebo"]
+    """What it does to the rank: a positive strength raises it, a negative one lowers it, the placebo keeps it."""
+
+    @property
+    def measure(self) -> str:
+        """What the penalty is made of; of a placebo, what it is the placebo of."""
+        return str(self.arm.settings.get(PLACEBO_OF if self.kind == "placebo" else MEASURE))
+
+    @property
+    def strength(self) -> float:
+        """Size of `algorithm.rank_penalty`."""
+        return abs(_number(self.arm.settings.get(STRENGTH)))
+
+    @property
+    def machinery(self) -> tuple[str, ...]:
+        """Penalized layers and number of images, as text: interventions with other ones are not compared."""
+        return tuple(str(self.arm.settings.get(name)) for name in SAME_MACHINERY)
+
+
 class Roles(NamedTuple):
-    """Arms grouped by how they differ from the baseline; except `penalised`, all have a larger batch."""
+    """Arms grouped by how they differ from the baseline; an arm may be in several groups, or in none."""
 
     plain: list[Arm]
-    """Differ only in the batch; same number of epochs."""
+    """A larger batch, any length, and nothing else."""
+    other_length: list[Arm]
+    """The baseline's batch with another number of updates, and nothing else: they should show no gap."""
     scaled: list[Arm]
-    """Have a higher learning rate, and perhaps another warm-up."""
+    """A larger batch and a higher learning rate, perhaps with another warm-up."""
     longer: list[Arm]
-    """Train for more epochs, perhaps with another learning rate or other batch-norm groups."""
-    penalised: list[tuple[Arm, Arm]]
-    """(arm with a penalty on near-rank loss, the same arm without it), of any batch size."""
+    """A larger batch, trained longer than another arm or for more epochs than the baseline, perhaps with another
+    learning rate or other batch-norm groups."""
+    interventions: list[Intervention]
+    """Of any batch size."""
 
 
 def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
-    """Group the arms by how they differ from `baseline`; an arm may be in no group."""
-    groups = Roles([], [], [], [])
+    """Group the arms by how they differ from `baseline`."""
+    groups = Roles([], [], [], [], [])
     if baseline not in arms:
         return groups
     base = arms[baseline]
+    natural = [arm for arm in arms.values() if arm.settings.get(STRENGTH) is None]
     for arm in arms.values():
-        if arm.settings.get("algorithm.rank_penalty") is not None:
-            controls = [
-                other
-                for other in arms.values()
-                if other.settings.get("algorithm.rank_penalty") is None
-                and is_counterpart(arm.settings, other.settings, RANK)
-            ]
-            groups.penalised.extend((arm, other) for other in controls[:1])
-        elif arm.global_size > base.global_size:
-            differs = differing_settings(arm.settings, base.settings)
-            if not differs and nearly_equal(_epochs(arm), _epochs(base)) is not False:
+        if arm.settings.get(STRENGTH) is not None:
+            without = (other for other in natural if is_counterpart(arm.settings, other.settings, RANK))
+            groups.interventions.extend(Intervention(arm, other, _kind(arm)) for other in [*without][:1])
+            continue
+        differs = differing_settings(arm.settings, base.settings)
+        if arm.global_size > base.global_size:
+            if differs <= LENGTH_AND_WARMUP:
                 groups.plain.append(arm)
+                if shorter_counterpart(arm, natural):
+                    groups.longer.append(arm)
             elif differs <= RATE and _rate(arm) > _rate(base):
                 groups.scaled.append(arm)
             elif differs <= RATE | LENGTH | NORM and _epochs(arm) > _epochs(base):
                 groups.longer.append(arm)
+        elif arm.global_size == base.global_size and arm.name != base.name and differs <= LENGTH_AND_WARMUP:
+            if nearly_equal(updates(arm), updates(base)) is False:
+                groups.other_length.append(arm)
     return groups
+
+
+def _kind(arm: Arm) -> Literal["raise", "lower", "placebo"]:
+    if arm.settings.get(MEASURE) == PLACEBO:
+        return "placebo"
+    return "raise" if _number(arm.settings.get(STRENGTH)) > 0 else "lower"
+
+
+def updates(arm: Arm) -> float:
+    """Optimizer steps of the longest finished run; 0 if none has finished."""
+    return float(max((run.num_updates for run in arm.runs.values()), default=0))
 
 
 def nearly_equal(one: float, other: float) -> bool | None:
@@ -90,26 +140,33 @@ def nearly_equal(one: float, other: float) -> bool | None:
     return abs(one - other) <= SAME * other if one > 0 and other > 0 else None
 
 
-def unscaled_counterpart(arm: Arm, arms: Sequence[Arm], base: Arm) -> Arm | None:
-    """The arm with the same batch size at the baseline's learning rate; None if there is none."""
-    same_batch = (other for other in arms if other.global_size == arm.global_size)
-    return next((other for other in same_batch if not differing_settings(other.settings, base.settings)), None)
+def unscaled_counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The arm that differs only by a lower learning rate, and its warm-up; None if there is none."""
+    unscaled = (
+        other
+        for other in arms
+        if is_counterpart(arm.settings, other.settings, RATE) and _rate(other) < _rate(arm)
+    )
+    return min(unscaled, key=_rate, default=None)
 
 
 def shorter_counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     """The shortest arm with the same batch size that differs only by fewer epochs; None if there is none."""
-    allowed = LENGTH | {"optim.warmup_epochs"}  # train.length_unit=updates lengthens it, too
     shorter = (
         other
         for other in arms
-        if is_counterpart(arm.settings, other.settings, allowed) and _epochs(other) < (1 - SAME) * _epochs(arm)
+        if is_counterpart(arm.settings, other.settings, LENGTH_AND_WARMUP)
+        and _epochs(other) < (1 - SAME) * _epochs(arm)
     )
     return min(shorter, key=_epochs, default=None)
 
 
 def _rate(arm: Arm) -> float:
-    rate = effective_settings(arm.settings).get("optim.lr")
-    return float(rate) if isinstance(rate, int | float) else 0.0
+    return _number(effective_settings(arm.settings).get("optim.lr"))
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _epochs(arm: Arm) -> float:

@@ -6,36 +6,75 @@ from collections.abc import Sequence
 import numpy as np
 
 from gengap_dist.analysis.arm_roles import Arm, group_by_arm, nearly_equal
-from gengap_dist.analysis.claims import claims
+from gengap_dist.analysis.claims import judge
 from gengap_dist.analysis.correlations import correlations
 from gengap_dist.analysis.critical_batch import updates_to_target
-from gengap_dist.analysis.results import Comparison, Gap, Run
+from gengap_dist.analysis.results import Comparison, Gap, Run, TrainingSummary
+from gengap_dist.analysis.rules.look import Look
+from gengap_dist.analysis.rules.training import Training
 from gengap_dist.runs.metric import ACCURACY, MetricDescription
 from gengap_dist.statistics.paired import holm, minimum_detectable_effect, p_value, paired
+from gengap_dist.statistics.skew import outlying, sign_flip_p, skewness
 
 FEW_PAIRS = 8
+SKEWED, PAIRS_FOR_SKEW = 1.0, 6
+FAR = 5.0  # median absolute deviations
 
 
-def compare(runs: Sequence[Run], baseline: str, metric: MetricDescription = ACCURACY) -> Comparison:
+def compare(
+    runs: Sequence[Run],
+    baseline: str,
+    metric: MetricDescription = ACCURACY,
+    margin: float | None = None,
+    look: Look | None = None,
+) -> Comparison:
     """The comparison of all arms with the baseline; what cannot be computed is left out and named in the caveats.
 
     Args:
         runs: all runs, also those that did not finish; arms are listed in the order of their first runs.
         baseline: name of the arm that the others are compared with.
         metric: what the scores of the runs are.
+        margin: see `claims.judge`, as `look`.
+        look: how sure differences must be.
     """
     arms = group_by_arm(runs)
     gaps = _gaps(runs, arms, baseline)
-    explained = correlations(runs)
+    judged = judge(runs, baseline, metric, margin, look)
+    trained = {name: each.trained for name, each in judged.training.items()} or None
+    caveats = [look.sentence] if look and look.sentence else []
     return Comparison(
         metric=metric,
         baseline=baseline,
+        answer=judged.answer,
+        training={name: _summary(each) for name, each in judged.training.items()},
         gaps=gaps,
-        correlations=explained,
+        correlations=correlations(runs, trained),
         target=updates_to_target(runs, baseline),
-        claims=claims(runs, baseline, explained, metric),
-        caveats=_caveats(runs, arms, baseline, gaps, metric),
+        claims=judged.claims,
+        caveats=[*caveats, *_caveats(runs, arms, baseline, gaps, metric), *_skew_caveats(gaps, metric)],
     )
+
+
+def _summary(training: Training) -> TrainingSummary:
+    ratios = [*training.log_loss_ratio.values()]
+    return TrainingSummary(str(training), float(np.exp(np.mean(ratios))) if ratios else None)
+
+
+def _skew_caveats(gaps: dict[str, Gap], metric: MetricDescription) -> list[str]:
+    """One sentence for each arm whose differences are too skewed for a t test, or have a value far from the others."""
+    out = []
+    for name, gap in gaps.items():
+        seeds, values = [*gap.paired.differences], np.array([*gap.paired.differences.values()])
+        skew = skewness(values) if len(values) >= PAIRS_FOR_SKEW else None
+        far = outlying(values, FAR) if len(values) >= PAIRS_FOR_SKEW and np.ptp(values) else []
+        if far or (skew is not None and abs(skew) > SKEWED):
+            of_seed = f", seed {', '.join(str(seeds[at]) for at in far)} lies far from the others" if far else ""
+            median, p = metric.format_difference(float(np.median(values))), sign_flip_p(values)
+            out.append(
+                f"The differences of {name} are skewed (skewness {skew or 0.0:+.1f}{of_seed}), for which t intervals "
+                f"are too narrow: their median is {median}, and an exact sign-flip test gives p = {p:.2g}."
+            )
+    return out
 
 
 def _gaps(runs: Sequence[Run], arms: dict[str, Arm], baseline: str) -> dict[str, Gap]:

@@ -1,4 +1,4 @@
-"""Results of a comparison: gaps with intervals, correlations, the critical batch, and outcomes of the claims.
+"""Results of a comparison: gaps with intervals, training, correlations, the critical batch, and outcomes of the claims.
 
 Only data types of numbers and text: nothing is read or drawn here. `compare` builds a `Comparison`.
 """
@@ -6,10 +6,27 @@ Only data types of numbers and text: nothing is read or drawn here. `compare` bu
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import Interval, Paired
 
 Outcome = Literal["supported", "contradicted", "undecided"]
+"""Of a claim; `Claim.finding` says more."""
+
+
+class Curve(NamedTuple):
+    """What was recorded of a run at its measurements, by increasing step: arrays of [k], nan where nothing was."""
+
+    steps: np.ndarray
+    losses: np.ndarray
+    """Mean loss of the probe set, without penalties and label smoothing."""
+    scores: np.ndarray
+    """`MetricDescription.score` of the metric on the validation samples."""
+    near_rank_losses: np.ndarray
+    """As `Run.near_rank_loss`."""
+    rate_shares: np.ndarray
+    """Learning rate as a share of the highest one of the run."""
 
 
 class Run(NamedTuple):
@@ -39,6 +56,19 @@ class Run(NamedTuple):
     """Validation accuracy to reach; None if none was set."""
     updates_to_target: int | None
     """Updates until the target was reached; None if it was not reached."""
+    train_score: float | None = None
+    """`score` on all training samples at the end; None if it was not measured, and so below."""
+    train_loss: float | None = None
+    """Mean loss of all training samples at the end."""
+    chance: float | None = None
+    """Score of a network that has learned nothing."""
+    near_rank_loss: float | None = None
+    """The primary one, at the end: centred, below 0.01 s1, of the last hidden layer, on the fixed probe set."""
+    near_rank_loss_untrained: float | None = None
+    """The same before the first step."""
+    curve: Curve | None = None
+    test_correct: np.ndarray | None = None
+    """Whether each test sample is classified correctly at the end: [M] bool."""
 
 
 class Gap(NamedTuple):
@@ -60,18 +90,21 @@ class Gap(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """Correlation of a measure with the score lost, over runs, seeds removed."""
+    """Correlation of a measure with the score lost, over the means of the arms that trained."""
 
     measure: str
     r: float
+    """Spearman's."""
     interval: Interval | None
-    """95% interval, with one independent observation per arm; None for too few arms."""
+    """95% interval; None for fewer than seven arms, which are too few to tell."""
+    leave_one_out: Interval | None
+    """Smallest and largest r with one of the arms left out."""
     partial: float | None
-    """Partial correlation, the logarithm of the number of updates held constant; None if it is not defined."""
+    """Partial correlation, the number of updates held constant; None if it is not defined."""
     partial_interval: Interval | None
     p: float | None
     holm: float | None
-    """p corrected for all measures."""
+    """p corrected for all measures: the strongest of them is the best of many."""
     num_runs: int
     num_arms: int
 
@@ -105,6 +138,17 @@ class Claim(NamedTuple):
     """The numbers that decide the outcome, as sentences."""
     control: str
     """The control that decides it, in one sentence."""
+    finding: str = ""
+    """The outcome in more words, such as "there, but below the margin" or "not asked"; empty if there are none."""
+
+
+class TrainingSummary(NamedTuple):
+    """How an arm trained, for tables."""
+
+    label: str
+    """`as well`, `less`, `did not train in 1 of 3`, ..."""
+    loss_ratio: float | None
+    """Geometric mean over seeds of the final training loss divided by the baseline's; None without losses."""
 
 
 class Comparison(NamedTuple):
@@ -112,6 +156,10 @@ class Comparison(NamedTuple):
 
     metric: MetricDescription
     baseline: str
+    answer: str
+    """To the question of the study, in a sentence or two; empty without a baseline."""
+    training: Mapping[str, TrainingSummary]
+    """By arm; empty without a baseline."""
     gaps: Mapping[str, Gap]
     """By arm, in the order of the study; arms without a pair are missing."""
     correlations: Sequence[Correlation]

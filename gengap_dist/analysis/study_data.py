@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gengap_dist.analysis.compare import compare
+from gengap_dist.analysis.looks import look_of
+from gengap_dist.analysis.registration import registration_sentence
 from gengap_dist.analysis.results import Comparison, Run
 from gengap_dist.config.loading import flat
 from gengap_dist.config.measures import OWN_BATCH
@@ -203,11 +205,25 @@ class StudyData:
         order = {arm: number for number, arm in enumerate(self.arms)}
         tuned = tuned_settings(self.info)
         runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))
-        found = compare([comparison_run(run, tuned) for run in runs], self.baseline, self.metric)
+        section = _section(self.info, "study")
+        tolerance = section.get("tolerance")
+        found = compare(
+            [comparison_run(run, tuned) for run in runs],
+            self.baseline,
+            self.metric,
+            margin=None if tolerance is None else float(tolerance) / self.metric.scale,
+            look=look_of(self.info.get("seeds") or [], self.info.get("judged") or [], section),
+        )
         across = (self.info.get("config") or {}).get("across") or []  # what `gengap compare --across` was told to mix
         changed = changed_data({f"{run.arm}/{run.folder.name}": run.info for run in runs})
         mixed = [text[0].upper() + text[1:] + "." for text in dict.fromkeys([*across, *changed])]
         return found._replace(caveats=[*mixed, *found.caveats])
+
+    @property
+    def registration(self) -> str:
+        """Whether the configuration was committed before the first run, as a sentence; empty if it is not known."""
+        started = [run.info["started"] for run in self.runs if run.info.get("started")]
+        return registration_sentence(self.info.get("registration"), started)
 
     def with_baseline(self, baseline: str) -> "StudyData":
         """The same study with another baseline."""
@@ -251,8 +267,8 @@ def tuned_settings(study: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _section(info: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A section of a run's settings; empty for runs of another program."""
-    section = info["config"].get(name)
+    """A section of the settings of a run or study; empty for those of another program."""
+    section = (info.get("config") or {}).get(name)
     return section if isinstance(section, Mapping) else {}
 
 

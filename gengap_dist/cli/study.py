@@ -46,12 +46,12 @@ def command(argv: Sequence[str]) -> int:
         return OK
     run_folder.prepare_folder(out, "study.json", resume=True)
     with runner.exclusive_lock(out):
-        return _drive(config, out)
+        return _drive(config, out, options.config)
 
 
-def _drive(config: StudyConfig, out: Path) -> int:
+def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
     """The driver process: folders, progress, MLflow, the report."""
-    runner.prepare(config, out, _warn)
+    runner.prepare(config, out, _warn, sources)
     uploader = UploaderProcess(out, config.mlflow) if config.mlflow.enabled else None
     try:
         num_failed = _run(config, out)
@@ -124,8 +124,10 @@ def _run(config: StudyConfig, out: Path) -> int:
 
 
 def _verdicts(study: Any) -> list[str]:
-    """Each claim with its outcome and evidence, for the note of the study's MLflow run."""
-    return [f"{claim.claim} **{claim.outcome}**: {claim.evidence}" for claim in study.comparison.claims]
+    """The answer, then each claim with its outcome and evidence, for the note of the study's MLflow run."""
+    found = study.comparison
+    claims = [f"{claim.claim} **{claim.finding or claim.outcome}**: {claim.evidence}" for claim in found.claims]
+    return [*[found.answer] * bool(found.answer), *claims]
 
 
 def _headline(study: Any) -> dict[str, float]:

@@ -317,15 +317,22 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
     console = wide_console()
     console.print(study_table(study, every_column=console.width >= 118))
     console.print(
-        f"[dim]sb_lb_gap: {escape(gap_sentence(study.baseline, study.metric))}, paired by seed; "
-        "intervals are 95%; with few seeds use the t interval[/]",
+        f"[dim]sb_lb_gap: {escape(gap_sentence(study.baseline, study.metric))}, paired by seed, at the end of the "
+        "runs; loss ratio: final training loss / the baseline's[/]",
         highlight=False,
     )
+    if study.comparison.answer:
+        console.print(f"\n[bold]{escape(study.comparison.answer)}[/]\n", highlight=False)
     for claim in study.comparison.claims:
-        console.print(f"[{OUTCOMES[claim.outcome]}]{claim.outcome:12}[/] [bold]{claim.claim}[/]", highlight=False)
+        finding = f" [dim]({escape(claim.finding)})[/]" if claim.finding else ""
+        console.print(
+            f"[{OUTCOMES[claim.outcome]}]{claim.outcome:12}[/] [bold]{claim.claim}[/]{finding}", highlight=False
+        )
         console.print(Padding(escape(claim.evidence), (0, 0, 0, 13)), highlight=False)
     for caveat in study.comparison.caveats:
         console.print(Padding(f"[dim]{escape(caveat)}[/]", (0, 0, 0, 13)), highlight=False)
+    if study.registration:
+        console.print(f"[dim]{escape(study.registration)}[/]", highlight=False)
     console.print(f"report  {page}", highlight=False, soft_wrap=True)
     if uri:
         console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)
@@ -335,10 +342,11 @@ def study_table(study: StudyData, *, every_column: bool = True) -> Table:
     """One row per arm: metric and gap with intervals; with `every_column` also ranks of the last measured layer."""
     table = Table(title=study.name, title_justify="left")
     last = last_layer(study) if every_column else None
-    heads = ["arm", "batch", "steps", "seeds", test_head(study.metric), "sb_lb_gap", "bootstrap", "t"]
+    heads = ["arm", "batch", "steps", "seeds", test_head(study.metric), "train (sd)", "loss ratio", "train-test gap"]
+    heads += ["sb_lb_gap", "95% t"]
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     for number, head in enumerate(heads):
-        table.add_column(escape(head), justify="left" if number == 0 else "right", no_wrap=number in (0, 5, 6, 7))
+        table.add_column(escape(head), justify="left" if number == 0 else "right", no_wrap=number in (0, 8, 9))
     for row in study_rows(study, last):
         table.add_row(*row)
     return table

@@ -1,7 +1,7 @@
 """Merges defaults, YAML files and the command line into one validated config."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,6 +100,17 @@ def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from field_names(info.annotation, f"{prefix}{name}.")
 
 
+def yaml_files(path: Path) -> list[Path]:
+    """A YAML file that `load_yaml` can read, and all files that it extends."""
+    path = path.resolve()
+    extended = _parents(path, (yaml.safe_load(path.read_text()) or {}).get("extends", []))
+    return [path, *(file for parent in extended for file in yaml_files(parent))]
+
+
+def _parents(path: Path, extends: str | Sequence[str]) -> list[Path]:
+    return [path.parent / parent for parent in ([extends] if isinstance(extends, str) else extends)]
+
+
 def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file as nested settings, merged over the files in its `extends` (paths relative to the file).
 
@@ -120,11 +131,9 @@ def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UsageError(f"--config ({path}) is not YAML{position}: {problem}; fix that line") from None
     if not isinstance(tree, dict):
         raise UsageError(f"--config ({path}) is a {type(tree).__name__}, needs settings such as `batch: ...`")
-    parents = tree.pop("extends", [])
-    parents = [parents] if isinstance(parents, str) else parents
     inherited: dict[str, Any] = {}
-    for parent in parents:
-        inherited = merge(inherited, load_yaml(path.parent / parent, (*_chain, path)))
+    for parent in _parents(path, tree.pop("extends", [])):
+        inherited = merge(inherited, load_yaml(parent, (*_chain, path)))
     return merge(inherited, nested({str(key): value for key, value in tree.items()}))
 
 

@@ -80,7 +80,16 @@ class StudySection(Section, affects="result"):
     name: Annotated[str, Affects("observation")] = "study"
     """Title of the study."""
     question: Annotated[str, Affects("observation")] = ""
-    """The research question of the study; printed at the top of its report."""
+    """The research question of the study; printed at the top of its report, with the answer."""
+    tolerance: Annotated[FiniteFloat | None, Field(gt=0), Affects("observation")] = None
+    """Smallest difference of test results that counts, in the unit that is shown, percentage points for accuracy (null:
+    0.5, or 0.5% of the baseline's mean for a metric that is no share)."""
+    looks: Annotated[tuple[PositiveInt, ...], Affects("observation")] = ()
+    """Numbers of seeds at which the study is judged, one or two, declared before the first: [10, 20] judges 10 seeds at
+    a level of 1%, and all 20 at 4.3%, 4.9% in all (empty: once, at 5%)."""
+    may_extend: Annotated[bool, Affects("observation")] = False
+    """Seeds may be added at any later time: the first look then has a level of 4%, and all later ones together 1%, by
+    e-values."""
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
     """Seeds; every arm runs with each of them, and arms are compared seed by seed."""
     baseline: Annotated[str, Affects("observation")] = ""
@@ -129,6 +138,18 @@ class StudyConfig(RunConfig, affects="result"):
             )
         if len(set(study.seeds)) < len(study.seeds):
             raise ValueError(f"study.seeds ({list(study.seeds)}) holds a seed twice: list each once")
+        if study.looks and (list(study.looks) != sorted({*study.looks}) or len(study.looks) > 2 or study.looks[0] < 2):
+            raise ValueError(
+                f"study.looks ({list(study.looks)}) are not one or two increasing numbers of seeds, at least 2: declare "
+                "such as [10, 20], or study.may_extend=true for an extension without end"
+            )
+        if len(study.looks) == 2 and study.looks[1] < study.looks[0] + 2:
+            raise ValueError(f"study.looks ({list(study.looks)}): the second look adds fewer than two seeds: add more")
+        if study.looks and study.may_extend:
+            raise ValueError(
+                f"study.looks ({list(study.looks)}) and study.may_extend exclude each other: declare the looks, or an "
+                "extension without end"
+            )
         if study.baseline and study.baseline not in names:
             raise ValueError(
                 f"study.baseline ({study.baseline}) is not an arm: choose one of {', '.join(names)}"

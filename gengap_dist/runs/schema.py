@@ -206,6 +206,10 @@ class StudyInfo(_Record):
     metrics: dict[str, float] = {}
     """The headline, for MLflow."""
     verdicts: list[str] = []
+    judged: list[list[StrictInt]] = []
+    """The seeds at each look: lists that differ, in the order of the looks."""
+    registration: dict[str, Any] | None = None
+    """Commit and digest of the configuration; see `study/registration.py`."""
     members: list[StudyMember] | None = None
     """The runs of a comparison, which are not in its folder."""
 

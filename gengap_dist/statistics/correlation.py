@@ -48,10 +48,11 @@ def partial_correlation(x: np.ndarray, y: np.ndarray, u: np.ndarray) -> float | 
     return float(np.clip((xy - xu * yu) / unexplained**0.5, -1.0, 1.0))
 
 
-def fisher_interval(r: float, num: int, num_controls: int = 0) -> Interval | None:
+def fisher_interval(r: float, num: int, num_controls: int = 0, variance: float = 1.0) -> Interval | None:
     """95% interval of a correlation of `num` independent observations (Fisher's z), given `num_controls` variables.
 
-    None for fewer than num_controls + 4 observations.
+    tanh(atanh r +- 1.96 sqrt(variance / (num - 3 - num_controls))); None for fewer than num_controls + 4 observations.
+    The variance is 1 for Pearson's r, and 1.06 for Spearman's.
 
     >>> [round(end, 3) for end in fisher_interval(0.5, 28)]
     [0.156, 0.736]
@@ -61,7 +62,7 @@ def fisher_interval(r: float, num: int, num_controls: int = 0) -> Interval | Non
         return None
     from scipy import stats  # slow to import, see paired.py
 
-    half = stats.norm.ppf((1 + CONFIDENCE) / 2) / (num - 3 - num_controls) ** 0.5
+    half = stats.norm.ppf((1 + CONFIDENCE) / 2) * (variance / (num - 3 - num_controls)) ** 0.5
     z = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
     return (float(np.tanh(z - half)), float(np.tanh(z + half)))
 

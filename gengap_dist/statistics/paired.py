@@ -92,10 +92,10 @@ def t_half_width(values: Sequence[float] | np.ndarray, confidence: float = CONFI
     >>> t_half_width(np.array([[1.0, 10.0], [3.0, 30.0]])).round(4)
     array([ 12.7062, 127.062 ])
     """
-    from scipy import stats
+    from scipy import special
 
     n = len(values)
-    return stats.t.ppf((1 + confidence) / 2, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5
+    return special.stdtrit(n - 1, (1 + confidence) / 2) * np.std(values, axis=0, ddof=1) / n**0.5
 
 
 def p_value(values: Sequence[float] | np.ndarray) -> float | None:

@@ -23,6 +23,7 @@ from gengap_dist.study import ray_runner, run_matrix, tuning
 from gengap_dist.study.data_check import DataCheck
 from gengap_dist.study.means import MeansCallback, update_means
 from gengap_dist.study.packing import longest_first, run_packed
+from gengap_dist.study.registration import registration
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.training import ENTRY_POINT
 
@@ -52,8 +53,14 @@ def exclusive_lock(out: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
+def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] = ()) -> None:
     """Write study.json, or continue the study in `out`; damaged runs are moved to `out`/damaged.
+
+    Args:
+        config: the study.
+        out: its folder.
+        warn: called with each warning.
+        sources: the files that `config` was read from.
 
     Raises:
         UsageError: if an arm is not valid, or if runs or a study in `out` have other settings.
@@ -97,6 +104,8 @@ def prepare(config: StudyConfig, out: Path, warn: Warn) -> None:
         config=config.model_dump(mode="json"),
         versions=run_folder.versions(),
         git=run_folder.git_state(),
+        judged=previous.judged if previous else [],
+        registration=registration(config, sources),
     )
     run_folder.write_info(out, info)
 
@@ -270,8 +279,20 @@ def _run_on_torchrun(plan: list[PlannedRun], callback: StudyCallback, *, driver:
 
 
 def conclude(out: Path, outcome: RunStatus, numbers: dict[str, Any], verdicts: Sequence[str] = ()) -> StudyInfo:
-    """Write the final status, metrics and verdicts of the study; returns the content of study.json."""
-    return _update(out, status=outcome, ended=run_folder.now(), metrics=numbers, verdicts=[*verdicts])
+    """Write the final status, metrics and verdicts of the study; returns the content of study.json.
+
+    With verdicts the study was judged: its seeds are added to the looks, unless the last look had the same.
+    """
+    info = run_folder.read_study_info(out)
+    looked = [info.seeds] if verdicts and info.judged[-1:] != [info.seeds] else []
+    return _update(
+        out,
+        status=outcome,
+        ended=run_folder.now(),
+        metrics=numbers,
+        verdicts=[*verdicts],
+        judged=[*info.judged, *looked],
+    )
 
 
 def _update(out: Path, **news: Any) -> StudyInfo:

@@ -256,19 +256,24 @@ def explanations(_: StudyData, comparison: Comparison) -> ReportFigure | None:
                 "holm_p": correlation.holm,
                 "num_runs": correlation.num_runs,
                 "num_arms": correlation.num_arms,
+                "smallest_r_without_an_arm": (correlation.leave_one_out or (None, None))[0],
+                "largest_r_without_an_arm": (correlation.leave_one_out or (None, None))[1],
             }
         )
     row_axis(axes, [label_of(correlation.measure) for correlation in shown])
     axes.set_xlim(-1.05, 1.05)
     harm = comparison.metric.harm
-    axes.set_xlabel(f"correlation with test {harm}, over runs, seeds removed")
+    axes.set_xlabel(f"Spearman's correlation with test {harm}, over means of arms that trained")
     handles = [
         Line2D([], [], color=ACCENT, marker="o", label="r, 95% interval"),
         Line2D([], [], color=WARM, marker="D", mfc=PAPER, label="r given the number of updates"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=9)
     strongest = listed([f"{correlation.measure} {correlation.r:+.2f}" for correlation in shown], 4)
-    return ReportFigure(figure, f"Correlation with test {harm}, strongest first: {strongest}.", data)
+    best = f"The strongest of them is the best of {len(comparison.correlations)}, and no evidence of a cause."
+    if all(correlation.interval is None for correlation in shown):
+        best = f"With {max(correlation.num_arms for correlation in shown)} arms they are too few to tell."
+    return ReportFigure(figure, f"Correlation with test {harm}, strongest first: {strongest}. {best}", data)
 
 
 def _strongest_first(comparison: Comparison) -> list[Correlation]:

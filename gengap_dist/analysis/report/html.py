@@ -100,7 +100,9 @@ def _is_study(study: StudyData) -> bool:
 
 
 def _comparison(study: StudyData) -> Comparison:
-    return study.comparison if _is_study(study) else Comparison(study.metric, study.baseline, {}, [], None, [], [])
+    return study.comparison if _is_study(study) else Comparison(
+        study.metric, study.baseline, "", {}, {}, [], None, [], []
+    )
 
 
 def _summary(study: StudyData, is_study: bool) -> str:

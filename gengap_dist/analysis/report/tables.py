@@ -51,7 +51,8 @@ def _interval(pair: Interval | None, metric: MetricDescription) -> Cell:
 def arm_table(study: StudyData, comparison: Comparison) -> Table:
     """One row per arm: metric, gap, detectable differences, and unfinished runs."""
     last, metric = last_layer(study), study.metric
-    heads = ["arm", "batch", "updates", "seeds", test_head(metric), "gap", "95% t", "95% bootstrap", "Holm p"]
+    heads = ["arm", "batch", "updates", "seeds", test_head(metric), "train (sd)", "trained", "loss ratio"]
+    heads += ["train-test gap", "gap", "95% t", "95% bootstrap", "Holm p"]
     heads += ["CI half-width", "detectable", "matched"]
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     rows = []
@@ -71,6 +72,7 @@ def arm_table(study: StudyData, comparison: Comparison) -> Table:
                 len(values),
             ),
             number(mean_and_std(values)[0] if values else None, text=mean_text(values, metric)),
+            *_training_cells(study, comparison, arm),
         ]
         if arm == comparison.baseline:
             row += [Cell("baseline", 0.0), *[MISSING] * 5, Cell("")]
@@ -99,10 +101,25 @@ def arm_table(study: StudyData, comparison: Comparison) -> Table:
         f"Gap: {gap_sentence(comparison.baseline, metric)}, paired by seed; p from "
         'the paired t test, corrected for all arms (Holm). A difference smaller than "CI half-width" is not '
         'significant, and a true difference of "detectable" is found with 80% power. Matched: what the arm has in '
-        "common with the baseline.",
+        "common with the baseline. Trained: against the baseline, on training samples; loss ratio: final training loss "
+        "divided by the baseline's.",
         heads,
         rows,
     )
+
+
+def _training_cells(study: StudyData, comparison: Comparison, arm: str) -> list[Cell]:
+    """Metric on training samples, whether the arm trained, loss ratio, and difference of training and test metric."""
+    metric, trained = study.metric, comparison.training.get(arm)
+    values = [*study.results(arm, f"train_full/{metric.name}").values()]
+    gaps = [*study.results(arm, "train_test_gap").values()]
+    gap = mean_and_std(gaps)[0] if gaps else None
+    return [
+        number(mean_and_std(values)[0] if values else None, text=mean_text(values, metric)),
+        Cell(trained.label if trained else "-"),
+        number(trained.loss_ratio if trained else None, ".3g"),
+        number(gap, text="" if gap is None else metric.format_difference(gap)),
+    ]
 
 
 def run_table(study: StudyData) -> Table:

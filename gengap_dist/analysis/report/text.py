@@ -66,18 +66,21 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
         runs, values = study.runs_of(arm), list(study.test_values(arm).values())
         if not runs:
             if unfinished := study.unfinished_runs(arm):
-                rows.append([arm, "-", "-", f"0, {unfinished}", *["-"] * (6 if last else 4)])
+                rows.append([arm, "-", "-", f"0, {unfinished}", *["-"] * (8 if last else 6)])
             continue
         unfinished = study.unfinished_runs(arm)
         gap: Paired | None = None if arm == study.baseline else study.gap(arm)
+        trained = study.comparison.training.get(arm)
         row = [
             arm,
             f"{runs[0].global_size:,}",
             f"{runs[0].info['num_steps']:,}",
             str(len(values)) + (f" + {unfinished}" if unfinished else ""),
             mean_text(values, metric),
+            mean_text([*study.results(arm, f"train_full/{metric.name}").values()], metric),
+            "-" if trained is None or trained.loss_ratio is None else f"{trained.loss_ratio:.3g}",
+            _train_test_gap(study, arm),
             "baseline" if arm == study.baseline else metric.format_difference(gap.mean) if gap else "-",
-            interval(gap.bootstrap if gap else None, metric),
             interval(gap.student if gap else None, metric),
         ]
         if last:
@@ -88,6 +91,11 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
                 row.append(f"{mean_and_std(final_values)[0]:.3g}" if final_values else "-")
         rows.append(row)
     return rows
+
+
+def _train_test_gap(study: StudyData, arm: str) -> str:
+    gaps = [*study.results(arm, "train_test_gap").values()]
+    return study.metric.format_difference(mean_and_std(gaps)[0]) if gaps else "-"
 
 
 def ui_command(uri: str) -> str:

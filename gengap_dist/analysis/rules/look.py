@@ -1,0 +1,108 @@
+"""How sure a difference must be at one look at a study: its level, and the test that keeps it over all looks."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from gengap_dist.statistics.paired import Interval
+from gengap_dist.statistics.sequential import e_critical_value, e_p_value, e_value
+
+LEVEL = 0.05
+Values = Sequence[float] | np.ndarray
+
+
+class Look(NamedTuple):
+    """The test of one look. "Surely" means that its interval, by default of 95%, excludes a value.
+
+    If all differences d of two or more pairs are equal, the interval is [d, d].
+    """
+
+    level: float = LEVEL
+    """A p value below it is significant; 1 minus the confidence of the intervals."""
+    by_e_value: bool = False
+    """Judge by e-values, which stay valid after any number of looks, and not by Student's t."""
+    sentence: str = ""
+    """What readers must know of this look; empty for a single one."""
+
+    def interval(self, values: Values) -> Interval | None:
+        """The interval of the mean of paired differences; None for fewer than two.
+
+        >>> [round(end, 3) for end in Look().interval([1.0, 3.0])], Look().interval([0.5, 0.5])
+        ([-10.706, 14.706], (0.5, 0.5))
+        """
+        n, array = len(values), np.asarray(values, dtype=float)
+        if n < 2:
+            return None
+        mean = float(array.mean())
+        if are_equal(array):
+            return (mean, mean)
+        half_width = self.critical(n) * float(array.std(ddof=1)) / n**0.5
+        return (mean - half_width, mean + half_width)
+
+    def critical(self, num_pairs: int) -> float:
+        """The t statistic of so many pairs, at least 2, that is significant; infinite where no e-value can be.
+
+        >>> round(Look().critical(3), 4), round(Look(0.01, by_e_value=True).critical(10), 4)
+        (4.3027, 5.7284)
+        """
+        return e_critical_value(num_pairs, self.level) if self.by_e_value else critical_t(self.level, num_pairs - 1)
+
+    def p(self, values: Values, limit: float = 0.0) -> float:
+        """Two-sided p of the mean being `limit`; 1 for fewer than two differences, 0 if all are equal to another value.
+
+        >>> round(Look().p([1.0, 3.0]), 6), Look().p([1.0, 3.0], limit=2.0), Look().p([0.5, 0.5])
+        (0.295167, 1.0, 0.0)
+        """
+        n, array = len(values), np.asarray(values, dtype=float) - limit
+        if n < 2:
+            return 1.0
+        if are_equal(array):
+            return float(abs(array.mean()) <= 1e-12)
+        t = float(array.mean()) / (float(array.std(ddof=1)) / n**0.5)
+        return e_p_value(e_value(t, n)) if self.by_e_value else two_sided_p(t, n - 1)
+
+    def is_above(self, values: Values, limit: float = 0.0) -> bool:
+        """Whether the mean is surely above `limit`."""
+        interval = self.interval(values)
+        return interval is not None and interval[0] > limit
+
+    def is_below(self, values: Values, limit: float = 0.0) -> bool:
+        """Whether the mean is surely below `limit`."""
+        interval = self.interval(values)
+        return interval is not None and interval[1] < limit
+
+    def is_within(self, values: Values, limit: Values | float) -> bool:
+        """Whether the mean's distance from 0 is surely below `limit`: one number, or one for each pair."""
+        array = np.asarray(values, dtype=float)
+        return self.is_below(array - limit) and self.is_above(array + limit)
+
+
+def are_equal(values: np.ndarray) -> bool:
+    """Whether all values are the same, but for rounding."""
+    return float(np.ptp(values)) <= 1e-12 * max(1.0, float(np.abs(values).max()))
+
+
+@cache
+def critical_t(level: float, df: float) -> float:
+    """The t that is exceeded, in size, with probability `level`.
+
+    >>> round(critical_t(0.05, 2), 4)
+    4.3027
+    """
+    from scipy import special  # slow to import, see statistics/paired.py
+
+    return float(special.stdtrit(df, 1 - level / 2))
+
+
+def two_sided_p(t: float, df: float) -> float:
+    """Probability that Student's t with `df` degrees of freedom exceeds `t` in size."""
+    from scipy import special
+
+    return float(2 * special.stdtr(df, -abs(t)))
+
+
+def array_of(values: Mapping[int, float]) -> np.ndarray:
+    """The values in the order of their seeds: [n]."""
+    return np.array([values[seed] for seed in sorted(values)], dtype=float)

@@ -1,9 +1,9 @@
-# make demo | quick | test | test-full | check | bench | gpu: each alone makes .venv, installs, and does its job.
+# make demo | quick | test | test-full | check | bench | simulate | gpu: each alone makes .venv, installs, and does its job.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo quick test test-full check bench gpu clean
+.PHONY: demo quick test test-full check bench simulate gpu clean
 
 demo: .venv/.installed
 	$(BIN)/gengap study --config configs/demo.yaml --out demo
@@ -40,6 +40,11 @@ bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/probe_cost.py
 	$(BIN)/python benchmarks/aggregate.py
 	$(BIN)/python benchmarks/epoch.py --data $(or $(GENGAP_DATA),data)/cifar10-jpeg --jpeg
+
+# how often the rules of verdicts err: the table of docs/statistics.md
+simulate: .venv/.installed-dev
+	$(BIN)/python benchmarks/verdicts.py --out docs/benchmarks/verdicts.json
+	$(BIN)/python benchmarks/page.py
 
 # on a machine with a GPU; PART=correctness, sync, memory, speed or compile: docs/gpu.md
 gpu: .venv/.installed

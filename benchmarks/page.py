@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md and its figure of the peers, from the results in docs/benchmarks/*.json.
+"""Writes docs/benchmarks.md and the table of docs/statistics.md, with their figures, from docs/benchmarks/*.json.
 
     python benchmarks/page.py
 
@@ -14,7 +14,9 @@ from statistics import median
 from typing import Any
 
 import matplotlib
+import numpy as np
 import paired_timing
+import verdicts
 from matplotlib.figure import Figure
 from tables import fill, table
 
@@ -54,6 +56,50 @@ def write(docs: Path) -> None:
     for name, body in bodies.items():
         text = fill(text, name, body)
     page.write_text(text)
+    if simulated := read(docs, "verdicts"):
+        path = docs / "statistics.md"
+        path.write_text(fill(path.read_text(), "verdicts", verdicts_table(simulated)))
+        draw_verdicts(docs / "verdicts_updates.svg")
+
+
+def draw_verdicts(path: Path) -> None:
+    """A simulated study in which only the number of updates differs: accuracy by updates, and by training loss."""
+    runs = [run for run in verdicts.only_updates(np.random.default_rng(1), 1) if run.arm != "lb1294-long"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 2.8), layout="constrained")
+        by_updates, by_loss = figure.subplots(1, 2, sharey=True)
+        for run, color in zip(runs, (INK, ACCENT, WARM), strict=True):
+            if run.curve is None:
+                continue
+            curve, label = run.curve, f"batch {run.global_size:,}: {run.num_updates:,} updates"
+            by_updates.plot(curve.steps, 100 * curve.scores, color=color, linewidth=1.4, label=label)
+            by_updates.plot(curve.steps[-1], 100 * curve.scores[-1], "o", color=color)
+            by_loss.plot(curve.losses, 100 * curve.scores, color=color, linewidth=1.4)
+        for axes in (by_updates, by_loss):
+            axes.set_xscale("log")
+        by_loss.invert_xaxis()
+        by_updates.set_xlabel("updates")
+        by_loss.set_xlabel("training loss")
+        by_updates.set_ylabel("validation accuracy, %")
+        by_updates.legend(fontsize=8, loc="upper left")
+        figure.savefig(path, metadata={"Date": None})
+
+
+def verdicts_table(results: Mapping[str, Any]) -> str:
+    """The table of benchmarks/verdicts.py."""
+    rows = [
+        [
+            row["truth"],
+            str(row["n"]),
+            row["called"],
+            f"{row['percent']:.1f}",
+            "" if row["before"] is None else f"{row['before']:.1f}",
+            row["specified"],
+        ]
+        for row in results["rows"]
+    ]
+    head = ["truth", "n", "called", "%", "rules before, %", "should be, %"]
+    return f"{results['studies']} simulated studies for each row:\n\n{table(head, rows)}"
 
 
 def headline(peers: Mapping[str, Any]) -> str:

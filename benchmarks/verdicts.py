@@ -1,7 +1,8 @@
 """Simulates studies whose truth is known, and counts what the rules say of them.
 
-    python benchmarks/verdicts.py [--studies 500] [--only WORD ...] [--before CHECKOUT] [--out docs/benchmarks/verdicts.json]
+    python benchmarks/verdicts.py [--studies 500] [--only WORLD ...] [--before CHECKOUT] [--out FILE]
     make simulate
+
 
 Each world is a truth, such as "only the number of updates differs". Its runs have learning curves, training and test
 scores, near-rank losses, and where it matters the correctness of each test image, all with the noise that was seen in
@@ -12,9 +13,9 @@ docs/adr/0110. python benchmarks/page.py writes the table into docs/statistics.m
 
 import argparse
 import json
+import pickle
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -35,6 +36,8 @@ RUN, LOWERED, TRAINING, RANK = 0.20, 0.38, 0.15, 0.02  # standard deviations; th
 LOST, GROWTH, RANK_OF_BASE = 1.72, 0.512, 0.07
 ACCURACY, TRAINED = 82.5, 99.9
 MEASUREMENTS = 60  # of a curve
+OUTCOMES = ("supported", "contradicted", "undecided")
+UNSURE = 0.1  # share of the test images that a run gets right or wrong by chance
 
 BASE: dict[str, object] = {
     "batch.global_size": 32,
@@ -141,16 +144,18 @@ def only_updates(rng: np.random.Generator, num_seeds: int) -> list[Run]:
 
 
 def rate_phase(rng: np.random.Generator, num_seeds: int) -> list[Run]:
-    """No effect of the batch: a cosine against a constant rate, which costs up to 1.5 points where it is high."""
+    """No effect of the batch: the longer run reaches the other's final loss while its rate, which costs up to 1.5
+    points, is still high.
+    """
 
     def score_at(losses: np.ndarray, shares: np.ndarray) -> np.ndarray:
         return accuracy_of_loss(losses, shares) - 1.5 * shares
 
     runs = []
-    for arm, size, updates, cosine in (("sb", 32, 1600, True), ("lb", 64, 700, False)):
-        settings = BASE | {"batch.global_size": size, "optim.schedule": "cosine" if cosine else "constant"}
+    for arm, size, updates in (("sb", 32, 1600), ("lb", 64, 700)):
+        settings = BASE | {"batch.global_size": size}
         for seed in range(num_seeds):
-            curve = learning_curve(rng, updates, score_at, cosine=cosine)
+            curve = learning_curve(rng, updates, score_at, cosine=True)
             end = Ending(ACCURACY, 99.2, float(2.3 * np.exp(-updates / 150)), updates=updates, curve=curve)
             runs.append(simulated_run(rng, arm, seed, settings, end))
     return runs
@@ -171,8 +176,8 @@ def two_batches(
 ) -> list[Run]:
     """Both batches trained to the same loss; `images`: with the correctness of so many test images."""
     runs = []
-    unsure = rng.random(images) < 0.1  # images that a run gets right or wrong by chance
-    easy = rng.random(images) < (ACCURACY / 100 - 0.05) / 0.9
+    unsure = rng.random(images) < UNSURE
+    easy = rng.random(images) < (ACCURACY / 100 - UNSURE / 2) / (1 - UNSURE)
     for seed in range(num_seeds):
         for arm, settings, less, more, num in (
             ("sb", BASE, 0.0, 0.0, updates[0]),
@@ -180,7 +185,9 @@ def two_batches(
         ):
             correct = None
             if images:
-                chance = 0.5 - POINT * (less + rng.normal(0, RUN)) / 0.1
+                by_images = 100 * (UNSURE / 4 / images) ** 0.5  # the standard deviation that they alone give a run
+                of_run = rng.normal(0, max(0.0, RUN**2 - by_images**2) ** 0.5)
+                chance = 0.5 - POINT * (less + of_run) / UNSURE
                 correct = np.where(unsure, rng.random(images) < chance, easy)
             status = "diverged" if diverged and arm == "lb" and seed % 2 else "finished"
             end = Ending(
@@ -271,8 +278,8 @@ class World(NamedTuple):
     num_seeds: Sequence[int]
     counted: Sequence[str]
     """CLAIM OUTCOME, or CLAIM FINDING; a claim is named by its key."""
-    expected: str
-    """As in the specification of the rules, in percent."""
+    specified: str
+    """What should be counted, in percent of the studies."""
 
 
 WORLDS: dict[str, World] = {
@@ -303,7 +310,7 @@ WORLDS: dict[str, World] = {
         partial(two_batches, lost=LOST, updates=(1600, 1600)),
         (5,),
         ("gap supported", "near_rank_loss_grows supported", "near_rank_loss_grows contradicted"),
-        "100; 2; 98",
+        "100; 2; -",
     ),
     "diverged": World(
         "half of the large batch diverges, the others lose nothing",
@@ -398,12 +405,48 @@ def counts(name: str, num_seeds: int, num_studies: int) -> list[int]:
 
 
 OLD_RULES = """
-import json, sys
+import json, pickle, sys
 sys.path.insert(0, sys.argv[1])
-sys.path.insert(1, sys.argv[2])
-import old_verdicts
-print(json.dumps(old_verdicts.counts(*json.loads(sys.argv[3]))))
+from gengap_dist.analysis.claims import claims
+from gengap_dist.analysis.results import Run
+studies, counted = pickle.load(sys.stdin.buffer)
+numbers = [0] * len(counted)
+for study in studies:
+    found = {claim.key: claim.outcome for claim in claims([Run(**fields) for fields in study], "sb")}
+    numbers = [number + (found[key] == word) for number, (key, word) in zip(numbers, counted)]
+print(json.dumps(numbers))
 """
+OLD_FIELDS = Run._fields[: Run._fields.index("train_score")]  # what a run had for the rules of before
+
+
+def counts_before(checkout: Path, name: str, num_seeds: int, num_studies: int) -> list[int]:
+    """As `counts`, of the same studies by the rules of another checkout, which know no findings but outcomes."""
+    world, rng = WORLDS[name], np.random.default_rng(0)
+    studies = [
+        [{field: getattr(run, field) for field in OLD_FIELDS} for run in world.study(rng, num_seeds)]
+        for _ in range(num_studies)
+    ]
+    counted = [entry.split(" ", 1) for entry in world.counted]
+    command = [sys.executable, "-c", OLD_RULES, str(checkout.resolve())]
+    done = subprocess.run(command, input=pickle.dumps((studies, counted)), capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+def rows_of(name: str, num_seeds: int, num_studies: int, before: Path | None) -> list[dict[str, Any]]:
+    """The rows of the table for one world and number of seeds; percentages of the studies."""
+    world, numbers = WORLDS[name], counts(name, num_seeds, num_studies)
+    old = counts_before(before, name, num_seeds, num_studies) if before else [None] * len(numbers)
+    return [
+        {
+            "truth": world.truth,
+            "n": num_seeds,
+            "called": entry,
+            "percent": 100 * number / num_studies,
+            "before": None if of_old is None or entry.split(" ", 1)[1] not in OUTCOMES else 100 * of_old / num_studies,
+            "specified": world.specified,
+        }
+        for entry, number, of_old in zip(world.counted, numbers, old, strict=True)
+    ]
 
 
 def main() -> None:
@@ -416,17 +459,19 @@ def main() -> None:
     options = parser.parse_args()
     asked = [(name, n) for name in options.only or WORLDS for n in WORLDS[name].num_seeds]
     with ProcessPoolExecutor(available_cores().whole) as pool:
-        found = [*pool.map(counts, *zip(*asked, strict=True), [options.studies] * len(asked))]
+        futures = [pool.submit(rows_of, name, n, options.studies, options.before) for name, n in asked]
+        rows = [row for future in futures for row in future.result()]
     table = Table("truth", "n", "called", "%", "before, %", "specified, %")
-    rows: list[dict[str, Any]] = []
-    for (name, n), numbers in zip(asked, found, strict=True):
-        world = WORLDS[name]
-        for entry, number in zip(world.counted, numbers, strict=True):
-            share = 100 * number / options.studies
-            rows.append({"truth": world.truth, "n": n, "called": entry, "percent": share, "expected": world.expected})
-            table.add_row(world.truth, str(n), entry, f"{share:.1f}", "-", world.expected)
+    for row in rows:
+        before = "-" if row["before"] is None else f"{row['before']:.1f}"
+        table.add_row(row["truth"], str(row["n"]), row["called"], f"{row['percent']:.1f}", before, row["specified"])
     Console(width=150).print(table)
     if options.out:
+        old_rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+        known = {(row["truth"], row["n"], row["called"]): row["before"] for row in old_rows}
+        for row in rows:  # a table that was made without `--before` keeps what was found with it
+            if row["before"] is None:
+                row["before"] = known.get((row["truth"], row["n"], row["called"]))
         options.out.write_text(json.dumps({"studies": options.studies, "rows": rows}, indent=1) + "\n")
 
 

@@ -27,7 +27,7 @@ def answer(study: JudgedStudy, gaps: Sequence[Difference], explanation: Claim) -
         "contributes": "Near-rank loss contributes to the loss.",
         "does not grow": "Near-rank loss does not grow with the batch, and so is not the cause.",
     }
-    return " ".join([text, *[causes[explanation.finding]] * (explanation.finding in causes)])
+    return " ".join(filter(None, [text, causes.get(explanation.finding)]))
 
 
 def _no_loss(study: JudgedStudy, gaps: Sequence[Difference]) -> str:

@@ -84,7 +84,7 @@ class Roles(NamedTuple):
     other_length: list[Arm]
     """The baseline's batch with another number of updates, and nothing else: they should show no gap."""
     scaled: list[Arm]
-    """A larger batch and a higher learning rate, perhaps with another warm-up."""
+    """A larger batch and a higher learning rate than another arm or than the baseline, perhaps another warm-up."""
     longer: list[Arm]
     """A larger batch, trained longer than another arm or for more epochs than the baseline, perhaps with another
     learning rate or other batch-norm groups."""
@@ -105,18 +105,18 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
             groups.interventions.extend(Intervention(arm, other, _kind(arm)) for other in [*without][:1])
             continue
         differs = differing_settings(arm.settings, base.settings)
-        if arm.global_size > base.global_size:
-            if differs <= LENGTH_AND_WARMUP:
+        if arm.global_size > base.global_size and differs <= RATE | LENGTH | NORM:
+            plain = differs <= LENGTH_AND_WARMUP
+            shorter, unscaled = shorter_counterpart(arm, natural), unscaled_counterpart(arm, natural)
+            if plain:
                 groups.plain.append(arm)
-                if shorter_counterpart(arm, natural):
-                    groups.longer.append(arm)
-            elif differs <= RATE and _rate(arm) > _rate(base):
+            if unscaled or (_rate(arm) > _rate(base) and differs <= RATE | LENGTH and not shorter):
                 groups.scaled.append(arm)
-            elif differs <= RATE | LENGTH | NORM and _epochs(arm) > _epochs(base):
+            if shorter or not (plain or unscaled or _epochs(arm) <= _epochs(base)):
                 groups.longer.append(arm)
-        elif arm.global_size == base.global_size and arm.name != base.name and differs <= LENGTH_AND_WARMUP:
-            if nearly_equal(updates(arm), updates(base)) is False:
-                groups.other_length.append(arm)
+        same_batch = arm.global_size == base.global_size and arm.name != base.name
+        if same_batch and differs <= LENGTH_AND_WARMUP and nearly_equal(updates(arm), updates(base)) is False:
+            groups.other_length.append(arm)
     return groups
 
 
@@ -143,9 +143,7 @@ def nearly_equal(one: float, other: float) -> bool | None:
 def unscaled_counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
     """The arm that differs only by a lower learning rate, and its warm-up; None if there is none."""
     unscaled = (
-        other
-        for other in arms
-        if is_counterpart(arm.settings, other.settings, RATE) and _rate(other) < _rate(arm)
+        other for other in arms if is_counterpart(arm.settings, other.settings, RATE) and _rate(other) < _rate(arm)
     )
     return min(unscaled, key=_rate, default=None)
 

@@ -13,9 +13,9 @@ from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.statistics.correlation import (
     fisher_interval,
     leave_one_out,
-    p_value_of_r,
     partial_correlation,
     spearman,
+    spearman_p_value,
 )
 from gengap_dist.statistics.paired import holm
 
@@ -29,8 +29,8 @@ def correlations(runs: Sequence[Run], trained: Mapping[str, Collection[int]] | N
 
     Seeds are repeats of one experiment, so the arms are the observations: x and y are an arm's means over seeds of the
     measure and of the score lost, and r is Spearman's. From seven arms on: Fisher's interval tanh(atanh r +- 1.96
-    sqrt(1.06 / (A - 3))) and p of t = r sqrt((A - 2) / (1 - r^2)) with A - 2 degrees of freedom, for A arms. The partial
-    correlation holds u, the number of updates, constant: (r_xy - r_xu r_yu) / sqrt((1 - r_xu^2) (1 - r_yu^2)).
+    sqrt(1.06 / (A - 3))) and p, exact up to nine arms, for A arms. The partial correlation holds u, the number
+    of updates, constant: (r_xy - r_xu r_yu) / sqrt((1 - r_xu^2) (1 - r_yu^2)), of ranks.
 
     Args:
         runs: with any status.
@@ -73,7 +73,7 @@ def _correlation(name: str, runs: Sequence[Run]) -> Correlation | None:
         partial_interval=None
         if partial is None or not enough
         else fisher_interval(partial, num_arms, num_controls=1, variance=RANK_VARIANCE),
-        p=p_value_of_r(r, num_arms) if enough else None,
+        p=spearman_p_value(r, num_arms) if enough else None,
         holm=None,
         num_runs=sum(map(len, by_arm.values())),
         num_arms=num_arms,

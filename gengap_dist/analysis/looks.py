@@ -44,8 +44,8 @@ def look_of(seeds: Sequence[int], judged: Sequence[Sequence[int]], section: Mapp
         return Look(
             TOTAL_LEVEL,
             by_e_value=True,
-            sentence=f"The study was already judged with {_counts(earlier)} seeds, and an extension was not declared: it "
-            "is judged by e-values of at least 20 (false alarms up to 6.4%).",
+            sentence=f"The study was already judged with {_counts(earlier)} seeds, and an extension was not declared: "
+            "it is judged by e-values of at least 20 (false alarms up to 6.4%).",
         )
     return Look()
 

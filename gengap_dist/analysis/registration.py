@@ -14,7 +14,7 @@ def registration_sentence(registration: Mapping[str, Any] | None, started: Seque
 
     >>> committed = {"sha256": "ab" * 32, "commit": "c" * 40, "committed": "2026-01-02T10:00:00+02:00"}
     >>> registration_sentence(committed, ["2026-01-02T08:00:01+00:00"])
-    'The configuration (SHA-256 abababababab) was committed before the first run, by the date of its commit cccccccccccc.'
+    'The configuration (SHA-256 abababababab) was committed before the first run (date of its commit cccccccccccc).'
     >>> registration_sentence({"sha256": "ab" * 32}, [])
     'The configuration (SHA-256 abababababab) was not committed when the study was started.'
     """
@@ -29,7 +29,7 @@ def registration_sentence(registration: Mapping[str, Any] | None, started: Seque
         return f"{subject} was not committed when the study was started."
     first = min((_time(each) for each in started), default=None)
     relation = "before" if first is None or _time(date) < first else "after"
-    return f"{subject} was committed {relation} the first run, by the date of its commit {commit[:12]}."
+    return f"{subject} was committed {relation} the first run (date of its commit {commit[:12]})."
 
 
 def _time(text: str) -> datetime:

@@ -138,16 +138,17 @@ class StudyConfig(RunConfig, affects="result"):
             )
         if len(set(study.seeds)) < len(study.seeds):
             raise ValueError(f"study.seeds ({list(study.seeds)}) holds a seed twice: list each once")
-        if study.looks and (list(study.looks) != sorted({*study.looks}) or len(study.looks) > 2 or study.looks[0] < 2):
+        looks = list(study.looks)
+        if looks and (looks != sorted({*looks}) or len(looks) > 2 or looks[0] < 2):
             raise ValueError(
-                f"study.looks ({list(study.looks)}) are not one or two increasing numbers of seeds, at least 2: declare "
+                f"study.looks ({looks}) are not one or two increasing numbers of seeds, at least 2: declare "
                 "such as [10, 20], or study.may_extend=true for an extension without end"
             )
-        if len(study.looks) == 2 and study.looks[1] < study.looks[0] + 2:
-            raise ValueError(f"study.looks ({list(study.looks)}): the second look adds fewer than two seeds: add more")
-        if study.looks and study.may_extend:
+        if len(looks) == 2 and looks[1] < looks[0] + 2:
+            raise ValueError(f"study.looks ({looks}): the second look adds fewer than two seeds: add more")
+        if looks and study.may_extend:
             raise ValueError(
-                f"study.looks ({list(study.looks)}) and study.may_extend exclude each other: declare the looks, or an "
+                f"study.looks ({looks}) and study.may_extend exclude each other: declare the looks, or an "
                 "extension without end"
             )
         if study.baseline and study.baseline not in names:

@@ -1,10 +1,14 @@
 """Correlations of centred variables, their confidence intervals and p values; pure functions."""
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import permutations
 
 import numpy as np
 
 from gengap_dist.statistics.paired import CONFIDENCE, Interval
+
+MAX_EXACT = 9  # observations of which all orders are counted
 
 
 def subtract_group_mean(values: np.ndarray, group_labels: Sequence[int]) -> np.ndarray:
@@ -97,9 +101,30 @@ def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -
     return pearson(positions_x - positions_x.mean(), positions_y - positions_y.mean()) if len(positions_x) > 1 else None
 
 
-def leave_one_out(
-    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray
-) -> tuple[float, float] | None:
+def spearman_p_value(r: float, num: int) -> float | None:
+    """Two-sided p value of Spearman's correlation of `num` observations; None for fewer than three.
+
+    Up to nine observations the share of all orders of one variable with |r| at least as large, without ties; for more,
+    Student's t of r (`p_value_of_r`).
+
+    >>> spearman_p_value(1.0, 4), spearman_p_value(0.6, 7)  # 2 of 24 orders
+    (0.08333333333333333, 0.16666666666666666)
+    """
+    if num < 3:
+        return None
+    if num > MAX_EXACT:
+        return p_value_of_r(r, num)
+    return float(np.mean(_null_distribution(num) >= abs(r) - 1e-9))
+
+
+@cache
+def _null_distribution(num: int) -> np.ndarray:
+    """|Spearman's r| of (0, ..., num - 1) with each of its orders, [num!]: 1 - 6 sum d^2 / (num^3 - num)."""
+    orders = np.array(list(permutations(range(num))), dtype=np.int16)
+    return np.abs(1 - 6 * np.sum((orders - np.arange(num)) ** 2, axis=1) / (num**3 - num))
+
+
+def leave_one_out(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
     """Smallest and largest of Spearman's correlations of x and y [n] with one of the n arms left out.
 
     None for n < 3, and if one of x and y is constant without some arm.

@@ -39,9 +39,7 @@ def registration(config: StudyConfig, sources: Sequence[Path]) -> dict[str, Any]
 
 
 def _registered(config: StudyConfig) -> dict[str, Any]:
-    return {
-        name: value for name, value in flat(config).items() if declared_effect(name, StudyConfig) != "runtime"
-    }
+    return {name: value for name, value in flat(config).items() if declared_effect(name, StudyConfig) != "runtime"}
 
 
 def _last_commit(files: Sequence[Path]) -> dict[str, str] | None:

@@ -14,14 +14,13 @@ from gengap_dist.analysis.results import Claim, Run
 from gengap_dist.analysis.rules.look import Look
 from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import holm, minimum_detectable_effect, p_value
-from tests.conftest import ROOT
-from tests.ranks import FULL
+from tests.conftest import FULL, ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 import verdicts
 from verdicts import BASE, LARGE, Ending, intervention, simulated_run, two_batches
 
-NUM = 500 if FULL else 60
+NUM = 500 if FULL else 100
 
 # (world, number of seeds, what is counted): lowest and highest share of the studies
 EXPECTED = {
@@ -96,9 +95,7 @@ def study(lost: float = 1.72, num_seeds: int = 5, seed: int = 0, **options) -> l
 
 
 def changed(runs: list[Run], arm: str, seeds: range | None = None, **fields: object) -> list[Run]:
-    return [
-        run._replace(**fields) if run.arm == arm and (seeds is None or run.seed in seeds) else run for run in runs
-    ]
+    return [run._replace(**fields) if run.arm == arm and (seeds is None or run.seed in seeds) else run for run in runs]
 
 
 # -- looks ------------------------------------------------------------------------------------------------------------
@@ -197,7 +194,9 @@ def test_outcomes_by_the_margin():
 
 
 def test_what_is_lost_is_parted_into_training_and_generalization():
-    runs = [run._replace(train_score=0.95 - 0.02 * (run.arm == "lb")) for run in two_batches(np.random.default_rng(0), 5)]
+    runs = [
+        run._replace(train_score=0.95 - 0.02 * (run.arm == "lb")) for run in two_batches(np.random.default_rng(0), 5)
+    ]
     runs = changed(runs, "lb", train_loss=1.0)
     claim, answer = of(runs, "gap"), judge(runs, "sb").answer
     assert claim.finding == "cannot be matched"
@@ -328,7 +327,9 @@ def test_a_remedy_needs_a_counterpart_that_loses():
         (lambda runs: [run for run in runs if run.arm != "sb-logdet"], "no arm of sb has the penalty of lb-logdet"),
         (
             lambda runs: [
-                run._replace(settings={**run.settings, "algorithm.rank_penalty": 0.02}) if run.arm == "sb-logdet" else run
+                run._replace(settings={**run.settings, "algorithm.rank_penalty": 0.02})
+                if run.arm == "sb-logdet"
+                else run
                 for run in runs
             ],
             "with its strength and images",
@@ -380,7 +381,9 @@ def test_a_loss_is_judged_as_well():
     """Scores are losses with their sign turned: no text then speaks of accuracy or points."""
     loss = MetricDescription(name="loss", unit="", higher_is_better=False)
     runs = [
-        run._replace(score=-(0.5 + 0.1 * (run.arm == "lb") + 0.001 * run.seed * (run.arm == "lb")), train_score=-0.1)
+        run._replace(
+            score=-(0.5 + 0.1 * (run.arm == "lb") + 0.001 * run.seed * (run.arm == "lb")), train_score=-0.1, chance=-2.3
+        )
         for run in two_batches(np.random.default_rng(0), 5)
     ]
     found = judge(runs, "sb", metric=loss)

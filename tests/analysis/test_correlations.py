@@ -30,23 +30,35 @@ def by_measure(found: list[Correlation]) -> dict[str, Correlation]:
     return {correlation.measure: correlation for correlation in found}
 
 
-def test_against_scipy_with_seeds_removed():
+def test_against_scipy_on_the_means_of_arms():
     rng = np.random.default_rng(0)
-    x, lost, updates = rng.normal(size=(6, 3)), rng.normal(size=(6, 3)) / 100, rng.integers(10, 1000, 6)
+    x, lost, updates = rng.normal(size=(8, 3)), rng.normal(size=(8, 3)) / 100, rng.integers(10, 1000, 8)
     found = by_measure(correlations(runs_of(x, lost, updates)))["effective_rank/fc"]
-    ours, theirs = ((v - v.mean(0)).flatten() for v in (x, lost))
-    assert found.r == pytest.approx(stats.pearsonr(ours, theirs).statistic)
-    u = np.repeat(np.log(updates), 3).reshape(6, 3)
-    u = (u - u.mean(0)).flatten()
-    residuals = [v - u * (u @ v) / (u @ u) for v in (ours, theirs)]
+    means = x.mean(1), lost.mean(1)
+    assert found.r == pytest.approx(stats.spearmanr(*means).statistic)
+    positions = [stats.rankdata(values) - 4.5 for values in (*means, updates)]
+    u = positions[2]
+    residuals = [v - u * (u @ v) / (u @ u) for v in positions[:2]]
     assert found.partial == pytest.approx(stats.pearsonr(*residuals).statistic)
-    arms = rng.normal(size=6), rng.normal(size=6)
-    repeated = [np.repeat(v[:, None], 3, axis=1) for v in arms]  # runs of an arm all alike: as many facts as arms
-    found = by_measure(correlations(runs_of(repeated[0], repeated[1] / 100, updates)))["effective_rank/fc"]
-    expected = stats.pearsonr(*arms)
-    assert found.p == pytest.approx(expected.pvalue)
-    interval = expected.confidence_interval(0.95)
-    assert found.interval == pytest.approx((interval.low, interval.high))
+    exact = stats.permutation_test(
+        (means[0],), lambda v: stats.spearmanr(v, means[1]).statistic, permutation_type="pairings", n_resamples=np.inf
+    )
+    assert found.p == pytest.approx(exact.pvalue, abs=1e-6)
+    without = [stats.spearmanr(*(np.delete(v, arm) for v in means)).statistic for arm in range(8)]
+    assert found.leave_one_out == pytest.approx((min(without), max(without)))
+
+
+def test_arms_that_did_not_train_are_left_out():
+    rng = np.random.default_rng(0)
+    runs = runs_of(rng.normal(size=(8, 2)), rng.normal(size=(8, 2)), np.arange(1, 9))
+    trained = {f"arm{arm}": {0, 1} if arm < 7 else set() for arm in range(8)}
+    assert by_measure(correlations(runs, trained))["effective_rank/fc"].num_arms == 7
+
+
+def test_under_seven_arms_there_is_no_interval():
+    rng = np.random.default_rng(0)
+    found = by_measure(correlations(runs_of(rng.normal(size=(6, 2)), rng.normal(size=(6, 2)), np.arange(1, 7))))
+    assert (found["effective_rank/fc"].interval, found["effective_rank/fc"].p) == (None, None)
 
 
 def test_hard_seeds_are_no_correlation():
@@ -62,26 +74,26 @@ def test_hard_seeds_are_no_correlation():
 def test_false_alarms_are_at_most_five_percent(repeats):
     """However many seeds an arm has: they are no independent observations of what arms differ in."""
     rng = np.random.default_rng(0)
-    num, alarms, covered = 500, 0, 0
+    num, alarms, covered = 200, 0, 0
     for _ in range(num):
         x, y = rng.normal(size=(2, 8, 1)) + repeats * rng.normal(size=(2, 8, 10))
         found = by_measure(correlations(runs_of(x, y / 100, np.full(8, 100))))["effective_rank/fc"]
         alarms += (found.p or 1.0) < 0.05
         low, high = found.interval or (-1, 1)
         covered += low <= 0 <= high
-    assert alarms <= 0.065 * num
-    assert covered >= 0.93 * num
+    assert alarms <= 0.08 * num
+    assert covered >= 0.92 * num
 
 
 def test_an_effect_of_updates_vanishes_when_updates_are_held_constant():
     rng = np.random.default_rng(0)
     updates = np.array([100, 200, 400, 800, 1600, 3200, 6400])
     driver = np.log(updates)[:, None]
-    x, lost = (-driver + rng.normal(0, 0.3, (7, 3)) for _ in range(2))
+    x, lost = (-driver + rng.normal(0, 1.5, (7, 3)) for _ in range(2))
     found = by_measure(correlations(runs_of(x, lost / 100, updates)))
-    assert found["effective_rank/fc"].r > 0.9
+    assert found["effective_rank/fc"].r > 0.6
     assert abs(found["effective_rank/fc"].partial or 1.0) < 0.6
-    assert found["updates"].r < -0.9
+    assert found["updates"].r < -0.7
     assert found["updates"].partial is None
 
 

@@ -100,8 +100,8 @@ def _is_study(study: StudyData) -> bool:
 
 
 def _comparison(study: StudyData) -> Comparison:
-    return study.comparison if _is_study(study) else Comparison(
-        study.metric, study.baseline, "", {}, {}, [], None, [], []
+    return (
+        study.comparison if _is_study(study) else Comparison(study.metric, study.baseline, "", {}, {}, [], None, [], [])
     )
 
 

@@ -101,9 +101,10 @@ def _gap_of(study: JudgedStudy, arm: Arm) -> Difference:
         return new_images(images, study.look, len(array), study.margin)
 
     bounds = (0.0, 1.0) if study.metric.unit == "share" else None
-    return _judged(
+    found = _judged(
         study, arm, matched, (matched.base_scores, matched.scores), (judge, study.margin, bounds), images is not None
-    )._replace(reason=reason)
+    )
+    return found if found.reason else found._replace(reason=reason)
 
 
 def _growth_of(study: JudgedStudy, arm: Arm) -> Difference | None:
@@ -125,7 +126,7 @@ def _growth_of(study: JudgedStudy, arm: Arm) -> Difference | None:
 def _checked_match(
     study: JudgedStudy, arm: Arm, margin: float, groups: Callable[[Match], tuple[Outcomes, Outcomes]]
 ) -> tuple[Match, str]:
-    """A match, and why it does not count: matched by the curve, it needs a negative control that shows no difference."""
+    """A match, or why it does not count: by the curve it needs a negative control that shows no difference."""
     if not (study.trained(arm).runs.keys() & study.trained(study.base).runs.keys()):
         return Match("", ""), "no seed has a run of both that trained"
     matched = match(study, arm, study.base)

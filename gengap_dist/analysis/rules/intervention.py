@@ -13,7 +13,7 @@ Raising and lowering above 0: more than half of the loss goes through the rank. 
 are needed, because each may help training by other means.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Literal, NamedTuple
 
@@ -21,8 +21,10 @@ import numpy as np
 
 from gengap_dist.analysis.arm_roles import Arm, Intervention
 from gengap_dist.analysis.results import Claim, Outcome
-from gengap_dist.analysis.rules.judged import NEAR_RANK_MARGIN, JudgedStudy, share
+from gengap_dist.analysis.rules.judged import NEAR_RANK_MARGIN, JudgedStudy, Outcomes, share
 from gengap_dist.analysis.rules.look import Look, array_of
+from gengap_dist.analysis.rules.training import training_margin
+from gengap_dist.statistics.equivalence import is_equivalent
 from gengap_dist.statistics.paired import holm
 from gengap_dist.statistics.share import share_interval
 
@@ -197,7 +199,7 @@ def judge_explanation(study: JudgedStudy) -> Claim:
         verdict.finding if verdict.p == 1.0 or (p is not None and p < study.look.level) else "undecided"
         for verdict, p in zip(verdicts, corrected, strict=True)
     ]
-    decided = {each for each in findings if each not in ("undecided", "not asked")}
+    decided: set[Finding] = {each for each in findings if each not in ("undecided", "not asked")}
     outcomes = {OUTCOMES.get(each, "undecided") for each in decided}
     finding = " / ".join(sorted(decided)) or ("not asked" if set(findings) <= {"not asked"} else "")
     return Claim("explains", claim, outcomes.pop() if len(outcomes) == 1 else "undecided", evidence, control, finding)
@@ -206,8 +208,9 @@ def judge_explanation(study: JudgedStudy) -> Claim:
 def _at_batch(study: JudgedStudy, large: Arm) -> tuple[Verdict, str]:
     base = study.base
     lost, growth = study.lost(large, base), study.growth(large, base)
-    if study.training[large.name].label != "as well" or len(lost) < 2:
-        return _not_asked(large, f"its training: {study.training[large.name]}")
+    reason = f"training of {large.name}: {study.training[large.name]}"
+    if len(lost) < 2 or (reason := _trained_otherwise(study, large, lost)):
+        return _not_asked(large, reason)
     facts = f"{large.name} loses {study.described(lost)}{study.unit}"
     if growth:
         facts += f", its near-rank loss grows by {share(growth, study.look)}"
@@ -222,9 +225,11 @@ def _at_batch(study: JudgedStudy, large: Arm) -> tuple[Verdict, str]:
     if isinstance(trial, str):
         return _not_asked(large, trial, facts)
     for arm in trial.arms:
-        if (label := study.training[arm.name]).label != "as well":
-            return _not_asked(large, f"training of {arm.name}: {label}", facts)
-    seeds = sorted(set.intersection(*({*study.scores(arm)} & {*study.near_rank_losses(arm)} for arm in (base, *trial.arms))))
+        if reason := _trained_otherwise(study, arm, lost):
+            return _not_asked(large, reason, facts)
+    seeds = sorted(
+        set.intersection(*({*study.scores(arm)} & {*study.near_rank_losses(arm)} for arm in (base, *trial.arms)))
+    )
     if len(seeds) < 2 or len(seeds) < len(study.training[base.name].seeds):
         return _not_asked(large, "not all of its arms have all seeds", facts)
     scores, ranks = (_arms(study, trial, seeds, of) for of in (study.scores, study.near_rank_losses))
@@ -232,6 +237,17 @@ def _at_batch(study: JudgedStudy, large: Arm) -> tuple[Verdict, str]:
     return verdict, f"{facts}. {_numbers(study, scores, ranks, seeds)} {large.name}: {verdict.finding}" + (
         f" ({verdict.reason})." if verdict.reason else "."
     )
+
+
+def _trained_otherwise(study: JudgedStudy, arm: Arm, lost: Outcomes) -> str:
+    """Why an arm did not train as well as the baseline, by the margin of what is lost; empty if it did."""
+    training = study.training[arm.name]
+    margin = training_margin(study.margin, fmean(lost.values()))
+    if training.num_failed or not training.difference:
+        return f"training of {arm.name}: {training}"
+    if not is_equivalent(array_of(training.difference), margin):
+        return f"training of {arm.name} differs by {study.described(training.difference)}{study.unit}"
+    return ""
 
 
 def _not_asked(large: Arm, reason: str, facts: str = "") -> tuple[Verdict, str]:
@@ -278,9 +294,8 @@ def _placebo(among: Sequence[Intervention], of: Intervention) -> Intervention | 
     return own[0] if own else max(placebos, key=lambda each: each.strength, default=None)
 
 
-def _arms(study: JudgedStudy, trial: _Trial, seeds: Sequence[int], of: "object") -> Arms:
+def _arms(study: JudgedStudy, trial: _Trial, seeds: Sequence[int], of: Callable[[Arm], Mapping[int, float]]) -> Arms:
     def column(each: Arm | Intervention) -> np.ndarray:
-        assert callable(of)
         values = of(each if isinstance(each, Arm) else each.arm)
         return np.array([values[seed] for seed in seeds])
 

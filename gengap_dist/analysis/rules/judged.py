@@ -1,6 +1,6 @@
 """A study as the rules see it: the runs that trained, the pairs that are missing, and what counts as a difference."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ class JudgedStudy(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """" points", " nats" or nothing, to be written after a number."""
+        """The unit with a space before it, to be written after a number; empty if there is none."""
         unit = "points" if self.metric.unit == "share" else self.metric.unit
         return f" {unit}" if unit else ""
 
@@ -83,13 +83,12 @@ def share(values: Outcomes, look: Look) -> str:
     return described(values, "{:+.3f}".format, look.interval(array_of(values)))
 
 
-def described(values: Outcomes, show: "object", interval: Interval | None) -> str:
+def described(values: Outcomes, show: Callable[[float], str], interval: Interval | None) -> str:
     """Mean and interval as text.
 
     >>> described({0: 1.0, 1: 2.0}, "{:+.1f}".format, (0.5, 2.5))
     '+1.5 [+0.5, +2.5]'
     """
-    assert callable(show)
     mean = show(sum(values.values()) / len(values))
     if interval is None:
         return f"{mean} (one pair)"

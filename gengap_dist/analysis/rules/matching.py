@@ -142,9 +142,7 @@ def _matched(one: Run, other: Run) -> _Matched | None:
     ]
     # a curve that falls at every measurement shows no noise: its residual deviation is nan
     errors = [abs(float(np.mean(curve.slope_at(at)))) * np.nan_to_num(curve.residual_deviation) for curve in fitted]
-    return _Matched(
-        (scores[0], scores[1]), (near_rank[0], near_rank[1]), (rates[0], rates[1]), max(errors)
-    )
+    return _Matched((scores[0], scores[1]), (near_rank[0], near_rank[1]), (rates[0], rates[1]), max(errors))
 
 
 def _loss_curve(curve: Curve, values: np.ndarray) -> LossCurve | None:

@@ -1,8 +1,8 @@
 """Rule 3: how much of the gap does a remedy close, a scaled learning rate or longer training?
 
-With G the score that the same batch loses without the remedy, and E what it loses with it, both paired by seed: a remedy
-resolves the gap if E is surely below the margin and below G/4; does not if E is surely above 3G/4; closes it mostly if E
-is surely below G/4; partly if it is surely below G.
+With G the score that the same batch loses without the remedy, and E what it loses with it, both paired by seed: it
+resolves the gap if E is surely below the margin and below G/4; does not if E is surely above 3G/4; closes it mostly if
+E is surely below G/4; partly if E is surely below G.
 """
 
 from collections.abc import Sequence
@@ -127,10 +127,17 @@ def _asked(study: JudgedStudy, arm: Arm, without: Arm | None, min_updates: float
     if missing:
         filled = completions(groups, missing, (0.0, 1.0) if study.metric.unit == "share" else None)
         every = [
-            grade(*(array_of(differences(each[0], each[at])) for at in (2, 1)), study.margin, study.look)
-            for each in filled or ()
+            grade(
+                array_of(differences(of_base, of_arm)),
+                array_of(differences(of_base, of_other)),
+                study.margin,
+                study.look,
+            )
+            for of_base, of_other, of_arm in filled or ()
         ]
         if {each.grade for each in every} != {graded.grade}:
-            return _Asked(f"{text}, {len(missing)} of {len(seeds) + len(missing)} pairs are missing", Graded("undecided", 1.0))
+            return _Asked(
+                f"{text}, {len(missing)} of {len(seeds) + len(missing)} pairs are missing", Graded("undecided", 1.0)
+            )
         graded = Graded(graded.grade, max(each.p for each in every))
     return _Asked(text, graded)

@@ -104,9 +104,7 @@ def _trained_seeds(arm: Arm, level: float) -> list[int]:
     return [seed for seed, score in _training_scores(arm).items() if score >= level]
 
 
-def _judged(
-    arm: Arm, base: Arm, trained: Mapping[str, frozenset[int]], margin: float, look: Look
-) -> Training:
+def _judged(arm: Arm, base: Arm, trained: Mapping[str, frozenset[int]], margin: float, look: Look) -> Training:
     seeds = frozenset({*arm.runs, *arm.unfinished})
     both = sorted(trained[arm.name] & trained[base.name])
     pairs = [(seed, arm.runs[seed], base.runs[seed]) for seed in both]

@@ -15,7 +15,7 @@ from gengap_dist.analysis.study_data import StudyData, read_study
 from gengap_dist.runs.metric import ACCURACY
 from tests.analysis.report.folders import ARMS, accuracy, write_study
 
-NOTHING = Comparison(ACCURACY, "sb8", {}, [], None, [], [])
+NOTHING = Comparison(ACCURACY, "sb8", "", {}, {}, [], None, [], [])
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,8 @@ def test_the_curve_to_the_target_is_the_fitted_one(study):
 
 
 def test_explanations_stand_strongest_first(study):
-    weak = Correlation("nc1", 0.2, (-0.5, 0.7), None, None, 0.5, 1.0, 11, 4)
-    strong = Correlation("near_rank_loss/fc2/rel_1e-2", -0.9, None, 0.3, (-0.4, 0.8), 0.01, 0.02, 11, 4)
+    weak = Correlation("nc1", 0.2, (-0.5, 0.7), None, None, None, 0.5, 1.0, 11, 4)
+    strong = Correlation("near_rank_loss/fc2/rel_1e-2", -0.9, None, (-1.0, -0.8), 0.3, (-0.4, 0.8), 0.01, 0.02, 11, 4)
     said = NOTHING._replace(correlations=[weak, strong])
     picture = drawn(figures.explanations(study, said))
     assert [row["measure"] for row in picture.rows] == [strong.measure, weak.measure]

@@ -96,9 +96,7 @@ def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -
     return pearson(positions_x - positions_x.mean(), positions_y - positions_y.mean()) if len(positions_x) > 1 else None
 
 
-def leave_one_out(
-    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray
-) -> tuple[float, float] | None:
+def leave_one_out(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
     """Smallest and largest of Spearman's correlations of x and y [n] with one of the n arms left out.
 
     None for n < 3, and if one of x and y is constant without some arm.

@@ -16,7 +16,7 @@ class TwoWay(NamedTuple):
 
     mean: float
     variance: float
-    """V, of the mean, for new seeds and new samples; nan for fewer than two seeds or two samples, as are those below."""
+    """V, of the mean, for new seeds and new samples; like all below nan for fewer than two seeds or two samples."""
     df: float
     """Degrees of freedom of `variance`."""
     variance_seeds: float
@@ -27,7 +27,7 @@ class TwoWay(NamedTuple):
     """V_e: what of both is due to the single (seed, sample)."""
 
     def interval(self, confidence: float) -> Interval | None:
-        """mean -+ t_{(1 + confidence) / 2, df} sqrt(V); None for fewer than two seeds or two samples.
+        """Mean -+ t_{(1 + confidence) / 2, df} sqrt(V); None for fewer than two seeds or two samples.
 
         >>> [round(end, 4) for end in TwoWay(1.0, 0.01, 4.0, 0.01, 0.0, 0.0).interval(0.95)]  # t = 2.7764
         [0.7224, 1.2776]
@@ -39,7 +39,7 @@ class TwoWay(NamedTuple):
         return self.interval_at(float(stats.t.ppf((1 + confidence) / 2, self.df)))
 
     def interval_at(self, critical_value: float) -> Interval | None:
-        """mean -+ critical_value sqrt(V); None for fewer than two seeds or two samples.
+        """Mean -+ critical_value sqrt(V); None for fewer than two seeds or two samples.
 
         For repeated looks: the critical value is the one of the interval over seeds at that look (`sequential.py`); an
         infinite one gives the whole line.
@@ -64,8 +64,8 @@ def two_way(differences_SM: np.ndarray) -> TwoWay:
         V = max(V_seed + V_img - V_e, V_seed, V_img)
         df = V^2 / (V_seed^2 / (n - 1) + V_img^2 / (M - 1) + V_e^2 / ((n - 1) (M - 1))), within [n - 1, M - 1]
 
-    For D_si = mu + a_s + b_i + e_si with independent effects, var(D_..) = var_a / n + var_b / M + var_e / (n M), and the
-    expectations of V_seed and V_img hold the last term once each: V_seed + V_img - V_e is unbiased (moments of the
+    For D_si = mu + a_s + b_i + e_si with independent effects, var(D_..) = var_a / n + var_b / M + var_e / (n M), and
+    V_seed and V_img contain the last term once each: V_seed + V_img - V_e is unbiased (moments of the
     crossed random-effects model, Cornfield & Tukey 1956, Ann. Math. Stat. 27:907). The degrees of freedom are
     Satterthwaite's (1946, Biometrics Bull. 2:110).
 

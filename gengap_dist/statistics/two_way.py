@@ -11,6 +11,19 @@ import numpy as np
 from gengap_dist.statistics.paired import Interval
 
 
+def critical(confidence: float, num_seeds: int) -> float:
+    """t_{(1 + confidence) / 2, n-1}, the critical value of the t interval over n seeds; infinite for n < 2.
+
+    >>> round(critical(0.95, 10), 4), critical(0.95, 1)
+    (2.2622, inf)
+    """
+    if num_seeds < 2:
+        return math.inf
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + confidence) / 2, num_seeds - 1))
+
+
 class TwoWay(NamedTuple):
     """Mean of differences over seeds and samples with the parts of its variance; `two_way` has the formulas."""
 
@@ -41,8 +54,8 @@ class TwoWay(NamedTuple):
     def interval_at(self, critical_value: float) -> Interval | None:
         """Mean -+ critical_value sqrt(V); None for fewer than two seeds or two samples.
 
-        For repeated looks: the critical value is the one of the interval over seeds at that look (`sequential.py`); an
-        infinite one gives the whole line.
+        For repeated looks: the critical value is the one of the interval over seeds at that look, `critical(1 - level,
+        n)` of a t test and `sequential.e_critical_value` of an e-value. An infinite one gives the whole line.
 
         >>> TwoWay(1.0, 0.25, 4.0, 0.25, 0.0, 0.0).interval_at(3.0)
         (-0.5, 2.5)

@@ -40,8 +40,10 @@ class LossCurve(NamedTuple):
     residual_deviation: float
     """Standard deviation of log loss around the fit: sqrt(sum (log l - fit)^2 / (n - blocks)); nan for n = blocks.
 
-    The number of blocks is the number of degrees of freedom of an isotonic fit (Meyer & Woodroofe 2000, Ann. Stat.
-    28:1083).
+    The number of blocks estimates the degrees of freedom of an isotonic fit (Meyer & Woodroofe 2000, Ann. Stat.
+    28:1083): unbiased where the true curve is flat. Where it falls by 0.1, 1 and 2 deviations of the noise from one
+    measurement to the next, the result is 0.94, 0.75 and 0.6 of that deviation (20 and 60 measurements); where it falls
+    by 4, it is nan in 9 of 10 runs, as no measured loss is above the one before.
     """
 
     @classmethod
@@ -67,7 +69,7 @@ class LossCurve(NamedTuple):
         if not (np.diff(steps) > 0).all():
             raise ValueError(f"steps ({steps}) do not ascend: sort the measurements, one a step")
         if not (np.isfinite(losses) & (losses > 0)).all():
-            raise ValueError(f"losses ({losses}) have no finite logarithm: leave out measurements with loss <= 0 or nan")
+            raise ValueError(f"losses ({losses}) must be positive and finite: leave out the measurements that are not")
         log_losses = np.log(losses)
         fitted, starts = falling_blocks(log_losses)
         sizes = np.diff(starts, append=len(steps))
@@ -107,9 +109,10 @@ class LossCurve(NamedTuple):
         return self._between_blocks(log_losses, self.steps)
 
     def slope_at(self, log_losses: np.ndarray | float) -> np.ndarray:
-        """d score / d log loss [k] of `score_at`, at a block that of the piece with larger loss; nan where that is nan.
+        """Slope [k] of `score_at`: score per unit of log loss; at a block that of the piece with larger loss.
 
-        Also nan everywhere for a curve of one block. An error of log loss changes the score by slope x error.
+        nan where the score is nan, and everywhere for a curve of one block. An error of log loss changes the score by
+        slope x error.
 
         >>> curve = LossCurve.of([0, 10, 20], np.exp([1.0, 0.0, -1.0]), [10.0, 50.0, 60.0])
         >>> curve.slope_at(np.array([1.1, 1.0, 0.5, 0.0, -0.5, -1.0])).round(9)
@@ -124,13 +127,14 @@ class LossCurve(NamedTuple):
         return np.where((at >= ascending[0]) & (at <= ascending[-1]), slopes[piece], np.nan)
 
     def _between_blocks(self, log_losses: np.ndarray | float, values: np.ndarray) -> np.ndarray:
-        return np.interp(log_losses, self.log_losses[::-1], values[::-1], left=np.nan, right=np.nan)
+        return np.asarray(np.interp(log_losses, self.log_losses[::-1], values[::-1], left=np.nan, right=np.nan))
 
 
 def matched_losses(final_log_losses: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Log losses [6] at which runs are compared: log l* + u, u = 0, 0.07, ..., 0.35, l* the largest of the final losses.
+    """Log losses [6] at which runs are compared: log l* + u, u = 0, 0.07, ..., 0.35.
 
-    All runs reach l*. The average over six losses up to 1.42 l* is less noisy than the score at one loss.
+    l* is the largest of the final fitted losses, which all runs reach. The average over six losses up to 1.42 l* is
+    less noisy than the score at one loss.
 
     >>> matched_losses([-3.0, -2.0])
     array([-2.  , -1.93, -1.86, -1.79, -1.72, -1.65])

@@ -11,12 +11,25 @@ import numpy as np
 from gengap_dist.statistics.paired import Interval
 
 
+def critical(confidence: float, num_seeds: int) -> float:
+    """t_{(1 + confidence) / 2, n-1}, the critical value of the t interval over n seeds; infinite for n < 2.
+
+    >>> round(critical(0.95, 10), 4), critical(0.95, 1)
+    (2.2622, inf)
+    """
+    if num_seeds < 2:
+        return math.inf
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + confidence) / 2, num_seeds - 1))
+
+
 class TwoWay(NamedTuple):
     """Mean of differences over seeds and samples with the parts of its variance; `two_way` has the formulas."""
 
     mean: float
     variance: float
-    """V, of the mean, for new seeds and new samples; nan for fewer than two seeds or two samples, as are those below."""
+    """V, of the mean, for new seeds and new samples; like all below nan for fewer than two seeds or two samples."""
     df: float
     """Degrees of freedom of `variance`."""
     variance_seeds: float
@@ -27,7 +40,7 @@ class TwoWay(NamedTuple):
     """V_e: what of both is due to the single (seed, sample)."""
 
     def interval(self, confidence: float) -> Interval | None:
-        """mean -+ t_{(1 + confidence) / 2, df} sqrt(V); None for fewer than two seeds or two samples.
+        """Mean -+ t_{(1 + confidence) / 2, df} sqrt(V); None for fewer than two seeds or two samples.
 
         >>> [round(end, 4) for end in TwoWay(1.0, 0.01, 4.0, 0.01, 0.0, 0.0).interval(0.95)]  # t = 2.7764
         [0.7224, 1.2776]
@@ -39,10 +52,10 @@ class TwoWay(NamedTuple):
         return self.interval_at(float(stats.t.ppf((1 + confidence) / 2, self.df)))
 
     def interval_at(self, critical_value: float) -> Interval | None:
-        """mean -+ critical_value sqrt(V); None for fewer than two seeds or two samples.
+        """Mean -+ critical_value sqrt(V); None for fewer than two seeds or two samples.
 
-        For repeated looks: the critical value is the one of the interval over seeds at that look (`sequential.py`); an
-        infinite one gives the whole line.
+        For repeated looks: the critical value is the one of the interval over seeds at that look, `critical(1 - level,
+        n)` of a t test and `sequential.e_critical_value` of an e-value. An infinite one gives the whole line.
 
         >>> TwoWay(1.0, 0.25, 4.0, 0.25, 0.0, 0.0).interval_at(3.0)
         (-0.5, 2.5)
@@ -64,8 +77,8 @@ def two_way(differences_SM: np.ndarray) -> TwoWay:
         V = max(V_seed + V_img - V_e, V_seed, V_img)
         df = V^2 / (V_seed^2 / (n - 1) + V_img^2 / (M - 1) + V_e^2 / ((n - 1) (M - 1))), within [n - 1, M - 1]
 
-    For D_si = mu + a_s + b_i + e_si with independent effects, var(D_..) = var_a / n + var_b / M + var_e / (n M), and the
-    expectations of V_seed and V_img hold the last term once each: V_seed + V_img - V_e is unbiased (moments of the
+    For D_si = mu + a_s + b_i + e_si with independent effects, var(D_..) = var_a / n + var_b / M + var_e / (n M), and
+    V_seed and V_img contain the last term once each: V_seed + V_img - V_e is unbiased (moments of the
     crossed random-effects model, Cornfield & Tukey 1956, Ann. Math. Stat. 27:907). The degrees of freedom are
     Satterthwaite's (1946, Biometrics Bull. 2:110).
 

@@ -67,8 +67,17 @@ def test_noise_is_averaged_and_measured():
     assert np.mean([curve.score_at(-1.5) for curve in curves]) == pytest.approx(75, abs=0.5)
 
 
+@pytest.mark.parametrize(("fall", "part"), [(0.0, 1.0), (0.1, 0.94), (1.0, 0.75), (2.0, 0.6)])
+def test_the_deviation_of_falling_curves_is_too_small(fall, part):
+    """As the docstring says: `fall` deviations of the noise from one measurement to the next."""
+    rng, steps = np.random.default_rng(0), np.arange(60)
+    curves = [LossCurve.of(steps, np.exp(0.05 * (rng.normal(0, 1, 60) - fall * steps)), steps) for _ in range(100)]
+    assert np.mean([curve.residual_deviation**2 for curve in curves]) ** 0.5 / 0.05 == pytest.approx(part, abs=0.06)
+
+
 def test_matched_curves_agree_at_the_same_losses():
     """One dependence of score on loss, of two runs at other speeds and with other final losses."""
+
     def run(speed: float, num: int) -> LossCurve:
         log_losses = 1 - speed * np.arange(num) / 100
         return LossCurve.of(np.arange(num), np.exp(log_losses), 80 - 5 * log_losses)
@@ -94,9 +103,9 @@ def test_one_block():
         ([0, 1], [1.0], "one of each a measurement"),
         ([], [], "one of each a measurement"),
         ([1, 0], [1.0, 2.0], "do not ascend"),
-        ([0, 1], [1.0, 0.0], "no finite logarithm"),
-        ([0, 1], [1.0, float("nan")], "no finite logarithm"),
-        ([0, 1], [float("inf"), 1.0], "no finite logarithm"),
+        ([0, 1], [1.0, 0.0], "must be positive and finite"),
+        ([0, 1], [1.0, float("nan")], "must be positive and finite"),
+        ([0, 1], [float("inf"), 1.0], "must be positive and finite"),
     ],
 )
 def test_bad_input(steps, losses, message):

@@ -60,3 +60,26 @@ def test_equal_sums_count_in_spite_of_rounding():
     assert sign_flip_p([0.1, 0.2, 0.3]) == 0.25
     assert sign_flip_p([0.1, 0.2, -0.3]) == 1.0
     assert sign_flip_p([0.3, 0.3, 0.1, -0.1]) == by_enumeration([3, 3, 1, -1])
+
+
+def test_outlying_values():
+    values = [0.2, -0.1, 0.4, 0.0, 0.3, -8.0]
+    assert outlying(values) == [5]
+    assert outlying(values, limit=100) == []
+    assert outlying(np.array(values) * 1e3 + 7) == [5]
+    assert outlying([0.1 + 0.2, 0.3, 0.3, 0.3]) == outlying([]) == outlying([1.0]) == []
+    assert outlying([0.3, 0.3, 0.3, 0.4]) == [3]
+
+
+def test_how_often_normal_values_look_outlying_or_skewed():
+    """As the docstrings say."""
+    rng = np.random.default_rng(0)
+    num = 1000
+    for size, outliers, skewed in ((3, 0.21, None), (6, 0.066, 0.237), (10, 0.036, 0.141), (20, 0.013, 0.054)):
+        samples = rng.normal(0, 1, (num, size))
+        for expected, rate in (
+            (outliers, np.mean([bool(outlying(sample)) for sample in samples])),
+            (skewed, np.mean([abs(skewness(sample)) > 1 for sample in samples])),
+        ):
+            if expected:
+                assert rate == pytest.approx(expected, abs=4 * (expected * (1 - expected) / num) ** 0.5)

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from gengap_dist.statistics.paired import t_interval
+from gengap_dist.statistics.sequential import DECLARED_LEVELS, OPEN_FIRST_LEVEL, e_critical_value
 from gengap_dist.statistics.two_way import TwoWay, two_way
 from tests.conftest import FULL
 
@@ -109,4 +110,27 @@ def test_new_images_are_covered():
 @pytest.mark.parametrize("deviations", [(0.02, 0.6, 0.4), (0.02, 0.1, 0.4), (0.0, 0.5, 0.4), (0.05, 0.0, 0.4)])
 def test_coverage(deviations, num_seeds):
     new, _ = covered(deviations, num_seeds, 360, 4000)
-    assert new >= 0.92
+    assert 0.92 <= new <= 0.985
+
+
+def test_looks_on_new_images():
+    """Ever false in declared and open looks, and what the open looks do if only seeds are taken as sampled."""
+    rng = np.random.default_rng(0)
+    num = 2000 if FULL else 120
+    limits = {n: e_critical_value(n, 0.01) for n in range(4, 21)} | {3: stats.t.ppf(1 - OPEN_FIRST_LEVEL / 2, 2)}
+    declared_limits = {n: stats.t.ppf(1 - level / 2, n - 1) for n, level in DECLARED_LEVELS.items()}
+    false = {"declared": 0, "open": 0, "seeds": 0}
+
+    def excludes_0(interval: tuple[float, float]) -> bool:
+        return not interval[0] <= 0 <= interval[1]
+
+    for _ in range(num):
+        differences = rng.normal(0, 0.02, (20, 1)) + rng.normal(0, 0.5, 360) + rng.normal(0, 0.4, (20, 360))
+        looks = {n: two_way(differences[:n]) for n in range(3, 21)}
+        false["declared"] += any(excludes_0(looks[n].interval_at(limit)) for n, limit in declared_limits.items())
+        false["open"] += any(excludes_0(looks[n].interval_at(limit)) for n, limit in limits.items())
+        only_seeds = {n: look._replace(variance=look.variance_seeds) for n, look in looks.items()}
+        false["seeds"] += any(excludes_0(only_seeds[n].interval_at(limit)) for n, limit in limits.items())
+    most = 0.05 + 4 * (0.05 * 0.95 / num) ** 0.5
+    assert max(false["declared"], false["open"]) / num < most
+    assert false["seeds"] / num > 0.3

@@ -46,7 +46,7 @@ BASE: dict[str, object] = {
     "train.epochs": 25.0,
     "algorithm.rank_penalty": None,
 }
-LARGE = BASE | {"batch.global_size": 2048, "train.epochs": 800.0}
+LARGE = BASE | {"batch.global_size": 2048}
 
 
 class Ending(NamedTuple):

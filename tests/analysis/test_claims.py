@@ -274,7 +274,7 @@ def test_the_own_batch_is_shown_since_the_untrained_network_and_decides_nothing(
 # -- remedies ---------------------------------------------------------------------------------------------------------
 
 SQRT = LARGE | {"optim.lr": 0.16}
-LONG = LARGE | {"train.epochs": 1600.0}
+LONG = LARGE | {"train.epochs": 50.0}
 
 
 def with_remedies(left: float, num_seeds: int = 6, updates: int = 1600) -> list[Run]:

@@ -99,7 +99,7 @@ def is_counterpart(base: RunConfig, changed: RunConfig) -> bool:
             ("penalised", changed.batch.global_size, penalised),
         ]
     }
-    return bool(roles(arms, "base").penalised)
+    return bool(roles(arms, "base").interventions)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

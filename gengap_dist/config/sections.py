@@ -48,7 +48,8 @@ def _size_or_auto(value: Any, check: Callable[[Any], int | Literal["auto"]]) -> 
         return check(value)
     except ValidationError:
         raise ValueError(
-            f"probe.num_samples ({value}) is not an integer of 2 or more and not auto: choose numbers of samples, or auto"
+            f"probe.num_samples ({value}) is not an integer of 2 or more and not auto: choose numbers of "
+            "samples, or auto"
         ) from None
 
 
@@ -63,8 +64,8 @@ def _loss_or_auto(value: Any, check: Callable[[Any], float | Literal["auto"]]) -
         return check(value)
     except ValidationError:
         raise ValueError(
-            f"probe.at_losses ({value}) is not a positive number, auto or off: choose losses such as [1, 0.1], or one of "
-            "the words"
+            f"probe.at_losses ({value}) is not a positive number, auto or off: choose losses such as [1, 0.1], or one "
+            "of the words"
         ) from None
 
 
@@ -121,8 +122,8 @@ class DataConfig(Section, affects="result"):
     """Number of training images that are used, drawn at random without replacement from those that are not held out for
     validation; null: all of them. Smaller numbers give subsets of larger ones."""
     subset: Literal["fixed", "per_seed"] = "fixed"
-    """What draws the images of data.num_train: fixed, data.split_seed, the same for all seeds; per_seed, data.split_seed
-    and the seed of the run, so that all arms of a seed have the same images."""
+    """What draws the images of data.num_train. fixed: data.split_seed, the same for all seeds; per_seed:
+    data.split_seed and the seed of the run, so that all arms of a seed have the same images."""
     val_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Fraction of the training images held out for validation (0 to 1); 0: no validation set."""
     split_seed: NonNegativeInt = 0

@@ -360,8 +360,9 @@ def _num_train(num: int, config: DataConfig) -> int:
         return num
     if config.num_train > num:
         raise UsageError(
-            f"data.num_train ({config.num_train:,}) is more than the {num:,} training samples of {config.name} that are "
-            f"not held out for validation: choose at most {num}, a smaller data.val_fraction, or data.num_train=null"
+            f"data.num_train ({config.num_train:,}) is more than the {num:,} training samples of {config.name} "
+            f"that are not held out for validation: choose at most {num}, a smaller data.val_fraction, or "
+            "data.num_train=null"
         )
     return config.num_train
 

@@ -51,8 +51,8 @@ from gengap_dist.training.checks import (
 )
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import PROBE_BLOCK
-from gengap_dist.training.probed_layers import find_probed_layers, probe_set_sizes
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
+from gengap_dist.training.probed_layers import find_probed_layers, probe_set_sizes
 from gengap_dist.training.tasks import build_task
 
 T = TypeVar("T")

@@ -351,7 +351,9 @@ def read_test_correct(out: Path) -> "np.ndarray | None":
     except (OSError, ValueError, EOFError) as error:
         is_whole, problem = False, str(error)
     if not is_whole:
-        raise UsageError(f"{path} is damaged, needs a bit for each of {num_test:,} test samples ({problem}): restore it")
+        raise UsageError(
+            f"{path} is damaged, needs a bit for each of {num_test:,} test samples ({problem}): restore it"
+        )
     return np.unpackbits(packed, count=num_test).astype(bool)
 
 

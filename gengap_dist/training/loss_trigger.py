@@ -1,6 +1,6 @@
 """Finds the steps at which the training loss first falls below each of several values. No clock, no ranks.
 
-It is told the sums of every step over all ranks, which are known one step later: what it finds after step k is due after
+It is told the sums of every step over all ranks, which are known one step later: what it finds in step k is due after
 step k + 1, whenever the sums of step k are read. So it depends on the sums only.
 """
 

@@ -98,8 +98,8 @@ def warn_of_sizes(config: ProbeConfig, layers: ProbedLayers, num_samples: int, n
         needed = math.ceil(num_samples * FEW_ROWS_PER_UNIT / few[worst])
         remedy = f"set probe.num_samples={needed:,}" if needed <= num_train else "compare equal probe sets only"
         warnings.warn(
-            f"few samples for each unit: the probe set of {num_samples:,} gives {worst} a matrix with {few[worst]:g} rows "
-            f"for each of its {layers.shapes[worst][1]:,} columns, and near-rank loss depends on the number of samples "
-            f"below {FEW_ROWS_PER_UNIT}: {remedy}",
+            f"few samples for each unit: the probe set of {num_samples:,} gives {worst} a matrix with {few[worst]:g} "
+            f"rows for each of its {layers.shapes[worst][1]:,} columns, and near-rank loss depends on the number of "
+            f"samples below {FEW_ROWS_PER_UNIT}: {remedy}",
             stacklevel=3,
         )

@@ -128,4 +128,3 @@ class Task(ABC):
                 f"{type(self).__name__}.{method.__name__} failed on outputs of shape {list(outputs.shape)} and targets "
                 f"of shape {list(targets.shape)} ({type(error).__name__}: {error}): fix it, or choose another data set"
             ) from error
-

@@ -17,19 +17,20 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics, read_test_correct
 from gengap_dist.training.tasks import Task
+from gengap_dist.training.trainer import run
 from tests.conftest import FULL, config, cut_after, thinned, train, weights
 from tests.runs.test_schema import SCHEMA_1
 
 FALLING = {
     "model__name": "mlp",
-    "model__widths": (32, 16),
+    "model__widths": (64,),
     "model__norm": "none",
     "train__dtype": "float64",
     "train__steps": 60,
     "train__num_evals": 2,
     "batch__global_size": 100,
     "batch__micro_size": 30,
-    "optim__lr": 0.2,
+    "optim__lr": 0.05,
     "probe__num_samples": 300,
     "probe__per_decade": None,
     "probe__at_losses": [2.0, 1.6, 1.2, 0.8, 0.4],
@@ -38,9 +39,8 @@ FALLING = {
 PLAIN = FALLING | {"algorithm__label_smoothing": 0.2}
 
 
-def go(pools, size, run_config, out, *, resume=False):
-    prepare_folder(out, "run.json", resume=resume)
-    return pools[size].run(run_config, out, resume=resume, progress=lambda done, total, note: None)
+def run_there(world, out):
+    run(config(**PLAIN), out, world=world)
 
 
 def measured_steps(out):
@@ -137,9 +137,10 @@ def test_label_smoothing_is_not_part_of_the_loss_that_decides(falling, tmp_path)
 
 
 @pytest.mark.parametrize("size", thinned([2, 3], lambda size: size == 3))
-def test_any_number_of_ranks_records_the_same(falling, pools, tmp_path, size):
+def test_any_number_of_ranks_records_the_same(falling, crews, tmp_path, size):
     out = tmp_path / "run"
-    go(pools, size, config(**PLAIN), out)
+    prepare_folder(out, "run.json", resume=False)
+    crews[size](run_there, out)
     assert measured_steps(out) == measured_steps(falling)
     assert (read_test_correct(out) == read_test_correct(falling)).all()
     lines, expected = [*read_metrics(out)], [*read_metrics(falling)]

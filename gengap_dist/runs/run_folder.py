@@ -343,14 +343,14 @@ def read_test_correct(out: Path) -> "np.ndarray | None":
     num_test = read_info(out).result.get("num_test")
     if num_test is None or not path.exists():
         return None
+    packed, problem = np.empty(0), ""
     try:
         with path.open("rb") as file:
             packed = np.lib.format.read_array(file, allow_pickle=False)
         problem = f"it holds {packed.dtype} of shape {list(packed.shape)}"
-        is_whole = packed.dtype == np.uint8 and packed.shape == (-(-num_test // 8),)
     except (OSError, ValueError, EOFError) as error:
-        is_whole, problem = False, str(error)
-    if not is_whole:
+        problem = str(error)
+    if packed.dtype != np.uint8 or packed.shape != (-(-num_test // 8),):
         raise UsageError(
             f"{path} is damaged, needs a bit for each of {num_test:,} test samples ({problem}): restore it"
         )

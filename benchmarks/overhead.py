@@ -4,6 +4,7 @@
     python benchmarks/overhead.py probes             LeNet-5 and ResNet-56 with the default interval and time limit
     python benchmarks/overhead.py ray [--rounds 3]   LeNet-5 on 2 ranks: torchrun and Ray Train, in turns
     python benchmarks/overhead.py metrics            LeNet-5 at 512 on 2 ranks: steps with and without metrics, in turns
+    python benchmarks/overhead.py recording          LeNet-5: the probe set's loss in a measurement; runs with at_losses
 
 The checkpoint's share is an upper bound: the time for which training is blocked, plus the whole time of the writing
 thread, as if training made no progress meanwhile.
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,14 @@ from rich.console import Console
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.launchers import LocalLauncher
-from gengap_dist.distributed.process_group import init_process_group
+from gengap_dist.distributed.process_group import World, init_process_group
 from gengap_dist.distributed.runtime_context import RuntimeContext
+from gengap_dist.probes import measure
+from gengap_dist.probes.activations import eval_context
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import NullRecorder, prepare_folder, read_info, read_metrics
+from gengap_dist.training.evaluation import BlockSums
+from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.resolved_run import resolve_run
 from gengap_dist.training.trainer import Trainer, run
 
@@ -84,6 +91,65 @@ def probes(console: Console) -> None:
                 f"{result['probe_seconds']:.2f} of {seconds:.1f} s, {result['probe_seconds'] / seconds:.1%}; "
                 f"skipped {len(result['probe_left_out'])}"
             )
+
+
+NUM_PROBED = 1_024
+
+
+def add_block(sums: BlockSums, targets: Sequence[torch.Tensor], number: int, outputs: torch.Tensor) -> None:
+    sums.add(number * PROBE_BLOCK, outputs, targets[number])
+
+
+def recording(console: Console, rounds: int) -> None:
+    settings = {"probe.diagnostics": [], "mlflow.enabled": False}
+    kinds = ("spectra", "and loss", "loss alone")
+    with tempfile.TemporaryDirectory() as folder:
+        config, context = validate(RunConfig, nested(settings)), RuntimeContext()
+        resolved = resolve_run(config, Path(folder), World(), lambda *about: None, context)
+        trainer = Trainer(resolved, World(), NullRecorder(), lambda *about: None, context)
+        trainer.start(resume=False)
+        model, train_set = trainer.model, resolved.splits.train
+        inputs = resolved.preprocess(train_set.inputs[:NUM_PROBED]).split(PROBE_BLOCK)
+        targets = train_set.targets[:NUM_PROBED].split(PROBE_BLOCK)
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(20 * rounds):
+            for kind in kinds:
+                began = time.process_time()
+                sums = BlockSums(resolved.task, NUM_PROBED, PROBE_BLOCK, World())
+                if kind == "loss alone":
+                    with eval_context(model):
+                        for number, block in enumerate(inputs):
+                            add_block(sums, targets, number, model(block))
+                else:
+                    add = partial(add_block, sums, targets) if kind == "and loss" else None
+                    measure(model, inputs, world=World(), on_outputs=add)
+                if kind != "spectra":
+                    sums.score()
+                seconds[kind].append(time.process_time() - began)
+        trainer.close()
+    spectra = seconds["spectra"]
+    for kind in kinds:
+        ratios = [one / other for one, other in zip(seconds[kind], spectra, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        console.print(
+            f"{kind}: {1000 * statistics.median(seconds[kind]):.1f} ms of the processor, {middle:.3f} of the spectra "
+            f"(middle half {low:.3f} to {high:.3f})"
+        )
+    for max_time_fraction in (0.05, None):
+        for _ in range(rounds):
+            for losses in ("off", "auto"):
+                with tempfile.TemporaryDirectory() as folder:
+                    out = Path(folder) / "run"
+                    prepare_folder(out, "run.json", resume=False)
+                    given = {"probe.at_losses": losses, "probe.max_time_fraction": max_time_fraction}
+                    began = time.process_time()
+                    result = run(validate(RunConfig, nested({"mlflow.enabled": False} | given)), out)
+                    took = time.process_time() - began
+                    measured = sum("probe/loss" in line for line in read_metrics(out))
+                console.print(
+                    f"default run, max_time_fraction={max_time_fraction}, at_losses={losses}: {took:.2f} s of the "
+                    f"processor, {measured} measurements took {result['probe_seconds']:.2f} s by the clock"
+                )
 
 
 NUM_STEPS, BLOCK = 1280, 32  # a run writes the time with the metrics of every 32 steps
@@ -172,13 +238,13 @@ def metrics(console: Console) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["checkpoints", "probes", "ray", "metrics"])
+    parser.add_argument("what", choices=["checkpoints", "probes", "ray", "metrics", "recording"])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     console = Console(width=100)
     console.print(f"torch {torch.__version__}, {os.cpu_count()} cores")
-    if options.what == "ray":
-        ray(console, options.rounds)
+    if options.what in ("ray", "recording"):
+        {"ray": ray, "recording": recording}[options.what](console, options.rounds)
     else:
         {"checkpoints": checkpoints, "probes": probes, "metrics": metrics}[options.what](console)
 

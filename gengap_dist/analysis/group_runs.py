@@ -19,7 +19,9 @@ from gengap_dist.tracking.mlflow.client import connect_client, store_uri
 from gengap_dist.tracking.mlflow.importer import SourceNames, find_runs, save_as_run_folder
 
 MAX_NAMED_SETTINGS = 3  # in an arm's name
-CURVES = ("train/loss", "val/accuracy", "val/loss", "epoch", MEASURED_AT)  # of runs in MLflow
+CURVES = (  # of runs in MLflow
+    "train/loss", "train/lr", "val/accuracy", "val/loss", "probe/accuracy", "probe/loss", "epoch", MEASURED_AT,
+)  # fmt: skip
 
 
 class Source(NamedTuple):

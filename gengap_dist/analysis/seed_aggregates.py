@@ -123,7 +123,7 @@ def _lines(curves: Curves) -> list[Line]:
 def _charted(name: str) -> bool:
     key = MetricKey.parse(name)
     explains = key.known.is_explanation and not key.is_control and not key.known.is_derived
-    return explains or name == "train/loss" or name.startswith("val/")
+    return explains or name == "train/loss" or name.startswith(("val/", "probe/"))
 
 
 def _scores(seeds: Sequence[SeedRun]) -> dict[int, float]:

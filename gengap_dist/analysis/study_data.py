@@ -1,7 +1,7 @@
 """Reads run folders and study folders for tables and figures."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,19 +12,26 @@ import numpy as np
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.looks import look_of
 from gengap_dist.analysis.registration import registration_sentence
-from gengap_dist.analysis.results import Comparison, Run
+from gengap_dist.analysis.results import Comparison, Curve, Run
 from gengap_dist.config.loading import flat
-from gengap_dist.config.measures import OWN_BATCH
+from gengap_dist.config.measures import OWN_BATCH, PRIMARY
 from gengap_dist.config.metric_key import LayerKey, MetricKey
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metric import ACCURACY, MetricDescription, metric_of, score_of
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.mixtures import changed_data
-from gengap_dist.runs.run_folder import load_spectra, read_info, read_metrics_table, read_study_info
+from gengap_dist.runs.run_folder import (
+    load_spectra,
+    read_info,
+    read_metrics_table,
+    read_study_info,
+    read_test_correct,
+)
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.statistics.paired import Paired, paired
 
-CURVES = ("step", "epoch", "train/loss")  # drawn for every run, with the metric on the validation samples
+CURVES = ("step", "epoch", "train/loss", "train/lr", "probe/loss")  # kept of every run, with its metrics
+PRIMARY_VIEWS = ("", "pool", "token", "channel", "flatten")  # of the last hidden layer the first that was measured
 MEASURED_AT = "probe_seconds/near_rank_loss"  # present in every line with a probe measurement
 
 
@@ -35,9 +42,11 @@ class _MetricsSummary(NamedTuple):
     last: Mapping[str, float]
     num_epochs: float
     curves: MetricsTable
+    primary: str | None
+    """Name of the primary measure."""
 
 
-def _summarise_metrics(table: MetricsTable, metric: MetricDescription) -> _MetricsSummary:
+def _summarise_metrics(table: MetricsTable, metric: MetricDescription, layer: str | None) -> _MetricsSummary:
     if MEASURED_AT in table.columns:
         measured = np.flatnonzero(table.known[:, table.columns[MEASURED_AT]])
         first, last = table.line(measured[0]), table.line(measured[-1])
@@ -47,7 +56,32 @@ def _summarise_metrics(table: MetricsTable, metric: MetricDescription) -> _Metri
         first, last = ({name: float(end[at]) for name, end in ends.items()} for at in (0, 1))
     epochs = table.series("epoch")[1]
     num_epochs = float(epochs[-1]) if len(epochs) else 0.0
-    return _MetricsSummary(first, last, num_epochs, table.select_columns((*CURVES, f"val/{metric.name}")))
+    primary = _primary_measure(table.columns, layer)
+    names = (*CURVES, f"val/{metric.name}", f"probe/{metric.name}", *([primary] if primary else ()))
+    return _MetricsSummary(first, last, num_epochs, table.select_columns(names), primary)
+
+
+def _primary_measure(names: Iterable[str], layer: str | None) -> str | None:
+    """The metric that verdicts are about: centred near-rank loss of the last hidden layer; None if it is not there.
+
+    Args:
+        names: metrics of a run, in the order in which its layers run.
+        layer: the last hidden layer; None, in runs of earlier versions: the last one that was measured.
+
+    >>> names = [f"near_rank_loss/{key}/rel_1e-2" for key in ("fc1/centred", "fc2", "fc2/centred", "fc2/centred/n64")]
+    >>> _primary_measure(names, "fc1"), _primary_measure(names, None)
+    ('near_rank_loss/fc1/centred/rel_1e-2', 'near_rank_loss/fc2/centred/rel_1e-2')
+    """
+    keys = {name: MetricKey.parse(name) for name in names}
+    found = {
+        name: key
+        for name, key in keys.items()
+        if (f"{key.measure}/{key.threshold}", key.centred, key.probe_set) == (PRIMARY, True, "")
+        and key.view in PRIMARY_VIEWS
+    }
+    wanted = layer or next((key.layer for key in reversed(found.values())), None)
+    views = {PRIMARY_VIEWS.index(key.view): name for name, key in found.items() if key.layer == wanted}
+    return views[min(views)] if views else None
 
 
 @dataclass(frozen=True)
@@ -90,7 +124,7 @@ class RunData:
 
     @cached_property
     def _recorded(self) -> _MetricsSummary:
-        return _summarise_metrics(self.history(), self.metric)
+        return _summarise_metrics(self.history(), self.metric, self.info.get("last_hidden_layer"))
 
     @property
     def num_epochs(self) -> float:
@@ -106,8 +140,32 @@ class RunData:
         _ = self._recorded
 
     def series(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
-        """Values of `against` and of `name` (one of CURVES or val/METRIC) at the steps where `name` was recorded."""
+        """Values of `against` and of `name` at the steps where `name` was recorded.
+
+        Names are those of CURVES, val/METRIC, probe/METRIC, and the primary measure.
+        """
         return self._recorded.curves.series(name, against)
+
+    @property
+    def primary_measure(self) -> str | None:
+        """The metric that verdicts are about: centred near-rank loss of the last hidden layer; None: not recorded."""
+        return self._recorded.primary
+
+    def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps, losses on the probe set and `MetricDescription.score` of the validation metric, [k] float64 each.
+
+        At the steps that have both. Empty for a run without validation samples, or of an earlier version.
+        """
+        table, names = self._recorded.curves, ("step", "probe/loss", f"val/{self.metric.name}")
+        if not all(name in table.columns for name in names):
+            return np.empty(0), np.empty(0), np.empty(0)
+        at = [table.columns[name] for name in names]
+        steps, losses, values = table.values[table.known[:, at].all(1)][:, at].T
+        return steps, losses, values if self.metric.higher_is_better else -values
+
+    def test_correct(self) -> np.ndarray | None:
+        """Whether the run is right about each test sample, [M] bool; see `run_folder.read_test_correct`."""
+        return read_test_correct(self.folder)
 
     def first_and_last_probe(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """The metrics at the first and at the last measurement; empty if there is none."""
@@ -243,6 +301,13 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
     settings = {name: value for name, value in flat(info["config"]).items() if name not in tuned}
     first, last = run.first_and_last_probe()
     num_updates = int(result.get("num_steps") or info.get("num_steps") or 0)
+    metric, primary = run.metric, run.primary_measure
+    trained, train_value = result.get("train_full/loss"), result.get(f"train_full/{run.metric.name}")
+    chance = metric.chance
+    if chance is None and metric.name == "loss":  # that of the untrained network
+        chance = next(iter(run.series("probe/loss")[1].tolist()), None)
+    untrained_and_trained = run.untrained_and_trained(primary) if primary else (math.nan, math.nan)
+    near_rank_losses = [value if math.isfinite(value) else None for value in untrained_and_trained]
     return Run(
         arm=run.arm,
         seed=run.seed,
@@ -258,7 +323,33 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         num_probe_samples=info.get("num_probe_samples"),
         target=_section(info, "train").get("target_accuracy"),
         updates_to_target=result.get("updates_to_target"),
+        train_score=None if train_value is None else metric.score(float(train_value)),
+        train_loss=None if trained is None else float(trained),
+        chance=None if chance is None else metric.score(float(chance)),
+        near_rank_loss=near_rank_losses[1],
+        near_rank_loss_untrained=near_rank_losses[0],
+        curve=_curve(run),
+        test_correct=run.test_correct(),
     )
+
+
+def _curve(run: RunData) -> Curve | None:
+    """What a run recorded at its measurements; None without both losses and scores."""
+    steps, losses, scores = run.curve()
+    if not len(steps):
+        return None
+    rate_steps, rates = run.series("train/lr")
+    shares = (
+        np.interp(steps, rate_steps, rates / rates.max()) if len(rates) and rates.max() > 0 else np.ones(len(steps))
+    )
+    near_rank_losses = np.full(len(steps), np.nan)
+    if run.primary_measure:
+        measured, values = run.series(run.primary_measure)
+        found = np.searchsorted(steps, measured)
+        inside = found < len(steps)
+        inside[inside] &= steps[found[inside]] == measured[inside]
+        near_rank_losses[found[inside]] = values[inside]
+    return Curve(steps, losses, scores, near_rank_losses, shares)
 
 
 def tuned_settings(study: Mapping[str, Any]) -> frozenset[str]:

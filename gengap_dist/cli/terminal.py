@@ -182,12 +182,14 @@ def layer_table(run: RunData) -> Table | None:
     table = Table(title=f"activation spectra: step {steps[0]} -> step {steps[-1]}", title_justify="left")
     table.add_column("layer", no_wrap=True)
     table.add_column("units", justify="right")
+    table.add_column("N/D", justify="right")
     for head in SHOWN.values():
         table.add_column(head, justify="right")
     for key, (_, facts) in spectra.items():
         ends = [run.untrained_and_trained(layer_metric(name, key)) for name in SHOWN]
         cells = [f"{before:.3g} -> {after:.3g}" for before, after in ends]
-        table.add_row(escape(key), str(facts["num_units"]), *cells)
+        rows_per_unit = f"{facts['num_samples'] / facts['num_units']:.3g}"
+        table.add_row(escape(key), str(facts["num_units"]), rows_per_unit, *cells)
     return table
 
 
@@ -195,9 +197,9 @@ def print_observation(observation: "Observation", untrained: "Observation | None
     """Print one row per layer and view, with a bar for the near-rank loss; then other probe sets and diagnostics."""
     before = {spectrum.key: spectrum.measures() for spectrum in untrained.spectra[""]} if untrained else {}
     table = Table(title=f"{title}: near-rank loss" + (" (untrained -> now)" if before else ""), title_justify="left")
-    heads = ("layer", "N", "D", "dead", "below 0.01 s1", "", "below 0.01", "effective rank", "s max", "floor")
+    heads = ("layer", "N", "D", "N/D", "dead", "below 0.01 s1", "", "below 0.01", "effective rank", "s max", "floor")
     for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number in (0, 5) else "right", no_wrap=True)
+        table.add_column(head, justify="left" if number in (0, 6) else "right", no_wrap=True)
     for spectrum in observation.spectra[""]:
         values, values_before = spectrum.measures(), before.get(spectrum.key, {})
         near_rank_loss = values["near_rank_loss/rel_1e-2"]
@@ -205,6 +207,7 @@ def print_observation(observation: "Observation", untrained: "Observation | None
             escape(spectrum.key),
             f"{spectrum.num_samples:,}",
             f"{spectrum.num_units:,}" + (" > N" if spectrum.num_units > spectrum.num_samples else ""),
+            f"{spectrum.num_samples / spectrum.num_units:.3g}",
             str(spectrum.dead_units),
             _before_and_after(values_before, values, "near_rank_loss/rel_1e-2", ".1%"),
             "\u2588" * round(10 * near_rank_loss),
@@ -218,7 +221,7 @@ def print_observation(observation: "Observation", untrained: "Observation | None
     if len(sets := {name: spectra for name, spectra in observation.spectra.items() if name != "weights"}) > 1:
         console.print(_samples_table(sets))
     for name, value in observation.metrics.items():
-        if name in MEASURES and not MEASURES[name].is_derived:
+        if name.startswith("probe/") or (name in MEASURES and not MEASURES[name].is_derived):
             console.print(f"{name} {value:.4g}", highlight=False)
 
 

@@ -44,8 +44,8 @@ _THRESHOLDS = [f"{kind}_1e-{digits}" for kind in ("abs", "rel") for digits in (1
 MEASURES: dict[str, Measure] = {  # in the order of figures; those with a threshold are NAME/THRESHOLD
     **{f"near_rank_count/{threshold}": _LAYER for threshold in _THRESHOLDS},
     **{f"near_rank_loss/{threshold}": _SHARE for threshold in _THRESHOLDS},
-    "near_rank_loss/abs_1e-2": _SHARE._replace(is_explanation=True),
     "near_rank_loss/rel_1e-2": _SHARE._replace(is_explanation=True, label="near-rank loss (share < 0.01 s1)"),
+    "near_rank_loss_live/rel_1e-2": _SHARE,
     "effective_rank": Measure("effective rank", True, True),
     "energy_effective_rank": _LAYER,
     "stable_rank": _LAYER,
@@ -55,6 +55,7 @@ MEASURES: dict[str, Measure] = {  # in the order of figures; those with a thresh
     "numerical_rank": _LAYER,
     "dead_units": _LAYER,
     "alpha_req": _LAYER,
+    "alpha_req_r2": _SHARE,
     "sigma_max": _LAYER,
     "sigma_min": _LAYER,
     "condition_number": _LAYER,
@@ -77,3 +78,4 @@ OTHER = Measure()  # losses, times, metrics of other programs
 LAYER_MEASURES = frozenset(name.partition("/")[0] for name, measure in MEASURES.items() if measure.per_layer)
 """Without thresholds."""
 SUMMARY = ("near_rank_loss/rel_1e-2", "effective_rank")  # what tables and figures show of a layer
+PRIMARY = "near_rank_loss/rel_1e-2"  # of the last hidden layer, centred: the measure that verdicts are about

@@ -43,6 +43,32 @@ def _number_or_auto(value: Any, check: Callable[[Any], int | Literal["auto"]]) -
         ) from None
 
 
+def _size_or_auto(value: Any, check: Callable[[Any], int | Literal["auto"]]) -> int | Literal["auto"]:
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError(
+            f"probe.num_samples ({value}) is not an integer of 2 or more and not auto: choose numbers of "
+            "samples, or auto"
+        ) from None
+
+
+def _losses(value: Any) -> Any:
+    """Accept a single value in place of a list; off, which is false in YAML, and null: no losses."""
+    values = _one_or_many(value)
+    return () if [*values] in (["off"], [False], [None]) else values
+
+
+def _loss_or_auto(value: Any, check: Callable[[Any], float | Literal["auto"]]) -> float | Literal["auto"]:
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError(
+            f"probe.at_losses ({value}) is not a positive number, auto or off: choose losses such as [1, 0.1], or one "
+            "of the words"
+        ) from None
+
+
 Effect = Literal["result", "observation", "runtime"]
 """result: what a run computes; observation: what is recorded about it; runtime: how and where it is executed."""
 
@@ -92,10 +118,16 @@ class DataConfig(Section, affects="result"):
     """Let torchvision download missing files into data.root."""
     image_size: PositiveInt = 32
     """Height and width of the images, in pixels: imagefolder resizes to it, all others are padded with zeros."""
+    num_train: PositiveInt | None = None
+    """Number of training images that are used, drawn at random without replacement from those that are not held out for
+    validation; null: all of them. Smaller numbers give subsets of larger ones."""
+    subset: Literal["fixed", "per_seed"] = "fixed"
+    """What draws the images of data.num_train. fixed: data.split_seed, the same for all seeds; per_seed:
+    data.split_seed and the seed of the run, so that all arms of a seed have the same images."""
     val_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Fraction of the training images held out for validation (0 to 1); 0: no validation set."""
     split_seed: NonNegativeInt = 0
-    """Seed of the train/validation split and of the probe set: the same for all seeds and arms of a study."""
+    """Seed of the train/validation split, the subset and the probe set: the same for all seeds and arms of a study."""
     shuffle_labels: bool = False
     """Permute the labels of the training images at random, as a control: the network can only memorize them."""
     augment: tuple[Literal["crop", "flip", "cutout"], ...] = ()
@@ -127,6 +159,14 @@ class DataConfig(Section, affects="result"):
             raise ValueError(
                 f"data.name ({self.name}) is not a data set{did_you_mean(self.name, measures.DATA_SETS)}: choose one "
                 f"of {', '.join(measures.DATA_SETS)}, or your own module.path:factory"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_subset(self) -> Self:
+        if self.subset != "fixed" and self.num_train is None:
+            raise ValueError(
+                f"data.subset ({self.subset}) needs the size of the subset: set data.num_train, or data.subset=fixed"
             )
         return self
 
@@ -392,10 +432,14 @@ class ProbeConfig(Section, affects="observation"):
     enabled: bool = True
     """Measure activation spectra while training."""
     num_samples: Annotated[
-        tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(_one_or_many), Field(min_length=1)
-    ] = (1024,)
-    """Number of training images in the fixed probe set. Of several numbers the largest is the probe set; the first and
-    the last measurement are repeated with each of the others, to separate rank from sample size."""
+        tuple[Annotated[Annotated[int, Field(ge=2)] | Literal["auto"], WrapValidator(_size_or_auto)], ...],
+        BeforeValidator(_one_or_many),
+        Field(min_length=1),
+    ] = ("auto",)
+    """Number of training images in the fixed probe set. auto: 1,024, or more until every layer has eight rows for each
+    of its units (views of flatten not counted), but at most the training set, and at most 1 GiB of inputs. Of several
+    numbers the largest is the probe set; the first and the last measurement are repeated with each of the others, to
+    separate rank from sample size."""
     own_batch: bool = False
     """At the first and the last measurement, also probe batch.global_size images: the matrix of the paper, whose
     singular values decrease with the batch even in an untrained network."""
@@ -405,6 +449,12 @@ class ProbeConfig(Section, affects="observation"):
     """Steps between two additional measurements."""
     at_epochs: tuple[NonNegativeFloat, ...] = ()
     """Epochs of additional measurements; 0.5 is the middle of the first epoch."""
+    at_losses: Annotated[
+        tuple[Annotated[PositiveFloat | Literal["auto"], WrapValidator(_loss_or_auto)], ...], BeforeValidator(_losses)
+    ] = ("auto",)
+    """Additional measurements when the loss first falls below each of these values, so that arms can be compared at
+    equal losses: the mean training loss without penalties and label smoothing, over the last 2,048 images. auto: 22
+    values from 2 to 1e-4, each 0.62 times the one before; off: none."""
     max_time_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.05
     """Largest fraction of the run's time for probes (0 to 1): above it, measurements between the first and the last are
     skipped, and the result lists them; null: no limit."""

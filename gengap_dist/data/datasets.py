@@ -320,7 +320,8 @@ def sizes(config: DataConfig) -> Sizes:
     Only imagefolder reads file names, and a user's own data set is loaded.
 
     Raises:
-        UsageError: if an image folder is missing, the data set exceeds data.memory_gib, or a user's own is not valid.
+        UsageError: if an image folder is missing, the data set exceeds data.memory_gib, or is smaller than
+            data.num_train, or a user's own is not valid.
 
     >>> sizes(DataConfig(name="cifar10"))[:4]
     (45000, 5000, 10000, 184800000)
@@ -336,18 +337,34 @@ def sizes(config: DataConfig) -> Sizes:
         num, num_test, num_classes, channels = len(train.paths), len(test.paths), len(train.classes), 3
     else:
         num, num_test, num_classes, channels = COUNTS[config.name]
-    num_bytes = (num + num_test) * channels * config.image_size**2
+    sample_bytes = channels * config.image_size**2
+    if not config.streaming:
+        _check_memory((num + num_test) * sample_bytes, config)  # while it is loaded, without regard to the subset
+    num_val = _num_val(num, config)
+    num_train = _num_train(num - num_val, config)
+    num_kept = num_train + num_val + num_test
+    num_bytes = num_kept * sample_bytes
     if config.streaming:
         num_bytes = min(num_bytes, PREFETCH_BYTES)
-    else:
-        _check_memory(num_bytes, config)
-    num_val = _num_val(num, config)
     spec = DataSpec.images(num_classes, channels, config.image_size)
-    return Sizes(num - num_val, num_val, num_test, num_bytes + 8 * (num + num_test), spec)
+    return Sizes(num_train, num_val, num_test, num_bytes + 8 * num_kept, spec)
 
 
 def _num_val(num: int, config: DataConfig) -> int:
     return int(num * config.val_fraction)
+
+
+def _num_train(num: int, config: DataConfig) -> int:
+    """Number of training samples that are used, of `num` that are not held out for validation."""
+    if config.num_train is None:
+        return num
+    if config.num_train > num:
+        raise UsageError(
+            f"data.num_train ({config.num_train:,}) is more than the {num:,} training samples of {config.name} "
+            f"that are not held out for validation: choose at most {num}, a smaller data.val_fraction, or "
+            "data.num_train=null"
+        )
+    return config.num_train
 
 
 def _select_and_pad(pixels: Tensor, size: int, indices: Tensor) -> Tensor:
@@ -381,18 +398,24 @@ def check_labels(labels: Tensor, num_classes: int, split_name: str) -> None:
         )
 
 
-def load(config: DataConfig, progress: Progress = _silent) -> Splits:
+def load(config: DataConfig, progress: Progress = _silent, *, seed: int = 0) -> Splits:
     """The data set `data.name`, with the validation split drawn by `data.split_seed`.
 
+    Args:
+        config: the data set.
+        progress: reports what is read.
+        seed: of the run; it draws the training subset with data.subset=per_seed, and has no effect otherwise.
+
     Raises:
-        UsageError: if files are missing or damaged, labels are out of range, or the data set exceeds data.memory_gib.
+        UsageError: if files are missing or damaged, labels are out of range, the data set exceeds data.memory_gib, or
+            it has fewer training samples than data.num_train.
     """
     if config.streaming:
-        return _streamed(config)
+        return _streamed(config, seed)
     if config.is_own:
         raw = load_user_data(config.name)
         if raw.train_inputs.dtype != torch.uint8:
-            return _real_splits(raw, config)
+            return _real_splits(raw, config, seed)
     else:
         raw = LOADERS[config.name](config, progress)
     num_classes = raw.num_classes
@@ -410,7 +433,7 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
         check_labels(labels, num_classes, split_name)
     pixels, test_pixels = (p if p.ndim == 4 else p[:, None] for p in (raw.train_inputs, raw.test_inputs))
     _check_memory((len(pixels) + len(test_pixels)) * pixels.shape[1] * config.image_size**2, config)
-    train, val = _train_val_positions(len(pixels), config)
+    train, val = _train_val_positions(len(pixels), config, seed)
     test = torch.arange(len(test_pixels))
     return Splits(
         Samples(_select_and_pad(pixels, config.image_size, train), _shuffled(raw.train_targets[train], config)),
@@ -422,7 +445,7 @@ def load(config: DataConfig, progress: Progress = _silent) -> Splits:
     )
 
 
-def _real_splits(raw: Arrays, config: DataConfig) -> Splits:
+def _real_splits(raw: Arrays, config: DataConfig, seed: int) -> Splits:
     """The splits of a data set whose inputs are real numbers."""
     if raw.num_classes is not None:
         check_labels(raw.train_targets, raw.num_classes, "training")
@@ -435,7 +458,7 @@ def _real_splits(raw: Arrays, config: DataConfig) -> Splits:
         )
     target_shape = tuple(raw.train_targets.shape[1:])
     output_shape = target_shape if raw.num_classes is None else (raw.num_classes,)
-    train, val = _train_val_positions(len(raw.train_inputs), config)
+    train, val = _train_val_positions(len(raw.train_inputs), config, seed)
     return Splits(
         Samples(raw.train_inputs[train], _shuffled(raw.train_targets[train], config)),
         Samples(raw.train_inputs[val], raw.train_targets[val]),
@@ -444,13 +467,13 @@ def _real_splits(raw: Arrays, config: DataConfig) -> Splits:
     )
 
 
-def _streamed(config: DataConfig) -> Splits:
+def _streamed(config: DataConfig, seed: int) -> Splits:
     """An image folder kept on disk; only the images for mean and std are read. The splits are those of `load`."""
     pool = ThreadPoolExecutor(config.workers, thread_name_prefix="image-reader")
     folders = list_image_folders(config)
     images, test = (StreamedImages(part.paths, config.image_size, pool) for part in folders)
     labels, test_labels = (torch.tensor(part.targets) for part in folders)
-    train, val = _train_val_positions(len(images), config)
+    train, val = _train_val_positions(len(images), config, seed)
     train_images = images.subset(train)
     chosen = np.random.default_rng([config.split_seed, 4]).permutation(len(train))[:NUM_MEAN_IMAGES]
     return Splits(
@@ -463,11 +486,31 @@ def _streamed(config: DataConfig) -> Splits:
     )
 
 
-def _train_val_positions(num: int, config: DataConfig) -> tuple[Tensor, Tensor]:
-    """Positions of the training and the validation images among `num` images, both in ascending order."""
+def _train_val_positions(num: int, config: DataConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions of the training and the validation images among `num` images, both in ascending order.
+
+    The subset of data.num_train is drawn at random from the former, without regard to classes: like a smaller data set.
+    """
     permutation = torch.from_numpy(np.random.default_rng([config.split_seed, 0]).permutation(num))
     num_val = _num_val(num, config)
-    return permutation[num_val:].sort().values, permutation[:num_val].sort().values
+    train, val = permutation[num_val:].sort().values, permutation[:num_val].sort().values
+    if (num_train := _num_train(len(train), config)) < len(train):
+        purpose = (5,) if config.subset == "fixed" else (6, seed)
+        chosen = np.random.default_rng([config.split_seed, *purpose]).permutation(len(train))[:num_train]
+        train = train[torch.from_numpy(chosen).sort().values]
+    return train, val
+
+
+def data_key(config: DataConfig, seed: int) -> object:
+    """What decides which data `load` returns: equal keys, the same data.
+
+    >>> data_key(DataConfig(), 1) == data_key(DataConfig(), 2)
+    True
+    >>> drawn = DataConfig(num_train=9, subset="per_seed")
+    >>> data_key(drawn, 1) == data_key(drawn, 2)
+    False
+    """
+    return config, seed if config.subset == "per_seed" else 0
 
 
 def _shuffled(targets: Tensor, config: DataConfig) -> Tensor:

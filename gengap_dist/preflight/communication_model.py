@@ -193,7 +193,7 @@ def probe_messages(
             received += row_bytes * (rows.sum() - rows) * shares
             num_redistributions_total += 1
     sizes_of_passes = [len({layer_views[block.view_index].layer.name for block in blocks}) for blocks in passes]
-    num_means = sum(1 if view.is_wide else view.num_units + 1 for view in layer_views)
+    num_means = sum(2 if view.is_wide else view.num_units + 1 for view in layer_views)
     num_values = sum(
         min(view.num_units, view.num_rows - centred) for view in layer_views for centred in range(num_centrings)
     )

@@ -52,6 +52,7 @@ from gengap_dist.training.checks import (
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
+from gengap_dist.training.probed_layers import find_probed_layers, probe_set_sizes
 from gengap_dist.training.tasks import build_task
 
 T = TypeVar("T")
@@ -275,9 +276,11 @@ def _model_fields(
     }
 
 
-def probe_counts(config: RunConfig, sizes: datasets.Sizes, num_ranks: int) -> list[int]:
+def probe_counts(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks: int) -> list[int]:
     """Number of samples of the probe set on each rank."""
-    size = min(max(config.probe.num_samples), sizes.num_train)
+    example = _inputs(config, sizes, 1)
+    layers = find_probed_layers(model, example, config.probe)
+    *_, size = probe_set_sizes(config.probe, layers, example.nbytes, sizes.num_train)
     return [sum(s.size for s in blocks(size, PROBE_BLOCK, World(rank, num_ranks))) for rank in range(num_ranks)]
 
 
@@ -289,7 +292,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     probe = config.probe
     if not probe.enabled:
         return None
-    counts = probe_counts(config, sizes, num_ranks)
+    counts = probe_counts(config, model, sizes, num_ranks)
     example = _inputs(config, sizes, 1)
     with eval_context(model):
         views = layer_view.build_layer_views(select_layers(model, example, probe.layers), probe.views, sum(counts))

@@ -106,21 +106,27 @@ class Capture:
         self.calls: Counter[tuple[int, str]] = Counter()
         """Calls in this pass, by id of the module and name of the function."""
         self.is_busy = False
-        """Whether the callback runs, whose own functions are not the network's."""
+        """Whether other code runs, whose functions are not the network's."""
 
     def begin_pass(self) -> None:
         """Begin to count calls anew; before each forward pass."""
         self.calls.clear()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, no function counts as the network's."""
+        self.is_busy = True
+        try:
+            yield
+        finally:
+            self.is_busy = False
+
     def completed(self, module: nn.Module, function: str, output: Any) -> None:
         """A module, or a function inside it, has returned `output`."""
         self.calls[id(module), function] += 1
         if layer := self.by_call.get((id(module), function, self.calls[id(module), function])):
-            self.is_busy = True
-            try:
+            with self.paused():
                 self.callback(layer, output)
-            finally:
-                self.is_busy = False
 
 
 def leaf_names(model: nn.Module) -> list[str]:

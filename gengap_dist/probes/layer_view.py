@@ -52,6 +52,8 @@ class LayerView(NamedTuple):
 def build_layer_views(layers: Sequence[Layer], views: Sequence[str], num_inputs: int) -> list[LayerView]:
     """Every layer in every requested view that its output supports. A layer without one is left out, with a warning.
 
+    A layer with one position, such as [N, C, 1, 1], has one matrix, that of its view "".
+
     Raises:
         UsageError: if a view is unknown, a layer that the user named supports none of `views`, or no layer does.
     """
@@ -63,9 +65,11 @@ def build_layer_views(layers: Sequence[Layer], views: Sequence[str], num_inputs:
         numel = shape.numel() // 2  # of one sample; two were traced
         by_position = "token" if layer.channels_last and len(shape) == 3 else "channel"
         possible = {by_position: (numel // num_units, num_units)}
-        if shape[0] == 2:  # one row per sample; attention windows, for example, have more
-            possible |= {"pool": (1, num_units), "flatten": (1, numel)} if len(shape) > 2 else {"": (1, num_units)}
-        chosen = [view for view in possible if view in views or not view] if "" not in possible else [""]
+        if shape[0] == 2 and numel == num_units:  # [N, D]; of one position all views are the same
+            possible = {"": (1, num_units)}
+        elif shape[0] == 2:  # one row per sample; attention windows, for example, have more
+            possible |= {"pool": (1, num_units), "flatten": (1, numel)}
+        chosen = [view for view in possible if view in views or not view]
         if not chosen:
             without.append((layer, possible))
         for view in chosen:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gengap_dist.errors import UsageError, did_you_mean, first_of
+from gengap_dist.probes.activations import capture_activations
 from gengap_dist.probes.trace import Layer, reported_names, scripted_modules, trace_calls, uncompiled_modules
 
 Pattern = str | type[nn.Module]
@@ -80,6 +81,31 @@ def select_layers(model: nn.Module, example: Tensor, patterns: Sequence[Pattern]
         else layer
         for layer in layers
     ]
+
+
+def last_hidden_layer(model: nn.Module, example: Tensor, layers: Sequence[Layer]) -> str | None:
+    """Name of the last of `layers` in a forward pass that is not the output of the network itself; None: there is none.
+
+    In a network that ends in a classifier it is the measured layer nearest to the classifier's input.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.Softmax(1))
+    >>> example = torch.zeros(2, 4)
+    >>> last_hidden_layer(net, example, select_layers(net, example, ["auto"]))
+    '1'
+    """
+    found: list[tuple[str, Tensor]] = []
+    two = example[:2] if len(example) > 1 else torch.cat([example, example])
+    with capture_activations(model, layers, lambda layer, output: found.append((layer.name, output))) as capture:
+        capture.begin_pass()
+        output = model(two.clone())
+    return next((name for name, activation in reversed(found) if not _is_same(activation, output)), None)
+
+
+def _is_same(activation: Tensor, output: object) -> bool:
+    """Whether a tensor is the output of the network, or holds the same numbers in another shape."""
+    if not isinstance(output, Tensor):
+        return False
+    return activation is output or (activation.data_ptr(), activation.numel()) == (output.data_ptr(), output.numel())
 
 
 def _problem(call: Layer) -> str | None:

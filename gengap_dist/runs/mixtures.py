@@ -14,8 +14,12 @@ Infos = Mapping[str, Mapping[str, Any]]
 
 def data_key(config: Mapping[str, Any]) -> str:
     """The settings of a run that decide which data it has: equal where the data must be equal."""
-    names = {name: value for name, value in flat(config).items() if name.startswith("data.")}
-    return json.dumps({n: v for n, v in names.items() if declared_effect(n) == "result"}, sort_keys=True, default=str)
+    settings = flat(config)
+    names = {n: v for n, v in settings.items() if n.startswith("data.") and declared_effect(n) == "result"}
+    size, drawn_by = names.pop("data.num_train", None), names.pop("data.subset", None)
+    if size is not None:  # without a subset the key is that of runs that knew none
+        names |= {"data.num_train": size, "seed": settings.get("seed") if drawn_by == "per_seed" else None}
+    return json.dumps(names, sort_keys=True, default=str)
 
 
 def changed_data(runs: Infos) -> list[str]:

@@ -1,8 +1,9 @@
-"""The run folder: run.json, metrics.jsonl, spectra/, config.yaml. Rank 0 writes it atomically; all packages read it.
+"""The run folder: run.json, metrics.jsonl, spectra/, test_correct.npy, config.yaml. Rank 0 writes it atomically.
 
 metrics.jsonl has one line per step with metrics, sorted by step, each with `step`, `epoch`, `seconds` and flat metric
 names. A line is pending until its step is over, so no step has two lines. metrics.npz has the same data as a table,
-written when a long run has ended: it is optional and makes reading many runs faster.
+written when a long run has ended: it is optional and makes reading many runs faster. test_correct.npy says which test
+samples the network of a finished run is right about, one bit each, if the task knows; `read_test_correct` reads it.
 """
 
 import errno
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # all commands import this module, and --help needs neither n
 
 Metrics = Mapping[str, float]
 MAX_LINE_BYTES = 2**20  # more than the longest line of metrics.jsonl
+TEST_CORRECT = "test_correct.npy"
 EXPORTING = "exporting the model"  # progress note of a run whose metrics and spectra are complete in its folder
 MIN_TABLE_BYTES = 2**20  # of metrics.jsonl, from which on metrics.npz is written, too
 
@@ -164,6 +166,9 @@ class NullRecorder:
     def spectra(self, step: int, spectra: Iterable["LayerSpectrum"], probe_set: str = "") -> None:
         """Nothing to do."""
 
+    def test_correct(self, correct: "np.ndarray") -> None:
+        """Nothing to do."""
+
     def finish(
         self,
         status: RunStatus,
@@ -209,6 +214,7 @@ class RunRecorder(NullRecorder):
         lines = [json.dumps(line) for line in read_raw(path) if line["step"] < step]
         write_atomically(path, "".join(line + "\n" for line in lines))
         (self.out / "metrics.npz").unlink(missing_ok=True)
+        (self.out / TEST_CORRECT).unlink(missing_ok=True)
         self._pending = {at: dict(line) for at, line in pending.items()}
         self._start_time = time.monotonic() - seconds
 
@@ -239,6 +245,14 @@ class RunRecorder(NullRecorder):
         folder = self.out / "spectra" / probe_set
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"step_{step:08d}.npz", dump_spectra(spectra))
+
+    def test_correct(self, correct: "np.ndarray") -> None:
+        """Write whether the last network is right about each test sample, [M] bool; `read_test_correct` reads it."""
+        import numpy as np
+
+        buffer = io.BytesIO()
+        np.save(buffer, np.packbits(correct))
+        write_atomically(self.out / TEST_CORRECT, buffer.getvalue())
 
     def mlflow_run_id(self) -> str | None:
         """The id of the MLflow run of this folder, if it exists."""
@@ -313,6 +327,34 @@ def _member(key: str) -> str:
     ('fc2/pool', 'file/', 'meta/', 'block.npy/')
     """
     return f"{key}/" if key in ("file", "allow_pickle", "meta") or key.endswith(".npy") else key
+
+
+def read_test_correct(out: Path) -> "np.ndarray | None":
+    """Whether the last network of a run is right about each test sample, [M] bool, in the order of the data set.
+
+    None: the run has not finished, its task has no right and wrong, or an earlier version recorded it.
+
+    Raises:
+        UsageError: if the file is damaged.
+    """
+    import numpy as np
+
+    path = out / TEST_CORRECT
+    num_test = read_info(out).result.get("num_test")
+    if num_test is None or not path.exists():
+        return None
+    packed, problem = np.empty(0), ""
+    try:
+        with path.open("rb") as file:
+            packed = np.lib.format.read_array(file, allow_pickle=False)
+        problem = f"it holds {packed.dtype} of shape {list(packed.shape)}"
+    except (OSError, ValueError, EOFError) as error:
+        problem = str(error)
+    if packed.dtype != np.uint8 or packed.shape != (-(-num_test // 8),):
+        raise UsageError(
+            f"{path} is damaged, needs a bit for each of {num_test:,} test samples ({problem}): restore it"
+        )
+    return np.unpackbits(packed, count=num_test).astype(bool)
 
 
 def read_info(out: Path) -> RunInfo:

@@ -160,6 +160,10 @@ class RunInfo(_Record):
     """Planned optimizer steps."""
     num_parameters: int | None = None
     num_probe_samples: int | None = None
+    samples_per_unit: dict[str, float] = {}
+    """N / D of the probe set by layer key, see `config.metric_key`: rows of the matrix for each of its columns."""
+    last_hidden_layer: str | None = None
+    """Name of the last measured layer before the output of the network."""
     norm_size: Any = None
     """Sizes of the groups of samples that batch norm uses."""
     unused_parameters: list[str] = []

@@ -249,7 +249,7 @@ def load_data(worker: Worker, config: RunConfig) -> None:
     """The job that reads a data set, and downloads it if it is not there."""
     from gengap_dist.data import datasets
 
-    datasets.load(config.data, lambda label, done, total: None)
+    datasets.load(config.data, lambda label, done, total: None, seed=config.seed)
 
 
 def _check_gpus(configs: Sequence[RunConfig], concurrent: int, ranks: Ranks) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,31 +31,71 @@ Score = dict[str, float]
 """Metrics of a set of samples, `loss` first, by the names that `Task.metrics` gives."""
 
 
-def evaluate(model: nn.Module, samples: Samples, preprocess: Preprocess, task: Task, world: World) -> Score:
-    """The task's metrics over all `samples`, each counted once; identical on any number of ranks. Collective.
+@final
+class BlockSums:
+    """A task's sums over samples that pass through a network in blocks; identical on any number of ranks.
 
     The sums of each block have their own row in one tensor, which is summed over ranks and then over blocks. So the
     order of additions does not depend on the number of ranks either.
     """
-    sums = torch.zeros(-(-len(samples) // EVAL_BLOCK), 3, dtype=torch.float64, device=world.device)
-    own_blocks = blocks(len(samples), EVAL_BLOCK, world)
+
+    def __init__(self, task: Task, num_samples: int, block_size: int, world: World, *, each: bool = False) -> None:
+        """For `num_samples` samples in blocks of `block_size`; with `each`, also which samples are right."""
+        self.task, self.block_size, self.world, self.each = task, block_size, world, each
+        num_blocks = -(-num_samples // block_size)
+        self._sums = torch.zeros(num_blocks, 4, dtype=torch.float64, device=world.device)
+        self._correct = torch.zeros(num_samples if each else 0, dtype=torch.uint8, device=world.device)
+        self._is_each_known = False
+
+    def add(self, start: int, outputs: Tensor, targets: Tensor) -> None:
+        """Add the block of this rank whose first sample is `start`."""
+        row = self._sums[start // self.block_size]
+        row[0] = self.task.loss_sum(outputs.double(), targets)
+        row[1] = self.task.metric_sum(outputs, targets)
+        row[2] = self.task.num_targets(targets).sum()
+        if self.each and (correct := self.task.correct(outputs, targets)) is not None:
+            row[3].fill_(1.0)
+            self._correct[start : start + len(targets)] = correct
+
+    def score(self) -> Score:
+        """The task's metrics over all samples, each counted once. Collective."""
+        totals = self.world.all_reduce_to_cpu(self._sums, "scores").sum(0)
+        loss, metric, num_targets, num_known = totals.tolist()
+        self._is_each_known = self.each and num_known == len(self._sums)
+        return self.task.metrics(loss / num_targets, metric / num_targets)
+
+    def correct(self) -> np.ndarray | None:
+        """Whether each sample is right, [N] bool; None if the task does not know. Collective, after `score`."""
+        if not self._is_each_known:
+            return None
+        return self.world.all_reduce_to_cpu(self._correct, "right samples").bool().numpy()
+
+
+def evaluate(model: nn.Module, samples: Samples, preprocess: Preprocess, task: Task, world: World) -> Score:
+    """The task's metrics over all `samples`, each counted once; identical on any number of ranks. Collective."""
+    sums = BlockSums(task, len(samples), EVAL_BLOCK, world)
+    add_blocks(sums, model, samples, preprocess)
+    return sums.score()
+
+
+def add_blocks(sums: BlockSums, model: nn.Module, samples: Samples, preprocess: Preprocess) -> None:
+    """Pass this rank's blocks of `samples` through a network, and add them to `sums`."""
+    own_blocks = blocks(len(samples), sums.block_size, sums.world)
     with eval_context(model):
         for number, (start, stop) in enumerate(own_blocks, 1):
             inputs = preprocess(samples.inputs[start:stop])
             for next_block in own_blocks[number : number + 1]:
                 samples.prefetch(torch.arange(*next_block))  # read while this block computes
-            outputs, targets = model(inputs), samples.targets[start:stop]
-            row = sums[start // EVAL_BLOCK]
-            row[0] = task.loss_sum(outputs.double(), targets)
-            row[1] = task.metric_sum(outputs, targets)
-            row[2] = task.num_targets(targets).sum()
-    loss, metric, num_targets = world.all_reduce_to_cpu(sums, "scores").sum(0).tolist()
-    return task.metrics(loss / num_targets, metric / num_targets)
+            sums.add(start, model(inputs), samples.targets[start:stop])
 
 
 @final
 class Evaluator:
-    """Validates during a run, keeps the best network, and evaluates the last and the best one at the end."""
+    """Validates during a run, keeps the best network, and evaluates the last and the best one at the end.
+
+    Only validations that are planned choose the best network and notice the target: `validate`. Those that go with
+    measurements of probes are recorded and nothing else (`score_validation`), so that no result depends on `probe`.
+    """
 
     def __init__(
         self,
@@ -71,12 +112,14 @@ class Evaluator:
         self.planned = evenly(config.num_evals, state.num_steps)
         """Whether a validation pass is planned after a number of steps."""
         self.seconds = 0.0
-        """Seconds of all validation passes."""
+        """Seconds of all planned validations."""
         self.best: dict[str, Any] = {}
         """`step`, the task's metric on the validation samples by its name, and `model`, a state dict; empty before the
         first validation."""
         self.target_step: int | None = None
         """The step at which train.target_accuracy was reached."""
+        self.test_correct: np.ndarray | None = None
+        """Whether the last network is right about each test sample, [M] bool, after `final_scores`; None: not known."""
 
     def due(self) -> bool:
         """Whether to validate now."""
@@ -101,6 +144,10 @@ class Evaluator:
         self.seconds += time.monotonic() - start_time
         return score
 
+    def score_validation(self, model: nn.Module) -> Score:
+        """The score on the validation samples, without consequences; {} if there are none. Collective."""
+        return self._score(model, self.splits.val) if len(self.splits.val) else {}
+
     def _stop_at_target(self) -> None:
         if self.config.stop_at_target and self.target_step is not None:
             self.state.num_steps = self.target_step
@@ -113,7 +160,10 @@ class Evaluator:
         Raises:
             Diverged: if the loss on the training samples is not finite.
         """
-        train, test = self._score(model, self.splits.train), self._score(model, self.splits.test)
+        train = self._score(model, self.splits.train)
+        of_each = BlockSums(self.task, len(self.splits.test), EVAL_BLOCK, self.world, each=True)
+        add_blocks(of_each, model, self.splits.test, self.preprocess)
+        test, self.test_correct = of_each.score(), of_each.correct()
         if not math.isfinite(train["loss"]):  # the loss of a step belongs to the weights before it
             raise Diverged(self.state.step, train["loss"], "train_full/loss")
         scores = {f"train_full/{name}": value for name, value in train.items()}

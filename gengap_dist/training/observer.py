@@ -1,8 +1,10 @@
-"""Measurements of a run's network on a fixed probe set: near-rank loss, its controls, and other diagnostics."""
+"""Measurements of a run's network on a fixed probe set: near-rank loss, its controls, loss, and other diagnostics."""
 
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,8 @@ from gengap_dist.probes import LayerSpectrum, measure, metrics
 from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar_sharpness
 from gengap_dist.probes.neural_collapse import nc1
 from gengap_dist.probes.weights import distance_from_init, weight_spectra
+from gengap_dist.training.evaluation import BlockSums
+from gengap_dist.training.probed_layers import ProbedLayers, probe_set_sizes, warn_of_sizes
 from gengap_dist.training.tasks import Task
 
 PROBE_BLOCK = (
@@ -40,7 +44,10 @@ class Observation(NamedTuple):
 
 
 class ProbeObserver:
-    """Measures a network on probe samples drawn by `data.split_seed`: the same for all arms and seeds of a study."""
+    """Measures a network on probe samples of the training set, drawn by `data.split_seed`.
+
+    They are the same for all arms and seeds of a study; with data.subset=per_seed, for all arms of a seed.
+    """
 
     def __init__(
         self,
@@ -49,25 +56,25 @@ class ProbeObserver:
         train_set: Samples,
         preprocess: Preprocess,
         initial_P: Tensor,
+        layers: ProbedLayers,
         world: World,
     ) -> None:
         """An observer of networks for `task` that were initialised with `initial_P` [P].
 
-        Warns if the training set has fewer samples than probe.num_samples; the probe set is then all of them.
+        Warns if the training set has fewer samples than probe.num_samples, of which all are then the probe set, and if
+        a layer has few samples for each of its units.
         """
         self.config: ProbeConfig = config.probe
         self.task, self.train_set, self.preprocess = task, train_set, preprocess
         self.initial_P, self.world = initial_P, world
         self._permutation = torch.from_numpy(seeded_rng(config.data.split_seed, 2).permutation(len(train_set)))
-        asked = max(self.config.num_samples)
-        if self.config.enabled and asked > len(train_set):
-            warnings.warn(
-                f"probe.num_samples ({asked:,}) is more than the {len(train_set):,} training samples: "
-                "all of them are measured",
-                stacklevel=2,
-            )
-        sizes = sorted({min(size, len(train_set)) for size in self.config.num_samples})
+        sample_bytes = math.prod(task.spec.input_shape) * preprocess.dtype.itemsize
+        sizes = probe_set_sizes(self.config, layers, sample_bytes, len(train_set))
         self.num_samples = sizes[-1]
+        self.samples_per_unit = layers.samples_per_unit(self.num_samples)
+        """N / D of the probe set by layer key."""
+        if self.config.enabled:
+            warn_of_sizes(self.config, layers, self.num_samples, len(train_set))
         self.controls = {f"n{size}": size for size in sizes[:-1]}
         if self.config.own_batch:
             self.controls[OWN_BATCH] = config.batch.global_size
@@ -85,19 +92,23 @@ class ProbeObserver:
             UsageError: if `required`, and the network or a layer that the user named cannot be measured.
         """
         found, spectra = {}, {}
+        began = time.monotonic()
+        batches = self._batches(self.num_samples)
+        sums = BlockSums(self.task, self.num_samples, PROBE_BLOCK, self.world)
         sets = {"": self.num_samples} | (self.controls if controls else {})
         for name, size in sets.items():
-            began = time.monotonic()
-            inputs = [inputs for inputs, _ in self._batches(size)]
+            began = time.monotonic() if name else began
+            own = self._batches(size) if name else batches
             try:
                 spectra[name] = measure(
                     model,
-                    inputs,
+                    [batch.inputs for batch in own],
                     layers=self.config.layers,
                     views=self.config.views,
                     world=self.world,
                     memory_mib=self.config.memory_mib,
                     method=self.config.method,
+                    on_outputs=None if name else partial(_add_block, sums, own),
                 )
             except UsageError as error:  # the same on every rank
                 if required:
@@ -105,14 +116,16 @@ class ProbeObserver:
                 warnings.warn(f"near-rank loss is not measured now: {error}", stacklevel=2)
                 continue
             found |= metrics(spectra[name], name)
+            if not name:  # computed in the same passes
+                found |= {f"probe/{metric}": value for metric, value in sums.score().items()}
             found[f"probe_seconds/{f'control/{name}' if name else 'near_rank_loss'}"] = time.monotonic() - began
-        batches = self._batches(self.num_samples)
+        labelled = [(batch.inputs, batch.targets) for batch in batches]
         for name, diagnostic in DIAGNOSTICS.items():
             if name not in self.config.diagnostics or name in self._failed_diagnostics:
                 continue
             began = time.monotonic()
             try:
-                values, spectra_of_it = diagnostic(model, batches, self)
+                values, spectra_of_it = diagnostic(model, labelled, self)
             except UsageError as error:  # the same on every rank: not applicable to this network
                 warnings.warn(f"{name} is left out: {error}", stacklevel=2)
                 self._failed_diagnostics.add(name)
@@ -122,14 +135,28 @@ class ProbeObserver:
                 spectra[name] = spectra_of_it
         return Observation(found, spectra)
 
-    def _batches(self, size: int) -> Batches:
+    def _batches(self, size: int) -> list["_Block"]:
         """This rank's blocks of the first `size` probe samples; smaller probe sets are subsets of larger ones."""
         chosen = self._permutation[:size].sort().values.to(self.world.device)
         out = []
         for start, stop in blocks(size, PROBE_BLOCK, self.world):
             indices = chosen[start:stop]
-            out.append((self.preprocess(self.train_set.inputs[indices]), self.train_set.targets[indices]))
+            inputs = self.preprocess(self.train_set.inputs[indices])
+            out.append(_Block(start, inputs, self.train_set.targets[indices]))
         return out
+
+
+class _Block(NamedTuple):
+    """Probe samples that pass through the network together."""
+
+    start: int
+    """Position of the first one in the probe set."""
+    inputs: Tensor
+    targets: Tensor
+
+
+def _add_block(sums: BlockSums, batches: Sequence[_Block], number: int, outputs: Tensor) -> None:
+    sums.add(batches[number].start, outputs, batches[number].targets)
 
 
 Diagnostic = Callable[[nn.Module, Batches, ProbeObserver], tuple[Metrics, list[LayerSpectrum]]]

@@ -18,8 +18,9 @@ from gengap_dist.runs.run_folder import NullRecorder, RunRecorder
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
 from gengap_dist.training.observer import Observation, ProbeObserver
-from gengap_dist.training.setup import build_model, load_data
-from gengap_dist.training.tasks import build_task
+from gengap_dist.training.probed_layers import find_probed_layers
+from gengap_dist.training.setup import build_model, load_data, two_samples
+from gengap_dist.training.tasks import build_task, described_metric
 
 
 def probe(
@@ -43,7 +44,8 @@ def probe(
         train_set = datasets.place_splits(splits, config.data, world.device).train
         preprocess = Preprocess(splits.pixels, world.device, getattr(torch, config.train.dtype))
         batches = BatchLoader(train_set, preprocess, config.data, config.seed)
-        observer = ProbeObserver(config, task, train_set, preprocess, flat_parameters(model), world)
+        layers = find_probed_layers(model, two_samples(config, splits, world)[0], config.probe)
+        observer = ProbeObserver(config, task, train_set, preprocess, flat_parameters(model), layers, world)
         recorder = RunRecorder(out) if out and world.rank == 0 else NullRecorder()
         observations = []
         for number, (step, path, state) in enumerate(networks):
@@ -51,7 +53,7 @@ def probe(
                 checkpoint.restore(model, state, path)
             if number == 0:
                 facts = {
-                    "metric": task.metric.model_dump(),
+                    "metric": described_metric(task, splits.train.targets),
                     "data": datasets.summary(splits, config.data) if world.rank == 0 else None,
                     "world_size": world.size,
                     "device": str(world.device.type),
@@ -59,6 +61,8 @@ def probe(
                     "num_parameters": sum(p.numel() for p in model.parameters()),
                     "num_steps": networks[-1][0],
                     "num_probe_samples": observer.num_samples,
+                    "samples_per_unit": observer.samples_per_unit,
+                    "last_hidden_layer": layers.last_hidden,
                 }
                 recorder.start(config, facts)
                 recorder.resume(0, 0.0, {})

@@ -9,13 +9,18 @@ from torch import nn
 from gengap_dist.config.sections import ProbeConfig
 from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.probes.cadence import any_of, at_steps, every, log_spaced, should_skip
+from gengap_dist.training.evaluation import Score
+from gengap_dist.training.loss_trigger import LossTrigger, loss_grid
 from gengap_dist.training.observer import Observation, ProbeObserver, measurement_seconds
 from gengap_dist.training.state import TrainState
 
 
 @final
 class ProbeScheduler:
-    """Measures at the first and the last step, and at those between that the config names and the time allows."""
+    """Measures at the first and the last step, and at those between that the config names and the time allows.
+
+    The config names steps, and losses at which to measure.
+    """
 
     def __init__(self, config: ProbeConfig, sampler: EpochSampler, observer: ProbeObserver, state: TrainState) -> None:
         """Measure with `observer` while `state` changes."""
@@ -24,19 +29,24 @@ class ProbeScheduler:
         cadences += [log_spaced(config.per_decade)] if config.per_decade else []
         cadences += [every(config.every)] if config.every else []
         self._in_cadence = any_of(*cadences)
+        self.trigger = LossTrigger(loss_grid(config.at_losses) if config.enabled else ())
         self.seconds = 0.0
         """Seconds of all measurements."""
         self.skipped_steps: list[int] = []
         self._seconds_each, self._num_skipped_in_a_row = 0.0, 0
 
     def possible(self, step: int) -> bool:
-        """Whether a measurement is planned after `step` steps; it may be skipped to save time."""
+        """Whether a measurement is planned after `step` steps, whatever the loss; it may be skipped to save time."""
         return self.config.enabled and (step == self.state.num_steps or self._in_cadence(step))
+
+    def triggered(self) -> bool:
+        """Whether the loss asks for a measurement now; known when the steps but the last one are recorded."""
+        return self.trigger.due(self.state.step)
 
     def due(self) -> bool:
         """Whether to measure now."""
         step = self.state.step
-        planned = self._in_cadence(step) and step not in self.skipped_steps[-1:]
+        planned = (self._in_cadence(step) or self.triggered()) and step not in self.skipped_steps[-1:]
         return self.config.enabled and (self.state.at_first_or_last or planned)
 
     def exceeds_time(self, run_seconds: float, seconds_per_step: float) -> bool:
@@ -49,14 +59,17 @@ class ProbeScheduler:
             seconds_per_step: of the last steps.
         """
         step, num_steps = self.state.step, self.state.num_steps
-        if self.config.max_time_fraction is None or step == num_steps or not self.possible(step):
+        is_planned = self.possible(step) or self.triggered()
+        if self.config.max_time_fraction is None or step == num_steps or not is_planned:
             return False
+        num_in_cadence = sum(map(self._in_cadence, range(step, num_steps)))
+        num_triggered = self.trigger.num_remaining + (not self._in_cadence(step))  # at most
         return should_skip(
             self.config.max_time_fraction,
             spent_seconds=self.seconds,
             seconds_each=self._seconds_each,
             other_seconds=run_seconds - self.seconds + (num_steps - step) * seconds_per_step,
-            num_remaining=sum(map(self._in_cadence, range(step, num_steps))),
+            num_remaining=num_in_cadence + num_triggered,
             num_skipped_in_a_row=self._num_skipped_in_a_row,
         )
 
@@ -65,14 +78,24 @@ class ProbeScheduler:
         self._num_skipped_in_a_row += 1
         self.skipped_steps.append(self.state.step)
 
-    def measure(self, model: nn.Module, record: Callable[[Observation], None]) -> None:
-        """Measure near-rank loss and diagnostics on the probe set; at both ends also controls. Collective.
+    def measure(
+        self, model: nn.Module, record: Callable[[Observation], None], validate: Callable[[nn.Module], Score] | None
+    ) -> None:
+        """Measure near-rank loss, loss and diagnostics on the probe set; at both ends also controls. Collective.
 
-        `record` writes what was found; its time counts, too. A network that cannot be measured ends a run before its
-        first step only.
+        A network that cannot be measured ends a run before its first step only.
+
+        Args:
+            model: the network.
+            record: writes what was found; its time counts, too.
+            validate: the score on the validation samples, which counts as part of the measurement; None: it is known.
         """
         start_time = time.monotonic()
         observation = self.observer(model, controls=self.state.at_first_or_last, required=self.state.step == 0)
+        validation_start = time.monotonic()
+        if validate is not None and (score := validate(model)):
+            observation.metrics.update({f"val/{name}": value for name, value in score.items()})
+            observation.metrics["probe_seconds/validation"] = time.monotonic() - validation_start
         record(observation)
         self.seconds += time.monotonic() - start_time
         self._seconds_each, self._num_skipped_in_a_row = measurement_seconds(observation.metrics), 0
@@ -82,10 +105,16 @@ class ProbeScheduler:
         return {"probe_seconds": round(self.seconds, 3), "probe_left_out": self.skipped_steps}
 
     def state_dict(self) -> dict[str, Any]:
-        """Times, and the steps that were skipped."""
-        return {"seconds": self.seconds, "seconds_each": self._seconds_each, "skipped_steps": self.skipped_steps}
+        """Times, the steps that were skipped, and the last losses."""
+        return {
+            "seconds": self.seconds,
+            "seconds_each": self._seconds_each,
+            "skipped_steps": self.skipped_steps,
+            "trigger": self.trigger.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""
         self.seconds, self._seconds_each = state["seconds"], state["seconds_each"]
         self.skipped_steps = list(state["skipped_steps"])
+        self.trigger.load_state_dict(state.get("trigger", {}))

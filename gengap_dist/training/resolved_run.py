@@ -28,8 +28,16 @@ from gengap_dist.training.checks import (
     strategy_name,
 )
 from gengap_dist.training.lr_schedule import Schedule
-from gengap_dist.training.setup import Progress, build_model, inspect_network, load_data, previous_run_info
-from gengap_dist.training.tasks import Task, build_task
+from gengap_dist.training.probed_layers import ProbedLayers, find_probed_layers
+from gengap_dist.training.setup import (
+    Progress,
+    build_model,
+    inspect_network,
+    load_data,
+    previous_run_info,
+    two_samples,
+)
+from gengap_dist.training.tasks import Task, build_task, described_metric
 
 
 @final
@@ -55,6 +63,8 @@ class ResolvedRun:
     """Name of the parallel strategy."""
     has_unused_parameters: bool
     """Whether some trainable parameters got no gradient in a pass before the first step."""
+    probed_layers: ProbedLayers
+    """What the probe measures, and with how many samples."""
     info: Mapping[str, Any]
     """What run.json says about the data and about the choices made here."""
 
@@ -71,7 +81,9 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, 
         check_compiler(world.device.type)
     if world.device.type == "cpu":
         keep_freed_memory()
-    loaded: datasets.Splits = context.data.get(config.data, lambda: load_data(config, world, progress))
+    loaded: datasets.Splits = context.data.get(
+        datasets.data_key(config.data, config.seed), lambda: load_data(config, world, progress)
+    )
     splits = datasets.place_splits(loaded, config.data, world.device)
     size_schedule = batch_size_schedule(config)
     sampler = EpochSampler(len(splits.train), config.batch.global_size, config.seed, size_schedule=size_schedule)
@@ -80,17 +92,19 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, 
     model = build_model(config, loaded, task, world)
     check_parameters(config, model, world.size)
     inspection = inspect_network(config, loaded, model, task, world)
+    probed_layers = find_probed_layers(model, two_samples(config, loaded, world)[0], config.probe)
     check_auto_micro_size(config, model)
     resolved, choices = _resolve_auto(config, out, Workload(model, task), world, progress)
     check_norm(resolved, model, sampler.sizes(), world.size)
     step_sizes = [phase.size for phase in sampler.phases]
     info = {
-        "metric": task.metric.model_dump(),
+        "metric": described_metric(task, loaded.train.targets),
         "data": datasets.summary(loaded, config.data) if world.rank == 0 else None,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "norm_size": norm_group_sizes(resolved, model, step_sizes, world.size),
         "unused_parameters": inspection.unused_parameters,
         "depends_on_ranks": inspection.depends_on_ranks,
+        "last_hidden_layer": probed_layers.last_hidden,
         "small_size": _noise_small_size(resolved, world.size),
         **choices,
     }
@@ -106,6 +120,7 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, 
         model=model,
         strategy=strategy_name(resolved, world.size),
         has_unused_parameters=bool(inspection.unused_parameters),
+        probed_layers=probed_layers,
         info=info,
     )
 

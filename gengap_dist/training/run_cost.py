@@ -35,7 +35,7 @@ class RunCost(FrozenModel):
     validation_seconds: NonNegativeFloat
     """Of one validation."""
     probe_seconds: NonNegativeFloat
-    """Of one measurement."""
+    """Of one measurement, with a validation."""
     num_steps: PositiveInt
     num_validations: NonNegativeInt
     num_probes: NonNegativeInt
@@ -90,8 +90,9 @@ def measure_cost(worker: Worker, config: RunConfig) -> RunCost:
             trainer.close()
     numbers = range(resolved.schedule.num_steps + 1)
     validations = sum(map(trainer.evaluator.planned, numbers))
-    probes = sum(map(trainer.probes.possible, numbers)) + 1
-    probe_seconds = began[1]
+    # of the losses that probe.at_losses names at most all are reached; a measurement validates, too
+    probes = sum(map(trainer.probes.possible, numbers)) + 1 + trainer.probes.trigger.num_remaining
+    probe_seconds = sum(began)
     if (largest := config.probe.max_time_fraction) is not None and probes > 2:
         # those between the first and the last take at most their share of the rest
         rest = seconds * resolved.schedule.num_steps + validations * began[0]

@@ -93,10 +93,10 @@ def load_data(config: RunConfig, world: World, progress: Progress) -> datasets.S
         progress(0, 0, f"{label} {done:,}/{total:,}")
 
     if config.data.download and rank_environment()[1] == 0:
-        datasets.load(config.data, report)
+        datasets.load(config.data, report, seed=config.seed)
     if config.data.download:
         world.barrier()
-    return datasets.load(config.data, report)
+    return datasets.load(config.data, report, seed=config.seed)
 
 
 def build_model(config: RunConfig, splits: datasets.Splits, task: Task, world: World) -> nn.Module:
@@ -111,7 +111,7 @@ def build_model(config: RunConfig, splits: datasets.Splits, task: Task, world: W
         set_seed(seed)  # a user's factory may draw from any of them
     dtype = getattr(torch, config.train.dtype)
     model = models.from_config(config, splits.spec, world).to(world.device, dtype)
-    check_network(config, model, *_two_samples(config, splits, world), task)
+    check_network(config, model, *two_samples(config, splits, world), task)
     return model
 
 
@@ -119,7 +119,7 @@ def inspect_network(
     config: RunConfig, splits: datasets.Splits, model: nn.Module, task: Task, world: World
 ) -> Inspection:
     """What a training pass of the network does that a run must know; rank 0 warns. Collective with sync batch norm."""
-    found = inspect(model, *_two_samples(config, splits, world), task)
+    found = inspect(model, *two_samples(config, splits, world), task)
     if world.rank == 0 and found.unused_parameters:
         warnings.warn(
             f"{_named(found.unused_parameters)} of {config.model.name} got no gradient in a pass of two samples: they "
@@ -139,6 +139,7 @@ def _named(names: list[str]) -> str:
     return ", ".join(names[:NUM_NAMED]) + f" and {len(names) - NUM_NAMED} more" * (len(names) > NUM_NAMED)
 
 
-def _two_samples(config: RunConfig, splits: datasets.Splits, world: World) -> tuple[Tensor, Tensor]:
+def two_samples(config: RunConfig, splits: datasets.Splits, world: World) -> tuple[Tensor, Tensor]:
+    """Two training samples as the network receives them, and their targets, on this rank's device."""
     preprocess = Preprocess(splits.pixels, world.device, getattr(torch, config.train.dtype))
     return preprocess(splits.train.inputs[:2].to(world.device)), splits.train.targets[:2].to(world.device)

@@ -66,6 +66,8 @@ class Objective:
     ) -> None:
         """Add what is recorded of a micro-batch to `sums`, in place."""
         sums.loss_sum.add_(loss_sum.detach())
+        if self.task.has_training_loss:
+            sums.plain_loss_sum.add_(self.task.loss_sum(outputs.detach(), targets))
         sums.metric_sum.add_(self.task.metric_sum(outputs.detach(), targets))
         sums.num_targets.add_(num_targets)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.probes.noise_scale import NoiseScale
+from gengap_dist.training.loss_trigger import StepLoss
 from gengap_dist.training.tasks import Task
 
 Value = TypeVar("Value", Tensor, float)
@@ -22,6 +23,8 @@ class StepMetrics(NamedTuple, Generic[Value]):
 
     loss_sum: Value
     """Losses of the targets."""
+    plain_loss_sum: Value
+    """`Task.loss_sum`, where training minimizes another loss; else 0."""
     metric_sum: Value
     """`Task.metric_sum`, such as the number of correct predictions."""
     num_targets: Value
@@ -65,6 +68,8 @@ class StepRecord(NamedTuple):
 
     step: int
     """Number of the step, from 1."""
+    loss: StepLoss
+    """Without penalties and label smoothing."""
     not_finite: str
     """The metric that ends the run, because it is not finite: the loss or the gradient norm; or ''."""
     preempted: bool
@@ -109,7 +114,9 @@ class StepMetricsAggregator:
             if self.config.train.autocast != "float16":  # there, a gradient that overflows is a skipped step
                 ends_run.append("train/grad_norm")  # clipped by an infinite norm, a step would have length 0
             not_finite = next((name for name in ends_run if not math.isfinite(metrics[name])), "")
-            yield StepRecord(step, not_finite, totals.preemption_requests > 0, metrics)
+            plain = totals.plain_loss_sum if self.task.has_training_loss else totals.loss_sum
+            step_loss = StepLoss(result.size, plain, totals.num_targets)
+            yield StepRecord(step, step_loss, not_finite, totals.preemption_requests > 0, metrics)
 
     def _more_metrics(self, result: StepResult, totals: StepMetrics[float]) -> dict[str, float]:
         norm = totals.worker_squared_norm**0.5 if result.norm is None else totals.grad_norm

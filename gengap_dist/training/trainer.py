@@ -140,8 +140,8 @@ class Trainer:
         self.state = TrainState(resolved.schedule.num_steps)
         self.step_metrics = StepMetricsAggregator(config, self.task, world)
         self.evaluator = Evaluator(config.train, self.task, resolved.splits, resolved.preprocess, world, self.state)
-        initial_P = flat_parameters(resolved.model)
-        observer = ProbeObserver(config, self.task, resolved.splits.train, resolved.preprocess, initial_P, world)
+        measured = resolved.splits.train, resolved.preprocess, flat_parameters(resolved.model), resolved.probed_layers
+        observer = ProbeObserver(config, self.task, *measured, world)
         self.probes = ProbeScheduler(config.probe, resolved.sampler, observer, self.state)
         self.checkpoints = CheckpointManager(config.checkpoint, out, world, recorder)
         self.strategy = STRATEGIES[resolved.strategy](config, world)
@@ -227,6 +227,7 @@ class Trainer:
             "steps_per_epoch": self.sampler.steps_per_epoch,
             "num_steps": self.schedule.num_steps,
             "num_probe_samples": self.probes.observer.num_samples,
+            "samples_per_unit": self.probes.observer.samples_per_unit,
             **self.resolved.info,
         }
 
@@ -251,8 +252,8 @@ class Trainer:
             stop = self._stop_due()
             preempted = self._record_steps(in_flight=0 if stop else 1) and not state.at_end
             self.times.exclude(self.profile.end())
-            if stop or preempted:
-                self._record_steps(in_flight=0)  # with `stop`, there are none left
+            if stop or preempted or self.probes.triggered():
+                preempted |= self._record_steps(in_flight=0)  # with `stop`, there are none left
                 save_due = self._record_times()
                 average_buffers(self.model, self.world)
                 self.evaluate_and_probe()
@@ -310,6 +311,7 @@ class Trainer:
                 self.log(record.metrics, record.step)
             if name := record.not_finite:
                 raise Diverged(record.step, record.metrics[name], name)
+            self.probes.trigger.add(record.step, record.loss)
         return preempted
 
     def _any_rank(self, flag: bool) -> bool:
@@ -361,7 +363,8 @@ class Trainer:
                 )
             if probe or self.probes.due():  # if the target was reached just now, this step is the last
                 with timer.phase("probe"):
-                    self.probes.measure(model, self._record_observation)
+                    also = None if validate else self.evaluator.score_validation
+                    self.probes.measure(model, self._record_observation, also)
 
     def _record_observation(self, observation: Observation) -> None:
         for probe_set, layer_spectra in observation.spectra.items():
@@ -408,7 +411,11 @@ class Trainer:
             "train_seconds": round(state.train_seconds, 3),
             "samples_per_second": round(samples / max(state.train_seconds, 1e-9), 1),
         }
-        return scores | found | speed | self.probes.summary() | self.times.totals() | memory_peaks(self.world)
+        if evaluator.test_correct is not None:
+            self.recorder.test_correct(evaluator.test_correct)
+        num_test = {"num_test": len(self.resolved.splits.test)}
+        probes = self.probes.summary()
+        return scores | num_test | found | speed | probes | self.times.totals() | memory_peaks(self.world)
 
     def close(self) -> None:
         """Wait for a checkpoint that is being written, and release the model."""

@@ -25,6 +25,7 @@ RUNTIME = {
 OBSERVATION = {"train.target_accuracy", "train.num_evals", "train.log_every"}
 CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is valid, and means something
     "data.streaming": {"data.name": "imagefolder"},
+    "data.subset": {"data.num_train": 100},
     "train.stop_at_target": {"train.target_accuracy": 0.9},
     "train.length_unit": {"optim.base_size": 32},
     "optim.scaling": {"optim.base_size": 32},

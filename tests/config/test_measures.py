@@ -45,8 +45,8 @@ def test_every_norm_is_built(kind):
 
 
 def test_the_measures_of_a_layer_are_listed():
-    values = torch.linspace(1, 0.5, 8).double()
-    layer = LayerSpectrum("fc", "", False, 9, 8, values, 1e-9, 0)
+    values = torch.linspace(1, 0.5, 10).double()
+    layer = LayerSpectrum("fc", "", True, 11, 10, values, 1e-9, 0)
     assert {*layer.measures()} == {name for name, known in measures.MEASURES.items() if known.per_layer}
 
 

@@ -29,9 +29,9 @@ METHODS: dict[Method, type[GramAccumulator] | type[QRAccumulator]] = {"gram": Gr
 class PrimalAccumulator:
     """D <= N: k = D, B = A^T."""
 
-    def __init__(self, spectrum: SpectrumAccumulator) -> None:
-        """No rows yet."""
-        self.spectrum, self.count = spectrum, 0
+    def __init__(self, spectrum: SpectrumAccumulator, eps: float = torch.finfo(torch.float64).eps) -> None:
+        """No rows yet; `eps` is the relative rounding error of the values."""
+        self.spectrum, self.count, self.eps = spectrum, 0, eps
         self.mean_D = torch.zeros_like(spectrum.squared_row_norms())
 
     def add(self, columns_Dn: Tensor) -> None:
@@ -57,15 +57,19 @@ class PrimalAccumulator:
         """Number of columns of zeros."""
         return int(((self.spectrum.squared_row_norms() == 0) & (self.mean_D == 0)).sum())
 
+    def constant_units(self) -> int:
+        """Number of columns with one value, up to rounding; before the raw case of `finalized`."""
+        return int(_are_constant(self.spectrum.squared_row_norms(), self.count, self.mean_D, self.eps).sum())
+
 
 @final
 class DualAccumulator:
     """D > N: k = N + 1, B is the N centred rows of A, with the column means as last row."""
 
-    def __init__(self, spectrum: SpectrumAccumulator) -> None:
-        """No columns yet."""
-        self.spectrum = spectrum
-        self.num_dead = torch.zeros((), dtype=torch.float64, device=spectrum.squared_row_norms().device)
+    def __init__(self, spectrum: SpectrumAccumulator, eps: float = torch.finfo(torch.float64).eps) -> None:
+        """No columns yet; `eps` is the relative rounding error of the values."""
+        self.spectrum, self.eps = spectrum, eps
+        self.num_dead_and_constant = torch.zeros(2, dtype=torch.float64, device=spectrum.squared_row_norms().device)
 
     def add(self, block_Nc: Tensor) -> None:
         """Add c columns of all N rows, in any floating dtype."""
@@ -74,8 +78,9 @@ class DualAccumulator:
         block_kn[:n] = block_Nc
         block_kn[n] = block_kn[:n].mean(0)
         block_kn[:n] -= block_kn[n]
+        constant_c = _are_constant(block_kn[:n].square().sum(0), n, block_kn[n], self.eps)
+        self.num_dead_and_constant += torch.stack([(block_Nc == 0).all(0).sum(), constant_c.sum()])
         self.spectrum.add(block_kn)
-        self.num_dead += (block_Nc == 0).all(0).sum()
 
     def redistribute_columns(self, own_rows_nw: Tensor, counts: Sequence[int], world: World, block_bytes: int) -> None:
         """Add w columns, of which each rank holds `counts[rank]` rows. Collective.
@@ -101,7 +106,26 @@ class DualAccumulator:
 
     def dead_units(self) -> int:
         """Number of columns of zeros."""
-        return int(self.num_dead)
+        return int(self.num_dead_and_constant[0])
+
+    def constant_units(self) -> int:
+        """Number of columns with one value, up to rounding."""
+        return int(self.num_dead_and_constant[1])
+
+
+def _are_constant(squares_D: Tensor, num_rows: int, mean_D: Tensor, eps: float) -> Tensor:
+    """Whether each column has one value, up to rounding: standard deviation <= 4 eps |mean|. [D] bool.
+
+    Args:
+        squares_D: sums of the squared deviations from the means.
+        num_rows: N.
+        mean_D: the means.
+        eps: relative rounding error of the values.
+
+    >>> _are_constant(torch.tensor([0.0, 1e-16, 1.0]), 4, torch.tensor([0.0, 3.0, 0.0]), eps=1e-7)
+    tensor([ True,  True, False])
+    """
+    return squares_D <= num_rows * (4 * eps * mean_D).square()
 
 
 def redistribution_blocks(num_columns: int, num_rows: int, world_size: int, block_bytes: int) -> list[Span]:
@@ -117,21 +141,21 @@ def redistribution_blocks(num_columns: int, num_rows: int, world_size: int, bloc
 def merge_ranks(matrices: Sequence[PrimalAccumulator | DualAccumulator], world: World) -> None:
     """Combine the accumulators of all ranks, in place, for all matrices together. Collective.
 
-    Counts, means and numbers of dead units take one all-reduce, packed triangles one per 16 MiB; with `tsqr`,
-    triangular factors are combined in a binary tree instead.
+    Counts, means and numbers of dead and constant units take one all-reduce, packed triangles one per 16 MiB; with
+    `tsqr`, triangular factors are combined in a binary tree instead.
     """
     if world.size == 1 or not matrices:
         return
     summaries = [
         torch.cat([m.mean_D.new_tensor([m.count]), m.mean_D * m.count])
         if isinstance(m, PrimalAccumulator)
-        else m.num_dead[None]
+        else m.num_dead_and_constant
         for m in matrices
     ]
     totals = world.all_reduce(torch.cat(summaries)).split([len(summary) for summary in summaries])
     for matrix, total in zip(matrices, totals, strict=True):
         if isinstance(matrix, DualAccumulator):
-            matrix.num_dead = total[0]
+            matrix.num_dead_and_constant = total
             continue
         mean_D = total[1:] / total[0]
         matrix.spectrum.add((matrix.mean_D - mean_D)[:, None] * matrix.count**0.5)

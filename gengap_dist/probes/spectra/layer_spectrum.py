@@ -14,6 +14,8 @@ from torch import Tensor
 from gengap_dist.config.metric_key import LayerKey
 
 TAUS = (1e-1, 1e-2, 1e-3)  # thresholds of near-rank loss, the paper's sigma << 1
+LIVE_TAU = 1e-2  # threshold of the near-rank loss of live units
+MIN_POWER_LAW_POINTS = 10  # with fewer singular values a slope says nothing
 ACTIVATION_FLOORS = {  # relative to s_1 of the raw matrix: rounding error of activations in their dtype
     torch.float64: 0.0,
     torch.float32: 2e-8,
@@ -51,6 +53,8 @@ class LayerSpectrum:
     """Level below which singular values are rounding noise, in the same units."""
     dead_units: int
     """Columns that are zero for every sample. Each also appears as a zero singular value."""
+    constant_units: int = 0
+    """Columns with one value for all samples up to rounding, dead ones included: zero in a centred matrix."""
 
     @property
     def key(self) -> str:
@@ -65,12 +69,17 @@ class LayerSpectrum:
         """All rank measures that these singular values support; docs/measures.md has the formulas.
 
         A zero is below every threshold. A matrix of zeros has rank 0 by every measure, and near-rank loss 1.
-        Measures that need values below the floor are omitted.
+        Measures that need values below the floor are omitted. The near-rank loss of live units is that of the matrix
+        without its columns of zeros (of a centred matrix, without constant units), whose other singular values are the
+        same; it is omitted if no unit is live. alpha-ReQ is one of centred matrices only, with the R^2 of its
+        fit, and is omitted under 10 singular values above the floor.
 
         >>> s = torch.tensor([1.0, 0.5, 1e-3, 0.0]).double()
         >>> values = LayerSpectrum("fc", "", False, 100, 4, s, floor=1e-8, dead_units=1).measures()
         >>> values["near_rank_loss/abs_1e-2"], values["numerical_rank"], values["dead_units"]
         (0.5, 3.0, 1.0)
+        >>> round(values["near_rank_loss_live/rel_1e-2"], 3)  # one of three
+        0.333
         """
         s = self.singular_values
         m = len(s)
@@ -84,6 +93,8 @@ class LayerSpectrum:
                     count = int(((s < level) | (s == 0)).sum())
                     out[f"near_rank_count/{kind}_{name}"] = float(count)
                     out[f"near_rank_loss/{kind}_{name}"] = count / m
+                    if (kind, tau) == ("rel", LIVE_TAU) and (num_live := self._num_live):
+                        out[f"near_rank_loss_live/{kind}_{name}"] = max(0, count - (m - num_live)) / num_live
         if len(alive) == 0:
             return out | dict.fromkeys(RANK_MEASURES, 0.0)
         if len(alive) == m:
@@ -98,9 +109,15 @@ class LayerSpectrum:
             "pca_99": float(_least_k(energy, 0.99)),
             "srank_1e-2": float(_least_k(alive, 0.99)),
         }
-        if len(alive) > 2:
-            out["alpha_req"] = _power_law(energy)
+        if self.centred and len(alive) >= MIN_POWER_LAW_POINTS:
+            out["alpha_req"], out["alpha_req_r2"] = _power_law(energy)
         return out
+
+    @property
+    def _num_live(self) -> int:
+        """Singular values of the matrix without its columns of zeros."""
+        num_columns = self.num_units - (self.constant_units if self.centred else self.dead_units)
+        return min(num_columns, len(self.singular_values))
 
 
 def _exp_entropy(values: Tensor) -> float:
@@ -122,13 +139,17 @@ def _least_k(values: Tensor, share: float) -> int:
     return int((cumulative < share * cumulative[-1]).sum()) + 1
 
 
-def _power_law(energy: Tensor) -> float:
-    """alpha-ReQ: minus the least-squares slope of log s_i^2 against log i (Agrawal et al. 2022).
+def _power_law(energy: Tensor) -> tuple[float, float]:
+    """alpha-ReQ: minus the least-squares slope of log s_i^2 against log i (Agrawal et al. 2022); and the fit's R^2.
 
-    >>> round(_power_law(torch.arange(1, 50).double() ** -2), 9)
-    2.0
+    The range is that of all values given, i = 1, ..., n. If all are equal the slope is 0, and R^2 is 1.
+
+    >>> [round(value, 9) for value in _power_law(torch.arange(1, 50).double() ** -2)]
+    [2.0, 1.0]
     """
     x = torch.arange(1, len(energy) + 1, dtype=torch.float64).log()
     y = energy.cpu().log()
-    x = x - x.mean()
-    return float(-(x * y).sum() / x.square().sum())
+    x, y = x - x.mean(), y - y.mean()
+    slope = (x * y).sum() / x.square().sum()
+    total = float(y.square().sum())
+    return -float(slope), 1 - float((y - slope * x).square().sum()) / total if total else 1.0

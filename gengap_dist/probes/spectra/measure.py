@@ -48,6 +48,7 @@ def measure(
     world: World | None = None,
     memory_mib: int = 512,
     method: Method = "gram",
+    on_outputs: Callable[[int, Any], None] | None = None,
 ) -> list[LayerSpectrum]:
     """Activation spectra of a network's layers over the inputs of all ranks. Collective.
 
@@ -66,6 +67,7 @@ def measure(
             is none.
         memory_mib: maximum memory of matrices, stored activations and buffers on this rank, in MiB.
         method: `gram` (float64 Gram matrices; floor 6e-8 s_1) or `tsqr` (QR factors, slower; floor 1e-14 s_1).
+        on_outputs: called once for each batch with samples, with its number and the output of the network.
 
     Returns:
         One spectrum per layer, view and centring, in the order in which layers run, identical on every rank. A layer
@@ -108,10 +110,10 @@ def measure(
                 view = layer_views[number]
                 if number not in accumulators:  # already there if its columns take several passes
                     accumulators[number] = (DualAccumulator if view.is_wide else PrimalAccumulator)(
-                        METHODS[method](view.size, world.device)
+                        METHODS[method](view.size, world.device), torch.finfo(view.layer.dtype).eps
                     )
             one_pass = _Pass(model, layer_views, blocks, accumulators, counts[world.rank], block_bytes)
-            left_out |= one_pass.run(inputs, world, None if pass_number else traced)
+            left_out |= one_pass.run(inputs, world, *((None, None) if pass_number else (traced, on_outputs)))
             blocks = [block for block in blocks if layer_views[block.view_index].layer.name not in left_out]
             for block, own_rows_nw in one_pass.stored_columns(blocks, world.device).items():
                 view, accumulator = layer_views[block.view_index], accumulators[block.view_index]
@@ -282,13 +284,20 @@ class _Pass:
         self._stored: dict[ColumnBlock, Tensor] = {}
         self._filled: Counter[ColumnBlock] = Counter()
 
-    def run(self, inputs: Iterable[Tensor], world: World, traced: set[str] | None) -> set[str]:
+    def run(
+        self,
+        inputs: Iterable[Tensor],
+        world: World,
+        traced: set[str] | None,
+        on_outputs: Callable[[int, Any], None] | None,
+    ) -> set[str]:
         """Pass all inputs through the network. Collective.
 
         Args:
             inputs: this rank's batches.
             world: the ranks.
             traced: names of the modules without children that ran in the traced pass, to warn of others; None: do not.
+            on_outputs: see `measure`.
 
         Returns:
             The names of layers that do not have the same number of rows for every input on every rank.
@@ -299,7 +308,7 @@ class _Pass:
         failure: Exception | None = None
         with leaves_that_run(self.model) as ran:
             try:
-                self._forward(inputs)
+                self._forward(inputs, on_outputs)
             except Exception as error:  # of any network: the other ranks wait
                 failure = error
         leaves = [] if traced is None else leaf_names(self.model)
@@ -334,14 +343,17 @@ class _Pass:
             for block in wide
         }
 
-    def _forward(self, inputs: Iterable[Tensor]) -> None:
+    def _forward(self, inputs: Iterable[Tensor], on_outputs: Callable[[int, Any], None] | None) -> None:
         with capture_activations(self.model, self.layers, self._add_activation) as capture:
-            for batch in inputs:
+            for number, batch in enumerate(inputs):
                 self.num_inputs = len(batch)
                 if not self.num_inputs:
                     continue
                 capture.begin_pass()
-                self.model(batch.clone())  # which a network may change in place
+                outputs = self.model(batch.clone())  # which a network may change in place
+                if on_outputs is not None:
+                    with capture.paused():
+                        on_outputs(number, outputs)
                 for layer in self.layers:
                     if capture.calls[id(layer.module), layer.function] != layer.num_calls:
                         self.problems.setdefault(
@@ -393,6 +405,7 @@ def _solve(
     the activations, relative to the largest singular value of the raw matrix.
     """
     num_dead = {number: accumulator.dead_units() for number, accumulator in complete_accumulators.items()}
+    num_constant = {number: accumulator.constant_units() for number, accumulator in complete_accumulators.items()}
     matrix_keys = list(
         product(complete_accumulators, sorted({False, *centred}, reverse=True))
     )  # always raw: its s_1 sets the floor
@@ -425,6 +438,7 @@ def _solve(
                     singular_values=torch.where(s > floor, s, 0.0) / view.num_rows**0.5,
                     floor=floor / view.num_rows**0.5,
                     dead_units=num_dead[number],
+                    constant_units=num_constant[number],
                 )
             )
     return spectra

@@ -87,6 +87,7 @@ class LocalSGD(TrainingAlgorithm):
             step_batch = StepBatch(indices, epoch, spans, (self.config.seed, step, worker), self.targets_each)
             worker_sums, norm = train_step(strategy, self.batches, step_batch, self.objective, self.compute_gradient)
             sums.loss_sum.add_(worker_sums.loss_sum)
+            sums.plain_loss_sum.add_(worker_sums.plain_loss_sum)
             sums.metric_sum.add_(worker_sums.metric_sum)
             sums.num_targets.add_(worker_sums.num_targets)
             sums.penalty.add_(worker_sums.penalty / num_active)

@@ -1,5 +1,9 @@
 """What a network learns. A task of your own is a subclass of `Task`: `task.name=module.path:Class`."""
 
+from typing import Any
+
+from torch import Tensor
+
 from gengap_dist.config.own_code import load_own
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.data_spec import DataSpec
@@ -8,7 +12,7 @@ from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.training.tasks.base import Task
 from gengap_dist.training.tasks.classification import Classification
 
-__all__ = ["Classification", "MetricDescription", "Task", "build_task"]
+__all__ = ["Classification", "MetricDescription", "Task", "build_task", "described_metric"]
 
 
 def build_task(config: RunConfig, spec: DataSpec) -> Task:
@@ -34,6 +38,11 @@ def build_task(config: RunConfig, spec: DataSpec) -> Task:
             "set train.target_accuracy=null"
         )
     return task
+
+
+def described_metric(task: Task, targets: Tensor) -> dict[str, Any]:
+    """The metric of a run for run.json, with its chance level on training `targets` [N, ...]."""
+    return task.metric.model_copy(update={"chance": task.chance(targets)}).model_dump()
 
 
 def _own_class(name: str) -> type[Task]:

@@ -1,7 +1,8 @@
 """What a network learns: the loss of a batch, what is counted, and the metric that runs are compared by."""
 
 from abc import ABC, abstractmethod
-from typing import final
+from collections.abc import Callable
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -42,6 +43,11 @@ class Task(ABC):
         """The loss that training minimizes, summed; it may differ from the one that is evaluated."""
         return self.loss_sum(outputs, targets)
 
+    @property
+    def has_training_loss(self) -> bool:
+        """Whether `training_loss_sum` differs from `loss_sum`. Default: if a subclass defines it."""
+        return type(self).training_loss_sum is not Task.training_loss_sum
+
     def num_targets(self, targets: Tensor) -> Tensor:
         """The number of targets that each sample has in the sums: [n] int64. Default: one."""
         return torch.ones(len(targets), dtype=torch.int64, device=targets.device)
@@ -49,6 +55,14 @@ class Task(ABC):
     def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """A second sum over targets, of which `metrics` gets the mean: a scalar. Default: 0."""
         return torch.zeros((), device=outputs.device)
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Whether the network is right about each sample, [n] bool. Default: None, samples are not right or wrong."""
+        return None
+
+    def chance(self, targets: Tensor) -> float | None:
+        """The metric of a network that has learned nothing, from the training targets [N, ...]. Default: not known."""
+        return self.metric.chance
 
     def metrics(self, loss: float, mean: float) -> dict[str, float]:
         """What is recorded of a set of samples, by name, with `loss` first.
@@ -73,13 +87,7 @@ class Task(ABC):
         name = type(self).__name__
         twice = torch.cat([outputs, outputs]), torch.cat([targets, targets])
         for method in (self.loss_sum, self.training_loss_sum, self.metric_sum):
-            try:
-                once, doubled = method(outputs, targets), method(*twice)
-            except Exception as error:  # a user's task may raise anything
-                raise UsageError(
-                    f"{name}.{method.__name__} failed on outputs of shape {list(outputs.shape)} and targets of shape "
-                    f"{list(targets.shape)} ({type(error).__name__}: {error}): fix it, or choose another data set"
-                ) from error
+            once, doubled = self._checked_call(method, outputs, targets), self._checked_call(method, *twice)
             if once.numel() != 1 or doubled.numel() != 1:
                 raise UsageError(
                     f"{name}.{method.__name__} returns a tensor of shape {list(once.shape)}: return one number, the "
@@ -97,6 +105,12 @@ class Task(ABC):
                 f"{name}.num_targets returns {counts!r:.80} for {len(targets)} samples: return the number of targets "
                 "of each sample, [n] int64"
             )
+        right = self._checked_call(self.correct, outputs, targets)
+        if right is not None and (right.shape != (len(targets),) or right.dtype != torch.bool):
+            raise UsageError(
+                f"{name}.correct returns {str(right.dtype).removeprefix('torch.')} of shape {list(right.shape)} for "
+                f"{len(targets)} samples: return whether each sample is right, [n] bool, or None"
+            )
         recorded = self.metrics(0.0, 0.0)
         if "loss" not in recorded:
             raise UsageError(f"{name}.metrics returns {', '.join(recorded)}, needs loss, too: add it")
@@ -105,3 +119,12 @@ class Task(ABC):
                 f"{name}.metric is called {self.metric.name}, and {name}.metrics returns {', '.join(recorded)}: make "
                 "its name one of them"
             )
+
+    def _checked_call(self, method: Callable[[Tensor, Tensor], Any], outputs: Tensor, targets: Tensor) -> Any:
+        try:
+            return method(outputs, targets)
+        except Exception as error:  # a user's task may raise anything
+            raise UsageError(
+                f"{type(self).__name__}.{method.__name__} failed on outputs of shape {list(outputs.shape)} and targets "
+                f"of shape {list(targets.shape)} ({type(error).__name__}: {error}): fix it, or choose another data set"
+            ) from error

@@ -2,6 +2,7 @@
 
 from typing import final
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -43,9 +44,26 @@ class Classification(Task):
         """Cross-entropy with label smoothing, summed."""
         return cross_entropy(outputs, targets, reduction="sum", label_smoothing=self.label_smoothing)
 
+    @property
+    def has_training_loss(self) -> bool:
+        """With label smoothing."""
+        return self.label_smoothing > 0
+
     def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The number of correct predictions."""
-        return (outputs.argmax(1) == targets).sum()
+        return self.correct(outputs, targets).sum()
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Whether the largest logit is that of the target."""
+        return outputs.argmax(1) == targets
+
+    def chance(self, targets: Tensor) -> float:
+        """The share of the most frequent class.
+
+        >>> Classification(DataSpec.images(3, 1, 8)).chance(torch.tensor([0, 2, 2, 1]))
+        0.5
+        """
+        return int(torch.bincount(targets).max()) / len(targets)
 
     def metrics(self, loss: float, mean: float) -> dict[str, float]:
         """`loss` and `accuracy`."""

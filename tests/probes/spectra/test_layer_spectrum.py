@@ -57,7 +57,6 @@ def test_every_measure_on_a_known_spectrum():
         "participation_ratio": (s**2).sum() ** 2 / (s**4).sum(),
         "pca_99": 2,
         "srank_1e-2": 3,
-        "alpha_req": -np.polyfit(np.log([1, 2, 3, 4]), np.log(s.numpy() ** 2), 1)[0],
     }
     for name, value in expected.items():
         assert values[name] == pytest.approx(float(value)), name
@@ -122,3 +121,55 @@ def test_a_large_mean_does_not_spoil_the_centred_spectrum():
     true = np.linalg.svd(small - small.mean(0), compute_uv=False) / 20
     assert s.floor < 1e-7 * true[0]
     assert np.abs(s.singular_values.numpy() - true).max() < 1e-7 * true[0]
+
+
+def test_live_units_are_those_that_vary():
+    """A matrix without its constant columns has the same measure and no constant units."""
+    rng = np.random.default_rng(3)
+    matrix = rng.normal(size=(80, 12)) @ np.diag(10.0 ** -np.arange(12) / 3)
+    constant = np.concatenate([matrix, np.zeros((80, 3)), np.full((80, 2), 7.0)], axis=1)
+    for centred, dropped in ((True, 5), (False, 3)):
+        with_some = measured(torch.from_numpy(constant), centred=centred)
+        without = measured(
+            torch.from_numpy(constant[:, [*range(12), *((15, 16) if not centred else ())]]), centred=centred
+        )
+        assert (
+            with_some.constant_units - without.constant_units == dropped if centred else with_some.constant_units == 5
+        )
+        live = with_some.measures()["near_rank_loss_live/rel_1e-2"]
+        assert live == without.measures()["near_rank_loss/rel_1e-2"]
+        assert live < with_some.measures()["near_rank_loss/rel_1e-2"]
+
+
+@pytest.mark.parametrize("num_rows", [10, 40])
+def test_live_units_of_wide_and_tall_matrices(num_rows):
+    """D = 30: kept as rows, or as columns; float32, in which a constant unit may be a little uneven."""
+    matrix = torch.from_numpy(np.random.default_rng(0).normal(size=(num_rows, 30))).float()
+    matrix[:, :4], matrix[:, 4:6] = 0.0, 3.0
+    matrix[::2, 5] = 3.0000002
+    s = measured(matrix, centred=True)
+    assert (s.dead_units, s.constant_units) == (4, 6)
+    m_live = min(num_rows - 1, 24)
+    count = s.measures()["near_rank_count/rel_1e-2"] - (len(s.singular_values) - m_live)
+    assert s.measures()["near_rank_loss_live/rel_1e-2"] == count / m_live
+
+
+def test_a_layer_without_live_units_has_no_measure_of_them():
+    values = measured(torch.zeros(9, 3), centred=True).measures()
+    assert values["near_rank_loss/rel_1e-2"] == 1.0
+    assert "near_rank_loss_live/rel_1e-2" not in values
+
+
+def test_alpha_req_is_of_centred_matrices_with_enough_points():
+    def alpha(num: int, *, centred: bool) -> dict[str, float]:
+        s = torch.arange(1, num + 1).double() ** -0.75
+        return LayerSpectrum("fc", "", centred, 99, num, s, 0.0, 0).measures()
+
+    assert alpha(10, centred=True)["alpha_req"] == pytest.approx(1.5)
+    assert alpha(10, centred=True)["alpha_req_r2"] == pytest.approx(1.0)
+    assert "alpha_req" not in alpha(9, centred=True)
+    assert "alpha_req" not in alpha(50, centred=False)
+    bent = LayerSpectrum("fc", "", True, 99, 20, torch.linspace(1, 0.01, 20).double(), 0.0, 0).measures()
+    x, y = np.log(np.arange(1, 21)), np.log(np.linspace(1, 0.01, 20) ** 2)
+    assert bent["alpha_req"] == pytest.approx(-np.polyfit(x, y, 1)[0])
+    assert bent["alpha_req_r2"] == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)

@@ -45,7 +45,7 @@ class Look(NamedTuple):
         """The t statistic of so many pairs, at least 2, that is significant; infinite where no e-value can be.
 
         >>> round(Look().critical(3), 4), round(Look(0.01, by_e_value=True).critical(10), 4)
-        (4.3027, 5.7284)
+        (4.3027, 5.1079)
         """
         return e_critical_value(num_pairs, self.level) if self.by_e_value else critical_t(self.level, num_pairs - 1)
 

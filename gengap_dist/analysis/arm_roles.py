@@ -16,7 +16,7 @@ SAME = 0.02  # epochs and updates that differ by less count as equal: the last s
 RATE = {"optim.lr", "optim.warmup_epochs", "optim.scaling"}
 LENGTH = {"train.epochs", "train.steps", "train.num_evals"}
 NORM = {"model.norm", "batch.ghost_size"}
-RANK = {"algorithm.rank_penalty", "algorithm.rank_measure", "algorithm.rank_layers"}
+RANK = {f"algorithm.{name}" for name in ("rank_penalty", "rank_measure", "rank_layers", "rank_images", "placebo_of")}
 
 
 class Arm(NamedTuple):

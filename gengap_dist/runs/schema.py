@@ -169,6 +169,8 @@ class RunInfo(_Record):
     the number of ranks and micro-batches, which it does not otherwise."""
     small_size: float | None = None
     """The small batch of the noise scale."""
+    rank_images: int | None = None
+    """Images of each step from which the rank penalty takes the covariance."""
     micro_size: int | None = None
     micro_size_auto: dict[str, Any] | None = None
     """How `auto` chose it."""

@@ -228,6 +228,7 @@ class Trainer:
             "num_steps": self.schedule.num_steps,
             "num_probe_samples": self.probes.observer.num_samples,
             **self.resolved.info,
+            **self.algorithm.info(),
         }
 
     # -- training -----------------------------------------------------------------------------------------------------

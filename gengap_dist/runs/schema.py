@@ -205,6 +205,8 @@ class StudyInfo(_Record):
     """Arms that are not run, because another one has the same settings."""
     tuned: dict[str, Any] = {}
     """Trials and best setting by arm; see `tuning.summary`."""
+    matched: dict[str, Any] = {}
+    """Runs and strength found by arm; see `matching.Search.summary`."""
     metrics: dict[str, float] = {}
     """The headline, for MLflow."""
     verdicts: list[str] = []

@@ -19,6 +19,7 @@ from gengap_dist.analysis.report.tables import (
     data_table,
     representative_run,
     run_table,
+    matching_tables,
     tuning_tables,
 )
 from gengap_dist.analysis.results import Comparison
@@ -68,7 +69,7 @@ def write_page(study: StudyData, figures: Sequence[RenderedFigure], *, pdf: bool
         runs=run_table(study),
         figures=figures,
         pdf=pdf,
-        tuned=tuning_tables(study.info.get("tuned") or {}),
+        tuned=tuning_tables(study.info.get("tuned") or {}) + matching_tables(study.info.get("matched") or {}),
         space=_yaml((config.get("study") or {}).get("tune")),
         facts=_facts(study),
         command=shlex.join(_without_interpreter_path(study.info.get("command") or [])),

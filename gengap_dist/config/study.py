@@ -7,7 +7,16 @@ from functools import cached_property
 from itertools import product
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, WrapValidator, model_validator
+from pydantic import (
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 
 from gengap_dist.config.identity import identifying_settings
 from gengap_dist.config.loading import field_names, flat, merge, nested, renamed, validate

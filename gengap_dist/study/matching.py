@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.config.measures import WEIGHT_VIEW
+from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.config.study import Arm, Match, MatchSection, StudyConfig
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.schema import RunStatus
@@ -82,7 +82,11 @@ class Search(NamedTuple):
     def summary(self) -> Mapping[str, Any]:
         """The search for study.json."""
         trials = [
-            {"setting": {STRENGTH: self.sign * each.strength}, "status": each.status, "near_rank_loss": each.near_rank_loss}
+            {
+                "setting": {STRENGTH: self.sign * each.strength},
+                "status": each.status,
+                "near_rank_loss": each.near_rank_loss,
+            }
             for each in self.tries
         ]
         return {
@@ -223,8 +227,8 @@ def _replay(
     while True:
         strength = next_strength(section, sign, search.tries, target)
         if len(search.tries) == section.max_runs:
-            nearest = min((abs(each.near_rank_loss - target) for each in search.tries if each.near_rank_loss is not None),
-                          default=math.nan)  # fmt: skip
+            distances = [abs(each.near_rank_loss - target) for each in search.tries if each.near_rank_loss is not None]
+            nearest = min(distances, default=math.nan)
             return search._replace(
                 problem=f"cannot be matched: the nearest of {section.max_runs} runs is {nearest:.3g} away from "
                 f"{target:.3g} of {match.to}, more than {tolerance:.3g}"

@@ -1,4 +1,4 @@
-"""Runs a study: tuning trials or the search of strengths first, then every arm with every seed; finished runs are skipped.
+"""Runs a study: tuning trials or searches of strengths, then every arm with every seed; finished runs are skipped.
 
 The state of a study is the state of its run folders, so an interrupted study continues from them.
 """
@@ -241,7 +241,9 @@ def _run_matched(
         num_failed = run(new)
         started |= {each.folder for each in new}
     tuned = {arm: settings for search in searches for arm, settings in search.settings(config).items()}
-    unknown = {arm for search in searches if search.next is not None for arm in (search.match.arm, *search.match.shared)}
+    unknown = {
+        arm for search in searches if search.next is not None for arm in (search.match.arm, *search.match.shared)
+    }
     plan = [each for each in run_matrix.planned_runs(config, out, tuned) if each.arm not in unknown]
     if driver:
         _update(out, matched={search.match.arm: search.summary() for search in searches})

@@ -122,7 +122,10 @@ def test_a_run_that_diverges_was_too_strong():
 @pytest.mark.parametrize(
     ("near_rank_loss", "says"),
     [
-        (lambda arm, strength: 0.6 if arm == "sb" else 0.1, r"near-rank loss does not grow from sb \(0.6\) to lb \(0.1\)"),
+        (
+            lambda arm, strength: 0.6 if arm == "sb" else 0.1,
+            r"near-rank loss does not grow from sb \(0.6\) to lb \(0.1\)",
+        ),
         (lambda arm, strength: "diverged" if arm == "lb" else 0.1, "sb or lb has no near-rank loss on seed 1000"),
     ],
 )

@@ -17,9 +17,9 @@ from gengap_dist.analysis.report.tables import (
     Table,
     arm_table,
     data_table,
+    matching_tables,
     representative_run,
     run_table,
-    matching_tables,
     tuning_tables,
 )
 from gengap_dist.analysis.results import Comparison

@@ -151,9 +151,7 @@ def matching_tables(matched: Mapping[str, Mapping[str, Any]]) -> list[tuple[str,
         trials = [dict(trial) for trial in search.get("trials") or []]
         rows = [(trial.pop("setting", None) or {}) | trial for trial in trials]
         strength = next(iter((search.get("best") or {}).values()), None)
-        text = f"{arm}: " + (
-            "no strength found" if strength is None else f"algorithm.rank_penalty {strength:.4g}"
-        )
+        text = f"{arm}: " + ("no strength found" if strength is None else f"algorithm.rank_penalty {strength:.4g}")
         if search.get("shared"):
             text += f" (also of {', '.join(search['shared'])})"
         target = search.get("target")

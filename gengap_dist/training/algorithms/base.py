@@ -54,9 +54,7 @@ class TrainingAlgorithm:
         if algorithm.rank_penalty is not None:
             self.objective = RankPenalty(config, task)
             example = partial(batches.plain, sampler.indices(0)[:1])
-            self.rank_images = self.objective.check(
-                strategy.model, example, len(batches.samples), strategy.world.size
-            )
+            self.rank_images = self.objective.check(strategy.model, example, len(batches.samples), strategy.world.size)
         self.compute_gradient = gradient_function(algorithm)
         self._spans: dict[int, list[Span]] = {}
         for phase in sampler.phases:

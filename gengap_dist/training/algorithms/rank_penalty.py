@@ -231,13 +231,9 @@ class RankPenalty(Objective):
         layers = self.penalized_layers(model, lambda: batches(step_batch.indices[:1], step_batch.epoch)[0])
         seed, *step = step_batch.rng_key[:2]
         num = self.num_images(layers, len(batches.samples))
-        indices = torch.from_numpy(
-            seeded_rng(seed, IMAGES, *step).choice(len(batches.samples), num, replace=False)
-        )
+        indices = torch.from_numpy(seeded_rng(seed, IMAGES, *step).choice(len(batches.samples), num, replace=False))
         spans = [
-            span
-            for span in self._plan(num, world.size).micro_batches(world.rank)
-            if span.size or strategy.has_sync_bn
+            span for span in self._plan(num, world.size).micro_batches(world.rank) if span.size or strategy.has_sync_bn
         ]
         with frozen_running_stats(model), capturing_moments(model, layers) as capture:
 
@@ -257,7 +253,9 @@ class RankPenalty(Objective):
                     for total, moment in zip(totals, own, strict=True):
                         total += moment.detach()
             flat = world.all_reduce(torch.cat([total.flatten() for total in totals]), "covariance of activations")
-            totals = [part.view(size, size) for part, size in zip(flat.split([n * n for n in sizes]), sizes, strict=True)]
+            totals = [
+                part.view(size, size) for part, size in zip(flat.split([n * n for n in sizes]), sizes, strict=True)
+            ]
             pulls = self._pulls(totals, seed)
             parameters = [p for p in model.parameters() if p.requires_grad]
             gradients = torch.zeros(  # [1 or 2, P]: of R, of a placebo
@@ -288,7 +286,9 @@ class RankPenalty(Objective):
             self.untrained_traces = torch.stack([covariance_of(total).trace() for total in totals])
         traces = totals[0].new_ones(len(totals)) if self.untrained_traces is None else self.untrained_traces
         return [
-            pull_of(total, self.measure, traces[number], self._rotation(seed, number, total) if self.is_placebo else None)
+            pull_of(
+                total, self.measure, traces[number], self._rotation(seed, number, total) if self.is_placebo else None
+            )
             for number, total in enumerate(totals)
         ]
 
@@ -321,9 +321,10 @@ class RankPenalty(Objective):
 def capturing_moments(
     model: nn.Module, layers: list[Layer]
 ) -> Iterator[Callable[[Callable[[], object]], list[Tensor]]]:
-    """While open, a function that makes a pass and returns the sums of moments of `layers`, [D + 1, D + 1] float64 each.
+    """While open, a function that makes a pass and returns the sums of moments of `layers`.
 
-    They are differentiable, and are taken before a later layer can change an activation in place.
+    They are [D + 1, D + 1] float64 each, differentiable, and taken before a later layer can change an activation in
+    place.
     """
     found: dict[str, Tensor] = {}
 

@@ -1,6 +1,7 @@
 """Interventions on the rank of activations against what they are defined as, in float64."""
 
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_the_penalty_is_differentiated_through_the_covariance_of_all_its_images(
     untrained, _ = gradient(problem, objective)
     images = problem.given.images[torch.cat(problem.given.drawn).unique()]
     assert len(images) == 40
-    traces = [float(c.trace()) if measure == "trace" else 1.0 for c in covariances(problem.net, images)]
+    traces = [c.trace().item() if measure == "trace" else 1.0 for c in covariances(problem.net, images)]
     moved(problem.net)
     got, value = gradient(problem, objective)
     plain, nothing = gradient(problem, Objective(TASK))
@@ -178,15 +179,13 @@ def test_a_placebo_leaves_the_eigenvalues_of_free_activations_to_second_order(me
     rows = (torch.randn(200, 7) @ torch.diag(torch.linspace(1, 0.2, 7)) + torch.randn(7)).double().requires_grad_()
     pull = pull_of(moments_of(rows), measure, ONE, antisymmetric(7))
     before = eigenvalues(rows.detach())
-    directions = [
-        torch.autograd.grad(moments_of(rows), rows, direction)[0] for direction in pull.directions
-    ]
+    directions = [torch.autograd.grad(moments_of(rows), rows, direction)[0] for direction in pull.directions]
     # in one layer the two pull the activations equally strongly
     assert directions[0].norm().item() == pytest.approx(directions[1].norm().item())
     for direction, order in zip(directions, (1, 2), strict=True):
         steps = [2.0**-n / direction.norm() for n in range(3, 8)]
         changes = [(eigenvalues((rows - step * direction).detach()) - before).norm().item() for step in steps]
-        orders = [np.log2(a / b) for a, b in zip(changes, changes[1:], strict=False)]
+        orders = [np.log2(a / b) for a, b in pairwise(changes)]
         assert orders[-2:] == pytest.approx([order, order], abs=0.02)
 
 
@@ -261,7 +260,8 @@ def test_a_layer_before_every_trainable_parameter_and_one_that_is_changed_in_pla
     problem = made(**penalised(0.3, images=NUM, batch__micro_size=64))
     for p in (problem.net[0].weight, problem.net[0].bias):
         p.requires_grad_(False)
-    problem.net.insert(5, nn.ReLU(inplace=True))  # after the second tanh, whose output it changes
+    problem.net[4] = nn.SiLU()  # its output is not needed for its gradient, so it may be changed
+    problem.net.insert(5, nn.ReLU(inplace=True))
     objective = RankPenalty(problem.run, TASK)
     objective.patterns = ("1", "4")
     seen = {}
@@ -343,7 +343,10 @@ def test_running_statistics_are_those_of_the_batch_alone(tmp_path):
         ({"rank_penalty": 0}, r"algorithm.rank_penalty \(0\) has no effect: choose a number above 0 to raise"),
         ({"rank_penalty": float("nan")}, "finite number"),
         ({"rank_penalty": -0.1, "rank_measure": "trace"}, r"\(-0.1\) would reward activations of any size"),
-        ({"rank_penalty": 0.1, "rank_measure": "placebo"}, r"\(placebo\) needs the measure .* set algorithm.placebo_of"),
+        (
+            {"rank_penalty": 0.1, "rank_measure": "placebo"},
+            r"\(placebo\) needs the measure .* set algorithm.placebo_of",
+        ),
         ({"placebo_of": "logdet"}, r"algorithm.placebo_of \(logdet\) is for algorithm.rank_measure=placebo, not for"),
         ({"rank_penalty": 0.1, "rank_images": 1}, r"algorithm.rank_images \(1\)"),
         ({"rank_measure": "placebo", "placebo_of": "placebo"}, r"algorithm.placebo_of \(placebo\)"),
@@ -360,7 +363,7 @@ def test_bad_settings_get_one_sentence(settings, says):
         ({"algorithm__rank_images": 5_000}, r"algorithm.rank_images \(5000\) is larger than the training set of 1294"),
         (
             {"algorithm__rank_images": 33, "model__norm": "ghost", "batch__ghost_size": 32},
-            r"algorithm.rank_images \(33\) on 1 rank\(s\) leaves batch norm a group of one image: choose a multiple of 32",
+            r"algorithm.rank_images \(33\) on 1 rank\(s\) leaves batch norm a group of one image: choose a multiple",
         ),
         (
             {"algorithm__rank_images": 100, "model__norm": "sync", "batch__micro_size": 64},

@@ -146,7 +146,10 @@ def test_without_growth_there_is_nothing_to_match(near_rank_loss, says):
         ({"arms": [{"arm": "lb", "to": "sb"}]}, r"names lb, which has no algorithm.rank_penalty to find"),
         ({"arms": [{"arm": "sb-placebo", "to": "lb"}]}, r"\(sb-placebo\) has algorithm.rank_measure=placebo"),
         ({"arms": [{"arm": "lb-raise", "to": "sb-raise"}]}, r"matched to sb-raise: choose one of study.match.between"),
-        ({"between": ["sb", "lb-raise"]}, r"study.match.between \(lb-raise\) has an algorithm.rank_penalty"),
+        (
+            {"between": ["sb", "lb-raise"], "arms": MATCH["arms"][:1]},
+            r"study.match.between \(lb-raise\) has an algorithm.rank_penalty",
+        ),
         ({"arms": [{"arm": "lb-raise", "to": "sb", "shared": ["lb-raise"]}]}, r"names lb-raise more than once"),
         ({"low": 2, "high": 1}, r"low \(2\) to high \(1\) is not a range"),
         ({"arms": []}, r"study.match.arms"),
@@ -171,7 +174,21 @@ def test_matching_needs_probes_and_no_tuning():
 
 @pytest.mark.processes
 def test_the_strength_found_is_what_the_seeds_run_with_and_nothing_is_run_twice(tmp_path):
-    path = tiny.write(tmp_path / "s.yaml", {"seeds": [0], "arms": ARMS, "match": MATCH | {"max_runs": 2}})
+    raised = {"batch.global_size": 1024, "algorithm": {"rank_penalty": 1.0, "rank_images": 128}}
+    arms = [
+        {"name": "sb", "set": {"batch.global_size": 32}},
+        {"name": "lb", "set": {"batch.global_size": 1024}},
+        {"name": "lb-raise", "set": raised},
+    ]
+    match = {"between": ["sb", "lb"], "arms": [{"arm": "lb-raise", "to": "sb"}], "low": 0.001, "high": 0.1}
+    path = tiny.write(
+        tmp_path / "s.yaml",
+        {"seeds": [0], "arms": arms, "match": match | {"max_runs": 3}, "concurrent": 1},
+        model={"name": "mlp", "widths": [64, 48], "norm": "none"},
+        optim={"lr": 0.1},
+        train={"steps": 40, "num_evals": 1},
+        probe=tiny.SETTINGS["probe"] | {"num_samples": 512},
+    )
     config, out = resolve(StudyConfig, [path], {}), tmp_path / "out"
     out.mkdir()
     told, warned = [], []
@@ -188,17 +205,26 @@ def test_the_strength_found_is_what_the_seeds_run_with_and_nothing_is_run_twice(
         return json.loads((out / "study.json").read_text())["matched"]
 
     found = go()
+    search = found["lb-raise"]
+    assert search["matched"]
+    assert not warned
+    last = search["trials"][-1]
+    assert search["best"] == last["setting"]
+    reached = matching.final_near_rank_loss(out / f"match/lb-raise/run{len(search['trials']) - 1:03d}")
+    assert last["near_rank_loss"] == reached
+    assert search["target"] == matching.final_near_rank_loss(out / "match/sb/natural")
+    assert abs(reached - search["target"]) <= search["tolerance"]
+    assert {read_info(path.parent).seed for path in out.glob("match/*/*/run.json")} == {1000}
+    own = read_info(out / "runs/lb-raise/seed0").config["algorithm"]["rank_penalty"]
+    assert own == search["best"]["algorithm.rank_penalty"] != 1.0
     assert {note for _, note in told} == {"finished"}
-    for arm, search in found.items():
-        assert read_info(out / f"match/{arm}/run000").seed == 1000
-        for name in (arm, *search["shared"]):
-            strength = read_info(out / f"runs/{name}/seed0").config["algorithm"]["rank_penalty"]
-            own = config.strength_of(name)
-            wanted = abs(search["best"]["algorithm.rank_penalty"]) if search["best"] else abs(own)
-            assert strength == math.copysign(wanted, own)
-        assert search["matched"] == (not any(arm in text and "cannot be matched" in text for text in warned))
+    assert len(told) == 2 + len(search["trials"]) + 3
     assert go() == found
     assert {note for _, note in told} == {"already there"}
-    others = resolve(StudyConfig, [path], {"study": {"match": {"low": 0.01}}})
-    with pytest.raises(UsageError, match=r"rank_penalty .* was .* when .*/run000 was run"):
-        runner.prepare(others, out, warned.append)
+    for change, says in (
+        ({"low": 0.01}, "rank_penalty .* was 0.01 when lb-raise/run000"),
+        ({"max_runs": 5}, "has changed"),
+    ):
+        others = resolve(StudyConfig, [path], {"study": {"match": change}})
+        with pytest.raises(UsageError, match=says):
+            runner.prepare(others, out, warned.append)

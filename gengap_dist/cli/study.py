@@ -107,7 +107,7 @@ def _run(config: StudyConfig, out: Path) -> int:
                 shown = note
                 if (planned_run.folder / "run.json").exists():
                     run = read_run(planned_run.folder)
-                    name = f"{'best_val' if planned_run.label.startswith('trial') else 'test'}/{run.metric.name}"
+                    name = f"{'test' if planned_run.label.startswith('seed') else 'best_val'}/{run.metric.name}"
                     value = (run.info.get("result") or {}).get(name)
                     shown += f", {name.replace('/', ' ')} {value_text(value, run.metric)}"
                 progress.print_line(f"[{done}/{total}] {planned_run.title}: {shown}")

@@ -12,7 +12,7 @@ Strategy = Literal["single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"]
 Optimizer = Literal["sgd", "adamw", "lars", "lamb"]
 Schedule = Literal["constant", "step", "cosine", "polynomial", "grow"]
 Norm = Literal["local", "ghost", "sync", "group", "none"]
-RankMeasure = Literal["logdet", "spread"]
+RankMeasure = Literal["logdet", "spread", "trace"]
 
 DATA_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagefolder")
 VIEWS: tuple[View, ...] = get_args(View)

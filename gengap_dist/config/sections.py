@@ -377,15 +377,24 @@ class AlgorithmConfig(Section, affects="result"):
     (Geiping et al. 2022; Novack et al. 2023), by forward difference; two passes per step."""
     penalty_size: PositiveInt | None = None
     """Number of consecutive samples of the global batch in each group gradient g_b of the gradient penalty."""
-    rank_penalty: PositiveFloat | None = None
-    """Coefficient: add this times algorithm.rank_measure, summed over algorithm.rank_layers, to the loss. It raises the
-    rank of their activations over the global batch directly, to separate cause from correlation. One extra forward pass
-    per step."""
-    rank_measure: measures.RankMeasure = "logdet"
-    """Function of the eigenvalues of the D x D covariance of the activations, divided by their mean: minus the mean log
-    (logdet), or the variance (spread)."""
+    rank_penalty: float | None = None
+    """Strength: add this times algorithm.rank_measure, summed over algorithm.rank_layers, to the loss. Above 0 it
+    raises the rank of their activations directly, below 0 it lowers it, to separate cause from correlation. Two passes
+    more per step over algorithm.rank_images."""
+    rank_measure: Literal[measures.RankMeasure, "placebo"] = "logdet"
+    """Function of the eigenvalues of the D x D covariance of the activations: minus the mean log (logdet) or the
+    variance (spread) of the eigenvalues divided by their mean; or (tr C / tr C0 - 1)^2, which holds the scale of
+    activations at that of the untrained network (trace). placebo: a gradient as long as that of algorithm.placebo_of,
+    which rotates the activations and leaves the eigenvalues where they are, to first order."""
+    placebo_of: measures.RankMeasure | None = None
+    """logdet, spread or trace: whose gradient norm algorithm.rank_measure=placebo has at every step, at the same
+    strength (its sign plays no part)."""
     rank_layers: tuple[str, ...] = ("auto",)
     """Layers of the rank penalty, as in probe.layers; convolutions by channel."""
+    rank_images: Annotated[int, Field(ge=2)] | None = None
+    """Number of training images from which the rank penalty takes the covariance. In each step they are drawn anew, the
+    same in all arms of a seed, whatever the batch, and are not augmented. null: 4 for each unit of the widest of
+    algorithm.rank_layers, at most all."""
     weight_averaging: Literal["ema", "swa"] | None = None
     """Evaluate and probe an average of the weights: exponential (ema), or the mean of all steps after
     algorithm.average_start (swa)."""
@@ -422,6 +431,29 @@ class AlgorithmConfig(Section, affects="result"):
             raise ValueError(
                 f"algorithm.weight_averaging ({self.weight_averaging}) and algorithm.local_sgd "
                 f"({self.local_sgd}) both define the evaluated network: choose one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rank_penalty(self) -> Self:
+        strength, measure, of = self.rank_penalty, self.rank_measure, self.placebo_of
+        if strength == 0:
+            raise ValueError(
+                "algorithm.rank_penalty (0) has no effect: choose a number above 0 to raise the rank, below 0 to lower "
+                "it, or null"
+            )
+        if (measure == "placebo") != (of is not None):
+            raise ValueError(
+                "algorithm.rank_measure (placebo) needs the measure whose gradient norm it takes: set "
+                "algorithm.placebo_of to logdet, spread or trace"
+                if of is None
+                else f"algorithm.placebo_of ({of}) is for algorithm.rank_measure=placebo, not for {measure}: set "
+                "algorithm.placebo_of=null, or algorithm.rank_measure=placebo"
+            )
+        if measure == "trace" and strength is not None and strength < 0:
+            raise ValueError(
+                f"algorithm.rank_penalty ({strength:g}) would reward activations of any size under "
+                "algorithm.rank_measure=trace, which has no upper bound: choose a number above 0, or logdet or spread"
             )
         return self
 

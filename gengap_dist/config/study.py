@@ -7,7 +7,16 @@ from functools import cached_property
 from itertools import product
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, WrapValidator, model_validator
+from pydantic import (
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 
 from gengap_dist.config.identity import identifying_settings
 from gengap_dist.config.loading import field_names, flat, merge, nested, renamed, validate
@@ -74,6 +83,44 @@ class TuneSection(FrozenModel):
     """Settings of optim and algorithm, each with {low, high} or {low, high, log: true} or {values: [...]}."""
 
 
+class Match(FrozenModel):
+    """One strength to find."""
+
+    arm: str
+    """Arm whose runs decide; the sign of its algorithm.rank_penalty stays."""
+    to: str
+    """Arm whose near-rank loss it must reach: one of study.match.between."""
+    shared: tuple[str, ...] = ()
+    """Arms that get the same strength, each with its own sign: the same penalty at another batch, and placebos."""
+
+
+class MatchSection(FrozenModel):
+    """Search of strengths of rank penalties by bisection, each on one seed, from near-rank loss alone."""
+
+    seed: NonNegativeInt = 1000
+    """Seed of the runs of the search; it must not be one of study.seeds."""
+    arms: Annotated[tuple[Match, ...], Field(min_length=1)]
+    """Strengths to find: a list of {arm, to, shared}."""
+    between: tuple[str, str]
+    """Two arms without a penalty, small batch and large batch: near-rank loss grows from the first to the second."""
+    tolerance: PositiveFloat = 0.15
+    """Largest distance from the target that is a match, as a fraction of that growth."""
+    max_runs: Annotated[int, Field(ge=2)] = 8
+    """Largest number of runs for each strength."""
+    low: PositiveFloat = 1e-4
+    """Smallest strength to try, without its sign."""
+    high: PositiveFloat = 1.0
+    """Largest strength to try, without its sign."""
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(
+                f"study.match: low ({self.low:g}) to high ({self.high:g}) is not a range: choose high above low"
+            )
+        return self
+
+
 class StudySection(Section, affects="result"):
     """Arms x seeds."""
 
@@ -106,6 +153,9 @@ class StudySection(Section, affects="result"):
     tune: TuneSection | None = None
     """Tune settings of every arm by validation accuracy before its seeds run: the same number of trials at the same
     points for each arm. Test images are not used."""
+    match: MatchSection | None = None
+    """Find the strengths of rank penalties before the seeds run, so that near-rank loss (centred, share below 0.01 s1,
+    last measured layer) of a penalised arm at the end is that of another arm. Accuracy is not used."""
     concurrent: Annotated[PositiveInt | Literal["auto"], WrapValidator(_number_or_auto), Affects("runtime")] = "auto"
     """Number of runs at once, each on launch.num_processes ranks. auto: on one machine, ranks, threads and runs at once
     are chosen so that the study ends soonest, from a few measured steps of each arm; a run whose result depends on its
@@ -158,6 +208,8 @@ class StudyConfig(RunConfig, affects="result"):
             )
         if study.tune:
             self._check_tuning(study.tune)
+        if study.match:
+            self._check_matching(study.match)
         return self
 
     def _check_tuning(self, tune: TuneSection) -> None:
@@ -178,6 +230,58 @@ class StudyConfig(RunConfig, affects="result"):
         for arm in self.candidates:
             if both := sorted(flat(nested(arm.set)).keys() & tune.space.keys()):
                 raise ValueError(f"study arm {arm.name} sets {both[0]}, which study.tune.space tunes: leave one out")
+
+    def _check_matching(self, match: MatchSection) -> None:
+        names = [arm.name for arm in self.candidates]
+        if self.study.tune:
+            raise ValueError("study.match and study.tune both set what an arm runs with: choose one")
+        if match.seed in self.study.seeds:
+            raise ValueError(
+                f"study.match.seed ({match.seed}) is one of study.seeds, and strengths are found on a seed that judges "
+                "nothing: choose another"
+            )
+        if not self.probe.enabled:
+            raise ValueError("study.match needs near-rank loss, and probe.enabled is false: set it to true")
+        found = [name for each in match.arms for name in (each.arm, *each.shared)]
+        for name in (*found, *match.between, *(each.to for each in match.arms)):
+            if name not in names:
+                raise ValueError(
+                    f"study.match names {name}, which is not an arm: choose one of {', '.join(names)}"
+                    + did_you_mean(name, names)
+                )
+        if repeated := sorted({name for name in found if found.count(name) > 1}):
+            raise ValueError(f"study.match names {repeated[0]} more than once: give every arm one strength")
+        for name in found:
+            if self._setting(name, "rank_penalty") is None:
+                raise ValueError(
+                    f"study.match names {name}, which has no algorithm.rank_penalty to find: set it in that arm; its "
+                    "sign says whether the rank is raised or lowered"
+                )
+        for each in match.arms:
+            if self._setting(each.arm, "rank_measure") == "placebo":
+                raise ValueError(
+                    f"study.match.arms ({each.arm}) has algorithm.rank_measure=placebo, which leaves near-rank loss "
+                    "where it is: name it under shared"
+                )
+            if each.to not in match.between:
+                raise ValueError(
+                    f"study.match.arms ({each.arm}) is matched to {each.to}: choose one of study.match.between "
+                    f"({', '.join(match.between)})"
+                )
+        for name in match.between:
+            if self._setting(name, "rank_penalty") is not None:
+                raise ValueError(
+                    f"study.match.between ({name}) has an algorithm.rank_penalty itself: name two arms without one"
+                )
+
+    def _setting(self, arm: str, name: str) -> Any:
+        """A setting of `algorithm` of an arm."""
+        given = next(flat(nested(each.set)) for each in self.candidates if each.name == arm)
+        return given.get(f"algorithm.{name}", getattr(self.algorithm, name))
+
+    def strength_of(self, arm: str) -> float:
+        """algorithm.rank_penalty of an arm; 0 without one."""
+        return float(self._setting(arm, "rank_penalty") or 0.0)
 
     @cached_property
     def candidates(self) -> list[Arm]:

@@ -34,11 +34,21 @@ class BatchLoader:
 
     def __call__(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [n, ...] each, of the samples `indices` [n], with the augmentation of epoch `epoch`."""
-        device_indices = indices
-        if self.samples.targets.is_cuda:  # a copy from pageable memory would wait for all work of the GPU
-            device_indices = indices.pin_memory().to(self.samples.targets.device, non_blocking=True)
+        device_indices = self._on_device(indices)
         inputs, targets = self.samples.take(indices, device_indices)
         return augment(inputs, device_indices, self.preprocess, self.config, self.seed, epoch), targets
+
+    def plain(self, indices: Tensor) -> Tensor:
+        """Inputs [n, ...] of the samples `indices` [n], without augmentation."""
+        inputs, _ = self.samples.take(indices, self._on_device(indices))
+        return self.preprocess(inputs)
+
+    def _on_device(self, indices: Tensor) -> Tensor:
+        """`indices` [n] where the targets are."""
+        if not self.samples.targets.is_cuda:
+            return indices
+        # a copy from pageable memory would wait for all work of the GPU
+        return indices.pin_memory().to(self.samples.targets.device, non_blocking=True)
 
     def prefetch(self, indices: Tensor) -> None:
         """Announce the samples `indices` [n] of the next batch; see `Samples.prefetch`."""

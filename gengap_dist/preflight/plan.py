@@ -170,8 +170,8 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
                 collect_refusal(lambda: build_optimizer(config.optim, model))
                 if config.algorithm.rank_penalty is not None:
                     collect_refusal(
-                        lambda: RankPenalty(config.algorithm, workload.task).penalized_layers(
-                            model, lambda: _inputs(config, sizes, 1)
+                        lambda: RankPenalty(config, workload.task).check(
+                            model, lambda: _inputs(config, sizes, 1), sizes.num_train, num_ranks
                         )
                     )
                 fields |= _model_fields(config, cluster, workload, sizes, fields["batch"], collect_refusal)

@@ -173,6 +173,8 @@ class RunInfo(_Record):
     the number of ranks and micro-batches, which it does not otherwise."""
     small_size: float | None = None
     """The small batch of the noise scale."""
+    rank_images: int | None = None
+    """Images of each step from which the rank penalty takes the covariance."""
     micro_size: int | None = None
     micro_size_auto: dict[str, Any] | None = None
     """How `auto` chose it."""
@@ -207,6 +209,8 @@ class StudyInfo(_Record):
     """Arms that are not run, because another one has the same settings."""
     tuned: dict[str, Any] = {}
     """Trials and best setting by arm; see `tuning.summary`."""
+    matched: dict[str, Any] = {}
+    """Runs and strength found by arm; see `matching.Search.summary`."""
     metrics: dict[str, float] = {}
     """The headline, for MLflow."""
     verdicts: list[str] = []

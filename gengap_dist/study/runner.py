@@ -1,4 +1,4 @@
-"""Runs a study: tuning trials first, then every arm with every seed; finished runs are skipped.
+"""Runs a study: tuning trials or searches of strengths, then every arm with every seed; finished runs are skipped.
 
 The state of a study is the state of its run folders, so an interrupted study continues from them.
 """
@@ -19,7 +19,7 @@ from gengap_dist.distributed.cores import available_cores
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.schema import NewerSchema, RunStatus, StudyInfo
-from gengap_dist.study import ray_runner, run_matrix, tuning
+from gengap_dist.study import matching, ray_runner, run_matrix, tuning
 from gengap_dist.study.data_check import DataCheck
 from gengap_dist.study.means import MeansCallback, update_means
 from gengap_dist.study.packing import longest_first, run_packed
@@ -65,7 +65,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] 
     Raises:
         UsageError: if an arm is not valid, or if runs or a study in `out` have other settings.
     """
-    plan = _trials(config, out) or run_matrix.planned_runs(config, out, {})
+    _first_runs(config, out)
     check_concurrent(config)
     previous = _read_previous(out, warn)
     if previous and previous.name != config.study.name:
@@ -74,17 +74,20 @@ def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] 
         )
     if previous and previous.question != config.study.question:
         warn(f"study.question has changed since {out} was created ({previous.question}): the report has the new one")
-    for folder in sorted([*out.glob("runs/*/*"), *out.glob("tune/*/*")]):
+    for folder in sorted([path for part in ("runs", "tune", "match") for path in out.glob(f"{part}/*/*")]):
         if damage := run_folder.describe_damage(folder):
             moved_to = run_folder.quarantine(folder, out / "damaged")
             warn(f"{folder} is damaged ({damage}): moved to {moved_to}; it is run again if it belongs to this study")
-    _check_same_settings(plan)
-    previous_tune = previous.config.get("study", {}).get("tune") if previous else None
-    tune = config.study.tune.model_dump(mode="json") if config.study.tune else None
-    if previous and previous_tune != tune and any(out.glob("runs/*/*/run.json")):
-        raise UsageError(
-            f"study.tune has changed since the runs in {out} were made: choose another --out, or restore study.tune"
-        )
+    _check_same_settings(_first_runs(config, out))
+    for name in ("tune", "match"):
+        before = previous.config.get("study", {}).get(name) if previous else None
+        section = getattr(config.study, name)
+        now = section.model_dump(mode="json") if section else None
+        if previous and before != now and any(out.glob("runs/*/*/run.json")):
+            raise UsageError(
+                f"study.{name} has changed since the runs in {out} were made: choose another --out, or restore "
+                f"study.{name}"
+            )
     arms = [arm.name for arm in config.arms]
     for folder in sorted(out.glob("runs/*")):
         if folder.name not in arms:
@@ -144,6 +147,18 @@ def _read_previous(out: Path, warn: Warn) -> StudyInfo | None:
         return None
 
 
+def _first_runs(config: StudyConfig, out: Path) -> list[PlannedRun]:
+    """Runs whose settings do not depend on what is not known yet; all arms are checked.
+
+    Raises:
+        UsageError: if an arm is not valid.
+    """
+    if config.study.match:
+        run_matrix.planned_runs(config, out, {})
+        return matching.read_searches(config, out, status)[1]
+    return _trials(config, out) or run_matrix.planned_runs(config, out, {})
+
+
 def _trials(config: StudyConfig, out: Path) -> list[PlannedRun]:
     return run_matrix.planned_trials(config, out, tuning.points(config.study.tune)) if config.study.tune else []
 
@@ -166,9 +181,10 @@ def status(planned: PlannedRun) -> RunStatus | None:
 
 
 def num_runs(config: StudyConfig) -> int:
-    """Number of trials and runs of a study."""
+    """Number of trials and runs of a study; of study.match the largest."""
     each = len(config.study.seeds) + (config.study.tune.trials if config.study.tune else 0)
-    return len(config.arms) * each
+    match = config.study.match
+    return len(config.arms) * each + (2 + len(match.arms) * match.max_runs if match else 0)
 
 
 def run_study(
@@ -196,6 +212,8 @@ def run_study(
 def _run_study(config: StudyConfig, out: Path, callback: StudyCallback, *, driver: bool, warn: Warn) -> int:
     callback = DataCheck(callback) if driver else callback
     run = partial(run_all, callback=callback, driver=driver, concurrent=config.study.num_at_once, warn=warn)
+    if config.study.match:
+        return _run_matched(config, out, run, driver=driver, warn=warn)
     if not config.study.tune:
         return run(run_matrix.planned_runs(config, out, {}))
     trials = _trials(config, out)
@@ -216,6 +234,32 @@ def _run_study(config: StudyConfig, out: Path, callback: StudyCallback, *, drive
                      "choose another study.tune.space")  # fmt: skip
             elif search["edge"]:
                 warn(f"the best trial of arm {arm} has {' and '.join(search['edge'])}: the optimum may be outside")
+    return num_failed + run(plan)
+
+
+def _run_matched(
+    config: StudyConfig, out: Path, run: Callable[[list[PlannedRun]], int], *, driver: bool, warn: Warn
+) -> int:
+    """Find the strengths of study.match, then run the seeds; returns the number of failed runs."""
+    num_failed, started = 0, set[Path]()
+    while True:
+        searches, planned = matching.read_searches(config, out, status)
+        new = [each for each in planned if each.folder not in started]
+        if num_failed or not new:
+            break
+        num_failed = run(new)
+        started |= {each.folder for each in new}
+    tuned = {arm: settings for search in searches for arm, settings in search.settings(config).items()}
+    unknown = {
+        arm for search in searches if search.next is not None for arm in (search.match.arm, *search.match.shared)
+    }
+    plan = [each for each in run_matrix.planned_runs(config, out, tuned) if each.arm not in unknown]
+    if driver:
+        _update(out, matched={search.match.arm: search.summary() for search in searches})
+        _check_same_settings(plan)
+        for search in searches:
+            if search.problem:
+                warn(f"arm {search.match.arm} {search.problem}: choose another study.match.low, high or max_runs")
     return num_failed + run(plan)
 
 

@@ -3,9 +3,8 @@
 Shapes: n samples of one micro-batch.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,17 +44,11 @@ def targets_each(task: Task, targets: Tensor) -> Tensor | int:
 
 
 class Objective:
-    """The objective of a step: the mean training loss over the targets of the global batch."""
+    """The objective of a step: the mean training loss over the targets of the global batch, and perhaps a penalty."""
 
     def __init__(self, task: Task) -> None:
         """The loss of `task`."""
         self.task = task
-
-    def step_context(
-        self, strategy: Strategy, batches: BatchLoader, step_batch: StepBatch
-    ) -> AbstractContextManager[object]:
-        """Context for all passes of one gradient. Collective."""
-        return nullcontext()
 
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The training loss, summed over the targets of a micro-batch."""
@@ -71,13 +64,20 @@ class Objective:
         sums.metric_sum.add_(self.task.metric_sum(outputs.detach(), targets))
         sums.num_targets.add_(num_targets)
 
-    def penalty(self) -> Tensor | float:
-        """The penalty of the last forward pass, added to its share of the mean loss."""
-        return 0.0
+    def add_penalty(
+        self, strategy: Strategy, batches: BatchLoader, step_batch: StepBatch, sums: StepMetrics[Tensor]
+    ) -> None:
+        """Add the gradient of a penalty to the parameters' gradients, and what is recorded of it to `sums`. Collective.
 
-    def penalty_value(self) -> Tensor | float:
-        """The penalty over the whole global batch: a scalar on the device, or a float."""
-        return 0.0
+        The gradients are those of the loss of the global batch, summed over ranks.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
 
 
 ComputeGradient = Callable[[Strategy, BatchLoader, StepBatch, Objective], tuple[StepMetrics[Tensor], Tensor | None]]
@@ -121,29 +121,27 @@ def accumulate(
     world = strategy.world
     sums = zero_metrics(world.device)
     track_norm = strategy.track_local_grad_norm and 0 < spans[0].size < len(indices)
-    with objective.step_context(strategy, batches, step_batch):
-        for number, span in enumerate(spans, 1):
-            strategy.position.move_to(span.start, len(indices), world.size, *key)
-            with strategy.micro_step(last=number == len(spans)):
-                if not span.size:
-                    zero_contribution_pass(strategy, batches, epoch)
-                    continue
-                with world.timer.phase("data"):
-                    inputs, targets = batches(indices[span.start : span.stop], epoch)
-                with world.timer.span("forward"):
-                    outputs = strategy.forward(inputs)
-                    loss_sum = objective.loss_sum(outputs, targets)
-                    loss = loss_sum / num_targets + objective.penalty()
-                with world.timer.span("backward"):
-                    strategy.backward(loss)
-            own_targets = step_batch.num_targets(span)
-            objective.add_to(sums, outputs, targets, loss_sum, own_targets)
-            if track_norm and number == 1 and own_targets:
-                share = own_targets / num_targets
-                sums.local_squared_norm.copy_(strategy.local_squared_grad_norm() / share**2)
-                sums.local_inverse_size.fill_(1 / span.size)  # assigning a number would synchronise with the GPU
-                sums.num_local_norms.fill_(1.0)
-        sums.penalty.add_(objective.penalty_value() / world.size)
+    for number, span in enumerate(spans, 1):
+        strategy.position.move_to(span.start, len(indices), world.size, *key)
+        with strategy.micro_step(last=number == len(spans)):
+            if not span.size:
+                zero_contribution_pass(strategy, batches, epoch)
+                continue
+            with world.timer.phase("data"):
+                inputs, targets = batches(indices[span.start : span.stop], epoch)
+            with world.timer.span("forward"):
+                outputs = strategy.forward(inputs)
+                loss_sum = objective.loss_sum(outputs, targets)
+            with world.timer.span("backward"):
+                strategy.backward(loss_sum / num_targets)
+        own_targets = step_batch.num_targets(span)
+        objective.add_to(sums, outputs, targets, loss_sum, own_targets)
+        if track_norm and number == 1 and own_targets:
+            share = own_targets / num_targets
+            sums.local_squared_norm.copy_(strategy.local_squared_grad_norm() / share**2)
+            sums.local_inverse_size.fill_(1 / span.size)  # assigning a number would synchronise with the GPU
+            sums.num_local_norms.fill_(1.0)
+    objective.add_penalty(strategy, batches, step_batch, sums)
     return sums
 
 

@@ -37,6 +37,8 @@ class StepMetrics(NamedTuple, Generic[Value]):
     """1 for each rank with such a micro-batch."""
     penalty: Value
     """Share of the penalty that is part of the objective."""
+    loss_grad_norm: Value
+    """Share of the norm of the loss's global gradient without that of a penalty; 0 if there is none."""
     worker_squared_norm: Value
     """Share of the mean squared gradient norm over the workers of local SGD."""
     grad_norm: Value
@@ -132,6 +134,7 @@ class StepMetricsAggregator:
         count = totals.num_local_norms
         if not count or count / totals.local_inverse_size >= size:
             return {}
+        norm = totals.loss_grad_norm or norm  # the small gradient is that of the loss
         if not math.isfinite(totals.local_squared_norm + norm):
             return {}
         self.noise_scale.add(totals.local_squared_norm / count, count / totals.local_inverse_size, norm**2, size)

@@ -229,6 +229,7 @@ class Trainer:
             "num_probe_samples": self.probes.observer.num_samples,
             "samples_per_unit": self.probes.observer.samples_per_unit,
             **self.resolved.info,
+            **self.algorithm.info(),
         }
 
     # -- training -----------------------------------------------------------------------------------------------------

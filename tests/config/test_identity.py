@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from gengap_dist.analysis.arm_roles import Arm, roles
+from gengap_dist.analysis.arm_roles import RANK, Arm, roles
 from gengap_dist.analysis.group_runs import gather
 from gengap_dist.config.identity import declared_effect, differences, treatment
 from gengap_dist.config.loading import field_names, flat, nested, validate
@@ -32,6 +32,7 @@ CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is
     "optim.base_size": {"optim.base_size": 32, "optim.scaling": "sqrt"},
     "algorithm.gradient_penalty": {"algorithm.gradient_penalty": 0.1, "algorithm.penalty_size": 16},
     "algorithm.penalty_size": {"algorithm.gradient_penalty": 0.1, "algorithm.penalty_size": 16},
+    "algorithm.placebo_of": {"algorithm.rank_measure": "placebo", "algorithm.placebo_of": "logdet"},
     "batch.micro_size": {"model.norm": "none"},
     "launch.num_processes": {"model.norm": "none"},
     "launch.max_processes": {"model.norm": "none"},
@@ -119,7 +120,7 @@ def test_the_five_answers_agree_with_the_declaration(name, tmp_path):
     plain = same_experiment or name == "batch.global_size"  # the factor: another arm, but no treatment
     found = treatment(flat(changed), flat(base))
     assert found == "plain" if plain else [word.partition("=")[0] for word in found.split()] == [name]
-    in_remedy = name.startswith("algorithm.rank_")
+    in_remedy = name in RANK
     assert is_counterpart(base, changed) == (same_experiment or in_remedy)
 
 

@@ -161,6 +161,25 @@ def tuning_tables(tuned: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, lis
     return out
 
 
+def matching_tables(matched: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str], Table]]:
+    """For each arm of study.match: the strength found and what it reaches as text, and a table of its runs."""
+    out = []
+    for arm, search in matched.items():
+        trials = [dict(trial) for trial in search.get("trials") or []]
+        rows = [(trial.pop("setting", None) or {}) | trial for trial in trials]
+        strength = next(iter((search.get("best") or {}).values()), None)
+        text = f"{arm}: " + ("no strength found" if strength is None else f"algorithm.rank_penalty {strength:.4g}")
+        if search.get("shared"):
+            text += f" (also of {', '.join(search['shared'])})"
+        target = search.get("target")
+        if search.get("problem"):
+            text += f", {search['problem']}"
+        elif target is not None:
+            text += f", near-rank loss within {search.get('tolerance', 0.0):.3g} of {target:.3g} of {search.get('to')}"
+        out.append((text, [], data_table(f"Search of {arm}", [{"run": at, **row} for at, row in enumerate(rows)])))
+    return out
+
+
 def data_table(name: str, rows: Sequence[Row]) -> Table:
     """Rows of a figure as a table."""
     heads = list(dict.fromkeys(head for row in rows for head in row))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,17 +43,18 @@ class TrainingAlgorithm:
         """Prepare the steps of a run.
 
         Raises:
-            UsageError: if algorithm.rank_layers names a layer that the network does not have.
+            UsageError: if the network or the training set does not suit algorithm.rank_layers or rank_images.
         """
         config, task, strategy, batches, sampler, num_steps = setup
         algorithm = config.algorithm
         self.config, self.strategy, self.batches, self.sampler = config, strategy, batches, sampler
         self.num_steps = num_steps  # of the strategy; no prefetch beyond them
-        self.objective = Objective(task)
+        self.objective, self.rank_images = Objective(task), None
         self.targets_each = targets_each(task, batches.samples.targets)
         if algorithm.rank_penalty is not None:
-            self.objective = RankPenalty(algorithm, task)
-            self.objective.penalized_layers(strategy.model, lambda: batches(sampler.indices(0)[:1], 0)[0])
+            self.objective = RankPenalty(config, task)
+            example = partial(batches.plain, sampler.indices(0)[:1])
+            self.rank_images = self.objective.check(strategy.model, example, len(batches.samples), strategy.world.size)
         self.compute_gradient = gradient_function(algorithm)
         self._spans: dict[int, list[Span]] = {}
         for phase in sampler.phases:
@@ -107,10 +109,16 @@ class TrainingAlgorithm:
 
     def state(self) -> dict[str, Any]:
         """The state besides the strategy's network and optimizer; complete on rank 0. Collective."""
-        return {}
+        objective = self.objective.state()
+        return {"objective": objective} if objective else {}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, which is complete on every rank. Collective."""
+        self.objective.load(state.get("objective", {}))
+
+    def info(self) -> dict[str, Any]:
+        """What run.json says about it."""
+        return {} if self.rank_images is None else {"rank_images": self.rank_images}
 
 
 def first_step_after(setting: str, share: float, num_steps: int) -> int:

@@ -146,8 +146,9 @@ class LocalSGD(TrainingAlgorithm):
 
     def state(self) -> dict[str, Any]:
         """See `TrainingAlgorithm.state`. Rank 0 has the state of all workers, on its CPU."""
+        state = super().state()
         if not self.has_workers:
-            return {}
+            return state
         own_states = {worker: _serialized(strategy) for worker, strategy in self.workers.items()}
         sizes = torch.zeros(self.num_workers, dtype=torch.int64)
         for worker, packed in own_states.items():
@@ -159,10 +160,13 @@ class LocalSGD(TrainingAlgorithm):
             self.world.all_reduce(buffer, "state of a worker")
             if self.world.rank == 0:
                 states.append(torch.load(io.BytesIO(buffer.numpy().tobytes()), map_location="cpu", weights_only=True))
-        return {"workers": states}
+        return state | {"workers": states}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """See `TrainingAlgorithm.load`."""
+        super().load(state)
+        if "workers" not in state:
+            return
         self._create_workers({})
         for worker, strategy in self.workers.items():
             strategy.model.load_state_dict(state["workers"][worker]["model"])

@@ -70,10 +70,11 @@ class WeightAveraging(TrainingAlgorithm):
         """See `TrainingAlgorithm.state`."""
         average_buffers(self.average, self.strategy.world)
         state = {f"module.{name}": value for name, value in self.average.state_dict().items()}
-        return {"average": {"n_averaged": torch.tensor(self.num_averaged), **state}}
+        return super().state() | {"average": {"n_averaged": torch.tensor(self.num_averaged), **state}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """See `TrainingAlgorithm.load`."""
+        super().load(state)
         average = state["average"]
         self.num_averaged = int(average["n_averaged"])
         self.average.load_state_dict({name: average[f"module.{name}"] for name in self.average.state_dict()})

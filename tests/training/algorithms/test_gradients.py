@@ -8,16 +8,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gengap_dist import models
-from gengap_dist.config.sections import AlgorithmConfig
-from gengap_dist.data import datasets
-from gengap_dist.data.batch_loader import BatchLoader, Preprocess
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.training.algorithms.gradient_penalty import gradient_penalty
-from gengap_dist.training.algorithms.rank_penalty import MEASURES, RankPenalty
 from gengap_dist.training.algorithms.sam import sam
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.step import Objective, StepBatch, accumulate
@@ -117,63 +112,6 @@ def test_the_forward_difference_to_the_last_digit(problem):
     torch.testing.assert_close(gradients(problem), want, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("measure", ["logdet", "spread"])
-def test_the_rank_penalty_is_differentiated_through_the_covariance(problem, measure):
-    """Autograd of the whole batch's covariance at once, convolutions by channel; the direction and the value."""
-    strength = 0.4
-    algorithm = AlgorithmConfig(rank_penalty=strength, rank_measure=measure)
-    objective = RankPenalty(algorithm, TASK)
-    sums = accumulate(problem.strategy, problem.given, problem.work, objective)
-    got = gradients(problem)
-    first = torch.tanh(problem.net[0](problem.given.images))
-    second = torch.tanh(problem.net[3](first.flatten(1)))
-    value = 0
-    for rows in (first.permute(0, 2, 3, 1).reshape(-1, 3), second):
-        value = value + MEASURES[measure](torch.cov(rows.T, correction=0))
-    want = gradient_of(mean_loss(problem) + strength * value, problem)
-    torch.testing.assert_close(got, torch.cat([x.flatten() for x in want]), rtol=1e-8, atol=1e-11)
-    assert float(sums.penalty) == pytest.approx(strength * value.item())
-    assert float(sums[0]) / NUM == pytest.approx(mean_loss(problem).item())  # without the penalty
-
-
-def test_the_rank_penalty_under_bfloat16_points_the_same_way():
-    """Products with weights are rounded to 8 bits; differences from the mean, and what M makes of them, are not."""
-
-    class Alone(RankPenalty):
-        def loss_sum(self, logits, labels):
-            return 0 * super().loss_sum(logits, labels)
-
-    found = []
-    for dtype, autocast in ((torch.float64, None), (torch.float32, "bfloat16")):
-        run = config(data__image_size=16, algorithm__rank_penalty=1.0, train__autocast=autocast)
-        splits = datasets.load(run.data)
-        torch.manual_seed(0)
-        net = models.from_config(run, splits.spec, World()).to(dtype)
-        strategy = Single(run, World())
-        strategy.setup(net, partial(build_optimizer, run.optim))
-        batches = BatchLoader(splits.train, Preprocess(splits.pixels, torch.device("cpu"), dtype), run.data, run.seed)
-        alone = Alone(run.algorithm, Classification(splits.spec))
-        accumulate(strategy, batches, StepBatch(torch.arange(64), 0, [Span(0, 64)]), alone)
-        found.append(torch.cat([p.grad.double().flatten() for p in net.parameters()]))
-    assert torch.cosine_similarity(*found, dim=0) > 0.98
-
-
-@pytest.mark.parametrize("measure", ["logdet", "spread"])
-@pytest.mark.parametrize("spans", [[Span(0, 1)], [Span(0, 8)]])
-def test_the_rank_penalty_of_one_row_or_of_a_dead_layer_is_nothing(problem, measure, spans):
-    objective = RankPenalty(AlgorithmConfig(rank_penalty=1.0, rank_measure=measure, rank_layers=("4",)), TASK)
-    if spans[0].size > 1:
-        with torch.no_grad():
-            problem.net[3].weight.zero_()
-    work = StepBatch(torch.arange(spans[0].size), 0, spans)
-    sums = accumulate(problem.strategy, problem.given, work, objective)
-    got = gradients(problem)
-    problem.strategy.optimizer.zero_grad()
-    accumulate(problem.strategy, problem.given, work, Objective(TASK))
-    assert torch.equal(got, gradients(problem))
-    assert sums.penalty == 0
-
-
 def test_the_gradient_penalty_of_a_parameter_that_nothing_uses(problem):
     problem.net.spare = nn.Linear(2, 2).double()
     problem.net.forward = lambda images: problem.net[:6](images)
@@ -184,25 +122,6 @@ def test_the_gradient_penalty_of_a_parameter_that_nothing_uses(problem):
     problem.strategy.optimizer.zero_grad()
     gradient_penalty(0.7)(problem.strategy, problem.given, problem.work, Objective(TASK))
     assert torch.equal(with_spare, gradients(problem))
-
-
-@pytest.mark.parametrize("measure", ["logdet", "spread"])
-def test_the_rank_penalty_raises_the_effective_rank(problem, measure):
-    """Steps along it, of nothing else."""
-    objective = RankPenalty(AlgorithmConfig(rank_penalty=1.0, rank_measure=measure), TASK)
-
-    def participation():
-        rows = torch.tanh(problem.net[3](torch.tanh(problem.net[0](problem.given.images)).flatten(1))).detach()
-        values = torch.linalg.eigvalsh(torch.cov(rows.T))
-        return float(values.sum() ** 2 / values.square().sum())
-
-    before = participation()
-    optimizer = torch.optim.SGD(problem.parameters, lr=0.05)
-    for _ in range(40):
-        optimizer.zero_grad()
-        accumulate(problem.strategy, problem.given, problem.work, objective)
-        optimizer.step()
-    assert participation() > before + 0.5
 
 
 def test_label_smoothing(problem):

@@ -10,7 +10,7 @@ from gengap_dist.analysis.rules.judged import JudgedStudy, described
 NO_LOSS = ("below the margin", "there, but below the margin")
 
 
-def answer(study: JudgedStudy, gaps: Sequence[Difference], explanation: Claim) -> str:
+def answer(study: JudgedStudy, gaps: Sequence[Difference], growths: Sequence[Difference], explanation: Claim) -> str:
     """What the study says of the gap, and of near-rank loss as its cause if that was asked."""
     base = study.base
     if study.training[base.name].num_failed and not study.training[base.name].trained:
@@ -27,7 +27,18 @@ def answer(study: JudgedStudy, gaps: Sequence[Difference], explanation: Claim) -
         "contributes": "Near-rank loss contributes to the loss.",
         "does not grow": "Near-rank loss does not grow with the batch, and so is not the cause.",
     }
-    return " ".join(filter(None, [text, causes.get(explanation.finding)]))
+    return " ".join(filter(None, [text, causes.get(explanation.finding) or _harmless(gaps, growths)]))
+
+
+def _harmless(gaps: Sequence[Difference], growths: Sequence[Difference]) -> str:
+    """That near-rank loss grows where no loss counts, if it does so for every arm; else empty."""
+    grown = {each.arm.name: each for each in growths if each.finding == "above the margin"}
+    if not gaps or not all(each.finding in NO_LOSS and each.arm.name in grown for each in gaps):
+        return ""
+    largest = max(gaps, key=lambda each: each.arm.global_size)
+    found = grown[largest.arm.name]
+    shown = described(found.values, "{:+.3f}".format, found.interval)
+    return f"Near-rank loss grows with the batch ({shown}), and no loss that counts goes with it."
 
 
 def _no_loss(study: JudgedStudy, gaps: Sequence[Difference]) -> str:

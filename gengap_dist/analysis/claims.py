@@ -60,7 +60,7 @@ def judge(
     training = judge_training(arms, base, margin, look, is_share=is_share)
     study = JudgedStudy(metric, margin, look, base, arms, roles(arms, baseline), training)
     gap, gaps = judge_gap(study)
-    growth, _ = judge_growth(study)
+    growth, growths = judge_growth(study)
     explanation = judge_explanation(study)
     claims = [gap, growth, explanation, judge_scaling(study), judge_longer_training(study)]
-    return Judgement(answer(study, gaps, explanation), claims, training)
+    return Judgement(answer(study, gaps, growths, explanation), claims, training)

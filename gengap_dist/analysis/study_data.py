@@ -364,7 +364,9 @@ def _section(info: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _explanations(line: Mapping[str, float], probe_set: str = "") -> dict[str, float]:
-    """Measures that may explain a gap, on raw activations; the name of another probe set is removed from the names.
+    """Measures that may explain a gap, on raw activations, and near-rank loss on centred ones, too.
+
+    The name of another probe set is removed from the names.
 
     >>> line = {"nc1": 2.0, "effective_rank/a": 8.0, "effective_rank/a/centred": 7.0, "effective_rank/a/own_batch": 3.0}
     >>> _explanations(line), _explanations(line, "own_batch")
@@ -375,7 +377,7 @@ def _explanations(line: Mapping[str, float], probe_set: str = "") -> dict[str, f
         key = MetricKey.parse(name)
         if key.known.is_explanation and key.probe_set == probe_set and math.isfinite(value):
             key = key._replace(probe_set="")
-            if not key.is_control:
+            if not key.is_control or (f"{key.measure}/{key.threshold}", key.centred) == (PRIMARY, True):
                 out[key.format() if probe_set else name] = float(value)
     return out
 

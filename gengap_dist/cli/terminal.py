@@ -345,7 +345,7 @@ def study_table(study: StudyData, *, every_column: bool = True) -> Table:
     """One row per arm: metric and gap with intervals; with `every_column` also ranks of the last measured layer."""
     table = Table(title=study.name, title_justify="left")
     last = last_layer(study) if every_column else None
-    heads = ["arm", "batch", "steps", "seeds", test_head(study.metric), "train (sd)", "loss ratio", "train-test gap"]
+    heads = ["arm", "batch", "steps", "seeds", test_head(study.metric), "train", "loss ratio", "train-test gap"]
     heads += ["sb_lb_gap", "95% t"]
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     for number, head in enumerate(heads):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.config.measures import SUMMARY
-from gengap_dist.config.metric_key import layer_metric
+from gengap_dist.config.metric_key import LayerKey, MetricKey, layer_metric
 from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import Paired, mean_and_std
 
@@ -54,9 +54,12 @@ def gap_sentence(baseline: str, metric: MetricDescription) -> str:
 
 
 def last_layer(study: StudyData) -> str | None:
-    """Key of the last measured layer, raw activations; None if there is none."""
-    keys = study.layer_keys()
-    return keys[-1] if keys else None
+    """Key of the last hidden layer, centred activations: verdicts are about it; None if it was not measured."""
+    primary = next((run.primary_measure for run in study.runs if run.primary_measure), None)
+    if primary is None:
+        return None
+    key = MetricKey.parse(primary)
+    return LayerKey(key.layer, key.view, key.centred).format()
 
 
 def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
@@ -77,7 +80,7 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
             f"{runs[0].info['num_steps']:,}",
             str(len(values)) + (f" + {unfinished}" if unfinished else ""),
             mean_text(values, metric),
-            mean_text([*study.results(arm, f"train_full/{metric.name}").values()], metric),
+            _mean(study, arm),
             "-" if trained is None or trained.loss_ratio is None else f"{trained.loss_ratio:.3g}",
             _train_test_gap(study, arm),
             "baseline" if arm == study.baseline else metric.format_difference(gap.mean) if gap else "-",
@@ -91,6 +94,12 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
                 row.append(f"{mean_and_std(final_values)[0]:.3g}" if final_values else "-")
         rows.append(row)
     return rows
+
+
+def _mean(study: StudyData, arm: str) -> str:
+    """Mean of the metric on the training samples."""
+    values = [*study.results(arm, f"train_full/{study.metric.name}").values()]
+    return study.metric.format(mean_and_std(values)[0]) if values else "-"
 
 
 def _train_test_gap(study: StudyData, arm: str) -> str:

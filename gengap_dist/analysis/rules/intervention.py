@@ -200,9 +200,10 @@ def judge_explanation(study: JudgedStudy) -> Claim:
         for verdict, p in zip(verdicts, corrected, strict=True)
     ]
     decided: set[Finding] = {each for each in findings if each not in ("undecided", "not asked")}
-    outcomes = {OUTCOMES.get(each, "undecided") for each in decided}
+    outcomes: set[Outcome] = {OUTCOMES.get(each, "undecided") for each in decided}
+    outcome: Outcome = outcomes.pop() if len(outcomes) == 1 else "undecided"
     finding = " / ".join(sorted(decided)) or ("not asked" if set(findings) <= {"not asked"} else "")
-    return Claim("explains", claim, outcomes.pop() if len(outcomes) == 1 else "undecided", evidence, control, finding)
+    return Claim("explains", claim, outcome, evidence, control, finding)
 
 
 def _at_batch(study: JudgedStudy, large: Arm) -> tuple[Verdict, str]:
@@ -221,6 +222,8 @@ def _at_batch(study: JudgedStudy, large: Arm) -> tuple[Verdict, str]:
             "does not grow", max(study.look.p(array_of(lost)), study.look.p(array_of(growth), NEAR_RANK_MARGIN)), ""
         )
         return verdict, f"{facts}, which is no growth that counts: what does not grow is not the cause."
+    if not study.look.is_above(array_of(lost)):
+        return _not_asked(large, "it does not surely lose", facts)
     trial = _trial(study, large)
     if isinstance(trial, str):
         return _not_asked(large, trial, facts)

@@ -1,10 +1,11 @@
-"""Measures the overhead of checkpoints and probes in a run, and of Ray and of metrics in a step.
+"""Measures the overhead of checkpoints and probes in a run, and of Ray, metrics and interventions in a step.
 
     python benchmarks/overhead.py checkpoints        ResNet-56, saved every 50 steps during training
     python benchmarks/overhead.py probes             LeNet-5 and ResNet-56 with the default interval and time limit
     python benchmarks/overhead.py ray [--rounds 3]   LeNet-5 on 2 ranks: torchrun and Ray Train, in turns
     python benchmarks/overhead.py metrics            LeNet-5 at 512 on 2 ranks: steps with and without metrics, in turns
     python benchmarks/overhead.py recording          LeNet-5: the probe set's loss in a measurement; runs with at_losses
+    python benchmarks/overhead.py interventions      784-256-128-10: steps plain, with a rank penalty, with its placebo
 
 The checkpoint's share is an upper bound: the time for which training is blocked, plus the whole time of the writing
 thread, as if training made no progress meanwhile.
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -236,9 +238,51 @@ def metrics(console: Console) -> None:
         )
 
 
+PENALTY = {"algorithm.rank_penalty": 0.01, "algorithm.rank_images": 1024}
+ARMS = {
+    "plain": {},
+    "rank penalty": PENALTY,
+    "placebo": PENALTY | {"algorithm.rank_measure": "placebo", "algorithm.placebo_of": "logdet"},
+}
+
+
+def interventions(console: Console) -> None:
+    """Processor time of single steps in one process, in turns."""
+    world = init_process_group("cpu", 60)
+    for global_size, micro_size in ((32, 128), (32, 1024), (647, 128), (647, 1024)):
+        with ExitStack() as stack:
+            trainers = {}
+            for name, settings in ARMS.items():
+                settings = settings | {"batch.global_size": global_size, "batch.micro_size": micro_size}
+                settings |= {"model.name": "mlp", "model.widths": [256, 128], "model.norm": "none"}
+                settings |= {"data.image_size": 28, "probe.enabled": False, "mlflow.enabled": False, "train.steps": 100}
+                config = validate(RunConfig, nested(settings))
+                out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                resolved = resolve_run(config, out, world, lambda *about: None, RuntimeContext())
+                trainers[name] = Trainer(resolved, world, NullRecorder(), lambda *about: None, RuntimeContext())
+                stack.callback(trainers[name].close)
+                trainers[name].start(resume=False)
+                trainers[name].model.train()
+            times = {name: [] for name in ARMS}
+            for _ in range(40):
+                for name, trainer in trainers.items():
+                    began = time.process_time()
+                    trainer.step()
+                    times[name].append(time.process_time() - began)
+        steady = {name: values[10:] for name, values in times.items()}
+        for name, base in (("rank penalty", "plain"), ("placebo", "plain"), ("placebo", "rank penalty")):
+            ratios = [a / b for a, b in zip(steady[name], steady[base], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            console.print(
+                f"batch {global_size}, micro-batches of {micro_size}: {name} / {base} {middle:.2f} ({low:.2f} to "
+                f"{high:.2f}); {1000 * statistics.median(steady[base]):.1f} and "
+                f"{1000 * statistics.median(steady[name]):.1f} ms"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["checkpoints", "probes", "ray", "metrics", "recording"])
+    parser.add_argument("what", choices=["checkpoints", "probes", "ray", "metrics", "recording", "interventions"])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     console = Console(width=100)
@@ -246,7 +290,13 @@ def main() -> None:
     if options.what in ("ray", "recording"):
         {"ray": ray, "recording": recording}[options.what](console, options.rounds)
     else:
-        {"checkpoints": checkpoints, "probes": probes, "metrics": metrics}[options.what](console)
+        measured = {
+            "checkpoints": checkpoints,
+            "probes": probes,
+            "metrics": metrics,
+            "interventions": interventions,
+        }
+        measured[options.what](console)
 
 
 if __name__ == "__main__":

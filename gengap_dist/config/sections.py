@@ -388,7 +388,8 @@ class AlgorithmConfig(Section, affects="result"):
     which rotates the activations and leaves the eigenvalues where they are, to first order."""
     placebo_of: measures.RankMeasure | None = None
     """logdet, spread or trace: whose gradient norm algorithm.rank_measure=placebo has at every step, at the same
-    strength (its sign plays no part)."""
+    strength (its sign plays no part). That of trace grows with the scale, which a placebo does not hold: such a run may
+    diverge."""
     rank_layers: tuple[str, ...] = ("auto",)
     """Layers of the rank penalty, as in probe.layers; convolutions by channel."""
     rank_images: Annotated[int, Field(ge=2)] | None = None

@@ -50,6 +50,11 @@ STEPS: dict[str, Settings] = {
     "gradient penalty": {"algorithm__gradient_penalty": 0.05, "algorithm__penalty_size": 10},
     "rank penalty, logdet": {"algorithm__rank_penalty": 0.02},
     "rank penalty, spread": {"algorithm__rank_penalty": 0.02, "algorithm__rank_measure": "spread"},
+    "rank penalty, placebo": {
+        "algorithm__rank_penalty": 0.02,
+        "algorithm__rank_measure": "placebo",
+        "algorithm__placebo_of": "spread",
+    },
     "ema": SMALL | {"algorithm__weight_averaging": "ema"},
     "swa": SMALL | {"algorithm__weight_averaging": "swa", "algorithm__average_start": 0.0},
     "post-local sgd": POST_LOCAL | {"algorithm__local_start": 0.1},

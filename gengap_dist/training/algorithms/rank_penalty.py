@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gengap_dist.config.measures import RankMeasure
 from gengap_dist.config.sections import RunConfig
@@ -317,6 +318,22 @@ class RankPenalty(Objective):
         self.untrained_traces = state.get("untrained_traces")
 
 
+class _Moments(torch.autograd.Function):
+    """X' X of rows X; autograd would take one product for each of the two X in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return rows.T @ rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """X (G + G')."""
+        (rows,) = ctx.saved_tensors
+        return rows @ (grads[0] + grads[0].T)
+
+
 @contextmanager
 def capturing_moments(
     model: nn.Module, layers: list[Layer]
@@ -331,7 +348,7 @@ def capturing_moments(
     def add(layer: Layer, output: Tensor) -> None:
         rows = (output if layer.channels_last else output.movedim(1, -1)).flatten(0, -2).double()
         rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-        found[layer.name] = rows.T @ rows
+        found[layer.name] = _Moments.apply(rows)
 
     with capture_activations(model, layers, add) as capture:
 

@@ -1,5 +1,6 @@
 """Interventions on the rank of activations against what they are defined as, in float64."""
 
+import shutil
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from gengap_dist.training.algorithms.rank_penalty import MEASURES, RankPenalty, 
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.step import Objective, StepBatch, accumulate
 from gengap_dist.training.tasks import Classification
-from tests.conftest import config, train, weights
+from tests.conftest import config, cut_after, train, weights
 
 NUM, CLASSES = 60, 5
 SPEC = DataSpec((1, 6, 6), (CLASSES,), num_classes=CLASSES)
@@ -323,6 +324,29 @@ def test_a_run_records_its_images_its_penalty_and_the_noise_of_the_loss_alone(tm
     assert "train/rank_penalty" not in first["plain"]
     assert read_info(tmp_path / "penalised").rank_images == 4 * 12
     assert read_info(tmp_path / "plain").rank_images is None
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {},
+        {"algorithm__weight_averaging": "ema"},
+        {"algorithm__local_sgd": "post_local_sgd", "algorithm__workers": 2, "algorithm__local_start": 0.25},
+        {"algorithm__local_sgd": "swap", "algorithm__workers": 2, "algorithm__local_start": 0.75},
+    ],
+)
+def test_a_resumed_run_holds_the_scale_of_the_network_that_was_untrained(tmp_path, algorithm):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    settings = (
+        SMALL | penalised(1.0, "trace") | {"train__steps": 4, "checkpoint__every_steps": 2, "checkpoint__keep": 9}
+    )
+    train(whole, **settings | algorithm)
+    shutil.copytree(whole, resumed)
+    cut_after(resumed, 2)
+    train(resumed, resume=True, **settings | algorithm)
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+    penalties = [row["train/rank_penalty"] for row in read_metrics(resumed) if "train/rank_penalty" in row]
+    assert penalties[0] == 0 < penalties[-1]
 
 
 def test_running_statistics_are_those_of_the_batch_alone(tmp_path):

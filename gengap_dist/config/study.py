@@ -155,7 +155,7 @@ class StudySection(Section, affects="result"):
     points for each arm. Test images are not used."""
     match: MatchSection | None = None
     """Find the strengths of rank penalties before the seeds run, so that near-rank loss (centred, share below 0.01 s1,
-    last measured layer) of a penalised arm at the end is that of another arm. Accuracy is not used."""
+    last hidden layer) of a penalised arm at the end is that of another arm. Accuracy is not used."""
     concurrent: Annotated[PositiveInt | Literal["auto"], WrapValidator(_number_or_auto), Affects("runtime")] = "auto"
     """Number of runs at once, each on launch.num_processes ranks. auto: on one machine, ranks, threads and runs at once
     are chosen so that the study ends soonest, from a few measured steps of each arm; a run whose result depends on its

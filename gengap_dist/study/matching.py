@@ -8,15 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.config.measures import WEIGHT_VIEW
-from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.config.study import Arm, Match, MatchSection, StudyConfig
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study.run_matrix import PlannedRun
 
 STRENGTH = "algorithm.rank_penalty"
-THRESHOLD = "rel_1e-2"  # of the near-rank loss that is matched
 
 
 class Ends(NamedTuple):
@@ -128,22 +125,12 @@ def next_strength(section: MatchSection, sign: int, tries: tuple[Try, ...], targ
 
 
 def final_near_rank_loss(folder: Path) -> float | None:
-    """Centred near-rank loss of the last measured layer at the last measurement of a run; None if it has none.
+    """The near-rank loss that verdicts are about, at the last measurement of a run; None if it has none."""
+    from gengap_dist.analysis.study_data import read_run  # loads numpy, which a study without a search does not need
 
-    Of several views of that layer it is the first.
-    """
-    found = None
-    for row in run_folder.read_metrics(folder):
-        keys = [(MetricKey.parse(name), value) for name, value in row.items() if name.startswith("near_rank_loss/")]
-        of_layers = [
-            (key.layer, value)
-            for key, value in keys
-            if key.centred and key.threshold == THRESHOLD and not key.probe_set and key.view != WEIGHT_VIEW
-        ]
-        if of_layers:
-            last = of_layers[-1][0]
-            found = next(float(value) for layer, value in of_layers if layer == last)
-    return found if found is not None and math.isfinite(found) else None
+    run = read_run(folder)
+    found = run.untrained_and_trained(run.primary_measure)[1] if run.primary_measure else math.nan
+    return found if math.isfinite(found) else None
 
 
 def natural_runs(config: StudyConfig, out: Path) -> list[PlannedRun]:

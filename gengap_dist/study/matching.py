@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.config.study import Arm, Match, MatchSection, StudyConfig
-from gengap_dist.runs import run_folder
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study.run_matrix import PlannedRun
 

@@ -58,7 +58,7 @@ def _no_loss(study: JudgedStudy, gaps: Sequence[Difference]) -> str:
 def _clause(study: JudgedStudy, gap: Difference) -> str:
     arm, base = gap.arm, study.base
     training = study.training[arm.name]
-    name = f"{arm.name} ({arm.global_size:,})"
+    name = f"batch {arm.global_size:,} ({arm.name})"
     if gap.finding in NO_LOSS:
         return ""
     if gap.finding == "above the margin":

@@ -11,6 +11,7 @@ from gengap_dist.analysis.claims import judge
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.looks import look_of
 from gengap_dist.analysis.results import Claim, Run
+from gengap_dist.analysis.rules.intervention import Arms, Route, cost_of, gain_of
 from gengap_dist.analysis.rules.look import Look
 from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import holm, minimum_detectable_effect, p_value
@@ -163,6 +164,23 @@ def test_labels_of_training(more, label):
     runs = two_batches(np.random.default_rng(0), 5)
     runs = [run._replace(train_score=0.9 + more * (run.arm == "lb") + 1e-4 * run.seed) for run in runs]
     assert judge(runs, "sb").training["lb"].label == label
+
+
+def test_where_every_large_run_diverged_that_is_said():
+    runs = [
+        run._replace(status="diverged", score=None, near_rank_loss=None) if run.arm == "lb" else run
+        for run in two_batches(np.random.default_rng(0), 5)
+    ]
+    found = judge(runs, "sb")
+    assert {claim.outcome for claim in found.claims} == {"undecided"}
+    assert found.answer == "Batch 2,048 (lb) did not train in 5 of 5."
+
+
+def test_seeds_that_only_some_arms_have_keep_a_verdict_from_standing():
+    runs = [run for run in two_batches(np.random.default_rng(0), 10, lost=3.0) if run.arm == "sb" or run.seed < 5]
+    claim = of(runs, "gap")
+    assert claim.outcome == "undecided"
+    assert "5 of 10 pairs are missing" in claim.evidence
 
 
 def test_two_noisy_seeds_leave_training_unclear():
@@ -372,6 +390,32 @@ def test_routes_that_reach_the_same_rank_and_another_accuracy_disagree():
         of(study(num_seeds=10, seed=seed, share=0.3, hidden_gain=(0.0, 1.34)), "explains").finding for seed in range(20)
     ]
     assert found.count("routes disagree") >= 15
+
+
+def test_the_quantities_of_an_intervention_against_loops_over_seeds():
+    """Gain, fall, cost and rise by their definitions, one seed after the other."""
+    rng = np.random.default_rng(0)
+    names = ("S0", "L0", "S-", "Sp", "L+", "S+", "Lp", "Sq")
+    a, r = ({name: rng.normal(size=6) for name in names} for _ in range(2))
+    scores, ranks = (
+        Arms(of["S0"], of["L0"], of["S-"], of["Sp"], [Route("one", of["L+"], of["S+"], of["Lp"], of["Sq"])])
+        for of in (a, r)
+    )
+    gains, raisings = [], []
+    lost = [a["S0"][s] - a["L0"][s] for s in range(6)]
+    growth = [r["L0"][s] - r["S0"][s] for s in range(6)]
+    fall = [(r["Lp"][s] - r["L+"][s]) - (r["Sq"][s] - r["S+"][s]) for s in range(6)]
+    for s in range(6):
+        gains.append((a["L+"][s] - a["Lp"][s]) - (a["S+"][s] - a["Sq"][s]))
+        raisings.append(gains[s] - (sum(fall) / 6) / (sum(growth) / 6) * lost[s] / 2)
+    gain, raising = gain_of(scores, ranks, 0)
+    assert gain == pytest.approx(gains)
+    assert raising == pytest.approx(raisings)
+    cost, lowering = cost_of(scores, ranks)
+    rise = [r["S-"][s] - r["Sp"][s] for s in range(6)]
+    costs = [a["Sp"][s] - a["S-"][s] for s in range(6)]
+    assert cost == pytest.approx(costs)
+    assert lowering == pytest.approx([costs[s] - (sum(rise) / sum(growth)) * lost[s] / 2 for s in range(6)])
 
 
 # -- anything else ----------------------------------------------------------------------------------------------------

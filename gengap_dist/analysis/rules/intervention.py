@@ -93,10 +93,8 @@ def judge_arms(scores: Arms, near_rank_losses: Arms, look: Look) -> Verdict:
         return Verdict("does not grow", max(look.p(lost), look.p(growth, NEAR_RANK_MARGIN)), "")
     if reason := _failed_condition(scores, near_rank_losses, look):
         return Verdict("not asked", 1.0, reason)
-    gains, raisings = zip(*(_gain(scores, near_rank_losses, at) for at in range(len(scores.routes))), strict=True)
-    cost = scores.small_placebo - scores.small_lowered
-    rise = near_rank_losses.small_lowered - near_rank_losses.small_placebo
-    lowering = cost - rise.mean() / growth.mean() * lost / 2
+    gains, raisings = zip(*(gain_of(scores, near_rank_losses, at) for at in range(len(scores.routes))), strict=True)
+    cost, lowering = cost_of(scores, near_rank_losses)
     tests: list[tuple[Finding, list[np.ndarray]]] = [
         ("explains most", [*raisings, lowering]),
         ("explains less than half", [-each for each in (*raisings, lowering)]),
@@ -111,12 +109,20 @@ def judge_arms(scores: Arms, near_rank_losses: Arms, look: Look) -> Verdict:
     return Verdict("undecided", 1.0, "the intervals are too wide to decide")
 
 
-def _gain(scores: Arms, near_rank_losses: Arms, at: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of one route: gain, and gain - k+ lost / 2."""
+def gain_of(scores: Arms, near_rank_losses: Arms, at: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of route number `at`: gain [n], and raising [n]."""
     route, ranks = scores.routes[at], near_rank_losses.routes[at]
     lost, growth = scores.small - scores.large, near_rank_losses.large - near_rank_losses.small
     gain = route.large_raised - route.large_placebo - (route.small_raised - route.small_placebo)
     return gain, gain - _fall(ranks).mean() / growth.mean() * lost / 2
+
+
+def cost_of(scores: Arms, near_rank_losses: Arms) -> tuple[np.ndarray, np.ndarray]:
+    """Of lowering the rank: cost [n], and lowering [n]."""
+    lost, growth = scores.small - scores.large, near_rank_losses.large - near_rank_losses.small
+    cost = scores.small_placebo - scores.small_lowered
+    rise = near_rank_losses.small_lowered - near_rank_losses.small_placebo
+    return cost, cost - rise.mean() / growth.mean() * lost / 2
 
 
 def _fall(route: Route) -> np.ndarray:
@@ -316,7 +322,7 @@ def _numbers(study: JudgedStudy, scores: Arms, ranks: Arms, seeds: Sequence[int]
     look, lost, growth = study.look, scores.small - scores.large, ranks.large - ranks.small
     out = []
     for at, route in enumerate(scores.routes):
-        gain, _ = _gain(scores, ranks, at)
+        gain, _ = gain_of(scores, ranks, at)
         fall = _fall(ranks.routes[at])
         through = _share_text(gain, lost, float(fall.mean() / growth.mean()), look)
         out.append(

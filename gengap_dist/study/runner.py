@@ -259,7 +259,8 @@ def _run_matched(
         _check_same_settings(plan)
         for search in searches:
             if search.problem:
-                warn(f"arm {search.match.arm} {search.problem}: choose another study.match.low, high or max_runs")
+                remedy = "choose another study.match.low, high or max_runs" if search.tries else "its strength stays"
+                warn(f"arm {search.match.arm} {search.problem}: {remedy}")
     return num_failed + run(plan)
 
 

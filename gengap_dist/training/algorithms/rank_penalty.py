@@ -8,6 +8,7 @@ Shapes: N rows (images, or images x positions of a convolution) of all ranks, D 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, final
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.data.sampler import seeded_rng
 from gengap_dist.distributed.batch_plan import BatchPlan, Span
+from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import frozen_running_stats, has_batch_norm
 from gengap_dist.parallel.strategies import Strategy
@@ -230,57 +232,37 @@ class RankPenalty(Objective):
         """See `Objective.add_penalty`. Collective: a sum of moments, and one of gradients, over ranks."""
         model, world = strategy.model, strategy.world
         layers = self.penalized_layers(model, lambda: batches(step_batch.indices[:1], step_batch.epoch)[0])
-        seed, *step = step_batch.rng_key[:2]
-        num = self.num_images(layers, len(batches.samples))
-        indices = torch.from_numpy(seeded_rng(seed, IMAGES, *step).choice(len(batches.samples), num, replace=False))
-        spans = [
-            span for span in self._plan(num, world.size).micro_batches(world.rank) if span.size or strategy.has_sync_bn
-        ]
+        stream = self._stream(layers, len(batches.samples), strategy, step_batch)
         with frozen_running_stats(model), capturing_moments(model, layers) as capture:
-
-            def moments(span: Span) -> list[Tensor]:
-                strategy.position.move_to(span.start, num, world.size, seed, *step, IMAGES, 0)
-                with world.timer.phase("data"):
-                    inputs = batches.plain(indices[span.start : span.stop] if span.size else indices[:1])
-                with world.timer.span("forward"):
-                    return capture(lambda: strategy.local_forward(inputs if span.size else inputs[:0]))
-
-            sizes = [_units(layer) + 1 for layer in layers]
-            totals = [torch.zeros(size, size, dtype=torch.float64, device=world.device) for size in sizes]
-            own: list[Tensor] = []
-            with torch.set_grad_enabled(len(spans) == 1):
-                for span in spans:
+            moments = partial(_moments_of_images, strategy, batches, stream, capture)
+            keeps_graph, totals, own = len(stream.spans) == 1, _zeros(layers, world.device), []
+            with torch.set_grad_enabled(keeps_graph):
+                for span in stream.spans:
                     own = moments(span)
                     for total, moment in zip(totals, own, strict=True):
                         total += moment.detach()
-            flat = world.all_reduce(torch.cat([total.flatten() for total in totals]), "covariance of activations")
-            totals = [
-                part.view(size, size) for part, size in zip(flat.split([n * n for n in sizes]), sizes, strict=True)
-            ]
-            pulls = self._pulls(totals, seed)
+            pulls = self._pulls(_summed_over_ranks(totals, world), stream.seed)
             parameters = [p for p in model.parameters() if p.requires_grad]
-            gradients = torch.zeros(  # [1 or 2, P]: of R, of a placebo
-                len(pulls[0].directions),
-                sum(p.numel() for p in parameters),
-                dtype=parameters[0].dtype,
-                device=world.device,
-            )
-            for span in spans:
-                own = own if len(spans) == 1 else moments(span)
+            gradients = parameters[0].new_zeros(len(pulls[0].directions), sum(p.numel() for p in parameters))
+            for span in stream.spans:
+                own = own if keeps_graph else moments(span)
                 with world.timer.span("backward"):
-                    for number, gradient in enumerate(gradients):
+                    for number, gradient in enumerate(gradients):  # of R, of a placebo: [P] each
                         directions = [pull.directions[number] for pull in pulls]
                         gradient += _flat_gradient(own, parameters, directions, keep=number + 1 < len(gradients))
         world.all_reduce(gradients, "gradient of the rank penalty")
         sums.penalty.add_(self.strength * torch.stack([pull.value for pull in pulls]).sum() / world.size)
         if strategy.track_local_grad_norm:
             sums.loss_grad_norm.add_(strategy.gradient_norm() / world.size)  # equal on all ranks
-        direction = self._direction(gradients)
-        with torch.no_grad():
-            for p, part in zip(parameters, direction.split([p.numel() for p in parameters]), strict=True):
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                p.grad += part.view_as(p)
+        _add_to_gradients(parameters, self._direction(gradients))
+
+    def _stream(self, layers: list[Layer], num_samples: int, strategy: Strategy, step_batch: StepBatch) -> "Stream":
+        seed, *step = step_batch.rng_key[:2]
+        num, world = self.num_images(layers, num_samples), strategy.world
+        drawn = seeded_rng(seed, IMAGES, *step).choice(num_samples, num, replace=False)
+        spans = self._plan(num, world.size).micro_batches(world.rank)
+        has_pass = [span for span in spans if span.size or strategy.has_sync_bn]  # whose passes contain collectives
+        return Stream(torch.from_numpy(drawn), has_pass, seed, (seed, *step, IMAGES, 0))
 
     def _pulls(self, totals: list[Tensor], seed: int) -> list[Pull]:
         if self.measure == "trace" and self.untrained_traces is None:  # this is the first step
@@ -361,6 +343,55 @@ def capturing_moments(
             return taken
 
         yield moments
+
+
+class Stream(NamedTuple):
+    """The images of the penalty in one step."""
+
+    indices: Tensor
+    """[images] int64, in the training set."""
+    spans: list[Span]
+    """This rank's micro-batches."""
+    seed: int
+    """Of the run."""
+    key: tuple[int, ...]
+    """Seeds the random numbers of these passes, for example of dropout."""
+
+
+def _moments_of_images(
+    strategy: Strategy,
+    batches: BatchLoader,
+    stream: Stream,
+    capture: Callable[[Callable[[], object]], list[Tensor]],
+    span: Span,
+) -> list[Tensor]:
+    """The sums of moments of one micro-batch."""
+    world = strategy.world
+    strategy.position.move_to(span.start, len(stream.indices), world.size, *stream.key)
+    with world.timer.phase("data"):
+        inputs = batches.plain(stream.indices[span.start : span.stop] if span.size else stream.indices[:1])
+    with world.timer.span("forward"):
+        return capture(lambda: strategy.local_forward(inputs if span.size else inputs[:0]))
+
+
+def _zeros(layers: list[Layer], device: torch.device) -> list[Tensor]:
+    sizes = [_units(layer) + 1 for layer in layers]
+    return [torch.zeros(size, size, dtype=torch.float64, device=device) for size in sizes]
+
+
+def _summed_over_ranks(totals: list[Tensor], world: World) -> list[Tensor]:
+    """Collective."""
+    flat = world.all_reduce(torch.cat([total.flatten() for total in totals]), "covariance of activations")
+    parts = flat.split([total.numel() for total in totals])
+    return [part.view_as(total) for part, total in zip(parts, totals, strict=True)]
+
+
+@torch.no_grad()
+def _add_to_gradients(parameters: list[nn.Parameter], direction_P: Tensor) -> None:
+    for p, part in zip(parameters, direction_P.split([p.numel() for p in parameters]), strict=True):
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        p.grad += part.view_as(p)
 
 
 def _flat_gradient(

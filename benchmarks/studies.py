@@ -119,7 +119,8 @@ def study_tree(name: str, data: Path | None, *, quick: bool) -> dict[str, Any]:
 def plain_words(config: RunConfig, data: Path) -> list[str]:
     """The options of plain_run.py for a run, without --seed and --out.
 
-    >>> " ".join(plain_words(validate(RunConfig, {"probe": {"num_samples": 9}}), Path("digits.npz")))  # doctest: +ELLIPSIS
+    >>> config = validate(RunConfig, {"probe": {"num_samples": 9}})
+    >>> " ".join(plain_words(config, Path("digits.npz")))  # doctest: +ELLIPSIS
     '--data digits.npz --network lenet5 --widths 512 ... --global_size 64 --lr 0.02 --momentum 0.9 --warmup_steps 0 ...'
     """
     assert (config.optim.name, config.optim.schedule, config.model.name in ("lenet5", "mlp")) == ("sgd", "constant", 1)

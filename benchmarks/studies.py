@@ -106,6 +106,7 @@ class Contestant(NamedTuple):
 def study_tree(name: str, data: Path | None, *, quick: bool) -> dict[str, Any]:
     """The settings of a study; `quick`: of its first two arms and seeds, a few steps."""
     tree = load_yaml(CHECKOUT / "configs/demo.yaml") if name == "demo" else MLP
+    tree = merge(tree, {"probe": {"num_samples": 1024, "at_losses": []}})  # what the rivals do
     if data is not None:
         tree = merge(tree, {"data": {"name": "fashion_mnist", "root": str(data.resolve())}})
     if quick:
@@ -118,7 +119,8 @@ def study_tree(name: str, data: Path | None, *, quick: bool) -> dict[str, Any]:
 def plain_words(config: RunConfig, data: Path) -> list[str]:
     """The options of plain_run.py for a run, without --seed and --out.
 
-    >>> " ".join(plain_words(validate(RunConfig, {"train": {"steps": 9}}), Path("digits.npz")))  # doctest: +ELLIPSIS
+    >>> config = validate(RunConfig, {"probe": {"num_samples": 9}})
+    >>> " ".join(plain_words(config, Path("digits.npz")))  # doctest: +ELLIPSIS
     '--data digits.npz --network lenet5 --widths 512 ... --global_size 64 --lr 0.02 --momentum 0.9 --warmup_steps 0 ...'
     """
     assert (config.optim.name, config.optim.schedule, config.model.name in ("lenet5", "mlp")) == ("sgd", "constant", 1)
@@ -135,7 +137,7 @@ def plain_words(config: RunConfig, data: Path) -> list[str]:
         "warmup_steps": warmup_steps(config.optim, global_size=size, steps_per_epoch=steps_per_epoch),
         "num_steps": Schedule.of(config, sampler).num_steps,
         "num_evals": config.train.num_evals,
-        "num_probe_samples": max(config.probe.num_samples),
+        "num_probe_samples": max(size for size in config.probe.num_samples if size != "auto"),
     }
     return [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
 

@@ -82,7 +82,9 @@ def test_the_plain_script_measures_what_the_probe_measures(study, images):
     )
     ours = probes.metrics(spectra)
     theirs = plain_run.near_rank_loss(plan.model, *plan.probe_set)
-    assert {f"near_rank_loss/{name}" for name in theirs} == {name for name in ours if name.startswith("near_rank_loss")}
+    assert {f"near_rank_loss/{name}" for name in theirs} == {
+        name for name in ours if name.startswith("near_rank_loss/")
+    }
     for name, value in theirs.items():
         assert value == pytest.approx(ours[f"near_rank_loss/{name}"], abs=0.02), name  # one value beside a threshold
 

@@ -343,7 +343,7 @@ def read_test_correct(out: Path) -> "np.ndarray | None":
     num_test = read_info(out).result.get("num_test")
     if num_test is None or not path.exists():
         return None
-    packed, problem = np.empty(0, dtype=np.uint8), ""
+    packed: np.ndarray = np.empty(0)
     try:
         with path.open("rb") as file:
             packed = np.lib.format.read_array(file, allow_pickle=False)

@@ -208,7 +208,7 @@ def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, command):
 @pytest.mark.parametrize(
     ("model", "layer"),
     thinned(
-        [("torchvision:resnet18", "layer4.1.relu#2"), ("timm:resnet10t", "layer4.0.act2")],
+        [("torchvision:resnet18", "layer3.1.relu#2"), ("timm:resnet10t", "layer3.0.act2")],
         lambda model, layer: "timm" in model,
     ),
 )

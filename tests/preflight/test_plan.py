@@ -39,11 +39,12 @@ from gengap_dist.probes.activations import eval_context, leaf_names
 from gengap_dist.probes.layers import select_layers
 from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, PrimalAccumulator, merge_ranks
 from gengap_dist.probes.spectra.measure import plan_passes, stream_bytes
+from gengap_dist.runs.run_folder import read_info
 from gengap_dist.training.observer import PROBE_BLOCK
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.step import Objective, StepBatch, train_step
 from gengap_dist.training.tasks import Classification
-from tests.conftest import FULL, ROOT, config, thinned
+from tests.conftest import FULL, ROOT, config, thinned, train
 
 MANY = 4096
 
@@ -424,6 +425,17 @@ def test_the_probe_keeps_to_its_limit():
         assert found.memory is not None
         images = 128 * 32 * 32 * 4  # of the rank with the most, which the limit leaves out
         assert 0 < found.memory.probe - images <= found.memory.probe_limit == mib * 2**20
+
+
+def test_a_plan_knows_the_probe_set_that_a_run_chooses(tmp_path):
+    settings = {"model__name": "mlp", "model__widths": (150,), "model__norm": "none", "train__steps": 1}
+    train(tmp_path / "run", **settings)
+    plan = make_plan(config(**settings), Cluster(1, 2), Constants())
+    assert plan.probe
+    assert plan.probe.num_samples == read_info(tmp_path / "run").num_probe_samples == 1280  # 8 x 150, in blocks of 128
+    small = make_plan(config(**settings, data__num_train=500), Cluster(1, 1), Constants())
+    assert small.probe
+    assert (small.probe.num_samples, small.data and small.data.num_train) == (500, 500)
 
 
 def test_sizes_are_those_of_the_data_loaded(pictures):

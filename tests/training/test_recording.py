@@ -175,6 +175,12 @@ def test_a_run_that_was_cut_off_measures_at_the_same_losses(falling, saved_at_ev
     assert timeless(out) == timeless(falling)
 
 
+def test_the_time_limit_skips_measurements_at_losses_too(falling, tmp_path):
+    result = train(tmp_path / "run", **PLAIN | {"probe__max_time_fraction": 1e-6})
+    assert measured_steps(tmp_path / "run") == [0, 60]
+    assert result["probe_left_out"] == measured_steps(falling)[1:-1] != []
+
+
 def test_off_measures_at_no_loss(tmp_path):
     for number, off in enumerate(["off", False, None, []]):
         assert config(probe__at_losses=off).probe.at_losses == (), number

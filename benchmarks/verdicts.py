@@ -35,7 +35,8 @@ POINT = 0.01
 RUN, LOWERED, TRAINING, RANK = 0.20, 0.38, 0.15, 0.02  # standard deviations; the first three in points
 LOST, GROWTH, RANK_OF_BASE = 1.72, 0.512, 0.07
 ACCURACY, TRAINED = 82.5, 99.9
-MEASUREMENTS = 60  # of a curve
+MEASUREMENTS = 40  # of a curve, besides those at losses: after each AT_LOSSES updates the loss is 0.62 of what it was
+AT_LOSSES = 72
 OUTCOMES = ("supported", "contradicted", "undecided")
 UNSURE = 0.1  # share of the test images that a run gets right or wrong by chance
 
@@ -113,7 +114,8 @@ def learning_curve(
         score_at: accuracy in points, of loss and of the learning rate's share of its peak.
         cosine: whether the rate falls to 0, else it is constant.
     """
-    steps = np.unique(np.round(np.geomspace(1, updates, MEASUREMENTS)))
+    at_losses = np.arange(AT_LOSSES, updates, AT_LOSSES)
+    steps = np.unique(np.round(np.concatenate([np.geomspace(1, updates, MEASUREMENTS), at_losses])))
     losses = 2.3 * np.exp(-steps / 150) * np.exp(rng.normal(0, 0.03, len(steps)))
     shares = (1 + np.cos(np.pi * steps / updates)) / 2 if cosine else np.ones(len(steps))
     scores = POINT * (score_at(losses, shares) + rng.normal(0, RUN, len(steps)))

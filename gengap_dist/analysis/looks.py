@@ -9,31 +9,39 @@ from gengap_dist.statistics.sequential import OPEN_FIRST_LEVEL, OPEN_LATER_LEVEL
 NEVER = Look(level=0.0)  # nothing is sure
 
 
-def look_of(seeds: Sequence[int], judged: Sequence[Sequence[int]], section: Mapping[str, Any]) -> Look:
+def look_of(
+    seeds: Sequence[int], judged: Sequence[Sequence[int]], declared: Mapping[str, Any], *, complete: bool = True
+) -> Look:
     """The look at a study with these seeds.
 
     Args:
         seeds: of the study now.
         judged: lists of seeds of the earlier looks, the present one perhaps among them.
-        section: the settings of the study, of which `looks` and `may_extend` are read.
+        declared: `looks` and `may_extend`, as they were at the first look.
+        complete: whether every run of the study has ended.
 
     >>> look_of(range(5), [], {}).level, look_of(range(10), [], {"looks": [10, 20]}).level
     (0.05, 0.01)
-    >>> look_of(range(8), [[0, 1, 2]], {}).by_e_value
-    True
+    >>> look_of(range(8), [[0, 1, 2]], {}).by_e_value, look_of(range(8), [], {}, complete=False).level
+    (True, 0.0)
     """
-    earlier = [each for each in judged if {*each} != {*seeds}]
-    declared, num = [int(each) for each in section.get("looks") or ()], len(seeds)
-    if declared:
-        if num not in declared:
-            shown = " and ".join(map(str, declared))
+    earlier, num = [each for each in judged if {*each} != {*seeds}], len(seeds)
+    if not complete:
+        return NEVER._replace(sentence="Not all runs of the study have ended, or can be read: nothing is judged.")
+    sizes = [int(each) for each in declared.get("looks") or ()]
+    as_declared = all(len(each) in sizes and {*each} < {*seeds} for each in earlier)
+    if sizes and as_declared:
+        shown = " and ".join(map(str, sizes))
+        if num not in sizes:
             return NEVER._replace(sentence=f"Looks were declared at {shown} seeds: with {num} nothing is judged.")
-        level, at = look_level(declared, num), declared.index(num) + 1
-        sentence = f"This is look {at} of {len(declared)}, declared at {' and '.join(map(str, declared))} seeds"
-        return Look(level, sentence=f"{sentence}: its level is {level:.3g}." if len(declared) > 1 else "")
-    if section.get("may_extend"):
-        if not earlier:
-            return Look(OPEN_FIRST_LEVEL, sentence="The study may be extended: its first look has a level of 0.04.")
+        level = look_level(sizes, num)
+        sentence = (
+            f"This is look {sizes.index(num) + 1} of {len(sizes)}, declared at {shown} seeds: its level is {level:.3g}."
+        )
+        return Look(level, sentence=sentence if len(sizes) > 1 else "")
+    if declared.get("may_extend") and not earlier:
+        return Look(OPEN_FIRST_LEVEL, sentence="The study may be extended: its first look has a level of 0.04.")
+    if declared.get("may_extend") and all({*each} < {*seeds} for each in earlier):
         return Look(
             OPEN_LATER_LEVEL,
             by_e_value=True,
@@ -44,8 +52,8 @@ def look_of(seeds: Sequence[int], judged: Sequence[Sequence[int]], section: Mapp
         return Look(
             TOTAL_LEVEL,
             by_e_value=True,
-            sentence=f"The study was already judged with {_counts(earlier)} seeds, and an extension was not declared: "
-            "it is judged by e-values of at least 20 (false alarms up to 6.4%).",
+            sentence=f"The study was already judged with {_counts(earlier)} seeds, and this look was not declared: it "
+            "is judged by e-values of at least 20 (false alarms up to 6.4%).",
         )
     return Look()
 

@@ -13,6 +13,7 @@ from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.looks import look_of
 from gengap_dist.analysis.registration import registration_sentence
 from gengap_dist.analysis.results import Comparison, Curve, Run
+from gengap_dist.analysis.rules.look import Look
 from gengap_dist.config.loading import flat
 from gengap_dist.config.measures import OWN_BATCH, PRIMARY
 from gengap_dist.config.metric_key import LayerKey, MetricKey
@@ -270,12 +271,23 @@ class StudyData:
             self.baseline,
             self.metric,
             margin=None if tolerance is None else float(tolerance) / self.metric.scale,
-            look=look_of(self.info.get("seeds") or [], self.info.get("judged") or [], section),
+            look=self._look(section),
         )
         across = (self.info.get("config") or {}).get("across") or []  # what `gengap compare --across` was told to mix
         changed = changed_data({f"{run.arm}/{run.folder.name}": run.info for run in runs})
         mixed = [text[0].upper() + text[1:] + "." for text in dict.fromkeys([*across, *changed])]
         return found._replace(caveats=[*mixed, *found.caveats])
+
+    def _look(self, section: Mapping[str, Any]) -> Look:
+        """How sure differences must be; nothing is judged before all runs of a study have ended."""
+        seeds, ended = self.info.get("seeds") or [], {(run.arm, run.seed) for run in self.runs if _has_ended(run)}
+        planned = {(run.arm, run.seed) for run in self.runs}
+        if self.info.get("members") is None:
+            tuned = self.info.get("tuned") or {}  # an arm of which no trial finished has no runs
+            arms = [arm for arm in self.arms if self.runs_of(arm) or arm not in tuned]
+            planned |= {(arm, seed) for arm in arms for seed in seeds}
+        declared = self.info.get("declared") or section
+        return look_of(seeds, self.info.get("judged") or [], declared, complete=planned <= ended)
 
     @property
     def registration(self) -> str:
@@ -293,6 +305,11 @@ class StudyData:
             if steps := run.spectra_steps():
                 return [key for key in run.spectra(steps[0]) if not LayerKey.parse(key).centred]
         return []
+
+
+def _has_ended(run: RunData) -> bool:
+    status = run.info["status"]
+    return status not in RunStatus.__members__.values() or RunStatus(status).is_final
 
 
 def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
@@ -316,7 +333,7 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         num_updates=num_updates,
         num_epochs=run.num_epochs,
         settings=settings,
-        score=run.score,
+        score=run.score if run.score is None or math.isfinite(run.score) else None,
         measures=_explanations(last),
         own_batch=_explanations(last, OWN_BATCH),
         own_batch_untrained=_explanations(first, OWN_BATCH),

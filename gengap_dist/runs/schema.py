@@ -216,6 +216,8 @@ class StudyInfo(_Record):
     verdicts: list[str] = []
     judged: list[list[StrictInt]] = []
     """The seeds at each look: lists that differ, in the order of the looks."""
+    declared: dict[str, Any] | None = None
+    """`looks` and `may_extend` as they were when the study was first judged."""
     registration: dict[str, Any] | None = None
     """Commit and digest of the configuration; see `study/registration.py`."""
     members: list[StudyMember] | None = None

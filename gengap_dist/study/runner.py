@@ -108,6 +108,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] 
         versions=run_folder.versions(),
         git=run_folder.git_state(),
         judged=previous.judged if previous else [],
+        declared=previous.declared if previous else None,
         registration=registration(config, sources),
     )
     run_folder.write_info(out, info)
@@ -329,6 +330,8 @@ def conclude(out: Path, outcome: RunStatus, numbers: dict[str, Any], verdicts: S
     With verdicts the study was judged: its seeds are added to the looks, unless the last look had the same.
     """
     info = run_folder.read_study_info(out)
+    section = info.config.get("study", {})
+    declared = {name: section.get(name) for name in ("looks", "may_extend")}
     looked = [info.seeds] if verdicts and info.judged[-1:] != [info.seeds] else []
     return _update(
         out,
@@ -337,6 +340,7 @@ def conclude(out: Path, outcome: RunStatus, numbers: dict[str, Any], verdicts: S
         metrics=numbers,
         verdicts=[*verdicts],
         judged=[*info.judged, *looked],
+        declared=info.declared or (declared if looked else None),
     )
 
 

@@ -5,7 +5,7 @@ every image's correctness is known; other scores, and near-rank loss, are judged
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Literal, NamedTuple
 
@@ -15,8 +15,8 @@ from gengap_dist.analysis.arm_roles import Arm
 from gengap_dist.analysis.results import Claim, Outcome
 from gengap_dist.analysis.rules.judged import NEAR_RANK_MARGIN, JudgedStudy, Outcomes, completions, described, share
 from gengap_dist.analysis.rules.look import Look, are_equal, array_of, critical_t, two_sided_p
-from gengap_dist.analysis.rules.matching import Match, match
-from gengap_dist.statistics.paired import Interval, differences, holm, minimum_detectable_effect
+from gengap_dist.analysis.rules.matching import QUARTER, Match, match
+from gengap_dist.statistics.paired import POWER, Interval, differences, holm
 from gengap_dist.statistics.sequential import e_p_value, e_value
 from gengap_dist.statistics.two_way import TwoWay, two_way
 
@@ -28,7 +28,7 @@ Finding = Literal[
     "cannot be matched",
     "did not train",
 ]
-COMPARED: tuple[Finding, ...] = ("above the margin", "there, but below the margin", "below the margin", "undecided")
+NO_LOSS: tuple[Finding, ...] = ("below the margin", "there, but below the margin")
 
 
 class Difference(NamedTuple):
@@ -42,45 +42,57 @@ class Difference(NamedTuple):
     """Two-sided, of a mean at the margin."""
     finding: Finding
     match: Match
-    on_new_images: bool = False
+    where: str = ""
+    """What the interval is for: new images, these images, validation samples."""
     reason: str = ""
-    """Why there is no finding."""
+    """How it was matched, or why there is no finding."""
 
 
 Judge = Callable[[Sequence[float] | np.ndarray], tuple[Interval | None, float]]
 """Interval of the mean of differences, and p of its being at the margin."""
 
 
+class _Rule(NamedTuple):
+    """How the differences of two groups of runs are judged."""
+
+    judge: Callable[[Mapping[int, object]], tuple[Interval | None, float]]
+    """Of seed to difference: interval of the mean, and p of its being at the margin."""
+    margin: float
+    bounds: tuple[object, object] | None
+    """Lowest and highest value that a missing run may have."""
+    where: str
+    ties_decide: bool = False
+    """Whether differences that are all the same decide."""
+
+
 def judge_gap(study: JudgedStudy) -> tuple[Claim, list[Difference]]:
     """Claim 1: networks trained with large batches generalize worse than with small ones."""
-    claim = "Networks trained with large batches generalize worse than with small ones, at equal training."
+    margin = f"{study.show(study.margin, signed=False)}{study.unit}"
+    claim = (
+        f"Networks trained with large batches generalize worse than with small ones, by more than {margin} at equal "
+        "training."
+    )
     control = (
         "The same seeds and initial weights, trained to the same loss: either both to the end, or compared where their "
         "curves have the same training loss at a low or constant learning rate."
     )
-    found = [_gap_of(study, arm) for arm in study.roles.plain]
-    outcome, finding = _combined(found, study.look)
-    margin = f"The margin is {study.show(study.margin, signed=False)}{study.unit}."
-    evidence = " ".join([*(_gap_text(study, each) for each in found), margin]) if found else _nothing(study)
+    found, outcome, finding = _combined([_gap_of(study, arm) for arm in study.roles.plain], study.look)
+    evidence = " ".join(_gap_text(study, each) for each in found) if found else _nothing(study)
     return Claim("gap", claim, outcome, evidence, control, finding), found
 
 
 def judge_growth(study: JudgedStudy) -> tuple[Claim, list[Difference]]:
     """Claim 2: a larger batch increases near-rank loss of the units' activations."""
-    claim = "A larger batch increases near-rank loss of the units' activations, at equal training."
+    claim = (
+        f"A larger batch increases near-rank loss of the units' activations, by more than {NEAR_RANK_MARGIN} at equal "
+        "training."
+    )
     control = (
         "Centred activations of the last hidden layer on the same fixed set of samples, matched in training as above. "
         "On a run's own batch, near-rank loss changes with the batch size even in an untrained network."
     )
-    found = [_growth_of(study, arm) for arm in study.roles.plain]
-    found = [each for each in found if each]
-    outcome, finding = _combined(found, study.look)
-    if not found:
-        reason = _nothing(study)
-        if study.roles.plain:
-            reason = "Near-rank loss was measured on no probe set that an arm shares with the baseline."
-        return Claim("near_rank_loss_grows", claim, "undecided", reason, control), []
-    evidence = " ".join([*(_growth_text(study, each) for each in found), f"The margin is {NEAR_RANK_MARGIN}."])
+    found, outcome, finding = _combined([_growth_of(study, arm) for arm in study.roles.plain], study.look)
+    evidence = " ".join(_growth_text(study, each) for each in found) if found else _nothing(study)
     return Claim("near_rank_loss_grows", claim, outcome, evidence + _own_batch_text(study), control, finding), found
 
 
@@ -88,129 +100,176 @@ def judge_growth(study: JudgedStudy) -> tuple[Claim, list[Difference]]:
 
 
 def _gap_of(study: JudgedStudy, arm: Arm) -> Difference:
-    matched, reason = _checked_match(study, arm, study.margin, lambda each: (each.base_scores, each.scores))
-    values = differences(matched.base_scores, matched.scores)
-    if not matched.how or not values:
-        return _unmatched(study, arm, matched, reason)
-    images = _over_images(study, arm, sorted(values)) if matched.how == "finished" else None
-    images = images and images if not study.missing(arm, study.base) else None
-
-    def judge(array: Sequence[float] | np.ndarray) -> tuple[Interval | None, float]:
-        if images is None:
-            return study.look.interval(array), study.look.p(array, study.margin)
-        return new_images(images, study.look, len(array), study.margin)
-
-    bounds = (0.0, 1.0) if study.metric.unit == "share" else None
-    found = _judged(
-        study, arm, matched, (matched.base_scores, matched.scores), (judge, study.margin, bounds), images is not None
+    matched = _checked_match(
+        study, arm, lambda each: (each.base_scores, each.scores), lambda each: each.score_error, study.margin
     )
-    return found if found.reason else found._replace(reason=reason)
+    groups = matched.base_scores, matched.scores
+    if not matched.how or not differences(*groups):
+        return _unmatched(study, arm, matched)
+    if matched.how == "finished" and (correct := _correctness(study, arm)):
+        samples = len(next(iter(correct[0].values())))
+
+        def judge_images(values: Mapping[int, object]) -> tuple[Interval | None, float]:
+            images = two_way(np.stack([np.asarray(values[seed]) for seed in sorted(values)]))
+            return new_images(images, study.look, len(values), samples, study.margin)
+
+        nothing, everything = np.zeros(samples, dtype=np.int8), np.ones(samples, dtype=np.int8)
+        rule = _Rule(judge_images, study.margin, (nothing, everything), "on new images", ties_decide=True)
+        return _judged(study, arm, matched, correct, rule)
+    where = "on these test samples" if matched.how == "finished" else "on these validation samples"
+    return _judged(study, arm, matched, groups, _over_seeds(study, study.margin, study.bounds, where))
 
 
-def _growth_of(study: JudgedStudy, arm: Arm) -> Difference | None:
-    if not study.growth(arm, study.base):
-        return None
-    matched, reason = _checked_match(
-        study, arm, NEAR_RANK_MARGIN, lambda each: (each.near_rank_losses, each.base_near_rank_losses)
+def _growth_of(study: JudgedStudy, arm: Arm) -> Difference:
+    if not study.growth(arm, study.base) and study.trained(arm).runs:
+        reason = "near-rank loss of both was not measured on probe sets of one size"
+        return _unmatched(study, arm, Match("", reason))
+    matched = _checked_match(
+        study,
+        arm,
+        lambda each: (each.near_rank_losses, each.base_near_rank_losses),
+        lambda each: each.near_rank_error,
+        NEAR_RANK_MARGIN,
     )
-    if not matched.how or not (matched.near_rank_losses.keys() & matched.base_near_rank_losses.keys()):
-        return _unmatched(study, arm, matched, reason)
-
-    def judge(array: Sequence[float] | np.ndarray) -> tuple[Interval | None, float]:
-        return study.look.interval(array), study.look.p(array, NEAR_RANK_MARGIN)
-
     groups = matched.near_rank_losses, matched.base_near_rank_losses
-    return _judged(study, arm, matched, groups, (judge, NEAR_RANK_MARGIN, (0.0, 1.0)), False)
+    if not matched.how or not differences(*groups):
+        if matched.how:
+            matched = matched._replace(how="", reason="near-rank loss was not measured along both curves")
+        return _unmatched(study, arm, matched)
+    rule = _over_seeds(study, NEAR_RANK_MARGIN, (0.0, 1.0), "")._replace(ties_decide=True)
+    return _judged(study, arm, matched, groups, rule)
+
+
+def _over_seeds(study: JudgedStudy, margin: float, bounds: tuple[float, float] | None, where: str) -> _Rule:
+    def judge(values: Mapping[int, object]) -> tuple[Interval | None, float]:
+        array = np.array([values[seed] for seed in sorted(values)], dtype=float)
+        return study.look.interval(array), study.look.p(array, margin)
+
+    return _Rule(judge, margin, bounds, where)
 
 
 def _checked_match(
-    study: JudgedStudy, arm: Arm, margin: float, groups: Callable[[Match], tuple[Outcomes, Outcomes]]
-) -> tuple[Match, str]:
-    """A match, or why it does not count: by the curve it needs a negative control that shows no difference."""
+    study: JudgedStudy,
+    arm: Arm,
+    groups: Callable[[Match], tuple[Outcomes, Outcomes]],
+    error: Callable[[Match], float],
+    margin: float,
+) -> Match:
+    """A match; by the curve only with little noise, and with a negative control that shows no difference."""
     if not (study.trained(arm).runs.keys() & study.trained(study.base).runs.keys()):
-        return Match("", ""), "no seed has a run of both that trained"
+        return Match("", "no seed has a run of both that trained")
     matched = match(study, arm, study.base)
     if matched.how != "curve":
-        return matched, matched.reason
+        return matched
+    if error(matched) > QUARTER * margin:
+        return matched._replace(how="", reason="the noise of the loss is worth more than a quarter of the margin")
     if not study.roles.other_length:
-        return matched._replace(how=""), (
-            "matched by the curve, it needs a negative control, an arm of the baseline's batch with another number of "
-            "updates"
+        return matched._replace(
+            how="",
+            reason="matched by the curve, it needs a negative control, an arm of the baseline's batch with another "
+            "number of updates",
         )
     for control in study.roles.other_length:
         found = match(study, control, study.base, only_curve=True)
-        values = array_of(differences(*groups(found))) if found.how else np.array([])
-        interval = study.look.interval(values)
-        if interval is None:
-            return matched._replace(how=""), f"its negative control {control.name} cannot be matched ({found.reason})"
+        values = differences(*groups(found)) if found.how else {}
+        interval = study.look.interval(array_of(values))
+        if interval is None or study.missing((control, study.base), groups(found)):
+            reason = "not all of its runs trained" if found.how else found.reason
+            return matched._replace(how="", reason=f"its negative control {control.name} cannot be matched ({reason})")
         if not interval[0] <= 0 <= interval[1]:
-            return matched._replace(how=""), (
-                f"its negative control {control.name}, of the baseline's batch, shows a difference, too"
+            return matched._replace(
+                how="", reason=f"its negative control {control.name}, of the baseline's batch, shows a difference, too"
             )
-    return matched, matched.reason
+    return matched
 
 
-def _unmatched(study: JudgedStudy, arm: Arm, matched: Match, reason: str) -> Difference:
+def _unmatched(study: JudgedStudy, arm: Arm, matched: Match) -> Difference:
     training = study.training[arm.name]
     if training.seeds and training.num_failed == len(training.seeds):
         return Difference(arm, {}, None, 1.0, "did not train", matched, reason=str(training))
-    return Difference(arm, {}, None, 1.0, "cannot be matched", matched, reason=reason)
+    return Difference(arm, {}, None, 1.0, "cannot be matched", matched, reason=matched.reason)
 
 
 def _judged(
     study: JudgedStudy,
     arm: Arm,
     matched: Match,
-    groups: tuple[Outcomes, Outcomes],
-    rule: tuple[Judge, float, tuple[float, float] | None],
-    on_new_images: bool,
+    groups: tuple[Mapping[int, object], Mapping[int, object]],
+    rule: _Rule,
 ) -> Difference:
     """The finding for the differences of two groups; with runs missing, one that holds whatever they had found."""
-    judge, margin, bounds = rule
-    values = differences(*groups)
-    interval, p = judge(array_of(values))
-    out = Difference(arm, values, interval, p, _finding(values, interval, margin), matched, on_new_images)
-    missing = study.missing(arm, study.base)
+    values = _minus(*groups)
+    means = _means(values)
+    interval, p = rule.judge(values)
+    out = Difference(
+        arm, means, interval, p, _finding(means, interval, rule), matched, rule.where, reason=matched.reason
+    )
+    missing = study.missing((arm, study.base), groups)
     if not missing:
         return out
-    filled = completions(groups, missing, bounds)
-    possible = [differences(*each) for each in filled] if filled else []
-    judged = [(each, *judge(array_of(each))) for each in possible]
-    findings = {_finding(each, of_it, margin) for each, of_it, _ in judged}
+    findings, highest = set(), 0.0
+    for each in completions(groups, missing, rule.bounds):
+        completed = _minus(*each)
+        of_it, p = rule.judge(completed)
+        findings.add(_finding(_means(completed), of_it, rule))
+        highest = max(highest, p)
     if findings == {out.finding}:
-        return out._replace(p=max(p for _, _, p in judged))
-    return out._replace(finding="undecided", reason=f"{len(missing)} of {len(missing) + len(values)} pairs are missing")
+        return out._replace(p=highest)
+    num = len(missing)
+    return out._replace(finding="undecided", reason=f"{num} of {num + len(values)} pairs are missing")
 
 
-def _finding(values: Outcomes, interval: Interval | None, margin: float) -> Finding:
-    if interval is None or (len(values) > 1 and interval[0] == interval[1] != 0):
+def _minus(first: Mapping[int, object], second: Mapping[int, object]) -> dict[int, object]:
+    """Seed to first minus second, numbers or arrays."""
+    common = sorted(first.keys() & second.keys())
+    return {seed: np.subtract(np.asarray(first[seed]), np.asarray(second[seed])) for seed in common}
+
+
+def _means(values: Mapping[int, object]) -> dict[int, float]:
+    return {seed: float(np.mean(np.asarray(value, dtype=float))) for seed, value in values.items()}
+
+
+def _finding(values: Outcomes, interval: Interval | None, rule: _Rule) -> Finding:
+    tied = len(values) > 1 and are_equal(array_of(values))
+    if interval is None or (tied and not rule.ties_decide):
         return "undecided"  # one pair, or pairs that differ by exactly the same
-    if interval[0] > margin:
+    if interval[0] > rule.margin:
         return "above the margin"
-    if interval[1] < margin:
+    if interval[1] < rule.margin:
         return "there, but below the margin" if interval[0] > 0 else "below the margin"
     return "undecided"
 
 
-def _over_images(study: JudgedStudy, arm: Arm, seeds: Sequence[int]) -> TwoWay | None:
-    """The differences of correctness over seeds and test images; None if some run has none."""
-    pairs = [(study.base.runs[seed].test_correct, arm.runs[seed].test_correct) for seed in seeds]
-    first, second = ([pair[at] for pair in pairs] for at in (0, 1))
-    if len(pairs) < 2 or any(each is None or len(each) != len(pairs[0][0]) for each in [*first, *second]):  # type: ignore[arg-type]
+def _correctness(study: JudgedStudy, arm: Arm) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]] | None:
+    """Seed to the correctness of each test image, of the baseline and of an arm; None if a run has none."""
+    groups = []
+    for each in (study.base, arm):
+        runs = study.trained(each).runs
+        groups.append({seed: run.test_correct for seed, run in runs.items() if run.score is not None})
+    every = [correct for group in groups for correct in group.values()]
+    sizes = {-1 if correct is None else len(correct) for correct in every}
+    if len(sizes) != 1 or min(sizes) < 2 or len(groups[0].keys() & groups[1].keys()) < 2:
         return None
-    return two_way(np.subtract(np.stack(first), np.stack(second), dtype=np.int8))  # type: ignore[arg-type]
+    first, second = ({seed: np.asarray(correct, dtype=np.int8) for seed, correct in group.items()} for group in groups)
+    return first, second
 
 
-def new_images(images: TwoWay, look: Look, num_seeds: int, margin: float) -> tuple[Interval | None, float]:
+def new_images(
+    images: TwoWay, look: Look, num_seeds: int, num_images: int, margin: float
+) -> tuple[Interval | None, float]:
     """Interval for new seeds and new test images, and p of a mean at the margin.
 
     At a single look with the degrees of freedom of the two-way variance. At one of several looks with the critical
-    value that the interval of the seeds has there.
+    value that the interval of the seeds has there. Where no image differs, the share of images that do is at most
+    1 - (level / 2)^(1 / M) with that confidence, and so is the mean.
     """
+    if math.isinf(look.critical(num_seeds)):
+        return (-math.inf, math.inf), 1.0
     deviation = images.variance**0.5
     if not deviation:
-        return (images.mean, images.mean), float(images.mean == margin)
-    if not look.sentence:
+        half_width = 1 - (look.level / 2) ** (1 / num_images)
+        p = min(1.0, 2 * (1 - min(1.0, abs(images.mean - margin))) ** num_images)
+    elif not look.sentence:
         half_width = critical_t(look.level, images.df) * deviation
         p = two_sided_p((images.mean - margin) / deviation, images.df)
     else:
@@ -223,25 +282,32 @@ def new_images(images: TwoWay, look: Look, num_seeds: int, margin: float) -> tup
 # -- all arms ---------------------------------------------------------------------------------------------------------
 
 
-def _combined(found: Sequence[Difference], look: Look) -> tuple[Outcome, str]:
-    """Supported if one arm survives Holm's correction, contradicted if every arm is below the margin."""
-    compared = [each for each in found if each.finding in COMPARED]
-    corrected = holm([each.p for each in compared])
-    above = [
-        each.finding == "above the margin" and p is not None and p < look.level
-        for each, p in zip(compared, corrected, strict=True)
-    ]
-    findings = {each.finding for each in found}
-    if any(above):
-        return "supported", "above the margin"
+def _combined(found: Sequence[Difference], look: Look) -> tuple[list[Difference], Outcome, str]:
+    """Supported if one arm survives Holm's correction, contradicted if every arm is below the margin.
+
+    Returns:
+        The arms, of which those that do not survive the correction are undecided; outcome; finding.
+    """
+    compared = [at for at, each in enumerate(found) if each.finding not in ("cannot be matched", "did not train")]
+    corrected = dict(zip(compared, holm([found[at].p for at in compared]), strict=True))
+    out = []
+    for at, each in enumerate(found):
+        p = corrected.get(at)
+        if each.finding == "above the margin" and (p is None or p >= look.level):
+            reason = f"it does not survive the correction for {len(compared)} arms"
+            out.append(each._replace(finding="undecided", reason=reason))
+        else:
+            out.append(each)
+    findings = {each.finding for each in out}
+    if "above the margin" in findings:
+        return out, "supported", "above the margin"
     if findings == {"below the margin"}:
-        return "contradicted", "below the margin"
-    if findings and findings <= {"below the margin", "there, but below the margin"}:
-        return "contradicted", "there, but below the margin"
-    for each in ("cannot be matched", "did not train"):
-        if findings and findings <= {"cannot be matched", "did not train"} and each in findings:
-            return "undecided", each
-    return "undecided", ""
+        return out, "contradicted", "below the margin"
+    if findings and findings <= set(NO_LOSS):
+        return out, "contradicted", "there, but below the margin"
+    if findings and findings <= {"cannot be matched", "did not train"}:
+        return out, "undecided", "cannot be matched" if "cannot be matched" in findings else "did not train"
+    return out, "undecided", ""
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -252,47 +318,61 @@ def _nothing(study: JudgedStudy) -> str:
 
 
 def _gap_text(study: JudgedStudy, found: Difference) -> str:
-    arm, base = found.arm, study.base
-    lost = study.lost(arm, base)
+    arm, lost = found.arm, study.lost(found.arm, study.base)
     ends = ""
     if lost:
-        ends = f" At the end it loses {study.described(lost)} on test samples" + _parts(study, arm, lost) + "."
-    if not found.match.how or found.finding in ("cannot be matched", "did not train"):
+        mean = fmean(lost.values())
+        shown = study.described(lost, turned=mean < 0)
+        ends = f" At the end it {study.loses(mean)} {shown}{study.unit} on test samples"
+        ends += _parts(study, arm, lost) + "."
+    if not found.values:
         return f"{arm.name}: {found.finding} ({found.reason}).{ends}"
-    where = "on new images" if found.on_new_images else "on these images"
-    text = described(found.values, study.show, found.interval)
-    words = f"{arm.name} loses {text}{study.unit} at equal training, {where}: {found.finding}"
-    if found.finding == "undecided" and not found.reason.endswith("missing"):
-        words += f", detectable {_detectable(study, found.values)}"
+    mean = fmean(found.values.values())
+    text = study.described(found.values, found.interval, turned=mean < 0)
+    words = f"{arm.name} {study.loses(mean)} {text}{study.unit} at equal training, {found.where}: {found.finding}"
+    if found.finding == "undecided" and (least := detectable(study, found)):
+        words += f"; {study.show(least, signed=False)}{study.unit} would be found four times in five"
     return f"{words} ({found.reason}).{ends}"
 
 
-def _detectable(study: JudgedStudy, values: Outcomes) -> str:
-    array = array_of(values)
-    if len(array) < 2 or are_equal(array):
-        return "with more pairs only"
-    return study.show(minimum_detectable_effect(float(array.std(ddof=1)), len(array)), signed=False) + study.unit
+def detectable(study: JudgedStudy, found: Difference) -> float | None:
+    """The true difference that is found to be above the margin with 80% power, for the width of the interval.
+
+    margin + h (1 + z / c), with the half width h of the interval, the critical value c of the look, and z = 0.84.
+    """
+    critical = study.look.critical(len(found.values)) if len(found.values) > 1 else math.inf
+    if found.interval is None or math.isinf(critical) or found.interval[0] == found.interval[1]:
+        return None
+    from scipy import special  # slow to import, see statistics/paired.py
+
+    half_width = (found.interval[1] - found.interval[0]) / 2
+    return study.margin + half_width * (1 + float(special.ndtri(POWER)) / critical)
 
 
 def _parts(study: JudgedStudy, arm: Arm, lost: Outcomes) -> str:
-    """Test loss as the sum of what is lost in training, and of the growth of the train-test gap."""
-    training = study.training[arm.name].difference
-    in_training = {seed: -training[seed] for seed in lost if seed in training}
+    """Test loss as the sum of what is lost in training, and of the growth of the train-test gap; and the power."""
+    training = study.training[arm.name]
+    in_training = {seed: -training.difference[seed] for seed in lost if seed in training.difference}
     if not in_training:
         return ""
     gap = differences(lost, in_training)
-    return f", of which {study.described(in_training)} on training samples and {study.described(gap)} between the two"
+    text = f", {study.described(in_training)} on training samples plus {study.described(gap)} of train-test gap"
+    if training.label in ("as well", "unclear"):
+        told = "it trained as well" if training.label == "as well" else "whether it trained as well is unclear"
+        text += f"; {told} (of equal arms that is told in {training.power:.0%})"
+    return text
 
 
 def _growth_text(study: JudgedStudy, found: Difference) -> str:
     arm, base = found.arm, study.base
     since = [_since_untrained(study, each) for each in (base, arm)]
     changes = f" Since their own untrained networks: {base.name} {since[0]}, {arm.name} {since[1]}."
-    if not found.match.how or not found.values:
+    if not found.values:
         ends = share(study.growth(arm, base), study.look) if study.growth(arm, base) else "not known"
         return f"{arm.name}: {found.finding} ({found.reason}); at the end {ends}.{changes}"
     text = described(found.values, "{:+.3f}".format, found.interval)
-    return f"{arm.name} {text} at equal training: {found.finding}.{changes}"
+    reason = f" ({found.reason})" if found.finding == "undecided" else ""
+    return f"{arm.name} {text} at equal training: {found.finding}{reason}.{changes}"
 
 
 def _since_untrained(study: JudgedStudy, arm: Arm) -> str:

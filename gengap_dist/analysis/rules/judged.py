@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from gengap_dist.analysis.arm_roles import Arm, Roles
 from gengap_dist.analysis.rules.look import Look, array_of
@@ -13,6 +13,7 @@ from gengap_dist.statistics.paired import Interval, differences
 NEAR_RANK_MARGIN = 0.02  # of near-rank loss, a share: two singular values in a hundred
 MAX_MISSING = 6  # pairs whose values may be anything; with more of them nothing can be told
 
+Value = TypeVar("Value")
 Outcomes = Mapping[int, float]
 """Seed to a quantity of a run, or to a difference of two."""
 
@@ -36,10 +37,18 @@ class JudgedStudy(NamedTuple):
         kept = self.training[arm.name].trained
         return arm._replace(runs={seed: run for seed, run in arm.runs.items() if seed in kept})
 
-    def missing(self, *arms: Arm) -> list[int]:
-        """Seeds with which not all of these arms have a run that trained; seeds that no arm has are not counted."""
+    def missing(self, arms: Sequence[Arm], groups: Sequence[Mapping[int, object]]) -> list[int]:
+        """Seeds that one of these arms has, with any status, and that have no value in one of the groups."""
         every = set().union(*(self.training[arm.name].seeds for arm in arms))
-        return sorted(seed for seed in every if not all(seed in self.training[arm.name].trained for arm in arms))
+        return sorted(seed for seed in every if not all(seed in values for values in groups))
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Lowest and highest possible score; None if there are none."""
+        if self.metric.unit != "share":
+            return None
+        low, high = sorted((self.metric.score(0.0), self.metric.score(1.0)))
+        return (low, high)
 
     def scores(self, arm: Arm) -> dict[int, float]:
         """Seed to the score on test samples, of the runs that trained."""
@@ -67,9 +76,25 @@ class JudgedStudy(NamedTuple):
         """A difference of scores, in the unit that is shown."""
         return self.metric.format_difference(value, signed=signed)
 
-    def described(self, values: Outcomes, interval: Interval | None = None) -> str:
-        """Mean and interval of differences of scores; `interval` replaces that of the seeds."""
-        return described(values, self.show, interval or self.look.interval(array_of(values)))
+    def described(self, values: Outcomes, interval: Interval | None = None, *, turned: bool = False) -> str:
+        """Mean and interval of differences of scores.
+
+        Args:
+            values: seed to difference.
+            interval: replaces that of the seeds.
+            turned: with the other sign.
+        """
+        interval = interval or self.look.interval(array_of(values))
+        if turned:
+            values = {seed: -value for seed, value in values.items()}
+            interval = interval and (-interval[1], -interval[0])
+        return described(values, self.show, interval)
+
+    def loses(self, value: float) -> str:
+        """The verb for a difference of scores: "loses", "adds" of a metric of which less is better, or "gains"."""
+        if value < 0:
+            return "gains" if self.metric.higher_is_better else "saves"
+        return "loses" if self.metric.higher_is_better else "adds"
 
     @property
     def unit(self) -> str:
@@ -98,9 +123,9 @@ def described(values: Outcomes, show: Callable[[float], str], interval: Interval
 
 
 def completions(
-    groups: Sequence[Outcomes], seeds: Sequence[int], bounds: tuple[float, float] | None
-) -> Iterator[list[dict[int, float]]] | None:
-    """The same values with every combination of the missing ones at the bounds; None if that cannot be done.
+    groups: Sequence[Mapping[int, Value]], seeds: Sequence[int], bounds: tuple[Value, Value] | None
+) -> Iterator[list[dict[int, Value]]]:
+    """The same values with every combination of the missing ones at the bounds; none if that cannot be done.
 
     Args:
         groups: seed to value, for each arm.
@@ -112,13 +137,9 @@ def completions(
     """
     holes = [(at, seed) for at, values in enumerate(groups) for seed in seeds if seed not in values]
     if bounds is None or len(holes) > MAX_MISSING:
-        return None
-
-    def completed() -> Iterator[list[dict[int, float]]]:
-        for filled in product(bounds, repeat=len(holes)):
-            out = [dict(values) for values in groups]
-            for (at, seed), value in zip(holes, filled, strict=True):
-                out[at][seed] = value
-            yield out
-
-    return completed()
+        return
+    for filled in product(bounds, repeat=len(holes)):
+        out = [dict(values) for values in groups]
+        for (at, seed), value in zip(holes, filled, strict=True):
+            out[at][seed] = value
+        yield out

@@ -1,5 +1,6 @@
 """How sure a difference must be at one look at a study: its level, and the test that keeps it over all looks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -36,6 +37,8 @@ class Look(NamedTuple):
         if n < 2:
             return None
         mean = float(array.mean())
+        if self.critical(n) == math.inf:
+            return (-math.inf, math.inf)
         if are_equal(array):
             return (mean, mean)
         half_width = self.critical(n) * float(array.std(ddof=1)) / n**0.5
@@ -56,7 +59,7 @@ class Look(NamedTuple):
         (0.295167, 1.0, 0.0)
         """
         n, array = len(values), np.asarray(values, dtype=float) - limit
-        if n < 2:
+        if n < 2 or self.critical(n) == math.inf:
             return 1.0
         if are_equal(array):
             return float(abs(array.mean()) <= 1e-12)

@@ -14,7 +14,7 @@ import numpy as np
 from gengap_dist.analysis.arm_roles import Arm, shorter_counterpart, unscaled_counterpart, updates
 from gengap_dist.analysis.results import Claim, Outcome
 from gengap_dist.analysis.rules.judged import JudgedStudy, completions
-from gengap_dist.analysis.rules.look import Look, array_of
+from gengap_dist.analysis.rules.look import Look, are_equal, array_of
 from gengap_dist.statistics.paired import differences, holm
 
 ENOUGH_UPDATES = 0.98  # of the baseline's
@@ -34,10 +34,12 @@ class Graded(NamedTuple):
 def grade(left: np.ndarray, lost: np.ndarray, margin: float, look: Look) -> Graded:
     """The grade of a remedy by what is left with it, E [n], and what is lost without it, G [n], in scores.
 
-    >>> lost = np.array([0.098, 0.101, 0.1, 0.103])
+    >>> lost = np.array([0.098, 0.101, 0.1, 0.103])  # without noise
     >>> [grade(part * lost, lost, 0.005, Look()).grade for part in (0.01, 0.1, 0.5, 0.9)]
     ['resolves', 'mostly', 'partly', 'does not']
     """
+    if are_equal(left) or are_equal(lost):
+        return Graded("undecided", 1.0)  # pairs that differ by exactly the same decide nothing
     below = [(left, margin), (left - QUARTER * lost, 0.0)]
     if all(look.is_below(values, limit) for values, limit in below):
         return Graded("resolves", max(look.p(values, limit) for values, limit in below))
@@ -116,16 +118,16 @@ def _asked(study: JudgedStudy, arm: Arm, without: Arm | None, min_updates: float
         return _Asked(f"{arm.name}, {without.name} and {base.name} have fewer than two seeds in common", None)
     lost, left = ({seed: values[seed] for seed in seeds} for values in (lost, left))
     if not study.look.is_above(array_of(lost)):
-        return _Asked(f"{arm.name} is not asked: {without.name} loses {study.described(lost)}{study.unit}", None)
+        return _Asked(
+            f"{arm.name} is not asked: {without.name} does not surely lose ({study.described(lost)}{study.unit})", None
+        )
     closed = 1 - fmean(left.values()) / fmean(lost.values())
     text = (
         f"{arm.name} closes {closed:.0%} of the {study.show(fmean(lost.values()), signed=False)}{study.unit} that "
         f"{without.name} loses, {study.described(left)} are left"
     )
     graded = grade(array_of(left), array_of(lost), study.margin, study.look)
-    missing = study.missing(arm, without, base)
-    if missing:
-        filled = completions(groups, missing, (0.0, 1.0) if study.metric.unit == "share" else None)
+    if missing := study.missing((arm, without, base), groups):
         every = [
             grade(
                 array_of(differences(of_base, of_arm)),
@@ -133,7 +135,7 @@ def _asked(study: JudgedStudy, arm: Arm, without: Arm | None, min_updates: float
                 study.margin,
                 study.look,
             )
-            for of_base, of_other, of_arm in filled or ()
+            for of_base, of_other, of_arm in completions(groups, missing, study.bounds)
         ]
         if {each.grade for each in every} != {graded.grade}:
             return _Asked(

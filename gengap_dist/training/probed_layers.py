@@ -1,6 +1,5 @@
 """Which layers the probe of a run measures, and with how many samples for each unit: known before the first step."""
 
-import math
 import warnings
 from typing import NamedTuple
 
@@ -95,11 +94,12 @@ def warn_of_sizes(config: ProbeConfig, layers: ProbedLayers, num_samples: int, n
     few = {key: rows for key, rows in layers.samples_per_unit(num_samples).items() if rows < FEW_ROWS_PER_UNIT}
     if few:
         worst = min(few, key=lambda key: few[key])
-        needed = math.ceil(num_samples * FEW_ROWS_PER_UNIT / few[worst])
+        rows, units = layers.shapes[worst]
+        needed = -(-FEW_ROWS_PER_UNIT * units // rows)
         remedy = f"set probe.num_samples={needed:,}" if needed <= num_train else "compare equal probe sets only"
         warnings.warn(
             f"few samples for each unit: the probe set of {num_samples:,} gives {worst} a matrix with {few[worst]:g} "
-            f"rows for each of its {layers.shapes[worst][1]:,} columns, and near-rank loss depends on the number of "
+            f"rows for each of its {units:,} columns, and near-rank loss depends on the number of "
             f"samples below {FEW_ROWS_PER_UNIT}: {remedy}",
             stacklevel=3,
         )

@@ -318,7 +318,10 @@ def test_the_last_hidden_layer(tmp_path, layers, last):
 
 
 def test_few_samples_for_each_unit_are_told(tmp_path):
-    with pytest.warns(UserWarning, match=r"the probe set of 64 gives fc1 a matrix with 0.533 rows for each of"):
+    with pytest.warns(
+        UserWarning,
+        match=r"the probe set of 64 gives fc1 a matrix with 0.533 rows for each of its.*set probe.num_samples=480",
+    ):
         train(tmp_path / "run", train__steps=1, probe__num_samples=64)
 
 

@@ -5,6 +5,7 @@ own batch size, so that `optim.scaling=sqrt` at optim.base_size does not scale, 
 number of epochs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -37,7 +38,8 @@ class Arm(NamedTuple):
 
     def scores(self) -> dict[int, float]:
         """Seed to score on the test samples."""
-        return {seed: run.score for seed, run in self.runs.items() if run.score is not None}
+        scores = {seed: run.score for seed, run in self.runs.items() if run.score is not None}
+        return {seed: score for seed, score in scores.items() if math.isfinite(score)}
 
 
 def group_by_arm(runs: Sequence[Run]) -> dict[str, Arm]:

@@ -77,9 +77,12 @@ def _finished(study: JudgedStudy, arm: Arm) -> tuple[bool, str]:
     if not len(ratios) or not is_equivalent(ratios, SAME_LOSS):
         return False, ""
     factor = f"the final training losses differ by a factor of {math.exp(abs(float(ratios.mean()))):.2f}"
-    if training.difference and not is_equivalent(array_of(training.difference), training.margin):
+    slope, difference = _final_slope(study, arm), array_of(training.difference)
+    # with curves their slope says what the ratio of losses is worth; without them training scores must surely agree
+    apart = len(difference) and abs(float(difference.mean())) > training.margin
+    if len(difference) and (apart or (slope is None and not is_equivalent(difference, training.margin))):
         return False, f"{factor}, and the training scores by {study.described(training.difference)}{study.unit}"
-    worth = abs(_final_slope(study, arm) * float(ratios.mean()))
+    worth = abs((slope or 0.0) * float(ratios.mean()))
     if worth > QUARTER * study.margin:
         shown = f"{study.show(worth, signed=False)}{study.unit}"
         return False, f"{factor}, worth {shown} by the slope of the curves, more than a quarter of the margin"
@@ -90,8 +93,8 @@ def _mean_training(arm: Arm) -> float:
     return fmean([run.train_score for run in arm.runs.values() if run.train_score is not None] or [0.0])
 
 
-def _final_slope(study: JudgedStudy, arm: Arm) -> float:
-    """Change of the validation score with log loss in the last part of the curves of both arms; 0 if not known.
+def _final_slope(study: JudgedStudy, arm: Arm) -> float | None:
+    """Change of the validation score with log loss in the last part of the curves of both arms; None if not known.
 
     Least squares over all runs, each with an intercept of its own.
     """
@@ -105,7 +108,7 @@ def _final_slope(study: JudgedStudy, arm: Arm) -> float:
         x += [*(logs[last] - logs[last].mean())] if last.any() else []
         y += [*(scores[last] - scores[last].mean())] if last.any() else []
     first, second = np.array(x), np.array(y)
-    return float(first @ second / (first @ first)) if len(x) >= FEW_POINTS and first @ first > 0 else 0.0
+    return float(first @ second / (first @ first)) if len(x) >= FEW_POINTS and first @ first > 0 else None
 
 
 # -- by the curve -----------------------------------------------------------------------------------------------------

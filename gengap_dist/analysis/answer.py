@@ -49,7 +49,7 @@ def _no_loss(study: JudgedStudy, gaps: Sequence[Difference]) -> tuple[str, list[
         return "", []
     last = max((each for each in shown if each.arm.global_size == shown[-1].arm.global_size), key=_mean)
     margin = f"{study.show(study.margin, signed=False)}{study.unit}"
-    values = described(last.values, study.show, last.interval)
+    values = study.described(last.values, last.interval)
     harm = "no loss" if study.metric.higher_is_better else f"no added {study.metric.name}"
     return f"up to batch {last.arm.global_size:,} {harm} above {margin} is seen ({values}, {last.where})", shown
 
@@ -62,10 +62,10 @@ def _clause(study: JudgedStudy, gap: Difference) -> str:
     arm, training = gap.arm, study.training[gap.arm.name]
     name = f"batch {arm.global_size:,} ({arm.name})"
     if gap.finding == "above the margin":
-        values = described(gap.values, study.show, gap.interval)
+        values = study.described(gap.values, gap.interval)
         return f"{name} {study.loses(1.0)} {values}{study.unit} at equal training, {gap.where}"
     if gap.finding in NO_LOSS:
-        return f"{name} {study.loses(1.0)} no more ({described(gap.values, study.show, gap.interval)})"
+        return f"{name} {study.loses(1.0)} no more ({study.described(gap.values, gap.interval)})"
     if training.num_failed or training.num_unknown:
         return f"{name} {training}" if training.num_failed else f"{name}: {training}"
     lost = study.lost(arm, study.base)

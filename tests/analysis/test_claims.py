@@ -226,7 +226,7 @@ def test_what_is_lost_is_parted_into_training_and_generalization():
     runs = changed(runs, "lb", train_loss=1.0)
     claim, answer = of(runs, "gap"), judge(runs, "sb").answer
     assert claim.finding == "cannot be matched"
-    assert "+2.00 (the same in all 5 pairs) on training samples plus" in claim.evidence
+    assert "2.00 (the same in all 5 pairs) on training samples plus" in claim.evidence
     assert "and it is trained less: it is not shown to generalize worse" in answer  # less is lost than in training
     runs = changed(runs, "lb", score=0.7)
     assert "of which 2.00 on training samples too: it is trained less" in judge(runs, "sb").answer
@@ -332,7 +332,7 @@ def test_images_that_no_run_gets_otherwise_are_not_certain():
     runs = [run._replace(test_correct=np.ones(20, dtype=bool), score=1.0, train_score=1.0) for run in runs]
     claim = of(runs, "gap")
     assert claim.finding == ""
-    assert "[-16.84, +16.84]" in claim.evidence
+    assert "[-16.84, 16.84]" in claim.evidence
 
 
 def test_results_that_are_missing_are_not_passed_over():
@@ -353,7 +353,7 @@ def test_an_answer_speaks_for_every_length_of_a_batch():
 
 def test_a_gain_is_called_a_gain():
     runs = two_batches(np.random.default_rng(0), 10, lost=-2.0)
-    assert "lb gains +1.9" in of(runs, "gap").evidence
+    assert "lb gains 1.9" in of(runs, "gap").evidence
 
 
 # -- remedies ---------------------------------------------------------------------------------------------------------

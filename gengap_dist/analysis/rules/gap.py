@@ -359,7 +359,7 @@ def _parts(study: JudgedStudy, arm: Arm, lost: Outcomes) -> str:
     text = f", {study.described(in_training)} on training samples plus {study.described(gap)} of train-test gap"
     if training.label in ("as well", "unclear"):
         told = "it trained as well" if training.label == "as well" else "whether it trained as well is unclear"
-        text += f"; {told} (of equal arms that is told in {training.power:.0%})"
+        text += f"; {told} (power of that test {training.power:.0%})"
     return text
 
 

@@ -88,7 +88,7 @@ class JudgedStudy(NamedTuple):
         if turned:
             values = {seed: -value for seed, value in values.items()}
             interval = interval and (-interval[1], -interval[0])
-        return described(values, self.show, interval)
+        return described(values, lambda value: self.show(value, signed=False), interval)
 
     def loses(self, value: float) -> str:
         """The verb for a difference of scores: "loses", "adds" of a metric of which less is better, or "gains"."""

@@ -1,9 +1,9 @@
 """Compares whole studies, from command to last file: gengap_dist, shell loops over a plain script, and Ray Tune.
 
-    python benchmarks/studies.py [--study demo] [--rounds 6] [--before CHECKOUT] [--out docs/benchmarks/studies.json]
+    python benchmarks/studies.py [--study lenet5] [--rounds 6] [--before CHECKOUT] [--out docs/benchmarks/studies.json]
     python benchmarks/studies.py --study mlp [--data DIR]
 
-Studies: demo, that of configs/demo.yaml (LeNet-5 on digits); mlp, two batch sizes x ten seeds of a multilayer
+Studies: lenet5, that of benchmarks/lenet5_digits.yaml; mlp, two batch sizes x ten seeds of a multilayer
 perceptron on digits, or on Fashion-MNIST in DIR. All contestants take turns; every run trains the same network on the
 same images with the same optimizer, rate, batches and number of steps, and writes losses, validation at the same steps,
 train and test accuracy, and the near-rank loss of the same layers, at the same steps on the same images. The plain
@@ -105,7 +105,7 @@ class Contestant(NamedTuple):
 
 def study_tree(name: str, data: Path | None, *, quick: bool) -> dict[str, Any]:
     """The settings of a study; `quick`: of its first two arms and seeds, a few steps."""
-    tree = load_yaml(CHECKOUT / "configs/demo.yaml") if name == "demo" else MLP
+    tree = load_yaml(Path(__file__).with_name("lenet5_digits.yaml")) if name == "lenet5" else MLP
     tree = merge(tree, {"probe": {"num_samples": 1024, "at_losses": []}})  # what the rivals do
     if data is not None:
         tree = merge(tree, {"data": {"name": "fashion_mnist", "root": str(data.resolve())}})
@@ -321,7 +321,7 @@ def arm_table(results: Mapping[str, Any]) -> Table:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=["demo", "mlp"], default="demo")
+    parser.add_argument("--study", choices=["lenet5", "mlp"], default="lenet5")
     parser.add_argument("--data", type=Path, help="mlp: train on FashionMNIST in this folder, not on digits")
     parser.add_argument("--rounds", type=int, default=3, help=f"ratios need {paired_timing.MIN_ROUNDS}")
     parser.add_argument("--only", nargs="+", help="some contestants: words in their names, such as packed xargs")
@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two arms, two seeds, 20 steps: whether all of it works")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file, beside those of other studies")
     options = parser.parse_args()
-    if options.data and options.study == "demo":
+    if options.data and options.study == "lenet5":
         parser.error("--data is for --study mlp")
     machine, busy = paired_timing.machine(), paired_timing.busy()
     console = Console(width=140, highlight=False)

@@ -51,7 +51,7 @@ def test_examples_hold():
 
 
 def test_the_options_of_the_plain_script_are_those_of_the_arms():
-    runs = {name: plain_run.parser.parse_args([*words, "--out", "x"]) for name, words in arms("demo").items()}
+    runs = {name: plain_run.parser.parse_args([*words, "--out", "x"]) for name, words in arms("lenet5").items()}
     found = {name: (run.global_size, run.num_steps, round(run.lr, 4), run.warmup_steps) for name, run in runs.items()}
     assert found == {
         "sb32": (32, 1230, 0.02, 0),
@@ -63,7 +63,7 @@ def test_the_options_of_the_plain_script_are_those_of_the_arms():
     assert arms("mlp")["lb1024"][3:8] == ["mlp", "--widths", "256", "256", "--global_size"]
 
 
-@pytest.mark.parametrize("study", ["demo", "mlp"])
+@pytest.mark.parametrize("study", ["lenet5", "mlp"])
 def test_the_plain_script_measures_what_the_probe_measures(study, images):
     run = validate(StudyConfig, studies.study_tree(study, None, quick=False))
     plan = plain_run.Plan(options(next(iter(arms(study).values())), images))
@@ -91,14 +91,14 @@ def test_the_plain_script_measures_what_the_probe_measures(study, images):
 
 @pytest.mark.parametrize("arm", ["sb32", "lb1294"])
 def test_the_plain_script_measures_as_often(arm, images):
-    plan = plain_run.Plan(options(arms("demo")[arm], images))
+    plan = plain_run.Plan(options(arms("lenet5")[arm], images))
     num_steps = plan.options.num_steps
     due, spaced = evenly(20, num_steps), log_spaced(3)
     assert plan.eval_steps == {0} | {step for step in range(num_steps + 1) if due(step)}
     assert plan.probe_steps == {num_steps} | {step for step in range(num_steps) if spaced(step)}
 
 
-@pytest.mark.parametrize("study", ["demo", "mlp"])
+@pytest.mark.parametrize("study", ["lenet5", "mlp"])
 def test_the_plain_script_trains_the_same_network(study, images, tmp_path):
     alone = {"mlflow": {"enabled": False}, "launch": {"num_processes": 1}}
     config = validate(StudyConfig, merge(studies.study_tree(study, None, quick=True), alone))
@@ -129,14 +129,14 @@ def test_the_page_says_runs_per_hour_and_why_a_contestant_is_missing(tmp_path):
         "bare": [outcome(3.6, None)] * 6,
     }
     result = {
-        "title": "demo",
+        "title": "lenet5",
         "machine": studies.paired_timing.machine(),
         "num_runs": 2,
         "missing": {"Ray Tune": "not installed: ray"},
         "contestants": {name: studies.summary(each) for name, each in rounds.items()},
     }
     (tmp_path / "benchmarks.md").write_text("<!-- studies -->\n<!-- /studies -->\n")
-    page.keep(tmp_path, "studies", {"demo": json.loads(json.dumps(result))})
+    page.keep(tmp_path, "studies", {"lenet5": json.loads(json.dumps(result))})
     page.write(tmp_path)
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| ours | 2,000 | 2.00 (2.00 to 2.00) | 1.50 | 500 | 85.0% | 0.500 |" in text
@@ -180,7 +180,7 @@ def test_every_contestant_runs_a_study(contestant, tmp_path):
         contestant,
     ]
     subprocess.run([*command, "--concurrent", "1", "--out", "found.json"], cwd=tmp_path, check=True)
-    found = json.loads((tmp_path / "found.json").read_text())["demo"]
+    found = json.loads((tmp_path / "found.json").read_text())["lenet5"]
     assert len(found["contestants"]) >= 2
     for usage in found["contestants"].values():
         assert {arm: len(values) for arm, values in usage["test_accuracy"].items()} == {"sb32": 2, "lb256": 2}

@@ -21,7 +21,7 @@ def loss_grid(given: Sequence[float | Literal["auto"]]) -> tuple[float, ...]:
     not much more than the range of .35 over which arms are compared at equal losses.
 
     >>> [round(loss, 5) for loss in loss_grid(["auto"])][:3], loss_grid(["auto"])[-1], loss_grid([0.1, 1, 0.1])
-    ([2.0, 1.24805, 0.77882], 0.0001, (1, 0.1))
+    ([2.0, 1.24801, 0.77877], 0.0001, (1, 0.1))
     """
     ratio = (LAST_AUTO / FIRST_AUTO) ** (1 / (NUM_AUTO - 1))
     grid = [*(FIRST_AUTO * ratio**k for k in range(NUM_AUTO - 1)), LAST_AUTO]

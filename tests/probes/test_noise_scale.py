@@ -19,6 +19,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies import STRATEGIES
 from gengap_dist.probes.noise_scale import DECAY, NoiseScale, unbiased_noise_estimates
 from gengap_dist.training.step import Objective, StepBatch, train_step
+from gengap_dist.training.step_metrics import StepMetrics
 from gengap_dist.training.tasks import Classification
 
 
@@ -170,7 +171,9 @@ def steps(world: World, name: str) -> list[tuple[int, int, bool, list[float], li
             strategy.track_local_grad_norm = watching
             step_batch = StepBatch(indices, 0, plan.micro_batches(world.rank))
             sums, norm = train_step(strategy, batches, step_batch, Objective(Classification(splits.spec)))
-            found = [*world.all_reduce(torch.stack(sums))[3:6].tolist(), float(norm) ** 2]
+            totals = StepMetrics(*world.all_reduce(torch.stack(sums)).tolist())
+            local = [totals.local_squared_norm, totals.local_inverse_size, totals.num_local_norms]
+            found = [*local, float(norm) ** 2]
             out.append((global_size, micro_size, watching, found, true))
     return out
 

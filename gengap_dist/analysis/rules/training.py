@@ -53,6 +53,8 @@ class Training(NamedTuple):
         return equivalence_power(float(values.std(ddof=1)), len(values), self.margin) if len(values) > 1 else 0.0
 
     def __str__(self) -> str:
+        if self.label == "not judged":
+            return "not judged, because the baseline did not train"
         of = f"of {len(self.seeds)}"
         parts = [f"did not train in {self.num_failed} {of}"] * bool(self.num_failed)
         parts += [f"{self.num_unknown} {of} without a result"] * bool(self.num_unknown)

@@ -7,7 +7,7 @@ under its own names; for other runs the caller gives the names.
 import ast
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from gengap_dist.runs.run_folder import json_line, write_atomically, write_info
 from gengap_dist.runs.schema import RunInfo, RunStatus
 from gengap_dist.tracking.mlflow.names import own_name
 
+RESULTS = ("train_full/", "test/", "train_test_gap")  # metrics of our runs that are results
 STATUS = {
     "FINISHED": RunStatus.FINISHED,
     "FAILED": RunStatus.FAILED,
@@ -119,7 +120,10 @@ def save_as_run_folder(
     lines: dict[int, dict[str, float]] = {}
     ours = run.data.tags.get("mlflow.source.name") == "gengap_dist"
     for sent_name in metrics:
-        if is_wanted(name := own_name(sent_name, run.data.tags) if ours else sent_name):
+        name = own_name(sent_name, run.data.tags) if ours else sent_name
+        if ours and name.startswith(RESULTS):
+            result[name] = metrics[sent_name]
+        elif is_wanted(name):
             for point in client.get_metric_history(run.info.run_id, sent_name):
                 lines.setdefault(point.step, {})[name] = point.value
     counted = metrics.get(names.num_updates, params.get(names.num_updates, max(lines, default=0) if ours else 0))
@@ -133,7 +137,9 @@ def save_as_run_folder(
     )
     settings = settings | {"batch": {**_dict_or_empty(settings.get("batch")), "global_size": size}, "seed": seed}
     folder.mkdir(parents=True, exist_ok=True)
+    described = _described(run.data.tags) if ours else {}
     info = RunInfo.model_validate({
+        **described,
         "status": run.data.tags.get("status", status) if ours else status,
         "seed": seed,
         "config": settings,
@@ -148,6 +154,15 @@ def save_as_run_folder(
         for step, values in sorted(lines.items())
     ]
     write_atomically(folder / "metrics.jsonl", "".join(json_line(row) + "\n" for row in rows))
+
+
+def _described(tags: Mapping[str, str]) -> dict[str, Any]:
+    """What the tags of a run of ours say that its metrics do not; empty for runs of earlier versions."""
+    try:
+        found = {name: json.loads(tags[name]) for name in ("metric", "num_probe_samples") if name in tags}
+    except ValueError:  # a tag that someone has changed
+        return {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _dict_or_empty(value: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ STATUS = {
     RunStatus.PREEMPTED: "KILLED",
 }
 UNKNOWN_END = "lost"  # end time of a run whose folder has none
-ARTIFACTS = ("run.json", "study.json", "config.yaml", "spectra", "figures", "report.html")
+ARTIFACTS = ("run.json", "study.json", "config.yaml", "test_correct.npy", "spectra", "figures", "report.html")
 MODEL_NAME = "model"
 
 Line = dict[str, Any]

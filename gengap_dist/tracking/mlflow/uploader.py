@@ -165,6 +165,8 @@ def _run_tags(info: RunInfo) -> dict[str, object]:
     """Tags that describe this start of a run; a later start may have other ranks."""
     return {
         "status": info.status,
+        "metric": info.metric.model_dump_json(),
+        "num_probe_samples": info.num_probe_samples,
         "world_size": info.world_size,
         "launcher": info.launcher,
         "strategy": info.strategy,

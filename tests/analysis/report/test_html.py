@@ -69,7 +69,7 @@ def test_every_picture_is_drawn(shown):
 def test_the_answer_comes_first(shown):
     heads = shown.locator("h2").all_inner_texts()
     assert heads[:4] == ["Claims of the paper", "Limits of this comparison", "Arms", "Figures"]
-    assert shown.locator(".lead").inner_text() == "What does a larger batch cost?"
+    assert shown.locator(".lead").first.inner_text() == "What does a larger batch cost?"
     assert shown.locator("h1").inner_text() == "toy <study>"
     outcomes = shown.locator(".outcome").all_inner_texts()
     assert outcomes

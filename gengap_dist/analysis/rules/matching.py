@@ -60,8 +60,8 @@ def match(study: JudgedStudy, arm: Arm, base: Arm, *, only_curve: bool = False) 
     finished, reason = (False, "") if only_curve else _finished(study, arm)
     if finished:
         first, second = study.trained(base), study.trained(arm)
-        near_rank = [study.near_rank_losses(each) for each in (base, arm)] if study.growth(arm, base) else [{}, {}]
-        return Match("finished", reason, first.scores(), second.scores(), *near_rank)
+        before, after = (study.near_rank_losses(each) if study.growth(arm, base) else {} for each in (base, arm))
+        return Match("finished", reason, first.scores(), second.scores(), before, after)
     matched = _by_curve(study, arm, base)
     return matched if matched.how or not reason else matched._replace(reason=f"{reason}; {matched.reason}")
 

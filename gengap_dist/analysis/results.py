@@ -66,6 +66,10 @@ class Run(NamedTuple):
     """The primary one, at the end: centred, below 0.01 s1, of the last hidden layer, on the fixed probe set."""
     near_rank_loss_untrained: float | None = None
     """The same before the first step."""
+    near_rank_loss_raw: float | None = None
+    """The same at the end of activations that are not centred, which measures their mean, too."""
+    near_rank_loss_pooled: float | None = None
+    """Of all layers: the number of singular values below 0.01 s1 of their layer, over the number of all of them."""
     curve: Curve | None = None
     test_correct: np.ndarray | None = None
     """Whether each test sample is classified correctly at the end: [M] bool."""

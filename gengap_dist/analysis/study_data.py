@@ -15,7 +15,7 @@ from gengap_dist.analysis.registration import registration_sentence
 from gengap_dist.analysis.results import Comparison, Curve, Run
 from gengap_dist.analysis.rules.look import Look
 from gengap_dist.config.loading import flat
-from gengap_dist.config.measures import OWN_BATCH, PRIMARY
+from gengap_dist.config.measures import OWN_BATCH, PRIMARY, WEIGHT_VIEW
 from gengap_dist.config.metric_key import LayerKey, MetricKey
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metric import ACCURACY, MetricDescription, metric_of, score_of
@@ -345,9 +345,47 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         chance=None if chance is None else metric.score(float(chance)),
         near_rank_loss=near_rank_losses[1],
         near_rank_loss_untrained=near_rank_losses[0],
+        near_rank_loss_raw=_raw(last, primary),
+        near_rank_loss_pooled=pooled_near_rank_loss(last),
         curve=_curve(run),
         test_correct=run.test_correct(),
     )
+
+
+def _raw(line: Mapping[str, float], primary: str | None) -> float | None:
+    value = line.get(MetricKey.parse(primary)._replace(centred=False).format()) if primary else None
+    return value if value is not None and math.isfinite(value) else None
+
+
+def pooled_near_rank_loss(line: Mapping[str, float]) -> float | None:
+    """Sum of near-rank counts over sum of the numbers of singular values, of centred activations of all layers.
+
+    None without a layer, or if the number of singular values of one does not follow from its count and share.
+
+    >>> line = {"near_rank_count/a/centred/rel_1e-2": 2.0, "near_rank_loss/a/centred/rel_1e-2": 0.5}
+    >>> line |= {"near_rank_count/b/centred/rel_1e-2": 0.0, "near_rank_loss/b/centred/rel_1e-2": 0.0}
+    >>> pooled_near_rank_loss(line)  # how many does b have?
+    >>> line |= {"near_rank_count/b/centred/rel_1e-1": 3.0, "near_rank_loss/b/centred/rel_1e-1": 0.5}
+    >>> pooled_near_rank_loss(line)
+    0.2
+    """
+    counts: dict[MetricKey, float] = {}
+    sizes: dict[MetricKey, float] = {}
+    for name, share in line.items():
+        key = MetricKey.parse(name)
+        if key.measure != "near_rank_loss" or not key.centred or key.probe_set or key.view == WEIGHT_VIEW:
+            continue
+        count = line.get(key._replace(measure="near_rank_count").format())
+        if count is None or not math.isfinite(count + share):
+            continue
+        of_layer = key._replace(threshold="")
+        if f"{key.measure}/{key.threshold}" == PRIMARY:
+            counts[of_layer] = count
+        if share > 0:
+            sizes[of_layer] = count / share
+    if not counts or counts.keys() - sizes.keys():
+        return None
+    return sum(counts.values()) / sum(sizes[key] for key in counts)
 
 
 def _curve(run: RunData) -> Curve | None:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from gengap_dist.analysis.arm_roles import Arm
-from gengap_dist.analysis.results import Claim, Outcome
+from gengap_dist.analysis.results import Claim, Outcome, Run
 from gengap_dist.analysis.rules.judged import NEAR_RANK_MARGIN, JudgedStudy, Outcomes, completions, described, share
 from gengap_dist.analysis.rules.look import Look, are_equal, array_of, critical_t, two_sided_p
 from gengap_dist.analysis.rules.matching import QUARTER, Match, match
@@ -367,12 +367,32 @@ def _growth_text(study: JudgedStudy, found: Difference) -> str:
     arm, base = found.arm, study.base
     since = [_since_untrained(study, each) for each in (base, arm)]
     changes = f" Since their own untrained networks: {base.name} {since[0]}, {arm.name} {since[1]}."
+    changes += _other_measures(study, arm)
     if not found.values:
         ends = share(study.growth(arm, base), study.look) if study.growth(arm, base) else "not known"
         return f"{arm.name}: {found.finding} ({found.reason}); at the end {ends}.{changes}"
     text = described(found.values, "{:+.3f}".format, found.interval)
     reason = f" ({found.reason})" if found.finding == "undecided" else ""
     return f"{arm.name} {text} at equal training: {found.finding}{reason}.{changes}"
+
+
+def _other_measures(study: JudgedStudy, arm: Arm) -> str:
+    """What two other measures say at the end, which decide nothing."""
+
+    def values(each: Arm, measure: Callable[[Run], float | None]) -> dict[int, float]:
+        measured = {seed: measure(run) for seed, run in study.trained(each).runs.items()}
+        return {seed: value for seed, value in measured.items() if value is not None}
+
+    measures: dict[str, Callable[[Run], float | None]] = {
+        "raw": lambda run: run.near_rank_loss_raw,
+        "all layers pooled": lambda run: run.near_rank_loss_pooled,
+    }
+    shown = [
+        f"{name} {share(grown, study.look)}"
+        for name, measure in measures.items()
+        if study.growth(arm, study.base) and (grown := differences(values(arm, measure), values(study.base, measure)))
+    ]
+    return f" Beside it, at the end: {', '.join(shown)}." if shown else ""
 
 
 def _since_untrained(study: JudgedStudy, arm: Arm) -> str:

@@ -48,10 +48,6 @@ class Difference(NamedTuple):
     """How it was matched, or why there is no finding."""
 
 
-Judge = Callable[[Sequence[float] | np.ndarray], tuple[Interval | None, float]]
-"""Interval of the mean of differences, and p of its being at the margin."""
-
-
 class _Rule(NamedTuple):
     """How the differences of two groups of runs are judged."""
 

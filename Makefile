@@ -8,9 +8,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/gengap study --config configs/demo.yaml --out demo
 
-# one thread each: processes whose threads wait for each other on two cores take five times as long; three of them,
-# as tests wait for starts and clusters a third of their time; files in the order of tests/conftest.py
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/test_launch_files.py -n 3 --dist loadfile \
+# one thread each: processes whose threads wait for each other on two cores take five times as long; four of them,
+# as tests wait for starts and clusters half of their time; files in the order of tests/conftest.py
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/test_launch_files.py -n 4 --dist loadfile \
 	--no-loadscope-reorder
 
 quick: .venv/.installed-dev

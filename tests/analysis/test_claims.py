@@ -10,7 +10,7 @@ from gengap_dist.analysis.arm_roles import group_by_arm, roles
 from gengap_dist.analysis.claims import judge
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.looks import look_of
-from gengap_dist.analysis.results import Claim, Run
+from gengap_dist.analysis.results import Claim, Curve, Run
 from gengap_dist.analysis.rules.intervention import Arms, Route, cost_of, gain_of
 from gengap_dist.analysis.rules.look import Look
 from gengap_dist.runs.metric import MetricDescription
@@ -314,6 +314,26 @@ def test_a_difference_in_loss_that_is_worth_much_is_no_match():
             runs.append(simulated_run(rng, arm, seed, chosen, end))
     claim = of(runs, "gap")
     assert claim.finding == "cannot be matched"
+
+
+def test_curves_that_were_measured_too_rarely_are_not_compared():
+    """Scores that bend with the loss, and 8 measurements: between two of them a straight line is off by points."""
+    rng = np.random.default_rng(0)
+    settings = BASE | {"optim.schedule": "constant"}
+    arms = {"sb": (settings, 1230), "lb": (settings | {"batch.global_size": 64}, 800)}
+    arms["sb-half"] = settings | {"train.epochs": 12.5}, 850
+    runs = []
+    for arm, (chosen, updates) in arms.items():
+        for seed in range(5):
+            steps = np.unique(np.round(np.geomspace(1, updates, 8)))
+            losses = 2.3 * np.exp(-steps / 150) * np.exp(rng.normal(0, 0.01, len(steps)))
+            scores = 0.8 - 0.1 * np.sqrt(losses) + rng.normal(0, 0.001, len(steps))
+            curve = Curve(steps, losses, scores, np.full(len(steps), 0.1), np.ones(len(steps)))
+            end = Ending(80, 95 if arm == "sb" else 90, float(losses[-1]), updates=updates, curve=curve)
+            runs.append(simulated_run(rng, arm, seed, chosen, end))
+    claim = of(runs, "gap")
+    assert claim.finding == "cannot be matched"
+    assert "measured too rarely" in claim.evidence
 
 
 def test_an_arm_without_near_rank_loss_keeps_growth_from_being_contradicted():

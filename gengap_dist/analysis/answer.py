@@ -9,11 +9,11 @@ from gengap_dist.analysis.rules.gap import NO_LOSS, Difference
 from gengap_dist.analysis.rules.judged import JudgedStudy, described
 
 CAUSES = {
-    "explains most": "near-rank loss explains most of the loss of {arms}",
-    "explains less than half": "near-rank loss explains less than half of the loss of {arms}",
-    "routes disagree": "what gives the loss of {arms} back is not the rank: two ways to raise it disagree",
-    "contributes": "near-rank loss contributes to the loss of {arms}",
-    "does not grow": "near-rank loss does not grow with {arms}, and so is not the cause of the loss",
+    "explains most": "near-rank loss explains most of the loss of large batches",
+    "explains less than half": "near-rank loss explains less than half of the loss of large batches",
+    "routes disagree": "what gives the loss of large batches back is not the rank: two ways to raise it disagree",
+    "contributes": "near-rank loss contributes to the loss of large batches",
+    "does not grow": "near-rank loss does not grow with large batches, and so is not the cause of the loss",
 }
 
 
@@ -30,7 +30,7 @@ def answer(study: JudgedStudy, gaps: Sequence[Difference], growths: Sequence[Dif
         clauses.append(f"of the baseline {base.name}, {of_base}")
     if not gaps:
         return ""
-    cause = CAUSES.get(explanation.finding, "").format(arms="large batches")
+    cause = CAUSES.get(explanation.finding, "")
     if cause and not all(each.match.how for each in gaps):
         cause += ", by the arms that train as well; the losses are not equal in training"
     sentences = ["; ".join(clauses), cause or _harmless(gaps, growths)]

@@ -6,6 +6,7 @@ other names, such as `nc1` and `train/loss`, are measures without a layer, and s
 """
 
 import re
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 from gengap_dist.config.measures import LAYER_MEASURES, MEASURES, OTHER, OWN_BATCH, VIEWS, WEIGHT_VIEW, Measure
@@ -88,6 +89,7 @@ class MetricKey(NamedTuple):
         return name
 
     @classmethod
+    @lru_cache(maxsize=2**16)  # a comparison asks for the same names of every run
     def parse(cls, name: str) -> Self:
         """The key of a metric's name. Old names with a slash in a layer may give another layer, view or probe set.
 

@@ -4,6 +4,7 @@ scipy takes a second to import and a single run does not need it, so functions i
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -92,10 +93,29 @@ def t_half_width(values: Sequence[float] | np.ndarray, confidence: float = CONFI
     >>> t_half_width(np.array([[1.0, 10.0], [3.0, 30.0]])).round(4)
     array([ 12.7062, 127.062 ])
     """
+    n = len(values)
+    return critical_t(1 - confidence, n - 1) * np.std(values, axis=0, ddof=1) / n**0.5
+
+
+@cache
+def critical_t(level: float, df: float) -> float:
+    """The t that Student's t with `df` degrees of freedom exceeds, in size, with probability `level`.
+
+    >>> round(critical_t(0.05, 2), 4)
+    4.3027
+    """
     from scipy import special
 
-    n = len(values)
-    return special.stdtrit(n - 1, (1 + confidence) / 2) * np.std(values, axis=0, ddof=1) / n**0.5
+    return float(special.stdtrit(df, 1 - level / 2))
+
+
+def are_equal(values: Sequence[float] | np.ndarray) -> bool:
+    """Whether all values are the same, but for rounding.
+
+    >>> are_equal([0.3, 0.1 + 0.2]), are_equal([1.0, 1.001])
+    (True, False)
+    """
+    return float(np.ptp(values)) <= 1e-12 * max(1.0, float(np.abs(values).max()))
 
 
 def p_value(values: Sequence[float] | np.ndarray) -> float | None:
@@ -107,7 +127,7 @@ def p_value(values: Sequence[float] | np.ndarray) -> float | None:
     (None, None)
     """
     n = len(values)
-    if n < 2 or np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):
+    if n < 2 or are_equal(values):
         return None
     from scipy import stats
 

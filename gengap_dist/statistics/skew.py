@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gengap_dist.statistics.paired import are_equal
+
 MAD_TO_DEVIATION = 1.4826  # 1 / Phi^-1(3 / 4): a normal distribution has a standard deviation of 1.4826 MAD
 MAX_EXACT = 40  # values whose 2^n sign flips are all counted
 NUM_FLIPS = 99_999  # drawn for more values
@@ -23,7 +25,7 @@ def skewness(values: Sequence[float] | np.ndarray) -> float | None:
     (0.0, 1.732051, None)
     """
     n = len(values)
-    if n < 3 or _all_equal(values):
+    if n < 3 or are_equal(values):
         return None
     standardized = (np.asarray(values, dtype=float) - np.mean(values)) / np.std(values, ddof=1)
     return float(n / ((n - 1) * (n - 2)) * np.sum(standardized**3))
@@ -84,7 +86,3 @@ def _signed_sums(values: np.ndarray) -> np.ndarray:
     for value in values:
         sums = np.concatenate((sums + value, sums - value))
     return sums
-
-
-def _all_equal(values: Sequence[float] | np.ndarray) -> bool:
-    return bool(np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())))

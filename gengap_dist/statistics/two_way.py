@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gengap_dist.statistics.paired import Interval
+from gengap_dist.statistics.paired import Interval, critical_t
 
 
 def critical(confidence: float, num_seeds: int) -> float:
@@ -17,11 +17,7 @@ def critical(confidence: float, num_seeds: int) -> float:
     >>> round(critical(0.95, 10), 4), critical(0.95, 1)
     (2.2622, inf)
     """
-    if num_seeds < 2:
-        return math.inf
-    from scipy import stats
-
-    return float(stats.t.ppf((1 + confidence) / 2, num_seeds - 1))
+    return math.inf if num_seeds < 2 else critical_t(1 - confidence, num_seeds - 1)
 
 
 class TwoWay(NamedTuple):
@@ -47,9 +43,7 @@ class TwoWay(NamedTuple):
         """
         if math.isnan(self.df):
             return None
-        from scipy import stats
-
-        return self.interval_at(float(stats.t.ppf((1 + confidence) / 2, self.df)))
+        return self.interval_at(critical_t(1 - confidence, self.df))
 
     def interval_at(self, critical_value: float) -> Interval | None:
         """Mean -+ critical_value sqrt(V); None for fewer than two seeds or two samples.

@@ -14,10 +14,9 @@ import numpy as np
 from gengap_dist.analysis.arm_roles import Arm
 from gengap_dist.analysis.results import Claim, Outcome, Run
 from gengap_dist.analysis.rules.judged import NEAR_RANK_MARGIN, JudgedStudy, Outcomes, completions, described, share
-from gengap_dist.analysis.rules.look import Look, are_equal, array_of, critical_t, two_sided_p
+from gengap_dist.analysis.rules.look import Look, array_of, two_sided_p
 from gengap_dist.analysis.rules.matching import QUARTER, Match, match
-from gengap_dist.statistics.paired import POWER, Interval, differences, holm
-from gengap_dist.statistics.sequential import e_p_value, e_value
+from gengap_dist.statistics.paired import POWER, Interval, are_equal, critical_t, differences, holm
 from gengap_dist.statistics.two_way import TwoWay, two_way
 
 Finding = Literal[
@@ -265,14 +264,11 @@ def new_images(
     if not deviation:
         half_width = 1 - (look.level / 2) ** (1 / num_images)
         p = min(1.0, 2 * (1 - min(1.0, abs(images.mean - margin))) ** num_images)
-    elif not look.sentence:
-        half_width = critical_t(look.level, images.df) * deviation
-        p = two_sided_p((images.mean - margin) / deviation, images.df)
-    else:
-        half_width = look.critical(num_seeds) * deviation
-        t = (images.mean - margin) / deviation
-        p = e_p_value(e_value(t, num_seeds)) if look.by_e_value else two_sided_p(t, num_seeds - 1)
-    return (images.mean - half_width, images.mean + half_width), p
+        return (images.mean - half_width, images.mean + half_width), p
+    t = (images.mean - margin) / deviation
+    if not look.sentence:
+        return images.interval_at(critical_t(look.level, images.df)), two_sided_p(t, images.df)
+    return images.interval_at(look.critical(num_seeds)), look.p_of_t(t, num_seeds)
 
 
 # -- all arms ---------------------------------------------------------------------------------------------------------

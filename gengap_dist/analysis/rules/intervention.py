@@ -25,10 +25,11 @@ from gengap_dist.analysis.arm_roles import Arm, Intervention
 from gengap_dist.analysis.results import Claim, Outcome
 from gengap_dist.analysis.rules.gap import new_images
 from gengap_dist.analysis.rules.judged import NEAR_RANK_MARGIN, JudgedStudy, Outcomes, share
-from gengap_dist.analysis.rules.look import Look, are_equal, array_of
+from gengap_dist.analysis.rules.look import Look, array_of
 from gengap_dist.analysis.rules.training import training_margin
 from gengap_dist.statistics.equivalence import is_equivalent
-from gengap_dist.statistics.paired import holm
+from gengap_dist.statistics.paired import are_equal, holm
+from gengap_dist.statistics.share import share as share_of_loss
 from gengap_dist.statistics.share import share_interval
 from gengap_dist.statistics.two_way import two_way
 
@@ -73,6 +74,11 @@ class Arms(NamedTuple):
     """Of the arm that lowers the rank."""
     routes: Sequence[Route]
 
+    @property
+    def rise(self) -> np.ndarray:
+        """What the large batch has more than the small one, without penalties: growth of R, minus the loss of A."""
+        return self.large - self.small
+
 
 class Verdict(NamedTuple):
     """What an intervention at one large batch found."""
@@ -94,7 +100,7 @@ def judge_arms(scores: Arms, near_rank_losses: Arms, look: Look) -> Verdict:
         near_rank_losses: R of the same arms and seeds.
         look: how sure differences must be.
     """
-    lost, growth = scores.small - scores.large, near_rank_losses.large - near_rank_losses.small
+    lost, growth = -scores.rise, near_rank_losses.rise
     if are_equal(lost) or not look.is_above(lost):
         return Verdict("not asked", 1.0, "the large batch does not surely lose")
     if look.is_below(growth, NEAR_RANK_MARGIN):
@@ -120,14 +126,14 @@ def judge_arms(scores: Arms, near_rank_losses: Arms, look: Look) -> Verdict:
 def gain_of(scores: Arms, near_rank_losses: Arms, at: int) -> tuple[np.ndarray, np.ndarray]:
     """Of route number `at`: gain [n], and raising [n]."""
     route, ranks = scores.routes[at], near_rank_losses.routes[at]
-    lost, growth = scores.small - scores.large, near_rank_losses.large - near_rank_losses.small
+    lost, growth = -scores.rise, near_rank_losses.rise
     gain = route.large_raised - route.large_placebo - (route.small_raised - route.small_placebo)
     return gain, gain - _fall(ranks).mean() / growth.mean() * lost / 2
 
 
 def cost_of(scores: Arms, near_rank_losses: Arms) -> tuple[np.ndarray, np.ndarray]:
     """Of lowering the rank: cost [n], and lowering [n]."""
-    lost, growth = scores.small - scores.large, near_rank_losses.large - near_rank_losses.small
+    lost, growth = -scores.rise, near_rank_losses.rise
     cost = scores.small_placebo - scores.small_lowered
     rise = near_rank_losses.small_lowered - near_rank_losses.small_placebo
     return cost, cost - rise.mean() / growth.mean() * lost / 2
@@ -139,7 +145,7 @@ def _fall(route: Route) -> np.ndarray:
 
 def _failed_condition(scores: Arms, near_rank_losses: Arms, look: Look) -> str:
     """The first condition that is not surely true; empty if all are."""
-    lost, growth = scores.small - scores.large, near_rank_losses.large - near_rank_losses.small
+    lost, growth = -scores.rise, near_rank_losses.rise
     rise = near_rank_losses.small_lowered - near_rank_losses.small_placebo
     if not look.is_above(growth, NEAR_RANK_MARGIN):
         return f"near-rank loss does not surely grow by more than {NEAR_RANK_MARGIN}"
@@ -164,7 +170,7 @@ def _failed_condition(scores: Arms, near_rank_losses: Arms, look: Look) -> str:
 
 def _disagree(scores: Arms, near_rank_losses: Arms, look: Look) -> float:
     """P of two routes that reach the same near-rank loss and surely other scores; 0 if there are none."""
-    lost, growth = scores.small - scores.large, near_rank_losses.large - near_rank_losses.small
+    lost, growth = -scores.rise, near_rank_losses.rise
     pairs = [*combinations(zip(scores.routes, near_rank_losses.routes, strict=True), 2)]
     ps = []
     for (first, ranks), (second, other) in pairs:
@@ -364,7 +370,7 @@ def _arms(trial: _Trial, seeds: Sequence[int], base: Arm, of: Callable[[Arm], Ma
 
 def _numbers(study: JudgedStudy, trial: _Trial, scores: Arms, ranks: Arms, seeds: Sequence[int]) -> str:
     """What each route gives back, what lowering the rank costs, and the quantities that decide, as sentences."""
-    look, lost, growth = study.look, scores.small - scores.large, ranks.large - ranks.small
+    look, lost, growth = study.look, -scores.rise, ranks.rise
     images = _correctness(study, trial, seeds)
     out = []
     for at, (route, arms) in enumerate(zip(scores.routes, trial.routes, strict=True)):
@@ -423,7 +429,7 @@ def _share_text(gain: np.ndarray, lost: np.ndarray, fall: np.ndarray, growth: np
     if not intervals:
         return ""
     ((low, high),) = intervals
-    return f", a share of {fmean(gain) / (k * fmean(lost)):.0%} [{low:.0%}, {high:.0%}] of the loss"
+    return f", a share of {share_of_loss(gain, lost, k):.0%} [{low:.0%}, {high:.0%}] of the loss"
 
 
 def _by(seeds: Sequence[int], values: np.ndarray) -> dict[int, float]:

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from gengap_dist.statistics.paired import Interval
+from gengap_dist.statistics.paired import Interval, are_equal, critical_t
 from gengap_dist.statistics.sequential import e_critical_value, e_p_value, e_value
 
 LEVEL = 0.05
@@ -63,8 +62,11 @@ class Look(NamedTuple):
             return 1.0
         if are_equal(array):
             return float(abs(array.mean()) <= 1e-12)
-        t = float(array.mean()) / (float(array.std(ddof=1)) / n**0.5)
-        return e_p_value(e_value(t, n)) if self.by_e_value else two_sided_p(t, n - 1)
+        return self.p_of_t(float(array.mean()) / (float(array.std(ddof=1)) / n**0.5), n)
+
+    def p_of_t(self, t: float, num_pairs: int) -> float:
+        """Two-sided p of a t statistic of so many pairs."""
+        return e_p_value(e_value(t, num_pairs)) if self.by_e_value else two_sided_p(t, num_pairs - 1)
 
     def is_above(self, values: Values, limit: float = 0.0) -> bool:
         """Whether the mean is surely above `limit`."""
@@ -80,23 +82,6 @@ class Look(NamedTuple):
         """Whether the mean's distance from 0 is surely below `limit`: one number, or one for each pair."""
         array = np.asarray(values, dtype=float)
         return self.is_below(array - limit) and self.is_above(array + limit)
-
-
-def are_equal(values: np.ndarray) -> bool:
-    """Whether all values are the same, but for rounding."""
-    return float(np.ptp(values)) <= 1e-12 * max(1.0, float(np.abs(values).max()))
-
-
-@cache
-def critical_t(level: float, df: float) -> float:
-    """The t that is exceeded, in size, with probability `level`.
-
-    >>> round(critical_t(0.05, 2), 4)
-    4.3027
-    """
-    from scipy import special  # slow to import, see statistics/paired.py
-
-    return float(special.stdtrit(df, 1 - level / 2))
 
 
 def two_sided_p(t: float, df: float) -> float:

@@ -14,8 +14,8 @@ import numpy as np
 from gengap_dist.analysis.arm_roles import Arm, shorter_counterpart, unscaled_counterpart, updates
 from gengap_dist.analysis.results import Claim, Outcome
 from gengap_dist.analysis.rules.judged import JudgedStudy, completions
-from gengap_dist.analysis.rules.look import Look, are_equal, array_of
-from gengap_dist.statistics.paired import differences, holm
+from gengap_dist.analysis.rules.look import Look, array_of
+from gengap_dist.statistics.paired import are_equal, differences, holm
 
 ENOUGH_UPDATES = 0.98  # of the baseline's
 QUARTER, MOST = 0.25, 0.75

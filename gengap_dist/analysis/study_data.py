@@ -280,7 +280,10 @@ class StudyData:
 
     def _look(self, section: Mapping[str, Any]) -> Look:
         """How sure differences must be; nothing is judged before all runs of a study have ended."""
-        seeds, ended = self.info.get("seeds") or [], {(run.arm, run.seed) for run in self.runs if _has_ended(run)}
+        seeds, ended = (
+            self.info.get("seeds") or [],
+            {(run.arm, run.seed) for run in self.runs if RunStatus(run.info["status"]).is_final},
+        )
         planned = {(run.arm, run.seed) for run in self.runs}
         if self.info.get("members") is None:
             tuned = self.info.get("tuned") or {}  # an arm of which no trial finished has no runs
@@ -305,11 +308,6 @@ class StudyData:
             if steps := run.spectra_steps():
                 return [key for key in run.spectra(steps[0]) if not LayerKey.parse(key).centred]
         return []
-
-
-def _has_ended(run: RunData) -> bool:
-    status = run.info["status"]
-    return status not in RunStatus.__members__.values() or RunStatus(status).is_final
 
 
 def comparison_run(run: RunData, tuned: Collection[str]) -> Run:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gengap_dist.analysis.study_data import MEASURED_AT, RunData, StudyData, read_study, tuned_settings
 from gengap_dist.config.identity import differing_settings, effective_settings, is_same_arm
@@ -13,7 +13,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.metric import value_on_test
 from gengap_dist.runs.mixtures import changed_data, different_kinds
-from gengap_dist.runs.run_folder import read_info
+from gengap_dist.runs.run_folder import read_info, read_study_info
 from gengap_dist.runs.schema import RunStatus, StudyInfo, StudyMember
 from gengap_dist.tracking.mlflow.client import connect_client, store_uri
 from gengap_dist.tracking.mlflow.importer import SourceNames, find_runs, save_as_run_folder
@@ -34,6 +34,33 @@ class Source(NamedTuple):
     """Settings tuned by its study."""
     is_baseline: bool = False
     """Whether it belongs to its study's baseline."""
+    study: Path | None = None
+    """Folder of its study."""
+
+
+DECLARED = ("tolerance", "looks", "may_extend")  # of a study, before it is judged
+
+
+def _declared(sources: Iterable[Source]) -> tuple[dict[str, Any], list[str]]:
+    """Fields of study.json that say how the studies of all sources are judged, if that is one way; and problems.
+
+    Of one study all is kept, so that a comparison of its runs says what its report says. Of several studies with the
+    same margin and looks these are kept; runs without a study are judged by the defaults.
+    """
+    sources = list(sources)
+    folders = list(dict.fromkeys(source.study for source in sources))
+    if None in folders:
+        return {}, []
+    infos = [read_study_info(folder) for folder in folders if folder]
+    sections = [{name: (info.config.get("study") or {}).get(name) for name in DECLARED} for info in infos]
+    if any(section != sections[0] for section in sections):
+        return {}, ["the studies declare different margins or looks, and their runs are judged by the defaults"]
+    fields: dict[str, Any] = {"config": {"study": sections[0]}}
+    if len(infos) == 1:
+        (info,) = infos
+        kept = {"judged": info.judged, "declared": info.declared, "registration": info.registration}
+        fields |= {"question": info.question} | {name: value for name, value in kept.items() if value}
+    return fields, []
 
 
 def gather(
@@ -95,6 +122,10 @@ def gather(
         problems.append(
             f"several runs have the same arm and seed, and only one of them is used: {'; '.join(duplicates)}"
         )
+    declared, unlike = _declared(of[run.folder] for run in runs)
+    problems += unlike
+    question = question or declared.pop("question", "")
+    settings = declared.pop("config", {})
     info = StudyInfo(
         status=RunStatus.FINISHED,
         name=out.name,
@@ -105,10 +136,11 @@ def gather(
         tuned={arm: {"best": dict.fromkeys(tuned)} for arm in arms} if tuned else {},
         started=run_folder.now(),
         command=sys.orig_argv,
-        config={"sources": [str(source) for source in sources], **({"across": mixed} if mixed else {})},
+        config={"sources": [str(source) for source in sources], **settings, **({"across": mixed} if mixed else {})},
         versions=run_folder.versions(),
         git=run_folder.git_state(),
         members=[StudyMember(arm=run.arm, folder=str(run.folder)) for run in members],
+        **declared,
     )
     return StudyData(out, info.name, question, baseline, list(arms), members, info.content()), problems
 
@@ -151,8 +183,8 @@ def _on_disk(folder: Path) -> Iterator[Source]:
     for path in studies:
         study = read_study(path)
         tuned = tuned_settings(study.info)
-        for run in study.runs:
-            yield Source(run.folder, run.arm, tuned, run.arm == study.baseline)
+        for run in sorted(study.runs, key=lambda run: study.arms.index(run.arm)):
+            yield Source(run.folder, run.arm, tuned, run.arm == study.baseline, path)
 
 
 def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) -> Iterator[Source]:

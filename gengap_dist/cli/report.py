@@ -1,9 +1,11 @@
-"""Write the report of a run or study again, or send its results to MLflow.
+"""Write the report of a run or study again, send its results to MLflow, or copy what comparisons need of it.
 
 Examples:
-  gengap report studies/demo            writes studies/demo/report.html and figures/ (SVG, CSV)
-  gengap report --pdf studies/demo      writes the figures as PDF, too
-  gengap report sync studies/demo       sends to MLflow what is not there yet
+  gengap report studies/demo                writes studies/demo/report.html and figures/ (SVG, CSV)
+  gengap report --pdf studies/demo          writes the figures as PDF, too
+  gengap report sync studies/demo           sends to MLflow what is not there yet
+  gengap report slim studies/demo results   copies the runs that have ended, without checkpoints and most spectra, with
+                                            SHA-256 of each file: small enough to publish, enough for gengap compare
 """
 
 import argparse
@@ -20,16 +22,18 @@ PROG = "gengap report"
 
 
 def command(argv: Sequence[str]) -> int:
-    """Handle `[draw] DIR` or `sync DIR`; returns the exit code."""
+    """Handle `[draw] DIR`, `sync DIR` or `slim DIR OUT`; returns the exit code."""
     words = list(argv)
-    action = words.pop(0) if words[:1] in (["draw"], ["sync"]) else "draw"
+    action = words.pop(0) if words[:1] in (["draw"], ["sync"], ["slim"]) else "draw"
     parser = Parser(
         prog=PROG,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"{PROG} [sync] [--pdf] DIR",
+        usage=f"{PROG} [--pdf] DIR\n       {PROG} sync DIR\n       {PROG} slim DIR OUT",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a run or of a study")
+    if action == "slim":
+        parser.add_argument("out", type=Path, metavar="OUT", help="folder of the copy: new, or an earlier copy")
     parser.add_argument("--pdf", action="store_true", help="also write the figures as PDF")
     parser.add_argument(
         "--tracking_uri", help="sync: MLflow store; default: the store to which the folder was uploaded"
@@ -41,6 +45,8 @@ def command(argv: Sequence[str]) -> int:
         raise UsageError(
             f"DIR ({options.folder}) contains neither run.json nor study.json: give the folder of a run or study"
         )
+    if action == "slim":
+        return _slim(folder, options.out)
     return _sync(folder, options.tracking_uri) if action == "sync" else _draw(folder, pdf=options.pdf)
 
 
@@ -58,15 +64,32 @@ def _draw(folder: Path, *, pdf: bool) -> int:
     return OK
 
 
+def _slim(folder: Path, out: Path) -> int:
+    from gengap_dist.cli.terminal import RunProgress
+    from gengap_dist.runs.slim import write_slim_copy
+
+    with RunProgress("copying") as progress:
+        number = write_slim_copy(folder, out, lambda name, done, total: progress(done, total, name))
+    print(f"{number} {'run' if number == 1 else 'runs'} that ended in {out}")
+    return OK
+
+
 def _sync(folder: Path, uri: str | None) -> int:
     from gengap_dist.cli.terminal import RunProgress
+    from gengap_dist.runs.run_folder import is_slim
     from gengap_dist.study.means import update_means
     from gengap_dist.tracking.mlflow.process import sync_now
 
     is_study = (folder / "study.json").exists()
+    runs = sorted(path.parent for path in folder.glob("runs/*/*/run.json" if is_study else "run.json"))
+    if slim := next(filter(is_slim, runs), None):
+        raise UsageError(
+            f"DIR ({folder}) is a slim copy (no metrics.jsonl in {slim}), and MLflow is sent whole runs: give the "
+            "folder that it is a copy of"
+        )
     for problem in update_means(folder) if is_study else ():
         print(f"{PROG}: warning: {problem}", file=sys.stderr)
-    for run in sorted(path.parent for path in folder.glob("runs/*/*/run.json" if is_study else "run.json")):
+    for run in runs:
         if not (run / "mlflow.json").exists():
             _export_missing_model(run)
     with RunProgress("sending") as progress:

@@ -301,8 +301,11 @@ class StudyConfig(RunConfig, affects="result"):
         """
         first_names: dict[str, str] = {}
         duplicates: dict[str, str] = {}
+        searches = self.study.match.arms if self.study.match else ()
+        strength_of = {name: each.arm for each in searches for name in (each.arm, *each.shared)}  # not known yet
         for number, arm in enumerate(self.candidates):
-            key = json.dumps(identifying_settings(self.run_config(arm, seed=0)))
+            settings = identifying_settings(self.run_config(arm, seed=0))
+            key = json.dumps([settings, strength_of.get(arm.name)])
             if key not in first_names:
                 first_names[key] = arm.name
             elif number >= len(self.study.arms):

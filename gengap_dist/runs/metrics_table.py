@@ -83,11 +83,11 @@ def _blocks(lines: Sequence[Mapping[str, Any]], first: int) -> Iterator[tuple[tu
         yield names, [first + at for at in rows], numbers.reshape(len(rows), len(names))
 
 
-def dump(table: MetricsTable, size: int) -> bytes:
+def dump(table: MetricsTable, size: int, *, compress: bool = False) -> bytes:
     """A table as the bytes of an npz file; `size`: bytes of its metrics.jsonl."""
     buffer = io.BytesIO()
-    known = np.packbits(table.known)
-    np.savez(buffer, size=size, columns=np.array(json.dumps([*table.columns])), values=table.values, known=known)
+    known, save = np.packbits(table.known), np.savez_compressed if compress else np.savez
+    save(buffer, size=size, columns=np.array(json.dumps([*table.columns])), values=table.values, known=known)
     return buffer.getvalue()
 
 

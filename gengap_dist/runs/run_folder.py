@@ -2,8 +2,9 @@
 
 metrics.jsonl has one line per step with metrics, sorted by step, each with `step`, `epoch`, `seconds` and flat metric
 names. A line is pending until its step is over, so no step has two lines. metrics.npz has the same data as a table,
-written when a long run has ended: it is optional and makes reading many runs faster. test_correct.npy says which test
-samples the network of a finished run is right about, one bit each, if the task knows; `read_test_correct` reads it.
+written when a long run has ended: it is optional and makes reading many runs faster. A slim copy of a run (`slim.py`)
+has it in place of metrics.jsonl. test_correct.npy says which test samples the network of a finished run is right about,
+one bit each, if the task knows; `read_test_correct` reads it.
 """
 
 import errno
@@ -40,6 +41,7 @@ MAX_LINE_BYTES = 2**20  # more than the longest line of metrics.jsonl
 TEST_CORRECT = "test_correct.npy"
 EXPORTING = "exporting the model"  # progress note of a run whose metrics and spectra are complete in its folder
 MIN_TABLE_BYTES = 2**20  # of metrics.jsonl, from which on metrics.npz is written, too
+NO_LINES = 0  # bytes of metrics.jsonl that metrics.npz of a slim copy is the table of
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -292,20 +294,31 @@ class RunRecorder(NullRecorder):
 
 
 def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:
-    """Spectra as the bytes of an npz file: one array per layer key, and `meta`, a JSON string with the other fields.
+    """Spectra as the bytes of an npz file, see `dump_arrays`."""
+    return dump_arrays(
+        {
+            s.key: (
+                s.singular_values.numpy(),
+                {
+                    "layer": s.layer, "view": s.view, "centred": s.centred, "floor": s.floor,
+                    "num_samples": s.num_samples, "num_units": s.num_units, "dead_units": s.dead_units,
+                },
+            )
+            for s in spectra
+        }
+    )  # fmt: skip
 
-    `_member` names the array of a layer key.
+
+def dump_arrays(spectra: "Mapping[str, tuple[np.ndarray, Mapping[str, Any]]]") -> bytes:
+    """The bytes of an npz file: one array per layer key, and `meta`, a JSON string with the other fields.
+
+    `_member` names the array of a layer key; `load_spectra` reads the file.
     """
     import numpy as np
 
-    arrays, meta = {}, {}
-    for s in spectra:
-        arrays[_member(s.key)] = s.singular_values.numpy()
-        meta[s.key] = {
-            "layer": s.layer, "view": s.view, "centred": s.centred, "floor": s.floor, "num_samples": s.num_samples,
-            "num_units": s.num_units, "dead_units": s.dead_units,
-        }  # fmt: skip
+    meta = {key: dict(fields) for key, (_, fields) in spectra.items()}
     buffer = io.BytesIO()
+    arrays: dict[str, Any] = {_member(key): values for key, (values, _) in spectra.items()}
     np.savez(buffer, meta=np.array(json.dumps(meta)), **arrays)
     return buffer.getvalue()
 
@@ -383,20 +396,28 @@ def read_metrics(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics_table(out: Path) -> "MetricsTable":
-    """The metrics of a run folder as a table.
+    """The metrics of a run folder, or of a slim copy of one, as a table.
 
     Raises:
-        ValueError: if a line of metrics.jsonl is damaged.
+        ValueError: if a line of metrics.jsonl, or the only metrics.npz, is damaged.
     """
     from gengap_dist.runs.metrics_table import load, to_table
 
     lines, columns = out / "metrics.jsonl", out / "metrics.npz"
-    if columns.exists() and lines.exists() and (table := load(columns, lines.stat().st_size)):
+    size = lines.stat().st_size if lines.exists() else NO_LINES
+    if columns.exists() and (table := load(columns, size)):
         return table
+    if is_slim(out):
+        raise ValueError("metrics.npz is damaged")
     table = to_table(read_raw(lines))
     if len(table.values) and not ("step" in table.columns and table.known[:, table.columns["step"]].all()):
         raise ValueError("metrics.jsonl has a line without its step")
     return table
+
+
+def is_slim(out: Path) -> bool:
+    """Whether a folder is a slim copy of a run: its metrics are in metrics.npz alone."""
+    return (out / "metrics.npz").exists() and not (out / "metrics.jsonl").exists()
 
 
 class SeedRun(NamedTuple):
@@ -469,9 +490,19 @@ def describe_damage(out: Path) -> str:
         raise
     except (UsageError, KeyError):
         return "its run.json is not valid"
-    if info.status == RunStatus.FINISHED and last_step(out / "metrics.jsonl") != num_steps:
-        return f"its metrics.jsonl does not end with step {num_steps}, the last"
+    if info.status == RunStatus.FINISHED and _last_recorded_step(out) != num_steps:
+        return f"its metrics.{'npz' if is_slim(out) else 'jsonl'} does not end with step {num_steps}, the last"
     return ""
+
+
+def _last_recorded_step(out: Path) -> int | None:
+    if not is_slim(out):
+        return last_step(out / "metrics.jsonl")
+    try:
+        steps = read_metrics_table(out).series("step")[1]
+    except ValueError:
+        return None
+    return int(steps[-1]) if len(steps) else None
 
 
 def last_step(path: Path) -> int | None:

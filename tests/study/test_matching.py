@@ -228,3 +228,25 @@ def test_the_strength_found_is_what_the_seeds_run_with_and_nothing_is_run_twice(
         others = resolve(StudyConfig, [path], {"study": {"match": change}})
         with pytest.raises(UsageError, match=says):
             runner.prepare(others, out, warned.append)
+
+
+def test_arms_of_two_searches_are_two_arms_although_they_begin_at_one_strength():
+    lower = PENALTY | {"rank_penalty": -0.5}
+    placebo = PENALTY | {"rank_penalty": 0.5, "rank_measure": "placebo", "placebo_of": "spread"}
+    axes = {
+        "batch": {"sb": {"batch.global_size": 32}, "lb": {"batch.global_size": 256}},
+        "penalty": {
+            "": {},
+            "raise": {"algorithm": PENALTY | {"rank_penalty": 0.5}},
+            "lower": {"algorithm": lower},
+            "raise-placebo": {"algorithm": placebo},
+            "lower-placebo": {"algorithm": placebo},
+            "again": {"algorithm": placebo},
+        },
+    }
+    searches = [
+        {"arm": "lb-raise", "to": "sb", "shared": ["sb-raise", "sb-raise-placebo", "lb-raise-placebo", "sb-again"]},
+        {"arm": "sb-lower", "to": "lb", "shared": ["lb-lower", "sb-lower-placebo", "lb-lower-placebo"]},
+    ]
+    config = validate(StudyConfig, {"study": {"axes": axes, "match": MATCH | {"arms": searches}}})
+    assert config.duplicates == {"sb-again": "sb-raise-placebo"}

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from gengap_dist.analysis.answer import answer
 from gengap_dist.analysis.arm_roles import group_by_arm, roles
-from gengap_dist.analysis.results import Claim, Run
+from gengap_dist.analysis.results import Claim, InterventionResult, Run
+from gengap_dist.analysis.rules.explanation import judge_explanation
 from gengap_dist.analysis.rules.gap import judge_gap, judge_growth
-from gengap_dist.analysis.rules.intervention import judge_explanation
 from gengap_dist.analysis.rules.judged import JudgedStudy
 from gengap_dist.analysis.rules.look import Look
 from gengap_dist.analysis.rules.remedies import judge_longer_training, judge_scaling
@@ -31,6 +31,8 @@ class Judgement(NamedTuple):
     """In the paper's order."""
     training: dict[str, Training]
     """By arm."""
+    interventions: list[InterventionResult]
+    """Of each large batch that has one."""
 
 
 def judge(
@@ -53,7 +55,7 @@ def judge(
     look = look or Look()
     arms = group_by_arm(runs)
     if baseline not in arms or not arms[baseline].runs:
-        return Judgement("", [], {})
+        return Judgement("", [], {}, [])
     base, is_share = arms[baseline], metric.unit == "share"
     if margin is None:
         margin = MARGIN * (1.0 if is_share else abs(fmean(base.scores().values() or [0.0])))
@@ -61,6 +63,6 @@ def judge(
     study = JudgedStudy(metric, margin, look, base, arms, roles(arms, baseline), training)
     gap, gaps = judge_gap(study)
     growth, growths = judge_growth(study)
-    explanation = judge_explanation(study)
+    explanation, interventions = judge_explanation(study)
     claims = [gap, growth, explanation, judge_scaling(study), judge_longer_training(study)]
-    return Judgement(answer(study, gaps, growths, explanation), claims, training)
+    return Judgement(answer(study, gaps, growths, explanation), claims, training, interventions)

@@ -52,6 +52,7 @@ def compare(
         target=updates_to_target(runs, baseline),
         claims=judged.claims,
         caveats=[*caveats, *_caveats(runs, arms, baseline, gaps, metric), *_skew_caveats(gaps, metric)],
+        interventions=judged.interventions,
     )
 
 

@@ -146,6 +146,42 @@ class Claim(NamedTuple):
     """The outcome in more words, such as "there, but below the margin" or "not asked"; empty if there are none."""
 
 
+class Estimate(NamedTuple):
+    """The mean over seeds of a quantity of an intervention."""
+
+    quantity: str
+    mean: float
+    interval: Interval | None
+    """Over seeds, on these test samples; of 90% for a difference of training scores."""
+    new_images: Interval | None
+    """Of a difference of test scores on new test samples; None if it is not known."""
+    is_score: bool
+    """Whether it is a difference of scores; else it is one of near-rank loss."""
+
+
+class Requirement(NamedTuple):
+    """A condition for a verdict on an intervention."""
+
+    estimate: Estimate
+    limit: float
+    """Mean over seeds of what is compared with."""
+    is_within: bool
+    """Whether the quantity must be smaller in size than the limit; else it must be above it."""
+    holds: bool
+    """Whether it surely does."""
+
+
+class InterventionResult(NamedTuple):
+    """What raising and lowering the rank did at one large batch; the symbols are those of docs/statistics.md."""
+
+    arm: str
+    """The large batch without a penalty."""
+    num_seeds: int
+    finding: str
+    estimates: Sequence[Estimate]
+    requirements: Sequence[Requirement]
+
+
 class TrainingSummary(NamedTuple):
     """How an arm trained, for tables."""
 
@@ -171,3 +207,5 @@ class Comparison(NamedTuple):
     claims: Sequence[Claim]
     caveats: Sequence[str]
     """Limits of the comparison, one sentence each."""
+    interventions: Sequence[InterventionResult] = ()
+    """Of every large batch with arms that raise and lower the rank and their placebos, asked for or not."""

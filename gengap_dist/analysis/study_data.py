@@ -264,21 +264,21 @@ class StudyData:
         order = {arm: number for number, arm in enumerate(self.arms)}
         tuned = tuned_settings(self.info)
         runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))
-        section = _section(self.info, "study")
-        tolerance = section.get("tolerance")
+        tolerance = _section(self.info, "study").get("tolerance")
         found = compare(
             [comparison_run(run, tuned) for run in runs],
             self.baseline,
             self.metric,
             margin=None if tolerance is None else float(tolerance) / self.metric.scale,
-            look=self._look(section),
+            look=self.look,
         )
         across = (self.info.get("config") or {}).get("across") or []  # what `gengap compare --across` was told to mix
         changed = changed_data({f"{run.arm}/{run.folder.name}": run.info for run in runs})
         mixed = [text[0].upper() + text[1:] + "." for text in dict.fromkeys([*across, *changed])]
         return found._replace(caveats=[*mixed, *found.caveats])
 
-    def _look(self, section: Mapping[str, Any]) -> Look:
+    @property
+    def look(self) -> Look:
         """How sure differences must be; nothing is judged before all runs of a study have ended."""
         seeds, ended = (
             self.info.get("seeds") or [],
@@ -289,7 +289,7 @@ class StudyData:
             tuned = self.info.get("tuned") or {}  # an arm of which no trial finished has no runs
             arms = [arm for arm in self.arms if self.runs_of(arm) or arm not in tuned]
             planned |= {(arm, seed) for arm in arms for seed in seeds}
-        declared = self.info.get("declared") or section
+        declared = self.info.get("declared") or _section(self.info, "study")
         return look_of(seeds, self.info.get("judged") or [], declared, complete=planned <= ended)
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gengap_dist.statistics.paired import t_interval
+from gengap_dist.statistics.paired import Interval, t_interval
 
 ONE_SIDED_LEVEL = 0.05  # of each of the two tests, hence the 90% interval
 
@@ -28,8 +28,17 @@ def is_equivalent(values: Sequence[float] | np.ndarray, margin: float) -> bool |
     >>> is_equivalent([0.3, 0.3], 0.4), is_equivalent([0.3, 0.3], 0.2), is_equivalent([0.0], 1.0)
     (True, False, None)
     """
-    interval = t_interval(values, 1 - 2 * ONE_SIDED_LEVEL)
+    interval = equivalence_interval(values)
     return None if interval is None else bool(-margin <= interval[0] and interval[1] <= margin)
+
+
+def equivalence_interval(values: Sequence[float] | np.ndarray) -> Interval | None:
+    """The 90% t interval of the mean of paired differences [n]; None for n < 2.
+
+    >>> [round(end, 3) for end in equivalence_interval([0.1, -0.1, 0.0])]
+    [-0.169, 0.169]
+    """
+    return t_interval(values, 1 - 2 * ONE_SIDED_LEVEL)
 
 
 def equivalence_power(deviation: float, num_pairs: int, margin: float) -> float:

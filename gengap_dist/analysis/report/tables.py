@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from gengap_dist.analysis.report.plotting import Row
 from gengap_dist.analysis.report.text import gap_sentence, interval, last_layer, mean_text, test_head, value_text
-from gengap_dist.analysis.results import Comparison
+from gengap_dist.analysis.results import Comparison, Estimate, Requirement
 from gengap_dist.analysis.study_data import RunData, StudyData
 from gengap_dist.config.measures import SUMMARY
 from gengap_dist.config.metric_key import layer_metric
@@ -120,6 +120,64 @@ def _training_cells(study: StudyData, comparison: Comparison, arm: str) -> list[
         number(trained.loss_ratio if trained else None, ".3g"),
         number(gap, text="" if gap is None else metric.format_difference(gap)),
     ]
+
+
+def intervention_tables(comparison: Comparison) -> list[Table]:
+    """For each intervention on the rank: its quantities, and the conditions for a verdict."""
+    metric, out = comparison.metric, []
+    for each in comparison.interventions:
+        rows = [
+            [
+                Cell(estimate.quantity),
+                number(estimate.mean, text=_difference(estimate.mean, estimate, metric)),
+                _estimate_interval(estimate.interval, estimate, metric),
+                _estimate_interval(estimate.new_images, estimate, metric),
+            ]
+            for estimate in each.estimates
+        ]
+        caption = (
+            f"{each.arm}: {each.finding}. Means over {each.num_seeds} seeds, with intervals on these test samples and "
+            "on new ones. Lost, gain, cost, raising and lowering are differences of the test metric, growth, fall "
+            "and rise of near-rank loss; raising and lowering are above 0 if more than half of the loss goes through "
+            "the rank."
+        )
+        heads = ["quantity", "mean", "interval, these samples", "interval, new samples"]
+        out.append(Table(f"Intervention at {each.arm}", caption, heads, rows))
+        rows = [
+            [
+                Cell(requirement.estimate.quantity),
+                number(
+                    requirement.estimate.mean,
+                    text=_difference(requirement.estimate.mean, requirement.estimate, metric),
+                ),
+                _estimate_interval(requirement.estimate.interval, requirement.estimate, metric),
+                number(requirement.limit, text=_limit(requirement, metric)),
+                Cell("yes" if requirement.holds else "no"),
+            ]
+            for requirement in each.requirements
+        ]
+        caption = (
+            "What must surely hold before a verdict is given. Differences of the metric on training samples have 90% "
+            "intervals. Limits that are shares of the loss or the growth are compared seed by seed; means are shown."
+        )
+        heads = ["condition", "mean", "interval", "must be", "holds"]
+        out.append(Table(f"Conditions at {each.arm}", caption, heads, rows))
+    return out
+
+
+def _difference(value: float, estimate: Estimate, metric: MetricDescription) -> str:
+    return metric.format_difference(value) if estimate.is_score else f"{value:+.3f}"
+
+
+def _estimate_interval(pair: Interval | None, estimate: Estimate, metric: MetricDescription) -> Cell:
+    if pair is None:
+        return MISSING
+    return Cell(f"[{', '.join(_difference(end, estimate, metric) for end in pair)}]", sum(pair) / 2)
+
+
+def _limit(requirement: Requirement, metric: MetricDescription) -> str:
+    limit = _difference(requirement.limit, requirement.estimate, metric)
+    return f"within \u00b1{limit.lstrip('+')}" if requirement.is_within else f"above {limit}"
 
 
 def run_table(study: StudyData) -> Table:

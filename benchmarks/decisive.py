@@ -1,0 +1,288 @@
+"""Writes the tables and figures of docs/results/decisive.md from the slim folders in docs/results/decisive.
+
+    python benchmarks/decisive.py
+
+Nothing is trained. The text of the page is written by hand; the parts between `<!-- STUDY TABLE -->` and
+`<!-- /STUDY TABLE -->` are generated, STUDY being the name of a folder. tests/test_decisive.py says that the page is
+what the folders give.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from tables import fill, table
+
+from gengap_dist.analysis.report.plotting import ACCENT, COLOURS, INK, QUIET, STYLE, WARM
+from gengap_dist.analysis.report.tables import Table, intervention_tables
+from gengap_dist.analysis.results import InterventionResult
+from gengap_dist.analysis.rules.look import Look
+from gengap_dist.analysis.study_data import RunData, StudyData, read_study
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+PAGE, FOLDER = "decisive.md", "decisive"
+LAYERS = {"mlp": ("fc1", "fc2"), "lenet5": ("fc1", "fc2")}
+"""Penalised layers by network, the last hidden one last."""
+WEIGHTS = ("fc1.affine", "fc2.affine", "head")
+
+
+def studies(results: Path = RESULTS) -> dict[str, StudyData]:
+    """The studies whose slim folders are there, by the name of the folder."""
+    return {path.parent.name: read_study(path.parent) for path in sorted(results.glob(f"{FOLDER}/*/study.json"))}
+
+
+def write(results: Path = RESULTS) -> None:
+    """Fill the page, and draw its figures."""
+    page = results / PAGE
+    text = page.read_text()
+    for name, study in studies(results).items():
+        for title, body in bodies(study).items():
+            text = fill(text, f"{name} {title}", body)
+        draw(study, results / f"{FOLDER}_{name}.svg")
+    page.write_text(text)
+
+
+def bodies(study: StudyData) -> dict[str, str]:
+    """The generated parts of the page that are about one study."""
+    comparison = study.comparison
+    out = {
+        "summary": f"{comparison.answer}\n\n{study.registration}{''.join(f' {text}' for text in comparison.caveats)}",
+        "arms": arms(study),
+        "claims": claims(study),
+        "measures": measures(study),
+        "scale": scale(study),
+    }
+    for found in intervention_tables(comparison):
+        out["contrasts" if found.name.startswith("Intervention") else "conditions"] = markdown(found)
+    return out
+
+
+def markdown(found: Table) -> str:
+    """A table of the report in Markdown."""
+    return table(found.heads, [[cell.text for cell in row] for row in found.rows])
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def arms(study: StudyData) -> str:
+    """What each arm reached."""
+    comparison, layer = study.comparison, layers(study)[-1]
+    head = ["arm", "batch", "updates", "seeds", "test accuracy, %", "on training images, %", "loss ratio"]
+    head += ["near-rank loss", "raw", "abs < .01"]
+    rows = []
+    for arm in study.arms:
+        runs = study.finished_runs(arm)
+        if not runs:
+            continue
+        near_rank_losses = [f"near_rank_loss/{layer}{view}" for view in ("/centred/rel_1e-2", "/rel_1e-2", "/abs_1e-2")]
+        trained = comparison.training.get(arm)
+        rows.append(
+            [
+                arm,
+                f"{runs[0].global_size:,}",
+                f"{runs[0].info['num_steps']:,}",
+                str(len(runs)),
+                spread([100 * run.info["result"]["test/accuracy"] for run in runs]),
+                spread([100 * run.info["result"]["train_full/accuracy"] for run in runs]),
+                "" if not trained or trained.loss_ratio is None else f"{trained.loss_ratio:.2f}",
+                *(f"{np.mean([last(run, name) for run in runs]):.3f}" for name in near_rank_losses),
+            ]
+        )
+    return table(head, rows)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{np.mean(values):.2f}" + (f" ({np.std(values, ddof=1):.2f})" if len(values) > 1 else "")
+
+
+def claims(study: StudyData) -> str:
+    """Outcome and evidence of every claim."""
+    return "\n".join(
+        f"- **{claim.outcome}{f' ({claim.finding})' if claim.finding else ''}**: {claim.claim} {claim.evidence}"
+        for claim in study.comparison.claims
+    )
+
+
+def measures(study: StudyData) -> str:
+    """Growth of near-rank loss, and what each way to raise the rank takes back of it, under other measures."""
+    layer, look = layers(study)[-1], study.look
+
+    def pooled(run: RunData) -> float:
+        counts = [last(run, f"near_rank_count/{each}/centred/rel_1e-2") for each in layers(study)]
+        return float(np.sum(counts)) / sum(units(run, each) for each in layers(study))
+
+    def own_batch(run: RunData) -> float:
+        untrained, trained = run.untrained_and_trained(f"near_rank_loss/{layer}/own_batch/rel_1e-2")
+        return trained - untrained
+
+    known: dict[str, Callable[[RunData], float]] = {
+        "centred, < .01 s1 (primary)": lambda run: last(run, f"near_rank_loss/{layer}/centred/rel_1e-2"),
+        "raw, < .01 s1": lambda run: last(run, f"near_rank_loss/{layer}/rel_1e-2"),
+        "centred, < .001 s1": lambda run: last(run, f"near_rank_loss/{layer}/centred/rel_1e-3"),
+        "all penalised layers pooled": pooled,
+        "absolute, raw, < .01": lambda run: last(run, f"near_rank_loss/{layer}/abs_1e-2"),
+        "own batch, raw, change since untrained": own_batch,
+    }
+    routes = route_names(study)
+    rows = []
+    for name, measure in known.items():
+        growth = differences(study, measure, "lb", study.baseline)
+        row = [name, number(growth, look)]
+        for route in routes:
+            pairs = [("lb-" + route + "-placebo", "lb-" + route), ("sb-" + route + "-placebo", "sb-" + route)]
+            at_large, at_small = (differences(study, measure, *pair) for pair in pairs)
+            fall = at_large - at_small if len(at_large) == len(at_small) else np.empty(0)
+            row += [number(fall, look), "yes" if len(fall) > 1 and look.is_above(fall - growth / 2) else "no"]
+        rows.append(row)
+    head = ["measure", "growth"]
+    for route in routes:
+        head += [f"fall by {route}", "more than half of growth"]
+    return table(head, rows)
+
+
+def scale(study: StudyData) -> str:
+    """Scale of activations and of weights, divided by that of the untrained network, and the size of updates."""
+    names = layers(study)
+    head = ["arm", *(f"tr C, {name}" for name in names), *(f"weights, {name}" for name in WEIGHTS)]
+    head += ["distance from init", "mean update", "test accuracy, %"]
+    rows = []
+    for arm in study.arms:
+        runs = study.finished_runs(arm)
+        if runs:
+            rows.append(
+                [
+                    arm,
+                    *(f"{ratio(runs, lambda line, name=name: squared(line, f'{name}/centred')):.2f}" for name in names),
+                    *(
+                        f"{ratio(runs, lambda line, name=name: squared(line, f'{name}/weight') ** 0.5):.2f}"
+                        for name in WEIGHTS
+                    ),
+                    f"{np.mean([last(run, 'distance_from_init') for run in runs]):.2f}",
+                    f"{1000 * np.mean([mean_update(run) for run in runs]):.2f}e-3",
+                    spread([100 * run.info["result"]["test/accuracy"] for run in runs]),
+                ]
+            )
+    return table(head, rows)
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def layers(study: StudyData) -> tuple[str, ...]:
+    """The penalised layers of a study."""
+    return LAYERS[study.info["config"]["model"]["name"]]
+
+
+def last(run: RunData, name: str) -> float:
+    """A metric at the last measurement."""
+    return run.untrained_and_trained(name)[1]
+
+
+def units(run: RunData, layer: str) -> float:
+    """Number of singular values of a layer: min(N - 1, D)."""
+    return min(run.info["num_probe_samples"] - 1, run.info["num_probe_samples"] / run.info["samples_per_unit"][layer])
+
+
+def squared(line: Any, key: str) -> float:
+    """Squared Frobenius norm of a matrix: its stable rank times its largest singular value squared."""
+    return line[f"stable_rank/{key}"] * line[f"sigma_max/{key}"] ** 2
+
+
+def ratio(runs: Sequence[RunData], quantity: Callable[[Any], float]) -> float:
+    """Geometric mean over runs of a quantity at the last measurement divided by that at the first."""
+    ends = [run.first_and_last_probe() for run in runs]
+    return float(np.exp(np.mean([np.log(quantity(trained) / quantity(untrained)) for untrained, trained in ends])))
+
+
+def mean_update(run: RunData) -> float:
+    """Norm of an update divided by that of the weights, mean over measurements."""
+    steps, updates = run.history().series("train/update_norm")
+    at, norms = run.history().series("weight_norm")
+    return float(np.mean(updates / np.interp(steps, at, norms)))
+
+
+def differences(study: StudyData, measure: Callable[[RunData], float], first: str, second: str) -> np.ndarray:
+    """A measure of the first arm minus that of the second, by seed: [n]."""
+    one, other = ({run.seed: measure(run) for run in study.finished_runs(arm)} for arm in (first, second))
+    return np.array([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
+
+
+def number(values: np.ndarray, look: Look) -> str:
+    """Mean and interval of differences of near-rank loss."""
+    interval = look.interval(values) if len(values) else None
+    if interval is None:
+        return "-"
+    return f"{values.mean():+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
+
+
+def route_names(study: StudyData) -> list[str]:
+    """Ways to raise the rank, as the arms are called without their batch."""
+    return [name for name in ("raise", "trace") if f"lb-{name}" in study.arms]
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def draw(study: StudyData, path: Path) -> None:
+    """Near-rank loss against test accuracy by arm, and the contrasts that decide."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+        by_rank, contrasts = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        _draw_arms(study, by_rank)
+        for result in study.comparison.interventions[:1]:
+            _draw_contrasts(result, contrasts)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _draw_arms(study: StudyData, axes: Any) -> None:
+    layer = layers(study)[-1]
+    for arm in study.arms:
+        runs = study.finished_runs(arm)
+        if len(runs) < 2:
+            continue
+        x = np.array([last(run, f"near_rank_loss/{layer}/centred/rel_1e-2") for run in runs])
+        y = np.array([100 * run.info["result"]["test/accuracy"] for run in runs])
+        is_large = runs[0].global_size > 32
+        color, marker = (WARM if is_large else ACCENT), marker_of(arm)
+        bar = {"fmt": marker, "color": color, "markersize": 6, "linewidth": 1, "alpha": 0.9}
+        n = len(runs) ** 0.5
+        axes.errorbar(x.mean(), y.mean(), 2 * y.std(ddof=1) / n, 2 * x.std(ddof=1) / n, **bar)
+        axes.annotate(arm, (x.mean(), y.mean()), (6, 5), textcoords="offset points", fontsize=7.5, color=INK)
+    axes.set_xlabel(f"near-rank loss of {layer} (centred, share below 0.01 of the largest)")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title("Arms: means and two standard errors over seeds", fontsize=9, loc="left")
+
+
+def marker_of(arm: str) -> str:
+    """A marker for each kind of intervention."""
+    kinds = {"placebo": "x", "raise": "^", "lower": "v", "trace": "s"}
+    return next((marker for kind, marker in kinds.items() if kind in arm), "o")
+
+
+def _draw_contrasts(result: InterventionResult, axes: Any) -> None:
+    shown = [each for each in result.estimates if each.is_score]
+    for at, each in enumerate(reversed(shown)):
+        for interval, width, color in ((each.new_images, 1.2, QUIET), (each.interval, 3.0, COLOURS[0])):
+            if interval:
+                axes.plot([100 * end for end in interval], [at, at], color=color, linewidth=width)
+        axes.plot(100 * each.mean, at, "o", color=INK, markersize=4)
+    axes.axvline(0, color=QUIET, linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [each.quantity for each in reversed(shown)], fontsize=8)
+    axes.set_xlabel("points of test accuracy (thick: these images; thin: new images)")
+    axes.set_title("Contrasts", fontsize=9, loc="left")
+
+
+def main() -> None:
+    """Write."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    write()
+
+
+if __name__ == "__main__":
+    main()

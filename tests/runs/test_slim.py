@@ -1,0 +1,155 @@
+"""Slim copies: comparisons say the same of them, studies go on from them, and nothing can change unseen."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from gengap_dist.analysis.report.text import study_rows
+from gengap_dist.analysis.study_data import read_study
+from gengap_dist.errors import UsageError
+from gengap_dist.runs.run_folder import describe_damage, is_slim, read_info, read_metrics_table
+from gengap_dist.runs.slim import SUMS, check_sums, write_slim_copy
+from tests.study import tiny
+
+STUDY = {
+    "question": "Is it the batch?",
+    "seeds": [0, 1],
+    "looks": [2, 4],
+    "tolerance": 3,
+    "arms": [
+        {"name": "sb", "set": {"batch.global_size": 64}},
+        {"name": "lb", "set": {"batch.global_size": 512}},
+        {"name": "lb-again", "set": {"batch.global_size": 512, "optim.lr": 0.04}},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study, its slim copy, and the configuration."""
+    folder = tmp_path_factory.mktemp("slim")
+    config = tiny.write(folder / "study.yaml", STUDY)
+    done = tiny.start(config, folder / "study")
+    assert done.returncode == 0, done.stderr
+    assert write_slim_copy(folder / "study", folder / "copy") == 6
+    return folder
+
+
+def test_the_copy_says_what_the_study_says(study, gengap, monkeypatch):
+    whole, copy = read_study(study / "study"), read_study(study / "copy")
+    assert study_rows(copy) == study_rows(whole)
+    assert copy.comparison == whole.comparison
+    done = gengap("compare", study / "copy", "--out", "compared")
+    assert done.returncode == 0, done.stderr
+    compared = read_study(next(path.parent for path in study.parent.parent.rglob("compared/study.json")))
+    assert study_rows(compared) == study_rows(whole)
+    assert [claim.evidence for claim in compared.comparison.claims] == [
+        claim.evidence for claim in whole.comparison.claims
+    ]
+    assert "look 1 of 2" in " ".join(compared.comparison.caveats)  # the looks of the study, not the defaults
+    assert compared.question == "Is it the batch?"
+
+
+def test_all_metrics_and_the_primary_spectra_are_there(study):
+    for path in (study / "study").glob("runs/*/*"):
+        copy = study / "copy" / path.relative_to(study / "study")
+        before, after = read_metrics_table(path), read_metrics_table(copy)
+        assert list(before.columns) == list(after.columns)
+        assert (before.known == after.known).all()
+        assert (before.values[before.known] == after.values[after.known]).all()
+        assert (copy / "test_correct.npy").read_bytes() == (path / "test_correct.npy").read_bytes()
+        assert len(list((copy / "spectra").glob("*.npz"))) == 2
+        assert is_slim(copy)
+        assert not is_slim(path)
+        assert sum(file.stat().st_size for file in copy.rglob("*") if file.is_file()) < 60_000
+
+
+def test_no_folder_of_the_machine_is_in_it(study):
+    written = [json.loads(path.read_text()) for path in (study / "copy").rglob("*.json")]
+    assert len(written) == 7
+
+    def texts(value):
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from texts(each)
+        if isinstance(value, str):
+            yield value
+
+    assert not [text for each in written for text in texts(each) if text.startswith("/")]
+
+
+def test_checksums_are_those_of_sha256sum_and_find_every_change(study, tmp_path):
+    copy = shutil.copytree(study / "copy", tmp_path / "copy")
+    subprocess.run(["sha256sum", "--quiet", "--check", SUMS], cwd=copy, check=True)
+    assert check_sums(copy) == []
+    changed, lost = sorted(copy.glob("runs/*/*/metrics.npz"))[:2]
+    changed.write_bytes(changed.read_bytes() + b"x")
+    lost.unlink()
+    (copy / "new").write_text("a file that nobody listed")
+    assert check_sums(copy) == sorted(["new", *(path.relative_to(copy).as_posix() for path in (changed, lost))])
+    (copy / SUMS).unlink()
+    with pytest.raises(UsageError, match="cannot be read"):
+        check_sums(copy)
+
+
+def test_a_study_goes_on_from_its_copy(study, tmp_path):
+    copy = shutil.copytree(study / "copy", tmp_path / "copy")
+    more = tiny.write(tmp_path / "more.yaml", STUDY | {"seeds": [0, 1, 2, 3]})
+    before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in copy.glob("runs/*/*/metrics.npz")}
+    done = tiny.start(more, copy)
+    assert done.returncode == 0, done.stderr
+    assert not (copy / "damaged").exists()
+    after = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in before}
+    assert after == before  # no finished run is run again
+    found = read_study(copy)
+    assert "look 2 of 2" in " ".join(found.comparison.caveats)
+    assert [len(found.finished_runs(arm)) for arm in found.arms] == [4, 4, 4]
+    assert write_slim_copy(copy, study / "both") == 12
+    assert read_study(study / "both").comparison == found.comparison
+
+
+def test_runs_that_have_not_ended_are_left_out_until_they_have(study, tmp_path):
+    whole = shutil.copytree(study / "study", tmp_path / "study")
+    path = whole / "runs" / "lb" / "seed0" / "run.json"
+    ended = path.read_text()
+    path.write_text(json.dumps(json.loads(ended) | {"status": "running"}))
+    assert write_slim_copy(whole, tmp_path / "copy") == 5
+    assert "nothing is judged" in " ".join(read_study(tmp_path / "copy").comparison.caveats)
+    path.write_text(ended)
+    assert write_slim_copy(whole, tmp_path / "copy") == 6
+    assert check_sums(tmp_path / "copy") == []
+    assert read_study(tmp_path / "copy").comparison == read_study(whole).comparison
+
+
+def test_damage_is_seen(study, tmp_path):
+    run = next((study / "copy").glob("runs/sb/*"))
+    copy = shutil.copytree(run, tmp_path / "run")
+    assert describe_damage(copy) == ""
+    (copy / "metrics.npz").write_bytes(b"")
+    assert "metrics.npz does not end with step" in describe_damage(copy)
+    with pytest.raises(ValueError, match="is damaged"):
+        read_metrics_table(copy)
+
+
+def test_a_single_run(study, tmp_path, gengap):
+    run = study / "study" / "runs" / "sb" / "seed0"
+    done = gengap("report", "slim", run, tmp_path / "copy")
+    assert done.returncode == 0, done.stderr
+    assert "1 run that ended" in done.stdout
+    assert read_info(tmp_path / "copy").result == read_info(run).result
+
+
+def test_bad_input(study, tmp_path, gengap):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for words, says in (
+        (("slim", study / "study", study / "study" / "copy"), "lies in the folder that it is a copy of"),
+        (("slim", study / "study", tmp_path / "full"), "is not empty and no slim copy"),
+        (("slim", tmp_path / "full", tmp_path / "out"), "contains neither run.json nor study.json"),
+        (("sync", study / "copy"), "is a slim copy"),
+    ):
+        done = gengap("report", *words)
+        assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"

@@ -513,6 +513,46 @@ def test_routes_that_reach_the_same_rank_and_another_accuracy_disagree():
     assert found.count("routes disagree") >= 15
 
 
+def test_the_numbers_of_an_intervention_stand_beside_its_verdict():
+    runs = study(num_seeds=10, hidden_gain=(0.0, 1.34))
+    (result,) = compare(runs, "sb").interventions
+    assert (result.arm, result.num_seeds, result.finding) == ("lb", 10, of(runs, "explains").finding)
+    assert all(each.holds for each in result.requirements)
+    score = {arm.name: arm.scores() for arm in group_by_arm(runs).values()}
+    gains = [
+        score["lb-spread"][at] - score["lb-placebo"][at] - score["sb-spread"][at] + score["sb-placebo"][at]
+        for at in range(10)
+    ]
+    apart = [score["lb-logdet"][at] - score["lb-spread"][at] for at in range(10)]
+    found = {each.quantity: each for each in result.estimates}
+    for quantity, values in (("gain by lb-spread", gains), ("lb-logdet minus lb-spread", apart)):
+        assert found[quantity].mean == pytest.approx(np.mean(values))
+        assert found[quantity].interval == pytest.approx(Look().interval(values))
+    text = of(runs, "explains").evidence
+    for name in ("gain by lb-logdet", "cost of sb-lower", "raising by lb-spread"):
+        assert f"{100 * found[name].mean:.2f} [" in text
+
+
+def test_the_condition_that_is_named_is_the_first_that_does_not_hold():
+    runs = study(num_seeds=10, placebo_small=1.5)
+    claim = of(runs, "explains")
+    (result,) = compare(runs, "sb").interventions
+    assert claim.finding == result.finding == "not asked"
+    assert "at the small batch lb-logdet and its placebo may differ" in claim.evidence
+    failed = [each.estimate.quantity for each in result.requirements if not each.holds]
+    assert failed[0] == "lb-logdet at the small batch against its placebo"
+
+
+def test_arms_that_train_less_are_a_condition_and_keep_their_numbers():
+    runs = study(num_seeds=10, training_gain=3.0)
+    (result,) = compare(runs, "sb").interventions
+    assert result.finding == "not asked"
+    failed = [each.estimate.quantity for each in result.requirements if not each.holds]
+    assert failed[0] == "lb against sb on training samples"
+    assert {each.quantity for each in result.estimates} >= {"lost", "growth", "cost of sb-lower"}
+    assert compare(two_batches(np.random.default_rng(0), 10), "sb").interventions == []
+
+
 def test_the_quantities_of_an_intervention_against_loops_over_seeds():
     """Gain, fall, cost and rise by their definitions, one seed after the other."""
     rng = np.random.default_rng(0)

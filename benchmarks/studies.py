@@ -254,7 +254,9 @@ def contestants(options: argparse.Namespace, work: Path) -> dict[str, Contestant
     save_images(config.data, images)
     arms = {arm.name: plain_words(config.run_config(arm, seed=0), images) for arm in config.arms}
     packed = ("--study.concurrent", options.concurrent)
-    before = gengap(options.before or CHECKOUT, file, work, ())
+    older = work / "before.yaml"  # for a checkout without measurements at losses
+    older.write_text(yaml.safe_dump(tree | {"probe": {k: v for k, v in tree["probe"].items() if k != "at_losses"}}))
+    before = gengap(options.before or CHECKOUT, older, work, ())
     lines, fewer_lines = (partial(plain_lines, arms, seeds, words) for words in ((), ("--no_probes",)))
     xargs = f"xargs -d '\\n' -n 1 -P {available_cores().whole} sh -c <"
     return {

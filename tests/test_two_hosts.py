@@ -29,7 +29,8 @@ WORDS = [
     *("--train.num_evals", 4, "--checkpoint.every_steps", 4, "--mlflow.enabled", "false", "--probe.enabled", "false"),
     *("--launch.device", "cpu"),
 ]
-# A LeNet-5 that waits in its GATE-th step of two ranks while there is a file `wait`.
+# A LeNet-5 that waits in its GATE-th pass in training mode on two ranks while there is a file `wait`: in step GATE - 1,
+# because one pass is made before the first step, to see which parameters are used.
 FACTORY = f"""
 import os, time
 from pathlib import Path
@@ -213,7 +214,8 @@ def test_the_link_is_cut_and_the_run_is_started_again(hosts, gate, whole):
     for agent in agents:
         assert agent.wait(240) == 1, agent.said()
     said = agents[0].said()
-    assert re.search(r"rank 0 waits in sum of gradients \(step 20\) for rank 1 \(.*, process \d+\), which sent", said)
+    waits = rf"rank 0 waits in sum of gradients \(step {GATE - 1}\) for rank 1 \(.*, process \d+\), which sent"
+    assert re.search(waits, said)
     assert "gengap train, rank 1: RuntimeError: " in agents[1].said()
     assert read_info(gate / "run").status == "failed"
     hosts[1].link("up")

@@ -37,6 +37,8 @@ class StepMetrics(NamedTuple, Generic[Value]):
     """1 for each rank with such a micro-batch."""
     penalty: Value
     """Share of the penalty that is part of the objective."""
+    penalty_grad_norm: Value
+    """Share of the norm of what the penalty adds to the global gradient."""
     loss_grad_norm: Value
     """Share of the norm of the loss's global gradient without that of a penalty; 0 if there is none."""
     worker_squared_norm: Value
@@ -125,6 +127,7 @@ class StepMetricsAggregator:
         metrics = {"train/grad_norm": norm, "train/lr": result.lr}
         if self.config.algorithm.rank_penalty is not None:
             metrics["train/rank_penalty"] = totals.penalty
+            metrics["train/rank_penalty_grad_norm"] = totals.penalty_grad_norm
         if self.config.optim.schedule == "grow":
             metrics["train/global_size"] = result.size
         return metrics | self._noise_metrics(totals, norm, result.size)

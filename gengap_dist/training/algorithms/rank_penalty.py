@@ -254,7 +254,9 @@ class RankPenalty(Objective):
         sums.penalty.add_(self.strength * torch.stack([pull.value for pull in pulls]).sum() / world.size)
         if strategy.track_local_grad_norm:
             sums.loss_grad_norm.add_(strategy.gradient_norm() / world.size)  # equal on all ranks
-        _add_to_gradients(parameters, self._direction(gradients))
+        direction = self._direction(gradients)
+        sums.penalty_grad_norm.add_(torch.linalg.vector_norm(direction, dtype=torch.float64) / world.size)
+        _add_to_gradients(parameters, direction)
 
     def _stream(self, layers: list[Layer], num_samples: int, strategy: Strategy, step_batch: StepBatch) -> "Stream":
         seed, *step = step_batch.rng_key[:2]

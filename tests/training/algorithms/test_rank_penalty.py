@@ -154,6 +154,8 @@ def test_a_placebo_has_the_norm_of_the_penalty_and_another_direction(of, dtype):
         each = RankPenalty(config(**penalised(1e4, measure, **more)), TASK)
         each.load(objective.state())
         found[measure] = gradient(problem, each)[0].double() - plain.double()
+        recorded = accumulate(problem.strategy, problem.given, problem.batch, each).penalty_grad_norm.item()
+        assert recorded == pytest.approx(found[measure].norm().item(), rel=1e-6)
     norms = [x.norm().item() for x in found.values()]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
     assert abs(torch.cosine_similarity(*found.values(), dim=0)) < 0.9

@@ -112,7 +112,8 @@ def train(world: World, settings: dict[str, Any], out: Path, resume: bool = Fals
 
 def curves(out: Path) -> dict[str, list[float]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    names = ("train/loss", "train/accuracy", "train/grad_norm", "train/rank_penalty", "val/loss", "val/accuracy")
+    names = ("train/loss", "train/accuracy", "train/grad_norm", "val/loss", "val/accuracy")
+    names += ("train/rank_penalty", "train/rank_penalty_grad_norm")
     return {name: [row[name] for row in rows if name in row] for name in names}
 
 

@@ -135,8 +135,9 @@ def measures(study: StudyData) -> str:
         growth = differences(study, measure, "lb", study.baseline)
         row = [name, number(growth, look)]
         for route in routes:
-            pairs = [("lb-" + route + "-placebo", "lb-" + route), ("sb-" + route + "-placebo", "sb-" + route)]
-            at_large, at_small = (differences(study, measure, *pair) for pair in pairs)
+            at_large, at_small = (
+                differences(study, measure, f"{batch}-placebo", f"{batch}-{route}") for batch in ("lb", "sb")
+            )
             fall = at_large - at_small if len(at_large) == len(at_small) else np.empty(0)
             row += [number(fall, look), "yes" if len(fall) > 1 and look.is_above(fall - growth / 2) else "no"]
         rows.append(row)

@@ -76,9 +76,19 @@ class Packer:
         callback: StudyCallback,
         options: Sequence[Sequence[Option]],
         resources: Resources,
+        later: Sequence[tuple[str, Sequence[Option]]] = (),
     ) -> None:
-        """Runs, and the options of each; no run has started."""
+        """Runs, and the options of each; no run has started.
+
+        Args:
+            plan: the runs.
+            callback: called on every step and at the end of every run.
+            options: of each run.
+            resources: of the machine.
+            later: (arm, options) of the runs that come after these, for the forecast of the time left.
+        """
         self.plan, self.callback, self.options, self.resources = plan, callback, options, resources
+        self.later = later
         self.waiting = [*range(len(plan))]
         self.active: dict[int, Active] = {}  # by number
         self.num_failed = 0
@@ -125,8 +135,7 @@ class Packer:
 
     def _options(self, number: int, expected: Expectation) -> list[Option]:
         """The options of a run, with the seconds that are expected now."""
-        arm = self.plan[number].arm
-        return [option._replace(seconds=expected(arm, option)) for option in self.options[number]]
+        return _expected_options(self.plan[number].arm, self.options[number], expected)
 
     def _expectation(self) -> Expectation:
         """Seconds of a run of an arm: as measured, times how much longer runs take that have ended, or have come far.
@@ -200,17 +209,30 @@ class Packer:
                 self.callback.on_time_left(left)
 
     def seconds_left(self) -> float | None:
-        """Forecast of the seconds until all runs have ended; None if nothing is known yet."""
+        """Forecast of the seconds until all runs have ended, also the later ones; None if nothing is known yet."""
         expected = self._expectation()
-        options = [min(self._options(number, expected), key=lambda option: option.cores) for number in self.waiting]
-        if not all(option.seconds for option in options):
+        waiting = [_on_fewest_cores(self._options(number, expected)) for number in self.waiting]
+        later = [_on_fewest_cores(_expected_options(arm, options, expected)) for arm, options in self.later]
+        if not all(option.seconds for option in (*waiting, *later)):
             return None
         running = self._running(expected)
-        return length(placed(options, self.resources, running), running)
+        return length(placed(waiting, self.resources, running), running) + length(placed(later, self.resources))
+
+
+def _expected_options(arm: str, options: Sequence[Option], expected: Expectation) -> list[Option]:
+    return [option._replace(seconds=expected(arm, option)) for option in options]
+
+
+def _on_fewest_cores(options: Sequence[Option]) -> Option:
+    return min(options, key=lambda option: option.cores)
 
 
 def run_packed(
-    plan: Sequence[PlannedRun], callback: StudyCallback, concurrent: int | None, warn: Callable[[str], None]
+    plan: Sequence[PlannedRun],
+    callback: StudyCallback,
+    concurrent: int | None,
+    warn: Callable[[str], None],
+    later: Sequence[PlannedRun] = (),
 ) -> int:
     """Execute runs on this machine; returns the number of runs that failed.
 
@@ -219,8 +241,10 @@ def run_packed(
         callback: called on every step and at the end of every run.
         concurrent: number of runs at once, each on launch.num_processes ranks; None: see the module.
         warn: called with one sentence.
+        later: the runs of the study that come after these, as far as they are known.
     """
-    configs = [planned.config for planned in plan]
+    every = [*plan, *later]
+    configs = [planned.config for planned in every]
     with catching_signals() as flag, ranks_of_this_machine(configs, os.environ) as ranks:
         _download(configs, ranks)
         if concurrent:
@@ -232,8 +256,10 @@ def run_packed(
             measure_what_matters(table, configs, flag, callback.on_measure)
             options = [table.options(config) for config in configs]
             resources = Resources(ranks.size, free_memory())
-            check_memory(plan, options, resources)
-        return Packer(plan, callback, options, resources).run(ranks, flag)
+            check_memory(every, options, resources)
+        arms = [planned.arm for planned in later]
+        of_later = [*zip(arms, options[len(plan) :], strict=True)]
+        return Packer(plan, callback, options[: len(plan)], resources, of_later).run(ranks, flag)
 
 
 def _download(configs: Sequence[RunConfig], ranks: Ranks) -> None:

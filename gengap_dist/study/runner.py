@@ -221,7 +221,8 @@ def _run_study(config: StudyConfig, out: Path, callback: StudyCallback, *, drive
     # a failed trial is retried until the runs of its arm have started: all of them must have the same settings
     arms_with_runs = {arm.name for arm in config.arms if (out / "runs" / arm.name).exists()}
     num_failed = run(
-        [planned for planned in trials if planned.arm not in arms_with_runs or status(planned) != RunStatus.FAILED]
+        [planned for planned in trials if planned.arm not in arms_with_runs or status(planned) != RunStatus.FAILED],
+        later=run_matrix.planned_runs(config, out, {}),
     )
     searches = _summarise_trials(config, trials)
     tuned = {arm: search["best"] for arm, search in searches.items() if search["best"] is not None}
@@ -238,17 +239,16 @@ def _run_study(config: StudyConfig, out: Path, callback: StudyCallback, *, drive
     return num_failed + run(plan)
 
 
-def _run_matched(
-    config: StudyConfig, out: Path, run: Callable[[list[PlannedRun]], int], *, driver: bool, warn: Warn
-) -> int:
+def _run_matched(config: StudyConfig, out: Path, run: Callable[..., int], *, driver: bool, warn: Warn) -> int:
     """Find the strengths of study.match, then run the seeds; returns the number of failed runs."""
     num_failed, started = 0, set[Path]()
+    later = run_matrix.planned_runs(config, out, {})
     while True:
         searches, planned = matching.read_searches(config, out, status)
         new = [each for each in planned if each.folder not in started]
         if num_failed or not new:
             break
-        num_failed = run(new)
+        num_failed = run(new, later=later)
         started |= {each.folder for each in new}
     tuned = {arm: settings for search in searches for arm, settings in search.settings(config).items()}
     unknown = {
@@ -277,7 +277,13 @@ def _summarise_trials(config: StudyConfig, trials: list[PlannedRun]) -> dict[str
 
 
 def run_all(
-    plan: list[PlannedRun], callback: StudyCallback, *, driver: bool, concurrent: int | None = None, warn: Warn
+    plan: list[PlannedRun],
+    callback: StudyCallback,
+    *,
+    driver: bool,
+    concurrent: int | None = None,
+    warn: Warn,
+    later: Sequence[PlannedRun] = (),
 ) -> int:
     """Run what is not finished; returns the number of failed runs. A failed or diverged run does not stop the others.
 
@@ -287,6 +293,7 @@ def run_all(
         driver: whether this process prepares folders; under torchrun the other ranks only execute the runs.
         concurrent: number of runs at once; None: as it ends soonest.
         warn: called with each warning.
+        later: the runs that come after these, for the forecast of the time left.
     """
     to_do = []
     for planned in plan:
@@ -299,7 +306,8 @@ def run_all(
     on_torchrun = [planned for planned in to_do if launchers.uses_torchrun(planned.config.launch)]
     _run_on_torchrun(on_torchrun, callback, driver=driver)
     here = [planned for planned in to_do if planned not in on_ray and planned not in on_torchrun]
-    return num_failed + (run_packed(here, callback, concurrent, warn) if here else 0)
+    later = [planned for planned in later if not ((known := status(planned)) and known.has_result)]
+    return num_failed + (run_packed(here, callback, concurrent, warn, later) if here else 0)
 
 
 def _run_on_torchrun(plan: list[PlannedRun], callback: StudyCallback, *, driver: bool) -> None:

@@ -20,7 +20,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.study import packing, ranks, runner
 from gengap_dist.study.layouts import with_ranks
-from gengap_dist.study.run_matrix import planned_runs
+from gengap_dist.study.run_matrix import StudyCallback, planned_runs
 from gengap_dist.study.schedule import Layout, Option, Resources
 from gengap_dist.training import run_cost, trainer
 from gengap_dist.training.run_cost import CostCache, RunCost, cost_key
@@ -235,6 +235,20 @@ COST = RunCost(
     step_seconds=0.5, validation_seconds=1, probe_seconds=2, num_steps=10, num_validations=3, num_probes=2,
     end_seconds=1, memory_bytes=2**20, cpu_wait_share=0, depends_on_ranks=False,
 )  # fmt: skip
+
+
+def test_the_time_left_counts_the_runs_of_later_phases(tmp_path):
+    """The runs of the seeds come after the trials of study.tune and the searches of study.match."""
+    study = study_config(tmp_path)
+    plan = planned_runs(study, tmp_path, {})[:3]
+    options = [[Option(Layout(1, 1), 1, seconds)] for seconds in (4.0, 3.0, 1.0)]
+    later = [("large", [Option(Layout(1, 1), 1, 10.0), Option(Layout(2, 1), 2, 6.0)])] * 3
+    packer = packing.Packer(plan, StudyCallback(), options, Resources(2))
+    assert packer.seconds_left() == 4.0  # 4; 3 and 1
+    packer = packing.Packer(plan, StudyCallback(), options, Resources(2), later)
+    assert packer.seconds_left() == 4.0 + 20.0
+    unknown = [("large", [Option(Layout(1, 1), 1, 0.0)])]
+    assert packing.Packer(plan, StudyCallback(), options, Resources(2), unknown).seconds_left() is None
 
 
 def test_seconds_of_a_run():

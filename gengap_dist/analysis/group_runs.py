@@ -18,6 +18,7 @@ from gengap_dist.runs.schema import RunStatus, StudyInfo, StudyMember
 from gengap_dist.tracking.mlflow.client import connect_client, store_uri
 from gengap_dist.tracking.mlflow.importer import SourceNames, find_runs, save_as_run_folder
 
+LOOKS = ("looks", "may_extend")  # settings of a study that say when it is judged
 MAX_NAMED_SETTINGS = 3  # in an arm's name
 CURVES = (  # of runs in MLflow
     "train/loss", "train/lr", "val/accuracy", "val/loss", "probe/accuracy", "probe/loss", "epoch", MEASURED_AT,
@@ -38,29 +39,67 @@ class Source(NamedTuple):
     """Folder of its study."""
 
 
-DECLARED = ("tolerance", "looks", "may_extend")  # of a study, before it is judged
+class Declaration(NamedTuple):
+    """How the runs of a comparison are judged: fields of study.json, and one sentence for each problem."""
+
+    fields: dict[str, Any]
+    problems: list[str]
 
 
-def _declared(sources: Iterable[Source]) -> tuple[dict[str, Any], list[str]]:
-    """Fields of study.json that say how the studies of all sources are judged, if that is one way; and problems.
+def _declaration(sources: Iterable[Source]) -> Declaration:
+    """What the studies of all sources declared before they were judged.
 
-    Of one study all is kept, so that a comparison of its runs says what its report says. Of several studies with the
-    same margin and looks these are kept; runs without a study are judged by the defaults.
+    A comparison must not be a way around it: runs are judged at the looks of their study, also if only some of them are
+    given or others are added; where studies declare different looks, or a run of theirs has not ended, nothing is
+    judged. The margin is theirs if it is the same, else the default. Of a single study, question and registration are
+    kept, too.
     """
-    sources = list(sources)
-    folders = list(dict.fromkeys(source.study for source in sources))
-    if None in folders:
-        return {}, []
-    infos = [read_study_info(folder) for folder in folders if folder]
-    sections = [{name: (info.config.get("study") or {}).get(name) for name in DECLARED} for info in infos]
-    if any(section != sections[0] for section in sections):
-        return {}, ["the studies declare different margins or looks, and their runs are judged by the defaults"]
-    fields: dict[str, Any] = {"config": {"study": sections[0]}}
+    arms: dict[Path, set[str]] = {}
+    for source in sources:
+        if source.study:
+            arms.setdefault(source.study, set()).add(source.arm)
+    if not arms:
+        return Declaration({}, [])
+    infos = {folder: read_study_info(folder) for folder in arms}
+    sections = [info.config.get("study") or {} for info in infos.values()]
+    looks = [
+        {name: (info.declared or section).get(name) for name in LOOKS}
+        for info, section in zip(infos.values(), sections, strict=True)
+    ]
+    tolerances = [section.get("tolerance") for section in sections]
+    problems = []
+    if any(tolerance != tolerances[0] for tolerance in tolerances):
+        problems = ["the studies declare different margins (study.tolerance): the default is used"]
+        tolerances = [None]
+    judged = [seeds for info in infos.values() for seeds in info.judged]
+    fields: dict[str, Any] = {
+        "config": {"study": {"tolerance": tolerances[0], **looks[0]}},
+        "judged": [seeds for at, seeds in enumerate(judged) if seeds not in judged[:at]],
+    }
+    unfinished = [name for folder, info in infos.items() for name in _unfinished(folder, info, arms[folder])]
+    if any({**each} != {**looks[0]} for each in looks):
+        fields["not_judged"] = "The studies of these runs declared different looks: nothing is judged."
+    elif unfinished:
+        shown = ", ".join(unfinished[:3]) + (f" and {len(unfinished) - 3} more" if len(unfinished) > 3 else "")
+        fields["not_judged"] = f"Runs of the studies have not ended ({shown}): nothing is judged."
     if len(infos) == 1:
-        (info,) = infos
-        kept = {"judged": info.judged, "declared": info.declared, "registration": info.registration}
-        fields |= {"question": info.question} | {name: value for name, value in kept.items() if value}
-    return fields, []
+        (info,) = infos.values()
+        fields |= {"question": info.question}
+        fields |= {"registration": info.registration} if info.registration else {}
+    return Declaration(fields, problems)
+
+
+def _unfinished(folder: Path, info: StudyInfo, arms: Collection[str]) -> list[str]:
+    """Runs of these arms that a study plans and that have not come to their end."""
+    ended = {(run.arm, run.seed) for run in read_study(folder).runs if run.arm in arms and is_final(run.info["status"])}
+    untuned = {arm for arm in info.tuned if not (folder / "runs" / arm).exists()}
+    planned = [(arm, seed) for arm in info.arms if arm in arms and arm not in untuned for seed in info.seeds]
+    return [f"{arm}, seed {seed}" for arm, seed in planned if (arm, seed) not in ended]
+
+
+def is_final(status: str) -> bool:
+    """Whether a run came to its end."""
+    return RunStatus(status).is_final
 
 
 def gather(
@@ -122,10 +161,10 @@ def gather(
         problems.append(
             f"several runs have the same arm and seed, and only one of them is used: {'; '.join(duplicates)}"
         )
-    declared, unlike = _declared(of[run.folder] for run in runs)
-    problems += unlike
-    question = question or declared.pop("question", "")
-    settings = declared.pop("config", {})
+    declared = _declaration(of[run.folder] for run in runs)
+    problems += declared.problems
+    fields = {"config": {}, "question": ""} | declared.fields
+    question = question or fields["question"]
     info = StudyInfo(
         status=RunStatus.FINISHED,
         name=out.name,
@@ -136,11 +175,15 @@ def gather(
         tuned={arm: {"best": dict.fromkeys(tuned)} for arm in arms} if tuned else {},
         started=run_folder.now(),
         command=sys.orig_argv,
-        config={"sources": [str(source) for source in sources], **settings, **({"across": mixed} if mixed else {})},
+        config={
+            "sources": [str(source) for source in sources],
+            **fields["config"],
+            **({"across": mixed} if mixed else {}),
+        },
         versions=run_folder.versions(),
         git=run_folder.git_state(),
         members=[StudyMember(arm=run.arm, folder=str(run.folder)) for run in members],
-        **declared,
+        **{name: value for name, value in fields.items() if name not in ("config", "question")},
     )
     return StudyData(out, info.name, question, baseline, list(arms), members, info.content()), problems
 
@@ -179,12 +222,23 @@ def _on_disk(folder: Path) -> Iterator[Source]:
     ]
     if not loose and not studies:
         raise UsageError(f"RUN ({folder}) contains no run.json, nor does any folder below it: give the folder of a run")
-    yield from (Source(path) for path in loose)
+    yield from map(_loose, loose)
     for path in studies:
         study = read_study(path)
         tuned = tuned_settings(study.info)
         for run in sorted(study.runs, key=lambda run: study.arms.index(run.arm)):
             yield Source(run.folder, run.arm, tuned, run.arm == study.baseline, path)
+
+
+def _loose(folder: Path) -> Source:
+    """A run folder that is given by itself; it may be one of a study."""
+    study = folder.parents[2] if len(folder.parents) > 2 else folder
+    if folder.parents[1].name == "runs" and (study / StudyInfo.file_name).exists():
+        info = read_study_info(study)
+        return Source(
+            folder, folder.parent.name, tuned_settings(info.content()), folder.parent.name == info.baseline, study
+        )
+    return Source(folder)
 
 
 def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) -> Iterator[Source]:

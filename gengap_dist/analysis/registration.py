@@ -17,9 +17,23 @@ def registration_sentence(registration: Mapping[str, Any] | None, started: Seque
     'The configuration (SHA-256 abababababab) was committed before the first run (date of its commit cccccccccccc).'
     >>> registration_sentence({"sha256": "ab" * 32}, [])
     'The configuration (SHA-256 abababababab) was not committed when the study was started.'
+    >>> registration_sentence(committed | {"later": [{"sha256": "ef" * 32}]}, ["2026-01-02T08:00:01+00:00"])[-70:]
+    ' It was changed since (SHA-256 efefefefefef), without being committed.'
     """
     if not registration:
         return ""
+    later = "".join(f" {_changed(each)}" for each in registration.get("later") or [])
+    return _first(registration, started) + later
+
+
+def _changed(later: Mapping[str, Any]) -> str:
+    """That the configuration is another one since."""
+    commit = later.get("commit")
+    where = f"in commit {commit[:12]} of {later['committed']}" if commit else "without being committed"
+    return f"It was changed since (SHA-256 {later['sha256'][:12]}), {where}."
+
+
+def _first(registration: Mapping[str, Any], started: Sequence[str]) -> str:
     subject = f"The configuration (SHA-256 {registration['sha256'][:12]})"
     overridden = registration.get("overridden") or []
     if overridden:

@@ -70,6 +70,8 @@ class Run(NamedTuple):
     """The same at the end of activations that are not centred, which measures their mean, too."""
     near_rank_loss_pooled: float | None = None
     """Of all layers: the number of singular values below 0.01 s1 of their layer, over the number of all of them."""
+    penalty_norm: float | None = None
+    """Norm of what a penalty on the rank, or its placebo, adds to the gradient: mean over the recorded steps."""
     curve: Curve | None = None
     test_correct: np.ndarray | None = None
     """Whether each test sample is classified correctly at the end: [M] bool."""
@@ -177,7 +179,12 @@ class InterventionResult(NamedTuple):
     arm: str
     """The large batch without a penalty."""
     num_seeds: int
+    """Seeds of which all arms have a result."""
     finding: str
+    reason: str
+    """Why there is no verdict; empty if there is one."""
+    level: float
+    """1 minus the confidence of the intervals."""
     estimates: Sequence[Estimate]
     requirements: Sequence[Requirement]
 

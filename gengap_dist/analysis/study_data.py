@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gengap_dist.analysis.compare import compare
-from gengap_dist.analysis.looks import look_of
+from gengap_dist.analysis.looks import NEVER, look_of
 from gengap_dist.analysis.registration import registration_sentence
 from gengap_dist.analysis.results import Comparison, Curve, Run
 from gengap_dist.analysis.rules.look import Look
@@ -31,7 +31,8 @@ from gengap_dist.runs.run_folder import (
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.statistics.paired import Paired, paired
 
-CURVES = ("step", "epoch", "train/loss", "train/lr", "probe/loss")  # kept of every run, with its metrics
+PENALTY_NORM = "train/rank_penalty_grad_norm"
+CURVES = ("step", "epoch", "train/loss", "train/lr", "probe/loss", PENALTY_NORM)  # kept of every run, with its metrics
 PRIMARY_VIEWS = ("", "pool", "token", "channel", "flatten")  # of the last hidden layer the first that was measured
 MEASURED_AT = "probe_seconds/near_rank_loss"  # present in every line with a probe measurement
 
@@ -136,8 +137,11 @@ class RunData:
         """Read the metrics that the report needs, to detect damage.
 
         Raises:
-            ValueError: if metrics.jsonl is damaged.
+            ValueError: if the metrics are damaged, or those of a finished run are missing.
         """
+        has_metrics = any((self.folder / name).exists() for name in ("metrics.jsonl", "metrics.npz"))
+        if not has_metrics and self.info["status"] == RunStatus.FINISHED:
+            raise ValueError("it has finished, and its metrics are missing")
         _ = self._recorded
 
     def series(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
@@ -289,6 +293,8 @@ class StudyData:
             tuned = self.info.get("tuned") or {}  # an arm of which no trial finished has no runs
             arms = [arm for arm in self.arms if self.runs_of(arm) or arm not in tuned]
             planned |= {(arm, seed) for arm in arms for seed in seeds}
+        if reason := self.info.get("not_judged"):
+            return NEVER._replace(sentence=reason)
         declared = self.info.get("declared") or _section(self.info, "study")
         return look_of(seeds, self.info.get("judged") or [], declared, complete=planned <= ended)
 
@@ -345,6 +351,7 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         near_rank_loss_untrained=near_rank_losses[0],
         near_rank_loss_raw=_raw(last, primary),
         near_rank_loss_pooled=pooled_near_rank_loss(last),
+        penalty_norm=float(np.mean(norms)) if len(norms := run.series(PENALTY_NORM)[1]) else None,
         curve=_curve(run),
         test_correct=run.test_correct(),
     )

@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -106,6 +107,6 @@ def load(path: Path, size: int) -> MetricsTable | None:
                 return None
             names, values = json.loads(str(file["columns"])), file["values"]
             known = np.unpackbits(file["known"], count=values.size).view(bool).reshape(values.shape)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return MetricsTable({name: at for at, name in enumerate(names)}, values, known)

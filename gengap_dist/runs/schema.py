@@ -222,6 +222,8 @@ class StudyInfo(_Record):
     """Commit and digest of the configuration; see `study/registration.py`."""
     members: list[StudyMember] | None = None
     """The runs of a comparison, which are not in its folder."""
+    not_judged: str = ""
+    """Why nothing is judged by a comparison, as a sentence; empty if it is judged."""
 
 
 def _accuracy(data: Any) -> MetricDescription:

@@ -38,6 +38,22 @@ def registration(config: StudyConfig, sources: Sequence[Path]) -> dict[str, Any]
     return found | (_last_commit(files) or {})
 
 
+def continued(first: dict[str, Any] | None, now: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The registration of a study that is started again: the first stays, and `later` lists those that differ from it.
+
+    >>> continued({"sha256": "a", "commit": "1"}, {"sha256": "a", "commit": "2"})  # a comment has changed
+    {'sha256': 'a', 'commit': '1'}
+    >>> continued({"sha256": "a"}, {"sha256": "b", "commit": "3"})
+    {'sha256': 'a', 'later': [{'sha256': 'b', 'commit': '3'}]}
+    """
+    if not first or not now:
+        return first or now
+    known = [first, *first.get("later", [])]
+    if any(each["sha256"] == now["sha256"] for each in known):
+        return first
+    return first | {"later": [*first.get("later", []), now]}
+
+
 def _registered(config: StudyConfig) -> dict[str, Any]:
     return {name: value for name, value in flat(config).items() if declared_effect(name, StudyConfig) != "runtime"}
 

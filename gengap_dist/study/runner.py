@@ -23,7 +23,7 @@ from gengap_dist.study import matching, ray_runner, run_matrix, tuning
 from gengap_dist.study.data_check import DataCheck
 from gengap_dist.study.means import MeansCallback, update_means
 from gengap_dist.study.packing import longest_first, run_packed
-from gengap_dist.study.registration import registration
+from gengap_dist.study.registration import continued, registration
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.training import ENTRY_POINT
 
@@ -109,7 +109,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] 
         git=run_folder.git_state(),
         judged=previous.judged if previous else [],
         declared=previous.declared if previous else None,
-        registration=registration(config, sources),
+        registration=continued(previous.registration if previous else None, registration(config, sources)),
     )
     run_folder.write_info(out, info)
 

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 from gengap_dist.analysis.study_data import read_study
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import describe_damage, is_slim, read_info, read_metrics_table
 from gengap_dist.runs.slim import SUMS, check_sums, write_slim_copy
+from tests.conftest import ROOT
 from tests.study import tiny
 
 STUDY = {
@@ -76,7 +79,8 @@ def test_no_folder_of_the_machine_is_in_it(study):
         if isinstance(value, str):
             yield value
 
-    assert not [text for each in written for text in texts(each) if text.startswith("/")]
+    said = [text for each in written for text in texts(each)]
+    assert not [text for text in said if re.search(r"(^|[\s='\":])~?/\w", text) or str(ROOT) in text]
 
 
 def test_checksums_are_those_of_sha256sum_and_find_every_change(study, tmp_path):
@@ -86,8 +90,10 @@ def test_checksums_are_those_of_sha256sum_and_find_every_change(study, tmp_path)
     changed, lost = sorted(copy.glob("runs/*/*/metrics.npz"))[:2]
     changed.write_bytes(changed.read_bytes() + b"x")
     lost.unlink()
-    (copy / "new").write_text("a file that nobody listed")
-    assert check_sums(copy) == sorted(["new", *(path.relative_to(copy).as_posix() for path in (changed, lost))])
+    new = changed.parent / "spectra" / "step_00000007.npz"
+    new.write_bytes(b"a file that nobody listed")
+    (copy / "report.html").write_text("drawn by somebody who looked at it")
+    assert check_sums(copy) == sorted(path.relative_to(copy).as_posix() for path in (changed, lost, new))
     (copy / SUMS).unlink()
     with pytest.raises(UsageError, match="cannot be read"):
         check_sums(copy)
@@ -123,13 +129,62 @@ def test_runs_that_have_not_ended_are_left_out_until_they_have(study, tmp_path):
 
 
 def test_damage_is_seen(study, tmp_path):
-    run = next((study / "copy").glob("runs/sb/*"))
-    copy = shutil.copytree(run, tmp_path / "run")
-    assert describe_damage(copy) == ""
-    (copy / "metrics.npz").write_bytes(b"")
-    assert "metrics.npz does not end with step" in describe_damage(copy)
+    copy = shutil.copytree(study / "copy", tmp_path / "copy")
+    run = next(copy.glob("runs/sb/*"))
+    assert describe_damage(run) == ""
+    whole = (run / "metrics.npz").read_bytes()
+    rng = np.random.default_rng(0)
+    for at in [0, *rng.integers(len(whole), size=60)]:  # damage of any byte is damage of one run, and ends nothing
+        (run / "metrics.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        found = read_study(copy)
+        assert len(found.runs) + len(found.unreadable) == 6
+    (run / "metrics.npz").write_bytes(b"")
+    assert "metrics.npz does not end with step" in describe_damage(run)
     with pytest.raises(ValueError, match="is damaged"):
-        read_metrics_table(copy)
+        read_metrics_table(run)
+    (run / "metrics.npz").unlink()
+    assert "its metrics are missing" in " ".join(read_study(copy).unreadable)
+
+
+def test_a_copy_follows_its_study_and_no_other(study, tmp_path):
+    whole = shutil.copytree(study / "study", tmp_path / "study")
+    write_slim_copy(whole, tmp_path / "copy")
+    (whole / "runs/lb/seed0/test_correct.npy").unlink()
+    shutil.rmtree(whole / "runs/lb/seed1")
+    info = json.loads((whole / "runs/sb/seed1/run.json").read_text())
+    (whole / "runs/sb/seed1/run.json").write_text(json.dumps(info | {"status": "failed"}))  # an end, too
+    assert write_slim_copy(whole, tmp_path / "copy") == 5
+    assert check_sums(tmp_path / "copy") == []
+    assert not (tmp_path / "copy/runs/lb/seed0/test_correct.npy").exists()
+    assert not (tmp_path / "copy/runs/lb/seed1").exists()
+    assert read_study(tmp_path / "copy").comparison == read_study(whole).comparison
+    study_info = json.loads((whole / "study.json").read_text())
+    (whole / "study.json").write_text(json.dumps(study_info | {"started": "2000-01-01T00:00:00+00:00"}))
+    with pytest.raises(UsageError, match="a slim copy of another study"):
+        write_slim_copy(whole, tmp_path / "copy")
+
+
+def test_a_comparison_is_no_way_around_what_a_study_declared(study, gengap, tmp_path):
+    """Some of its runs, others added, an unfinished study, a second study with other looks."""
+
+    def said(*folders):
+        done = gengap("compare", *folders, "--out", tmp_path / "out", "--question", "Mine?")
+        assert done.returncode == 0, done.stderr
+        found = read_study(tmp_path / "out")
+        assert found.question == "Mine?"
+        return " ".join(found.comparison.caveats)
+
+    whole = shutil.copytree(study / "study", tmp_path / "study")
+    assert "look 1 of 2" in said(whole / "runs" / "sb", whole / "runs" / "lb")
+    assert "with 1 nothing is judged" in said(whole / "runs/sb/seed0", whole / "runs/lb/seed0")
+    other = shutil.copytree(study / "study", tmp_path / "other")
+    info = json.loads((other / "study.json").read_text())
+    info["config"]["study"]["looks"] = []
+    info["declared"] = {"looks": [], "may_extend": False}
+    (other / "study.json").write_text(json.dumps(info))
+    assert "declared different looks: nothing is judged" in said(whole / "runs" / "sb", other / "runs" / "lb")
+    shutil.rmtree(whole / "runs/lb/seed1")
+    assert "have not ended (lb, seed 1): nothing is judged" in said(whole)
 
 
 def test_a_single_run(study, tmp_path, gengap):

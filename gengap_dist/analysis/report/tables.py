@@ -136,8 +136,9 @@ def intervention_tables(comparison: Comparison) -> list[Table]:
             for estimate in each.estimates
         ]
         caption = (
-            f"{each.arm}: {each.finding}. Means over {each.num_seeds} seeds, with intervals on these test samples and "
-            "on new ones. Lost, gain, cost, raising and lowering are differences of the test metric, growth, fall "
+            f"{each.arm}: {each.finding}{f' ({each.reason})' if each.reason else ''}. Means over the {each.num_seeds} "
+            f"seeds of which all arms have a result, with {1 - each.level:.4g} intervals on these test samples and on "
+            "new ones. Lost, gain, cost, raising and lowering are differences of the test metric, growth, fall "
             "and rise of near-rank loss; raising and lowering are above 0 if more than half of the loss goes through "
             "the rank."
         )
@@ -157,8 +158,9 @@ def intervention_tables(comparison: Comparison) -> list[Table]:
             for requirement in each.requirements
         ]
         caption = (
-            "What must surely hold before a verdict is given. Differences of the metric on training samples have 90% "
-            "intervals. Limits that are shares of the loss or the growth are compared seed by seed; means are shown."
+            f"What must surely hold, by {1 - each.level:.4g} intervals, before a verdict is given. Differences of the "
+            "metric on training samples have 90% intervals. Limits that are shares of loss or growth are compared "
+            "seed by seed; means are shown."
         )
         heads = ["condition", "mean", "interval", "must be", "holds"]
         out.append(Table(f"Conditions at {each.arm}", caption, heads, rows))
@@ -177,7 +179,9 @@ def _estimate_interval(pair: Interval | None, estimate: Estimate, metric: Metric
 
 def _limit(requirement: Requirement, metric: MetricDescription) -> str:
     limit = _difference(requirement.limit, requirement.estimate, metric)
-    return f"within \u00b1{limit.lstrip('+')}" if requirement.is_within else f"above {limit}"
+    if not requirement.is_within:
+        return f"above {limit}"
+    return f"within \u00b1{limit.removeprefix('+')}" if requirement.limit > 0 else f"within {limit}, which nothing is"
 
 
 def run_table(study: StudyData) -> Table:

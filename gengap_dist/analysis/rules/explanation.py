@@ -37,6 +37,7 @@ from gengap_dist.statistics.share import share as share_of_loss
 from gengap_dist.statistics.share import share_interval
 from gengap_dist.statistics.two_way import two_way
 
+AS_STRONG = "with the same layers and images, and at least its strength and gradient norm"
 OUTCOMES: dict[Finding, Outcome] = {
     "does not grow": "contradicted",
     "explains most": "supported",
@@ -82,7 +83,7 @@ def judge_explanation(study: JudgedStudy) -> tuple[Claim, list[InterventionResul
         for verdict, p in zip(verdicts, corrected, strict=True)
     ]
     decided: set[Finding] = {each for each in findings if each not in ("undecided", "not asked")}
-    # a batch that surely loses nothing has no cause to find; any other one that is not decided leaves the claim open
+    # a batch that surely loses less than the margin has no cause to find; any other leaves the claim open
     is_open = any(
         each in ("undecided", "not asked") and verdict.loses for each, verdict in zip(findings, verdicts, strict=True)
     )
@@ -91,8 +92,8 @@ def judge_explanation(study: JudgedStudy) -> tuple[Claim, list[InterventionResul
     finding = " / ".join(sorted(decided)) or ("not asked" if set(findings) <= {"not asked"} else "")
     results = [
         result
-        for large, each in zip(study.roles.plain, findings, strict=True)
-        if (result := _result(study, large, each)) is not None
+        for large, each, verdict in zip(study.roles.plain, findings, verdicts, strict=True)
+        if (result := _result(study, large, each, verdict.reason)) is not None
     ]
     return Claim("explains", claim, outcome, evidence, control, "" if decided and is_open else finding), results
 
@@ -101,16 +102,17 @@ def _at_batch(study: JudgedStudy, large: Arm) -> tuple[Verdict, str]:
     base, look = study.base, study.look
     lost, growth = study.lost(large, base), study.growth(large, base)
     if len(lost) < 2:
-        return _not_asked(large, f"fewer than two pairs trained: {study.training[large.name]}")
+        return _not_asked(large, f"fewer than two pairs trained: {study.training[large.name]}", loses=True)
     loses = not are_equal(array_of(lost)) and look.is_above(array_of(lost))
     mean = fmean(lost.values())
     facts = f"{large.name} {study.loses(mean)} {study.described(lost, turned=mean < 0)}{study.unit}"
     if growth:
         facts += f", its near-rank loss grows by {share(growth, look)}"
+    may_lose = not look.is_below(array_of(lost), study.margin)
     if reason := _trained_otherwise(study, large, lost):
-        return _not_asked(large, reason, facts, loses=loses)
+        return _not_asked(large, reason, facts, loses=may_lose)
     if not loses:
-        return _not_asked(large, "it does not surely lose", facts)
+        return _not_asked(large, "it does not surely lose", facts, loses=may_lose)
     if study.missing((large, base), (lost,)) or study.missing((large, base), (growth,)):
         return _not_asked(
             large, "not all pairs have a result and near-rank loss of the last hidden layer", facts, loses=True
@@ -160,7 +162,7 @@ def _trial(study: JudgedStudy, large: Arm) -> _Trial | str:
         return f"no arm lowers the rank of {study.base.name}"
     lowered_placebo = next(_placebos(at_small, lowered), None)
     if lowered_placebo is None:
-        return f"{lowered.arm.name} has no placebo with the same layers and images, and at least its strength"
+        return f"{lowered.arm.name} has no placebo {AS_STRONG}"
     raised = [each for each in at_large if each.kind == "raise"]
     if not raised:
         return f"no arm raises the rank of {large.name}"
@@ -189,11 +191,9 @@ def _route(
         return f"no arm of {study.base.name} has the penalty of {raised.arm.name}, with its strength and images"
     for placebo in _placebos(at_large, raised):
         partner = next((each for each in at_small if _is_partner(each, placebo)), None)
-        if partner:
+        if partner and _is_as_strong(partner, small):
             return raised, small, placebo, partner
-    return (
-        f"{raised.arm.name} has no placebo with the same layers and images, and at least its strength, at both batches"
-    )
+    return f"{raised.arm.name} has no placebo {AS_STRONG}, at both batches"
 
 
 def _distance(study: JudgedStudy, raised: Intervention) -> float:
@@ -208,11 +208,30 @@ def _is_partner(one: Intervention, other: Intervention) -> bool:
 
 
 def _placebos(among: Sequence[Intervention], of: Intervention) -> Iterator[Intervention]:
-    """The placebo of a penalty first; then those of others, if they are at least as strong, the strongest first."""
+    """The placebo of a penalty first; then those of others, if they are as strong, the strongest first."""
     same = [each for each in among if each.kind == "placebo" and each.machinery == of.machinery]
-    yield from (each for each in same if (each.measure, each.strength) == (of.measure, of.strength))
-    others = [each for each in same if each.strength >= of.strength]
+    own = [each for each in same if _is_own(each, of)]
+    yield from own
+    others = [each for each in same if each not in own and _is_as_strong(each, of)]
     yield from sorted(others, key=lambda each: -each.strength)
+
+
+def _is_own(placebo: Intervention, of: Intervention) -> bool:
+    return (placebo.measure, placebo.strength) == (of.measure, of.strength)
+
+
+def _is_as_strong(placebo: Intervention, of: Intervention) -> bool:
+    """Whether a placebo adds gradients at least as long; by strengths alone, if the lengths were not recorded."""
+    norms = [_penalty_norm(each) for each in (placebo, of)]
+    if _is_own(placebo, of) or None in norms:
+        return placebo.strength >= of.strength
+    return float(norms[0] or 0.0) >= float(norms[1] or 0.0)
+
+
+def _penalty_norm(each: Intervention) -> float | None:
+    """Mean norm of the gradient that an intervention adds; None if a run has not recorded it."""
+    norms = [run.penalty_norm for run in each.arm.runs.values()]
+    return fmean(norm or 0.0 for norm in norms) if norms and None not in norms else None
 
 
 def _arms(trial: _Trial, seeds: Sequence[int], base: Arm, of: Callable[[Arm], Mapping[int, Any]]) -> Arms:
@@ -225,11 +244,15 @@ def _arms(trial: _Trial, seeds: Sequence[int], base: Arm, of: Callable[[Arm], Ma
         column(trial.large),
         column(trial.lowered),
         column(trial.lowered_placebo),
-        [Route(route[0].arm.name, route[0].measure, *map(column, route)) for route in trial.routes],
+        [
+            Route(large.arm.name, large.measure, *map(column, route), (others[0], others[1], others[2]))
+            for route in trial.routes
+            for large, others in [(route[0], [each.arm.name for each in route[1:]])]
+        ],
     )
 
 
-def _result(study: JudgedStudy, large: Arm, finding: Finding) -> InterventionResult | None:
+def _result(study: JudgedStudy, large: Arm, finding: Finding, reason: str) -> InterventionResult | None:
     """The numbers of the intervention at a large batch; None without one, or with fewer than two complete seeds."""
     trial = _trial(study, large)
     if isinstance(trial, str):
@@ -262,10 +285,10 @@ def _result(study: JudgedStudy, large: Arm, finding: Finding) -> InterventionRes
         of_scores(f"lowering by {lowered}", lambda each: cost_of(each, ranks)[1]),
     ]
     for first, second in combinations(range(len(scores.routes)), 2):
-        names = f"{scores.routes[first].name} minus {scores.routes[second].name}"
+        names = f"{scores.routes[second].name} minus {scores.routes[first].name}"
 
         def apart(each: Arms, first: int = first, second: int = second) -> np.ndarray:
-            return each.routes[first].large_raised - each.routes[second].large_raised
+            return each.routes[second].large_raised - each.routes[first].large_raised
 
         estimates += [of_scores(names, apart), of_ranks(f"near-rank loss, {names}", apart(ranks))]
     trained = [_trained_requirement(study, arm, study.lost(large, study.base)) for arm in trial.arms]
@@ -274,6 +297,8 @@ def _result(study: JudgedStudy, large: Arm, finding: Finding) -> InterventionRes
         large.name,
         len(seeds),
         finding,
+        reason,
+        study.look.level,
         estimates,
         [
             *(each for each in trained if each is not None),
@@ -286,6 +311,7 @@ def _result(study: JudgedStudy, large: Arm, finding: Finding) -> InterventionRes
                     each.holds(study.look),
                 )
                 for each in conditions(scores, ranks)
+                if np.any(each.values)  # else an arm is compared with itself
             ),
         ],
     )

@@ -42,11 +42,14 @@ class Route(NamedTuple):
     """Scores and near-rank losses of the arms that raise the rank in one way, and of their placebo: all [n]."""
 
     name: str
+    """Of the arm at the large batch."""
     measure: str
     large_raised: np.ndarray
     small_raised: np.ndarray
     large_placebo: np.ndarray
     small_placebo: np.ndarray
+    others: tuple[str, str, str] = ("", "", "")
+    """Names of the other three arms, in this order."""
 
 
 class Arms(NamedTuple):
@@ -101,7 +104,7 @@ def judge_arms(scores: Arms, near_rank_losses: Arms, look: Look) -> Verdict:
     for finding, values in tests:
         if all(look.is_above(each) for each in values):
             return Verdict(finding, max(look.p(each) for each in values), "")
-    if p := _disagree(scores, near_rank_losses, look):
+    if (p := _disagree(scores, near_rank_losses, look)) is not None:
         return Verdict("routes disagree", p, "")
     if all(look.is_above(each) for each in (*gains, cost)):
         return Verdict("contributes", max(look.p(each) for each in (*gains, cost)), "")
@@ -165,25 +168,24 @@ def conditions(scores: Arms, near_rank_losses: Arms) -> list[Condition]:
                   f"near-rank loss does not surely grow by more than {NEAR_RANK_MARGIN}"),
     ]  # fmt: skip
     for score, ranks in zip(scores.routes, near_rank_losses.routes, strict=True):
-        name = score.name
-        at_large, at_small = ranks.large_placebo - near_rank_losses.large, ranks.small_placebo - near_rank_losses.small
-        placebos = score.small_placebo - scores.small_placebo
+        name, (at_small, large_placebo, small_placebo) = score.name, score.others
+        moved_large = ranks.large_placebo - near_rank_losses.large
+        moved_small = ranks.small_placebo - near_rank_losses.small
         of_placebo = f"the placebo of {name} may move near-rank loss by a quarter of the growth"
         out += [
             Condition(f"fall by {name}", fall_of(ranks), half_growth, False, False,
                       f"{name} does not surely take back half of the growth"),
-            Condition(f"near-rank loss moved by the placebo of {name}, large batch", at_large, quarter_growth, True,
-                      False, of_placebo),
-            Condition(f"near-rank loss moved by the placebo of {name}, small batch", at_small, quarter_growth, True,
-                      False, of_placebo),
-            Condition(f"{name} at the small batch against its placebo", score.small_raised - score.small_placebo,
+            Condition(f"near-rank loss moved by {large_placebo}", moved_large, quarter_growth, True, False, of_placebo),
+            Condition(f"near-rank loss moved by {small_placebo}", moved_small, quarter_growth, True, False, of_placebo),
+            Condition(f"{at_small} against {small_placebo}", score.small_raised - score.small_placebo,
                       half_lost, True, True,
                       f"at the small batch {name} and its placebo may differ by half of the loss"),
-            Condition(f"placebo of {name} against that of lowering the rank", placebos, half_lost, True, True,
+            Condition(f"{small_placebo} against the placebo of lowering", score.small_placebo - scores.small_placebo,
+                      half_lost, True, True,
                       f"the placebos of {name} and of lowering the rank may differ by half of the loss"),
         ]  # fmt: skip
     out += [
-        Condition("near-rank loss moved by the placebo of lowering the rank", moved, quarter_growth, True, False,
+        Condition("near-rank loss moved by the placebo of lowering", moved, quarter_growth, True, False,
                   "the placebo of lowering the rank may move near-rank loss by a quarter of the growth"),
         Condition("rise", rise_of(near_rank_losses), half_growth, False, False,
                   "lowering the rank does not surely reach half of the growth"),
@@ -201,8 +203,8 @@ def _failed_condition(scores: Arms, near_rank_losses: Arms, look: Look) -> str:
     return next((each.reason for each in others if not each.holds(look)), "")
 
 
-def _disagree(scores: Arms, near_rank_losses: Arms, look: Look) -> float:
-    """P of two routes that reach the same near-rank loss and surely other scores; 0 if there are none."""
+def _disagree(scores: Arms, near_rank_losses: Arms, look: Look) -> float | None:
+    """P of two routes that reach the same near-rank loss and surely other scores; None if there are none."""
     lost, growth = -scores.rise, near_rank_losses.rise
     pairs = [*combinations(zip(scores.routes, near_rank_losses.routes, strict=True), 2)]
     ps = []
@@ -214,4 +216,4 @@ def _disagree(scores: Arms, near_rank_losses: Arms, look: Look) -> float:
             for sign in (1, -1)
             if same and look.is_above(sign * apart - QUARTER * lost)
         ]
-    return min((p for p in ps if p < look.level), default=0.0)
+    return min((p for p in ps if p < look.level), default=None)

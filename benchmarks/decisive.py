@@ -20,8 +20,10 @@ from tables import fill, table
 from gengap_dist.analysis.report.plotting import ACCENT, COLOURS, INK, QUIET, STYLE, WARM
 from gengap_dist.analysis.report.tables import Table, intervention_tables
 from gengap_dist.analysis.results import InterventionResult
+from gengap_dist.analysis.rules.intervention import QUARTER, SAME_RANK
 from gengap_dist.analysis.rules.look import Look
 from gengap_dist.analysis.study_data import PENALTY_NORM, RunData, StudyData, read_study
+from gengap_dist.statistics.two_way import two_way
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PAGE, FOLDER = "decisive.md", "decisive"
@@ -57,6 +59,8 @@ def bodies(study: StudyData) -> dict[str, str]:
         "measures": measures(study),
         "scale": scale(study),
     }
+    if {"lb-trace", "lb-raise"} <= {*study.arms}:
+        out["same rank"] = same_rank(study)
     for found in intervention_tables(comparison):
         out["contrasts" if found.name.startswith("Intervention") else "conditions"] = markdown(found)
     return out
@@ -108,6 +112,36 @@ def claims(study: StudyData) -> str:
         f"- **{claim.outcome}{f' ({claim.finding})' if claim.finding else ''}**: {claim.claim} {claim.evidence}"
         for claim in study.comparison.claims
     )
+
+
+def same_rank(study: StudyData) -> str:
+    """The registered contrast of two arms with the same near-rank loss: lb-trace minus lb-raise."""
+    look, layer = study.look, layers(study)[-1]
+    arms = ("sb", "lb", "lb-trace", "lb-raise")
+    ranks = values(study, lambda run: last(run, f"near_rank_loss/{layer}/centred/rel_1e-2"), arms)
+    scores = values(study, lambda run: run.info["result"]["test/accuracy"], arms)
+    images = values(study, lambda run: run.test_correct(), arms)
+    growth, lost = ranks["lb"] - ranks["sb"], scores["sb"] - scores["lb"]
+    apart, of_ranks = scores["lb-trace"] - scores["lb-raise"], ranks["lb-trace"] - ranks["lb-raise"]
+    by_image = images["lb-trace"].astype(float) - images["lb-raise"]
+    new = two_way(by_image).interval_at(look.critical(len(apart)))
+    is_same, is_better = look.is_within(of_ranks, SAME_RANK * growth), look.is_above(apart - QUARTER * lost)
+    rows = [
+        ["near-rank loss", number(of_ranks, look), "", f"within ±{SAME_RANK * growth.mean():.3f}", yes(is_same)],
+        [
+            "test accuracy, points",
+            number(100 * apart, look, "{:+.2f}"),
+            "-" if new is None else f"[{100 * new[0]:+.2f}, {100 * new[1]:+.2f}]",
+            f"above {100 * QUARTER * lost.mean():.2f}",
+            yes(is_better),
+        ],
+    ]
+    return table(["lb-trace minus lb-raise", "these images", "new images", "must be", "surely"], rows)
+
+
+def yes(answer: bool) -> str:
+    """yes or no."""
+    return "yes" if answer else "no"
 
 
 def measures(study: StudyData) -> str:
@@ -215,19 +249,19 @@ def update_at(run: RunData, step: int) -> float:
     return float(line["train/update_norm"].get(step, np.nan) / line["weight_norm"].get(step, np.nan))
 
 
-def values(study: StudyData, measure: Callable[[RunData], float], arms: Sequence[str]) -> dict[str, np.ndarray]:
-    """A measure by arm, over the seeds of which all these arms have a result: [n] each."""
+def values(study: StudyData, measure: Callable[[RunData], Any], arms: Sequence[str]) -> dict[str, np.ndarray]:
+    """A measure by arm, over the seeds of which all these arms have a result: [n, ...] each."""
     found = {arm: {run.seed: measure(run) for run in study.finished_runs(arm)} for arm in arms}
     seeds = sorted(set.intersection(*({*each} for each in found.values())))
     return {arm: np.array([each[seed] for seed in seeds]) for arm, each in found.items()}
 
 
-def number(values: np.ndarray, look: Look) -> str:
-    """Mean and interval of differences of near-rank loss."""
+def number(values: np.ndarray, look: Look, style: str = "{:+.3f}") -> str:
+    """Mean and interval of differences by seed, of near-rank loss if nothing else is said."""
     interval = look.interval(values) if len(values) else None
     if interval is None:
         return "-"
-    return f"{values.mean():+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
+    return f"{style.format(values.mean())} [{style.format(interval[0])}, {style.format(interval[1])}]"
 
 
 def route_names(study: StudyData) -> list[str]:

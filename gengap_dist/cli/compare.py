@@ -32,12 +32,14 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.cli.terminal import print_study
     from gengap_dist.runs import run_folder
     from gengap_dist.runs.schema import StudyInfo
+    from gengap_dist.runs.slim import sums_problem
     from gengap_dist.tracking.mlflow.importer import SourceNames
 
     run_folder.prepare_folder(out, "study.json", resume=True)
     names = SourceNames(options.accuracy, options.size, options.seed, options.updates, options.percent)
     study, problems = gather(options.runs, out, names, options.tracking_uri, options.question, across=options.across)
-    for problem in problems:
+    changed = [sums_problem(Path(source)) for source in options.runs if ":/" not in source]
+    for problem in [*filter(None, changed), *problems]:
         print(f"{PROG}: warning: {problem}", file=sys.stderr)
     if options.baseline and options.baseline not in study.arms:
         near = did_you_mean(options.baseline, study.arms)

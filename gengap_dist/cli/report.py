@@ -54,7 +54,10 @@ def _draw(folder: Path, *, pdf: bool) -> int:
     from gengap_dist.analysis.report.html import write_report
     from gengap_dist.analysis.study_data import read_study
     from gengap_dist.cli.terminal import print_run, print_study
+    from gengap_dist.runs.slim import sums_problem
 
+    if problem := sums_problem(folder):
+        print(f"{PROG}: warning: {problem}", file=sys.stderr)
     study = read_study(folder)
     page = write_report(study, pdf=pdf)
     if (folder / "study.json").exists():

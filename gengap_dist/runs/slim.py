@@ -176,6 +176,13 @@ def check_sums(out: Path) -> list[str]:
     )
 
 
+def sums_problem(folder: Path) -> str:
+    """One sentence if the files of a slim copy are not those of its SHA256SUMS; empty if all are, or it has none."""
+    changed = check_sums(folder) if (folder / SUMS).exists() else []
+    shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    return f"{folder} is not what its {SUMS} says ({shown}): it was changed after it was copied" if changed else ""
+
+
 def _files(out: Path) -> Iterator[Path]:
     return (path for path in sorted(out.rglob("*")) if path.name in FILES or path.parent.name == "spectra")
 

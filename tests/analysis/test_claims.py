@@ -491,6 +491,32 @@ def test_a_placebo_must_be_as_strong_as_the_penalty():
     assert "at least its strength" in claim.evidence
 
 
+@pytest.mark.parametrize(("norm", "is_asked"), [(0.05, True), (0.049, False)])
+def test_a_placebo_is_as_strong_as_a_penalty_if_its_gradient_is_as_long(norm, is_asked):
+    """Strengths of different measures are not comparable; the lengths of the gradients that runs record are."""
+    norms = {"logdet": 0.05, "spread": 0.04, "lower": 0.03, "placebo": norm}
+    runs = [
+        run._replace(penalty_norm=next((each for name, each in norms.items() if name in run.arm), None))
+        for run in study(num_seeds=10)
+    ]
+    claim = of(runs, "explains")
+    assert (claim.finding != "not asked") == is_asked
+    assert ("at least its strength and gradient norm" in claim.evidence) != is_asked
+
+
+def test_a_batch_that_hardly_trained_leaves_the_claim_open():
+    """Of a second large batch only one run trained: that says nothing of what it loses."""
+    runs = study(num_seeds=10, share=1.0)
+    assert of(runs, "explains").outcome == "supported"
+    lost = [
+        run._replace(arm="lb-other", settings={**run.settings, "batch.global_size": 1024}, global_size=1024)
+        for run in runs
+        if run.arm == "lb"
+    ]
+    lost = [run if run.seed == 0 else run._replace(status="diverged", score=None) for run in lost]
+    assert of([*runs, *lost], "explains").outcome == "undecided"
+
+
 def test_survivors_do_not_say_that_near_rank_loss_does_not_grow():
     runs = two_batches(np.random.default_rng(0), 10, growth=-0.03)
     assert of(runs, "explains").finding == "does not grow"
@@ -523,9 +549,9 @@ def test_the_numbers_of_an_intervention_stand_beside_its_verdict():
         score["lb-spread"][at] - score["lb-placebo"][at] - score["sb-spread"][at] + score["sb-placebo"][at]
         for at in range(10)
     ]
-    apart = [score["lb-logdet"][at] - score["lb-spread"][at] for at in range(10)]
+    apart = [score["lb-spread"][at] - score["lb-logdet"][at] for at in range(10)]
     found = {each.quantity: each for each in result.estimates}
-    for quantity, values in (("gain by lb-spread", gains), ("lb-logdet minus lb-spread", apart)):
+    for quantity, values in (("gain by lb-spread", gains), ("lb-spread minus lb-logdet", apart)):
         assert found[quantity].mean == pytest.approx(np.mean(values))
         assert found[quantity].interval == pytest.approx(Look().interval(values))
     text = of(runs, "explains").evidence
@@ -540,7 +566,8 @@ def test_the_condition_that_is_named_is_the_first_that_does_not_hold():
     assert claim.finding == result.finding == "not asked"
     assert "at the small batch lb-logdet and its placebo may differ" in claim.evidence
     failed = [each.estimate.quantity for each in result.requirements if not each.holds]
-    assert failed[0] == "lb-logdet at the small batch against its placebo"
+    assert failed[0] == "sb-logdet against sb-placebo"
+    assert result.reason in claim.evidence
 
 
 def test_arms_that_train_less_are_a_condition_and_keep_their_numbers():

@@ -140,7 +140,7 @@ def same_rank(study: StudyData) -> str:
 
 
 def yes(answer: bool) -> str:
-    """yes or no."""
+    """The answer as a word."""
     return "yes" if answer else "no"
 
 

@@ -29,6 +29,7 @@ from rich.console import Console
 
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.cores import available_cores
 from gengap_dist.distributed.launchers import LocalLauncher
 from gengap_dist.distributed.process_group import World, init_process_group
 from gengap_dist.distributed.runtime_context import RuntimeContext
@@ -286,7 +287,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     console = Console(width=100)
-    console.print(f"torch {torch.__version__}, {os.cpu_count()} cores")
+    console.print(f"torch {torch.__version__}, {available_cores().whole} cores")
     if options.what in ("ray", "recording"):
         {"ray": ray, "recording": recording}[options.what](console, options.rounds)
     else:

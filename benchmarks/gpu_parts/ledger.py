@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch.cuda import nccl
 
+from gengap_dist.distributed.cores import available_cores
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import git_state, now, versions, write_atomically
@@ -39,7 +39,7 @@ def machine(world: World) -> dict[str, Any]:
         "nccl": ".".join(map(str, nccl.version())),  # pyright: ignore[reportArgumentType]
         "torch": torch.__version__,
         "cpu": device_name(torch.device("cpu")),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores().whole,
         "python": versions()["python"],
         "gengap_dist": versions().get("gengap_dist"),
         "git": _git(),

@@ -4,7 +4,6 @@ The images are random, of CIFAR-10's shape. gengap_dist reads them from memory l
 decode them with PIL in loader processes, as in their tutorials; the bare step has one resident micro-batch on the GPU.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from gengap_dist import models
 from gengap_dist.config.loading import nested, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.data_spec import DataSpec
+from gengap_dist.distributed.cores import available_cores
 from gengap_dist.distributed.process_group import World
 from gengap_dist.probes import measure
 from gengap_dist.training.autotune.synthetic_workload import synchronise
@@ -34,7 +34,7 @@ AHEAD = 0.9  # share of a step: with less host time, the host waits for the GPU
 
 
 def _workers() -> int:
-    return max(1, min(MAX_WORKERS, (os.cpu_count() or 2) - 1))
+    return max(1, min(MAX_WORKERS, available_cores().whole - 1))
 
 
 def race_of(model: str, global_size: int, with_lightning: bool, world: World) -> Answer:

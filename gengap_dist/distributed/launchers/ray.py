@@ -26,7 +26,7 @@ from gengap_dist.compat.ray_connection import connects
 from gengap_dist.compat.ray_failures import killed_ranks
 from gengap_dist.compat.ray_job import started_by_job
 from gengap_dist.config.sections import RESOURCE_STEP, LaunchConfig, RunConfig
-from gengap_dist.distributed.cores import bounded_wait, threads_per_rank
+from gengap_dist.distributed.cores import available_cores, bounded_wait, threads_per_rank
 from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, load_entry_point
 from gengap_dist.distributed.preemption import Preempted, PreemptionFlag
 from gengap_dist.distributed.runtime_context import RuntimeContext
@@ -257,7 +257,9 @@ def connect_to_cluster(config: LaunchConfig) -> bool:
         ray.init(address=address, **quiet)
         return False
     needed = resources_per_rank(config)["CPU"] * (config.max_processes or config.num_processes)
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, int(-(-needed // 1))), include_dashboard=False, **quiet)
+    ray.init(
+        address="local", num_cpus=max(available_cores().whole, int(-(-needed // 1))), include_dashboard=False, **quiet
+    )
     return True
 
 

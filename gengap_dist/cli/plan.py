@@ -14,6 +14,7 @@ Examples:
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def _plan_study(config: StudyConfig, options: PlanOptions) -> int:
     """The arms of a study, each planned by itself, and the schedule of its runs on this machine."""
     import torch
 
-    from gengap_dist.cli.terminal import print_page, study_plan_page
+    from gengap_dist.cli.terminal import MEASURING, RunProgress, print_page, study_plan_page
     from gengap_dist.preflight.batch_layout import Cluster
     from gengap_dist.preflight.machine_constants import load
     from gengap_dist.preflight.plan import make_plan
@@ -84,12 +85,14 @@ def _plan_study(config: StudyConfig, options: PlanOptions) -> int:
     refused = any(plan.refused for plan in plans.values())
     num_gpus = torch.cuda.device_count() if config.launch.device != "cpu" else 0
     phases = []
-    for phase in (trials, runs) if not refused and options.nodes == 1 else ():
-        schedule = predict(phase, config.study.num_at_once, num_gpus, measure=options.calibrate, warn=_warn)
-        if schedule is None:
-            phases = []
-            break
-        phases.append([(phase[run.number].title, run) for run in schedule])
+    with RunProgress(MEASURING) if options.calibrate else nullcontext() as progress:
+        on_measure = (lambda done, total: progress(done, total, "")) if progress else None
+        for phase in (trials, runs) if not refused and options.nodes == 1 else ():
+            schedule = predict(phase, config.study.num_at_once, num_gpus, on_measure=on_measure, warn=_warn)
+            if schedule is None:
+                phases = []
+                break
+            phases.append([(phase[run.number].title, run) for run in schedule])
     if options.as_json:
         print(json.dumps(_study_as_json(plans, phases), indent=1))
     else:

@@ -28,7 +28,6 @@ from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.tracking.mlflow.process import UploaderProcess
 
 PROG = "gengap study"
-MEASURING = "measuring a few steps of each arm"
 
 
 def command(argv: Sequence[str]) -> int:
@@ -91,7 +90,7 @@ def _warn(text: str) -> None:
 def _run(config: StudyConfig, out: Path) -> int:
     from gengap_dist.analysis.report.text import value_text
     from gengap_dist.analysis.study_data import read_run
-    from gengap_dist.cli.terminal import RunProgress
+    from gengap_dist.cli.terminal import MEASURING, RunProgress
 
     total = runner.num_runs(config)
     with RunProgress(out.name, total) as progress:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # these import torch, which the driver process does not need
     from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
     from gengap_dist.training.observer import Observation
 
+MEASURING = "measuring a few steps of each arm"
 QUIET_SECONDS = 15.0  # minimum interval between progress lines when there is no terminal
 OUTCOMES = {"supported": "blue", "contradicted": "dark_orange3", "undecided": "dim"}
 SHOWN = {

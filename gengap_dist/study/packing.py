@@ -292,7 +292,7 @@ def predict(
     concurrent: int | None,
     num_gpus: int,
     *,
-    measure: bool,
+    on_measure: Callable[[int, int], object] | None,
     warn: Callable[[str], None],
 ) -> list[Placed] | None:
     """The schedule of a study on this machine; None if a cost is not known.
@@ -301,23 +301,23 @@ def predict(
         plan: the runs.
         concurrent: as for `run_packed`.
         num_gpus: that ranks can use.
-        measure: whether to measure costs that are not known.
+        on_measure: measure the costs that are not known, and call this with the number of measurements done and of
+            all; None: do not measure.
         warn: called with one sentence.
     """
     if not plan:
         return []
-    silent = lambda done, total: None  # noqa: E731
     configs = [planned.config for planned in plan]
     ranks = Ranks(available_cores().whole, [*map(str, range(num_gpus))])
     with catching_signals() as flag, closing(ranks):
         table = CostTable(ranks, CostCache(warn))
-        if measure:
-            measure_what_matters(table, configs, flag, silent)
+        if on_measure:
+            measure_what_matters(table, configs, flag, on_measure)
         if concurrent:
             given = [_given_option(config, concurrent, ranks) for config in configs]
-            if measure:
+            if on_measure:
                 wanted = [(config, option.layout) for config, option in zip(configs, given, strict=True)]
-                table.measure(wanted, flag, silent)
+                table.measure(wanted, flag, on_measure)
             costs = [table.find(config, option.layout) for config, option in zip(configs, given, strict=True)]
             options = [
                 [option._replace(seconds=cost.seconds if cost else 0.0)]

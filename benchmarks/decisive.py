@@ -19,10 +19,12 @@ from tables import fill, table
 
 from gengap_dist.analysis.report.plotting import ACCENT, COLOURS, INK, QUIET, STYLE, WARM
 from gengap_dist.analysis.report.tables import Table, intervention_tables
-from gengap_dist.analysis.results import InterventionResult
+from gengap_dist.analysis.results import Estimate, InterventionResult
 from gengap_dist.analysis.rules.intervention import QUARTER, SAME_RANK
 from gengap_dist.analysis.rules.look import Look
 from gengap_dist.analysis.study_data import PENALTY_NORM, RunData, StudyData, read_study
+from gengap_dist.statistics.paired import critical_t
+from gengap_dist.statistics.sequential import look_level
 from gengap_dist.statistics.two_way import two_way
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -61,6 +63,8 @@ def bodies(study: StudyData) -> dict[str, str]:
     }
     if {"lb-trace", "lb-raise"} <= {*study.arms}:
         out["same rank"] = same_rank(study)
+    if comparison.interventions and len(looks(study)) > 1:
+        out["second look"] = second_look(study, comparison.interventions[0])
     for found in intervention_tables(comparison):
         out["contrasts" if found.name.startswith("Intervention") else "conditions"] = markdown(found)
     return out
@@ -137,6 +141,51 @@ def same_rank(study: StudyData) -> str:
         ],
     ]
     return table(["lb-trace minus lb-raise", "these images", "new images", "must be", "surely"], rows)
+
+
+def second_look(study: StudyData, result: InterventionResult) -> str:
+    """The mean that the seeds of the second look would need, for raising and lowering to be no longer sure."""
+    first, second = looks(study)
+    rows = []
+    for each in result.estimates:
+        if each.quantity.startswith(("raising", "lowering")) and each.interval:
+            is_sure = each.interval[0] > 0 or each.interval[1] < 0
+            shown = f"{100 * each.mean:+.2f}"
+            needed = f"{100 * turning_mean(study.look, each, first, second):+.2f}" if is_sure else "not sure now"
+            rows.append([each.quantity, shown, needed])
+    head = ["quantity", f"mean of the first {first} seeds", f"mean of {second - first} further seeds, to be unsure"]
+    return table(head, rows)
+
+
+def turning_mean(look: Look, estimate: Estimate, first: int, second: int) -> float:
+    """The mean of further seeds at which the interval of all, at the second look's level, ends at 0.
+
+    With the deviation of the first seeds among the further ones.
+
+    >>> first = Estimate("raising", -1.0, Look(0.01).interval([-1.2, -1.0, -0.8, -1.0]), None, is_score=True)
+    >>> round(turning_mean(Look(0.01), first, 4, 8), 2)
+    0.01
+    """
+    assert estimate.interval is not None
+    half_width = (estimate.interval[1] - estimate.interval[0]) / 2
+    deviation = half_width / look.critical(first) * first**0.5
+    further, critical = second - first, critical_t(look_level((first, second), second), second - 1)
+
+    def is_sure(mean: float) -> bool:
+        squares = (second - 2) * deviation**2 + first * further / second * (estimate.mean - mean) ** 2
+        total = (first * estimate.mean + further * mean) / second
+        return abs(total) > critical * (squares / (second - 1) / second) ** 0.5 and total * estimate.mean > 0
+
+    sure, unsure = estimate.mean, -estimate.mean
+    for _ in range(60):
+        middle = (sure + unsure) / 2
+        sure, unsure = (middle, unsure) if is_sure(middle) else (sure, middle)
+    return sure
+
+
+def looks(study: StudyData) -> Sequence[int]:
+    """Declared numbers of seeds."""
+    return study.info["config"]["study"]["looks"]
 
 
 def yes(answer: bool) -> str:

@@ -292,7 +292,7 @@ def predict(
     concurrent: int | None,
     num_gpus: int,
     *,
-    on_measure: Callable[[int, int], object] | None,
+    on_measure: Callable[[int, int], None] | None,
     warn: Callable[[str], None],
 ) -> list[Placed] | None:
     """The schedule of a study on this machine; None if a cost is not known.

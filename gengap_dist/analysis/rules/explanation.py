@@ -245,7 +245,7 @@ def _arms(trial: _Trial, seeds: Sequence[int], base: Arm, of: Callable[[Arm], Ma
         column(trial.lowered),
         column(trial.lowered_placebo),
         [
-            Route(large.arm.name, large.measure, *map(column, route), (others[0], others[1], others[2]))
+            Route(large.arm.name, large.measure, *map(column, route), others=(others[0], others[1], others[2]))
             for route in trial.routes
             for large, others in [(route[0], [each.arm.name for each in route[1:]])]
         ],

@@ -216,19 +216,17 @@ def measures(study: StudyData) -> str:
     routes = route_names(study)
     rows = []
     for name, measure in known.items():
-        arms = ["sb", "lb", *(f"{batch}-{each}" for batch in ("sb", "lb") for each in ("placebo", *routes))]
+        arms = ["sb", "lb", "sb-lower"]
+        arms += [f"{batch}-{each}" for batch in ("sb", "lb") for each in ("placebo", *routes)]
         of = values(study, measure, arms)
         growth = of["lb"] - of["sb"]
         row = [name, number(growth, look)]
-        for route in routes:
-            fall = of["lb-placebo"] - of[f"lb-{route}"] - of["sb-placebo"] + of[f"sb-{route}"]
-            passes = look.is_above(growth) and look.is_above(fall - growth / 2)
-            row += [number(fall, look), "yes" if passes else "no" if look.is_above(growth) else "does not grow"]
+        changes = [of["lb-placebo"] - of[f"lb-{each}"] - of["sb-placebo"] + of[f"sb-{each}"] for each in routes]
+        for change in (*changes, of["sb-lower"] - of["sb-placebo"]):
+            passes = look.is_above(growth) and look.is_above(change - growth / 2)
+            row.append(number(change, look) + (" \u2713" if passes else ""))
         rows.append(row)
-    head = ["measure", "growth"]
-    for route in routes:
-        head += [f"fall by {route}", "surely more than half of growth"]
-    return table(head, rows)
+    return table(["measure", "growth", *(f"fall by {route}" for route in routes), "rise by lower"], rows)
 
 
 def scale(study: StudyData) -> str:

@@ -31,6 +31,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PAGE, FOLDER = "decisive.md", "decisive"
 LAYERS = {"mlp": ("fc1", "fc2"), "lenet5": ("fc1", "fc2")}
 """Penalised layers by network, the last hidden one last."""
+LABEL_POINTS = 0.11  # of accuracy: height of a label
 COMMON_STEP = 215  # a measurement of every arm, after the warm-up
 WEIGHTS = ("fc1.affine", "fc2.affine", "head")
 
@@ -331,7 +332,7 @@ def draw(study: StudyData, path: Path) -> None:
 
 
 def _draw_arms(study: StudyData, axes: Any) -> None:
-    layer = layers(study)[-1]
+    layer, points = layers(study)[-1], []
     for arm in study.arms:
         runs = study.finished_runs(arm)
         if len(runs) < 2:
@@ -343,15 +344,23 @@ def _draw_arms(study: StudyData, axes: Any) -> None:
         bar = {"fmt": marker, "color": color, "markersize": 6, "linewidth": 1, "alpha": 0.9}
         n = len(runs) ** 0.5
         axes.errorbar(x.mean(), y.mean(), 2 * y.std(ddof=1) / n, 2 * x.std(ddof=1) / n, **bar)
-        axes.annotate(arm, (x.mean(), y.mean()), (6, 5), textcoords="offset points", fontsize=7.5, color=INK)
-    axes.set_xlabel(f"near-rank loss of {layer} (centred, share below 0.01 of the largest)")
+        points.append((float(y.mean()), float(x.mean()), arm))
+    heights: dict[bool, float] = {}  # of the last label in the left and in the right half
+    for y, x, arm in sorted(points):
+        is_left = x < 0.25
+        height = max(y, heights.get(is_left, 0.0) + LABEL_POINTS)
+        heights[is_left] = height
+        line = {"arrowstyle": "-", "color": QUIET, "linewidth": 0.5}
+        axes.annotate(arm, (x, y), (0.17 if is_left else x + 0.04, height), fontsize=7.5, color=INK, va="center", arrowprops=line)
+    axes.set_xlim(right=1.0)
+    axes.set_xlabel(f"near-rank loss of {layer}, centred")
     axes.set_ylabel("test accuracy, %")
     axes.set_title("Arms: means and two standard errors over seeds", fontsize=9, loc="left")
 
 
 def marker_of(arm: str) -> str:
     """A marker for each kind of intervention."""
-    kinds = {"placebo": "x", "raise": "^", "lower": "v", "trace": "s"}
+    kinds = {"placebo": "x", "raise": "^", "spread": ">", "lower": "v", "trace": "s"}
     return next((marker for kind, marker in kinds.items() if kind in arm), "o")
 
 
@@ -364,8 +373,8 @@ def _draw_contrasts(result: InterventionResult, axes: Any) -> None:
         axes.plot(100 * each.mean, at, "o", color=INK, markersize=4)
     axes.axvline(0, color=QUIET, linewidth=0.8)
     axes.set_yticks(range(len(shown)), [each.quantity for each in reversed(shown)], fontsize=8)
-    axes.set_xlabel("points of test accuracy (thick: these images; thin: new images)")
-    axes.set_title("Contrasts", fontsize=9, loc="left")
+    axes.set_xlabel("points of test accuracy")
+    axes.set_title("Contrasts; thick: these images, thin: new images", fontsize=9, loc="left")
 
 
 def main() -> None:

@@ -351,7 +351,8 @@ def _draw_arms(study: StudyData, axes: Any) -> None:
         height = max(y, heights.get(is_left, 0.0) + LABEL_POINTS)
         heights[is_left] = height
         line = {"arrowstyle": "-", "color": QUIET, "linewidth": 0.5}
-        axes.annotate(arm, (x, y), (0.17 if is_left else x + 0.04, height), fontsize=7.5, color=INK, va="center", arrowprops=line)
+        at = (0.17 if is_left else x + 0.04, height)
+        axes.annotate(arm, (x, y), at, fontsize=7.5, color=INK, va="center", arrowprops=line)
     axes.set_xlim(right=1.0)
     axes.set_xlabel(f"near-rank loss of {layer}, centred")
     axes.set_ylabel("test accuracy, %")

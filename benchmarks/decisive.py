@@ -22,7 +22,7 @@ from gengap_dist.analysis.report.tables import Table, intervention_tables
 from gengap_dist.analysis.results import Estimate, InterventionResult
 from gengap_dist.analysis.rules.intervention import QUARTER, SAME_RANK
 from gengap_dist.analysis.rules.look import Look
-from gengap_dist.analysis.study_data import PENALTY_NORM, RunData, StudyData, read_study
+from gengap_dist.analysis.study_data import RunData, StudyData, pooled_near_rank_loss, read_study
 from gengap_dist.statistics.paired import critical_t
 from gengap_dist.statistics.sequential import look_level
 from gengap_dist.statistics.two_way import two_way
@@ -198,19 +198,15 @@ def measures(study: StudyData) -> str:
     """Growth of near-rank loss, and what each way to raise the rank takes back of it, under other measures."""
     layer, look = layers(study)[-1], study.look
 
-    def pooled(run: RunData) -> float:
-        counts = [last(run, f"near_rank_count/{each}/centred/rel_1e-2") for each in layers(study)]
-        return float(np.sum(counts)) / sum(units(run, each) for each in layers(study))
-
     def own_batch(run: RunData) -> float:
         untrained, trained = run.untrained_and_trained(f"near_rank_loss/{layer}/own_batch/rel_1e-2")
         return trained - untrained
 
-    known: dict[str, Callable[[RunData], float]] = {
+    known: dict[str, Callable[[RunData], float | None]] = {
         "centred, < .01 s1 (primary)": lambda run: last(run, f"near_rank_loss/{layer}/centred/rel_1e-2"),
         "raw, < .01 s1": lambda run: last(run, f"near_rank_loss/{layer}/rel_1e-2"),
         "centred, < .001 s1": lambda run: last(run, f"near_rank_loss/{layer}/centred/rel_1e-3"),
-        "all penalised layers pooled": pooled,
+        "all layers pooled": lambda run: pooled_near_rank_loss(run.first_and_last_probe()[1]),
         "absolute, raw, < .01": lambda run: last(run, f"near_rank_loss/{layer}/abs_1e-2"),
         "own batch, raw, change since untrained": own_batch,
     }
@@ -269,11 +265,6 @@ def last(run: RunData, name: str) -> float:
     return run.untrained_and_trained(name)[1]
 
 
-def units(run: RunData, layer: str) -> float:
-    """Number of singular values of a layer: min(N - 1, D)."""
-    return min(run.info["num_probe_samples"] - 1, run.info["num_probe_samples"] / run.info["samples_per_unit"][layer])
-
-
 def squared(line: Any, key: str) -> float:
     """Squared Frobenius norm of a matrix: its stable rank times its largest singular value squared."""
     return line[f"stable_rank/{key}"] * line[f"sigma_max/{key}"] ** 2
@@ -287,7 +278,7 @@ def ratio(runs: Sequence[RunData], quantity: Callable[[Any], float]) -> float:
 
 def penalty_norm(runs: Sequence[RunData]) -> str:
     """Norm of the gradient that a penalty adds, mean over recorded steps and seeds."""
-    norms = [float(np.mean(found)) for run in runs if len(found := run.series(PENALTY_NORM)[1])]
+    norms = [run.penalty_norm for run in runs if run.penalty_norm is not None]
     return f"{np.mean(norms):.3f}" if norms else ""
 
 

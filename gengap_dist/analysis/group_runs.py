@@ -9,11 +9,11 @@ from gengap_dist.analysis.study_data import MEASURED_AT, RunData, StudyData, rea
 from gengap_dist.config.identity import differing_settings, effective_settings, is_same_arm
 from gengap_dist.config.loading import flat
 from gengap_dist.config.metric_key import MetricKey
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, first_of
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.metric import value_on_test
 from gengap_dist.runs.mixtures import changed_data, different_kinds
-from gengap_dist.runs.run_folder import read_info, read_study_info
+from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.schema import RunStatus, StudyInfo, StudyMember
 from gengap_dist.tracking.mlflow.client import connect_client, store_uri
 from gengap_dist.tracking.mlflow.importer import SourceNames, find_runs, save_as_run_folder
@@ -35,15 +35,19 @@ class Source(NamedTuple):
     """Settings tuned by its study."""
     is_baseline: bool = False
     """Whether it belongs to its study's baseline."""
-    study: Path | None = None
-    """Folder of its study."""
+    study: StudyData | None = None
 
 
 class Declaration(NamedTuple):
-    """How the runs of a comparison are judged: fields of study.json, and one sentence for each problem."""
+    """How the runs of a comparison are judged, from the studies that they belong to."""
 
-    fields: dict[str, Any]
-    problems: list[str]
+    settings: Mapping[str, Any] = {}
+    """Of the section study."""
+    question: str = ""
+    fields: Mapping[str, Any] = {}
+    """Others of study.json."""
+    problems: Sequence[str] = ()
+    """One sentence each."""
 
 
 def _declaration(sources: Iterable[Source]) -> Declaration:
@@ -54,52 +58,38 @@ def _declaration(sources: Iterable[Source]) -> Declaration:
     judged. The margin is theirs if it is the same, else the default. Of a single study, question and registration are
     kept, too.
     """
+    studies: dict[Path, StudyData] = {}
     arms: dict[Path, set[str]] = {}
     for source in sources:
         if source.study:
-            arms.setdefault(source.study, set()).add(source.arm)
-    if not arms:
-        return Declaration({}, [])
-    infos = {folder: read_study_info(folder) for folder in arms}
-    sections = [info.config.get("study") or {} for info in infos.values()]
-    looks = [
-        {name: (info.declared or section).get(name) for name in LOOKS}
-        for info, section in zip(infos.values(), sections, strict=True)
-    ]
-    tolerances = [section.get("tolerance") for section in sections]
+            studies[source.study.folder] = source.study
+            arms.setdefault(source.study.folder, set()).add(source.arm)
+    if not studies:
+        return Declaration()
+    looks = [{name: study.declared.get(name) for name in LOOKS} for study in studies.values()]
+    tolerances = [study.tolerance for study in studies.values()]
     problems = []
     if any(tolerance != tolerances[0] for tolerance in tolerances):
         problems = ["the studies declare different margins (study.tolerance): the default is used"]
         tolerances = [None]
-    judged = [seeds for info in infos.values() for seeds in info.judged]
-    fields: dict[str, Any] = {
-        "config": {"study": {"tolerance": tolerances[0], **looks[0]}},
-        "judged": [seeds for at, seeds in enumerate(judged) if seeds not in judged[:at]],
-    }
-    unfinished = [name for folder, info in infos.items() for name in _unfinished(folder, info, arms[folder])]
-    if any({**each} != {**looks[0]} for each in looks):
+    judged = [seeds for study in studies.values() for seeds in study.info.get("judged") or []]
+    fields: dict[str, Any] = {"judged": [seeds for at, seeds in enumerate(judged) if seeds not in judged[:at]]}
+    unfinished = [
+        f"{arm}, seed {seed}"
+        for folder, study in studies.items()
+        for arm, seed in study.unfinished
+        if arm in arms[folder]
+    ]
+    if any(each != looks[0] for each in looks):
         fields["not_judged"] = "The studies of these runs declared different looks: nothing is judged."
     elif unfinished:
-        shown = ", ".join(unfinished[:3]) + (f" and {len(unfinished) - 3} more" if len(unfinished) > 3 else "")
-        fields["not_judged"] = f"Runs of the studies have not ended ({shown}): nothing is judged."
-    if len(infos) == 1:
-        (info,) = infos.values()
-        fields |= {"question": info.question}
-        fields |= {"registration": info.registration} if info.registration else {}
-    return Declaration(fields, problems)
-
-
-def _unfinished(folder: Path, info: StudyInfo, arms: Collection[str]) -> list[str]:
-    """Runs of these arms that a study plans and that have not come to their end."""
-    ended = {(run.arm, run.seed) for run in read_study(folder).runs if run.arm in arms and is_final(run.info["status"])}
-    untuned = {arm for arm in info.tuned if not (folder / "runs" / arm).exists()}
-    planned = [(arm, seed) for arm in info.arms if arm in arms and arm not in untuned for seed in info.seeds]
-    return [f"{arm}, seed {seed}" for arm, seed in planned if (arm, seed) not in ended]
-
-
-def is_final(status: str) -> bool:
-    """Whether a run came to its end."""
-    return RunStatus(status).is_final
+        fields["not_judged"] = f"Runs of the studies have not ended ({first_of(unfinished, 3)}): nothing is judged."
+    question = ""
+    if len(studies) == 1:
+        (study,) = studies.values()
+        question, registration = study.question, study.info.get("registration")
+        fields |= {"registration": registration} if registration else {}
+    return Declaration({"tolerance": tolerances[0], **looks[0]}, question, fields, problems)
 
 
 def gather(
@@ -121,8 +111,9 @@ def gather(
     """
     problems: list[str] = []
     collected: list[Source] = []
+    studies: dict[Path, StudyData] = {}  # that have been read, by folder
     for source in sources:
-        new = _from_mlflow(source, out, names, uri) if ":/" in source else _on_disk(Path(source))
+        new = _from_mlflow(source, out, names, uri) if ":/" in source else _on_disk(Path(source), studies)
         seen = {each.folder for each in collected}
         collected += [each for each in new if each.folder not in seen]
     runs: list[RunData] = []
@@ -163,8 +154,7 @@ def gather(
         )
     declared = _declaration(of[run.folder] for run in runs)
     problems += declared.problems
-    fields = {"config": {}, "question": ""} | declared.fields
-    question = question or fields["question"]
+    question = question or declared.question
     info = StudyInfo(
         status=RunStatus.FINISHED,
         name=out.name,
@@ -177,13 +167,13 @@ def gather(
         command=sys.orig_argv,
         config={
             "sources": [str(source) for source in sources],
-            **fields["config"],
+            **({"study": declared.settings} if declared.settings else {}),
             **({"across": mixed} if mixed else {}),
         },
         versions=run_folder.versions(),
         git=run_folder.git_state(),
         members=[StudyMember(arm=run.arm, folder=str(run.folder)) for run in members],
-        **{name: value for name, value in fields.items() if name not in ("config", "question")},
+        **declared.fields,
     )
     return StudyData(out, info.name, question, baseline, list(arms), members, info.content()), problems
 
@@ -211,10 +201,13 @@ def _baseline_order(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> t
     return (not of_study, arm[0].global_size, -sum(run.info["status"] == RunStatus.FINISHED for run in arm))
 
 
-def _on_disk(folder: Path) -> Iterator[Source]:
-    """Run folders at or below a folder; for a study, the runs that it compares."""
+def _on_disk(folder: Path, known: dict[Path, StudyData]) -> Iterator[Source]:
+    """Run folders at or below a folder; for a study, the runs that it compares.
+
+    Studies that have been read are in `known`, and those that are read now are added.
+    """
     folder = folder.resolve()
-    studies = sorted(path.parent for path in folder.rglob("study.json"))
+    studies = sorted(path.parent for path in folder.rglob(StudyInfo.file_name))
     loose = [
         path.parent
         for path in sorted(folder.rglob("run.json"))
@@ -222,23 +215,29 @@ def _on_disk(folder: Path) -> Iterator[Source]:
     ]
     if not loose and not studies:
         raise UsageError(f"RUN ({folder}) contains no run.json, nor does any folder below it: give the folder of a run")
-    yield from map(_loose, loose)
-    for path in studies:
-        study = read_study(path)
-        tuned = tuned_settings(study.info)
+
+    def study_in(path: Path) -> StudyData:
+        if path not in known:
+            known[path] = read_study(path)
+        return known[path]
+
+    for path in loose:
+        parent = _study_folder(path)
+        yield _of_study(path, path.parent.name, study_in(parent)) if parent else Source(path)
+    for study in map(study_in, studies):
         for run in sorted(study.runs, key=lambda run: study.arms.index(run.arm)):
-            yield Source(run.folder, run.arm, tuned, run.arm == study.baseline, path)
+            yield _of_study(run.folder, run.arm, study)
 
 
-def _loose(folder: Path) -> Source:
-    """A run folder that is given by itself; it may be one of a study."""
-    study = folder.parents[2] if len(folder.parents) > 2 else folder
-    if folder.parents[1].name == "runs" and (study / StudyInfo.file_name).exists():
-        info = read_study_info(study)
-        return Source(
-            folder, folder.parent.name, tuned_settings(info.content()), folder.parent.name == info.baseline, study
-        )
-    return Source(folder)
+def _study_folder(run: Path) -> Path | None:
+    """The folder of the study that a run folder is in; None if it is in none."""
+    if len(run.parents) > 2 and run.parents[1].name == "runs" and (run.parents[2] / StudyInfo.file_name).exists():
+        return run.parents[2]
+    return None
+
+
+def _of_study(run: Path, arm: str, study: StudyData) -> Source:
+    return Source(run, arm, tuned_settings(study.info), arm == study.baseline, study)
 
 
 def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) -> Iterator[Source]:

@@ -156,6 +156,12 @@ class RunData:
         """The metric that verdicts are about: centred near-rank loss of the last hidden layer; None: not recorded."""
         return self._recorded.primary
 
+    @property
+    def penalty_norm(self) -> float | None:
+        """See `results.Run`."""
+        norms = self.series(PENALTY_NORM)[1]
+        return float(np.mean(norms)) if len(norms) else None
+
     def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Steps, losses on the probe set and `MetricDescription.score` of the validation metric, [k] float64 each.
 
@@ -268,12 +274,11 @@ class StudyData:
         order = {arm: number for number, arm in enumerate(self.arms)}
         tuned = tuned_settings(self.info)
         runs = sorted(self.runs, key=lambda run: (order[run.arm], run.seed))
-        tolerance = _section(self.info, "study").get("tolerance")
         found = compare(
             [comparison_run(run, tuned) for run in runs],
             self.baseline,
             self.metric,
-            margin=None if tolerance is None else float(tolerance) / self.metric.scale,
+            margin=None if self.tolerance is None else float(self.tolerance) / self.metric.scale,
             look=self.look,
         )
         across = (self.info.get("config") or {}).get("across") or []  # what `gengap compare --across` was told to mix
@@ -284,19 +289,31 @@ class StudyData:
     @property
     def look(self) -> Look:
         """How sure differences must be; nothing is judged before all runs of a study have ended."""
-        seeds, ended = (
-            self.info.get("seeds") or [],
-            {(run.arm, run.seed) for run in self.runs if RunStatus(run.info["status"]).is_final},
-        )
-        planned = {(run.arm, run.seed) for run in self.runs}
+        if reason := self.info.get("not_judged"):
+            return NEVER._replace(sentence=reason)
+        seeds, judged = self.info.get("seeds") or [], self.info.get("judged") or []
+        return look_of(seeds, judged, self.declared, complete=not self.unfinished)
+
+    @property
+    def unfinished(self) -> list[tuple[str, int]]:
+        """Arm and seed of each run that is planned and has not come to its end, or cannot be read."""
+        planned = [(run.arm, run.seed) for run in self.runs]
         if self.info.get("members") is None:
             tuned = self.info.get("tuned") or {}  # an arm of which no trial finished has no runs
             arms = [arm for arm in self.arms if self.runs_of(arm) or arm not in tuned]
-            planned |= {(arm, seed) for arm in arms for seed in seeds}
-        if reason := self.info.get("not_judged"):
-            return NEVER._replace(sentence=reason)
-        declared = self.info.get("declared") or _section(self.info, "study")
-        return look_of(seeds, self.info.get("judged") or [], declared, complete=planned <= ended)
+            planned = [*((arm, seed) for arm in arms for seed in self.info.get("seeds") or []), *planned]
+        ended = {(run.arm, run.seed) for run in self.runs if RunStatus(run.info["status"]).is_final}
+        return [each for each in dict.fromkeys(planned) if each not in ended]
+
+    @property
+    def tolerance(self) -> float | None:
+        """`study.tolerance`."""
+        return _section(self.info, "study").get("tolerance")
+
+    @property
+    def declared(self) -> Mapping[str, Any]:
+        """`looks` and `may_extend` as they were when the study was first judged; else as they are set now."""
+        return self.info.get("declared") or _section(self.info, "study")
 
     @property
     def registration(self) -> str:
@@ -351,7 +368,7 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         near_rank_loss_untrained=near_rank_losses[0],
         near_rank_loss_raw=_raw(last, primary),
         near_rank_loss_pooled=pooled_near_rank_loss(last),
-        penalty_norm=float(np.mean(norms)) if len(norms := run.series(PENALTY_NORM)[1]) else None,
+        penalty_norm=run.penalty_norm,
         curve=_curve(run),
         test_correct=run.test_correct(),
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gengap_dist.config.metric_key import LayerKey
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, first_of
 from gengap_dist.runs.metrics_table import dump
 from gengap_dist.runs.run_folder import (
     NO_LINES,
@@ -103,9 +103,8 @@ def _check_out(folder: Path, out: Path, study: StudyInfo | None) -> None:
 def _copy_run(run: Path, out: Path) -> None:
     """Write the slim copy of one run, in place of what is there."""
     info = read_info(run)
-    if out.exists() and run != out and info.status.is_final:
-        for path in (out / TEST_CORRECT, out / "metrics.npz", *out.glob("spectra/step_*.npz")):
-            path.unlink(missing_ok=True)
+    for path in (out / TEST_CORRECT, *out.glob("spectra/step_*.npz")):  # those that the run has are written again
+        path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_info(out, _without_folders(info))
     try:
@@ -179,8 +178,9 @@ def check_sums(out: Path) -> list[str]:
 def sums_problem(folder: Path) -> str:
     """One sentence if the files of a slim copy are not those of its SHA256SUMS; empty if all are, or it has none."""
     changed = check_sums(folder) if (folder / SUMS).exists() else []
-    shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-    return f"{folder} is not what its {SUMS} says ({shown}): it was changed after it was copied" if changed else ""
+    if not changed:
+        return ""
+    return f"{folder} is not what its {SUMS} says ({first_of(changed, 3)}): it was changed after it was copied"
 
 
 def _files(out: Path) -> Iterator[Path]:

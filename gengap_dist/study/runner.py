@@ -306,8 +306,10 @@ def run_all(
     on_torchrun = [planned for planned in to_do if launchers.uses_torchrun(planned.config.launch)]
     _run_on_torchrun(on_torchrun, callback, driver=driver)
     here = [planned for planned in to_do if planned not in on_ray and planned not in on_torchrun]
+    if not here:
+        return num_failed
     later = [planned for planned in later if not ((known := status(planned)) and known.has_result)]
-    return num_failed + (run_packed(here, callback, concurrent, warn, later) if here else 0)
+    return num_failed + run_packed(here, callback, concurrent, warn, later)
 
 
 def _run_on_torchrun(plan: list[PlannedRun], callback: StudyCallback, *, driver: bool) -> None:

@@ -31,23 +31,21 @@ STUDY = {
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A study, its slim copy, and the configuration."""
+    """The folder of a study, `out`, and of its slim copy, `copy`."""
     folder = tmp_path_factory.mktemp("slim")
-    config = tiny.write(folder / "study.yaml", STUDY)
-    done = tiny.start(config, folder / "study")
-    assert done.returncode == 0, done.stderr
-    assert write_slim_copy(folder / "study", folder / "copy") == 6
+    _, out = tiny.finish(folder, STUDY)
+    assert write_slim_copy(out, folder / "copy") == 6
     return folder
 
 
 def test_the_copy_says_what_the_study_says(study, gengap, tmp_path):
-    whole, copy = read_study(study / "study"), read_study(study / "copy")
-    assert tiny.table(study / "copy") == tiny.table(study / "study")
+    whole, copy = read_study(study / "out"), read_study(study / "copy")
+    assert tiny.table(study / "copy") == tiny.table(study / "out")
     assert copy.comparison == whole.comparison
     done = gengap("compare", study / "copy", "--out", tmp_path / "compared")
     assert done.returncode == 0, done.stderr
     compared = read_study(tmp_path / "compared")
-    assert tiny.table(tmp_path / "compared") == tiny.table(study / "study")
+    assert tiny.table(tmp_path / "compared") == tiny.table(study / "out")
     assert [claim.evidence for claim in compared.comparison.claims] == [
         claim.evidence for claim in whole.comparison.claims
     ]
@@ -56,8 +54,8 @@ def test_the_copy_says_what_the_study_says(study, gengap, tmp_path):
 
 
 def test_all_metrics_and_the_primary_spectra_are_there(study):
-    for path in (study / "study").glob("runs/*/seed*"):
-        copy = study / "copy" / path.relative_to(study / "study")
+    for path in (study / "out").glob("runs/*/seed*"):
+        copy = study / "copy" / path.relative_to(study / "out")
         before, after = read_metrics_table(path), read_metrics_table(copy)
         assert list(before.columns) == list(after.columns)
         assert (before.known == after.known).all()
@@ -120,7 +118,7 @@ def test_a_study_goes_on_from_its_copy(study, tmp_path):
 
 
 def test_runs_that_have_not_ended_are_left_out_until_they_have(study, tmp_path):
-    whole = shutil.copytree(study / "study", tmp_path / "study")
+    whole = shutil.copytree(study / "out", tmp_path / "study")
     path = whole / "runs" / "lb" / "seed0" / "run.json"
     ended = path.read_text()
     path.write_text(json.dumps(json.loads(ended) | {"status": "running"}))
@@ -151,7 +149,7 @@ def test_damage_is_seen(study, tmp_path):
 
 
 def test_a_copy_follows_its_study_and_no_other(study, tmp_path):
-    whole = shutil.copytree(study / "study", tmp_path / "study")
+    whole = shutil.copytree(study / "out", tmp_path / "study")
     write_slim_copy(whole, tmp_path / "copy")
     (whole / "runs/lb/seed0/test_correct.npy").unlink()
     shutil.rmtree(whole / "runs/lb/seed1")
@@ -178,10 +176,10 @@ def test_a_comparison_is_no_way_around_what_a_study_declared(study, gengap, tmp_
         assert found.question == "Mine?"
         return " ".join(found.comparison.caveats)
 
-    whole = shutil.copytree(study / "study", tmp_path / "study")
+    whole = shutil.copytree(study / "out", tmp_path / "study")
     assert "look 1 of 2" in said(whole / "runs" / "sb", whole / "runs" / "lb")
     assert "by e-values" in said(whole / "runs/sb/seed0", whole / "runs/lb/seed0")  # it was judged with both before
-    other = shutil.copytree(study / "study", tmp_path / "other")
+    other = shutil.copytree(study / "out", tmp_path / "other")
     info = json.loads((other / "study.json").read_text())
     info["config"]["study"]["looks"] = []
     info["declared"] = {"looks": [], "may_extend": False}
@@ -192,7 +190,7 @@ def test_a_comparison_is_no_way_around_what_a_study_declared(study, gengap, tmp_
 
 
 def test_a_single_run(study, tmp_path, gengap):
-    run = study / "study" / "runs" / "sb" / "seed0"
+    run = study / "out" / "runs" / "sb" / "seed0"
     done = gengap("report", "slim", run, tmp_path / "copy")
     assert done.returncode == 0, done.stderr
     assert "1 run that ended" in done.stdout
@@ -203,8 +201,8 @@ def test_bad_input(study, tmp_path, gengap):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for words, says in (
-        (("slim", study / "study", study / "study" / "copy"), "lies in the folder that it is a copy of"),
-        (("slim", study / "study", tmp_path / "full"), "is not empty and no slim copy"),
+        (("slim", study / "out", study / "out" / "copy"), "lies in the folder that it is a copy of"),
+        (("slim", study / "out", tmp_path / "full"), "is not empty and no slim copy"),
         (("slim", tmp_path / "full", tmp_path / "out"), "contains neither run.json nor study.json"),
         (("sync", study / "copy"), "is a slim copy"),
     ):

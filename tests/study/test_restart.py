@@ -23,11 +23,7 @@ STUDY = {"question": "How much?", "seeds": [0, 1, 2], "axes": {"batch.global_siz
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A study of 3 arms x 3 seeds that nobody disturbed: config, folder."""
-    folder = tmp_path_factory.mktemp("whole")
-    config = tiny.write(folder / "s.yaml", STUDY)
-    done = tiny.start(config, folder / "out")
-    assert done.returncode == 0, done.stderr
-    return config, folder / "out"
+    return tiny.finish(tmp_path_factory.mktemp("whole"), STUDY)
 
 
 @pytest.fixture
@@ -121,9 +117,7 @@ def test_two_starts_at_once_are_refused(whole, copy):
 @pytest.mark.full  # else: analysis/report/test_html.py, from folders
 def test_a_baseline_without_a_result_leaves_a_study_without_gaps(tmp_path):
     wild = {"name": "wild", "set": {"optim.lr": 1e9}}
-    config = tiny.write(tmp_path / "s.yaml", {"seeds": [0, 1], "arms": [wild, {"name": "tame"}]})
-    done = tiny.start(config, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    tiny.finish(tmp_path, {"seeds": [0, 1], "arms": [wild, {"name": "tame"}]})
     assert [row[:1] + row[3:5] + row[8:9] for row in tiny.table(tmp_path / "out")] == [
         ["wild", "0 + 2 diverged", "-", "baseline"],
         ["tame", "2", tiny.table(tmp_path / "out")[1][4], "-"],

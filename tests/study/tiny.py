@@ -48,6 +48,14 @@ def start(config: Path, out: Path, *words: object, **env: str) -> "subprocess.Co
     return (start_interpreter if new else start_module)(module, *given, cwd=config.parent, env=environment(**env))
 
 
+def finish(folder: Path, study: dict[str, Any]) -> tuple[Path, Path]:
+    """Run a whole study: its config file and the folder of its results, both in `folder`."""
+    config, out = write(folder / "s.yaml", study), folder / "out"
+    done = start(config, out)
+    assert done.returncode == 0, done.stderr
+    return config, out
+
+
 def scores(out: Path) -> dict[str, dict[str, Any]]:
     """Folder to the numbers of every run, trials too, that must not depend on how it was run."""
     found = {}

@@ -127,12 +127,7 @@ def intervention_tables(comparison: Comparison) -> list[Table]:
     metric, out = comparison.metric, []
     for each in comparison.interventions:
         rows = [
-            [
-                Cell(estimate.quantity),
-                number(estimate.mean, text=_difference(estimate.mean, estimate, metric)),
-                _estimate_interval(estimate.interval, estimate, metric),
-                _estimate_interval(estimate.new_images, estimate, metric),
-            ]
+            [*_estimate_cells(estimate, metric), _estimate_interval(estimate.new_images, estimate, metric)]
             for estimate in each.estimates
         ]
         caption = (
@@ -146,12 +141,7 @@ def intervention_tables(comparison: Comparison) -> list[Table]:
         out.append(Table(f"Intervention at {each.arm}", caption, heads, rows))
         rows = [
             [
-                Cell(requirement.estimate.quantity),
-                number(
-                    requirement.estimate.mean,
-                    text=_difference(requirement.estimate.mean, requirement.estimate, metric),
-                ),
-                _estimate_interval(requirement.estimate.interval, requirement.estimate, metric),
+                *_estimate_cells(requirement.estimate, metric),
                 number(requirement.limit, text=_limit(requirement, metric)),
                 Cell("yes" if requirement.holds else "no"),
             ]
@@ -165,6 +155,12 @@ def intervention_tables(comparison: Comparison) -> list[Table]:
         heads = ["condition", "mean", "interval", "must be", "holds"]
         out.append(Table(f"Conditions at {each.arm}", caption, heads, rows))
     return out
+
+
+def _estimate_cells(estimate: Estimate, metric: MetricDescription) -> list[Cell]:
+    """Quantity, mean, and interval on these test samples."""
+    mean = number(estimate.mean, text=_difference(estimate.mean, estimate, metric))
+    return [Cell(estimate.quantity), mean, _estimate_interval(estimate.interval, estimate, metric)]
 
 
 def _difference(value: float, estimate: Estimate, metric: MetricDescription) -> str:

@@ -65,6 +65,17 @@ class _Trial(NamedTuple):
         return [self.large, *{each.arm.name: each.arm for each in every}.values()]
 
 
+class _Experiment(NamedTuple):
+    """A trial and its numbers, over the seeds of which all arms have a result."""
+
+    trial: _Trial
+    seeds: list[int]
+    scores: Arms
+    near_rank_losses: Arms
+    images: Arms | None
+    """Correctness of each test image, each [n, M]; None if a run has none."""
+
+
 def judge_explanation(study: JudgedStudy) -> tuple[Claim, list[InterventionResult]]:
     """Claim 3: near-rank loss causes the loss of large batches; and the numbers of each intervention."""
     name = study.metric.name
@@ -74,7 +85,8 @@ def judge_explanation(study: JudgedStudy) -> tuple[Claim, list[InterventionResul
         "Arms whose rank is raised and lowered, each against a placebo of the same gradient norm that leaves the rank "
         "as it is, at both batches; and a second way to raise the rank."
     )
-    judged = [_at_batch(study, large) for large in study.roles.plain]
+    experiments = [_experiment(study, large) for large in study.roles.plain]
+    judged = [_at_batch(study, *each) for each in zip(study.roles.plain, experiments, strict=True)]
     verdicts = [verdict for verdict, _ in judged]
     evidence = " ".join(text for _, text in judged) or "No arm differs from the baseline only in its batch."
     corrected = holm([verdict.p for verdict in verdicts])
@@ -85,24 +97,36 @@ def judge_explanation(study: JudgedStudy) -> tuple[Claim, list[InterventionResul
     decided: set[Finding] = {each for each in findings if each not in ("undecided", "not asked")}
     # a batch that surely loses less than the margin has no cause to find; any other leaves the claim open
     is_open = any(
-        each in ("undecided", "not asked") and verdict.loses for each, verdict in zip(findings, verdicts, strict=True)
+        each in ("undecided", "not asked") and verdict.may_lose
+        for each, verdict in zip(findings, verdicts, strict=True)
     )
     outcomes: set[Outcome] = {OUTCOMES.get(each, "undecided") for each in decided}
     outcome: Outcome = outcomes.pop() if len(outcomes) == 1 and not is_open else "undecided"
     finding = " / ".join(sorted(decided)) or ("not asked" if set(findings) <= {"not asked"} else "")
     results = [
-        result
-        for large, each, verdict in zip(study.roles.plain, findings, verdicts, strict=True)
-        if (result := _result(study, large, each, verdict.reason)) is not None
+        _result(study, each, finding_of_it, verdict.reason)
+        for each, finding_of_it, verdict in zip(experiments, findings, verdicts, strict=True)
+        if isinstance(each, _Experiment) and len(each.seeds) > 1
     ]
     return Claim("explains", claim, outcome, evidence, control, "" if decided and is_open else finding), results
 
 
-def _at_batch(study: JudgedStudy, large: Arm) -> tuple[Verdict, str]:
+def _experiment(study: JudgedStudy, large: Arm) -> _Experiment | str:
+    """The intervention at a large batch, or what it lacks."""
+    trial = _trial(study, large)
+    if isinstance(trial, str):
+        return trial
+    every = (study.base, *trial.arms)
+    seeds = sorted(set.intersection(*({*study.scores(arm)} & {*study.near_rank_losses(arm)} for arm in every)))
+    scores, ranks = (_arms(trial, seeds, study.base, of) for of in (study.scores, study.near_rank_losses))
+    return _Experiment(trial, seeds, scores, ranks, _correctness(study, trial, seeds))
+
+
+def _at_batch(study: JudgedStudy, large: Arm, experiment: _Experiment | str) -> tuple[Verdict, str]:
     base, look = study.base, study.look
     lost, growth = study.lost(large, base), study.growth(large, base)
     if len(lost) < 2:
-        return _not_asked(large, f"fewer than two pairs trained: {study.training[large.name]}", loses=True)
+        return _not_asked(large, f"fewer than two pairs trained: {study.training[large.name]}")
     loses = not are_equal(array_of(lost)) and look.is_above(array_of(lost))
     mean = fmean(lost.values())
     facts = f"{large.name} {study.loses(mean)} {study.described(lost, turned=mean < 0)}{study.unit}"
@@ -110,45 +134,44 @@ def _at_batch(study: JudgedStudy, large: Arm) -> tuple[Verdict, str]:
         facts += f", its near-rank loss grows by {share(growth, look)}"
     may_lose = not look.is_below(array_of(lost), study.margin)
     if reason := _trained_otherwise(study, large, lost):
-        return _not_asked(large, reason, facts, loses=may_lose)
+        return _not_asked(large, reason, facts, may_lose=may_lose)
     if not loses:
-        return _not_asked(large, "it does not surely lose", facts, loses=may_lose)
+        return _not_asked(large, "it does not surely lose", facts, may_lose=may_lose)
     if study.missing((large, base), (lost,)) or study.missing((large, base), (growth,)):
-        return _not_asked(
-            large, "not all pairs have a result and near-rank loss of the last hidden layer", facts, loses=True
-        )
+        return _not_asked(large, "not all pairs have a result and near-rank loss of the last hidden layer", facts)
     if look.is_below(array_of(growth), NEAR_RANK_MARGIN):
         p = max(look.p(array_of(lost)), look.p(array_of(growth), NEAR_RANK_MARGIN))
-        return Verdict("does not grow", p, "", loses=True), f"{facts}: that does not grow, and so is not the cause."
-    trial = _trial(study, large)
-    if isinstance(trial, str):
-        return _not_asked(large, trial, facts, loses=True)
-    for arm in trial.arms:
+        return Verdict("does not grow", p, ""), f"{facts}: that does not grow, and so is not the cause."
+    if isinstance(experiment, str):
+        return _not_asked(large, experiment, facts)
+    for arm in experiment.trial.arms:
         if reason := _trained_otherwise(study, arm, lost):
-            return _not_asked(large, reason, facts, loses=True)
-    groups = [of(arm) for arm in (base, *trial.arms) for of in (study.scores, study.near_rank_losses)]
-    if study.missing((base, *trial.arms), groups):
-        return _not_asked(large, "not all of its arms have all seeds", facts, loses=True)
-    seeds = sorted(lost)
-    scores, ranks = (_arms(trial, seeds, base, of) for of in (study.scores, study.near_rank_losses))
-    verdict = judge_arms(scores, ranks, look)._replace(loses=True)
-    text = f"{facts}. {_numbers(study, trial, scores, ranks, seeds)} {large.name}: {verdict.finding}"
+            return _not_asked(large, reason, facts)
+    every = (base, *experiment.trial.arms)
+    if study.missing(every, [of(arm) for arm in every for of in (study.scores, study.near_rank_losses)]):
+        return _not_asked(large, "not all of its arms have all seeds", facts)
+    verdict = judge_arms(experiment.scores, experiment.near_rank_losses, look)
+    text = f"{facts}. {_numbers(study, experiment)} {large.name}: {verdict.finding}"
     return verdict, text + (f" ({verdict.reason})." if verdict.reason else ".")
 
 
 def _trained_otherwise(study: JudgedStudy, arm: Arm, lost: Outcomes) -> str:
     """Why an arm did not train as well as the baseline, by the margin of what is lost; empty if it did."""
     training = study.training[arm.name]
-    margin = training_margin(study.margin, fmean(lost.values()), is_share=study.metric.unit == "share")
     if training.num_failed or training.num_unknown or not training.difference:
         return f"training of {arm.name}: {training}"
-    if not is_equivalent(array_of(training.difference), margin):
+    if not is_equivalent(array_of(training.difference), _training_margin(study, lost)):
         return f"training of {arm.name} differs by {study.described(training.difference)}{study.unit}"
     return ""
 
 
-def _not_asked(large: Arm, reason: str, facts: str = "", *, loses: bool = False) -> tuple[Verdict, str]:
-    return Verdict("not asked", 1.0, reason, loses), f"{facts or large.name}: not asked ({reason})."
+def _training_margin(study: JudgedStudy, lost: Outcomes) -> float:
+    """Largest difference of training scores that is "as well", where this is lost on test samples."""
+    return training_margin(study.margin, fmean(lost.values()), is_share=study.metric.unit == "share")
+
+
+def _not_asked(large: Arm, reason: str, facts: str = "", *, may_lose: bool = True) -> tuple[Verdict, str]:
+    return Verdict("not asked", 1.0, reason, may_lose), f"{facts or large.name}: not asked ({reason})."
 
 
 def _trial(study: JudgedStudy, large: Arm) -> _Trial | str:
@@ -252,17 +275,9 @@ def _arms(trial: _Trial, seeds: Sequence[int], base: Arm, of: Callable[[Arm], Ma
     )
 
 
-def _result(study: JudgedStudy, large: Arm, finding: Finding, reason: str) -> InterventionResult | None:
-    """The numbers of the intervention at a large batch; None without one, or with fewer than two complete seeds."""
-    trial = _trial(study, large)
-    if isinstance(trial, str):
-        return None
-    every = (study.base, *trial.arms)
-    seeds = sorted(set.intersection(*({*study.scores(arm)} & {*study.near_rank_losses(arm)} for arm in every)))
-    if len(seeds) < 2:
-        return None
-    scores, ranks = (_arms(trial, seeds, study.base, of) for of in (study.scores, study.near_rank_losses))
-    images = _correctness(study, trial, seeds)
+def _result(study: JudgedStudy, experiment: _Experiment, finding: Finding, reason: str) -> InterventionResult:
+    """The numbers of the intervention at a large batch, which has at least two complete seeds."""
+    trial, seeds, scores, ranks, images = experiment
 
     def of_scores(quantity: str, quantity_of: Callable[[Arms], np.ndarray]) -> Estimate:
         new = _new_images(study, quantity_of(images)) if images else None
@@ -291,10 +306,9 @@ def _result(study: JudgedStudy, large: Arm, finding: Finding, reason: str) -> In
             return each.routes[second].large_raised - each.routes[first].large_raised
 
         estimates += [of_scores(names, apart), of_ranks(f"near-rank loss, {names}", apart(ranks))]
-    trained = [_trained_requirement(study, arm, study.lost(large, study.base)) for arm in trial.arms]
-    loses = _estimate("lost", -scores.rise, study.look, is_score=True)
+    trained = [_trained_requirement(study, arm, study.lost(trial.large, study.base)) for arm in trial.arms]
     return InterventionResult(
-        large.name,
+        trial.large.name,
         len(seeds),
         finding,
         reason,
@@ -302,7 +316,7 @@ def _result(study: JudgedStudy, large: Arm, finding: Finding, reason: str) -> In
         estimates,
         [
             *(each for each in trained if each is not None),
-            Requirement(loses, 0.0, is_within=False, holds=study.look.is_above(-scores.rise)),
+            Requirement(estimates[0], 0.0, is_within=False, holds=study.look.is_above(-scores.rise)),
             *(
                 Requirement(
                     _estimate(each.quantity, each.values, study.look, is_score=each.is_score),
@@ -333,10 +347,10 @@ def _trained_requirement(study: JudgedStudy, arm: Arm, lost: Outcomes) -> Requir
     values = study.training[arm.name].difference
     if not values:
         return None
-    margin = training_margin(study.margin, fmean(lost.values()), is_share=study.metric.unit == "share")
     quantity = f"{arm.name} against {study.base.name} on training samples"
     estimate = Estimate(quantity, fmean(values.values()), equivalence_interval(array_of(values)), None, is_score=True)
-    return Requirement(estimate, margin, is_within=True, holds=not _trained_otherwise(study, arm, lost))
+    holds = not _trained_otherwise(study, arm, lost)
+    return Requirement(estimate, _training_margin(study, lost), is_within=True, holds=holds)
 
 
 def _new_images(study: JudgedStudy, images: np.ndarray) -> Interval | None:
@@ -344,10 +358,10 @@ def _new_images(study: JudgedStudy, images: np.ndarray) -> Interval | None:
     return new_images(two_way(images), study.look, len(images), images.shape[1], 0.0)[0]
 
 
-def _numbers(study: JudgedStudy, trial: _Trial, scores: Arms, ranks: Arms, seeds: Sequence[int]) -> str:
+def _numbers(study: JudgedStudy, experiment: _Experiment) -> str:
     """What each route gives back, what lowering the rank costs, and the quantities that decide, as sentences."""
+    trial, seeds, scores, ranks, images = experiment
     look, lost, growth = study.look, -scores.rise, ranks.rise
-    images = _correctness(study, trial, seeds)
     out = []
     for at, (route, arms) in enumerate(zip(scores.routes, trial.routes, strict=True)):
         gain, raising = gain_of(scores, ranks, at)

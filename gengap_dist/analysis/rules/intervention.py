@@ -76,8 +76,8 @@ class Verdict(NamedTuple):
     """Two-sided p of the tests that decided, the largest of them; 1 if nothing did."""
     reason: str
     """The condition that failed; empty if none did."""
-    loses: bool = True
-    """Whether the large batch surely loses."""
+    may_lose: bool = True
+    """Whether the large batch may lose the margin or more, so that there is a cause to find."""
 
 
 def judge_arms(scores: Arms, near_rank_losses: Arms, look: Look) -> Verdict:

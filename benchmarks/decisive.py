@@ -10,7 +10,7 @@ what the folders give.
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -59,9 +59,12 @@ def bodies(study: StudyData) -> dict[str, str]:
         "summary": f"{comparison.answer}\n\n{study.registration}{''.join(f' {text}' for text in comparison.caveats)}",
         "arms": arms(study),
         "claims": claims(study),
-        "measures": measures(study),
         "scale": scale(study),
     }
+    if {"sb-lower", "lb-raise"} <= {*study.arms}:
+        out["measures"] = measures(study)
+    else:
+        out["differences"] = differences(study)
     if {"lb-trace", "lb-raise"} <= {*study.arms}:
         out["same rank"] = same_rank(study)
     if comparison.interventions and len(looks(study)) > 1:
@@ -121,27 +124,78 @@ def claims(study: StudyData) -> str:
 
 def same_rank(study: StudyData) -> str:
     """The registered contrast of two arms with the same near-rank loss: lb-trace minus lb-raise."""
-    look, layer = study.look, layers(study)[-1]
-    arms = ("sb", "lb", "lb-trace", "lb-raise")
-    ranks = values(study, lambda run: last(run, f"near_rank_loss/{layer}/centred/rel_1e-2"), arms)
-    scores = values(study, lambda run: run.info["result"]["test/accuracy"], arms)
-    images = values(study, lambda run: run.test_correct(), arms)
-    growth, lost = ranks["lb"] - ranks["sb"], scores["sb"] - scores["lb"]
-    apart, of_ranks = scores["lb-trace"] - scores["lb-raise"], ranks["lb-trace"] - ranks["lb-raise"]
-    by_image = images["lb-trace"].astype(float) - images["lb-raise"]
-    new = two_way(by_image).interval_at(look.critical(len(apart)))
-    is_same, is_better = look.is_within(of_ranks, SAME_RANK * growth), look.is_above(apart - QUARTER * lost)
+    look = study.look
+    whole, found = contrast(study, "sb", "lb"), contrast(study, "lb-trace", "lb-raise")
+    growth, lost = -whole.near_rank_loss, whole.score
+    is_same = look.is_within(found.near_rank_loss, SAME_RANK * growth)
+    is_better = look.is_above(found.score - QUARTER * lost)
     rows = [
-        ["near-rank loss", number(of_ranks, look), "", f"within ±{SAME_RANK * growth.mean():.3f}", yes(is_same)],
         [
-            "test accuracy, points",
-            number(100 * apart, look, "{:+.2f}"),
-            "-" if new is None else f"[{100 * new[0]:+.2f}, {100 * new[1]:+.2f}]",
-            f"above {100 * QUARTER * lost.mean():.2f}",
-            yes(is_better),
+            "near-rank loss",
+            number(found.near_rank_loss, look),
+            "",
+            f"within ±{SAME_RANK * growth.mean():.3f}",
+            yes(is_same),
         ],
+        ["test accuracy, points", *found.points(look), f"above {100 * QUARTER * lost.mean():.2f}", yes(is_better)],
     ]
     return table(["lb-trace minus lb-raise", "these images", "new images", "must be", "surely"], rows)
+
+
+class Contrast(NamedTuple):
+    """One arm minus another, seed by seed."""
+
+    score: np.ndarray
+    """Test accuracy: [n]."""
+    by_image: np.ndarray
+    """Right (1) or wrong (0), of every test image: [n, M]."""
+    near_rank_loss: np.ndarray
+    """Of the last hidden layer, centred: [n]."""
+
+    def points(self, look: Look) -> tuple[str, str]:
+        """Points of test accuracy with the interval on these images, and that on new images."""
+        new = two_way(self.by_image).interval_at(look.critical(len(self.score)))
+        on_new = "-" if new is None else f"[{100 * new[0]:+.2f}, {100 * new[1]:+.2f}]"
+        return number(100 * self.score, look, "{:+.2f}"), on_new
+
+
+def contrast(study: StudyData, arm: str, other: str) -> Contrast:
+    """`arm` minus `other`."""
+
+    def difference(measure: Callable[[RunData], Any]) -> np.ndarray:
+        of = values(study, measure, (arm, other))
+        return of[arm].astype(float) - of[other]
+
+    name = f"near_rank_loss/{layers(study)[-1]}/centred/rel_1e-2"
+    return Contrast(
+        difference(lambda run: run.info["result"]["test/accuracy"]),
+        difference(lambda run: run.test_correct()),
+        difference(lambda run: last(run, name)),
+    )
+
+
+def differences(study: StudyData) -> str:
+    """Every arm minus the one that it changes, and each large batch minus the small one trained in the same way."""
+    rows = []
+    for arm, other in pairs(study.arms):
+        found = contrast(study, arm, other)
+        rows.append([f"{arm} minus {other}", *found.points(study.look), number(found.near_rank_loss, study.look)])
+    return table(["arms", "test accuracy, points", "on new images", "near-rank loss"], rows)
+
+
+def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of arms that `differences` compares.
+
+    >>> pairs(["sb", "sb-half", "lb", "lb-rate", "lb-rate-raise", "lb-half"])
+    [('sb-half', 'sb'), ('lb', 'sb'), ('lb-rate', 'lb'), ('lb-rate-raise', 'lb-rate'), ('lb-half', 'lb'), ('lb-half', 'sb-half')]
+    """
+    out = []
+    for arm in arms:
+        if changed := [other for other in arms if arm.startswith(f"{other}-")]:
+            out.append((arm, max(changed, key=len)))
+        if arm.startswith("lb") and (small := arm.replace("lb", "sb", 1)) in arms:
+            out.append((arm, small))
+    return out
 
 
 def second_look(study: StudyData, result: InterventionResult) -> str:

@@ -68,13 +68,13 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
         raise
     finally:
         upload_warning = uploader.finish() if uploader else None
+        if upload_warning:
+            _warn(upload_warning)
     from gengap_dist.cli.terminal import print_study
 
     print_study(study, page, uploader.uri if uploader and not upload_warning else None)
     if uploader and not upload_warning:
         print(f"compare {uploader.comparison_url()}")
-    if upload_warning:
-        _warn(upload_warning)
     if num_failed:
         print(
             f"{PROG}: {num_failed} run(s) failed; their run.json has the error; start the study again to retry",

@@ -75,11 +75,11 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
         raise
     finally:
         upload_warning = uploader.finish() if uploader else None
+        if upload_warning:
+            print(f"{PROG}: warning: {upload_warning}", file=sys.stderr)
     if config.profile:
         print_profile(out)
     print_run(out, page, uploader.uri if uploader and not upload_warning else None)
-    if upload_warning:
-        print(f"{PROG}: warning: {upload_warning}", file=sys.stderr)
     return OK
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gengap_dist.distributed.worker_pool import free_port
@@ -77,6 +78,15 @@ def postgresql() -> Iterator[str]:
     finally:
         call(binaries / "pg_ctl", "-D", data, "-m", "immediate", "stop")
         shutil.rmtree(folder)
+
+
+def uploaders_of(folder: Path) -> list[psutil.Process]:
+    """The processes that upload a folder."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {"gengap_dist.tracking.mlflow.process", str(folder)} <= {*(process.info["cmdline"] or ())}
+    ]
 
 
 @contextmanager

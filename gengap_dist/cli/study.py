@@ -65,16 +65,17 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
         page = write_report(study)
     except BaseException as error:
         runner.conclude(out, RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED, {})
-        raise
-    finally:
-        upload_warning = uploader.finish() if uploader else None
-        if upload_warning:
+        if uploader and (upload_warning := uploader.finish()):
             _warn(upload_warning)
+        raise
+    upload_warning = uploader.finish() if uploader else None
     from gengap_dist.cli.terminal import print_study
 
     print_study(study, page, uploader.uri if uploader and not upload_warning else None)
     if uploader and not upload_warning:
         print(f"compare {uploader.comparison_url()}")
+    if upload_warning:
+        _warn(upload_warning)
     if num_failed:
         print(
             f"{PROG}: {num_failed} run(s) failed; their run.json has the error; start the study again to retry",

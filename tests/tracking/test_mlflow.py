@@ -1,13 +1,16 @@
 """The mirror against real stores: sqlite, a real server, a dead port, a server that hangs."""
 
+import contextlib
 import json
 import math
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +30,7 @@ from gengap_dist.tracking.mlflow.process import UploaderProcess, sync_now, uploa
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader
 from gengap_dist.training import trainer as run_module
 from tests.conftest import FULL, ROOT, config, train
-from tests.tracking.servers import mlflow_server, uploaders_of
+from tests.tracking.servers import losing_answers, mlflow_server, uploaders_of
 
 SMALL = {"train__steps": 12, "batch__global_size": 50, "train__num_evals": 3, "probe__num_samples": 64}
 WORDS = ["--train.steps", "12", "--batch.global_size", "50", "--train.num_evals", "3", "--probe.num_samples", "64"]
@@ -296,6 +299,25 @@ def test_a_run_whose_creation_was_not_answered_is_adopted(tmp_path, mlflow_db, m
     (run,) = all_runs(uploader)
     assert (run.info.run_id, run.info.status) == (state(out)["run_id"], "FINISHED")
     assert (run.info.run_name, run.data.tags["folder"]) == ("run", str(out))
+
+
+@pytest.mark.full  # else: a client that gets no answer, above
+def test_a_server_whose_answers_are_lost_gets_all_once(tmp_path, server):
+    train(tmp_path / "run", **SMALL | {"mlflow__enabled": True})
+    for path, number in ("/runs/create", 1), ("/runs/create", 2), ("/logged-models", 1):  # the client asks twice
+        experiment = f"{number}{path.replace('/', '-')}"
+        out = Path(shutil.copytree(tmp_path / "run", tmp_path / experiment))
+        with losing_answers(server, path, number) as uri:
+            for _ in range(number):
+                with contextlib.suppress(Exception):
+                    MlflowUploader(out, uri, experiment).sync(closing=True)
+            uploader = MlflowUploader(out, uri, experiment)
+            uploader.sync(closing=True)
+            (run,) = all_runs(uploader)
+            (model,) = uploader.client.search_logged_models([uploader.experiment])
+        assert (run.info.run_id, run.info.status, model.status) == (state(out)["run_id"], "FINISHED", "READY"), path
+        assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+        assert same(logged(server, run.info.run_id), recorded(out))
 
 
 def test_a_run_that_replaces_another_is_adopted(tmp_path, mlflow_db, monkeypatch):

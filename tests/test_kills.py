@@ -1,4 +1,4 @@
-"""Ranks are killed at random moments, during saves too; the run ends as if nothing had happened.
+"""Ranks and uploaders are killed at random moments, during saves too; the run ends as if nothing had happened.
 
 `make test` kills ranks of torchrun once, `make test-full` those of torchrun and Ray five times; as often as one likes:
 `GENGAP_FULL=1 GENGAP_KILLS=20 pytest tests/test_kills.py`.
@@ -24,6 +24,7 @@ from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import FULL, weights
 from tests.ranks import start_module
 from tests.ray_cluster import Cluster
+from tests.tracking.servers import uploaders_of
 
 NUM_KILLS = int(os.environ.get("GENGAP_KILLS", "5" if FULL else "1"))
 NUM_STEPS = 100 * NUM_KILLS
@@ -41,6 +42,8 @@ def kill_now_and_then(
     agent: psutil.Process, find: Callable[[], list[psutil.Process]], out: Path, num_kills: int, seed: int
 ) -> Counter[str]:
     """SIGKILL one of the ranks that `find` finds `num_kills` times, a random time after training went on; by moment.
+
+    Every other time the uploader is killed, too.
 
     `agent` is the process that starts them again.
     """
@@ -61,6 +64,8 @@ def kill_now_and_then(
         last = max(checkpoint.checkpoints_by_step(out / "checkpoints"))
         if ranks := find():
             luck.choice(ranks).kill()
+            for uploader in uploaders_of(out)[luck.randrange(2) :]:
+                uploader.kill()
             moments["during a save" if saving else "between saves"] += 1
             psutil.wait_procs(ranks, timeout=60)
     return moments

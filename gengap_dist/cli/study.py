@@ -65,9 +65,10 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
         page = write_report(study)
     except BaseException as error:
         runner.conclude(out, RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED, {})
+        if uploader and (upload_warning := uploader.finish()):
+            _warn(upload_warning)
         raise
-    finally:
-        upload_warning = uploader.finish() if uploader else None
+    upload_warning = uploader.finish() if uploader else None
     from gengap_dist.cli.terminal import print_study
 
     print_study(study, page, uploader.uri if uploader and not upload_warning else None)

@@ -72,15 +72,20 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
             page = report.write()
     except BaseException as error:
         run_folder.close_abandoned(out, error)
+        if uploader and (upload_warning := uploader.finish()):
+            _warn(upload_warning)
         raise
-    finally:
-        upload_warning = uploader.finish() if uploader else None
+    upload_warning = uploader.finish() if uploader else None
     if config.profile:
         print_profile(out)
     print_run(out, page, uploader.uri if uploader and not upload_warning else None)
     if upload_warning:
-        print(f"{PROG}: warning: {upload_warning}", file=sys.stderr)
+        _warn(upload_warning)
     return OK
+
+
+def _warn(text: str) -> None:
+    print(f"{PROG}: warning: {text}", file=sys.stderr)
 
 
 def _default_out(config: RunConfig) -> Path:

@@ -7,7 +7,6 @@ has it in place of metrics.jsonl. test_correct.npy says which test samples the n
 one bit each, if the task knows; `read_test_correct` reads it.
 """
 
-import errno
 import io
 import json
 import math
@@ -17,8 +16,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +27,7 @@ from pydantic_core import from_json
 from gengap_dist.config.loading import to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.appended_file import append_lines
 from gengap_dist.runs.schema import NewerSchema, RunInfo, RunStatus, StudyInfo
 
 if TYPE_CHECKING:  # all commands import this module, and --help needs neither numpy nor torch
@@ -52,20 +52,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-
-
-def _append(path: Path, text: str) -> None:
-    """Append complete lines or nothing, flushed to disk: a later checkpoint must not exist without them."""
-    data = text.encode()
-    with path.open("ab", buffering=0) as file:
-        before = file.tell()
-        try:
-            if file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(file.fileno())
-        except OSError:
-            os.ftruncate(file.fileno(), before)
-            raise
 
 
 def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
@@ -101,6 +87,14 @@ def _is_of_a_start(path: Path) -> bool:
 def now() -> str:
     """The current time, ISO 8601, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def end_time(info: RunInfo | StudyInfo, seconds: float = 0.0) -> str:
+    """The current time, for a run or study that lasted `seconds`; later if the clock was set back since it started."""
+    if info.started is None:
+        return now()
+    earliest = datetime.fromisoformat(info.started) + timedelta(seconds=seconds)
+    return max(datetime.fromisoformat(now()), earliest).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
@@ -234,7 +228,7 @@ class RunRecorder(NullRecorder):
         """Write the lines of all steps below `before` (None: all), which must be over."""
         ready = [step for step in sorted(self._pending) if before is None or step < before]
         if ready:
-            _append(self.out / "metrics.jsonl", "".join(json_line(self._pending[step]) + "\n" for step in ready))
+            append_lines(self.out / "metrics.jsonl", "".join(json_line(self._pending[step]) + "\n" for step in ready))
             for step in ready:
                 del self._pending[step]
 
@@ -281,11 +275,12 @@ class RunRecorder(NullRecorder):
         """
         if flush:
             self.flush()
-        fields = {"status": status, "ended": now(), "seconds": round(self.seconds(), 3), **(facts or {})}
+        info, seconds = read_info(self.out), self.seconds()
+        fields = {"status": status, "ended": end_time(info, seconds), "seconds": round(seconds, 3), **(facts or {})}
         fields["result"] = {k: _json_number(v) if isinstance(v, float) else v for k, v in result.items()}
         if error is not None:
             fields["error"] = error
-        write_info(self.out, read_info(self.out).with_fields(**fields))
+        write_info(self.out, info.with_fields(**fields))
         lines = self.out / "metrics.jsonl"
         if status.has_result and lines.exists() and (size := lines.stat().st_size) > MIN_TABLE_BYTES:
             from gengap_dist.runs.metrics_table import dump, to_table
@@ -439,27 +434,44 @@ def read_raw(path: Path) -> Iterator[dict[str, Any]]:
     return (values for values, _ in _read_from(path, 0))
 
 
-def read_from(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
+def read_from(
+    path: Path, start: int, damaged: Callable[[ValueError], object] | None = None
+) -> Iterator[tuple[dict[str, Any], int]]:
     """The complete lines from byte `start` on, each with the byte after it; strings are converted to numbers.
 
+    Args:
+        path: the file; there are no lines if it does not exist.
+        start: the beginning of a line.
+        damaged: called for each line that is not a JSON object, which is left out; None: the error is raised.
+
     Raises:
-        ValueError: if a line is not a JSON object.
+        ValueError: if a line is not a JSON object, and `damaged` is None.
     """
-    return ((_as_numbers(values), end) for values, end in _read_from(path, start))
+    return ((_as_numbers(values), end) for values, end in _read_from(path, start, damaged))
 
 
-def _read_from(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
+def _read_from(
+    path: Path, start: int, damaged: Callable[[ValueError], object] | None = None
+) -> Iterator[tuple[dict[str, Any], int]]:
     if not path.exists():
         return
     with path.open("rb") as file:
         file.seek(start)
         end = start
         for line in file:
-            if line.endswith(b"\n"):
+            if not line.endswith(b"\n"):
+                return
+            line_start, end = end, end + len(line)
+            try:
                 values = from_json(line, cache_strings="keys")  # four times as fast as json.loads, and as exact
                 if not isinstance(values, dict):
-                    raise ValueError(f"{path} has a line that is not a JSON object ({values!r})")
-                end += len(line)
+                    raise ValueError(f"{values!r:.40} is not a JSON object")
+            except ValueError as error:
+                problem = ValueError(f"{path}, line at byte {line_start}: {error}")
+                if damaged is None:
+                    raise problem from None
+                damaged(problem)
+            else:
                 yield values, end
 
 
@@ -539,4 +551,4 @@ def close_abandoned(out: Path, error: BaseException) -> None:
     if info.status == RunStatus.RUNNING:
         status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED
         text = f"{type(error).__name__}: {error}".strip()
-        write_info(out, info.with_fields(status=status, ended=now(), error=text))
+        write_info(out, info.with_fields(status=status, ended=end_time(info), error=text))

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gengap_dist.runs.appended_file import append_lines
+
 MEGABYTE = 10**6
 GPU, MIG_PREFIX = "GPU-", "MIG-"  # prefixes of UUIDs
 JOIN_TIMEOUT_SECONDS = 10.0  # at the end, for the last sample
@@ -51,16 +53,17 @@ def _sample_until_stopped(stop: threading.Event, interval_seconds: float, path: 
     psutil.cpu_percent()  # it measures since the previous call
     network = psutil.net_io_counters()
     network_start = (network.bytes_recv, network.bytes_sent) if network else (0, 0)
+    clock_start = time.time() - time.monotonic()  # the clock may be set while the run goes on
     running = True
     with _gpus() as gpus:
         while running:
             running = not stop.wait(interval_seconds)
             with contextlib.suppress(OSError, ValueError, psutil.Error):  # a failed sample must not affect the run
-                line = {"time": round(time.time() * 1000), **_machine_metrics(path.parent, network_start)}
+                milliseconds = round(1000 * (clock_start + time.monotonic()))
+                line = {"time": milliseconds, **_machine_metrics(path.parent, network_start)}
                 for index, gpu in gpus.items():
                     line |= _gpu_metrics(index, gpu)
-                with path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                append_lines(path, json.dumps(line) + "\n")
 
 
 def _machine_metrics(folder: Path, network_start: tuple[int, int]) -> dict[str, float]:

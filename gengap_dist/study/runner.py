@@ -346,7 +346,7 @@ def conclude(out: Path, outcome: RunStatus, numbers: dict[str, Any], verdicts: S
     return _update(
         out,
         status=outcome,
-        ended=run_folder.now(),
+        ended=run_folder.end_time(info),
         metrics=numbers,
         verdicts=[*verdicts],
         judged=[*info.judged, *looked],

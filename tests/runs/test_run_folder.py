@@ -1,4 +1,5 @@
 import json
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.run_folder import RunRecorder, load_spectra, prepare_folder, read_info, read_metrics
+from gengap_dist.runs.schema import RunStatus
 
 
 def test_lines_are_held_until_their_step_is_over(tmp_path):
@@ -105,6 +107,24 @@ def test_an_abandoned_run_gets_its_last_status(tmp_path):
     RunRecorder(out).start(RunConfig(), {})
     run_folder.close_abandoned(out, KeyboardInterrupt())
     assert read_info(out).status == "killed"
+
+
+def test_a_clock_that_is_set_back_ends_no_run_before_its_start(tmp_path, monkeypatch):
+    def start(name: str) -> RunRecorder:
+        (tmp_path / name).mkdir()
+        recorder = RunRecorder(tmp_path / name)
+        recorder.start(RunConfig(), {})
+        return recorder
+
+    ended, abandoned, started = start("ended"), start("abandoned"), run_folder.now()
+    ended.resume(0, 90.0, {})  # so long has it trained
+    hour_ago = (datetime.now(UTC) - timedelta(hours=1)).isoformat(timespec="seconds")
+    monkeypatch.setattr(run_folder, "now", lambda: hour_ago)
+    ended.finish(RunStatus.FINISHED, {})
+    run_folder.close_abandoned(abandoned.out, RuntimeError())
+    info = read_info(ended.out)
+    assert datetime.fromisoformat(info.ended) - datetime.fromisoformat(info.started) == timedelta(seconds=90)
+    assert read_info(abandoned.out).ended == read_info(abandoned.out).started <= started
 
 
 def test_a_run_that_never_began_leaves_no_folder(tmp_path):

@@ -8,12 +8,14 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gengap_dist.distributed.worker_pool import free_port
@@ -79,24 +81,40 @@ def postgresql() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
+def uploaders_of(folder: Path) -> list[psutil.Process]:
+    """The processes that upload a folder."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if {"gengap_dist.tracking.mlflow.process", str(folder)} <= {*(process.info["cmdline"] or ())}
+    ]
+
+
+class Quiet(BaseHTTPRequestHandler):
+    """Answers all methods with `do_GET`, and logs nothing."""
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        if name.startswith("do_"):
+            return self.do_GET
+        raise AttributeError(name)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+
 @contextmanager
-def refusing(status: int, body: str) -> Iterator[str]:
-    """A server that gives every request the same answer; its address."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        do_POST = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+def serving(handler: type[Quiet]) -> Iterator[str]:
+    """A server in a thread; its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -105,3 +123,41 @@ def refusing(status: int, body: str) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def refusing(status: int, body: str) -> Iterator[str]:
+    """A server that gives every request the same answer; its address."""
+
+    class Handler(Quiet):
+        def do_GET(self) -> None:
+            self.body()
+            self.answer(status, body.encode())
+
+    with serving(Handler) as uri:
+        yield uri
+
+
+@contextmanager
+def losing_answers(server: str, path: str, number: int) -> Iterator[str]:
+    """Passes requests on to a server, and loses its first answers to those for a path; the address."""
+    lost = 0
+
+    class Handler(Quiet):
+        def do_GET(self) -> None:
+            nonlocal lost
+            headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
+            request = urllib.request.Request(server + self.path, self.body() or None, headers, method=self.command)
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    status, content = answer.status, answer.read()
+            except urllib.error.HTTPError as error:
+                status, content = error.code, error.read()
+            if self.path.endswith(path) and lost < number:
+                lost += 1
+                self.close_connection = True
+            else:
+                self.answer(status, content)
+
+    with serving(Handler) as uri:
+        yield uri

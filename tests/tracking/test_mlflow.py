@@ -1,25 +1,36 @@
 """The mirror against real stores: sqlite, a real server, a dead port, a server that hangs."""
 
+import contextlib
 import json
 import math
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from gengap_dist.cli.train import command as train_command
+from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.distributed.worker_pool import free_port
-from gengap_dist.runs.run_folder import RunRecorder, prepare_folder, read_metrics
-from gengap_dist.tracking.mlflow.process import sync_now
+from gengap_dist.errors import UsageError
+from gengap_dist.runs.appended_file import append_lines
+from gengap_dist.runs.run_folder import RunRecorder, prepare_folder, read_info, read_metrics, write_info
+from gengap_dist.runs.schema import RunStatus
+from gengap_dist.tracking.mlflow.mlflow_run import Described, MlflowRun
+from gengap_dist.tracking.mlflow.process import UploaderProcess, sync_now, upload_until_closed
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader
 from gengap_dist.training import trainer as run_module
 from tests.conftest import FULL, ROOT, config, train
-from tests.tracking.servers import mlflow_server
+from tests.tracking.servers import losing_answers, mlflow_server, uploaders_of
 
 SMALL = {"train__steps": 12, "batch__global_size": 50, "train__num_evals": 3, "probe__num_samples": 64}
 WORDS = ["--train.steps", "12", "--batch.global_size", "50", "--train.num_evals", "3", "--probe.num_samples", "64"]
@@ -85,6 +96,9 @@ def test_a_command_mirrors_itself_to_a_real_server(tmp_path, server, gengap):
     names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert {"run.json", "config.yaml", "report.html", "figures", "spectra"} <= names
     assert client.list_artifacts(run.info.run_id, "figures")
+    sync_now(out, f"{server.replace('http://', 'http://me:password@')}/", NOBODY)  # the same server
+    assert [found.info.run_id for found in client.search_runs([run.info.experiment_id])] == [kept["run_id"]]
+    assert same(logged(server, kept["run_id"]), recorded(out))
 
 
 def test_a_dead_server_delays_nothing_and_is_caught_up_later(tmp_path, mlflow_db, gengap):
@@ -255,6 +269,192 @@ def test_a_first_line_whose_answer_was_lost_is_looked_up(tmp_path, mlflow_db, mo
             uploader.sync()
     assert state(out)["in_flight"] == 0
     assert sent_steps(uploader, out) == [0]
+
+
+def all_runs(uploader: MlflowUploader) -> list[Any]:
+    return uploader.client.search_runs([uploader.experiment])
+
+
+@pytest.mark.parametrize("num_created", [0, 1, 2])
+def test_a_run_whose_creation_was_not_answered_is_adopted(tmp_path, mlflow_db, monkeypatch, num_created):
+    """The client repeats a request that is not answered, so that there may be two runs."""
+    out = tmp_path / "run"
+    recorder = book(out, range(3))
+    uploader = MlflowUploader(out, f"sqlite:///{mlflow_db}", "gengap_dist")
+    create = uploader.client.create_run
+
+    def lossy(*words, **named):
+        for _ in range(num_created):
+            create(*words, **named)
+        raise ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploader.client, "create_run", lossy)
+        with pytest.raises(ConnectionError):
+            uploader.sync()
+    assert len(all_runs(uploader)) == num_created
+    assert sent_steps(uploader, out) == [0, 1, 2]
+    recorder.finish(RunStatus.FINISHED, {"num_steps": 2})
+    sync_now(out, f"sqlite:///{mlflow_db.parent}/../{mlflow_db.parent.name}/{mlflow_db.name}", NOBODY)
+    (run,) = all_runs(uploader)
+    assert (run.info.run_id, run.info.status) == (state(out)["run_id"], "FINISHED")
+    assert (run.info.run_name, run.data.tags["folder"]) == ("run", str(out))
+
+
+@pytest.mark.full  # else: a client that gets no answer, above
+def test_a_server_whose_answers_are_lost_gets_all_once(tmp_path, server):
+    train(tmp_path / "run", **SMALL | {"mlflow__enabled": True})
+    for path, number in ("/runs/create", 1), ("/runs/create", 2), ("/logged-models", 1):  # the client asks twice
+        experiment = f"{number}{path.replace('/', '-')}"
+        out = Path(shutil.copytree(tmp_path / "run", tmp_path / experiment))
+        with losing_answers(server, path, number) as uri:
+            for _ in range(number):
+                with contextlib.suppress(Exception):
+                    MlflowUploader(out, uri, experiment).sync(closing=True)
+            uploader = MlflowUploader(out, uri, experiment)
+            uploader.sync(closing=True)
+            (run,) = all_runs(uploader)
+            (model,) = uploader.client.search_logged_models([uploader.experiment])
+        assert (run.info.run_id, run.info.status, model.status) == (state(out)["run_id"], "FINISHED", "READY"), path
+        assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+        assert same(logged(server, run.info.run_id), recorded(out))
+
+
+def test_a_run_that_replaces_another_is_adopted(tmp_path, mlflow_db, monkeypatch):
+    out = tmp_path / "run"
+    book(out, range(3))
+    uploader = MlflowUploader(out, f"sqlite:///{mlflow_db}", "e")
+    uploader.sync()
+    uploader.client.set_tag(state(out)["run_id"], "seen_by", "a reviewer")
+    described = Described.of(read_info(out))
+    create = uploader.client.create_run
+
+    def lossy(*words, **named):
+        create(*words, **named)
+        raise ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploader.client, "create_run", lossy)
+        with pytest.raises(ConnectionError):
+            run_in(uploader).replace(described)
+    run_in(uploader).open(described, {})
+    (run,) = all_runs(uploader)
+    assert run.info.run_id == state(out)["run_id"]
+    assert run.data.tags["seen_by"] == "a reviewer"
+
+
+def run_in(uploader: MlflowUploader) -> MlflowRun:
+    return MlflowRun(uploader.client, uploader.uri, uploader.experiment, uploader.folder, NOBODY)
+
+
+def test_stores_do_not_get_again_what_they_have(tmp_path, mlflow_db):
+    out = tmp_path / "run"
+    recorder = book(out, range(3))
+    here, there = (MlflowUploader(out, f"sqlite:///{mlflow_db}", name) for name in ("e", "f"))
+    assert sent_steps(here, out) == sent_steps(there, out) == [0, 1, 2]
+    recorder.log(3, 0.0, {"x": 1.0})
+    recorder.flush()
+    assert sent_steps(here, out) == sent_steps(there, out) == [0, 1, 2, 3]
+    assert [len(all_runs(uploader)) for uploader in (here, there)] == [1, 1]
+
+
+def test_a_value_that_is_refused_does_not_hold_up_others(tmp_path, mlflow_db, monkeypatch, capsys):
+    out = tmp_path / "run"
+    recorder = book(out, range(1500))
+    uploader = MlflowUploader(out, f"sqlite:///{mlflow_db}", "e")
+    send = uploader.client.log_batch
+
+    def refuses(run_id, metrics=(), params=(), tags=()):
+        if any(metric.step % 1000 == 5 for metric in metrics):
+            raise MlflowException("a bad number", BAD_REQUEST)
+        send(run_id, metrics=metrics, params=params, tags=tags)
+
+    monkeypatch.setattr(uploader.client, "log_batch", refuses)
+    assert sent_steps(uploader, out) == [step for step in range(1500) if step not in (5, 1005)]
+    run = run_in(uploader)
+    settings = {"seed": 7, "later": 1}  # a param cannot change
+    run.save(described=False)
+    run.open(Described.of(read_info(out))._replace(config=settings), {"k" * 300: "too long", "good": "tag"})
+    data = uploader.client.get_run(run.id).data
+    assert (data.params["later"], data.params["seed"], data.tags["good"]) == ("1", "0", "tag")
+    said = [f"metrics {name} of {out} is left out: a bad number" for name in ("epoch", "x")]
+    assert capsys.readouterr().out.splitlines() == said
+
+    recorder.log(1500, 0.0, {"x": 1.0})
+    recorder.flush()
+    uploader.client.delete_run(run.id)
+    with pytest.raises(MlflowException, match="must be in the 'active' state"):  # all values are refused
+        uploader.sync()
+    uploader.client.restore_run(run.id)
+    assert sent_steps(uploader, out)[-1] == 1500
+
+
+def test_a_damaged_line_does_not_hold_up_others(tmp_path, mlflow_db, capsys):
+    out = tmp_path / "run"
+    recorder = book(out, range(3))
+    recorder.finish(RunStatus.FINISHED, {"num_steps": 2})
+    (out / "system.jsonl").write_text('{"time": 1000, "cpu": 1.0}\n{"time": 2000, "c{"time": 3000, "cpu": 3.0}\n')
+    append_lines(out / "system.jsonl", '{"time": 4000, "cpu": 4.0}\n')
+    uploader = MlflowUploader(out, f"sqlite:///{mlflow_db}", "gengap_dist")
+    uploader.sync(closing=True)
+    history = uploader.client.get_metric_history(state(out)["run_id"], "system/cpu")
+    assert [point.value for point in history] == [1.0, 4.0]
+    assert capsys.readouterr().out.startswith(f"a line of {out}/system.jsonl is left out")
+
+    recorder = book(out, range(3, 5))
+    append_lines(out / "metrics.jsonl", "damaged\n")
+    recorder.finish(RunStatus.FAILED, {})
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"did not receive everything .*metrics.jsonl, line at byte"):
+            sync_now(out, uploader.uri, NOBODY)
+    assert uploader.client.get_run(state(out)["run_id"]).info.status == "FAILED"
+    assert [step for step, _ in logged(uploader.uri, state(out)["run_id"])["x"]] == [*range(5)]
+
+
+def test_a_clock_that_was_set_back_ends_no_run_before_its_start(tmp_path, mlflow_db):
+    out = tmp_path / "run"
+    book(out, range(3)).finish(RunStatus.FINISHED, {"num_steps": 2})
+    write_info(out, read_info(out).with_fields(ended="2020-01-01T00:00:00+00:00"))  # by an earlier version
+    uploader = MlflowUploader(out, f"sqlite:///{mlflow_db}", "e")
+    uploader.sync(closing=True)
+    (run,) = all_runs(uploader)
+    assert run.info.end_time == run.info.start_time
+
+
+def test_a_run_that_begins_and_ends_at_once_is_sent(tmp_path, mlflow_db):
+    out = tmp_path / "run"
+
+    def trains(_: float) -> bool:
+        book(out, range(3))
+        return True
+
+    upload_until_closed(out, f"sqlite:///{mlflow_db}", "e", trains)
+    assert state(out)["last_step"] == 2
+
+
+@pytest.mark.parametrize("created", [False, True])
+def test_an_uploader_that_was_killed_is_said(tmp_path, mlflow_db, created):
+    out = tmp_path / "run"
+    book(out, range(3))
+    uploader = UploaderProcess(out, MlflowConfig(tracking_uri=f"sqlite:///{mlflow_db}"))
+    while created and not (out / "mlflow.json").exists():
+        time.sleep(0.01)
+    (process,) = uploaders_of(out)
+    process.kill()
+    behind = uploader.finish()
+    assert "its process was killed" in behind
+    assert f"gengap report sync {out}" in behind
+    sync_now(out, f"sqlite:///{mlflow_db}", NOBODY)
+    (run,) = all_runs(MlflowUploader(out, f"sqlite:///{mlflow_db}", "gengap_dist"))
+    assert run.info.status == "KILLED"
+
+
+def test_a_run_that_fails_says_what_mlflow_lacks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_module.Trainer, "result", lambda self: 1 / 0)
+    words = ["--mlflow.tracking_uri", f"http://127.0.0.1:{free_port()}", "--mlflow.flush_timeout_seconds", "0"]
+    with pytest.raises(ZeroDivisionError):
+        train_command([*WORDS, *words, "--out", str(tmp_path / "x")])
+    assert f"gengap report sync {tmp_path / 'x'}" in capsys.readouterr().err
 
 
 def test_a_fresh_sqlite_store_survives_several_first_users(tmp_path):

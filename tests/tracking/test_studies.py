@@ -407,12 +407,16 @@ def test_half_a_folder_does_not_keep_the_others_back(study, store):
     for path in study.glob("runs/*/mean.jsonl"):
         path.unlink()
     assert not update_means(study)
+    (study / "runs/sb32/seed0/metrics.jsonl").write_text("damaged\n")
     mirror = MlflowUploader(study, store, "half")
-    mirror.sync(closing=True)
+    with pytest.raises(ValueError, match=r"sb32/seed0/metrics.jsonl, line at byte 0"):
+        mirror.sync(closing=True)
     arm = mirror.client.get_run(state(study / "runs/lb256-ema")["run_id"])
     assert arm.data.tags["runs"] == "1 finished, 1 not started"
     assert not arm.data.metrics
     assert mirror.client.get_run(state(study / "runs/sb32")["run_id"]).data.metrics["num_runs/finished"] == 2
+    assert mirror.client.get_run(state(study / "runs/wild/seed1")["run_id"]).info.status == "FINISHED"
+    assert mirror.client.get_run(state(study)["run_id"]).info.status == "FINISHED"
 
 
 REFUSALS = [

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gengap_dist.compat.fast_imports import fast_imports
 
@@ -18,11 +19,45 @@ CLIENT_DEFAULTS = {  # a dead server must be detected in seconds; with MLflow's 
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
 def store_uri(configured: str | None) -> str:
     """The MLflow store to use: the configured one, MLFLOW_TRACKING_URI, or a file in the current folder."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def store_key(uri: str) -> str:
+    """The same text for the same store, however its URI is spelled and whoever logs in: host, port and path.
+
+    >>> store_key("http://me:password@LOCALHOST:5000/"), store_key("http://[::1]:5000"), store_key("https://a.org/ml/")
+    ('localhost:5000', 'localhost:5000', 'a.org:443/ml')
+    """
+    if path := _sqlite_path(uri):
+        return f"sqlite:{path.resolve()}"
+    parts = urlsplit(uri)
+    if parts.scheme.startswith("databricks") or uri == "databricks":
+        return uri
+    if parts.scheme in ("", "file"):
+        return f"file:{Path(parts.path).resolve()}"
+    host = "localhost" if parts.hostname in THIS_MACHINE else parts.hostname
+    port = parts.port or DEFAULT_PORTS.get(parts.scheme.partition("+")[0])
+    return f"{host}:{port}{parts.path.rstrip('/')}"
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the store has refused what was sent: it would refuse the same again, and may take other values."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.get_http_status_code() in (400, 404)
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether the store takes nothing at all at present."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException | OSError) and not is_refusal(error)
 
 
 def import_client() -> Callable[..., Any]:
@@ -73,5 +108,6 @@ def _exclusive_lock(uri: str) -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -2,10 +2,13 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gengap_dist.config.identity import declared_effect
 from gengap_dist.config.loading import flat
@@ -13,10 +16,12 @@ from gengap_dist.config.study import StudyConfig
 from gengap_dist.runs.metrics_tail import Position, read_after
 from gengap_dist.runs.run_folder import last_step, read_from, write_atomically
 from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo
+from gengap_dist.tracking.mlflow.client import is_refusal, store_key
 from gengap_dist.tracking.mlflow.model_files import write_model_files
 from gengap_dist.tracking.mlflow.names import mlflow_name, name_tags
 
-MAX_REQUEST = 1000  # metrics that MLflow accepts in one request
+MAX_REQUEST = {"metrics": 1000, "params": 100, "tags": 100}  # that MLflow accepts in one request
+KEY_TAG = "gengap_key"  # of the run: see MlflowRun
 STATUS = {
     RunStatus.RUNNING: "KILLED",  # at the end: its driver was lost
     RunStatus.FINISHED: "FINISHED",
@@ -33,6 +38,8 @@ Line = dict[str, Any]
 Tags = dict[str, Any]
 UploadProgress = Callable[[str, int, int], None]
 """Called with a run's name, the last step sent and the last step recorded."""
+LeftOut = Callable[[str, Exception], object]
+"""Called with the name of something that is not sent, since it is damaged or MLflow refuses it, and with the reason."""
 
 
 class Described(NamedTuple):
@@ -58,14 +65,17 @@ class Described(NamedTuple):
 
 
 class MlflowRun:
-    """The MLflow run of a folder. Every method may be interrupted at any point and called again."""
+    """The MLflow run of a folder. Every method may be interrupted at any point and called again.
 
-    def __init__(self, client: Any, uri: str, experiment: str, folder: Path) -> None:
-        """The run that `folder` has in the store `uri`; it is created by `open`."""
-        self.client, self.experiment, self.folder = client, experiment, folder
+    mlflow.json gets a random key before the run is created with it as a tag. By this key the run is found if the answer
+    to the request was lost, or the process was killed before it had saved the id.
+    """
+
+    def __init__(self, client: Any, uri: str, experiment: str, folder: Path, left_out: LeftOut) -> None:
+        """The run that `folder` has in an experiment of the store `uri`; it is created by `open`."""
+        self.client, self.experiment, self.folder, self.left_out = client, experiment, folder, left_out
         path = folder / "mlflow.json"
-        state = json.loads(path.read_text()) if path.exists() else {}
-        self.state: dict[str, Any] = state if state.get("uri") == uri else {"uri": uri, "last_step": -1}
+        self.state = _state_of(json.loads(path.read_text()) if path.exists() else {}, uri, experiment)
 
     @property
     def id(self) -> str:
@@ -80,10 +90,11 @@ class MlflowRun:
     def open(self, described: Described, tags: Tags) -> None:
         """Create the run at the first call, reopen it after a resume, and set its tags."""
         if "run_id" not in self.state:
-            initial = _tag_strings({"mlflow.source.name": "gengap_dist", "folder": self.folder, **tags})
-            run = self.client.create_run(self.experiment, start_time=millis(described.started), tags=initial)
-            self.save(run_id=run.info.run_id, experiment_id=self.experiment, tags=initial)
-        self.set_tags(tags)
+            self._create(described, _tag_strings(tags))
+        if old := self.state.get("replaces"):
+            self.client.delete_run(old)
+            self.save(replaces=None)
+        self.set_tags({"mlflow.source.name": "gengap_dist", "folder": self.folder, **tags})
         if not self.state.get("described"):
             self._log_params_and_data(described)
             self.save(described=True)
@@ -91,13 +102,29 @@ class MlflowRun:
             self.client.update_run(self.id, status="RUNNING")
             self.save(closed=None)
 
+    def _create(self, described: Described, tags: dict[str, str]) -> None:
+        """Create the run, unless an earlier attempt has. Other tags follow: one that is refused must not prevent it."""
+        found = self._runs_with_key()
+        if not found:
+            self.save(key=self.state.get("key") or uuid.uuid4().hex)
+            if old := self.state.get("replaces"):
+                tags = self.client.get_run(old).data.tags
+            else:
+                tags = {name: tags[name] for name in ("mlflow.runName", "mlflow.parentRunId") if name in tags}
+            tags = {**tags, KEY_TAG: self.state["key"]}
+            found = [self.client.create_run(self.experiment, start_time=millis(described.started), tags=tags)]
+        self.save(run_id=found[0].info.run_id, tags=dict(found[0].data.tags))
+
+    def _runs_with_key(self) -> list[Any]:
+        if "key" not in self.state:  # an earlier version has created the run
+            return []
+        return self.client.search_runs([self.experiment], f"tags.`{KEY_TAG}` = '{self.state['key']}'")
+
     def replace(self, described: Described) -> None:
         """Start a new run with the tags of the old one, which is deleted: MLflow cannot replace values."""
-        old, tags = self.id, self.client.get_run(self.id).data.tags
-        new = self.client.create_run(self.experiment, start_time=millis(described.started), tags=tags)
-        self.save(run_id=new.info.run_id, described=False, closed=None)
-        self.client.delete_run(old)
-        self.open(described, self.state["tags"])
+        old = self.state.pop("run_id")
+        self.save(key=uuid.uuid4().hex, replaces=old, described=False, closed=None)
+        self.open(described, {})
 
     def set_tags(self, tags: Tags) -> None:
         """Set the tags that are new or have changed."""
@@ -105,10 +132,31 @@ class MlflowRun:
 
         known = self.state.get("tags", {})
         if changed := dict(_tag_strings(tags).items() - known.items()):
-            entities = [RunTag(key, value) for key, value in changed.items()]
-            for at in range(0, len(entities), 100):
-                self.client.log_batch(self.id, tags=entities[at : at + 100])
+            self._log("tags", [RunTag(key, value) for key, value in changed.items()])
             self.save(tags=known | changed)
+
+    def _log(self, kind: Literal["metrics", "params", "tags"], entities: Sequence[Any]) -> None:
+        """Send metrics, params or tags; those that the store refuses are left out."""
+        size = MAX_REQUEST[kind]
+        for at in range(0, len(entities), size):
+            self._log_request(kind, entities[at : at + size])
+
+    def _log_request(self, kind: str, entities: Sequence[Any]) -> None:
+        """Send one request; if it is refused, its halves, down to the single value that is refused."""
+        try:
+            self.client.log_batch(self.id, **{kind: entities})
+        except Exception as error:
+            self._raise_unless_refused(error)
+            if (half := len(entities) // 2) == 0:
+                self.left_out(f"{kind} {entities[0].key} of {self.folder}", error)
+            else:
+                self._log_request(kind, entities[:half])
+                self._log_request(kind, entities[half:])
+
+    def _raise_unless_refused(self, error: Exception) -> None:
+        """Return if the store refuses a value, and not everything because the run was deleted."""
+        if not is_refusal(error) or self.client.get_run(self.id).info.lifecycle_stage != "active":
+            raise error
 
     def _log_params_and_data(self, described: Described) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
@@ -117,9 +165,7 @@ class MlflowRun:
         final = {  # params cannot change
             key: value for key, value in settings.items() if declared_effect(key, StudyConfig) != "runtime"
         }
-        params = [Param(mlflow_name(key), str(value)[:6000]) for key, value in final.items()]
-        for at in range(0, len(params), 100):
-            self.client.log_batch(self.id, params=params[at : at + 100])
+        self._log("params", [Param(mlflow_name(key), str(value)[:6000]) for key, value in final.items()])
         if data := described.data:
             dataset = Dataset(
                 name=data["name"],
@@ -129,7 +175,11 @@ class MlflowRun:
                 profile=json.dumps({key: data[key] for key in ("num_train", "num_val", "num_test", "num_classes")}),
             )
             context = InputTag(key="mlflow.data.context", value="training")
-            self.client.log_inputs(self.id, datasets=[DatasetInput(dataset, tags=[context])])
+            try:
+                self.client.log_inputs(self.id, datasets=[DatasetInput(dataset, tags=[context])])
+            except Exception as error:
+                self._raise_unless_refused(error)
+                self.left_out(f"the data set of {self.folder}", error)
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
@@ -146,8 +196,7 @@ class MlflowRun:
 
     def send_points(self, points: list[Any]) -> None:
         """Send MLflow's metrics."""
-        for at in range(0, len(points), MAX_REQUEST):
-            self.client.log_batch(self.id, metrics=points[at : at + MAX_REQUEST])
+        self._log("metrics", points)
 
     def send_metrics(self, started: str, progress: UploadProgress) -> None:
         """Send the lines of metrics.jsonl after the last step sent, in requests of whole lines.
@@ -183,9 +232,10 @@ class MlflowRun:
             number, end = sent.get(path.name, (0, 0))
             prefix = "/".join(filter(None, ("system", path.stem.removeprefix("system").lstrip("_"))))
             points = []
-            for sample, after in read_from(path, end):
-                time, end = sample.pop("time"), after
-                points += [Metric(mlflow_name(f"{prefix}/{name}"), sample[name], time, number) for name in sample]
+            damaged = partial(self.left_out, f"a line of {path}")
+            for sample, after in read_from(path, end, damaged):
+                timestamp, end = sample.pop("time"), after
+                points += [Metric(mlflow_name(f"{prefix}/{name}"), sample[name], timestamp, number) for name in sample]
                 number += 1
             if points:
                 self.send_points(points)
@@ -206,33 +256,72 @@ class MlflowRun:
             return
         from mlflow.entities import LoggedModelOutput
 
-        if "model_id" not in self.state:
-            logged = self.client.create_logged_model(self.experiment, MODEL_NAME, self.id)
-            self.save(model_id=logged.model_id)
-        model_id = self.state["model_id"]
+        model_id = self._create_model()
         with tempfile.TemporaryDirectory() as temporary:
             files = Path(temporary) / MODEL_NAME
             write_model_files(self.folder / model.file, model, info.versions["python"], files, model_id, self.id)
             self.client.log_model_artifacts(model_id, str(files))
         self.client.finalize_logged_model(model_id, "READY")
-        self.client.log_outputs(self.id, [LoggedModelOutput(model_id, info.result["num_steps"])])
-        self.save(model_logged=True)
+        outputs = self.client.get_run(self.id).outputs
+        if not outputs or model_id not in {output.model_id for output in outputs.model_outputs}:
+            self.client.log_outputs(self.id, [LoggedModelOutput(model_id, info.result["num_steps"])])
+        self.save(model_id=model_id, model_logged=True)
 
-    def close(self, described: Described) -> None:
-        """Send artifacts and the final status; a run whose status is still `running` has lost its driver."""
+    def _create_model(self) -> str:
+        """Create the model of the run, unless an earlier attempt has; returns its id."""
+        query = f"name = '{MODEL_NAME}' AND source_run_id = '{self.id}'"
+        models = partial(self.client.search_logged_models, [self.experiment], query)
+        if not models():
+            self.client.create_logged_model(self.experiment, MODEL_NAME, self.id)
+        first, *others = models()
+        for other in others:  # the client repeats a request that gets no answer
+            self.client.delete_logged_model(other.model_id)
+        return first.model_id
+
+    def terminate(self, described: Described) -> None:
+        """Set the final status; a run whose status is still `running` has lost its driver."""
+        for other in self._runs_with_key():  # the client repeats a request that gets no answer
+            if other.info.run_id != self.id:
+                self.client.delete_run(other.info.run_id)
+        end = round(time.time() * 1000) if described.ended is None else millis(described.ended)
+        end = max(end, millis(described.started))  # the clock may have been set back
+        self.client.set_terminated(self.id, STATUS[described.status], end)
+
+    def send_files(self) -> None:
+        """Send the files that MLflow shows with the run."""
         for name in ARTIFACTS:
             path = self.folder / name
             if path.is_dir():
                 self.client.log_artifacts(self.id, str(path), name)
             elif path.exists():
                 self.client.log_artifact(self.id, str(path))
-        end = None if described.ended is None else millis(described.ended)
-        self.client.set_terminated(self.id, STATUS[described.status], end)
+
+    def mark_closed(self, described: Described) -> None:
+        """Note that everything was sent, see `is_closed`."""
         self.save(closed=described.ended or UNKNOWN_END)
 
     def is_closed(self, ended: str | None) -> bool:
         """Whether everything of a run that ended at `ended` was sent."""
         return self.state.get("closed") == (ended or UNKNOWN_END)
+
+
+def _state_of(saved: dict[str, Any], uri: str, experiment: str) -> dict[str, Any]:
+    """What was sent to an experiment of a store; what was sent elsewhere is kept in `elsewhere`.
+
+    >>> first = _state_of({}, "http://localhost/", "1") | {"last_step": 7, "experiment_id": "1"}
+    >>> second = _state_of(first, "http://example.com", "1")
+    >>> second["last_step"], _state_of(second, "http://me@127.0.0.1:80", "1")["last_step"]
+    (-1, 7)
+    """
+    place = {"store": store_key(uri), "experiment_id": experiment}
+    states = [saved, *saved.pop("elsewhere", [])] if saved else []
+
+    def is_here(state: Mapping[str, Any]) -> bool:
+        store = state.get("store") or store_key(state["uri"])  # an earlier version wrote the URI alone
+        return place == {"store": store, "experiment_id": state["experiment_id"]}
+
+    here = next(filter(is_here, states), {"last_step": -1})
+    return {**here, **place, "uri": uri, "elsewhere": [state for state in states if state is not here]}
 
 
 def _tag_strings(tags: Tags) -> dict[str, str]:
@@ -245,7 +334,7 @@ def _metric_values(line: Line) -> dict[str, float]:
 
 
 def _requests(lines: Iterable[tuple[Line, Position]], sent: int) -> Iterator[tuple[list[Line], Position]]:
-    """Group the lines after step `sent` into requests of at most MAX_REQUEST values, each with its last position.
+    """Group the lines after step `sent` into requests of at most 1,000 values, each with its last position.
 
     A longer line is a request of its own. The last one may be empty.
 
@@ -257,15 +346,20 @@ def _requests(lines: Iterable[tuple[Line, Position]], sent: int) -> Iterator[tup
     """
     group: list[Line] = []
     size, position = 0, None
-    for line, line_position in lines:
-        if line["step"] > sent:
-            num_values = len(_metric_values(line))
-            if group and position and size + num_values > MAX_REQUEST:
-                yield group, position
-                group, size = [], 0
-            group.append(line)
-            size += num_values
-        position = line_position
+    try:
+        for line, line_position in lines:
+            if line["step"] > sent:
+                num_values = len(_metric_values(line))
+                if group and position and size + num_values > MAX_REQUEST["metrics"]:
+                    yield group, position
+                    group, size = [], 0
+                group.append(line)
+                size += num_values
+            position = line_position
+    except ValueError:  # a damaged line: those before it are sent
+        if position:
+            yield group, position
+        raise
     if position:
         yield group, position
 

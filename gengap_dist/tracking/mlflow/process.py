@@ -5,6 +5,7 @@ training step, and a training rank never imports mlflow.
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -32,6 +33,7 @@ MAX_WAIT_SECONDS = 60.0  # between attempts to reach a server that fails
 DEFAULT_UI = "http://127.0.0.1:5000/"  # of `mlflow ui`, for a store without a server
 LOCK_TIMEOUT_SECONDS = 5.0  # for an uploader process that has reported its end to exit
 DONE = b"done"
+REASON_CHARACTERS = 300  # of an error
 
 
 class UploaderProcess:
@@ -48,7 +50,7 @@ class UploaderProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(folder), self.uri, config.experiment],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,  # only for DONE
+                stdout=subprocess.PIPE,  # only for DONE, or why it did not send everything
                 stderr=log,
                 start_new_session=True,  # Ctrl-C ends the command, which then ends this process
             )
@@ -72,11 +74,11 @@ class UploaderProcess:
         self._process.wait()
         if ended and output == DONE:
             return None
-        reason = (self.folder / "mlflow.log").read_text().strip().splitlines()[-1:] or ["no reason given"]
+        reason = output.decode(errors="replace") or f"its process was killed: see {self.folder / 'mlflow.log'}"
         if not ended:
-            reason = [f"it is slower than mlflow.flush_timeout_seconds ({self.config.flush_timeout_seconds:g})"]
+            reason = f"it is slower than mlflow.flush_timeout_seconds ({self.config.flush_timeout_seconds:g})"
         return (
-            f"MLflow at {self.uri} did not receive everything ({reason[0][:200]}); nothing is lost: "
+            f"MLflow at {self.uri} did not receive everything ({reason}); nothing is lost: "
             f"send the rest later with `gengap report sync {self.folder}`"
         )
 
@@ -89,12 +91,13 @@ def upload_until_closed(folder: Path, uri: str, experiment: str, pause: Callable
     Raises:
         Exception: if the last attempt failed.
     """
-    uploader, wait, over = None, POLL_SECONDS, False
+    uploader, wait, over, problem = None, POLL_SECONDS, False, ""
     imports = threading.Thread(target=import_client, daemon=True)
     imports.start()
-    while not ((folder / "run.json").exists() or (folder / "study.json").exists()):
-        if pause(START_POLL_SECONDS):
-            return  # the command ended before the run began
+    while not over and not _has_begun(folder):
+        over = pause(START_POLL_SECONDS)
+    if not _has_begun(folder):
+        return
     imports.join()
     while True:
         try:
@@ -105,11 +108,17 @@ def upload_until_closed(folder: Path, uri: str, experiment: str, pause: Callable
         except Exception as error:
             if over:
                 raise
-            print(f"{type(error).__name__}: {_one_line(error)}", flush=True)
+            if _describe(error) != problem:
+                problem = _describe(error)
+                print(problem, flush=True)
             wait = min(MAX_WAIT_SECONDS, 2 * wait)
         if over:
             return
         over = _wait_for_changes(wait, folder, pause)
+
+
+def _has_begun(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("run.json", "study.json"))
 
 
 def _wait_for_changes(seconds: float, folder: Path, pause: Callable[[float], bool]) -> bool:
@@ -122,8 +131,9 @@ def _wait_for_changes(seconds: float, folder: Path, pause: Callable[[float], boo
     return over
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _describe(error: Exception) -> str:
+    """An error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _stdin_closes_within(seconds: float) -> bool:
@@ -141,13 +151,15 @@ def main() -> None:
         os._exit(0)
     report = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what MLflow prints goes to the log
-    fcntl.flock(sys.stderr.fileno(), fcntl.LOCK_EX)  # mlflow.log: the uploader of a killed command may still be sending
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(sys.stderr.fileno(), fcntl.LOCK_EX)  # mlflow.log: the uploader of a killed command may still send
     os.nice(10)  # training comes first
     try:
         upload_until_closed(Path(arguments.folder), arguments.uri, arguments.experiment, _stdin_closes_within)
         os.write(report, DONE)
     except Exception as error:
-        print(f"{type(error).__name__}: {_one_line(error)}", flush=True)
+        print(_describe(error), flush=True)
+        os.write(report, _describe(error)[:REASON_CHARACTERS].encode())
     os._exit(0)  # also during an import
 
 
@@ -155,7 +167,7 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
     """Send everything in a folder that its MLflow store does not have yet; returns the store's URI.
 
     Raises:
-        UsageError: if the folder is not a run or study, is being uploaded, or the store cannot be reached.
+        UsageError: if the folder is not a run or study, is being uploaded, or the store does not receive everything.
     """
     info = read_study_info(folder) if (folder / "study.json").exists() else read_info(folder)
     if "mlflow" not in info.config:
@@ -168,11 +180,18 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
         if not _acquire_lock(log, time.monotonic() + LOCK_TIMEOUT_SECONDS):
             raise UsageError(f"{folder} is being sent to MLflow by another process: wait until it has ended")
         try:
-            MlflowUploader(folder, target, config.experiment).sync(closing=True, progress=progress)
+            uploader = MlflowUploader(folder, target, config.experiment)
         except Exception as error:
+            reason = _describe(error)[:REASON_CHARACTERS]
             raise UsageError(
-                f"MLflow at {target} cannot be reached ({_one_line(error)[:300]}): check the address, or start the "
-                "server"
+                f"MLflow at {target} cannot be reached ({reason}): check the address, or start the server"
+            ) from None
+        try:
+            uploader.sync(closing=True, progress=progress)
+        except Exception as error:
+            reason = _describe(error)[:REASON_CHARACTERS]
+            raise UsageError(
+                f"MLflow at {target} did not receive everything ({reason}): fix this, and repeat the command"
             ) from None
     return target
 
@@ -187,6 +206,8 @@ def _acquire_lock(file: IO[str], deadline: float) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return True
 
 
 if __name__ == "__main__":

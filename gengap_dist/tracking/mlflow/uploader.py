@@ -6,7 +6,8 @@ any point and called again; nothing is sent twice, see `mlflow_run.py`.
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
@@ -17,7 +18,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs.arm_means import have_ended, read_means, read_runs, read_sources
 from gengap_dist.runs.run_folder import read_info, read_study_info
 from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo
-from gengap_dist.tracking.mlflow.client import connect_experiment
+from gengap_dist.tracking.mlflow.client import connect_experiment, is_outage
 from gengap_dist.tracking.mlflow.mlflow_run import Described, MlflowRun, Tags, UploadProgress, millis
 from gengap_dist.tracking.mlflow.names import mlflow_name
 
@@ -30,7 +31,7 @@ Runs = Mapping[Path, RunInfo]
 def comparison_path(folder: Path) -> str:
     """Path, after the host, of the UI's comparison of a study's arms; empty if there are no arms yet."""
     paths = (folder / "runs" / arm / "mlflow.json" for arm in read_study_info(folder).arms)
-    states = [json.loads(path.read_text()) for path in paths if path.exists()]
+    states = [state for path in paths if path.exists() and "run_id" in (state := json.loads(path.read_text()))]
     if not states:
         return ""
     runs, experiments = ([*dict.fromkeys(s[key] for s in states)] for key in ("run_id", "experiment_id"))
@@ -48,27 +49,63 @@ class MlflowUploader:
         """
         self.folder, self.uri = folder, uri
         self.client, self.experiment = connect_experiment(uri, experiment)
+        self._left_out: set[str] = set()
+        self._problems: list[Exception] = []
 
     def sync(self, *, closing: bool = False, progress: UploadProgress = lambda name, done, total: None) -> None:
-        """Send what is new; with `closing`, also artifacts and final status, which a study's runs get when they end."""
+        """Send what is new; with `closing`, also artifacts and final status, which a study's runs get when they end.
+
+        Raises:
+            Exception: if something was not received; unless the store takes nothing at all, all else was sent before.
+        """
+        self._problems = []
         if (self.folder / "run.json").exists():
             self._sync_run(self.folder, read_info(self.folder), {"mlflow.runName": self.folder.name}, closing, progress)
         if (self.folder / "study.json").exists():
             self._sync_study(read_study_info(self.folder), closing, progress)
+        if self._problems:
+            raise self._problems[0]
+
+    @contextmanager
+    def _postponing_errors(self, *, of_files: bool = False) -> Iterator[None]:
+        """Context whose error is raised when all else has been sent.
+
+        Args:
+            of_files: whether it sends files, which MLflow may keep in another place than all else.
+        """
+        try:
+            yield
+        except Exception as error:
+            if is_outage(error) and not of_files:
+                raise
+            self._problems.append(error)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        if name not in self._left_out:
+            self._left_out.add(name)
+            print(f"{name} is left out: {' '.join(str(error).split())[:300]}", flush=True)
 
     def _run_of(self, folder: Path) -> MlflowRun:
-        return MlflowRun(self.client, self.uri, self.experiment, folder)
+        return MlflowRun(self.client, self.uri, self.experiment, folder, self._leave_out)
 
     def _sync_run(self, folder: Path, info: RunInfo, tags: Tags, closing: bool, progress: UploadProgress) -> None:
         run, described = self._run_of(folder), Described.of(info)
         run.open(described, {"level": "run"} | _run_tags(info) | tags)
         if info.status != RunStatus.RUNNING and run.is_closed(info.ended):
             return
-        run.send_metrics(described.started, progress)
+        num_problems = len(self._problems)
+        with self._postponing_errors():
+            run.send_metrics(described.started, progress)
         run.send_system()
-        run.send_model(info)
         if closing:
-            run.close(described)
+            run.terminate(described)
+        with self._postponing_errors(of_files=True):
+            run.send_model(info)
+        if closing:
+            with self._postponing_errors(of_files=True):
+                run.send_files()
+            if len(self._problems) == num_problems:
+                run.mark_closed(described)
 
     def _sync_study(self, study: StudyInfo, closing: bool, progress: UploadProgress) -> None:
         parent, described = self._run_of(self.folder), Described.of(study)
@@ -95,14 +132,19 @@ class MlflowUploader:
                 "batch.global_size": first.config["batch"]["global_size"],
                 "treatment": treatment(flat(first.config), reference) if reference else None,
             }
-            arm_run_id = self._sync_arm(runs, study, tags, closing)
-            for path, info in runs.items():
-                own = {"mlflow.runName": f"{arm}/{path.name}", "mlflow.parentRunId": arm_run_id, "level": "seed"}
-                self._sync_run(path, info, tags | own, closing or info.status != RunStatus.RUNNING, progress)
+            with self._postponing_errors():
+                arm_run_id = self._sync_arm(runs, study, tags, closing)
+                for path, info in runs.items():
+                    own = {"mlflow.runName": f"{arm}/{path.name}", "mlflow.parentRunId": arm_run_id, "level": "seed"}
+                    with self._postponing_errors():
+                        self._sync_run(path, info, tags | own, closing or info.status != RunStatus.RUNNING, progress)
         parent.set_tags({"mlflow.note.content": _study_note(study, comparison_path(self.folder))})
         if closing:
             _send_headline(parent, study)
-            parent.close(described)
+            parent.terminate(described)
+            with self._postponing_errors(of_files=True):
+                parent.send_files()
+            parent.mark_closed(described)
 
     def _sync_arm(self, runs: Runs, study: StudyInfo, tags: Tags, closing: bool) -> str:
         """Send the means over an arm's seeds, if the study has written them; returns the id of the arm's MLflow run.
@@ -133,7 +175,8 @@ class MlflowUploader:
                 run.send_lines(read_means(folder), described.started)
                 run.save(summed=True)
         if over and not run.is_closed(described.ended):
-            run.close(described)
+            run.terminate(described)
+            run.mark_closed(described)
         return run.id
 
 

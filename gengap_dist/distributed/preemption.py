@@ -16,6 +16,8 @@ TIME_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, s
 """Of schedulers, closed terminals and limits of processor time."""
 SIGNALS = (*TIME_SIGNALS, signal.SIGINT)
 
+Handler = Callable[[int, FrameType | None], Any]
+
 
 class Preempted(Exception):
     """A rank received a preemption signal; all ranks saved a checkpoint and stopped before the last step."""
@@ -67,15 +69,18 @@ def ending_on_signals() -> Iterator[None]:
 
 
 @contextmanager
-def handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Context with a handler of signals. Those that are ignored stay so: `nohup` ignores SIGHUP."""
-    before: dict[int, Any] = {}
+def handling(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
+    """Context with a handler of signals (main thread only); see `handle`."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = handle(numbers, handler) if is_main else {}
     try:
-        if threading.current_thread() is threading.main_thread():
-            for number in numbers:
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not a handler of Python's
-                    before[number] = signal.signal(number, handler)
         yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+def handle(numbers: Iterable[int], handler: Handler) -> dict[int, Any]:
+    """Set a handler of signals, and return those before. Signals that are ignored stay so: `nohup` ignores SIGHUP."""
+    own = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]  # None: not Python's
+    return {number: signal.signal(number, handler) for number in own}

@@ -23,7 +23,7 @@ from gengap_dist.compat.standard_streams import keep_streams
 from gengap_dist.distributed import cgroups
 from gengap_dist.distributed.cores import Threads, thread_variables
 from gengap_dist.distributed.orphans import end_with
-from gengap_dist.distributed.preemption import SIGNALS, TIME_SIGNALS, Preempted, PreemptionFlag
+from gengap_dist.distributed.preemption import SIGNALS, TIME_SIGNALS, Preempted, PreemptionFlag, handle
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.errors import OutOfMemory, UsageError
 
@@ -265,8 +265,7 @@ def _rank_main(
     os.environ.update(variables)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # these ranks belong to no launch of torchrun
     worker = Worker(rank, threads.number, pipe, RuntimeContext(command=command, threads=threads))
-    for number in TIME_SIGNALS:
-        signal.signal(number, worker.preemption_requested.set)
+    handle(TIME_SIGNALS, worker.preemption_requested.set)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     parent = multiprocessing.parent_process()

@@ -1,17 +1,16 @@
-"""Ranks and uploaders are killed at random moments, during saves too; the run ends as if nothing had happened.
+"""Ranks, their agent, the driver and the uploader are killed at random moments, during saves too; nothing shows it.
 
-`make test` kills ranks of torchrun once, `make test-full` those of torchrun and Ray five times; as often as one likes:
-`GENGAP_FULL=1 GENGAP_KILLS=20 pytest tests/test_kills.py`.
+`make test` kills three processes of a run under torchrun, `make test-full` twenty, and ranks of Ray five times; as
+often as one likes: `GENGAP_FULL=1 GENGAP_KILLS=100 pytest tests/test_kills.py`.
 """
 
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -23,11 +22,12 @@ from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.conftest import FULL, weights
 from tests.ranks import start_module
-from tests.ray_cluster import Cluster
-from tests.tracking.servers import uploaders_of
+from tests.ray_cluster import Cluster, until
 
-NUM_KILLS = int(os.environ.get("GENGAP_KILLS", "5" if FULL else "1"))
+NUM_KILLS = int(os.environ.get("GENGAP_KILLS", "20" if FULL else "3"))
+NUM_RAY_KILLS = 5
 NUM_STEPS = 100 * NUM_KILLS
+VICTIMS = ("agent", "driver", "uploader", "rank")
 SETTINGS = {
     "--train.steps": NUM_STEPS, "--batch.global_size": 100, "--train.num_evals": 3, "--probe.per_decade": 1,
     "--probe.num_samples": 64, "--checkpoint.every_steps": 3,
@@ -38,37 +38,18 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("default")]  # what MLflow warns of is not ours to mend
 
 
-def kill_now_and_then(
-    agent: psutil.Process, find: Callable[[], list[psutil.Process]], out: Path, num_kills: int, seed: int
-) -> Counter[str]:
-    """SIGKILL one of the ranks that `find` finds `num_kills` times, a random time after training went on; by moment.
-
-    Every other time the uploader is killed, too.
-
-    `agent` is the process that starts them again.
-    """
-    luck = random.Random(seed)
-    moments: Counter[str] = Counter()
-    last = -1
-    while moments.total() < num_kills:
-        while max(checkpoint.checkpoints_by_step(out / "checkpoints"), default=-1) <= last:  # nothing new
-            assert agent.status() != psutil.STATUS_ZOMBIE, "it ended before the last kill"
-            time.sleep(0.005)
-        if luck.random() < 0.5:
-            time.sleep(luck.random())
-        else:
-            while not list(out.glob("checkpoints/.*.part")) and agent.status() != psutil.STATUS_ZOMBIE:
-                pass  # a save is to begin
-            time.sleep(luck.random() * 0.01)
-        saving = bool(list(out.glob("checkpoints/.*.part")))
-        last = max(checkpoint.checkpoints_by_step(out / "checkpoints"))
-        if ranks := find():
-            luck.choice(ranks).kill()
-            for uploader in uploaders_of(out)[luck.randrange(2) :]:
-                uploader.kill()
-            moments["during a save" if saving else "between saves"] += 1
-            psutil.wait_procs(ranks, timeout=60)
-    return moments
+def wait_for_a_moment(agent: psutil.Process, out: Path, last: int, luck: random.Random) -> str:
+    """Wait a random time after training went on beyond the checkpoint of step `last`; which moment it is."""
+    while max(checkpoint.checkpoints_by_step(out / "checkpoints"), default=-1) <= last:
+        assert agent.status() != psutil.STATUS_ZOMBIE, "it ended before the last kill"
+        time.sleep(0.005)
+    if luck.random() < 0.5:
+        time.sleep(luck.random())
+    else:
+        while not list(out.glob("checkpoints/.*.part")) and agent.status() != psutil.STATUS_ZOMBIE:
+            pass  # a save is to begin
+        time.sleep(luck.random() * 0.01)
+    return "during a save" if list(out.glob("checkpoints/.*.part")) else "between saves"
 
 
 @pytest.fixture
@@ -88,18 +69,44 @@ def whole(tmp_path_factory) -> Path:
     return out
 
 
-def test_torchrun_ranks_killed_at_random_moments(whole, tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
-    killed = tmp_path / "killed"
-    command = [*TORCHRUN, "--max-restarts", str(NUM_KILLS), "-m", "gengap_dist.train", *WORDS, "--out", str(killed)]
+def test_anyone_killed_at_random_moments(whole, tmp_path):
+    """Under torchrun, where rank 0 is the driver. What its agent leaves behind ends by itself."""
+    store, killed = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "killed"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": store}
+    command = [*TORCHRUN, "--max-restarts", str(NUM_KILLS), "-m", "gengap_dist.train", *WORDS, "--resume"]
+    luck, moments, last, starts = random.Random(0), Counter[tuple[str, str]](), -1, 0
     with (tmp_path / "log").open("w") as log:
-        agent = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-        launcher = psutil.Process(agent.pid)
-        moments = kill_now_and_then(launcher, launcher.children, killed, NUM_KILLS, seed=0)
+        agent = psutil.Popen([*command, "--out", str(killed)], env=env, stdout=log, stderr=log)
+        for number in range(NUM_KILLS):
+            victim = VICTIMS[number] if number < len(VICTIMS) else luck.choice(VICTIMS)
+            moment, ranks, found = "", list[psutil.Process](), list[psutil.Process]()
+            while not found:  # they may be starting
+                moment = wait_for_a_moment(agent, killed, last, luck)
+                ranks = sorted(agent.children(), key=lambda process: process.environ().get("RANK", ""))
+                found = {"agent": [agent], "driver": ranks[:1], "rank": ranks[1:], "uploader": uploaders(killed)}[
+                    victim
+                ]
+            last = max(checkpoint.checkpoints_by_step(killed / "checkpoints"))
+            found[0].kill()
+            moments[victim, moment] += 1
+            if victim != "uploader":
+                starts += 1
+                assert not psutil.wait_procs(ranks, timeout=60 if victim != "agent" else 10)[1]
+            if victim == "agent":
+                agent.wait()
+                until(lambda: not uploaders(killed))
+                agent = psutil.Popen([*command, "--out", str(killed)], env=env, stdout=log, stderr=log)
         assert agent.wait(timeout=600) == 0, (tmp_path / "log").read_text()[-3000:]
     print(f"killed {dict(moments)}")
-    check_uninterrupted(killed, whole, f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert 1 <= len(read_info(killed).resumed) <= NUM_KILLS  # one may be killed again before it says so
+    start_module("gengap_dist", "report", "sync", str(killed), cwd=tmp_path, env=env).check_returncode()
+    check_uninterrupted(killed, whole, store)
+    assert 1 <= len(read_info(killed).resumed) <= starts  # one may be killed again before it says so
+
+
+def uploaders(out: Path) -> list[psutil.Process]:
+    """The processes that send this run to MLflow; they have left the family of the command."""
+    words = f"gengap_dist.tracking.mlflow.process {out} "
+    return [process for process in psutil.process_iter() if words in title(process)]
 
 
 def check_uninterrupted(killed: Path, whole: Path, uri: str) -> None:
@@ -122,10 +129,17 @@ def test_ray_ranks_killed_at_random_moments(cluster, whole, tmp_path):
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     on_ray = [*WORDS, "--launch.launcher", "ray", "--launch.num_processes", "2"]
     env = cluster.env | {"RAY_ADDRESS": cluster.address, "MLFLOW_TRACKING_URI": store}
-    command = [sys.executable, "-m", "gengap_dist.train", *on_ray, "--launch.max_failures", str(NUM_KILLS)]
+    command = [sys.executable, "-m", "gengap_dist.train", *on_ray, "--launch.max_failures", str(NUM_RAY_KILLS)]
+    luck, moments, last = random.Random(1), Counter[str](), -1
     with (tmp_path / "log").open("w") as log:
-        driver = subprocess.Popen([*command, "--out", str(killed)], env=env, stdout=log, stderr=log, cwd=tmp_path)
-        moments = kill_now_and_then(psutil.Process(driver.pid), lambda: workers_of(cluster), killed, NUM_KILLS, seed=1)
+        driver = psutil.Popen([*command, "--out", str(killed)], env=env, stdout=log, stderr=log, cwd=tmp_path)
+        while moments.total() < NUM_RAY_KILLS:
+            moment = wait_for_a_moment(driver, killed, last, luck)
+            last = max(checkpoint.checkpoints_by_step(killed / "checkpoints"))
+            if ranks := workers_of(cluster):
+                luck.choice(ranks).kill()
+                moments[moment] += 1
+                psutil.wait_procs(ranks, timeout=60)
         assert driver.wait(timeout=600) == 0, (tmp_path / "log").read_text()[-3000:]
     print(f"killed {dict(moments)}")
     check_uninterrupted(killed, whole, store)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Never
 
 from gengap_dist.compat.hard_exit import hard_exit
+from gengap_dist.compat.standard_streams import keep_streams
 from gengap_dist.distributed.launchers.base import started_externally
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import OutOfMemory, UsageError
@@ -21,12 +22,8 @@ OK, FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL,
 def run_command(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> Never:
     """Run a command and exit: 0 done, 1 failed, 2 usage error, 75 preempted, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        code = _outcome(prog, command, argv)
-        sys.stdout.flush()
-    except BrokenPipeError:  # stdout was closed, for example by `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = OK
+    keep_streams()
+    code = _outcome(prog, command, argv)
     if started_externally():
         hard_exit(code)
     sys.exit(code)
@@ -49,8 +46,6 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
     except KeyboardInterrupt:
         _print_error(prog, "interrupted; add --resume to continue", debug)
         return INTERRUPTED
-    except BrokenPipeError:
-        raise
     except Exception as error:
         text = str(error) if debug else " ".join(str(error).split()) + "; --debug shows the traceback"
         _print_error(prog, f"{type(error).__name__}: {text}", debug, every_rank=True)

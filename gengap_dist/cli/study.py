@@ -20,8 +20,9 @@ from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.distributed import launchers
+from gengap_dist.distributed.preemption import ending_on_signals
 from gengap_dist.errors import UsageError
-from gengap_dist.runs import run_folder
+from gengap_dist.runs import lease, run_folder
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study import runner
 from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
@@ -40,12 +41,13 @@ def command(argv: Sequence[str]) -> int:
         print(to_yaml(config), end="")
         return OK
     out = (options.out or Path("studies") / config.study.name).resolve()
-    if not launchers.is_driver(config.launch):
-        runner.run_study(config, out, StudyCallback(), driver=False)
-        return OK
-    run_folder.prepare_folder(out, "study.json", resume=True)
-    with runner.exclusive_lock(out):
-        return _drive(config, out, options.config)
+    with ending_on_signals():
+        if not launchers.is_driver(config.launch):
+            runner.run_study(config, out, StudyCallback(), driver=False)
+            return OK
+        with lease.holding(out, _warn):
+            run_folder.prepare_folder(out, "study.json", resume=True)
+            return _drive(config, out, options.config)
 
 
 def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
@@ -64,7 +66,8 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
         study = replace(study_data, info=info.content())
         page = write_report(study)
     except BaseException as error:
-        runner.conclude(out, RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED, {})
+        if not lease.is_of_another(out):
+            runner.conclude(out, run_folder.status_after(error), {})
         if uploader and (upload_warning := uploader.finish()):
             _warn(upload_warning)
         raise

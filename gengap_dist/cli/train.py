@@ -8,9 +8,11 @@ Examples:
   torchrun --nproc_per_node 2 -m gengap_dist.train --config configs/demo_train.yaml
 """
 
+import itertools
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from gengap_dist.cli.options import Options, TrainSettings, parse
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
+from gengap_dist.distributed.preemption import ending_on_signals
 from gengap_dist.errors import UsageError
-from gengap_dist.runs import run_folder
+from gengap_dist.runs import lease, run_folder
 from gengap_dist.tracking.mlflow.process import UploaderProcess
 from gengap_dist.training import ENTRY_POINT
 
@@ -33,18 +36,26 @@ def command(argv: Sequence[str]) -> int:
     options, overrides = parse(TrainSettings, Options, argv, prog=PROG, description=str(__doc__))
     files = list(options.config)
     if options.resume and options.out and not files:
-        files = [options.out / "config.yaml"]
+        saved = options.out / "config.yaml"  # a run that never began has none, and is started by its settings
+        files = [saved] if saved.exists() or not overrides else []
     config = resolve(RunConfig, files, overrides)
     if options.print_config:
         print(to_yaml(config), end="")
         return OK
     out = (options.out or _default_out(config)).resolve()
-    resume = options.resume or launchers.restarted() or _started_by_this_launch(out)
-    with launchers.choose(config.launch, many_runs=False, entry_point=ENTRY_POINT) as ranks:
+    launcher = partial(launchers.choose, config.launch, many_runs=False, entry_point=ENTRY_POINT)
+    with ending_on_signals():
         if not launchers.is_driver(config.launch):
-            ranks.run(config, out, resume=resume, progress=lambda done, total, note: None)
+            with launcher() as ranks:
+                ranks.run(config, out, resume=options.resume, progress=lambda done, total, note: None)
             return OK
-        return _drive(ranks, config, out, resume)
+        with lease.holding(out, _warn), launcher() as ranks:
+            resume = options.resume or launchers.restarted() or _started_by_this_launch(out)
+            return _drive(ranks, config, out, resume)
+
+
+def _warn(text: str) -> None:
+    print(f"{PROG}: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _started_by_this_launch(out: Path) -> bool:
@@ -93,7 +104,22 @@ def _default_out(config: RunConfig) -> Path:
         raise UsageError("--out is required: ranks started by another program must all have the same folder")
     stamp = launchers.launch_id() or datetime.now().strftime("%Y%m%d-%H%M%S")
     model = config.model.name.replace(":", ".")
-    return Path("runs") / f"{config.data.name}-{model}-b{config.batch.global_size}-s{config.seed}-{stamp}"
+    name = f"{config.data.name}-{model}-b{config.batch.global_size}-s{config.seed}-{stamp}"
+    return Path("runs") / name if launchers.launch_id() else _new_folder(Path("runs"), name)
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """A folder made for this process alone, with a number if another has just taken the name."""
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:  # what is wrong is said where an --out would be prepared
+            pass
+        return folder
+    raise AssertionError
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 MEMBERSHIPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+VMSTAT = Path("/proc/vmstat")  # of the machine
 
 
 class Group(NamedTuple):
@@ -58,6 +59,18 @@ def free_memory() -> int:
     import psutil  # every command imports this module
 
     return min([psutil.virtual_memory().available, *(free for _, free in memory_limits())])
+
+
+def num_oom_kills() -> int:
+    """How many processes the kernel has killed so far for lack of memory: here, and in each of this process's groups.
+
+    Only its growth says something: the same process may be counted several times, and the machine may have other users.
+    """
+    counters = {1: "memory.oom_control", 2: "memory.events"}
+    texts = [group.read(counters[group.version]) for group in groups("memory")]
+    texts += [VMSTAT.read_text()] if VMSTAT.exists() else []
+    counts = (line.split() for text in texts for line in text.splitlines())
+    return sum(int(count) for name, count in counts if name == "oom_kill")
 
 
 def memory_limits() -> Iterator[tuple[int, int]]:

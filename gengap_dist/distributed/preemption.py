@@ -1,24 +1,31 @@
 """Preemption: a signal handler sets a flag, and the run checks it between steps.
 
 The handler does nothing else: collective work, such as saving a checkpoint, is done at a step boundary, which all ranks
-reach.
+reach. Before and after a run, when there is no step, a signal ends the command at once (`ending_on_signals`).
 """
 
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+TIME_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""Of schedulers, closed terminals and limits of processor time."""
+SIGNALS = (*TIME_SIGNALS, signal.SIGINT)
+
+Handler = Callable[[int, FrameType | None], Any]
 
 
 class Preempted(Exception):
     """A rank received a preemption signal; all ranks saved a checkpoint and stopped before the last step."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"preempted after step {step}; checkpoint saved. Continue with --resume.")
+    def __init__(self, step: int | None) -> None:
+        """`step`: after which the ranks stopped; None: the run was not training, so there was nothing to save."""
+        done = "before or after training" if step is None else f"after step {step}; checkpoint saved"
+        super().__init__(f"preempted {done}. Continue with --resume.")
         self.step = step
 
 
@@ -41,14 +48,39 @@ class PreemptionFlag:
 
 @contextmanager
 def catching_signals() -> Iterator[PreemptionFlag]:
-    """Context in which SIGTERM and SIGINT set the flag instead of ending the process (main thread only)."""
+    """Context in which SIGNALS set the flag instead of ending the process (main thread only)."""
     flag = PreemptionFlag()
-    if threading.current_thread() is not threading.main_thread():
+    with handling(SIGNALS, flag.set):
         yield flag
-        return
-    before = {number: signal.signal(number, flag.set) for number in SIGNALS}
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Context in which the first of TIME_SIGNALS raises Preempted, as SIGINT raises KeyboardInterrupt."""
+    flag = PreemptionFlag()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if not flag():  # a second one would interrupt what the first has the command clean up
+            flag.set(number)
+            raise Preempted(None)
+
+    with handling(TIME_SIGNALS, end):
+        yield
+
+
+@contextmanager
+def handling(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
+    """Context with a handler of signals (main thread only); see `handle`."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = handle(numbers, handler) if is_main else {}
     try:
-        yield flag
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def handle(numbers: Iterable[int], handler: Handler) -> dict[int, Any]:
+    """Set a handler of signals, and return those before. Signals that are ignored stay so: `nohup` ignores SIGHUP."""
+    own = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]  # None: not Python's
+    return {number: signal.signal(number, handler) for number in own}

@@ -3,21 +3,27 @@
 Several pools can work side by side: `start` does not wait, `connections` says when there is something to `receive`.
 """
 
+import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, final
 
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.compat.hard_exit import hard_exit
+from gengap_dist.compat.standard_streams import keep_streams
+from gengap_dist.distributed import cgroups
 from gengap_dist.distributed.cores import Threads, thread_variables
-from gengap_dist.distributed.preemption import Preempted, PreemptionFlag
+from gengap_dist.distributed.orphans import end_with
+from gengap_dist.distributed.preemption import SIGNALS, TIME_SIGNALS, Preempted, PreemptionFlag, handle
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.errors import OutOfMemory, UsageError
 
@@ -39,7 +45,7 @@ class Worker:
     pipe: Any = field(repr=False)
     context: RuntimeContext
     preemption_requested: PreemptionFlag = field(default_factory=PreemptionFlag)
-    """Set by SIGTERM."""
+    """Set by SIGTERM and others."""
     _last_sent: float = 0.0
 
     def progress(self, done: int, total: int, note: str) -> None:
@@ -82,15 +88,24 @@ class WorkerPool:
             environment: more variables of the ranks, such as CUDA_VISIBLE_DEVICES.
             daemon: whether they end with this process in any case; then they may have no children of their own.
         """
-        context, port = get_context("spawn"), free_port()
         self.num_ranks, self.threads = num_ranks, threads
         self.results: dict[int, Any] = {}
         """What the current job has returned so far, by rank."""
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
+        self._num_oom_kills = cgroups.num_oom_kills()
+        try:
+            with _signals_wait():
+                self._start_ranks(environment or {}, daemon=daemon)
+        except BaseException:
+            self.close(kill=True)  # those that have been started would wait for a job for ever
+            raise
+
+    def _start_ranks(self, environment: Mapping[str, str], *, daemon: bool) -> None:
+        context, port, num_ranks, threads = get_context("spawn"), free_port(), self.num_ranks, self.threads
         for rank in range(num_ranks):
             here, there = context.Pipe()
-            at_start = thread_variables(threads.number) | dict(environment or {})
+            at_start = thread_variables(threads.number) | dict(environment)
             variables = rank_variables(rank, num_ranks, port) | at_start
             process = context.Process(
                 target=_rank_main,
@@ -167,7 +182,14 @@ class WorkerPool:
 
     def _death(self, rank: int) -> RankFailed:
         self._processes[rank].join()
-        return RankFailed(f"rank {rank} died with exit code {self._processes[rank].exitcode}")
+        code: int = self._processes[rank].exitcode
+        text = f"rank {rank} died with exit code {code}" + (f" ({signal.Signals(-code).name})" if code < 0 else "")
+        if code == -signal.SIGKILL and cgroups.num_oom_kills() > self._num_oom_kills:
+            text += (
+                "; the kernel has meanwhile killed a process for lack of memory, so that may be the reason: choose a "
+                "smaller batch.micro_size or fewer ranks on this machine, or ask for more memory"
+            )
+        return RankFailed(text)
 
     def terminate(self) -> None:
         """Ask the ranks to stop at the next step, by SIGTERM; their job then raises Preempted."""
@@ -189,6 +211,17 @@ class WorkerPool:
             pipe.close()
         self._processes.clear()
         self._pipes.clear()
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Context in which SIGNALS wait, also in the processes that are started: `_rank_main` lets them come."""
+    resource_tracker.ensure_running()  # which would let them come, too
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def rank_variables(rank: int, size: int, port: int | None = None) -> dict[str, str]:
@@ -227,14 +260,18 @@ def _rank_main(
     rank: int, pipe: Connection, variables: Mapping[str, str], threads: Threads, command: Sequence[str]
 ) -> None:
     """The main function of a rank: execute jobs until it receives None; `command` is for run.json."""
-    import signal
     import warnings
 
     os.environ.update(variables)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # these ranks belong to no launch of torchrun
     worker = Worker(rank, threads.number, pipe, RuntimeContext(command=command, threads=threads))
-    signal.signal(signal.SIGTERM, worker.preemption_requested.set)
+    handle(TIME_SIGNALS, worker.preemption_requested.set)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    parent = multiprocessing.parent_process()
+    assert parent
+    end_with(parent.is_alive)
+    keep_streams()
     if rank != 0:
         warnings.simplefilter("ignore")  # rank 0 shows them
     try:

@@ -7,6 +7,7 @@ has it in place of metrics.jsonl. test_correct.npy says which test samples the n
 one bit each, if the task knows; `read_test_correct` reads it.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -26,7 +27,9 @@ from pydantic_core import from_json
 
 from gengap_dist.config.loading import to_yaml
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
+from gengap_dist.runs import lease
 from gengap_dist.runs.appended_file import append_lines
 from gengap_dist.runs.schema import NewerSchema, RunInfo, RunStatus, StudyInfo
 
@@ -75,13 +78,24 @@ def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
     if (out / marker).exists():
         if not resume:
             raise UsageError(f"--out ({out}) already holds a {marker}: add --resume to continue it, or choose another")
-    elif any(not (resume and _is_of_a_start(path)) for path in out.iterdir()):
+    elif not all(_is_of_a_start(path, resume=resume) for path in out.iterdir()):
         raise UsageError(f"--out ({out}) holds other files and no {marker}: choose a new or empty folder")
 
 
-def _is_of_a_start(path: Path) -> bool:
-    """Whether a run that is killed before it has written run.json leaves this file."""
-    return path.name == "config.yaml" or path.name.startswith((".shared.", ".writable.", "config.yaml."))
+def _is_of_a_start(path: Path, *, resume: bool = False) -> bool:
+    """Whether a run that dies before it has written run.json leaves this file or folder, without any result.
+
+    A config.yaml may be the user's own; it is a run's beside `spectra`, which is made before it.
+    """
+    match path.name:
+        case "spectra" | "checkpoints":
+            return path.is_dir() and not any(path.iterdir())
+        case "config.yaml":
+            return resume or (path.parent / "spectra").is_dir()
+        case "mlflow.log" | "ray":
+            return True
+        case name:
+            return name.startswith((lease.PREFIX, ".shared.", ".writable.")) or path.match(".*.part")
 
 
 def now() -> str:
@@ -183,12 +197,14 @@ class RunRecorder(NullRecorder):
     def __init__(self, out: Path) -> None:
         """Record into `out`, which must exist."""
         self.out = out
+        self._check_lease = lease.guard(out)
         (out / "spectra").mkdir(exist_ok=True)
         self._pending: dict[int, dict[str, float]] = {}
         self._start_time = time.monotonic()
 
     def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
         """Write run.json with all that is known before the first step."""
+        self._check_lease()
         previous = read_info(self.out) if (self.out / "run.json").exists() else None
         info = {
             "status": RunStatus.RUNNING,
@@ -225,7 +241,12 @@ class RunRecorder(NullRecorder):
         line.update(metrics)
 
     def flush(self, before: int | None = None) -> None:
-        """Write the lines of all steps below `before` (None: all), which must be over."""
+        """Write the lines of all steps below `before` (None: all), which must be over.
+
+        Raises:
+            UsageError: if another process has taken over the folder; so do `start`, `spectra` and `finish`.
+        """
+        self._check_lease()
         ready = [step for step in sorted(self._pending) if before is None or step < before]
         if ready:
             append_lines(self.out / "metrics.jsonl", "".join(json_line(self._pending[step]) + "\n" for step in ready))
@@ -238,6 +259,7 @@ class RunRecorder(NullRecorder):
 
     def spectra(self, step: int, spectra: Iterable["LayerSpectrum"], probe_set: str = "") -> None:
         """Write spectra/[<probe set>/]step_<step>.npz; `load_spectra` reads it."""
+        self._check_lease()
         folder = self.out / "spectra" / probe_set
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"step_{step:08d}.npz", dump_spectra(spectra))
@@ -273,6 +295,7 @@ class RunRecorder(NullRecorder):
             flush: see above.
             facts: other fields of run.json.
         """
+        self._check_lease()
         if flush:
             self.flush()
         info, seconds = read_info(self.out), self.seconds()
@@ -540,15 +563,35 @@ def quarantine(out: Path, folder: Path) -> Path:
 def close_abandoned(out: Path, error: BaseException) -> None:
     """Set the final status of a run whose ranks have died; a run that has ended normally is unchanged.
 
-    A folder without run.json and results is removed, so that the same command can be repeated.
+    A folder without run.json and results is removed, so that the same command can be repeated. That of another process,
+    which has taken over, is left as it is.
     """
+    if lease.is_of_another(out):
+        return
     if not (out / "run.json").exists():
-        leftovers = {"mlflow.log", "spectra"}
-        if {path.name for path in out.iterdir()} <= leftovers and not any((out / "spectra").glob("*")):
-            shutil.rmtree(out)
+        if all(_is_of_a_start(path) for path in out.iterdir()):
+            _empty(out)
         return
     info = read_info(out)
     if info.status == RunStatus.RUNNING:
-        status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED
+        status = status_after(error)
         text = f"{type(error).__name__}: {error}".strip()
         write_info(out, info.with_fields(status=status, ended=end_time(info), error=text))
+
+
+def status_after(error: BaseException) -> RunStatus:
+    """The status of a run or study that this error has ended."""
+    if isinstance(error, Preempted):
+        return RunStatus.PREEMPTED
+    return RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED
+
+
+def _empty(out: Path) -> None:
+    """Remove what is in a folder, and the folder, but not the lease of this process."""
+    for path in out.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not path.name.startswith(lease.PREFIX):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        out.rmdir()

@@ -3,11 +3,8 @@
 The state of a study is the state of its run folders, so an interrupted study continues from them.
 """
 
-import contextlib
-import fcntl
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,28 +26,6 @@ from gengap_dist.training import ENTRY_POINT
 
 Warn = Callable[[str], None]
 """Function called with a warning, one sentence."""
-
-
-@contextlib.contextmanager
-def exclusive_lock(out: Path) -> Iterator[None]:
-    """While open, no other process on this machine can run a study in `out`.
-
-    Raises:
-        UsageError: if another process does.
-    """
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(
-            f"--out ({out}) contains a study that is running now: wait until it ends, or choose another folder"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] = ()) -> None:

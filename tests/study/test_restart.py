@@ -1,6 +1,7 @@
 """A study that was killed, whose folder was damaged, or whose folder holds something else."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +12,9 @@ import pytest
 from gengap_dist.config.loading import resolve
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.errors import UsageError
+from gengap_dist.runs import lease
 from gengap_dist.study import runner
+from tests.ranks import start_module
 from tests.ray_cluster import until
 from tests.study import tiny
 
@@ -106,12 +109,14 @@ def test_what_another_study_left_is_told_or_refused(whole, copy):
 
 
 def test_two_starts_at_once_are_refused(whole, copy):
-    with runner.exclusive_lock(copy):
+    with lease.holding(copy, print):
         done = tiny.start(whole[0], copy)
-    assert done.returncode == 2
-    assert "contains a study that is running now" in done.stderr
-    with runner.exclusive_lock(copy):
-        pass
+        resumed = start_module(
+            "gengap_dist", "train", "--resume", "--out", next(copy.glob("runs/b64/*")), cwd=copy, env=os.environ
+        )
+    for one in (done, resumed):
+        assert one.returncode == 2
+        assert f"--out ({copy}) is being written by process {os.getpid()} on " in one.stderr
 
 
 @pytest.mark.full  # else: analysis/report/test_html.py, from folders

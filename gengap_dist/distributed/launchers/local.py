@@ -8,7 +8,7 @@ from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.cores import thread_variables, threads_per_rank
 from gengap_dist.distributed.launchers.base import Launcher, Progress, load_entry_point
-from gengap_dist.distributed.preemption import catching_signals
+from gengap_dist.distributed.preemption import Preempted, catching_signals
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.distributed.worker_pool import Worker, WorkerPool, environment_variables, rank_variables
 
@@ -46,11 +46,10 @@ class LocalLauncher(Launcher):
 
     def run(self, config: RunConfig, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
         """See `Launcher.run`. A preemption signal is passed on to the ranks."""
-        pool = self._pool = self._pool or WorkerPool(
-            self.num_processes, threads_per_rank(self.num_processes, self.threads)
-        )
         try:
             with catching_signals() as flag:
+                threads = threads_per_rank(self.num_processes, self.threads)
+                pool = self._pool = self._pool or WorkerPool(self.num_processes, threads)
                 pool.start(execute_run, self.entry_point, config, out, resume)
                 terminated = False
                 while not pool.is_done:
@@ -76,6 +75,8 @@ def execute_run(worker: Worker, entry_point: str, config: RunConfig, out: Path, 
     """The job of a worker pool that executes a run: every rank calls the entry point."""
     with fast_imports():
         run = load_entry_point(entry_point)
+    if worker.preemption_requested():
+        raise Preempted(None)  # there is nothing to save
     return run(
         config,
         out,

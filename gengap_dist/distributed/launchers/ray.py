@@ -28,7 +28,7 @@ from gengap_dist.compat.ray_job import started_by_job
 from gengap_dist.config.sections import RESOURCE_STEP, LaunchConfig, RunConfig
 from gengap_dist.distributed.cores import available_cores, bounded_wait, threads_per_rank
 from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, load_entry_point
-from gengap_dist.distributed.preemption import Preempted, PreemptionFlag
+from gengap_dist.distributed.preemption import TIME_SIGNALS, Preempted, PreemptionFlag, handling
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.errors import OutOfMemory, UsageError
 
@@ -265,23 +265,17 @@ def connect_to_cluster(config: LaunchConfig) -> bool:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Context in which SIGTERM raises KeyboardInterrupt, so that a stopped job still records how its run ended.
+    """Context in which SIGTERM and its kin raise KeyboardInterrupt: a stopped job still records how its run ended.
 
     `ray job stop` gives the driver and its children 3 s between SIGTERM and SIGKILL. Enter it after ray.init, which
     installs a handler of its own.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt("SIGTERM")
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
-    if threading.current_thread() is not threading.main_thread():
+    with handling(TIME_SIGNALS, interrupt):
         yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class RunQueue:

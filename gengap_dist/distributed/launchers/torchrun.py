@@ -8,6 +8,7 @@ from typing import Any, final
 from gengap_dist.config.sections import LaunchConfig, RunConfig
 from gengap_dist.distributed.cores import thread_variables, threads_per_rank
 from gengap_dist.distributed.launchers.base import Launcher, Progress, load_entry_point, started_externally
+from gengap_dist.distributed.orphans import end_with
 from gengap_dist.distributed.preemption import catching_signals
 from gengap_dist.distributed.runtime_context import RuntimeContext, local_size
 
@@ -36,6 +37,9 @@ class TorchrunLauncher(Launcher):
         """See `Launcher`."""
         super().__init__(entry_point)
         self.context = RuntimeContext("torchrun")
+        if started_externally():
+            agent = os.getppid()
+            end_with(lambda: os.getppid() == agent)
 
     @staticmethod
     def is_first() -> bool:

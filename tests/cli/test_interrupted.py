@@ -1,0 +1,91 @@
+"""Commands that are started twice, told to end in their first second, or that nobody listens to."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from gengap_dist.cli import train
+from gengap_dist.distributed.preemption import Preempted, ending_on_signals
+from gengap_dist.runs.run_folder import read_info, read_metrics
+from tests.ray_cluster import until
+
+SHORT = ["--train.steps", "3", "--probe.num_samples", "32", "--mlflow.enabled", "false"]
+
+
+def test_of_two_trainings_at_once_one_trains_and_the_other_says_who_does(tmp_path, gengap):
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(gengap, "train", *SHORT, "--out", "run") for _ in range(2)]
+    refused, trained = sorted((each.result() for each in both), key=lambda done: -done.returncode)
+    assert trained.returncode == 0, trained.stderr
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.startswith(f"gengap train: --out ({tmp_path / 'run'}) is being written by process ")
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
+    assert not list((tmp_path / "run").glob(".lease.*"))
+
+
+def test_default_folders_are_never_shared(tmp_path):
+    made = [train._new_folder(tmp_path / "runs", "digits") for _ in range(3)]
+    assert [folder.name for folder in made] == ["digits", "digits-2", "digits-3"]
+    assert all(folder.is_dir() for folder in made)
+
+
+def test_signals_end_a_command_before_it_trains_but_ignored_ones_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with ending_on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+            with pytest.raises(Preempted, match="Continue with --resume"), ending_on_signals():  # noqa: PT012
+                os.kill(os.getpid(), number)
+                time.sleep(10)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def started(out: Path, *words: str, **streams: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "gengap_dist", "train", *SHORT, "--out", str(out), *words]
+    return subprocess.Popen(command, text=True, **({"stderr": subprocess.PIPE} | streams))  # pyright: ignore
+
+
+@pytest.mark.full  # else: distributed/test_worker_pool.py, without torch
+@pytest.mark.processes
+@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_in_the_first_seconds_is_an_orderly_end(tmp_path, ranks, number):
+    for seconds in (0.0, random.Random(number).uniform(0, 4)):
+        out = tmp_path / f"{seconds:.3f}"
+        words = ["--launch.num_processes", ranks, "--mlflow.enabled", "true", "--checkpoint.every_steps", "1"]
+        process = started(out, *words)
+        until(out.exists)
+        time.sleep(seconds)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode in (75, 130) or (process.returncode == 0 and seconds), said
+        assert "Traceback" not in said
+        assert not list(out.glob(".lease.*"))
+        again = started(out, *words, "--resume")
+        _, said = again.communicate(timeout=100)
+        assert again.returncode == 0, said
+        assert [line["step"] for line in read_metrics(out)] == [0, 1, 2, 3]
+
+
+@pytest.mark.full  # else: compat/test_streams.py, without torch
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("streams", "ranks"),
+    [*itertools.product(["2>&1 | head -c1", "| head -c1", ">&-", "2>&-", ">&- 2>&-"], ["1", "2"])],
+)
+def test_a_training_that_nobody_listens_to_comes_to_its_end(tmp_path, streams, ranks):
+    words = " ".join([*SHORT, "--launch.num_processes", ranks, "--out", "run"])
+    line = f"set -o pipefail; {sys.executable} -W always -m gengap_dist train {words} {streams}"
+    assert subprocess.run(["bash", "-c", line], timeout=100).returncode == 0
+    assert read_info(tmp_path / "run").status == "finished"
+    assert (tmp_path / "run" / "report.html").exists()

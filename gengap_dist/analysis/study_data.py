@@ -27,6 +27,7 @@ from gengap_dist.runs.run_folder import (
     read_metrics_table,
     read_study_info,
     read_test_correct,
+    spectra_by_step,
 )
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.statistics.paired import Paired, paired
@@ -195,7 +196,7 @@ class RunData:
 
     def spectra_steps(self) -> list[int]:
         """Steps with spectra on disk, in increasing order."""
-        return sorted(int(path.stem.split("_")[1]) for path in (self.folder / "spectra").glob("step_*.npz"))
+        return [*spectra_by_step(self.folder / "spectra")]
 
     def spectra(self, step: int) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
         """Layer key to singular values and their metadata, at one step."""

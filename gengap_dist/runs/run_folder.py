@@ -13,10 +13,12 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +43,7 @@ MAX_LINE_BYTES = 2**20  # more than the longest line of metrics.jsonl
 TEST_CORRECT = "test_correct.npy"
 EXPORTING = "exporting the model"  # progress note of a run whose metrics and spectra are complete in its folder
 MIN_TABLE_BYTES = 2**20  # of metrics.jsonl, from which on metrics.npz is written, too
+_SPECTRA = re.compile(r"step_([0-9]{8,})\.npz")
 NO_LINES = 0  # bytes of metrics.jsonl that metrics.npz of a slim copy is the table of
 
 
@@ -162,6 +165,9 @@ class NullRecorder:
         """No clock."""
         return 0.0
 
+    def run_id(self) -> str | None:
+        """Always None."""
+
     def mlflow_run_id(self) -> str | None:
         """Always None."""
 
@@ -190,14 +196,17 @@ class RunRecorder(NullRecorder):
         """Record into `out`, which must exist."""
         self.out = out
         (out / "spectra").mkdir(exist_ok=True)
+        self._run_id: str | None = None
         self._pending: dict[int, dict[str, float]] = {}
         self._start_time = time.monotonic()
 
     def start(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
         """Write run.json with all that is known before the first step."""
         previous = read_info(self.out) if (self.out / "run.json").exists() else None
+        self._run_id = previous.id if previous else uuid.uuid4().hex
         info = {
             "status": RunStatus.RUNNING,
+            "id": self._run_id,
             "seed": config.seed,
             "started": previous.started or now() if previous else now(),
             "resumed": [*previous.resumed, now()] if previous else [],
@@ -255,6 +264,10 @@ class RunRecorder(NullRecorder):
         buffer = io.BytesIO()
         np.save(buffer, np.packbits(correct))
         write_atomically(self.out / TEST_CORRECT, buffer.getvalue())
+
+    def run_id(self) -> str | None:
+        """See `RunInfo.id`; None before `start`."""
+        return self._run_id
 
     def mlflow_run_id(self) -> str | None:
         """The id of the MLflow run of this folder, if it exists."""
@@ -331,6 +344,12 @@ def load_spectra(path: Path) -> "dict[str, tuple[np.ndarray, dict[str, Any]]]":
         meta = json.loads(str(file["meta"]))
         members = {key: _member(key) if _member(key) in file else key for key in meta}  # old files have the key itself
         return {key: (file[members[key]], info) for key, info in meta.items()}
+
+
+def spectra_by_step(folder: Path) -> dict[int, Path]:
+    """The files of spectra in a folder, in increasing order of step; other files are ignored."""
+    paths = {int(name[1]): path for path in folder.glob("*.npz") if (name := _SPECTRA.fullmatch(path.name))}
+    return dict(sorted(paths.items()))
 
 
 def _member(key: str) -> str:

@@ -28,6 +28,7 @@ from gengap_dist.runs.run_folder import (
     load_spectra,
     read_info,
     read_metrics_table,
+    spectra_by_step,
     read_study_info,
     write_atomically,
     write_info,
@@ -114,7 +115,7 @@ def _copy_run(run: Path, out: Path) -> None:
     write_atomically(out / "metrics.npz", dump(table, NO_LINES, compress=True))
     if (run / TEST_CORRECT).exists():
         write_atomically(out / TEST_CORRECT, (run / TEST_CORRECT).read_bytes())
-    for path in _first_and_last(sorted((run / "spectra").glob("step_*.npz"))):
+    for path in _first_and_last([*spectra_by_step(run / "spectra").values()]):
         found = load_spectra(path)
         kept = {key: value for key, value in found.items() if LayerKey.parse(key).layer == info.last_hidden_layer}
         if info.status == RunStatus.FINISHED and kept:

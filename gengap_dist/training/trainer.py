@@ -162,7 +162,7 @@ class Trainer:
         """Start the run, or continue from the last valid checkpoint if `resume` and there is one. Collective.
 
         Raises:
-            UsageError: if the run in the folder has other settings.
+            UsageError: if the run in the folder has other settings, or the checkpoint is of another run.
         """
         path = self.checkpoints.latest() if resume else None
         if path is not None:
@@ -175,12 +175,14 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         out = self.resolved.out
-        if changed := differences(read_info(out).config, self.config):
+        info = read_info(out)
+        if changed := differences(info.config, self.config):
             raise UsageError(
                 f"{changed} when the run in {out} was started: "
                 "resume with the settings it was started with, or choose a new --out"
             )
-        changed = data_changes(read_info(out).data, self.resolved.info["data"])  # known on rank 0
+        checkpoint.check_origin(path, info, self.config)
+        changed = data_changes(info.data, self.resolved.info["data"])  # known on rank 0
         if self.world.broadcast_int(bool(changed)):
             raise UsageError(
                 f"the data are not those with which the run in {out} was started: {changed or 'as rank 0 reports'}: "
@@ -396,6 +398,7 @@ class Trainer:
                 "strategy": self.resolved.strategy,
                 "launcher": self.context.launcher,
             }
+                "config": self.config.model_dump(mode="json"),
             with self.algorithm.unsharded_model() as model:
                 self.checkpoints.save(self.state.step, {"model": model.state_dict(), **states}, info, wait=wait)
 

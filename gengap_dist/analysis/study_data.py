@@ -51,7 +51,7 @@ class _MetricsSummary(NamedTuple):
 
 def _summarise_metrics(table: MetricsTable, metric: MetricDescription, layer: str | None) -> _MetricsSummary:
     if MEASURED_AT in table.columns:
-        measured = np.flatnonzero(table.known[:, table.columns[MEASURED_AT]])
+        measured = table.column(MEASURED_AT)[0]
         first, last = table.line(measured[0]), table.line(measured[-1])
     else:  # a run of another program may measure at any step
         names = [name for name in table.columns if MetricKey.parse(name).known.is_explanation]
@@ -171,8 +171,8 @@ class RunData:
         table, names = self._recorded.curves, ("step", "probe/loss", f"val/{self.metric.name}")
         if not all(name in table.columns for name in names):
             return np.empty(0), np.empty(0), np.empty(0)
-        at = [table.columns[name] for name in names]
-        steps, losses, values = table.values[table.known[:, at].all(1)][:, at].T
+        recorded, known = table.values_at(table.series("step")[1], names)
+        steps, losses, values = recorded[known.all(1)].T
         return steps, losses, values if self.metric.higher_is_better else -values
 
     def test_correct(self) -> np.ndarray | None:

@@ -44,7 +44,6 @@ TEST_CORRECT = "test_correct.npy"
 EXPORTING = "exporting the model"  # progress note of a run whose metrics and spectra are complete in its folder
 MIN_TABLE_BYTES = 2**20  # of metrics.jsonl, from which on metrics.npz is written, too
 _SPECTRA = re.compile(r"step_([0-9]{8,})\.npz")
-NO_LINES = 0  # bytes of metrics.jsonl that metrics.npz of a slim copy is the table of
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -420,7 +419,7 @@ def read_metrics_table(out: Path) -> "MetricsTable":
     Raises:
         ValueError: if a line of metrics.jsonl, or the only metrics.npz, is damaged.
     """
-    from gengap_dist.runs.metrics_table import load, to_table
+    from gengap_dist.runs.metrics_table import NO_LINES, load, to_table
 
     lines, columns = out / "metrics.jsonl", out / "metrics.npz"
     size = lines.stat().st_size if lines.exists() else NO_LINES
@@ -429,7 +428,7 @@ def read_metrics_table(out: Path) -> "MetricsTable":
     if is_slim(out):
         raise ValueError("metrics.npz is damaged")
     table = to_table(read_raw(lines))
-    if len(table.values) and not ("step" in table.columns and table.known[:, table.columns["step"]].all()):
+    if len(table.column("step")[0]) < table.num_lines:
         raise ValueError("metrics.jsonl has a line without its step")
     return table
 

@@ -20,16 +20,15 @@ from typing import Any, TypeVar
 
 from gengap_dist.config.metric_key import LayerKey
 from gengap_dist.errors import UsageError, first_of
-from gengap_dist.runs.metrics_table import dump
+from gengap_dist.runs.metrics_table import NO_LINES, dump
 from gengap_dist.runs.run_folder import (
-    NO_LINES,
     TEST_CORRECT,
     dump_arrays,
     load_spectra,
     read_info,
     read_metrics_table,
-    spectra_by_step,
     read_study_info,
+    spectra_by_step,
     write_atomically,
     write_info,
 )

@@ -19,7 +19,9 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,16 +46,28 @@ TEST_CORRECT = "test_correct.npy"
 EXPORTING = "exporting the model"  # progress note of a run whose metrics and spectra are complete in its folder
 MIN_TABLE_BYTES = 2**20  # of metrics.jsonl, from which on metrics.npz is written, too
 _SPECTRA = re.compile(r"step_([0-9]{8,})\.npz")
+_PART = re.compile(r"\.(.+)\.[0-9]+\.part")  # of a file that `write_atomically` has not completed
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a complete file or nothing: readers never see a partial file, also after a crash."""
+    """Write a complete file or nothing: readers never see a partial file, also after a crash.
+
+    Raises:
+        OSError: names the file, of which nothing is left but the one before.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)  # errors of `write` name no file
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def _append(path: Path, text: str) -> None:
@@ -192,9 +206,10 @@ class RunRecorder(NullRecorder):
     """The folder of one run, open for writing."""
 
     def __init__(self, out: Path) -> None:
-        """Record into `out`, which must exist."""
+        """Record into `out`, which must exist; incomplete files of a killed run are removed."""
         self.out = out
         (out / "spectra").mkdir(exist_ok=True)
+        _remove_parts(out)
         self._run_id: str | None = None
         self._pending: dict[int, dict[str, float]] = {}
         self._start_time = time.monotonic()
@@ -302,7 +317,21 @@ class RunRecorder(NullRecorder):
         if status.has_result and lines.exists() and (size := lines.stat().st_size) > MIN_TABLE_BYTES:
             from gengap_dist.runs.metrics_table import dump, to_table
 
-            write_atomically(self.out / "metrics.npz", dump(to_table(read_raw(lines)), size))
+            try:
+                write_atomically(self.out / "metrics.npz", dump(to_table(read_raw(lines)), size))
+            except OSError as problem:
+                reason = f"{problem.filename} could not be written ({problem.strerror})"
+                warnings.warn(f"{reason}: it is optional, and was left out", stacklevel=2)
+
+
+def _remove_parts(out: Path) -> None:
+    """Remove what processes that were killed left of files of a run.
+
+    Except mlflow.json, which the uploader of this run may be writing now.
+    """
+    for path in [path for folder in (".", "figures", "spectra", "spectra/*") for path in out.glob(f"{folder}/.*.part")]:
+        if path.is_file() and (name := _PART.fullmatch(path.name)) and name[1] != "mlflow.json":
+            path.unlink(missing_ok=True)
 
 
 def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:
@@ -557,4 +586,8 @@ def close_abandoned(out: Path, error: BaseException) -> None:
     if info.status == RunStatus.RUNNING:
         status = RunStatus.FAILED if isinstance(error, Exception) else RunStatus.KILLED
         text = f"{type(error).__name__}: {error}".strip()
-        write_info(out, info.with_fields(status=status, ended=now(), error=text))
+        try:
+            write_info(out, info.with_fields(status=status, ended=now(), error=text))
+        except OSError as problem:
+            reason = f"{problem.filename} could not be written ({problem.strerror})"
+            warnings.warn(f"{reason}: the run is not running, as it says, but {status}", stacklevel=2)

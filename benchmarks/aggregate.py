@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from scipy import stats
 
-from gengap_dist.analysis.seed_aggregates import Curves, curves
+from gengap_dist.analysis.seed_aggregates import Curves, curves, select_charted
 from gengap_dist.analysis.study_data import MEASURED_AT, read_study
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig
@@ -71,7 +71,7 @@ def aggregate(folder: Path) -> dict[str, float]:
     began = time.perf_counter()
     first: Curves | None = None
     for arm in sorted((folder / "runs").iterdir()):
-        arm_curves = curves([read_metrics_table(run) for run in sorted(arm.iterdir())])
+        arm_curves = curves([select_charted(read_metrics_table(run)) for run in sorted(arm.iterdir())])
         first = first or arm_curves
     seconds, peak = time.perf_counter() - began, _peak()
     assert first is not None
@@ -95,10 +95,11 @@ def _error(arm: Path, arm_curves: Curves) -> float:
     runs = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in sorted(arm.iterdir())]
     worst = 0.0
     for row in (0, len(arm_curves.steps) // 2, len(arm_curves.steps) - 1):
-        for column, name in enumerate(arm_curves.names):
+        for name, curve in arm_curves.by_name.items():
             values = np.array([lines[arm_curves.steps[row]][name] for lines in runs])
             low, _ = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-            computed = arm_curves.mean[row, column], arm_curves.ci_half_width[row, column]
+            (at,) = np.flatnonzero(curve.at == row)
+            computed = curve.mean[at], curve.ci_half_width[at]
             worst = max(worst, abs(computed[0] - values.mean()), abs(computed[1] - (values.mean() - low)))
     return worst
 

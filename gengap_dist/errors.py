@@ -1,7 +1,11 @@
 """Errors that end a command with one sentence for the user: name, value, rule and remedy."""
 
 import difflib
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of a file
 
 
 class UsageError(ValueError):
@@ -15,6 +19,29 @@ class OutOfMemory(UsageError):
         """`reported_elsewhere`: whether another rank reports it."""
         super().__init__(message)
         self.reported_elsewhere = reported_elsewhere
+
+
+@contextmanager
+def explaining_full_disk(remedy: str, file: str = "a file") -> Iterator[None]:
+    """Context in which a full disk raises a UsageError, which names the file that could not be written.
+
+    Args:
+        remedy: what to do when there is space.
+        file: what it was, if the error does not name it.
+
+    >>> with explaining_full_disk("try again"):
+    ...     raise OSError(errno.ENOSPC, "No space left", "run.json")
+    Traceback (most recent call last):
+    gengap_dist.errors.UsageError: run.json could not be written (No space left): free disk space, then try again
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise UsageError(
+            f"{error.filename or file} could not be written ({error.strerror}): free disk space, then {remedy}"
+        ) from error
 
 
 def did_you_mean(given: str, known: list[str] | tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ Pure functions of the contents of run folders.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -20,20 +20,25 @@ from gengap_dist.statistics.paired import paired, t_half_width, t_interval
 Line = dict[str, Any]
 
 
+class Curve(NamedTuple):
+    """Means of one metric over seeds, and half-widths of their 95% intervals, where all seeds have it."""
+
+    at: np.ndarray
+    """int64 [points], increasing: indices of `Curves.steps`."""
+    mean: np.ndarray
+    """float64 [points]."""
+    ci_half_width: np.ndarray
+    """float64 [points]: t_{0.975, n-1} s / sqrt(n); nan for one seed and for values that are not finite."""
+
+
 class Curves(NamedTuple):
-    """Means over seeds, and half-widths of their 95% intervals, at the steps that all seeds have."""
+    """Means over seeds at the steps that all of them have."""
 
     steps: np.ndarray
     """int64 [steps], increasing."""
     seconds: np.ndarray
     """float64 [steps]: mean time since the start of the runs."""
-    names: Sequence[str]
-    mean: np.ndarray
-    """float64 [steps, names]."""
-    ci_half_width: np.ndarray
-    """float64 [steps, names]: t_{0.975, n-1} s / sqrt(n); nan for one seed and for values that are not finite."""
-    known: np.ndarray
-    """bool [steps, names]: whether all seeds have the metric at that step."""
+    by_name: Mapping[str, Curve]
 
 
 def summary(name: str, values: Sequence[float]) -> dict[str, float]:
@@ -61,7 +66,7 @@ def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list
         baseline: all runs of the baseline; none for the baseline itself.
     """
     finished = [seed for seed in arm if seed.info["status"] == "finished"]
-    recorded = bool(finished) and all(len(seed.history.values) for seed in finished)
+    recorded = bool(finished) and all(seed.history.num_lines for seed in finished)
     lines = _lines(curves([seed.history for seed in finished])) if recorded else []
     if not lines:
         lines = [{"step": 0, "seconds": 0.0}]
@@ -89,35 +94,48 @@ def curves(runs: Sequence[MetricsTable]) -> Curves:
     """
     steps = reduce(np.intersect1d, (run.series("step")[1] for run in runs))
     names = [name for name in runs[0].columns if _charted(name) and all(name in run.columns for run in runs)]
-    tables = [run.values_at(steps, ["seconds", *names]) for run in runs]
-    values, known = np.stack([table[0] for table in tables]), np.all([table[1] for table in tables], axis=0)
-    if "train/loss" in names:
-        validated = [1 + column for column, name in enumerate(names) if name.startswith("val/")]
-        with_validation = known[:, validated].any(axis=1)
-        known[:, 1 + names.index("train/loss")] &= with_validation
+    validated = np.zeros(len(steps), dtype=bool)
+    for name in names:
+        if name.startswith("val/"):
+            validated |= _over_seeds(runs, steps, name)[1]
+    by_name: dict[str, Curve] = {}
+    for name in names:
+        values, known = _over_seeds(runs, steps, name)
+        at = np.flatnonzero(known & validated if name == "train/loss" else known)
+        by_name[name] = Curve(at, *_mean_and_half_width(values[:, at]))
+    return Curves(steps.astype(np.int64), _over_seeds(runs, steps, "seconds")[0].mean(axis=0), by_name)
+
+
+def _over_seeds(runs: Sequence[MetricsTable], steps: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a metric, float64 [seeds, steps], and whether all seeds have it, bool [steps]."""
+    found = [run.values_at(steps, [name]) for run in runs]
+    return np.stack([values[:, 0] for values, _ in found]), np.all([known[:, 0] for _, known in found], axis=0)
+
+
+def _mean_and_half_width(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """See `Curve`: [seeds, points] to [points] each."""
     mean = values.mean(axis=0)
     with np.errstate(invalid="ignore"):  # inf - inf
-        half_width = t_half_width(values) if len(runs) > 1 else np.full(mean.shape, np.nan)
-    return Curves(steps.astype(np.int64), mean[:, 0], names, mean[:, 1:], half_width[:, 1:], known[:, 1:])
+        return mean, t_half_width(values) if len(values) > 1 else np.full(mean.shape, np.nan)
+
+
+def select_charted(run: MetricsTable) -> MetricsTable:
+    """The part of a run's metrics that `curves` reads."""
+    return run.select_columns([name for name in run.columns if name in ("step", "seconds") or _charted(name)])
 
 
 def _lines(curves: Curves) -> list[Line]:
     """Lines as in metrics.jsonl: the steps with at least one curve, and the last step."""
-    out: list[Line] = []
-    for row, step in enumerate(curves.steps.tolist()):
-        line: Line = {"step": step, "seconds": float(curves.seconds[row])}
-        for column in np.flatnonzero(curves.known[row]).tolist():
-            name, mean, half_width = (
-                curves.names[column],
-                float(curves.mean[row, column]),
-                float(curves.ci_half_width[row, column]),
-            )
-            line[f"{name}/mean"] = mean
+    lines: list[Line] = [
+        {"step": step, "seconds": seconds}
+        for step, seconds in zip(curves.steps.tolist(), curves.seconds.tolist(), strict=True)
+    ]
+    for name, curve in curves.by_name.items():
+        for at, mean, half_width in zip(*(values.tolist() for values in curve), strict=True):
+            lines[at][f"{name}/mean"] = mean
             if math.isfinite(half_width):
-                line |= {f"{name}/ci_low": mean - half_width, f"{name}/ci_high": mean + half_width}
-        if len(line) > 2 or row == len(curves.steps) - 1:
-            out.append(line)
-    return out
+                lines[at] |= {f"{name}/ci_low": mean - half_width, f"{name}/ci_high": mean + half_width}
+    return [line for number, line in enumerate(lines, 1) if len(line) > 2 or number == len(lines)]
 
 
 def _charted(name: str) -> bool:

@@ -27,6 +27,7 @@ from gengap_dist.runs.run_folder import (
     read_metrics_table,
     read_study_info,
     read_test_correct,
+    spectra_by_step,
 )
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.statistics.paired import Paired, paired
@@ -50,7 +51,7 @@ class _MetricsSummary(NamedTuple):
 
 def _summarise_metrics(table: MetricsTable, metric: MetricDescription, layer: str | None) -> _MetricsSummary:
     if MEASURED_AT in table.columns:
-        measured = np.flatnonzero(table.known[:, table.columns[MEASURED_AT]])
+        measured = table.column(MEASURED_AT)[0]
         first, last = table.line(measured[0]), table.line(measured[-1])
     else:  # a run of another program may measure at any step
         names = [name for name in table.columns if MetricKey.parse(name).known.is_explanation]
@@ -170,8 +171,8 @@ class RunData:
         table, names = self._recorded.curves, ("step", "probe/loss", f"val/{self.metric.name}")
         if not all(name in table.columns for name in names):
             return np.empty(0), np.empty(0), np.empty(0)
-        at = [table.columns[name] for name in names]
-        steps, losses, values = table.values[table.known[:, at].all(1)][:, at].T
+        recorded, known = table.values_at(table.series("step")[1], names)
+        steps, losses, values = recorded[known.all(1)].T
         return steps, losses, values if self.metric.higher_is_better else -values
 
     def test_correct(self) -> np.ndarray | None:
@@ -195,7 +196,7 @@ class RunData:
 
     def spectra_steps(self) -> list[int]:
         """Steps with spectra on disk, in increasing order."""
-        return sorted(int(path.stem.split("_")[1]) for path in (self.folder / "spectra").glob("step_*.npz"))
+        return [*spectra_by_step(self.folder / "spectra")]
 
     def spectra(self, step: int) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
         """Layer key to singular values and their metadata, at one step."""

@@ -11,7 +11,7 @@ from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.compat.standard_streams import keep_streams
 from gengap_dist.distributed.launchers.base import started_externally
 from gengap_dist.distributed.preemption import Preempted
-from gengap_dist.errors import OutOfMemory, UsageError
+from gengap_dist.errors import OutOfMemory, UsageError, explaining_full_disk
 
 FIRST_RANK_SECONDS = 15.0  # the first rank of a machine prints an error; the others wait this long for it
 
@@ -32,7 +32,8 @@ def run_command(prog: str, command: Callable[[Sequence[str]], int], argv: Sequen
 def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     try:
-        return command(argv)
+        with explaining_full_disk("repeat the command"):
+            return command(argv)
     except OutOfMemory as error:
         if not error.reported_elsewhere:
             _print_error(prog, str(error), debug, every_rank=True)

@@ -23,7 +23,7 @@ from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import ending_on_signals
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, explaining_full_disk
 from gengap_dist.runs import lease, run_folder
 from gengap_dist.tracking.mlflow.process import UploaderProcess
 from gengap_dist.training import ENTRY_POINT
@@ -69,7 +69,7 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
     run_folder.prepare_folder(out, "run.json", resume=resume)
     uploader = UploaderProcess(out, config.mlflow) if config.mlflow.enabled else None
     try:
-        with ReportProcess(out) as report:
+        with explaining_full_disk("continue with --resume", file=f"a file in {out}"), ReportProcess(out) as report:
             from gengap_dist.cli.terminal import RunProgress, print_profile, print_run
 
             with RunProgress(out.name) as progress:

@@ -13,7 +13,11 @@ BLOCK_BYTES = 4096
 
 
 def append_lines(path: Path, lines: str) -> None:
-    """Append whole lines or nothing, flushed to disk: a later checkpoint must not exist without them."""
+    """Append whole lines or nothing, flushed to disk: a later checkpoint must not exist without them.
+
+    Raises:
+        OSError: names the file.
+    """
     data = lines.encode()
     with path.open("ab+", buffering=0) as file:
         end = _end_of_last_line(file)
@@ -22,7 +26,8 @@ def append_lines(path: Path, lines: str) -> None:
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
+            error.filename = str(path)  # errors of `write` name no file
             os.ftruncate(file.fileno(), end)
             raise
 

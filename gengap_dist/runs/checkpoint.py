@@ -6,15 +6,18 @@
         best.pt         state dict of the best model so far, if the run validates
         algorithm.pt    state of the algorithm, such as averaged weights
         run.pt          state of the run itself: step, times, metrics not yet written
-        checkpoint.json facts about the run, and the SHA-256 of each file
+        checkpoint.json schema, step, id and settings of the run, other facts, and the SHA-256 of each file
 
 A folder is written under a temporary name, flushed to disk and renamed; a kill at any time leaves the previous
-checkpoint intact. Nothing here is collective.
+checkpoint intact. Whatever else is in `checkpoints` is left alone: files, folders of another name or without
+checkpoint.json, and checkpoints of other runs are never counted, replaced or deleted. Nothing here is collective.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -24,7 +27,17 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from gengap_dist.config.identity import differences
+from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.schema import RunInfo
+
+SCHEMA = 2  # of checkpoint.json; schema 1 has no `run` and no `config`
+FACTS = "checkpoint.json"
+NEEDED = {"model.pt", "run.pt"}
+
+_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
+_PART = re.compile(rf"\.{_NAME.pattern}\.part")
 
 State = dict[str, Any]
 Report = Callable[[str], None]
@@ -40,8 +53,9 @@ class CheckpointWriter:
         """Save into `folder`; incomplete checkpoints of a killed run are removed."""
         self.folder, self.keep = folder, keep
         folder.mkdir(exist_ok=True)
-        for part in folder.glob(".*.part"):
-            shutil.rmtree(part)
+        for path in folder.iterdir():
+            if _PART.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
@@ -56,10 +70,11 @@ class CheckpointWriter:
         Args:
             step: number of optimizer steps done.
             states: `model`, `optimizer`, `algorithm`, `best`, `run`, each of tensors and plain values.
-            facts: information for people, written to checkpoint.json.
+            facts: written to checkpoint.json: `run`, see `RunInfo.id`; `config`; and information for people.
 
         Raises:
-            OSError: if the previous checkpoint could not be written, for example on a full disk.
+            OSError: if the previous checkpoint could not be written, for example on a full disk, or (FileExistsError)
+                because something else has its name.
         """
         self.wait()
         copies = {name: _on_cpu(state) for name, state in states.items()}
@@ -86,20 +101,36 @@ class CheckpointWriter:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             checksums = {f"{name}.pt": _write_tensors(part / f"{name}.pt", state) for name, state in states.items()}
-            content = json.dumps({"schema": 1, "step": step, **facts, "sha256": checksums}, indent=1)
-            with (part / "checkpoint.json").open("w") as file:
+            content = json.dumps({"schema": SCHEMA, "step": step, **facts, "sha256": checksums}, indent=1)
+            with (part / FACTS).open("w") as file:
                 file.write(content)
+                file.flush()
                 _fsync(file.fileno())
             _fsync_folder(part)
-            if path.exists():  # a damaged one, or one from before a resume
+            own = self._checkpoints_of(facts.get("run"))
+            if step in own:  # a damaged one, or one from before a resume
                 shutil.rmtree(path)
+            elif os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, f"{path} is there, which is no checkpoint of this run")
             part.rename(path)
             _fsync_folder(self.folder)
-            for old in sorted(checkpoints_by_step(self.folder).items())[: -self.keep]:
-                shutil.rmtree(old[1], ignore_errors=True)
+            own[step] = path
+            for old in sorted(at for at in own if at <= step)[: -self.keep]:  # later ones are damaged
+                shutil.rmtree(own[old], ignore_errors=True)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             self._error = error
+
+    def latest_step(self, run: str | None) -> int | None:
+        """The step of the last checkpoint of a run; None if it has none."""
+        return max(self._checkpoints_of(run), default=None)
+
+    def _checkpoints_of(self, run: str | None) -> dict[int, Path]:
+        """The checkpoints that are those of a run, by step: only these may be deleted."""
+        found = {step: (path, _facts(path)) for step, path in checkpoints_by_step(self.folder).items()}
+        return {
+            step: path for step, (path, facts) in found.items() if (facts.get("step"), facts.get("run")) == (step, run)
+        }
 
 
 class _HashingFile:
@@ -158,8 +189,35 @@ def _on_cpu(value: Any) -> Any:
 
 
 def checkpoints_by_step(folder: Path) -> dict[int, Path]:
-    """The checkpoints in a run's `checkpoints` folder, by step, including damaged ones."""
-    return {int(path.name.removeprefix("step_")): path for path in sorted(folder.glob("step_????????*"))}
+    """The checkpoints in a run's `checkpoints` folder, by step, including damaged ones.
+
+    They are the folders `step_` and at least eight digits that hold a checkpoint.json.
+    """
+    return {step: path for step, path in _named_folders(folder).items() if (path / FACTS).is_file()}
+
+
+def _named_folders(folder: Path) -> dict[int, Path]:
+    """The folders that are called like a checkpoint, by step."""
+    paths = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return {step_of(path): path for path in sorted(paths, key=step_of)}
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint.
+
+    >>> step_of(Path("checkpoints/step_00000050"))
+    50
+    """
+    return int(path.name.removeprefix("step_"))
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """The content of checkpoint.json; {} if it is missing or damaged."""
+    try:
+        facts = json.loads((path / FACTS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def latest(folder: Path, report: Report) -> Path | None:
@@ -167,22 +225,32 @@ def latest(folder: Path, report: Report) -> Path | None:
 
     Args:
         folder: a run's `checkpoints`.
-        tell: called with a message for each damaged one that is skipped.
+        report: called with a message for each damaged one that is skipped.
 
     Raises:
-        UsageError: if all checkpoints are damaged.
+        UsageError: if all checkpoints are damaged, or a later version wrote one.
     """
-    newest_first = sorted(checkpoints_by_step(folder).items(), reverse=True)
+    newest_first = [path for path in reversed(_named_folders(folder).values()) if _has_files_of_a_checkpoint(path)]
     reason = ""
-    for _, path in newest_first:
+    for path in newest_first:
         if reason:
             report(f"{reason}: the previous one, {path.name}, is used")
+        if isinstance(schema := _facts(path).get("schema"), int) and schema > SCHEMA:
+            raise UsageError(
+                f"{path / FACTS} has schema {schema}, and this version reads up to {SCHEMA}: continue with the version "
+                "of gengap_dist that wrote it, or move the checkpoint elsewhere"
+            )
         if not (damage := describe_damage(path)):
             return path
         reason = f"checkpoint {path} is damaged ({damage})"
     if newest_first:
         raise UsageError(f"{reason}, and there is no earlier one: start the run again in a new --out")
     return None
+
+
+def _has_files_of_a_checkpoint(path: Path) -> bool:
+    """Whether a folder that is called like a checkpoint is one, perhaps one that has lost its checkpoint.json."""
+    return (path / FACTS).is_file() or (path / "model.pt").is_file()
 
 
 def describe_damage(path: Path) -> str:
@@ -192,7 +260,14 @@ def describe_damage(path: Path) -> str:
     'checkpoint.json is missing'
     """
     try:
-        checksums = json.loads((path / "checkpoint.json").read_text())["sha256"]
+        facts = json.loads((path / FACTS).read_bytes())
+        checksums, step = facts["sha256"], facts["step"]
+        if not isinstance(facts["schema"], int) or facts["schema"] < 1:
+            return f"{FACTS} is not valid"
+        if step != step_of(path):
+            return f"{FACTS} is that of step {step}"
+        if unlisted := sorted(({file.name for file in path.glob("*.pt")} | NEEDED) - checksums.keys()):
+            return f"{FACTS} has no checksum of {', '.join(unlisted)}"
         for name, expected in checksums.items():
             with (path / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
@@ -200,10 +275,31 @@ def describe_damage(path: Path) -> str:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "checkpoint.json is not valid"
+        return f"{FACTS} is not valid"
     except OSError as error:
         return str(error.strerror)
     return ""
+
+
+def check_origin(path: Path, info: RunInfo, config: RunConfig) -> None:
+    """Check that an undamaged checkpoint is of the run of `info`, and of its settings `config`.
+
+    A checkpoint of schema 1 names neither: it is of a run that an earlier version started.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    facts = _facts(path)
+    remedy = "move it out of the folder, then continue with --resume"
+    if (run := facts.get("run")) != info.id:
+        names = [f"run {name}" if name else "a run without an id" for name in (run, info.id)]
+        raise UsageError(f"checkpoint {path} is of another run ({names[0]}) than its folder ({names[1]}): {remedy}")
+    if facts["schema"] == 1:
+        return
+    if not isinstance(settings := facts.get("config"), dict):
+        raise UsageError(f"{path / FACTS} does not name the settings of its run: {remedy}")
+    if changed := differences(settings, config):
+        raise UsageError(f"{changed} when checkpoint {path} was written: {remedy}")
 
 
 def load(path: Path) -> State:
@@ -215,7 +311,7 @@ def load(path: Path) -> State:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UsageError(f"{path} is missing: the run has saved nothing yet; start it again in a new --out") from None
+        raise UsageError(f"{path} is missing: restore it, or choose weights that the run has saved") from None
     except Exception as error:  # torch passes on many kinds of unpickling errors
         raise UsageError(f"{path} is damaged ({type(error).__name__}): remove it and start the run again") from None
 

@@ -1,4 +1,7 @@
-"""metrics.jsonl as a table: a tenth of the memory of its lines; used to aggregate many runs."""
+"""metrics.jsonl as a table: a tenth of the memory of its lines; used to aggregate many runs.
+
+A network may have thousands of metrics, of which most are measured at a few steps: only what was recorded is stored.
+"""
 
 import io
 import json
@@ -12,17 +15,29 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LINES_PER_BATCH = 1000  # lines held as dicts at one time
+NO_LINES = 0  # bytes of metrics.jsonl that metrics.npz of a slim copy is the table of
 
 
 class MetricsTable(NamedTuple):
-    """The metrics of a run."""
+    """The metrics of a run, by column. Points are in the order of columns, and of lines in a column."""
 
+    num_lines: int
+    """They are sorted by step."""
     columns: Mapping[str, int]
     """Metric name to column, in order of first appearance; `step` and `seconds` are columns, too."""
+    starts: np.ndarray
+    """int64 [columns + 1]: the first point of each column, and the number of points."""
+    rows: np.ndarray
+    """int32 [points]: the line of each point."""
     values: np.ndarray
-    """float64 [lines, columns], sorted by step."""
-    known: np.ndarray
-    """bool [lines, columns]: whether the line has the metric, because a recorded value may be NaN."""
+    """float64 [points]; a recorded value may be NaN."""
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The lines that have a metric, int32 [points], and its values there, float64 [points]."""
+        if name not in self.columns:
+            return self.rows[:0], self.values[:0]
+        points = slice(*self.starts[self.columns[name] :][:2])
+        return self.rows[points], self.values[points]
 
     def series(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
         """Values of `against` and of `name`, float64 [points], at the lines that have `name`.
@@ -30,26 +45,39 @@ class MetricsTable(NamedTuple):
         >>> to_table([{"step": 0, "a": 5.0}, {"step": 1}, {"step": 2, "a": 7.0}]).series("a")
         (array([0., 2.]), array([5., 7.]))
         """
-        if name not in self.columns:
-            return np.empty(0), np.empty(0)
-        rows = self.known[:, self.columns[name]]
-        return self.values[rows, self.columns[against]], self.values[rows, self.columns[name]]
+        rows, values = self.column(name)
+        return self._dense(against)[0][rows], values
 
     def line(self, row: int) -> dict[str, float]:
         """The metrics of one line, by name."""
-        return {name: float(self.values[row, at]) for name, at in self.columns.items() if self.known[row, at]}
+        points = np.flatnonzero(self.rows == row)
+        names, columns = [*self.columns], np.searchsorted(self.starts, points, side="right") - 1
+        return {names[at]: float(self.values[point]) for at, point in zip(columns, points, strict=True)}
 
     def values_at(self, steps: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Parts of `values` and `known`, [steps, names], in the given order."""
-        rows = np.searchsorted(self.series("step")[1], steps)
-        index = np.ix_(rows, np.array([self.columns[name] for name in names], dtype=int))
-        return self.values[index], self.known[index]
+        """Values, nan where there is none, and whether there is one: float64 and bool [steps, names]."""
+        rows = np.searchsorted(self.column("step")[1], steps)
+        values, known = np.empty((len(rows), len(names))), np.empty((len(rows), len(names)), dtype=bool)
+        for at, name in enumerate(names):
+            of_lines, known_of_lines = self._dense(name)
+            values[:, at], known[:, at] = of_lines[rows], known_of_lines[rows]
+        return values, known
+
+    def _dense(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The values of a metric, nan where a line lacks it, and whether a line has it: float64 and bool [lines]."""
+        values, known = np.full(self.num_lines, np.nan), np.zeros(self.num_lines, dtype=bool)
+        rows, found = self.column(name)
+        values[rows], known[rows] = found, True
+        return values, known
 
     def select_columns(self, names: Collection[str]) -> "MetricsTable":
-        """The table of the given columns; absent ones are ignored."""
+        """A copy of the given columns; absent ones are ignored."""
         selected = [name for name in self.columns if name in names]
-        at = [self.columns[name] for name in selected]
-        return MetricsTable({name: i for i, name in enumerate(selected)}, self.values[:, at], self.known[:, at])
+        parts = [self.column(name) for name in selected]
+        rows = np.concatenate([self.rows[:0], *(rows for rows, _ in parts)])
+        values = np.concatenate([self.values[:0], *(values for _, values in parts)])
+        starts = np.cumsum([0, *(len(rows) for rows, _ in parts)])
+        return MetricsTable(self.num_lines, {name: i for i, name in enumerate(selected)}, starts, rows, values)
 
 
 def to_table(lines: Iterable[Mapping[str, Any]]) -> MetricsTable:
@@ -59,36 +87,45 @@ def to_table(lines: Iterable[Mapping[str, Any]]) -> MetricsTable:
     >>> table.columns, table.line(1)
     ({'step': 0, 'a': 1, 'b': 2}, {'step': 1.0, 'b': 6.0})
     """
-    blocks = []
+    columns: dict[str, int] = {}
+    blocks = [(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0))]  # column, line and value of points
     num_lines, remaining = 0, iter(lines)
     while batch := list(islice(remaining, LINES_PER_BATCH)):
-        blocks += _blocks(batch, num_lines)
+        for names, rows, numbers in _blocks(batch, num_lines):
+            at = np.array([columns.setdefault(name, len(columns)) for name in names], dtype=np.int32)
+            blocks.append((np.tile(at, len(rows)), np.repeat(np.array(rows, dtype=np.int32), len(at)), numbers))
         num_lines += len(batch)
-    columns = {name: at for at, name in enumerate(dict.fromkeys(chain.from_iterable(names for names, _, _ in blocks)))}
-    values = np.full((num_lines, len(columns)), np.nan)
-    known = np.zeros(values.shape, dtype=bool)
-    for names, rows, numbers in blocks:
-        index = np.ix_(rows, [columns[name] for name in names])
-        values[index] = numbers
-        known[index] = True
-    return MetricsTable(columns, values, known)
+    return _by_column(num_lines, [*columns], *map(np.concatenate, zip(*blocks, strict=True)))
+
+
+def _by_column(
+    num_lines: int, names: Sequence[str], at: np.ndarray, rows: np.ndarray, values: np.ndarray
+) -> MetricsTable:
+    """The table of points in any order, [points] each."""
+    order = np.lexsort((rows, at))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(at, minlength=len(names)))])
+    return MetricsTable(num_lines, {name: i for i, name in enumerate(names)}, starts, rows[order], values[order])
 
 
 def _blocks(lines: Sequence[Mapping[str, Any]], first: int) -> Iterator[tuple[tuple[str, ...], list[int], np.ndarray]]:
-    """Lines with the same names as one array each, with their row numbers."""
+    """Lines with the same names: the names, the numbers of the lines, and their values, float64 [lines * names]."""
     rows_by_names: dict[tuple[str, ...], list[int]] = {}
     for at, line in enumerate(lines):
         rows_by_names.setdefault(tuple(line), []).append(at)
     for names, rows in rows_by_names.items():
         numbers = np.fromiter(chain.from_iterable(lines[at].values() for at in rows), float, len(rows) * len(names))
-        yield names, [first + at for at in rows], numbers.reshape(len(rows), len(names))
+        yield names, [first + at for at in rows], numbers
 
 
 def dump(table: MetricsTable, size: int, *, compress: bool = False) -> bytes:
     """A table as the bytes of an npz file; `size`: bytes of its metrics.jsonl."""
     buffer = io.BytesIO()
-    known, save = np.packbits(table.known), np.savez_compressed if compress else np.savez
-    save(buffer, size=size, columns=np.array(json.dumps([*table.columns])), values=table.values, known=known)
+    save = np.savez_compressed if compress else np.savez
+    names = np.frombuffer(json.dumps([*table.columns]).encode(), dtype=np.uint8)
+    save(
+        buffer, size=size, num_lines=table.num_lines, names=names, starts=table.starts, rows=table.rows,
+        values=table.values,
+    )  # fmt: skip
     return buffer.getvalue()
 
 
@@ -105,8 +142,17 @@ def load(path: Path, size: int) -> MetricsTable | None:
         with path.open("rb") as raw, np.load(raw) as file:
             if int(file["size"]) != size:
                 return None
-            names, values = json.loads(str(file["columns"])), file["values"]
-            known = np.unpackbits(file["known"], count=values.size).view(bool).reshape(values.shape)
+            if "known" in file:
+                return _of_dense(file) if size == NO_LINES else None  # the lines take less memory
+            columns = {name: at for at, name in enumerate(json.loads(file["names"].tobytes()))}
+            return MetricsTable(int(file["num_lines"]), columns, file["starts"], file["rows"], file["values"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    return MetricsTable({name: at for at, name in enumerate(names)}, values, known)
+
+
+def _of_dense(file: Mapping[str, np.ndarray]) -> MetricsTable:
+    """The table of a file that an earlier version wrote: a value for each line and each column, and which are known."""
+    values, names = file["values"], json.loads(str(file["columns"]))
+    known = np.unpackbits(file["known"], count=values.size).view(bool).reshape(values.shape)
+    rows, at = np.nonzero(known)
+    return _by_column(len(values), names, at, rows.astype(np.int32), values[known])

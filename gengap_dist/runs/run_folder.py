@@ -7,17 +7,20 @@ has it in place of metrics.jsonl. test_correct.npy says which test samples the n
 one bit each, if the task knows; `read_test_correct` reads it.
 """
 
-import contextlib
 import io
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
+import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,17 +47,29 @@ MAX_LINE_BYTES = 2**20  # more than the longest line of metrics.jsonl
 TEST_CORRECT = "test_correct.npy"
 EXPORTING = "exporting the model"  # progress note of a run whose metrics and spectra are complete in its folder
 MIN_TABLE_BYTES = 2**20  # of metrics.jsonl, from which on metrics.npz is written, too
-NO_LINES = 0  # bytes of metrics.jsonl that metrics.npz of a slim copy is the table of
+_SPECTRA = re.compile(r"step_([0-9]{8,})\.npz")
+_PART = re.compile(r"\.(.+)\.[0-9]+\.part")  # of a file that `write_atomically` has not completed
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a complete file or nothing: readers never see a partial file, also after a crash."""
+    """Write a complete file or nothing: readers never see a partial file, also after a crash.
+
+    Raises:
+        OSError: names the file, of which nothing is left but the one before.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)  # errors of `write` name no file
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
@@ -170,6 +185,9 @@ class NullRecorder:
         """No clock."""
         return 0.0
 
+    def run_id(self) -> str | None:
+        """Always None."""
+
     def mlflow_run_id(self) -> str | None:
         """Always None."""
 
@@ -195,10 +213,12 @@ class RunRecorder(NullRecorder):
     """The folder of one run, open for writing."""
 
     def __init__(self, out: Path) -> None:
-        """Record into `out`, which must exist."""
+        """Record into `out`, which must exist; incomplete files of a killed run are removed."""
         self.out = out
         self._check_lease = lease.guard(out)
         (out / "spectra").mkdir(exist_ok=True)
+        _remove_parts(out)
+        self._run_id: str | None = None
         self._pending: dict[int, dict[str, float]] = {}
         self._start_time = time.monotonic()
 
@@ -206,8 +226,10 @@ class RunRecorder(NullRecorder):
         """Write run.json with all that is known before the first step."""
         self._check_lease()
         previous = read_info(self.out) if (self.out / "run.json").exists() else None
+        self._run_id = previous.id if previous else uuid.uuid4().hex
         info = {
             "status": RunStatus.RUNNING,
+            "id": self._run_id,
             "seed": config.seed,
             "started": previous.started or now() if previous else now(),
             "resumed": [*previous.resumed, now()] if previous else [],
@@ -272,6 +294,10 @@ class RunRecorder(NullRecorder):
         np.save(buffer, np.packbits(correct))
         write_atomically(self.out / TEST_CORRECT, buffer.getvalue())
 
+    def run_id(self) -> str | None:
+        """See `RunInfo.id`; None before `start`."""
+        return self._run_id
+
     def mlflow_run_id(self) -> str | None:
         """The id of the MLflow run of this folder, if it exists."""
         path = self.out / "mlflow.json"
@@ -308,7 +334,21 @@ class RunRecorder(NullRecorder):
         if status.has_result and lines.exists() and (size := lines.stat().st_size) > MIN_TABLE_BYTES:
             from gengap_dist.runs.metrics_table import dump, to_table
 
-            write_atomically(self.out / "metrics.npz", dump(to_table(read_raw(lines)), size))
+            try:
+                write_atomically(self.out / "metrics.npz", dump(to_table(read_raw(lines)), size))
+            except OSError as problem:
+                reason = f"{problem.filename} could not be written ({problem.strerror})"
+                warnings.warn(f"{reason}: it is optional, and was left out", stacklevel=2)
+
+
+def _remove_parts(out: Path) -> None:
+    """Remove what processes that were killed left of files of a run.
+
+    Except mlflow.json, which the uploader of this run may be writing now.
+    """
+    for path in [path for folder in (".", "figures", "spectra", "spectra/*") for path in out.glob(f"{folder}/.*.part")]:
+        if path.is_file() and (name := _PART.fullmatch(path.name)) and name[1] != "mlflow.json":
+            path.unlink(missing_ok=True)
 
 
 def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:
@@ -349,6 +389,12 @@ def load_spectra(path: Path) -> "dict[str, tuple[np.ndarray, dict[str, Any]]]":
         meta = json.loads(str(file["meta"]))
         members = {key: _member(key) if _member(key) in file else key for key in meta}  # old files have the key itself
         return {key: (file[members[key]], info) for key, info in meta.items()}
+
+
+def spectra_by_step(folder: Path) -> dict[int, Path]:
+    """The files of spectra in a folder, in increasing order of step; other files are ignored."""
+    paths = {int(name[1]): path for path in folder.glob("*.npz") if (name := _SPECTRA.fullmatch(path.name))}
+    return dict(sorted(paths.items()))
 
 
 def _member(key: str) -> str:
@@ -419,7 +465,7 @@ def read_metrics_table(out: Path) -> "MetricsTable":
     Raises:
         ValueError: if a line of metrics.jsonl, or the only metrics.npz, is damaged.
     """
-    from gengap_dist.runs.metrics_table import load, to_table
+    from gengap_dist.runs.metrics_table import NO_LINES, load, to_table
 
     lines, columns = out / "metrics.jsonl", out / "metrics.npz"
     size = lines.stat().st_size if lines.exists() else NO_LINES
@@ -428,7 +474,7 @@ def read_metrics_table(out: Path) -> "MetricsTable":
     if is_slim(out):
         raise ValueError("metrics.npz is damaged")
     table = to_table(read_raw(lines))
-    if len(table.values) and not ("step" in table.columns and table.known[:, table.columns["step"]].all()):
+    if len(table.column("step")[0]) < table.num_lines:
         raise ValueError("metrics.jsonl has a line without its step")
     return table
 
@@ -576,7 +622,11 @@ def close_abandoned(out: Path, error: BaseException) -> None:
     if info.status == RunStatus.RUNNING:
         status = status_after(error)
         text = f"{type(error).__name__}: {error}".strip()
-        write_info(out, info.with_fields(status=status, ended=end_time(info), error=text))
+        try:
+            write_info(out, info.with_fields(status=status, ended=end_time(info), error=text))
+        except OSError as problem:
+            reason = f"{problem.filename} could not be written ({problem.strerror})"
+            warnings.warn(f"{reason}: the run is not running, as it says, but {status}", stacklevel=2)
 
 
 def status_after(error: BaseException) -> RunStatus:
@@ -593,5 +643,5 @@ def _empty(out: Path) -> None:
             shutil.rmtree(path)
         elif not path.name.startswith(lease.PREFIX):
             path.unlink()
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         out.rmdir()

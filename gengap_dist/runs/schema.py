@@ -135,6 +135,8 @@ class RunInfo(_Record):
 
     file_name = "run.json"
 
+    id: str | None = None
+    """Random, of the first start; checkpoints name the run that they belong to. None: an earlier version started it."""
     seed: StrictInt
     config: dict[str, Any]
     """The settings; those of a run of another program have any names."""

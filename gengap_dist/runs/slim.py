@@ -20,15 +20,15 @@ from typing import Any, TypeVar
 
 from gengap_dist.config.metric_key import LayerKey
 from gengap_dist.errors import UsageError, first_of
-from gengap_dist.runs.metrics_table import dump
+from gengap_dist.runs.metrics_table import NO_LINES, dump
 from gengap_dist.runs.run_folder import (
-    NO_LINES,
     TEST_CORRECT,
     dump_arrays,
     load_spectra,
     read_info,
     read_metrics_table,
     read_study_info,
+    spectra_by_step,
     write_atomically,
     write_info,
 )
@@ -114,7 +114,7 @@ def _copy_run(run: Path, out: Path) -> None:
     write_atomically(out / "metrics.npz", dump(table, NO_LINES, compress=True))
     if (run / TEST_CORRECT).exists():
         write_atomically(out / TEST_CORRECT, (run / TEST_CORRECT).read_bytes())
-    for path in _first_and_last(sorted((run / "spectra").glob("step_*.npz"))):
+    for path in _first_and_last([*spectra_by_step(run / "spectra").values()]):
         found = load_spectra(path)
         kept = {key: value for key, value in found.items() if LayerKey.parse(key).layer == info.last_hidden_layer}
         if info.status == RunStatus.FINISHED and kept:

@@ -62,12 +62,14 @@ def _write_arm(arm: Path, runs: Runs, baseline: Runs) -> None:
     }
     if read_sources(arm) == made_of:
         return
-    from gengap_dist.analysis.seed_aggregates import over_seeds  # numpy and scipy are slow to import
+    from gengap_dist.analysis.seed_aggregates import over_seeds, select_charted  # numpy and scipy are slow to import
     from gengap_dist.runs.metrics_table import to_table
 
     none = to_table(())
     of_arm = [
-        SeedRun(info.content(), read_metrics_table(folder) if info.status == RunStatus.FINISHED else none)
+        SeedRun(
+            info.content(), select_charted(read_metrics_table(folder)) if info.status == RunStatus.FINISHED else none
+        )
         for folder, info in runs.items()
     ]
     of_baseline = [SeedRun(info.content(), none) for info in baseline.values()]  # only its results are compared

@@ -46,7 +46,7 @@ class CheckpointManager:
         if self.writer:
             try:
                 path = checkpoint.latest(self.folder, partial(warnings.warn, stacklevel=2))
-                step = step if path is None else int(path.name.removeprefix("step_"))
+                step = step if path is None else checkpoint.step_of(path)
             except UsageError as found:
                 step, error = -2, found
         step = self.world.broadcast_int(step)
@@ -63,7 +63,7 @@ class CheckpointManager:
         Args:
             step: number of optimizer steps done.
             states: by file; see `CheckpointWriter.save`.
-            facts: information for people.
+            facts: `config`, and information for people.
             wait: wait until it is on disk.
 
         Raises:
@@ -71,18 +71,24 @@ class CheckpointManager:
         """
         if self.writer is None:
             return
+        run_id = self.recorder.run_id()
         try:
             self.recorder.flush(before=step)
             run = {"schema": SCHEMA, **states["run"], "pending_rows": self.recorder.pending_rows()}
-            self.writer.save(step, {**states, "run": run}, {**facts, "mlflow_run_id": self.recorder.mlflow_run_id()})
+            ids = {"run": run_id, "mlflow_run_id": self.recorder.mlflow_run_id()}
+            self.writer.save(step, {**states, "run": run}, {**facts, **ids})
             if wait:
                 self.writer.wait()
         except OSError as error:
-            latest_step = max(checkpoint.checkpoints_by_step(self.folder), default=None)
+            latest_step = self.writer.latest_step(run_id)
             message = (
                 f"a checkpoint could not be written after step {step} ({error.strerror or error}); "
                 + ("there is none yet" if latest_step is None else f"the one of step {latest_step} is complete")
-                + f": free disk space in {self.folder.parent}"
+                + (
+                    ": move it away"
+                    if isinstance(error, FileExistsError)
+                    else f": free disk space in {self.folder.parent}"
+                )
             )
             if wait:
                 raise UsageError(f"{message}, then continue with --resume") from None

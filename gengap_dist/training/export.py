@@ -52,8 +52,8 @@ def scorer(folder: Path, config: RunConfig, data: dict[str, Any], num_steps: int
     Raises:
         UsageError: if there is no complete checkpoint of that step, or the network cannot be built.
     """
-    path = checkpoint.latest(folder / "checkpoints", report=lambda message: None)
-    if path is None or int(path.name.removeprefix("step_")) != num_steps:
+    path = checkpoint.checkpoints_by_step(folder / "checkpoints").get(num_steps)
+    if path is None or checkpoint.describe_damage(path):
         raise UsageError(f"{folder} has no complete checkpoint of its last step")
     network = models.from_config(config, recorded_spec(data), World())
     dtype = getattr(torch, config.train.dtype)

@@ -20,7 +20,7 @@ from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.distributed.process_group import World, init_process_group
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.distributed.stall_detector import detecting_stalls
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, explaining_full_disk
 from gengap_dist.models.batch_norm import average_buffers, frozen_running_stats
 from gengap_dist.parallel.execution import torch_settings
 from gengap_dist.parallel.out_of_memory import explaining_out_of_memory, memory_snapshot
@@ -72,7 +72,7 @@ def run(
         build_algorithm: selects the training algorithm; a user's own is not recorded in the settings of the run.
 
     Raises:
-        UsageError: if the config does not match the data, the model or the machine.
+        UsageError: if the config does not match the data, the model or the machine, or the disk is full.
         OutOfMemory: if the run does not fit in GPU memory.
         Preempted: after preemption was requested on a rank; the run can be resumed.
     """
@@ -84,6 +84,7 @@ def run(
     stall_detection = detecting_stalls(world, config.launch.stall_report_seconds)
     memory_recording = memory_snapshot(world, out / "memory" if config.launch.memory_snapshot else None)
     with (
+        explaining_full_disk("continue with --resume", file=f"a file in {out}"),
         stall_detection,
         torch_settings(config.train, world.device),
         explaining_out_of_memory(world),
@@ -162,7 +163,7 @@ class Trainer:
         """Start the run, or continue from the last valid checkpoint if `resume` and there is one. Collective.
 
         Raises:
-            UsageError: if the run in the folder has other settings.
+            UsageError: if the run in the folder has other settings, or the checkpoint is of another run.
         """
         path = self.checkpoints.latest() if resume else None
         if path is not None:
@@ -175,12 +176,14 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         out = self.resolved.out
-        if changed := differences(read_info(out).config, self.config):
+        info = read_info(out)
+        if changed := differences(info.config, self.config):
             raise UsageError(
                 f"{changed} when the run in {out} was started: "
                 "resume with the settings it was started with, or choose a new --out"
             )
-        changed = data_changes(read_info(out).data, self.resolved.info["data"])  # known on rank 0
+        checkpoint.check_origin(path, info, self.config)
+        changed = data_changes(info.data, self.resolved.info["data"])  # known on rank 0
         if self.world.broadcast_int(bool(changed)):
             raise UsageError(
                 f"the data are not those with which the run in {out} was started: {changed or 'as rank 0 reports'}: "
@@ -395,6 +398,7 @@ class Trainer:
                 "world_size": self.world.size,
                 "strategy": self.resolved.strategy,
                 "launcher": self.context.launcher,
+                "config": self.config.model_dump(mode="json"),
             }
             with self.algorithm.unsharded_model() as model:
                 self.checkpoints.save(self.state.step, {"model": model.state_dict(), **states}, info, wait=wait)

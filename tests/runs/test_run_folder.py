@@ -138,3 +138,9 @@ def test_a_run_that_never_began_leaves_no_folder(tmp_path):
 def test_reading_what_is_no_run(tmp_path):
     with pytest.raises(UsageError, match=r"run.json cannot be read"):
         read_info(tmp_path)
+
+
+def test_only_files_of_spectra_are_found_whatever_lies_beside_them(tmp_path):
+    for name in ("step_00000020.npz", "step_00000003.npz", "step_00000020_1.npz", "step_x.npz", ".step_00000004.npz.7"):
+        (tmp_path / name).touch()
+    assert run_folder.spectra_by_step(tmp_path) == {at: tmp_path / f"step_{at:08d}.npz" for at in (3, 20)}

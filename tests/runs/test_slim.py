@@ -57,9 +57,8 @@ def test_all_metrics_and_the_primary_spectra_are_there(study):
     for path in (study / "out").glob("runs/*/seed*"):
         copy = study / "copy" / path.relative_to(study / "out")
         before, after = read_metrics_table(path), read_metrics_table(copy)
-        assert list(before.columns) == list(after.columns)
-        assert (before.known == after.known).all()
-        assert (before.values[before.known] == after.values[after.known]).all()
+        assert (before.num_lines, before.columns) == (after.num_lines, after.columns)
+        assert all((one == other).all() for one, other in zip(before[2:], after[2:], strict=True))
         assert (copy / "test_correct.npy").read_bytes() == (path / "test_correct.npy").read_bytes()
         assert len(list((copy / "spectra").glob("*.npz"))) == 2
         assert is_slim(copy)

@@ -17,7 +17,7 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import checkpoint
-from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
+from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics, write_info
 from gengap_dist.training.trainer import run
 from tests.conftest import FULL, config, cut_after, thinned, train, weights
 from tests.ranks import start_module
@@ -200,6 +200,60 @@ def run_on_a_full_disk(world, out):
         return said.getvalue(), str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# -- whose checkpoint it is --------------------------------------------------------------------------------------------
+
+
+FEW_STEPS = {
+    "train__steps": 6, "batch__global_size": 100, "probe__enabled": False, "checkpoint__every_steps": 2,
+    "checkpoint__keep": 2,
+}  # fmt: skip
+
+
+def test_other_things_beside_checkpoints_change_nothing(tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train(whole, **FEW_STEPS)
+    shutil.copytree(whole, out)
+    cut_after(out, 4)
+    folder = out / "checkpoints"
+    shutil.copytree(folder / "step_00000004", folder / "step_00000004_1")
+    shutil.copytree(folder / "step_00000004", folder / "step_00000006.bak")
+    (folder / ".DS.part").write_text("mine")
+    (folder / "step_00000006").mkdir()
+    (folder / "step_00000006" / "mine.txt").write_text("mine")
+    with pytest.raises(
+        UsageError, match=r"step_00000006 is there, .*; the one of step 4 is complete: move it away, then"
+    ):
+        train(out, resume=True, **FEW_STEPS)
+    assert (folder / "step_00000006" / "mine.txt").read_text() == "mine"
+    (folder / "step_00000006").rename(folder / "mine")
+    train(out, resume=True, **FEW_STEPS)
+    assert timeless(out) == timeless(whole)
+    assert [*checkpoint.checkpoints_by_step(folder)] == [4, 6]
+    assert all(torch.equal(weight, weights(out)[name]) for name, weight in weights(whole).items())
+    assert {path.name for path in folder.iterdir()} == {
+        "step_00000004", "step_00000004_1", "step_00000006", "step_00000006.bak", ".DS.part", "mine"
+    }  # fmt: skip
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    runs = {name: tmp_path / name for name in ("a", "b", "rate", "copied")}
+    train(runs["a"], **FEW_STEPS)
+    train(runs["b"], seed=1, **FEW_STEPS)
+    shutil.copytree(runs["a"], runs["rate"])
+    shutil.copytree(runs["a"], runs["copied"])
+    cut_after(runs["copied"], 4)
+    train(runs["copied"], resume=True, **FEW_STEPS)  # the copy of a run is that run
+    shutil.rmtree(runs["a"] / "checkpoints" / "step_00000006")
+    shutil.copytree(runs["b"] / "checkpoints" / "step_00000006", runs["a"] / "checkpoints" / "step_00000006")
+    with pytest.raises(UsageError, match=r"step_00000006 is of another run \(run \w{32}\) than its folder"):
+        train(runs["a"], resume=True, **FEW_STEPS)
+    info = read_info(runs["rate"])
+    config_then = info.config | {"optim": info.config["optim"] | {"lr": 0.5}}
+    write_info(runs["rate"], info.with_fields(config=config_then))
+    with pytest.raises(UsageError, match=r"optim.lr \(0.5\) was 0.02 when checkpoint .*step_00000006 was written"):
+        train(runs["rate"], resume=True, optim__lr=0.5, **FEW_STEPS)
 
 
 # -- asked to leave ---------------------------------------------------------------------------------------------------

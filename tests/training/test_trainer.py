@@ -460,6 +460,12 @@ def rewrite_run_state(checkpoint, change):
     (checkpoint / "checkpoint.json").write_text(json.dumps(facts))
 
 
+def without(path, *names, **changes):
+    """Remove fields of a JSON file, and change others."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if name not in names}))
+
+
 def first_form(state):
     """run.pt as it was before it had a schema."""
     evaluator, probes = state["evaluator"], state["probes"]
@@ -481,6 +487,9 @@ def test_checkpoints_of_an_earlier_form_are_read_and_of_a_later_refused(whole, t
     with pytest.raises(UsageError, match=r"run.pt has schema 3, and this version reads up to 2: continue with"):
         train(out, resume=True, **settings)
     rewrite_run_state(checkpoint, lambda _: first_form(kept))
+    without(checkpoint / "checkpoint.json", "run", "config", schema=1)
+    without(out / "run.json", "id")
     train(out, resume=True, **settings)
     assert timeless(out) == timeless(whole[0])
     assert all(torch.equal(weight, weights(out)[name]) for name, weight in weights(whole[0]).items())
+    assert read_info(out).id is None

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from gengap_dist.analysis.study_data import RunData, StudyData
+from gengap_dist.runs.run_folder import write_atomically
 
 THEME = {  # CSS variable: light, dark. Figures are drawn in the light colours; the page replaces them by the variables.
     "ink": ("#1b1f24", "#e8eaed"),
@@ -90,11 +91,13 @@ def save(figure: ReportFigure, folder: Path, name: str, *, pdf: bool) -> tuple[s
         layout.execute(figure.figure)
         figure.figure.set_layout_engine("none")
     figure.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    (folder / f"{name}.svg").write_text(text.getvalue())
+    write_atomically(folder / f"{name}.svg", text.getvalue())
     (folder / f"{name}.pdf").unlink(missing_ok=True)  # of an earlier report
     if pdf:
-        figure.figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    (folder / f"{name}.csv").write_text(table)
+        data = io.BytesIO()
+        figure.figure.savefig(data, format="pdf", metadata={"CreationDate": None})
+        write_atomically(folder / f"{name}.pdf", data.getvalue())
+    write_atomically(folder / f"{name}.csv", table)
     return inline(text.getvalue(), name, figure.alt_text), table
 
 

@@ -90,11 +90,11 @@ def save(figure: ReportFigure, folder: Path, name: str, *, pdf: bool) -> tuple[s
         layout.execute(figure.figure)
         figure.figure.set_layout_engine("none")
     figure.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    (folder / f"{name}.svg").write_text(text.getvalue())
+    (folder / f"{name}.svg").write_text(text.getvalue(), encoding="utf-8")
     (folder / f"{name}.pdf").unlink(missing_ok=True)  # of an earlier report
     if pdf:
         figure.figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    (folder / f"{name}.csv").write_text(table)
+    (folder / f"{name}.csv").write_text(table, encoding="utf-8")
     return inline(text.getvalue(), name, figure.alt_text), table
 
 

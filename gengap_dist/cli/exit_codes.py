@@ -1,5 +1,6 @@
 """How a command ends: exit codes, and one sentence on stderr."""
 
+import io
 import os
 import sys
 import time
@@ -21,6 +22,8 @@ OK, FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL,
 def run_command(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> Never:
     """Run a command and exit: 0 done, 1 failed, 2 usage error, 75 preempted, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in many locales not every name can be printed
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = _outcome(prog, command, argv)
         sys.stdout.flush()

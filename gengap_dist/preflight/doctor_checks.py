@@ -26,6 +26,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from gengap_dist.compat.ray_job import started_by_job
+from gengap_dist.config.loading import home_folder
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import TORCHVISION
 from gengap_dist.distributed.cgroups import memory_limits
@@ -178,7 +179,7 @@ def network(request: CheckRequest) -> CheckResults:
 def _is_up(interface: str) -> bool:
     """Whether a network interface may lead to other machines."""
     state = Path("/sys/class/net") / interface / "operstate"
-    return interface != "lo" and not (state.exists() and state.read_text().strip() == "down")
+    return interface != "lo" and not (state.exists() and state.read_text(encoding="utf-8").strip() == "down")
 
 
 def disk(request: CheckRequest) -> CheckResults:
@@ -382,8 +383,8 @@ def _ray_token() -> tuple[str, str]:
     """The token that Ray would send, and its origin; ("", "") if there is none."""
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token, "RAY_AUTH_TOKEN"
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return (path.read_text().strip(), str(path)) if path.exists() else ("", "")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or home_folder() / ".ray" / "auth_token")
+    return (path.read_text(encoding="utf-8").strip(), str(path)) if path.exists() else ("", "")
 
 
 def _query_dashboard(address: str, token: str) -> None:

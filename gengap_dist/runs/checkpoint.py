@@ -87,7 +87,7 @@ class CheckpointWriter:
             part.mkdir()
             checksums = {f"{name}.pt": _write_tensors(part / f"{name}.pt", state) for name, state in states.items()}
             content = json.dumps({"schema": 1, "step": step, **facts, "sha256": checksums}, indent=1)
-            with (part / "checkpoint.json").open("w") as file:
+            with (part / "checkpoint.json").open("w", encoding="utf-8") as file:
                 file.write(content)
                 _fsync(file.fileno())
             _fsync_folder(part)
@@ -192,7 +192,7 @@ def describe_damage(path: Path) -> str:
     'checkpoint.json is missing'
     """
     try:
-        checksums = json.loads((path / "checkpoint.json").read_text())["sha256"]
+        checksums = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))["sha256"]
         for name, expected in checksums.items():
             with (path / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:

@@ -59,7 +59,7 @@ def _sample_until_stopped(stop: threading.Event, interval_seconds: float, path: 
                 line = {"time": round(time.time() * 1000), **_machine_metrics(path.parent, network_start)}
                 for index, gpu in gpus.items():
                     line |= _gpu_metrics(index, gpu)
-                with path.open("a") as file:
+                with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
 
 

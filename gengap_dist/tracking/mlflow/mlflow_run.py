@@ -64,7 +64,7 @@ class MlflowRun:
         """The run that `folder` has in the store `uri`; it is created by `open`."""
         self.client, self.experiment, self.folder = client, experiment, folder
         path = folder / "mlflow.json"
-        state = json.loads(path.read_text()) if path.exists() else {}
+        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.state: dict[str, Any] = state if state.get("uri") == uri else {"uri": uri, "last_step": -1}
 
     @property

@@ -30,7 +30,7 @@ Runs = Mapping[Path, RunInfo]
 def comparison_path(folder: Path) -> str:
     """Path, after the host, of the UI's comparison of a study's arms; empty if there are no arms yet."""
     paths = (folder / "runs" / arm / "mlflow.json" for arm in read_study_info(folder).arms)
-    states = [json.loads(path.read_text()) for path in paths if path.exists()]
+    states = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     if not states:
         return ""
     runs, experiments = ([*dict.fromkeys(s[key] for s in states)] for key in ("run_id", "experiment_id"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from gengap_dist.config.loading import validate
+from gengap_dist.config.loading import home_folder, validate
 from gengap_dist.config.sections import FrozenModel
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import write_atomically
@@ -17,8 +17,14 @@ from gengap_dist.runs.run_folder import write_atomically
 
 def default_path() -> Path:
     """The path of constants.json in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "gengap_dist" / "constants.json"
+    return _cache_folder() / "gengap_dist" / "constants.json"
+
+
+def _cache_folder() -> Path:
+    """The user's cache folder."""
+    if configured := os.environ.get("XDG_CACHE_HOME"):
+        return Path(configured)
+    return home_folder() / ".cache"
 
 
 class MicroSize(FrozenModel):
@@ -66,7 +72,7 @@ def read_micro_sizes() -> MicroSizes:
     """
     path = micro_sizes_path()
     try:
-        return validate(MicroSizes, json.loads(path.read_text())) if path.exists() else MicroSizes()
+        return validate(MicroSizes, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else MicroSizes()
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path} has no valid micro-batch sizes ({error}): delete it") from None
 

@@ -186,6 +186,7 @@ def _checked_run(source: Source) -> RunData:
     Raises:
         UsageError: if it does not.
     """
+    user_path(source.folder)  # it is recorded in study.json
     run = source.run or RunData(source.folder, source.arm, read_info(source.folder).content())
     value, size, seed = value_on_test(run.info), run.global_size, run.seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(size, int):

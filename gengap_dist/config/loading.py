@@ -1,8 +1,6 @@
 """Merges defaults, YAML files and the command line into one validated config."""
 
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,18 +58,10 @@ def user_path(text: str | Path) -> Path:
     return path
 
 
-def home_folder() -> Path:
-    """The user's home folder; a temporary one for a user that has none, as in many containers."""
-    try:
-        return Path.home()
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
-
-
 def as_text(name: str) -> str:
     r"""A file name as text that can be printed and recorded: bytes that are no UTF-8 become \xNN.
 
-    >>> as_text("cat"), as_text(os.fsdecode(b"caf\xe9"))
+    >>> as_text("cat"), as_text("caf\udce9")
     ('cat', 'caf\\xe9')
     """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

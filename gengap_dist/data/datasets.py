@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gengap_dist.config.loading import as_text
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import TORCHVISION
 from gengap_dist.data.data_spec import DataSpec
@@ -549,7 +550,7 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
         normalisation = {"mean": pixels.mean_C.tolist(), "std": pixels.std_C.tolist(), "num_mean": num_mean}
     return {
         "name": config.name,
-        "root": None if config.name == "digits" or config.is_own else str(config.root.resolve()),
+        "root": None if config.name == "digits" or config.is_own else as_text(str(config.root.resolve())),
         "num_train": len(splits.train),
         "num_val": len(splits.val),
         "num_test": len(splits.test),

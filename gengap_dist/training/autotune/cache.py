@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from gengap_dist.config.loading import home_folder, validate
+from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import FrozenModel
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import write_atomically
@@ -17,14 +17,8 @@ from gengap_dist.runs.run_folder import write_atomically
 
 def default_path() -> Path:
     """The path of constants.json in the user's cache folder."""
-    return _cache_folder() / "gengap_dist" / "constants.json"
-
-
-def _cache_folder() -> Path:
-    """The user's cache folder."""
-    if configured := os.environ.get("XDG_CACHE_HOME"):
-        return Path(configured)
-    return home_folder() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "gengap_dist" / "constants.json"
 
 
 class MicroSize(FrozenModel):

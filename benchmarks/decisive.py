@@ -186,8 +186,8 @@ def differences(study: StudyData) -> str:
 def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs of arms that `differences` compares.
 
-    >>> pairs(["sb", "sb-half", "lb", "lb-rate", "lb-rate-raise", "lb-half"])
-    [('sb-half', 'sb'), ('lb', 'sb'), ('lb-rate', 'lb'), ('lb-rate-raise', 'lb-rate'), ('lb-half', 'lb'), ('lb-half', 'sb-half')]
+    >>> pairs(["sb", "sb-half", "lb", "lb-rate-raise", "lb-half"])
+    [('sb-half', 'sb'), ('lb', 'sb'), ('lb-rate-raise', 'lb'), ('lb-half', 'lb'), ('lb-half', 'sb-half')]
     """
     out = []
     for arm in arms:

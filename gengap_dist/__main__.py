@@ -5,6 +5,7 @@ import sys
 
 from gengap_dist import __version__
 from gengap_dist.compat.hard_exit import exit_without_teardown
+from gengap_dist.compat.utf8_mode import ensure_utf8_mode
 
 COMMANDS = {  # name: module, help text
     "train": ("gengap_dist.cli.train", "train one network with one global batch size"),
@@ -19,6 +20,7 @@ COMMANDS = {  # name: module, help text
 
 def main() -> None:
     """Run the command named by the first argument."""
+    ensure_utf8_mode()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         try:

@@ -8,6 +8,8 @@ from gengap_dist.analysis.results import Claim
 from gengap_dist.analysis.rules.gap import NO_LOSS, Difference
 from gengap_dist.analysis.rules.judged import JudgedStudy, described
 
+MAX_CLAUSES = 8  # arms in the answer
+
 CAUSES = {
     "explains most": "near-rank loss explains most of the loss of large batches",
     "explains less than half": "near-rank loss explains less than half of the loss of large batches",
@@ -25,7 +27,11 @@ def answer(study: JudgedStudy, gaps: Sequence[Difference], growths: Sequence[Dif
         return f"Nothing can be said: the baseline ({base.name}) did not train."
     ordered = sorted(gaps, key=lambda each: each.arm.global_size)
     none_up_to, shown = _no_loss(study, ordered)
-    clauses = [*([none_up_to] if none_up_to else []), *(_clause(study, each) for each in ordered if each not in shown)]
+    others = [each for each in ordered if each not in shown]
+    told = _most_harmful(others)
+    clauses = [*([none_up_to] if none_up_to else []), *(_clause(study, each) for each in told)]
+    if len(told) < len(others):
+        clauses.append(f"{len(others) - len(told)} other arms: see their table")
     if len(of_base.trained) < len(of_base.seeds):
         clauses.append(f"of the baseline {base.name}, {of_base}")
     if not gaps:
@@ -35,6 +41,13 @@ def answer(study: JudgedStudy, gaps: Sequence[Difference], growths: Sequence[Dif
         cause += ", by the arms that train as well; the losses are not equal in training"
     sentences = ["; ".join(clauses), cause or _harmless(gaps, growths)]
     return " ".join(text[0].upper() + text[1:] + "." for text in sentences if text)
+
+
+def _most_harmful(gaps: Sequence[Difference]) -> list[Difference]:
+    """Of too many for a sentence those with the largest loss above the margin, in the same order."""
+    by_loss = sorted(gaps, key=lambda each: -_mean(each) if each.finding == "above the margin" else 0.0)
+    kept = {each.arm.name for each in by_loss[:MAX_CLAUSES]}
+    return [each for each in gaps if each.arm.name in kept]
 
 
 def _no_loss(study: JudgedStudy, gaps: Sequence[Difference]) -> tuple[str, list[Difference]]:

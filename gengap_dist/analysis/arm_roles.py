@@ -6,11 +6,11 @@ number of epochs.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from gengap_dist.analysis.results import Run
-from gengap_dist.config.identity import Settings, differing_settings, effective_settings, is_counterpart
+from gengap_dist.config.identity import Settings, counterpart_key, differing_settings, effective_settings
 
 SAME = 0.02  # epochs and updates that differ by less count as equal: the last step of an epoch may be smaller
 
@@ -101,15 +101,17 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
         return groups
     base = arms[baseline]
     natural = [arm for arm in arms.values() if arm.settings.get(STRENGTH) is None]
+    first_natural = _smallest(natural, RANK, lambda arm: 0.0)
+    shorter_of, unscaled_of = shorter_counterpart(natural), unscaled_counterpart(natural)
     for arm in arms.values():
         if arm.settings.get(STRENGTH) is not None:
-            without = (other for other in natural if is_counterpart(arm.settings, other.settings, RANK))
-            groups.interventions.extend(Intervention(arm, other, _kind(arm)) for other in [*without][:1])
+            if without := first_natural(arm):
+                groups.interventions.append(Intervention(arm, without, _kind(arm)))
             continue
         differs = differing_settings(arm.settings, base.settings)
         if arm.global_size > base.global_size and differs <= RATE | LENGTH | NORM:
             plain = differs <= LENGTH_AND_WARMUP
-            shorter, unscaled = shorter_counterpart(arm, natural), unscaled_counterpart(arm, natural)
+            shorter, unscaled = shorter_of(arm), unscaled_of(arm)
             if plain:
                 groups.plain.append(arm)
             if unscaled or (_rate(arm) > _rate(base) and differs <= RATE | LENGTH and not shorter):
@@ -142,23 +144,43 @@ def nearly_equal(one: float, other: float) -> bool | None:
     return abs(one - other) <= SAME * other if one > 0 and other > 0 else None
 
 
-def unscaled_counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """The arm that differs only by a lower learning rate, and its warm-up; None if there is none."""
-    unscaled = (
-        other for other in arms if is_counterpart(arm.settings, other.settings, RATE) and _rate(other) < _rate(arm)
-    )
-    return min(unscaled, key=_rate, default=None)
+Counterpart = Callable[[Arm], Arm | None]
+"""Finds the arm with which another one is compared; None if there is none."""
 
 
-def shorter_counterpart(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """The shortest arm with the same batch size that differs only by fewer epochs; None if there is none."""
-    shorter = (
-        other
-        for other in arms
-        if is_counterpart(arm.settings, other.settings, LENGTH_AND_WARMUP)
-        and _epochs(other) < (1 - SAME) * _epochs(arm)
-    )
-    return min(shorter, key=_epochs, default=None)
+def unscaled_counterpart(arms: Iterable[Arm]) -> Counterpart:
+    """Finds the one of `arms` that differs by the lowest learning rate, and its warm-up, only."""
+    lowest = _smallest(arms, RATE, _rate)
+
+    def find(arm: Arm) -> Arm | None:
+        other = lowest(arm)
+        return other if other and _rate(other) < _rate(arm) else None
+
+    return find
+
+
+def shorter_counterpart(arms: Iterable[Arm]) -> Counterpart:
+    """Finds the shortest of `arms` with the same batch size that differs by fewer epochs only."""
+    shortest = _smallest(arms, LENGTH_AND_WARMUP, _epochs)
+
+    def find(arm: Arm) -> Arm | None:
+        other = shortest(arm)
+        return other if other and _epochs(other) < (1 - SAME) * _epochs(arm) else None
+
+    return find
+
+
+def _smallest(arms: Iterable[Arm], remedy: Collection[str], size: Callable[[Arm], float]) -> Counterpart:
+    """Finds the first of the smallest of `arms` that differ from an arm in settings of the remedy only.
+
+    By key and not pair by pair: a study may have hundreds of arms.
+    """
+    found: dict[Hashable, Arm] = {}
+    for arm in arms:
+        key = counterpart_key(arm.settings, remedy)
+        if key not in found or size(arm) < size(found[key]):
+            found[key] = arm
+    return lambda arm: found.get(counterpart_key(arm.settings, remedy))
 
 
 def _rate(arm: Arm) -> float:

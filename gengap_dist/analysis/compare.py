@@ -80,6 +80,7 @@ def _skew_caveats(gaps: dict[str, Gap], metric: MetricDescription) -> list[str]:
 
 def _gaps(runs: Sequence[Run], arms: dict[str, Arm], baseline: str) -> dict[str, Gap]:
     base = arms[baseline].scores() if baseline in arms else {}
+    unfinished = _unfinished_runs(runs)
     out: dict[str, Gap] = {}
     for name, arm in arms.items():
         if name == baseline or not (base.keys() & arm.scores().keys()):
@@ -96,7 +97,7 @@ def _gaps(runs: Sequence[Run], arms: dict[str, Arm], baseline: str) -> dict[str,
             if difference.student
             else None,
             matched=_matched(arm, arms[baseline]),
-            unfinished_runs=unfinished_runs(runs, name),
+            unfinished_runs=unfinished.get(name, ""),
         )
     corrected = holm([gap.p for gap in out.values()])
     return {name: gap._replace(holm=p) for (name, gap), p in zip(out.items(), corrected, strict=True)}
@@ -111,10 +112,13 @@ def _matched(arm: Arm, base: Arm) -> str:
     return " and ".join(words)
 
 
-def unfinished_runs(runs: Sequence[Run], arm: str) -> str:
-    """Runs of an arm that did not finish, as text ("1 diverged"); empty if there are none."""
-    counts = Counter(run.status for run in runs if run.arm == arm and run.status != "finished")
-    return ", ".join(f"{number} {status}" for status, number in counts.items())
+def _unfinished_runs(runs: Sequence[Run]) -> dict[str, str]:
+    """Runs that did not finish, by arm, as text ("1 diverged"); arms without one are missing."""
+    counts: dict[str, Counter[str]] = {}
+    for run in runs:
+        if run.status != "finished":
+            counts.setdefault(run.arm, Counter())[run.status] += 1
+    return {arm: ", ".join(f"{number} {status}" for status, number in found.items()) for arm, found in counts.items()}
 
 
 def _caveats(
@@ -123,8 +127,8 @@ def _caveats(
     out = []
     if baseline not in arms or not arms[baseline].runs:
         out.append(f"The baseline ({baseline}) has no finished run: the other arms have no comparison.")
-    ended = [f"{name}: {words}" for name in arms if (words := unfinished_runs(runs, name))]
-    if ended:
+    unfinished = _unfinished_runs(runs)
+    if ended := [f"{name}: {unfinished[name]}" for name in arms if name in unfinished]:
         out.append(
             "Runs without a result are counted but left out of the means, so the means may be better than the "
             f"arm is: {'; '.join(ended)}."

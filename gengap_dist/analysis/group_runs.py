@@ -1,24 +1,26 @@
 """Combines runs from several places into one study: groups them into arms, and names the arms."""
 
+import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.analysis.study_data import MEASURED_AT, RunData, StudyData, read_study, tuned_settings
-from gengap_dist.config.identity import differing_settings, effective_settings, is_same_arm
-from gengap_dist.config.loading import flat
+from gengap_dist.config.identity import counterpart_key, differing_settings, effective_settings
+from gengap_dist.config.loading import flat, user_path
 from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.errors import UsageError, first_of
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.metric import value_on_test
 from gengap_dist.runs.mixtures import changed_data, different_kinds
 from gengap_dist.runs.run_folder import read_info
-from gengap_dist.runs.schema import RunStatus, StudyInfo, StudyMember
+from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo, StudyMember
 from gengap_dist.tracking.mlflow.client import connect_client, store_uri
 from gengap_dist.tracking.mlflow.importer import SourceNames, find_runs, save_as_run_folder
 
 LOOKS = ("looks", "may_extend")  # settings of a study that say when it is judged
+OF_RUN = ("checkpoints", "spectra")  # folders in the folder of a run
 MAX_NAMED_SETTINGS = 3  # in an arm's name
 CURVES = (  # of runs in MLflow
     "train/loss", "train/lr", "val/accuracy", "val/loss", "probe/accuracy", "probe/loss", "epoch", MEASURED_AT,
@@ -36,6 +38,8 @@ class Source(NamedTuple):
     is_baseline: bool = False
     """Whether it belongs to its study's baseline."""
     study: StudyData | None = None
+    run: RunData | None = None
+    """What was read of it with its study."""
 
 
 class Declaration(NamedTuple):
@@ -110,14 +114,13 @@ def gather(
             without `across`, data or networks differ.
     """
     problems: list[str] = []
-    collected: list[Source] = []
+    of: dict[Path, Source] = {}
     studies: dict[Path, StudyData] = {}  # that have been read, by folder
     for source in sources:
-        new = _from_mlflow(source, out, names, uri) if ":/" in source else _on_disk(Path(source), studies)
-        seen = {each.folder for each in collected}
-        collected += [each for each in new if each.folder not in seen]
+        for each in _from_mlflow(source, out, names, uri) if ":/" in source else _on_disk(user_path(source), studies):
+            of.setdefault(each.folder, each)
     runs: list[RunData] = []
-    for each in collected:
+    for each in of.values():
         try:
             runs.append(_checked_run(each))
         except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -128,7 +131,6 @@ def gather(
         raise UsageError(
             f"none of the {len(runs)} runs has {names.accuracy}: give the name of their test accuracy with --accuracy"
         )
-    of = {source.folder: source for source in collected}
     tuned = {name for run in runs for name in of[run.folder].tuned}
     arms = _arms(runs, tuned)
     baseline = min(arms, key=lambda arm: _baseline_order(arms[arm], of))
@@ -140,7 +142,7 @@ def gather(
                 key=lambda run: (run.info["status"] == RunStatus.FINISHED, value_on_test(run.info) is not None)
             )
             duplicates += [f"{arm}, seed {seed}"] if len(same_seed) > 1 else []
-            members.append(RunData(same_seed[-1].folder, arm, same_seed[-1].info))
+            members.append(same_seed[-1].in_arm(arm))
     labels = {str(run.folder): run.info for run in runs}
     if (mixed := [*different_kinds(labels), *changed_data(labels)]) and not across:
         raise UsageError(
@@ -184,7 +186,8 @@ def _checked_run(source: Source) -> RunData:
     Raises:
         UsageError: if it does not.
     """
-    run = RunData(source.folder, source.arm, read_info(source.folder).content())
+    user_path(source.folder)  # it is recorded in study.json
+    run = source.run or RunData(source.folder, source.arm, read_info(source.folder).content())
     value, size, seed = value_on_test(run.info), run.global_size, run.seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(size, int):
         raise UsageError(f"its seed ({seed}) and batch ({size}) are not integers: correct its run.json")
@@ -207,12 +210,8 @@ def _on_disk(folder: Path, known: dict[Path, StudyData]) -> Iterator[Source]:
     Studies that have been read are in `known`, and those that are read now are added.
     """
     folder = folder.resolve()
-    studies = sorted(path.parent for path in folder.rglob(StudyInfo.file_name))
-    loose = [
-        path.parent
-        for path in sorted(folder.rglob("run.json"))
-        if not any(path.is_relative_to(study) for study in studies)
-    ]
+    studies, runs = _studies_and_runs(folder)
+    loose = [path for path in runs if not studies & {path, *path.parents}]
     if not loose and not studies:
         raise UsageError(f"RUN ({folder}) contains no run.json, nor does any folder below it: give the folder of a run")
 
@@ -224,9 +223,26 @@ def _on_disk(folder: Path, known: dict[Path, StudyData]) -> Iterator[Source]:
     for path in loose:
         parent = _study_folder(path)
         yield _of_study(path, path.parent.name, study_in(parent)) if parent else Source(path)
-    for study in map(study_in, studies):
-        for run in sorted(study.runs, key=lambda run: study.arms.index(run.arm)):
-            yield _of_study(run.folder, run.arm, study)
+    for study in map(study_in, sorted(studies)):
+        for run in (run for arm in study.arms for run in study.runs_of(arm)):
+            yield _of_study(run.folder, run.arm, study)._replace(run=run)
+
+
+def _studies_and_runs(folder: Path) -> tuple[set[Path], list[Path]]:
+    """Study folders and run folders at or below a folder, the latter sorted.
+
+    Folders that vanish meanwhile are left out, and those in which a run that trains makes and removes files are not
+    entered.
+    """
+    studies, runs = set[Path](), []
+    for name, below, files in os.walk(folder):
+        path = Path(name)
+        if StudyInfo.file_name in files and (path / StudyInfo.file_name).is_file():
+            studies.add(path)
+        if RunInfo.file_name in files and (path / RunInfo.file_name).is_file():
+            runs.append(path)
+            below[:] = [each for each in below if each not in OF_RUN]
+    return studies, sorted(runs)
 
 
 def _study_folder(run: Path) -> Path | None:
@@ -265,14 +281,11 @@ def _is_compared(name: str) -> bool:
 
 def _arms(runs: Iterable[RunData], tuned: Collection[str]) -> dict[str, list[RunData]]:
     """Runs by arm: equal settings except the seed and what was tuned; named by the study, or by what differs."""
-    groups: list[list[RunData]] = []
+    by_key: dict[Hashable, list[RunData]] = {}
     for run in runs:
-        group = next((group for group in groups if _same_arm(group[0], run, tuned)), None)
-        if group is None:
-            groups.append([run])
-        else:
-            group.append(run)
-    groups.sort(key=lambda group: group[0].global_size)
+        key = counterpart_key(flat(run.info["config"]), tuned), run.arm if tuned else ""
+        by_key.setdefault(key, []).append(run)
+    groups = sorted(by_key.values(), key=lambda group: group[0].global_size)
     out: dict[str, list[RunData]] = {}
     for group in groups:
         base_name = group[0].arm or _name(group[0], groups[0][0])
@@ -281,11 +294,6 @@ def _arms(runs: Iterable[RunData], tuned: Collection[str]) -> dict[str, list[Run
             name, number = f"{base_name} ({number})", number + 1
         out[name] = group
     return out
-
-
-def _same_arm(first: RunData, second: RunData, tuned: Collection[str]) -> bool:
-    one, other = flat(first.info["config"]), flat(second.info["config"])
-    return is_same_arm(one, other, tuned) and (not tuned or first.arm == second.arm)
 
 
 def _name(run: RunData, first: RunData) -> str:

@@ -30,7 +30,7 @@ from gengap_dist.runs.run_folder import (
     spectra_by_step,
 )
 from gengap_dist.runs.schema import RunStatus
-from gengap_dist.statistics.paired import Paired, paired
+from gengap_dist.statistics.paired import Paired
 
 PENALTY_NORM = "train/rank_penalty_grad_norm"
 CURVES = ("step", "epoch", "train/loss", "train/lr", "probe/loss", PENALTY_NORM)  # kept of every run, with its metrics
@@ -121,6 +121,12 @@ class RunData:
         result = self.info.get("result") or {}
         return result.get("samples_per_second", result.get("images_per_second"))  # its name in schema 1
 
+    def in_arm(self, arm: str) -> "RunData":
+        """The same run in another arm, with what was read of it."""
+        out = replace(self, arm=arm)
+        vars(out).update({name: value for name, value in vars(self).items() if name not in vars(out)})
+        return out
+
     def history(self) -> MetricsTable:
         """All recorded metrics, read from disk at each call."""
         return read_metrics_table(self.folder)
@@ -177,7 +183,7 @@ class RunData:
 
     def test_correct(self) -> np.ndarray | None:
         """Whether the run is right about each test sample, [M] bool; see `run_folder.read_test_correct`."""
-        return read_test_correct(self.folder)
+        return read_test_correct(self.folder, self.info.get("result") or {})
 
     def first_and_last_probe(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """The metrics at the first and at the last measurement; empty if there is none."""
@@ -219,7 +225,14 @@ class StudyData:
 
     def runs_of(self, arm: str) -> list[RunData]:
         """Runs of one arm, by seed."""
-        return sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed)
+        return self._runs_by_arm.get(arm, [])
+
+    @cached_property
+    def _runs_by_arm(self) -> dict[str, list[RunData]]:
+        out: dict[str, list[RunData]] = {}
+        for run in sorted(self.runs, key=lambda run: run.seed):
+            out.setdefault(run.arm, []).append(run)
+        return out
 
     def finished_runs(self, arm: str) -> list[RunData]:
         """Finished runs of one arm, by seed."""
@@ -254,9 +267,9 @@ class StudyData:
         return {seed: self.metric.score(value) for seed, value in self.test_values(arm).items()}
 
     def gap(self, arm: str) -> Paired | None:
-        """Score of the baseline minus that of the arm, paired by seed; None if no seed has both."""
-        of_arm, of_baseline = self.scores(arm), self.scores(self.baseline)
-        return paired(of_baseline, of_arm) if of_arm.keys() & of_baseline.keys() else None
+        """Score of the baseline minus that of another arm, paired by seed; None if no seed has both."""
+        found = self.comparison.gaps.get(arm)
+        return found.paired if found else None
 
     def unfinished_runs(self, arm: str) -> str:
         """Runs of an arm that did not finish, as text ("1 diverged"); empty if there are none."""
@@ -491,6 +504,6 @@ def read_study(folder: Path) -> StudyData:
             runs += [run] if run.seed in info.seeds else []
         except UsageError as error:
             unreadable.append(str(error).replace(f"{folder}/", ""))
-        except (KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             unreadable.append(f"{path} is damaged ({type(error).__name__}: {error})")
     return StudyData(folder, info.name, info.question, info.baseline, info.arms, runs, info.content(), unreadable)

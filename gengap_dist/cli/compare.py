@@ -18,6 +18,7 @@ from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import Parser
+from gengap_dist.config.loading import user_path
 from gengap_dist.errors import UsageError, did_you_mean
 
 PROG = "gengap compare"
@@ -26,7 +27,7 @@ PROG = "gengap compare"
 def command(argv: Sequence[str]) -> int:
     """Find the runs, group them into arms, write and print the comparison; returns the exit code."""
     options = _parse(argv)
-    out = Path(options.out or f"comparisons/{datetime.now():%Y%m%d-%H%M%S}").resolve()
+    out = user_path((options.out or Path("comparisons") / f"{datetime.now():%Y%m%d-%H%M%S}").resolve())
     from gengap_dist.analysis.group_runs import gather
     from gengap_dist.analysis.report.html import write_report
     from gengap_dist.cli.terminal import print_study
@@ -38,7 +39,7 @@ def command(argv: Sequence[str]) -> int:
     run_folder.prepare_folder(out, "study.json", resume=True)
     names = SourceNames(options.accuracy, options.size, options.seed, options.updates, options.percent)
     study, problems = gather(options.runs, out, names, options.tracking_uri, options.question, across=options.across)
-    changed = [sums_problem(Path(source)) for source in options.runs if ":/" not in source]
+    changed = [sums_problem(user_path(source)) for source in options.runs if ":/" not in source]
     for problem in [*filter(None, changed), *problems]:
         print(f"{PROG}: warning: {problem}", file=sys.stderr)
     if options.baseline and options.baseline not in study.arms:
@@ -59,7 +60,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="ARM",
         help="arm with which the others are compared; default: the arm with the smallest batch",
     )
-    add("--out", metavar="DIR", help="folder for report and figures; default: comparisons/<time>")
+    add("--out", type=user_path, metavar="DIR", help="folder for report and figures; default: comparisons/<time>")
     add("--question", default="", help="question of the comparison; printed at the head of the report")
     add("--tracking_uri", metavar="URI", help="MLflow store of runs:/ and experiments:/; default: MLFLOW_TRACKING_URI")
     add("--accuracy", default="test/accuracy", metavar="METRIC", help="MLflow: metric with the test accuracy")

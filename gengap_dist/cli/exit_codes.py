@@ -1,10 +1,13 @@
 """How a command ends: exit codes, and one sentence on stderr."""
 
+import io
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Never
 
 from gengap_dist.compat.hard_exit import hard_exit
@@ -22,11 +25,25 @@ OK, FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL,
 def run_command(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> Never:
     """Run a command and exit: 0 done, 1 failed, 2 usage error, 75 preempted, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    _ensure_home()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in many locales not every name can be printed
+        sys.stdout.reconfigure(errors="replace")
     keep_streams()
     code = _outcome(prog, command, argv)
     if started_externally():
         hard_exit(code)
     sys.exit(code)
+
+
+def _ensure_home() -> None:
+    """Give a user without a home folder, as in many containers, a temporary one: MLflow and others ask for it."""
+    try:
+        Path.home()
+    except RuntimeError:
+        home = Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
+        home.mkdir(mode=0o700, exist_ok=True)
+        mine = home.stat().st_uid == os.getuid()
+        os.environ["HOME"] = str(home) if mine else tempfile.mkdtemp(prefix="home-")
 
 
 def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from pydantic import AliasChoices, Field, PositiveInt
 from pydantic_settings import BaseSettings, CliDualFlag, CliSettingsSource, CliToggleFlag, SettingsConfigDict
 
 from gengap_dist.config.loading import field_names, renamed, validate
-from gengap_dist.config.sections import FrozenModel, RunConfig
+from gengap_dist.config.sections import FrozenModel, RunConfig, UserPath
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.errors import UsageError, did_you_mean
 
@@ -22,7 +22,7 @@ OptionsT = TypeVar("OptionsT", bound=FrozenModel)
 class CommonOptions(FrozenModel):
     """Options of every command that reads settings."""
 
-    config: list[Path] = []
+    config: list[UserPath] = []
     """YAML file with settings; may be given several times; later files override. Files may use `extends`."""
     print_config: CliToggleFlag[bool] = False
     """Print the resolved settings as YAML, and exit."""
@@ -33,7 +33,7 @@ class CommonOptions(FrozenModel):
 class Options(CommonOptions):
     """Options of the commands that train."""
 
-    out: Path | None = None
+    out: UserPath | None = None
     """Output folder; default: a new folder named after the settings."""
     resume: CliToggleFlag[bool] = False
     """Continue the run or study in --out; without this, a folder with a run is refused."""
@@ -48,7 +48,7 @@ class PlanOptions(CommonOptions):
     """Ranks on each machine, one for each GPU (or for each share of the CPU cores)."""
     calibrate: CliToggleFlag[bool] = False
     """Measure this machine's constants first, and save them: about ten seconds for a small network."""
-    constants: Path | None = None
+    constants: UserPath | None = None
     """JSON file with the constants of the time model; default: constants.json in the user's cache folder."""
     as_json: CliToggleFlag[bool] = Field(default=False, alias="json")
     """Print the plan as JSON."""
@@ -57,7 +57,7 @@ class PlanOptions(CommonOptions):
 class DoctorOptions(CommonOptions):
     """Options of `doctor`."""
 
-    out: Path = Path()
+    out: UserPath = Path()
     """Output folder of the run, checked for free space."""
     as_json: CliToggleFlag[bool] = Field(default=False, alias="json")
     """Print the results as JSON."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import Parser
-from gengap_dist.config.loading import load_yaml, merge, nested, validate
+from gengap_dist.config.loading import load_yaml, merge, nested, user_path, validate
 from gengap_dist.config.measures import PROBE_DIAGNOSTICS
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
@@ -44,7 +44,7 @@ def command(argv: Sequence[str]) -> int:
     # use all settings of the run except launch: it may have run on GPUs or under Ray
     base = load_yaml(folder / "config.yaml") | {"launch": {}} if is_run else {"model": {"name": options.model}}
     config = _config(options, base)
-    out = Path(options.out).resolve() if options.out else None
+    out = user_path(options.out.resolve()) if options.out else None
 
     from gengap_dist.distributed.process_group import destroy_process_group, init_process_group
     from gengap_dist.distributed.runtime_context import rank_environment
@@ -76,15 +76,14 @@ def _show(options: argparse.Namespace, config: RunConfig, observations: list[Any
 
     print_line = wide_console().print
     page = write_report(read_study(out))
-    print_line(
-        f"spectra  {out / 'spectra'}\nfigures  {out / 'figures'}\nreport   {page}", highlight=False, soft_wrap=True
-    )
+    paths = f"spectra  {out / 'spectra'}\nfigures  {out / 'figures'}\nreport   {page}"
+    print_line(paths, highlight=False, markup=False, soft_wrap=True)
     if options.mlflow:
         from gengap_dist.analysis.report.text import ui_command
         from gengap_dist.tracking.mlflow.process import sync_now
 
         uri = sync_now(out, options.tracking_uri, lambda name, done, total: None)
-        print_line(f"mlflow   {ui_command(uri)}", highlight=False, soft_wrap=True)
+        print_line(f"mlflow   {ui_command(uri)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _split_run_and_step(model: str) -> tuple[Path, str]:
@@ -94,7 +93,7 @@ def _split_run_and_step(model: str) -> tuple[Path, str]:
     ((PosixPath('runs/a'), '0'), (PosixPath('runs/a'), 'last'))
     """
     folder, at, step = model.rpartition("@")
-    return (Path(folder), step) if at else (Path(model), "last")
+    return (user_path(folder), step) if at else (user_path(model), "last")
 
 
 def _of_run(folder: Path, which_weights: str) -> "list[Network]":
@@ -151,7 +150,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="lenet5, vgg16, resnet20 (44, 56, 110), f1, c1, mlp, torchvision:NAME, timm:NAME, module.path:factory, "
         "or the folder of a run: RUN_DIR (its last weights), RUN_DIR@best, RUN_DIR@STEP, RUN_DIR@0 (untrained)",
     )
-    add("--weights", type=Path, metavar="FILE", help="state dict for the model (torch.save); a run has its own")
+    add("--weights", type=user_path, metavar="FILE", help="state dict for the model (torch.save); a run has its own")
     add("--data", help="data set: digits (default), mnist, fashion_mnist, cifar10, cifar100, imagefolder")
     add("--data_root", help="folder with the files of the data set")
     add("--image_size", type=int, help="side of the images; smaller ones are zero-padded (default 32)")
@@ -168,7 +167,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--seed", type=int, help="seed of an untrained network's weights")
     add("--dtype", help="float32 (default) or float64")
-    add("--out", help="folder for spectra (npz), figures and a report; must be new or empty")
+    add("--out", type=user_path, help="folder for spectra (npz), figures and a report; must be new or empty")
     add("--mlflow", action="store_true", help="send what is in --out to MLflow as a run")
     add("--tracking_uri", help="MLflow store (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)")
     add("--debug", action="store_true", help="show Python's traceback on an error")

@@ -16,6 +16,7 @@ from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import Parser
+from gengap_dist.config.loading import user_path
 from gengap_dist.errors import UsageError
 
 PROG = "gengap report"
@@ -31,9 +32,9 @@ def command(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=f"{PROG} [--pdf] DIR\n       {PROG} sync DIR\n       {PROG} slim DIR OUT",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a run or of a study")
+    parser.add_argument("folder", type=user_path, metavar="DIR", help="folder of a run or of a study")
     if action == "slim":
-        parser.add_argument("out", type=Path, metavar="OUT", help="folder of the copy: new, or an earlier copy")
+        parser.add_argument("out", type=user_path, metavar="OUT", help="folder of the copy: new, or an earlier copy")
     parser.add_argument("--pdf", action="store_true", help="also write the figures as PDF")
     parser.add_argument(
         "--tracking_uri", help="sync: MLflow store; default: the store to which the folder was uploaded"

@@ -17,7 +17,7 @@ from typing import Any
 from gengap_dist.cli.exit_codes import FAILED, OK, run_command
 from gengap_dist.cli.options import Options, StudySettings, parse
 from gengap_dist.compat.fast_imports import fast_imports
-from gengap_dist.config.loading import resolve, to_yaml
+from gengap_dist.config.loading import resolve, to_yaml, user_path
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import ending_on_signals
@@ -40,7 +40,7 @@ def command(argv: Sequence[str]) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return OK
-    out = (options.out or Path("studies") / config.study.name).resolve()
+    out = user_path((options.out or Path("studies") / config.study.name).resolve())
     with ending_on_signals():
         if not launchers.is_driver(config.launch):
             runner.run_study(config, out, StudyCallback(), driver=False)
@@ -128,8 +128,13 @@ def _run(config: StudyConfig, out: Path) -> int:
 
 def _verdicts(study: Any) -> list[str]:
     """The answer, then each claim with its outcome and evidence, for the note of the study's MLflow run."""
+    from gengap_dist.analysis.report.text import first_sentences
+
     found = study.comparison
-    claims = [f"{claim.claim} **{claim.finding or claim.outcome}**: {claim.evidence}" for claim in found.claims]
+    claims = [
+        f"{claim.claim} **{claim.finding or claim.outcome}**: {first_sentences(claim.evidence)[0]}"
+        for claim in found.claims
+    ]
     return [*[found.answer] * bool(found.answer), *claims]
 
 

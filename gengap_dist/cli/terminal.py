@@ -20,7 +20,16 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from gengap_dist.analysis.report.text import gap_sentence, last_layer, study_rows, test_head, ui_command, value_text
+from gengap_dist.analysis.report.text import (
+    MAX_CAVEATS,
+    first_sentences,
+    gap_sentence,
+    last_layer,
+    study_rows,
+    test_head,
+    ui_command,
+    value_text,
+)
 from gengap_dist.analysis.study_data import RunData, StudyData, read_run
 from gengap_dist.config.measures import MEASURES
 from gengap_dist.config.metric_key import layer_metric
@@ -78,7 +87,7 @@ class RunProgress:
         """`done` of `total` steps of a run."""
         run = run or self.title
         if run not in self._steps:
-            self._steps[run] = self._bar.add_task(run, total=None, note="")
+            self._steps[run] = self._bar.add_task(escape(run), total=None, note="")
             self._count()
         self._bar.update(self._steps[run], completed=done, total=total or None)
         if note:
@@ -115,7 +124,7 @@ class RunProgress:
     def print_line(self, text: str) -> None:
         """Print a permanent line above the bars."""
         self._last_line_time = time.monotonic()
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -135,7 +144,7 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
     console = wide_console()
     result = run.info["result"]
     if run.info["status"] != "finished":
-        console.print(f"[bold red]{run.info['status']}[/]: {run.info.get('error', '')}", highlight=False)
+        console.print(f"[bold red]{run.info['status']}[/]: {escape(str(run.info.get('error', '')))}", highlight=False)
     else:
         metric = run.metric
         test, train, best = (
@@ -155,9 +164,9 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
             "with probe.max_time_fraction=null none is skipped",
             highlight=False,
         )
-    console.print(f"run     {out}\nreport  {page}", highlight=False, soft_wrap=True)
+    console.print(f"run     {out}\nreport  {page}", highlight=False, markup=False, soft_wrap=True)
     if uri:
-        console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)
+        console.print(f"mlflow  {ui_command(uri)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_profile(out: Path) -> None:
@@ -166,10 +175,11 @@ def print_profile(out: Path) -> None:
     if not (folder / "summary.txt").exists():
         return  # the run has warned that it cannot be written, or there was no profiled step
     console = wide_console()
-    console.print((folder / "summary.txt").read_text(), highlight=False, markup=False, soft_wrap=True)
+    console.print((folder / "summary.txt").read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"profile {folder}: traces of all ranks (open with https://ui.perfetto.dev), and this summary\n",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
@@ -197,7 +207,8 @@ def layer_table(run: RunData) -> Table | None:
 def print_observation(observation: "Observation", untrained: "Observation | None", title: str) -> None:
     """Print one row per layer and view, with a bar for the near-rank loss; then other probe sets and diagnostics."""
     before = {spectrum.key: spectrum.measures() for spectrum in untrained.spectra[""]} if untrained else {}
-    table = Table(title=f"{title}: near-rank loss" + (" (untrained -> now)" if before else ""), title_justify="left")
+    change = " (untrained -> now)" if before else ""
+    table = Table(title=f"{escape(title)}: near-rank loss{change}", title_justify="left")
     heads = ("layer", "N", "D", "N/D", "dead", "below 0.01 s1", "", "below 0.01", "effective rank", "s max", "floor")
     for number, head in enumerate(heads):
         table.add_column(head, justify="left" if number in (0, 6) else "right", no_wrap=True)
@@ -330,21 +341,25 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
     for claim in study.comparison.claims:
         finding = f" [dim]({escape(claim.finding)})[/]" if claim.finding else ""
         console.print(
-            f"[{OUTCOMES[claim.outcome]}]{claim.outcome:12}[/] [bold]{claim.claim}[/]{finding}", highlight=False
+            f"[{OUTCOMES[claim.outcome]}]{claim.outcome:12}[/] [bold]{escape(claim.claim)}[/]{finding}", highlight=False
         )
-        console.print(Padding(escape(claim.evidence), (0, 0, 0, 13)), highlight=False)
-    for caveat in study.comparison.caveats:
+        evidence, rest = first_sentences(claim.evidence)
+        evidence += " ... (the rest is in the report)" if rest else ""
+        console.print(Padding(escape(evidence), (0, 0, 0, 13)), highlight=False)
+    caveats = study.comparison.caveats
+    rest = [f"... and {len(caveats) - MAX_CAVEATS} more in the report"] if len(caveats) > MAX_CAVEATS else []
+    for caveat in [*caveats[:MAX_CAVEATS], *rest]:
         console.print(Padding(f"[dim]{escape(caveat)}[/]", (0, 0, 0, 13)), highlight=False)
     if study.registration:
         console.print(f"[dim]{escape(study.registration)}[/]", highlight=False)
-    console.print(f"report  {page}", highlight=False, soft_wrap=True)
+    console.print(f"report  {page}", highlight=False, markup=False, soft_wrap=True)
     if uri:
-        console.print(f"mlflow  {ui_command(uri)}", highlight=False, soft_wrap=True)
+        console.print(f"mlflow  {ui_command(uri)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def study_table(study: StudyData, *, every_column: bool = True) -> Table:
     """One row per arm: metric and gap with intervals; with `every_column` also ranks of the last measured layer."""
-    table = Table(title=study.name, title_justify="left")
+    table = Table(title=escape(study.name), title_justify="left")
     last = last_layer(study) if every_column else None
     heads = ["arm", "batch", "steps", "seeds", test_head(study.metric), "train", "loss ratio", "train-test gap"]
     heads += ["sb_lb_gap", "95% t"]

@@ -19,7 +19,7 @@ from typing import Any
 from gengap_dist.analysis.report.process import ReportProcess
 from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import Options, TrainSettings, parse
-from gengap_dist.config.loading import resolve, to_yaml
+from gengap_dist.config.loading import resolve, to_yaml, user_path
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import ending_on_signals
@@ -42,7 +42,7 @@ def command(argv: Sequence[str]) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return OK
-    out = (options.out or _default_out(config)).resolve()
+    out = user_path((options.out or _default_out(config)).resolve())
     launcher = partial(launchers.choose, config.launch, many_runs=False, entry_point=ENTRY_POINT)
     with ending_on_signals():
         if not launchers.is_driver(config.launch):

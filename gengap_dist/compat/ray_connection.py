@@ -23,7 +23,9 @@ except ConnectionError as error:
 def connects(address: str, timeout_seconds: float) -> tuple[bool, str]:
     """Whether a cluster answers, and if not, why; the reason is empty if the address is "auto" and there is none."""
     command = [sys.executable, "-c", _SCRIPT, address]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    )
     try:
         _, output = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:

@@ -6,7 +6,7 @@ groups by that, an arm is "plain" if it differs in the batch only, and a counter
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from functools import cache
 from typing import Any
 
@@ -158,21 +158,31 @@ def differing_settings(one: Settings, other: Settings) -> set[str]:
     return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
 
 
-def is_counterpart(arm: Settings, other: Settings, remedy: Collection[str] = ()) -> bool:
-    """Whether two arms have the same batch and differ in nothing that affects the result but settings of a remedy.
+def counterpart_key(settings: Settings, remedy: Collection[str] = ()) -> Hashable:
+    """Equal for two arms if they have the same batch and differ in nothing that affects the result but a remedy.
+
+    Many arms are grouped by it. Runs with the same key and no remedy are replicates of one arm.
+
+    Args:
+        settings: of the arm, by dotted name.
+        remedy: names of the settings that may differ.
 
     >>> arm = {"batch.global_size": 8, "optim.lr": 0.1, "train.log_every": 1}
-    >>> is_counterpart(arm, arm | {"train.log_every": 5}), is_counterpart(arm, arm | {"optim.lr": 0.2})
+    >>> key, other = counterpart_key(arm), arm | {"optim.lr": 0.2}
+    >>> key == counterpart_key(arm | {"train.log_every": 5, "seed": 3}), key == counterpart_key(other)
     (True, False)
-    >>> is_counterpart(arm, arm | {"optim.lr": 0.2}, {"optim.lr"})
+    >>> counterpart_key(arm, {"optim.lr"}) == counterpart_key(other, {"optim.lr"})
     True
     """
-    return arm.get(FACTOR) == other.get(FACTOR) and differing_settings(arm, other) <= {*remedy}
+    effective = {name: value for name, value in effective_settings(settings).items() if name not in remedy}
+    return settings.get(FACTOR), _hashable({name: value for name, value in effective.items() if value is not None})
 
 
-def is_same_arm(one: Settings, other: Settings, tuned: Collection[str] = ()) -> bool:
-    """Whether two runs are replicates of one arm: their own counterparts, but for the seed and what was tuned."""
-    return is_counterpart(one, other, remedy=tuned)
+def _hashable(value: object) -> Hashable:
+    """JSON values as tuples and sets, equal if the values are."""
+    if isinstance(value, Mapping):
+        return frozenset((name, _hashable(each)) for name, each in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def treatment(settings: Settings, baseline: Settings) -> str:

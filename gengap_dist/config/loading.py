@@ -40,6 +40,33 @@ def renamed(name: str) -> str | None:
     return RENAMED.get(name) or (f"{RENAMED[section]}.{rest}" if rest and section in RENAMED else None)
 
 
+def user_path(text: str | Path) -> Path:
+    """A path that a user has given; `~` at its start is a home folder, also where no shell has replaced it.
+
+    Raises:
+        UsageError: if no home folder is known, or the path is not UTF-8: run.json and MLflow hold text.
+
+    >>> user_path("a/~b"), user_path("~") == Path.home()
+    (PosixPath('a/~b'), True)
+    """
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:
+        raise UsageError(f"the path {text} begins with ~, and no such home folder is known: write it in full") from None
+    if (shown := as_text(str(path))) != str(path):
+        raise UsageError(f"the path {shown} is not UTF-8, and cannot be recorded: rename the file or folder")
+    return path
+
+
+def as_text(name: str) -> str:
+    r"""A file name as text that can be printed and recorded: bytes that are no UTF-8 become \xNN.
+
+    >>> as_text("cat"), as_text("caf\udce9")
+    ('cat', 'caf\\xe9')
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 UNNESTED_MAPPINGS = ("study.axes.", "study.tune.space.")
 """Mappings of a config whose keys are not nested: they are names of settings, or names that the user chooses."""
 
@@ -103,12 +130,12 @@ def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def yaml_files(path: Path) -> list[Path]:
     """A YAML file that `load_yaml` can read, and all files that it extends."""
     path = path.resolve()
-    extended = _parents(path, (yaml.safe_load(path.read_text()) or {}).get("extends", []))
+    extended = _parents(path, (yaml.safe_load(path.read_bytes()) or {}).get("extends", []))
     return [path, *(file for parent in extended for file in yaml_files(parent))]
 
 
 def _parents(path: Path, extends: str | Sequence[str]) -> list[Path]:
-    return [path.parent / parent for parent in ([extends] if isinstance(extends, str) else extends)]
+    return [path.parent / user_path(parent) for parent in ([extends] if isinstance(extends, str) else extends)]
 
 
 def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -121,10 +148,10 @@ def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in _chain:
         raise UsageError(f"--config: {path} extends itself through {_chain[-1]}: remove one `extends`")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.safe_load(path.read_bytes()) or {}  # yaml decodes it as UTF-8 in every locale
     except OSError as error:
         raise UsageError(f"--config ({path}) cannot be read: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         position = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it is not text"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,7 +26,11 @@ from pydantic import (
 )
 
 from gengap_dist.config import measures
+from gengap_dist.config.loading import user_path
 from gengap_dist.errors import did_you_mean
+
+UserPath = Annotated[Path, AfterValidator(user_path)]
+"""A path in a file or on the command line."""
 
 
 def _one_or_many(value: Any) -> Any:
@@ -112,7 +117,7 @@ class DataConfig(Section, affects="result"):
     name: str = "digits"
     """digits (part of the package), mnist, fashion_mnist, cifar10, cifar100 or imagefolder (read from data.root), or
     your own module.path:factory, which returns {"train": (inputs, targets), "test": (inputs, targets)}."""
-    root: Annotated[Path, Affects("runtime")] = Path("data")
+    root: Annotated[UserPath, Affects("runtime")] = Path("data")
     """Folder that holds the data set's files (not used by digits)."""
     download: Annotated[bool, Affects("runtime")] = False
     """Let torchvision download missing files into data.root."""

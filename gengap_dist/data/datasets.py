@@ -4,6 +4,7 @@ Shapes: N samples; of images C channels, H = W = image_size.
 """
 
 import hashlib
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gengap_dist.config.loading import as_text
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import TORCHVISION
 from gengap_dist.data.data_spec import DataSpec
@@ -265,20 +267,23 @@ def _imagefolder(config: DataConfig, progress: Progress) -> Arrays:
     """root/train/CLASS/*.jpg and root/test/CLASS/*.jpg, decoded once, resized to image_size, three channels."""
     size = config.image_size
     sets: list[Tensor] = []
-    folders = list_image_folders(config)
+    folders, large = list_image_folders(config), threading.Lock()
     for part, listing in zip(("train", "test"), folders, strict=True):
         _check_memory(len(listing.paths) * 3 * size * size, config)
         pixels = torch.empty(len(listing.paths), 3, size, size, dtype=torch.uint8)
 
         def decode(job: tuple[int, str], pixels: Tensor = pixels) -> None:
             position, path = job
-            pixels[position] = read_image(path, size)
+            pixels[position] = read_image(path, size, large)
 
-        with ThreadPoolExecutor(available_cores().whole) as pool:
+        pool = ThreadPoolExecutor(available_cores().whole)
+        try:
             jobs = [*enumerate(listing.paths)]
             for done, _ in enumerate(pool.map(decode, jobs), 1):
                 if done % 500 == 0:
                     progress(f"reading {part} images", done, len(jobs))
+        finally:  # an interrupted command does not wait for a file system that does not answer
+            pool.shutdown(wait=False, cancel_futures=True)
         sets += [pixels, torch.tensor(listing.targets)]
     return Arrays(*sets, num_classes=len(folders[0].classes), facts=_folder_facts(folders))
 
@@ -545,7 +550,7 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
         normalisation = {"mean": pixels.mean_C.tolist(), "std": pixels.std_C.tolist(), "num_mean": num_mean}
     return {
         "name": config.name,
-        "root": None if config.name == "digits" or config.is_own else str(config.root.resolve()),
+        "root": None if config.name == "digits" or config.is_own else as_text(str(config.root.resolve())),
         "num_train": len(splits.train),
         "num_val": len(splits.val),
         "num_test": len(splits.test),

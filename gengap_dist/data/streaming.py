@@ -3,6 +3,8 @@
 Threads prefetch images during a step.
 """
 
+import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
@@ -34,6 +36,7 @@ class StreamedImages:
         self.paths, self.size, self.pool, self.device = paths, size, pool, device or torch.device("cpu")
         self.shape = torch.Size([len(paths), 3, size, size])
         self.max_prefetched = max(1, PREFETCH_BYTES // (3 * size * size))
+        self._large = threading.Lock()
         self._expected: deque[int] = deque()
         self._prefetched: dict[int, Future[Tensor]] = {}
 
@@ -74,7 +77,7 @@ class StreamedImages:
     def fingerprint(self, root: Path) -> Iterator[bytes]:
         """For each image, its path relative to `root` and its file size in bytes."""
         for path in map(Path, self.paths):
-            yield f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\n".encode()
+            yield os.fsencode(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\n")
 
     def _take(self, index: int) -> "Future[Tensor]":
         if index in self._prefetched:
@@ -84,7 +87,7 @@ class StreamedImages:
         return self._read(index)
 
     def _read(self, index: int) -> "Future[Tensor]":
-        return self.pool.submit(read_image, self.paths[index], self.size)
+        return self.pool.submit(read_image, self.paths[index], self.size, self._large)
 
     def _read_ahead(self) -> None:
         # an image that is expected twice is read again after its first use

@@ -17,7 +17,7 @@ class Group(NamedTuple):
     def read(self, name: str) -> str:
         """The content of one of its files; "" if it does not exist or cannot be read."""
         try:
-            return (self.folder / name).read_text().strip()
+            return (self.folder / name).read_text(encoding="utf-8").strip()
         except OSError:
             return ""
 
@@ -27,7 +27,7 @@ def groups(controller: str) -> Iterator[Group]:
 
     The path in a container may be that of its host, which the container does not see; its root is found in any case.
     """
-    lines = MEMBERSHIPS.read_text().splitlines() if MEMBERSHIPS.exists() else []
+    lines = MEMBERSHIPS.read_text(encoding="utf-8").splitlines() if MEMBERSHIPS.exists() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers == "":
             root, version = GROUPS, 2

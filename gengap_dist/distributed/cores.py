@@ -82,7 +82,7 @@ def threads_per_rank(num_local: int, largest: int | None = None, reserved: float
 def processor_name() -> str:
     """The model name of this machine's processor."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -49,7 +49,7 @@ class CpuWait:
 def _read() -> tuple[int, int] | None:
     """(running, waiting) in nanoseconds; None where the kernel does not say it."""
     try:
-        running, waiting, _ = SCHEDSTAT.read_text().split()
+        running, waiting, _ = SCHEDSTAT.read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return None
     return int(running), int(waiting)

@@ -42,7 +42,7 @@ from gengap_dist.preflight.doctor_subprocess import (
     run_in_subprocess,
     run_two_ranks,
 )
-from gengap_dist.tracking.mlflow.client import CLIENT_DEFAULTS, store_uri
+from gengap_dist.tracking.mlflow.client import CLIENT_DEFAULTS, sqlite_path, store_uri
 from gengap_dist.training.autotune.cache import micro_sizes_path, read_micro_sizes
 
 OK, WARN, FAIL, ABSENT = "ok", "warn", "fail", "absent"
@@ -178,7 +178,7 @@ def network(request: CheckRequest) -> CheckResults:
 def _is_up(interface: str) -> bool:
     """Whether a network interface may lead to other machines."""
     state = Path("/sys/class/net") / interface / "operstate"
-    return interface != "lo" and not (state.exists() and state.read_text().strip() == "down")
+    return interface != "lo" and not (state.exists() and state.read_text(encoding="utf-8").strip() == "down")
 
 
 def disk(request: CheckRequest) -> CheckResults:
@@ -383,7 +383,7 @@ def _ray_token() -> tuple[str, str]:
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token, "RAY_AUTH_TOKEN"
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return (path.read_text().strip(), str(path)) if path.exists() else ("", "")
+    return (path.read_text(encoding="utf-8").strip(), str(path)) if path.exists() else ("", "")
 
 
 def _query_dashboard(address: str, token: str) -> None:
@@ -410,8 +410,8 @@ def mlflow(request: CheckRequest) -> CheckResults:
     if not version:
         return {"mlflow": CheckResult(FAIL, "not installed", "pip install mlflow").if_needed(needed)}
     uri = store_uri(request.config.mlflow.tracking_uri)
-    if uri.startswith("sqlite:///"):
-        return {"mlflow": _sqlite(version, Path(uri.removeprefix("sqlite:///"))).if_needed(needed)}
+    if path := sqlite_path(uri):
+        return {"mlflow": _sqlite(version, path).if_needed(needed)}
     shown = _without_password(uri)
     if urlsplit(uri).scheme not in ("http", "https", "databricks"):
         found = f"{version}; {shown} is not checked: opening a database would create its tables"

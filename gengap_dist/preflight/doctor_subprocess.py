@@ -60,7 +60,7 @@ def _start(function: str, env: Mapping[str, str], *words: str) -> "subprocess.Po
     code = f"from {__name__} import {function}; {function}()"
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     command = [sys.executable, "-c", code, *words]
-    return subprocess.Popen(command, env=env, stdin=null, stdout=pipe, stderr=null, text=True)
+    return subprocess.Popen(command, env=env, stdin=null, stdout=pipe, stderr=null, encoding="utf-8", errors="replace")
 
 
 def _collect(process: "subprocess.Popen[str]", deadline: float) -> Facts:

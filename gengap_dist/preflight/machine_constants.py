@@ -74,7 +74,7 @@ def load(path: Path | None) -> Constants:
     if not file.exists() and path is None:
         return Constants()
     try:
-        return validate(Constants, json.loads(file.read_text()))
+        return validate(Constants, json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise UsageError(
             f"--constants ({file}) cannot be read: {error.strerror}; give the path of a JSON file"
@@ -89,5 +89,5 @@ def save(constants: Constants, path: Path | None) -> Path:
     """Write constants to `path`, or to the user's cache folder; returns the path."""
     file = path or default_path()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(constants.model_dump(mode="json"), indent=1) + "\n")
+    file.write_text(json.dumps(constants.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
     return file

@@ -54,7 +54,7 @@ def read_sources(arm: Path) -> Sources | None:
     path = arm / FILE_NAME
     if not path.exists():
         return None
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         return json.loads(file.readline())["made_of"]
 
 

@@ -102,7 +102,7 @@ class CheckpointWriter:
             part.mkdir()
             checksums = {f"{name}.pt": _write_tensors(part / f"{name}.pt", state) for name, state in states.items()}
             content = json.dumps({"schema": SCHEMA, "step": step, **facts, "sha256": checksums}, indent=1)
-            with (part / FACTS).open("w") as file:
+            with (part / FACTS).open("w", encoding="utf-8") as file:
                 file.write(content)
                 file.flush()
                 _fsync(file.fileno())

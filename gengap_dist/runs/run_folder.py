@@ -141,7 +141,9 @@ def git_state() -> dict[str, Any] | None:
     """Commit of the current folder and whether it has uncommitted changes; None outside a repository."""
     try:
         commit, status = (
-            subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            subprocess.run(
+                ["git", *args], capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+            ).stdout.strip()
             for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):
@@ -301,7 +303,7 @@ class RunRecorder(NullRecorder):
     def mlflow_run_id(self) -> str | None:
         """The id of the MLflow run of this folder, if it exists."""
         path = self.out / "mlflow.json"
-        return json.loads(path.read_text()).get("run_id") if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")).get("run_id") if path.exists() else None
 
     def finish(
         self,
@@ -406,10 +408,14 @@ def _member(key: str) -> str:
     return f"{key}/" if key in ("file", "allow_pickle", "meta") or key.endswith(".npy") else key
 
 
-def read_test_correct(out: Path) -> "np.ndarray | None":
+def read_test_correct(out: Path, result: Mapping[str, Any] | None = None) -> "np.ndarray | None":
     """Whether the last network of a run is right about each test sample, [M] bool, in the order of the data set.
 
     None: the run has not finished, its task has no right and wrong, or an earlier version recorded it.
+
+    Args:
+        out: the folder of the run.
+        result: of its run.json; None: it is read.
 
     Raises:
         UsageError: if the file is damaged.
@@ -417,7 +423,7 @@ def read_test_correct(out: Path) -> "np.ndarray | None":
     import numpy as np
 
     path = out / TEST_CORRECT
-    num_test = read_info(out).result.get("num_test")
+    num_test = (read_info(out).result if result is None else result).get("num_test")
     if num_test is None or not path.exists():
         return None
     packed: np.ndarray = np.empty(0)

@@ -105,7 +105,9 @@ class _Record(BaseModel):
             UsageError: if it is missing or damaged: one sentence with the field and its rule.
         """
         try:
-            tree = json.loads(path.read_text())
+            if path.exists() and not path.is_file():  # to open a named pipe would wait for whoever writes into it
+                raise OSError("it is not a regular file")
+            tree = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise UsageError(f"{path} cannot be read ({error}): give the folder of a run or study") from None
         if not isinstance(tree, dict):

@@ -165,7 +165,7 @@ def check_sums(out: Path) -> list[str]:
         UsageError: if there are no checksums.
     """
     try:
-        lines = (out / SUMS).read_text().splitlines()
+        lines = (out / SUMS).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UsageError(f"{out / SUMS} cannot be read ({error.strerror}): give the folder of a slim copy") from None
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

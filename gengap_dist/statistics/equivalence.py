@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gengap_dist.statistics.paired import Interval, t_interval
+from gengap_dist.statistics.paired import Interval, critical_t, t_interval
 
 ONE_SIDED_LEVEL = 0.05  # of each of the two tests, hence the 90% interval
 
@@ -63,14 +63,14 @@ def equivalence_power(deviation: float, num_pairs: int, margin: float) -> float:
         return 0.0
     if deviation == 0:
         return 1.0
-    from scipy import integrate, stats
+    from scipy import integrate, special  # a hundred times as fast as scipy.stats, and reports ask for it of every arm
 
     df, standard_error = num_pairs - 1, deviation / num_pairs**0.5
-    critical = float(stats.t.ppf(1 - ONE_SIDED_LEVEL, df))
+    critical = critical_t(2 * ONE_SIDED_LEVEL, df)
     widest = margin / (critical * standard_error)  # of s / sigma: above it the interval is wider than the margin
 
     def at(probability: float) -> float:
-        ratio = float(stats.chi.ppf(probability, df)) / df**0.5  # s / sigma
-        return 2 * float(stats.norm.cdf(margin / standard_error - critical * ratio)) - 1
+        ratio = (2 * float(special.gammaincinv(df / 2, probability)) / df) ** 0.5  # s / sigma: chi, over sqrt(df)
+        return 2 * float(special.ndtr(margin / standard_error - critical * ratio)) - 1
 
-    return float(integrate.quad(at, 0.0, float(stats.chi.cdf(widest * df**0.5, df)), epsabs=1e-9)[0])
+    return float(integrate.quad(at, 0.0, float(special.gammainc(df / 2, widest**2 * df / 2)), epsabs=1e-9)[0])

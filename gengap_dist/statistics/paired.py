@@ -168,6 +168,12 @@ def minimum_detectable_effect(deviation: float, num_pairs: int) -> float:
     """
     if num_pairs < 2 or not deviation > 0:
         return float("nan") if num_pairs < 2 else 0.0
+    return _detectable_noncentrality(num_pairs) * deviation / num_pairs**0.5
+
+
+@cache
+def _detectable_noncentrality(num_pairs: int) -> float:
+    """The parameter of noncentral t at which the test of so many pairs has a power of 80%."""
     from scipy import optimize, stats
 
     df, limit = num_pairs - 1, stats.t.ppf((1 + CONFIDENCE) / 2, num_pairs - 1)
@@ -175,7 +181,7 @@ def minimum_detectable_effect(deviation: float, num_pairs: int) -> float:
     def missing_power(noncentrality: float) -> float:
         return float(stats.nct.sf(limit, df, noncentrality)) - POWER
 
-    return optimize.root_scalar(missing_power, bracket=(0.0, 20.0)).root * deviation / num_pairs**0.5
+    return float(optimize.root_scalar(missing_power, bracket=(0.0, 20.0)).root)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:

@@ -73,4 +73,6 @@ def _last_commit(files: Sequence[Path]) -> dict[str, str] | None:
 
 def _git(folder: Path, *args: str) -> str:
     command = ["git", "-C", str(folder), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True).stdout.strip()
+    return subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=TIMEOUT, check=True
+    ).stdout.strip()

@@ -173,7 +173,7 @@ class CostCache:
         self.machine = this_machine()
         self.found: dict[str, RunCost] = {}
         try:
-            known = validate(RunCosts, json.loads(self.path.read_text())) if self.path.exists() else RunCosts()
+            known = validate(RunCosts, json.loads(self.path.read_bytes())) if self.path.exists() else RunCosts()
         except (OSError, ValueError, TypeError, UsageError):
             warn(f"{self.path} is damaged: the costs of runs are measured again, and it is overwritten")
             return

@@ -1,5 +1,7 @@
 """Which files of a folder are images of which class, and what pixels they have: told by hand and by Pillow."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 from PIL import Image
 
 from gengap_dist.config.sections import DataConfig
-from gengap_dist.data import datasets
+from gengap_dist.data import datasets, image_folder
 from gengap_dist.data.image_folder import list_images, read_image
+from gengap_dist.data.streaming import StreamedImages
 from gengap_dist.errors import UsageError
 
 LEVELS = np.arange(16).reshape(4, 4)
@@ -134,6 +137,61 @@ def test_numbers_of_unknown_range_are_refused(tmp_path, dtype, kind):
         UsageError, match=f"x.tif cannot be read .its pixels are {kind}, whose range the file does not say"
     ):
         read_image(str(path), 4)
+
+
+def test_what_is_no_regular_file_is_refused_before_anything_is_opened(folder):
+    os.mkfifo(folder / "a" / "pipe.png")
+    with pytest.raises(UsageError, match=r"a/pipe.png is named like an image and is a named pipe, not a regular file"):
+        list_images(folder)
+    with pytest.raises(UsageError, match=r"pipe.png cannot be read .it is not a regular file."):
+        read_image(str(folder / "a" / "pipe.png"), 4)  # it was put there later
+    (folder / "a" / "pipe.png").rename(folder / "a" / "pipe")
+    (folder / "a" / "broken.png").symlink_to(folder / "nothing")
+    with pytest.raises(UsageError, match=r"a/broken.png is named like an image and is a link to a file that is not"):
+        list_images(folder)
+    (folder / "a" / "broken.png").unlink()
+    (folder / "a" / "loop.png").symlink_to(folder / "a" / "loop.png")
+    with pytest.raises(UsageError, match=r"a/loop.png is named like an image and is a link to a file that is not"):
+        list_images(folder)
+    (folder / "a" / "loop.png").unlink()
+    assert names(folder) == PLAIN
+    assert list_images(folder).skipped == ["a/pipe"]
+
+
+def test_names_that_are_no_utf_8(folder):
+    """As an archive from another system has them: read as they are, and shown and recorded as text."""
+    os.rename(os.fsencode(folder / "b"), os.fsencode(folder) + b"/caf\xe9")  # noqa: PTH104, bytes
+    os.rename(os.fsencode(folder / "a" / "2.png"), os.fsencode(folder) + b"/a/\xff.png")  # noqa: PTH104
+    listing = list_images(folder)
+    assert listing.classes == ["a", "caf\\xe9"]
+    assert os.fsencode(listing.paths[2]).endswith(b"/a/\xff.png")
+    images = StreamedImages(listing.paths, 4, ThreadPoolExecutor(1))
+    assert len(images[:]) == 6
+    assert b"".join(images.fingerprint(folder)).startswith(b"a/0.png\0")
+    with open(listing.paths[2], "wb"):
+        pass
+    with pytest.raises(UsageError, match=r"a/\\xff.png cannot be read"):
+        read_image(listing.paths[2], 4)
+
+
+def test_the_number_of_pixels_is_limited_before_an_image_is_decoded(tmp_path):
+    path = tmp_path / "x.pgm"
+    path.write_bytes(b"P5 9000 8000 255\n")  # the header alone
+    with pytest.raises(UsageError, match=r"x.pgm cannot be read .its 9,000 x 8,000 pixels are more than 67,108,864"):
+        read_image(str(path), 4)
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_folder, "LARGE_PIXELS", 100)
+    for name, size in (("small", 10), ("large", 11)):
+        Image.new("L", (size, size)).save(tmp_path / f"{name}.png")
+    images = StreamedImages([str(tmp_path / "small.png"), str(tmp_path / "large.png")], 4, ThreadPoolExecutor(2))
+    with images._large:
+        small, large = images._read(0), images._read(1)
+        assert small.result().shape == (3, 4, 4)
+        with pytest.raises(TimeoutError):
+            large.result(timeout=0.1)
+    assert large.result().shape == (3, 4, 4)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])

@@ -3,6 +3,7 @@
 import base64
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +24,13 @@ from gengap_dist.analysis.report.tables import (
     run_table,
     tuning_tables,
 )
+from gengap_dist.analysis.report.text import MAX_CAVEATS, first_sentences
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.runs.run_folder import write_atomically
 
 MAX_ROWS = 150  # of a figure's data in the table on the page; the CSV has all
+MAX_ARMS = 40  # in figures, besides the baseline
 
 
 class RenderedFigure(NamedTuple):
@@ -57,14 +60,17 @@ def write_page(study: StudyData, figures: Sequence[RenderedFigure], *, pdf: bool
     is_study, comparison = _is_study(study), _comparison(study)
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(files("gengap_dist.analysis.report").joinpath("template.html").read_text())
+    ).from_string(files("gengap_dist.analysis.report").joinpath("template.html").read_text(encoding="utf-8"))
     page = study.folder / "report.html"
     config = study.info.get("config") or {}
     html = template.render(
         study=study,
         title=study.name,
+        folder=shlex.quote(study.folder.name),
         summary=_summary(study, is_study),
         comparison=comparison,
+        evidence={claim.key: first_sentences(claim.evidence) for claim in comparison.claims},
+        max_caveats=MAX_CAVEATS,
         theme=THEME,
         arms=arm_table(study, comparison) if is_study else None,
         interventions=intervention_tables(comparison),
@@ -85,17 +91,40 @@ def draw_figures(study: StudyData, *, pdf: bool = False) -> list[RenderedFigure]
     """Draw every figure that has data, and write its files. A run that has measured everything need not have ended."""
     comparison, folder = _comparison(study), study.folder / "figures"
     folder.mkdir(exist_ok=True)
-    out = []
+    out, drawn = [], _with_drawn_arms(study, comparison)
     with matplotlib.rc_context(STYLE):
         for name, (title, draw, caption) in (STUDY_FIGURES if _is_study(study) else RUN_FIGURES).items():
             title, caption = name_metric(title, study.metric), name_metric(caption, study.metric)
-            if not study.runs or (figure := draw(study, comparison)) is None:
+            if not drawn.runs or (figure := draw(drawn, comparison)) is None:
                 continue
+            if len(drawn.arms) < len(study.arms) and any("arm" in row for row in figure.rows):
+                caption += (
+                    f" Of {len(study.arms)} arms {len(drawn.arms)} are drawn: the baseline, and those that lose most "
+                    "and least; the table of arms has all."
+                )
             svg, csv = save(figure, folder, name, pdf=pdf)
             uri = "data:text/csv;base64," + base64.b64encode(csv.encode()).decode()
             table = data_table(f"Data: {title}", figure.rows) if len(figure.rows) <= MAX_ROWS else None
             out.append(RenderedFigure(name, title, caption, svg, uri, table))
     return out
+
+
+def _with_drawn_arms(study: StudyData, comparison: Comparison) -> StudyData:
+    """The study with the arms that figures show: of very many, which nobody could read, the baseline and the extremes.
+
+    Arms without a gap are drawn if there is room, the first ones first.
+    """
+    if len(study.arms) <= MAX_ARMS:
+        return study
+    by_gap = sorted(comparison.gaps, key=lambda arm: comparison.gaps[arm].paired.mean)
+    others = [arm for arm in study.arms if arm not in comparison.gaps and arm != comparison.baseline]
+    extremes = [*by_gap[: MAX_ARMS // 2], *by_gap[MAX_ARMS // 2 :][-MAX_ARMS // 2 :]]
+    chosen = {comparison.baseline, *[*extremes, *others][:MAX_ARMS]}
+    return replace(
+        study,
+        arms=[arm for arm in study.arms if arm in chosen],
+        runs=[run for run in study.runs if run.arm in chosen],
+    )
 
 
 def _is_study(study: StudyData) -> bool:

@@ -1,5 +1,6 @@
 """Formats numbers and rows as text, for the terminal and the page."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,9 @@ from gengap_dist.config.measures import SUMMARY
 from gengap_dist.config.metric_key import LayerKey, MetricKey, layer_metric
 from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import Paired, mean_and_std
+
+MAX_EVIDENCE = 3_000  # characters of the evidence of a claim that are shown at once: about ten arms
+MAX_CAVEATS = 12  # that are shown at once
 
 
 def interval(pair: tuple[float, float] | None, metric: MetricDescription) -> str:
@@ -107,6 +111,21 @@ def _train_test_gap(study: StudyData, arm: str) -> str:
     return study.metric.format_difference(mean_and_std(gaps)[0]) if gaps else "-"
 
 
+def first_sentences(text: str, max_length: int = MAX_EVIDENCE) -> tuple[str, str]:
+    """A text of many sentences in two parts: the first sentences, at least one, and the others.
+
+    >>> first_sentences("lb64 loses 0.5 points. lb128 loses 1.2 points. lb256 gains.", 50)
+    ('lb64 loses 0.5 points. lb128 loses 1.2 points.', 'lb256 gains.')
+    >>> first_sentences("One. Two.")
+    ('One. Two.', '')
+    """
+    if len(text) <= max_length:
+        return text, ""
+    end = text.rfind(". ", 0, max_length)
+    end = text.find(". ") if end < 0 else end
+    return (text, "") if end < 0 else (text[: end + 1], text[end + 2 :])
+
+
 def ui_command(uri: str) -> str:
     """The command that opens an MLflow store.
 
@@ -114,5 +133,5 @@ def ui_command(uri: str) -> str:
     'open http://mlflow:5000'
     """
     if uri.startswith(("http://", "https://")):
-        return f"open {uri}"
-    return f"{Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}"
+        return shlex.join(["open", uri])
+    return shlex.join([str(Path(sys.executable).parent / "mlflow"), "ui", "--backend-store-uri", uri])

@@ -6,6 +6,7 @@ every image's correctness is known; other scores, and near-rank loss, are judged
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from statistics import fmean
 from typing import Literal, NamedTuple
 
@@ -71,7 +72,9 @@ def judge_gap(study: JudgedStudy) -> tuple[Claim, list[Difference]]:
         "The same seeds and initial weights, trained to the same loss: either both to the end, or compared where their "
         "curves have the same training loss at a low or constant learning rate."
     )
-    found, outcome, finding = _combined([_gap_of(study, arm) for arm in study.roles.plain], study.look)
+    control_problem = cache(partial(_control_problem, study, _scores))
+    judged = [_gap_of(study, arm, control_problem) for arm in study.roles.plain]
+    found, outcome, finding = _combined(judged, study.look)
     evidence = " ".join(_gap_text(study, each) for each in found) if found else _nothing(study)
     return Claim("gap", claim, outcome, evidence, control, finding), found
 
@@ -86,7 +89,9 @@ def judge_growth(study: JudgedStudy) -> tuple[Claim, list[Difference]]:
         "Centred activations of the last hidden layer on the same fixed set of samples, matched in training as above. "
         "On a run's own batch, near-rank loss changes with the batch size even in an untrained network."
     )
-    found, outcome, finding = _combined([_growth_of(study, arm) for arm in study.roles.plain], study.look)
+    control_problem = cache(partial(_control_problem, study, _near_rank_losses))
+    judged = [_growth_of(study, arm, control_problem) for arm in study.roles.plain]
+    found, outcome, finding = _combined(judged, study.look)
     evidence = " ".join(_growth_text(study, each) for each in found) if found else _nothing(study)
     return Claim("near_rank_loss_grows", claim, outcome, evidence + _own_batch_text(study), control, finding), found
 
@@ -94,11 +99,17 @@ def judge_growth(study: JudgedStudy) -> tuple[Claim, list[Difference]]:
 # -- one arm ----------------------------------------------------------------------------------------------------------
 
 
-def _gap_of(study: JudgedStudy, arm: Arm) -> Difference:
-    matched = _checked_match(
-        study, arm, lambda each: (each.base_scores, each.scores), lambda each: each.score_error, study.margin
-    )
-    groups = matched.base_scores, matched.scores
+def _scores(matched: Match) -> tuple[Outcomes, Outcomes]:
+    return matched.base_scores, matched.scores
+
+
+def _near_rank_losses(matched: Match) -> tuple[Outcomes, Outcomes]:
+    return matched.near_rank_losses, matched.base_near_rank_losses
+
+
+def _gap_of(study: JudgedStudy, arm: Arm, control_problem: Callable[[], str]) -> Difference:
+    matched = _checked_match(study, arm, lambda each: each.score_error, study.margin, control_problem)
+    groups = _scores(matched)
     if not matched.how or not differences(*groups):
         return _unmatched(study, arm, matched)
     if matched.how == "finished" and (correct := _correctness(study, arm)):
@@ -115,18 +126,12 @@ def _gap_of(study: JudgedStudy, arm: Arm) -> Difference:
     return _judged(study, arm, matched, groups, _over_seeds(study, study.margin, study.bounds, where))
 
 
-def _growth_of(study: JudgedStudy, arm: Arm) -> Difference:
+def _growth_of(study: JudgedStudy, arm: Arm, control_problem: Callable[[], str]) -> Difference:
     if not study.growth(arm, study.base) and study.trained(arm).runs:
         reason = "near-rank loss of both was not measured on probe sets of one size"
         return _unmatched(study, arm, Match("", reason))
-    matched = _checked_match(
-        study,
-        arm,
-        lambda each: (each.near_rank_losses, each.base_near_rank_losses),
-        lambda each: each.near_rank_error,
-        NEAR_RANK_MARGIN,
-    )
-    groups = matched.near_rank_losses, matched.base_near_rank_losses
+    matched = _checked_match(study, arm, lambda each: each.near_rank_error, NEAR_RANK_MARGIN, control_problem)
+    groups = _near_rank_losses(matched)
     if not matched.how or not differences(*groups):
         if matched.how:
             matched = matched._replace(how="", reason="near-rank loss was not measured along both curves")
@@ -146,9 +151,9 @@ def _over_seeds(study: JudgedStudy, margin: float, bounds: tuple[float, float] |
 def _checked_match(
     study: JudgedStudy,
     arm: Arm,
-    groups: Callable[[Match], tuple[Outcomes, Outcomes]],
     error: Callable[[Match], float],
     margin: float,
+    control_problem: Callable[[], str],
 ) -> Match:
     """A match; by the curve only with little noise, and with a negative control that shows no difference."""
     if not (study.trained(arm).runs.keys() & study.trained(study.base).runs.keys()):
@@ -158,11 +163,16 @@ def _checked_match(
         return matched
     if error(matched) > QUARTER * margin:
         return matched._replace(how="", reason="the noise of the loss is worth more than a quarter of the margin")
+    problem = control_problem()
+    return matched._replace(how="", reason=problem) if problem else matched
+
+
+def _control_problem(study: JudgedStudy, groups: Callable[[Match], tuple[Outcomes, Outcomes]]) -> str:
+    """Why the negative controls allow no match by the curve; empty if they do. It is the same for every arm."""
     if not study.roles.other_length:
-        return matched._replace(
-            how="",
-            reason="matched by the curve, it needs a negative control, an arm of the baseline's batch with another "
-            "number of updates",
+        return (
+            "matched by the curve, it needs a negative control, an arm of the baseline's batch with another number of "
+            "updates"
         )
     for control in study.roles.other_length:
         found = match(study, control, study.base, only_curve=True)
@@ -170,12 +180,10 @@ def _checked_match(
         interval = study.look.interval(array_of(values))
         if interval is None or study.missing((control, study.base), groups(found)):
             reason = "not all of its runs trained" if found.how else found.reason
-            return matched._replace(how="", reason=f"its negative control {control.name} cannot be matched ({reason})")
+            return f"its negative control {control.name} cannot be matched ({reason})"
         if not interval[0] <= 0 <= interval[1]:
-            return matched._replace(
-                how="", reason=f"its negative control {control.name}, of the baseline's batch, shows a difference, too"
-            )
-    return matched
+            return f"its negative control {control.name}, of the baseline's batch, shows a difference, too"
+    return ""
 
 
 def _unmatched(study: JudgedStudy, arm: Arm, matched: Match) -> Difference:

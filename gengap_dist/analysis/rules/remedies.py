@@ -62,15 +62,15 @@ class _Asked(NamedTuple):
 
 def judge_scaling(study: JudgedStudy) -> Claim:
     """Claim 4: scaling the learning rate does not resolve the gap."""
-    others = [arm for arm in study.arms.values() if arm.runs]
-    pairs = [(arm, unscaled_counterpart(arm, others)) for arm in study.roles.scaled]
+    find = unscaled_counterpart(arm for arm in study.arms.values() if arm.runs)
+    pairs = [(arm, find(arm)) for arm in study.roles.scaled]
     return _judged("scaling", "Scaling the learning rate does not resolve the gap.", study, pairs, min_updates=0.0)
 
 
 def judge_longer_training(study: JudgedStudy) -> Claim:
     """Claim 5: longer training does not resolve the gap; only arms with the baseline's updates are asked."""
-    others = [arm for arm in study.arms.values() if arm.runs]
-    pairs = [(arm, shorter_counterpart(arm, others)) for arm in study.roles.longer]
+    find = shorter_counterpart(arm for arm in study.arms.values() if arm.runs)
+    pairs = [(arm, find(arm)) for arm in study.roles.longer]
     claim = "Longer training, with as many updates as the small batch, does not resolve the gap."
     return _judged("longer_training", claim, study, pairs, min_updates=ENOUGH_UPDATES)
 

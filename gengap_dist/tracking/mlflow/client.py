@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from gengap_dist.compat.fast_imports import fast_imports
 
@@ -25,7 +25,26 @@ THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 def store_uri(configured: str | None) -> str:
     """The MLflow store to use: the configured one, MLFLOW_TRACKING_URI, or a file in the current folder."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path.cwd() / "mlflow.db")
+
+
+def sqlite_uri(path: Path) -> str:
+    """The URI of a store in a file; `sqlite_path` is its inverse.
+
+    >>> sqlite_uri(Path("/a b/50%?/mlflow.db"))
+    'sqlite:////a b/50%25%3F/mlflow.db'
+    """
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a store, as SQLAlchemy finds it; None for a server.
+
+    >>> sqlite_path("sqlite:////a b/50%25%3F/mlflow.db?timeout=5"), sqlite_path("http://host")
+    (PosixPath('/a b/50%?/mlflow.db'), None)
+    """
+    name, _, _ = uri.removeprefix("sqlite:///").partition("?")
+    return Path(unquote(name)) if uri.startswith("sqlite:///") else None
 
 
 def store_key(uri: str) -> str:
@@ -34,7 +53,7 @@ def store_key(uri: str) -> str:
     >>> store_key("http://me:password@LOCALHOST:5000/"), store_key("http://[::1]:5000"), store_key("https://a.org/ml/")
     ('localhost:5000', 'localhost:5000', 'a.org:443/ml')
     """
-    if path := _sqlite_path(uri):
+    if path := sqlite_path(uri):
         return f"sqlite:{path.resolve()}"
     parts = urlsplit(uri)
     if parts.scheme.startswith("databricks") or uri == "databricks":
@@ -89,25 +108,21 @@ def connect_experiment(uri: str, name: str) -> tuple[Any, str]:
         return client, client.create_experiment(name, _artifact_location(uri), EXPERIMENT_TAGS)
 
 
-def _sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
 def _artifact_location(uri: str) -> str | None:
     """A folder beside a sqlite store, independent of the current folder; None: a server decides."""
-    path = _sqlite_path(uri)
+    path = sqlite_path(uri)
     return path.resolve().with_name("mlartifacts").as_uri() if path else None
 
 
 @contextlib.contextmanager
 def _exclusive_lock(uri: str) -> Iterator[None]:
     """Context in which only one process initializes a sqlite store: several at once would break it."""
-    path = _sqlite_path(uri)
+    path = sqlite_path(uri)
     if path is None:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
+    with path.with_name(f".{path.name}.lock").open("w", encoding="utf-8") as lock:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

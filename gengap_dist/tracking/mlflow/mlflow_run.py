@@ -75,7 +75,7 @@ class MlflowRun:
         """The run that `folder` has in an experiment of the store `uri`; it is created by `open`."""
         self.client, self.experiment, self.folder, self.left_out = client, experiment, folder, left_out
         path = folder / "mlflow.json"
-        self.state = _state_of(json.loads(path.read_text()) if path.exists() else {}, uri, experiment)
+        self.state = _state_of(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, uri, experiment)
 
     @property
     def id(self) -> str:

@@ -29,9 +29,9 @@ def write_model_files(graph: Path, model: ExportedModel, python: str, to: Path, 
     (to / DATA).mkdir(parents=True)
     shutil.copyfile(graph, to / DATA / GRAPH)
     requirements = [f"torch=={model.torch.partition('+')[0]}", f"mlflow=={mlflow.__version__}", "numpy"]
-    (to / "requirements.txt").write_text("\n".join(requirements))
+    (to / "requirements.txt").write_text("\n".join(requirements), encoding="utf-8")
     environment = {"python": python, "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]}
-    (to / "python_env.yaml").write_text(yaml.safe_dump(environment, sort_keys=False))
+    (to / "python_env.yaml").write_text(yaml.safe_dump(environment, sort_keys=False), encoding="utf-8")
     description = Model(
         run_id=run_id,
         model_id=model_id,

@@ -46,7 +46,7 @@ class UploaderProcess:
     def __init__(self, folder: Path, config: MlflowConfig) -> None:
         """Start to upload `folder`."""
         self.folder, self.config, self.uri = folder, config, store_uri(config.tracking_uri)
-        with (folder / "mlflow.log").open("w") as log:
+        with (folder / "mlflow.log").open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(folder), self.uri, config.experiment],
                 stdin=subprocess.PIPE,
@@ -174,9 +174,9 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
         raise UsageError(f"{folder} was not written by a run or study of this package: give the folder of one")
     config = MlflowConfig.model_validate(info.config["mlflow"])
     state = folder / "mlflow.json"
-    known = json.loads(state.read_text())["uri"] if state.exists() else None
+    known = json.loads(state.read_text(encoding="utf-8"))["uri"] if state.exists() else None
     target: str = uri or os.environ.get("MLFLOW_TRACKING_URI") or known or store_uri(config.tracking_uri)
-    with (folder / "mlflow.log").open("a") as log:  # the same lock as that of an uploader process
+    with (folder / "mlflow.log").open("a", encoding="utf-8") as log:  # the same lock as that of an uploader process
         if not _acquire_lock(log, time.monotonic() + LOCK_TIMEOUT_SECONDS):
             raise UsageError(f"{folder} is being sent to MLflow by another process: wait until it has ended")
         try:

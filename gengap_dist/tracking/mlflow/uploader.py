@@ -31,7 +31,9 @@ Runs = Mapping[Path, RunInfo]
 def comparison_path(folder: Path) -> str:
     """Path, after the host, of the UI's comparison of a study's arms; empty if there are no arms yet."""
     paths = (folder / "runs" / arm / "mlflow.json" for arm in read_study_info(folder).arms)
-    states = [state for path in paths if path.exists() and "run_id" in (state := json.loads(path.read_text()))]
+    states = [
+        state for path in paths if path.exists() and "run_id" in (state := json.loads(path.read_text(encoding="utf-8")))
+    ]
     if not states:
         return ""
     runs, experiments = ([*dict.fromkeys(s[key] for s in states)] for key in ("run_id", "experiment_id"))

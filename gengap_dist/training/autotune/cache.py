@@ -66,7 +66,7 @@ def read_micro_sizes() -> MicroSizes:
     """
     path = micro_sizes_path()
     try:
-        return validate(MicroSizes, json.loads(path.read_text())) if path.exists() else MicroSizes()
+        return validate(MicroSizes, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else MicroSizes()
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path} has no valid micro-batch sizes ({error}): delete it") from None
 

@@ -60,7 +60,7 @@ def write_run(folder: Path, number: int, seed: int, *, status: RunStatus = RunSt
     target = {"train__target_accuracy": 0.8}
     record.start(config(seed=seed, **(target | settings)), FACTS)
     for step in STEPS:
-        found = spectra(1 if step == 0 else 1 + number)
+        found = spectra(1 if step == 0 else min(1 + number, UNITS - 1))
         metrics = metrics_of(found)
         metrics |= {"probe_seconds/near_rank_loss": 0.1, "nc1": 1.0 + number + 0.01 * seed, "noise_scale": 50.0 + seed}
         metrics |= {"train/loss": 2.0 / (1 + step), "val/accuracy": 0.1 + 0.03 * step}

@@ -95,10 +95,6 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
     return OK
 
 
-def _warn(text: str) -> None:
-    print(f"{PROG}: warning: {text}", file=sys.stderr)
-
-
 def _default_out(config: RunConfig) -> Path:
     if launchers.uses_torchrun(config.launch) and not launchers.launch_id():
         raise UsageError("--out is required: ranks started by another program must all have the same folder")

@@ -68,7 +68,7 @@ def num_oom_kills() -> int:
     """
     counters = {1: "memory.oom_control", 2: "memory.events"}
     texts = [group.read(counters[group.version]) for group in groups("memory")]
-    texts += [VMSTAT.read_text()] if VMSTAT.exists() else []
+    texts += [VMSTAT.read_text(encoding="utf-8")] if VMSTAT.exists() else []
     counts = (line.split() for text in texts for line in text.splitlines())
     return sum(int(count) for name, count in counts if name == "oom_kill")
 

@@ -62,7 +62,7 @@ def this_process() -> Owner:
 
 def _machine() -> str:
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 
@@ -70,7 +70,7 @@ def _machine() -> str:
 def _started(pid: int) -> str:
     """`Owner.started` of a process; "" if there is none with this number, or it is a zombie."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return ""
     return "" if state in "ZX" else fields[18]

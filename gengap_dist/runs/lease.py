@@ -62,7 +62,8 @@ def this_process() -> Owner:
 
 def _machine() -> str:
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()} {Path('/proc/self/ns/pid').readlink()}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 

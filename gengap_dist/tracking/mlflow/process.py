@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info, read_study_info
@@ -92,7 +93,7 @@ def upload_until_closed(folder: Path, uri: str, experiment: str, pause: Callable
         Exception: if the last attempt failed.
     """
     uploader, wait, over, problem = None, POLL_SECONDS, False, ""
-    imports = threading.Thread(target=import_client, daemon=True)
+    imports = threading.Thread(target=_import_all, daemon=True)
     imports.start()
     while not over and not _has_begun(folder):
         over = pause(START_POLL_SECONDS)
@@ -115,6 +116,13 @@ def upload_until_closed(folder: Path, uri: str, experiment: str, pause: Callable
         if over:
             return
         over = _wait_for_changes(wait, folder, pause)
+
+
+def _import_all() -> None:
+    """Import what is needed at the end, too, where the command would wait for it: see `model_files.py`."""
+    import_client()
+    with fast_imports():
+        import mlflow.pyfunc  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 
 def _has_begun(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gengap_dist.analysis.report import html
 from gengap_dist.analysis.report.process import ReportProcess
 from gengap_dist.cli.exit_codes import run_command
 from gengap_dist.cli.terminal import RunProgress
@@ -61,6 +62,7 @@ def steps(out: Path) -> list[int]:
 )
 def test_one_sentence_and_the_run_continues(tmp_path, monkeypatch, capsys, full_disk, file, status):
     monkeypatch.setattr(ReportProcess, "__enter__", lambda self: self)  # the report is written by this process
+    monkeypatch.setattr(html, "RUN_FIGURES", {"curves": html.RUN_FIGURES["curves"]})
     out, started = tmp_path / "run", False
 
     def show(progress: RunProgress, done: int, total: int, note: str) -> None:

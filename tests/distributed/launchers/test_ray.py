@@ -95,7 +95,8 @@ def test_a_stopped_job_is_killed_everywhere_and_goes_on_as_the_same_run(cluster,
     (tmp_path / "wait").touch()
     name = f"stop-{tmp_path.name}"
     assert cluster.submit(*words, "--out", out, name=name, path=tmp_path, wait=False).returncode == 0
-    until(lambda: len(list(read_metrics(out))) > 8 and (out / "mlflow.json").exists())
+    sent = out / "mlflow.json"
+    until(lambda: len(list(read_metrics(out))) > 8 and sent.exists() and "run_id" in sent.read_text())
     stopped = cluster.ray("job", "stop", name)
     assert stopped.returncode == 0, stopped.stderr
     assert read_info(out).status == "killed"

@@ -9,6 +9,7 @@ what the folders give.
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -366,23 +367,36 @@ def route_names(study: StudyData) -> list[str]:
 
 
 def draw(study: StudyData, path: Path) -> None:
-    """Near-rank loss against test accuracy by arm, and the contrasts that decide."""
+    """Near-rank loss against test accuracy by arm; beside it the contrasts that decide, or the scale of activations."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-        by_rank, contrasts = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        _draw_arms(study, by_rank)
-        for result in study.comparison.interventions[:1]:
-            _draw_contrasts(result, contrasts)
+        by_rank, second = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        layer = layers(study)[-1]
+        near_rank_loss = f"near_rank_loss/{layer}/centred/rel_1e-2"
+        _draw_arms(study, by_rank, lambda run: last(run, near_rank_loss))
+        by_rank.set_xlim(right=1.0)
+        by_rank.set_xlabel(f"near-rank loss of {layer}, centred")
+        by_rank.set_ylabel("test accuracy, %")
+        by_rank.set_title("Arms: means and two standard errors over seeds", fontsize=9, loc="left")
+        if study.comparison.interventions:
+            _draw_contrasts(study.comparison.interventions[0], second)
+        else:
+            scale_of = partial(squared, key=f"{layer}/centred")
+            _draw_arms(study, second, lambda run: np.log10(ratio([run], scale_of)))
+            left, right = second.get_xlim()
+            second.set_xlim(right=right + 0.2 * (right - left))  # for the labels
+            second.set_xlabel(f"scale of {layer}: log10 of tr C, divided by that of the untrained network")
+            second.set_title("The same arms by their scale", fontsize=9, loc="left")
         figure.savefig(path, metadata={"Date": None})
 
 
-def _draw_arms(study: StudyData, axes: Any) -> None:
-    layer, points = layers(study)[-1], []
+def _draw_arms(study: StudyData, axes: Any, measure: Callable[[RunData], float]) -> None:
+    points = []
     for arm in study.arms:
         runs = study.finished_runs(arm)
         if len(runs) < 2:
             continue
-        x = np.array([last(run, f"near_rank_loss/{layer}/centred/rel_1e-2") for run in runs])
+        x = np.array([measure(run) for run in runs])
         y = np.array([100 * run.info["result"]["test/accuracy"] for run in runs])
         is_large = runs[0].global_size > 32
         color, marker = (WARM if is_large else ACCENT), marker_of(arm)
@@ -390,18 +404,16 @@ def _draw_arms(study: StudyData, axes: Any) -> None:
         n = len(runs) ** 0.5
         axes.errorbar(x.mean(), y.mean(), 2 * y.std(ddof=1) / n, 2 * x.std(ddof=1) / n, **bar)
         points.append((float(y.mean()), float(x.mean()), arm))
+    middle = (min(x for _, x, _ in points) + max(x for _, x, _ in points)) / 2
     heights: dict[bool, float] = {}  # of the last label in the left and in the right half
     for y, x, arm in sorted(points):
-        is_left = x < 0.25
+        is_left = x < middle
+        column = max(point for _, point, _ in points if (point < middle) == is_left)
         height = max(y, heights.get(is_left, 0.0) + LABEL_POINTS)
         heights[is_left] = height
         line = {"arrowstyle": "-", "color": QUIET, "linewidth": 0.5}
-        at = (0.17 if is_left else x + 0.04, height)
+        at = (column + (0.08 if is_left else 0.04) * 4 * middle / 2, height)
         axes.annotate(arm, (x, y), at, fontsize=7.5, color=INK, va="center", arrowprops=line)
-    axes.set_xlim(right=1.0)
-    axes.set_xlabel(f"near-rank loss of {layer}, centred")
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title("Arms: means and two standard errors over seeds", fontsize=9, loc="left")
 
 
 def marker_of(arm: str) -> str:

@@ -132,7 +132,8 @@ def gather(
             f"none of the {len(runs)} runs has {names.accuracy}: give the name of their test accuracy with --accuracy"
         )
     tuned = {name for run in runs for name in of[run.folder].tuned}
-    arms = _arms(runs, tuned)
+    is_one_study = len(studies) == 1 and all(of[run.folder].study for run in runs)
+    arms = _arms(runs, tuned, sort=not is_one_study)
     baseline = min(arms, key=lambda arm: _baseline_order(arms[arm], of))
     members, duplicates = [], []
     for arm, of_arm in arms.items():
@@ -279,13 +280,18 @@ def _is_compared(name: str) -> bool:
     return name in CURVES or MetricKey.parse(name).known.is_explanation
 
 
-def _arms(runs: Iterable[RunData], tuned: Collection[str]) -> dict[str, list[RunData]]:
-    """Runs by arm: equal settings except the seed and what was tuned; named by the study, or by what differs."""
+def _arms(runs: Iterable[RunData], tuned: Collection[str], *, sort: bool) -> dict[str, list[RunData]]:
+    """Runs by arm: equal settings except the seed and what was tuned; named by the study, or by what differs.
+
+    In the order of the runs, or by batch size.
+    """
     by_key: dict[Hashable, list[RunData]] = {}
     for run in runs:
         key = counterpart_key(flat(run.info["config"]), tuned), run.arm if tuned else ""
         by_key.setdefault(key, []).append(run)
-    groups = sorted(by_key.values(), key=lambda group: group[0].global_size)
+    groups = [*by_key.values()]
+    if sort:
+        groups.sort(key=lambda group: group[0].global_size)
     out: dict[str, list[RunData]] = {}
     for group in groups:
         base_name = group[0].arm or _name(group[0], groups[0][0])

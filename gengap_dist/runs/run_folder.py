@@ -107,10 +107,11 @@ def _is_of_a_start(path: Path, *, resume: bool = False) -> bool:
             return path.is_dir() and not any(path.iterdir())
         case "config.yaml":
             return resume or (path.parent / "spectra").is_dir()
-        case "mlflow.log" | "ray":
-            return True
+        case "ray":  # of Ray Train, a folder for each start
+            return path.is_dir() and all(re.fullmatch("[0-9a-f]{32}", start.name) for start in path.iterdir())
         case name:
-            return name.startswith((lease.PREFIX, ".shared.", ".writable.")) or path.match(".*.part")
+            prefixes = (lease.PREFIX, ".shared.", ".writable.", ".config.yaml.", ".run.json.", ".study.json.")
+            return name == "mlflow.log" or name.startswith(prefixes)
 
 
 def now() -> str:

@@ -181,6 +181,7 @@ def test_a_death_before_the_first_line_leaves_a_folder_that_can_be_started(tmp_p
     for name in ("mlflow.log", "config.yaml", ".run.json.7.part", ".shared.7"):
         (out / name).touch()
     (out / "checkpoints").mkdir()
+    (out / "ray" / ("0a" * 16)).mkdir(parents=True)
     prepare_folder(out, "run.json", resume=False)
     (out / "checkpoints" / "step_00000001").mkdir()
     with pytest.raises(UsageError, match="holds other files"):

@@ -21,6 +21,7 @@ from tables import fill, table
 from gengap_dist.analysis.report.plotting import ACCENT, COLOURS, INK, QUIET, STYLE, WARM
 from gengap_dist.analysis.report.tables import Table, intervention_tables
 from gengap_dist.analysis.results import Estimate, InterventionResult
+from gengap_dist.analysis.rules.gap import new_images
 from gengap_dist.analysis.rules.intervention import QUARTER, SAME_RANK
 from gengap_dist.analysis.rules.look import Look
 from gengap_dist.analysis.study_data import RunData, StudyData, pooled_near_rank_loss, read_study
@@ -155,7 +156,7 @@ class Contrast(NamedTuple):
 
     def points(self, look: Look) -> tuple[str, str]:
         """Points of test accuracy with the interval on these images, and that on new images."""
-        new = two_way(self.by_image).interval_at(look.critical(len(self.score)))
+        new, _ = new_images(two_way(self.by_image), look, *self.by_image.shape, 0.0)
         on_new = "-" if new is None else f"[{100 * new[0]:+.2f}, {100 * new[1]:+.2f}]"
         return number(100 * self.score, look, "{:+.2f}"), on_new
 
@@ -176,7 +177,7 @@ def contrast(study: StudyData, arm: str, other: str) -> Contrast:
 
 
 def differences(study: StudyData) -> str:
-    """Every arm minus the one that it changes, and each large batch minus the small one trained in the same way."""
+    """Each arm minus the one that it changes, minus its placebo or the weakest dose, or minus the small batch."""
     rows = []
     for arm, other in pairs(study.arms):
         found = contrast(study, arm, other)
@@ -187,15 +188,20 @@ def differences(study: StudyData) -> str:
 def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs of arms that `differences` compares.
 
-    >>> pairs(["sb", "sb-half", "lb", "lb-rate-raise", "lb-half"])
-    [('sb-half', 'sb'), ('lb', 'sb'), ('lb-rate-raise', 'lb'), ('lb-half', 'lb'), ('lb-half', 'sb-half')]
+    >>> pairs(["sb", "lb", "lb-raise", "lb-placebo"])
+    [('lb', 'sb'), ('lb-raise', 'lb'), ('lb-raise', 'lb-placebo'), ('lb-placebo', 'lb')]
+    >>> pairs(["sb", "sb-half", "lb-half", "lb-trace-0.1", "lb-trace-1"])
+    [('sb-half', 'sb'), ('lb-half', 'sb-half'), ('lb-trace-1', 'lb-trace-0.1')]
     """
     out = []
+    weakest: dict[str, str] = {}  # dose of each kind
     for arm in arms:
-        if changed := [other for other in arms if arm.startswith(f"{other}-")]:
-            out.append((arm, max(changed, key=len)))
-        if arm.startswith("lb") and (small := arm.replace("lb", "sb", 1)) in arms:
-            out.append((arm, small))
+        others = [max((other for other in arms if arm.startswith(f"{other}-")), key=len, default="")]
+        others += [arm.replace("lb", "sb", 1)] if arm.startswith("lb") else []
+        kind, _, dose = arm.rpartition("-")
+        others += [f"{kind}-placebo"] if dose in ("raise", "spread", "lower") else []
+        others += [weakest.setdefault(kind, arm)] if dose[:1].isdigit() and kind not in arms else []
+        out += [(arm, other) for other in others if other in arms and other != arm]
     return out
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Never
 
 from gengap_dist.compat.hard_exit import hard_exit
-from gengap_dist.compat.standard_streams import keep_streams
+from gengap_dist.compat.standard_streams import keep_streams, lost_output
 from gengap_dist.distributed.launchers.base import started_externally
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import OutOfMemory, UsageError, explaining_full_disk
@@ -22,20 +22,32 @@ FIRST_RANK_SECONDS = 15.0  # the first rank of a machine prints an error; the ot
 OK, FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL, restart with --resume
 
 
-def run_command(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> Never:
-    """Run a command and exit: 0 done, 1 failed, 2 usage error, 75 preempted, 130 interrupted."""
+def run_command(
+    prog: str,
+    command: Callable[[Sequence[str]], int],
+    argv: Sequence[str] | None = None,
+    *,
+    result_is_printed: bool = True,
+) -> Never:
+    """Run a command and exit: 0 done, 1 failed, 2 usage error, 75 preempted, 130 interrupted.
+
+    A command whose result is not only in files has failed if stdout could not be written, as on a full disk.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    _ensure_home()
+    _ensure_home(prog)
     if isinstance(sys.stdout, io.TextIOWrapper):  # in many locales not every name can be printed
         sys.stdout.reconfigure(errors="replace")
     keep_streams()
     code = _outcome(prog, command, argv)
+    if (error := lost_output()) and code == OK and result_is_printed:
+        _print_error(prog, f"the output could not be written ({error.strerror})", debug=False)
+        code = FAILED
     if started_externally():
         hard_exit(code)
     sys.exit(code)
 
 
-def _ensure_home() -> None:
+def _ensure_home(prog: str) -> None:
     """Give a user without a home folder, as in many containers, a temporary one: MLflow and others ask for it."""
     try:
         Path.home()
@@ -44,6 +56,7 @@ def _ensure_home() -> None:
         home.mkdir(mode=0o700, exist_ok=True)
         mine = home.stat().st_uid == os.getuid()
         os.environ["HOME"] = str(home) if mine else tempfile.mkdtemp(prefix="home-")
+        print(f"{prog}: warning: this user has no home folder: {os.environ['HOME']} is used", file=sys.stderr)
 
 
 def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

@@ -67,7 +67,10 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
         page = write_report(study)
     except BaseException as error:
         if not lease.is_of_another(out):
-            runner.conclude(out, run_folder.status_after(error), {})
+            try:
+                runner.conclude(out, run_folder.status_after(error), {})
+            except OSError as problem:
+                _warn(f"study.json could not be written ({problem.strerror}): the study is not running, as it says")
         if uploader and (upload_warning := uploader.finish()):
             _warn(upload_warning)
         raise
@@ -162,4 +165,4 @@ def _headline(study: Any) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    run_command(PROG, command, argv)
+    run_command(PROG, command, argv, result_is_printed=False)

@@ -9,6 +9,7 @@ Examples:
 """
 
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -111,7 +112,8 @@ def _new_folder(parent: Path, name: str) -> Path:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            continue
+            if os.path.lexists(folder):  # else it is the parent that cannot be made
+                continue
         except OSError:  # what is wrong is said where an --out would be prepared
             pass
         return folder
@@ -120,4 +122,4 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    run_command(PROG, command, argv)
+    run_command(PROG, command, argv, result_is_printed=False)

@@ -13,15 +13,28 @@ import sys
 from typing import Any
 
 
-class _Lasting(io.FileIO):
+class LastingStream(io.FileIO):
     """A stream that drops what it cannot write."""
+
+    lost: OSError | None = None
+    """Why something was dropped, unless the reader has gone."""
 
     def write(self, data: Any, /) -> int:
         """All of `data` counts as written."""
         try:
             return super().write(data) or len(data)
-        except OSError:
+        except BrokenPipeError:
             return len(data)
+        except OSError as error:
+            self.lost = error
+            return len(data)
+
+
+def lost_output() -> OSError | None:
+    """Why a part of what was printed to stdout could not be written; None if all was, or nobody reads it."""
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    sys.stdout.flush()
+    return raw.lost if isinstance(raw, LastingStream) else None
 
 
 def keep_streams() -> None:
@@ -36,7 +49,7 @@ def keep_streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
-            raw = _Lasting(number, "w", closefd=False)
+            raw = LastingStream(number, "w", closefd=False)
             lasting = io.TextIOWrapper(
                 io.BufferedWriter(raw),
                 stream.encoding,

@@ -34,6 +34,8 @@ class PreemptionFlag:
 
     def __init__(self) -> None:
         self._is_set = False
+        self.number: int | None = None
+        """The signal that has set it."""
 
     def __call__(self) -> bool:
         """True after the first signal."""
@@ -43,15 +45,20 @@ class PreemptionFlag:
         """The signal handler. Of repeated signals, only a second Ctrl-C from a terminal ends the process."""
         if self._is_set and number == signal.SIGINT and sys.stdin.isatty():
             raise KeyboardInterrupt
-        self._is_set = True
+        self._is_set, self.number = True, number
 
 
 @contextmanager
 def catching_signals() -> Iterator[PreemptionFlag]:
-    """Context in which SIGNALS set the flag instead of ending the process (main thread only)."""
+    """Context in which SIGNALS set the flag instead of ending the process (main thread only).
+
+    One that came when it was too late to stop, so that the work was done all the same, is passed on at the end.
+    """
     flag = PreemptionFlag()
     with handling(SIGNALS, flag.set):
         yield flag
+    if flag.number is not None:
+        signal.raise_signal(flag.number)
 
 
 @contextmanager

@@ -266,6 +266,7 @@ def _rank_main(
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # these ranks belong to no launch of torchrun
     worker = Worker(rank, threads.number, pipe, RuntimeContext(command=command, threads=threads))
     handle(TIME_SIGNALS, worker.preemption_requested.set)
+    signal.signal(signal.SIGTERM, worker.preemption_requested.set)  # of the parent, also where a script ignores it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     parent = multiprocessing.parent_process()

@@ -37,7 +37,7 @@ FACTS = "checkpoint.json"
 NEEDED = {"model.pt", "run.pt"}
 
 _NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
-_PART = re.compile(rf"\.{_NAME.pattern}\.part")
+_PART = re.compile(rf"\.{_NAME.pattern}(\.old)?\.part")
 
 State = dict[str, Any]
 Report = Callable[[str], None]
@@ -109,14 +109,14 @@ class CheckpointWriter:
             _fsync_folder(part)
             own = self._checkpoints_of(facts.get("run"))
             if step in own:  # a damaged one, or one from before a resume
-                shutil.rmtree(path)
+                _remove(path)
             elif os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, f"{path} is there, which is no checkpoint of this run")
             part.rename(path)
             _fsync_folder(self.folder)
             own[step] = path
             for old in sorted(at for at in own if at <= step)[: -self.keep]:  # later ones are damaged
-                shutil.rmtree(own[old], ignore_errors=True)
+                _remove(own[old])
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
             self._error = error
@@ -131,6 +131,14 @@ class CheckpointWriter:
         return {
             step: path for step, (path, facts) in found.items() if (facts.get("step"), facts.get("run")) == (step, run)
         }
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; after a kill the rest of it is removed at the next start, and is no damaged checkpoint."""
+    old = path.with_name(f".{path.name}.old.part")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class _HashingFile:

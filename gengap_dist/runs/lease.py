@@ -8,6 +8,7 @@ owner that was only suspended finds that its own is gone.
 
 import json
 import os
+import random
 import signal
 import socket
 import threading
@@ -47,12 +48,17 @@ class Owner(NamedTuple):
     @property
     def is_this_process(self) -> bool:
         """Whether it is the process that asks."""
-        return self[:4] == this_process()[:4]
+        return self[1:4] == (_machine(), os.getpid(), _started(os.getpid())) and (
+            bool(self.machine) or self.host == socket.gethostname()
+        )
 
     @property
     def has_ended(self) -> bool | None:
-        """Whether it has; None: it is on another machine, and only its counter can tell."""
-        return _started(self.pid) != self.started if self.machine and self.machine == _machine() else None
+        """Whether it has; None: it is on another machine, or hidden from this user, and only its counter can tell."""
+        if not self.machine or self.machine != _machine():
+            return None
+        started = _started(self.pid)
+        return None if not started and _is_hidden(self.pid) else started != self.started
 
 
 def this_process() -> Owner:
@@ -77,6 +83,17 @@ def _started(pid: int) -> str:
     return "" if state in "ZX" else fields[18]
 
 
+def _is_hidden(pid: int) -> bool:
+    """Whether there is a process of another user that /proc does not show, as with its option hidepid."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return not Path(f"/proc/{pid}").exists()
+    except OSError:
+        pass
+    return False
+
+
 @contextmanager
 def holding(out: Path, say: Say) -> Iterator[None]:
     """Context in which this process holds the lease of a folder, which is made if it is missing.
@@ -93,6 +110,7 @@ def holding(out: Path, say: Say) -> Iterator[None]:
             of this study; or if the folder cannot be written.
     """
     owner, stop = this_process(), threading.Event()
+    _wait_for_relatives(out)  # before anything is made in the folder
     try:
         path = _take(out, owner, say)
     except OSError as error:
@@ -100,8 +118,7 @@ def holding(out: Path, say: Say) -> Iterator[None]:
     thread = threading.Thread(target=_count, args=(path, owner, stop), name="lease", daemon=True)
     thread.start()
     try:
-        for relative in _relatives(out):
-            _wait_until_left(relative, say=lambda text: None)
+        for relative in _wait_for_relatives(out):
             if out in relative.parents:  # that of a run: from now on the study's counts
                 relative.unlink(missing_ok=True)
         yield
@@ -136,7 +153,8 @@ def guard(out: Path) -> Callable[[], None]:
 def is_of_another(out: Path) -> bool:
     """Whether another process than this one holds the lease of `out`, or that of its study."""
     path = _latest(out)
-    return path is not None and not _read(path).is_this_process
+    owner = _read(path) if path else Owner()
+    return bool(owner.token) and not owner.is_this_process
 
 
 def _take(out: Path, owner: Owner, say: Say) -> Path:
@@ -155,8 +173,9 @@ def _take(out: Path, owner: Owner, say: Say) -> Path:
         except OSError:
             path.unlink(missing_ok=True)
             raise
-        if _numbers(out)[-1] > number:  # there was a newer one, made after the first look at this part of the folder
+        if {*_numbers(out)} - {number, *older}:  # another one, made meanwhile: nobody saw both
             path.unlink(missing_ok=True)
+            time.sleep(random.random() * POLL_SECONDS)
             continue
         for before in older:
             _path(out, before).unlink(missing_ok=True)
@@ -170,16 +189,21 @@ def _wait_until_left(path: Path, say: Say) -> None:
         UsageError: if it is alive.
     """
     owner, out = _read(path), path.parent
+    if path.exists() and not os.access(path, os.R_OK):
+        raise UsageError(f"--out ({out}) may be in use, and {path} cannot be read: choose another folder")
     ended = owner.has_ended
     if ended is None:
         say(f"{owner} may still write to {out}: waiting up to {STALE_SECONDS:g} s for a sign of it")
         first, deadline = _content(path), time.monotonic() + STALE_SECONDS
         while not (ended := time.monotonic() > deadline):
             time.sleep(POLL_SECONDS)
+            before = time.monotonic()
             if (now := _content(path)) is None:
                 return
             if now != first:
                 break
+            if time.monotonic() - before > COUNT_SECONDS:  # the file server was away, also for the owner
+                deadline = time.monotonic() + STALE_SECONDS
     if not ended:
         raise UsageError(
             f"--out ({out}) is being written by {_read(path)}: wait until it has ended, or choose another folder"
@@ -207,10 +231,13 @@ def _count(path: Path, owner: Owner, stop: threading.Event) -> None:
 
 
 def _content(path: Path) -> bytes | None:
+    """The content of a lease, b"" if it cannot be read at the moment; None if it is gone."""
     try:
         return path.read_bytes()
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError:
+        return b""
 
 
 def _is_of(path: Path, token: str) -> bool:
@@ -250,6 +277,14 @@ def _latest(out: Path) -> Path | None:
 def _study_of(out: Path) -> list[Path]:
     """The folder of the study to which a run in STUDY/{runs,tune,match}/ARM/NAME belongs, if it belongs to one."""
     return [folder for folder in out.parents[2:3] if (folder / "study.json").exists()]
+
+
+def _wait_for_relatives(out: Path) -> list[Path]:
+    """Return the leases of `_relatives` when their owners have ended; raises what `_wait_until_left` does."""
+    found = _relatives(out)
+    for path in found:
+        _wait_until_left(path, say=lambda text: None)
+    return found
 
 
 def _relatives(out: Path) -> list[Path]:

@@ -622,7 +622,7 @@ def close_abandoned(out: Path, error: BaseException) -> None:
     if lease.is_of_another(out):
         return
     if not (out / "run.json").exists():
-        if all(_is_of_a_start(path) for path in out.iterdir()):
+        if all(_is_of_a_start(path) and path.name != "config.yaml" for path in out.iterdir()):  # it may be the user's
             _empty(out)
         return
     info = read_info(out)

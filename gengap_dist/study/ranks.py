@@ -146,7 +146,7 @@ def drive(
     asked: set[int] = set()
     while True:
         if stop_requested() and end is None:
-            end = Preempted(0)
+            end = Preempted(None)
         while end is None and (task := next_task(active)) is not None:
             task.pool, task.began = ranks.take(task.option.layout), time.monotonic()
             active.append(task)

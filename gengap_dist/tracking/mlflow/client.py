@@ -66,17 +66,25 @@ def store_key(uri: str) -> str:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the store has refused what was sent: it would refuse the same again, and may take other values."""
+    """Whether the store has refused what was sent: it would refuse the same again, and may take other values.
+
+    BAD_REQUEST is what MLflow makes of errors of its database, such as one that is read-only for a while.
+    """
     from mlflow.exceptions import MlflowException
 
-    return isinstance(error, MlflowException) and error.get_http_status_code() in (400, 404)
+    if not isinstance(error, MlflowException) or error.error_code == "BAD_REQUEST":
+        return False
+    return error.get_http_status_code() in (400, 404)
 
 
 def is_outage(error: Exception) -> bool:
     """Whether the store takes nothing at all at present."""
     from mlflow.exceptions import MlflowException
+    from requests import RequestException
 
-    return isinstance(error, MlflowException | OSError) and not is_refusal(error)
+    return isinstance(error, MlflowException | RequestException | ConnectionError | TimeoutError) and not is_refusal(
+        error
+    )
 
 
 def import_client() -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gengap_dist.cli import train
-from gengap_dist.distributed.preemption import Preempted, ending_on_signals
+from gengap_dist.distributed.preemption import Preempted, catching_signals, ending_on_signals
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.ray_cluster import until
 
@@ -35,6 +35,26 @@ def test_default_folders_are_never_shared(tmp_path):
     made = [train._new_folder(tmp_path / "runs", "digits") for _ in range(3)]
     assert [folder.name for folder in made] == ["digits", "digits-2", "digits-3"]
     assert all(folder.is_dir() for folder in made)
+
+
+def test_a_folder_that_cannot_be_made_is_no_folder_that_is_there(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "gone")
+    assert train._new_folder(tmp_path / "runs", "digits") == tmp_path / "runs" / "digits"
+
+
+def test_a_signal_that_came_too_late_is_passed_on():
+    with ending_on_signals(), pytest.raises(Preempted), catching_signals() as flag:
+        signal.raise_signal(signal.SIGTERM)
+        assert flag()
+
+
+@pytest.mark.processes
+def test_a_result_that_cannot_be_printed_is_a_failure(tmp_path):
+    words = "-m gengap_dist plan --print_config > /dev/full"
+    end = subprocess.run(f"{sys.executable} {words}", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (end.returncode, end.stderr) == (
+        1, "gengap plan: error: the output could not be written (No space left on device)\n"
+    )  # fmt: skip
 
 
 def test_signals_end_a_command_before_it_trains_but_ignored_ones_stay_ignored():

@@ -148,6 +148,17 @@ def test_only_own_checkpoints_are_counted_and_deleted(tmp_path):
     assert own == {"step_00000020", "step_00000030"}
 
 
+def test_a_kill_while_a_checkpoint_is_removed_leaves_no_part_of_it(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    save(folder, 10, 20, run="a")
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: (Path(path) / "checkpoint.json").unlink())
+    checkpoint._remove(folder / "step_00000010")
+    assert [*checkpoint.checkpoints_by_step(folder)] == [20]
+    monkeypatch.undo()
+    checkpoint.CheckpointWriter(folder, keep=2)
+    assert [path.name for path in folder.iterdir()] == ["step_00000020"]
+
+
 def test_what_stands_where_a_checkpoint_has_to_be_is_not_deleted(tmp_path):
     folder = tmp_path / "checkpoints"
     save(folder, 5, run="b")

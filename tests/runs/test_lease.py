@@ -189,6 +189,10 @@ def test_a_death_before_the_first_line_leaves_a_folder_that_can_be_started(tmp_p
     (out / "checkpoints" / "step_00000001").rmdir()
     with lease.holding(out, quiet):
         close_abandoned(out, RuntimeError())
+        assert (out / "config.yaml").exists()  # which may be a user's own, so the folder stays, and can be started
+        prepare_folder(out, "run.json", resume=False)
+        (out / "config.yaml").unlink()
+        close_abandoned(out, RuntimeError())
         assert [path.name for path in out.iterdir()] == [".lease.4"]
     assert not out.exists()
     out.mkdir()
@@ -197,3 +201,19 @@ def test_a_death_before_the_first_line_leaves_a_folder_that_can_be_started(tmp_p
         prepare_folder(out, "run.json", resume=False)
     close_abandoned(out, RuntimeError())
     assert (out / "config.yaml").exists()
+
+
+def test_a_lease_that_was_made_meanwhile_counts(tmp_path, monkeypatch):
+    (tmp_path / ".lease.5").write_text(f"{json.dumps(lease.this_process()._replace(started='0'))}\n0\n")  # it has ended
+    wait = lease._wait_until_left
+
+    def other_starts(path, say):
+        wait(path, say)
+        if path.name == ".lease.5":  # its owner has removed it, and another process found none
+            (tmp_path / ".lease.5").unlink()
+            (tmp_path / ".lease.1").write_text(f"{json.dumps(lease.this_process())}\n0\n")
+
+    monkeypatch.setattr(lease, "_wait_until_left", other_starts)
+    with pytest.raises(UsageError, match="is being written by process"), lease.holding(tmp_path, lambda text: None):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".lease.1"]

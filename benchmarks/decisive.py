@@ -156,7 +156,8 @@ class Contrast(NamedTuple):
 
     def points(self, look: Look) -> tuple[str, str]:
         """Points of test accuracy with the interval on these images, and that on new images."""
-        new, _ = new_images(two_way(self.by_image), look, *self.by_image.shape, 0.0)
+        num_seeds, num_images = self.by_image.shape
+        new, _ = new_images(two_way(self.by_image), look, num_seeds, num_images, 0.0)
         on_new = "-" if new is None else f"[{100 * new[0]:+.2f}, {100 * new[1]:+.2f}]"
         return number(100 * self.score, look, "{:+.2f}"), on_new
 

@@ -168,7 +168,7 @@ def test_time_and_memory_of_a_process_that_outlives_its_command_are_counted(tmp_
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("contestant", thinned(["packed", "shell", "Tune"], lambda name: name == "packed"))
+@pytest.mark.parametrize("contestant", thinned(["xargs", "packed", "shell", "Tune"], lambda name: name == "xargs"))
 def test_every_contestant_runs_a_study(contestant, tmp_path):
     command = [
         sys.executable,

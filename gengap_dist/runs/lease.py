@@ -166,7 +166,7 @@ def _take(out: Path, owner: Owner, say: Say) -> Path:
         number = max(older, default=0) + 1
         path = _path(out, number)
         try:
-            with path.open("x") as file:
+            with path.open("x", encoding="utf-8") as file:
                 file.write(f"{json.dumps(owner)}\n0\n")
         except (FileExistsError, FileNotFoundError):
             continue  # another process was faster

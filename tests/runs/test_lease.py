@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gengap_dist.distributed.preemption import catching_signals
+from gengap_dist.distributed.preemption import Preempted, catching_signals, ending_on_signals
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import lease
 from gengap_dist.runs.run_folder import RunRecorder, close_abandoned, prepare_folder
@@ -131,22 +131,29 @@ def test_an_owner_on_another_machine_is_alive_while_it_counts(tmp_path, monkeypa
 
 def test_a_suspended_owner_that_lost_its_lease_writes_no_more_and_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "COUNT_SECONDS", 0.05)
-    with catching_signals() as asked_to_stop, lease.holding(tmp_path, quiet):
-        recorder = RunRecorder(tmp_path)
-        recorder.log(1, 0.1, {"train/loss": 1.0})
-        recorder.flush()
-        left_by(tmp_path, lease.this_process()._replace(host="n8", pid=13))
-        (tmp_path / ".lease.1").unlink()
-        recorder.log(2, 0.2, {"train/loss": 1.0})
-        with pytest.raises(UsageError, match=r"not belong to this run any more \(process 13 on n8 writes there now"):
+
+    def lose_it():
+        with ending_on_signals(), catching_signals() as asked_to_stop, lease.holding(tmp_path, quiet):
+            recorder = RunRecorder(tmp_path)
+            recorder.log(1, 0.1, {"train/loss": 1.0})
             recorder.flush()
-        deadline = time.monotonic() + 10
-        while not asked_to_stop() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert asked_to_stop()
-        close_abandoned(tmp_path, RuntimeError())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lease.3", "metrics.jsonl", "spectra"]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+            left_by(tmp_path, lease.this_process()._replace(host="n8", pid=13))
+            (tmp_path / ".lease.1").unlink()
+            recorder.log(2, 0.2, {"train/loss": 1.0})
+            with pytest.raises(
+                UsageError, match=r"not belong to this run any more \(process 13 on n8 writes there now"
+            ):
+                recorder.flush()
+            deadline = time.monotonic() + 10
+            while not asked_to_stop() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert asked_to_stop()
+            close_abandoned(tmp_path, RuntimeError())
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lease.3", "metrics.jsonl", "spectra"]
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+    with pytest.raises(Preempted):  # the signal is passed on
+        lose_it()
 
 
 def test_a_study_and_a_single_run_in_it_exclude_each_other(tmp_path):

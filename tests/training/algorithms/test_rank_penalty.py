@@ -128,8 +128,8 @@ def test_holding_the_scale_is_nothing_at_the_untrained_network_and_goes_on_from_
     problem = made(**penalised(1.0, "trace"))
     objective = RankPenalty(problem.run, TASK)
     got, value = gradient(problem, objective)
-    assert value == 0
-    assert torch.equal(got, gradient(problem, Objective(TASK))[0])
+    assert value == pytest.approx(0, abs=1e-20)  # rounding, on some processors
+    torch.testing.assert_close(got, gradient(problem, Objective(TASK))[0], rtol=0, atol=1e-14)
     moved(problem.net)
     got, value = gradient(problem, objective)
     assert value > 0.01

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from gengap_dist.errors import UsageError
+
 TIME_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """Of schedulers, closed terminals and limits of processor time."""
 SIGNALS = (*TIME_SIGNALS, signal.SIGINT)
@@ -63,10 +65,16 @@ def catching_signals() -> Iterator[PreemptionFlag]:
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """Context in which the first of TIME_SIGNALS raises Preempted, as SIGINT raises KeyboardInterrupt."""
+    """Context in which the first of TIME_SIGNALS raises Preempted, as SIGINT raises KeyboardInterrupt.
+
+    A command that already ends with a UsageError is left to clean up: torchrun sends SIGTERM to the ranks whose peer
+    failed.
+    """
     flag = PreemptionFlag()
 
     def end(number: int, frame: FrameType | None) -> None:
+        if isinstance(sys.exc_info()[1], UsageError):
+            return
         if not flag():  # a second one would interrupt what the first has the command clean up
             flag.set(number)
             raise Preempted(None)

@@ -14,6 +14,7 @@ import pytest
 
 from gengap_dist.cli import train
 from gengap_dist.distributed.preemption import Preempted, catching_signals, ending_on_signals
+from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info, read_metrics
 from tests.ray_cluster import until
 
@@ -50,6 +51,18 @@ def test_a_signal_that_came_too_late_is_passed_on():
 
     with pytest.raises(Preempted):
         finish()
+
+
+def test_a_command_that_ends_with_an_error_is_left_to_clean_up():
+    def fail():
+        with ending_on_signals():
+            try:
+                raise UsageError("a bad setting")
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(UsageError):
+        fail()
 
 
 @pytest.mark.processes

@@ -419,7 +419,7 @@ def _draw_arms(study: StudyData, axes: Any, measure: Callable[[RunData], float])
         height = max(y, heights.get(is_left, 0.0) + LABEL_POINTS)
         heights[is_left] = height
         line = {"arrowstyle": "-", "color": QUIET, "linewidth": 0.5}
-        at = (column + (0.08 if is_left else 0.04) * 4 * middle / 2, height)
+        at = (column + (0.16 if is_left else 0.08) * middle, height)
         axes.annotate(arm, (x, y), at, fontsize=7.5, color=INK, va="center", arrowprops=line)
 
 

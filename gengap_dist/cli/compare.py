@@ -10,13 +10,12 @@ Examples:
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.cli.exit_codes import OK, run_command
+from gengap_dist.cli.exit_codes import OK, run_command, warn
 from gengap_dist.cli.options import Parser
 from gengap_dist.config.loading import user_path
 from gengap_dist.errors import UsageError, did_you_mean
@@ -41,7 +40,7 @@ def command(argv: Sequence[str]) -> int:
     study, problems = gather(options.runs, out, names, options.tracking_uri, options.question, across=options.across)
     changed = [sums_problem(user_path(source)) for source in options.runs if ":/" not in source]
     for problem in [*filter(None, changed), *problems]:
-        print(f"{PROG}: warning: {problem}", file=sys.stderr)
+        warn(PROG, problem)
     if options.baseline and options.baseline not in study.arms:
         near = did_you_mean(options.baseline, study.arms)
         raise UsageError(f"--baseline ({options.baseline}) is not an arm{near}: choose one of {', '.join(study.arms)}")

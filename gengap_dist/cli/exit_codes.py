@@ -56,7 +56,12 @@ def _ensure_home(prog: str) -> None:
         home.mkdir(mode=0o700, exist_ok=True)
         mine = home.stat().st_uid == os.getuid()
         os.environ["HOME"] = str(home) if mine else tempfile.mkdtemp(prefix="home-")
-        print(f"{prog}: warning: this user has no home folder: {os.environ['HOME']} is used", file=sys.stderr)
+        warn(prog, f"this user has no home folder: {os.environ['HOME']} is used")
+
+
+def warn(prog: str, text: str) -> None:
+    """Print one sentence on stderr; the command goes on."""
+    print(f"{prog}: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

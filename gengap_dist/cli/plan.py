@@ -12,19 +12,20 @@ Examples:
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.cli.exit_codes import OK, USAGE, run_command
+from gengap_dist.cli.exit_codes import OK, USAGE, run_command, warn
 from gengap_dist.cli.options import PlanOptions, PlanSettings, parse
 from gengap_dist.config.loading import load_yaml, resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig
 
 PROG = "gengap plan"
+_warn = partial(warn, PROG)
 
 
 def command(argv: Sequence[str]) -> int:
@@ -115,10 +116,6 @@ def _study_as_json(plans: dict[str, Any], phases: list[Any]) -> dict[str, Any]:
     seconds = sum(max((run.end for _, run in phase), default=0.0) for phase in phases)
     arms = {arm: plan.as_json() for arm, plan in plans.items()}
     return {"arms": arms, "schedule": schedule, "seconds": round(seconds, 1) if phases else None}
-
-
-def _warn(text: str) -> None:
-    print(f"{PROG}: warning: {text}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

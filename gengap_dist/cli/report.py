@@ -9,12 +9,11 @@ Examples:
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.cli.exit_codes import OK, run_command
+from gengap_dist.cli.exit_codes import OK, run_command, warn
 from gengap_dist.cli.options import Parser
 from gengap_dist.config.loading import user_path
 from gengap_dist.errors import UsageError
@@ -58,7 +57,7 @@ def _draw(folder: Path, *, pdf: bool) -> int:
     from gengap_dist.runs.slim import sums_problem
 
     if problem := sums_problem(folder):
-        print(f"{PROG}: warning: {problem}", file=sys.stderr)
+        warn(PROG, problem)
     study = read_study(folder)
     page = write_report(study, pdf=pdf)
     if (folder / "study.json").exists():
@@ -92,7 +91,7 @@ def _sync(folder: Path, uri: str | None) -> int:
             "folder that it is a copy of"
         )
     for problem in update_means(folder) if is_study else ():
-        print(f"{PROG}: warning: {problem}", file=sys.stderr)
+        warn(PROG, problem)
     for run in runs:
         if not (run / "mlflow.json").exists():
             _export_missing_model(run)

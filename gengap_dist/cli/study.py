@@ -11,10 +11,11 @@ Examples:
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.cli.exit_codes import FAILED, OK, run_command
+from gengap_dist.cli.exit_codes import FAILED, OK, run_command, warn
 from gengap_dist.cli.options import Options, StudySettings, parse
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.loading import resolve, to_yaml, user_path
@@ -29,6 +30,7 @@ from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
 from gengap_dist.tracking.mlflow.process import UploaderProcess
 
 PROG = "gengap study"
+_warn = partial(warn, PROG)
 
 
 def command(argv: Sequence[str]) -> int:
@@ -88,10 +90,6 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
             file=sys.stderr,
         )
     return FAILED if num_failed else OK
-
-
-def _warn(text: str) -> None:
-    print(f"{PROG}: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _run(config: StudyConfig, out: Path) -> int:

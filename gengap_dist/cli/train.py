@@ -10,7 +10,6 @@ Examples:
 
 import itertools
 import os
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist.analysis.report.process import ReportProcess
-from gengap_dist.cli.exit_codes import OK, run_command
+from gengap_dist.cli.exit_codes import OK, run_command, warn
 from gengap_dist.cli.options import Options, TrainSettings, parse
 from gengap_dist.config.loading import resolve, to_yaml, user_path
 from gengap_dist.config.sections import RunConfig
@@ -30,6 +29,7 @@ from gengap_dist.tracking.mlflow.process import UploaderProcess
 from gengap_dist.training import ENTRY_POINT
 
 PROG = "gengap train"
+_warn = partial(warn, PROG)
 
 
 def command(argv: Sequence[str]) -> int:
@@ -53,10 +53,6 @@ def command(argv: Sequence[str]) -> int:
         with lease.holding(out, _warn), launcher() as ranks:
             resume = options.resume or launchers.restarted() or _started_by_this_launch(out)
             return _drive(ranks, config, out, resume)
-
-
-def _warn(text: str) -> None:
-    print(f"{PROG}: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _started_by_this_launch(out: Path) -> bool:

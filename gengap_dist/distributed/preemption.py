@@ -35,19 +35,18 @@ class PreemptionFlag:
     """Whether this process has received a preemption signal; call it to read the flag."""
 
     def __init__(self) -> None:
-        self._is_set = False
         self.number: int | None = None
-        """The signal that has set it."""
+        """The signal that has set it; None: it is not set."""
 
     def __call__(self) -> bool:
         """True after the first signal."""
-        return self._is_set
+        return self.number is not None
 
     def set(self, number: int, frame: FrameType | None = None) -> None:
         """The signal handler. Of repeated signals, only a second Ctrl-C from a terminal ends the process."""
-        if self._is_set and number == signal.SIGINT and sys.stdin.isatty():
+        if self() and number == signal.SIGINT and sys.stdin.isatty():
             raise KeyboardInterrupt
-        self._is_set, self.number = True, number
+        self.number = number
 
 
 @contextmanager

@@ -95,9 +95,9 @@ def upload_until_closed(folder: Path, uri: str, experiment: str, pause: Callable
     uploader, wait, over, problem = None, POLL_SECONDS, False, ""
     imports = threading.Thread(target=_import_all, daemon=True)
     imports.start()
-    while not over and not _has_begun(folder):
+    while not over and not _markers(folder):
         over = pause(START_POLL_SECONDS)
-    if not _has_begun(folder):
+    if not _markers(folder):  # the command ended before the run began
         return
     imports.join()
     while True:
@@ -125,13 +125,14 @@ def _import_all() -> None:
         import mlflow.pyfunc  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 
-def _has_begun(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("run.json", "study.json"))
+def _markers(folder: Path) -> list[Path]:
+    """run.json or study.json, if the run or study has begun."""
+    return [path for path in (folder / "run.json", folder / "study.json") if path.exists()]
 
 
 def _wait_for_changes(seconds: float, folder: Path, pause: Callable[[float], bool]) -> bool:
     """Pause, at most until run.json or study.json changes; whether the command has ended."""
-    files = [path for path in (folder / "run.json", folder / "study.json") if path.exists()]
+    files = _markers(folder)
     before, deadline = [path.stat().st_mtime_ns for path in files], time.monotonic() + seconds
     while not (over := pause(min(POLL_SECONDS, seconds))):
         if time.monotonic() >= deadline or [path.stat().st_mtime_ns for path in files] != before:
@@ -142,6 +143,11 @@ def _wait_for_changes(seconds: float, folder: Path, pause: Callable[[float], boo
 def _describe(error: Exception) -> str:
     """An error on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _reason(error: Exception) -> str:
+    """An error as a part of a sentence."""
+    return _describe(error)[:REASON_CHARACTERS]
 
 
 def _stdin_closes_within(seconds: float) -> bool:
@@ -167,7 +173,7 @@ def main() -> None:
         os.write(report, DONE)
     except Exception as error:
         print(_describe(error), flush=True)
-        os.write(report, _describe(error)[:REASON_CHARACTERS].encode())
+        os.write(report, _reason(error).encode())
     os._exit(0)  # also during an import
 
 
@@ -190,16 +196,14 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
         try:
             uploader = MlflowUploader(folder, target, config.experiment)
         except Exception as error:
-            reason = _describe(error)[:REASON_CHARACTERS]
             raise UsageError(
-                f"MLflow at {target} cannot be reached ({reason}): check the address, or start the server"
+                f"MLflow at {target} cannot be reached ({_reason(error)}): check the address, or start the server"
             ) from None
         try:
             uploader.sync(closing=True, progress=progress)
         except Exception as error:
-            reason = _describe(error)[:REASON_CHARACTERS]
             raise UsageError(
-                f"MLflow at {target} did not receive everything ({reason}): fix this, and repeat the command"
+                f"MLflow at {target} did not receive everything ({_reason(error)}): fix this, and repeat the command"
             ) from None
     return target
 

@@ -11,6 +11,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of a f
 class UsageError(ValueError):
     """An input of the user is invalid: one sentence with name, value, rule and remedy. Commands exit with code 2."""
 
+    was_told_to_end = False
+    """Whether a signal told the process to end while it cleaned up, as torchrun tells the peers of a rank that failed."""
+
 
 class OutOfMemory(UsageError):
     """A rank's GPU has too little memory for the run."""

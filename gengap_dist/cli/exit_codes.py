@@ -74,7 +74,7 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
             _print_error(prog, str(error), debug, every_rank=True)
         return USAGE
     except UsageError as error:
-        _print_error(prog, str(error), debug, wait_seconds=FIRST_RANK_SECONDS)
+        _print_error(prog, str(error), debug, wait_seconds=0.0 if error.was_told_to_end else FIRST_RANK_SECONDS)
         return USAGE
     except Preempted as error:
         _print_error(prog, str(error), debug)

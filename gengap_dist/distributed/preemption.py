@@ -72,7 +72,8 @@ def ending_on_signals() -> Iterator[None]:
     flag = PreemptionFlag()
 
     def end(number: int, frame: FrameType | None) -> None:
-        if isinstance(sys.exc_info()[1], UsageError):
+        if isinstance(error := sys.exc_info()[1], UsageError):
+            error.was_told_to_end = True
             return
         if not flag():  # a second one would interrupt what the first has the command clean up
             flag.set(number)

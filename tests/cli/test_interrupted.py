@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gengap_dist.cli import train
+from gengap_dist.cli import exit_codes, train
 from gengap_dist.distributed.preemption import Preempted, catching_signals, ending_on_signals
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info, read_metrics
@@ -61,8 +61,27 @@ def test_a_command_that_ends_with_an_error_is_left_to_clean_up():
             finally:
                 signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as raised:
         fail()
+    assert raised.value.was_told_to_end
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_of_ranks_that_fail_together_the_first_of_a_machine_says_why(local_rank, monkeypatch, capsys):
+    """Though the launcher's signal reached the others while they cleaned up, so that they live on."""
+
+    def fail(argv):
+        with ending_on_signals():
+            try:
+                raise UsageError("a bad setting")
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(exit_codes, "FIRST_RANK_SECONDS", 0.01)
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": local_rank, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, str(value))
+    assert exit_codes._outcome("gengap train", fail, []) == exit_codes.USAGE
+    assert capsys.readouterr().err == ("gengap train: a bad setting\n" if local_rank == 0 else "")
 
 
 @pytest.mark.processes

@@ -12,7 +12,7 @@ class UsageError(ValueError):
     """An input of the user is invalid: one sentence with name, value, rule and remedy. Commands exit with code 2."""
 
     was_told_to_end = False
-    """Whether a signal told the process to end while it cleaned up, as torchrun tells the peers of a rank that failed."""
+    """Whether a signal told the process to end while it cleaned up: torchrun sends it to the peers of a failed rank."""
 
 
 class OutOfMemory(UsageError):

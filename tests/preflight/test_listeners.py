@@ -51,8 +51,6 @@ def standing(folder: Path, name: str, host: str, status: int = 200, body: str = 
         ("mlflow_server.py", "127.0.0.1", {}, False),
         ("gcs_server", "0.0.0.0", {"RAY_AUTH_MODE": "disabled"}, True),
         ("gcs_server", "0.0.0.0", {"RAY_AUTH_MODE": "token"}, False),
-        ("gcs_server", "127.0.0.1", {"RAY_AUTH_MODE": "disabled"}, False),
-        ("something.py", "0.0.0.0", {}, False),
     ],
 )
 def test_servers_that_others_reach_without_a_password(tmp_path, monkeypatch, name, host, more, is_open):

@@ -274,9 +274,7 @@ def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) ->
         raise
     except Exception as error:
         reason = describe(error)[:300]
-        raise UsageError(
-            f"MLflow at {shown} cannot be read ({reason}): check --tracking_uri"
-        ) from None
+        raise UsageError(f"MLflow at {shown} cannot be read ({reason}): check --tracking_uri") from None
 
 
 def _is_compared(name: str) -> bool:

@@ -199,7 +199,7 @@ def test_ray_job_submit_takes_it(recorded):
     from ray.runtime_env import RuntimeEnv
     from ray.scripts.scripts import cli as ray
 
-    given = {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_TRACKING_PASSWORD": "a: 'b'"}
+    given = {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_EXPERIMENT_NAME": "a: 'b'"}
     record = recorded("launch/ray_job.sh", *SETTINGS, RAY_API_SERVER_ADDRESS="http://head:8265", **given)
     assert record["words"][:3] == ["ray.scripts.scripts", "job", "submit"]
     submit = ray.commands["job"].commands["submit"]
@@ -210,8 +210,21 @@ def test_ray_job_submit_takes_it(recorded):
     runtime_env = yaml.safe_load(record["runtime_env"])
     RuntimeEnv(**runtime_env)
     assert {k: v for k, v in runtime_env["env_vars"].items() if k.startswith("MLFLOW")} == given
-    assert "a: 'b'" not in " ".join(record["words"])
     assert not Path(params["runtime_env"]).exists()
+
+
+def test_a_ray_job_carries_no_secret(recorded):
+    """Its command line and its variables are in the dashboard, and in logs that everybody can read."""
+    secret = {"MLFLOW_TRACKING_URI": "http://me:hunter22@mlflow:5000", "MLFLOW_TRACKING_TOKEN": "hunter22"}
+    record = recorded("launch/ray_job.sh", MLFLOW_TRACKING_PASSWORD="hunter22", **secret)
+    assert "hunter22" not in f"{record['words']} {record['runtime_env']}"
+    variables = yaml.safe_load(record["runtime_env"])["env_vars"]
+    assert {name: v for name, v in variables.items() if "MLFLOW" in name} == {
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000"
+    }
+    command = ["bash", "launch/ray_job.sh", "configs/demo.yaml", "/runs/x", "--mlflow.tracking_uri", "http://me:pw@h"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, "password" in done.stderr) == (2, "", True)
 
 
 def test_ray_job_wants_paths_that_hold_on_the_nodes():
@@ -299,6 +312,20 @@ def test_deepspeed_takes_it(recorded, tmp_path):
             assert args.force_multi  # one node in the file is that node, not this machine
 
 
+@pytest.mark.parametrize("word", ["$(touch x)", "`touch x`", "a;touch x", "it's", 'a"b', "a\nb", "*"])
+def test_a_word_that_a_shell_of_the_nodes_would_interpret_is_refused(recorded, tmp_path, word):
+    """DeepSpeed's launcher gives the whole command to a shell of each node."""
+    with pytest.raises(AssertionError, match="shell on the nodes"):
+        recorded("launch/deepspeed/run.sh", f"--data.root={word}")
+    assert not (tmp_path / "record.json").exists()
+    recorded("launch/deepspeed/run.sh", f"--data.root={word}", NUM_PROCESSES="2")  # no shell is between
+
+
+def test_no_file_has_a_name_in_the_temporary_folder_that_others_can_predict():
+    for path in SCRIPTS:
+        assert not re.findall(r"/tmp\b|TMPDIR", path.read_text()), path
+
+
 def test_the_upload_leaves_data_and_runs_here(tmp_path):
     from ray._private.runtime_env.packaging import create_package
 
@@ -363,6 +390,18 @@ def test_pods_are_not_root_and_share_the_run_folders():
         assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
         mounts = {m["name"]: m["mountPath"] for m in template["spec"]["containers"][0]["volumeMounts"]}
         assert mounts["runs"] == "/runs"
+
+
+def test_only_a_clusters_own_pods_and_its_operator_may_connect():
+    policy = load(ROOT / "launch/kuberay/networkpolicy.yaml")["spec"]
+    own = policy["podSelector"]
+    assert policy["policyTypes"] == ["Ingress"]
+    (inside, operator) = policy["ingress"]
+    assert inside == {"from": [{"podSelector": own}]}
+    assert [port["port"] for port in operator["ports"]] == [8265]
+    for file in ("rayjob", "raycluster"):
+        for template in pod_templates(load(ROOT / f"launch/kuberay/{file}.yaml")):
+            assert template["metadata"]["labels"] == own["matchLabels"]
 
 
 def test_the_ray_job_is_a_run():

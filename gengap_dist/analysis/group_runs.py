@@ -1,7 +1,6 @@
 """Combines runs from several places into one study: groups them into arms, and names the arms."""
 
 import os
-import sys
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +9,14 @@ from gengap_dist.analysis.study_data import MEASURED_AT, RunData, StudyData, rea
 from gengap_dist.config.identity import counterpart_key, differing_settings, effective_settings
 from gengap_dist.config.loading import flat, user_path
 from gengap_dist.config.metric_key import MetricKey
+from gengap_dist.credentials import command_line, without_logins
 from gengap_dist.errors import UsageError, first_of
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.metric import value_on_test
 from gengap_dist.runs.mixtures import changed_data, different_kinds
 from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo, StudyMember
-from gengap_dist.tracking.mlflow.client import connect_client, store_uri
+from gengap_dist.tracking.mlflow.client import connect_client, describe, store_uri
 from gengap_dist.tracking.mlflow.importer import SourceNames, find_runs, save_as_run_folder
 
 LOOKS = ("looks", "may_extend")  # settings of a study that say when it is judged
@@ -167,7 +167,7 @@ def gather(
         seeds=sorted({run.seed for run in runs}),
         tuned={arm: {"best": dict.fromkeys(tuned)} for arm in arms} if tuned else {},
         started=run_folder.now(),
-        command=sys.orig_argv,
+        command=command_line(),
         config={
             "sources": [str(source) for source in sources],
             **({"study": declared.settings} if declared.settings else {}),
@@ -261,6 +261,7 @@ def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) ->
     if not source.startswith(("runs:/", "experiments:/")):
         raise UsageError(f"RUN ({source}) is neither a folder nor an MLflow run: give runs:/ID or experiments:/NAME")
     address = store_uri(uri)
+    shown = without_logins(address)
     try:
         client = connect_client(address)
         for run in find_runs(client, source):
@@ -272,8 +273,8 @@ def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) ->
     except UsageError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise UsageError(f"MLflow at {address} cannot be read ({text}): check --tracking_uri") from None
+        reason = describe(error)[:300]
+        raise UsageError(f"MLflow at {shown} cannot be read ({reason}): check --tracking_uri") from None
 
 
 def _is_compared(name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Never
 
 from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.compat.standard_streams import keep_streams, lost_output
+from gengap_dist.credentials import redacted, without_logins
 from gengap_dist.distributed.launchers.base import started_externally
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import OutOfMemory, UsageError, explaining_full_disk
@@ -38,6 +39,8 @@ def run_command(
     if isinstance(sys.stdout, io.TextIOWrapper):  # in many locales not every name can be printed
         sys.stdout.reconfigure(errors="replace")
     keep_streams()
+    if os.environ.get("RANK", "0") == "0" and any(without_logins(word) != word for word in argv):
+        warn(prog, "a password on a command line can be read by all users of this machine: give it by the environment")
     code = _outcome(prog, command, argv)
     if (error := lost_output()) and code == OK and result_is_printed:
         _print_error(prog, f"the output could not be written ({error.strerror})", debug=False)
@@ -54,14 +57,14 @@ def _ensure_home(prog: str) -> None:
     except RuntimeError:
         home = Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
         home.mkdir(mode=0o700, exist_ok=True)
-        mine = home.stat().st_uid == os.getuid()
+        mine = home.lstat().st_uid == os.getuid()
         os.environ["HOME"] = str(home) if mine else tempfile.mkdtemp(prefix="home-")
         warn(prog, f"this user has no home folder: {os.environ['HOME']} is used")
 
 
 def warn(prog: str, text: str) -> None:
     """Print one sentence on stderr; the command goes on."""
-    print(f"{prog}: warning: {text}", file=sys.stderr, flush=True)
+    print(redacted(f"{prog}: warning: {text}"), file=sys.stderr, flush=True)
 
 
 def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
@@ -102,5 +105,5 @@ def _print_error(prog: str, message: str, debug: bool, *, every_rank: bool = Fal
             time.sleep(wait_seconds)
         prog = f"{prog}, rank {rank}"  # the error may concern only this rank
     if debug:
-        traceback.print_exc()
-    print(f"{prog}: {message}", file=sys.stderr)
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+    print(redacted(f"{prog}: {message}"), file=sys.stderr)

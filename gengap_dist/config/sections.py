@@ -22,11 +22,13 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     WrapValidator,
+    field_serializer,
     model_validator,
 )
 
 from gengap_dist.config import measures
 from gengap_dist.config.loading import user_path
+from gengap_dist.credentials import without_logins
 from gengap_dist.errors import did_you_mean
 
 UserPath = Annotated[Path, AfterValidator(user_path)]
@@ -621,6 +623,10 @@ class MlflowConfig(Section, affects="runtime"):
     """Export the final network of a run that is uploaded, and log it as an MLflow model with its signature."""
     system_seconds: PositiveFloat | None = 10.0
     """Seconds between two measurements of a node's CPU, memory, disk, network and GPUs; null: none."""
+
+    @field_serializer("tracking_uri")
+    def _without_credentials(self, uri: str | None) -> str | None:
+        return uri and without_logins(uri)
 
 
 class RunConfig(Section, affects="result"):

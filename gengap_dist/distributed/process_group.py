@@ -5,6 +5,7 @@ must call them, equally often and in the same order.
 """
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -19,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from gengap_dist.compat.torchrun_store import restart_store
 from gengap_dist.distributed.phase_timer import PhaseTimer
-from gengap_dist.distributed.runtime_context import local_size, rank_environment
+from gengap_dist.distributed.runtime_context import LOOPBACK, local_size, rank_environment
 from gengap_dist.errors import UsageError
 
 BATCH = "batch"  # the dimension of a mesh along which ranks have different samples
@@ -189,9 +190,19 @@ def init_process_group(device: str, timeout_seconds: float) -> World:
                     "check the log of rank 0, or raise the limit"
                 ) from None
             options |= {"store": start_store, "rank": rank, "world_size": size}
+        elif os.environ.get("MASTER_ADDR") == LOOPBACK:
+            options |= {"store": _loopback_store(rank, size, timeout), "rank": rank, "world_size": size}
         dist.init_process_group(_backend(torch_device), **options)
     world = World(rank, size, torch_device, PhaseTimer(on_gpu=on_gpu))
     return _with_mesh(world) if dist.is_initialized() else world
+
+
+def _loopback_store(rank: int, size: int, timeout: timedelta) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+    """The store of ranks that are all on this machine; torch's own listens on all of its network interfaces."""
+    port = int(os.environ["MASTER_PORT"])
+    listener = socket.create_server((LOOPBACK, port)).detach() if rank == 0 else None
+    store = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    return store(LOOPBACK, port, size, rank == 0, timeout, master_listen_fd=listener)
 
 
 def _with_mesh(world: World) -> World:

@@ -5,12 +5,14 @@ many runs with one context.
 """
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, final
 
+from gengap_dist.credentials import command_line
 from gengap_dist.distributed.cores import Threads
+
+LOOPBACK = "127.0.0.1"  # the MASTER_ADDR of ranks that are all on this machine
 
 Value = TypeVar("Value")
 
@@ -43,7 +45,7 @@ class RuntimeContext:
 
     launcher: str = "local"
     """Name of the launcher of the ranks, for run.json."""
-    command: Sequence[str] = field(default_factory=lambda: [*sys.orig_argv])
+    command: Sequence[str] = field(default_factory=command_line)
     """Command line that started the runs, for run.json; on ranks of other machines, that of the driver."""
     threads: Threads | None = None
     """Threads of a rank, and what limits them; None: as torch has them."""

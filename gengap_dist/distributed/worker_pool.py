@@ -20,14 +20,16 @@ from typing import Any, final
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.compat.standard_streams import keep_streams
+from gengap_dist.credentials import command_line
 from gengap_dist.distributed import cgroups
 from gengap_dist.distributed.cores import Threads, thread_variables
 from gengap_dist.distributed.orphans import end_with
 from gengap_dist.distributed.preemption import SIGNALS, TIME_SIGNALS, Preempted, PreemptionFlag, handle
-from gengap_dist.distributed.runtime_context import RuntimeContext
+from gengap_dist.distributed.runtime_context import LOOPBACK, RuntimeContext
 from gengap_dist.errors import OutOfMemory, UsageError
 
 PROGRESS_SECONDS = 0.1  # between two progress messages of rank 0
+LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 
 class RankFailed(RuntimeError):
@@ -109,7 +111,7 @@ class WorkerPool:
             variables = rank_variables(rank, num_ranks, port) | at_start
             process = context.Process(
                 target=_rank_main,
-                args=(rank, there, variables, threads, sys.orig_argv),
+                args=(rank, there, variables, threads, command_line()),
                 name=f"rank{rank}",
                 daemon=daemon,
             )
@@ -225,9 +227,14 @@ def _signals_wait() -> Iterator[None]:
 
 
 def rank_variables(rank: int, size: int, port: int | None = None) -> dict[str, str]:
-    """The variables of `rank` of `size`, all on this machine; rank 0 listens at `port`."""
+    """The variables of `rank` of `size`, all on this machine; rank 0 listens at `port`.
+
+    Nobody else can connect to the ranks, unless the user has named another network interface.
+    """
     variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    return variables if port is None else variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        variables[name] = os.environ.get(name) or LOOPBACK_INTERFACE
+    return variables if port is None else variables | {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
 
 
 class environment_variables:
@@ -252,7 +259,7 @@ class environment_variables:
 def free_port() -> int:
     """A free TCP port on this machine."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]
 
 

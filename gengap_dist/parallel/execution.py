@@ -7,9 +7,11 @@ import ctypes
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -23,8 +25,10 @@ from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import frozen_running_stats
 from gengap_dist.models.dropout import SampleDraws
 from gengap_dist.models.sample_position import SamplePosition, position_of
+from gengap_dist.runs.own_files import check_own
 
 WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+CODE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # names the folder where torch.compile keeps what it has compiled
 
 
 @final
@@ -169,10 +173,10 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def check_compiler(device_type: str) -> None:
-    """Refuse torch.compile if the compiler it needs is missing.
+    """Refuse torch.compile if the compiler it needs is missing, or others may have written what it has compiled.
 
     Raises:
-        UsageError: with the compiler's name.
+        UsageError: with the compiler's name, or the folder's.
     """
     cpu = ("CXX", "clang++" if sys.platform == "darwin" else "g++", "a C++")
     variable, usual, kind = cpu if device_type == "cpu" else ("CC", "gcc", "a C")
@@ -182,6 +186,10 @@ def check_compiler(device_type: str) -> None:
             f"train.compile (true) needs {kind} compiler, and there is no {name} on the PATH: install one, name it in "
             f"{variable}, or choose train.compile=false"
         )
+    # torch executes what it finds there; it does not look who made the folder, whose default name anybody can predict
+    cache = Path(os.environ.setdefault(CODE_VARIABLE, f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"))
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_own(cache, cache.stat())
 
 
 @contextmanager

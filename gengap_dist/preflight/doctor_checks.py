@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 from gengap_dist.compat.ray_job import started_by_job
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.credentials import redacted, without_logins
 from gengap_dist.data import TORCHVISION
 from gengap_dist.distributed.cgroups import memory_limits
 from gengap_dist.distributed.cores import available_cores
@@ -42,11 +43,13 @@ from gengap_dist.preflight.doctor_subprocess import (
     run_in_subprocess,
     run_two_ranks,
 )
-from gengap_dist.tracking.mlflow.client import CLIENT_DEFAULTS, sqlite_path, store_uri
+from gengap_dist.preflight.listeners import open_listeners
+from gengap_dist.tracking.mlflow.client import sqlite_path, store_uri, store_variables
 from gengap_dist.training.autotune.cache import micro_sizes_path, read_micro_sizes
 
 OK, WARN, FAIL, ABSENT = "ok", "warn", "fail", "absent"
 SERVER_SECONDS = 5
+MAX_ANSWER_BYTES = 1 << 16
 
 
 class CheckResult(NamedTuple):
@@ -122,7 +125,11 @@ def run_checks(request: CheckRequest, on_waiting: Callable[[list[str]], None] = 
                     FAIL, f"no answer within {CHECKS[names][0]} s", "check whether a disk or the network hangs"
                 )
                 all_results |= dict.fromkeys(names, timed_out)
-    return {name: all_results[name] for names in CHECKS for name in names}
+    return {name: _without_secrets(all_results[name]) for names in CHECKS for name in names}
+
+
+def _without_secrets(result: CheckResult) -> CheckResult:
+    return result._replace(found=redacted(result.found), remedy=redacted(result.remedy))
 
 
 # -- this machine -----------------------------------------------------------------------------------------------------
@@ -240,6 +247,15 @@ def open_files(request: CheckRequest) -> CheckResults:
     if limit < wanted:
         return {"open files": CheckResult(WARN, f"{limit:,} at once", f"ulimit -n {min(65536, max(most, wanted))}")}
     return {"open files": CheckResult(OK, f"{limit:,} at once")}
+
+
+def listeners(request: CheckRequest) -> CheckResults:
+    """What of MLflow and Ray other machines can reach here without a password; Ray executes what it is sent."""
+    if found := open_listeners():
+        names = ", ".join(f"{service.name} ({address})" for service, address in found)
+        remedy = "; ".join(dict.fromkeys(service.remedy for service, _ in found))
+        return {"listeners": CheckResult(WARN, f"{names}: open to all machines that reach this one", remedy)}
+    return {"listeners": CheckResult(OK, "no MLflow or Ray of this user is open to other machines")}
 
 
 # -- torch and two ranks ----------------------------------------------------------------------------------------------
@@ -396,7 +412,7 @@ def _query_dashboard(address: str, token: str) -> None:
     request = urllib.request.Request(f"{address.rstrip('/')}/api/version", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as answer:
-            json.load(answer)["ray_version"]
+            json.loads(answer.read(MAX_ANSWER_BYTES))["ray_version"]
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"RAY_ADDRESS ({address}) is not a Ray dashboard that accepts this client ({first_line(error)}): "
@@ -412,13 +428,13 @@ def mlflow(request: CheckRequest) -> CheckResults:
     uri = store_uri(request.config.mlflow.tracking_uri)
     if path := sqlite_path(uri):
         return {"mlflow": _sqlite(version, path).if_needed(needed)}
-    shown = _without_password(uri)
+    shown = without_logins(uri)
     if urlsplit(uri).scheme not in ("http", "https", "databricks"):
         found = f"{version}; {shown} is not checked: opening a database would create its tables"
         return {"mlflow": CheckResult(WARN, found, "give the address of a server (http://...) or sqlite:///FILE")}
-    env = CLIENT_DEFAULTS | os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_SECONDS)}
+    env = store_variables(uri) | {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(SERVER_SECONDS)}
     env |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    facts = run_in_subprocess("query_mlflow", uri, env=env)
+    facts = run_in_subprocess("query_mlflow", env=env)
     if "seconds" in facts:
         return {"mlflow": CheckResult(OK, f"{version}; {shown} answers in {facts['seconds']:.2f} s")}
     error = str(facts.get("error"))
@@ -467,15 +483,6 @@ def _sqlite(version: str, path: Path) -> CheckResult:
     if head and head != b"SQLite format 3\0":
         return CheckResult(FAIL, f"{version}; {path} is not an SQLite file", remedy)
     return CheckResult(OK, f"{version}; {path} can be written")
-
-
-def _without_password(uri: str) -> str:
-    """The address without a password.
-
-    >>> _without_password("http://me:secret@host:5000")
-    'http://me@host:5000'
-    """
-    return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1@", uri)
 
 
 def data(request: CheckRequest) -> CheckResults:
@@ -538,4 +545,5 @@ CHECKS: dict[
     ("disk", "shm"): (10, disk),
     ("micro sizes",): (5, micro_sizes),
     ("open files",): (5, open_files),
+    ("listeners",): (20, listeners),
 }

@@ -18,6 +18,7 @@ from gengap_dist.config.sections import DataConfig
 from gengap_dist.distributed.cores import Threads
 from gengap_dist.distributed.worker_pool import RankFailed, Worker, WorkerPool
 from gengap_dist.errors import UsageError
+from gengap_dist.tracking.mlflow.client import connect_client, describe, import_client, store_uri
 
 RANK_SECONDS = 20  # timeout for two ranks on one machine to connect
 IMPORT_SECONDS = 120  # importing torch from a cold network drive, in parallel with the other checks
@@ -127,14 +128,13 @@ def check_rank(worker: Worker) -> None:
 
 def query_mlflow() -> None:
     """Send one request with MLflow's own client; a health page would also answer clients that the server rejects."""
-    from mlflow import MlflowClient
-
+    import_client()
     began = time.monotonic()
     try:
-        MlflowClient(sys.argv[1]).search_experiments(max_results=1)
+        connect_client(store_uri(None)).search_experiments(max_results=1)
         _emit(seconds=time.monotonic() - began)
     except Exception as error:
-        _emit(error=" ".join(str(error).split()))
+        _emit(error=describe(error))
 
 
 def read_data() -> None:

@@ -12,7 +12,7 @@ from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import FrozenModel, RunConfig
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError
-from gengap_dist.training.autotune.cache import default_path
+from gengap_dist.runs.own_files import default_path, read_own, write_own
 
 
 class LinkConstants(FrozenModel):
@@ -68,13 +68,14 @@ def load(path: Path | None) -> Constants:
     """The constants in `path`, or in the user's cache folder, which may not exist yet.
 
     Raises:
-        UsageError: if the given file is missing, or a file does not contain constants.
+        UsageError: if the given file is missing, a file does not contain constants, or others may have written that in
+            the cache folder.
     """
     file = path or default_path()
     if not file.exists() and path is None:
         return Constants()
     try:
-        return validate(Constants, json.loads(file.read_text(encoding="utf-8")))
+        return validate(Constants, json.loads(file.read_bytes() if path else read_own(file)))
     except OSError as error:
         raise UsageError(
             f"--constants ({file}) cannot be read: {error.strerror}; give the path of a JSON file"
@@ -87,7 +88,10 @@ def load(path: Path | None) -> Constants:
 
 def save(constants: Constants, path: Path | None) -> Path:
     """Write constants to `path`, or to the user's cache folder; returns the path."""
-    file = path or default_path()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(constants.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-    return file
+    content = json.dumps(constants.model_dump(mode="json"), indent=1) + "\n"
+    if path is None:
+        write_own(default_path(), content)
+        return default_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return path

@@ -15,7 +15,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import time
 import uuid
 import warnings
@@ -30,6 +29,7 @@ from pydantic_core import from_json
 
 from gengap_dist.config.loading import to_yaml
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.credentials import command_line
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import lease
@@ -236,7 +236,7 @@ class RunRecorder(NullRecorder):
             "seed": config.seed,
             "started": previous.started or now() if previous else now(),
             "resumed": [*previous.resumed, now()] if previous else [],
-            "command": sys.orig_argv,
+            "command": command_line(),
             "config": config.model_dump(mode="json"),
             "versions": versions(),
             "git": git_state(),

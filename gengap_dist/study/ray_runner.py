@@ -7,13 +7,13 @@ folders; Ray's own files are deleted. Ray is imported by the functions that need
 """
 
 import shutil
-import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 from gengap_dist.config.sections import LaunchConfig
+from gengap_dist.credentials import command_line
 from gengap_dist.distributed.launchers.base import RankFailed
 from gengap_dist.distributed.launchers.ray import (
     POLL_SECONDS,
@@ -133,7 +133,7 @@ class _Study:
         number, num_starts = assigned
         launch = self.plan[number].config.launch
         group = WorkerGroupRun(
-            WorkerGroup(name, launch, self.resolved[number], self.queue, self.storage, ENTRY_POINT, sys.orig_argv),
+            WorkerGroup(name, launch, self.resolved[number], self.queue, self.storage, ENTRY_POINT, command_line()),
             self._on_step,
             self._on_result,
             launch.max_failures - num_starts,

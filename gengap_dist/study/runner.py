@@ -3,7 +3,6 @@
 The state of a study is the state of its run folders, so an interrupted study continues from them.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from gengap_dist.config.identity import differences
 from gengap_dist.config.study import StudyConfig
+from gengap_dist.credentials import command_line
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.cores import available_cores
 from gengap_dist.errors import UsageError
@@ -78,7 +78,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] 
         twins=config.duplicates,
         seeds=list(config.study.seeds),
         started=(previous and previous.started) or run_folder.now(),
-        command=sys.orig_argv,
+        command=command_line(),
         config=config.model_dump(mode="json"),
         versions=run_folder.versions(),
         git=run_folder.git_state(),

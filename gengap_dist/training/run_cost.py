@@ -17,9 +17,8 @@ from gengap_dist.config.sections import FrozenModel, RunConfig
 from gengap_dist.distributed.cores import processor_name
 from gengap_dist.distributed.cpu_wait import CpuWait
 from gengap_dist.distributed.worker_pool import Worker
-from gengap_dist.errors import UsageError
-from gengap_dist.runs.run_folder import versions, write_atomically
-from gengap_dist.training.autotune.cache import default_path
+from gengap_dist.runs.own_files import default_path, read_own, write_own
+from gengap_dist.runs.run_folder import versions
 
 MIN_SECONDS, MIN_STEPS = 0.3, 3
 LONG_SECONDS = 1.0
@@ -165,7 +164,7 @@ def cost_key(config: RunConfig, device: str, num_ranks: int, threads: int) -> st
 
 
 class CostCache:
-    """Costs that were measured before; a damaged file, and one of another machine, are measured again."""
+    """Costs that were measured before; not those of a file that is damaged, others' to write, or another machine's."""
 
     def __init__(self, warn: Any) -> None:
         """`warn` is called with one sentence if the file is of no use."""
@@ -173,9 +172,9 @@ class CostCache:
         self.machine = this_machine()
         self.found: dict[str, RunCost] = {}
         try:
-            known = validate(RunCosts, json.loads(self.path.read_bytes())) if self.path.exists() else RunCosts()
-        except (OSError, ValueError, TypeError, UsageError):
-            warn(f"{self.path} is damaged: the costs of runs are measured again, and it is overwritten")
+            known = validate(RunCosts, json.loads(read_own(self.path))) if self.path.exists() else RunCosts()
+        except (OSError, ValueError, TypeError) as error:
+            warn(f"{self.path} is of no use ({error}): the costs of runs are measured again, and it is overwritten")
             return
         if known.found and known.machine != self.machine:
             changed = next(name for name in self.machine if known.machine.get(name) != self.machine[name])
@@ -194,7 +193,6 @@ class CostCache:
         self.found |= new
         content = RunCosts(machine=self.machine, found=self.found).model_dump(mode="json")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, json.dumps(content, indent=1) + "\n")
+            write_own(self.path, json.dumps(content, indent=1) + "\n")
         except OSError as error:
             self.warn(f"{self.path} cannot be written ({error.strerror}): the next study measures its runs again")

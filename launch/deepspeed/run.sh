@@ -29,6 +29,11 @@ if [ -n "${NUM_PROCESSES:-}" ]; then
 else
   hostfile=${HOSTFILE:-$(dirname "$0")/hostfile}
   [ -f "$hostfile" ] || { echo "HOSTFILE ($hostfile) is no file: name one, or set NUM_PROCESSES" >&2 && exit 2; }
+  # DeepSpeed gives all words to a shell of each node (pdsh), and quotes none of them against it
+  words=("$PWD" "$config" "$out" "$@" "${STRATEGY:-}" "${DEVICE:-}" "${MASTER_PORT:-}" "${PYTHONPATH:-}")
+  special=$'$`\\"\';&|<>()*?!#~%\n\t'
+  [[ ${words[*]} != *["$special"]* ]] || { echo "a word of the command, or this folder's name, has a character" \
+    "such as \$ or a quote, which a shell on the nodes would interpret: write the setting in CONFIG, or rename" >&2 && exit 2; }
   # a missing hostfile, or one with a single node, would otherwise mean this machine, without a word
   where=(--hostfile "$hostfile" --force_multi)
 fi

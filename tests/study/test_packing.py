@@ -274,7 +274,7 @@ def test_a_cache_that_is_damaged_or_of_another_machine_is_measured_again(cache_h
         cache = CostCache(warnings.append)
         assert cache.found == {}
         (warning,) = warnings
-        assert "is damaged: the costs of runs are measured again" in warning
+        assert "the costs of runs are measured again, and it is overwritten" in warning
         warnings.clear()
     cache.add({"b": COST})
     assert CostCache(warnings.append).found == {"b": COST}

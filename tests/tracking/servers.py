@@ -1,5 +1,6 @@
 """Real servers for the mirror: MLflow on any store, a PostgreSQL of its own, and ones that refuse."""
 
+import base64
 import os
 import shutil
 import signal
@@ -138,6 +139,17 @@ def refusing(status: int, body: str) -> Iterator[str]:
         yield uri
 
 
+def passed_on(request: Quiet, server: str) -> tuple[int, bytes]:
+    """What `server` answers to a request: status and body."""
+    headers = {"Content-Type": request.headers.get("Content-Type", "application/json")}
+    words = urllib.request.Request(server + request.path, request.body() or None, headers, method=request.command)
+    try:
+        with urllib.request.urlopen(words, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
 @contextmanager
 def losing_answers(server: str, path: str, number: int) -> Iterator[str]:
     """Passes requests on to a server, and loses its first answers to those for a path; the address."""
@@ -146,18 +158,27 @@ def losing_answers(server: str, path: str, number: int) -> Iterator[str]:
     class Handler(Quiet):
         def do_GET(self) -> None:
             nonlocal lost
-            headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
-            request = urllib.request.Request(server + self.path, self.body() or None, headers, method=self.command)
-            try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
-                    status, content = answer.status, answer.read()
-            except urllib.error.HTTPError as error:
-                status, content = error.code, error.read()
+            answer = passed_on(self, server)
             if self.path.endswith(path) and lost < number:
                 lost += 1
                 self.close_connection = True
             else:
-                self.answer(status, content)
+                self.answer(*answer)
+
+    with serving(Handler) as uri:
+        yield uri
+
+
+@contextmanager
+def guarded(server: str, login: str, on_request: Callable[[], None]) -> Iterator[str]:
+    """Passes requests on to a server if they come with `login`, USER:PASSWORD; quotes what they have instead."""
+    wanted = f"Basic {base64.b64encode(login.encode()).decode()}"
+
+    class Handler(Quiet):
+        def do_GET(self) -> None:
+            on_request()
+            given = self.headers.get("Authorization", "nothing")
+            self.answer(*passed_on(self, server) if given == wanted else (401, f"Authorization: {given}".encode()))
 
     with serving(Handler) as uri:
         yield uri

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
@@ -30,11 +31,12 @@ from gengap_dist.tracking.mlflow.process import UploaderProcess, sync_now, uploa
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader
 from gengap_dist.training import trainer as run_module
 from tests.conftest import FULL, ROOT, config, train
-from tests.tracking.servers import losing_answers, mlflow_server, uploaders_of
+from tests.tracking.servers import guarded, losing_answers, mlflow_server, uploaders_of
 
 SMALL = {"train__steps": 12, "batch__global_size": 50, "train__num_evals": 3, "probe__num_samples": 64}
 WORDS = ["--train.steps", "12", "--batch.global_size", "50", "--train.num_evals", "3", "--probe.num_samples", "64"]
 NOBODY = lambda *_: None  # noqa: E731
+PASSWORD = "hunter2-s3cret"
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("default")]  # what MLflow warns of is not ours to mend
 
@@ -60,6 +62,14 @@ def state(out) -> dict:
     return json.loads((out / "mlflow.json").read_text())
 
 
+def files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def text(path: Path) -> str:
+    return path.read_bytes().decode("latin-1")
+
+
 def same(a, b) -> bool:
     """Equal to the digits that a database keeps."""
     return a.keys() == b.keys() and all(
@@ -75,11 +85,32 @@ def server(tmp_path, mlflow_db):
         yield uri
 
 
-def test_a_command_mirrors_itself_to_a_real_server(tmp_path, server, gengap):
-    out = tmp_path / "run"
-    done = gengap("train", *WORDS, "--out", out, MLFLOW_TRACKING_URI=server)
-    assert done.returncode == 0, done.stderr
-    assert server in done.stdout
+def test_a_command_mirrors_itself_to_a_real_server_with_a_password(tmp_path, server, mlflow_db, gengap, monkeypatch):
+    """Of which nobody learns; nor can anybody else connect to the ranks."""
+    out, commands, listening = tmp_path / "run", set[str](), set[str]()
+
+    def look() -> None:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                commands.add(" ".join(process.cmdline()))
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                connections = process.net_connections("inet")
+                listening.update(each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN)
+
+    with guarded(server, f"me:{PASSWORD}", look) as address:
+        words = [*WORDS, "--launch.num_processes", "2", "--launch.device", "cpu", "--out", out]
+        done = gengap("train", *words, MLFLOW_TRACKING_URI=(login := address.replace("//", f"//me:{PASSWORD}@")))
+        assert done.returncode == 0, done.stderr
+        for name, value in {"USERNAME": "me", "PASSWORD": PASSWORD}.items():
+            monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+        for same_server in (None, f"{login}/"):
+            sync_now(out, same_server, NOBODY)
+    assert f"open {address}\n" in done.stdout
+    assert state(out)["uri"] == address
+    assert any("gengap_dist.tracking.mlflow.process" in command for command in commands)
+    assert PASSWORD not in "".join([done.stdout, done.stderr, *commands, *map(text, files_in(out))])
+    assert listening == {"127.0.0.1"}
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=server)
@@ -88,7 +119,7 @@ def test_a_command_mirrors_itself_to_a_real_server(tmp_path, server, gengap):
     assert run.info.status == "FINISHED"
     assert same(logged(server, kept["run_id"]), recorded(out))
     assert run.data.params["batch.global_size"] == "50"
-    assert run.data.tags["world_size"] == "1"
+    assert run.data.tags["world_size"] == "2"
     assert run.data.tags["status"] == "finished"
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.name == "digits"
@@ -96,9 +127,8 @@ def test_a_command_mirrors_itself_to_a_real_server(tmp_path, server, gengap):
     names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert {"run.json", "config.yaml", "report.html", "figures", "spectra"} <= names
     assert client.list_artifacts(run.info.run_id, "figures")
-    sync_now(out, f"{server.replace('http://', 'http://me:password@')}/", NOBODY)  # the same server
+    assert PASSWORD.encode() not in mlflow_db.read_bytes()
     assert [found.info.run_id for found in client.search_runs([run.info.experiment_id])] == [kept["run_id"]]
-    assert same(logged(server, kept["run_id"]), recorded(out))
 
 
 def test_a_dead_server_delays_nothing_and_is_caught_up_later(tmp_path, mlflow_db, gengap):

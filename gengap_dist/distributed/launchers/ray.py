@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, Never, final
 from gengap_dist.compat.ray_connection import connects
 from gengap_dist.compat.ray_failures import killed_ranks
 from gengap_dist.compat.ray_job import started_by_job
-from gengap_dist.config.sections import RESOURCE_STEP, LaunchConfig, RunConfig
+from gengap_dist.config.sections import RESOURCE_STEP, LaunchConfig, MlflowConfig, RunConfig
+from gengap_dist.credentials import command_line
 from gengap_dist.distributed.cores import available_cores, bounded_wait, threads_per_rank
 from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, load_entry_point
 from gengap_dist.distributed.preemption import TIME_SIGNALS, Preempted, PreemptionFlag, handling
@@ -202,7 +203,7 @@ class RayLauncher(Launcher):
                 queue, results = start_run_queue([(config, out)]), dict[int, Any]()
                 (launch,) = resolve_device([config.launch], alive_nodes())
                 group = WorkerGroup(
-                    uuid.uuid4().hex, config.launch, launch, queue, out / "ray", self.entry_point, sys.orig_argv
+                    uuid.uuid4().hex, config.launch, launch, queue, out / "ray", self.entry_point, command_line()
                 )
                 on_progress = lambda number, done, total, note: progress(done, total, note)  # noqa: E731
                 WorkerGroupRun(group, on_progress, results.__setitem__, config.launch.max_failures).wait(may_grow)
@@ -344,11 +345,15 @@ class RunQueue:
 
 
 def start_run_queue(runs: Sequence[tuple[RunConfig, Path]]) -> Any:
-    """Start a `RunQueue` actor on this node; relative data roots are made absolute, for ranks on other nodes."""
+    """Start a `RunQueue` actor on this node.
+
+    For ranks on other nodes: relative data roots are made absolute, and credentials stay with the driver.
+    """
     import ray
 
     def resolved(config: RunConfig) -> RunConfig:
-        return config.model_copy(update={"data": config.data.model_copy(update={"root": config.data.root.resolve()})})
+        data = config.data.model_copy(update={"root": config.data.root.resolve()})
+        return config.model_copy(update={"data": data, "mlflow": MlflowConfig(**config.mlflow.model_dump())})
 
     return ray.remote(RunQueue).options(**on_this_node()).remote([(resolved(config), out) for config, out in runs])
 

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from gengap_dist.compat.fast_imports import fast_imports
+from gengap_dist.credentials import login_of, redacted, without_logins
 
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development"
@@ -20,12 +21,19 @@ CLIENT_DEFAULTS = {  # a dead server must be detected in seconds; with MLflow's 
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+MAX_ERROR = 2000  # characters
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
 def store_uri(configured: str | None) -> str:
-    """The MLflow store to use: the configured one, MLFLOW_TRACKING_URI, or a file in the current folder."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path.cwd() / "mlflow.db")
+    """The MLflow store to use: the configured one, MLFLOW_TRACKING_URI, or a file in the current folder.
+
+    What is configured may have been recorded, without credentials: the variable's are used for the same store.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if configured and given and without_logins(given).rstrip("/") == configured.rstrip("/"):
+        return given
+    return configured or given or sqlite_uri(Path.cwd() / "mlflow.db")
 
 
 def sqlite_uri(path: Path) -> str:
@@ -65,6 +73,30 @@ def store_key(uri: str) -> str:
     return f"{host}:{port}{parts.path.rstrip('/')}"
 
 
+def store_variables(uri: str) -> dict[str, str]:
+    """The environment in which a process finds a store: its address is in messages, its user and password are not.
+
+    A database has no other place for them than its address.
+
+    >>> store_variables("http://me:p%40ss@host:5000") == {
+    ...     "MLFLOW_TRACKING_URI": "http://host:5000",
+    ...     "MLFLOW_TRACKING_USERNAME": "me",
+    ...     "MLFLOW_TRACKING_PASSWORD": "p@ss",
+    ... }
+    True
+    >>> store_variables("sqlite:////mlflow.db")
+    {'MLFLOW_TRACKING_URI': 'sqlite:////mlflow.db'}
+    """
+    login = login_of(uri)
+    if not login.user or not login.password:
+        return {"MLFLOW_TRACKING_URI": uri}
+    return {
+        "MLFLOW_TRACKING_URI": without_logins(uri),
+        "MLFLOW_TRACKING_USERNAME": login.user,
+        "MLFLOW_TRACKING_PASSWORD": login.password,
+    }
+
+
 def is_refusal(error: Exception) -> bool:
     """Whether the store has refused what was sent: it would refuse the same again, and may take other values.
 
@@ -93,14 +125,24 @@ def import_client() -> Callable[..., Any]:
         os.environ.setdefault(name, value)
     with fast_imports():
         from mlflow import MlflowClient
+
+        from gengap_dist.compat.bounded_answers import bound_answers
+    bound_answers()
     return MlflowClient
 
 
 def connect_client(uri: str) -> Any:
     """An MLflow client that gives up on a dead server within seconds."""
-    client = import_client()
+    client, variables = import_client(), store_variables(uri)
+    address = variables.pop("MLFLOW_TRACKING_URI")
+    os.environ.update(variables)
     with fast_imports():  # it imports the store's dependencies, and creates a file store
-        return client(tracking_uri=uri)
+        return client(tracking_uri=address)
+
+
+def describe(error: Exception) -> str:
+    """An error on one line, without credentials; a server may have written it, and at any length."""
+    return redacted(" ".join(str(error).split()))[:MAX_ERROR]
 
 
 def connect_experiment(uri: str, name: str) -> tuple[Any, str]:

@@ -15,8 +15,10 @@ from gengap_dist.config.loading import nested
 from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.runs.run_folder import json_line, write_atomically, write_info
 from gengap_dist.runs.schema import RunInfo, RunStatus
+from gengap_dist.tracking.mlflow.client import describe
 from gengap_dist.tracking.mlflow.names import own_name
 
+PAGE = 100  # runs in an answer of the server, whose size is bounded
 RESULTS = ("train_full/", "test/", "train_test_gap")  # metrics of our runs that are results
 STATUS = {
     "FINISHED": RunStatus.FINISHED,
@@ -53,8 +55,8 @@ def find_runs(client: Any, source: str) -> Iterator[Any]:
         try:
             run = client.get_run(name)
         except Exception as error:
-            text = " ".join(str(error).split())[:200]
-            raise UsageError(f"{source} is not a run in this store ({text}): give the id that MLflow shows") from None
+            reason = describe(error)[:200]
+            raise UsageError(f"{source} is not a run in this store ({reason}): give the id that MLflow shows") from None
         descendants = list(_descendants(client, run))
         yield from descendants or _without_groups([run])
         return
@@ -84,7 +86,7 @@ def _search(client: Any, experiment_id: str, query: str = "") -> list[Any]:
     runs: list[Any] = []
     token = None
     while True:
-        page = client.search_runs([experiment_id], query, max_results=500, page_token=token)
+        page = client.search_runs([experiment_id], query, max_results=PAGE, page_token=token)
         runs += page
         if not (token := page.token):
             return sorted(runs, key=lambda run: (run.info.start_time, run.info.run_name or ""))

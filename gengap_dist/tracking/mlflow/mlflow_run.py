@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from gengap_dist.config.identity import declared_effect
 from gengap_dist.config.loading import flat
 from gengap_dist.config.study import StudyConfig
+from gengap_dist.credentials import without_logins
 from gengap_dist.runs.metrics_tail import Position, read_after
 from gengap_dist.runs.run_folder import last_step, read_from, write_atomically
 from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo
@@ -321,7 +322,8 @@ def _state_of(saved: dict[str, Any], uri: str, experiment: str) -> dict[str, Any
         return place == {"store": store, "experiment_id": state["experiment_id"]}
 
     here = next(filter(is_here, states), {"last_step": -1})
-    return {**here, **place, "uri": uri, "elsewhere": [state for state in states if state is not here]}
+    elsewhere = [{**state, "uri": without_logins(state["uri"])} for state in states if state is not here]
+    return {**here, **place, "uri": without_logins(uri), "elsewhere": elsewhere}
 
 
 def _tag_strings(tags: Tags) -> dict[str, str]:

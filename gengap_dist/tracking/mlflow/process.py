@@ -21,9 +21,10 @@ from typing import IO
 
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.sections import MlflowConfig
+from gengap_dist.credentials import without_logins
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info, read_study_info
-from gengap_dist.tracking.mlflow.client import import_client, store_uri
+from gengap_dist.tracking.mlflow.client import describe, import_client, store_uri, store_variables
 from gengap_dist.tracking.mlflow.mlflow_run import UploadProgress
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
 
@@ -46,10 +47,13 @@ class UploaderProcess:
 
     def __init__(self, folder: Path, config: MlflowConfig) -> None:
         """Start to upload `folder`."""
-        self.folder, self.config, self.uri = folder, config, store_uri(config.tracking_uri)
+        self.folder, self.config = folder, config
+        uri = store_uri(config.tracking_uri)
+        self.uri = without_logins(uri)
         with (folder / "mlflow.log").open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(folder), self.uri, config.experiment],
+                [sys.executable, "-m", __name__, str(folder), config.experiment],
+                env=os.environ | store_variables(uri),  # everybody can read a command line
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,  # only for DONE, or why it did not send everything
                 stderr=log,
@@ -142,7 +146,7 @@ def _wait_for_changes(seconds: float, folder: Path, pause: Callable[[float], boo
 
 def _describe(error: Exception) -> str:
     """An error on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{type(error).__name__}: {describe(error)}"
 
 
 def _reason(error: Exception) -> str:
@@ -158,7 +162,7 @@ def _stdin_closes_within(seconds: float) -> bool:
 def main() -> None:
     """The main function of the process."""
     parser = argparse.ArgumentParser(description="Upload a run or study folder to MLflow until standard input closes.")
-    for name in ("folder", "uri", "experiment"):
+    for name in ("folder", "experiment"):
         parser.add_argument(name)
     arguments = parser.parse_args()
     if os.fork():  # the command's child ends here, see UploaderProcess
@@ -169,7 +173,7 @@ def main() -> None:
         fcntl.flock(sys.stderr.fileno(), fcntl.LOCK_EX)  # mlflow.log: the uploader of a killed command may still send
     os.nice(10)  # training comes first
     try:
-        upload_until_closed(Path(arguments.folder), arguments.uri, arguments.experiment, _stdin_closes_within)
+        upload_until_closed(Path(arguments.folder), store_uri(None), arguments.experiment, _stdin_closes_within)
         os.write(report, DONE)
     except Exception as error:
         print(_describe(error), flush=True)
@@ -178,7 +182,7 @@ def main() -> None:
 
 
 def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
-    """Send everything in a folder that its MLflow store does not have yet; returns the store's URI.
+    """Send everything in a folder that its MLflow store does not have yet; returns the store's address.
 
     Raises:
         UsageError: if the folder is not a run or study, is being uploaded, or the store does not receive everything.
@@ -189,7 +193,8 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
     config = MlflowConfig.model_validate(info.config["mlflow"])
     state = folder / "mlflow.json"
     known = json.loads(state.read_text(encoding="utf-8"))["uri"] if state.exists() else None
-    target: str = uri or os.environ.get("MLFLOW_TRACKING_URI") or known or store_uri(config.tracking_uri)
+    target = store_uri(uri or os.environ.get("MLFLOW_TRACKING_URI") or known or config.tracking_uri)
+    address = without_logins(target)
     with (folder / "mlflow.log").open("a", encoding="utf-8") as log:  # the same lock as that of an uploader process
         if not _acquire_lock(log, time.monotonic() + LOCK_TIMEOUT_SECONDS):
             raise UsageError(f"{folder} is being sent to MLflow by another process: wait until it has ended")
@@ -197,15 +202,15 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
             uploader = MlflowUploader(folder, target, config.experiment)
         except Exception as error:
             raise UsageError(
-                f"MLflow at {target} cannot be reached ({_reason(error)}): check the address, or start the server"
+                f"MLflow at {address} cannot be reached ({_reason(error)}): check the address, or start the server"
             ) from None
         try:
             uploader.sync(closing=True, progress=progress)
         except Exception as error:
             raise UsageError(
-                f"MLflow at {target} did not receive everything ({_reason(error)}): fix this, and repeat the command"
+                f"MLflow at {address} did not receive everything ({_reason(error)}): fix this, and repeat the command"
             ) from None
-    return target
+    return address
 
 
 def _acquire_lock(file: IO[str], deadline: float) -> bool:

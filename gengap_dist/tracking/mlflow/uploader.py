@@ -18,7 +18,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs.arm_means import have_ended, read_means, read_runs, read_sources
 from gengap_dist.runs.run_folder import read_info, read_study_info
 from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo
-from gengap_dist.tracking.mlflow.client import connect_experiment, is_outage
+from gengap_dist.tracking.mlflow.client import connect_experiment, describe, is_outage
 from gengap_dist.tracking.mlflow.mlflow_run import Described, MlflowRun, Tags, UploadProgress, millis
 from gengap_dist.tracking.mlflow.names import mlflow_name
 
@@ -85,7 +85,7 @@ class MlflowUploader:
     def _leave_out(self, name: str, error: Exception) -> None:
         if name not in self._left_out:
             self._left_out.add(name)
-            print(f"{name} is left out: {' '.join(str(error).split())[:300]}", flush=True)
+            print(f"{name} is left out: {describe(error)[:300]}", flush=True)
 
     def _run_of(self, folder: Path) -> MlflowRun:
         return MlflowRun(self.client, self.uri, self.experiment, folder, self._leave_out)

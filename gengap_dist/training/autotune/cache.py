@@ -1,7 +1,6 @@
 """Cache of autotuning results in the user's cache folder."""
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +11,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import FrozenModel
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.run_folder import write_atomically
-
-
-def default_path() -> Path:
-    """The path of constants.json in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "gengap_dist" / "constants.json"
+from gengap_dist.runs.own_files import default_path, read_own, write_own
 
 
 class MicroSize(FrozenModel):
@@ -62,11 +55,11 @@ def read_micro_sizes() -> MicroSizes:
     """All cached results.
 
     Raises:
-        UsageError: if the file is damaged.
+        UsageError: if the file is damaged, or others may have written it.
     """
     path = micro_sizes_path()
     try:
-        return validate(MicroSizes, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else MicroSizes()
+        return validate(MicroSizes, json.loads(read_own(path))) if path.exists() else MicroSizes()
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path} has no valid micro-batch sizes ({error}): delete it") from None
 
@@ -99,8 +92,7 @@ def store(key: str, result: MicroSize | MemoryFormat) -> None:
     kind = FIELDS[type(result)]
     known = known.model_copy(update={kind: getattr(known, kind) | {key: result}})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(known.model_dump(mode="json"), indent=1) + "\n")
+        write_own(path, json.dumps(known.model_dump(mode="json"), indent=1) + "\n")
     except OSError as error:
         warnings.warn(
             f"{path} cannot be written ({error.strerror}): the next run repeats the measurement", stacklevel=2

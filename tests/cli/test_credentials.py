@@ -1,0 +1,95 @@
+"""Passwords and tokens are used, and stand in nothing that is printed or recorded."""
+
+import base64
+import json
+
+import pytest
+
+from gengap_dist.cli import compare, report, train
+from gengap_dist.cli.exit_codes import run_command
+from gengap_dist.config.sections import MlflowConfig
+from gengap_dist.credentials import redacted
+from gengap_dist.distributed.worker_pool import free_port
+from gengap_dist.preflight import doctor_checks
+from gengap_dist.preflight.doctor_checks import CheckRequest
+from gengap_dist.tracking.mlflow.client import store_uri, store_variables
+from tests.conftest import config
+from tests.tracking.servers import refusing
+
+PASSWORD = "hunter2-s3cret"
+LOGIN = f"me:{PASSWORD}"
+SHORT = ["--train.steps", "1", "--probe.num_samples", "32", "--mlflow.flush_timeout_seconds", "5"]
+
+
+def test_a_password_on_a_command_line_is_recorded_nowhere(tmp_path, gengap):
+    address = f"127.0.0.1:{free_port()}"
+    words = [*SHORT, "--mlflow.tracking_uri", f"http://{LOGIN}@{address}", "--out", "run"]
+    done = gengap("train", *words)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"run.json", "config.yaml", "mlflow.log", "report.html"} <= {path.name for path in files}
+    assert PASSWORD.encode() not in b"".join(path.read_bytes() for path in files)
+    assert PASSWORD not in done.stdout + done.stderr
+    assert "a password on a command line can be read by all users" in done.stderr
+    assert f"MLflow at http://{address} did not receive everything" in done.stderr
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["config"]["mlflow"]["tracking_uri"] == f"http://{address}"
+    assert f"http://{address}" in info["command"]
+
+
+@pytest.mark.filterwarnings("default")  # MLflow's own
+@pytest.mark.parametrize("given", ["address", "token"])
+def test_messages_about_a_server_that_quotes_what_it_is_sent(tmp_path, monkeypatch, capsys, given):
+    coded = base64.b64encode(LOGIN.encode()).decode()
+    with refusing(401, f"not good: {PASSWORD}, Authorization: Basic {coded}") as address:
+        uri = address
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "you")  # `connect_client` sets both: they end with this test
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "another")
+        if given == "address":
+            uri = address.replace("//", f"//{LOGIN}@")
+        else:
+            monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", PASSWORD)
+        (tmp_path / "run").mkdir()
+        settings = config(mlflow__tracking_uri=uri, mlflow__enabled=True)
+        info = {"status": "finished", "seed": 0, "config": settings.model_dump(mode="json")}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+        for command, words in (
+            (report.command, ["sync", "run", "--tracking_uri", uri]),
+            (compare.command, ["experiments:/e", "--out", "out", "--tracking_uri", uri, "--debug"]),
+            (train.command, ["--print_config", "--mlflow.tracking_uri", uri]),
+        ):
+            with pytest.raises(SystemExit):
+                run_command("gengap", command, words)
+        found = doctor_checks.mlflow(CheckRequest(settings, tmp_path))["mlflow"]
+    said = capsys.readouterr()
+    assert "cannot be reached" in said.err
+    assert "cannot be read" in said.err
+    assert f"tracking_uri: '{address}'" in said.out
+    assert "401" in found.found
+    for text in (said.out, said.err, str(found)):
+        assert PASSWORD not in text
+        assert coded not in text
+
+
+def test_what_was_recorded_leads_to_the_same_store_again(monkeypatch):
+    uri = f"http://{LOGIN}@mlflow:5000"
+    recorded = MlflowConfig(tracking_uri=uri).model_dump(mode="json")["tracking_uri"]
+    assert recorded == "http://mlflow:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{uri}/")
+    assert store_uri(recorded) == f"{uri}/"
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "mlflow")  # part of the address, of which nothing is hidden
+    assert store_variables(f"{uri}/")["MLFLOW_TRACKING_URI"] == "http://mlflow:5000/"
+    assert store_uri("http://other:5000") == "http://other:5000"
+
+
+@pytest.mark.parametrize(
+    "text", ["http://h:5000/a@b", "sqlite:////a b/c@d.db", "me@example.org: see https://h/", "a:b@c"]
+)
+def test_what_is_no_secret_stays(text):
+    assert redacted(text) == text
+
+
+def test_secrets_of_the_environment(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7")
+    monkeypatch.setenv("OTHER_TOKEN", "true")  # too short to be told from words
+    assert redacted("signed with wJalrXUtnFEMI/K7: true") == "signed with ***: true"

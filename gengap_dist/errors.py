@@ -2,9 +2,11 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+MAX_SENTENCE = 300
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of a file
 
 
@@ -61,3 +63,25 @@ def first_of(names: Sequence[str], num: int = 5) -> str:
     ('a, b, ...', 'a, b')
     """
     return ", ".join(names[:num]) + ", ..." * (len(names) > num)
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text with at most `limit` characters: a longer one loses its middle.
+
+    >>> shortened("abcdefghijklmnop", 11), shortened("abc", 11)
+    ('abcd ... op', 'abc')
+    """
+    tail = (limit - 5) // 3
+    return text if len(text) <= limit else f"{text[: limit - 5 - tail]} ... {text[-tail:]}"
+
+
+def one_sentence(text: str) -> str:
+    r"""A message on one line that can be printed, of at most MAX_SENTENCE characters.
+
+    >>> one_sentence("seed (\x1b[2J)\nis  odd")
+    'seed (\\x1b[2J) is odd'
+    """
+    words = " ".join("".join(c if c.isprintable() or c.isspace() else ascii(c)[1:-1] for c in text).split())
+    if len(words) > MAX_SENTENCE:
+        words = re.sub(r"\S{81,}", lambda word: shortened(word[0], 80), words)
+    return shortened(words, MAX_SENTENCE)

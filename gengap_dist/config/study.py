@@ -9,10 +9,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
-    FiniteFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     WrapValidator,
     model_validator,
@@ -20,6 +16,7 @@ from pydantic import (
 
 from gengap_dist.config.identity import identifying_settings
 from gengap_dist.config.loading import field_names, flat, merge, nested, renamed, validate
+from gengap_dist.config.numbers import Boolean, Integer, NonNegativeInt, Number, PositiveFloat, PositiveInt
 from gengap_dist.config.sections import Affects, FrozenModel, RunConfig, Section
 from gengap_dist.errors import UsageError, did_you_mean
 
@@ -46,11 +43,11 @@ class Arm(FrozenModel):
 class Space(FrozenModel):
     """Search space of a tuned setting: a range from low to high, or a list of values."""
 
-    low: FiniteFloat | None = None
+    low: Number | None = None
     """Smallest value."""
-    high: FiniteFloat | None = None
+    high: Number | None = None
     """Largest value."""
-    log: bool = False
+    log: Boolean = False
     """Sample the logarithm uniformly."""
     values: tuple[Any, ...] = ()
     """The values to choose from, instead of low and high."""
@@ -75,7 +72,7 @@ class Space(FrozenModel):
 class TuneSection(FrozenModel):
     """Tuning, with the same number of trials for every arm."""
 
-    trials: Annotated[int, Field(ge=2)] = 16
+    trials: Annotated[Integer, Field(ge=2)] = 16
     """Number of trials per arm; powers of two cover the space most evenly."""
     seed: NonNegativeInt = 1000
     """Seed of the sampled points and of the training in every trial; it must not be one of study.seeds."""
@@ -105,7 +102,7 @@ class MatchSection(FrozenModel):
     """Two arms without a penalty, small batch and large batch: near-rank loss grows from the first to the second."""
     tolerance: PositiveFloat = 0.15
     """Largest distance from the target that is a match, as a fraction of that growth."""
-    max_runs: Annotated[int, Field(ge=2)] = 8
+    max_runs: Annotated[Integer, Field(ge=2)] = 8
     """Largest number of runs for each strength."""
     low: PositiveFloat = 1e-4
     """Smallest strength to try, without its sign."""
@@ -128,13 +125,13 @@ class StudySection(Section, affects="result"):
     """Title of the study."""
     question: Annotated[str, Affects("observation")] = ""
     """The research question of the study; printed at the top of its report, with the answer."""
-    tolerance: Annotated[FiniteFloat | None, Field(gt=0), Affects("observation")] = None
+    tolerance: Annotated[Number | None, Field(gt=0), Affects("observation")] = None
     """Smallest difference of test results that counts, in the unit that is shown, percentage points for accuracy (null:
     0.5, or 0.5% of the baseline's mean for a metric that is no share)."""
     looks: Annotated[tuple[PositiveInt, ...], Affects("observation")] = ()
     """Numbers of seeds at which the study is judged, one or two, declared before the first: [10, 20] judges 10 seeds at
     a level of 1%, and all 20 at 4.3%, 4.9% in all (empty: once, at 5%)."""
-    may_extend: Annotated[bool, Affects("observation")] = False
+    may_extend: Annotated[Boolean, Affects("observation")] = False
     """Seeds may be added at any later time: the first look then has a level of 4%, and all later ones together 1%, by
     e-values."""
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)

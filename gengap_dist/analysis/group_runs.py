@@ -273,7 +273,7 @@ def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) ->
         raise
     except Exception as error:
         text = " ".join(str(error).split())[:300]
-        raise UsageError(f"MLflow at {address} cannot be read ({text}): check --tracking_uri") from None
+        raise UsageError(f"MLflow at {address} cannot be read ({text}): check --mlflow.tracking_uri") from None
 
 
 def _is_compared(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 Examples:
   gengap doctor                                        for the default run: LeNet-5 on digits, MLflow in a file
-  gengap doctor --config configs/lenet5_fashionmnist.yaml --data.root DIR
+  gengap doctor --config configs/demo_train.yaml
   gengap doctor --launch.launcher ray --launch.ray_address head:6379 --launch.strategy zero2 --json
 
 Exit code: 0 the config can run (parts that it does not need may be missing); 1 a part that it needs is broken; 2 usage.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gengap_dist.cli.exit_codes import FAILED, OK, run_command
-from gengap_dist.cli.options import DoctorOptions, DoctorSettings, parse
+from gengap_dist.cli.options import DoctorOptions, parse
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 
@@ -23,7 +23,7 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red", "absent": "dim"}
 
 def command(argv: Sequence[str]) -> int:
     """Run all checks in parallel, print a table and a verdict; returns the exit code."""
-    options, overrides = parse(DoctorSettings, DoctorOptions, argv, prog=PROG, description=str(__doc__))
+    options, overrides = parse(DoctorOptions, argv, prog=PROG, description=str(__doc__), settings=RunConfig)
     config = resolve(RunConfig, options.config, overrides)
     if options.print_config:
         print(to_yaml(config), end="")

@@ -14,7 +14,7 @@ from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.compat.standard_streams import keep_streams, lost_output
 from gengap_dist.distributed.launchers.base import started_externally
 from gengap_dist.distributed.preemption import Preempted
-from gengap_dist.errors import OutOfMemory, UsageError, explaining_full_disk
+from gengap_dist.errors import OutOfMemory, UsageError, explaining_full_disk, one_sentence
 
 FIRST_RANK_SECONDS = 15.0  # the first rank of a machine prints an error; the others wait this long for it
 
@@ -74,7 +74,8 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
             _print_error(prog, str(error), debug, every_rank=True)
         return USAGE
     except UsageError as error:
-        _print_error(prog, str(error), debug, wait_seconds=FIRST_RANK_SECONDS)
+        sentence = str(error) if debug else one_sentence(str(error))
+        _print_error(prog, sentence, debug, wait_seconds=FIRST_RANK_SECONDS)
         return USAGE
     except Preempted as error:
         _print_error(prog, str(error), debug)

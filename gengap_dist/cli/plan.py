@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, USAGE, run_command, warn
-from gengap_dist.cli.options import PlanOptions, PlanSettings, parse
+from gengap_dist.cli.options import PlanOptions, parse
 from gengap_dist.config.loading import load_yaml, resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig
@@ -30,7 +30,7 @@ _warn = partial(warn, PROG)
 
 def command(argv: Sequence[str]) -> int:
     """Print the plan; returns the exit code."""
-    options, overrides = parse(PlanSettings, PlanOptions, argv, prog=PROG, description=str(__doc__))
+    options, overrides = parse(PlanOptions, argv, prog=PROG, description=str(__doc__), settings=StudyConfig)
     is_study = "study" in overrides or any("study" in load_yaml(file) for file in options.config)
     config = resolve(StudyConfig if is_study else RunConfig, list(options.config), overrides)
     if options.print_config:

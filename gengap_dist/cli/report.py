@@ -8,14 +8,12 @@ Examples:
                                             SHA-256 of each file: small enough to publish, enough for gengap compare
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, run_command, warn
-from gengap_dist.cli.options import Parser
-from gengap_dist.config.loading import user_path
+from gengap_dist.cli.options import ReportOptions, SlimOptions, parse
 from gengap_dist.errors import UsageError
 
 PROG = "gengap report"
@@ -25,29 +23,22 @@ def command(argv: Sequence[str]) -> int:
     """Handle `[draw] DIR`, `sync DIR` or `slim DIR OUT`; returns the exit code."""
     words = list(argv)
     action = words.pop(0) if words[:1] in (["draw"], ["sync"], ["slim"]) else "draw"
-    parser = Parser(
-        prog=PROG,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"{PROG} [--pdf] DIR\n       {PROG} sync DIR\n       {PROG} slim DIR OUT",
-    )
-    parser.add_argument("folder", type=user_path, metavar="DIR", help="folder of a run or of a study")
-    if action == "slim":
-        parser.add_argument("out", type=user_path, metavar="OUT", help="folder of the copy: new, or an earlier copy")
-    parser.add_argument("--pdf", action="store_true", help="also write the figures as PDF")
-    parser.add_argument(
-        "--tracking_uri", help="sync: MLflow store; default: the store to which the folder was uploaded"
-    )
-    parser.add_argument("--debug", action="store_true", help="show Python's traceback on an error")
-    options = parser.parse_args(words)
+    options = read_options(words, copying=action == "slim")
     folder = options.folder.resolve()
     if not ((folder / "run.json").exists() or (folder / "study.json").exists()):
         raise UsageError(
             f"DIR ({options.folder}) contains neither run.json nor study.json: give the folder of a run or study"
         )
-    if action == "slim":
+    if isinstance(options, SlimOptions):
         return _slim(folder, options.out)
     return _sync(folder, options.tracking_uri) if action == "sync" else _draw(folder, pdf=options.pdf)
+
+
+def read_options(words: Sequence[str], *, copying: bool) -> ReportOptions:
+    """The options after the action."""
+    usage = f"[--pdf] DIR\n       {PROG} sync DIR\n       {PROG} slim DIR OUT"
+    options = SlimOptions if copying else ReportOptions
+    return parse(options, words, prog=PROG, description=str(__doc__), usage=usage)[0]
 
 
 def _draw(folder: Path, *, pdf: bool) -> int:

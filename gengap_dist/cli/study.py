@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist.cli.exit_codes import FAILED, OK, run_command, warn
-from gengap_dist.cli.options import Options, StudySettings, parse
+from gengap_dist.cli.options import Options, parse
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.loading import resolve, to_yaml, user_path
 from gengap_dist.config.study import StudyConfig
@@ -35,7 +35,7 @@ _warn = partial(warn, PROG)
 
 def command(argv: Sequence[str]) -> int:
     """Run a study; returns the exit code, 1 if a run failed."""
-    options, overrides = parse(StudySettings, Options, argv, prog=PROG, description=str(__doc__))
+    options, overrides = parse(Options, argv, prog=PROG, description=str(__doc__), settings=StudyConfig)
     if not options.config and not overrides:
         raise UsageError("a study needs its arms: give --config FILE, for example --config configs/demo.yaml")
     config = resolve(StudyConfig, list(options.config), overrides)

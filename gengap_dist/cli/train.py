@@ -18,7 +18,7 @@ from typing import Any
 
 from gengap_dist.analysis.report.process import ReportProcess
 from gengap_dist.cli.exit_codes import OK, run_command, warn
-from gengap_dist.cli.options import Options, TrainSettings, parse
+from gengap_dist.cli.options import Options, parse
 from gengap_dist.config.loading import resolve, to_yaml, user_path
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
@@ -34,7 +34,7 @@ _warn = partial(warn, PROG)
 
 def command(argv: Sequence[str]) -> int:
     """Run a training from the command line; returns the exit code."""
-    options, overrides = parse(TrainSettings, Options, argv, prog=PROG, description=str(__doc__))
+    options, overrides = parse(Options, argv, prog=PROG, description=str(__doc__), settings=RunConfig)
     files = list(options.config)
     if options.resume and options.out and not files:
         saved = options.out / "config.yaml"  # a run that never began has none, and is started by its settings

@@ -4,7 +4,7 @@ import sys
 import pytest
 import yaml
 
-from gengap_dist.cli.options import Options, TrainSettings, parse
+from gengap_dist.cli.options import Options, parse
 from gengap_dist.config.loading import load_yaml, nested, resolve, to_yaml, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig
@@ -137,7 +137,7 @@ def test_settings_are_frozen():
 
 
 def parse_words(*words: str) -> tuple[Options, dict]:
-    return parse(TrainSettings, Options, words, prog="p", description="d")
+    return parse(Options, words, prog="p", description="d", settings=RunConfig)
 
 
 def test_command_line_values_have_types():
@@ -162,7 +162,7 @@ def test_only_what_was_given_overrides(tmp_path):
     [
         (["--batch.globl_size", "3"], "did you mean --batch.global_size"),
         (["--batch.glob", "3"], "--batch.glob is not a setting"),
-        (["--batch.global_size"], "expected one argument"),
+        (["--batch.global_size"], "--batch.global_size has no value: write --batch.global_size VALUE"),
         (["stray"], "stray is not a setting"),
     ],
 )

@@ -111,9 +111,9 @@ def test_a_dead_server_delays_nothing_and_is_caught_up_later(tmp_path, mlflow_db
     assert f"gengap report sync {out}" in done.stderr
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
     later = f"sqlite:///{mlflow_db}"
-    assert gengap("report", "sync", out, "--tracking_uri", later).returncode == 0
+    assert gengap("report", "sync", out, "--mlflow.tracking_uri", later).returncode == 0
     assert same(logged(later, state(out)["run_id"]), recorded(out))
-    unreachable = gengap("report", "sync", out, "--tracking_uri", dead)
+    unreachable = gengap("report", "sync", out, "--mlflow.tracking_uri", dead)
     assert unreachable.returncode == 2
     assert "cannot be reached" in unreachable.stderr
 

@@ -356,7 +356,7 @@ def test_what_the_folders_of_an_earlier_version_lack_is_written_before_they_are_
     train(run, model__name="mlp", data__image_size=8, train__steps=2, probe__enabled=False)  # without MLflow
     assert read_info(run).model is None
     for folder in (study, run):
-        assert report_command(["sync", str(folder), "--tracking_uri", store]) == 0
+        assert report_command(["sync", str(folder), "--mlflow.tracking_uri", store]) == 0
     client = connect_client(store)
     arm = client.get_run(state(study / "runs/lb128")["run_id"]).data.metrics
     assert arm["sb_lb_gap/mean"] == pytest.approx((0.10277777777777777 - 0.10555555555555556 + 0.14444444444444443

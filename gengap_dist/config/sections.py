@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -33,7 +34,13 @@ from gengap_dist.config.numbers import (
 )
 from gengap_dist.errors import did_you_mean
 
-UserPath = Annotated[Path, BeforeValidator(lambda value: user_path(value) if isinstance(value, str | Path) else value)]
+
+def _not_empty(value: Any) -> Any:
+    """What Path would take for the current folder is refused."""
+    return user_path(value) if value == "" else value
+
+
+UserPath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(user_path)]
 """A path in a file or on the command line."""
 
 

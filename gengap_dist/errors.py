@@ -69,10 +69,10 @@ def shortened(text: str, limit: int) -> str:
     """The text with at most `limit` characters: a longer one loses its middle.
 
     >>> shortened("abcdefghijklmnop", 11), shortened("abc", 11)
-    ('abcd ... op', 'abc')
+    ('abc ... nop', 'abc')
     """
-    tail = (limit - 5) // 3
-    return text if len(text) <= limit else f"{text[: limit - 5 - tail]} ... {text[-tail:]}"
+    half = (limit - 5) // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
 
 
 def one_sentence(text: str) -> str:

@@ -42,11 +42,11 @@ NASTY = (
     "", " ", "null", "~", "true", "yes", "on", "off", "0", "-1", "-0", "1e-3", "-1e-3", "1e999", ".inf", "-.inf",
     ".nan", "nan", "inf", "0100", "0x10", "0o17", "1:00", "1_000", "9" * 30, "9" * 5000, "9" * 5000 + ".5", "1.5",
     "2026-01-01", "2026-13-45", "!!python/name:os.abort", "!!int 3", "&a [*a]", "*a", "[", "[]", "{}", "{a: 1}",
-    "[1, 2]", "1,2", ",", "[[[[", "[" * 5000, "{a: " * 100, "a: b: c", "- a", "...", "---", "%YAML 1.2", "a\0b", "\0",
-    "caf\udce9", "\ud800", "\x1b[2J", "\u202e", "\U0001f600", "a\nb", "\r\n", "x" * 100_000, "x y " * 30_000, "..",
-    "/", "/dev/zero", "/dev/null", "/proc/self/mem", "~nobody/x", "~", "-", "--", "--x", "-h", "@file", "%s%n", "$(x)",
-    "os:abort", "{}[]", "GPU=1", "\\", "'", '"', '"\\ud800"', '"\\UFFFFFFFF"', "<<", "=", "auto", "lenet5",
-    "mnist", "128", "64", "512", "[128, 128]",
+    "[1, 2]", "1,2", ",", "[[[[", "[" * 5000, "a." * 400, "{a: " * 100, "a: b: c", "- a", "...", "---", "%YAML 1.2",
+    "a\0b", "\0", "caf\udce9", "\ud800", "\x1b[2J", "\u202e", "\U0001f600", "a\nb", "\r\n", "x" * 100_000,
+    "x y " * 30_000, "..", "/", "/dev/zero", "/dev/null", "/proc/self/mem", "~nobody/x", "~", "-", "--", "--x", "-h", "@file",
+    "%s%n", "$(x)", "os:abort", "{}[]", "GPU=1", "\\", "'", '"', '"\\ud800"', '"\\UFFFFFFFF"', "<<", "=", "auto",
+    "lenet5", "mnist", "128", "64", "512", "[128, 128]",
 )  # fmt: skip
 """Values; of some kinds of settings some are right."""
 
@@ -228,7 +228,7 @@ def a_file(rng: random.Random) -> bytes:
             case 2:
                 lines[place] = " " * rng.randrange(6) + lines[place].lstrip()
             case 3:
-                lines.insert(place, f"{rng.choice(NAMES)}: {rng.choice(NASTY)}")
+                lines.insert(place, f"{rng.choice([*NAMES, *NASTY])}: {rng.choice(NASTY)}")
             case 4:
                 lines[place] = lines[place].partition(":")[0] + ": " + rng.choice(NASTY)
             case _:

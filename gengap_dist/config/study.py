@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from itertools import product
+from math import prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -19,6 +20,8 @@ from gengap_dist.config.loading import field_names, flat, merge, nested, renamed
 from gengap_dist.config.numbers import Boolean, Integer, NonNegativeInt, Number, PositiveFloat, PositiveInt
 from gengap_dist.config.sections import Affects, FrozenModel, RunConfig, Section
 from gengap_dist.errors import UsageError, did_you_mean
+
+MAX_ARMS = 10_000
 
 
 def _number_or_auto(value: Any, check: Callable[[Any], int | Literal["auto"]]) -> int | Literal["auto"]:
@@ -72,7 +75,7 @@ class Space(FrozenModel):
 class TuneSection(FrozenModel):
     """Tuning, with the same number of trials for every arm."""
 
-    trials: Annotated[Integer, Field(ge=2)] = 16
+    trials: Annotated[Integer, Field(ge=2, le=10_000)] = 16
     """Number of trials per arm; powers of two cover the space most evenly."""
     seed: NonNegativeInt = 1000
     """Seed of the sampled points and of the training in every trial; it must not be one of study.seeds."""
@@ -172,6 +175,8 @@ class StudyConfig(RunConfig, affects="result"):
     @model_validator(mode="after")
     def _check_arms(self) -> Self:
         study = self.study
+        if (num_arms := prod(map(len, study.axes.values()))) > MAX_ARMS:
+            raise ValueError(f"study.axes give {num_arms:,} combinations: choose at most {MAX_ARMS:,}")
         names = [arm.name for arm in self.candidates]
         if not names:
             raise ValueError(

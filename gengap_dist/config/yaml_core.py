@@ -107,10 +107,10 @@ class _Reader:
             if isinstance(event, yaml.DocumentStartEvent):
                 if self._lines or value is not None:
                     raise YamlError(f"has a second document in line {_line(event)}: remove it")
-                value = self._value(next(self._events), (), 0)
+                value = self._value(next(self._events), ())
         return value
 
-    def _value(self, event: yaml.Event, path: tuple[str, ...], depth: int) -> Any:
+    def _value(self, event: yaml.Event, path: tuple[str, ...]) -> Any:
         before = self._num_values
         self._count(1)
         if isinstance(event, yaml.AliasEvent):
@@ -119,7 +119,7 @@ class _Reader:
             value, num_values = self._anchors[event.anchor]
             self._count(num_values)
             return deepcopy(value)
-        if depth > MAX_DEPTH:
+        if len(path) > MAX_DEPTH:
             raise YamlError(f"is nested more than {MAX_DEPTH} deep in line {_line(event)}: settings are not")
         assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
         if event.tag is not None:
@@ -127,9 +127,9 @@ class _Reader:
         if isinstance(event, yaml.ScalarEvent):
             value = self._scalar(event, path)
         elif isinstance(event, yaml.MappingStartEvent):
-            value = self._mapping(path, depth)
+            value = self._mapping(path)
         else:
-            value = self._sequence(path, depth)
+            value = self._sequence(path)
         if event.anchor:
             self._anchors[event.anchor] = value, self._num_values - before
         return value
@@ -147,13 +147,13 @@ class _Reader:
             name = ".".join(path) or "the value"
             raise YamlError(f"is not valid in line {_line(event)}: {name} ({event.value}) {error}") from None
 
-    def _sequence(self, path: tuple[str, ...], depth: int) -> list[Any]:
+    def _sequence(self, path: tuple[str, ...]) -> list[Any]:
         values: list[Any] = []
         while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
-            values.append(self._value(event, (*path, str(len(values))), depth + 1))
+            values.append(self._value(event, (*path, str(len(values)))))
         return values
 
-    def _mapping(self, path: tuple[str, ...], depth: int) -> dict[str, Any]:
+    def _mapping(self, path: tuple[str, ...]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
@@ -166,7 +166,7 @@ class _Reader:
                 lines = f"in lines {self._lines[key]} and {_line(event)}"
                 raise YamlError(f"gives {'.'.join(key)} twice, {lines}: remove one")
             self._lines[key] = _line(event)
-            values[name] = self._value(next(self._events), key, depth + 1)
+            values[name] = self._value(next(self._events), key)
         return values
 
 

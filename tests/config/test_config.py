@@ -98,6 +98,8 @@ def test_bad_yaml_gets_one_sentence(tmp_path, text, words):
         ({"arms": [{"name": "a"}, {"name": "a"}]}, ["a more than once"]),
         ({"baseline": "sb3"}, ["study.baseline (sb3)", "did you mean sb32"]),
         ({"seeds": [1, 1]}, ["study.seeds", "twice"]),
+        ({"axes": {f"optim.{name}": [*range(100)] for name in "abcdef"}}, ["1,000,000,000,000 combinations"]),
+        ({"tune": {"trials": 10**12, "space": {"optim.lr": {"low": 1, "high": 2}}}}, ["trials (1000000000000)"]),
         ({"arms": [{"name": "a/b"}]}, ["study.arms.0.name (a/b)"]),
     ],
 )

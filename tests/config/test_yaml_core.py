@@ -78,6 +78,7 @@ LAUGHS = "a: &a0 x\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\
         ("model: &a [*a]", "has *a in line 1"),
         (LAUGHS, "has more than 100,000 values"),
         ("model: " + "[" * 100_000, "is nested more than 32 deep in line 1"),
+        ("a." * 400 + "a: 1", "is nested more than 32 deep in line 1"),
         ("- " * 5000, "is nested more than 32 deep in line 1"),
         ("data: {name: 'a\x07b'}", "is not YAML"),
         ('data: {name: "a\\0b"}', "holds a NUL"),
@@ -136,7 +137,7 @@ TREE = st.recursive(
 )
 
 
-@settings(max_examples=2000 if FULL else 100)
+@settings(max_examples=2000 if FULL else 60)
 @given(TREE)
 def test_what_is_written_is_read_back_the_same(tree):
     text = yaml_core.write(tree)

@@ -44,9 +44,9 @@ NASTY = (
     "2026-01-01", "2026-13-45", "!!python/name:os.abort", "!!int 3", "&a [*a]", "*a", "[", "[]", "{}", "{a: 1}",
     "[1, 2]", "1,2", ",", "[[[[", "[" * 5000, "a." * 400, "{a: " * 100, "a: b: c", "- a", "...", "---", "%YAML 1.2",
     "a\0b", "\0", "caf\udce9", "\ud800", "\x1b[2J", "\u202e", "\U0001f600", "a\nb", "\r\n", "x" * 100_000,
-    "x y " * 30_000, "..", "/", "/dev/zero", "/dev/null", "/proc/self/mem", "~nobody/x", "~", "-", "--", "--x", "-h", "@file",
-    "%s%n", "$(x)", "os:abort", "{}[]", "GPU=1", "\\", "'", '"', '"\\ud800"', '"\\UFFFFFFFF"', "<<", "=", "auto",
-    "lenet5", "mnist", "128", "64", "512", "[128, 128]",
+    "x y " * 30_000, "..", "/", "/dev/zero", "/dev/null", "/proc/self/mem", "~nobody/x", "~", "-", "--", "--x", "-h",
+    "@file", "%s%n", "$(x)", "os:abort", "{}[]", "GPU=1", "\\", "'", '"', '"\\ud800"', '"\\UFFFFFFFF"', "<<", "=",
+    "auto", "lenet5", "mnist", "128", "64", "512", "[128, 128]",
 )  # fmt: skip
 """Values; of some kinds of settings some are right."""
 

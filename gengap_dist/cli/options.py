@@ -217,6 +217,8 @@ def parse(
             _add_setting(groups[title], name, info)
             known[name] = info
     given, extra = parser.parse_known_args(argv)
+    if lost := [word for word in argv if word.endswith("=--")]:  # argparse makes no value of it at all
+        raise UsageError(f"{shortened(lost[0], 100)} gives no value: write another")
     if extra:
         raise UsageError(_about_unknown(extra[0], argv, own, known))
     chosen = {name: _own_value(name, own[name], word) for name, word in vars(given).items() if name in own}
@@ -319,9 +321,12 @@ def _value(name: str, annotation: Any, word: str) -> Any:
     kinds = _kinds(annotation)
     if word == "null" and type(None) in kinds:
         return None
+    if Path in kinds:
+        return word  # which user_path checks
     try:
-        if all(kind in (str, Path, type(None)) or _is_choice(kind) for kind in kinds):
-            return word if Path in kinds else yaml_core.check_text(word)
+        yaml_core.check_text(word)
+        if all(kind in (str, type(None)) or _is_choice(kind) for kind in kinds):
+            return word
         if not word.strip():
             raise yaml_core.YamlError("is empty: give a value")
         lists = [kind for kind in kinds if _is_list(kind)]

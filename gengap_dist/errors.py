@@ -2,9 +2,15 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # all but tabs and ends of lines
+    r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\U000e0000-\U000e007f"  # they reorder or hide what follows
+    r"\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff]"  # no characters, in files of UTF-8 or XML
+)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of a file
 
 
@@ -61,3 +67,12 @@ def first_of(names: Sequence[str], num: int = 5) -> str:
     ('a, b, ...', 'a, b')
     """
     return ", ".join(names[:num]) + ", ..." * (len(names) > num)
+
+
+def visible(text: str) -> str:
+    r"""A text of names from anywhere, with control characters as Python writes them: they act on terminals and readers.
+
+    >>> visible("\x1b[31mred\n"), visible("a\u202eb"), visible("größe\t1")
+    ('\\x1b[31mred\n', 'a\\u202eb', 'größe\t1')
+    """
+    return CONTROL.sub(lambda char: char[0].encode("unicode_escape").decode(), text)

@@ -98,7 +98,7 @@ def test_bad_yaml_gets_one_sentence(tmp_path, text, words):
         ({"arms": [{"name": "a"}, {"name": "a"}]}, ["a more than once"]),
         ({"baseline": "sb3"}, ["study.baseline (sb3)", "did you mean sb32"]),
         ({"seeds": [1, 1]}, ["study.seeds", "twice"]),
-        ({"arms": [{"name": "a/b"}]}, ["study.arms.0.name (a/b)"]),
+        ({"arms": [{"name": "a/b"}]}, ["study.arms", "name of an arm ('a/b')"]),
     ],
 )
 def test_bad_study_gets_one_sentence(change, words):

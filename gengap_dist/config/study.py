@@ -42,8 +42,8 @@ def _arm_name(name: str) -> str:
         problem = "has other characters than letters, digits and ._+-, or does not begin with a letter or digit"
     if problem:
         raise ValueError(
-            f"study.arms, study.axes: the name of an arm ({name!r:.60}) {problem}: choose another, which can also be that "
-            "of a folder"
+            f"study.arms, study.axes: the name of an arm ({name!r:.60}) {problem}: choose another, which can also be "
+            "that of a folder"
         )
     return name
 

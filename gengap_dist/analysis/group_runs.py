@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.analysis.study_data import MEASURED_AT, RunData, StudyData, read_study, tuned_settings
+from gengap_dist.config.file_names import file_name_problem
 from gengap_dist.config.identity import counterpart_key, differing_settings, effective_settings
 from gengap_dist.config.loading import flat, user_path
 from gengap_dist.config.metric_key import MetricKey
@@ -264,6 +265,8 @@ def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) ->
     try:
         client = connect_client(address)
         for run in find_runs(client, source):
+            if problem := file_name_problem(run.info.run_id):  # a server may send anything
+                raise UsageError(f"the id of a run ({run.info.run_id!r:.60}) {problem}: ask who runs this server")
             folder = out / "runs" / run.info.run_id
             save_as_run_folder(client, run, folder, names, _is_compared)
             tags = run.data.tags

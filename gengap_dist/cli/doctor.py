@@ -28,11 +28,10 @@ def command(argv: Sequence[str]) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return OK
-    from rich.console import Console
-
+    from gengap_dist.cli.console import PlainConsole
     from gengap_dist.preflight.doctor_checks import CheckRequest, run_checks
 
-    with Console(stderr=True).status("checking") as spinner:
+    with PlainConsole(stderr=True).status("checking") as spinner:
         results = run_checks(
             CheckRequest(config, options.out), lambda waiting: spinner.update(f"checking {', '.join(waiting)}")
         )
@@ -61,13 +60,12 @@ def _verdict(failed: list[str], warned: list[str]) -> str:
 
 
 def _print(results: "dict[str, Any]", verdict: str) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=80)
+    from gengap_dist.cli.console import PlainConsole
+
+    console = PlainConsole(width=80)
     table = Table(box=None, pad_edge=False)
     for head in ("", "what", "found, and -> remedy"):
         table.add_column(head, no_wrap=head in ("", "what"), overflow="fold")
@@ -75,7 +73,7 @@ def _print(results: "dict[str, Any]", verdict: str) -> None:
         remedy = f"\n-> {result.remedy}" if result.remedy and result.status != "ok" else ""
         table.add_row(Text(result.status, COLOURS[result.status]), name, Text(result.found + remedy))
     console.print(table)
-    console.print(verdict, highlight=False, soft_wrap=True)
+    console.print_line(verdict)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

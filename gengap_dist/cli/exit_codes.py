@@ -12,9 +12,10 @@ from typing import Never
 
 from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.compat.standard_streams import keep_streams, lost_output
+from gengap_dist.compat.warnings_as_text import format_warnings
 from gengap_dist.distributed.launchers.base import started_externally
 from gengap_dist.distributed.preemption import Preempted
-from gengap_dist.errors import OutOfMemory, UsageError, explaining_full_disk, one_sentence
+from gengap_dist.errors import OutOfMemory, UsageError, explaining_full_disk, one_sentence, visible
 
 FIRST_RANK_SECONDS = 15.0  # the first rank of a machine prints an error; the others wait this long for it
 
@@ -38,6 +39,7 @@ def run_command(
     if isinstance(sys.stdout, io.TextIOWrapper):  # in many locales not every name can be printed
         sys.stdout.reconfigure(errors="replace")
     keep_streams()
+    format_warnings(visible)
     code = _outcome(prog, command, argv)
     if (error := lost_output()) and code == OK and result_is_printed:
         _print_error(prog, f"the output could not be written ({error.strerror})", debug=False)
@@ -61,7 +63,7 @@ def _ensure_home(prog: str) -> None:
 
 def warn(prog: str, text: str) -> None:
     """Print one sentence on stderr; the command goes on."""
-    print(f"{prog}: warning: {text}", file=sys.stderr, flush=True)
+    print(visible(f"{prog}: warning: {text}"), file=sys.stderr, flush=True)
 
 
 def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
@@ -103,5 +105,5 @@ def _print_error(prog: str, message: str, debug: bool, *, every_rank: bool = Fal
             time.sleep(wait_seconds)
         prog = f"{prog}, rank {rank}"  # the error may concern only this rank
     if debug:
-        traceback.print_exc()
-    print(f"{prog}: {message}", file=sys.stderr)
+        print(visible(traceback.format_exc()), end="", file=sys.stderr)
+    print(visible(f"{prog}: {message}"), file=sys.stderr)

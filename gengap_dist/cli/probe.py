@@ -72,16 +72,16 @@ def _show(options: ProbeOptions, config: RunConfig, observations: list[Any], out
     from gengap_dist.analysis.report.html import write_report
     from gengap_dist.analysis.study_data import read_study
 
-    print_line = wide_console().print
+    console = wide_console()
     page = write_report(read_study(out))
     paths = f"spectra  {out / 'spectra'}\nfigures  {out / 'figures'}\nreport   {page}"
-    print_line(paths, highlight=False, markup=False, soft_wrap=True)
+    console.print_line(paths)
     if options.mlflow:
         from gengap_dist.analysis.report.text import ui_command
         from gengap_dist.tracking.mlflow.process import sync_now
 
         uri = sync_now(out, options.tracking_uri, lambda name, done, total: None)
-        print_line(f"mlflow   {ui_command(uri)}", highlight=False, markup=False, soft_wrap=True)
+        console.print_line(f"mlflow   {ui_command(uri)}")
 
 
 def _split_run_and_step(model: str) -> tuple[Path, str]:

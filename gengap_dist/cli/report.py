@@ -14,7 +14,7 @@ from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, run_command, warn
 from gengap_dist.cli.options import ReportOptions, SlimOptions, parse
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, visible
 
 PROG = "gengap report"
 
@@ -64,7 +64,7 @@ def _slim(folder: Path, out: Path) -> int:
 
     with RunProgress("copying") as progress:
         number = write_slim_copy(folder, out, lambda name, done, total: progress(done, total, name))
-    print(f"{number} {'run' if number == 1 else 'runs'} that ended in {out}")
+    print(visible(f"{number} {'run' if number == 1 else 'runs'} that ended in {out}"))
     return OK
 
 
@@ -88,7 +88,7 @@ def _sync(folder: Path, uri: str | None) -> int:
             _export_missing_model(run)
     with RunProgress("sending") as progress:
         tracking_uri = sync_now(folder, uri, lambda name, done, total: progress(done, total, name))
-    print(f"all of {folder} is in MLflow at {tracking_uri}")
+    print(visible(f"all of {folder} is in MLflow at {tracking_uri}"))
     return OK
 
 

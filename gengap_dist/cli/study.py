@@ -22,7 +22,7 @@ from gengap_dist.config.loading import resolve, to_yaml, user_path
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import ending_on_signals
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, visible
 from gengap_dist.runs import lease, run_folder
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study import runner
@@ -81,7 +81,7 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
 
     print_study(study, page, uploader.uri if uploader and not upload_warning else None)
     if uploader and not upload_warning:
-        print(f"compare {uploader.comparison_url()}")
+        print(visible(f"compare {uploader.comparison_url()}"))
     if upload_warning:
         _warn(upload_warning)
     if num_failed:
@@ -133,7 +133,7 @@ def _verdicts(study: Any) -> list[str]:
 
     found = study.comparison
     claims = [
-        f"{claim.claim} **{claim.finding or claim.outcome}**: {first_sentences(claim.evidence)[0]}"
+        f"{claim.claim} {claim.finding or claim.outcome}: {first_sentences(claim.evidence)[0]}"
         for claim in found.claims
     ]
     return [*[found.answer] * bool(found.answer), *claims]

@@ -19,6 +19,7 @@ from typing import Any
 from gengap_dist.analysis.report.process import ReportProcess
 from gengap_dist.cli.exit_codes import OK, run_command, warn
 from gengap_dist.cli.options import Options, parse
+from gengap_dist.config.file_names import as_file_name
 from gengap_dist.config.loading import resolve, to_yaml, user_path
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
@@ -96,8 +97,8 @@ def _default_out(config: RunConfig) -> Path:
     if launchers.uses_torchrun(config.launch) and not launchers.launch_id():
         raise UsageError("--out is required: ranks started by another program must all have the same folder")
     stamp = launchers.launch_id() or datetime.now().strftime("%Y%m%d-%H%M%S")
-    model = config.model.name.replace(":", ".")
-    name = f"{config.data.name}-{model}-b{config.batch.global_size}-s{config.seed}-{stamp}"
+    data, model = as_file_name(config.data.name), as_file_name(config.model.name)
+    name = f"{data}-{model}-b{config.batch.global_size}-s{config.seed}-{stamp}"
     return Path("runs") / name if launchers.launch_id() else _new_folder(Path("runs"), name)
 
 

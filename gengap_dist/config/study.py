@@ -9,12 +9,14 @@ from math import prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     Field,
     ValidationError,
     WrapValidator,
     model_validator,
 )
 
+from gengap_dist.config.file_names import file_name_problem
 from gengap_dist.config.identity import identifying_settings
 from gengap_dist.config.loading import field_names, flat, merge, nested, renamed, validate
 from gengap_dist.config.numbers import Boolean, Integer, NonNegativeInt, Number, PositiveFloat, PositiveInt
@@ -34,10 +36,28 @@ def _number_or_auto(value: Any, check: Callable[[Any], int | Literal["auto"]]) -
         ) from None
 
 
+def _arm_name(name: str) -> str:
+    problem = file_name_problem(name)
+    if not problem and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+        problem = "has other characters than letters, digits and ._+-, or does not begin with a letter or digit"
+    if problem:
+        raise ValueError(
+            f"study.arms, study.axes: the name of an arm ({name!r:.60}) {problem}: choose another, which can also be "
+            "that of a folder"
+        )
+    return name
+
+
+def _study_name(name: str) -> str:
+    if problem := file_name_problem(name):
+        raise ValueError(f"study.name ({name!r:.60}) {problem}: choose another, which can also be that of a folder")
+    return name
+
+
 class Arm(FrozenModel):
     """One arm of a study: a name, and its changes to the settings of the study."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+    name: Annotated[str, AfterValidator(_arm_name)]
     """Short name; also the name of its folder."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings of this arm, nested or with dotted names: {batch.global_size: 512}."""
@@ -124,8 +144,8 @@ class MatchSection(FrozenModel):
 class StudySection(Section, affects="result"):
     """Arms x seeds."""
 
-    name: Annotated[str, Affects("observation")] = "study"
-    """Title of the study."""
+    name: Annotated[str, AfterValidator(_study_name), Affects("observation")] = "study"
+    """Title of the study, and the name of its default folder."""
     question: Annotated[str, Affects("observation")] = ""
     """The research question of the study; printed at the top of its report, with the answer."""
     tolerance: Annotated[Number | None, Field(gt=0), Affects("observation")] = None

@@ -20,12 +20,13 @@ from typing import Any, final
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.compat.standard_streams import keep_streams
+from gengap_dist.compat.warnings_as_text import format_warnings
 from gengap_dist.distributed import cgroups
 from gengap_dist.distributed.cores import Threads, thread_variables
 from gengap_dist.distributed.orphans import end_with
 from gengap_dist.distributed.preemption import SIGNALS, TIME_SIGNALS, Preempted, PreemptionFlag, handle
 from gengap_dist.distributed.runtime_context import RuntimeContext
-from gengap_dist.errors import OutOfMemory, UsageError
+from gengap_dist.errors import OutOfMemory, UsageError, visible
 
 PROGRESS_SECONDS = 0.1  # between two progress messages of rank 0
 
@@ -275,6 +276,7 @@ def _rank_main(
     keep_streams()
     if rank != 0:
         warnings.simplefilter("ignore")  # rank 0 shows them
+    format_warnings(visible)
     try:
         while (received := pipe.recv()) is not None:
             job, args = received

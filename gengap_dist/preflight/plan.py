@@ -277,11 +277,13 @@ def _model_fields(
 
 
 def probe_counts(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks: int) -> list[int]:
-    """Number of samples of the probe set on each rank."""
+    """Number of samples of the probe set on each rank that has any: the first ones."""
     example = _inputs(config, sizes, 1)
     layers = find_probed_layers(model, example, config.probe)
     *_, size = probe_set_sizes(config.probe, layers, example.nbytes, sizes.num_train)
-    return [sum(s.size for s in blocks(size, PROBE_BLOCK, World(rank, num_ranks))) for rank in range(num_ranks)]
+    num_with_samples = min(num_ranks, -(-size // PROBE_BLOCK))
+    worlds = [World(rank, num_ranks) for rank in range(num_with_samples)]
+    return [sum(span.size for span in blocks(size, PROBE_BLOCK, world)) for world in worlds]
 
 
 def _inputs(config: RunConfig, sizes: datasets.Sizes, num: int) -> Tensor:
@@ -300,7 +302,9 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     device_type = "cuda" if config.launch.device == "cuda" else "cpu"
     options = {"method": probe.method, "memory_mib": probe.memory_mib, "device_type": device_type}
     sizes_of_network = {"input_size": example.numel(), "num_leaves": len(leaf_names(model))}
-    messages = communication_model.probe_messages(views, passes, counts, **sizes_of_network, **options)
+    messages = communication_model.probe_messages(
+        views, passes, counts, num_ranks=num_ranks, **sizes_of_network, **options
+    )
     block_bytes = measure.stream_bytes(device_type, probe.memory_mib)
     num_bytes = memory_model.probe_bytes(views, passes, max(counts), block_bytes) + max(counts) * example.nbytes
     forms = {
@@ -309,7 +313,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
         for view in views
     }
     on_wire = sum(message.on_wire(num_ranks) for message in messages)
-    return Probe(sum(counts), sum(map(bool, counts)), len(passes), forms, messages, on_wire), num_bytes
+    return Probe(sum(counts), len(counts), len(passes), forms, messages, on_wire), num_bytes
 
 
 def _time_fields(config: RunConfig, constants: Constants, fields: dict[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,15 @@ Schema 1 lacks `metric` and `model`, and is read as schema 2, which is written. 
 are not listed here are kept.
 """
 
-import json
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic_core import from_json
 
+from gengap_dist.config.file_names import file_name_problem
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metric import ACCURACY, MetricDescription
 
@@ -107,7 +108,7 @@ class _Record(BaseModel):
         try:
             if path.exists() and not path.is_file():  # to open a named pipe would wait for whoever writes into it
                 raise OSError("it is not a regular file")
-            tree = json.loads(path.read_bytes())
+            tree = from_json(path.read_bytes())  # unlike json, it refuses text that is not Unicode
         except (OSError, ValueError) as error:
             raise UsageError(f"{path} cannot be read ({error}): give the folder of a run or study") from None
         if not isinstance(tree, dict):
@@ -229,6 +230,13 @@ class StudyInfo(_Record):
     not_judged: str = ""
     """Why nothing is judged by a comparison, as a sentence; empty if it is judged."""
 
+    @model_validator(mode="after")
+    def _check_names_of_folders(self) -> Self:
+        for arm in self.arms if self.members is None else ():
+            if problem := file_name_problem(arm):
+                raise ValueError(f"an arm ({arm!r:.60}) {problem}")
+        return self
+
 
 def _accuracy(data: Any) -> MetricDescription:
     """The metric of runs that name none."""
@@ -256,4 +264,6 @@ def _first_error(error: ValidationError) -> str:
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"{name} is missing"
+    if first["type"] == "value_error" and "ctx" in first:  # of a validator here: a whole sentence
+        return str(first["ctx"]["error"])
     return f"{name} ({first['input']!r:.60}) is not valid: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -100,7 +100,7 @@ def test_bad_yaml_gets_one_sentence(tmp_path, text, words):
         ({"seeds": [1, 1]}, ["study.seeds", "twice"]),
         ({"axes": {f"optim.{name}": [*range(100)] for name in "abcdef"}}, ["1,000,000,000,000 combinations"]),
         ({"tune": {"trials": 10**12, "space": {"optim.lr": {"low": 1, "high": 2}}}}, ["trials (1000000000000)"]),
-        ({"arms": [{"name": "a/b"}]}, ["study.arms.0.name (a/b)"]),
+        ({"arms": [{"name": "a/b"}]}, ["study.arms", "name of an arm ('a/b')"]),
     ],
 )
 def test_bad_study_gets_one_sentence(change, words):

@@ -132,8 +132,8 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 LEAF = st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | TEXT
 LEAF |= st.integers(-yaml_core.LARGEST, yaml_core.LARGEST)
 KEY = TEXT.map(lambda key: key.replace(".", "_"))  # a.b is b in a
-TREE = st.recursive(
-    LEAF, lambda each: st.lists(each, max_size=4) | st.dictionaries(KEY, each, max_size=4), max_leaves=12
+TREE: st.SearchStrategy[object] = st.deferred(
+    lambda: LEAF | st.lists(TREE, max_size=3) | st.dictionaries(KEY, TREE, max_size=3)
 )
 
 

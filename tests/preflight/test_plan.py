@@ -229,7 +229,9 @@ def planned(options: dict[str, Any], counts: list[int]) -> list[Message]:
         sites = layer_view.build_layer_views(layers, options.pop("views"), sum(counts))
     passes = plan_passes(sites, max(counts), options["memory_mib"])
     sizes = {"input_size": 32 * 32, "num_leaves": len(leaf_names(model))}
-    return communication_model.probe_messages(sites, passes, counts, device_type="cpu", **sizes, **options)
+    return communication_model.probe_messages(
+        sites, passes, counts, num_ranks=len(counts), device_type="cpu", **sizes, **options
+    )
 
 
 def shares_of_probe(num_samples: int, size: int) -> list[int]:

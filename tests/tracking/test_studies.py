@@ -59,7 +59,7 @@ def run_study(out: Path) -> None:
     runner.prepare(study, out, pytest.fail)
     runner.run_study(study, out, StudyCallback(), driver=True)
     numbers = {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a+b/mean": 0.5}
-    runner.conclude(out, RunStatus.FINISHED, numbers, ["A claim. **undecided**: too few seeds."])
+    runner.conclude(out, RunStatus.FINISHED, numbers, ["A claim. undecided: too few seeds."])
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,8 @@ def test_a_study_is_a_parent_its_arms_and_their_seeds(sent, store):
     assert named(client, experiment, "tags.treatment = 'plain' and tags.level = 'arm'") == ["sb32"]
     assert {run.info.status for run in arms} == {"FINISHED"}
     note = client.get_run(parent).data.tags["mlflow.note.content"]
-    verdict = "- A claim. **undecided**: too few seeds."
-    assert note == f"Does it *work*?\n\n{verdict}\n\n[Compare the arms]({comparison_path(study)})"
+    verdict = "- A claim. undecided: too few seeds."
+    assert note == f"Does it \\*work\\*?\n\n{verdict}\n\n[Compare the arms]({comparison_path(study)})"
     assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a_b-300273da/mean": 0.5}
 
     before = everything(client, experiment)  # a second start, and a catch-up: nothing is sent twice

@@ -25,12 +25,13 @@ from typing import Any, NamedTuple, Never, final
 from gengap_dist.compat.ray_connection import connects
 from gengap_dist.compat.ray_failures import killed_ranks
 from gengap_dist.compat.ray_job import started_by_job
+from gengap_dist.compat.warnings_as_text import format_warnings
 from gengap_dist.config.sections import RESOURCE_STEP, LaunchConfig, RunConfig
 from gengap_dist.distributed.cores import available_cores, bounded_wait, threads_per_rank
 from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, load_entry_point
 from gengap_dist.distributed.preemption import TIME_SIGNALS, Preempted, PreemptionFlag, handling
 from gengap_dist.distributed.runtime_context import RuntimeContext
-from gengap_dist.errors import OutOfMemory, UsageError
+from gengap_dist.errors import OutOfMemory, UsageError, visible
 
 CONNECT_TIMEOUT_SECONDS = 12.0  # for a cluster to answer
 POLL_SECONDS = 0.5  # between two progress messages of rank 0, and between two polls of the driver
@@ -152,7 +153,7 @@ def alive_nodes() -> list[dict[str, float]]:
 
 
 def _warn(text: str) -> None:
-    print(f"gengap: warning: {text}", file=sys.stderr, flush=True)
+    print(visible(f"gengap: warning: {text}"), file=sys.stderr, flush=True)
 
 
 def check_address(address: str) -> bool:
@@ -595,6 +596,7 @@ def _rank_main(job: dict[str, Any]) -> None:
     rank = int(os.environ["RANK"])
     if rank != 0:
         warnings.simplefilter("ignore")  # rank 0 shows them
+    format_warnings(visible)
     if job["folder"].is_dir():
         os.chdir(job["folder"])  # the driver's: git and modules there are found; Ray's own folder is empty
     torch.set_num_threads(threads.number)  # Ray itself sets 1

@@ -18,6 +18,7 @@ CLIENT_DEFAULTS = {  # a dead server must be detected in seconds; with MLflow's 
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the name of each run, and whoever logs in
 }
 DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")

@@ -21,7 +21,7 @@ from typing import IO
 
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.sections import MlflowConfig
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, visible
 from gengap_dist.runs.run_folder import read_info, read_study_info
 from gengap_dist.tracking.mlflow.client import import_client, store_uri
 from gengap_dist.tracking.mlflow.mlflow_run import UploadProgress
@@ -142,7 +142,7 @@ def _wait_for_changes(seconds: float, folder: Path, pause: Callable[[float], boo
 
 def _describe(error: Exception) -> str:
     """An error on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return visible(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def _reason(error: Exception) -> str:

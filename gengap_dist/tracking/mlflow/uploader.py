@@ -5,6 +5,7 @@ any point and called again; nothing is sent twice, see `mlflow_run.py`.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from urllib.parse import quote
 
 from gengap_dist.config.identity import treatment
 from gengap_dist.config.loading import flat
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, visible
 from gengap_dist.runs.arm_means import have_ended, read_means, read_runs, read_sources
 from gengap_dist.runs.run_folder import read_info, read_study_info
 from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo
@@ -85,7 +86,7 @@ class MlflowUploader:
     def _leave_out(self, name: str, error: Exception) -> None:
         if name not in self._left_out:
             self._left_out.add(name)
-            print(f"{name} is left out: {' '.join(str(error).split())[:300]}", flush=True)
+            print(visible(f"{name} is left out: {' '.join(str(error).split())[:300]}"), flush=True)
 
     def _run_of(self, folder: Path) -> MlflowRun:
         return MlflowRun(self.client, self.uri, self.experiment, folder, self._leave_out)
@@ -120,7 +121,7 @@ class MlflowUploader:
 
         def damaged(error: UsageError) -> None:
             if closing:
-                print(error, flush=True)
+                print(visible(str(error)), flush=True)
 
         arms = {arm: read_runs(self.folder / "runs" / arm, study.seeds, damaged) for arm in study.arms}
         reference = next((flat(info.config) for info in arms.get(study.baseline, {}).values()), None)
@@ -225,6 +226,15 @@ def _run_tags(info: RunInfo) -> dict[str, object]:
 
 def _study_note(study: StudyInfo, link: str) -> str:
     """The description of a study in the UI, in Markdown: question, verdicts, and link to the comparison of arms."""
-    verdicts = "\n".join(f"- {sentence}" for sentence in study.verdicts)
+    verdicts = "\n".join(f"- {_as_markdown(sentence)}" for sentence in study.verdicts)
     compared = f"[Compare the arms]({link})" if link else ""
-    return "\n\n".join(filter(None, (study.question, verdicts, compared)))
+    return "\n\n".join(filter(None, (_as_markdown(study.question), verdicts, compared)))
+
+
+def _as_markdown(text: str) -> str:
+    r"""A text on one line that Markdown shows as it is: no links, images, tables or HTML.
+
+    >>> _as_markdown("[a](http://b)\n<img> lb_64 loses 0.5")
+    '\\[a\\](http\\://b) \\<img\\> lb\\_64 loses 0.5'
+    """
+    return re.sub(r"[\\`*_\[\]<>|#~&!]|:(?=//)", r"\\\g<0>", visible(" ".join(text.split())))

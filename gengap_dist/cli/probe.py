@@ -21,8 +21,10 @@ from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import Parser
 from gengap_dist.config.loading import load_yaml, merge, nested, user_path, validate
 from gengap_dist.config.measures import PROBE_DIAGNOSTICS
+from gengap_dist.config.own_code import check_trusted
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.links import check_links
 
 if TYPE_CHECKING:  # torch is slow to import, and --help does not need it
     from torch import Tensor
@@ -42,8 +44,13 @@ def command(argv: Sequence[str]) -> int:
     if options.mlflow and not options.out:
         raise UsageError("--mlflow sends what is in --out: add --out DIR")
     # use all settings of the run except launch: it may have run on GPUs or under Ray
-    base = load_yaml(folder / "config.yaml") | {"launch": {}} if is_run else {"model": {"name": options.model}}
-    config = _config(options, base)
+    if is_run:
+        check_links(folder)
+        config = _config(options, load_yaml(folder / "config.yaml", of_run=True) | {"launch": {}})
+        named = {"model.name": options.model_name, "data.name": options.data, "task.name": options.task_name}
+        check_trusted(config.model_dump(), named, folder / "config.yaml")
+    else:
+        config = _config(options, {"model": {"name": options.model}})
     out = user_path(options.out.resolve()) if options.out else None
 
     from gengap_dist.distributed.process_group import destroy_process_group, init_process_group
@@ -133,10 +140,7 @@ def _of_file(weights: Path | None) -> "list[Network]":
         return [(0, Path(), None)]
     from gengap_dist.runs import checkpoint
 
-    state = checkpoint.load(weights)
-    for key in ("model", "state_dict"):  # keys under which many tools nest the state dict
-        state = state.get(key, state)
-    return [(0, weights, None), (1, weights, state)]
+    return [(0, weights, None), (1, weights, checkpoint.load_weights(weights))]
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -150,8 +154,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="lenet5, vgg16, resnet20 (44, 56, 110), f1, c1, mlp, torchvision:NAME, timm:NAME, module.path:factory, "
         "or the folder of a run: RUN_DIR (its last weights), RUN_DIR@best, RUN_DIR@STEP, RUN_DIR@0 (untrained)",
     )
+    add(
+        "--model.name",
+        dest="model_name",
+        metavar="MODULE:FACTORY",
+        help="of a run whose network is your own code: name it again, since nothing in a folder is executed unasked",
+    )
+    add("--task.name", dest="task_name", metavar="MODULE:CLASS", help="of a run whose task is your own code: the same")
     add("--weights", type=user_path, metavar="FILE", help="state dict for the model (torch.save); a run has its own")
-    add("--data", help="data set: digits (default), mnist, fashion_mnist, cifar10, cifar100, imagefolder")
+    add(
+        "--data",
+        "--data.name",
+        dest="data",
+        help="data set: digits (default), mnist, fashion_mnist, cifar10, cifar100, imagefolder",
+    )
     add("--data_root", help="folder with the files of the data set")
     add("--image_size", type=int, help="side of the images; smaller ones are zero-padded (default 32)")
     add("--num_samples", type=int, nargs="+", help="training images in the probe set; several numbers give rank by N")
@@ -176,6 +192,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _config(options: argparse.Namespace, base: dict[str, Any]) -> RunConfig:
     given = {
+        "model.name": options.model_name,
+        "task.name": options.task_name,
         "data.name": options.data,
         "data.root": options.data_root,
         "data.image_size": options.image_size,

@@ -1,7 +1,7 @@
 """Merges defaults, YAML files and the command line into one validated config."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,15 +134,25 @@ def yaml_files(path: Path) -> list[Path]:
     return [path, *(file for parent in extended for file in yaml_files(parent))]
 
 
-def _parents(path: Path, extends: str | Sequence[str]) -> list[Path]:
-    return [path.parent / user_path(parent) for parent in ([extends] if isinstance(extends, str) else extends)]
+def _parents(path: Path, extends: object) -> list[Path]:
+    names = [extends] if isinstance(extends, str) else extends
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"--config ({path}): extends ({extends!r:.60}) must be the path of a file, or a list of paths")
+    return [(path.parent / user_path(name)).resolve() for name in names]
 
 
-def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+def load_yaml(path: Path, *, of_run: bool = False, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file as nested settings, merged over the files in its `extends` (paths relative to the file).
 
+    They must lie in the folder of the file, or below it; those of a user's own file also in the current folder. A
+    config from elsewhere could otherwise bring any file of the user into a run, and so to where its settings are sent.
+
+    Args:
+        path: the file.
+        of_run: whether it is in the folder of a run.
+
     Raises:
-        UsageError: if a file is missing, is not YAML, is not a mapping, or extends itself.
+        UsageError: if a file is missing, is not YAML, is not a mapping, extends itself, or one that lies elsewhere.
     """
     path = path.resolve()
     if path in _chain:
@@ -159,8 +169,15 @@ def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UsageError(f"--config ({path}) is a {type(tree).__name__}, needs settings such as `batch: ...`")
     inherited: dict[str, Any] = {}
+    first = (*_chain, path)[0]
+    places = [first.parent] if of_run else [first.parent, Path.cwd()]
     for parent in _parents(path, tree.pop("extends", [])):
-        inherited = merge(inherited, load_yaml(parent, (*_chain, path)))
+        if not any(parent.is_relative_to(place) for place in places):
+            raise UsageError(
+                f"--config ({path}) extends {parent}, which lies outside of {' and '.join(map(str, places))}: give it "
+                "before this file, with a --config of its own"
+            )
+        inherited = merge(inherited, load_yaml(parent, of_run=of_run, _chain=(*_chain, path)))
     return merge(inherited, nested({str(key): value for key, value in tree.items()}))
 
 

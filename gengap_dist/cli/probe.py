@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from gengap_dist.cli.exit_codes import OK, run_command
 from gengap_dist.cli.options import ProbeOptions, parse
-from gengap_dist.config.loading import load_yaml, merge, user_path, validate
+from gengap_dist.config.loading import flat, load_yaml, merge, user_path, validate
+from gengap_dist.config.own_code import check_trusted
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.links import check_links
 
 if TYPE_CHECKING:  # torch is slow to import, and --help does not need it
     from torch import Tensor
@@ -40,8 +42,13 @@ def command(argv: Sequence[str]) -> int:
     if options.mlflow and not options.out:
         raise UsageError("--mlflow sends what is in --out: add --out DIR")
     # use all settings of the run except launch: it may have run on GPUs or under Ray
-    base = load_yaml(folder / "config.yaml") | {"launch": {}} if is_run else {"model": {"name": options.model}}
-    config = validate(RunConfig, merge(base, overrides))
+    if is_run:
+        check_links(folder)
+        base = load_yaml(folder / "config.yaml", of_run=True) | {"launch": {}}
+        config = validate(RunConfig, merge(base, overrides))
+        check_trusted(config.model_dump(), flat(overrides), folder / "config.yaml")
+    else:
+        config = validate(RunConfig, merge(overrides, {"model": {"name": options.model}}))
     out = user_path(options.out.resolve()) if options.out else None
 
     from gengap_dist.distributed.process_group import destroy_process_group, init_process_group
@@ -131,10 +138,7 @@ def _of_file(weights: Path | None) -> "list[Network]":
         return [(0, Path(), None)]
     from gengap_dist.runs import checkpoint
 
-    state = checkpoint.load(weights)
-    for key in ("model", "state_dict"):  # keys under which many tools nest the state dict
-        state = state.get(key, state)
-    return [(0, weights, None), (1, weights, state)]
+    return [(0, weights, None), (1, weights, checkpoint.load_weights(weights))]
 
 
 def read_options(argv: Sequence[str]) -> tuple[ProbeOptions, dict[str, Any]]:
@@ -145,7 +149,7 @@ def read_options(argv: Sequence[str]) -> tuple[ProbeOptions, dict[str, Any]]:
         prog=PROG,
         description=str(__doc__),
         settings=RunConfig,
-        only=("data.", "probe.", "seed", "train.dtype"),
+        only=("data.", "probe.", "seed", "train.dtype", "model.name", "task.name"),
     )
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, run_command, warn
 from gengap_dist.cli.options import ReportOptions, SlimOptions, parse
+from gengap_dist.config.own_code import own_code
 from gengap_dist.errors import UsageError, visible
+from gengap_dist.runs.links import check_links
 
 PROG = "gengap report"
 
@@ -29,6 +31,7 @@ def command(argv: Sequence[str]) -> int:
         raise UsageError(
             f"DIR ({options.folder}) contains neither run.json nor study.json: give the folder of a run or study"
         )
+    check_links(folder)
     if isinstance(options, SlimOptions):
         return _slim(folder, options.out)
     return _sync(folder, options.tracking_uri) if action == "sync" else _draw(folder, pdf=options.pdf)
@@ -51,6 +54,8 @@ def _draw(folder: Path, *, pdf: bool) -> int:
         warn(PROG, problem)
     study = read_study(folder)
     page = write_report(study, pdf=pdf)
+    for line in study.left_out:
+        warn(PROG, line)
     if (folder / "study.json").exists():
         print_study(study, page, None)
     else:
@@ -101,11 +106,17 @@ def _export_missing_model(folder: Path) -> None:
         info = read_info(folder)
     except UsageError:  # the uploader leaves it out with a message
         return
-    wanted = info.config.get("mlflow", {}).get("log_model", False) and info.launcher != "probe"
+    section = info.config.get("mlflow")
+    wanted = isinstance(section, dict) and section.get("log_model") and info.launcher != "probe"
+    if name := own_code(info.config).get("model.name"):
+        if wanted:
+            reason = f"model.name ({name}) is code that its folder names, and only training imports it"
+            warn(PROG, f"the model of {folder} is not sent: {reason}")
+        return
     if wanted and info.status == RunStatus.FINISHED and not (info.model or info.model_error) and info.data:
         from gengap_dist.training.export import try_export
 
-        exported = try_export(folder, info.config, info.data, info.result["num_steps"])
+        exported = try_export(folder, info.config, info.data, info.result.get("num_steps", 0))
         write_info(folder, info.with_fields(**exported))
 
 

@@ -67,6 +67,8 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
         info = runner.conclude(out, outcome, _headline(study_data), _verdicts(study_data))
         study = replace(study_data, info=info.content())
         page = write_report(study)
+        for line in study.left_out:
+            _warn(line)
     except BaseException as error:
         if not lease.is_of_another(out):
             try:

@@ -143,24 +143,25 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
     """Print the outcome of one run: result, layers, and paths of the report and of MLflow."""
     run = read_run(out)
     console = wide_console()
-    result = run.info["result"]
+    result = run.info.get("result") or {}
     if run.info["status"] != "finished":
         console.print(Text.assemble((run.info["status"], "bold red"), f": {run.info.get('error', '')}"))
     else:
         metric = run.metric
         test, train, best = (
-            value_text(result[f"{name}/{metric.name}"], metric) for name in ("test", "train_full", "best_val")
+            value_text(result.get(f"{name}/{metric.name}"), metric) for name in ("test", "train_full", "best_val")
         )
+        speed = run.samples_per_second
         rest = (
-            f" (train {train}, val best {best}) after {result['num_steps']:,} steps of {run.global_size:,}, "
-            f"{run.samples_per_second:,.0f} samples/s"
+            f" (train {train}, val best {best}) after {result.get('num_steps', 0):,} steps of {run.global_size:,}"
+            + ("" if speed is None else f", {speed:,.0f} samples/s")
         )
         console.print(Text.assemble(f"test {metric.name} ", (test, "bold"), rest))
     if table := layer_table(run):
         console.print(table)
     if left_out := result.get("probe_left_out"):
         console.print(
-            f"probe.max_time_fraction ({run.info['config']['probe']['max_time_fraction']:.0%}) skipped "
+            f"probe.max_time_fraction ({run.max_time_fraction:.0%}) skipped "
             f"{len(left_out)} measurement(s), at steps {', '.join(map(str, left_out))}; "
             "with probe.max_time_fraction=null none is skipped"
         )

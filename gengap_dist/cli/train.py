@@ -20,7 +20,8 @@ from gengap_dist.analysis.report.process import ReportProcess
 from gengap_dist.cli.exit_codes import OK, run_command, warn
 from gengap_dist.cli.options import Options, parse
 from gengap_dist.config.file_names import as_file_name
-from gengap_dist.config.loading import resolve, to_yaml, user_path
+from gengap_dist.config.loading import flat, load_yaml, merge, resolve, to_yaml, user_path, validate
+from gengap_dist.config.own_code import check_trusted
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import ending_on_signals
@@ -37,10 +38,12 @@ def command(argv: Sequence[str]) -> int:
     """Run a training from the command line; returns the exit code."""
     options, overrides = parse(Options, argv, prog=PROG, description=str(__doc__), settings=RunConfig)
     files = list(options.config)
-    if options.resume and options.out and not files:
-        saved = options.out / "config.yaml"  # a run that never began has none, and is started by its settings
-        files = [saved] if saved.exists() or not overrides else []
-    config = resolve(RunConfig, files, overrides)
+    saved = options.out / "config.yaml" if options.resume and options.out and not files else None
+    if saved and (saved.exists() or not overrides):  # a run that never began has none, and is started by its settings
+        config = validate(RunConfig, merge(load_yaml(saved, of_run=True), overrides))
+        check_trusted(config.model_dump(), flat(overrides), saved)
+    else:
+        config = resolve(RunConfig, files, overrides)
     if options.print_config:
         print(to_yaml(config), end="")
         return OK

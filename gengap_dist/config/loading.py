@@ -153,34 +153,46 @@ MAX_FILES = 100
 def yaml_files(path: Path) -> list[Path]:
     """A YAML file that `load_yaml` can read, and all files that it extends."""
     files: list[Path] = []
-    _load(path, files)
+    _load(_resolved(path), files, of_run=False)
     return files
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
+def load_yaml(path: Path, *, of_run: bool = False) -> dict[str, Any]:
     """A YAML file as nested settings, merged over the files in its `extends` (paths relative to the file).
 
+    They must lie in the folder of the file, or below it; those of a user's own file also in the current folder. A
+    config from elsewhere could otherwise bring any file of the user into a run, and so to where its settings are sent.
+
+    Args:
+        path: the file.
+        of_run: whether it is in the folder of a run.
+
     Raises:
-        UsageError: if a file is missing, is not YAML, gives a key twice, is not a mapping, or extends itself.
+        UsageError: if a file is missing, is not YAML, gives a key twice, is not a mapping, extends itself, or one that
+            lies elsewhere.
     """
-    return _load(path, [])
+    return _load(_resolved(path), [], of_run=of_run)
 
 
-def _load(path: Path, files: list[Path], chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Settings of a file; appends it, and those that it extends, to `files`."""
+def _resolved(path: Path) -> Path:
     try:
-        path = path.resolve()
-        if path in chain:
-            raise UsageError(f"--config: {path} extends itself through {chain[-1]}: remove one `extends`")
-        files.append(path)
-        if len(files) > MAX_FILES:
-            raise UsageError(f"--config ({files[0]}) extends more than {MAX_FILES} files: put them together")
+        return path.resolve()
+    except (OSError, RuntimeError):
+        raise UsageError(f"--config ({path}) is a link to itself: give the path of a YAML file") from None
+
+
+def _load(path: Path, files: list[Path], *, of_run: bool, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Settings of a file; appends it, and those that it extends, to `files`."""
+    if path in chain:
+        raise UsageError(f"--config: {path} extends itself through {chain[-1]}: remove one `extends`")
+    files.append(path)
+    if len(files) > MAX_FILES:
+        raise UsageError(f"--config ({files[0]}) extends more than {MAX_FILES} files: put them together")
+    try:
         with path.open("rb") as file:
             text = file.read(yaml_core.MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(f"--config ({path}) cannot be read: {error.strerror}; give the path of a YAML file") from None
-    except RuntimeError:  # of resolve
-        raise UsageError(f"--config ({path}) is a link to itself: give the path of a YAML file") from None
     if len(text) > yaml_core.MAX_BYTES:
         raise UsageError(f"--config ({path}) is larger than {yaml_core.MAX_BYTES:,} bytes: settings are shorter")
     try:
@@ -194,8 +206,15 @@ def _load(path: Path, files: list[Path], chain: tuple[Path, ...] = ()) -> dict[s
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
         raise UsageError(f"--config ({path}): extends ({extends}) is neither a file nor a list of files: name files")
     inherited: dict[str, Any] = {}
-    for parent in parents:
-        inherited = merge(inherited, _load(path.parent / user_path(parent), files, (*chain, path)))
+    places = [files[0].parent] if of_run else [files[0].parent, Path.cwd()]
+    for name in parents:
+        parent = _resolved(path.parent / user_path(name))
+        if not any(parent.is_relative_to(place) for place in places):
+            raise UsageError(
+                f"--config ({path}) extends {parent}, which lies outside of {' and '.join(map(str, places))}: give it "
+                "before this file, with a --config of its own"
+            )
+        inherited = merge(inherited, _load(parent, files, of_run=of_run, chain=(*chain, path)))
     return merge(inherited, nested(tree))
 
 

@@ -22,7 +22,8 @@ from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.data import datasets
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.run_folder import read_info, read_lines, read_metrics, read_study_info, write_info
+from gengap_dist.runs.json_lines import SYSTEM, read_lines
+from gengap_dist.runs.run_folder import read_info, read_metrics, read_study_info, write_info
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.study import runner
@@ -369,7 +370,7 @@ def test_what_the_folders_of_an_earlier_version_lack_is_written_before_they_are_
 
 def test_machines_are_watched_in_the_folder_and_sent_once(study, store):
     run = study / "runs/sb32/seed0"
-    samples = list(read_lines(run / "system.jsonl"))
+    samples = list(read_lines(run / "system.jsonl", SYSTEM))
     assert samples
     assert all(0 <= sample["system_memory_usage_percentage"] <= 100 for sample in samples)
     with sampling(run, 0.05, num_nodes=2):
@@ -409,7 +410,7 @@ def test_half_a_folder_does_not_keep_the_others_back(study, store):
     assert not update_means(study)
     (study / "runs/sb32/seed0/metrics.jsonl").write_text("damaged\n")
     mirror = MlflowUploader(study, store, "half")
-    with pytest.raises(ValueError, match=r"sb32/seed0/metrics.jsonl, line at byte 0"):
+    with pytest.raises(ValueError, match=r"sb32/seed0/metrics.jsonl is damaged in line 1"):
         mirror.sync(closing=True)
     arm = mirror.client.get_run(state(study / "runs/lb256-ema")["run_id"])
     assert arm.data.tags["runs"] == "1 finished, 1 not started"

@@ -186,7 +186,7 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
         for row, key in enumerate(keys):
             axes = grid[row, column]
             for number, (step, by_layer_key) in enumerate(spectra.items()):
-                if key in by_layer_key and by_layer_key[key][0][0] > 0:
+                if key in by_layer_key and by_layer_key[key][0].max() > by_layer_key[key][1]["floor"]:
                     _ridge(axes, number, len(steps), *by_layer_key[key])
                     of_run = {"arm": arm, "global_size": run.global_size, "seed": run.seed, "layer": key, "step": step}
                     data += [of_run | point for point in _thinned(*by_layer_key[key])]
@@ -247,6 +247,8 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
         {LayerKey.parse(key): spectrum for key, spectrum in run.spectra(step).items()} for step in (steps[0], steps[-1])
     )
     keys = [key for key in last if not key.centred]
+    if not keys:  # a damaged file
+        return None
     num_columns = min(len(keys), 4 if len(keys) <= 24 else 6)
     num_rows = -(-len(keys) // num_columns)
     figure = Figure(figsize=(2.6 * num_columns + 0.4, 2.1 * num_rows + 0.6))

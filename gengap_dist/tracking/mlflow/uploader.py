@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,7 +17,8 @@ from gengap_dist.config.loading import flat
 from gengap_dist.errors import UsageError, visible
 from gengap_dist.runs.arm_means import have_ended, read_means, read_runs, read_sources
 from gengap_dist.runs.run_folder import read_info, read_study_info
-from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo
+from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo, to_time
+from gengap_dist.runs.upload_state import read_upload_state
 from gengap_dist.tracking.mlflow.client import connect_experiment, is_outage
 from gengap_dist.tracking.mlflow.mlflow_run import Described, MlflowRun, Tags, UploadProgress, millis
 from gengap_dist.tracking.mlflow.names import mlflow_name
@@ -31,10 +31,8 @@ Runs = Mapping[Path, RunInfo]
 
 def comparison_path(folder: Path) -> str:
     """Path, after the host, of the UI's comparison of a study's arms; empty if there are no arms yet."""
-    paths = (folder / "runs" / arm / "mlflow.json" for arm in read_study_info(folder).arms)
-    states = [
-        state for path in paths if path.exists() and "run_id" in (state := json.loads(path.read_text(encoding="utf-8")))
-    ]
+    found = (read_upload_state(folder / "runs" / arm) for arm in read_study_info(folder).arms)
+    states = [state for state in found if state.get("run_id")]
     if not states:
         return ""
     runs, experiments = ([*dict.fromkeys(s[key] for s in states)] for key in ("run_id", "experiment_id"))
@@ -112,10 +110,10 @@ class MlflowUploader:
 
     def _sync_study(self, study: StudyInfo, closing: bool, progress: UploadProgress) -> None:
         parent, described = self._run_of(self.folder), Described.of(study)
-        tune = study.config["study"].get("tune") or {}
+        tune = (study.config.get("study") or {}).get("tune") or {}
         shared: Tags = {"study": study.name, "tuned": ",".join(tune.get("space", ())) or None}
         # with the time, because names of studies need not be unique
-        name = f"{study.name} {datetime.fromisoformat(described.started):%Y-%m-%d %H:%M:%S}"
+        name = f"{study.name} {to_time(described.started):%Y-%m-%d %H:%M:%S}"
         parent.open(described, shared | {"mlflow.runName": name, "level": "study", "status": study.status})
         shared["study_run_id"] = parent.id
 
@@ -132,7 +130,7 @@ class MlflowUploader:
             tags = shared | {
                 "arm": arm,
                 "role": "baseline" if arm == study.baseline else "arm",
-                "batch.global_size": first.config["batch"]["global_size"],
+                "batch.global_size": first.global_size,
                 "treatment": treatment(flat(first.config), reference) if reference else None,
             }
             with self._postponing_errors():
@@ -220,7 +218,7 @@ def _run_tags(info: RunInfo) -> dict[str, object]:
         "seed": info.seed,
         "norm_size": info.norm_size,
         "mlflow.source.git.commit": (info.git or {}).get("commit"),
-        "batch.global_size": info.config["batch"]["global_size"],
+        "batch.global_size": info.global_size,
     }
 
 

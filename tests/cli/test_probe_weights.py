@@ -71,6 +71,7 @@ def test_a_network_that_has_such_a_name_keeps_it():
 def test_the_command_says_what_was_removed(tmp_path):
     state = {f"module.{name}": value for name, value in network().state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "w.pt")
-    words = ["--model", "lenet5", "--weights", "w.pt", "--num_samples", "32", "--layers", "fc2", "--diagnostics"]
+    words = ["--model", "lenet5", "--weights", "w.pt", "--probe.num_samples", "32", "--probe.layers", "fc2"]
+    words += ["--probe.diagnostics", "[]"]
     with pytest.warns(UserWarning, match=r"module. was removed from the names in .*w.pt"):
         assert probe.command(words) == 0

@@ -26,17 +26,17 @@ def test_what_is_wrong_is_found(code, error, says):
 
 
 def test_command_lines():
-    assert not [*complaints(0, lines=2000 if FULL else 250)]
+    assert not [*complaints(0, lines=2000 if FULL else 200)]
 
 
 def test_files_of_settings():
-    assert not [*complaints(0, files=2000 if FULL else 150)]
+    assert not [*complaints(0, files=2000 if FULL else 100)]
 
 
 @pytest.mark.processes
 def test_processes():
-    assert not [*complaints(0, processes=40 if FULL else 2)]
+    assert not [*complaints(0, processes=40 if FULL else 1)]
 
 
 def test_damaged_folders():
-    assert not [*complaints(0, folders=200 if FULL else 5)]
+    assert not [*complaints(0, folders=200 if FULL else 2)]

@@ -154,7 +154,7 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
         speed = run.samples_per_second
         console.print(
             f"test {escape(metric.name)} [bold]{test}[/] (train {train}, val best {best}) after "
-            f"{result.get('num_steps', 0):,} steps of {run.global_size:,}"
+            f"{result.get('num_steps') or 0:,} steps of {run.global_size:,}"
             + ("" if speed is None else f", {speed:,.0f} samples/s"),
             highlight=False,
         )

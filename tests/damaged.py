@@ -7,6 +7,7 @@ The study is one of `tests.analysis.report.folders.write_study`, or one that was
 were damaged, of a run or of the study.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 Shape = Callable[[Path, random.Random], object]
 """Damages the folder of a run, or of a study."""
@@ -393,6 +395,55 @@ STUDY_SHAPES: dict[str, Shape] = {
 """Of the folder of a study."""
 
 SHAPES = {**RUN_SHAPES, **STUDY_SHAPES}
+
+
+def in_checkpoint(shape: Shape) -> Shape:
+    """The same of the last checkpoint of a run."""
+    return lambda folder, rng: shape(max((folder / "checkpoints").glob("step_*")), rng)
+
+
+def signed(name: str, change: Callable[[dict[str, Any]], Any]) -> Shape:
+    """A checkpoint with a change of the content of a file, and the checksum of what it has become."""
+
+    def shape(folder: Path, rng: random.Random) -> None:
+        torch.save(change(torch.load(folder / name, weights_only=True)), folder / name)
+        facts = json.loads((folder / "checkpoint.json").read_bytes())
+        facts["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        (folder / "checkpoint.json").write_text(json.dumps(facts))
+
+    return in_checkpoint(shape)
+
+
+CHECKPOINT_SHAPES: dict[str, Shape] = {
+    **{
+        f"checkpoint.json: {name}": in_checkpoint(write("checkpoint.json", content))
+        for name, content in (("empty", b""), ("NUL", bytes(99)), ("a list", b"[]"), ("deep", DEEP.encode()))
+    },
+    "checkpoint.json: step": in_checkpoint(field("checkpoint.json", "step", '"last"')),
+    "checkpoint.json: schema": in_checkpoint(field("checkpoint.json", "schema", "true")),
+    "checkpoint.json: sums": in_checkpoint(field("checkpoint.json", "sha256", "[1]")),
+    "checkpoint.json: outside": in_checkpoint(field("checkpoint.json", "sha256", '{"../../run.json": "0"}')),
+    "checkpoint.json: settings": in_checkpoint(field("checkpoint.json", "config", "[1]")),
+    "checkpoint.json: run": in_checkpoint(field("checkpoint.json", "run", "[1]")),
+    "model.pt: cut": in_checkpoint(cut("model.pt", 0.5)),
+    "model.pt: a pipe": in_checkpoint(replaced("model.pt", os.mkfifo)),
+    "model.pt: a list": signed("model.pt", lambda state: [1]),
+    "model.pt: nothing": signed("model.pt", lambda state: {}),
+    "model.pt: words": signed("model.pt", lambda state: dict.fromkeys(state, "word")),
+    "model.pt: code": signed("model.pt", lambda state: state | {"code": Opener()}),
+    "algorithm.pt: a list": signed("algorithm.pt", lambda state: [1]),
+    "algorithm.pt: average": signed("algorithm.pt", lambda state: {"average": [1]}),
+    "optimizer.pt: a list": signed("optimizer.pt", lambda state: [1]),
+    "optimizer.pt: words": signed("optimizer.pt", lambda state: dict.fromkeys(state, "word")),
+    "optimizer.pt: other names": signed("optimizer.pt", lambda state: {"nobody": {"momentum_buffer": torch.zeros(3)}}),
+    "run.pt: nothing": signed("run.pt", lambda state: {}),
+    **{
+        f"run.pt: {name}": signed("run.pt", lambda state, name=name: state | {name: "word"})
+        for name in ("schema", "train", "seconds", "evaluator", "probes", "step_metrics", "pending_rows", "scaler")
+    },
+    "run.pt: step": signed("run.pt", lambda state: state | {"train": {"step": -7, "train_seconds": 0.0}}),
+}
+"""Of a run that was trained."""
 
 
 def damage(study: Path, name: str, seed: int = 0) -> Path:

@@ -305,9 +305,10 @@ def complaints(seed: int, *, lines: int = 0, files: int = 0, processes: int = 0,
         if found := complaint(done.returncode, done.stderr):
             yield f"process {number}: {found}: {done.stderr[:2000]}\n    {name} {[word[:200] for word in words]}"
     if folders:
-        from tests.analysis.report.folders import write_study
+        from tests.analysis.report.folders import ARMS, write_study
 
-        whole = write_study(here / "whole", seeds=2)
+        arms = {name: ARMS[name] for name in ("sb8", "lb64")}
+        whole = write_study(here / "whole", arms, seeds=2)
         for number in range(seed, seed + folders):
             if found := checked_folder(number, whole, here / str(number)):
                 yield f"folder {number}: {found}"

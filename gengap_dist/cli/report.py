@@ -116,7 +116,7 @@ def _export_missing_model(folder: Path) -> None:
     if wanted and info.status == RunStatus.FINISHED and not (info.model or info.model_error) and info.data:
         from gengap_dist.training.export import try_export
 
-        exported = try_export(folder, info.config, info.data, info.result.get("num_steps", 0))
+        exported = try_export(folder, info.config, info.data, info.result.get("num_steps") or 0)
         write_info(folder, info.with_fields(**exported))
 
 

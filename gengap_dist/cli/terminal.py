@@ -153,7 +153,7 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
         )
         speed = run.samples_per_second
         rest = (
-            f" (train {train}, val best {best}) after {result.get('num_steps', 0):,} steps of {run.global_size:,}"
+            f" (train {train}, val best {best}) after {result.get('num_steps') or 0:,} steps of {run.global_size:,}"
             + ("" if speed is None else f", {speed:,.0f} samples/s")
         )
         console.print(Text.assemble(f"test {metric.name} ", (test, "bold"), rest))

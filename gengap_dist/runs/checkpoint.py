@@ -383,6 +383,18 @@ def without_wrappers(state: State, model: nn.Module) -> tuple[State, list[str]]:
     return bare, sorted(f"{part}." for part in removed)
 
 
+def load_nested(path: Path, *names: str) -> State:
+    """The same for a file of mappings: those with the given names, or, without names, all of them.
+
+    Raises:
+        UsageError: see `load`.
+    """
+    state = load(path)
+    if wrong := [name for name in names or state if not isinstance(state.get(name, {}), Mapping)]:
+        raise UsageError(f"{path} is damaged: {wrong[0]!r:.60} must be a mapping; remove this checkpoint")
+    return state
+
+
 def evaluated_state(path: Path) -> State:
     """The state dict that the run evaluates: the weight average (EMA or SWA) once it has begun, else model.pt.
 
@@ -392,7 +404,7 @@ def evaluated_state(path: Path) -> State:
     Raises:
         UsageError: see `load`.
     """
-    average = load(path.with_name("algorithm.pt")).get("average") if path.name == "model.pt" else None
+    average = load_nested(path.with_name("algorithm.pt"), "average").get("average") if path.name == "model.pt" else None
     if not average or not average.get("n_averaged"):
         return load(path)
     return {name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")}

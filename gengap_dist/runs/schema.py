@@ -481,5 +481,5 @@ def first_error(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{name:.80} is missing"
     rule = str(first["ctx"]["error"]) if first["type"] == "value_error" and "ctx" in first else first["msg"]
-    rule = rule[:1].lower() + rule[1:]
+    rule = rule[:1].lower() + rule[1:].partition(" or instance of ")[0]  # of a class of ours
     return f"{name:.80} ({first['input']!r:.60}) is not valid: {rule}" if name else rule

@@ -268,7 +268,7 @@ class MlflowRun:
         self.client.finalize_logged_model(model_id, "READY")
         outputs = self.client.get_run(self.id).outputs
         if not outputs or model_id not in {output.model_id for output in outputs.model_outputs}:
-            self.client.log_outputs(self.id, [LoggedModelOutput(model_id, info.result.get("num_steps", 0))])
+            self.client.log_outputs(self.id, [LoggedModelOutput(model_id, info.result.get("num_steps") or 0)])
         self.save(model_id=model_id, model_logged=True)
 
     def _create_model(self) -> str:

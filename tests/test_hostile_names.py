@@ -15,7 +15,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from gengap_dist.analysis.group_runs import _from_mlflow
+from gengap_dist.analysis.group_runs import _from_mlflow, gather
 from gengap_dist.analysis.report import html
 from gengap_dist.analysis.report.html import write_report
 from gengap_dist.analysis.report.plotting import FORMULA
@@ -24,7 +24,6 @@ from gengap_dist.cli import report, train
 from gengap_dist.cli.console import PlainConsole
 from gengap_dist.cli.exit_codes import run_command, warn
 from gengap_dist.cli.terminal import RunProgress, print_page, print_study, study_plan_page
-from gengap_dist.compat.warnings_as_text import format_warnings
 from gengap_dist.config.file_names import MAX_BYTES
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig
@@ -180,9 +179,7 @@ def test_the_terminal_gets_no_sequence_from_a_name(capsys, monkeypatch):
         progress(1, 2, "note [/x]\x1b[0m", "run [/x]\x1b")
         progress.print_line("".join(NASTY))
     warn("gengap", NASTY[6])
-    monkeypatch.setattr(warnings, "formatwarning", None)
-    format_warnings(visible)
-    assert warnings.formatwarning("\x1b", UserWarning, "a.py", 1) == "a.py:1: UserWarning: \\x1b\n"
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `run_command` sets it
 
     def fail(argv: object) -> int:
         raise UsageError("".join(NASTY))
@@ -208,7 +205,10 @@ def test_only_one_console_and_no_markup():
 
 def test_mlflow_takes_all_names_and_its_pages_show_them(mlflow_db, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(folders.FACTS, "data", folders.FACTS["data"] | {"root": None, "num_classes": 10})
-    verdict, arms = "lb_64 <b>loses</b> | [x](http://e)", {"sb8": {}, "lb64": {"batch__global_size": 64}}
+    verdict, arms = (
+        "lb_64 <b>loses</b> | [x](http://e)",
+        {"sb8": {"batch__global_size": 8}, "lb64": {"batch__global_size": 64}},
+    )
     config = {"study": {"tune": None}, "mlflow": {"experiment": "nasty"}}
     metrics = {f"sb_lb_gap/{name}/mean": float(n) for n, name in enumerate(NASTY)}
     folder = write_study(tmp_path / "s", arms, 1, question="".join(NASTY), verdicts=[verdict], name=NASTY[6],
@@ -222,6 +222,15 @@ def test_mlflow_takes_all_names_and_its_pages_show_them(mlflow_db, tmp_path, cap
     assert not re.search(r"(?<!\\)[<>|`!]|(?<!\\)\](?!\()|[a-z]://", note.rpartition("\n\n")[0])
     assert r"- lb\_64 \<b\>loses\</b\> \| \[x\](http\://e)" in note.split("\n")
     assert not CONTROL.search(capsys.readouterr().out)
+
+    name = "../\x1b[31m[/x]"  # of an arm, as a tag that somebody has set
+    run_id = json.loads((folder / "runs" / "lb64" / "seed0" / "mlflow.json").read_text())["run_id"]
+    uploader.client.set_tag(run_id, "arm", name)
+    source = f"runs:/{json.loads((folder / 'mlflow.json').read_text())['run_id']}"
+    back, problems = gather([source], tmp_path / "back", SourceNames("val/accuracy"), f"sqlite:///{mlflow_db}", "")
+    assert (back.arms, problems) == (["sb8", name], [])
+    assert {path.name for path in tmp_path.iterdir()} >= {"s", "back"}
+    assert not [path for path in (tmp_path / "back").rglob("*") if CONTROL.search(path.name)]
 
 
 NO_FOLDERS = [".", "..", "", " ", "a/b", "/abs", "../x", "n\0l", "a\n", "nul", "CON", "com1.txt", "dot.", "a\\b",

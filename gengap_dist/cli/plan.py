@@ -54,7 +54,8 @@ def _plan_run(config: RunConfig, options: PlanOptions) -> int:
         assert plan.data
         assert plan.batch
         constants = calibrate(config, plan.data, plan.batch.micro_sizes[1], constants)
-        save(constants, options.constants)
+        if problem := save(constants, options.constants):
+            _warn(problem)
         plan = make_plan(config, cluster, constants)
     if options.as_json:
         print(json.dumps(plan.as_json(), indent=1))

@@ -12,6 +12,7 @@ from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import FrozenModel, RunConfig
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.run_folder import write_atomically
 from gengap_dist.training.autotune.cache import default_path
 
 
@@ -71,9 +72,9 @@ def load(path: Path | None) -> Constants:
         UsageError: if the given file is missing, or a file does not contain constants.
     """
     file = path or default_path()
-    if not file.exists() and path is None:
-        return Constants()
     try:
+        if path is None and not file.exists():
+            return Constants()
         return validate(Constants, json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise UsageError(
@@ -85,9 +86,12 @@ def load(path: Path | None) -> Constants:
         ) from None
 
 
-def save(constants: Constants, path: Path | None) -> Path:
-    """Write constants to `path`, or to the user's cache folder; returns the path."""
+def save(constants: Constants, path: Path | None) -> str:
+    """Write constants to `path`, or to the user's cache folder; returns why they could not be written, if so."""
     file = path or default_path()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(constants.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-    return file
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(constants.model_dump(mode="json"), indent=1) + "\n")
+    except OSError as error:
+        return f"{file} cannot be written ({error.strerror}): the constants are used now, and the next plan has none"
+    return ""

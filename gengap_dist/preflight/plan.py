@@ -22,6 +22,7 @@ from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.memory_model import MemoryEstimate
+from gengap_dist.parallel.out_of_memory import is_out_of_memory
 from gengap_dist.preflight import communication_model
 from gengap_dist.preflight.batch_layout import Cluster, Layout, layout
 from gengap_dist.preflight.communication_model import Link, Message
@@ -143,7 +144,14 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
             return check()
         except UsageError as error:
             refused.append(str(error))
-            return None
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            if not is_out_of_memory(error) and "verflow" not in str(error):
+                raise
+            refused.append(
+                f"model.name ({config.model.name}) needs more memory than this machine has: choose "
+                "smaller model.widths, a smaller data.image_size, or plan it on a larger machine"
+            )
+        return None
 
     given_config, (config, assumed) = config, _with_micro_size(config, cluster)
     num_ranks, batch = cluster.num_ranks, config.batch
@@ -174,7 +182,12 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
                             model, lambda: _inputs(config, sizes, 1), sizes.num_train, num_ranks
                         )
                     )
-                fields |= _model_fields(config, cluster, workload, sizes, fields["batch"], collect_refusal)
+                fields |= (
+                    collect_refusal(
+                        lambda: _model_fields(config, cluster, workload, sizes, fields["batch"], collect_refusal)
+                    )
+                    or {}
+                )
                 fields |= _time_fields(config, constants, fields)
     fields["warned"] = sorted({str(warning.message) for warning in caught})
     return Plan(**fields, assumed=assumed + _assumptions(config, strategy, fields))
@@ -187,7 +200,7 @@ def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, li
     if config.batch.micro_size != "auto":
         return config, []
     known = None
-    with suppress(UsageError):  # the plan lists the error
+    with suppress(UsageError, RuntimeError, MemoryError):  # the plan lists the error
         sizes = datasets.sizes(config.data)
         known = cached_micro_size(config, _workload(config, sizes), _hardware(config, cluster))
     if known:

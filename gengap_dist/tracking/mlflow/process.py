@@ -7,7 +7,6 @@ training step, and a training rank never imports mlflow.
 import argparse
 import contextlib
 import fcntl
-import json
 import os
 import select
 import signal
@@ -19,11 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from pydantic import ValidationError
+
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.credentials import without_logins
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info, read_study_info
+from gengap_dist.runs.schema import REMEDY, first_error
+from gengap_dist.runs.upload_state import read_upload_state
 from gengap_dist.tracking.mlflow.client import describe, import_client, store_uri, store_variables
 from gengap_dist.tracking.mlflow.mlflow_run import UploadProgress
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
@@ -146,7 +149,7 @@ def _wait_for_changes(seconds: float, folder: Path, pause: Callable[[float], boo
 
 def _describe(error: Exception) -> str:
     """An error on one line."""
-    return f"{type(error).__name__}: {describe(error)}"
+    return describe(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {describe(error)}"
 
 
 def _reason(error: Exception) -> str:
@@ -190,9 +193,12 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
     info = read_study_info(folder) if (folder / "study.json").exists() else read_info(folder)
     if "mlflow" not in info.config:
         raise UsageError(f"{folder} was not written by a run or study of this package: give the folder of one")
-    config = MlflowConfig.model_validate(info.config["mlflow"])
-    state = folder / "mlflow.json"
-    known = json.loads(state.read_text(encoding="utf-8"))["uri"] if state.exists() else None
+    try:
+        config = MlflowConfig.model_validate(info.config["mlflow"])
+    except ValidationError as error:
+        path = folder / info.file_name
+        raise UsageError(f"{path} is damaged: in config.mlflow, {first_error(error)}; {REMEDY}") from None
+    known = read_upload_state(folder).get("uri")
     target = store_uri(uri or os.environ.get("MLFLOW_TRACKING_URI") or known or config.tracking_uri)
     address = without_logins(target)
     with (folder / "mlflow.log").open("a", encoding="utf-8") as log:  # the same lock as that of an uploader process

@@ -72,7 +72,8 @@ def is_file_name(name: str) -> bool:
 
 
 def _check_inside(text: str) -> str:
-    if not all(map(is_file_name, text.split("/"))):
+    path = PurePosixPath(text)
+    if path.is_absolute() or not path.parts or not all(map(is_file_name, path.parts)):
         raise ValueError("the path must be inside of the folder")
     return text
 

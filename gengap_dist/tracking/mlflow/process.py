@@ -39,6 +39,7 @@ DEFAULT_UI = "http://127.0.0.1:5000/"  # of `mlflow ui`, for a store without a s
 LOCK_TIMEOUT_SECONDS = 5.0  # for an uploader process that has reported its end to exit
 DONE = b"done"
 REASON_CHARACTERS = 300  # of an error
+LOGIN_VARIABLES = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 
 
 class UploaderProcess:
@@ -188,7 +189,8 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
     """Send everything in a folder that its MLflow store does not have yet; returns the store's address.
 
     Raises:
-        UsageError: if the folder is not a run or study, is being uploaded, or the store does not receive everything.
+        UsageError: if the folder is not a run or study, is being uploaded, the store does not receive everything, or
+            only the folder says which server is to get the login of the environment.
     """
     info = read_study_info(folder) if (folder / "study.json").exists() else read_info(folder)
     if "mlflow" not in info.config:
@@ -199,8 +201,15 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
         path = folder / info.file_name
         raise UsageError(f"{path} is damaged: in config.mlflow, {first_error(error)}; {REMEDY}") from None
     known = read_upload_state(folder).get("uri")
-    target = store_uri(uri or os.environ.get("MLFLOW_TRACKING_URI") or known or config.tracking_uri)
+    named = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    target = store_uri(named or known or config.tracking_uri)
     address = without_logins(target)
+    login = next((name for name in LOGIN_VARIABLES if os.environ.get(name)), None)
+    if login and not named and target.startswith("http"):  # a folder may come from anywhere
+        raise UsageError(
+            f"{folder} names the MLflow server {address}, which would get your {login}: if you trust it, add "
+            f"--mlflow.tracking_uri {address}"
+        )
     with (folder / "mlflow.log").open("a", encoding="utf-8") as log:  # the same lock as that of an uploader process
         if not _acquire_lock(log, time.monotonic() + LOCK_TIMEOUT_SECONDS):
             raise UsageError(f"{folder} is being sent to MLflow by another process: wait until it has ended")

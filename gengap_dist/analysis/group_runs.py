@@ -218,12 +218,12 @@ def _on_disk(folder: Path, known: dict[Path, StudyData]) -> Iterator[Source]:
 
     def study_in(path: Path) -> StudyData:
         if path not in known:
-            check_links(path)
+            check_links(path, unread=("checkpoints",))
             known[path] = read_study(path)
         return known[path]
 
     for path in loose:
-        check_links(path)
+        check_links(path, unread=("checkpoints",))
         parent = _study_folder(path)
         yield _of_study(path, path.parent.name, study_in(parent)) if parent else Source(path)
     for study in map(study_in, sorted(studies)):

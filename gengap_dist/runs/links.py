@@ -5,13 +5,18 @@ shown, copied or sent, or written to.
 """
 
 import os
+from collections.abc import Container
 from pathlib import Path
 
 from gengap_dist.errors import UsageError
 
 
-def check_links(folder: Path) -> None:
+def check_links(folder: Path, *, unread: Container[str] = ()) -> None:
     """Check all links at and below a folder.
+
+    Args:
+        folder: of a run or study.
+        unread: names of folders in it that the caller neither reads nor writes.
 
     Raises:
         UsageError: if one leads out of it.
@@ -26,7 +31,7 @@ def check_links(folder: Path) -> None:
                             f"{entry.path} is a link that leads out of its folder, to {os.path.realpath(entry.path)}: "
                             "put what it leads to in its place"
                         )
-                    if entry.is_dir(follow_symlinks=False):
+                    if entry.is_dir(follow_symlinks=False) and entry.name not in unread:
                         folders.append(Path(entry.path))
         except OSError:  # it has vanished, or cannot be read
             continue

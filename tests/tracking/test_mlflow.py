@@ -104,7 +104,7 @@ def test_a_command_mirrors_itself_to_a_real_server_with_a_password(tmp_path, ser
         assert done.returncode == 0, done.stderr
         for name, value in {"USERNAME": "me", "PASSWORD": PASSWORD}.items():
             monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
-        for same_server in (None, f"{login}/"):
+        for same_server in (address, f"{login}/"):
             sync_now(out, same_server, NOBODY)
     assert f"open {address}\n" in done.stdout
     assert state(out)["uri"] == address

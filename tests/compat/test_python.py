@@ -23,7 +23,8 @@ def test_a_command_starts_again_in_utf_8_mode():
 
 
 def test_python_still_passes_control_characters_of_warnings_on(monkeypatch):
-    assert "\x1b[2J" in warnings.formatwarning("\x1b[2J", UserWarning, "a.py", 1)
+    text = r"warnings.formatwarning('\x1b[2J', UserWarning, 'a.py', 1)"
+    assert "\x1b[2J" in said(f"import warnings; print({text})")
     monkeypatch.setattr(warnings, "formatwarning", None)
     format_warnings(visible)
     assert warnings.formatwarning("\x1b[2J", UserWarning, "a.py", 1) == "a.py:1: UserWarning: \\x1b[2J\n"

@@ -190,7 +190,7 @@ class _Settings(_Part):
 class _Counts(_Part):
     num_steps: Count | None = None
     num_test: Count | None = None
-    updates_to_target: PositiveInt | None = None
+    updates_to_target: Count | None = None
     train_test_gap: float | None = None
     samples_per_second: float | None = None
     images_per_second: float | None = None

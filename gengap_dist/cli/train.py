@@ -21,7 +21,7 @@ from gengap_dist.cli.exit_codes import OK, run_command, warn
 from gengap_dist.cli.options import Options, parse
 from gengap_dist.config.file_names import as_file_name
 from gengap_dist.config.loading import flat, load_yaml, merge, resolve, to_yaml, user_path, validate
-from gengap_dist.config.own_code import check_trusted
+from gengap_dist.config.own_code import check_servers, check_trusted
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import ending_on_signals
@@ -42,6 +42,7 @@ def command(argv: Sequence[str]) -> int:
     if saved and (saved.exists() or not overrides):  # a run that never began has none, and is started by its settings
         config = validate(RunConfig, merge(load_yaml(saved, of_run=True), overrides))
         check_trusted(config.model_dump(), flat(overrides), saved)
+        check_servers(flat(config.model_dump(mode="json")), flat(overrides), saved)
     else:
         config = resolve(RunConfig, files, overrides)
     if options.print_config:

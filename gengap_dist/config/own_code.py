@@ -5,15 +5,19 @@ from anywhere: what it names is code of whoever wrote it.
 """
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gengap_dist.credentials import without_logins
 from gengap_dist.errors import UsageError
 
 ZOOS = ("torchvision", "timm")
 """Packages whose networks `model.name` names as PACKAGE:NETWORK."""
 SETTINGS = ("model.name", "data.name", "task.name")
+SERVERS = {"mlflow.tracking_uri": "MLFLOW_TRACKING_URI", "launch.ray_address": "RAY_ADDRESS"}
+"""Settings that name a server, with the variable that may name it, too."""
 
 
 def own_code(config: Mapping[str, Any]) -> dict[str, str]:
@@ -51,6 +55,27 @@ def check_trusted(config: Mapping[str, Any], named: Mapping[str, Any], folder: P
             raise UsageError(
                 f"{setting} ({name}) is code that {folder} names, and nothing in a folder is executed without your "
                 f"word: if you trust it, add --{setting} {name}"
+            )
+
+
+def check_servers(config: Mapping[str, Any], named: Mapping[str, Any], folder: Path) -> None:
+    """Check that the user has named all servers that the settings of a folder name: they get data and logins.
+
+    Args:
+        config: the settings, by dotted name.
+        named: what the user gave on the command line, by dotted name.
+        folder: where the settings are from.
+
+    Raises:
+        UsageError: if there is another server.
+    """
+    for setting, variable in SERVERS.items():
+        address = config.get(setting)
+        known = (named.get(setting), os.environ.get(variable))
+        if address and address != "local" and address not in [without_logins(each) for each in known if each]:
+            raise UsageError(
+                f"{setting} ({address}) is a server that {folder} names, and nothing is sent where only a folder says "
+                f"so: if it is yours, add --{setting} {address}"
             )
 
 

@@ -97,11 +97,30 @@ def test_secrets_of_the_environment(monkeypatch):
     assert redacted("signed with wJalrXUtnFEMI/K7: true") == "signed with ***: true"
 
 
-def test_a_folder_does_not_say_who_gets_the_login_of_the_environment(tmp_path, monkeypatch):
-    settings = config(mlflow__tracking_uri="http://127.0.0.1:9", mlflow__enabled=True)
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "HTTP://me@h", "sqlite:////tmp/of_another_program.db"])
+def test_a_folder_does_not_say_where_it_is_sent(uri, tmp_path, monkeypatch):
+    """That server would get the login of the environment, and MLflow makes its tables in any database."""
+    settings = config(mlflow__tracking_uri=uri, mlflow__enabled=True)
     info = {"status": "finished", "seed": 0, "config": settings.model_dump(mode="json")}
     (tmp_path / "run.json").write_text(json.dumps(info))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", PASSWORD)
-    with pytest.raises(UsageError, match=r"would get your MLFLOW_TRACKING_TOKEN: .* add --mlflow.tracking_uri http:"):
+    with pytest.raises(UsageError, match=r"only a folder says so: if it is yours, add --mlflow.tracking_uri "):
         sync_now(tmp_path, None, lambda name, done, total: None)
+
+
+@pytest.mark.parametrize(
+    "word", ["mlflow.tracking_uri=http://127.0.0.1:9", "launch.ray_address=ray://127.0.0.1:9", "launch.ray_address=h:1"]
+)
+def test_a_folder_does_not_say_which_server_resumes_it(word, tmp_path, monkeypatch, capsys):
+    for variable in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
+    setting, _, address = word.partition("=")
+    with pytest.raises(SystemExit):
+        run_command("gengap", train.command, ["--print_config", f"--{setting}", address])
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    for words, is_refused in (([], True), ([f"--{setting}", address], False)):
+        with pytest.raises(SystemExit) as left:
+            run_command("gengap", train.command, ["--resume", "--out", str(tmp_path), "--print_config", *words])
+        assert left.value.code == (2 if is_refused else 0)
+        said = capsys.readouterr().err
+        assert (f"if it is yours, add --{setting} {address}" in said) == is_refused

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info, read_study_info
 from gengap_dist.runs.schema import REMEDY, first_error
 from gengap_dist.runs.upload_state import read_upload_state
-from gengap_dist.tracking.mlflow.client import describe, import_client, store_uri, store_variables
+from gengap_dist.tracking.mlflow.client import describe, import_client, store_key, store_uri, store_variables
 from gengap_dist.tracking.mlflow.mlflow_run import UploadProgress
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
 
@@ -39,7 +40,6 @@ DEFAULT_UI = "http://127.0.0.1:5000/"  # of `mlflow ui`, for a store without a s
 LOCK_TIMEOUT_SECONDS = 5.0  # for an uploader process that has reported its end to exit
 DONE = b"done"
 REASON_CHARACTERS = 300  # of an error
-LOGIN_VARIABLES = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 
 
 class UploaderProcess:
@@ -86,9 +86,12 @@ class UploaderProcess:
         reason = output.decode(errors="replace") or f"its process was killed: see {self.folder / 'mlflow.log'}"
         if not ended:
             reason = f"it is slower than mlflow.flush_timeout_seconds ({self.config.flush_timeout_seconds:g})"
+        command = ["gengap", "report", "sync", str(self.folder)]
+        if store_key(self.uri) != store_key(store_uri(None)):
+            command += ["--mlflow.tracking_uri", self.uri]
         return (
             f"MLflow at {self.uri} did not receive everything ({reason}); nothing is lost: "
-            f"send the rest later with `gengap report sync {self.folder}`"
+            f"send the rest later with `{shlex.join(command)}`"
         )
 
 
@@ -190,7 +193,7 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
 
     Raises:
         UsageError: if the folder is not a run or study, is being uploaded, the store does not receive everything, or
-            only the folder says which server is to get the login of the environment.
+            only the folder names the store.
     """
     info = read_study_info(folder) if (folder / "study.json").exists() else read_info(folder)
     if "mlflow" not in info.config:
@@ -204,11 +207,10 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
     named = uri or os.environ.get("MLFLOW_TRACKING_URI")
     target = store_uri(named or known or config.tracking_uri)
     address = without_logins(target)
-    login = next((name for name in LOGIN_VARIABLES if os.environ.get(name)), None)
-    if login and not named and target.startswith("http"):  # a folder may come from anywhere
+    if not named and store_key(target) != store_key(store_uri(None)):
         raise UsageError(
-            f"{folder} names the MLflow server {address}, which would get your {login}: if you trust it, add "
-            f"--mlflow.tracking_uri {address}"
+            f"{folder} names the MLflow store {address}, and nothing is sent where only a folder says so: if it is "
+            f"yours, add --mlflow.tracking_uri {shlex.quote(address)}"
         )
     with (folder / "mlflow.log").open("a", encoding="utf-8") as log:  # the same lock as that of an uploader process
         if not _acquire_lock(log, time.monotonic() + LOCK_TIMEOUT_SECONDS):

@@ -33,8 +33,9 @@ def sentence(words: list[str], cwd: Path, code: int = 2, **env: str) -> str:
     done = start(*words[1:], "--out", "run", cwd=cwd, env=os.environ | env)
     assert done.returncode == code, done.stderr
     assert "/gengap_dist/" not in done.stderr  # no traceback of ours; torchrun and Ray's threads have their own
-    (line,) = {line for line in done.stderr.splitlines() if line.startswith("gengap train")}
-    return line
+    lines = {line for line in done.stderr.splitlines() if line.startswith("gengap train")}
+    assert len(lines) == 1, done.stderr
+    return lines.pop()
 
 
 @pytest.mark.parametrize(

@@ -104,13 +104,14 @@ def test_a_stopped_job_is_killed_everywhere_and_goes_on_as_the_same_run(cluster,
     client = MlflowClient(tracking_uri=store)
     until(lambda: client.get_run(first).info.status == "KILLED")
     (tmp_path / "wait").unlink()
+    trusted = ["--resume", "--out", out, *factory, "--mlflow.tracking_uri", store]
     if FULL:
-        done = cluster.submit("--resume", "--out", out, name=f"{name}-again", path=tmp_path)
+        done = cluster.submit(*trusted, name=f"{name}-again", path=tmp_path)
         assert done.returncode == 0, done.stdout
     else:  # continued by another launcher
         monkeypatch.syspath_prepend(tmp_path)
         local = ["--launch.launcher", "local", "--launch.num_processes", "1"]
-        assert train_command(["--resume", "--out", str(out), *local]) == 0
+        assert train_command([*map(str, trusted), *local]) == 0
     assert read_info(out).status == "finished"
     assert json.loads((out / "mlflow.json").read_text())["run_id"] == first
     assert client.get_run(first).info.status == "FINISHED"

@@ -98,7 +98,9 @@ def test_auto_takes_a_gpu_for_each_rank_and_goes_on_without(gpu_cluster, tmp_pat
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-12)
 
     cut_after(tmp_path / "run", 2)
-    assert train_command(["--resume", "--out", "run", "--launch.launcher", "local"]) == 0
+    assert (
+        train_command(["--resume", "--out", "run", "--model.name", "telling:make", "--launch.launcher", "local"]) == 0
+    )
     info = read_info(tmp_path / "run")
     assert (info.device, info.status, len(info.resumed)) == ("cpu", "finished", 1)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-12)

@@ -345,8 +345,10 @@ class TrainConfig(Section, affects="result"):
     """Number of optimizer steps; replaces train.epochs when set."""
     target_accuracy: Annotated[Annotated[float, Field(gt=0.0, le=1.0)] | None, Affects("observation")] = None
     """Target validation accuracy (0 to 1); the result reports the updates and epochs needed to reach it."""
+    target_loss: Annotated[PositiveFloat | None, Affects("observation")] = None
+    """Target validation loss, in place of train.target_accuracy, for any task."""
     stop_at_target: bool = False
-    """Stop when train.target_accuracy is reached."""
+    """Stop when train.target_accuracy or train.target_loss is reached."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters, activations and gradients."""
     autocast: Literal["bfloat16", "float16"] | None = None
@@ -369,6 +371,11 @@ class TrainConfig(Section, affects="result"):
     checkpoint is fair."""
     log_every: Annotated[PositiveInt, Affects("observation")] = 1
     """Steps between two records of loss, accuracy, learning rate and gradient norm."""
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a validation score is to be reached."""
+        return self.target_accuracy is not None or self.target_loss is not None
 
 
 class AlgorithmConfig(Section, affects="result"):
@@ -682,12 +689,22 @@ class RunConfig(Section, affects="result"):
                 "optim.schedule (grow) changes the number of updates per epoch: set train.epochs, with "
                 "train.length_unit=epochs and train.steps=null"
             )
-        if train.stop_at_target and train.target_accuracy is None:
-            raise ValueError("train.stop_at_target (true) needs a target: set train.target_accuracy")
-        if (train.target_accuracy is not None) and not self.data.val_fraction:
+        return self
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        train = self.train
+        if train.stop_at_target and not train.has_target:
             raise ValueError(
-                f"train.target_accuracy ({train.target_accuracy}) is measured on validation images, and "
-                "data.val_fraction is 0: set it above 0"
+                "train.stop_at_target (true) needs a target: set train.target_accuracy or train.target_loss"
+            )
+        targets = {"target_accuracy": train.target_accuracy, "target_loss": train.target_loss}
+        given = [f"train.{name} ({value:g})" for name, value in targets.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are two targets, and a run has one: set one of them to null")
+        if given and not self.data.val_fraction:
+            raise ValueError(
+                f"{given[0]} is measured on validation samples, and data.val_fraction is 0: set it above 0"
             )
         return self
 

@@ -52,6 +52,8 @@ def test_extends_is_relative_to_the_file_and_may_name_several(tmp_path):
         ("train: {length_unit: updates}", ["train.length_unit (updates)", "optim.base_size"]),
         ("train: {stop_at_target: true}", ["train.stop_at_target", "train.target_accuracy"]),
         ("{train: {target_accuracy: 0.9}, data: {val_fraction: 0}}", ["train.target_accuracy (0.9)", "val_fraction"]),
+        ("{train: {target_loss: 0.5}, data: {val_fraction: 0}}", ["train.target_loss (0.5)", "val_fraction"]),
+        ("train: {target_loss: 0.5, target_accuracy: 0.9}", ["target_accuracy (0.9)", "target_loss (0.5)", "to null"]),
         ("model: {norm: ghost}", ["model.norm (ghost)", "batch.ghost_size"]),
         ("{model: {norm: sync}, batch: {ghost_size: 32}}", ["batch.ghost_size (32)", "not for sync"]),
         ("model: {norm: batch}", ["model.norm (batch)", "'local', 'ghost'"]),

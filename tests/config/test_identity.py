@@ -22,7 +22,7 @@ RUNTIME = {
     "profile", "data.root", "data.download", "data.memory_gib", "data.workers", "data.device", "batch.micro_size",
     "train.channels_last", "train.compile", "train.activation_checkpointing",
 }  # fmt: skip
-OBSERVATION = {"train.target_accuracy", "train.num_evals", "train.log_every"}
+OBSERVATION = {"train.target_accuracy", "train.target_loss", "train.num_evals", "train.log_every"}
 CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is valid, and means something
     "data.streaming": {"data.name": "imagefolder"},
     "data.subset": {"data.num_train": 100},

@@ -35,7 +35,7 @@ def build_task(config: RunConfig, spec: DataSpec) -> Task:
     if target is not None and task.metric.name != "accuracy":
         raise UsageError(
             f"train.target_accuracy ({target}) needs a task with accuracy, and {name} measures {task.metric.name}: "
-            "set train.target_accuracy=null"
+            "set train.target_loss in its place, or null"
         )
     return task
 

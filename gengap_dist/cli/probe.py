@@ -151,7 +151,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "or the folder of a run: RUN_DIR (its last weights), RUN_DIR@best, RUN_DIR@STEP, RUN_DIR@0 (untrained)",
     )
     add("--weights", type=user_path, metavar="FILE", help="state dict for the model (torch.save); a run has its own")
-    add("--data", help="data set: digits (default), mnist, fashion_mnist, cifar10, cifar100, imagefolder")
+    add("--data", help="data set: digits (default) or another data.name, such as cifar10, imagefolder, stdlib")
     add("--data_root", help="folder with the files of the data set")
     add("--image_size", type=int, help="side of the images; smaller ones are zero-padded (default 32)")
     add("--num_samples", type=int, nargs="+", help="training images in the probe set; several numbers give rank by N")

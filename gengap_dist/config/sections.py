@@ -117,22 +117,31 @@ class DataConfig(Section, affects="result"):
     """The data set, its split and its augmentation."""
 
     name: str = "digits"
-    """digits (part of the package), mnist, fashion_mnist, cifar10, cifar100 or imagefolder (read from data.root), or
-    your own module.path:factory, which returns {"train": (inputs, targets), "test": (inputs, targets)}."""
+    """digits (part of the package), mnist, fashion_mnist, cifar10, cifar100 or imagefolder (read from data.root); for
+    language models stdlib (the .py files of Python's standard library), text (all UTF-8 files below data.root), both as
+    bytes, or tokens (ids in data.root/train.npy and test.npy, or .bin); or your own module.path:factory, which returns
+    {"train": (inputs, targets), "test": (inputs, targets)}."""
     root: Annotated[UserPath, Affects("runtime")] = Path("data")
-    """Folder that holds the data set's files (not used by digits)."""
+    """Folder that holds the data set's files (not used by digits and stdlib)."""
     download: Annotated[bool, Affects("runtime")] = False
     """Let torchvision download missing files into data.root."""
     image_size: PositiveInt = 32
     """Height and width of the images, in pixels: imagefolder resizes to it, all others are padded with zeros."""
+    context: Annotated[int, Field(ge=2)] = 128
+    """stdlib, text and tokens: tokens in a sequence, which is one sample. Documents are packed: a sequence may hold
+    several of them, or a part of one."""
+    vocab_size: PositiveInt | None = None
+    """tokens: number of different ids; bytes have 256, and one for the end of a document."""
     num_train: PositiveInt | None = None
-    """Number of training images that are used, drawn at random without replacement from those that are not held out for
-    validation; null: all of them. Smaller numbers give subsets of larger ones."""
+    """Number of training samples that are used, drawn at random without replacement from those that are not held out
+    for validation; null: all of them. Smaller numbers give subsets of larger ones. Of tokens, validation and test then
+    have at most their share of this number. Default for stdlib: 2,048."""
     subset: Literal["fixed", "per_seed"] = "fixed"
     """What draws the images of data.num_train. fixed: data.split_seed, the same for all seeds; per_seed:
     data.split_seed and the seed of the run, so that all arms of a seed have the same images."""
     val_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Fraction of the training images held out for validation (0 to 1); 0: no validation set."""
+    """Fraction of the training samples held out for validation (0 to 1); 0: no validation set. Text is held out by
+    document, tokens at the end of their file."""
     split_seed: NonNegativeInt = 0
     """Seed of the train/validation split, the subset and the probe set: the same for all seeds and arms of a study."""
     shuffle_labels: bool = False
@@ -166,6 +175,26 @@ class DataConfig(Section, affects="result"):
             raise ValueError(
                 f"data.name ({self.name}) is not a data set{did_you_mean(self.name, measures.DATA_SETS)}: choose one "
                 f"of {', '.join(measures.DATA_SETS)}, or your own module.path:factory"
+            )
+        return self
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether samples are sequences of tokens."""
+        return self.name in measures.TOKEN_SETS
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        if (self.name == "tokens") != (self.vocab_size is not None):
+            raise ValueError(
+                "data.name (tokens) needs the number of different ids: set data.vocab_size"
+                if self.name == "tokens"
+                else f"data.vocab_size ({self.vocab_size}) is for data.name=tokens, not for {self.name}: set it to null"
+            )
+        if self.is_tokens and (self.augment or self.shuffle_labels):
+            setting = "augment" if self.augment else "shuffle_labels"
+            raise ValueError(
+                f"data.{setting} has no effect on tokens, which {self.name} has: leave data.{setting} at its default"
             )
         return self
 

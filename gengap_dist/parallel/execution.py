@@ -64,11 +64,11 @@ class Execution:
             init_momentum(optimizer)
 
     def run(self, net: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """The output of `net`, in the dtype of the inputs."""
+        """The output of `net`, in train.dtype."""
         if self.config.channels_last and inputs.ndim == 4:
             inputs = inputs.to(memory_format=torch.channels_last)
         with self.autocast(), self._compile_stance(len(inputs)):
-            return net(inputs).to(inputs.dtype)
+            return net(inputs).to(getattr(torch, self.config.dtype))
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context of the precision of products and convolutions."""

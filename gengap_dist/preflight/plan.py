@@ -281,7 +281,8 @@ def probe_counts(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num
     example = _inputs(config, sizes, 1)
     layers = find_probed_layers(model, example, config.probe)
     *_, size = probe_set_sizes(config.probe, layers, example.nbytes, sizes.num_train)
-    return [sum(s.size for s in blocks(size, PROBE_BLOCK, World(rank, num_ranks))) for rank in range(num_ranks)]
+    block_size = sizes.spec.block_size(PROBE_BLOCK)
+    return [sum(s.size for s in blocks(size, block_size, World(rank, num_ranks))) for rank in range(num_ranks)]
 
 
 def _inputs(config: RunConfig, sizes: datasets.Sizes, num: int) -> Tensor:
@@ -360,7 +361,7 @@ def step_seconds(
 def _assumptions(config: RunConfig, strategy: Strategy, fields: dict[str, Any]) -> list[str]:
     """Assumptions behind the numbers, one sentence each."""
     known_from = f"{config.data.name} has the published number of images"
-    if config.data.is_own:
+    if config.data.is_own or config.data.is_tokens:
         known_from = f"{config.data.name} was loaded to count its samples"
     elif config.data.name == "imagefolder":
         known_from = "image files are counted, not opened"

@@ -74,7 +74,7 @@ class BlockSums:
 
 def evaluate(model: nn.Module, samples: Samples, preprocess: Preprocess, task: Task, world: World) -> Score:
     """The task's metrics over all `samples`, each counted once; identical on any number of ranks. Collective."""
-    sums = BlockSums(task, len(samples), EVAL_BLOCK, world)
+    sums = BlockSums(task, len(samples), task.spec.block_size(EVAL_BLOCK), world)
     add_blocks(sums, model, samples, preprocess)
     return sums.score()
 
@@ -175,7 +175,8 @@ class Evaluator:
             Diverged: if the loss on the training samples is not finite.
         """
         train = self._score(model, self.splits.train)
-        of_each = BlockSums(self.task, len(self.splits.test), EVAL_BLOCK, self.world, each=True)
+        block_size = self.task.spec.block_size(EVAL_BLOCK)
+        of_each = BlockSums(self.task, len(self.splits.test), block_size, self.world, each=True)
         add_blocks(of_each, model, self.splits.test, self.preprocess)
         test, self.test_correct = of_each.score(), of_each.correct()
         if not math.isfinite(train["loss"]):  # the loss of a step belongs to the weights before it

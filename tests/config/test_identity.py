@@ -26,6 +26,7 @@ OBSERVATION = {"train.target_accuracy", "train.target_loss", "train.num_evals", 
 CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is valid, and means something
     "data.streaming": {"data.name": "imagefolder"},
     "data.subset": {"data.num_train": 100},
+    "data.vocab_size": {"data.name": "tokens", "data.vocab_size": 9},
     "train.stop_at_target": {"train.target_accuracy": 0.9},
     "train.length_unit": {"optim.base_size": 32},
     "optim.scaling": {"optim.base_size": 32},

@@ -235,8 +235,8 @@ class TaskConfig(Section, affects="result"):
     """What the network learns: its loss, and the metric that runs are compared by."""
 
     name: str = "classification"
-    """classification (cross-entropy, accuracy), or your own module.path:Class, a subclass of
-    gengap_dist.training.tasks.Task."""
+    """classification (cross-entropy, accuracy), language_modeling (the next token: cross-entropy, perplexity; the task
+    of stdlib, text and tokens), or your own module.path:Class, a subclass of gengap_dist.training.tasks.Task."""
 
 
 class ModelConfig(Section, affects="result"):

@@ -5,7 +5,7 @@ the files that a file builds on), then from the command line; `resolve` merges t
 package, so `--help` is fast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from gengap_dist.config import measures
-from gengap_dist.config.loading import user_path
+from gengap_dist.config.loading import merge, user_path
 from gengap_dist.credentials import without_logins
 from gengap_dist.errors import did_you_mean
 
@@ -243,11 +243,17 @@ class ModelConfig(Section, affects="result"):
     """The network."""
 
     name: str = "lenet5"
-    """lenet5, vgg16, resnet20, resnet44, resnet56, resnet110, f1, c1, mlp, torchvision:NAME, timm:NAME, or your own
-    module.path:factory, which is called with those of num_classes, in_channels, image_size, input_shape and
-    output_shape that it names."""
+    """lenet5, vgg16, resnet20, resnet44, resnet56, resnet110, f1, c1, mlp, gpt (for tokens), torchvision:NAME,
+    timm:NAME, or your own module.path:factory, which is called with those of num_classes, in_channels, image_size,
+    input_shape and output_shape that it names."""
     widths: tuple[PositiveInt, ...] = (512, 512, 512, 512, 512)
     """Units in each hidden layer of mlp."""
+    depth: PositiveInt = 2
+    """Blocks of gpt."""
+    width: PositiveInt = 64
+    """Units of the residual stream of gpt; its hidden layers have four times as many."""
+    heads: PositiveInt = 4
+    """Attention heads of gpt."""
     activation: Literal["relu", "linear"] = "relu"
     """Non-linearity of lenet5 and mlp; linear: none (a control)."""
     norm: measures.Norm | None = None
@@ -255,6 +261,15 @@ class ModelConfig(Section, affects="result"):
     number of ranks and on batch.micro_size; ghost: of batch.ghost_size consecutive samples of the global batch; sync:
     of the global batch; group: batch norm is replaced by group norm; none: it is removed. null: ghost if
     batch.ghost_size is set, else local."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.width ({self.width}) cannot be split into {self.heads} model.heads: choose a multiple of "
+                f"{self.heads}, or another number of heads"
+            )
+        return self
 
 
 class BatchConfig(Section, affects="result"):
@@ -665,6 +680,17 @@ class MlflowConfig(Section, affects="runtime"):
         return uri and without_logins(uri)
 
 
+LANGUAGE_DEFAULTS: dict[str, Any] = {
+    "task": {"name": "language_modeling"},
+    "model": {"name": "gpt"},
+    "batch": {"global_size": 16},
+    "optim": {"name": "adamw", "lr": 3e-3},
+    "probe": {"diagnostics": ("noise_scale", "norms", "weights")},  # neural collapse needs one class for each sample
+}
+"""Defaults of a run on tokens; all others are those of the fields."""
+STDLIB_SEQUENCES = 2_048  # of the default of data.num_train: a minute on one core
+
+
 class RunConfig(Section, affects="result"):
     """One training run."""
 
@@ -683,6 +709,17 @@ class RunConfig(Section, affects="result"):
     launch: LaunchConfig = LaunchConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mlflow: MlflowConfig = MlflowConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _language_defaults(cls, tree: Any) -> Any:
+        """Other defaults where the data are tokens."""
+        data = tree.get("data") if isinstance(tree, Mapping) else None
+        name = data.get("name") if isinstance(data, Mapping) else getattr(data, "name", None)
+        if name not in measures.TOKEN_SETS:
+            return tree
+        tree = merge(LANGUAGE_DEFAULTS, tree)
+        return merge({"data": {"num_train": STDLIB_SEQUENCES}}, tree) if name == "stdlib" else tree
 
     @property
     def norm(self) -> str:

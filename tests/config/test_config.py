@@ -54,6 +54,7 @@ def test_extends_is_relative_to_the_file_and_may_name_several(tmp_path):
         ("{train: {target_accuracy: 0.9}, data: {val_fraction: 0}}", ["train.target_accuracy (0.9)", "val_fraction"]),
         ("{train: {target_loss: 0.5}, data: {val_fraction: 0}}", ["train.target_loss (0.5)", "val_fraction"]),
         ("train: {target_loss: 0.5, target_accuracy: 0.9}", ["target_accuracy (0.9)", "target_loss (0.5)", "to null"]),
+        ("{model: {width: 10}}", ["model.width (10)", "4 model.heads"]),
         ("data: {name: tokens}", ["data.name (tokens)", "data.vocab_size"]),
         ("data: {name: text, vocab_size: 9}", ["data.vocab_size (9)", "null"]),
         ("data: {name: stdlib, augment: [flip]}", ["data.augment", "tokens"]),

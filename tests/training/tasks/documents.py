@@ -8,11 +8,11 @@ WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "
 
 
 def write_documents(folder: Path, num_bytes: int, seed: int = 0) -> Path:
-    """Documents of about 5 to 500 bytes in two folders: sentences of a small language."""
+    """Documents of about 5 to 150 bytes in two folders: sentences of a small language."""
     rng = np.random.default_rng(seed)
     number, written = 0, 0
     while written < num_bytes:
-        words = [WORDS[n] for n in rng.zipf(1.5, size=int(rng.choice([1, 4, 12, 120]))) % len(WORDS)]
+        words = [WORDS[n] for n in rng.zipf(1.5, size=int(rng.choice([1, 2, 4, 40]))) % len(WORDS)]
         path = folder / f"{number % 2}" / f"{number:05}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         written += path.write_text(" ".join(words) + f" {number}\n")

@@ -73,8 +73,12 @@ def start(settings) -> tuple[datasets.Splits, torch.nn.Module]:
 @pytest.mark.processes
 def test_the_gradient_is_that_of_one_process_on_the_whole_batch(crews, tmp_path, text):
     """One step of plain SGD on all sequences, with other numbers of counted tokens on every rank and micro-batch."""
-    few = {"data__root": write_documents(tmp_path / "few", 2_000), "data__num_train": None, "batch__global_size": 10}
-    settings = text | few | {"train__steps": 1, "checkpoint__every_steps": 1, "probe__enabled": False}
+    few = {"data__root": write_documents(tmp_path / "few", 3_000), "data__num_train": None, "batch__global_size": 10}
+    settings = (
+        text
+        | few
+        | {"train__steps": 1, "checkpoint__every_steps": 1, "probe__enabled": False, "data__val_fraction": 0.0}
+    )
     settings |= {"optim__name": "sgd", "optim__momentum": 0.0, "optim__lr": 1.0}
     splits, model = start(settings)
     settings["batch__global_size"] = len(splits.train)
@@ -126,7 +130,7 @@ def test_ranks_micro_batches_and_a_kill_change_nothing(crews, tmp_path, text, na
             assert read_info(out).result[key] == pytest.approx(read_info(first).result[key], abs=1e-8)
     losses = series(first, "train/loss")
     assert len(losses) == 12
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.3
 
 
 def test_a_run_is_recorded_probed_and_evaluated(tmp_path, text):

@@ -168,11 +168,14 @@ class MlflowRun:
         }
         self._log("params", [Param(mlflow_name(key), str(value)[:6000]) for key, value in final.items()])
         if data := described.data:
+            name = data["name"]
             dataset = Dataset(
-                name=data["name"],
+                name=name,
                 digest=data["digest"],
                 source_type="local" if data["root"] else "code",
-                source=json.dumps({"uri": data["root"] or "gengap_dist/data/digits.npz"}),
+                source=json.dumps(
+                    {"uri": data["root"] or ("gengap_dist/data/digits.npz" if name == "digits" else name)}
+                ),
                 profile=json.dumps({key: data[key] for key in ("num_train", "num_val", "num_test", "num_classes")}),
             )
             context = InputTag(key="mlflow.data.context", value="training")

@@ -81,7 +81,7 @@ def _read_text(config: DataConfig, parts: Mapping[str, StreamWriter], progress: 
     paths, root = _library() if config.name == "stdlib" else _folder(config)
     skipped: list[str] = []
     for done, path in enumerate(paths, 1):
-        text = _text(path)
+        text = _text(path, config)
         if text:
             parts[_part(text, config)].add(text)
         elif text is None:
@@ -138,12 +138,18 @@ def _regular(paths: Iterable[Path]) -> list[Path]:
     return [path for path in reversed(real.values()) if path.is_file()]
 
 
-def _text(path: Path) -> bytes | None:
+def _text(path: Path, config: DataConfig) -> bytes | None:
     """The content of a file; None if it is not UTF-8."""
     try:
         with path.open("rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 return None
+            if status.st_size > config.memory_gib * 2**30:
+                raise UsageError(
+                    f"data.memory_gib ({config.memory_gib:g}) is less than the {status.st_size / 2**30:.3g} GiB of "
+                    f"{as_text(str(path))}, which is one document: cut it into several files"
+                )
             text = file.read()
     except OSError as error:
         raise UsageError(

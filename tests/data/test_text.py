@@ -131,6 +131,11 @@ def test_too_little_text_is_refused(tmp_path, files, says):
         load(tmp_path / "few")
 
 
+def test_a_document_larger_than_memory_is_refused(folder):
+    with pytest.raises(UsageError, match=r"data.memory_gib \(1e-07\) is less than .* which is one document: cut it"):
+        load(folder, memory_gib=1e-7)
+
+
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"data.root \(.*nowhere\) is no folder"):
         load(tmp_path / "nowhere")

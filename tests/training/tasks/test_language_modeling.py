@@ -17,7 +17,11 @@ from gengap_dist.data.batch_loader import Preprocess
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
+from gengap_dist.preflight.batch_layout import Cluster
+from gengap_dist.preflight.machine_constants import Constants
+from gengap_dist.preflight.plan import make_plan
 from gengap_dist.runs.run_folder import read_info, read_metrics
+from gengap_dist.training.export import export
 from gengap_dist.training.setup import build_model
 from gengap_dist.training.tasks import LanguageModeling, build_task
 from tests.conftest import config, cut_after, thinned, train, weights
@@ -152,6 +156,27 @@ def test_a_run_is_recorded_probed_and_evaluated(tmp_path, text):
     assert info.data["num_tokens"]["train"] > 100_000
     assert info.last_hidden_layer == "blocks.1"
     assert len(series(tmp_path / "run", "near_rank_loss/blocks.1/token/centred/rel_1e-2")) > 2
+
+
+def test_a_plan_knows_its_size(text):
+    plan = make_plan(config(**text), Cluster(nodes=2, gpus_per_node=2), Constants())
+    assert plan.refused == []
+    assert plan.num_parameters == sum(p.numel() for p in start(text)[1].parameters())
+    assert (plan.data.num_train, plan.num_steps) == (90, 12)
+    assert plan.memory.activations > 0
+
+
+@pytest.mark.full
+def test_the_exported_network_is_that_of_the_run(tmp_path, text):
+    train(tmp_path / "run", **text | {"probe__enabled": False, "train__dtype": "float32"})
+    info = read_info(tmp_path / "run")
+    assert info.data is not None
+    exported = export(tmp_path / "run", info.config, info.data, 12)
+    assert exported.input.dtype == "int64"
+    _, model = start(text | {"train__dtype": "float32"})
+    model.load_state_dict(weights(tmp_path / "run"))
+    tokens = torch.randint(257, (5, 24))
+    torch.testing.assert_close(torch.export.load(tmp_path / "run" / exported.file).module()(tokens), model(tokens))
 
 
 def test_a_target_loss_ends_a_run(tmp_path, text):

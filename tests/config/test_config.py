@@ -306,3 +306,16 @@ def test_the_smallest_batch_is_the_baseline_unless_one_is_named():
     assert validate(StudyConfig, study).baseline == "mine"
     study["study"]["baseline"] = "big"
     assert validate(StudyConfig, study).baseline == "big"
+
+
+def test_data_of_tokens_have_other_defaults():
+    config = validate(RunConfig, {"data": {"name": "stdlib"}, "optim": {"lr": 1e-3}})
+    assert (config.task.name, config.model.name, config.batch.global_size) == ("language_modeling", "gpt", 16)
+    assert (config.optim.name, config.optim.lr, config.data.num_train) == ("adamw", 1e-3, 2_048)
+    assert validate(RunConfig, config.model_dump(mode="json")) == config
+    own = validate(RunConfig, {"data": {"name": "text", "root": "."}, "model": {"name": "my:net"}, "seed": 3})
+    assert (own.task.name, own.model.name, own.data.num_train) == ("language_modeling", "my:net", None)
+    assert RunConfig(data=own.data) == validate(RunConfig, {"data": {"name": "text", "root": "."}})
+    everything = validate(RunConfig, {"data": {"name": "stdlib", "num_train": None}})
+    assert everything.data.num_train is None
+    assert validate(RunConfig, {"data": {"name": "digits"}}) == RunConfig()

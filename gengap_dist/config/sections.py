@@ -16,10 +16,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     WrapValidator,
     field_serializer,
@@ -28,10 +24,25 @@ from pydantic import (
 
 from gengap_dist.config import measures
 from gengap_dist.config.loading import merge, user_path
+from gengap_dist.config.numbers import (
+    Boolean,
+    Integer,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+)
 from gengap_dist.credentials import without_logins
 from gengap_dist.errors import did_you_mean
 
-UserPath = Annotated[Path, AfterValidator(user_path)]
+
+def _not_empty(value: Any) -> Any:
+    """What Path would take for the current folder is refused."""
+    return user_path(value) if value == "" else value
+
+
+UserPath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(user_path)]
 """A path in a file or on the command line."""
 
 
@@ -123,11 +134,11 @@ class DataConfig(Section, affects="result"):
     {"train": (inputs, targets), "test": (inputs, targets)}."""
     root: Annotated[UserPath, Affects("runtime")] = Path("data")
     """Folder that holds the data set's files (not used by digits and stdlib)."""
-    download: Annotated[bool, Affects("runtime")] = False
+    download: Annotated[Boolean, Affects("runtime")] = False
     """Let torchvision download missing files into data.root."""
     image_size: PositiveInt = 32
     """Height and width of the images, in pixels: imagefolder resizes to it, all others are padded with zeros."""
-    context: Annotated[int, Field(ge=2)] = 128
+    context: Annotated[Integer, Field(ge=2)] = 128
     """stdlib, text and tokens: tokens in a sequence, which is one sample. Documents are packed: a sequence may hold
     several of them, or a part of one."""
     vocab_size: PositiveInt | None = None
@@ -139,12 +150,12 @@ class DataConfig(Section, affects="result"):
     subset: Literal["fixed", "per_seed"] = "fixed"
     """What draws the images of data.num_train. fixed: data.split_seed, the same for all seeds; per_seed:
     data.split_seed and the seed of the run, so that all arms of a seed have the same images."""
-    val_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
+    val_fraction: Number = Field(default=0.1, ge=0.0, lt=1.0)
     """Fraction of the training samples held out for validation (0 to 1); 0: no validation set. Text is held out by
     document, tokens at the end of their file."""
     split_seed: NonNegativeInt = 0
     """Seed of the train/validation split, the subset and the probe set: the same for all seeds and arms of a study."""
-    shuffle_labels: bool = False
+    shuffle_labels: Boolean = False
     """Permute the labels of the training images at random, as a control: the network can only memorize them."""
     augment: tuple[Literal["crop", "flip", "cutout"], ...] = ()
     """Training augmentations, applied in this order: crop (random shift with zero padding), flip (horizontal), cutout
@@ -155,7 +166,7 @@ class DataConfig(Section, affects="result"):
     """Side of the square of cutout, in pixels."""
     memory_gib: Annotated[PositiveFloat, Affects("runtime")] = 8.0
     """Largest data set that is loaded into memory, in GiB per rank."""
-    streaming: bool = False
+    streaming: Boolean = False
     """imagefolder: read images from disk during training, not all before it: for folders larger than memory."""
     workers: Annotated[PositiveInt, Affects("runtime")] = 4
     """Number of threads per rank that prefetch images when data.streaming is set."""
@@ -318,11 +329,11 @@ class OptimConfig(Section, affects="result"):
     layer scaled by the norm of its weights."""
     lr: PositiveFloat = 0.02
     """Learning rate; with optim.scaling, the learning rate at a global batch of optim.base_size."""
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    momentum: Number = Field(default=0.9, ge=0.0, lt=1.0)
     """Momentum of sgd and lars (0 to 1)."""
-    nesterov: bool = False
+    nesterov: Boolean = False
     """Nesterov momentum for sgd and lars."""
-    momentum_correction: bool = True
+    momentum_correction: Boolean = True
     """sgd and lars: rescale the momentum buffer when the learning rate changes (Goyal et al. 2017, remark 2); false:
     each gradient in the buffer keeps the learning rate of its own step."""
     weight_decay: NonNegativeFloat = 0.0
@@ -341,9 +352,9 @@ class OptimConfig(Section, affects="result"):
     """Learning rate after warm-up: constant; step: multiplied by optim.gamma at each milestone; cosine and polynomial:
     decays to 0 at the last step, along a half cosine or as (1 - t)^optim.power; grow: constant, and the global batch is
     divided by optim.gamma at each milestone (Smith et al. 2018)."""
-    milestones: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.5, 0.75)
+    milestones: tuple[Annotated[Number, Field(gt=0.0, lt=1.0)], ...] = (0.5, 0.75)
     """Milestones of the step and grow schedules, as fractions of the run (0 to 1)."""
-    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    gamma: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.1
     """Factor of the step schedule for the learning rate; the grow schedule divides the global batch by it."""
     power: PositiveFloat = 2.0
     """Exponent of the polynomial schedule: lr * (1 - t)^power, t the completed fraction of the steps after warm-up."""
@@ -387,28 +398,28 @@ class TrainConfig(Section, affects="result"):
     that a global batch of optim.base_size takes in these epochs (regime adaptation; Hoffer et al. 2017)."""
     steps: PositiveInt | None = None
     """Number of optimizer steps; replaces train.epochs when set."""
-    target_accuracy: Annotated[Annotated[float, Field(gt=0.0, le=1.0)] | None, Affects("observation")] = None
+    target_accuracy: Annotated[Annotated[Number, Field(gt=0.0, le=1.0)] | None, Affects("observation")] = None
     """Target validation accuracy (0 to 1); the result reports the updates and epochs needed to reach it."""
     target_loss: Annotated[PositiveFloat | None, Affects("observation")] = None
     """Target validation loss, in place of train.target_accuracy, for any task."""
-    stop_at_target: bool = False
+    stop_at_target: Boolean = False
     """Stop when train.target_accuracy or train.target_loss is reached."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters, activations and gradients."""
     autocast: Literal["bfloat16", "float16"] | None = None
     """Precision of matrix products and convolutions in training; parameters stay in train.dtype. float16 (GPU only)
     scales the loss so that small gradients do not underflow. null: train.dtype."""
-    tf32: bool = False
+    tf32: Boolean = False
     """Allow TF32 on GPUs: inputs of float32 matrix products and convolutions are rounded to 10 mantissa bits. Faster,
     but the result then depends on ranks and micro-batches by about 1e-3. Probes never use TF32."""
-    channels_last: Annotated[bool | Literal["auto"], Affects("runtime")] = False
+    channels_last: Annotated[Boolean | Literal["auto"], Affects("runtime")] = False
     """Use the channels_last (NHWC) memory format, which is faster on some hardware; auto measures both formats and
     caches the faster one for this network on this machine."""
-    compile: Annotated[bool, Affects("runtime")] = False
+    compile: Annotated[Boolean, Affects("runtime")] = False
     """Compile the network with torch.compile; on a CPU this needs a C++ compiler."""
-    activation_checkpointing: Annotated[bool, Affects("runtime")] = False
+    activation_checkpointing: Annotated[Boolean, Affects("runtime")] = False
     """Recompute activations inside blocks in the backward pass: less memory, about a third more time."""
-    deterministic: bool = False
+    deterministic: Boolean = False
     """Allow only deterministic operations (bitwise equal results); operations on a CPU always are."""
     num_evals: Annotated[PositiveInt, Affects("observation")] = 20
     """Number of validation passes, evenly spaced over the run: the same for every arm, so that the choice of the best
@@ -425,7 +436,7 @@ class TrainConfig(Section, affects="result"):
 class AlgorithmConfig(Section, affects="result"):
     """Changes to plain training that recover the accuracy of small batches, or test why it is lost."""
 
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    label_smoothing: Number = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the target that is spread evenly over all classes (0 to 1)."""
     sam_rho: PositiveFloat | None = None
     """rho of SAM (Foret et al. 2021): take the gradient at w + rho g / |g|, g of the global batch; two passes per
@@ -435,7 +446,7 @@ class AlgorithmConfig(Section, affects="result"):
     (Geiping et al. 2022; Novack et al. 2023), by forward difference; two passes per step."""
     penalty_size: PositiveInt | None = None
     """Number of consecutive samples of the global batch in each group gradient g_b of the gradient penalty."""
-    rank_penalty: float | None = None
+    rank_penalty: Number | None = None
     """Strength: add this times algorithm.rank_measure, summed over algorithm.rank_layers, to the loss. Above 0 it
     raises the rank of their activations directly, below 0 it lowers it, to separate cause from correlation. Two passes
     more per step over algorithm.rank_images."""
@@ -450,25 +461,25 @@ class AlgorithmConfig(Section, affects="result"):
     diverge."""
     rank_layers: tuple[str, ...] = ("auto",)
     """Layers of the rank penalty, as in probe.layers; convolutions by channel."""
-    rank_images: Annotated[int, Field(ge=2)] | None = None
+    rank_images: Annotated[Integer, Field(ge=2)] | None = None
     """Number of training images from which the rank penalty takes the covariance. In each step they are drawn anew, the
     same in all arms of a seed, whatever the batch, and are not augmented. null: 4 for each unit of the widest of
     algorithm.rank_layers, at most all."""
     weight_averaging: Literal["ema", "swa"] | None = None
     """Evaluate and probe an average of the weights: exponential (ema), or the mean of all steps after
     algorithm.average_start (swa)."""
-    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    ema_decay: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.999
     """Decay of the exponential average per step (0 to 1)."""
-    average_start: float = Field(default=0.75, ge=0.0, lt=1.0)
+    average_start: Number = Field(default=0.75, ge=0.0, lt=1.0)
     """Fraction of the run before swa starts to average (0 to 1)."""
     local_sgd: Literal["post_local_sgd", "swap"] | None = None
     """In the last part of the run algorithm.workers networks train independently, each with an equal part of the global
     batch. post_local_sgd (Lin et al. 2020) averages them every algorithm.local_steps; swap (Gupta et al. 2020) gives
     each network its own sample order and the learning rate that optim.scaling has for its part, and averages them only
     for evaluation. The average is evaluated."""
-    workers: Annotated[int, Field(ge=2)] = 4
+    workers: Annotated[Integer, Field(ge=2)] = 4
     """Number of networks of algorithm.local_sgd; it does not depend on the number of ranks."""
-    local_start: float = Field(default=0.5, ge=0.0, lt=1.0)
+    local_start: Number = Field(default=0.5, ge=0.0, lt=1.0)
     """Fraction of the run before algorithm.local_sgd starts (0 to 1)."""
     local_steps: PositiveInt = 8
     """Steps between two averagings of post_local_sgd."""
@@ -520,10 +531,10 @@ class AlgorithmConfig(Section, affects="result"):
 class ProbeConfig(Section, affects="observation"):
     """The near-rank-loss probe."""
 
-    enabled: bool = True
+    enabled: Boolean = True
     """Measure activation spectra while training."""
     num_samples: Annotated[
-        tuple[Annotated[Annotated[int, Field(ge=2)] | Literal["auto"], WrapValidator(_size_or_auto)], ...],
+        tuple[Annotated[Annotated[Integer, Field(ge=2)] | Literal["auto"], WrapValidator(_size_or_auto)], ...],
         BeforeValidator(_one_or_many),
         Field(min_length=1),
     ] = ("auto",)
@@ -531,7 +542,7 @@ class ProbeConfig(Section, affects="observation"):
     of its units (views of flatten not counted), but at most the training set, and at most 1 GiB of inputs. Of several
     numbers the largest is the probe set; the first and the last measurement are repeated with each of the others, to
     separate rank from sample size."""
-    own_batch: bool = False
+    own_batch: Boolean = False
     """At the first and the last measurement, also probe batch.global_size images: the matrix of the paper, whose
     singular values decrease with the batch even in an untrained network."""
     per_decade: PositiveInt | None = 3
@@ -546,7 +557,7 @@ class ProbeConfig(Section, affects="observation"):
     """Additional measurements when the loss first falls below each of these values, so that arms can be compared at
     equal losses: the mean training loss without penalties and label smoothing, over the last 2,048 images. auto: 22
     values from 2 to 1e-4, each 0.62 times the one before; off: none."""
-    max_time_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.05
+    max_time_fraction: Annotated[Number, Field(gt=0.0, le=1.0)] | None = 0.05
     """Largest fraction of the run's time for probes (0 to 1): above it, measurements between the first and the last are
     skipped, and the result lists them; null: no limit."""
     layers: tuple[str, ...] = ("auto",)
@@ -595,7 +606,7 @@ class LaunchConfig(Section, affects="runtime"):
     """Timeout of collectives, in seconds: a rank that waits longer for the others fails."""
     stall_report_seconds: PositiveFloat = 60.0
     """Seconds that a rank waits in a collective before it reports which rank blocks it, and in which phase."""
-    memory_snapshot: bool = False
+    memory_snapshot: Boolean = False
     """GPU: record allocations, and if memory runs out write OUT/memory/rank<R>.pickle for pytorch.org/memory_viz."""
     ray_address: str | None = None
     """ray: address of the cluster, host:port or ray://host:port; null: RAY_ADDRESS, else a cluster on this machine,
@@ -662,7 +673,7 @@ class CheckpointConfig(Section, affects="runtime"):
 class MlflowConfig(Section, affects="runtime"):
     """Upload of the run to MLflow."""
 
-    enabled: bool = True
+    enabled: Boolean = True
     """Upload the run folder to MLflow during the run."""
     tracking_uri: str | None = None
     """MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
@@ -670,7 +681,7 @@ class MlflowConfig(Section, affects="runtime"):
     """Name of the MLflow experiment."""
     flush_timeout_seconds: NonNegativeFloat = 60.0
     """Seconds that a finished command waits for the upload to end; `gengap report sync` uploads the rest later."""
-    log_model: bool = True
+    log_model: Boolean = True
     """Export the final network of a run that is uploaded, and log it as an MLflow model with its signature."""
     system_seconds: PositiveFloat | None = 10.0
     """Seconds between two measurements of a node's CPU, memory, disk, network and GPUs; null: none."""
@@ -696,7 +707,7 @@ class RunConfig(Section, affects="result"):
 
     seed: NonNegativeInt = 0
     """Seed of initialisation, sample order and augmentation."""
-    profile: Annotated[bool, Affects("runtime")] = False
+    profile: Annotated[Boolean, Affects("runtime")] = False
     """Trace a few steps of every rank, and write where their time is spent to OUT/profile."""
     data: DataConfig = DataConfig()
     task: TaskConfig = TaskConfig()

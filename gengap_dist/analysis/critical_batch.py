@@ -1,4 +1,4 @@
-"""Updates to a target accuracy by global batch (Shallue et al. 2019); the critical batch (McCandlish et al. 2018)."""
+"""Updates to a target by global batch (Shallue et al. 2019); the critical batch (McCandlish et al. 2018)."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ def updates_to_target(runs: Sequence[Run], baseline: str) -> Target | None:
     that missed the target are excluded.
     """
     with_target = [run for run in runs if run.target is not None]
-    targets = {run.target for run in with_target}
+    targets = {run.target for run in runs if run.target is not None}
     if len(targets) != 1:
         return None
     updates: dict[str, dict[int, int]] = {}
@@ -41,7 +41,7 @@ def updates_to_target(runs: Sequence[Run], baseline: str) -> Target | None:
     noise = [run.measures[NOISE_SCALE] for run in runs if run.arm == baseline and NOISE_SCALE in run.measures]
     least_updates, critical_batch, interval = fit or (None, None, None)
     scale = float(np.median(noise)) if noise else None
-    return Target(next(iter(targets)) or 0.0, updates, missed, least_updates, critical_batch, interval, scale)
+    return Target(targets.pop(), updates, missed, least_updates, critical_batch, interval, scale)
 
 
 def _mean(by_seed: Mapping[int, int]) -> float:

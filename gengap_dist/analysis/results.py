@@ -52,8 +52,8 @@ class Run(NamedTuple):
     """The same at the first measurement."""
     num_probe_samples: int | None
     """Samples in the fixed probe set; None if unknown."""
-    target: float | None
-    """Validation accuracy to reach; None if none was set."""
+    target: str | None
+    """Validation score to reach, as text: "80.0% validation accuracy"; None if none was set."""
     updates_to_target: int | None
     """Updates until the target was reached; None if it was not reached."""
     train_score: float | None = None
@@ -116,9 +116,10 @@ class Correlation(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Updates to a validation accuracy, by global batch (Shallue et al. 2019), and the fitted curve."""
+    """Updates to a validation score, by global batch (Shallue et al. 2019), and the fitted curve."""
 
-    accuracy: float
+    score: str
+    """What is to be reached: `Run.target`."""
     updates: Mapping[str, Mapping[int, int]]
     """Arm to seed to updates."""
     missed: Mapping[str, int]

@@ -391,7 +391,7 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         own_batch=_explanations(last, OWN_BATCH),
         own_batch_untrained=_explanations(first, OWN_BATCH),
         num_probe_samples=info.get("num_probe_samples"),
-        target=_section(info, "train").get("target_accuracy"),
+        target=_target(_section(info, "train")),
         updates_to_target=result.get("updates_to_target"),
         train_score=None if train_value is None else metric.score(float(train_value)),
         train_loss=None if trained is None else float(trained),
@@ -404,6 +404,17 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         curve=_curve(run),
         test_correct=run.test_correct(),
     )
+
+
+def _target(train: Mapping[str, Any]) -> str | None:
+    """The validation score to reach, by a run's settings of `train`, as text.
+
+    >>> _target({"target_accuracy": 0.8}), _target({"target_loss": 1.5}), _target({})
+    ('80.0% validation accuracy', '1.5 validation loss', None)
+    """
+    if (accuracy := train.get("target_accuracy")) is not None:
+        return f"{accuracy:.1%} validation accuracy"
+    return None if train.get("target_loss") is None else f"{train['target_loss']:g} validation loss"
 
 
 def _raw(line: Mapping[str, float], primary: str | None) -> float | None:

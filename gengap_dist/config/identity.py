@@ -23,7 +23,11 @@ REPLICATE = "seed"
 FACTOR = "batch.global_size"
 """The factor under study: it affects the result and separates arms, but is no part of a treatment."""
 
-WHERE_IT_STOPS = ("train.target_accuracy", "train.num_evals")  # the target is noticed at an evaluation
+WHERE_IT_STOPS = (
+    "train.target_accuracy",
+    "train.target_loss",
+    "train.num_evals",
+)  # the target is noticed at an evaluation
 LOCAL_GROUPS = ("batch.micro_size", "launch.num_processes", "launch.max_processes")
 
 

@@ -14,7 +14,8 @@ Schedule = Literal["constant", "step", "cosine", "polynomial", "grow"]
 Norm = Literal["local", "ghost", "sync", "group", "none"]
 RankMeasure = Literal["logdet", "spread", "trace"]
 
-DATA_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagefolder")
+TOKEN_SETS = ("stdlib", "text", "tokens")
+DATA_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagefolder", *TOKEN_SETS)
 VIEWS: tuple[View, ...] = get_args(View)
 WEIGHT_VIEW = "weight"  # the view of a weight matrix
 PROBE_DIAGNOSTICS: tuple[Diagnostic, ...] = tuple(name for name in get_args(Diagnostic) if name != "noise_scale")

@@ -5,7 +5,7 @@ the files that a file builds on), then from the command line; `resolve` merges t
 package, so `--help` is fast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from gengap_dist.config import measures
-from gengap_dist.config.loading import user_path
+from gengap_dist.config.loading import merge, user_path
 from gengap_dist.config.numbers import (
     Boolean,
     Integer,
@@ -128,22 +128,31 @@ class DataConfig(Section, affects="result"):
     """The data set, its split and its augmentation."""
 
     name: str = "digits"
-    """digits (part of the package), mnist, fashion_mnist, cifar10, cifar100 or imagefolder (read from data.root), or
-    your own module.path:factory, which returns {"train": (inputs, targets), "test": (inputs, targets)}."""
+    """digits (part of the package), mnist, fashion_mnist, cifar10, cifar100 or imagefolder (read from data.root); for
+    language models stdlib (the .py files of Python's standard library), text (all UTF-8 files below data.root), both as
+    bytes, or tokens (ids in data.root/train.npy and test.npy, or .bin); or your own module.path:factory, which returns
+    {"train": (inputs, targets), "test": (inputs, targets)}."""
     root: Annotated[UserPath, Affects("runtime")] = Path("data")
-    """Folder that holds the data set's files (not used by digits)."""
+    """Folder that holds the data set's files (not used by digits and stdlib)."""
     download: Annotated[Boolean, Affects("runtime")] = False
     """Let torchvision download missing files into data.root."""
     image_size: PositiveInt = 32
     """Height and width of the images, in pixels: imagefolder resizes to it, all others are padded with zeros."""
+    context: Annotated[Integer, Field(ge=2)] = 128
+    """stdlib, text and tokens: tokens in a sequence, which is one sample. Documents are packed: a sequence may hold
+    several of them, or a part of one."""
+    vocab_size: PositiveInt | None = None
+    """tokens: number of different ids; bytes have 256, and one for the end of a document."""
     num_train: PositiveInt | None = None
-    """Number of training images that are used, drawn at random without replacement from those that are not held out for
-    validation; null: all of them. Smaller numbers give subsets of larger ones."""
+    """Number of training samples that are used, drawn at random without replacement from those that are not held out
+    for validation; null: all of them. Smaller numbers give subsets of larger ones. Of tokens, validation and test then
+    have at most their share of this number. Default for stdlib: 2,048."""
     subset: Literal["fixed", "per_seed"] = "fixed"
     """What draws the images of data.num_train. fixed: data.split_seed, the same for all seeds; per_seed:
     data.split_seed and the seed of the run, so that all arms of a seed have the same images."""
     val_fraction: Number = Field(default=0.1, ge=0.0, lt=1.0)
-    """Fraction of the training images held out for validation (0 to 1); 0: no validation set."""
+    """Fraction of the training samples held out for validation (0 to 1); 0: no validation set. Text is held out by
+    document, tokens at the end of their file."""
     split_seed: NonNegativeInt = 0
     """Seed of the train/validation split, the subset and the probe set: the same for all seeds and arms of a study."""
     shuffle_labels: Boolean = False
@@ -177,6 +186,26 @@ class DataConfig(Section, affects="result"):
             raise ValueError(
                 f"data.name ({self.name}) is not a data set{did_you_mean(self.name, measures.DATA_SETS)}: choose one "
                 f"of {', '.join(measures.DATA_SETS)}, or your own module.path:factory"
+            )
+        return self
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether samples are sequences of tokens."""
+        return self.name in measures.TOKEN_SETS
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        if (self.name == "tokens") != (self.vocab_size is not None):
+            raise ValueError(
+                "data.name (tokens) needs the number of different ids: set data.vocab_size"
+                if self.name == "tokens"
+                else f"data.vocab_size ({self.vocab_size}) is for data.name=tokens, not for {self.name}: set it to null"
+            )
+        if self.is_tokens and (self.augment or self.shuffle_labels):
+            setting = "augment" if self.augment else "shuffle_labels"
+            raise ValueError(
+                f"data.{setting} has no effect on tokens, which {self.name} has: leave data.{setting} at its default"
             )
         return self
 
@@ -217,19 +246,25 @@ class TaskConfig(Section, affects="result"):
     """What the network learns: its loss, and the metric that runs are compared by."""
 
     name: str = "classification"
-    """classification (cross-entropy, accuracy), or your own module.path:Class, a subclass of
-    gengap_dist.training.tasks.Task."""
+    """classification (cross-entropy, accuracy), language_modeling (the next token: cross-entropy, perplexity; the task
+    of stdlib, text and tokens), or your own module.path:Class, a subclass of gengap_dist.training.tasks.Task."""
 
 
 class ModelConfig(Section, affects="result"):
     """The network."""
 
     name: str = "lenet5"
-    """lenet5, vgg16, resnet20, resnet44, resnet56, resnet110, f1, c1, mlp, torchvision:NAME, timm:NAME, or your own
-    module.path:factory, which is called with those of num_classes, in_channels, image_size, input_shape and
-    output_shape that it names."""
+    """lenet5, vgg16, resnet20, resnet44, resnet56, resnet110, f1, c1, mlp, gpt (for tokens), torchvision:NAME,
+    timm:NAME, or your own module.path:factory, which is called with those of num_classes, in_channels, image_size,
+    input_shape and output_shape that it names."""
     widths: tuple[PositiveInt, ...] = (512, 512, 512, 512, 512)
     """Units in each hidden layer of mlp."""
+    depth: PositiveInt = 2
+    """Blocks of gpt."""
+    width: PositiveInt = 64
+    """Units of the residual stream of gpt; its hidden layers have four times as many."""
+    heads: PositiveInt = 4
+    """Attention heads of gpt."""
     activation: Literal["relu", "linear"] = "relu"
     """Non-linearity of lenet5 and mlp; linear: none (a control)."""
     norm: measures.Norm | None = None
@@ -237,6 +272,15 @@ class ModelConfig(Section, affects="result"):
     number of ranks and on batch.micro_size; ghost: of batch.ghost_size consecutive samples of the global batch; sync:
     of the global batch; group: batch norm is replaced by group norm; none: it is removed. null: ghost if
     batch.ghost_size is set, else local."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.width ({self.width}) cannot be split into {self.heads} model.heads: choose a multiple of "
+                f"{self.heads}, or another number of heads"
+            )
+        return self
 
 
 class BatchConfig(Section, affects="result"):
@@ -356,8 +400,10 @@ class TrainConfig(Section, affects="result"):
     """Number of optimizer steps; replaces train.epochs when set."""
     target_accuracy: Annotated[Annotated[Number, Field(gt=0.0, le=1.0)] | None, Affects("observation")] = None
     """Target validation accuracy (0 to 1); the result reports the updates and epochs needed to reach it."""
+    target_loss: Annotated[PositiveFloat | None, Affects("observation")] = None
+    """Target validation loss, in place of train.target_accuracy, for any task."""
     stop_at_target: Boolean = False
-    """Stop when train.target_accuracy is reached."""
+    """Stop when train.target_accuracy or train.target_loss is reached."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters, activations and gradients."""
     autocast: Literal["bfloat16", "float16"] | None = None
@@ -380,6 +426,11 @@ class TrainConfig(Section, affects="result"):
     checkpoint is fair."""
     log_every: Annotated[PositiveInt, Affects("observation")] = 1
     """Steps between two records of loss, accuracy, learning rate and gradient norm."""
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a validation score is to be reached."""
+        return self.target_accuracy is not None or self.target_loss is not None
 
 
 class AlgorithmConfig(Section, affects="result"):
@@ -640,6 +691,17 @@ class MlflowConfig(Section, affects="runtime"):
         return uri and without_logins(uri)
 
 
+LANGUAGE_DEFAULTS: dict[str, Any] = {
+    "task": {"name": "language_modeling"},
+    "model": {"name": "gpt"},
+    "batch": {"global_size": 16},
+    "optim": {"name": "adamw", "lr": 3e-3},
+    "probe": {"diagnostics": ("noise_scale", "norms", "weights")},  # neural collapse needs one class for each sample
+}
+"""Defaults of a run on tokens; all others are those of the fields."""
+STDLIB_SEQUENCES = 2_048  # of the default of data.num_train: a minute on one core
+
+
 class RunConfig(Section, affects="result"):
     """One training run."""
 
@@ -658,6 +720,17 @@ class RunConfig(Section, affects="result"):
     launch: LaunchConfig = LaunchConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mlflow: MlflowConfig = MlflowConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _language_defaults(cls, tree: Any) -> Any:
+        """Other defaults where the data are tokens."""
+        data = tree.get("data") if isinstance(tree, Mapping) else None
+        name = data.get("name") if isinstance(data, Mapping) else getattr(data, "name", None)
+        if name not in measures.TOKEN_SETS:
+            return tree
+        tree = merge(LANGUAGE_DEFAULTS, tree)
+        return merge({"data": {"num_train": STDLIB_SEQUENCES}}, tree) if name == "stdlib" else tree
 
     @property
     def norm(self) -> str:
@@ -693,12 +766,22 @@ class RunConfig(Section, affects="result"):
                 "optim.schedule (grow) changes the number of updates per epoch: set train.epochs, with "
                 "train.length_unit=epochs and train.steps=null"
             )
-        if train.stop_at_target and train.target_accuracy is None:
-            raise ValueError("train.stop_at_target (true) needs a target: set train.target_accuracy")
-        if (train.target_accuracy is not None) and not self.data.val_fraction:
+        return self
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        train = self.train
+        if train.stop_at_target and not train.has_target:
             raise ValueError(
-                f"train.target_accuracy ({train.target_accuracy}) is measured on validation images, and "
-                "data.val_fraction is 0: set it above 0"
+                "train.stop_at_target (true) needs a target: set train.target_accuracy or train.target_loss"
+            )
+        targets = {"target_accuracy": train.target_accuracy, "target_loss": train.target_loss}
+        given = [f"train.{name} ({value:g})" for name, value in targets.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are two targets, and a run has one: set one of them to null")
+        if given and not self.data.val_fraction:
+            raise ValueError(
+                f"{given[0]} is measured on validation samples, and data.val_fraction is 0: set it above 0"
             )
         return self
 

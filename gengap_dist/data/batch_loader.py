@@ -9,7 +9,10 @@ from gengap_dist.data.datasets import PixelStatistics, Samples
 
 
 class Preprocess:
-    """Stored inputs to what the network receives: (pixel - mean) / std per channel; other inputs are only converted."""
+    """Stored inputs to what the network receives: (pixel - mean) / std per channel; other inputs are only converted.
+
+    A token that nothing predicts is stored as its complement, see `token_stream`.
+    """
 
     def __init__(self, pixels: PixelStatistics | None, device: torch.device, dtype: torch.dtype) -> None:
         """Normalise with the statistics `pixels`, if there are any; inputs are on `device`, outputs have `dtype`."""
@@ -19,7 +22,13 @@ class Preprocess:
             self.mean, self.scale = mean.to(dtype), (1 / std).to(dtype)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """[n, C, H, W] uint8 to normalised [n, C, H, W], or [n, ...] real numbers, in the training dtype."""
+        """[n, C, H, W] uint8 to normalised [n, C, H, W], or [n, ...] real numbers, in the training dtype.
+
+        Tokens [n, T] become int64.
+        """
+        if self.mean is None and not inputs.is_floating_point():
+            tokens = inputs.long()
+            return torch.where(tokens < 0, ~tokens, tokens)
         if self.mean is None or self.scale is None:
             return inputs.to(self.dtype)
         return inputs.to(self.dtype).sub_(self.mean).mul_(self.scale)

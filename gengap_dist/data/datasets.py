@@ -1,6 +1,6 @@
-"""Data sets by name: loaded into memory, checked, padded and split, or kept on disk (`data.streaming`).
+"""Data sets by name: loaded into memory, checked, padded and split, or kept on disk (`data.streaming`, `data.text`).
 
-Shapes: N samples; of images C channels, H = W = image_size.
+Shapes: N samples; of images C channels, H = W = image_size; of tokens sequences of T.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.data.host_images import HostImages
 from gengap_dist.data.image_folder import DECODING, ImageListing, list_images, read_image
 from gengap_dist.data.streaming import PREFETCH_BYTES, StreamedImages
+from gengap_dist.data.text import load_tokens
 from gengap_dist.data.user import Arrays, load_user_data
 from gengap_dist.distributed.cores import available_cores
 from gengap_dist.errors import UsageError, first_of
@@ -34,8 +35,8 @@ NUM_MEAN_IMAGES = 4_096  # training images that give mean and standard deviation
 class Samples(NamedTuple):
     """One split."""
 
-    inputs: Tensor | StreamedImages | HostImages  # [N, C, H, W] uint8 images, or [N, ...] real numbers
-    targets: Tensor  # [N] int64 classes, or [N, ...] real numbers
+    inputs: Tensor | StreamedImages | HostImages  # [N, C, H, W] uint8 images, [N, T] tokens, or [N, ...] real numbers
+    targets: Tensor  # [N] int64 classes, [N, T] tokens as in `token_stream`, or [N, ...] real numbers
 
     def __len__(self) -> int:
         """N, the number of samples."""
@@ -322,7 +323,7 @@ class Sizes(NamedTuple):
 def sizes(config: DataConfig) -> Sizes:
     """Size of the data set that `load` would return, without opening an image.
 
-    Only imagefolder reads file names, and a user's own data set is loaded.
+    Only imagefolder reads file names; tokens and a user's own data set are loaded.
 
     Raises:
         UsageError: if an image folder is missing, the data set exceeds data.memory_gib, or is smaller than
@@ -331,7 +332,7 @@ def sizes(config: DataConfig) -> Sizes:
     >>> sizes(DataConfig(name="cifar10"))[:4]
     (45000, 5000, 10000, 184800000)
     """
-    if config.is_own:
+    if config.is_own or config.is_tokens:
         splits = load(config)
         parts = splits.train, splits.val, splits.test
         num_bytes = sum(_num_bytes(samples.inputs) + samples.targets.nbytes for samples in parts)
@@ -417,6 +418,8 @@ def load(config: DataConfig, progress: Progress = _silent, *, seed: int = 0) -> 
     """
     if config.streaming:
         return _streamed(config, seed)
+    if config.is_tokens:
+        return _token_splits(config, progress, seed)
     if config.is_own:
         raw = load_user_data(config.name)
         if raw.train_inputs.dtype != torch.uint8:
@@ -472,6 +475,16 @@ def _real_splits(raw: Arrays, config: DataConfig, seed: int) -> Splits:
     )
 
 
+def _token_splits(config: DataConfig, progress: Progress, seed: int) -> Splits:
+    """The splits of a data set of tokens."""
+    data = load_tokens(config, progress)
+    train = Samples(*data.train)
+    if config.num_train is not None:
+        positions = _subset(torch.arange(len(train)), config, seed)
+        train = Samples(*(part[positions] for part in data.train))
+    return Splits(train, Samples(*data.val), Samples(*data.test), data.spec, facts=data.facts)
+
+
 def _streamed(config: DataConfig, seed: int) -> Splits:
     """An image folder kept on disk; only the images for mean and std are read. The splits are those of `load`."""
     pool = ThreadPoolExecutor(config.workers, thread_name_prefix="image-reader")
@@ -499,11 +512,16 @@ def _train_val_positions(num: int, config: DataConfig, seed: int) -> tuple[Tenso
     permutation = torch.from_numpy(np.random.default_rng([config.split_seed, 0]).permutation(num))
     num_val = _num_val(num, config)
     train, val = permutation[num_val:].sort().values, permutation[:num_val].sort().values
-    if (num_train := _num_train(len(train), config)) < len(train):
-        purpose = (5,) if config.subset == "fixed" else (6, seed)
-        chosen = np.random.default_rng([config.split_seed, *purpose]).permutation(len(train))[:num_train]
-        train = train[torch.from_numpy(chosen).sort().values]
-    return train, val
+    return _subset(train, config, seed), val
+
+
+def _subset(train: Tensor, config: DataConfig, seed: int) -> Tensor:
+    """Those of the training positions [N] that data.num_train and data.subset draw."""
+    if (num_train := _num_train(len(train), config)) == len(train):
+        return train
+    purpose = (5,) if config.subset == "fixed" else (6, seed)
+    chosen = np.random.default_rng([config.split_seed, *purpose]).permutation(len(train))[:num_train]
+    return train[torch.from_numpy(chosen).sort().values]
 
 
 def data_key(config: DataConfig, seed: int) -> object:
@@ -550,7 +568,7 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
         normalisation = {"mean": pixels.mean_C.tolist(), "std": pixels.std_C.tolist(), "num_mean": num_mean}
     return {
         "name": config.name,
-        "root": None if config.name == "digits" or config.is_own else as_text(str(config.root.resolve())),
+        "root": None if config.name in ("digits", "stdlib") or config.is_own else as_text(str(config.root.resolve())),
         "num_train": len(splits.train),
         "num_val": len(splits.val),
         "num_test": len(splits.test),
@@ -559,6 +577,7 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
         "shuffle_labels": config.shuffle_labels,
         "shape": list(spec.input_shape),
         "output_shape": list(spec.output_shape),
+        **({"token": spec.token} if spec.token else {}),
         **splits.facts,
         "digest": splits.digest(config.root),
         "digest_of": "files" if config.streaming else "values",
@@ -569,6 +588,8 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
 def recorded_spec(data: Mapping[str, Any]) -> DataSpec:
     """The shapes of a data set from its `summary` in a run.json, also of an older version, which knew images only."""
     num_classes, shape = data["num_classes"], tuple(data["shape"])
+    if token := data.get("token"):
+        return DataSpec.tokens(num_classes, shape[0], token)
     output_shape = tuple(data.get("output_shape") or [num_classes])
     target_shape = () if num_classes else output_shape
     return DataSpec(shape, output_shape, target_shape, num_classes, is_image="mean" in data)

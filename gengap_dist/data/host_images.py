@@ -30,13 +30,15 @@ class _Prefetched:
 class HostImages:
     """N images in host memory, indexed like an [N, C, H, W] uint8 tensor; results are on a device.
 
+    Inputs of other kinds, tokens and real numbers, keep their shape and type.
+
     Not thread-safe: one thread may index and prefetch.
     """
 
     def __init__(self, pixels: Tensor, device: torch.device) -> None:
         """Images `pixels` [N, C, H, W] uint8 on the CPU; indexing copies to `device`."""
         self.pixels, self.device, self.shape = pixels, device, pixels.shape
-        self._max_prefetched = max(1, PREFETCH_BYTES // pixels[:1].numel())
+        self._max_prefetched = max(1, PREFETCH_BYTES // pixels[:1].nbytes)
         self._prefetched: deque[_Prefetched] = deque(maxlen=MAX_PREFETCHED)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="images")
 
@@ -73,6 +75,6 @@ class HostImages:
 
     def _gather(self, indices: Tensor) -> Tensor:
         """Gather with numpy: torch would start its threads again in a second thread."""
-        out = torch.empty(len(indices), *self.shape[1:], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        out = torch.empty(len(indices), *self.shape[1:], dtype=self.pixels.dtype, pin_memory=self.device.type == "cuda")
         np.take(self.pixels.numpy(), indices.numpy(), axis=0, out=out.numpy(), mode="clip")  # mode="raise" copies twice
         return out

@@ -62,7 +62,7 @@ def list_images(folder: Path) -> ImageListing:
     visited: set[Path] = set()
     for target, name in enumerate(classes):
         num_before = len(paths)
-        for path in _files(folder / name, visited):
+        for path in files_below(folder / name, visited):
             real = Path(os.path.realpath(path))
             if path.suffix.lower() not in SUFFIXES or class_of.get(real) == name:
                 skipped.append(as_text(path.relative_to(folder).as_posix()))
@@ -70,7 +70,7 @@ def list_images(folder: Path) -> ImageListing:
             shown = as_text(str(path))
             if not real.is_file():
                 raise UsageError(
-                    f"{shown} is named like an image and is {_kind(real)}, not a regular file: remove or rename it"
+                    f"{shown} is named like an image and is {kind_of(real)}, not a regular file: remove or rename it"
                 )
             if real in class_of:
                 raise UsageError(
@@ -87,8 +87,14 @@ def list_images(folder: Path) -> ImageListing:
     return ImageListing([*map(as_text, classes)], paths, targets, skipped)
 
 
-def _files(folder: Path, visited: set[Path]) -> Iterator[Path]:
-    """All files below, in the order of torchvision's ImageFolder: folders by their path, then files by name."""
+def files_below(folder: Path, visited: set[Path] | None = None) -> Iterator[Path]:
+    """All files below that are not hidden, in the order of torchvision's ImageFolder: by folder, then by name.
+
+    Args:
+        folder: where to begin; links are followed.
+        visited: folders that are not followed again; those of this call are added.
+    """
+    visited = set() if visited is None else visited
     folders: list[tuple[str, list[str]]] = []
     for path, below, files in os.walk(folder, followlinks=True):
         visited.add(Path(path).resolve())
@@ -108,7 +114,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """What something that is not a regular file is, with its article."""
     if not path.exists():
         return "a link to a file that is not there"

@@ -17,6 +17,7 @@ from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.models.batch_norm import replace_batch_norm
 from gengap_dist.models.c1 import c1
 from gengap_dist.models.dropout import replace_random_layers
+from gengap_dist.models.gpt import gpt
 from gengap_dist.models.lenet5 import lenet5
 from gengap_dist.models.mlp import f1, mlp
 from gengap_dist.models.resnet import resnet
@@ -31,6 +32,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "f1": f1,
     "c1": c1,
     "mlp": mlp,
+    "gpt": gpt,
 }
 IMAGE_ARGUMENTS = ("num_classes", "in_channels", "image_size")
 BUILT = "_gengap_built_as"  # attribute of a network that was made for a run
@@ -44,7 +46,8 @@ def from_config(config: RunConfig, spec: DataSpec, world: World) -> nn.Module:
         UsageError: if a factory returns a network that was made before; see also `build` and `replace_batch_norm`.
     """
     name = config.model.name
-    model = build(name, spec, widths=config.model.widths, activation=config.model.activation)
+    sizes = {"depth": config.model.depth, "width": config.model.width, "heads": config.model.heads}
+    model = build(name, spec, widths=config.model.widths, activation=config.model.activation, **sizes)
     if getattr(model, BUILT, None) == id(model):
         raise UsageError(
             f"model.name ({name}) returned a network that it returned before, with the weights that it has now: build "
@@ -57,7 +60,9 @@ def from_config(config: RunConfig, spec: DataSpec, world: World) -> nn.Module:
     return model
 
 
-def build(name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, activation: str = "relu") -> nn.Module:
+def build(
+    name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, activation: str = "relu", **sizes: int
+) -> nn.Module:
     """A newly initialised network: inputs [n, *spec.input_shape] to outputs [n, *spec.output_shape].
 
     Args:
@@ -67,6 +72,7 @@ def build(name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, a
         spec: of the data set.
         widths: units in each hidden layer, for models with this argument.
         activation: `relu`, or `linear` for none, for models with this argument.
+        sizes: depth, width and heads of gpt.
 
     Raises:
         UsageError: if the model is unknown or cannot be imported, needs other samples, has no such activation, or is
@@ -89,12 +95,12 @@ def build(name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, a
     if missing:
         raise UsageError(
             f"model.name ({name}) is built from {' and '.join(missing)}, for images with classes, and the samples are "
-            f"inputs of shape {list(spec.input_shape)} with targets of shape {list(spec.target_shape)}: choose mlp, or "
-            "your own module.path:factory that takes input_shape and output_shape"
+            f"inputs of shape {list(spec.input_shape)} with targets of shape {list(spec.target_shape)}: choose "
+            f"{'gpt' if spec.token else 'mlp'}, or your own module.path:factory that takes input_shape and output_shape"
         )
     if activation != "relu" and "activation" not in names:
         raise UsageError(f"model.activation ({activation}) has no effect on {name}: choose relu, or lenet5 or mlp")
-    arguments |= of_images
+    arguments |= of_images | (sizes if name in MODELS else {})  # a user's factory has its own
     given = {key: value for key, value in arguments.items() if key in names and value is not None}
     if name in MODELS or name.partition(":")[0] in ZOOS:
         _check_memory(name, partial(factory, **given))

@@ -64,11 +64,12 @@ class Execution:
             init_momentum(optimizer)
 
     def run(self, net: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """The output of `net`, in the dtype of the inputs."""
+        """The output of `net`, in its own dtype also with train.autocast."""
         if self.config.channels_last and inputs.ndim == 4:
             inputs = inputs.to(memory_format=torch.channels_last)
         with self.autocast(), self._compile_stance(len(inputs)):
-            return net(inputs).to(inputs.dtype)
+            outputs = net(inputs)
+        return outputs.to(getattr(torch, self.config.dtype)) if self.config.autocast else outputs
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context of the precision of products and convolutions."""

@@ -161,7 +161,7 @@ def _saved_bytes(
     with hooks, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with autocast:
             outputs = functional_call(model.train(), dict(named), (inputs,))
-        loss = loss_sum(outputs.to(inputs.dtype), targets)
+        loss = loss_sum(outputs.to(getattr(torch, config.train.dtype)), targets)
     del loss
     max_block = max(
         (sum(size for storage, size in block.items() if storage not in outside) for block in inside), default=0

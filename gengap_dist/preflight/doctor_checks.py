@@ -297,7 +297,7 @@ def _torch(request: CheckRequest, facts: Facts) -> CheckResult:
         FAIL,
         f"{version}, but torchvision cannot be imported ({error})",
         "install both together, from the same index: pip install --force-reinstall torch torchvision",
-    ).if_needed(request.config.data.name != "digits" or name.startswith(("torchvision:", "timm:")))
+    ).if_needed(request.config.data.name in TORCHVISION or name.startswith(("torchvision:", "timm:")))
 
 
 def _gpu(request: CheckRequest, gpus: list[tuple[str, float]]) -> CheckResult:
@@ -496,7 +496,7 @@ def data(request: CheckRequest) -> CheckResults:
         return {"data": CheckResult(OK, f"digits are included in the package{beside}")}
     facts = run_in_subprocess("read_data", config.model_dump_json())
     if "samples" in facts:
-        where = "" if config.is_own else f" in {config.root}{beside}"
+        where = "" if config.is_own or config.name == "stdlib" else f" in {config.root}{beside}"
         return {"data": CheckResult(OK, f"{config.name}: {facts['samples']:,} samples{where}")}
     if facts.get("late"):
         found = f"{config.name} in {config.root} takes more than {IMPORT_SECONDS} s to read: not checked"

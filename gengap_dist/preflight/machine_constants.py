@@ -54,7 +54,8 @@ def workload_name(config: RunConfig, spec: DataSpec, micro_size: int) -> str:
     'lenet5 1x32x32 float32 sgd micro_size=64'
     """
     model, shape = config.model, "x".join(map(str, spec.input_shape))
-    words = [model.name + (f"[{','.join(map(str, model.widths))}]" if model.name == "mlp" else "")]
+    sizes = {"mlp": model.widths, "gpt": (model.depth, model.width, model.heads)}.get(model.name)
+    words = [model.name + (f"[{','.join(map(str, sizes))}]" if sizes else "")]
     words += [shape, config.train.autocast or config.train.dtype, *config.data.augment]
     words += [f"norm={config.norm}{config.batch.ghost_size or ''}"] if config.norm != "local" else []
     words += [

@@ -294,9 +294,10 @@ def probe_counts(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num
     example = _inputs(config, sizes, 1)
     layers = find_probed_layers(model, example, config.probe)
     *_, size = probe_set_sizes(config.probe, layers, example.nbytes, sizes.num_train)
-    num_with_samples = min(num_ranks, -(-size // PROBE_BLOCK))
+    block_size = sizes.spec.block_size(PROBE_BLOCK)
+    num_with_samples = min(num_ranks, -(-size // block_size))
     worlds = [World(rank, num_ranks) for rank in range(num_with_samples)]
-    return [sum(span.size for span in blocks(size, PROBE_BLOCK, world)) for world in worlds]
+    return [sum(span.size for span in blocks(size, block_size, world)) for world in worlds]
 
 
 def _inputs(config: RunConfig, sizes: datasets.Sizes, num: int) -> Tensor:
@@ -377,7 +378,7 @@ def step_seconds(
 def _assumptions(config: RunConfig, strategy: Strategy, fields: dict[str, Any]) -> list[str]:
     """Assumptions behind the numbers, one sentence each."""
     known_from = f"{config.data.name} has the published number of images"
-    if config.data.is_own:
+    if config.data.is_own or config.data.is_tokens:
         known_from = f"{config.data.name} was loaded to count its samples"
     elif config.data.name == "imagefolder":
         known_from = "image files are counted, not opened"

@@ -3,7 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-COMPARED = ("num_classes", "classes", "num_train", "num_val", "num_test", "shape", "output_shape")
+COMPARED = (
+    "python",
+    "num_files",
+    "num_classes",
+    "classes",
+    "num_train",
+    "num_val",
+    "num_test",
+    "shape",
+    "output_shape",
+)
 
 
 def data_changes(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:

@@ -25,7 +25,7 @@ class Trial(NamedTuple):
     score: float | None = None
     """`MetricDescription.score` on the validation samples at the end."""
     updates: int | None = None
-    """Updates to train.target_accuracy; None if it was not reached, or no target is set."""
+    """Updates to the target; None if it was not reached, or none is set."""
 
 
 def points(tune: TuneSection) -> list[Point]:

@@ -15,6 +15,7 @@ from gengap_dist.data.batch_loader import Preprocess
 from gengap_dist.data.datasets import Samples, Splits
 from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.process_group import World
+from gengap_dist.errors import UsageError
 from gengap_dist.probes.activations import eval_context
 from gengap_dist.probes.cadence import evenly
 from gengap_dist.training.setup import Diverged
@@ -73,7 +74,7 @@ class BlockSums:
 
 def evaluate(model: nn.Module, samples: Samples, preprocess: Preprocess, task: Task, world: World) -> Score:
     """The task's metrics over all `samples`, each counted once; identical on any number of ranks. Collective."""
-    sums = BlockSums(task, len(samples), EVAL_BLOCK, world)
+    sums = BlockSums(task, len(samples), task.spec.block_size(EVAL_BLOCK), world)
     add_blocks(sums, model, samples, preprocess)
     return sums.score()
 
@@ -117,7 +118,7 @@ class Evaluator:
         """`step`, the task's metric on the validation samples by its name, and `model`, a state dict; empty before the
         first validation."""
         self.target_step: int | None = None
-        """The step at which train.target_accuracy was reached."""
+        """The step at which train.target_accuracy or train.target_loss was reached."""
         self.test_correct: np.ndarray | None = None
         """Whether the last network is right about each test sample, [M] bool, after `final_scores`; None: not known."""
 
@@ -128,7 +129,10 @@ class Evaluator:
     def validate(self, model: nn.Module) -> Score:
         """Evaluate on the validation samples, and keep the model if it is the best so far. Collective.
 
-        Ends the run at this step if train.target_accuracy is reached and train.stop_at_target is set.
+        Ends the run at this step if the target is reached and train.stop_at_target is set.
+
+        Raises:
+            UsageError: if the untrained network is at train.target_loss.
         """
         start_time = time.monotonic()
         score = self._score(model, self.splits.val)
@@ -137,8 +141,7 @@ class Evaluator:
         if not math.isnan(value) and (not self.best or metric.is_better(value, self.best[metric.name])):
             weights = {key: value.clone() for key, value in model.state_dict().items()}
             self.best = {"step": self.state.step, metric.name: value, "model": weights}
-        target = self.config.target_accuracy
-        if self.target_step is None and target is not None and value >= target:
+        if self.target_step is None and self._is_at_target(score):
             self.target_step = self.state.step
             self._stop_at_target()
         self.seconds += time.monotonic() - start_time
@@ -147,6 +150,17 @@ class Evaluator:
     def score_validation(self, model: nn.Module) -> Score:
         """The score on the validation samples, without consequences; {} if there are none. Collective."""
         return self._score(model, self.splits.val) if len(self.splits.val) else {}
+
+    def _is_at_target(self, score: Score) -> bool:
+        accuracy, loss = self.config.target_accuracy, self.config.target_loss
+        if loss is None:
+            return accuracy is not None and score["accuracy"] >= accuracy
+        if score["loss"] <= loss and not self.state.step:
+            raise UsageError(
+                f"train.target_loss ({loss:g}) is not below the validation loss of the untrained network, "
+                f"{score['loss']:.4g}: choose a smaller loss, or null"
+            )
+        return score["loss"] <= loss
 
     def _stop_at_target(self) -> None:
         if self.config.stop_at_target and self.target_step is not None:
@@ -161,7 +175,8 @@ class Evaluator:
             Diverged: if the loss on the training samples is not finite.
         """
         train = self._score(model, self.splits.train)
-        of_each = BlockSums(self.task, len(self.splits.test), EVAL_BLOCK, self.world, each=True)
+        block_size = self.task.spec.block_size(EVAL_BLOCK)
+        of_each = BlockSums(self.task, len(self.splits.test), block_size, self.world, each=True)
         add_blocks(of_each, model, self.splits.test, self.preprocess)
         test, self.test_correct = of_each.score(), of_each.correct()
         if not math.isfinite(train["loss"]):  # the loss of a step belongs to the weights before it
@@ -188,7 +203,7 @@ class Evaluator:
             epochs_done: epochs after a number of steps.
         """
         target: dict[str, Any] = {}
-        if self.config.target_accuracy is not None:
+        if self.config.has_target:
             reached = self.target_step
             target = dict(zip(TO_TARGET, (reached, None if reached is None else epochs_done(reached)), strict=True))
         name = self.task.metric.name

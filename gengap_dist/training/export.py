@@ -27,7 +27,7 @@ Settings = RunConfig | dict[str, Any]
 
 
 class Scorer(nn.Module):
-    """Inputs as they are stored, as float32 (of pixels, grey levels 0 to 255), to the outputs of the network."""
+    """Inputs as float32 (of pixels, grey levels 0 to 255), tokens as int64, to the outputs of the network."""
 
     def __init__(self, network: nn.Module, pixels: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> None:
         """`network`, which computes in `dtype`; for images with mean and standard deviation of `pixels`, [C] each."""
@@ -40,7 +40,8 @@ class Scorer(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[n, ...] to [n, ...]."""
-        inputs = inputs.to(self.dtype)
+        if inputs.dtype != torch.int64:  # tokens
+            inputs = inputs.to(self.dtype)
         if self.is_normalised:
             inputs = (inputs - self.get_buffer("mean")) * self.get_buffer("scale")
         return self.network(inputs)
@@ -86,7 +87,7 @@ def export(folder: Path, settings: Settings, data: dict[str, Any], num_steps: in
     return ExportedModel(
         file=FILE,
         torch=torch.__version__,
-        input=TensorDescription(dtype="float32", shape=[-1, *spec.input_shape]),
+        input=TensorDescription(dtype=str(inputs.dtype).removeprefix("torch."), shape=[-1, *spec.input_shape]),
         output=TensorDescription(dtype=config.train.dtype, shape=[-1, *spec.output_shape]),
         metadata={
             "input": "pixels, grey levels 0 to 255, not normalised" if spec.is_image else "as in the data set",

@@ -78,6 +78,7 @@ class ProbeObserver:
         self.controls = {f"n{size}": size for size in sizes[:-1]}
         if self.config.own_batch:
             self.controls[OWN_BATCH] = config.batch.global_size
+        self._block_size = task.spec.block_size(PROBE_BLOCK)
         self._failed_diagnostics: set[str] = set()
 
     def __call__(self, model: nn.Module, *, controls: bool, required: bool = True) -> Observation:
@@ -94,7 +95,7 @@ class ProbeObserver:
         found, spectra = {}, {}
         began = time.monotonic()
         batches = self._batches(self.num_samples)
-        sums = BlockSums(self.task, self.num_samples, PROBE_BLOCK, self.world)
+        sums = BlockSums(self.task, self.num_samples, self._block_size, self.world)
         sets = {"": self.num_samples} | (self.controls if controls else {})
         for name, size in sets.items():
             began = time.monotonic() if name else began
@@ -139,7 +140,7 @@ class ProbeObserver:
         """This rank's blocks of the first `size` probe samples; smaller probe sets are subsets of larger ones."""
         chosen = self._permutation[:size].sort().values.to(self.world.device)
         out = []
-        for start, stop in blocks(size, PROBE_BLOCK, self.world):
+        for start, stop in blocks(size, self._block_size, self.world):
             indices = chosen[start:stop]
             inputs = self.preprocess(self.train_set.inputs[indices])
             out.append(_Block(start, inputs, self.train_set.targets[indices]))
@@ -174,8 +175,10 @@ def _weights(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tup
 def _neural_collapse(
     model: nn.Module, batches: Batches, observer: ProbeObserver
 ) -> tuple[Metrics, list[LayerSpectrum]]:
-    if observer.task.spec.num_classes is None:
-        raise UsageError("NC1 needs one class for each sample, and the targets are real numbers")
+    spec = observer.task.spec
+    if spec.num_classes is None or spec.target_shape:
+        targets = "sequences" if spec.num_classes else "real numbers"
+        raise UsageError(f"NC1 needs one class for each sample, and the targets are {targets}")
     return {"nc1": nc1(model, batches, world=observer.world)}, []
 
 

@@ -10,7 +10,7 @@ class TrainState:
     """How far a run is; the trainer and its parts share one object."""
 
     num_steps: int
-    """Last step: the schedule's, or the one at which train.target_accuracy was reached."""
+    """Last step: the schedule's, or the one at which the target was reached."""
     step: int = 0
     """Optimizer steps done."""
     train_seconds: float = 0.0

@@ -8,7 +8,11 @@ from tests.analysis.test_claims import BASE
 
 def run(arm: str, seed: int, size: int, updates: int | None, status: str = "finished", **more) -> Run:
     empty = {"measures": {}, "own_batch": {}, "own_batch_untrained": {}, "num_probe_samples": 64}
-    made = {"num_updates": 1000, "num_epochs": 1.0, "settings": BASE, "score": 0.9, "target": 0.8} | empty | more
+    made = (
+        {"num_updates": 1000, "num_epochs": 1.0, "settings": BASE, "score": 0.9, "target": "80.0% validation accuracy"}
+        | empty
+        | more
+    )
     return Run(arm=arm, seed=seed, status=status, global_size=size, updates_to_target=updates, **made)
 
 
@@ -46,7 +50,7 @@ def test_the_fastest_arm_of_each_batch_that_always_gets_there_is_on_the_curve():
 
 def test_no_target_no_curve():
     assert updates_to_target([run("a", 0, 8, None, target=None)], "a") is None
-    assert updates_to_target([run("a", 0, 8, 5), run("b", 0, 16, 5, target=0.7)], "a") is None
+    assert updates_to_target([run("a", 0, 8, 5), run("b", 0, 16, 5, target="70.0% validation accuracy")], "a") is None
     two = updates_to_target([run("a", 0, 8, 5), run("b", 0, 16, 4)], "a")
     assert two is not None
     assert two.critical_batch is None

@@ -52,6 +52,13 @@ def test_extends_is_relative_to_the_file_and_may_name_several(tmp_path):
         ("train: {length_unit: updates}", ["train.length_unit (updates)", "optim.base_size"]),
         ("train: {stop_at_target: true}", ["train.stop_at_target", "train.target_accuracy"]),
         ("{train: {target_accuracy: 0.9}, data: {val_fraction: 0}}", ["train.target_accuracy (0.9)", "val_fraction"]),
+        ("{train: {target_loss: 0.5}, data: {val_fraction: 0}}", ["train.target_loss (0.5)", "val_fraction"]),
+        ("train: {target_loss: 0.5, target_accuracy: 0.9}", ["target_accuracy (0.9)", "target_loss (0.5)", "to null"]),
+        ("{model: {width: 10}}", ["model.width (10)", "4 model.heads"]),
+        ("data: {name: tokens}", ["data.name (tokens)", "data.vocab_size"]),
+        ("data: {name: text, vocab_size: 9}", ["data.vocab_size (9)", "null"]),
+        ("data: {name: stdlib, augment: [flip]}", ["data.augment", "tokens"]),
+        ("data: {name: stdlib, shuffle_labels: true}", ["data.shuffle_labels", "tokens"]),
         ("model: {norm: ghost}", ["model.norm (ghost)", "batch.ghost_size"]),
         ("{model: {norm: sync}, batch: {ghost_size: 32}}", ["batch.ghost_size (32)", "not for sync"]),
         ("model: {norm: batch}", ["model.norm (batch)", "'local', 'ghost'"]),
@@ -301,3 +308,16 @@ def test_the_smallest_batch_is_the_baseline_unless_one_is_named():
     assert validate(StudyConfig, study).baseline == "mine"
     study["study"]["baseline"] = "big"
     assert validate(StudyConfig, study).baseline == "big"
+
+
+def test_data_of_tokens_have_other_defaults():
+    config = validate(RunConfig, {"data": {"name": "stdlib"}, "optim": {"lr": 1e-3}})
+    assert (config.task.name, config.model.name, config.batch.global_size) == ("language_modeling", "gpt", 16)
+    assert (config.optim.name, config.optim.lr, config.data.num_train) == ("adamw", 1e-3, 2_048)
+    assert validate(RunConfig, config.model_dump(mode="json")) == config
+    own = validate(RunConfig, {"data": {"name": "text", "root": "."}, "model": {"name": "my:net"}, "seed": 3})
+    assert (own.task.name, own.model.name, own.data.num_train) == ("language_modeling", "my:net", None)
+    assert RunConfig(data=own.data) == validate(RunConfig, {"data": {"name": "text", "root": "."}})
+    everything = validate(RunConfig, {"data": {"name": "stdlib", "num_train": None}})
+    assert everything.data.num_train is None
+    assert validate(RunConfig, {"data": {"name": "digits"}}) == RunConfig()

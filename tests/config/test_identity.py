@@ -22,10 +22,12 @@ RUNTIME = {
     "profile", "data.root", "data.download", "data.memory_gib", "data.workers", "data.device", "batch.micro_size",
     "train.channels_last", "train.compile", "train.activation_checkpointing",
 }  # fmt: skip
-OBSERVATION = {"train.target_accuracy", "train.num_evals", "train.log_every"}
+OBSERVATION = {"train.target_accuracy", "train.target_loss", "train.num_evals", "train.log_every"}
 CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is valid, and means something
     "data.streaming": {"data.name": "imagefolder"},
     "data.subset": {"data.num_train": 100},
+    "data.vocab_size": {"data.name": "tokens", "data.vocab_size": 9},
+    "model.width": {"model.heads": 1},
     "train.stop_at_target": {"train.target_accuracy": 0.9},
     "train.length_unit": {"optim.base_size": 32},
     "optim.scaling": {"optim.base_size": 32},

@@ -19,6 +19,14 @@ def test_indexed_like_the_tensor():
     assert (len(images), images.shape) == (50, PIXELS.shape)
 
 
+@pytest.mark.parametrize("inputs", [torch.arange(-50, 50, dtype=torch.int16).view(50, 2), torch.randn(50, 3)])
+def test_tokens_and_real_numbers_keep_their_type(inputs):
+    held, which = HostImages(inputs, CPU), torch.tensor([3, 49, 0])
+    held.prefetch(which)
+    assert torch.equal(held[which], inputs[which])
+    assert held[which].dtype == inputs.dtype
+
+
 @pytest.mark.parametrize(("ahead", "gathered_ahead"), [(1, 1), (100, 2), (5 * 48, 5), (2**20, 15)])
 def test_what_is_expected_comes_in_any_pieces(monkeypatch, ahead, gathered_ahead):
     """Also where only some images are gathered ahead, and where others are asked for in between."""

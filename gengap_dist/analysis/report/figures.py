@@ -212,13 +212,11 @@ def updates_to_target(study: StudyData, comparison: Comparison) -> ReportFigure 
     axes.set_xlim(low, high)
     plain_tick_labels(axes.yaxis)
     axes.set_xlabel("global batch (samples per step)")
-    axes.set_ylabel(f"updates to {target.accuracy:.1%} validation accuracy")
+    axes.set_ylabel(f"updates to {target.score}")
     axes.legend(fontsize=9)
     means = [f"{arm} {np.mean(list(seeds.values())):,.0f}" for arm, seeds in reached.items()]
     critical = f" Critical batch {target.critical_batch:,.0f}." if target.critical_batch else ""
-    return ReportFigure(
-        figure, f"Mean updates to {target.accuracy:.1%} validation accuracy: {listed(means)}.{critical}", data
-    )
+    return ReportFigure(figure, f"Mean updates to {target.score}: {listed(means)}.{critical}", data)
 
 
 def explanations(_: StudyData, comparison: Comparison) -> ReportFigure | None:

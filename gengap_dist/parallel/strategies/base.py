@@ -64,7 +64,7 @@ class Strategy(ABC):
             layer.begin_step(global_size)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs [n, ...] of this rank's inputs [n, ...], in the dtype of the inputs."""
+        """Outputs [n, ...] of this rank's inputs [n, ...], in train.dtype."""
         return self._run_forward(self._forward, inputs)
 
     def local_forward(self, inputs: Tensor) -> Tensor:

@@ -170,11 +170,14 @@ class MlflowRun:
         }
         self._log("params", [Param(mlflow_name(key), str(value)[:6000]) for key, value in final.items()])
         if data := described.data:
+            name = data.get("name") or "unknown"
             dataset = Dataset(
-                name=data.get("name") or "unknown",
+                name=name,
                 digest=data.get("digest") or "unknown",
                 source_type="local" if data.get("root") else "code",
-                source=json.dumps({"uri": data.get("root") or "gengap_dist/data/digits.npz"}),
+                source=json.dumps(
+                    {"uri": data.get("root") or ("gengap_dist/data/digits.npz" if name == "digits" else name)}
+                ),
                 profile=json.dumps({key: data.get(key) for key in SIZES}),
             )
             context = InputTag(key="mlflow.data.context", value="training")

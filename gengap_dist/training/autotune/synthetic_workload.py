@@ -56,7 +56,7 @@ def random_batches(config: RunConfig, spec: DataSpec, num: int, device: torch.de
         pixels = PixelStatistics(mean, mean)
     targets = spec.zero_targets(num)
     if spec.num_classes:
-        targets += torch.arange(num) % spec.num_classes
+        targets += (torch.arange(targets.numel()) % spec.num_classes).view(targets.shape)
     samples = Samples(spec.random_inputs(num), targets).to(device)
     preprocess = Preprocess(pixels, device, getattr(torch, config.train.dtype))
     return BatchLoader(samples, preprocess, config.data, config.seed)

@@ -11,8 +11,11 @@ from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.training.tasks.base import Task
 from gengap_dist.training.tasks.classification import Classification
+from gengap_dist.training.tasks.language_modeling import LanguageModeling
 
-__all__ = ["Classification", "MetricDescription", "Task", "build_task", "described_metric"]
+__all__ = ["Classification", "LanguageModeling", "MetricDescription", "Task", "build_task", "described_metric"]
+
+OWN = ("classification", "language_modeling")  # tasks of this package
 
 
 def build_task(config: RunConfig, spec: DataSpec) -> Task:
@@ -24,7 +27,7 @@ def build_task(config: RunConfig, spec: DataSpec) -> Task:
     name, smoothing = config.task.name, config.algorithm.label_smoothing
     if name == "classification":
         return Classification(spec, smoothing)
-    cls = _own_class(name)
+    cls = LanguageModeling if name == "language_modeling" else _own_class(name)
     if smoothing:
         raise UsageError(
             f"algorithm.label_smoothing ({smoothing}) changes the targets of classification, and task.name is {name}: "
@@ -35,7 +38,7 @@ def build_task(config: RunConfig, spec: DataSpec) -> Task:
     if target is not None and task.metric.name != "accuracy":
         raise UsageError(
             f"train.target_accuracy ({target}) needs a task with accuracy, and {name} measures {task.metric.name}: "
-            "set train.target_accuracy=null"
+            "set train.target_loss in its place, or null"
         )
     return task
 
@@ -48,7 +51,7 @@ def described_metric(task: Task, targets: Tensor) -> dict[str, Any]:
 def _own_class(name: str) -> type[Task]:
     if ":" not in name:
         raise UsageError(
-            f"task.name ({name}) is not a task{did_you_mean(name, ['classification'])}: choose classification, or your "
+            f"task.name ({name}) is not a task{did_you_mean(name, OWN)}: choose {' or '.join(OWN)}, or your "
             "own module.path:Class"
         )
     cls = load_own("task.name", name, "Class")

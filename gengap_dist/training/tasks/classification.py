@@ -23,11 +23,12 @@ class Classification(Task):
             UsageError: if targets are not classes.
         """
         super().__init__(spec)
-        if spec.num_classes is None:
+        if spec.num_classes is None or spec.target_shape:
+            kind, remedy = ("tokens", "set task.name=language_modeling") if spec.token else ("real numbers", "")
             raise UsageError(
                 "task.name (classification) needs one class for each sample, and the data set has targets of shape "
-                f"{list(spec.target_shape)} that are real numbers: choose a data set with classes, or your own "
-                "module.path:Class"
+                f"{list(spec.target_shape)} that are {kind}: "
+                + (remedy or "choose a data set with classes, or your own module.path:Class")
             )
         self.label_smoothing, self.num_classes = label_smoothing, spec.num_classes
 

@@ -116,7 +116,7 @@ def test_ridges_peak_where_the_singular_values_are(study):
 
 def test_the_curve_to_the_target_is_the_fitted_one(study):
     reached = {"sb8": {0: 300, 1: 310}, "lb64": {0: 90}, "lb256": {0: 40}}
-    target = Target(0.8, reached, {"lb256": 1}, 25.0, 88.0, (60.0, 120.0), 51.0)
+    target = Target("80.0% validation accuracy", reached, {"lb256": 1}, 25.0, 88.0, (60.0, 120.0), 51.0)
     picture = drawn(figures.updates_to_target(study, NOTHING._replace(target=target)))
     fit = [row for row in picture.rows if row["kind"] == "fit"]
     assert all(row["updates_to_target"] == pytest.approx(25 * (1 + 88 / row["global_size"])) for row in fit)

@@ -94,6 +94,18 @@ def weights_at_start(settings):
     }
 
 
+def test_a_target_loss_ends_a_run(tmp_path):
+    settings = TABLE | {"train__stop_at_target": True, "train__num_evals": 12, "train__epochs": 20}
+    train(tmp_path / "run", **settings | {"train__target_loss": 0.2})
+    losses = series(tmp_path / "run", "val/loss")
+    assert losses[-1] <= 0.2 < losses[-2]
+    result = read_info(tmp_path / "run").result
+    assert result["updates_to_target"] == result["num_steps"] < 120
+    met = f"train.target_loss (9) is not below the validation loss of the untrained network, {losses[0]:.4g}"
+    with pytest.raises(UsageError, match=re.escape(met)):
+        train(tmp_path / "met", **settings | {"train__target_loss": 9.0})
+
+
 ALGORITHMS = {
     "plain": {},
     "sam": {"algorithm__sam_rho": 0.05},

@@ -31,6 +31,7 @@ from gengap_dist.config.loading import user_path
 from gengap_dist.credentials import without_logins
 from gengap_dist.errors import did_you_mean
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 UserPath = Annotated[Path, AfterValidator(user_path)]
 """A path in a file or on the command line."""
 
@@ -283,6 +284,10 @@ class OptimConfig(Section, affects="result"):
     each gradient in the buffer keeps the learning rate of its own step."""
     weight_decay: NonNegativeFloat = 0.0
     """L2 penalty (sgd, lars) or decoupled decay (adamw, lamb). lars and lamb exclude biases and norm parameters."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay of the averages of the gradient and of its square per step (0 to 1), for adamw and lamb."""
+    eps: PositiveFloat | None = None
+    """Added to the root of the averaged squared gradient, for adamw and lamb; null: 1e-8 for adamw, 1e-6 for lamb."""
     clip_norm: PositiveFloat | None = None
     """Largest 2-norm of the gradient of the global batch; a larger gradient is scaled down to it. null: no clipping."""
     scaling: Literal["none", "linear", "sqrt", "legw"] = "none"

@@ -46,15 +46,16 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     parameters = list(model.parameters())
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     momentum: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
+    adam: dict[str, Any] = {"betas": config.betas, "eps": config.eps or {"lamb": 1e-6}.get(config.name, 1e-8)}
     match config.name:
         case "sgd":
             return _SGD(parameters, **common, **momentum, fused=True)
         case "adamw":
-            return _AdamW(parameters, **common, fused=True)
+            return _AdamW(parameters, **common, **adam, fused=True)
         case "lars":
             return _timm("Lars")(_layers(model), **common, **momentum)
         case "lamb":  # by default it would clip the gradient norm at 1
-            lamb = _timm("Lamb")(_layers(model), **common, max_grad_norm=None)
+            lamb = _timm("Lamb")(_layers(model), **common, **adam, max_grad_norm=None)
             lamb.register_step_pre_hook(_restore_step_count)
             lamb.register_step_post_hook(_save_step_count)
             return lamb

@@ -49,17 +49,25 @@ def test_sgd(nesterov):
     agree(OptimConfig(name="sgd", lr=0.1, momentum=0.5, nesterov=nesterov, weight_decay=0.01), rule)
 
 
-def adam(g: Tensor, memory: dict[str, Tensor | float], step: int, eps: float) -> Tensor:
-    m = memory["m"] = 0.9 * memory.get("m", 0.0) + 0.1 * g
-    v = memory["v"] = 0.999 * memory.get("v", 0.0) + 0.001 * g * g
-    return (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + eps)
+BETAS = (0.9, 0.999)
+ADAM = [{}, {"betas": (0.7, 0.95), "eps": 1e-3}]  # settings of AdamW and LAMB
 
 
-def test_adamw():
+def adam(
+    g: Tensor, memory: dict[str, Tensor | float], step: int, eps: float, betas: tuple[float, float] = BETAS
+) -> Tensor:
+    a, b = betas
+    m = memory["m"] = a * memory.get("m", 0.0) + (1 - a) * g
+    v = memory["v"] = b * memory.get("v", 0.0) + (1 - b) * g * g
+    return (m / (1 - a**step)) / ((v / (1 - b**step)).sqrt() + eps)
+
+
+@pytest.mark.parametrize("given", ADAM)
+def test_adamw(given):
     def rule(w, g, memory, step):
-        return w * (1 - 0.1 * 0.01) - 0.1 * adam(g, memory, step, 1e-8)
+        return w * (1 - 0.1 * 0.01) - 0.1 * adam(g, memory, step, given.get("eps", 1e-8), given.get("betas", BETAS))
 
-    agree(OptimConfig(name="adamw", lr=0.1, weight_decay=0.01), rule)
+    agree(OptimConfig(name="adamw", lr=0.1, weight_decay=0.01, **given), rule)
 
 
 @pytest.mark.parametrize("decay", [0.01, 0.0])
@@ -82,8 +90,9 @@ def test_lars_follows_its_paper(decay, nesterov):
     agree(OptimConfig(name="lars", lr=0.1, momentum=0.5, nesterov=nesterov, weight_decay=decay), rule)
 
 
+@pytest.mark.parametrize("given", ADAM)
 @pytest.mark.parametrize("decay", [0.01, 0.0])
-def test_lamb_follows_its_paper(decay):
+def test_lamb_follows_its_paper(decay, given):
     """Ratio |w| / |r + lambda w| on r = m / (sqrt(v) + 1e-6), both unbiased (You et al. 2020, phi(z) = z).
 
     timm would clip the global gradient at norm 1 first, and adapt nothing without decay; neither is in the paper.
@@ -91,13 +100,13 @@ def test_lamb_follows_its_paper(decay):
     pytest.importorskip("timm", reason="timm is not installed")
 
     def rule(w, g, memory, step):
-        r = adam(g, memory, step, 1e-6)
+        r = adam(g, memory, step, given.get("eps", 1e-6), given.get("betas", BETAS))
         if w.ndim > 1:
             r = r + decay * w
             r = r * w.norm() / r.norm()
         return w - 0.1 * r
 
-    agree(OptimConfig(name="lamb", lr=0.1, weight_decay=decay), rule)
+    agree(OptimConfig(name="lamb", lr=0.1, weight_decay=decay, **given), rule)
 
 
 @pytest.mark.parametrize("name", ["lars", "lamb"])

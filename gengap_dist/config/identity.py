@@ -136,7 +136,8 @@ def effective_settings(settings: Settings) -> dict[str, object]:
         out["optim.scaling"] = scaling
     if size is not None and out.get("batch.ghost_size") == size:
         out |= {"batch.ghost_size": None, "model.norm": "sync"}
-    _scale(out, "optim.lr", {"linear": factor, "sqrt": factor**0.5, "legw": factor**0.5}.get(str(scaling), 1.0))
+    for name in ("optim.lr", "optim.adamw_lr") if out.get("optim.name") == "muon" else ("optim.lr",):
+        _scale(out, name, {"linear": factor, "sqrt": factor**0.5, "legw": factor**0.5}.get(str(scaling), 1.0))
     _scale(out, "optim.warmup_epochs", factor if scaling == "legw" or length_unit == "updates" else 1.0)
     _scale(out, "train.epochs", factor if length_unit == "updates" else 1.0)
     return out

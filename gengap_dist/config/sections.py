@@ -8,7 +8,7 @@ package, so `--help` is fast.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -270,24 +270,31 @@ class BatchConfig(Section, affects="result"):
 class OptimConfig(Section, affects="result"):
     """The optimizer and its learning rate."""
 
-    name: measures.Optimizer = "sgd"
-    """Optimizer: sgd (with momentum), adamw, or lars and lamb, which are sgd and adam with the learning rate of each
-    layer scaled by the norm of its weights."""
+    name: str = "sgd"
+    """Optimizer: sgd (with momentum), adamw, lars and lamb, which are sgd and adam with the learning rate of each
+    layer scaled by the norm of its weights, muon (torch.optim.Muon for the matrices between embeddings and output
+    layer, adamw for all other parameters), or your own module.path:factory, which is called with the network and with
+    those of lr, momentum, nesterov, weight_decay, betas and eps that it names, and returns a torch.optim.Optimizer."""
     lr: PositiveFloat = 0.02
-    """Learning rate; with optim.scaling, the learning rate at a global batch of optim.base_size."""
+    """Learning rate; with optim.scaling, the learning rate at a global batch of optim.base_size. Groups of parameters
+    with other rates keep their ratio to it."""
+    adamw_lr: PositiveFloat = 0.001
+    """muon: learning rate of the parameters that adamw updates; scaled and scheduled as optim.lr."""
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """Momentum of sgd and lars (0 to 1)."""
+    """Momentum of sgd, lars and muon (0 to 1)."""
     nesterov: bool = False
-    """Nesterov momentum for sgd and lars."""
+    """Nesterov momentum for sgd, lars and muon."""
     momentum_correction: bool = True
     """sgd and lars: rescale the momentum buffer when the learning rate changes (Goyal et al. 2017, remark 2); false:
     each gradient in the buffer keeps the learning rate of its own step."""
     weight_decay: NonNegativeFloat = 0.0
-    """L2 penalty (sgd, lars) or decoupled decay (adamw, lamb). lars and lamb exclude biases and norm parameters."""
+    """L2 penalty (sgd, lars) or decoupled decay (adamw, lamb, muon). lars and lamb exclude biases and norm
+    parameters."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Decay of the averages of the gradient and of its square per step (0 to 1), for adamw and lamb."""
+    """Decay of the averages of the gradient and of its square per step (0 to 1), for adamw, lamb and adamw's
+    part of muon."""
     eps: PositiveFloat | None = None
-    """Added to the root of the averaged squared gradient, for adamw and lamb; null: 1e-8 for adamw, 1e-6 for lamb."""
+    """Added to the root of the averaged squared gradient, as optim.betas; null: 1e-8, with lamb 1e-6."""
     clip_norm: PositiveFloat | None = None
     """Largest 2-norm of the gradient of the global batch; a larger gradient is scaled down to it. null: no clipping."""
     scaling: Literal["none", "linear", "sqrt", "legw"] = "none"
@@ -308,6 +315,21 @@ class OptimConfig(Section, affects="result"):
     """Factor of the step schedule for the learning rate; the grow schedule divides the global batch by it."""
     power: PositiveFloat = 2.0
     """Exponent of the polynomial schedule: lr * (1 - t)^power, t the completed fraction of the steps after warm-up."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether `name` is a user's own factory."""
+        return ":" in self.name
+
+    @model_validator(mode="after")
+    def _check_name(self) -> Self:
+        known = get_args(measures.Optimizer)
+        if not self.is_own and self.name not in known:
+            raise ValueError(
+                f"optim.name ({self.name}) is not an optimizer{did_you_mean(self.name, known)}: choose one of "
+                f"{', '.join(known)}, or your own module.path:factory"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> Self:

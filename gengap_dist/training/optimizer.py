@@ -1,4 +1,4 @@
-"""The optimizer of a run."""
+"""The optimizer of a run, by `optim.name`."""
 
 import inspect
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from torch import nn
 
 from gengap_dist.config.sections import OptimConfig
 from gengap_dist.errors import UsageError
+from gengap_dist.training.muon import MuonWithAdamW
+from gengap_dist.training.own_optimizer import own_optimizer
 
 
 def _without_compile_wrappers(optimizer_class: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
@@ -35,13 +37,15 @@ NO_WEIGHTS = ("bias", "scale", "gamma", "beta", "token", "pos", "table")
 """Parts of names of parameters that are no weights of a layer."""
 
 _SGD, _AdamW = _without_compile_wrappers(torch.optim.SGD), _without_compile_wrappers(torch.optim.AdamW)
+_Muon, _MuonWithAdamW = _without_compile_wrappers(torch.optim.Muon), _without_compile_wrappers(MuonWithAdamW)
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `config` selects; learning rate and momentum are set at every step, see `lr_schedule`.
 
     Raises:
-        UsageError: if the package of the optimizer is not installed.
+        UsageError: if the package of the optimizer is not installed, the network has no parameters for it, or a user's
+            own is wrong.
     """
     parameters = list(model.parameters())
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
@@ -59,6 +63,38 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
             lamb.register_step_pre_hook(_restore_step_count)
             lamb.register_step_post_hook(_save_step_count)
             return lamb
+        case "muon":
+            matrices, others = hidden_matrices(model)
+            adamw = _AdamW(others, **common | {"lr": config.adamw_lr}, **adam, fused=True)
+            return _MuonWithAdamW(_Muon(matrices, **common, **momentum), adamw)
+    return own_optimizer(config, model)
+
+
+def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices of a network for Muon, and all its other parameters.
+
+    Matrices are the weights of layers (see `is_layer_weight`) with two dimensions, without those of embeddings and of
+    the output layer, which is the last layer in the order of the modules (Jordan et al. 2024).
+
+    >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+    >>> [[*parameter.shape] for parameter in hidden_matrices(model)[0]]
+    [[5, 4]]
+
+    Raises:
+        UsageError: if there is none.
+    """
+    owned = [(each, *named) for each in model.modules() for named in each.named_parameters(recurse=False)]
+    weights = [(module, parameter) for module, name, parameter in owned if is_layer_weight(module, name, parameter)]
+    excluded = {parameter for module, parameter in weights if isinstance(module, nn.Embedding)}
+    excluded |= {parameter for _, parameter in weights[-1:]}
+    chosen = {parameter for _, parameter in weights if parameter.ndim == 2} - excluded
+    if not chosen:
+        raise UsageError(
+            "optim.name (muon) is for the matrices between embeddings and output layer, and the network has none: "
+            "choose adamw, or another network"
+        )
+    parameters = list(model.parameters())
+    return [p for p in parameters if p in chosen], [p for p in parameters if p not in chosen]
 
 
 def _timm(name: str) -> Callable[..., torch.optim.Optimizer]:

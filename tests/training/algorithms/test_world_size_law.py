@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from gengap_dist.config.measures import Optimizer
 from gengap_dist.config.sections import AlgorithmConfig, ModelConfig, OptimConfig, TrainConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.runs.run_folder import prepare_folder, read_info
@@ -28,6 +29,10 @@ def small(num_classes: int, in_channels: int) -> nn.Module:
         nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
         nn.Linear(8 * 3 * 3, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, num_classes),
     )  # fmt: skip
+
+
+def nadam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.NAdam(model.parameters(), lr=lr)
 
 
 BASE: dict[str, Any] = {
@@ -61,6 +66,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "betas": {"optim__name": "adamw", "optim__lr": 3e-3, "optim__betas": (0.8, 0.95), "optim__eps": 1e-6},
     "lars": {"optim__name": "lars", "optim__lr": 2.0, "optim__weight_decay": 1e-3},
     "lamb": {"optim__name": "lamb", "optim__lr": 0.01, "optim__weight_decay": 1e-3},
+    "muon": {"optim__name": "muon", "optim__adamw_lr": 3e-3, "optim__weight_decay": 0.1, "optim__nesterov": True},
+    "own": {"optim__name": f"{__name__}:nadam", "optim__lr": 3e-3},
     "linear": {"optim__scaling": "linear", "optim__base_size": 30, "optim__warmup_epochs": 0.2},
     "sqrt": {"optim__scaling": "sqrt", "optim__base_size": 30},
     "legw": {"optim__scaling": "legw", "optim__base_size": 30, "optim__warmup_epochs": 0.2},
@@ -167,7 +174,7 @@ def test_the_table_holds_every_algorithm():
     """Every choice of a setting that changes how a network trains is in some row."""
     rows = [BASE | row for row in ALGORITHMS.values()]
     choices = {
-        "optim__name": OptimConfig, "optim__schedule": OptimConfig, "optim__scaling": OptimConfig,
+        "optim__schedule": OptimConfig, "optim__scaling": OptimConfig,
         "model__norm": ModelConfig, "train__length_unit": TrainConfig, "algorithm__local_sgd": AlgorithmConfig,
         "algorithm__weight_averaging": AlgorithmConfig, "algorithm__rank_measure": AlgorithmConfig,
     }  # fmt: skip
@@ -177,6 +184,7 @@ def test_the_table_holds_every_algorithm():
         words = {word for word in known if isinstance(word, str)} - {"local", field.default}
         shown = {config(**row).norm if key == "model__norm" else row.get(key) for row in rows}
         assert words <= shown, (key, words - shown)
+    assert {*get_args(Optimizer)} <= {row.get("optim__name", "sgd") for row in rows}
     for name, field in AlgorithmConfig.model_fields.items():
         if field.default is None or field.default == 0:
             assert any(f"algorithm__{name}" in row for row in rows), name

@@ -26,11 +26,13 @@ from pydantic import (
     model_validator,
 )
 
-from gengap_dist.config import measures
+from gengap_dist.config import batch_rules, measures
 from gengap_dist.config.loading import user_path
 from gengap_dist.credentials import without_logins
 from gengap_dist.errors import did_you_mean
 
+DEFAULT_EPS = 1e-8
+"""Of Adam."""
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 UserPath = Annotated[Path, AfterValidator(user_path)]
 """A path in a file or on the command line."""
@@ -297,12 +299,18 @@ class OptimConfig(Section, affects="result"):
     """Added to the root of the averaged squared gradient, as optim.betas; null: 1e-8, with lamb 1e-6."""
     clip_norm: PositiveFloat | None = None
     """Largest 2-norm of the gradient of the global batch; a larger gradient is scaled down to it. null: no clipping."""
-    scaling: Literal["none", "linear", "sqrt", "legw"] = "none"
+    scaling: Literal["none", "linear", "sqrt", "legw", "adam_sqrt"] = "none"
     """Scaling of the learning rate with the global batch B, k = B / optim.base_size: lr * k (linear), lr * sqrt(k)
-    (sqrt), or lr * sqrt(k) and k times the warm-up epochs (legw)."""
+    (sqrt), lr * sqrt(k) and k times the warm-up epochs (legw), or, for adamw, lr * sqrt(k) with 1 - k (1 - beta) for
+    each of optim.betas and eps / sqrt(k) (adam_sqrt; Malladi et al. 2022)."""
+    beta2_scaling: Literal["none", "half_life"] = "none"
+    """half_life: the second of optim.betas to the power of k, so that the average of squares forgets after as many
+    samples at any batch (Marek et al. 2025)."""
+    weight_decay_scaling: Literal["none", "linear"] = "none"
+    """linear: decoupled weight decay times k (Bergsma et al. 2025)."""
     base_size: PositiveInt | None = None
-    """Global batch that optim.lr is given for, in samples; required by optim.scaling other than none and by
-    train.length_unit=updates."""
+    """Global batch that optim.lr is given for, in samples; required by optim.scaling, optim.beta2_scaling and
+    optim.weight_decay_scaling other than none and by train.length_unit=updates."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Number of epochs in which the learning rate rises from near 0 to its full value."""
     schedule: measures.Schedule = "constant"
@@ -321,6 +329,24 @@ class OptimConfig(Section, affects="result"):
         """Whether `name` is a user's own factory."""
         return ":" in self.name
 
+    def at_batch(self, global_size: int) -> Self:
+        """The settings with betas, eps and weight decay as the rules have them at a global batch.
+
+        The learning rate stays: the schedule scales it, see `lr_schedule`.
+
+        >>> given = OptimConfig(name="adamw", weight_decay=0.1, base_size=8, weight_decay_scaling="linear")
+        >>> given.at_batch(16).weight_decay
+        0.2
+        """
+        k = global_size / (self.base_size or global_size)
+        eps = self.eps or (DEFAULT_EPS if self.scaling == "adam_sqrt" else None)
+        scaled: dict[str, Any] = {
+            "betas": batch_rules.scaled_betas(self.scaling, self.beta2_scaling, self.betas, k),
+            "eps": eps and batch_rules.scaled_eps(self.scaling, eps, k),
+            "weight_decay": self.weight_decay * batch_rules.weight_decay_factor(self.weight_decay_scaling, k),
+        }
+        return self.model_copy(update=scaled)
+
     @model_validator(mode="after")
     def _check_name(self) -> Self:
         known = get_args(measures.Optimizer)
@@ -333,10 +359,22 @@ class OptimConfig(Section, affects="result"):
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> Self:
-        if self.scaling != "none" and self.base_size is None:
+        for rule in ("scaling", "beta2_scaling", "weight_decay_scaling"):
+            if (value := getattr(self, rule)) != "none" and self.base_size is None:
+                raise ValueError(
+                    f"optim.{rule} ({value}) needs the global batch that optim.lr is for: set optim.base_size, "
+                    "for example to the baseline's batch.global_size"
+                )
+            if rule != "scaling" and value != "none" and self.name in ("sgd", "lars"):
+                raise ValueError(
+                    f"optim.{rule} ({value}) is for adamw, lamb and muon, not for {self.name}: set optim.{rule}=none"
+                )
+        if self.scaling == "adam_sqrt" and self.name != "adamw":
+            raise ValueError(f"optim.scaling (adam_sqrt) is for adamw, not for {self.name}: choose optim.scaling=sqrt")
+        if self.scaling == "adam_sqrt" and self.beta2_scaling != "none":
             raise ValueError(
-                f"optim.scaling ({self.scaling}) needs the global batch that optim.lr is for: set optim.base_size, "
-                "for example to the baseline's batch.global_size"
+                f"optim.beta2_scaling ({self.beta2_scaling}) and optim.scaling (adam_sqrt) both change the second of "
+                "optim.betas: set optim.beta2_scaling=none, or choose optim.scaling=sqrt"
             )
         if self.nesterov and self.momentum == 0:
             raise ValueError("optim.nesterov (true) needs momentum: set optim.momentum above 0")
@@ -684,6 +722,11 @@ class RunConfig(Section, affects="result"):
         """
         return self.model.norm or ("ghost" if self.batch.ghost_size else "local")
 
+    @property
+    def scaled_optim(self) -> OptimConfig:
+        """`optim` at the run's global batch, see `OptimConfig.at_batch`."""
+        return self.optim.at_batch(self.batch.global_size)
+
     @model_validator(mode="after")
     def _check_norm(self) -> Self:
         if (self.norm == "ghost") != bool(self.batch.ghost_size):
@@ -708,6 +751,14 @@ class RunConfig(Section, affects="result"):
             raise ValueError(
                 "optim.schedule (grow) changes the number of updates per epoch: set train.epochs, with "
                 "train.length_unit=epochs and train.steps=null"
+            )
+        k = self.batch.global_size / (optim.base_size or self.batch.global_size)
+        beta = min(optim.betas)
+        if optim.scaling == "adam_sqrt" and k * (1 - beta) >= 1:
+            raise ValueError(
+                f"optim.scaling (adam_sqrt) turns {beta:g} of optim.betas into 1 - k (1 - {beta:g}) = "
+                f"{1 - k * (1 - beta):.3g} at k = {k:g}, and it must be above 0: choose a larger optim.base_size, "
+                "larger optim.betas, or optim.scaling=sqrt"
             )
         if train.stop_at_target and train.target_accuracy is None:
             raise ValueError("train.stop_at_target (true) needs a target: set train.target_accuracy")

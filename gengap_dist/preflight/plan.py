@@ -167,7 +167,7 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
                 collect_refusal(lambda: check_auto_micro_size(given_config, model))
                 collect_refusal(lambda: check_parameters(given_config, model, num_ranks))
                 collect_refusal(lambda: check_norm(config, model, sampler.sizes() if sampler else [], num_ranks))
-                collect_refusal(lambda: build_optimizer(config.optim, model))
+                collect_refusal(lambda: build_optimizer(config.scaled_optim, model))
                 if config.algorithm.rank_penalty is not None:
                     collect_refusal(
                         lambda: RankPenalty(config, workload.task).check(

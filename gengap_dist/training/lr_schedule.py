@@ -1,16 +1,14 @@
 """The length of a run, and the learning rate and momentum of each step: pure functions of the step.
 
-With B the global batch and k = B / optim.base_size, the full learning rate is
-
-    none: lr    linear: lr k (Goyal et al. 2017)    sqrt, legw: lr sqrt(k) (Hoffer et al. 2017; You et al. 2019)
-
-The schedule then depends on t, the completed fraction of the steps after warm-up.
+The full learning rate follows the global batch by optim.scaling, see `config.batch_rules`. The schedule then depends on
+t, the completed fraction of the steps after warm-up.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Self, final
 
+from gengap_dist.config.batch_rules import lr_factor
 from gengap_dist.config.sections import OptimConfig, RunConfig
 from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.errors import UsageError
@@ -23,9 +21,7 @@ def scaled_lr(config: OptimConfig, global_size: int) -> float:
     >>> [scaled_lr(OptimConfig(lr=0.1, scaling=rule, base_size=256), global_size=1024) for rule in rules]
     [0.1, 0.4, 0.2, 0.2]
     """
-    factor = global_size / (config.base_size or global_size)
-    root = math.sqrt(factor)
-    return config.lr * {"none": 1.0, "linear": factor, "sqrt": root, "legw": root}[config.scaling]
+    return config.lr * lr_factor(config.scaling, global_size / (config.base_size or global_size))
 
 
 def warmup_steps(config: OptimConfig, *, global_size: int, steps_per_epoch: int) -> int:

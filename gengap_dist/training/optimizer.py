@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gengap_dist.config.sections import OptimConfig
+from gengap_dist.config.sections import DEFAULT_EPS, OptimConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.training.muon import MuonWithAdamW
 from gengap_dist.training.own_optimizer import own_optimizer
@@ -43,6 +43,8 @@ _Muon, _MuonWithAdamW = _without_compile_wrappers(torch.optim.Muon), _without_co
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `config` selects; learning rate and momentum are set at every step, see `lr_schedule`.
 
+    Betas, eps and weight decay are those of `config`: give `config.at_batch(global_size)`.
+
     Raises:
         UsageError: if the package of the optimizer is not installed, the network has no parameters for it, or a user's
             own is wrong.
@@ -50,7 +52,7 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     parameters = list(model.parameters())
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     momentum: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
-    adam: dict[str, Any] = {"betas": config.betas, "eps": config.eps or {"lamb": 1e-6}.get(config.name, 1e-8)}
+    adam: dict[str, Any] = {"betas": config.betas, "eps": config.eps or {"lamb": 1e-6}.get(config.name, DEFAULT_EPS)}
     match config.name:
         case "sgd":
             return _SGD(parameters, **common, **momentum, fused=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gengap_dist.config.own_code import load_own
-from gengap_dist.config.sections import OptimConfig
+from gengap_dist.config.sections import DEFAULT_EPS, OptimConfig
 from gengap_dist.errors import UsageError
 
 
@@ -50,7 +50,7 @@ _GIVEN = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEY
 def _arguments(factory: Callable[..., Any], config: OptimConfig) -> dict[str, Any]:
     settings = {
         "lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov,
-        "weight_decay": config.weight_decay, "betas": config.betas, "eps": config.eps or 1e-8,
+        "weight_decay": config.weight_decay, "betas": config.betas, "eps": config.eps or DEFAULT_EPS,
     }  # fmt: skip
     return {key: value for key, value in settings.items() if key in inspect.signature(factory).parameters}
 

@@ -204,6 +204,17 @@ def test_a_warmup_longer_than_the_run_is_refused(settings, says):
         ({"betas": (0.9, 1.0)}, r"optim.betas \(1.0\) is not valid: input should be less than 1"),
         ({"betas": 0.9}, r"optim.betas \(0.9\) is not valid"),
         ({"eps": 0.0}, r"optim.eps \(0.0\) is not valid: input should be greater than 0"),
+        ({"scaling": "adam_sqrt", "base_size": 64}, r"optim.scaling \(adam_sqrt\) is for adamw, not for sgd"),
+        (
+            {"name": "adamw", "scaling": "adam_sqrt", "base_size": 4},
+            r"turns 0.9 of optim.betas into 1 - k \(1 - 0.9\) = -0.6 at k = 16, and it must be above 0: choose",
+        ),
+        (
+            {"name": "adamw", "scaling": "adam_sqrt", "base_size": 64, "beta2_scaling": "half_life"},
+            "both change the second of optim.betas: set optim.beta2_scaling=none",
+        ),
+        ({"name": "adamw", "beta2_scaling": "half_life"}, "optim.beta2_scaling .half_life. needs the global batch"),
+        ({"weight_decay_scaling": "linear", "base_size": 8}, "is for adamw, lamb and muon, not for sgd"),
         ({"scaling": "legw"}, "optim.scaling .legw. needs the global batch"),
     ],
 )

@@ -11,6 +11,7 @@ from gengap_dist.config.sections import OptimConfig, RunConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies import Single
+from gengap_dist.training.lr_schedule import scaled_lr
 from gengap_dist.training.optimizer import build_optimizer
 
 
@@ -72,6 +73,24 @@ def test_adamw(given):
         return w * (1 - 0.1 * 0.01) - 0.1 * adam(g, memory, step, given.get("eps", 1e-8), given.get("betas", BETAS))
 
     agree(OptimConfig(name="adamw", lr=0.1, weight_decay=0.01, **given), rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "lr", "betas", "eps", "decay"),  # at k = 4
+    [
+        ({"scaling": "adam_sqrt"}, 0.2, (0.6, 0.996), 0.5e-3, 0.01),
+        ({"beta2_scaling": "half_life"}, 0.1, (0.9, 0.999**4), 1e-3, 0.01),
+        ({"weight_decay_scaling": "linear"}, 0.1, (0.9, 0.999), 1e-3, 0.04),
+        (
+            {"scaling": "sqrt", "beta2_scaling": "half_life", "weight_decay_scaling": "linear"},
+            0.2, (0.9, 0.999**4), 1e-3, 0.04,
+        ),
+    ],
+)  # fmt: skip
+def test_batch_rules_of_adam(rule, lr, betas, eps, decay):
+    given = OptimConfig(name="adamw", lr=0.1, weight_decay=0.01, eps=1e-3, base_size=16, **rule)
+    scaled = given.at_batch(64).model_copy(update={"lr": scaled_lr(given, 64)})
+    agree(scaled, lambda w, g, memory, step: w * (1 - lr * decay) - lr * adam(g, memory, step, eps, betas))
 
 
 @pytest.mark.parametrize("decay", [0.01, 0.0])

@@ -54,6 +54,7 @@ BASE: dict[str, Any] = {
     "probe__diagnostics": ("noise_scale",),
 }
 MICRO = (10, 25)
+ADAMW: dict[str, Any] = {"optim__name": "adamw", "optim__lr": 3e-3, "optim__weight_decay": 0.1}
 SYNC: dict[str, Any] = {"model__norm": "sync", "batch__ghost_size": None}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "sgd": {},
@@ -62,7 +63,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "sync": SYNC,
     "group": {"model__norm": "group", "batch__ghost_size": None},
     "none": {"model__norm": "none", "batch__ghost_size": None},
-    "adamw": {"optim__name": "adamw", "optim__lr": 3e-3, "optim__weight_decay": 0.1},
+    "adamw": ADAMW,
     "betas": {"optim__name": "adamw", "optim__lr": 3e-3, "optim__betas": (0.8, 0.95), "optim__eps": 1e-6},
     "lars": {"optim__name": "lars", "optim__lr": 2.0, "optim__weight_decay": 1e-3},
     "lamb": {"optim__name": "lamb", "optim__lr": 0.01, "optim__weight_decay": 1e-3},
@@ -71,6 +72,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "linear": {"optim__scaling": "linear", "optim__base_size": 30, "optim__warmup_epochs": 0.2},
     "sqrt": {"optim__scaling": "sqrt", "optim__base_size": 30},
     "legw": {"optim__scaling": "legw", "optim__base_size": 30, "optim__warmup_epochs": 0.2},
+    "adam_sqrt": ADAMW | {"optim__scaling": "adam_sqrt", "optim__base_size": 30, "optim__lr": 3e-3},
+    "half_life": ADAMW
+    | {"optim__beta2_scaling": "half_life", "optim__weight_decay_scaling": "linear", "optim__base_size": 30},
     "step": {"optim__schedule": "step", "optim__momentum_correction": False},
     "cosine": {"optim__schedule": "cosine"},
     "polynomial": {"optim__schedule": "polynomial"},
@@ -140,7 +144,7 @@ def assert_same_runs(outs: list[Path]) -> list[float]:
     return first[0]["train/loss"]
 
 
-@pytest.mark.parametrize("name", thinned(ALGORITHMS, lambda name: name not in ("rank_trace", "betas")))
+@pytest.mark.parametrize("name", thinned(ALGORITHMS, lambda name: name not in ("rank_trace", "betas", "half_life")))
 def test_ranks_and_micro_batches_change_nothing(crews, tmp_path, name):
     if name in ("lars", "lamb"):
         pytest.importorskip("timm", reason="timm is not installed")
@@ -175,6 +179,7 @@ def test_the_table_holds_every_algorithm():
     rows = [BASE | row for row in ALGORITHMS.values()]
     choices = {
         "optim__schedule": OptimConfig, "optim__scaling": OptimConfig,
+        "optim__beta2_scaling": OptimConfig, "optim__weight_decay_scaling": OptimConfig,
         "model__norm": ModelConfig, "train__length_unit": TrainConfig, "algorithm__local_sgd": AlgorithmConfig,
         "algorithm__weight_averaging": AlgorithmConfig, "algorithm__rank_measure": AlgorithmConfig,
     }  # fmt: skip

@@ -315,7 +315,8 @@ class OptimConfig(Section, affects="result"):
     """Number of epochs in which the learning rate rises from near 0 to its full value."""
     schedule: measures.Schedule = "constant"
     """Learning rate after warm-up: constant; step: multiplied by optim.gamma at each milestone; cosine and polynomial:
-    decays to 0 at the last step, along a half cosine or as (1 - t)^optim.power; grow: constant, and the global batch is
+    decays to 0 at the last step, along a half cosine or as (1 - t)^optim.power; wsd (warm-up, stable, decay): constant,
+    then falls linearly to 0 in the last optim.decay_fraction of the run; grow: constant, and the global batch is
     divided by optim.gamma at each milestone (Smith et al. 2018)."""
     milestones: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.5, 0.75)
     """Milestones of the step and grow schedules, as fractions of the run (0 to 1)."""
@@ -323,6 +324,9 @@ class OptimConfig(Section, affects="result"):
     """Factor of the step schedule for the learning rate; the grow schedule divides the global batch by it."""
     power: PositiveFloat = 2.0
     """Exponent of the polynomial schedule: lr * (1 - t)^power, t the completed fraction of the steps after warm-up."""
+
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Fraction of the steps of the run in which the wsd schedule falls (0 to 1)."""
 
     @property
     def is_own(self) -> bool:

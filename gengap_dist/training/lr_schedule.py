@@ -36,6 +36,15 @@ def warmup_steps(config: OptimConfig, *, global_size: int, steps_per_epoch: int)
     return round(config.warmup_epochs * factor * steps_per_epoch)
 
 
+def decay_steps(config: OptimConfig, num_steps: int) -> int:
+    """The number of steps in which the wsd schedule falls, at least one.
+
+    >>> decay_steps(OptimConfig(decay_fraction=0.25), num_steps=10)
+    2
+    """
+    return max(1, round(config.decay_fraction * num_steps))
+
+
 def lr_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: int, num_steps: int) -> float:
     """The learning rate of step number `step` (from 0) of `num_steps`.
 
@@ -43,6 +52,7 @@ def lr_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: 
 
         constant, grow: rate                                step: rate * gamma^(number of milestones m passed)
         cosine:         rate * (1 + cos(pi t)) / 2          polynomial: rate * (1 - t)^power
+        wsd:            rate * min(1, (num_steps - step) / D), D = round(decay_fraction * num_steps)   Hu et al. 2024
 
     A milestone m is passed at step round(m * num_steps).
 
@@ -59,6 +69,8 @@ def lr_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: 
     [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     >>> rates(schedule="polynomial", power=2.0)
     [0.5, 1.0, 1.0, 0.562, 0.25, 0.062]
+    >>> rates(schedule="wsd", decay_fraction=0.5)
+    [0.5, 1.0, 1.0, 1.0, 0.667, 0.333]
     """
     full = scaled_lr(config, global_size)
     warmup = warmup_steps(config, global_size=global_size, steps_per_epoch=steps_per_epoch)
@@ -72,6 +84,8 @@ def lr_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: 
             return full * (1 + math.cos(math.pi * t)) / 2
         case "polynomial":
             return full * (1 - t) ** config.power
+        case "wsd":
+            return full * min(1.0, (num_steps - step) / decay_steps(config, num_steps))
     return full
 
 
@@ -121,7 +135,8 @@ class Schedule:
         30
 
         Raises:
-            UsageError: if warm-up does not end before the run, or before the first milestone of step or grow.
+            UsageError: if warm-up does not end before the run, or before the first milestone of step or grow, or before
+                the decay of wsd.
         """
         train, optim = config.train, config.optim
         steps_per_epoch, num_steps = sampler.steps_per_epoch, train.steps or sampler.num_steps(train.epochs)
@@ -140,6 +155,9 @@ class Schedule:
         end, part = self.num_steps, "the run"
         if optim.schedule == "step" and optim.milestones:
             end, part = round(optim.milestones[0] * self.num_steps), "the part before the first of optim.milestones"
+        elif optim.schedule == "wsd":
+            end = self.num_steps - decay_steps(optim, self.num_steps)
+            part = "the part before the decay of optim.decay_fraction"
         elif len(sampler.phases) > 1:
             end, part = sampler.phases[1].step, "the part before the first of optim.milestones"
         if steps and steps >= end:

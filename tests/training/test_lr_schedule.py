@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gengap_dist.config.sections import OptimConfig
 from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
 from gengap_dist.errors import UsageError
-from gengap_dist.training.lr_schedule import Schedule, lr_at, momentum_at, scaled_lr, warmup_steps
+from gengap_dist.training.lr_schedule import Schedule, decay_steps, lr_at, momentum_at, scaled_lr, warmup_steps
 from gengap_dist.training.optimizer import build_optimizer
 from tests.conftest import config
 
@@ -48,6 +48,14 @@ def test_polynomial(power):
     assert found[10:] == pytest.approx([((30 - step) / 20) ** power for step in range(10, 31)])
 
 
+@pytest.mark.parametrize(("fraction", "decay"), [(0.2, 6), (0.01, 1), (0.5, 15)])
+def test_warmup_stable_decay(fraction, decay):
+    """A trapezoid: the last step of the run is one step above 0."""
+    found = rates(31, warmup_epochs=2.0, schedule="wsd", decay_fraction=fraction)
+    expected = [min((step + 1) / 10, 1.0, (30 - step) / decay) for step in range(31)]
+    assert found == pytest.approx(expected, abs=1e-15)
+
+
 def test_step_decays_at_its_milestones():
     found = rates(warmup_epochs=1.0, schedule="step", milestones=(0.5, 0.71, 0.9), gamma=0.2)
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 11 + [0.2] * 6 + [0.04] * 6 + [0.008] * 3)
@@ -59,7 +67,7 @@ def test_rates_that_stay(schedule):
 
 
 @given(
-    schedule=st.sampled_from(["constant", "step", "cosine", "polynomial", "grow"]),
+    schedule=st.sampled_from(["constant", "step", "cosine", "polynomial", "wsd", "grow"]),
     scaling=st.sampled_from(["none", "linear", "sqrt", "legw"]),
     epochs=st.integers(2, 40),
     steps_per_epoch=st.integers(1, 50),
@@ -77,7 +85,10 @@ def test_every_schedule_rises_to_the_full_rate_and_never_again(
     rise, num_steps = warmup_steps(settings, **sizes), epochs * steps_per_epoch * max(1, int(factor))
     found = [lr_at(step, settings, **sizes, num_steps=num_steps) for step in range(num_steps + 1)]
     full = scaled_lr(settings, sizes["global_size"])
-    milestones = [num_steps, *(round(m * num_steps) for m in settings.milestones if schedule == "step")]
+    milestones = [
+        num_steps - decay_steps(settings, num_steps) * (schedule == "wsd"),
+        *(round(m * num_steps) for m in settings.milestones if schedule == "step"),
+    ]
     top = max(0, rise - 1)  # the last step of warm-up has the full rate, and so has the next: no jump
     assert found[: top + 1] == sorted(found[: top + 1])
     assert found[top] == pytest.approx(full)
@@ -85,7 +96,7 @@ def test_every_schedule_rises_to_the_full_rate_and_never_again(
     if rise < min(milestones):
         assert found[rise] == pytest.approx(full)
     assert all(0 < rate <= full * (1 + 1e-12) for rate in found[:-1])
-    ends = {"cosine": 0.0, "polynomial": 0.0, "step": full / 4}
+    ends = {"wsd": 0.0, "cosine": 0.0, "polynomial": 0.0, "step": full / 4}
     assert found[-1] == pytest.approx(ends.get(schedule, full), abs=1e-12)
 
 
@@ -184,6 +195,7 @@ def test_legw_warms_up_for_the_small_batch_updates_whatever_the_length_unit(leng
             {"warmup_epochs": 3.0, "schedule": "step"},
             r"\(3\) are 30 steps, and the part before the first of optim.milestones has 25",
         ),
+        ({"warmup_epochs": 4.0, "schedule": "wsd"}, "40 steps, and .* before the decay of optim.decay_fraction has 40"),
         ({"warmup_epochs": 3.0, "schedule": "grow", "gamma": 0.5}, "30 steps, and .* the first .* has 20"),
     ],
 )

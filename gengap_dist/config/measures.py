@@ -10,7 +10,7 @@ Method = Literal["gram", "tsqr"]
 Diagnostic = Literal["noise_scale", "norms", "weights", "neural_collapse", "hessian", "keskar"]
 Strategy = Literal["single", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp"]
 Optimizer = Literal["sgd", "adamw", "lars", "lamb", "muon"]
-Schedule = Literal["constant", "step", "cosine", "polynomial", "wsd", "grow"]
+Schedule = Literal["constant", "step", "cosine", "polynomial", "wsd"]
 Norm = Literal["local", "ghost", "sync", "group", "none"]
 RankMeasure = Literal["logdet", "spread", "trace"]
 

@@ -231,6 +231,21 @@ class ModelConfig(Section, affects="result"):
     batch.ghost_size is set, else local."""
 
 
+class BatchChange(Section, affects="result"):
+    """An entry of batch.schedule."""
+
+    at: NonNegativeFloat
+    """Where this size begins, in batch.schedule_unit."""
+    size: PositiveInt
+    """The global batch from there on, in samples."""
+
+
+def _known_power(power: float) -> float:
+    if power not in (0.0, 0.5, 0.6, 1.0):
+        raise ValueError(f"batch.schedule_lr_power ({power:g}) is not known: choose 0, 0.5, 0.6 or 1")
+    return power
+
+
 class BatchConfig(Section, affects="result"):
     """The global batch, and its split into micro-batches."""
 
@@ -243,6 +258,45 @@ class BatchConfig(Section, affects="result"):
     which refuses auto."""
     ghost_size: PositiveInt | None = None
     """Samples per group of model.norm=ghost."""
+    schedule: tuple[BatchChange, ...] = ()
+    """Global batches that follow one another, such as [{at: 0, size: 32}, {at: 100000, size: 64}]: each begins with the
+    first step before which at least so much was done. The first is at 0, with batch.global_size, and sizes rise."""
+    schedule_unit: Literal["samples", "steps", "epochs"] = "samples"
+    """Unit of batch.schedule: training samples, optimizer steps, or passes over the training samples."""
+    schedule_lr_power: Annotated[float, AfterValidator(_known_power)] = 0.0
+    """alpha (0, 0.5, 0.6 or 1): with batch.schedule the learning rate of a step is times (B / B0)^alpha, B its global
+    batch and B0 the first."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All global batches of the run, in order."""
+        return tuple(change.size for change in self.schedule) or (self.global_size,)
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        ats, sizes = [change.at for change in self.schedule], self.sizes
+        if ats and (ats[0] != 0 or sizes[0] != self.global_size):
+            raise ValueError(
+                f"batch.schedule begins at {ats[0]:g} with {sizes[0]}: begin at 0 with batch.global_size "
+                f"({self.global_size})"
+            )
+        for before, after in zip(self.schedule, self.schedule[1:], strict=False):
+            if after.at <= before.at:
+                raise ValueError(
+                    f"batch.schedule has {after.size} at {after.at:g} after {before.size} at {before.at:g}: list the "
+                    "changes in order, each at a place of its own"
+                )
+            if after.size <= before.size:
+                raise ValueError(
+                    f"batch.schedule falls or stays, from {before.size} to {after.size} at {after.at:g}: choose sizes "
+                    "that rise"
+                )
+        if self.schedule_unit != "epochs" and (parts := [at for at in ats if at % 1]):
+            raise ValueError(
+                f"batch.schedule has a change at {parts[0]:g} {self.schedule_unit}: choose whole numbers, or "
+                "batch.schedule_unit=epochs"
+            )
+        return self
 
     @property
     def max_micro_size(self) -> int:
@@ -256,9 +310,10 @@ class BatchConfig(Section, affects="result"):
         if ghost is not None:
             if ghost < 2:
                 raise ValueError("batch.ghost_size (1) gives batch norm one sample for statistics: choose at least 2")
-            if self.global_size % ghost:
+            if uneven := [size for size in self.sizes if size % ghost]:
+                name = "batch.schedule" if self.schedule else "batch.global_size"
                 raise ValueError(
-                    f"batch.global_size ({self.global_size}) cannot be split into ghost groups of {ghost}: "
+                    f"{name} ({uneven[0]}) cannot be split into ghost groups of {ghost}: "
                     f"choose a multiple of {ghost}, or batch.ghost_size=null"
                 )
             if self.micro_size != "auto" and self.micro_size < ghost:
@@ -316,12 +371,11 @@ class OptimConfig(Section, affects="result"):
     schedule: measures.Schedule = "constant"
     """Learning rate after warm-up: constant; step: multiplied by optim.gamma at each milestone; cosine and polynomial:
     decays to 0 at the last step, along a half cosine or as (1 - t)^optim.power; wsd (warm-up, stable, decay): constant,
-    then falls linearly to 0 in the last optim.decay_fraction of the run; grow: constant, and the global batch is
-    divided by optim.gamma at each milestone (Smith et al. 2018)."""
+    then falls linearly to 0 in the last optim.decay_fraction of the run."""
     milestones: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.5, 0.75)
-    """Milestones of the step and grow schedules, as fractions of the run (0 to 1)."""
+    """Milestones of the step schedule, as fractions of the run (0 to 1)."""
     gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    """Factor of the step schedule for the learning rate; the grow schedule divides the global batch by it."""
+    """Factor of the step schedule for the learning rate."""
     power: PositiveFloat = 2.0
     """Exponent of the polynomial schedule: lr * (1 - t)^power, t the completed fraction of the steps after warm-up."""
 
@@ -393,11 +447,6 @@ class OptimConfig(Section, affects="result"):
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(
                 f"optim.milestones ({list(self.milestones)}) are not increasing: list each fraction once, in order"
-            )
-        if self.schedule == "grow" and abs(1 / self.gamma - round(1 / self.gamma)) > 1e-9:
-            raise ValueError(
-                f"optim.gamma ({self.gamma}) multiplies the batch by {1 / self.gamma:.3g}, which is not an integer: "
-                "choose 1 / n, such as 0.5, 0.2 or 0.1"
             )
         return self
 
@@ -751,10 +800,9 @@ class RunConfig(Section, affects="result"):
             raise ValueError(
                 f"train.length_unit (updates) {rule}: set optim.base_size and train.epochs, not train.steps"
             )
-        if optim.schedule == "grow" and (train.steps or train.length_unit == "updates"):
+        if self.batch.schedule and train.length_unit == "updates":
             raise ValueError(
-                "optim.schedule (grow) changes the number of updates per epoch: set train.epochs, with "
-                "train.length_unit=epochs and train.steps=null"
+                "batch.schedule changes the number of updates per epoch: set train.length_unit=epochs, or train.steps"
             )
         k = self.batch.global_size / (optim.base_size or self.batch.global_size)
         beta = min(optim.betas)
@@ -777,9 +825,10 @@ class RunConfig(Section, affects="result"):
     def _check_algorithm(self) -> Self:
         algorithm, batch, size = self.algorithm, self.batch, self.algorithm.penalty_size
         too_small = size and batch.micro_size != "auto" and batch.micro_size < size
-        if size and (batch.global_size % size or size % (batch.ghost_size or 1) or too_small):
+        if size and (any(each % size for each in batch.sizes) or size % (batch.ghost_size or 1) or too_small):
             raise ValueError(
-                f"algorithm.penalty_size ({size}) must divide batch.global_size ({batch.global_size}), be a multiple "
+                f"algorithm.penalty_size ({size}) must divide batch.global_size ({batch.global_size}) and the "
+                "sizes of batch.schedule, be a multiple "
                 f"of batch.ghost_size ({batch.ghost_size}) if that is set, and be at most batch.micro_size "
                 f"({batch.micro_size}): choose another"
             )
@@ -805,9 +854,8 @@ class RunConfig(Section, affects="result"):
                 )
                 + f": choose a multiple of {algorithm.workers * (group or 1)}"
             )
-        if algorithm.local_sgd and self.optim.schedule == "grow":
+        if algorithm.local_sgd and batch.schedule:
             raise ValueError(
-                f"algorithm.local_sgd ({algorithm.local_sgd}) needs a fixed batch: choose another optim.schedule "
-                "than grow"
+                f"algorithm.local_sgd ({algorithm.local_sgd}) needs a fixed batch: leave batch.schedule out"
             )
         return self

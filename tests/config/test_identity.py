@@ -45,7 +45,8 @@ CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is
     "launch.num_processes": {"model.norm": "none"},
     "launch.max_processes": {"model.norm": "none"},
 }
-VALUES = (2, 3, 0.5, 0.25, True, False, "other", "other:other", [3], [0.25], [0.5, 0.5], ["other"], {"CPU": 2.0})
+VALUES = (2, 3, 0.5, 0.25, True, False, "other", "other:other", [3], [0.25], [0.5, 0.5], ["other"])
+VALUES += ({"CPU": 2.0}, [{"at": 0, "size": 64}])
 
 
 def config(**given: Any) -> RunConfig:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gengap_dist.config.sections import OptimConfig
-from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.errors import UsageError
 from gengap_dist.training.lr_schedule import Schedule, decay_steps, lr_at, momentum_at, scaled_lr, warmup_steps
 from gengap_dist.training.optimizer import build_optimizer
@@ -61,13 +61,12 @@ def test_step_decays_at_its_milestones():
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 11 + [0.2] * 6 + [0.04] * 6 + [0.008] * 3)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "grow"])
-def test_rates_that_stay(schedule):
-    assert rates(schedule=schedule, gamma=0.5) == [1.0] * 30
+def test_rates_that_stay():
+    assert rates(schedule="constant", gamma=0.5) == [1.0] * 30
 
 
 @given(
-    schedule=st.sampled_from(["constant", "step", "cosine", "polynomial", "wsd", "grow"]),
+    schedule=st.sampled_from(["constant", "step", "cosine", "polynomial", "wsd"]),
     scaling=st.sampled_from(["none", "linear", "sqrt", "legw"]),
     epochs=st.integers(2, 40),
     steps_per_epoch=st.integers(1, 50),
@@ -119,7 +118,8 @@ def test_momentum_correction(name, corrected):
     for step in range(20):
         lr = lr_at(step, settings, **run)
         for group in optimizer.param_groups:
-            group["lr"], group["momentum"] = lr, momentum_at(step, settings, **run)
+            group["lr"] = lr
+            group["momentum"] = momentum_at(step, settings, lambda at: lr_at(at, settings, **run))
         used.append(optimizer.param_groups[0]["momentum"])
         layer.weight.grad = curvature * layer.weight.detach()
         optimizer.step()
@@ -135,17 +135,19 @@ def test_momentum_correction(name, corrected):
 def test_momentum_where_the_rate_is_nothing():
     """The last step of a cosine is never made; were it, nothing would move."""
     settings = OptimConfig(momentum=0.8, schedule="cosine", momentum_correction=False)
-    assert momentum_at(30, settings, **RUN) > 0
+    assert momentum_at(30, settings, lambda step: lr_at(step, settings, **RUN)) > 0
     settings = OptimConfig(momentum=0.8, schedule="polynomial", power=400, momentum_correction=False)
     assert lr_at(29, settings, **RUN) == 0.0
-    assert [momentum_at(step, settings, **RUN) for step in (0, 29)] == [0.8, 0.8]
+    assert [momentum_at(step, settings, lambda at: lr_at(at, settings, **RUN)) for step in (0, 29)] == [0.8, 0.8]
 
 
 def schedule(num_samples: int = 1000, **settings) -> Schedule:
     given = config(**settings)
-    return Schedule.of(
-        given, EpochSampler(num_samples, given.batch.global_size, 0, size_schedule=batch_size_schedule(given))
-    )
+    return Schedule.of(given, EpochSampler.of(given, num_samples))
+
+
+def ramp(*changes: tuple[float, int]) -> tuple[dict[str, float], ...]:
+    return tuple({"at": at, "size": size} for at, size in changes)
 
 
 def test_lengths():
@@ -153,9 +155,32 @@ def test_lengths():
     assert schedule(**sizes, train__epochs=3).num_steps == 30
     assert schedule(**sizes, train__steps=7).num_steps == 7
     assert schedule(**sizes, train__epochs=3, train__length_unit="updates").num_steps == 3 * 34
-    grown = schedule(batch__global_size=100, train__epochs=6, optim__schedule="grow", optim__gamma=0.5)
-    assert grown.num_steps == 3 * 10 + 5 + 2 * 3
-    assert [grown.lr(step) for step in (0, 20)] == [0.02, 0.02]
+
+
+RAMP = {"batch__global_size": 100, "batch__schedule_unit": "epochs", "train__epochs": 6}
+
+
+@pytest.mark.parametrize("power", [0, 0.5, 0.6, 1])
+def test_the_rate_of_a_batch_that_grows(power):
+    """Changes at epoch 3 and within epoch 4: 30 steps of 100, 8 of 200, then 400, times a trapezoid of the steps."""
+    grown = schedule(
+        **RAMP, batch__schedule=ramp((0, 100), (3, 200), (4.5, 400)), batch__schedule_lr_power=power,
+        optim__schedule="wsd", optim__decay_fraction=0.5, optim__lr=0.1, optim__momentum_correction=False,
+    )  # fmt: skip
+    assert grown.num_steps == 30 + 5 + 3 + 1 + 3
+    sizes = [100] * 30 + [200] * 8 + [400] * 4
+    want = [0.1 * (size / 100) ** power * min(1, (42 - step) / 21) for step, size in enumerate(sizes)]
+    assert [grown.lr(step) for step in range(42)] == pytest.approx(want)
+    assert grown.momentum(30) == pytest.approx(0.9 * want[29] / want[30])
+
+
+def test_a_batch_that_never_grows():
+    with pytest.raises(
+        UsageError, match=r"batch.schedule never starts with 200: that would be before step 71 of a run"
+    ):
+        schedule(**RAMP, batch__schedule=ramp((0, 100), (7, 200)))
+    with pytest.raises(UsageError, match=r"are 40 steps, and the part before the batch of batch.schedule grows has 30"):
+        schedule(**RAMP, batch__schedule=ramp((0, 100), (3, 200)), optim__warmup_epochs=4)
 
 
 def test_regime_adaptation_is_the_small_batch_step_for_step():
@@ -196,7 +221,6 @@ def test_legw_warms_up_for_the_small_batch_updates_whatever_the_length_unit(leng
             r"\(3\) are 30 steps, and the part before the first of optim.milestones has 25",
         ),
         ({"warmup_epochs": 4.0, "schedule": "wsd"}, "40 steps, and .* before the decay of optim.decay_fraction has 40"),
-        ({"warmup_epochs": 3.0, "schedule": "grow", "gamma": 0.5}, "30 steps, and .* the first .* has 20"),
     ],
 )
 def test_a_warmup_longer_than_the_run_is_refused(settings, says):

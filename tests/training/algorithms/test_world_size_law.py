@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gengap_dist.config.measures import Optimizer
-from gengap_dist.config.sections import AlgorithmConfig, ModelConfig, OptimConfig, TrainConfig
+from gengap_dist.config.sections import AlgorithmConfig, BatchConfig, ModelConfig, OptimConfig, TrainConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training.trainer import run
@@ -33,6 +33,10 @@ def small(num_classes: int, in_channels: int) -> nn.Module:
 
 def nadam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.NAdam(model.parameters(), lr=lr)
+
+
+def ramp(*changes: tuple[float, int]) -> tuple[dict[str, float], ...]:
+    return tuple({"at": at, "size": size} for at, size in changes)
 
 
 BASE: dict[str, Any] = {
@@ -79,11 +83,23 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "cosine": {"optim__schedule": "cosine"},
     "polynomial": {"optim__schedule": "polynomial"},
     "wsd": {"optim__schedule": "wsd", "optim__decay_fraction": 0.6},
-    "grow": {
-        "optim__schedule": "grow",
-        "optim__gamma": 0.5,
-        "optim__milestones": (0.34, 0.67),
+    "ramp": {  # 6 steps of 60, 15 of 120, 12 of 180: the kill is in the middle of it
+        "batch__schedule": ramp((0, 60), (360, 120), (2000, 180)),
+        "batch__schedule_lr_power": 0.6,
+        "optim__momentum_correction": False,
         "train__epochs": 3,
+    },
+    "ramp_epochs": {
+        "batch__schedule": ramp((0, 60), (0.7, 120)),
+        "batch__schedule_unit": "epochs",
+        "train__epochs": 2,
+    },
+    "ramp_steps": ADAMW
+    | {
+        "batch__schedule": ramp((0, 60), (9, 120)),
+        "batch__schedule_unit": "steps",
+        "batch__schedule_lr_power": 0.5,
+        "train__steps": 20,
     },
     "updates": {"train__length_unit": "updates", "optim__base_size": 40},
     "target": {"train__target_accuracy": 0.2, "train__stop_at_target": True},
@@ -146,7 +162,11 @@ def assert_same_runs(outs: list[Path]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "name", thinned(ALGORITHMS, lambda name: name not in ("rank_trace", "betas", "half_life", "polynomial"))
+    "name",
+    thinned(
+        ALGORITHMS,
+        lambda name: name not in ("rank_trace", "betas", "half_life", "polynomial", "ramp_epochs", "ramp_steps"),
+    ),
 )
 def test_ranks_and_micro_batches_change_nothing(crews, tmp_path, name):
     if name in ("lars", "lamb"):
@@ -183,6 +203,7 @@ def test_the_table_holds_every_algorithm():
     choices = {
         "optim__schedule": OptimConfig, "optim__scaling": OptimConfig,
         "optim__beta2_scaling": OptimConfig, "optim__weight_decay_scaling": OptimConfig,
+        "batch__schedule_unit": BatchConfig,
         "model__norm": ModelConfig, "train__length_unit": TrainConfig, "algorithm__local_sgd": AlgorithmConfig,
         "algorithm__weight_averaging": AlgorithmConfig, "algorithm__rank_measure": AlgorithmConfig,
     }  # fmt: skip

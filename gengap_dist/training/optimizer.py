@@ -76,7 +76,8 @@ def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
     """The matrices of a network for Muon, and all its other parameters.
 
     Matrices are the weights of layers (see `is_layer_weight`) with two dimensions, without those of embeddings and of
-    the output layer, which is the last layer in the order of the modules (Jordan et al. 2024).
+    the output layer (Jordan et al. 2024). That is the last layer in the order of the modules, unless a norm follows:
+    then the outputs are products with a parameter that is used twice, such as a table of tokens.
 
     >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2))
     >>> [[*parameter.shape] for parameter in hidden_matrices(model)[0]]
@@ -88,7 +89,10 @@ def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Param
     owned = [(each, *named) for each in model.modules() for named in each.named_parameters(recurse=False)]
     weights = [(module, parameter) for module, name, parameter in owned if is_layer_weight(module, name, parameter)]
     excluded = {parameter for module, parameter in weights if isinstance(module, nn.Embedding)}
-    excluded |= {parameter for _, parameter in weights[-1:]}
+    if weights:
+        modules = list(model.modules())
+        if not any(map(_is_norm, modules[modules.index(weights[-1][0]) + 1 :])):
+            excluded.add(weights[-1][1])
     chosen = {parameter for _, parameter in weights if parameter.ndim == 2} - excluded
     if not chosen:
         raise UsageError(
@@ -144,9 +148,12 @@ def is_layer_weight(module: nn.Module, name: str, parameter: nn.Parameter) -> bo
         return False
     if isinstance(module, LINEAR):
         return True
-    is_norm = "norm" in type(module).__name__.lower()
     is_matrix = sum(size > 1 for size in parameter.shape) > 1
-    return is_matrix and not is_norm and not any(word in name.lower() for word in NO_WEIGHTS)
+    return is_matrix and not _is_norm(module) and not any(word in name.lower() for word in NO_WEIGHTS)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _restore_step_count(lamb: torch.optim.Optimizer, *_: object) -> None:

@@ -298,6 +298,15 @@ def test_a_tied_output_layer_is_an_embedding():
     assert len(build_optimizer(OptimConfig(name="muon"), model).param_groups[0]["params"]) == 4
 
 
+def test_a_table_that_is_also_the_output_layer():
+    """As in many language models: the last matrix of the last block is then hidden, and a norm follows it."""
+    model = nn.Module()
+    model.tokens = nn.Parameter(torch.ones(9, 4))
+    model.block, model.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+    (found,) = build_optimizer(OptimConfig(name="muon"), model).param_groups[0]["params"]
+    assert found is model.block.weight
+
+
 def test_muon_without_a_matrix():
     with pytest.raises(UsageError, match=r"optim.name \(muon\) is for the matrices between.*choose adamw"):
         build_optimizer(OptimConfig(name="muon"), nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2)))

@@ -35,7 +35,8 @@ LAYERS = {"mlp": ("fc1", "fc2"), "lenet5": ("fc1", "fc2")}
 """Penalised layers by network, the last hidden one last."""
 LABEL_POINTS = 0.11  # of accuracy: height of a label
 COMMON_STEP = 215  # a measurement of every arm, after the warm-up
-WEIGHTS = ("fc1.affine", "fc2.affine", "head")
+WEIGHTS = {"mlp": ("fc1.affine", "fc2.affine", "head"), "lenet5": ("fc1.affine", "fc2.affine", "fc3")}
+"""Layers by network whose norms of weights are shown."""
 
 
 def studies(results: Path = RESULTS) -> dict[str, StudyData]:
@@ -290,8 +291,8 @@ def measures(study: StudyData) -> str:
 
 def scale(study: StudyData) -> str:
     """Scale of activations and of weights, divided by that of the untrained network, and the size of updates."""
-    names = layers(study)
-    head = ["arm", *(f"tr C, {name}" for name in names), *(f"weights, {name}" for name in WEIGHTS)]
+    names, weights = layers(study), WEIGHTS[model_name(study)]
+    head = ["arm", *(f"tr C, {name}" for name in names), *(f"weights, {name}" for name in weights)]
     head += ["distance from init", f"update of step {COMMON_STEP}", "penalty's gradient", "test accuracy, %"]
     rows = []
     for arm in study.arms:
@@ -303,7 +304,7 @@ def scale(study: StudyData) -> str:
                     *(f"{ratio(runs, lambda line, name=name: squared(line, f'{name}/centred')):.2f}" for name in names),
                     *(
                         f"{ratio(runs, lambda line, name=name: squared(line, f'{name}/weight') ** 0.5):.2f}"
-                        for name in WEIGHTS
+                        for name in weights
                     ),
                     f"{np.mean([last(run, 'distance_from_init') for run in runs]):.2f}",
                     f"{1000 * np.mean([update_at(run, COMMON_STEP) for run in runs]):.2f}e-3",
@@ -319,7 +320,12 @@ def scale(study: StudyData) -> str:
 
 def layers(study: StudyData) -> tuple[str, ...]:
     """The penalised layers of a study."""
-    return LAYERS[study.info["config"]["model"]["name"]]
+    return LAYERS[model_name(study)]
+
+
+def model_name(study: StudyData) -> str:
+    """The network of all arms."""
+    return study.info["config"]["model"]["name"]
 
 
 def last(run: RunData, name: str) -> float:

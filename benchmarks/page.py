@@ -20,7 +20,7 @@ import verdicts
 from matplotlib.figure import Figure
 from tables import fill, table
 
-from gengap_dist.analysis.report.plotting import ACCENT, INK, QUIET, SOFT, STYLE, WARM
+from gengap_dist.analysis.report.plotting import ACCENT, INK, QUIET, SOFT, STYLE, WARM, plain_tick_labels
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLOUR = {"ours": ACCENT, "peer": WARM, "limit": QUIET}
@@ -77,6 +77,7 @@ def draw_verdicts(path: Path) -> None:
             by_loss.plot(curve.losses, 100 * curve.scores, color=color, linewidth=1.4)
         for axes in (by_updates, by_loss):
             axes.set_xscale("log")
+            plain_tick_labels(axes.xaxis)
         by_loss.invert_xaxis()
         by_updates.set_xlabel("updates")
         by_loss.set_xlabel("training loss")

@@ -35,10 +35,10 @@ def main() -> None:
     elif name == "--version":
         print(f"gengap_dist {__version__}")
     else:
-        from gengap_dist.errors import did_you_mean
+        from gengap_dist.errors import did_you_mean, visible
 
         near = did_you_mean(name, [*COMMANDS])
-        print(f"gengap: {name} is not a command{near}: choose {', '.join(COMMANDS)}", file=sys.stderr)
+        print(visible(f"gengap: {name} is not a command{near}: choose {', '.join(COMMANDS)}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -6,6 +6,8 @@ import sys
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from gengap_dist.errors import visible
+
 MIN_CHARACTERS = 6  # of a secret in the environment: a shorter one may be part of any word
 _IN_WEB_ADDRESS = re.compile(r"\b(https?://)([^\s/?#\"<>]*)@")
 _IN_OTHER_ADDRESS = re.compile(r"(://[^\s/?#\"<>:@]*):[^\s/?#\"<>]*@")
@@ -51,6 +53,11 @@ def redacted(text: str) -> str:
         if len(value) >= MIN_CHARACTERS and is_secret(name):
             text = text.replace(value, "***")
     return text
+
+
+def printable(text: str) -> str:
+    """A message as it is printed: without secrets, and without control characters, which act on terminals."""
+    return visible(redacted(text))
 
 
 def is_secret(variable: str) -> bool:

@@ -2,9 +2,16 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+MAX_SENTENCE = 300
+CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # all but tabs and ends of lines
+    r"\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\U000e0000-\U000e007f"  # they reorder or hide what follows
+    r"\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff]"  # no characters, in files of UTF-8 or XML
+)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of a file
 
 
@@ -64,3 +71,37 @@ def first_of(names: Sequence[str], num: int = 5) -> str:
     ('a, b, ...', 'a, b')
     """
     return ", ".join(names[:num]) + ", ..." * (len(names) > num)
+
+
+def visible(text: str) -> str:
+    r"""A text of names from anywhere, with control characters as Python writes them: they act on terminals and readers.
+
+    >>> visible("\x1b[31mred\n"), visible("a\u202eb"), visible("größe\t1")
+    ('\\x1b[31mred\n', 'a\\u202eb', 'größe\t1')
+    """
+    return CONTROL.sub(lambda char: char[0].encode("unicode_escape").decode(), text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text with at most `limit` characters: a longer one loses its middle.
+
+    >>> shortened("abcdefghijklmnop", 11), shortened("abc", 11)
+    ('abc ... nop', 'abc')
+    """
+    half = (limit - 5) // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+
+
+def one_sentence(text: str) -> str:
+    r"""A message on one line, of at most MAX_SENTENCE characters: its longest words, as paths, are shortened if needed.
+
+    >>> one_sentence("seed (\x1b[2J)\nis  odd")
+    'seed (\\x1b[2J) is odd'
+    >>> one_sentence(f"the data of /{'a' * 400} are not those of /{'b' * 400}").count("aaaa ... aaaa")
+    1
+    """
+    words = visible(text).split()
+    for limit in (120, 80, 60, 40):
+        if len(" ".join(words)) > MAX_SENTENCE:
+            words = [shortened(word, limit) for word in words]
+    return shortened(" ".join(words), MAX_SENTENCE)

@@ -23,7 +23,7 @@ import pytest
 import yaml
 from check_jsonschema.builtin_schemas import get_builtin_schema
 
-from gengap_dist.cli.options import Options, TrainSettings, parse
+from gengap_dist.cli.options import Options, parse
 from gengap_dist.config.loading import resolve
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
@@ -61,7 +61,7 @@ def load(path):
 def check_train(words: list[str]) -> RunConfig:
     """The settings of `... -m gengap_dist.train WORDS`; raises UsageError if `train` would not take them."""
     argv = words[words.index("gengap_dist.train") + 1 :]
-    options, overrides = parse(TrainSettings, Options, argv, prog="gengap train", description="")
+    options, overrides = parse(Options, argv, prog="gengap train", description="", settings=RunConfig)
     assert options.resume, "a launch file starts runs that go on"
     assert options.out is not None
     # the images have the repository's configs in /app

@@ -6,12 +6,12 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from gengap_dist.analysis.group_runs import gather
 from gengap_dist.analysis.report.html import write_report
 from gengap_dist.analysis.study_data import comparison_run, read_study
+from gengap_dist.cli.console import PlainConsole
 from gengap_dist.cli.terminal import layer_table
 from gengap_dist.config.loading import validate
 from gengap_dist.config.metric_key import LayerKey, MetricKey, layer_metric
@@ -88,7 +88,7 @@ def test_layers_with_odd_names_are_measured_compared_reported_and_read_back(tmp_
                 assert measures[name] == small.mean(), name
                 of_layers.discard(name)
             assert not of_layers
-    console = Console(width=500, file=io.StringIO(), record=True)
+    console = PlainConsole(width=900, file=io.StringIO(), record=True)
     console.print(layer_table(here.runs[0]))
     assert "[red]" in console.export_text()
     page = write_report(here)

@@ -5,16 +5,17 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.analysis.study_data import MEASURED_AT, RunData, StudyData, read_study, tuned_settings
+from gengap_dist.analysis.study_data import MEASURED_AT, RunData, StudyData, read_run, read_study, tuned_settings
+from gengap_dist.config.file_names import file_name_problem
 from gengap_dist.config.identity import counterpart_key, differing_settings, effective_settings
 from gengap_dist.config.loading import flat, user_path
 from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.credentials import command_line, without_logins
 from gengap_dist.errors import UsageError, first_of
 from gengap_dist.runs import run_folder
+from gengap_dist.runs.links import check_links
 from gengap_dist.runs.metric import value_on_test
 from gengap_dist.runs.mixtures import changed_data, different_kinds
-from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo, StudyMember
 from gengap_dist.tracking.mlflow.client import connect_client, describe, store_uri
 from gengap_dist.tracking.mlflow.importer import SourceNames, find_runs, save_as_run_folder
@@ -119,12 +120,13 @@ def gather(
     for source in sources:
         for each in _from_mlflow(source, out, names, uri) if ":/" in source else _on_disk(user_path(source), studies):
             of.setdefault(each.folder, each)
+    problems += [f"{folder}: {text}" for folder, study in studies.items() for text in study.left_out]
     runs: list[RunData] = []
     for each in of.values():
         try:
             runs.append(_checked_run(each))
-        except (UsageError, KeyError, TypeError, ValueError, AttributeError) as error:
-            problems.append(f"{each.folder} is left out: it is not a complete run folder ({error})")
+        except UsageError as error:
+            problems.append(f"{each.folder} is left out: {error}")
     if not runs:
         raise UsageError(f"no run can be read from {', '.join(sources)}: give folders that hold a run.json")
     if not any(value_on_test(run.info) is not None for run in runs):
@@ -188,14 +190,12 @@ def _checked_run(source: Source) -> RunData:
         UsageError: if it does not.
     """
     user_path(source.folder)  # it is recorded in study.json
-    run = source.run or RunData(source.folder, source.arm, read_info(source.folder).content())
-    value, size, seed = value_on_test(run.info), run.global_size, run.seed
-    if isinstance(seed, bool) or not isinstance(seed, int) or not isinstance(size, int):
-        raise UsageError(f"its seed ({seed}) and batch ({size}) are not integers: correct its run.json")
+    if not (run := source.run):
+        run = read_run(source.folder, source.arm)
+        run.check()
+    value = value_on_test(run.info)
     if value is not None and run.metric.unit == "share" and not 0 <= value <= 1:
         raise UsageError(f"its test {run.metric.name} ({value}) is not between 0 and 1: correct its run.json")
-    run.check()
-    _ = run.info["status"], effective_settings(flat(run.info["config"]))
     return run
 
 
@@ -218,10 +218,12 @@ def _on_disk(folder: Path, known: dict[Path, StudyData]) -> Iterator[Source]:
 
     def study_in(path: Path) -> StudyData:
         if path not in known:
+            check_links(path, unread=("checkpoints",))
             known[path] = read_study(path)
         return known[path]
 
     for path in loose:
+        check_links(path, unread=("checkpoints",))
         parent = _study_folder(path)
         yield _of_study(path, path.parent.name, study_in(parent)) if parent else Source(path)
     for study in map(study_in, sorted(studies)):
@@ -265,6 +267,8 @@ def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) ->
     try:
         client = connect_client(address)
         for run in find_runs(client, source):
+            if problem := file_name_problem(run.info.run_id):  # a server may send anything
+                raise UsageError(f"the id of a run ({run.info.run_id!r:.60}) {problem}: ask who runs this server")
             folder = out / "runs" / run.info.run_id
             save_as_run_folder(client, run, folder, names, _is_compared)
             tags = run.data.tags
@@ -274,7 +278,7 @@ def _from_mlflow(source: str, out: Path, names: SourceNames, uri: str | None) ->
         raise
     except Exception as error:
         reason = describe(error)[:300]
-        raise UsageError(f"MLflow at {shown} cannot be read ({reason}): check --tracking_uri") from None
+        raise UsageError(f"MLflow at {shown} cannot be read ({reason}): check --mlflow.tracking_uri") from None
 
 
 def _is_compared(name: str) -> bool:

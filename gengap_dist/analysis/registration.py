@@ -1,8 +1,9 @@
 """Whether the configuration of a study was committed before its first run, as a sentence."""
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
+
+from gengap_dist.runs.schema import to_time
 
 
 def registration_sentence(registration: Mapping[str, Any] | None, started: Sequence[str]) -> str:
@@ -41,11 +42,6 @@ def _first(registration: Mapping[str, Any], started: Sequence[str]) -> str:
     commit, date = registration.get("commit"), registration.get("committed")
     if not commit or not date:
         return f"{subject} was not committed when the study was started."
-    first = min((_time(each) for each in started), default=None)
-    relation = "before" if first is None or _time(date) < first else "after"
+    first = min((to_time(each) for each in started), default=None)
+    relation = "before" if first is None or to_time(date) < first else "after"
     return f"{subject} was committed {relation} the first run (date of its commit {commit[:12]})."
-
-
-def _time(text: str) -> datetime:
-    time = datetime.fromisoformat(text)
-    return time if time.tzinfo else time.replace(tzinfo=UTC)

@@ -29,7 +29,7 @@ from gengap_dist.runs.run_folder import (
     read_test_correct,
     spectra_by_step,
 )
-from gengap_dist.runs.schema import RunStatus
+from gengap_dist.runs.schema import REMEDY, RunStatus
 from gengap_dist.statistics.paired import Paired
 
 PENALTY_NORM = "train/rank_penalty_grad_norm"
@@ -94,6 +94,8 @@ class RunData:
     folder: Path
     arm: str
     info: dict[str, Any] = field(repr=False)
+    damaged: list[str] = field(default_factory=list, repr=False)
+    """One sentence for each damaged file of spectra that was asked for."""
 
     @property
     def seed(self) -> int:
@@ -121,6 +123,12 @@ class RunData:
         result = self.info.get("result") or {}
         return result.get("samples_per_second", result.get("images_per_second"))  # its name in schema 1
 
+    @property
+    def max_time_fraction(self) -> float:
+        """`probe.max_time_fraction`; nan if it is not known."""
+        fraction = _section(self.info, "probe").get("max_time_fraction")
+        return math.nan if fraction is None else fraction
+
     def in_arm(self, arm: str) -> "RunData":
         """The same run in another arm, with what was read of it."""
         out = replace(self, arm=arm)
@@ -141,15 +149,15 @@ class RunData:
         return self._recorded.num_epochs
 
     def check(self) -> None:
-        """Read the metrics that the report needs, to detect damage.
+        """Read what every comparison needs, to detect damage.
 
         Raises:
-            ValueError: if the metrics are damaged, or those of a finished run are missing.
+            UsageError: if it is damaged, or that of a finished run is missing.
         """
         has_metrics = any((self.folder / name).exists() for name in ("metrics.jsonl", "metrics.npz"))
         if not has_metrics and self.info["status"] == RunStatus.FINISHED:
-            raise ValueError("it has finished, and its metrics are missing")
-        _ = self._recorded
+            raise UsageError(f"{self.folder} is damaged: it has finished, and its metrics are missing; {REMEDY}")
+        _ = self._recorded, self.test_correct()
 
     def series(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
         """Values of `against` and of `name` at the steps where `name` was recorded.
@@ -205,8 +213,12 @@ class RunData:
         return [*spectra_by_step(self.folder / "spectra")]
 
     def spectra(self, step: int) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
-        """Layer key to singular values and their metadata, at one step."""
-        return load_spectra(self.folder / "spectra" / f"step_{step:08d}.npz")
+        """Layer key to singular values and their metadata, at one step; {} if the file is damaged."""
+        try:
+            return load_spectra(self.folder / "spectra" / f"step_{step:08d}.npz")
+        except UsageError as error:
+            self.damaged.extend({str(error)} - {*self.damaged})
+            return {}
 
 
 @dataclass(frozen=True)
@@ -221,7 +233,13 @@ class StudyData:
     runs: list[RunData]
     info: dict[str, Any] = field(repr=False)
     unreadable: list[str] = field(default_factory=list)
-    """One sentence for each run folder with a missing or damaged run.json."""
+    """One sentence for each run folder that is damaged."""
+
+    @property
+    def left_out(self) -> list[str]:
+        """One sentence for each run that cannot be read, and each damaged file of spectra that a figure needed."""
+        spectra = [f"Spectra are left out of the figures: {text}" for run in self.runs for text in run.damaged]
+        return [*(f"A run is left out of the report: {text}" for text in self.unreadable), *spectra]
 
     def runs_of(self, arm: str) -> list[RunData]:
         """Runs of one arm, by seed."""
@@ -342,8 +360,8 @@ class StudyData:
     def layer_keys(self) -> list[str]:
         """Keys of the measured layers on raw activations, in the model's order."""
         for run in self.runs:
-            if steps := run.spectra_steps():
-                return [key for key in run.spectra(steps[0]) if not LayerKey.parse(key).centred]
+            if (steps := run.spectra_steps()) and (keys := run.spectra(steps[0])):
+                return [key for key in keys if not LayerKey.parse(key).centred]
         return []
 
 
@@ -477,25 +495,30 @@ def read_run(folder: Path, arm: str | None = None) -> RunData:
     """Read one run folder.
 
     Raises:
-        UsageError: if it is not a run folder.
+        UsageError: if it is not a run folder, or its settings have no global batch size.
     """
-    return RunData(folder, arm or folder.name, read_info(folder).content())
+    info = read_info(folder)
+    if info.global_size is None:
+        path = folder / info.file_name
+        raise UsageError(f"{path} has no config.batch.global_size, by which runs are compared: add it")
+    return RunData(folder, folder.name if arm is None else arm, info.content())
 
 
 def read_study(folder: Path) -> StudyData:
     """Read a study folder, or a run folder as a study of one arm.
 
     Raises:
-        UsageError: if it is neither.
+        UsageError: if it is neither, or a single run is damaged.
     """
     if not (folder / "study.json").exists():
         run = read_run(folder)
+        run.check()
         return StudyData(folder, folder.name, "", run.arm, [run.arm], [run], run.info)
     info = read_study_info(folder)
     if info.members is None:
         members = [(path, path.parent.name) for path in sorted(folder.glob("runs/*/*")) if path.is_dir()]
     else:
-        members = [(Path(member.folder), member.arm) for member in info.members]
+        members = [(folder / member.folder, member.arm) for member in info.members]
     runs, unreadable = [], []
     for path, arm in ((path, arm) for path, arm in members if arm in info.arms):
         try:
@@ -504,6 +527,4 @@ def read_study(folder: Path) -> StudyData:
             runs += [run] if run.seed in info.seeds else []
         except UsageError as error:
             unreadable.append(str(error).replace(f"{folder}/", ""))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            unreadable.append(f"{path} is damaged ({type(error).__name__}: {error})")
     return StudyData(folder, info.name, info.question, info.baseline, info.arms, runs, info.content(), unreadable)

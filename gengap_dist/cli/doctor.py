@@ -2,7 +2,7 @@
 
 Examples:
   gengap doctor                                        for the default run: LeNet-5 on digits, MLflow in a file
-  gengap doctor --config configs/lenet5_fashionmnist.yaml --data.root DIR
+  gengap doctor --config configs/demo_train.yaml
   gengap doctor --launch.launcher ray --launch.ray_address head:6379 --launch.strategy zero2 --json
 
 Exit code: 0 the config can run (parts that it does not need may be missing); 1 a part that it needs is broken; 2 usage.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gengap_dist.cli.exit_codes import FAILED, OK, run_command
-from gengap_dist.cli.options import DoctorOptions, DoctorSettings, parse
+from gengap_dist.cli.options import DoctorOptions, parse
 from gengap_dist.config.loading import resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 
@@ -23,16 +23,15 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red", "absent": "dim"}
 
 def command(argv: Sequence[str]) -> int:
     """Run all checks in parallel, print a table and a verdict; returns the exit code."""
-    options, overrides = parse(DoctorSettings, DoctorOptions, argv, prog=PROG, description=str(__doc__))
+    options, overrides = parse(DoctorOptions, argv, prog=PROG, description=str(__doc__), settings=RunConfig)
     config = resolve(RunConfig, options.config, overrides)
     if options.print_config:
         print(to_yaml(config), end="")
         return OK
-    from rich.console import Console
-
+    from gengap_dist.cli.console import PlainConsole
     from gengap_dist.preflight.doctor_checks import CheckRequest, run_checks
 
-    with Console(stderr=True).status("checking") as spinner:
+    with PlainConsole(stderr=True).status("checking") as spinner:
         results = run_checks(
             CheckRequest(config, options.out), lambda waiting: spinner.update(f"checking {', '.join(waiting)}")
         )
@@ -61,13 +60,12 @@ def _verdict(failed: list[str], warned: list[str]) -> str:
 
 
 def _print(results: "dict[str, Any]", verdict: str) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=80)
+    from gengap_dist.cli.console import PlainConsole
+
+    console = PlainConsole(width=80)
     table = Table(box=None, pad_edge=False)
     for head in ("", "what", "found, and -> remedy"):
         table.add_column(head, no_wrap=head in ("", "what"), overflow="fold")
@@ -75,7 +73,7 @@ def _print(results: "dict[str, Any]", verdict: str) -> None:
         remedy = f"\n-> {result.remedy}" if result.remedy and result.status != "ok" else ""
         table.add_row(Text(result.status, COLOURS[result.status]), name, Text(result.found + remedy))
     console.print(table)
-    console.print(verdict, highlight=False, soft_wrap=True)
+    console.print_line(verdict)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

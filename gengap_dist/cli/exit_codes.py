@@ -12,10 +12,11 @@ from typing import Never
 
 from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.compat.standard_streams import keep_streams, lost_output
-from gengap_dist.credentials import redacted, without_logins
+from gengap_dist.compat.warnings_as_text import format_warnings
+from gengap_dist.credentials import printable, without_logins
 from gengap_dist.distributed.launchers.base import started_externally
 from gengap_dist.distributed.preemption import Preempted
-from gengap_dist.errors import OutOfMemory, UsageError, explaining_full_disk
+from gengap_dist.errors import OutOfMemory, UsageError, explaining_full_disk, one_sentence
 
 FIRST_RANK_SECONDS = 15.0  # the first rank of a machine prints an error; the others wait this long for it
 
@@ -39,6 +40,7 @@ def run_command(
     if isinstance(sys.stdout, io.TextIOWrapper):  # in many locales not every name can be printed
         sys.stdout.reconfigure(errors="replace")
     keep_streams()
+    format_warnings(printable)
     if os.environ.get("RANK", "0") == "0" and any(without_logins(word) != word for word in argv):
         warn(prog, "a password on a command line can be read by all users of this machine: give it by the environment")
     code = _outcome(prog, command, argv)
@@ -64,7 +66,7 @@ def _ensure_home(prog: str) -> None:
 
 def warn(prog: str, text: str) -> None:
     """Print one sentence on stderr; the command goes on."""
-    print(redacted(f"{prog}: warning: {text}"), file=sys.stderr, flush=True)
+    print(printable(f"{prog}: warning: {text}"), file=sys.stderr, flush=True)
 
 
 def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
@@ -77,7 +79,8 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
             _print_error(prog, str(error), debug, every_rank=True)
         return USAGE
     except UsageError as error:
-        _print_error(prog, str(error), debug, wait_seconds=0.0 if error.was_told_to_end else FIRST_RANK_SECONDS)
+        sentence = str(error) if debug else one_sentence(str(error))
+        _print_error(prog, sentence, debug, wait_seconds=0.0 if error.was_told_to_end else FIRST_RANK_SECONDS)
         return USAGE
     except Preempted as error:
         _print_error(prog, str(error), debug)
@@ -105,5 +108,5 @@ def _print_error(prog: str, message: str, debug: bool, *, every_rank: bool = Fal
             time.sleep(wait_seconds)
         prog = f"{prog}, rank {rank}"  # the error may concern only this rank
     if debug:
-        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-    print(redacted(f"{prog}: {message}"), file=sys.stderr)
+        print(printable(traceback.format_exc()), end="", file=sys.stderr)
+    print(printable(f"{prog}: {message}"), file=sys.stderr)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, USAGE, run_command, warn
-from gengap_dist.cli.options import PlanOptions, PlanSettings, parse
+from gengap_dist.cli.options import PlanOptions, parse
 from gengap_dist.config.loading import load_yaml, resolve, to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig
@@ -30,7 +30,7 @@ _warn = partial(warn, PROG)
 
 def command(argv: Sequence[str]) -> int:
     """Print the plan; returns the exit code."""
-    options, overrides = parse(PlanSettings, PlanOptions, argv, prog=PROG, description=str(__doc__))
+    options, overrides = parse(PlanOptions, argv, prog=PROG, description=str(__doc__), settings=StudyConfig)
     is_study = "study" in overrides or any("study" in load_yaml(file) for file in options.config)
     config = resolve(StudyConfig if is_study else RunConfig, list(options.config), overrides)
     if options.print_config:
@@ -54,7 +54,8 @@ def _plan_run(config: RunConfig, options: PlanOptions) -> int:
         assert plan.data
         assert plan.batch
         constants = calibrate(config, plan.data, plan.batch.micro_sizes[1], constants)
-        save(constants, options.constants)
+        if problem := save(constants, options.constants):
+            _warn(problem)
         plan = make_plan(config, cluster, constants)
     if options.as_json:
         print(json.dumps(plan.as_json(), indent=1))

@@ -4,13 +4,12 @@ Examples:
   gengap probe --model lenet5                             an untrained LeNet-5 on digits
   gengap probe --model runs/lb4096                        a run's last weights and its untrained network, on the
                                                           run's own data and probe set
-  gengap probe --model runs/lb4096@best --diagnostics hessian keskar --out probes/lb4096
-  gengap probe --model torchvision:vgg16 --data cifar10 --data_root DIR --views flatten --num_samples 128 256 512 1024
-  gengap probe --model timm:resnet18 --weights resnet18.pt --layers auto 'layer*.*' --out probes/mine --mlflow
+  gengap probe --model runs/lb4096@best --probe.diagnostics hessian,keskar --out probes/lb4096
+  gengap probe --model torchvision:vgg16 --data.name cifar10 --data.root DIR --probe.num_samples 128,256,512,1024
+  gengap probe --model timm:resnet18 --weights resnet18.pt --probe.layers 'auto,layer*.*' --out probes/mine --mlflow
   torchrun --nproc_per_node 2 -m gengap_dist probe --model my.module:make
 """
 
-import argparse
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gengap_dist.cli.exit_codes import OK, run_command
-from gengap_dist.cli.options import Parser
-from gengap_dist.config.loading import load_yaml, merge, nested, user_path, validate
-from gengap_dist.config.measures import PROBE_DIAGNOSTICS
+from gengap_dist.cli.options import ProbeOptions, parse
+from gengap_dist.config.loading import flat, load_yaml, merge, user_path, validate
+from gengap_dist.config.own_code import check_trusted
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.links import check_links
 
 if TYPE_CHECKING:  # torch is slow to import, and --help does not need it
     from torch import Tensor
@@ -34,7 +34,7 @@ PROG = "gengap probe"
 
 def command(argv: Sequence[str]) -> int:
     """Measure, print a table, and with --out write spectra, figures and a report; returns the exit code."""
-    options = _parse(argv)
+    options, overrides = read_options(argv)
     folder, which_weights = _split_run_and_step(options.model)
     is_run = (folder / "run.json").exists()
     if folder.is_dir() and not is_run:
@@ -42,8 +42,13 @@ def command(argv: Sequence[str]) -> int:
     if options.mlflow and not options.out:
         raise UsageError("--mlflow sends what is in --out: add --out DIR")
     # use all settings of the run except launch: it may have run on GPUs or under Ray
-    base = load_yaml(folder / "config.yaml") | {"launch": {}} if is_run else {"model": {"name": options.model}}
-    config = _config(options, base)
+    if is_run:
+        check_links(folder)
+        base = load_yaml(folder / "config.yaml", of_run=True) | {"launch": {}}
+        config = validate(RunConfig, merge(base, overrides))
+        check_trusted(config.model_dump(), flat(overrides), folder / "config.yaml")
+    else:
+        config = validate(RunConfig, merge(overrides, {"model": {"name": options.model}}))
     out = user_path(options.out.resolve()) if options.out else None
 
     from gengap_dist.distributed.process_group import destroy_process_group, init_process_group
@@ -63,7 +68,7 @@ def command(argv: Sequence[str]) -> int:
     return OK
 
 
-def _show(options: argparse.Namespace, config: RunConfig, observations: list[Any], out: Path | None) -> None:
+def _show(options: ProbeOptions, config: RunConfig, observations: list[Any], out: Path | None) -> None:
     from gengap_dist.cli.terminal import print_observation, wide_console
 
     step, last = observations[-1]
@@ -74,16 +79,16 @@ def _show(options: argparse.Namespace, config: RunConfig, observations: list[Any
     from gengap_dist.analysis.report.html import write_report
     from gengap_dist.analysis.study_data import read_study
 
-    print_line = wide_console().print
+    console = wide_console()
     page = write_report(read_study(out))
     paths = f"spectra  {out / 'spectra'}\nfigures  {out / 'figures'}\nreport   {page}"
-    print_line(paths, highlight=False, markup=False, soft_wrap=True)
+    console.print_line(paths)
     if options.mlflow:
         from gengap_dist.analysis.report.text import ui_command
         from gengap_dist.tracking.mlflow.process import sync_now
 
         uri = sync_now(out, options.tracking_uri, lambda name, done, total: None)
-        print_line(f"mlflow   {ui_command(uri)}", highlight=False, markup=False, soft_wrap=True)
+        console.print_line(f"mlflow   {ui_command(uri)}")
 
 
 def _split_run_and_step(model: str) -> tuple[Path, str]:
@@ -133,62 +138,19 @@ def _of_file(weights: Path | None) -> "list[Network]":
         return [(0, Path(), None)]
     from gengap_dist.runs import checkpoint
 
-    state = checkpoint.load(weights)
-    for key in ("model", "state_dict"):  # keys under which many tools nest the state dict
-        state = state.get(key, state)
-    return [(0, weights, None), (1, weights, state)]
+    return [(0, weights, None), (1, weights, checkpoint.load_weights(weights))]
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def read_options(argv: Sequence[str]) -> tuple[ProbeOptions, dict[str, Any]]:
+    """The options on the command line, and the settings there."""
+    return parse(
+        ProbeOptions,
+        argv,
+        prog=PROG,
+        description=str(__doc__),
+        settings=RunConfig,
+        only=("data.", "probe.", "seed", "train.dtype", "model.name", "task.name"),
     )
-    add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        help="lenet5, vgg16, resnet20 (44, 56, 110), f1, c1, mlp, torchvision:NAME, timm:NAME, module.path:factory, "
-        "or the folder of a run: RUN_DIR (its last weights), RUN_DIR@best, RUN_DIR@STEP, RUN_DIR@0 (untrained)",
-    )
-    add("--weights", type=user_path, metavar="FILE", help="state dict for the model (torch.save); a run has its own")
-    add("--data", help="data set: digits (default), mnist, fashion_mnist, cifar10, cifar100, imagefolder")
-    add("--data_root", help="folder with the files of the data set")
-    add("--image_size", type=int, help="side of the images; smaller ones are zero-padded (default 32)")
-    add("--num_samples", type=int, nargs="+", help="training images in the probe set; several numbers give rank by N")
-    add("--layers", nargs="+", help="auto (every non-linearity and residual block; default), layer names or globs")
-    add("--views", nargs="+", help="channel, token, pool, flatten: how an activation is reshaped to a matrix")
-    add("--method", help="gram (default) or tsqr (slower, lower floor)")
-    add("--memory_mib", type=int, help="memory limit of the probe on each rank (default 512)")
-    add(
-        "--diagnostics",
-        nargs="*",
-        choices=PROBE_DIAGNOSTICS,
-        help="other diagnostics to measure (default: norms weights neural_collapse)",
-    )
-    add("--seed", type=int, help="seed of an untrained network's weights")
-    add("--dtype", help="float32 (default) or float64")
-    add("--out", type=user_path, help="folder for spectra (npz), figures and a report; must be new or empty")
-    add("--mlflow", action="store_true", help="send what is in --out to MLflow as a run")
-    add("--tracking_uri", help="MLflow store (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)")
-    add("--debug", action="store_true", help="show Python's traceback on an error")
-    return parser.parse_args(list(argv))
-
-
-def _config(options: argparse.Namespace, base: dict[str, Any]) -> RunConfig:
-    given = {
-        "data.name": options.data,
-        "data.root": options.data_root,
-        "data.image_size": options.image_size,
-        "probe.num_samples": options.num_samples,
-        "probe.layers": options.layers,
-        "probe.views": options.views,
-        "probe.method": options.method,
-        "probe.memory_mib": options.memory_mib,
-        "probe.diagnostics": options.diagnostics,
-        "seed": options.seed,
-        "train.dtype": options.dtype,
-    }
-    return validate(RunConfig, merge(base, nested({name: value for name, value in given.items() if value is not None})))
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

@@ -8,15 +8,15 @@ Examples:
                                             SHA-256 of each file: small enough to publish, enough for gengap compare
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, run_command, warn
-from gengap_dist.cli.options import Parser
-from gengap_dist.config.loading import user_path
-from gengap_dist.errors import UsageError
+from gengap_dist.cli.options import ReportOptions, SlimOptions, parse
+from gengap_dist.config.own_code import own_code
+from gengap_dist.errors import UsageError, visible
+from gengap_dist.runs.links import check_links
 
 PROG = "gengap report"
 
@@ -25,29 +25,23 @@ def command(argv: Sequence[str]) -> int:
     """Handle `[draw] DIR`, `sync DIR` or `slim DIR OUT`; returns the exit code."""
     words = list(argv)
     action = words.pop(0) if words[:1] in (["draw"], ["sync"], ["slim"]) else "draw"
-    parser = Parser(
-        prog=PROG,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"{PROG} [--pdf] DIR\n       {PROG} sync DIR\n       {PROG} slim DIR OUT",
-    )
-    parser.add_argument("folder", type=user_path, metavar="DIR", help="folder of a run or of a study")
-    if action == "slim":
-        parser.add_argument("out", type=user_path, metavar="OUT", help="folder of the copy: new, or an earlier copy")
-    parser.add_argument("--pdf", action="store_true", help="also write the figures as PDF")
-    parser.add_argument(
-        "--tracking_uri", help="sync: MLflow store; default: the store to which the folder was uploaded"
-    )
-    parser.add_argument("--debug", action="store_true", help="show Python's traceback on an error")
-    options = parser.parse_args(words)
+    options = read_options(words, copying=action == "slim")
     folder = options.folder.resolve()
     if not ((folder / "run.json").exists() or (folder / "study.json").exists()):
         raise UsageError(
             f"DIR ({options.folder}) contains neither run.json nor study.json: give the folder of a run or study"
         )
-    if action == "slim":
+    check_links(folder)
+    if isinstance(options, SlimOptions):
         return _slim(folder, options.out)
     return _sync(folder, options.tracking_uri) if action == "sync" else _draw(folder, pdf=options.pdf)
+
+
+def read_options(words: Sequence[str], *, copying: bool) -> ReportOptions:
+    """The options after the action."""
+    usage = f"[--pdf] DIR\n       {PROG} sync DIR\n       {PROG} slim DIR OUT"
+    options = SlimOptions if copying else ReportOptions
+    return parse(options, words, prog=PROG, description=str(__doc__), usage=usage)[0]
 
 
 def _draw(folder: Path, *, pdf: bool) -> int:
@@ -60,6 +54,8 @@ def _draw(folder: Path, *, pdf: bool) -> int:
         warn(PROG, problem)
     study = read_study(folder)
     page = write_report(study, pdf=pdf)
+    for line in study.left_out:
+        warn(PROG, line)
     if (folder / "study.json").exists():
         print_study(study, page, None)
     else:
@@ -73,7 +69,7 @@ def _slim(folder: Path, out: Path) -> int:
 
     with RunProgress("copying") as progress:
         number = write_slim_copy(folder, out, lambda name, done, total: progress(done, total, name))
-    print(f"{number} {'run' if number == 1 else 'runs'} that ended in {out}")
+    print(visible(f"{number} {'run' if number == 1 else 'runs'} that ended in {out}"))
     return OK
 
 
@@ -97,7 +93,7 @@ def _sync(folder: Path, uri: str | None) -> int:
             _export_missing_model(run)
     with RunProgress("sending") as progress:
         tracking_uri = sync_now(folder, uri, lambda name, done, total: progress(done, total, name))
-    print(f"all of {folder} is in MLflow at {tracking_uri}")
+    print(visible(f"all of {folder} is in MLflow at {tracking_uri}"))
     return OK
 
 
@@ -110,11 +106,17 @@ def _export_missing_model(folder: Path) -> None:
         info = read_info(folder)
     except UsageError:  # the uploader leaves it out with a message
         return
-    wanted = info.config.get("mlflow", {}).get("log_model", False) and info.launcher != "probe"
+    section = info.config.get("mlflow")
+    wanted = isinstance(section, dict) and section.get("log_model") and info.launcher != "probe"
+    if name := own_code(info.config).get("model.name"):
+        if wanted:
+            reason = f"model.name ({name}) is code that its folder names, and only training imports it"
+            warn(PROG, f"the model of {folder} is not sent: {reason}")
+        return
     if wanted and info.status == RunStatus.FINISHED and not (info.model or info.model_error) and info.data:
         from gengap_dist.training.export import try_export
 
-        exported = try_export(folder, info.config, info.data, info.result["num_steps"])
+        exported = try_export(folder, info.config, info.data, info.result.get("num_steps") or 0)
         write_info(folder, info.with_fields(**exported))
 
 

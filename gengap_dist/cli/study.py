@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist.cli.exit_codes import FAILED, OK, run_command, warn
-from gengap_dist.cli.options import Options, StudySettings, parse
+from gengap_dist.cli.options import Options, parse
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.loading import resolve, to_yaml, user_path
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import ending_on_signals
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, visible
 from gengap_dist.runs import lease, run_folder
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study import runner
@@ -35,7 +35,7 @@ _warn = partial(warn, PROG)
 
 def command(argv: Sequence[str]) -> int:
     """Run a study; returns the exit code, 1 if a run failed."""
-    options, overrides = parse(StudySettings, Options, argv, prog=PROG, description=str(__doc__))
+    options, overrides = parse(Options, argv, prog=PROG, description=str(__doc__), settings=StudyConfig)
     if not options.config and not overrides:
         raise UsageError("a study needs its arms: give --config FILE, for example --config configs/demo.yaml")
     config = resolve(StudyConfig, list(options.config), overrides)
@@ -67,6 +67,8 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
         info = runner.conclude(out, outcome, _headline(study_data), _verdicts(study_data))
         study = replace(study_data, info=info.content())
         page = write_report(study)
+        for line in study.left_out:
+            _warn(line)
     except BaseException as error:
         if not lease.is_of_another(out):
             try:
@@ -81,7 +83,7 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
 
     print_study(study, page, uploader.uri if uploader and not upload_warning else None)
     if uploader and not upload_warning:
-        print(f"compare {uploader.comparison_url()}")
+        print(visible(f"compare {uploader.comparison_url()}"))
     if upload_warning:
         _warn(upload_warning)
     if num_failed:
@@ -133,7 +135,7 @@ def _verdicts(study: Any) -> list[str]:
 
     found = study.comparison
     claims = [
-        f"{claim.claim} **{claim.finding or claim.outcome}**: {first_sentences(claim.evidence)[0]}"
+        f"{claim.claim} {claim.finding or claim.outcome}: {first_sentences(claim.evidence)[0]}"
         for claim in found.claims
     ]
     return [*[found.answer] * bool(found.answer), *claims]

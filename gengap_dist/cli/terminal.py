@@ -6,8 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -19,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from gengap_dist.analysis.report.text import (
     MAX_CAVEATS,
@@ -31,6 +30,7 @@ from gengap_dist.analysis.report.text import (
     value_text,
 )
 from gengap_dist.analysis.study_data import RunData, StudyData, read_run
+from gengap_dist.cli.console import PlainConsole
 from gengap_dist.config.measures import MEASURES
 from gengap_dist.config.metric_key import layer_metric
 from gengap_dist.study.schedule import Placed
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # these import torch, which the driver process does not need
     from gengap_dist.training.observer import Observation
 
 MEASURING = "measuring a few steps of each arm"
+MAX_WIDTH = 50  # of a column: a name of 400 characters would leave no room for the others
 QUIET_SECONDS = 15.0  # minimum interval between progress lines when there is no terminal
 OUTCOMES = {"supported": "blue", "contradicted": "dark_orange3", "undecided": "dim"}
 SHOWN = {
@@ -56,13 +57,13 @@ class RunProgress:
 
     def __init__(self, title: str, num_runs: int = 1) -> None:
         """A bar named `title`; with several runs, another bar counts them, and each run has its own title."""
-        self.console = Console(stderr=True)
+        self.console = PlainConsole(stderr=True)
         self.title, self.num_runs, self._last_line_time = title, num_runs, time.monotonic()
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             *([TimeRemainingColumn()] if num_runs == 1 else []),
             console=self.console,
@@ -87,7 +88,7 @@ class RunProgress:
         """`done` of `total` steps of a run."""
         run = run or self.title
         if run not in self._steps:
-            self._steps[run] = self._bar.add_task(escape(run), total=None, note="")
+            self._steps[run] = self._bar.add_task(run, total=None, note="")
             self._count()
         self._bar.update(self._steps[run], completed=done, total=total or None)
         if note:
@@ -124,7 +125,7 @@ class RunProgress:
     def print_line(self, text: str) -> None:
         """Print a permanent line above the bars."""
         self._last_line_time = time.monotonic()
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print_line(text)
 
 
 def duration(seconds: float) -> str:
@@ -142,31 +143,31 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
     """Print the outcome of one run: result, layers, and paths of the report and of MLflow."""
     run = read_run(out)
     console = wide_console()
-    result = run.info["result"]
+    result = run.info.get("result") or {}
     if run.info["status"] != "finished":
-        console.print(f"[bold red]{run.info['status']}[/]: {escape(str(run.info.get('error', '')))}", highlight=False)
+        console.print(Text.assemble((run.info["status"], "bold red"), f": {run.info.get('error', '')}"))
     else:
         metric = run.metric
         test, train, best = (
-            escape(value_text(result[f"{name}/{metric.name}"], metric)) for name in ("test", "train_full", "best_val")
+            value_text(result.get(f"{name}/{metric.name}"), metric) for name in ("test", "train_full", "best_val")
         )
-        console.print(
-            f"test {escape(metric.name)} [bold]{test}[/] (train {train}, val best {best}) after "
-            f"{result['num_steps']:,} steps of {run.global_size:,}, {run.samples_per_second:,.0f} samples/s",
-            highlight=False,
+        speed = run.samples_per_second
+        rest = (
+            f" (train {train}, val best {best}) after {result.get('num_steps') or 0:,} steps of {run.global_size:,}"
+            + ("" if speed is None else f", {speed:,.0f} samples/s")
         )
+        console.print(Text.assemble(f"test {metric.name} ", (test, "bold"), rest))
     if table := layer_table(run):
         console.print(table)
     if left_out := result.get("probe_left_out"):
         console.print(
-            f"probe.max_time_fraction ({run.info['config']['probe']['max_time_fraction']:.0%}) skipped "
+            f"probe.max_time_fraction ({run.max_time_fraction:.0%}) skipped "
             f"{len(left_out)} measurement(s), at steps {', '.join(map(str, left_out))}; "
-            "with probe.max_time_fraction=null none is skipped",
-            highlight=False,
+            "with probe.max_time_fraction=null none is skipped"
         )
-    console.print(f"run     {out}\nreport  {page}", highlight=False, markup=False, soft_wrap=True)
+    console.print_line(f"run     {out}\nreport  {page}")
     if uri:
-        console.print(f"mlflow  {ui_command(uri)}", highlight=False, markup=False, soft_wrap=True)
+        console.print_line(f"mlflow  {ui_command(uri)}")
 
 
 def print_profile(out: Path) -> None:
@@ -175,13 +176,8 @@ def print_profile(out: Path) -> None:
     if not (folder / "summary.txt").exists():
         return  # the run has warned that it cannot be written, or there was no profiled step
     console = wide_console()
-    console.print((folder / "summary.txt").read_text(encoding="utf-8"), highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"profile {folder}: traces of all ranks (open with https://ui.perfetto.dev), and this summary\n",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    console.print_line((folder / "summary.txt").read_text(encoding="utf-8"))
+    console.print_line(f"profile {folder}: traces of all ranks (open with https://ui.perfetto.dev), and this summary\n")
 
 
 def layer_table(run: RunData) -> Table | None:
@@ -191,7 +187,7 @@ def layer_table(run: RunData) -> Table | None:
         return None
     spectra = run.spectra(steps[-1])
     table = Table(title=f"activation spectra: step {steps[0]} -> step {steps[-1]}", title_justify="left")
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", no_wrap=True, max_width=MAX_WIDTH)
     table.add_column("units", justify="right")
     table.add_column("N/D", justify="right")
     for head in SHOWN.values():
@@ -200,7 +196,7 @@ def layer_table(run: RunData) -> Table | None:
         ends = [run.untrained_and_trained(layer_metric(name, key)) for name in SHOWN]
         cells = [f"{before:.3g} -> {after:.3g}" for before, after in ends]
         rows_per_unit = f"{facts['num_samples'] / facts['num_units']:.3g}"
-        table.add_row(escape(key), str(facts["num_units"]), rows_per_unit, *cells)
+        table.add_row(key, str(facts["num_units"]), rows_per_unit, *cells)
     return table
 
 
@@ -208,7 +204,7 @@ def print_observation(observation: "Observation", untrained: "Observation | None
     """Print one row per layer and view, with a bar for the near-rank loss; then other probe sets and diagnostics."""
     before = {spectrum.key: spectrum.measures() for spectrum in untrained.spectra[""]} if untrained else {}
     change = " (untrained -> now)" if before else ""
-    table = Table(title=f"{escape(title)}: near-rank loss{change}", title_justify="left")
+    table = Table(title=f"{title}: near-rank loss{change}", title_justify="left")
     heads = ("layer", "N", "D", "N/D", "dead", "below 0.01 s1", "", "below 0.01", "effective rank", "s max", "floor")
     for number, head in enumerate(heads):
         table.add_column(head, justify="left" if number in (0, 6) else "right", no_wrap=True)
@@ -216,7 +212,7 @@ def print_observation(observation: "Observation", untrained: "Observation | None
         values, values_before = spectrum.measures(), before.get(spectrum.key, {})
         near_rank_loss = values["near_rank_loss/rel_1e-2"]
         table.add_row(
-            escape(spectrum.key),
+            spectrum.key,
             f"{spectrum.num_samples:,}",
             f"{spectrum.num_units:,}" + (" > N" if spectrum.num_units > spectrum.num_samples else ""),
             f"{spectrum.num_samples / spectrum.num_units:.3g}",
@@ -234,13 +230,13 @@ def print_observation(observation: "Observation", untrained: "Observation | None
         console.print(_samples_table(sets))
     for name, value in observation.metrics.items():
         if name.startswith("probe/") or (name in MEASURES and not MEASURES[name].is_derived):
-            console.print(f"{name} {value:.4g}", highlight=False)
+            console.print(f"{name} {value:.4g}")
 
 
 def _samples_table(sets: dict[str, list["LayerSpectrum"]]) -> Table:
     """Near-rank loss and effective rank of every layer on raw activations, by probe set, smaller sets first."""
     table = Table(title="by number of probe samples: share below 0.01 s1, effective rank", title_justify="left")
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", no_wrap=True, max_width=MAX_WIDTH)
     columns = [*(name for name in sets if name), ""]
     for name in columns:
         table.add_column(name or "the probe set", justify="right", no_wrap=True)
@@ -250,7 +246,7 @@ def _samples_table(sets: dict[str, list["LayerSpectrum"]]) -> Table:
             f"{values['near_rank_loss/rel_1e-2']:.1%}, {values['effective_rank']:.2f}" if values else "-"
             for values in measures
         ]
-        table.add_row(escape(key), *cells)
+        table.add_row(key, *cells)
     return table
 
 
@@ -264,24 +260,25 @@ def _before_and_after(before: dict[str, float], now: dict[str, float], name: str
     return f"{format(before[name], style)} -> {shown}" if name in before else shown
 
 
-def wide_console() -> Console:
+def wide_console() -> PlainConsole:
     """A console with the width of the terminal; files and pipes get 150 columns, enough for every table."""
-    console = Console()
-    return console if console.is_terminal else Console(width=150)
+    return PlainConsole(width=150)
 
 
-def print_page(parts: Iterable[Table | str]) -> None:
-    """Print tables, and lines in rich's markup; the terminal may wrap lines, a file does not."""
+def print_page(parts: Iterable[Table | Text]) -> None:
+    """Print tables and lines; the terminal may wrap lines, a file does not."""
     console = wide_console()
     for part in parts:
-        if isinstance(part, str):
-            console.print(part, highlight=False, soft_wrap=True)
+        if isinstance(part, Text):
+            console.print_line(part)
         else:
             console.print(part)
 
 
-def study_plan_page(plans: "Mapping[str, Plan]", phases: "Sequence[Sequence[tuple[str, Placed]]]") -> list[Table | str]:
-    """A row for each arm of a study, what is refused, and the schedule: tables, and lines in rich's markup.
+def study_plan_page(
+    plans: "Mapping[str, Plan]", phases: "Sequence[Sequence[tuple[str, Placed]]]"
+) -> list[Table | Text]:
+    """A row for each arm of a study, what is refused, and the schedule: tables and lines.
 
     Args:
         plans: by arm.
@@ -289,25 +286,26 @@ def study_plan_page(plans: "Mapping[str, Plan]", phases: "Sequence[Sequence[tupl
     """
     table = Table(title="arms", title_justify="left")
     for head in ("arm", "batch", "updates", "parameters", "memory per rank"):
-        table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True)
+        table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True, max_width=MAX_WIDTH)
     for arm, plan in plans.items():
         size = f"{plan.batch.global_size:,}" if plan.batch else "-"
         memory = f"{plan.memory.total / 2**20:,.0f} MiB" if plan.memory else "-"
         numbers = (f"{number:,}" if number else "-" for number in (plan.num_steps, plan.num_parameters))
-        table.add_row(escape(arm), size, *numbers, memory)
-    page: list[Table | str] = [table]
+        table.add_row(arm, size, *numbers, memory)
+    page: list[Table | Text] = [table]
     for style, head in (("bold red", "refused"), ("yellow", "warning")):
         for arm, plan in plans.items():
             lines = plan.refused if head == "refused" else plan.warned
-            page += [f"[{style}]{head:8}[/]     {escape(arm)}: {escape(line)}" for line in lines]
+            page += [Text.assemble((f"{head:8}", style), f"     {arm}: {line}") for line in lines]
     for name, phase in zip(("tuning", "runs"), phases, strict=False):
         if phase:
             page.append(_schedule_table(name, phase))
     total = sum(max((run.end for _, run in phase), default=0.0) for phase in phases)
     if phases:
-        page.append(f"[bold]{duration(total)}[/] on this machine, without the start and the report of the study")
+        rest = " on this machine, without the start and the report of the study"
+        page.append(Text.assemble((duration(total), "bold"), rest))
     elif not any(plan.refused for plan in plans.values()):
-        page.append("schedule: the costs of these runs on this machine are not known: --calibrate measures them")
+        page.append(Text("schedule: the costs of these runs on this machine are not known: --calibrate measures them"))
     return page
 
 
@@ -316,14 +314,12 @@ def _schedule_table(name: str, phase: "Sequence[tuple[str, Placed]]") -> Table:
     width, end = 40, max(run.end for _, run in phase)
     table = Table(title=f"schedule of the {name}: {duration(end)}", title_justify="left")
     for head in ("run", "ranks", "threads", "start", "end", ""):
-        table.add_column(head, justify="left" if head in ("run", "") else "right", no_wrap=True)
+        table.add_column(head, justify="left" if head in ("run", "") else "right", no_wrap=True, max_width=MAX_WIDTH)
     for title, run in sorted(phase, key=lambda entry: entry[1].start):
         first, last = (round(width * at / end) for at in (run.start, run.end))
         layout = run.option.layout
         bar = " " * first + "\u2588" * max(1, last - first)
-        table.add_row(
-            escape(title), str(layout.ranks), str(layout.threads), f"{run.start:.0f} s", f"{run.end:.0f} s", bar
-        )
+        table.add_row(title, str(layout.ranks), str(layout.threads), f"{run.start:.0f} s", f"{run.end:.0f} s", bar)
     return table
 
 
@@ -332,40 +328,41 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
     console = wide_console()
     console.print(study_table(study, every_column=console.width >= 118))
     console.print(
-        f"[dim]sb_lb_gap: {escape(gap_sentence(study.baseline, study.metric))}, paired by seed, at the end of the "
-        "runs; loss ratio: final training loss / the baseline's[/]",
-        highlight=False,
+        f"sb_lb_gap: {gap_sentence(study.baseline, study.metric)}, paired by seed, at the end of the runs; "
+        "loss ratio: final training loss / the baseline's",
+        style="dim",
     )
     if study.comparison.answer:
-        console.print(f"\n[bold]{escape(study.comparison.answer)}[/]\n", highlight=False)
+        console.print(f"\n{study.comparison.answer}\n", style="bold")
     for claim in study.comparison.claims:
-        finding = f" [dim]({escape(claim.finding)})[/]" if claim.finding else ""
-        console.print(
-            f"[{OUTCOMES[claim.outcome]}]{claim.outcome:12}[/] [bold]{escape(claim.claim)}[/]{finding}", highlight=False
-        )
+        finding = f" ({claim.finding})" if claim.finding else ""
+        outcome = (f"{claim.outcome:12}", OUTCOMES[claim.outcome])
+        console.print(Text.assemble(outcome, " ", (claim.claim, "bold"), (finding, "dim")))
         evidence, rest = first_sentences(claim.evidence)
         evidence += " ... (the rest is in the report)" if rest else ""
-        console.print(Padding(escape(evidence), (0, 0, 0, 13)), highlight=False)
+        console.print(Padding(evidence, (0, 0, 0, 13)))
     caveats = study.comparison.caveats
     rest = [f"... and {len(caveats) - MAX_CAVEATS} more in the report"] if len(caveats) > MAX_CAVEATS else []
     for caveat in [*caveats[:MAX_CAVEATS], *rest]:
-        console.print(Padding(f"[dim]{escape(caveat)}[/]", (0, 0, 0, 13)), highlight=False)
+        console.print(Padding(caveat, (0, 0, 0, 13)), style="dim")
     if study.registration:
-        console.print(f"[dim]{escape(study.registration)}[/]", highlight=False)
-    console.print(f"report  {page}", highlight=False, markup=False, soft_wrap=True)
+        console.print(study.registration, style="dim")
+    console.print_line(f"report  {page}")
     if uri:
-        console.print(f"mlflow  {ui_command(uri)}", highlight=False, markup=False, soft_wrap=True)
+        console.print_line(f"mlflow  {ui_command(uri)}")
 
 
 def study_table(study: StudyData, *, every_column: bool = True) -> Table:
     """One row per arm: metric and gap with intervals; with `every_column` also ranks of the last measured layer."""
-    table = Table(title=escape(study.name), title_justify="left")
+    table = Table(title=study.name, title_justify="left")
     last = last_layer(study) if every_column else None
     heads = ["arm", "batch", "steps", "seeds", test_head(study.metric), "train", "loss ratio", "train-test gap"]
     heads += ["sb_lb_gap", "95% t"]
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     for number, head in enumerate(heads):
-        table.add_column(escape(head), justify="left" if number == 0 else "right", no_wrap=number in (0, 8, 9))
+        table.add_column(
+            head, justify="left" if number == 0 else "right", no_wrap=number in (0, 8, 9), max_width=MAX_WIDTH
+        )
     for row in study_rows(study, last):
         table.add_row(*row)
     return table

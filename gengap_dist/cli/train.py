@@ -18,8 +18,10 @@ from typing import Any
 
 from gengap_dist.analysis.report.process import ReportProcess
 from gengap_dist.cli.exit_codes import OK, run_command, warn
-from gengap_dist.cli.options import Options, TrainSettings, parse
-from gengap_dist.config.loading import resolve, to_yaml, user_path
+from gengap_dist.cli.options import Options, parse
+from gengap_dist.config.file_names import as_file_name
+from gengap_dist.config.loading import flat, load_yaml, merge, resolve, to_yaml, user_path, validate
+from gengap_dist.config.own_code import check_servers, check_trusted
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import ending_on_signals
@@ -34,12 +36,15 @@ _warn = partial(warn, PROG)
 
 def command(argv: Sequence[str]) -> int:
     """Run a training from the command line; returns the exit code."""
-    options, overrides = parse(TrainSettings, Options, argv, prog=PROG, description=str(__doc__))
+    options, overrides = parse(Options, argv, prog=PROG, description=str(__doc__), settings=RunConfig)
     files = list(options.config)
-    if options.resume and options.out and not files:
-        saved = options.out / "config.yaml"  # a run that never began has none, and is started by its settings
-        files = [saved] if saved.exists() or not overrides else []
-    config = resolve(RunConfig, files, overrides)
+    saved = options.out / "config.yaml" if options.resume and options.out and not files else None
+    if saved and (saved.exists() or not overrides):  # a run that never began has none, and is started by its settings
+        config = validate(RunConfig, merge(load_yaml(saved, of_run=True), overrides))
+        check_trusted(config.model_dump(), flat(overrides), saved)
+        check_servers(flat(config.model_dump(mode="json")), flat(overrides), saved)
+    else:
+        config = resolve(RunConfig, files, overrides)
     if options.print_config:
         print(to_yaml(config), end="")
         return OK
@@ -96,8 +101,8 @@ def _default_out(config: RunConfig) -> Path:
     if launchers.uses_torchrun(config.launch) and not launchers.launch_id():
         raise UsageError("--out is required: ranks started by another program must all have the same folder")
     stamp = launchers.launch_id() or datetime.now().strftime("%Y%m%d-%H%M%S")
-    model = config.model.name.replace(":", ".")
-    name = f"{config.data.name}-{model}-b{config.batch.global_size}-s{config.seed}-{stamp}"
+    data, model = as_file_name(config.data.name), as_file_name(config.model.name)
+    name = f"{data}-{model}-b{config.batch.global_size}-s{config.seed}-{stamp}"
     return Path("runs") / name if launchers.launch_id() else _new_folder(Path("runs"), name)
 
 

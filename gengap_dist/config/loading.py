@@ -1,14 +1,14 @@
 """Merges defaults, YAML files and the command line into one validated config."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from gengap_dist.errors import UsageError, did_you_mean
+from gengap_dist.config import yaml_core
+from gengap_dist.errors import UsageError, did_you_mean, shortened
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -25,9 +25,21 @@ RENAMED = {
     "launch.hang_seconds": "launch.stall_report_seconds",
     "mlflow.wait_seconds": "mlflow.flush_timeout_seconds",
     "study.budgets": "study.length_units",
-    "rivals": "diagnostics",
+    "batch.size": "batch.global_size",
+    "batch_size": "batch.global_size",
+    "rivals": "probe.diagnostics",
+    "data_root": "data.root",
+    "image_size": "data.image_size",
+    "num_samples": "probe.num_samples",
+    "layers": "probe.layers",
+    "views": "probe.views",
+    "method": "probe.method",
+    "memory_mib": "probe.memory_mib",
+    "diagnostics": "probe.diagnostics",
+    "dtype": "train.dtype",
+    "tracking_uri": "mlflow.tracking_uri",
 }
-"""Former names of settings and options, and their current names."""
+"""Former names of settings and options, names that others use, and the current names."""
 
 
 def renamed(name: str) -> str | None:
@@ -44,11 +56,13 @@ def user_path(text: str | Path) -> Path:
     """A path that a user has given; `~` at its start is a home folder, also where no shell has replaced it.
 
     Raises:
-        UsageError: if no home folder is known, or the path is not UTF-8: run.json and MLflow hold text.
+        UsageError: if it is empty, no home folder is known, or it is not UTF-8: run.json and MLflow hold text.
 
     >>> user_path("a/~b"), user_path("~") == Path.home()
     (PosixPath('a/~b'), True)
     """
+    if not str(text) or "\0" in str(text):
+        raise UsageError(f"the path ({text}) is {'no path' if str(text) else 'empty'}: give a file or folder")
     try:
         path = Path(text).expanduser()
     except RuntimeError:
@@ -76,6 +90,9 @@ def nested(flat: Mapping[str, Any], within: str = "") -> dict[str, Any]:
 
     >>> nested({"batch.global_size": 8, "optim": {"lr": 0.1}, "study.axes": {"optim.lr": [1, 2]}})
     {'batch': {'global_size': 8}, 'optim': {'lr': 0.1}, 'study': {'axes': {'optim.lr': [1, 2]}}}
+
+    Raises:
+        UsageError: if a setting has a value, and settings in it.
     """
     if within in UNNESTED_MAPPINGS:
         return dict(flat)
@@ -86,6 +103,8 @@ def nested(flat: Mapping[str, Any], within: str = "") -> dict[str, Any]:
             value = nested({tail: value}, f"{within}{head}.")
         elif isinstance(value, Mapping):
             value = nested(value, f"{within}{head}.")
+        if head in out and not (isinstance(out[head], Mapping) and isinstance(value, Mapping)):
+            raise UsageError(f"{within}{head} is given as a value, and with settings in it: remove one")
         out = merge(out, {head: value})
     return out
 
@@ -127,41 +146,76 @@ def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from field_names(info.annotation, f"{prefix}{name}.")
 
 
+MAX_FILES = 100
+"""Most files that a file may extend, each counted as often as it is extended."""
+
+
 def yaml_files(path: Path) -> list[Path]:
     """A YAML file that `load_yaml` can read, and all files that it extends."""
-    path = path.resolve()
-    extended = _parents(path, (yaml.safe_load(path.read_bytes()) or {}).get("extends", []))
-    return [path, *(file for parent in extended for file in yaml_files(parent))]
+    files: list[Path] = []
+    _load(_resolved(path), files, of_run=False)
+    return files
 
 
-def _parents(path: Path, extends: str | Sequence[str]) -> list[Path]:
-    return [path.parent / user_path(parent) for parent in ([extends] if isinstance(extends, str) else extends)]
-
-
-def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+def load_yaml(path: Path, *, of_run: bool = False) -> dict[str, Any]:
     """A YAML file as nested settings, merged over the files in its `extends` (paths relative to the file).
 
+    They must lie in the folder of the file, or below it; those of a user's own file also in the current folder. A
+    config from elsewhere could otherwise bring any file of the user into a run, and so to where its settings are sent.
+
+    Args:
+        path: the file.
+        of_run: whether it is in the folder of a run.
+
     Raises:
-        UsageError: if a file is missing, is not YAML, is not a mapping, or extends itself.
+        UsageError: if a file is missing, is not YAML, gives a key twice, is not a mapping, extends itself, or one that
+            lies elsewhere.
     """
-    path = path.resolve()
-    if path in _chain:
-        raise UsageError(f"--config: {path} extends itself through {_chain[-1]}: remove one `extends`")
+    return _load(_resolved(path), [], of_run=of_run)
+
+
+def _resolved(path: Path) -> Path:
     try:
-        tree = yaml.safe_load(path.read_bytes()) or {}  # yaml decodes it as UTF-8 in every locale
+        return path.resolve()
+    except (OSError, RuntimeError):
+        raise UsageError(f"--config ({path}) is a link to itself: give the path of a YAML file") from None
+
+
+def _load(path: Path, files: list[Path], *, of_run: bool, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Settings of a file; appends it, and those that it extends, to `files`."""
+    if path in chain:
+        raise UsageError(f"--config: {path} extends itself through {chain[-1]}: remove one `extends`")
+    files.append(path)
+    if len(files) > MAX_FILES:
+        raise UsageError(f"--config ({files[0]}) extends more than {MAX_FILES} files: put them together")
+    try:
+        with path.open("rb") as file:
+            text = file.read(yaml_core.MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(f"--config ({path}) cannot be read: {error.strerror}; give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        position = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it is not text"
-        raise UsageError(f"--config ({path}) is not YAML{position}: {problem}; fix that line") from None
+    if len(text) > yaml_core.MAX_BYTES:
+        raise UsageError(f"--config ({path}) is larger than {yaml_core.MAX_BYTES:,} bytes: settings are shorter")
+    try:
+        tree = yaml_core.read(text) or {}
+    except yaml_core.YamlError as error:
+        raise UsageError(f"--config ({path}) {error}") from None
     if not isinstance(tree, dict):
         raise UsageError(f"--config ({path}) is a {type(tree).__name__}, needs settings such as `batch: ...`")
+    extends = tree.pop("extends", [])
+    parents = [extends] if isinstance(extends, str) else extends
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise UsageError(f"--config ({path}): extends ({extends}) is neither a file nor a list of files: name files")
     inherited: dict[str, Any] = {}
-    for parent in _parents(path, tree.pop("extends", [])):
-        inherited = merge(inherited, load_yaml(parent, (*_chain, path)))
-    return merge(inherited, nested({str(key): value for key, value in tree.items()}))
+    places = [files[0].parent] if of_run else [files[0].parent, Path.cwd()]
+    for name in parents:
+        parent = _resolved(path.parent / user_path(name))
+        if not any(parent.is_relative_to(place) for place in places):
+            raise UsageError(
+                f"--config ({path}) extends {parent}, which lies outside of {' and '.join(map(str, places))}: give it "
+                "before this file, with a --config of its own"
+            )
+        inherited = merge(inherited, _load(parent, files, of_run=of_run, chain=(*chain, path)))
+    return merge(inherited, nested(tree))
 
 
 def validate(model: type[C], tree: Mapping[str, Any]) -> C:
@@ -176,10 +230,15 @@ def validate(model: type[C], tree: Mapping[str, Any]) -> C:
         raise UsageError(_sentence(model, error)) from None
 
 
+UNION_MEMBER = re.compile(r"(bool|int|float|str|list|dict|tuple|literal|constrained|function)\b.*")
+"""What pydantic adds to the name of a setting that may be of several types."""
+
+
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:
-    first, *more = error.errors()
-    *path, last = first["loc"] or ("",)
-    name = ".".join(map(str, path if isinstance(last, int) else [*path, last]))  # name the list, not its element
+    first, *others = error.errors()
+    name = _name(first["loc"])
+    more = {_name(other["loc"]) for other in others} - {name}
+    shown, value = shortened(name, 100), shortened(_as_yaml(first["input"]), 60)
     rest = f" ({len(more)} more to fix)" if more else ""
     match first["type"]:
         case "extra_forbidden":
@@ -187,18 +246,46 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
             old = f"{name}.{inside}" if inside and renamed(name) else name  # for a section: its first setting
             if new := renamed(old):
                 return f"{old} is called {new} now: use that name{rest}"
+            if name == "study":
+                return (
+                    "study is a section of studies, and this command takes one run: start it with gengap study, or "
+                    f"leave the section out{rest}"
+                )
             return (
-                f"{name} is not a setting{did_you_mean(name, [*field_names(model)])}: see --help for all of them{rest}"
+                f"{shown} is not a setting{did_you_mean(name, [*field_names(model)])}: see --help for all of them{rest}"
             )
         case "value_error":  # messages of this package's validators are whole sentences
             return str(first["ctx"]["error"]) + rest if "ctx" in first else first["msg"]
+        case "missing" if name == "study":
+            return (
+                f"study is not set, and a study needs its arms: add the section, or use gengap train for one run{rest}"
+            )
         case "missing":
-            return f"{name} is not set and has no default: add it to the config{rest}"
-    rule = first["msg"][0].lower() + first["msg"][1:]
+            return f"{shown} is not set and has no default: add it to the config{rest}"
+        case "model_type" | "dict_type":
+            what = "has nothing under it" if first["input"] is None else f"({value}) is one value"
+            return f"{shown} {what}: write `name: value` for its settings, or leave it out{rest}"
+    same = [first, *(other for other in others if _name(other["loc"]) == name)]  # one of each type that it may have
+    rule = " or ".join(dict.fromkeys(each["msg"][0].lower() + each["msg"][1:] for each in same))
     near = ""
     if first["type"] == "literal_error":
         near = did_you_mean(str(first["input"]), re.findall(r"'(\w+)'", first["msg"]))
-    return f"{name} ({first['input']}) is not valid{near}: {rule}{rest}"
+    return f"{shown} ({value}) is not valid{near}: {rule}{rest}"
+
+
+def _name(place: tuple[int | str, ...]) -> str:
+    """A place in an error of pydantic as the name of a setting."""
+    *path, last = [part for part in place if not UNION_MEMBER.fullmatch(str(part))] or [""]
+    return ".".join(map(str, path if isinstance(last, int) else [*path, last]))  # name the list, not its element
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as a user may have written it.
+
+    >>> [_as_yaml(value) for value in (None, True, [1, None], "yes", 0.5)]
+    ['null', 'true', '[1, None]', 'yes', '0.5']
+    """
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
 def resolve(model: type[C], files: list[Path], overrides: Mapping[str, Any]) -> C:
@@ -215,4 +302,4 @@ def resolve(model: type[C], files: list[Path], overrides: Mapping[str, Any]) -> 
 
 def to_yaml(config: BaseModel) -> str:
     """The config as YAML text that `--config` can read."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+    return yaml_core.write(config.model_dump(mode="json"))

@@ -16,10 +16,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     WrapValidator,
     field_serializer,
@@ -28,13 +24,29 @@ from pydantic import (
 
 from gengap_dist.config import batch_rules, measures
 from gengap_dist.config.loading import user_path
+from gengap_dist.config.numbers import (
+    Boolean,
+    Integer,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+)
 from gengap_dist.credentials import without_logins
 from gengap_dist.errors import did_you_mean
 
 DEFAULT_EPS = 1e-8
 """Of Adam."""
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-UserPath = Annotated[Path, AfterValidator(user_path)]
+Beta = Annotated[Number, Field(ge=0.0, lt=1.0)]
+
+
+def _not_empty(value: Any) -> Any:
+    """What Path would take for the current folder is refused."""
+    return user_path(value) if value == "" else value
+
+
+UserPath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(user_path)]
 """A path in a file or on the command line."""
 
 
@@ -124,7 +136,7 @@ class DataConfig(Section, affects="result"):
     your own module.path:factory, which returns {"train": (inputs, targets), "test": (inputs, targets)}."""
     root: Annotated[UserPath, Affects("runtime")] = Path("data")
     """Folder that holds the data set's files (not used by digits)."""
-    download: Annotated[bool, Affects("runtime")] = False
+    download: Annotated[Boolean, Affects("runtime")] = False
     """Let torchvision download missing files into data.root."""
     image_size: PositiveInt = 32
     """Height and width of the images, in pixels: imagefolder resizes to it, all others are padded with zeros."""
@@ -134,11 +146,11 @@ class DataConfig(Section, affects="result"):
     subset: Literal["fixed", "per_seed"] = "fixed"
     """What draws the images of data.num_train. fixed: data.split_seed, the same for all seeds; per_seed:
     data.split_seed and the seed of the run, so that all arms of a seed have the same images."""
-    val_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
+    val_fraction: Number = Field(default=0.1, ge=0.0, lt=1.0)
     """Fraction of the training images held out for validation (0 to 1); 0: no validation set."""
     split_seed: NonNegativeInt = 0
     """Seed of the train/validation split, the subset and the probe set: the same for all seeds and arms of a study."""
-    shuffle_labels: bool = False
+    shuffle_labels: Boolean = False
     """Permute the labels of the training images at random, as a control: the network can only memorize them."""
     augment: tuple[Literal["crop", "flip", "cutout"], ...] = ()
     """Training augmentations, applied in this order: crop (random shift with zero padding), flip (horizontal), cutout
@@ -149,7 +161,7 @@ class DataConfig(Section, affects="result"):
     """Side of the square of cutout, in pixels."""
     memory_gib: Annotated[PositiveFloat, Affects("runtime")] = 8.0
     """Largest data set that is loaded into memory, in GiB per rank."""
-    streaming: bool = False
+    streaming: Boolean = False
     """imagefolder: read images from disk during training, not all before it: for folders larger than memory."""
     workers: Annotated[PositiveInt, Affects("runtime")] = 4
     """Number of threads per rank that prefetch images when data.streaming is set."""
@@ -263,7 +275,7 @@ class BatchConfig(Section, affects="result"):
     first step before which at least so much was done. The first is at 0, with batch.global_size, and sizes rise."""
     schedule_unit: Literal["samples", "steps", "epochs"] = "samples"
     """Unit of batch.schedule: training samples, optimizer steps, or passes over the training samples."""
-    schedule_lr_power: Annotated[float, AfterValidator(_known_power)] = 0.0
+    schedule_lr_power: Annotated[Number, AfterValidator(_known_power)] = 0.0
     """alpha (0, 0.5, 0.6 or 1): with batch.schedule the learning rate of a step is times (B / B0)^alpha, B its global
     batch and B0 the first."""
 
@@ -337,11 +349,11 @@ class OptimConfig(Section, affects="result"):
     with other rates keep their ratio to it."""
     adamw_lr: PositiveFloat = 0.001
     """muon: learning rate of the parameters that adamw updates; scaled and scheduled as optim.lr."""
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    momentum: Number = Field(default=0.9, ge=0.0, lt=1.0)
     """Momentum of sgd, lars and muon (0 to 1)."""
-    nesterov: bool = False
+    nesterov: Boolean = False
     """Nesterov momentum for sgd, lars and muon."""
-    momentum_correction: bool = True
+    momentum_correction: Boolean = True
     """sgd and lars: rescale the momentum buffer when the learning rate changes (Goyal et al. 2017, remark 2); false:
     each gradient in the buffer keeps the learning rate of its own step."""
     weight_decay: NonNegativeFloat = 0.0
@@ -372,14 +384,14 @@ class OptimConfig(Section, affects="result"):
     """Learning rate after warm-up: constant; step: multiplied by optim.gamma at each milestone; cosine and polynomial:
     decays to 0 at the last step, along a half cosine or as (1 - t)^optim.power; wsd (warm-up, stable, decay): constant,
     then falls linearly to 0 in the last optim.decay_fraction of the run."""
-    milestones: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.5, 0.75)
+    milestones: tuple[Annotated[Number, Field(gt=0.0, lt=1.0)], ...] = (0.5, 0.75)
     """Milestones of the step schedule, as fractions of the run (0 to 1)."""
-    gamma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    gamma: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.1
     """Factor of the step schedule for the learning rate."""
     power: PositiveFloat = 2.0
     """Exponent of the polynomial schedule: lr * (1 - t)^power, t the completed fraction of the steps after warm-up."""
 
-    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    decay_fraction: Annotated[Number, Field(gt=0.0, le=1.0)] = 0.2
     """Fraction of the steps of the run in which the wsd schedule falls (0 to 1)."""
 
     @property
@@ -461,26 +473,26 @@ class TrainConfig(Section, affects="result"):
     that a global batch of optim.base_size takes in these epochs (regime adaptation; Hoffer et al. 2017)."""
     steps: PositiveInt | None = None
     """Number of optimizer steps; replaces train.epochs when set."""
-    target_accuracy: Annotated[Annotated[float, Field(gt=0.0, le=1.0)] | None, Affects("observation")] = None
+    target_accuracy: Annotated[Annotated[Number, Field(gt=0.0, le=1.0)] | None, Affects("observation")] = None
     """Target validation accuracy (0 to 1); the result reports the updates and epochs needed to reach it."""
-    stop_at_target: bool = False
+    stop_at_target: Boolean = False
     """Stop when train.target_accuracy is reached."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters, activations and gradients."""
     autocast: Literal["bfloat16", "float16"] | None = None
     """Precision of matrix products and convolutions in training; parameters stay in train.dtype. float16 (GPU only)
     scales the loss so that small gradients do not underflow. null: train.dtype."""
-    tf32: bool = False
+    tf32: Boolean = False
     """Allow TF32 on GPUs: inputs of float32 matrix products and convolutions are rounded to 10 mantissa bits. Faster,
     but the result then depends on ranks and micro-batches by about 1e-3. Probes never use TF32."""
-    channels_last: Annotated[bool | Literal["auto"], Affects("runtime")] = False
+    channels_last: Annotated[Boolean | Literal["auto"], Affects("runtime")] = False
     """Use the channels_last (NHWC) memory format, which is faster on some hardware; auto measures both formats and
     caches the faster one for this network on this machine."""
-    compile: Annotated[bool, Affects("runtime")] = False
+    compile: Annotated[Boolean, Affects("runtime")] = False
     """Compile the network with torch.compile; on a CPU this needs a C++ compiler."""
-    activation_checkpointing: Annotated[bool, Affects("runtime")] = False
+    activation_checkpointing: Annotated[Boolean, Affects("runtime")] = False
     """Recompute activations inside blocks in the backward pass: less memory, about a third more time."""
-    deterministic: bool = False
+    deterministic: Boolean = False
     """Allow only deterministic operations (bitwise equal results); operations on a CPU always are."""
     num_evals: Annotated[PositiveInt, Affects("observation")] = 20
     """Number of validation passes, evenly spaced over the run: the same for every arm, so that the choice of the best
@@ -492,7 +504,7 @@ class TrainConfig(Section, affects="result"):
 class AlgorithmConfig(Section, affects="result"):
     """Changes to plain training that recover the accuracy of small batches, or test why it is lost."""
 
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    label_smoothing: Number = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the target that is spread evenly over all classes (0 to 1)."""
     sam_rho: PositiveFloat | None = None
     """rho of SAM (Foret et al. 2021): take the gradient at w + rho g / |g|, g of the global batch; two passes per
@@ -502,7 +514,7 @@ class AlgorithmConfig(Section, affects="result"):
     (Geiping et al. 2022; Novack et al. 2023), by forward difference; two passes per step."""
     penalty_size: PositiveInt | None = None
     """Number of consecutive samples of the global batch in each group gradient g_b of the gradient penalty."""
-    rank_penalty: float | None = None
+    rank_penalty: Number | None = None
     """Strength: add this times algorithm.rank_measure, summed over algorithm.rank_layers, to the loss. Above 0 it
     raises the rank of their activations directly, below 0 it lowers it, to separate cause from correlation. Two passes
     more per step over algorithm.rank_images."""
@@ -517,25 +529,25 @@ class AlgorithmConfig(Section, affects="result"):
     diverge."""
     rank_layers: tuple[str, ...] = ("auto",)
     """Layers of the rank penalty, as in probe.layers; convolutions by channel."""
-    rank_images: Annotated[int, Field(ge=2)] | None = None
+    rank_images: Annotated[Integer, Field(ge=2)] | None = None
     """Number of training images from which the rank penalty takes the covariance. In each step they are drawn anew, the
     same in all arms of a seed, whatever the batch, and are not augmented. null: 4 for each unit of the widest of
     algorithm.rank_layers, at most all."""
     weight_averaging: Literal["ema", "swa"] | None = None
     """Evaluate and probe an average of the weights: exponential (ema), or the mean of all steps after
     algorithm.average_start (swa)."""
-    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    ema_decay: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.999
     """Decay of the exponential average per step (0 to 1)."""
-    average_start: float = Field(default=0.75, ge=0.0, lt=1.0)
+    average_start: Number = Field(default=0.75, ge=0.0, lt=1.0)
     """Fraction of the run before swa starts to average (0 to 1)."""
     local_sgd: Literal["post_local_sgd", "swap"] | None = None
     """In the last part of the run algorithm.workers networks train independently, each with an equal part of the global
     batch. post_local_sgd (Lin et al. 2020) averages them every algorithm.local_steps; swap (Gupta et al. 2020) gives
     each network its own sample order and the learning rate that optim.scaling has for its part, and averages them only
     for evaluation. The average is evaluated."""
-    workers: Annotated[int, Field(ge=2)] = 4
+    workers: Annotated[Integer, Field(ge=2)] = 4
     """Number of networks of algorithm.local_sgd; it does not depend on the number of ranks."""
-    local_start: float = Field(default=0.5, ge=0.0, lt=1.0)
+    local_start: Number = Field(default=0.5, ge=0.0, lt=1.0)
     """Fraction of the run before algorithm.local_sgd starts (0 to 1)."""
     local_steps: PositiveInt = 8
     """Steps between two averagings of post_local_sgd."""
@@ -587,10 +599,10 @@ class AlgorithmConfig(Section, affects="result"):
 class ProbeConfig(Section, affects="observation"):
     """The near-rank-loss probe."""
 
-    enabled: bool = True
+    enabled: Boolean = True
     """Measure activation spectra while training."""
     num_samples: Annotated[
-        tuple[Annotated[Annotated[int, Field(ge=2)] | Literal["auto"], WrapValidator(_size_or_auto)], ...],
+        tuple[Annotated[Annotated[Integer, Field(ge=2)] | Literal["auto"], WrapValidator(_size_or_auto)], ...],
         BeforeValidator(_one_or_many),
         Field(min_length=1),
     ] = ("auto",)
@@ -598,7 +610,7 @@ class ProbeConfig(Section, affects="observation"):
     of its units (views of flatten not counted), but at most the training set, and at most 1 GiB of inputs. Of several
     numbers the largest is the probe set; the first and the last measurement are repeated with each of the others, to
     separate rank from sample size."""
-    own_batch: bool = False
+    own_batch: Boolean = False
     """At the first and the last measurement, also probe batch.global_size images: the matrix of the paper, whose
     singular values decrease with the batch even in an untrained network."""
     per_decade: PositiveInt | None = 3
@@ -613,7 +625,7 @@ class ProbeConfig(Section, affects="observation"):
     """Additional measurements when the loss first falls below each of these values, so that arms can be compared at
     equal losses: the mean training loss without penalties and label smoothing, over the last 2,048 images. auto: 22
     values from 2 to 1e-4, each 0.62 times the one before; off: none."""
-    max_time_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.05
+    max_time_fraction: Annotated[Number, Field(gt=0.0, le=1.0)] | None = 0.05
     """Largest fraction of the run's time for probes (0 to 1): above it, measurements between the first and the last are
     skipped, and the result lists them; null: no limit."""
     layers: tuple[str, ...] = ("auto",)
@@ -662,7 +674,7 @@ class LaunchConfig(Section, affects="runtime"):
     """Timeout of collectives, in seconds: a rank that waits longer for the others fails."""
     stall_report_seconds: PositiveFloat = 60.0
     """Seconds that a rank waits in a collective before it reports which rank blocks it, and in which phase."""
-    memory_snapshot: bool = False
+    memory_snapshot: Boolean = False
     """GPU: record allocations, and if memory runs out write OUT/memory/rank<R>.pickle for pytorch.org/memory_viz."""
     ray_address: str | None = None
     """ray: address of the cluster, host:port or ray://host:port; null: RAY_ADDRESS, else a cluster on this machine,
@@ -729,7 +741,7 @@ class CheckpointConfig(Section, affects="runtime"):
 class MlflowConfig(Section, affects="runtime"):
     """Upload of the run to MLflow."""
 
-    enabled: bool = True
+    enabled: Boolean = True
     """Upload the run folder to MLflow during the run."""
     tracking_uri: str | None = None
     """MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
@@ -737,7 +749,7 @@ class MlflowConfig(Section, affects="runtime"):
     """Name of the MLflow experiment."""
     flush_timeout_seconds: NonNegativeFloat = 60.0
     """Seconds that a finished command waits for the upload to end; `gengap report sync` uploads the rest later."""
-    log_model: bool = True
+    log_model: Boolean = True
     """Export the final network of a run that is uploaded, and log it as an MLflow model with its signature."""
     system_seconds: PositiveFloat | None = 10.0
     """Seconds between two measurements of a node's CPU, memory, disk, network and GPUs; null: none."""
@@ -752,7 +764,7 @@ class RunConfig(Section, affects="result"):
 
     seed: NonNegativeInt = 0
     """Seed of initialisation, sample order and augmentation."""
-    profile: Annotated[bool, Affects("runtime")] = False
+    profile: Annotated[Boolean, Affects("runtime")] = False
     """Trace a few steps of every rank, and write where their time is spent to OUT/profile."""
     data: DataConfig = DataConfig()
     task: TaskConfig = TaskConfig()

@@ -5,23 +5,25 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from itertools import product
+from math import prod
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     Field,
-    FiniteFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     WrapValidator,
     model_validator,
 )
 
+from gengap_dist.config.file_names import file_name_problem
 from gengap_dist.config.identity import identifying_settings
 from gengap_dist.config.loading import field_names, flat, merge, nested, renamed, validate
+from gengap_dist.config.numbers import Boolean, Integer, NonNegativeInt, Number, PositiveFloat, PositiveInt
 from gengap_dist.config.sections import Affects, FrozenModel, RunConfig, Section
 from gengap_dist.errors import UsageError, did_you_mean
+
+MAX_ARMS = 10_000
 
 
 def _number_or_auto(value: Any, check: Callable[[Any], int | Literal["auto"]]) -> int | Literal["auto"]:
@@ -34,10 +36,28 @@ def _number_or_auto(value: Any, check: Callable[[Any], int | Literal["auto"]]) -
         ) from None
 
 
+def _arm_name(name: str) -> str:
+    problem = file_name_problem(name)
+    if not problem and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+        problem = "has other characters than letters, digits and ._+-, or does not begin with a letter or digit"
+    if problem:
+        raise ValueError(
+            f"study.arms, study.axes: the name of an arm ({name!r:.60}) {problem}: choose another, which can also be "
+            "that of a folder"
+        )
+    return name
+
+
+def _study_name(name: str) -> str:
+    if problem := file_name_problem(name):
+        raise ValueError(f"study.name ({name!r:.60}) {problem}: choose another, which can also be that of a folder")
+    return name
+
+
 class Arm(FrozenModel):
     """One arm of a study: a name, and its changes to the settings of the study."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")
+    name: Annotated[str, AfterValidator(_arm_name)]
     """Short name; also the name of its folder."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Settings of this arm, nested or with dotted names: {batch.global_size: 512}."""
@@ -46,11 +66,11 @@ class Arm(FrozenModel):
 class Space(FrozenModel):
     """Search space of a tuned setting: a range from low to high, or a list of values."""
 
-    low: FiniteFloat | None = None
+    low: Number | None = None
     """Smallest value."""
-    high: FiniteFloat | None = None
+    high: Number | None = None
     """Largest value."""
-    log: bool = False
+    log: Boolean = False
     """Sample the logarithm uniformly."""
     values: tuple[Any, ...] = ()
     """The values to choose from, instead of low and high."""
@@ -75,7 +95,7 @@ class Space(FrozenModel):
 class TuneSection(FrozenModel):
     """Tuning, with the same number of trials for every arm."""
 
-    trials: Annotated[int, Field(ge=2)] = 16
+    trials: Annotated[Integer, Field(ge=2, le=10_000)] = 16
     """Number of trials per arm; powers of two cover the space most evenly."""
     seed: NonNegativeInt = 1000
     """Seed of the sampled points and of the training in every trial; it must not be one of study.seeds."""
@@ -105,7 +125,7 @@ class MatchSection(FrozenModel):
     """Two arms without a penalty, small batch and large batch: near-rank loss grows from the first to the second."""
     tolerance: PositiveFloat = 0.15
     """Largest distance from the target that is a match, as a fraction of that growth."""
-    max_runs: Annotated[int, Field(ge=2)] = 8
+    max_runs: Annotated[Integer, Field(ge=2)] = 8
     """Largest number of runs for each strength."""
     low: PositiveFloat = 1e-4
     """Smallest strength to try, without its sign."""
@@ -124,17 +144,17 @@ class MatchSection(FrozenModel):
 class StudySection(Section, affects="result"):
     """Arms x seeds."""
 
-    name: Annotated[str, Affects("observation")] = "study"
-    """Title of the study."""
+    name: Annotated[str, AfterValidator(_study_name), Affects("observation")] = "study"
+    """Title of the study, and the name of its default folder."""
     question: Annotated[str, Affects("observation")] = ""
     """The research question of the study; printed at the top of its report, with the answer."""
-    tolerance: Annotated[FiniteFloat | None, Field(gt=0), Affects("observation")] = None
+    tolerance: Annotated[Number | None, Field(gt=0), Affects("observation")] = None
     """Smallest difference of test results that counts, in the unit that is shown, percentage points for accuracy (null:
     0.5, or 0.5% of the baseline's mean for a metric that is no share)."""
     looks: Annotated[tuple[PositiveInt, ...], Affects("observation")] = ()
     """Numbers of seeds at which the study is judged, one or two, declared before the first: [10, 20] judges 10 seeds at
     a level of 1%, and all 20 at 4.3%, 4.9% in all (empty: once, at 5%)."""
-    may_extend: Annotated[bool, Affects("observation")] = False
+    may_extend: Annotated[Boolean, Affects("observation")] = False
     """Seeds may be added at any later time: the first look then has a level of 4%, and all later ones together 1%, by
     e-values."""
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
@@ -175,6 +195,8 @@ class StudyConfig(RunConfig, affects="result"):
     @model_validator(mode="after")
     def _check_arms(self) -> Self:
         study = self.study
+        if (num_arms := prod(map(len, study.axes.values()))) > MAX_ARMS:
+            raise ValueError(f"study.axes give {num_arms:,} combinations: choose at most {MAX_ARMS:,}")
         names = [arm.name for arm in self.candidates]
         if not names:
             raise ValueError(

@@ -39,6 +39,31 @@ def share(total: int, parts: int, part: int) -> Span:
     return Span(part * total // parts, (part + 1) * total // parts)
 
 
+def kinds_of_shares(total: int, parts: int) -> dict[int, int]:
+    """The first part of each size in `split(total, parts)`, and the number of such parts; the last one by itself.
+
+    The first part has the smaller size, the last one the larger.
+
+    >>> [span.size for span in split(11, 4)], kinds_of_shares(11, 4), kinds_of_shares(8, 4)
+    ([2, 3, 3, 3], {0: 1, 1: 2, 3: 1}, {0: 3, 3: 1})
+    """
+    num_larger = total % parts
+    if not num_larger:
+        return {0: parts - 1, parts - 1: 1}
+    return {0: parts - num_larger, -(-parts // num_larger) - 1: num_larger - 1, parts - 1: 1}
+
+
+class RankKind(NamedTuple):
+    """Ranks whose micro-batches have the same sizes."""
+
+    num_ranks: int
+    num_samples: int
+    """On each of them."""
+    num_micro_batches: int
+    micro_sizes: tuple[int, ...]
+    """Sizes of their micro-batches, not one for each."""
+
+
 class BatchPlan(NamedTuple):
     """How one global batch is split; the same object on every rank.
 
@@ -65,6 +90,17 @@ class BatchPlan(NamedTuple):
         Raises:
             ValueError: if a size is not positive, the rank is not in the world, or a ghost group exceeds micro_size.
         """
+        num_units, units_per_micro = self._units(rank)
+        own = share(num_units, self.world_size, rank)
+        num_micro = max(1, -(-own.size // units_per_micro))
+        spans = [self._positions(own, part, num_micro) for part in range(num_micro)]
+        if equal_counts:
+            max_units = -(-num_units // self.world_size)  # of any rank
+            spans += [Span(spans[-1].stop, spans[-1].stop)] * (-(-max_units // units_per_micro) - num_micro)
+        return spans
+
+    def _units(self, rank: int) -> tuple[int, int]:
+        """Numbers of ghost groups, or of samples: of all, where the last group may be short, and of a micro-batch."""
         unit = self.ghost_size or 1
         for name in ("global_size", "world_size", "micro_size"):
             if getattr(self, name) < 1:
@@ -73,15 +109,30 @@ class BatchPlan(NamedTuple):
             raise ValueError(f"rank ({rank}) is not in a world of {self.world_size}: choose 0 to {self.world_size - 1}")
         if self.micro_size < unit:
             raise ValueError(f"micro_size ({self.micro_size}) is smaller than a ghost group of {unit}: raise it")
-        num_units = -(-self.global_size // unit)  # the last group of a ragged batch may be short
-        own = share(num_units, self.world_size, rank)
-        units_per_micro = self.micro_size // unit
-        num_micro = max(1, -(-own.size // units_per_micro))
-        spans = [Span(own.start + span.start, own.start + span.stop) for span in split(own.size, num_micro)]
-        if equal_counts:
-            max_units = -(-num_units // self.world_size)  # of any rank
-            spans += [Span(own.stop, own.stop)] * (-(-max_units // units_per_micro) - num_micro)
-        return [Span(min(a * unit, self.global_size), min(b * unit, self.global_size)) for a, b in spans]
+        return -(-self.global_size // unit), self.micro_size // unit
+
+    def _positions(self, own: Span, part: int, num_parts: int) -> Span:
+        """A part of a rank's units as positions of the global batch."""
+        unit, (start, stop) = self.ghost_size or 1, share(own.size, num_parts, part)
+        return Span(*(min((own.start + at) * unit, self.global_size) for at in (start, stop)))
+
+    def rank_kinds(self) -> list[RankKind]:
+        """The ranks by the sizes of their micro-batches, in a time that depends on no size.
+
+        >>> BatchPlan(global_size=10, world_size=3, micro_size=3).rank_kinds()
+        [RankKind(num_ranks=2, num_samples=3, num_micro_batches=1, micro_sizes=(3,)), \
+RankKind(num_ranks=1, num_samples=4, num_micro_batches=2, micro_sizes=(2,))]
+        """
+        num_units, units_per_micro = self._units(0)
+        kinds = []
+        for rank, num_ranks in kinds_of_shares(num_units, self.world_size).items():
+            own = share(num_units, self.world_size, rank)
+            num_micro = max(1, -(-own.size // units_per_micro))
+            parts = [part for part, num in kinds_of_shares(own.size, num_micro).items() if num]
+            sizes = sorted({self._positions(own, part, num_micro).size for part in parts})
+            if num_ranks:
+                kinds.append(RankKind(num_ranks, self._positions(own, 0, 1).size, num_micro, tuple(sizes)))
+        return kinds
 
     def norm_sizes(self) -> set[int]:
         """Sizes of the groups over which batch norm computes its statistics, on all ranks.
@@ -89,11 +140,10 @@ class BatchPlan(NamedTuple):
         >>> sorted(BatchPlan(global_size=10, world_size=2, micro_size=3).norm_sizes())
         [2, 3]
         """
-        spans = [span for rank in range(self.world_size) for span in self.micro_batches(rank) if span.size]
-        ghost = self.ghost_size
-        if ghost is None:
-            return {span.size for span in spans}
-        return {min(ghost, span.stop - start) for span in spans for start in range(span.start, span.stop, ghost)}
+        sizes = {size for kind in self.rank_kinds() for size in kind.micro_sizes if size}
+        if (ghost := self.ghost_size) is None:
+            return sizes
+        return {part for size in sizes for part in (min(ghost, size), size % ghost) if part}
 
 
 def blocks(num_samples: int, size: int, world: World) -> list[Span]:

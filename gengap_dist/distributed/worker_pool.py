@@ -20,7 +20,8 @@ from typing import Any, final
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.compat.hard_exit import hard_exit
 from gengap_dist.compat.standard_streams import keep_streams
-from gengap_dist.credentials import command_line
+from gengap_dist.compat.warnings_as_text import format_warnings
+from gengap_dist.credentials import command_line, printable
 from gengap_dist.distributed import cgroups
 from gengap_dist.distributed.cores import Threads, thread_variables
 from gengap_dist.distributed.orphans import end_with
@@ -282,6 +283,7 @@ def _rank_main(
     keep_streams()
     if rank != 0:
         warnings.simplefilter("ignore")  # rank 0 shows them
+    format_warnings(printable)
     try:
         while (received := pipe.recv()) is not None:
             job, args = received

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from gengap_dist.config.own_code import load_own
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.data_spec import DataSpec
+from gengap_dist.distributed.cgroups import free_memory
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.models.batch_norm import replace_batch_norm
@@ -67,7 +69,8 @@ def build(name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, a
         activation: `relu`, or `linear` for none, for models with this argument.
 
     Raises:
-        UsageError: if the model is unknown or cannot be imported, needs other samples, or has no such activation.
+        UsageError: if the model is unknown or cannot be imported, needs other samples, has no such activation, or is
+            larger than the memory of this machine.
 
     >>> sum(p.numel() for p in build("lenet5", DataSpec.images(num_classes=10, in_channels=1)).parameters())
     61706
@@ -92,12 +95,37 @@ def build(name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, a
     if activation != "relu" and "activation" not in names:
         raise UsageError(f"model.activation ({activation}) has no effect on {name}: choose relu, or lenet5 or mlp")
     arguments |= of_images
-    model = factory(**{key: value for key, value in arguments.items() if key in names and value is not None})
+    given = {key: value for key, value in arguments.items() if key in names and value is not None}
+    if name in MODELS or name.partition(":")[0] in ZOOS:
+        _check_memory(name, partial(factory, **given))
+    model = factory(**given)
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"model.name ({name}) returned a {type(model).__name__}, needs a torch.nn.Module: return the network"
         )
     return model
+
+
+def _check_memory(name: str, make: Callable[[], nn.Module]) -> None:
+    """Refuse a network whose weights this machine cannot hold: they are counted on a device without memory.
+
+    Raises:
+        UsageError: names what makes it large.
+    """
+    remedy = "choose smaller model.widths, a smaller data.image_size, or another network"
+    try:
+        with torch.device("meta"):
+            weights = [*make().parameters()]
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch raises each of them
+        if "verflow" not in str(error):
+            raise
+        raise UsageError(f"model.name ({name}) has more weights than 64 bits can count: {remedy}") from None
+    needed, free = sum(weight.nbytes for weight in weights), free_memory()
+    if needed > free:
+        raise UsageError(
+            f"model.name ({name}) has {needed / 2**30:,.1f} GiB of weights, and this machine has "
+            f"{free / 2**30:,.1f} GiB of free memory: {remedy}"
+        )
 
 
 def factory_of(name: str) -> Callable[..., nn.Module]:

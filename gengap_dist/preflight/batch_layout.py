@@ -59,15 +59,15 @@ def layout(plan: BatchPlan) -> Layout:
     Layout(global_size=5, samples_per_rank=(2, 3), micro_batches_per_rank=(1, 2), micro_sizes=(1, 2), num_idle=0, \
 norm_sizes=[1, 2])
     """
-    ranks = [plan.micro_batches(rank) for rank in range(plan.world_size)]
-    samples = [spans[-1].stop - spans[0].start for spans in ranks]
-    sizes = [span.size for spans in ranks for span in spans if span.size]
-    counts = [len(spans) for spans in ranks]
+    kinds = plan.rank_kinds()
+    samples = [kind.num_samples for kind in kinds]
+    sizes = [size for kind in kinds for size in kind.micro_sizes if size]
+    counts = [kind.num_micro_batches for kind in kinds]
     return Layout(
         plan.global_size,
         (min(samples), max(samples)),
         (min(counts), max(counts)),
         (min(sizes), max(sizes)),
-        samples.count(0),
+        sum(kind.num_ranks for kind in kinds if not kind.num_samples),
         sorted(plan.norm_sizes()),
     )

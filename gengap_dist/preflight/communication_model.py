@@ -16,14 +16,13 @@ The bytes sent by a rank are the same as without hierarchy: (R-1)/R M, and twice
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-
 from gengap_dist.config.measures import Strategy
-from gengap_dist.distributed.batch_plan import split
+from gengap_dist.distributed.batch_plan import share
 from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.preflight.batch_layout import Cluster
 from gengap_dist.probes.layer_view import LayerView
@@ -151,6 +150,7 @@ def probe_messages(
     passes: Sequence[Sequence[ColumnBlock]],
     counts: Sequence[int],
     *,
+    num_ranks: int,
     input_size: int,
     num_leaves: int,
     method: str,
@@ -163,7 +163,8 @@ def probe_messages(
     Args:
         layer_views: the measured layers.
         passes: column blocks that each pass over the probe samples measures, from `measure.plan_passes`.
-        counts: probe samples on each rank.
+        counts: probe samples on each of the first ranks; the others have none.
+        num_ranks: number of all ranks.
         input_size: numbers in one sample.
         num_leaves: modules of the network without children.
         method: probe.method.
@@ -171,12 +172,12 @@ def probe_messages(
         device_type: cpu or cuda; it determines the block size.
         num_centrings: 1 for raw, 2 for raw and centred.
     """
-    num_ranks = len(counts)
     if num_ranks == 1:
         return []
     block_bytes = stream_bytes(device_type, memory_mib)
-    rows = np.array(counts)
-    sent, received, num_redistributions_total = np.zeros_like(rows), np.zeros_like(rows), 0
+    rows = dict(enumerate(counts))
+    rows.setdefault(num_ranks - 1, 0)  # of the ranks without samples it receives most: the larger share of each block
+    sent, received, num_redistributions_total = dict.fromkeys(rows, 0), dict.fromkeys(rows, 0), 0
     for column_block in (
         column_block
         for column_blocks in passes
@@ -185,13 +186,14 @@ def probe_messages(
     ):
         view = layer_views[column_block.view_index]
         row_bytes = view.rows_per_input * view.dtype.itemsize
-        for block in redistribution_blocks(
-            column_block.stop - column_block.start, view.num_rows, num_ranks, block_bytes
-        ):
-            shares = np.array([share.size for share in split(block.size, num_ranks)])
-            sent += row_bytes * rows * (block.size - shares)
-            received += row_bytes * (rows.sum() - rows) * shares
-            num_redistributions_total += 1
+        num_columns = column_block.stop - column_block.start
+        blocks = redistribution_blocks(num_columns, view.num_rows, num_ranks, block_bytes)
+        for size, times in Counter(block.size for block in blocks).items():
+            for rank, num in rows.items():
+                own = share(size, num_ranks, rank).size
+                sent[rank] += times * row_bytes * num * (size - own)
+                received[rank] += times * row_bytes * (sum(counts) - num) * own
+        num_redistributions_total += len(blocks)
     sizes_of_passes = [len({layer_views[block.view_index].layer.name for block in blocks}) for blocks in passes]
     num_means = sum(2 if view.is_wide else view.num_units + 1 for view in layer_views)
     num_values = sum(
@@ -206,7 +208,7 @@ def probe_messages(
         Message("singular values", "all-reduce", 8 * num_values, len(passes)),
     ]
     if num_redistributions_total:
-        busiest = int(max(sent.max(), received.max()))
+        busiest = max(*sent.values(), *received.values())
         messages.append(Message("columns of wide layers", "all-to-all", busiest, num_redistributions_total))
     if method == "tsqr":  # rank 0 receives from one rank at each level of the tree, then broadcasts the result
         triangle_bytes, levels = 8 * sum(view.size**2 for view in layer_views), math.ceil(math.log2(num_ranks))

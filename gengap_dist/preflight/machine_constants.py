@@ -13,6 +13,7 @@ from gengap_dist.config.sections import FrozenModel, RunConfig
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.own_files import default_path, read_own, write_own
+from gengap_dist.runs.run_folder import write_atomically
 
 
 class LinkConstants(FrozenModel):
@@ -72,9 +73,9 @@ def load(path: Path | None) -> Constants:
             the cache folder.
     """
     file = path or default_path()
-    if not file.exists() and path is None:
-        return Constants()
     try:
+        if path is None and not file.exists():
+            return Constants()
         return validate(Constants, json.loads(file.read_bytes() if path else read_own(file)))
     except OSError as error:
         raise UsageError(
@@ -86,12 +87,15 @@ def load(path: Path | None) -> Constants:
         ) from None
 
 
-def save(constants: Constants, path: Path | None) -> Path:
-    """Write constants to `path`, or to the user's cache folder; returns the path."""
-    content = json.dumps(constants.model_dump(mode="json"), indent=1) + "\n"
-    if path is None:
-        write_own(default_path(), content)
-        return default_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
-    return path
+def save(constants: Constants, path: Path | None) -> str:
+    """Write constants to `path`, or to the user's cache folder; returns why they could not be written, if so."""
+    file, content = path or default_path(), json.dumps(constants.model_dump(mode="json"), indent=1) + "\n"
+    try:
+        if path is None:
+            write_own(file, content)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content)
+    except OSError as error:
+        return f"{file} cannot be written ({error.strerror}): the constants are used now, and the next plan has none"
+    return ""

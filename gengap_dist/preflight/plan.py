@@ -22,6 +22,7 @@ from gengap_dist.models.batch_norm import has_batch_norm
 from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.capabilities import CAPABILITIES
 from gengap_dist.parallel.memory_model import MemoryEstimate
+from gengap_dist.parallel.out_of_memory import is_out_of_memory
 from gengap_dist.preflight import communication_model
 from gengap_dist.preflight.batch_layout import Cluster, Layout, layout
 from gengap_dist.preflight.communication_model import Link, Message
@@ -143,7 +144,14 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
             return check()
         except UsageError as error:
             refused.append(str(error))
-            return None
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            if not is_out_of_memory(error) and "verflow" not in str(error):
+                raise
+            refused.append(
+                f"model.name ({config.model.name}) needs more memory than this machine has: choose "
+                "smaller model.widths, a smaller data.image_size, or plan it on a larger machine"
+            )
+        return None
 
     given_config, (config, assumed) = config, _with_micro_size(config, cluster)
     num_ranks, batch = cluster.num_ranks, config.batch
@@ -170,7 +178,12 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
                             model, lambda: _inputs(config, sizes, 1), sizes.num_train, num_ranks
                         )
                     )
-                fields |= _model_fields(config, cluster, workload, sizes, fields["batch"], collect_refusal)
+                fields |= (
+                    collect_refusal(
+                        lambda: _model_fields(config, cluster, workload, sizes, fields["batch"], collect_refusal)
+                    )
+                    or {}
+                )
                 fields |= _time_fields(config, constants, fields)
     fields["warned"] = sorted({str(warning.message) for warning in caught})
     return Plan(**fields, assumed=assumed + _assumptions(config, strategy, fields))
@@ -183,7 +196,7 @@ def _with_micro_size(config: RunConfig, cluster: Cluster) -> tuple[RunConfig, li
     if config.batch.micro_size != "auto":
         return config, []
     known = None
-    with suppress(UsageError):  # the plan lists the error
+    with suppress(UsageError, RuntimeError, MemoryError):  # the plan lists the error
         sizes = datasets.sizes(config.data)
         known = cached_micro_size(config, _workload(config, sizes), _hardware(config, cluster))
     if known:
@@ -273,11 +286,13 @@ def _model_fields(
 
 
 def probe_counts(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks: int) -> list[int]:
-    """Number of samples of the probe set on each rank."""
+    """Number of samples of the probe set on each rank that has any: the first ones."""
     example = _inputs(config, sizes, 1)
     layers = find_probed_layers(model, example, config.probe)
     *_, size = probe_set_sizes(config.probe, layers, example.nbytes, sizes.num_train)
-    return [sum(s.size for s in blocks(size, PROBE_BLOCK, World(rank, num_ranks))) for rank in range(num_ranks)]
+    num_with_samples = min(num_ranks, -(-size // PROBE_BLOCK))
+    worlds = [World(rank, num_ranks) for rank in range(num_with_samples)]
+    return [sum(span.size for span in blocks(size, PROBE_BLOCK, world)) for world in worlds]
 
 
 def _inputs(config: RunConfig, sizes: datasets.Sizes, num: int) -> Tensor:
@@ -296,7 +311,9 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
     device_type = "cuda" if config.launch.device == "cuda" else "cpu"
     options = {"method": probe.method, "memory_mib": probe.memory_mib, "device_type": device_type}
     sizes_of_network = {"input_size": example.numel(), "num_leaves": len(leaf_names(model))}
-    messages = communication_model.probe_messages(views, passes, counts, **sizes_of_network, **options)
+    messages = communication_model.probe_messages(
+        views, passes, counts, num_ranks=num_ranks, **sizes_of_network, **options
+    )
     block_bytes = measure.stream_bytes(device_type, probe.memory_mib)
     num_bytes = memory_model.probe_bytes(views, passes, max(counts), block_bytes) + max(counts) * example.nbytes
     forms = {
@@ -305,7 +322,7 @@ def _probe(config: RunConfig, model: nn.Module, sizes: datasets.Sizes, num_ranks
         for view in views
     }
     on_wire = sum(message.on_wire(num_ranks) for message in messages)
-    return Probe(sum(counts), sum(map(bool, counts)), len(passes), forms, messages, on_wire), num_bytes
+    return Probe(sum(counts), len(counts), len(passes), forms, messages, on_wire), num_bytes
 
 
 def _time_fields(config: RunConfig, constants: Constants, fields: dict[str, Any]) -> dict[str, Any]:

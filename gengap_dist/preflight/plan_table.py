@@ -1,33 +1,34 @@
 """Formats a plan for the terminal."""
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gengap_dist.preflight.batch_layout import Layout
 from gengap_dist.preflight.machine_constants import Constants
 from gengap_dist.preflight.plan import Plan, Time
 
 
-def plan_page(plan: Plan, constants: Constants) -> list[Table | str]:
-    """Batches, memory, bytes and time; then errors, warnings and assumptions: tables, and lines in rich's markup."""
+def plan_page(plan: Plan, constants: Constants) -> list[Table | Text]:
+    """Batches, memory, bytes and time; then errors, warnings and assumptions: tables and lines."""
     cluster = plan.cluster
     size = f", {plan.num_parameters:,} parameters" if plan.num_parameters else ""
     samples = f", {plan.data.num_train:,} training samples" if plan.data else ""
-    head = (
-        f"[bold]{escape(plan.model)}[/]{size}{samples}; {cluster.nodes:,} node(s) x {cluster.gpus_per_node:,} = "
-        f"{cluster.num_ranks:,} rank(s), {plan.strategy}"
+    head = Text.assemble(
+        (plan.model, "bold"),
+        f"{size}{samples}; {cluster.nodes:,} node(s) x {cluster.gpus_per_node:,} = {cluster.num_ranks:,} rank(s), "
+        f"{plan.strategy}",
     )
     tables = [table for table in (_steps(plan), _memory(plan), _traffic(plan)) if table]
     messages = [
-        f"[{style}]{head:8}[/]     {escape(line)}"
-        for style, head, lines in (
+        Text.assemble((f"{word:8}", style), f"     {line}")
+        for style, word, lines in (
             ("bold red", "refused", plan.refused),
             ("yellow", "warning", plan.warned),
             ("dim", "assumed", plan.assumed),
         )
         for line in lines
     ]
-    return [head, *tables, *_notes(plan), *_times(plan, constants), *messages]
+    return [head, *tables, *map(Text, _notes(plan)), *_times(plan, constants), *messages]
 
 
 def _steps(plan: Plan) -> Table | None:
@@ -104,19 +105,20 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
-def _times(plan: Plan, constants: Constants) -> list[str]:
+def _times(plan: Plan, constants: Constants) -> list[Text]:
     lines = []
     if plan.time:
-        lines.append(f"predicted    {_time(plan.time)}")
+        lines.append(Text(f"predicted    {_time(plan.time)}"))
     if plan.time_at_best:
         best = _time(plan.time_at_best)
-        lines.append(f"[bold]at best[/]      {best}, if links between nodes were as fast as inside this machine")
+        rest = f"      {best}, if links between nodes were as fast as inside this machine"
+        lines.append(Text.assemble(("at best", "bold"), rest))
     if plan.missing:
-        lines.append(f"time         {escape(plan.missing)}")
+        lines.append(Text(f"time         {plan.missing}"))
     links = {"inside": constants.inside, "between": constants.between}
     known = [f"{name} nodes {c.alpha:.3g} s + {c.beta:.3g} s/byte" for name, c in links.items() if c]
     if known and (plan.time or plan.time_at_best):
-        lines.append(f"constants    {', '.join(known)}; {escape(constants.where)}")
+        lines.append(Text(f"constants    {', '.join(known)}; {constants.where}"))
     return lines
 
 

@@ -7,15 +7,21 @@ time at which the run ended}}. The others are as in metrics.jsonl.
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.run_folder import json_line, read_from, read_info, write_atomically
+from gengap_dist.runs.json_lines import read_from
+from gengap_dist.runs.regular_file import open_regular
+from gengap_dist.runs.run_folder import json_line, read_info, write_atomically
 from gengap_dist.runs.schema import RunInfo
 
 FILE_NAME = "mean.jsonl"
 
 Sources = dict[str, str]
+
+_FIRST_LINE = TypeAdapter(dict[Literal["made_of"], Sources])
 
 
 def read_runs(arm: Path, seeds: Collection[int], damaged: Callable[[UsageError], object]) -> dict[Path, RunInfo]:
@@ -50,12 +56,12 @@ def write_means(arm: Path, made_of: Sources, lines: Iterable[Mapping[str, Any]])
 
 
 def read_sources(arm: Path) -> Sources | None:
-    """The runs that the means of an arm are made of; None if there are no means."""
-    path = arm / FILE_NAME
-    if not path.exists():
+    """The runs that the means of an arm are made of; None if there are no means, or they must be written again."""
+    try:
+        with open_regular(arm / FILE_NAME) as file:
+            return _FIRST_LINE.validate_json(file.readline())["made_of"]
+    except (OSError, ValueError):
         return None
-    with path.open(encoding="utf-8") as file:
-        return json.loads(file.readline())["made_of"]
 
 
 def read_means(arm: Path) -> Iterator[dict[str, Any]]:

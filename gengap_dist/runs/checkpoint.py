@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from pydantic_core import from_json
 from torch import Tensor, nn
 
 from gengap_dist.config.identity import differences
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.errors import UsageError
-from gengap_dist.runs.schema import RunInfo
+from gengap_dist.errors import UsageError, first_of
+from gengap_dist.runs.regular_file import open_regular
+from gengap_dist.runs.schema import RunInfo, is_file_name
 
 SCHEMA = 2  # of checkpoint.json; schema 1 has no `run` and no `config`
 FACTS = "checkpoint.json"
@@ -222,7 +224,8 @@ def step_of(path: Path) -> int:
 def _facts(path: Path) -> dict[str, Any]:
     """The content of checkpoint.json; {} if it is missing or damaged."""
     try:
-        facts = json.loads((path / FACTS).read_bytes())
+        with open_regular(path / FACTS) as file:
+            facts = from_json(file.read())
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -268,7 +271,8 @@ def describe_damage(path: Path) -> str:
     'checkpoint.json is missing'
     """
     try:
-        facts = json.loads((path / FACTS).read_bytes())
+        with open_regular(path / FACTS) as file:
+            facts = from_json(file.read())
         checksums, step = facts["sha256"], facts["step"]
         if not isinstance(facts["schema"], int) or facts["schema"] < 1:
             return f"{FACTS} is not valid"
@@ -276,8 +280,10 @@ def describe_damage(path: Path) -> str:
             return f"{FACTS} is that of step {step}"
         if unlisted := sorted(({file.name for file in path.glob("*.pt")} | NEEDED) - checksums.keys()):
             return f"{FACTS} has no checksum of {', '.join(unlisted)}"
+        if wrong := [name for name in checksums if not is_file_name(name)]:
+            return f"{FACTS} lists {wrong[0]!r:.60}, which is no file of a checkpoint"
         for name, expected in checksums.items():
-            with (path / name).open("rb") as file:
+            with open_regular(path / name) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     return f"{name} does not match its checksum"
     except FileNotFoundError as error:
@@ -314,14 +320,79 @@ def load(path: Path) -> State:
     """Load a file of tensors and plain values onto the CPU, without executing code from it.
 
     Raises:
-        UsageError: if the file is missing or damaged.
+        UsageError: if the file is missing or damaged, or holds code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path} is missing: restore it, or choose weights that the run has saved") from None
-    except Exception as error:  # torch passes on many kinds of unpickling errors
-        raise UsageError(f"{path} is damaged ({type(error).__name__}): remove it and start the run again") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): give a file that torch.save has written") from None
+    except Exception:  # torch passes on many kinds of unpickling errors
+        if names := _named_code(path):
+            raise UsageError(
+                f"{path} holds Python objects ({first_of(names, 3)}), such as a whole network, and to load them would "
+                "execute code from the file: where you trust it, save torch.save(network.state_dict(), FILE) instead"
+            ) from None
+        raise UsageError(
+            f"{path} is damaged, or no file of torch.save: restore it, or save a network's state_dict() with torch.save"
+        ) from None
+    if not isinstance(state, dict):
+        raise UsageError(f"{path} holds a {type(state).__name__}, needs a state dict: save a network's state_dict()")
+    return state
+
+
+def _named_code(path: Path) -> list[str]:
+    """What a file would import, such as the class of a pickled network; empty if it is not known."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # it is no file of torch.save
+        return []
+
+
+def load_weights(path: Path) -> State:
+    """The state dict in a file of a user, also of the checkpoints of many tools, which nest it.
+
+    Raises:
+        UsageError: see `load`.
+    """
+    state = load(path)
+    for key in ("model", "state_dict", "model_state_dict"):
+        state = inner if isinstance(inner := state.get(key), Mapping) else state
+    if not state or not all(isinstance(name, str) for name in state):
+        raise UsageError(f"{path} holds no state dict: save a network's state_dict()")
+    return dict(state)
+
+
+def without_wrappers(state: State, model: nn.Module) -> tuple[State, list[str]]:
+    """A state dict without what DistributedDataParallel and torch.compile put into names, unless the model has it, too.
+
+    Returns:
+        The state dict, and what was removed.
+
+    >>> state, removed = without_wrappers({"module._orig_mod.bias": 0}, nn.Linear(1, 1))
+    >>> state, removed
+    ({'bias': 0}, ['_orig_mod.', 'module.'])
+    """
+    wrappers = {"module", "_orig_mod"}
+    if not any(name not in model.state_dict() and wrappers & {*name.split(".")} for name in state):
+        return state, []
+    removed = wrappers & {part for name in state for part in name.split(".")}
+    bare = {".".join(part for part in name.split(".") if part not in removed): value for name, value in state.items()}
+    return bare, sorted(f"{part}." for part in removed)
+
+
+def load_nested(path: Path, *names: str) -> State:
+    """The same for a file of mappings: those with the given names, or, without names, all of them.
+
+    Raises:
+        UsageError: see `load`.
+    """
+    state = load(path)
+    if wrong := [name for name in names or state if not isinstance(state.get(name, {}), Mapping)]:
+        raise UsageError(f"{path} is damaged: {wrong[0]!r:.60} must be a mapping; remove this checkpoint")
+    return state
 
 
 def evaluated_state(path: Path) -> State:
@@ -333,8 +404,8 @@ def evaluated_state(path: Path) -> State:
     Raises:
         UsageError: see `load`.
     """
-    average = load(path.with_name("algorithm.pt")).get("average") if path.name == "model.pt" else None
-    if not average or not average["n_averaged"]:
+    average = load_nested(path.with_name("algorithm.pt"), "average").get("average") if path.name == "model.pt" else None
+    if not average or not average.get("n_averaged"):
         return load(path)
     return {name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")}
 

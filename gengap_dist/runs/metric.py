@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class MetricDescription(BaseModel):
@@ -16,7 +16,7 @@ class MetricDescription(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
+    name: str = Field(min_length=1)
     """A run has it as val/NAME in its history and as test/NAME in its result."""
     unit: str
     """`share`: between 0 and 1, shown in percent; else the unit to print after a number, or nothing."""
@@ -78,13 +78,14 @@ def metric_of(info: Mapping[str, Any]) -> MetricDescription:
 
 def value_on_test(info: Mapping[str, Any]) -> float | None:
     """The metric of a run on the test samples, by the content of its run.json; None if it has none."""
-    return (info.get("result") or {}).get(f"test/{metric_of(info).name}")
+    value = (info.get("result") or {}).get(f"test/{metric_of(info).name}")
+    return None if value is None else float(value)
 
 
 def score_of(info: Mapping[str, Any]) -> float | None:
     """`MetricDescription.score` of `value_on_test`."""
     value = value_on_test(info)
-    return None if value is None else metric_of(info).score(float(value))
+    return None if value is None else metric_of(info).score(value)
 
 
 ACCURACY = MetricDescription(name="accuracy", unit="share", higher_is_better=True)

@@ -5,14 +5,16 @@ A network may have thousands of metrics, of which most are measured at a few ste
 
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from gengap_dist.errors import UsageError
+from gengap_dist.runs.regular_file import open_regular
+from gengap_dist.runs.schema import REMEDY
 
 LINES_PER_BATCH = 1000  # lines held as dicts at one time
 NO_LINES = 0  # bytes of metrics.jsonl that metrics.npz of a slim copy is the table of
@@ -139,15 +141,50 @@ def load(path: Path, size: int) -> MetricsTable | None:
     ({'step': 0.0, 'a': 1.5}, None)
     """
     try:
-        with path.open("rb") as raw, np.load(raw) as file:
-            if int(file["size"]) != size:
-                return None
-            if "known" in file:
-                return _of_dense(file) if size == NO_LINES else None  # the lines take less memory
-            columns = {name: at for at, name in enumerate(json.loads(file["names"].tobytes()))}
-            return MetricsTable(int(file["num_lines"]), columns, file["starts"], file["rows"], file["values"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        file = read_arrays(path)
+        if int(file["size"]) != size:
+            return None
+        if "known" in file:
+            return _of_dense(file) if size == NO_LINES else None  # the lines take less memory
+        names = json.loads(file["names"].tobytes())
+        table = MetricsTable(
+            int(file["num_lines"]), {name: at for at, name in enumerate(names)}, file["starts"], file["rows"],
+            file["values"],
+        )  # fmt: skip
+    except (UsageError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return table if _is_whole(table, names) else None
+
+
+def _is_whole(table: MetricsTable, names: Sequence[Any]) -> bool:
+    """Whether the arrays belong together, and every line has its step, which is above that of the line before."""
+    num_lines, columns, starts, rows, values = table
+    if len(columns) < len(names) or not all(isinstance(name, str) for name in names):
+        return False
+    if any(array.ndim != 1 for array in (starts, rows, values)) or (starts.dtype.kind, rows.dtype.kind) != ("i", "i"):
+        return False
+    if len(starts) != len(columns) + 1 or starts[0] or (np.diff(starts) < 0).any() or values.dtype.kind != "f":
+        return False
+    if not starts[-1] == len(rows) == len(values) or ((rows < 0) | (rows >= num_lines)).any():
+        return False
+    of_steps, steps = table.column("step")
+    return len(steps) == num_lines and bool((of_steps[1:] > of_steps[:-1]).all() and (steps[1:] > steps[:-1]).all())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file; no code in it is executed.
+
+    Raises:
+        UsageError: if it cannot be read, or is damaged.
+    """
+    try:
+        with open_regular(path) as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
+            return dict(file)
+    except OSError as error:
+        problem = f"{error.strerror or error}"
+    except Exception as error:  # numpy and zipfile raise many kinds
+        problem = f"{error}"
+    raise UsageError(f"{path} is damaged ({problem or 'it is not complete'}): {REMEDY}")
 
 
 def _of_dense(file: Mapping[str, np.ndarray]) -> MetricsTable:

@@ -1,11 +1,10 @@
 """Reads a growing metrics.jsonl from where the last reader stopped, also if the file was rewritten in between."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gengap_dist.runs.run_folder import read_from
+from gengap_dist.runs.json_lines import METRICS, read_from
 
 
 class Position(NamedTuple):
@@ -38,6 +37,6 @@ def _is_in_place(path: Path, position: Position) -> bool:
         file.seek(position.start)
         line = file.read(position.end - position.start)
     try:
-        return line.endswith(b"\n") and json.loads(line)["step"] == position.step
-    except (ValueError, KeyError, TypeError):  # another line begins elsewhere
+        return line.endswith(b"\n") and METRICS.validate_json(line)["step"] == position.step
+    except ValueError:  # another line begins elsewhere
         return False

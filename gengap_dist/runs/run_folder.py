@@ -18,13 +18,14 @@ import subprocess
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from gengap_dist.config.loading import to_yaml
@@ -34,7 +35,11 @@ from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import lease
 from gengap_dist.runs.appended_file import append_lines
-from gengap_dist.runs.schema import NewerSchema, RunInfo, RunStatus, StudyInfo
+from gengap_dist.runs.json_lines import last_step, read_from, read_lines
+from gengap_dist.runs.links import check_links
+from gengap_dist.runs.regular_file import open_regular
+from gengap_dist.runs.schema import REMEDY, NewerSchema, RunInfo, RunStatus, StudyInfo, first_error, to_time
+from gengap_dist.runs.upload_state import read_upload_state
 
 if TYPE_CHECKING:  # all commands import this module, and --help needs neither numpy nor torch
     import numpy as np
@@ -43,7 +48,6 @@ if TYPE_CHECKING:  # all commands import this module, and --help needs neither n
     from gengap_dist.runs.metrics_table import MetricsTable
 
 Metrics = Mapping[str, float]
-MAX_LINE_BYTES = 2**20  # more than the longest line of metrics.jsonl
 TEST_CORRECT = "test_correct.npy"
 EXPORTING = "exporting the model"  # progress note of a run whose metrics and spectra are complete in its folder
 MIN_TABLE_BYTES = 2**20  # of metrics.jsonl, from which on metrics.npz is written, too
@@ -81,7 +85,8 @@ def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
         resume: whether an existing folder may be continued.
 
     Raises:
-        UsageError: if it cannot be written, holds other files, or holds a run while `resume` is not set.
+        UsageError: if it cannot be written, holds other files or links that lead out of it, or holds a run while
+            `resume` is not set.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -90,6 +95,7 @@ def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"--out ({out}) cannot be written ({error.strerror}): choose another folder") from None
+    check_links(out)
     if (out / marker).exists():
         if not resume:
             raise UsageError(f"--out ({out}) already holds a {marker}: add --resume to continue it, or choose another")
@@ -123,7 +129,7 @@ def end_time(info: RunInfo | StudyInfo, seconds: float = 0.0) -> str:
     """The current time, for a run or study that lasted `seconds`; later if the clock was set back since it started."""
     if info.started is None:
         return now()
-    earliest = datetime.fromisoformat(info.started) + timedelta(seconds=seconds)
+    earliest = to_time(info.started) + timedelta(seconds=seconds)
     return max(datetime.fromisoformat(now()), earliest).isoformat(timespec="seconds")
 
 
@@ -248,8 +254,8 @@ class RunRecorder(NullRecorder):
     def resume(self, step: int, seconds: float, pending: dict[int, dict[str, float]]) -> None:
         """Return to the state after `step` steps: later lines are removed and will be written again."""
         path = self.out / "metrics.jsonl"
-        lines = [json.dumps(line) for line in read_raw(path) if line["step"] < step]
-        write_atomically(path, "".join(line + "\n" for line in lines))
+        kept = max((end for line, end in read_from(path) if line["step"] < step), default=0)
+        write_atomically(path, path.read_bytes()[:kept] if kept else b"")
         (self.out / "metrics.npz").unlink(missing_ok=True)
         (self.out / TEST_CORRECT).unlink(missing_ok=True)
         self._pending = {at: dict(line) for at, line in pending.items()}
@@ -303,8 +309,9 @@ class RunRecorder(NullRecorder):
 
     def mlflow_run_id(self) -> str | None:
         """The id of the MLflow run of this folder, if it exists."""
-        path = self.out / "mlflow.json"
-        return json.loads(path.read_text(encoding="utf-8")).get("run_id") if path.exists() else None
+        with suppress(UsageError):  # the uploader reports it
+            return read_upload_state(self.out).get("run_id")
+        return None
 
     def finish(
         self,
@@ -338,7 +345,7 @@ class RunRecorder(NullRecorder):
             from gengap_dist.runs.metrics_table import dump, to_table
 
             try:
-                write_atomically(self.out / "metrics.npz", dump(to_table(read_raw(lines)), size))
+                write_atomically(self.out / "metrics.npz", dump(to_table(read_lines(lines)), size))
             except OSError as problem:
                 reason = f"{problem.filename} could not be written ({problem.strerror})"
                 warnings.warn(f"{reason}: it is optional, and was left out", stacklevel=2)
@@ -384,14 +391,38 @@ def dump_arrays(spectra: "Mapping[str, tuple[np.ndarray, Mapping[str, Any]]]") -
     return buffer.getvalue()
 
 
-def load_spectra(path: Path) -> "dict[str, tuple[np.ndarray, dict[str, Any]]]":
-    """Layer key to (singular values [m], the other fields of LayerSpectrum as a dict)."""
-    import numpy as np
+class _SpectrumFacts(BaseModel):
+    floor: Annotated[FiniteFloat, Field(ge=0)]
+    num_samples: PositiveInt
+    num_units: PositiveInt
 
-    with np.load(path) as file:
-        meta = json.loads(str(file["meta"]))
-        members = {key: _member(key) if _member(key) in file else key for key in meta}  # old files have the key itself
-        return {key: (file[members[key]], info) for key, info in meta.items()}
+
+_SPECTRA_META = TypeAdapter(dict[str, _SpectrumFacts])
+
+
+def load_spectra(path: Path) -> "dict[str, tuple[np.ndarray, dict[str, Any]]]":
+    """Layer key to (singular values [m], the other fields of LayerSpectrum as a dict).
+
+    Raises:
+        UsageError: if the file is damaged.
+    """
+    from gengap_dist.runs.metrics_table import read_arrays
+
+    arrays = read_arrays(path)
+    try:
+        meta: dict[str, Any] = from_json(str(arrays.get("meta", "")))
+        _SPECTRA_META.validate_python(meta)
+    except ValidationError as error:
+        raise UsageError(f"{path} is damaged: {first_error(error)}; {REMEDY}") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: meta is not JSON ({error}); {REMEDY}") from None
+    members = {key: _member(key) if _member(key) in arrays else key for key in meta}  # old files have the key itself
+    for member in members.values():
+        values = arrays.get(member)
+        is_list = values is not None and values.ndim == 1 and values.size > 0 and values.dtype.kind == "f"
+        if values is None or not is_list or (values < 0).any() or (values > values[0]).any():
+            raise UsageError(f"{path} is damaged: {member:.60} must be singular values, the largest first; {REMEDY}")
+    return {key: (arrays[members[key]], info) for key, info in meta.items()}
 
 
 def spectra_by_step(folder: Path) -> dict[int, Path]:
@@ -425,15 +456,15 @@ def read_test_correct(out: Path, result: Mapping[str, Any] | None = None) -> "np
 
     path = out / TEST_CORRECT
     num_test = (read_info(out).result if result is None else result).get("num_test")
-    if num_test is None or not path.exists():
+    if num_test is None or not os.path.lexists(path):
         return None
     packed: np.ndarray = np.empty(0)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             packed = np.lib.format.read_array(file, allow_pickle=False)
         problem = f"it holds {packed.dtype} of shape {list(packed.shape)}"
-    except (OSError, ValueError, EOFError) as error:
-        problem = str(error)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        problem = f"{error}"
     if packed.dtype != np.uint8 or packed.shape != (-(-num_test // 8),):
         raise UsageError(
             f"{path} is damaged, needs a bit for each of {num_test:,} test samples ({problem}): restore it"
@@ -470,7 +501,7 @@ def read_metrics_table(out: Path) -> "MetricsTable":
     """The metrics of a run folder, or of a slim copy of one, as a table.
 
     Raises:
-        ValueError: if a line of metrics.jsonl, or the only metrics.npz, is damaged.
+        UsageError: if a line of metrics.jsonl, or the only metrics.npz, is damaged.
     """
     from gengap_dist.runs.metrics_table import NO_LINES, load, to_table
 
@@ -479,11 +510,8 @@ def read_metrics_table(out: Path) -> "MetricsTable":
     if columns.exists() and (table := load(columns, size)):
         return table
     if is_slim(out):
-        raise ValueError("metrics.npz is damaged")
-    table = to_table(read_raw(lines))
-    if len(table.column("step")[0]) < table.num_lines:
-        raise ValueError("metrics.jsonl has a line without its step")
-    return table
+        raise UsageError(f"{columns} is damaged: {REMEDY}")
+    return to_table(read_lines(lines))
 
 
 def is_slim(out: Path) -> bool:
@@ -500,64 +528,6 @@ class SeedRun(NamedTuple):
     """The metrics, if the run has finished."""
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a file of JSON objects, with strings converted to numbers; none if the file is missing."""
-    return map(_as_numbers, read_raw(path))
-
-
-def read_raw(path: Path) -> Iterator[dict[str, Any]]:
-    """The same without converting strings, which is faster; raises what `read_from` raises."""
-    return (values for values, _ in _read_from(path, 0))
-
-
-def read_from(
-    path: Path, start: int, damaged: Callable[[ValueError], object] | None = None
-) -> Iterator[tuple[dict[str, Any], int]]:
-    """The complete lines from byte `start` on, each with the byte after it; strings are converted to numbers.
-
-    Args:
-        path: the file; there are no lines if it does not exist.
-        start: the beginning of a line.
-        damaged: called for each line that is not a JSON object, which is left out; None: the error is raised.
-
-    Raises:
-        ValueError: if a line is not a JSON object, and `damaged` is None.
-    """
-    return ((_as_numbers(values), end) for values, end in _read_from(path, start, damaged))
-
-
-def _read_from(
-    path: Path, start: int, damaged: Callable[[ValueError], object] | None = None
-) -> Iterator[tuple[dict[str, Any], int]]:
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        file.seek(start)
-        end = start
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            line_start, end = end, end + len(line)
-            try:
-                values = from_json(line, cache_strings="keys")  # four times as fast as json.loads, and as exact
-                if not isinstance(values, dict):
-                    raise ValueError(f"{values!r:.40} is not a JSON object")
-            except ValueError as error:
-                problem = ValueError(f"{path}, line at byte {line_start}: {error}")
-                if damaged is None:
-                    raise problem from None
-                damaged(problem)
-            else:
-                yield values, end
-
-
-def _as_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    for key, value in values.items():
-        if isinstance(value, str):
-            values[key] = float(value)
-    return values
-
-
 def describe_damage(out: Path) -> str:
     """What is missing or incomplete in a run folder; "" if it is complete, empty or missing.
 
@@ -572,11 +542,12 @@ def describe_damage(out: Path) -> str:
         return "it holds files and no run.json"
     try:
         info = read_info(out)
-        num_steps = info.result["num_steps"] if info.status == RunStatus.FINISHED else None
-        info.config["seed"]
     except NewerSchema:
         raise
-    except (UsageError, KeyError):
+    except UsageError:
+        return "its run.json is not valid"
+    num_steps = info.result.get("num_steps")
+    if "seed" not in info.config or (info.status == RunStatus.FINISHED and num_steps is None):
         return "its run.json is not valid"
     if info.status == RunStatus.FINISHED and _last_recorded_step(out) != num_steps:
         return f"its metrics.{'npz' if is_slim(out) else 'jsonl'} does not end with step {num_steps}, the last"
@@ -588,20 +559,9 @@ def _last_recorded_step(out: Path) -> int | None:
         return last_step(out / "metrics.jsonl")
     try:
         steps = read_metrics_table(out).series("step")[1]
-    except ValueError:
+    except UsageError:
         return None
     return int(steps[-1]) if len(steps) else None
-
-
-def last_step(path: Path) -> int | None:
-    """Step of the last line; None if the last line is missing or incomplete."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - MAX_LINE_BYTES))
-            *_, last, rest = file.read().split(b"\n")
-        return None if rest else json.loads(last)["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def quarantine(out: Path, folder: Path) -> Path:

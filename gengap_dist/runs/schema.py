@@ -1,23 +1,81 @@
 """What run.json and study.json contain: versioned models, checked when a file is read.
 
 Schema 1 lacks `metric` and `model`, and is read as schema 2, which is written. A newer schema is refused. Fields that
-are not listed here are kept.
+are not listed here are kept. Whatever a reader takes from a file has a type here: a folder may come from anywhere, and
+a damaged file costs one sentence with the file, the field and its rule.
 """
 
-import json
+import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveInt,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import from_json
 
+from gengap_dist.config.file_names import file_name_problem
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metric import ACCURACY, MetricDescription
+from gengap_dist.runs.regular_file import open_regular
 
 SCHEMA = 2
+REMEDY = "restore it, or remove its folder"  # of a damaged file
+MAX_DEPTH = 40  # of nested JSON values; those that this package writes have fewer than ten
+YEARS = range(1980, 9000)  # of times: in these, any of our durations may be added
 
 StrictInt = Annotated[int, Strict()]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+def to_time(text: str) -> datetime:
+    """A recorded time; without an offset it is UTC.
+
+    >>> to_time("2026-01-02T08:00:00+02:00") == to_time("2026-01-02T06:00:00")
+    True
+    """
+    time = datetime.fromisoformat(text)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _check_time(text: str) -> str:
+    if to_time(text).year not in YEARS:
+        raise ValueError(f"the year must be from {YEARS.start} to {YEARS.stop - 1}")
+    return text
+
+
+Time = Annotated[str, AfterValidator(_check_time)]
+"""ISO 8601."""
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name from a file is that of a file or folder, and no path to somewhere else.
+
+    >>> [is_file_name(name) for name in ("sb8", "..", "a/b", "")]
+    [True, False, False, False]
+    """
+    return PurePosixPath(name).parts == (name,) and name not in ("..", "/") and "\0" not in name
+
+
+def _check_inside(text: str) -> str:
+    path = PurePosixPath(text)
+    if path.is_absolute() or not path.parts or not all(map(is_file_name, path.parts)):
+        raise ValueError("the path must be inside of the folder")
+    return text
 
 
 class RunStatus(StrEnum):
@@ -55,7 +113,7 @@ class _Part(BaseModel):
 class TensorDescription(_Part):
     """The input or output of an exported model."""
 
-    dtype: str
+    dtype: str = Field(pattern=r"^(bool|bfloat16|(u?int|float)(8|16|32|64))$")
     """numpy's name."""
     shape: list[int]
     """-1: any size."""
@@ -64,7 +122,7 @@ class TensorDescription(_Part):
 class ExportedModel(_Part):
     """A network written by torch.export; see `training/export.py`."""
 
-    file: str
+    file: Annotated[str, AfterValidator(_check_inside)]
     """Path in the run folder."""
     torch: str
     """Version of torch that wrote it."""
@@ -81,6 +139,95 @@ class StudyMember(_Part):
     folder: str
 
 
+class _Git(_Part):
+    commit: str
+    dirty: bool
+
+
+class _Data(_Part):
+    """Of `datasets.summary`: what is read again. An earlier version wrote less, another program may write nothing."""
+
+    name: str | None = None
+    root: str | None = None
+    digest: str | None = None
+    num_train: Count | None = None
+    num_val: Count | None = None
+    num_test: Count | None = None
+    num_classes: Count | None = None
+    target_digests: dict[str, str] | None = None
+
+
+class _Batch(_Part):
+    global_size: Annotated[int, Field(ge=1, le=2**53), Strict()] | None = None
+
+
+class _Train(_Part):
+    target_accuracy: FiniteFloat | None = None
+
+
+class _Probe(_Part):
+    max_time_fraction: FiniteFloat | None = None
+
+
+class _StudySettings(_Part):
+    tolerance: FiniteFloat | None = None
+    looks: Annotated[list[PositiveInt], Field(max_length=2)] | None = None
+    may_extend: bool | None = None
+    tune: dict[str, Any] | None = None
+    match: dict[str, Any] | None = None
+
+
+class _Settings(_Part):
+    """The settings that are read of runs and studies. Those of a run of another program have any names."""
+
+    batch: _Batch = _Batch()
+    train: _Train = _Train()
+    probe: _Probe = _Probe()
+    study: _StudySettings = _StudySettings()
+    across: list[str] = []
+
+
+class _Counts(_Part):
+    num_steps: Count | None = None
+    num_test: Count | None = None
+    updates_to_target: Count | None = None
+    train_test_gap: float | None = None
+    samples_per_second: float | None = None
+    images_per_second: float | None = None
+    probe_left_out: list[int] | None = None
+
+
+class _Trial(_Part):
+    setting: dict[str, Any] | None = None
+
+
+class _Search(_Part):
+    trials: list[_Trial] | None = None
+    best: dict[str, Any] | None = None
+    edge: list[str] | None = None
+    shared: list[str] | None = None
+    to: str | None = None
+    problem: str | None = None
+    target: float | None = None
+    tolerance: float | None = None
+
+
+class _Strength(_Search):
+    best: dict[str, float] | None = None
+
+
+class _Registration(_Part):
+    sha256: str
+    overridden: list[str] | None = None
+    commit: str | None = None
+    committed: Time | None = None
+    later: list["_Registration"] | None = None
+
+
+_METRICS = TypeAdapter(dict[str, float | None])
+_SEARCHES, _STRENGTHS = TypeAdapter(dict[str, _Search]), TypeAdapter(dict[str, _Strength])
+
+
 class _Record(BaseModel):
     """A JSON file with a schema. Fields that are not set are not written."""
 
@@ -89,9 +236,8 @@ class _Record(BaseModel):
 
     schema_: Literal[2] = Field(default=SCHEMA, alias="schema")
     status: RunStatus
-    started: str | None = None
-    """ISO 8601, UTC."""
-    ended: str | None = None
+    started: Time | None = None
+    ended: Time | None = None
     command: list[str] = []
     versions: dict[str, str] = {}
     git: dict[str, Any] | None = None
@@ -105,23 +251,38 @@ class _Record(BaseModel):
             UsageError: if it is missing or damaged: one sentence with the field and its rule.
         """
         try:
-            if path.exists() and not path.is_file():  # to open a named pipe would wait for whoever writes into it
-                raise OSError("it is not a regular file")
-            tree = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read ({error}): give the folder of a run or study") from None
+            with open_regular(path) as file:
+                tree = from_json(file.read())
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read ({error.strerror}): give the folder of a run or study") from None
+        except ValueError as error:
+            raise UsageError(f"{path} is damaged: it is not JSON ({error}); {REMEDY}") from None
         if not isinstance(tree, dict):
-            raise UsageError(f"{path} is damaged: it must be a JSON object, and is {tree!r:.40}")
+            raise UsageError(f"{path} is damaged: it must be a JSON object, and is {tree!r:.40}; {REMEDY}")
+        if problem := _odd_value(tree):
+            raise UsageError(f"{path} is damaged: {problem}; {REMEDY}")
         _check_schema(path, tree)
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            raise UsageError(f"{path} is damaged: {_first_error(error)}; restore it, or remove its folder") from None
+            raise UsageError(f"{path} is damaged: {first_error(error)}; {REMEDY}") from None
 
     @model_validator(mode="before")
     @classmethod
     def _as_schema_2(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**tree, "schema": SCHEMA}
+
+    @field_validator("git")
+    @classmethod
+    def _check_git(cls, git: dict[str, Any] | None) -> dict[str, Any] | None:
+        return git and _checked(git, _Git)
+
+    @field_validator("config", check_fields=False)
+    @classmethod
+    def _check_settings(cls, config: dict[str, Any]) -> dict[str, Any]:
+        sections = {name: value for name, value in config.items() if isinstance(value, Mapping) or name == "across"}
+        _Settings.model_validate(sections)
+        return config
 
     def content(self) -> dict[str, Any]:
         """The content of the file, as JSON values."""
@@ -143,9 +304,9 @@ class RunInfo(_Record):
     config: dict[str, Any]
     """The settings; those of a run of another program have any names."""
     metric: MetricDescription
-    seconds: float | None = None
+    seconds: FiniteFloat | None = None
     """Duration, without the time between an end and a resume."""
-    resumed: list[str] = []
+    resumed: list[Time] = []
     """Times of later starts."""
     data: dict[str, Any] | None = None
     """See `datasets.summary`."""
@@ -159,11 +320,11 @@ class RunInfo(_Record):
     launcher: str | None = None
     launch_id: str | None = None
     strategy: str | None = None
-    steps_per_epoch: int | None = None
-    num_steps: int | None = None
+    steps_per_epoch: Count | None = None
+    num_steps: Count | None = None
     """Planned optimizer steps."""
-    num_parameters: int | None = None
-    num_probe_samples: int | None = None
+    num_parameters: Count | None = None
+    num_probe_samples: Count | None = None
     samples_per_unit: dict[str, float] = {}
     """N / D of the probe set by layer key, see `config.metric_key`: rows of the matrix for each of its columns."""
     last_hidden_layer: str | None = None
@@ -195,6 +356,24 @@ class RunInfo(_Record):
     @classmethod
     def _with_metric(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"metric": _accuracy(tree.get("data")), **tree}
+
+    @field_validator("data")
+    @classmethod
+    def _check_data(cls, data: dict[str, Any] | None) -> dict[str, Any] | None:
+        return data and _checked(data, _Data)
+
+    @field_validator("result")
+    @classmethod
+    def _check_result(cls, result: dict[str, Any]) -> dict[str, Any]:
+        """Named with a slash are metrics; other results may be anything."""
+        _METRICS.validate_python({name: value for name, value in result.items() if "/" in name})
+        return _checked(result, _Counts)
+
+    @property
+    def global_size(self) -> int | None:
+        """The global batch size; None if the settings, which may be those of another program, do not have it."""
+        batch = self.config.get("batch")
+        return batch.get("global_size") if isinstance(batch, Mapping) else None
 
 
 class StudyInfo(_Record):
@@ -229,6 +408,51 @@ class StudyInfo(_Record):
     not_judged: str = ""
     """Why nothing is judged by a comparison, as a sentence; empty if it is judged."""
 
+    @field_validator("tuned", "matched")
+    @classmethod
+    def _check_searches(cls, searches: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        (_SEARCHES if info.field_name == "tuned" else _STRENGTHS).validate_python(searches)
+        return searches
+
+    @field_validator("declared")
+    @classmethod
+    def _check_declared(cls, declared: dict[str, Any] | None) -> dict[str, Any] | None:
+        return declared and _checked(declared, _StudySettings)
+
+    @field_validator("registration")
+    @classmethod
+    def _check_registration(cls, registration: dict[str, Any] | None) -> dict[str, Any] | None:
+        return registration and _checked(registration, _Registration)
+
+    @model_validator(mode="after")
+    def _check_arms(self) -> Self:
+        for arm in self.arms if self.members is None else ():
+            if problem := file_name_problem(arm):
+                raise ValueError(f"an arm ({arm!r:.60}) {problem}")
+        if len({*self.arms}) < len(self.arms):
+            raise ValueError("each arm must have a name of its own")
+        if self.arms and self.baseline not in self.arms:
+            raise ValueError(f"the baseline ({self.baseline!r:.60}) must be one of the arms")
+        return self
+
+
+def _checked(tree: dict[str, Any], part: type[_Part]) -> dict[str, Any]:
+    """The same JSON values, whose fields are those of `part`; others are kept."""
+    part.model_validate(tree)
+    return tree
+
+
+def _odd_value(value: Any, name: str = "", depth: int = 0) -> str:
+    """A number that no float can hold, or a value nested too deeply, as a clause; empty: there is none."""
+    if isinstance(value, int):
+        return "" if abs(value) <= sys.float_info.max else f"{name} is a number of {len(str(value))} digits"
+    if not isinstance(value, dict | list):
+        return ""
+    if depth == MAX_DEPTH:
+        return f"{name:.60} is nested more than {MAX_DEPTH} levels deep"
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return next(filter(None, (_odd_value(each, f"{name}.{key}".lstrip("."), depth + 1) for key, each in parts)), "")
+
 
 def _accuracy(data: Any) -> MetricDescription:
     """The metric of runs that name none."""
@@ -251,9 +475,12 @@ def _check_schema(path: Path, tree: Mapping[str, Any]) -> None:
         )
 
 
-def _first_error(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
+    """The first thing that is wrong, as a clause: a field, its value, and its rule."""
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
-        return f"{name} is missing"
-    return f"{name} ({first['input']!r:.60}) is not valid: {first['msg'][0].lower()}{first['msg'][1:]}"
+        return f"{name:.80} is missing"
+    rule = str(first["ctx"]["error"]) if first["type"] == "value_error" and "ctx" in first else first["msg"]
+    rule = rule[:1].lower() + rule[1:].partition(" or instance of ")[0]  # of a class of ours
+    return f"{name:.80} ({first['input']!r:.60}) is not valid: {rule}" if name else rule

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from gengap_dist.config.metric_key import LayerKey
 from gengap_dist.errors import UsageError, first_of
 from gengap_dist.runs.metrics_table import NO_LINES, dump
+from gengap_dist.runs.regular_file import open_regular
 from gengap_dist.runs.run_folder import (
     TEST_CORRECT,
     dump_arrays,
@@ -107,11 +108,7 @@ def _copy_run(run: Path, out: Path) -> None:
         path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_info(out, _without_folders(info))
-    try:
-        table = read_metrics_table(run)
-    except ValueError as error:
-        raise UsageError(f"{run} cannot be copied ({error}): restore it, or remove its folder") from None
-    write_atomically(out / "metrics.npz", dump(table, NO_LINES, compress=True))
+    write_atomically(out / "metrics.npz", dump(read_metrics_table(run), NO_LINES, compress=True))
     if (run / TEST_CORRECT).exists():
         write_atomically(out / TEST_CORRECT, (run / TEST_CORRECT).read_bytes())
     for path in _first_and_last([*spectra_by_step(run / "spectra").values()]):
@@ -165,7 +162,8 @@ def check_sums(out: Path) -> list[str]:
         UsageError: if there are no checksums.
     """
     try:
-        lines = (out / SUMS).read_text(encoding="utf-8").splitlines()
+        with open_regular(out / SUMS) as file:
+            lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError as error:
         raise UsageError(f"{out / SUMS} cannot be read ({error.strerror}): give the folder of a slim copy") from None
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -188,4 +186,9 @@ def _files(out: Path) -> Iterator[Path]:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file; empty if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError:
+        return ""

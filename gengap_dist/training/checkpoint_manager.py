@@ -8,11 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
+from pydantic import BaseModel, NonNegativeInt, ValidationError
+
 from gengap_dist.config.sections import CheckpointConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import NullRecorder
+from gengap_dist.runs.schema import first_error
 
 SCHEMA = 2  # of run.pt
 
@@ -110,19 +113,64 @@ def read_run_state(path: Path) -> dict[str, Any]:
     """
     state = checkpoint.load(path / "run.pt")
     if (schema := state.get("schema")) == SCHEMA:
-        return state
+        return _checked(state, path)
     if schema is not None:
         raise UsageError(
             f"{path / 'run.pt'} has schema {schema}, and this version reads up to {SCHEMA}: continue with the version "
             "of gengap_dist that wrote it"
         )
-    probe_seconds, eval_seconds, train_seconds, seconds_each = state["timers"]
-    return {
-        "train": {"step": state["step"], "train_seconds": train_seconds},
-        "seconds": state["seconds"],
-        "scaler": state["scaler"],
-        "pending_rows": state["held"],
-        "evaluator": {"best": state["best"], "target_step": state["reached"], "seconds": eval_seconds},
-        "probes": {"seconds": probe_seconds, "seconds_each": seconds_each, "skipped_steps": state["probe_left_out"]},
-        "step_metrics": state["noise"],
-    }
+    timers = state.get("timers")
+    probe_seconds, eval_seconds, train_seconds, seconds_each = timers if timers and len(timers) == 4 else [None] * 4
+    renamed = {
+        "train": {"step": state.get("step"), "train_seconds": train_seconds},
+        "seconds": state.get("seconds"),
+        "scaler": state.get("scaler"),
+        "pending_rows": state.get("held"),
+        "evaluator": {"best": state.get("best"), "target_step": state.get("reached"), "seconds": eval_seconds},
+        "probes": {
+            "seconds": probe_seconds, "seconds_each": seconds_each, "skipped_steps": state.get("probe_left_out"),
+        },
+        "step_metrics": state.get("noise"),
+    }  # fmt: skip
+    return _checked(renamed, path)
+
+
+class _Train(BaseModel):
+    step: NonNegativeInt
+    train_seconds: float
+
+
+class _Best(BaseModel):
+    step: NonNegativeInt
+
+
+class _Evaluator(BaseModel):
+    best: _Best | dict[Any, Any]
+    target_step: int | None
+    seconds: float
+
+
+class _Probes(BaseModel):
+    seconds: float
+    seconds_each: Any
+    skipped_steps: list[int]
+
+
+class _RunState(BaseModel):
+    """What a run reads of run.pt."""
+
+    train: _Train
+    seconds: float
+    scaler: dict[str, Any]
+    pending_rows: dict[int, dict[str, float]]
+    evaluator: _Evaluator
+    probes: _Probes
+    step_metrics: dict[str, Any]
+
+
+def _checked(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        _RunState.model_validate(state)
+    except ValidationError as error:
+        raise UsageError(f"{path / 'run.pt'} is damaged: {first_error(error)}; remove this checkpoint") from None
+    return state

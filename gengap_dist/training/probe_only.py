@@ -1,5 +1,6 @@
 """Measures networks without training."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +51,9 @@ def probe(
         observations = []
         for number, (step, path, state) in enumerate(networks):
             if state is not None:
+                state, removed = checkpoint.without_wrappers(state, model)
+                if removed and world.rank == 0:
+                    warnings.warn(f"{' and '.join(removed)} was removed from the names in {path}", stacklevel=2)
                 checkpoint.restore(model, state, path)
             if number == 0:
                 facts = {

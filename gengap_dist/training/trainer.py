@@ -191,7 +191,7 @@ class Trainer:
             )
         checkpoint.restore(self.resolved.model, checkpoint.load(path / "model.pt"), path / "model.pt")
         run = read_run_state(path)
-        self._set_up(checkpoint.load(path / "optimizer.pt"), checkpoint.load(path / "algorithm.pt"))
+        self._set_up(checkpoint.load_nested(path / "optimizer.pt"), checkpoint.load(path / "algorithm.pt"))
         self.strategy.execution.scaler.load_state_dict(run["scaler"])
         self.state.load_state_dict(run["train"])
         best_weights = checkpoint.load(path / "best.pt") if run["evaluator"]["best"] else {}

@@ -144,7 +144,9 @@ def test_a_rank_that_dies_is_reported_and_the_run_can_go_on(tmp_path, gengap):
 
 @pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
 def test_probe_measures_untrained_and_trained(tmp_path, mlflow_db, gengap, new_gengap):
-    done = new_gengap("probe", "--model", "lenet5", "--num_samples", 64, "--layers", "fc*", "--out", "spectra")
+    done = new_gengap(
+        "probe", "--model", "lenet5", "--probe.num_samples", 64, "--probe.layers", "fc*", "--out", "spectra"
+    )
     assert done.returncode == 0, done.stderr
     assert "fc2/centred" in done.stdout
     assert "conv1" not in done.stdout
@@ -152,7 +154,7 @@ def test_probe_measures_untrained_and_trained(tmp_path, mlflow_db, gengap, new_g
     assert (tmp_path / "spectra" / "figures" / "all_spectra.svg").stat().st_size > 5_000
     more = [] if FULL else ["--probe.layers", '["conv2", "fc2"]']
     assert train_command([*QUICK, *more, "--algorithm.weight_averaging", "ema", "--out", "run"]) == 0  # its network
-    words = ["--num_samples", 16, 32, "--diagnostics", "norms", "hessian"]
+    words = ["--probe.num_samples", "16,32", "--probe.diagnostics", "norms,hessian"]
     done = gengap("probe", "--model", "run", *words, "--out", "again", "--mlflow")
     assert done.returncode == 0, done.stderr
     assert "hessian/eigenvalue_1" in done.stdout
@@ -187,7 +189,7 @@ def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, command):
 
     assert train_command([*QUICK, "--probe.enabled", "false", "--out", "run"]) == 0
     for which, shown in {"@0": "step 0", "@best": "step", **({"@3": "step 3"} if FULL else {})}.items():
-        done = command("probe", "--model", f"run{which}", "--diagnostics")
+        done = command("probe", "--model", f"run{which}", "--probe.diagnostics", "[]")
         assert done.returncode == 0, done.stderr
         assert shown in done.stdout
     done = command("probe", "--model", "run@7")
@@ -195,7 +197,7 @@ def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, command):
     assert "has no weights of step 7: choose 0, 3, last (step 3)" in done.stderr
     state = weights(tmp_path / "run")
     torch.save({"state_dict": state}, tmp_path / "weights.pt")
-    words = ["--num_samples", 60, "--diagnostics"]
+    words = ["--probe.num_samples", 60, "--probe.diagnostics", "[]"]
     from_file = command("probe", "--model", "lenet5", "--weights", "weights.pt", *words)
     from_run = command("probe", "--model", "run", *words)
     assert from_file.returncode == 0, from_file.stderr
@@ -213,7 +215,7 @@ def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, command):
     ),
 )
 def test_probe_of_other_peoples_models(gengap, model, layer):
-    done = gengap("probe", "--model", model, "--num_samples", 64, "--views", "pool", "flatten")
+    done = gengap("probe", "--model", model, "--probe.num_samples", 64, "--probe.views", "pool,flatten")
     assert done.returncode == 0, done.stderr
     assert f"{layer}/flatten/centred" in done.stdout
     assert "16,384 > N" in done.stdout or "4,096 > N" in done.stdout
@@ -221,7 +223,8 @@ def test_probe_of_other_peoples_models(gengap, model, layer):
 
 @pytest.mark.full  # else: spectra on several ranks, in tests/probes; torchrun, in test_launch_scripts.py
 def test_probe_under_torchrun_is_the_probe_alone(tmp_path, gengap):
-    words = ["--model", "lenet5", "--num_samples", "200", "--views", "pool", "flatten", "--dtype", "float64"]
+    words = ["--model", "lenet5", "--probe.num_samples", "200", "--probe.views", "pool,flatten"]
+    words += ["--train.dtype", "float64"]
     assert probe_command([*words, "--out", "one"]) == 0
     torchrun = Path(sys.executable).parent / "torchrun"
     command = [torchrun, "--standalone", "--nproc_per_node", "2", "-m", "gengap_dist", "probe", *words, "--out", "two"]
@@ -238,15 +241,19 @@ def test_probe_under_torchrun_is_the_probe_alone(tmp_path, gengap):
 OTHERS = [
     ("probe", ["--model", "lenet"], "did you mean lenet5"),
     ("probe", ["--model", "."], "a folder without run.json"),
-    ("probe", ["--model", "lenet5", "--layers", "fc22"], "did you mean fc2"),
-    ("probe", ["--model", "lenet5", "--num_samples", "1"], "probe.num_samples (1)"),
+    ("probe", ["--model", "lenet5", "--probe.layers", "fc22"], "did you mean fc2"),
+    ("probe", ["--model", "lenet5", "--probe.num_samples", "1"], "probe.num_samples (1)"),
     ("probe", ["--model", "lenet5", "--mlflow"], "--mlflow sends what is in --out"),
-    ("probe", ["--model", "lenet5", "--views", "chanel"], "probe.views (chanel)"),
+    ("probe", ["--model", "lenet5", "--probe.views", "chanel"], "probe.views (chanel)"),
     ("probe", ["--model", "torchvision:resnet81"], "did you mean resnet18"),
     ("probe", ["--model", "timm:resnet81"], "is not a network of timm"),
-    ("probe", ["--model", "torchvision:vit_b_16", "--image_size", "33"], "cannot be built for images of 33 x 33"),
+    ("probe", ["--model", "torchvision:vit_b_16", "--data.image_size", "33"], "cannot be built for images of 33 x 33"),
     ("probe", ["--model", "lenet5", "--weights", "nowhere.pt"], "nowhere.pt is missing"),
-    ("probe", ["--model", "lenet5", "--memory_mib", "1", "--views", "flatten"], "memory_mib: increase it to"),
+    (
+        "probe",
+        ["--model", "lenet5", "--probe.memory_mib", "1", "--probe.views", "flatten"],
+        "memory_mib: increase it to",
+    ),
     ("plan", ["--nods", "3"], "did you mean --nodes"),
     ("report", ["nowhere"], "neither run.json nor study.json"),
     ("study", [], "a study needs its arms"),

@@ -131,7 +131,7 @@ def test_bad_input(folders, mlflow_db, capsys, words, says):
     run_folder(folders.parent / "blank" / "one", 8, 0, None)
     store = f"sqlite:///{mlflow_db}"
     with pytest.raises(SystemExit) as exit_:
-        run_command("gengap compare", command, [*words, "--out", "out", "--tracking_uri", store])
+        run_command("gengap compare", command, [*words, "--out", "out", "--mlflow.tracking_uri", store])
     assert exit_.value.code == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
 
@@ -152,7 +152,7 @@ def test_runs_that_something_else_logged_to_mlflow(tmp_path, mlflow_db, gengap):
                 client.log_metric(run, "acc", accuracy - 2 + step + seed / 10, step=step)
                 client.log_metric(run, "noise_scale", 100.0 * step, step=step)
             client.set_terminated(run)
-    words = ["compare", "experiments:/theirs", "--tracking_uri", store, "--out", "out", "--accuracy", "acc"]
+    words = ["compare", "experiments:/theirs", "--mlflow.tracking_uri", store, "--out", "out", "--accuracy", "acc"]
     names = ["--size", "batch_size", "--seed", "random_state", "--updates", "acc_steps"]
     refused = gengap(*words, *names)
     assert refused.returncode == 2

@@ -10,9 +10,11 @@ from gengap_dist.cli.exit_codes import run_command
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.credentials import redacted
 from gengap_dist.distributed.worker_pool import free_port
+from gengap_dist.errors import UsageError
 from gengap_dist.preflight import doctor_checks
 from gengap_dist.preflight.doctor_checks import CheckRequest
 from gengap_dist.tracking.mlflow.client import store_uri, store_variables
+from gengap_dist.tracking.mlflow.process import sync_now
 from tests.conftest import config
 from tests.tracking.servers import refusing
 
@@ -54,8 +56,8 @@ def test_messages_about_a_server_that_quotes_what_it_is_sent(tmp_path, monkeypat
         info = {"status": "finished", "seed": 0, "config": settings.model_dump(mode="json")}
         (tmp_path / "run" / "run.json").write_text(json.dumps(info))
         for command, words in (
-            (report.command, ["sync", "run", "--tracking_uri", uri]),
-            (compare.command, ["experiments:/e", "--out", "out", "--tracking_uri", uri, "--debug"]),
+            (report.command, ["sync", "run", "--mlflow.tracking_uri", uri]),
+            (compare.command, ["experiments:/e", "--out", "out", "--mlflow.tracking_uri", uri, "--debug"]),
             (train.command, ["--print_config", "--mlflow.tracking_uri", uri]),
         ):
             with pytest.raises(SystemExit):
@@ -93,3 +95,32 @@ def test_secrets_of_the_environment(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7")
     monkeypatch.setenv("OTHER_TOKEN", "true")  # too short to be told from words
     assert redacted("signed with wJalrXUtnFEMI/K7: true") == "signed with ***: true"
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "HTTP://me@h", "sqlite:////tmp/of_another_program.db"])
+def test_a_folder_does_not_say_where_it_is_sent(uri, tmp_path, monkeypatch):
+    """That server would get the login of the environment, and MLflow makes its tables in any database."""
+    settings = config(mlflow__tracking_uri=uri, mlflow__enabled=True)
+    info = {"status": "finished", "seed": 0, "config": settings.model_dump(mode="json")}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UsageError, match=r"only a folder says so: if it is yours, add --mlflow.tracking_uri "):
+        sync_now(tmp_path, None, lambda name, done, total: None)
+
+
+@pytest.mark.parametrize(
+    "word", ["mlflow.tracking_uri=http://127.0.0.1:9", "launch.ray_address=ray://127.0.0.1:9", "launch.ray_address=h:1"]
+)
+def test_a_folder_does_not_say_which_server_resumes_it(word, tmp_path, monkeypatch, capsys):
+    for variable in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
+    setting, _, address = word.partition("=")
+    with pytest.raises(SystemExit):
+        run_command("gengap", train.command, ["--print_config", f"--{setting}", address])
+    (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
+    for words, is_refused in (([], True), ([f"--{setting}", address], False)):
+        with pytest.raises(SystemExit) as left:
+            run_command("gengap", train.command, ["--resume", "--out", str(tmp_path), "--print_config", *words])
+        assert left.value.code == (2 if is_refused else 0)
+        said = capsys.readouterr().err
+        assert (f"if it is yours, add --{setting} {address}" in said) == is_refused

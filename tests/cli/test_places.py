@@ -12,7 +12,7 @@ import pytest
 
 from gengap_dist.cli import compare, probe
 from gengap_dist.cli.exit_codes import run_command
-from gengap_dist.cli.options import Options, PlanOptions, PlanSettings, TrainSettings, parse
+from gengap_dist.cli.options import Options, PlanOptions, parse
 from gengap_dist.config.loading import load_yaml, resolve
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError
@@ -65,13 +65,13 @@ def test_what_standard_output_cannot_show_ends_no_command(monkeypatch):
 def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     words = ["--out=~/x", "--config=~/c.yaml", "--data.root=~/d"]
-    options, overrides = parse(TrainSettings, Options, words, prog="x", description="")
+    options, overrides = parse(Options, words, prog="x", description="", settings=RunConfig)
     assert (options.out, options.config) == (tmp_path / "x", [tmp_path / "c.yaml"])
     assert resolve(RunConfig, [], overrides).data.root == tmp_path / "d"
-    plan, _ = parse(PlanSettings, PlanOptions, ["--constants=~/k.json"], prog="x", description="")
+    plan, _ = parse(PlanOptions, ["--constants=~/k.json"], prog="x", description="")
     assert plan.constants == tmp_path / "k.json"
-    assert compare._parse(["a", "--out=~/x"]).out == tmp_path / "x"
-    given = probe._parse(["--model=~/run@0", "--weights=~/w.pt", "--out=~/x"])
+    assert compare.read_options(["a", "--out=~/x"]).out == tmp_path / "x"
+    given, _ = probe.read_options(["--model=~/run@0", "--weights=~/w.pt", "--out=~/x"])
     assert (given.weights, given.out) == (tmp_path / "w.pt", tmp_path / "x")
     assert probe._split_run_and_step(given.model) == (tmp_path / "run", "0")
     (tmp_path / "low.yaml").write_text("seed: 7", encoding="utf-8")
@@ -90,4 +90,4 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypat
 )
 def test_paths_that_cannot_be_used(word, says):
     with pytest.raises(UsageError, match=re.escape(says)):
-        resolve(RunConfig, [], parse(TrainSettings, Options, [word], prog="x", description="")[1])
+        resolve(RunConfig, [], parse(Options, [word], prog="x", description="", settings=RunConfig)[1])

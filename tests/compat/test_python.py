@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+import warnings
 
+from gengap_dist.compat.warnings_as_text import format_warnings
+from gengap_dist.errors import visible
 from tests.cli.test_places import ASCII_LOCALE
 from tests.ray_cluster import ROOT
 
@@ -17,6 +20,14 @@ def said(code: str) -> str:
 
 def test_a_command_starts_again_in_utf_8_mode():
     assert said(ENSURE + SAY) == "utf-8 ['é']\n"
+
+
+def test_python_still_passes_control_characters_of_warnings_on(monkeypatch):
+    text = r"warnings.formatwarning('\x1b[2J', UserWarning, 'a.py', 1)"
+    assert "\x1b[2J" in said(f"import warnings; print({text})")
+    monkeypatch.setattr(warnings, "formatwarning", None)
+    format_warnings(visible)
+    assert warnings.formatwarning("\x1b[2J", UserWarning, "a.py", 1) == "a.py:1: UserWarning: \\x1b[2J\n"
 
 
 def test_python_still_decodes_file_names_by_the_locale():

@@ -4,7 +4,7 @@ import sys
 import pytest
 import yaml
 
-from gengap_dist.cli.options import Options, TrainSettings, parse
+from gengap_dist.cli.options import Options, parse
 from gengap_dist.config.loading import load_yaml, nested, resolve, to_yaml, validate
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig
@@ -115,7 +115,9 @@ def test_bad_yaml_gets_one_sentence(tmp_path, text, words):
         ({"arms": [{"name": "a"}, {"name": "a"}]}, ["a more than once"]),
         ({"baseline": "sb3"}, ["study.baseline (sb3)", "did you mean sb32"]),
         ({"seeds": [1, 1]}, ["study.seeds", "twice"]),
-        ({"arms": [{"name": "a/b"}]}, ["study.arms.0.name (a/b)"]),
+        ({"axes": {f"optim.{name}": [*range(100)] for name in "abcdef"}}, ["1,000,000,000,000 combinations"]),
+        ({"tune": {"trials": 10**12, "space": {"optim.lr": {"low": 1, "high": 2}}}}, ["trials (1000000000000)"]),
+        ({"arms": [{"name": "a/b"}]}, ["study.arms", "name of an arm ('a/b')"]),
     ],
 )
 def test_bad_study_gets_one_sentence(change, words):
@@ -154,7 +156,7 @@ def test_settings_are_frozen():
 
 
 def parse_words(*words: str) -> tuple[Options, dict]:
-    return parse(TrainSettings, Options, words, prog="p", description="d")
+    return parse(Options, words, prog="p", description="d", settings=RunConfig)
 
 
 def test_command_line_values_have_types():
@@ -179,7 +181,7 @@ def test_only_what_was_given_overrides(tmp_path):
     [
         (["--batch.globl_size", "3"], "did you mean --batch.global_size"),
         (["--batch.glob", "3"], "--batch.glob is not a setting"),
-        (["--batch.global_size"], "expected one argument"),
+        (["--batch.global_size"], "--batch.global_size has no value: write --batch.global_size VALUE"),
         (["stray"], "stray is not a setting"),
     ],
 )

@@ -52,7 +52,7 @@ def test_a_tuned_setting():
         ("study", "--study.budgets", "--study.length_units"),
         ("plan", "--recipe.local", "--algorithm.local_sgd"),
         ("doctor", "--launch.backend", "--launch.launcher"),
-        ("probe", "--rivals", "--diagnostics"),
+        ("probe", "--rivals", "--probe.diagnostics"),
     ],
 )
 def test_the_command_line(command, old, new, tmp_path, capsys, monkeypatch):

@@ -77,7 +77,15 @@ def test_probe_of_a_run_made_elsewhere(tmp_path, gengap):
     """A run that was made on GPUs is measured where there is none, and the other way round."""
     model = {"model__name": "mlp", "model__widths": (24, 16), "seed": 3}
     train_here(tmp_path / "run", **(BASE | OFF | model | {"train__steps": 2, "launch__device": "cpu"}))
-    measured = ["--model", tmp_path / "run", "--num_samples", 100, "--diagnostics", "norms", "weights", "--out"]
+    measured = [
+        "--model",
+        tmp_path / "run",
+        "--probe.num_samples",
+        100,
+        "--probe.diagnostics",
+        "norms,weights",
+        "--out",
+    ]
     done = command("gengap_dist", "probe", *measured, tmp_path / "gpu", num_gpus=1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert read_info(tmp_path / "gpu").device == "cuda"

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,3 +79,24 @@ def test_in_lockstep_all_ranks_have_as_many_as_any(global_size, world_size, micr
     for spans, more in zip(own, padded, strict=True):
         assert more[: len(spans)] == spans
         assert all(span.size == 0 for span in more[len(spans) :])
+
+
+@given(total=st.integers(1, 300), world=st.integers(1, 12), micro=st.integers(1, 40), ghost=st.integers(0, 12))
+def test_kinds_of_ranks_are_those_of_all_ranks(total, world, micro, ghost):
+    plan = BatchPlan(total, world, micro + ghost, ghost or None)
+    found: Counter[tuple[int, int, frozenset[int]]] = Counter()
+    for spans in map(plan.micro_batches, range(world)):
+        found[spans[-1].stop - spans[0].start, len(spans), frozenset(span.size for span in spans)] += 1
+    kinds: Counter[tuple[int, int, frozenset[int]]] = Counter()
+    for kind in plan.rank_kinds():
+        kinds[kind.num_samples, kind.num_micro_batches, frozenset(kind.micro_sizes)] += kind.num_ranks
+    assert kinds == found
+    spans = [span for rank in range(world) for span in plan.micro_batches(rank)]
+    groups = {min(ghost, stop - at) for start, stop in spans for at in range(start, stop, ghost)} if ghost else set()
+    assert plan.norm_sizes() == (groups or {span.size for span in spans if span.size})
+
+
+def test_kinds_of_ranks_take_no_time():
+    kinds = BatchPlan(10**15 + 7, 10**9, 4, 2).rank_kinds()
+    assert sum(kind.num_ranks for kind in kinds) == 10**9
+    assert sum(kind.num_ranks * kind.num_samples for kind in kinds) == 10**15 + 7

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gengap_dist import models
+from gengap_dist.cli.plan import command as plan_command
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import BatchLoader, Preprocess
@@ -22,7 +24,7 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel import memory_model
 from gengap_dist.parallel.strategies import DDP
-from gengap_dist.preflight import communication_model
+from gengap_dist.preflight import calibrate, communication_model
 from gengap_dist.preflight.batch_layout import Cluster, layout
 from gengap_dist.preflight.communication_model import Link, Message, collective_seconds
 from gengap_dist.preflight.machine_constants import (
@@ -229,7 +231,9 @@ def planned(options: dict[str, Any], counts: list[int]) -> list[Message]:
         sites = layer_view.build_layer_views(layers, options.pop("views"), sum(counts))
     passes = plan_passes(sites, max(counts), options["memory_mib"])
     sizes = {"input_size": 32 * 32, "num_leaves": len(leaf_names(model))}
-    return communication_model.probe_messages(sites, passes, counts, device_type="cpu", **sizes, **options)
+    return communication_model.probe_messages(
+        sites, passes, counts, num_ranks=len(counts), device_type="cpu", **sizes, **options
+    )
 
 
 def shares_of_probe(num_samples: int, size: int) -> list[int]:
@@ -511,6 +515,20 @@ def test_many_nodes_are_joined_by_trees():
         ((1, 2), {"model__name": "lenet6"}, "did you mean lenet5"),
         ((1, 2), {"probe__views": ["flatten"], "probe__memory_mib": 1}, "exceed the 1 MiB"),
         ((1, 2), {"probe__layers": ["fc9"]}, "matches no layer"),
+        ((1, 2), {"model__name": "mlp", "model__widths": [10**6, 10**6]}, "mlp) has 3,729.2 GiB of weights"),
+        ((1, 2), {"model__name": "mlp", "model__widths": [10**12] * 2}, "mlp) has more weights than 64 bits can count"),
+        ((1, 2), {"data__image_size": 10**6}, "data.memory_gib (8.0) is less than"),
+        ((1, 2), {"data__image_size": 10**6, "data__memory_gib": 1e9}, "lenet5) has 447,024.1 GiB of weights"),
+        (
+            (1, 2),
+            {"data__image_size": 10**6, "data__memory_gib": 1e9, "model__name": "torchvision:resnet18"},
+            "needs more memory than this machine has: choose",
+        ),
+        (
+            (1, 2),
+            {"data__image_size": 10**6, "data__memory_gib": 1e9, "model__name": "tests.preflight.test_plan:huge"},
+            "needs more memory than this machine has: choose",
+        ),
     ],
 )
 def test_what_is_refused_and_why(cluster, settings, says):
@@ -519,6 +537,36 @@ def test_what_is_refused_and_why(cluster, settings, says):
     assert says in plan.refused[0]
     assert plan.batch is not None
     json.dumps(plan.as_json())
+
+
+def huge(num_classes: int) -> nn.Module:
+    return nn.Linear(10**7, 10**7)
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), [(125_000, 10**6), (10**9, 8 * 10**9)])
+def test_a_plan_of_a_million_ranks_takes_seconds(nodes, ranks):
+    start = time.process_time()
+    plan = make_plan(config(batch__global_size=1_000, probe__views=["flatten"]), Cluster(nodes, 8), Constants())
+    assert time.process_time() - start < 5
+    assert plan.batch is not None
+    assert plan.batch.num_idle == ranks - 1_000
+    assert plan.probe is not None
+    assert plan.probe.num_ranks_with_samples == 8
+    assert [said.partition(":")[0] for said in plan.refused] == [
+        f"batch.global_size (1000) leaves {ranks - 1_000} of {ranks} ranks without a sample"
+    ]
+
+
+def test_a_cache_that_cannot_be_written_does_not_lose_the_plan(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    link = LinkConstants(alpha=1e-5, beta=1e-9)
+    monkeypatch.setattr(calibrate, "calibrate", lambda *given: Constants(where="here", inside=link))
+    assert plan_command(["--calibrate"]) == 0
+    said = capsys.readouterr()
+    assert "steps: 105 updates" in said.out
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"gengap plan: warning: {tmp_path}/file/gengap_dist/constants.json cannot be written (")
 
 
 def test_a_plan_says_what_a_run_records(tmp_path):
@@ -563,7 +611,8 @@ def test_constants_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert load(None) == Constants()
     constants = Constants(where="here", inside=LinkConstants(alpha=1e-5, beta=1e-9))
-    assert save(constants, None) == tmp_path / "cache" / "gengap_dist" / "constants.json"
+    assert save(constants, None) == ""
+    assert (tmp_path / "cache" / "gengap_dist" / "constants.json").exists()
     assert load(None) == constants
     for text, says in (
         ("{", "does not contain constants"),

@@ -5,7 +5,8 @@ import resource
 import pytest
 
 from gengap_dist.runs.appended_file import BLOCK_BYTES, append_lines
-from gengap_dist.runs.run_folder import RunRecorder, read_lines, read_metrics
+from gengap_dist.runs.json_lines import SYSTEM, read_lines
+from gengap_dist.runs.run_folder import RunRecorder, read_metrics
 from gengap_dist.runs.system_metrics import sampling
 
 HALF_LINES = ["", '{"a": 1', "x" * BLOCK_BYTES, "x" * (3 * BLOCK_BYTES - 1)]
@@ -39,7 +40,7 @@ def test_samples_and_metrics_follow_half_a_line(tmp_path):
         (tmp_path / name).write_text('{"time": 1, "step": 1}\n{"time": 2, "st')
     with sampling(tmp_path, 60.0, num_nodes=1):
         pass
-    first, *others = read_lines(tmp_path / "system.jsonl")
+    first, *others = read_lines(tmp_path / "system.jsonl", SYSTEM)
     assert first["time"] == 1
     assert len(others) == 1
     recorder = RunRecorder(tmp_path)

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.errors import UsageError
 from gengap_dist.runs import metrics_table as module
+from gengap_dist.runs.json_lines import read_lines
 from gengap_dist.runs.metrics_table import NO_LINES, MetricsTable, dump, load, to_table
-from gengap_dist.runs.run_folder import RunRecorder, read_metrics_table, read_raw
+from gengap_dist.runs.run_folder import RunRecorder, read_metrics_table
 from gengap_dist.runs.schema import RunStatus
 
 NAMES = st.sampled_from(["train/loss", "val/accuracy", "near_rank_loss/fc2/rel_1e-2", "nc1"])
@@ -61,7 +63,7 @@ def test_a_file_is_read_to_the_last_bit_and_to_its_last_whole_line(tmp_path):
 )
 def test_a_damaged_line_is_no_number(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(UsageError, match=r"metrics.jsonl is damaged in line 1: "):
         read_metrics_table(tmp_path)
 
 
@@ -69,7 +71,7 @@ def test_a_run_without_metrics_has_none(tmp_path):
     found = read_metrics_table(tmp_path)
     assert (found.num_lines, found.columns) == (0, {})
     assert [len(values) for values in found.series("a")] == [0, 0]
-    assert list(read_raw(tmp_path / "metrics.jsonl")) == []
+    assert list(read_lines(tmp_path / "metrics.jsonl")) == []
 
 
 def check_equal(found: MetricsTable, expected: MetricsTable) -> None:
@@ -92,7 +94,7 @@ def long_run(out, num_lines=400):
 def test_a_long_run_leaves_columns_that_say_what_its_lines_say(tmp_path):
     long_run(tmp_path).finish(RunStatus.FINISHED, {})
     assert (tmp_path / "metrics.npz").exists()
-    check_equal(read_metrics_table(tmp_path), to_table(read_raw(tmp_path / "metrics.jsonl")))
+    check_equal(read_metrics_table(tmp_path), to_table(read_lines(tmp_path / "metrics.jsonl")))
 
 
 @pytest.mark.parametrize("harm", ["lines changed", "columns cut short", "columns are something else"])
@@ -156,7 +158,7 @@ def test_many_metrics_that_few_lines_have_take_little_memory(tmp_path):
     size = (tmp_path / "metrics.jsonl").stat().st_size
     tracemalloc.start()
     try:
-        data = dump(to_table(read_raw(tmp_path / "metrics.jsonl")), size)
+        data = dump(to_table(read_lines(tmp_path / "metrics.jsonl")), size)
         (tmp_path / "metrics.npz").write_bytes(data)
         table = read_metrics_table(tmp_path)
         peak = tracemalloc.get_traced_memory()[1]

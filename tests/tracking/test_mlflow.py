@@ -104,7 +104,7 @@ def test_a_command_mirrors_itself_to_a_real_server_with_a_password(tmp_path, ser
         assert done.returncode == 0, done.stderr
         for name, value in {"USERNAME": "me", "PASSWORD": PASSWORD}.items():
             monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
-        for same_server in (None, f"{login}/"):
+        for same_server in (address, f"{login}/"):
             sync_now(out, same_server, NOBODY)
     assert f"open {address}\n" in done.stdout
     assert state(out)["uri"] == address
@@ -141,9 +141,9 @@ def test_a_dead_server_delays_nothing_and_is_caught_up_later(tmp_path, mlflow_db
     assert f"gengap report sync {out}" in done.stderr
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
     later = f"sqlite:///{mlflow_db}"
-    assert gengap("report", "sync", out, "--tracking_uri", later).returncode == 0
+    assert gengap("report", "sync", out, "--mlflow.tracking_uri", later).returncode == 0
     assert same(logged(later, state(out)["run_id"]), recorded(out))
-    unreachable = gengap("report", "sync", out, "--tracking_uri", dead)
+    unreachable = gengap("report", "sync", out, "--mlflow.tracking_uri", dead)
     assert unreachable.returncode == 2
     assert "cannot be reached" in unreachable.stderr
 
@@ -436,7 +436,7 @@ def test_a_damaged_line_does_not_hold_up_others(tmp_path, mlflow_db, capsys):
     recorder.finish(RunStatus.FAILED, {})
     write_info(out, read_info(out).with_fields(ended="2100-01-01T00:00:00+00:00"))  # not in the second of the first end
     for _ in range(2):
-        with pytest.raises(UsageError, match=r"did not receive everything .*metrics.jsonl, line at byte"):
+        with pytest.raises(UsageError, match=r"did not receive everything .*metrics.jsonl is damaged in line"):
             sync_now(out, uploader.uri, NOBODY)
     assert uploader.client.get_run(state(out)["run_id"]).info.status == "FAILED"
     assert [step for step, _ in logged(uploader.uri, state(out)["run_id"])["x"]] == [*range(5)]

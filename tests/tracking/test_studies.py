@@ -22,7 +22,8 @@ from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.data import datasets
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.run_folder import read_info, read_lines, read_metrics, read_study_info, write_info
+from gengap_dist.runs.json_lines import SYSTEM, read_lines
+from gengap_dist.runs.run_folder import read_info, read_metrics, read_study_info, write_info
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.runs.system_metrics import sampling
 from gengap_dist.study import runner
@@ -59,7 +60,7 @@ def run_study(out: Path) -> None:
     runner.prepare(study, out, pytest.fail)
     runner.run_study(study, out, StudyCallback(), driver=True)
     numbers = {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a+b/mean": 0.5}
-    runner.conclude(out, RunStatus.FINISHED, numbers, ["A claim. **undecided**: too few seeds."])
+    runner.conclude(out, RunStatus.FINISHED, numbers, ["A claim. undecided: too few seeds."])
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +139,8 @@ def test_a_study_is_a_parent_its_arms_and_their_seeds(sent, store):
     assert named(client, experiment, "tags.treatment = 'plain' and tags.level = 'arm'") == ["sb32"]
     assert {run.info.status for run in arms} == {"FINISHED"}
     note = client.get_run(parent).data.tags["mlflow.note.content"]
-    verdict = "- A claim. **undecided**: too few seeds."
-    assert note == f"Does it *work*?\n\n{verdict}\n\n[Compare the arms]({comparison_path(study)})"
+    verdict = "- A claim. undecided: too few seeds."
+    assert note == f"Does it \\*work\\*?\n\n{verdict}\n\n[Compare the arms]({comparison_path(study)})"
     assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a_b-300273da/mean": 0.5}
 
     before = everything(client, experiment)  # a second start, and a catch-up: nothing is sent twice
@@ -356,7 +357,7 @@ def test_what_the_folders_of_an_earlier_version_lack_is_written_before_they_are_
     train(run, model__name="mlp", data__image_size=8, train__steps=2, probe__enabled=False)  # without MLflow
     assert read_info(run).model is None
     for folder in (study, run):
-        assert report_command(["sync", str(folder), "--tracking_uri", store]) == 0
+        assert report_command(["sync", str(folder), "--mlflow.tracking_uri", store]) == 0
     client = connect_client(store)
     arm = client.get_run(state(study / "runs/lb128")["run_id"]).data.metrics
     assert arm["sb_lb_gap/mean"] == pytest.approx((0.10277777777777777 - 0.10555555555555556 + 0.14444444444444443
@@ -369,7 +370,7 @@ def test_what_the_folders_of_an_earlier_version_lack_is_written_before_they_are_
 
 def test_machines_are_watched_in_the_folder_and_sent_once(study, store):
     run = study / "runs/sb32/seed0"
-    samples = list(read_lines(run / "system.jsonl"))
+    samples = list(read_lines(run / "system.jsonl", SYSTEM))
     assert samples
     assert all(0 <= sample["system_memory_usage_percentage"] <= 100 for sample in samples)
     with sampling(run, 0.05, num_nodes=2):
@@ -409,7 +410,7 @@ def test_half_a_folder_does_not_keep_the_others_back(study, store):
     assert not update_means(study)
     (study / "runs/sb32/seed0/metrics.jsonl").write_text("damaged\n")
     mirror = MlflowUploader(study, store, "half")
-    with pytest.raises(ValueError, match=r"sb32/seed0/metrics.jsonl, line at byte 0"):
+    with pytest.raises(ValueError, match=r"sb32/seed0/metrics.jsonl is damaged in line 1"):
         mirror.sync(closing=True)
     arm = mirror.client.get_run(state(study / "runs/lb256-ema")["run_id"])
     assert arm.data.tags["runs"] == "1 finished, 1 not started"

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from gengap_dist.analysis.report.plotting import (
     ACCENT,
     COLOURS,
+    MAX_METRIC,
     PAPER,
     QUIET,
     ROW,
@@ -67,7 +68,7 @@ def test_values(study: StudyData) -> ReportFigure | None:
         dots(axes, rows, position, values, marker="o", color=colour_of_arm, alpha=0.45, markersize=5, mew=0)
         middle = [mean, position] if rows else [position, mean]
         bar = {"xerr" if rows else "yerr": half or None}
-        axes.errorbar(*middle, **bar, fmt="D", color=colour_of_arm, capsize=4, markersize=6, label=arm)
+        axes.errorbar(*middle, **bar, fmt="D", color=colour_of_arm, capsize=4, markersize=6, label=label_of(arm))
         data += [
             {"arm": arm, "global_size": sizes[number], "kind": "seed", "seed": seed, name: value}
             for seed, value in results[arm].items()
@@ -133,7 +134,7 @@ def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
             axes.text(1.01, number, ", ".join(notes), transform=row_transform, va="center", color=WARM, fontsize=9)
     row_axis(axes, arms)
     points = "points of " if metric.unit == "share" else ""
-    axes.set_xlabel(f"{points}test {metric.harm} against {comparison.baseline} (above 0: the arm is worse)")
+    axes.set_xlabel(f"{points}test {metric.harm} against {label_of(comparison.baseline)} (above 0: the arm is worse)")
     handles = [
         Line2D([], [], color=ACCENT, marker="D", label=f"differs (Holm p < {SIGNIFICANT:g})"),
         Line2D([], [], color=SOFT, marker="D", mfc=PAPER, mew=1.6, label="not significant"),
@@ -161,7 +162,7 @@ def updates_to_target(study: StudyData, comparison: Comparison) -> ReportFigure 
     data: list[Row] = []
     for number, (arm, seeds) in enumerate(reached.items()):
         at = batch_axis_position(sizes, number, 1.06)
-        label = arm if len(reached) <= MAX_LINES else None
+        label = label_of(arm) if len(reached) <= MAX_LINES else None
         dots(axes, False, at, list(seeds.values()), marker="o", color=colour(study, arm), alpha=0.7, mew=0, label=label)
         data += [
             {"kind": "seed", "arm": arm, "global_size": size_of[arm], "seed": s, "updates_to_target": updates}
@@ -260,7 +261,7 @@ def explanations(_: StudyData, comparison: Comparison) -> ReportFigure | None:
                 "largest_r_without_an_arm": (correlation.leave_one_out or (None, None))[1],
             }
         )
-    row_axis(axes, [label_of(correlation.measure) for correlation in shown])
+    row_axis(axes, [correlation.measure for correlation in shown], MAX_METRIC)
     axes.set_xlim(-1.05, 1.05)
     harm = comparison.metric.harm
     axes.set_xlabel(f"Spearman's correlation with test {harm}, over means of arms that trained")
@@ -320,7 +321,7 @@ def gap_against_explanations(study: StudyData, comparison: Comparison) -> Report
             axes.set_xscale("log")
             plain_tick_labels(axes.xaxis)
         axes.axhline(0, color=QUIET, linewidth=1, linestyle="--")
-        axes.set_title(label_of(name), fontsize=9)
+        axes.set_title(label_of(name, MAX_METRIC), fontsize=9)
     for axes in grid.flatten()[len(panels) :]:
         axes.set_visible(False)
     figure.supylabel(_harm_label(metric).lower(), fontsize=10, color=SOFT)
@@ -329,7 +330,7 @@ def gap_against_explanations(study: StudyData, comparison: Comparison) -> Report
         if one_colour_per_arm
         else [(comparison.baseline, WARM), ("other arms", ACCENT)]
     )
-    handles = [Line2D([], [], color=c, linestyle="", marker="o", label=arm) for arm, c in named]
+    handles = [Line2D([], [], color=c, linestyle="", marker="o", label=label_of(arm)) for arm, c in named]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
     count = len(next(iter(panels.values())))
     alt_text = f"{metric.harm.capitalize()} by {count} runs against {listed(list(panels))}."
@@ -381,14 +382,19 @@ def curves(study: StudyData) -> ReportFigure | None:
 def _line_styles(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]:
     """Line style of each arm; of more than MAX_LINES arms, only the baseline, best and worst are highlighted."""
     if len(arms) <= MAX_LINES:
-        return {arm: {"color": colour(study, arm), "linewidth": 1.6, "label": arm} for arm in arms}
+        return {arm: {"color": colour(study, arm), "linewidth": 1.6, "label": label_of(arm)} for arm in arms}
     means = {arm: mean_and_std([*values.values()])[0] for arm in arms if (values := study.scores(arm))}
     rest = sorted((arm for arm in means if arm != study.baseline), key=means.__getitem__)
     highlighted = {study.baseline: (WARM, "baseline")}
     if rest:
         highlighted |= {rest[-1]: (ACCENT, "best of the others"), rest[0]: (COLOURS[2], "worst of the others")}
     return {
-        arm: {"color": highlighted[arm][0], "linewidth": 1.8, "zorder": 3, "label": f"{arm} ({highlighted[arm][1]})"}
+        arm: {
+            "color": highlighted[arm][0],
+            "linewidth": 1.8,
+            "zorder": 3,
+            "label": f"{label_of(arm)} ({highlighted[arm][1]})",
+        }
         if arm in highlighted
         else {"color": QUIET, "linewidth": 0.8, "alpha": 0.7, "label": "other arms"}
         for arm in arms

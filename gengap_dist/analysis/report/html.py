@@ -1,7 +1,9 @@
 """Writes a self-contained HTML report and its figures, from a run folder or a study folder."""
 
 import base64
+import hashlib
 import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -27,6 +29,7 @@ from gengap_dist.analysis.report.tables import (
 from gengap_dist.analysis.report.text import MAX_CAVEATS, first_sentences
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
+from gengap_dist.errors import visible
 from gengap_dist.runs.run_folder import write_atomically
 
 MAX_ROWS = 150  # of a figure's data in the table on the page; the CSV has all
@@ -58,9 +61,11 @@ def write_report(study: StudyData, *, pdf: bool = False) -> Path:
 def write_page(study: StudyData, figures: Sequence[RenderedFigure], *, pdf: bool = False) -> Path:
     """Write the page with `figures`, which `draw_figures` has returned; returns its path."""
     is_study, comparison = _is_study(study), _comparison(study)
-    template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(files("gengap_dist.analysis.report").joinpath("template.html").read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["csp_hash"] = csp_hash
+    template = environment.from_string(
+        files("gengap_dist.analysis.report").joinpath("template.html").read_text(encoding="utf-8")
+    )
     page = study.folder / "report.html"
     config = study.info.get("config") or {}
     html = template.render(
@@ -83,8 +88,17 @@ def write_page(study: StudyData, figures: Sequence[RenderedFigure], *, pdf: bool
         command=shlex.join(_without_interpreter_path(study.info.get("command") or [])),
         config=_yaml(config),
     )
-    write_atomically(page, html)
+    write_atomically(page, visible(html))
     return page
+
+
+def csp_hash(text: str) -> str:
+    """The source expression of a Content-Security-Policy that allows this inline style or script.
+
+    >>> csp_hash("")
+    "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='"
+    """
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def draw_figures(study: StudyData, *, pdf: bool = False) -> list[RenderedFigure]:
@@ -92,7 +106,8 @@ def draw_figures(study: StudyData, *, pdf: bool = False) -> list[RenderedFigure]
     comparison, folder = _comparison(study), study.folder / "figures"
     folder.mkdir(exist_ok=True)
     out, drawn = [], _with_drawn_arms(study, comparison)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has them
         for name, (title, draw, caption) in (STUDY_FIGURES if _is_study(study) else RUN_FIGURES).items():
             title, caption = name_metric(title, study.metric), name_metric(caption, study.metric)
             if not drawn.runs or (figure := draw(drawn, comparison)) is None:

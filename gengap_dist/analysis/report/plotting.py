@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from gengap_dist.analysis.study_data import RunData, StudyData
+from gengap_dist.errors import visible
 from gengap_dist.runs.run_folder import write_atomically
 
 THEME = {  # CSS variable: light, dark. Figures are drawn in the light colours; the page replaces them by the variables.
@@ -38,8 +39,10 @@ ACCENT, WARM = COLOURS[:2]
 UNTRAINED = QUIET
 MAX_PANELS = 9  # layers in one figure; of a deeper network, evenly spaced layers are shown
 MAX_ARMS_PER_BATCH = 3  # arms of one batch size that fit side by side on the batch axis
-MAX_LABEL = 100  # characters of a layer's or a metric's name
+MAX_LABEL = 50  # characters of the name of an arm or a layer
+MAX_METRIC = 100  # of a metric, which has that of a layer in its middle
 ROW = 0.25  # inches
+FORMULA = tuple("=+-@\t\r\uff1d\uff0b\uff0d\uff20")  # first characters of a formula in a spreadsheet
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
@@ -66,6 +69,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # names of arms and layers are no formulas
     "svg.hashsalt": "gengap_dist",
     "pdf.fonttype": 42,
 }
@@ -91,26 +95,27 @@ def save(figure: ReportFigure, folder: Path, name: str, *, pdf: bool) -> tuple[s
         layout.execute(figure.figure)
         figure.figure.set_layout_engine("none")
     figure.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    write_atomically(folder / f"{name}.svg", text.getvalue())
+    svg = visible(text.getvalue())  # XML has no control characters
+    write_atomically(folder / f"{name}.svg", svg)
     (folder / f"{name}.pdf").unlink(missing_ok=True)  # of an earlier report
     if pdf:
         data = io.BytesIO()
         figure.figure.savefig(data, format="pdf", metadata={"CreationDate": None})
         write_atomically(folder / f"{name}.pdf", data.getvalue())
     write_atomically(folder / f"{name}.csv", table)
-    return inline(text.getvalue(), name, figure.alt_text), table
+    return inline(svg, name, figure.alt_text), table
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    r"""Rows as CSV; numbers with six digits, missing values empty.
+    r"""Rows as CSV; numbers with six digits, missing values empty, an apostrophe before text that begins as a formula.
 
-    >>> as_csv([{"arm": "a", "x": 1 / 3}, {"arm": "b", "x": float("nan")}])
-    'arm,x\na,0.333333\nb,\n'
+    >>> as_csv([{"arm": "a", "x": 1 / 3}, {"arm": "=b", "x": float("nan")}])
+    "arm,x\na,0.333333\n'=b,\n"
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    writer.writerow(names)
+    writer.writerow(map(_cell, names))
     writer.writerows([_cell(row.get(name)) for name in names] for row in rows)
     return text.getvalue()
 
@@ -118,6 +123,8 @@ def as_csv(rows: Sequence[Row]) -> str:
 def _cell(value: object) -> object:
     if value is None or value != value:
         return ""
+    if isinstance(value, str):
+        return f"'{visible(value)}" if value.startswith(FORMULA) else visible(value)
     return format(value, ".6g") if isinstance(value, float) else value
 
 
@@ -157,15 +164,15 @@ def listed(words: Sequence[str], max_words: int = 6) -> str:
     return ", ".join(words[:max_words]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def label_of(name: str) -> str:
-    r"""The name of a layer or a metric as text in a figure: shortened, and `$` begins no formula.
+def label_of(name: str, max_length: int = MAX_LABEL) -> str:
+    """The name of a layer, metric or arm as text in a figure: shortened, and not begun by `_`, which legends leave out.
 
-    >>> label_of("fc2/pool"), label_of("a$b$c"), len(label_of(300 * "x"))
-    ('fc2/pool', 'a\\$b\\$c', 100)
+    >>> label_of("fc2/pool"), label_of("_a"), len(label_of(300 * "x"))
+    ('fc2/pool', ' _a', 50)
     """
-    half = MAX_LABEL // 2
-    shown = name if len(name) <= MAX_LABEL else f"{name[: half - 3]}...{name[-half:]}"
-    return shown.replace("$", r"\$")
+    name, half = visible(name), max_length // 2
+    shown = name if len(name) <= max_length else f"{name[: half - 3]}...{name[-half:]}"
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def colour(study: StudyData, arm: str) -> str:
@@ -207,12 +214,17 @@ def batch_axis(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)
 
 
-def row_axis(axes: Axes, names: Sequence[str]) -> None:
+def row_axis(axes: Axes, names: Sequence[str], max_length: int = MAX_LABEL) -> None:
     """One row for each of `names`, the first at the top."""
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [label_of(name, max_length) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
+
+
+def labels_width(names: Sequence[str]) -> float:
+    """Width of the labels of a `row_axis`, in inches, about."""
+    return 0.3 + 0.075 * max(len(label_of(name)) for name in names)
 
 
 def batch_axis_position(sizes: Sequence[int], number: int, gap: float) -> float:

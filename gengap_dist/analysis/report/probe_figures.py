@@ -28,6 +28,7 @@ from gengap_dist.analysis.report.plotting import (
     dots,
     in_rows,
     label_of,
+    labels_width,
     listed,
     one_per_batch,
     plain_tick_labels,
@@ -54,7 +55,8 @@ def by_layer(study: StudyData, name: str) -> ReportFigure | None:
     num_columns = min(3, len(keys))
     num_rows = -(-len(keys) // num_columns)
     height = ROW * len(arms) + 0.5 if rows else 2.5
-    figure = Figure(figsize=(3.1 * num_columns + 0.8 * rows, height * num_rows + 0.5))
+    margin = max(0.8, labels_width([arm for arm, _ in arms]) - 1.5) if rows else 0
+    figure = Figure(figsize=(3.1 * num_columns + margin, height * num_rows + 0.5))
     grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey="row" if rows else "none")
     sizes = [runs[0].global_size for _, runs in arms]
     data: list[Row] = []
@@ -89,7 +91,9 @@ def by_layer(study: StudyData, name: str) -> ReportFigure | None:
         limits(*((-0.04, 1.04) if MEASURES[name].is_share else (0, top if top > 0 else None)))
     for panel in grid.flatten()[len(keys) :]:
         panel.set_visible(False)
-    handles = [Line2D([], [], color=colour(study, arm), linestyle="", marker="D", label=arm) for arm, _ in arms]
+    handles = [
+        Line2D([], [], color=colour(study, arm), linestyle="", marker="D", label=label_of(arm)) for arm, _ in arms
+    ]
     handles = [*([] if rows else handles), Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained")]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
     figure.supxlabel(label if rows else "global batch", fontsize=10, color=SOFT)
@@ -133,9 +137,12 @@ def near_rank_change(study: StudyData) -> ReportFigure | None:
     if not data:
         return None
     heads = [label_of(key) for key in keys]
-    column_width = max(0.8, 0.1 + 0.085 * max(map(len, heads)))  # inches
+    longest = max(map(len, heads))
+    column_width = max(0.8, 0.1 + 0.085 * longest)  # inches
     labels_rotated = column_width * len(keys) > 8
-    figure = Figure(figsize=(2 + min(column_width * len(keys), 8), 0.3 * len(arms) + (1.5 if labels_rotated else 0.5)))
+    head_height = max(1.5, 0.3 + 0.06 * longest) if labels_rotated else 0.5
+    width = max(2, labels_width(arms)) + min(column_width * len(keys), 8)
+    figure = Figure(figsize=(width, 0.3 * len(arms) + head_height))
     axes = figure.subplots()
     largest = max(np.nanmax(np.abs(table)), 0.01)
     for (i, j), change in np.ndenumerate(table):
@@ -179,7 +186,7 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
         for row, key in enumerate(keys):
             axes = grid[row, column]
             for number, (step, by_layer_key) in enumerate(spectra.items()):
-                if key in by_layer_key and by_layer_key[key][0][0] > 0:
+                if key in by_layer_key and by_layer_key[key][0].max() > by_layer_key[key][1]["floor"]:
                     _ridge(axes, number, len(steps), *by_layer_key[key])
                     of_run = {"arm": arm, "global_size": run.global_size, "seed": run.seed, "layer": key, "step": step}
                     data += [of_run | point for point in _thinned(*by_layer_key[key])]
@@ -188,7 +195,7 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
             axes.set_ylim(len(steps) - 0.8, -2.1)
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
-            axes.set_title(label_of(key) if row else f"{arm}, seed {run.seed}\n{label_of(key)}")
+            axes.set_title(label_of(key) if row else f"{label_of(arm)}, seed {run.seed}\n{label_of(key)}")
         grid[-1, column].set_xlabel("log10 of value / largest")
     for axes in grid[:, 0]:
         axes.set_ylabel("step")
@@ -240,6 +247,8 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
         {LayerKey.parse(key): spectrum for key, spectrum in run.spectra(step).items()} for step in (steps[0], steps[-1])
     )
     keys = [key for key in last if not key.centred]
+    if not keys:  # a damaged file
+        return None
     num_columns = min(len(keys), 4 if len(keys) <= 24 else 6)
     num_rows = -(-len(keys) // num_columns)
     figure = Figure(figsize=(2.6 * num_columns + 0.4, 2.1 * num_rows + 0.6))
@@ -330,7 +339,7 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
     for panel in grid[1]:
         batch_axis(panel, sorted({row["num_samples"] for row in data}))
         panel.set_xlabel("probe samples N")
-    handles = [Line2D([], [], color=colour(study, arm), marker="o", label=arm) for arm in arms]
+    handles = [Line2D([], [], color=colour(study, arm), marker="o", label=label_of(arm)) for arm in arms]
     handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", marker=".", label="untrained"))
     if any(OWN_BATCH in _probe_set_sizes(run) for arm in arms for run in study.runs_of(arm)):
         handles.append(Line2D([], [], color=UNTRAINED, linestyle="", marker="*", label="own batch"))

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple, Never, final
 from gengap_dist.compat.ray_connection import connects
 from gengap_dist.compat.ray_failures import killed_ranks
 from gengap_dist.compat.ray_job import started_by_job
+from gengap_dist.compat.warnings_as_text import format_warnings
 from gengap_dist.config.sections import RESOURCE_STEP, LaunchConfig, MlflowConfig, RunConfig
-from gengap_dist.credentials import command_line
+from gengap_dist.credentials import command_line, printable
 from gengap_dist.distributed.cores import available_cores, bounded_wait, threads_per_rank
 from gengap_dist.distributed.launchers.base import Launcher, Progress, RankFailed, load_entry_point
 from gengap_dist.distributed.preemption import TIME_SIGNALS, Preempted, PreemptionFlag, handling
@@ -153,7 +154,7 @@ def alive_nodes() -> list[dict[str, float]]:
 
 
 def _warn(text: str) -> None:
-    print(f"gengap: warning: {text}", file=sys.stderr, flush=True)
+    print(printable(f"gengap: warning: {text}"), file=sys.stderr, flush=True)
 
 
 def check_address(address: str) -> bool:
@@ -600,6 +601,7 @@ def _rank_main(job: dict[str, Any]) -> None:
     rank = int(os.environ["RANK"])
     if rank != 0:
         warnings.simplefilter("ignore")  # rank 0 shows them
+    format_warnings(printable)
     if job["folder"].is_dir():
         os.chdir(job["folder"])  # the driver's: git and modules there are found; Ray's own folder is empty
     torch.set_num_threads(threads.number)  # Ray itself sets 1

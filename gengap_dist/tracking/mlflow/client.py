@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from gengap_dist.compat.fast_imports import fast_imports
-from gengap_dist.credentials import login_of, redacted, without_logins
+from gengap_dist.credentials import login_of, printable, without_logins
 
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development"
@@ -19,6 +19,7 @@ CLIENT_DEFAULTS = {  # a dead server must be detected in seconds; with MLflow's 
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the name of each run, and whoever logs in
 }
 DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 MAX_ERROR = 2000  # characters
@@ -142,7 +143,7 @@ def connect_client(uri: str) -> Any:
 
 def describe(error: Exception) -> str:
     """An error on one line, without credentials; a server may have written it, and at any length."""
-    return redacted(" ".join(str(error).split()))[:MAX_ERROR]
+    return printable(" ".join(str(error).split()))[:MAX_ERROR]
 
 
 def connect_experiment(uri: str, name: str) -> tuple[Any, str]:

@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+from pydantic_core import from_json
+
 from gengap_dist.config.loading import nested
 from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.runs.run_folder import json_line, write_atomically, write_info
-from gengap_dist.runs.schema import RunInfo, RunStatus
+from gengap_dist.runs.schema import RunInfo, RunStatus, first_error
 from gengap_dist.tracking.mlflow.client import describe
 from gengap_dist.tracking.mlflow.names import own_name
 
@@ -140,7 +143,7 @@ def save_as_run_folder(
     settings = settings | {"batch": {**_dict_or_empty(settings.get("batch")), "global_size": size}, "seed": seed}
     folder.mkdir(parents=True, exist_ok=True)
     described = _described(run.data.tags) if ours else {}
-    info = RunInfo.model_validate({
+    content = {
         **described,
         "status": run.data.tags.get("status", status) if ours else status,
         "seed": seed,
@@ -149,7 +152,11 @@ def save_as_run_folder(
         "result": result,
         "seconds": ((run.info.end_time or run.info.start_time) - run.info.start_time) / 1000,
         "mlflow": {"run_id": run.info.run_id, "name": run.info.run_name},
-    })  # fmt: skip
+    }  # fmt: skip
+    try:
+        info = RunInfo.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"{_title(run)} cannot be read as a run: {first_error(error)}; correct it in MLflow") from None
     write_info(folder, info)
     rows = [
         {"step": step, "epoch": values.pop("epoch", 0.0), "seconds": 0.0} | dict(sorted(values.items()))
@@ -161,7 +168,7 @@ def save_as_run_folder(
 def _described(tags: Mapping[str, str]) -> dict[str, Any]:
     """What the tags of a run of ours say that its metrics do not; empty for runs of earlier versions."""
     try:
-        found = {name: json.loads(tags[name]) for name in ("metric", "num_probe_samples") if name in tags}
+        found = {name: from_json(tags[name]) for name in ("metric", "num_probe_samples") if name in tags}
     except ValueError:  # a tag that someone has changed
         return {}
     return {name: value for name, value in found.items() if value is not None}
@@ -176,7 +183,7 @@ def _integer(run: Any, name: str, text: str | None, missing: int | None) -> int:
         return missing
     try:
         return int(float(text or ""))
-    except ValueError:
+    except (ValueError, OverflowError):
         known = [*run.data.params]
         has = "has no parameter or tag" if text is None else f"has {text} as"
         raise UsageError(
@@ -194,7 +201,7 @@ def _parse_value(text: str) -> Any:
     try:
         value = ast.literal_eval(text)
         json.dumps(value)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
     return value if value is None or isinstance(value, bool | int | float | list) else text
 

@@ -5,7 +5,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,9 +13,12 @@ from gengap_dist.config.identity import declared_effect
 from gengap_dist.config.loading import flat
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.credentials import without_logins
+from gengap_dist.errors import UsageError
+from gengap_dist.runs.json_lines import SYSTEM, last_step, read_from
 from gengap_dist.runs.metrics_tail import Position, read_after
-from gengap_dist.runs.run_folder import last_step, read_from, write_atomically
-from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo
+from gengap_dist.runs.run_folder import write_atomically
+from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo, to_time
+from gengap_dist.runs.upload_state import FILE_NAME, read_upload_state
 from gengap_dist.tracking.mlflow.client import is_refusal, store_key
 from gengap_dist.tracking.mlflow.model_files import write_model_files
 from gengap_dist.tracking.mlflow.names import mlflow_name, name_tags
@@ -31,6 +33,7 @@ STATUS = {
     RunStatus.KILLED: "KILLED",
     RunStatus.PREEMPTED: "KILLED",
 }
+SIZES = ("num_train", "num_val", "num_test", "num_classes")  # of a data set
 UNKNOWN_END = "lost"  # end time of a run whose folder has none
 ARTIFACTS = ("run.json", "study.json", "config.yaml", "test_correct.npy", "spectra", "figures", "report.html")
 MODEL_NAME = "model"
@@ -57,10 +60,10 @@ class Described(NamedTuple):
         """The description of a run or a study.
 
         Raises:
-            ValueError: if it does not say when it started.
+            UsageError: if it does not say when it started.
         """
         if info.started is None:
-            raise ValueError(f"{info.file_name} does not say when it started: MLflow needs that")
+            raise UsageError(f"{info.file_name} does not say when it started, which MLflow needs: add started")
         data = info.data if isinstance(info, RunInfo) else None
         return cls(info.status, info.started, info.ended, info.config, data)
 
@@ -75,8 +78,7 @@ class MlflowRun:
     def __init__(self, client: Any, uri: str, experiment: str, folder: Path, left_out: LeftOut) -> None:
         """The run that `folder` has in an experiment of the store `uri`; it is created by `open`."""
         self.client, self.experiment, self.folder, self.left_out = client, experiment, folder, left_out
-        path = folder / "mlflow.json"
-        self.state = _state_of(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}, uri, experiment)
+        self.state = _state_of(read_upload_state(folder), uri, experiment)
 
     @property
     def id(self) -> str:
@@ -86,7 +88,7 @@ class MlflowRun:
     def save(self, **news: Any) -> None:
         """Store what has been sent."""
         self.state |= news
-        write_atomically(self.folder / "mlflow.json", json.dumps(self.state, indent=1))
+        write_atomically(self.folder / FILE_NAME, json.dumps(self.state, indent=1))
 
     def open(self, described: Described, tags: Tags) -> None:
         """Create the run at the first call, reopen it after a resume, and set its tags."""
@@ -169,11 +171,11 @@ class MlflowRun:
         self._log("params", [Param(mlflow_name(key), str(value)[:6000]) for key, value in final.items()])
         if data := described.data:
             dataset = Dataset(
-                name=data["name"],
-                digest=data["digest"],
-                source_type="local" if data["root"] else "code",
-                source=json.dumps({"uri": data["root"] or "gengap_dist/data/digits.npz"}),
-                profile=json.dumps({key: data[key] for key in ("num_train", "num_val", "num_test", "num_classes")}),
+                name=data.get("name") or "unknown",
+                digest=data.get("digest") or "unknown",
+                source_type="local" if data.get("root") else "code",
+                source=json.dumps({"uri": data.get("root") or "gengap_dist/data/digits.npz"}),
+                profile=json.dumps({key: data.get(key) for key in SIZES}),
             )
             context = InputTag(key="mlflow.data.context", value="training")
             try:
@@ -190,7 +192,7 @@ class MlflowRun:
 
         start = millis(started)
         self.send_points([
-            Metric(mlflow_name(name), value, start + round(line["seconds"] * 1000), line["step"])
+            Metric(mlflow_name(name), value, start + round(line.get("seconds", 0.0) * 1000), line["step"])
             for line in lines
             for name, value in _metric_values(line).items()
         ])  # fmt: skip
@@ -234,7 +236,7 @@ class MlflowRun:
             prefix = "/".join(filter(None, ("system", path.stem.removeprefix("system").lstrip("_"))))
             points = []
             damaged = partial(self.left_out, f"a line of {path}")
-            for sample, after in read_from(path, end, damaged):
+            for sample, after in read_from(path, end, damaged, kind=SYSTEM):
                 timestamp, end = sample.pop("time"), after
                 points += [Metric(mlflow_name(f"{prefix}/{name}"), sample[name], timestamp, number) for name in sample]
                 number += 1
@@ -260,12 +262,14 @@ class MlflowRun:
         model_id = self._create_model()
         with tempfile.TemporaryDirectory() as temporary:
             files = Path(temporary) / MODEL_NAME
-            write_model_files(self.folder / model.file, model, info.versions["python"], files, model_id, self.id)
+            write_model_files(
+                self.folder / model.file, model, info.versions.get("python", "3"), files, model_id, self.id
+            )
             self.client.log_model_artifacts(model_id, str(files))
         self.client.finalize_logged_model(model_id, "READY")
         outputs = self.client.get_run(self.id).outputs
         if not outputs or model_id not in {output.model_id for output in outputs.model_outputs}:
-            self.client.log_outputs(self.id, [LoggedModelOutput(model_id, info.result["num_steps"])])
+            self.client.log_outputs(self.id, [LoggedModelOutput(model_id, info.result.get("num_steps") or 0)])
         self.save(model_id=model_id, model_logged=True)
 
     def _create_model(self) -> str:
@@ -358,7 +362,7 @@ def _requests(lines: Iterable[tuple[Line, Position]], sent: int) -> Iterator[tup
                 group.append(line)
                 size += num_values
             position = line_position
-    except ValueError:  # a damaged line: those before it are sent
+    except UsageError:  # a damaged line: those before it are sent
         if position:
             yield group, position
         raise
@@ -368,4 +372,4 @@ def _requests(lines: Iterable[tuple[Line, Position]], sent: int) -> Iterator[tup
 
 def millis(iso: str) -> int:
     """MLflow's form of a time."""
-    return round(datetime.fromisoformat(iso).timestamp() * 1000)
+    return round(to_time(iso).timestamp() * 1000)

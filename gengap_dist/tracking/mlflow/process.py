@@ -7,9 +7,9 @@ training step, and a training rank never imports mlflow.
 import argparse
 import contextlib
 import fcntl
-import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,12 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from pydantic import ValidationError
+
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.credentials import without_logins
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info, read_study_info
-from gengap_dist.tracking.mlflow.client import describe, import_client, store_uri, store_variables
+from gengap_dist.runs.schema import REMEDY, first_error
+from gengap_dist.runs.upload_state import read_upload_state
+from gengap_dist.tracking.mlflow.client import describe, import_client, store_key, store_uri, store_variables
 from gengap_dist.tracking.mlflow.mlflow_run import UploadProgress
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
 
@@ -82,9 +86,12 @@ class UploaderProcess:
         reason = output.decode(errors="replace") or f"its process was killed: see {self.folder / 'mlflow.log'}"
         if not ended:
             reason = f"it is slower than mlflow.flush_timeout_seconds ({self.config.flush_timeout_seconds:g})"
+        command = ["gengap", "report", "sync", str(self.folder)]
+        if store_key(self.uri) != store_key(store_uri(None)):
+            command += ["--mlflow.tracking_uri", self.uri]
         return (
             f"MLflow at {self.uri} did not receive everything ({reason}); nothing is lost: "
-            f"send the rest later with `gengap report sync {self.folder}`"
+            f"send the rest later with `{shlex.join(command)}`"
         )
 
 
@@ -146,7 +153,7 @@ def _wait_for_changes(seconds: float, folder: Path, pause: Callable[[float], boo
 
 def _describe(error: Exception) -> str:
     """An error on one line."""
-    return f"{type(error).__name__}: {describe(error)}"
+    return describe(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {describe(error)}"
 
 
 def _reason(error: Exception) -> str:
@@ -185,16 +192,26 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
     """Send everything in a folder that its MLflow store does not have yet; returns the store's address.
 
     Raises:
-        UsageError: if the folder is not a run or study, is being uploaded, or the store does not receive everything.
+        UsageError: if the folder is not a run or study, is being uploaded, the store does not receive everything, or
+            only the folder names the store.
     """
     info = read_study_info(folder) if (folder / "study.json").exists() else read_info(folder)
     if "mlflow" not in info.config:
         raise UsageError(f"{folder} was not written by a run or study of this package: give the folder of one")
-    config = MlflowConfig.model_validate(info.config["mlflow"])
-    state = folder / "mlflow.json"
-    known = json.loads(state.read_text(encoding="utf-8"))["uri"] if state.exists() else None
-    target = store_uri(uri or os.environ.get("MLFLOW_TRACKING_URI") or known or config.tracking_uri)
+    try:
+        config = MlflowConfig.model_validate(info.config["mlflow"])
+    except ValidationError as error:
+        path = folder / info.file_name
+        raise UsageError(f"{path} is damaged: in config.mlflow, {first_error(error)}; {REMEDY}") from None
+    known = read_upload_state(folder).get("uri")
+    named = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    target = store_uri(named or known or config.tracking_uri)
     address = without_logins(target)
+    if not named and store_key(target) != store_key(store_uri(None)):
+        raise UsageError(
+            f"{folder} names the MLflow store {address}, and nothing is sent where only a folder says so: if it is "
+            f"yours, add --mlflow.tracking_uri {shlex.quote(address)}"
+        )
     with (folder / "mlflow.log").open("a", encoding="utf-8") as log:  # the same lock as that of an uploader process
         if not _acquire_lock(log, time.monotonic() + LOCK_TIMEOUT_SECONDS):
             raise UsageError(f"{folder} is being sent to MLflow by another process: wait until it has ended")

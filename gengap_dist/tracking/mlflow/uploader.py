@@ -5,19 +5,20 @@ any point and called again; nothing is sent twice, see `mlflow_run.py`.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
 from gengap_dist.config.identity import treatment
 from gengap_dist.config.loading import flat
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import UsageError, visible
 from gengap_dist.runs.arm_means import have_ended, read_means, read_runs, read_sources
 from gengap_dist.runs.run_folder import read_info, read_study_info
-from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo
+from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo, to_time
+from gengap_dist.runs.upload_state import read_upload_state
 from gengap_dist.tracking.mlflow.client import connect_experiment, describe, is_outage
 from gengap_dist.tracking.mlflow.mlflow_run import Described, MlflowRun, Tags, UploadProgress, millis
 from gengap_dist.tracking.mlflow.names import mlflow_name
@@ -30,10 +31,8 @@ Runs = Mapping[Path, RunInfo]
 
 def comparison_path(folder: Path) -> str:
     """Path, after the host, of the UI's comparison of a study's arms; empty if there are no arms yet."""
-    paths = (folder / "runs" / arm / "mlflow.json" for arm in read_study_info(folder).arms)
-    states = [
-        state for path in paths if path.exists() and "run_id" in (state := json.loads(path.read_text(encoding="utf-8")))
-    ]
+    found = (read_upload_state(folder / "runs" / arm) for arm in read_study_info(folder).arms)
+    states = [state for state in found if state.get("run_id")]
     if not states:
         return ""
     runs, experiments = ([*dict.fromkeys(s[key] for s in states)] for key in ("run_id", "experiment_id"))
@@ -111,16 +110,16 @@ class MlflowUploader:
 
     def _sync_study(self, study: StudyInfo, closing: bool, progress: UploadProgress) -> None:
         parent, described = self._run_of(self.folder), Described.of(study)
-        tune = study.config["study"].get("tune") or {}
+        tune = (study.config.get("study") or {}).get("tune") or {}
         shared: Tags = {"study": study.name, "tuned": ",".join(tune.get("space", ())) or None}
         # with the time, because names of studies need not be unique
-        name = f"{study.name} {datetime.fromisoformat(described.started):%Y-%m-%d %H:%M:%S}"
+        name = f"{study.name} {to_time(described.started):%Y-%m-%d %H:%M:%S}"
         parent.open(described, shared | {"mlflow.runName": name, "level": "study", "status": study.status})
         shared["study_run_id"] = parent.id
 
         def damaged(error: UsageError) -> None:
             if closing:
-                print(error, flush=True)
+                print(visible(str(error)), flush=True)
 
         arms = {arm: read_runs(self.folder / "runs" / arm, study.seeds, damaged) for arm in study.arms}
         reference = next((flat(info.config) for info in arms.get(study.baseline, {}).values()), None)
@@ -131,7 +130,7 @@ class MlflowUploader:
             tags = shared | {
                 "arm": arm,
                 "role": "baseline" if arm == study.baseline else "arm",
-                "batch.global_size": first.config["batch"]["global_size"],
+                "batch.global_size": first.global_size,
                 "treatment": treatment(flat(first.config), reference) if reference else None,
             }
             with self._postponing_errors():
@@ -219,12 +218,21 @@ def _run_tags(info: RunInfo) -> dict[str, object]:
         "seed": info.seed,
         "norm_size": info.norm_size,
         "mlflow.source.git.commit": (info.git or {}).get("commit"),
-        "batch.global_size": info.config["batch"]["global_size"],
+        "batch.global_size": info.global_size,
     }
 
 
 def _study_note(study: StudyInfo, link: str) -> str:
     """The description of a study in the UI, in Markdown: question, verdicts, and link to the comparison of arms."""
-    verdicts = "\n".join(f"- {sentence}" for sentence in study.verdicts)
+    verdicts = "\n".join(f"- {_as_markdown(sentence)}" for sentence in study.verdicts)
     compared = f"[Compare the arms]({link})" if link else ""
-    return "\n\n".join(filter(None, (study.question, verdicts, compared)))
+    return "\n\n".join(filter(None, (_as_markdown(study.question), verdicts, compared)))
+
+
+def _as_markdown(text: str) -> str:
+    r"""A text on one line that Markdown shows as it is: no links, images, tables or HTML.
+
+    >>> _as_markdown("[a](http://b)\n<img> lb_64 loses 0.5")
+    '\\[a\\](http\\://b) \\<img\\> lb\\_64 loses 0.5'
+    """
+    return re.sub(r"[\\`*_\[\]<>|#~&!]|:(?=//)", r"\\\g<0>", visible(" ".join(text.split())))

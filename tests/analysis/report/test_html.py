@@ -77,7 +77,7 @@ def test_the_answer_comes_first(shown):
     assert len(outcomes) == shown.locator(".outcome svg[aria-hidden=true]").count()
     caveats = shown.locator("#caveats").inner_text()
     assert "lb256: 1 diverged" in caveats
-    assert "runs/lb64/seed9/run.json cannot be read" in caveats
+    assert "runs/lb64/seed9/run.json is damaged: it is not JSON" in caveats
     assert "12 runs" not in shown.locator("header").inner_text()  # 13: the half-written one counts
     tuning = shown.locator("#tuning").inner_text()
     assert "optim.lr at its low end" in tuning

@@ -1,0 +1,152 @@
+"""One command line for all commands: settings have one name, and what is wrong with it is said in one sentence."""
+
+from importlib import import_module
+
+import pytest
+from pydantic import BaseModel
+
+from gengap_dist.cli.exit_codes import run_command
+from gengap_dist.cli.options import Options, parse
+from gengap_dist.config.loading import RENAMED, field_names
+from gengap_dist.config.sections import RunConfig
+from gengap_dist.config.study import StudyConfig
+from gengap_dist.errors import MAX_SENTENCE, UsageError
+from tests.conftest import ROOT
+
+DEMO, STUDY = ROOT / "configs" / "demo_train.yaml", ROOT / "configs" / "demo.yaml"
+COMMANDS = ("train", "study", "plan", "doctor", "probe", "compare", "report")
+
+
+def say(capsys, command: str, *words: object) -> str:
+    """What a command says that must end with 2 and a sentence of 300 characters."""
+    with pytest.raises(SystemExit) as end:
+        run_command("gengap", import_module(f"gengap_dist.cli.{command}").command, [*map(str, words)])
+    said = capsys.readouterr()
+    assert (end.value.code, said.out) == (2, "")
+    assert said.err.startswith("gengap: ")
+    assert said.err.count("\n") == 1
+    assert len(said.err.strip()) <= MAX_SENTENCE + len("gengap: ")
+    assert not any(name in said.err for name in ("Error:", "Exception", "Traceback"))
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--model.widths", "128", "128"], "--model.widths takes one value, not 2: write [128, 128]"),
+        (["--model.widths", "3", "--model.widths", "4"], "--model.widths is given twice: write one list, [3, 4]"),
+        (["--seed", "1", "2"], "--seed takes one value, not 2: write one of them"),
+        (["--batch.size", "128"], "--batch.size is called --batch.global_size now"),
+        (["--batch", "128"], "--batch is a section: give one of its settings, such as --batch.global_size"),
+        ([""], "an empty word is not a setting"),
+        (["--"], "-- is not a setting"),
+        (["--out=--"], "--out=-- gives no value"),
+        (["--probe.at_losses", "\ud800"], "half a character"),
+        (["--seed", ""], "--seed () is empty: give a value"),
+        (["--model.widths", ""], "--model.widths () is empty: give a value"),
+        (["--out", ""], "the path () is empty: give a file or folder"),
+        (["--config="], "the path () is empty: give a file or folder"),
+        (["--out", "a\0b"], r"the path (a\x00b) is no path"),
+        (["--data.name", "a\0b"], r"--data.name (a\x00b) holds a NUL"),
+        (["--mlflow.experiment", "caf\udce9"], "half a character"),
+        (["--seed", "2026-13-45"], "seed (2026-13-45) is not valid"),
+        (["--train.tf32", "yes"], "train.tf32 (yes) is not valid: input should be a valid boolean"),
+        (["--seed", "9" * 5000], "is too large a number"),
+        (["--optim.lr", "1e999"], "--optim.lr (1e999) is not a finite number"),
+        (["--optim.lr", "x" * 100_000], "x) is not valid"),
+        (["--optim.lr" + "x" * 100_000, "3"], "is not a setting"),
+        (["--config", "x" * 100_000], "cannot be read"),
+        (["--data.name", "x y " * 30_000], "your own module.path:factory"),
+        (["--optim.lr", "\x1b[2J\n\u2028"], r"optim.lr (\x1b[2J"),
+        (["--model.widths", "[1, 2"], "--model.widths ([1, 2) is not YAML"),
+        (["--launch.resources_per_rank", "GPU=1"], "(GPU=1) is one value: write `name: value`"),
+        (["--launch.resources_per_rank", "{GPU: 1, GPU: 1}"], "gives GPU twice"),
+        (["--algorithm.rank_penalty", "-1e-3"], "--algorithm.rank_penalty=VALUE for one that begins with -"),
+        (["--resume=yes"], "--resume takes no value: write it alone"),
+        (["--config", STUDY], "start it with gengap study"),
+    ],
+)
+def test_train_says_what_is_wrong(capsys, words, says):
+    assert says in say(capsys, "train", *words, "--print_config")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "says"),
+    [
+        ("doctor", ["--config", STUDY], "start it with gengap study"),
+        ("study", ["--config", DEMO], "study is not set, and a study needs its arms"),
+        ("study", ["--config", STUDY, "--study.seeds", "0", "1"], "write [0, 1]"),
+        ("study", ["--config", STUDY, "--study.arms", "a"], "study.arms (a) is one value"),
+        ("plan", ["--nodes", "9" * 5000], "--nodes (9999"),
+        ("plan", ["--nodes", "true"], "nodes (true) is not valid"),
+        ("probe", [], "--model must be given"),
+        ("probe", ["--model", "lenet5", "--data_root", "x"], "--data_root is called --data.root now"),
+        ("probe", ["--model", "lenet5", "--num_samples", "3", "4"], "--num_samples is called --probe.num_samples now"),
+        ("probe", ["--model", "lenet5", "--optim.lr", "3"], "--optim.lr is not a setting"),
+        ("probe", ["--model", "lenet5", "--data", "mnist"], "such as --data.name"),
+        ("compare", [], "RUN must be given"),
+        ("compare", [""], "the path () is empty"),
+        ("compare", ["a", "--tracking_uri", "x"], "--tracking_uri is called --mlflow.tracking_uri now"),
+        ("report", [], "DIR must be given"),
+        ("report", [""], "the path () is empty"),
+        ("report", ["a\0b"], "is no path"),
+        ("report", ["slim", "a"], "OUT must be given"),
+        ("report", ["a", "b"], "b is not a setting"),
+        ("report", ["--pdf=1", "a"], "--pdf takes no value"),
+    ],
+)
+def test_the_others_say_what_is_wrong(capsys, command, words, says):
+    assert says in say(capsys, command, *words)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_setting_has_the_same_name_in_every_command(capsys, command):
+    with pytest.raises(SystemExit):
+        import_module(f"gengap_dist.cli.{command}").command(["--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    names = {word.removeprefix("--") for line in lines if line.startswith("--") for word in [line.split()[0]]}
+    assert ("data.root" in names) == (command not in ("compare", "report"))
+    assert {name for name in names if "." in name} <= {*leaves(StudyConfig)}
+    assert not names & RENAMED.keys()
+
+
+def leaves(model: type[BaseModel]) -> list[str]:
+    names = [*field_names(model), *(f"study.tune.{name}" for name in ("trials", "seed", "space"))]
+    return [
+        *names,
+        *(f"study.match.{name}" for name in ("arms", "seed", "between", "tolerance", "max_runs", "low", "high")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (["--model.widths", "3,4"], {"model": {"widths": [3, 4]}}),
+        (["--model.widths", "[3, 4]"], {"model": {"widths": [3, 4]}}),
+        (["--model.widths=5"], {"model": {"widths": [5]}}),
+        (["--probe.layers", "fc*, *"], {"probe": {"layers": ["fc*", "*"]}}),
+        (["--probe.at_losses", "off"], {"probe": {"at_losses": ["off"]}}),
+        (["--launch.resources_per_rank", '{"GPU": 0.5}'], {"launch": {"resources_per_rank": {"GPU": 0.5}}}),
+        (["--mlflow.experiment", "1e5"], {"mlflow": {"experiment": "1e5"}}),
+        (["--mlflow.tracking_uri", "null"], {"mlflow": {"tracking_uri": None}}),
+        (["--optim.lr", "1", "--optim.lr", "2e-3"], {"optim": {"lr": 0.002}}),
+        (["--profile"], {"profile": True}),
+        (["--profile", "false", "--train.tf32"], {"profile": False, "train": {"tf32": True}}),
+        (["--algorithm.rank_penalty=-1e-3"], {"algorithm": {"rank_penalty": -0.001}}),
+        (["--seed", "0100"], {"seed": 100}),
+    ],
+)
+def test_values_are_those_of_a_file(words, settings):
+    assert parse(Options, words, prog="p", description="", settings=RunConfig)[1] == settings
+
+
+def test_sections_that_may_be_null_have_options(capsys):
+    words = ["--study.tune.space", "{optim.lr: {low: 0.1, high: 1}}", "--study.tune.trials", "4"]
+    tune = parse(Options, words, prog="p", description="", settings=StudyConfig)[1]["study"]["tune"]
+    assert tune == {"space": {"optim.lr": {"low": 0.1, "high": 1}}, "trials": 4}
+
+
+def test_debug_shows_the_whole_sentence(capsys):
+    with pytest.raises(SystemExit):
+        run_command("gengap", lambda argv: (_ for _ in ()).throw(UsageError("x" * 1000)), ["--debug"])
+    assert "x" * 1000 in capsys.readouterr().err

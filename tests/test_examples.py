@@ -51,6 +51,13 @@ def test_own_algorithm(tmp_path):
     assert (tmp_path / "run" / "run.json").exists()
 
 
+def test_own_optimizer(tmp_path):
+    accuracy = re.search(r"Lion: test accuracy (\d+\.\d)% after", printed("own_optimizer.py", tmp_path / "run"))
+    assert accuracy
+    assert float(accuracy[1]) > 60
+    assert len((EXAMPLES / "own_optimizer.py").read_text().splitlines()) < 40
+
+
 def test_study_with_pandas(tmp_path):
     config = tiny.write(tmp_path / "tiny.yaml", {"seeds": [0, 1], "arms": ARMS})
     assert tiny.start(config, tmp_path / "out").returncode == 0

@@ -8,12 +8,13 @@ groups by that, an arm is "plain" if it differs in the batch only, and a counter
 import json
 from collections.abc import Collection, Hashable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 
+from gengap_dist.config import batch_rules
 from gengap_dist.config.loading import flat, renamed
-from gengap_dist.config.sections import Affects, Effect, RunConfig, Section
+from gengap_dist.config.sections import DEFAULT_EPS, Affects, Effect, RunConfig, Section
 
 Settings = Mapping[str, object]
 """Settings of a run, by dotted name."""
@@ -23,11 +24,13 @@ REPLICATE = "seed"
 FACTOR = "batch.global_size"
 """The factor under study: it affects the result and separates arms, but is no part of a treatment."""
 
-WHERE_IT_STOPS = (
-    "train.target_accuracy",
-    "train.target_loss",
-    "train.num_evals",
-)  # the target is noticed at an evaluation
+NO_RULES = {
+    "optim.scaling": "none", "optim.beta2_scaling": "none", "optim.weight_decay_scaling": "none",
+    "train.length_unit": "epochs",
+}  # fmt: skip
+"""Settings that say what follows the global batch, without effect."""
+WHERE_IT_STOPS = ("train.target_accuracy", "train.target_loss", "train.num_evals")
+"""The target is noticed at an evaluation."""
 LOCAL_GROUPS = ("batch.micro_size", "launch.num_processes", "launch.max_processes")
 
 
@@ -95,8 +98,8 @@ def identifying_settings(config: RunConfig) -> dict[str, Any]:
         if declared_effect(name) != "runtime" or name in counted
     }  # fmt: skip
     if config.batch.global_size == config.optim.base_size and config.algorithm.local_sgd != "swap":
-        settings |= {"optim.scaling": "none", "train.length_unit": "epochs"}  # k = 1: all rules give the same rate
-    if (settings["optim.scaling"], settings["train.length_unit"]) == ("none", "epochs"):
+        settings |= NO_RULES  # k = 1: all rules give the same
+    if all(settings[name] == value for name, value in NO_RULES.items()):
         del settings["optim.base_size"]
     return settings
 
@@ -120,7 +123,7 @@ def affects_result(name: str, settings: Settings) -> bool:
 def effective_settings(settings: Settings) -> dict[str, object]:
     """The settings that affect the result, at what they amount to at the run's batch, without batch and seed.
 
-    Learning rate, warm-up and epochs are those at that batch (see `optim.scaling`).
+    Learning rate, warm-up, epochs, and betas, eps and weight decay are those at that batch (see `batch_rules`).
 
     >>> scaled = {"batch.global_size": 512, "optim.scaling": "sqrt", "optim.base_size": 128, "optim.lr": 0.1}
     >>> effective_settings(scaled | {"seed": 3, "launch.num_processes": 2})
@@ -131,16 +134,27 @@ def effective_settings(settings: Settings) -> dict[str, object]:
     {'batch.ghost_size': None, 'model.norm': 'sync'}
     """
     out = {name: value for name, value in settings.items() if name != REPLICATE and affects_result(name, settings)}
-    size, scaling = out.pop(FACTOR, None), out.pop("optim.scaling", "none")
-    base, length_unit = out.pop("optim.base_size", None), out.pop("train.length_unit", "epochs")
+    size, base = out.pop(FACTOR, None), out.pop("optim.base_size", None)
+    scaling, beta2_scaling, weight_decay_scaling, length_unit = (
+        str(out.pop(name, none)) for name, none in NO_RULES.items()
+    )
     factor = 1.0
     if isinstance(size, int | float) and isinstance(base, int | float) and base > 0:
         factor = size / base
-    if out.get("algorithm.local_sgd") == "swap" and scaling != "none":  # it gives the rate of the networks, too
-        out["optim.scaling"] = scaling
+    if out.get("algorithm.local_sgd") == "swap":  # they hold for the batch of a network, too
+        rules = scaling, beta2_scaling, weight_decay_scaling
+        out |= {name: rule for name, rule in zip(NO_RULES, rules, strict=False) if rule != "none"}
     if size is not None and out.get("batch.ghost_size") == size:
         out |= {"batch.ghost_size": None, "model.norm": "sync"}
-    _scale(out, "optim.lr", {"linear": factor, "sqrt": factor**0.5, "legw": factor**0.5}.get(str(scaling), 1.0))
+    for name in ("optim.lr", "optim.adamw_lr") if out.get("optim.name") == "muon" else ("optim.lr",):
+        _scale(out, name, batch_rules.lr_factor(scaling, factor))
+    _scale(out, "optim.weight_decay", batch_rules.weight_decay_factor(weight_decay_scaling, factor))
+    if factor != 1.0 and "optim.betas" in out:
+        beta1, beta2 = cast("list[float]", out["optim.betas"])
+        out["optim.betas"] = [*batch_rules.scaled_betas(scaling, beta2_scaling, (beta1, beta2), factor)]
+    if factor != 1.0 and scaling == "adam_sqrt":
+        out["optim.eps"] = out.get("optim.eps") or DEFAULT_EPS
+        _scale(out, "optim.eps", batch_rules.scaled_eps(scaling, 1.0, factor))
     _scale(out, "optim.warmup_epochs", factor if scaling == "legw" or length_unit == "updates" else 1.0)
     _scale(out, "train.epochs", factor if length_unit == "updates" else 1.0)
     return out

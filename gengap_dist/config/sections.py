@@ -8,7 +8,7 @@ package, so `--help` is fast.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from gengap_dist.config import measures
+from gengap_dist.config import batch_rules, measures
 from gengap_dist.config.loading import merge, user_path
 from gengap_dist.config.numbers import (
     Boolean,
@@ -35,6 +35,10 @@ from gengap_dist.config.numbers import (
 )
 from gengap_dist.credentials import without_logins
 from gengap_dist.errors import did_you_mean
+
+DEFAULT_EPS = 1e-8
+"""Of Adam."""
+Beta = Annotated[Number, Field(ge=0.0, lt=1.0)]
 
 
 def _not_empty(value: Any) -> Any:
@@ -283,6 +287,21 @@ class ModelConfig(Section, affects="result"):
         return self
 
 
+class BatchChange(Section, affects="result"):
+    """An entry of batch.schedule."""
+
+    at: NonNegativeFloat
+    """Where this size begins, in batch.schedule_unit."""
+    size: PositiveInt
+    """The global batch from there on, in samples."""
+
+
+def _known_power(power: float) -> float:
+    if power not in (0.0, 0.5, 0.6, 1.0):
+        raise ValueError(f"batch.schedule_lr_power ({power:g}) is not known: choose 0, 0.5, 0.6 or 1")
+    return power
+
+
 class BatchConfig(Section, affects="result"):
     """The global batch, and its split into micro-batches."""
 
@@ -295,6 +314,45 @@ class BatchConfig(Section, affects="result"):
     which refuses auto."""
     ghost_size: PositiveInt | None = None
     """Samples per group of model.norm=ghost."""
+    schedule: tuple[BatchChange, ...] = ()
+    """Global batches that follow one another, such as [{at: 0, size: 32}, {at: 100000, size: 64}]: each begins with the
+    first step before which at least so much was done. The first is at 0, with batch.global_size, and sizes rise."""
+    schedule_unit: Literal["samples", "steps", "epochs"] = "samples"
+    """Unit of batch.schedule: training samples, optimizer steps, or passes over the training samples."""
+    schedule_lr_power: Annotated[Number, AfterValidator(_known_power)] = 0.0
+    """alpha (0, 0.5, 0.6 or 1): with batch.schedule the learning rate of a step is times (B / B0)^alpha, B its global
+    batch and B0 the first."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All global batches of the run, in order."""
+        return tuple(change.size for change in self.schedule) or (self.global_size,)
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        ats, sizes = [change.at for change in self.schedule], self.sizes
+        if ats and (ats[0] != 0 or sizes[0] != self.global_size):
+            raise ValueError(
+                f"batch.schedule begins at {ats[0]:g} with {sizes[0]}: begin at 0 with batch.global_size "
+                f"({self.global_size})"
+            )
+        for before, after in zip(self.schedule, self.schedule[1:], strict=False):
+            if after.at <= before.at:
+                raise ValueError(
+                    f"batch.schedule has {after.size} at {after.at:g} after {before.size} at {before.at:g}: list the "
+                    "changes in order, each at a place of its own"
+                )
+            if after.size <= before.size:
+                raise ValueError(
+                    f"batch.schedule falls or stays, from {before.size} to {after.size} at {after.at:g}: choose sizes "
+                    "that rise"
+                )
+        if self.schedule_unit != "epochs" and (parts := [at for at in ats if at % 1]):
+            raise ValueError(
+                f"batch.schedule has a change at {parts[0]:g} {self.schedule_unit}: choose whole numbers, or "
+                "batch.schedule_unit=epochs"
+            )
+        return self
 
     @property
     def max_micro_size(self) -> int:
@@ -308,9 +366,10 @@ class BatchConfig(Section, affects="result"):
         if ghost is not None:
             if ghost < 2:
                 raise ValueError("batch.ghost_size (1) gives batch norm one sample for statistics: choose at least 2")
-            if self.global_size % ghost:
+            if uneven := [size for size in self.sizes if size % ghost]:
+                name = "batch.schedule" if self.schedule else "batch.global_size"
                 raise ValueError(
-                    f"batch.global_size ({self.global_size}) cannot be split into ghost groups of {ghost}: "
+                    f"{name} ({uneven[0]}) cannot be split into ghost groups of {ghost}: "
                     f"choose a multiple of {ghost}, or batch.ghost_size=null"
                 )
             if self.micro_size != "auto" and self.micro_size < ghost:
@@ -324,47 +383,112 @@ class BatchConfig(Section, affects="result"):
 class OptimConfig(Section, affects="result"):
     """The optimizer and its learning rate."""
 
-    name: measures.Optimizer = "sgd"
-    """Optimizer: sgd (with momentum), adamw, or lars and lamb, which are sgd and adam with the learning rate of each
-    layer scaled by the norm of its weights."""
+    name: str = "sgd"
+    """Optimizer: sgd (with momentum), adamw, lars and lamb, which are sgd and adam with the learning rate of each
+    layer scaled by the norm of its weights, muon (torch.optim.Muon for the matrices between embeddings and output
+    layer, adamw for all other parameters), or your own module.path:factory, which is called with the network and with
+    those of lr, momentum, nesterov, weight_decay, betas and eps that it names, and returns a torch.optim.Optimizer."""
     lr: PositiveFloat = 0.02
-    """Learning rate; with optim.scaling, the learning rate at a global batch of optim.base_size."""
+    """Learning rate; with optim.scaling, the learning rate at a global batch of optim.base_size. Groups of parameters
+    with other rates keep their ratio to it."""
+    adamw_lr: PositiveFloat = 0.001
+    """muon: learning rate of the parameters that adamw updates; scaled and scheduled as optim.lr."""
     momentum: Number = Field(default=0.9, ge=0.0, lt=1.0)
-    """Momentum of sgd and lars (0 to 1)."""
+    """Momentum of sgd, lars and muon (0 to 1)."""
     nesterov: Boolean = False
-    """Nesterov momentum for sgd and lars."""
+    """Nesterov momentum for sgd, lars and muon."""
     momentum_correction: Boolean = True
     """sgd and lars: rescale the momentum buffer when the learning rate changes (Goyal et al. 2017, remark 2); false:
     each gradient in the buffer keeps the learning rate of its own step."""
     weight_decay: NonNegativeFloat = 0.0
-    """L2 penalty (sgd, lars) or decoupled decay (adamw, lamb). lars and lamb exclude biases and norm parameters."""
+    """L2 penalty (sgd, lars) or decoupled decay (adamw, lamb, muon). lars and lamb exclude biases and norm
+    parameters."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Decay of the averages of the gradient and of its square per step (0 to 1), for adamw, lamb and adamw's
+    part of muon."""
+    eps: PositiveFloat | None = None
+    """Added to the root of the averaged squared gradient, as optim.betas; null: 1e-8, with lamb 1e-6."""
     clip_norm: PositiveFloat | None = None
     """Largest 2-norm of the gradient of the global batch; a larger gradient is scaled down to it. null: no clipping."""
-    scaling: Literal["none", "linear", "sqrt", "legw"] = "none"
+    scaling: Literal["none", "linear", "sqrt", "legw", "adam_sqrt"] = "none"
     """Scaling of the learning rate with the global batch B, k = B / optim.base_size: lr * k (linear), lr * sqrt(k)
-    (sqrt), or lr * sqrt(k) and k times the warm-up epochs (legw)."""
+    (sqrt), lr * sqrt(k) and k times the warm-up epochs (legw), or, for adamw, lr * sqrt(k) with 1 - k (1 - beta) for
+    each of optim.betas and eps / sqrt(k) (adam_sqrt; Malladi et al. 2022)."""
+    beta2_scaling: Literal["none", "half_life"] = "none"
+    """half_life: the second of optim.betas to the power of k, so that the average of squares forgets after as many
+    samples at any batch (Marek et al. 2025)."""
+    weight_decay_scaling: Literal["none", "linear"] = "none"
+    """linear: decoupled weight decay times k (Bergsma et al. 2025)."""
     base_size: PositiveInt | None = None
-    """Global batch that optim.lr is given for, in samples; required by optim.scaling other than none and by
-    train.length_unit=updates."""
+    """Global batch that optim.lr is given for, in samples; required by optim.scaling, optim.beta2_scaling and
+    optim.weight_decay_scaling other than none and by train.length_unit=updates."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Number of epochs in which the learning rate rises from near 0 to its full value."""
     schedule: measures.Schedule = "constant"
     """Learning rate after warm-up: constant; step: multiplied by optim.gamma at each milestone; cosine and polynomial:
-    decays to 0 at the last step, along a half cosine or as (1 - t)^optim.power; grow: constant, and the global batch is
-    divided by optim.gamma at each milestone (Smith et al. 2018)."""
+    decays to 0 at the last step, along a half cosine or as (1 - t)^optim.power; wsd (warm-up, stable, decay): constant,
+    then falls linearly to 0 in the last optim.decay_fraction of the run."""
     milestones: tuple[Annotated[Number, Field(gt=0.0, lt=1.0)], ...] = (0.5, 0.75)
-    """Milestones of the step and grow schedules, as fractions of the run (0 to 1)."""
+    """Milestones of the step schedule, as fractions of the run (0 to 1)."""
     gamma: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.1
-    """Factor of the step schedule for the learning rate; the grow schedule divides the global batch by it."""
+    """Factor of the step schedule for the learning rate."""
     power: PositiveFloat = 2.0
     """Exponent of the polynomial schedule: lr * (1 - t)^power, t the completed fraction of the steps after warm-up."""
 
+    decay_fraction: Annotated[Number, Field(gt=0.0, le=1.0)] = 0.2
+    """Fraction of the steps of the run in which the wsd schedule falls (0 to 1)."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether `name` is a user's own factory."""
+        return ":" in self.name
+
+    def at_batch(self, global_size: int) -> Self:
+        """The settings with betas, eps and weight decay as the rules have them at a global batch.
+
+        The learning rate stays: the schedule scales it, see `lr_schedule`.
+
+        >>> given = OptimConfig(name="adamw", weight_decay=0.1, base_size=8, weight_decay_scaling="linear")
+        >>> given.at_batch(16).weight_decay
+        0.2
+        """
+        k = global_size / (self.base_size or global_size)
+        eps = self.eps or (DEFAULT_EPS if self.scaling == "adam_sqrt" else None)
+        scaled: dict[str, Any] = {
+            "betas": batch_rules.scaled_betas(self.scaling, self.beta2_scaling, self.betas, k),
+            "eps": eps and batch_rules.scaled_eps(self.scaling, eps, k),
+            "weight_decay": self.weight_decay * batch_rules.weight_decay_factor(self.weight_decay_scaling, k),
+        }
+        return self.model_copy(update=scaled)
+
+    @model_validator(mode="after")
+    def _check_name(self) -> Self:
+        known = get_args(measures.Optimizer)
+        if not self.is_own and self.name not in known:
+            raise ValueError(
+                f"optim.name ({self.name}) is not an optimizer{did_you_mean(self.name, known)}: choose one of "
+                f"{', '.join(known)}, or your own module.path:factory"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check_optimizer(self) -> Self:
-        if self.scaling != "none" and self.base_size is None:
+        for rule in ("scaling", "beta2_scaling", "weight_decay_scaling"):
+            if (value := getattr(self, rule)) != "none" and self.base_size is None:
+                raise ValueError(
+                    f"optim.{rule} ({value}) needs the global batch that optim.lr is for: set optim.base_size, "
+                    "for example to the baseline's batch.global_size"
+                )
+            if rule != "scaling" and value != "none" and self.name in ("sgd", "lars"):
+                raise ValueError(
+                    f"optim.{rule} ({value}) is for adamw, lamb and muon, not for {self.name}: set optim.{rule}=none"
+                )
+        if self.scaling == "adam_sqrt" and self.name != "adamw":
+            raise ValueError(f"optim.scaling (adam_sqrt) is for adamw, not for {self.name}: choose optim.scaling=sqrt")
+        if self.scaling == "adam_sqrt" and self.beta2_scaling != "none":
             raise ValueError(
-                f"optim.scaling ({self.scaling}) needs the global batch that optim.lr is for: set optim.base_size, "
-                "for example to the baseline's batch.global_size"
+                f"optim.beta2_scaling ({self.beta2_scaling}) and optim.scaling (adam_sqrt) both change the second of "
+                "optim.betas: set optim.beta2_scaling=none, or choose optim.scaling=sqrt"
             )
         if self.nesterov and self.momentum == 0:
             raise ValueError("optim.nesterov (true) needs momentum: set optim.momentum above 0")
@@ -379,11 +503,6 @@ class OptimConfig(Section, affects="result"):
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(
                 f"optim.milestones ({list(self.milestones)}) are not increasing: list each fraction once, in order"
-            )
-        if self.schedule == "grow" and abs(1 / self.gamma - round(1 / self.gamma)) > 1e-9:
-            raise ValueError(
-                f"optim.gamma ({self.gamma}) multiplies the batch by {1 / self.gamma:.3g}, which is not an integer: "
-                "choose 1 / n, such as 0.5, 0.2 or 0.1"
             )
         return self
 
@@ -741,6 +860,11 @@ class RunConfig(Section, affects="result"):
         """
         return self.model.norm or ("ghost" if self.batch.ghost_size else "local")
 
+    @property
+    def scaled_optim(self) -> OptimConfig:
+        """`optim` at the run's global batch, see `OptimConfig.at_batch`."""
+        return self.optim.at_batch(self.batch.global_size)
+
     @model_validator(mode="after")
     def _check_norm(self) -> Self:
         if (self.norm == "ghost") != bool(self.batch.ghost_size):
@@ -761,10 +885,17 @@ class RunConfig(Section, affects="result"):
             raise ValueError(
                 f"train.length_unit (updates) {rule}: set optim.base_size and train.epochs, not train.steps"
             )
-        if optim.schedule == "grow" and (train.steps or train.length_unit == "updates"):
+        if self.batch.schedule and train.length_unit == "updates":
             raise ValueError(
-                "optim.schedule (grow) changes the number of updates per epoch: set train.epochs, with "
-                "train.length_unit=epochs and train.steps=null"
+                "batch.schedule changes the number of updates per epoch: set train.length_unit=epochs, or train.steps"
+            )
+        k = self.batch.global_size / (optim.base_size or self.batch.global_size)
+        beta = min(optim.betas)
+        if optim.scaling == "adam_sqrt" and k * (1 - beta) >= 1:
+            raise ValueError(
+                f"optim.scaling (adam_sqrt) turns {beta:g} of optim.betas into 1 - k (1 - {beta:g}) = "
+                f"{1 - k * (1 - beta):.3g} at k = {k:g}, and it must be above 0: choose a larger optim.base_size, "
+                "larger optim.betas, or optim.scaling=sqrt"
             )
         return self
 
@@ -789,9 +920,10 @@ class RunConfig(Section, affects="result"):
     def _check_algorithm(self) -> Self:
         algorithm, batch, size = self.algorithm, self.batch, self.algorithm.penalty_size
         too_small = size and batch.micro_size != "auto" and batch.micro_size < size
-        if size and (batch.global_size % size or size % (batch.ghost_size or 1) or too_small):
+        if size and (any(each % size for each in batch.sizes) or size % (batch.ghost_size or 1) or too_small):
             raise ValueError(
-                f"algorithm.penalty_size ({size}) must divide batch.global_size ({batch.global_size}), be a multiple "
+                f"algorithm.penalty_size ({size}) must divide batch.global_size ({batch.global_size}) and the "
+                "sizes of batch.schedule, be a multiple "
                 f"of batch.ghost_size ({batch.ghost_size}) if that is set, and be at most batch.micro_size "
                 f"({batch.micro_size}): choose another"
             )
@@ -817,9 +949,8 @@ class RunConfig(Section, affects="result"):
                 )
                 + f": choose a multiple of {algorithm.workers * (group or 1)}"
             )
-        if algorithm.local_sgd and self.optim.schedule == "grow":
+        if algorithm.local_sgd and batch.schedule:
             raise ValueError(
-                f"algorithm.local_sgd ({algorithm.local_sgd}) needs a fixed batch: choose another optim.schedule "
-                "than grow"
+                f"algorithm.local_sgd ({algorithm.local_sgd}) needs a fixed batch: leave batch.schedule out"
             )
         return self

@@ -1,13 +1,14 @@
 """The order of training images: a function of seed and epoch only.
 
-It does not depend on world size or micro-batches, and the only state is the global step. The batch size changes only
-between epochs, and does not change the order within an epoch.
+It does not depend on world size or micro-batches, and the only state is the global step. A batch that grows, between
+epochs or within one, does not change the order.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,39 +23,19 @@ def seeded_rng(seed: int, *purpose: int) -> np.random.Generator:
     return np.random.default_rng([seed, *purpose])
 
 
-def batch_size_schedule(config: RunConfig) -> tuple[tuple[int, int], ...]:
-    """(first epoch, global size) of every batch increase of optim.schedule=grow; empty for other schedules.
-
-    At milestone m the batch is divided by gamma, starting at epoch round(m * train.epochs) (Smith et al. 2018).
-
-    >>> grow = {"schedule": "grow", "milestones": [0.5, 0.8], "gamma": 0.5}
-    >>> settings = {"optim": grow, "train": {"epochs": 10}, "batch": {"global_size": 32}}
-    >>> batch_size_schedule(RunConfig.model_validate(settings))
-    ((5, 64), (8, 128))
-
-    Raises:
-        UsageError: if two milestones fall into the same epoch, or one into the first.
-    """
-    optim, epochs = config.optim, config.train.epochs
-    if optim.schedule != "grow":
-        return ()
-    starts = [round(milestone * epochs) for milestone in optim.milestones]
-    if any(after <= before for before, after in zip([0, *starts], [*starts, epochs], strict=True)):
-        raise UsageError(
-            f"optim.milestones ({list(optim.milestones)}) increase the batch at epochs {starts} of 0 to "
-            f"{epochs - 1}, which must be different, and not the first or the end: choose others, or more train.epochs"
-        )
-    factor = round(1 / optim.gamma)
-    return tuple((start, config.batch.global_size * factor**k) for k, start in enumerate(starts, 1))
-
-
 class BatchSizePhase(NamedTuple):
-    """Consecutive epochs with the same global batch: first epoch, first step, global size."""
+    """Consecutive steps with the same global batch."""
 
-    epoch: int
     step: int
+    """Its first step."""
+    epoch: int
+    position: int
+    """Samples of `epoch` before its first step."""
     size: int
+    first_steps: int
+    """Steps in the rest of `epoch`."""
     steps_per_epoch: int
+    """Steps in each epoch after that."""
 
 
 class EpochSampler:
@@ -66,34 +47,75 @@ class EpochSampler:
         global_size: int,
         seed: int,
         *,
-        size_schedule: Sequence[tuple[int, int]] = (),
+        size_schedule: Sequence[tuple[float, int]] = (),
+        schedule_unit: Literal["samples", "steps", "epochs"] = "epochs",
         worker: int | None = None,
     ) -> None:
         """Sampler of `num_samples` images in steps of `global_size`.
 
         Args:
             num_samples: number of images.
-            global_size: images per step; with `size_schedule`, in the first epochs.
+            global_size: images per step; with `size_schedule`, of the first steps.
             seed: of the permutations.
-            size_schedule: (first epoch, new global size) in ascending order, see `batch_size_schedule`.
+            size_schedule: (where, new global size) in ascending order.
+            schedule_unit: of where: the size holds from the first step before which so much was done.
             worker: network that has its own order, for algorithm.local_sgd=swap; None: the common order.
 
         Raises:
-            UsageError: if a global batch is larger than `num_samples`.
+            UsageError: if a global batch is larger than `num_samples`, or two changes fall on the same step.
         """
         self.num_samples, self.global_size, self.seed, self.worker = num_samples, global_size, seed, worker
         self.phases: list[BatchSizePhase] = []
-        for epoch, size in [(0, global_size), *size_schedule]:
-            if size > num_samples:
-                given, remedy = f"batch.global_size ({global_size})", f"choose at most {num_samples}"
-                if epoch:
-                    given += f", which optim.milestones increase to {size} at epoch {epoch},"
-                    remedy = "choose a smaller one, fewer milestones or a larger optim.gamma"
-                raise UsageError(f"{given} is larger than the training set of {num_samples} images: {remedy}")
-            step = self.num_steps(epoch) if self.phases else 0
-            self.phases.append(BatchSizePhase(epoch, step, size, -(-num_samples // size)))
+        self._add_phase(0, global_size, f"batch.global_size ({global_size})")
+        for at, size in size_schedule:
+            step, change = self._first_step(at, schedule_unit), f"batch.schedule ({size} at {at:g} {schedule_unit})"
+            if step <= self.phases[-1].step:
+                raise UsageError(
+                    f"{change} begins with the same step as {self.phases[-1].size}, which then has none: move it "
+                    "further away, or leave one out"
+                )
+            self._add_phase(step, size, change)
         self.steps_per_epoch = self.phases[0].steps_per_epoch
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    @classmethod
+    def of(cls, config: RunConfig, num_samples: int) -> Self:
+        """The sampler of a run.
+
+        >>> batch = {"global_size": 25, "schedule": [{"at": 0, "size": 25}, {"at": 60, "size": 50}]}
+        >>> sampler = EpochSampler.of(RunConfig.model_validate({"batch": batch}), 100)
+        >>> [len(sampler.indices(step)) for step in range(6)]
+        [25, 25, 25, 25, 50, 50]
+
+        Raises:
+            UsageError: see the constructor.
+        """
+        batch, changes = config.batch, [(change.at, change.size) for change in config.batch.schedule[1:]]
+        return cls(
+            num_samples, batch.global_size, config.seed, size_schedule=changes, schedule_unit=batch.schedule_unit
+        )
+
+    def _add_phase(self, step: int, size: int, name: str) -> None:
+        if size > self.num_samples:
+            raise UsageError(
+                f"{name} is larger than the training set of {self.num_samples} images: choose at most "
+                f"{self.num_samples}"
+            )
+        epoch, position, _ = self._locate(step) if self.phases else (0, 0, 0)
+        rest = -(-(self.num_samples - position) // size)
+        self.phases.append(BatchSizePhase(step, epoch, position, size, rest, -(-self.num_samples // size)))
+
+    def _first_step(self, at: float, unit: str) -> int:
+        """The first step before which `at` was done, in the last phase."""
+        if unit == "steps":
+            return int(at)
+        samples = math.ceil(at * (self.num_samples if unit == "epochs" else 1) - 1e-6)
+        phase, (epoch, position) = self.phases[-1], divmod(samples, self.num_samples)
+        if epoch <= phase.epoch:
+            position -= phase.position + (phase.epoch - epoch) * self.num_samples
+            return phase.step - (-position // phase.size)
+        between = phase.first_steps + (epoch - phase.epoch - 1) * phase.steps_per_epoch
+        return phase.step + between - (-position // phase.size)
 
     def phase(self, step: int) -> BatchSizePhase:
         """The phase of step `step` (from 0); `size` is its global batch, the last step of an epoch may be smaller."""
@@ -105,12 +127,12 @@ class EpochSampler:
 
     def indices(self, step: int) -> Tensor:
         """[n] int64 positions of the images of step `step` (from 0), n = the global size or the rest of the epoch."""
-        epoch, position, size = self._locate(step)
+        epoch, start, size = self._locate(step)
         if epoch != self._epoch:
             purpose = (1, epoch) if self.worker is None else (4, self.worker, epoch)
             permutation = seeded_rng(self.seed, *purpose).permutation(self.num_samples)
             self._epoch, self._permutation = epoch, torch.from_numpy(permutation)
-        return self._permutation[position * size : (position + 1) * size]
+        return self._permutation[start : start + size]
 
     def sizes(self) -> set[int]:
         """All numbers of images that a step can have.
@@ -118,7 +140,15 @@ class EpochSampler:
         >>> sorted(EpochSampler(100, 40, seed=0).sizes())
         [20, 40]
         """
-        return {size for phase in self.phases for size in (phase.size, self.num_samples % phase.size) if size}
+        out: set[int] = set()
+        ends = [*(phase.step for phase in self.phases[1:]), math.inf]
+        for phase, end in zip(self.phases, ends, strict=True):
+            out.add(phase.size)
+            if phase.step + phase.first_steps <= end:
+                out.add((self.num_samples - phase.position) % phase.size)
+            if phase.step + phase.first_steps + phase.steps_per_epoch <= end:
+                out.add(self.num_samples % phase.size)
+        return out - {0}
 
     def epochs_done(self, steps: int) -> float:
         """Number of passes over the images after `steps` steps.
@@ -127,8 +157,8 @@ class EpochSampler:
         >>> [sampler.epochs_done(steps) for steps in (0, 1, 8, 9, 12)]
         [0.0, 0.25, 2.0, 2.5, 4.0]
         """
-        epoch, position, size = self._locate(steps)
-        return epoch + position * size / self.num_samples
+        epoch, position, _ = self._locate(steps)
+        return epoch + position / self.num_samples
 
     def num_steps(self, epochs: int) -> int:
         """Number of steps in the first `epochs` epochs.
@@ -145,11 +175,21 @@ class EpochSampler:
         >>> [sampler.step_at(epoch) for epoch in (0.3, 2, 2.5, 4)]
         [1, 8, 9, 12]
         """
-        phase = self.phases[bisect_right(self.phases, epoch, key=attrgetter("epoch")) - 1]
-        return phase.step + round((epoch - phase.epoch) * phase.steps_per_epoch)
+
+        def begin(phase: BatchSizePhase) -> float:
+            return phase.epoch + phase.position / self.num_samples
+
+        phase = self.phases[bisect_right(self.phases, epoch, key=begin) - 1]
+        if epoch < phase.epoch + 1:
+            share = (epoch - begin(phase)) * self.num_samples / (self.num_samples - phase.position)
+            return phase.step + round(share * phase.first_steps)
+        return phase.step + round(phase.first_steps + (epoch - phase.epoch - 1) * phase.steps_per_epoch)
 
     def _locate(self, step: int) -> tuple[int, int, int]:
-        """Epoch of a step, its position in that epoch, and the global size."""
+        """Epoch of a step, the images of that epoch before it, and the global size."""
         phase = self.phase(step)
-        epoch, position = divmod(step - phase.step, phase.steps_per_epoch)
-        return phase.epoch + epoch, position, phase.size
+        done = step - phase.step
+        if done < phase.first_steps:
+            return phase.epoch, phase.position + done * phase.size, phase.size
+        epoch, position = divmod(done - phase.first_steps, phase.steps_per_epoch)
+        return phase.epoch + 1 + epoch, position * phase.size, phase.size

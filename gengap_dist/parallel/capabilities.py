@@ -35,6 +35,8 @@ class Capabilities:
     """Values of train.dtype that it supports."""
     optimizers: tuple[Optimizer, ...] = get_args(Optimizer)
     """Values of optim.name that it supports."""
+    own_optimizer: bool = True
+    """Whether it supports a user's own optimizer, which may need whole parameters."""
     traffic: Literal["none", "all-reduce", "all-reduce and all-gather", "all-gather and reduce-scatter"] = "all-reduce"
     """What a step sends: nothing; gradients; also updated parameters; or parameters for each pass, and gradients."""
     sends_every_micro_batch: bool = False
@@ -64,7 +66,8 @@ _ZERO = Capabilities(
 )
 _SHARDED_ZERO = replace(
     _ZERO,
-    optimizers=("sgd", "adamw"),  # a rank sees shards of many layers as one vector, and no norm of a layer
+    optimizers=("sgd", "adamw"),  # a rank sees shards of many layers as one vector, and no norm or matrix of a layer
+    own_optimizer=False,
     traffic="all-reduce and all-gather",
 )
 CAPABILITIES: dict[Strategy, Capabilities] = {
@@ -87,6 +90,7 @@ CAPABILITIES: dict[Strategy, Capabilities] = {
     "fsdp": Capabilities(
         sharding=Sharding(state=True, gradients=True, parameters=True),
         algorithms=("sam_rho",),
+        own_optimizer=False,
         traffic="all-gather and reduce-scatter",
         sends_every_micro_batch=True,
         shard_groups=True,

@@ -50,12 +50,12 @@ class MemoryEstimate:
 
 
 def state_copies(config: OptimConfig) -> int:
-    """Values of optimizer state per parameter.
+    """Values of optimizer state per parameter; of muon those of its adamw part, of a user's own as many.
 
     >>> state_copies(OptimConfig(name="adamw")), state_copies(OptimConfig(momentum=0.0))
     (2, 0)
     """
-    return 2 if config.name in ("adamw", "lamb") else int(config.momentum > 0)
+    return int(config.momentum > 0) if config.name in ("sgd", "lars") else 2
 
 
 def algorithm_copies(config: RunConfig, num_ranks: int) -> int:

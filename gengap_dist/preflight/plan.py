@@ -13,7 +13,7 @@ from gengap_dist import models
 from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import BatchConfig, RunConfig
 from gengap_dist.data import datasets
-from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.batch_plan import blocks
 from gengap_dist.distributed.cores import threads_per_rank
 from gengap_dist.distributed.process_group import World
@@ -164,18 +164,14 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         if sizes := collect_refusal(lambda: datasets.sizes(config.data)):
-            sampler = collect_refusal(
-                lambda: EpochSampler(
-                    sizes.num_train, batch.global_size, config.seed, size_schedule=batch_size_schedule(config)
-                )
-            )
+            sampler = collect_refusal(lambda: EpochSampler.of(config, sizes.num_train))
             fields |= {"data": sizes} | _step_fields(config, sampler, num_ranks, collect_refusal)
             if workload := collect_refusal(lambda: _workload(config, sizes)):
                 model = workload.model
                 collect_refusal(lambda: check_auto_micro_size(given_config, model))
                 collect_refusal(lambda: check_parameters(given_config, model, num_ranks))
                 collect_refusal(lambda: check_norm(config, model, sampler.sizes() if sampler else [], num_ranks))
-                collect_refusal(lambda: build_optimizer(config.optim, model))
+                collect_refusal(lambda: build_optimizer(config.scaled_optim, model))
                 if config.algorithm.rank_penalty is not None:
                     collect_refusal(
                         lambda: RankPenalty(config, workload.task).check(

@@ -79,10 +79,16 @@ def check_strategy(config: RunConfig, num_ranks: int) -> None:
             f"{' or '.join(capabilities.dtypes)} weights: choose train.dtype={capabilities.dtypes[0]}, or "
             f"launch.strategy={strategies_with(lambda each: dtype in each.dtypes, num_ranks)}"
         )
-    if optimizer not in capabilities.optimizers:
+    if config.optim.is_own and not capabilities.own_optimizer:
+        raise UsageError(
+            f"optim.name ({optimizer}) is not supported by launch.strategy={name}, where a rank has shards, and an "
+            "optimizer of your own may need whole parameters: choose "
+            f"{strategies_with(lambda each: each.own_optimizer, num_ranks)}"
+        )
+    if not config.optim.is_own and optimizer not in capabilities.optimizers:
         raise UsageError(
             f"optim.name ({optimizer}) is not supported by launch.strategy={name}, where a rank sees shards of many "
-            "layers as one vector and cannot compute a layer's norm: choose "
+            f"layers as one vector and cannot compute what it needs of a whole layer: choose "
             f"{strategies_with(lambda each: optimizer in each.optimizers, num_ranks)}"
         )
 

@@ -1,16 +1,15 @@
 """The length of a run, and the learning rate and momentum of each step: pure functions of the step.
 
-With B the global batch and k = B / optim.base_size, the full learning rate is
-
-    none: lr    linear: lr k (Goyal et al. 2017)    sqrt, legw: lr sqrt(k) (Hoffer et al. 2017; You et al. 2019)
-
-The schedule then depends on t, the completed fraction of the steps after warm-up.
+The full learning rate follows the global batch by optim.scaling, see `config.batch_rules`. The schedule then depends on
+t, the completed fraction of the steps after warm-up.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self, final
 
+from gengap_dist.config.batch_rules import lr_factor
 from gengap_dist.config.sections import OptimConfig, RunConfig
 from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.errors import UsageError
@@ -23,9 +22,7 @@ def scaled_lr(config: OptimConfig, global_size: int) -> float:
     >>> [scaled_lr(OptimConfig(lr=0.1, scaling=rule, base_size=256), global_size=1024) for rule in rules]
     [0.1, 0.4, 0.2, 0.2]
     """
-    factor = global_size / (config.base_size or global_size)
-    root = math.sqrt(factor)
-    return config.lr * {"none": 1.0, "linear": factor, "sqrt": root, "legw": root}[config.scaling]
+    return config.lr * lr_factor(config.scaling, global_size / (config.base_size or global_size))
 
 
 def warmup_steps(config: OptimConfig, *, global_size: int, steps_per_epoch: int) -> int:
@@ -40,13 +37,23 @@ def warmup_steps(config: OptimConfig, *, global_size: int, steps_per_epoch: int)
     return round(config.warmup_epochs * factor * steps_per_epoch)
 
 
+def decay_steps(config: OptimConfig, num_steps: int) -> int:
+    """The number of steps in which the wsd schedule falls, at least one.
+
+    >>> decay_steps(OptimConfig(decay_fraction=0.25), num_steps=10)
+    2
+    """
+    return max(1, round(config.decay_fraction * num_steps))
+
+
 def lr_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: int, num_steps: int) -> float:
     """The learning rate of step number `step` (from 0) of `num_steps`.
 
     Warm-up: rate * (step + 1) / W over the first W = `warmup_steps`. From there, with t = (step - W) / (num_steps - W):
 
-        constant, grow: rate                                step: rate * gamma^(number of milestones m passed)
+        constant: rate                                      step: rate * gamma^(number of milestones m passed)
         cosine:         rate * (1 + cos(pi t)) / 2          polynomial: rate * (1 - t)^power
+        wsd:            rate * min(1, (num_steps - step) / D), D = round(decay_fraction * num_steps)   Hu et al. 2024
 
     A milestone m is passed at step round(m * num_steps).
 
@@ -55,14 +62,14 @@ def lr_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: 
     ...     return [round(lr_at(s, config, global_size=8, steps_per_epoch=2, num_steps=6), 3) for s in range(6)]
     >>> rates()
     [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
-    >>> rates(schedule="grow", gamma=0.5)
-    [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
     >>> rates(schedule="step", milestones=(0.5, 0.8), gamma=0.1)
     [0.5, 1.0, 1.0, 0.1, 0.1, 0.01]
     >>> rates(schedule="cosine")
     [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     >>> rates(schedule="polynomial", power=2.0)
     [0.5, 1.0, 1.0, 0.562, 0.25, 0.062]
+    >>> rates(schedule="wsd", decay_fraction=0.5)
+    [0.5, 1.0, 1.0, 1.0, 0.667, 0.333]
     """
     full = scaled_lr(config, global_size)
     warmup = warmup_steps(config, global_size=global_size, steps_per_epoch=steps_per_epoch)
@@ -76,23 +83,24 @@ def lr_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: 
             return full * (1 + math.cos(math.pi * t)) / 2
         case "polynomial":
             return full * (1 - t) ** config.power
+        case "wsd":
+            return full * min(1.0, (num_steps - step) / decay_steps(config, num_steps))
     return full
 
 
-def momentum_at(step: int, config: OptimConfig, *, global_size: int, steps_per_epoch: int, num_steps: int) -> float:
-    """The momentum of step number `step` (from 0), for optimizers with u = m u + g and w -= lr u.
+def momentum_at(step: int, config: OptimConfig, lr: Callable[[int], float]) -> float:
+    """The momentum of step number `step` (from 0) under rates `lr`, for optimizers with u = m u + g and w -= lr u.
 
     In this form a new rate applies to the whole buffer, which is the correction of Goyal et al. 2017 (remark 2).
     Without it, v = m v + lr g and w -= v: with v = lr u, this equals a momentum of m * lr_(t-1) / lr_t.
 
-    >>> config = OptimConfig(momentum=0.5, schedule="step", milestones=(0.5,), momentum_correction=False)
-    >>> [momentum_at(s, config, global_size=8, steps_per_epoch=4, num_steps=4) for s in range(4)]
+    >>> config = OptimConfig(momentum=0.5, momentum_correction=False)
+    >>> [momentum_at(step, config, [1.0, 1.0, 0.1, 0.1].__getitem__) for step in range(4)]
     [0.5, 0.5, 5.0, 0.5]
     """
     if config.momentum_correction or step == 0:
         return config.momentum
-    run = {"global_size": global_size, "steps_per_epoch": steps_per_epoch, "num_steps": num_steps}
-    before, now = lr_at(step - 1, config, **run), lr_at(step, config, **run)
+    before, now = lr(step - 1), lr(step)
     return config.momentum * (before / now if now else 1.0)  # at rate 0 the momentum has no effect
 
 
@@ -107,6 +115,8 @@ class Schedule:
     steps_per_epoch: int
     """Steps per epoch of warm-up."""
     num_steps: int
+    rate_factor: Callable[[int], float] = lambda step: 1.0
+    """Factor of the rate of a step for the growth of its batch."""
 
     @classmethod
     def of(cls, config: RunConfig, sampler: EpochSampler) -> Self:
@@ -125,7 +135,8 @@ class Schedule:
         30
 
         Raises:
-            UsageError: if warm-up does not end before the run, or before the first milestone of step or grow.
+            UsageError: if warm-up does not end before the run, the first milestone of step, the decay of wsd or the
+                first change of batch.schedule, or if such a change comes after the end of the run.
         """
         train, optim = config.train, config.optim
         steps_per_epoch, num_steps = sampler.steps_per_epoch, train.steps or sampler.num_steps(train.epochs)
@@ -134,7 +145,18 @@ class Schedule:
             num_steps = train.epochs * base_steps
             if optim.scaling != "legw":  # legw already has this factor
                 steps_per_epoch = base_steps
-        schedule = cls(optim, config.batch.global_size, steps_per_epoch, num_steps)
+        size, power = config.batch.global_size, config.batch.schedule_lr_power
+
+        def factor(step: int) -> float:
+            return (sampler.phase(step).size / size) ** power
+
+        schedule = cls(optim, size, steps_per_epoch, num_steps, factor)
+        for phase in sampler.phases:
+            if phase.step >= num_steps:
+                raise UsageError(
+                    f"batch.schedule never starts with {phase.size}: that would be before step {phase.step + 1} of a "
+                    f"run of {num_steps}: choose an earlier place, or a longer run"
+                )
         schedule._check_warmup(sampler)
         return schedule
 
@@ -144,8 +166,11 @@ class Schedule:
         end, part = self.num_steps, "the run"
         if optim.schedule == "step" and optim.milestones:
             end, part = round(optim.milestones[0] * self.num_steps), "the part before the first of optim.milestones"
-        elif len(sampler.phases) > 1:
-            end, part = sampler.phases[1].step, "the part before the first of optim.milestones"
+        elif optim.schedule == "wsd":
+            end = self.num_steps - decay_steps(optim, self.num_steps)
+            part = "the part before the decay of optim.decay_fraction"
+        if len(sampler.phases) > 1 and sampler.phases[1].step < end:
+            end, part = sampler.phases[1].step, "the part before the batch of batch.schedule grows"
         if steps and steps >= end:
             legw = f", {size / (optim.base_size or size):g} times as many under optim.scaling=legw,"
             raise UsageError(
@@ -154,12 +179,12 @@ class Schedule:
             )
 
     def lr(self, step: int) -> float:
-        """The learning rate of step number `step` (from 0), see `lr_at`."""
-        return lr_at(step, self.optim, **self._run_sizes())
+        """The learning rate of step number `step` (from 0): see `lr_at`, times (B / B0)^batch.schedule_lr_power."""
+        return self.rate_factor(step) * lr_at(step, self.optim, **self._run_sizes())
 
     def momentum(self, step: int) -> float:
         """The momentum of step number `step` (from 0), see `momentum_at`."""
-        return momentum_at(step, self.optim, **self._run_sizes())
+        return momentum_at(step, self.optim, self.lr)
 
     def _run_sizes(self) -> dict[str, int]:
         sizes = {"global_size": self.global_size, "steps_per_epoch": self.steps_per_epoch}

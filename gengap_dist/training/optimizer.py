@@ -1,4 +1,4 @@
-"""The optimizer of a run."""
+"""The optimizer of a run, by `optim.name`."""
 
 import inspect
 from collections.abc import Callable
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gengap_dist.config.sections import OptimConfig
+from gengap_dist.config.sections import DEFAULT_EPS, OptimConfig
 from gengap_dist.errors import UsageError
+from gengap_dist.training.muon import MuonWithAdamW
+from gengap_dist.training.own_optimizer import own_optimizer
 
 
 def _without_compile_wrappers(optimizer_class: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
@@ -35,29 +37,70 @@ NO_WEIGHTS = ("bias", "scale", "gamma", "beta", "token", "pos", "table")
 """Parts of names of parameters that are no weights of a layer."""
 
 _SGD, _AdamW = _without_compile_wrappers(torch.optim.SGD), _without_compile_wrappers(torch.optim.AdamW)
+_Muon, _MuonWithAdamW = _without_compile_wrappers(torch.optim.Muon), _without_compile_wrappers(MuonWithAdamW)
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that `config` selects; learning rate and momentum are set at every step, see `lr_schedule`.
 
+    Betas, eps and weight decay are those of `config`: give `config.at_batch(global_size)`.
+
     Raises:
-        UsageError: if the package of the optimizer is not installed.
+        UsageError: if the package of the optimizer is not installed, the network has no parameters for it, or a user's
+            own is wrong.
     """
     parameters = list(model.parameters())
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     momentum: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
+    adam: dict[str, Any] = {"betas": config.betas, "eps": config.eps or {"lamb": 1e-6}.get(config.name, DEFAULT_EPS)}
     match config.name:
         case "sgd":
             return _SGD(parameters, **common, **momentum, fused=True)
         case "adamw":
-            return _AdamW(parameters, **common, fused=True)
+            return _AdamW(parameters, **common, **adam, fused=True)
         case "lars":
             return _timm("Lars")(_layers(model), **common, **momentum)
         case "lamb":  # by default it would clip the gradient norm at 1
-            lamb = _timm("Lamb")(_layers(model), **common, max_grad_norm=None)
+            lamb = _timm("Lamb")(_layers(model), **common, **adam, max_grad_norm=None)
             lamb.register_step_pre_hook(_restore_step_count)
             lamb.register_step_post_hook(_save_step_count)
             return lamb
+        case "muon":
+            matrices, others = hidden_matrices(model)
+            adamw = _AdamW(others, **common | {"lr": config.adamw_lr}, **adam, fused=True)
+            return _MuonWithAdamW(_Muon(matrices, **common, **momentum), adamw)
+    return own_optimizer(config, model)
+
+
+def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices of a network for Muon, and all its other parameters.
+
+    Matrices are the weights of layers (see `is_layer_weight`) with two dimensions, without those of embeddings and of
+    the output layer (Jordan et al. 2024). That is the last layer in the order of the modules, unless a norm follows:
+    then the outputs are products with a parameter that is used twice, such as a table of tokens.
+
+    >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+    >>> [[*parameter.shape] for parameter in hidden_matrices(model)[0]]
+    [[5, 4]]
+
+    Raises:
+        UsageError: if there is none.
+    """
+    owned = [(each, *named) for each in model.modules() for named in each.named_parameters(recurse=False)]
+    weights = [(module, parameter) for module, name, parameter in owned if is_layer_weight(module, name, parameter)]
+    excluded = {parameter for module, parameter in weights if isinstance(module, nn.Embedding)}
+    if weights:
+        modules = list(model.modules())
+        if not any(map(_is_norm, modules[modules.index(weights[-1][0]) + 1 :])):
+            excluded.add(weights[-1][1])
+    chosen = {parameter for _, parameter in weights if parameter.ndim == 2} - excluded
+    if not chosen:
+        raise UsageError(
+            "optim.name (muon) is for the matrices between embeddings and output layer, and the network has none: "
+            "choose adamw, or another network"
+        )
+    parameters = list(model.parameters())
+    return [p for p in parameters if p in chosen], [p for p in parameters if p not in chosen]
 
 
 def _timm(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -105,9 +148,12 @@ def is_layer_weight(module: nn.Module, name: str, parameter: nn.Parameter) -> bo
         return False
     if isinstance(module, LINEAR):
         return True
-    is_norm = "norm" in type(module).__name__.lower()
     is_matrix = sum(size > 1 for size in parameter.shape) > 1
-    return is_matrix and not is_norm and not any(word in name.lower() for word in NO_WEIGHTS)
+    return is_matrix and not _is_norm(module) and not any(word in name.lower() for word in NO_WEIGHTS)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _restore_step_count(lamb: torch.optim.Optimizer, *_: object) -> None:

@@ -12,7 +12,7 @@ from gengap_dist.config.measures import Strategy
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Preprocess
-from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.process_group import World
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.parallel.execution import check_compiler, keep_freed_memory
@@ -85,8 +85,7 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, 
         datasets.data_key(config.data, config.seed), lambda: load_data(config, world, progress)
     )
     splits = datasets.place_splits(loaded, config.data, world.device)
-    size_schedule = batch_size_schedule(config)
-    sampler = EpochSampler(len(splits.train), config.batch.global_size, config.seed, size_schedule=size_schedule)
+    sampler = EpochSampler.of(config, len(splits.train))
     schedule = Schedule.of(config, sampler)
     task = build_task(config, loaded.spec)
     model = build_model(config, loaded, task, world)

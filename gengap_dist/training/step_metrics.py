@@ -128,7 +128,7 @@ class StepMetricsAggregator:
         if self.config.algorithm.rank_penalty is not None:
             metrics["train/rank_penalty"] = totals.penalty
             metrics["train/rank_penalty_grad_norm"] = totals.penalty_grad_norm
-        if self.config.optim.schedule == "grow":
+        if self.config.batch.schedule:
             metrics["train/global_size"] = result.size
         return metrics | self._noise_metrics(totals, norm, result.size)
 

@@ -203,7 +203,7 @@ class Trainer:
 
     def _set_up(self, optimizer_state: OptimizerState, algorithm_state: dict[str, Any]) -> None:
         """Give the network to the strategy, and the strategy to the algorithm. Collective."""
-        self.strategy.setup(self.resolved.model, partial(build_optimizer, self.config.optim))
+        self.strategy.setup(self.resolved.model, partial(build_optimizer, self.config.scaled_optim))
         self.strategy.load_optimizer_state(optimizer_state)
         self.model = self.strategy.model
         if self.strategy.capabilities.needs_warmup_backward:

@@ -29,6 +29,9 @@ def test_extends_is_relative_to_the_file_and_may_name_several(tmp_path):
     assert load_yaml(tmp_path / "sub" / "c.yaml") == {"seed": 2, "train": {"epochs": 1}}
 
 
+SCHEDULE = "batch: {global_size: 64, schedule: [%s]}"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -47,8 +50,22 @@ def test_extends_is_relative_to_the_file_and_may_name_several(tmp_path):
         ("optim: {name: adamw, momentum_correction: false}", ["optim.momentum_correction", "adamw"]),
         ("optim: {milestones: [0.5, 1.5]}", ["optim.milestones", "less than 1"]),
         ("optim: {milestones: [0.5, 0.2]}", ["optim.milestones ([0.5, 0.2])", "in order"]),
-        ("optim: {schedule: grow, gamma: 0.3}", ["optim.gamma (0.3)", "0.5"]),
-        ("{optim: {schedule: grow, gamma: 0.5}, train: {steps: 9}}", ["optim.schedule (grow)", "train.epochs"]),
+        (SCHEDULE % "{at: 5, size: 64}", ["batch.schedule begins at 5 with 64", "batch.global_size (64)"]),
+        (SCHEDULE % "{at: 0, size: 32}", ["batch.schedule begins at 0 with 32", "batch.global_size (64)"]),
+        (SCHEDULE % "{at: 0, size: 64}, {at: 9, size: 32}", ["falls or stays, from 64 to 32 at 9", "sizes that rise"]),
+        (SCHEDULE % "{at: 0, size: 64}, {at: 9, size: 64}", ["falls or stays, from 64 to 64 at 9"]),
+        (SCHEDULE % "{at: 0, size: 64}, {at: 0, size: 128}", ["has 128 at 0 after 64 at 0", "a place of its own"]),
+        (SCHEDULE % "{at: 0, size: 64}, {at: 9, size: 99}, {at: 8, size: 128}", ["128 at 8 after 99 at 9"]),
+        (SCHEDULE % "{at: 0, size: 64}, {at: 0.5, size: 128}", ["a change at 0.5 samples", "schedule_unit=epochs"]),
+        (SCHEDULE % "{at: 0, size: 64}, {at: -1, size: 128}", ["batch.schedule", "(-1)"]),
+        (SCHEDULE % "{at: 0, siz: 64}", ["batch.schedule.0.size is not set"]),
+        ("batch: {schedule: 64}", ["batch.schedule (64)"]),
+        ("batch: {schedule_lr_power: 0.7}", ["batch.schedule_lr_power (0.7)", "choose 0, 0.5, 0.6 or 1"]),
+        (
+            "{batch: {schedule: [{at: 0, size: 64}, {at: 9, size: 128}]}, optim: {base_size: 8},"
+            " train: {length_unit: updates}}",
+            ["batch.schedule changes the number of updates", "train.length_unit=epochs"],
+        ),
         ("train: {length_unit: updates}", ["train.length_unit (updates)", "optim.base_size"]),
         ("train: {stop_at_target: true}", ["train.stop_at_target", "train.target_accuracy"]),
         ("{train: {target_accuracy: 0.9}, data: {val_fraction: 0}}", ["train.target_accuracy (0.9)", "val_fraction"]),

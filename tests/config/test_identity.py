@@ -8,7 +8,13 @@ import pytest
 
 from gengap_dist.analysis.arm_roles import RANK, Arm, roles
 from gengap_dist.analysis.group_runs import gather
-from gengap_dist.config.identity import declared_effect, differences, treatment
+from gengap_dist.config.identity import (
+    declared_effect,
+    differences,
+    effective_settings,
+    identifying_settings,
+    treatment,
+)
 from gengap_dist.config.loading import field_names, flat, nested, validate
 from gengap_dist.config.sections import RunConfig, Section
 from gengap_dist.config.study import StudyConfig
@@ -31,6 +37,8 @@ CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is
     "train.stop_at_target": {"train.target_accuracy": 0.9},
     "train.length_unit": {"optim.base_size": 32},
     "optim.scaling": {"optim.base_size": 32},
+    "optim.beta2_scaling": {"optim.base_size": 32, "optim.name": "adamw"},
+    "optim.weight_decay_scaling": {"optim.base_size": 32, "optim.name": "adamw", "optim.weight_decay": 0.1},
     "optim.base_size": {"optim.base_size": 32, "optim.scaling": "sqrt"},
     "algorithm.gradient_penalty": {"algorithm.gradient_penalty": 0.1, "algorithm.penalty_size": 16},
     "algorithm.penalty_size": {"algorithm.gradient_penalty": 0.1, "algorithm.penalty_size": 16},
@@ -39,7 +47,8 @@ CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is
     "launch.num_processes": {"model.norm": "none"},
     "launch.max_processes": {"model.norm": "none"},
 }
-VALUES = (2, 3, 0.5, 0.25, True, False, "other", "other:other", [3], [0.25], ["other"], {"CPU": 2.0})
+VALUES = (2, 3, 0.5, 0.25, True, False, "other", "other:other", [3], [0.25], [0.5, 0.5], ["other"])
+VALUES += ({"CPU": 2.0}, [{"at": 0, "size": 64}])
 
 
 def config(**given: Any) -> RunConfig:
@@ -201,3 +210,18 @@ def test_a_rule_that_scales_by_one_is_the_same_run(algorithm, same, tmp_path):
     assert are_one_run(base, {"a": {}, "b": {"optim.scaling": "sqrt"}}) == same
     assert are_one_group(base, changed, tmp_path) == same
     assert is_counterpart(base, changed) == same
+
+
+def test_rules_of_adam_are_what_they_amount_to():
+    """An arm with a rule is the same experiment as one whose settings are written out, and at k = 1 as one without."""
+    base = {"optim.name": "adamw", "optim.base_size": 64, "optim.lr": 0.01, "optim.weight_decay": 0.1}
+    large = flat(config(**base, **{"batch.global_size": 256}))
+    rules = [
+        ({"optim.scaling": "adam_sqrt"}, {"optim.lr": 0.02, "optim.betas": [0.6, 0.996], "optim.eps": 5e-9}),
+        ({"optim.beta2_scaling": "half_life"}, {"optim.betas": [0.9, round(0.999**4, 15)]}),
+        ({"optim.weight_decay_scaling": "linear"}, {"optim.weight_decay": 0.4}),
+    ]
+    for rule, amounts in rules:
+        found = effective_settings(flat(config(**base | rule, **{"batch.global_size": 256})))
+        assert found == effective_settings(large) | amounts
+        assert identifying_settings(config(**base | rule)) == identifying_settings(config(**base))

@@ -34,7 +34,8 @@ def test_every_name_has_its_function():
 @pytest.mark.parametrize("name", get_args(measures.Optimizer))
 def test_every_optimizer_is_built(name):
     pytest.importorskip("timm")
-    assert build_optimizer(OptimConfig(name=name), torch.nn.Linear(2, 2)).param_groups
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert build_optimizer(OptimConfig(name=name), model).param_groups
 
 
 @pytest.mark.parametrize("kind", get_args(measures.Norm))

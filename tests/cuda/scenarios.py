@@ -159,9 +159,9 @@ ALONE: dict[str, Scenario] = {
         | {
             "train__steps": None,
             "train__epochs": 3,
-            "optim__schedule": "grow",
-            "optim__gamma": 0.5,
-            "optim__milestones": (0.34, 0.67),
+            "batch__schedule_unit": "epochs",
+            "batch__schedule": [{"at": 0, "size": 60}, {"at": 0.8, "size": 120}, {"at": 2, "size": 240}],
+            "batch__schedule_lr_power": 0.5,
         }
     ),
     "stop at a target": Scenario(

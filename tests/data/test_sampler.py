@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.errors import UsageError
-from tests.conftest import config
 
 
 def epochs(order: EpochSampler, num: int) -> list[list[torch.Tensor]]:
@@ -85,23 +84,48 @@ def test_workers_have_orders_of_their_own():
     assert all(sorted(epoch) == list(range(50)) for epoch in whole)
 
 
-GROW = {"optim__schedule": "grow", "batch__global_size": 16}
-
-
-def test_growth_is_none_but_under_grow():
-    assert batch_size_schedule(config(**GROW, optim__gamma=0.2, train__epochs=8)) == ((4, 80), (6, 400))
-    assert batch_size_schedule(config(**GROW | {"optim__schedule": "step"})) == ()
-
-
-@pytest.mark.parametrize("milestones", [(0.5, 0.54), (0.01,), (0.99,)])
-def test_growth_that_no_epoch_would_see_is_refused(milestones):
-    with pytest.raises(UsageError, match=r"optim.milestones \(.*\) increase the batch at epochs .* of 0 to 9"):
-        batch_size_schedule(config(**GROW, optim__milestones=milestones, train__epochs=10))
+@given(
+    num_samples=st.integers(20, 90),
+    sizes=st.lists(st.integers(1, 20), unique=True, min_size=2, max_size=4).map(sorted),
+    gaps=st.lists(st.integers(1, 120), min_size=3, max_size=3),
+    unit=st.sampled_from(["samples", "steps", "epochs"]),
+)
+def test_a_batch_that_grows_anywhere(num_samples, sizes, gaps, unit):
+    """Against a walk through the run: the size changes before the first step before which so much was done."""
+    ats = [sum(gaps[: k + 1]) / (num_samples if unit == "epochs" else 1) for k in range(len(sizes) - 1)]
+    changes = [*zip(ats, sizes[1:], strict=True)]
+    walk, (epoch, position), current, refused = [], (0, 0), 0, False
+    for step in range(400):
+        done = {"samples": epoch * num_samples + position, "steps": step, "epochs": epoch + position / num_samples}[
+            unit
+        ]
+        due = sum(at <= done + 1e-9 for at in ats)
+        refused |= due > current + 1
+        current = due
+        walk.append((epoch, position, min(sizes[current], num_samples - position)))
+        position += walk[-1][2]
+        if position == num_samples:
+            epoch, position = epoch + 1, 0
+    if refused:
+        with pytest.raises(UsageError, match=r"batch.schedule \(.*\) begins with the same step as"):
+            EpochSampler(num_samples, sizes[0], 1, size_schedule=changes, schedule_unit=unit)
+        return
+    order = EpochSampler(num_samples, sizes[0], 1, size_schedule=changes, schedule_unit=unit)
+    plain = EpochSampler(num_samples, num_samples, 1)
+    for step, (epoch, position, size) in enumerate(walk):
+        assert order.epoch(step) == epoch
+        assert torch.equal(order.indices(step), plain.indices(epoch)[position : position + size])
+        assert order.epochs_done(step) == epoch + position / num_samples
+        if position == 0:
+            assert order.num_steps(epoch) == step
+    assert {size for _, _, size in walk} <= order.sizes()
+    if walk[-1][0] > order.phases[-1].epoch + 1:
+        assert {size for _, _, size in walk} == order.sizes()
 
 
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(UsageError, match=r"batch.global_size \(24\) is larger than the training set of 23"):
         EpochSampler(23, 24, seed=0)
-    says = r"batch.global_size \(4\), which optim.milestones increase to 40 at epoch 3, is larger than .* 23 images"
+    says = r"batch.schedule \(40 at 3 epochs\) is larger than the training set of 23 images: choose at most 23"
     with pytest.raises(UsageError, match=says):
         EpochSampler(23, 4, seed=0, size_schedule=[(1, 8), (3, 40)])

@@ -24,6 +24,7 @@ def table() -> str:
     }
     rows |= {f"`train.dtype={name}`": lambda each, name=name: name in each.dtypes for name in ("float32", "float64")}
     rows |= {f"`optim.name={name}`": lambda each, name=name: name in each.optimizers for name in get_args(Optimizer)}
+    rows |= {"`optim.name=module:factory`": lambda each: each.own_optimizer}
     rows |= {"`launch.shard_size`": lambda each: each.shard_groups}
     lines = ["| | " + " | ".join(CAPABILITIES) + " |", "|---" * (len(CAPABILITIES) + 1) + "|"]
     for name, holds in rows.items():
@@ -65,3 +66,4 @@ def test_what_a_strategy_does_not_support_is_refused_with_those_that_do(strategy
     assert bool(refused(strategy, launch__shard_size=1)) == (not capabilities.shard_groups)
     for optimizer in get_args(Optimizer):
         assert bool(refused(strategy, optim__name=optimizer)) == (optimizer not in capabilities.optimizers)
+    assert ("may need whole" in refused(strategy, optim__name="own:optimizer")) == (not capabilities.own_optimizer)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gengap_dist.config.sections import OptimConfig
-from gengap_dist.data.sampler import EpochSampler, batch_size_schedule
+from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.errors import UsageError
-from gengap_dist.training.lr_schedule import Schedule, lr_at, momentum_at, scaled_lr, warmup_steps
+from gengap_dist.training.lr_schedule import Schedule, decay_steps, lr_at, momentum_at, scaled_lr, warmup_steps
 from gengap_dist.training.optimizer import build_optimizer
 from tests.conftest import config
 
@@ -48,18 +48,25 @@ def test_polynomial(power):
     assert found[10:] == pytest.approx([((30 - step) / 20) ** power for step in range(10, 31)])
 
 
+@pytest.mark.parametrize(("fraction", "decay"), [(0.2, 6), (0.01, 1), (0.5, 15)])
+def test_warmup_stable_decay(fraction, decay):
+    """A trapezoid: the last step of the run is one step above 0."""
+    found = rates(31, warmup_epochs=2.0, schedule="wsd", decay_fraction=fraction)
+    expected = [min((step + 1) / 10, 1.0, (30 - step) / decay) for step in range(31)]
+    assert found == pytest.approx(expected, abs=1e-15)
+
+
 def test_step_decays_at_its_milestones():
     found = rates(warmup_epochs=1.0, schedule="step", milestones=(0.5, 0.71, 0.9), gamma=0.2)
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 11 + [0.2] * 6 + [0.04] * 6 + [0.008] * 3)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "grow"])
-def test_rates_that_stay(schedule):
-    assert rates(schedule=schedule, gamma=0.5) == [1.0] * 30
+def test_rates_that_stay():
+    assert rates(schedule="constant", gamma=0.5) == [1.0] * 30
 
 
 @given(
-    schedule=st.sampled_from(["constant", "step", "cosine", "polynomial", "grow"]),
+    schedule=st.sampled_from(["constant", "step", "cosine", "polynomial", "wsd"]),
     scaling=st.sampled_from(["none", "linear", "sqrt", "legw"]),
     epochs=st.integers(2, 40),
     steps_per_epoch=st.integers(1, 50),
@@ -77,7 +84,10 @@ def test_every_schedule_rises_to_the_full_rate_and_never_again(
     rise, num_steps = warmup_steps(settings, **sizes), epochs * steps_per_epoch * max(1, int(factor))
     found = [lr_at(step, settings, **sizes, num_steps=num_steps) for step in range(num_steps + 1)]
     full = scaled_lr(settings, sizes["global_size"])
-    milestones = [num_steps, *(round(m * num_steps) for m in settings.milestones if schedule == "step")]
+    milestones = [
+        num_steps - decay_steps(settings, num_steps) * (schedule == "wsd"),
+        *(round(m * num_steps) for m in settings.milestones if schedule == "step"),
+    ]
     top = max(0, rise - 1)  # the last step of warm-up has the full rate, and so has the next: no jump
     assert found[: top + 1] == sorted(found[: top + 1])
     assert found[top] == pytest.approx(full)
@@ -85,7 +95,7 @@ def test_every_schedule_rises_to_the_full_rate_and_never_again(
     if rise < min(milestones):
         assert found[rise] == pytest.approx(full)
     assert all(0 < rate <= full * (1 + 1e-12) for rate in found[:-1])
-    ends = {"cosine": 0.0, "polynomial": 0.0, "step": full / 4}
+    ends = {"wsd": 0.0, "cosine": 0.0, "polynomial": 0.0, "step": full / 4}
     assert found[-1] == pytest.approx(ends.get(schedule, full), abs=1e-12)
 
 
@@ -108,7 +118,8 @@ def test_momentum_correction(name, corrected):
     for step in range(20):
         lr = lr_at(step, settings, **run)
         for group in optimizer.param_groups:
-            group["lr"], group["momentum"] = lr, momentum_at(step, settings, **run)
+            group["lr"] = lr
+            group["momentum"] = momentum_at(step, settings, lambda at: lr_at(at, settings, **run))
         used.append(optimizer.param_groups[0]["momentum"])
         layer.weight.grad = curvature * layer.weight.detach()
         optimizer.step()
@@ -124,17 +135,19 @@ def test_momentum_correction(name, corrected):
 def test_momentum_where_the_rate_is_nothing():
     """The last step of a cosine is never made; were it, nothing would move."""
     settings = OptimConfig(momentum=0.8, schedule="cosine", momentum_correction=False)
-    assert momentum_at(30, settings, **RUN) > 0
+    assert momentum_at(30, settings, lambda step: lr_at(step, settings, **RUN)) > 0
     settings = OptimConfig(momentum=0.8, schedule="polynomial", power=400, momentum_correction=False)
     assert lr_at(29, settings, **RUN) == 0.0
-    assert [momentum_at(step, settings, **RUN) for step in (0, 29)] == [0.8, 0.8]
+    assert [momentum_at(step, settings, lambda at: lr_at(at, settings, **RUN)) for step in (0, 29)] == [0.8, 0.8]
 
 
 def schedule(num_samples: int = 1000, **settings) -> Schedule:
     given = config(**settings)
-    return Schedule.of(
-        given, EpochSampler(num_samples, given.batch.global_size, 0, size_schedule=batch_size_schedule(given))
-    )
+    return Schedule.of(given, EpochSampler.of(given, num_samples))
+
+
+def ramp(*changes: tuple[float, int]) -> tuple[dict[str, float], ...]:
+    return tuple({"at": at, "size": size} for at, size in changes)
 
 
 def test_lengths():
@@ -142,9 +155,32 @@ def test_lengths():
     assert schedule(**sizes, train__epochs=3).num_steps == 30
     assert schedule(**sizes, train__steps=7).num_steps == 7
     assert schedule(**sizes, train__epochs=3, train__length_unit="updates").num_steps == 3 * 34
-    grown = schedule(batch__global_size=100, train__epochs=6, optim__schedule="grow", optim__gamma=0.5)
-    assert grown.num_steps == 3 * 10 + 5 + 2 * 3
-    assert [grown.lr(step) for step in (0, 20)] == [0.02, 0.02]
+
+
+RAMP = {"batch__global_size": 100, "batch__schedule_unit": "epochs", "train__epochs": 6}
+
+
+@pytest.mark.parametrize("power", [0, 0.5, 0.6, 1])
+def test_the_rate_of_a_batch_that_grows(power):
+    """Changes at epoch 3 and within epoch 4: 30 steps of 100, 8 of 200, then 400, times a trapezoid of the steps."""
+    grown = schedule(
+        **RAMP, batch__schedule=ramp((0, 100), (3, 200), (4.5, 400)), batch__schedule_lr_power=power,
+        optim__schedule="wsd", optim__decay_fraction=0.5, optim__lr=0.1, optim__momentum_correction=False,
+    )  # fmt: skip
+    assert grown.num_steps == 30 + 5 + 3 + 1 + 3
+    sizes = [100] * 30 + [200] * 8 + [400] * 4
+    want = [0.1 * (size / 100) ** power * min(1, (42 - step) / 21) for step, size in enumerate(sizes)]
+    assert [grown.lr(step) for step in range(42)] == pytest.approx(want)
+    assert grown.momentum(30) == pytest.approx(0.9 * want[29] / want[30])
+
+
+def test_a_batch_that_never_grows():
+    with pytest.raises(
+        UsageError, match=r"batch.schedule never starts with 200: that would be before step 71 of a run"
+    ):
+        schedule(**RAMP, batch__schedule=ramp((0, 100), (7, 200)))
+    with pytest.raises(UsageError, match=r"are 40 steps, and the part before the batch of batch.schedule grows has 30"):
+        schedule(**RAMP, batch__schedule=ramp((0, 100), (3, 200)), optim__warmup_epochs=4)
 
 
 def test_regime_adaptation_is_the_small_batch_step_for_step():
@@ -184,7 +220,7 @@ def test_legw_warms_up_for_the_small_batch_updates_whatever_the_length_unit(leng
             {"warmup_epochs": 3.0, "schedule": "step"},
             r"\(3\) are 30 steps, and the part before the first of optim.milestones has 25",
         ),
-        ({"warmup_epochs": 3.0, "schedule": "grow", "gamma": 0.5}, "30 steps, and .* the first .* has 20"),
+        ({"warmup_epochs": 4.0, "schedule": "wsd"}, "40 steps, and .* before the decay of optim.decay_fraction has 40"),
     ],
 )
 def test_a_warmup_longer_than_the_run_is_refused(settings, says):
@@ -199,8 +235,22 @@ def test_a_warmup_longer_than_the_run_is_refused(settings, says):
     [
         ({"nesterov": True, "momentum_correction": False}, "optim.nesterov .true. cannot be combined"),
         ({"name": "lamb", "momentum_correction": False}, "is for sgd and lars, not for lamb"),
-        ({"name": "lambs"}, r"optim.name \(lambs\) is not valid \(did you mean lamb\?\)"),
+        ({"name": "lambs"}, r"optim.name \(lambs\) is not an optimizer \(did you mean lamb\?\): choose one of sgd"),
         ({"name": "adam"}, r"did you mean adamw\?"),
+        ({"betas": (0.9, 1.0)}, r"optim.betas \(1.0\) is not valid: input should be less than 1"),
+        ({"betas": 0.9}, r"optim.betas \(0.9\) is not valid"),
+        ({"eps": 0.0}, r"optim.eps \(0.0\) is not valid: input should be greater than 0"),
+        ({"scaling": "adam_sqrt", "base_size": 64}, r"optim.scaling \(adam_sqrt\) is for adamw, not for sgd"),
+        (
+            {"name": "adamw", "scaling": "adam_sqrt", "base_size": 4},
+            r"turns 0.9 of optim.betas into 1 - k \(1 - 0.9\) = -0.6 at k = 16, and it must be above 0: choose",
+        ),
+        (
+            {"name": "adamw", "scaling": "adam_sqrt", "base_size": 64, "beta2_scaling": "half_life"},
+            "both change the second of optim.betas: set optim.beta2_scaling=none",
+        ),
+        ({"name": "adamw", "beta2_scaling": "half_life"}, "optim.beta2_scaling .half_life. needs the global batch"),
+        ({"weight_decay_scaling": "linear", "base_size": 8}, "is for adamw, lamb and muon, not for sgd"),
         ({"scaling": "legw"}, "optim.scaling .legw. needs the global batch"),
     ],
 )

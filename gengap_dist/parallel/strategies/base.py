@@ -6,6 +6,8 @@ The interface has micro-steps and steps, but no clipping and no optimizer calls:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,10 @@ from gengap_dist.models.sample_position import position_of
 from gengap_dist.parallel.capabilities import Capabilities
 from gengap_dist.parallel.execution import Execution
 
-OptimizerState = dict[str, dict[str, Tensor]]
-"""Unsharded optimizer state: parameter name to quantity name to tensor; the same for every strategy."""
+OptimizerState = dict[str, dict[str, Any]]
+"""Unsharded optimizer state: parameter name to quantity name to tensor; the same for every strategy. That of a user's
+own optimizer is its state dict, under OWN."""
+OWN = ""  # no parameter has this name
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -53,6 +57,7 @@ class Strategy(ABC):
         self.net = self.execution.prepare(model)
         """Called in training: the model, or its compiled form with the same parameters."""
         self.model, self.optimizer = model, build(model)
+        self._rate_factors = [float(group["lr"]) / self.config.optim.lr for group in self.optimizer.param_groups]
         self.execution.prepare_optimizer(self.optimizer)
         self.position = position_of(model)
         self._ghost_norms = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
@@ -94,10 +99,14 @@ class Strategy(ABC):
         return self.execution.unscaled(nn.utils.get_total_norm(self._gradients()).double()).square()
 
     def set_rates(self, lr: float, momentum: float) -> None:
-        """Set the learning rate and, if the optimizer has it, the momentum of the next step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            if "momentum" in group:
+        """Set the learning rate and, if the optimizer has it, the momentum of the next step.
+
+        A group that was built with another rate than optim.lr keeps its ratio to it, and a user's own optimizer keeps
+        its momentum.
+        """
+        for group, factor in zip(self.optimizer.param_groups, self._rate_factors, strict=True):
+            group["lr"] = lr * factor
+            if "momentum" in group and not self.config.optim.is_own:
                 group["momentum"] = momentum
 
     def step(self) -> Tensor:
@@ -140,11 +149,15 @@ class Strategy(ABC):
 
     def optimizer_state(self) -> OptimizerState:
         """The unsharded optimizer state. Collective; complete on rank 0, possibly incomplete on others."""
+        if self.config.optim.is_own:
+            return {OWN: self.optimizer.state_dict()}
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         return {names[parameter]: dict(entry) for parameter, entry in self.optimizer.state.items() if entry}
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """Load the optimizer state of any strategy; `state` is complete on every rank. Collective."""
+        if OWN in state:
+            self.optimizer.load_state_dict(deepcopy(state[OWN]))
         for name, parameter in self.model.named_parameters():
             if entry := state.get(name):
                 self.optimizer.state[parameter] = {key: _to_layout_of(parameter, value) for key, value in entry.items()}

@@ -51,10 +51,11 @@ class LocalSGD(TrainingAlgorithm):
         self.workers: dict[int, Strategy] = {}  # workers of this rank
         self._holds_average = False  # the strategy's network is the average of the current workers
         self._shares: dict[int, list[Span]] = {}  # spans of the workers, by step size
-        self.lr_factor = 1.0
+        self.lr_factor, self.worker_optim = 1.0, config.scaled_optim
         if config.algorithm.local_sgd == "swap":
             worker_size = config.batch.global_size // self.num_workers
             self.lr_factor = scaled_lr(config.optim, worker_size) / scaled_lr(config.optim, config.batch.global_size)
+            self.worker_optim = config.optim.at_batch(worker_size)
             self.samplers = [
                 EpochSampler(setup.sampler.num_samples, worker_size, config.seed, worker=w)
                 for w in range(self.num_workers)
@@ -122,7 +123,7 @@ class LocalSGD(TrainingAlgorithm):
         single_rank_world = World(0, 1, self.world.device, self.world.timer)
         for worker in range(self.world.rank, self.num_workers, self.world.size):
             strategy = self.workers[worker] = Single(self.config, single_rank_world)
-            strategy.setup(deepcopy(self.strategy.model).train(), partial(build_optimizer, self.config.optim))
+            strategy.setup(deepcopy(self.strategy.model).train(), partial(build_optimizer, self.worker_optim))
             strategy.load_optimizer_state(optimizer_state)
             strategy.execution.scaler.load_state_dict(self.strategy.execution.scaler.state_dict())
         self.strategy.optimizer.state.clear()  # from now on only the workers' optimizers are used

@@ -15,7 +15,6 @@ from torch import nn
 
 from gengap_dist import models
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.data.sampler import batch_size_schedule
 from gengap_dist.distributed.cores import processor_name
 from gengap_dist.distributed.process_group import World
 from gengap_dist.distributed.runtime_context import local_size
@@ -184,8 +183,7 @@ def candidates(config: RunConfig, num_ranks: int) -> list[int]:
     if config.algorithm.penalty_size:
         return [config.algorithm.penalty_size]
     group = config.batch.ghost_size or 1
-    largest = max([config.batch.global_size, *(size for _, size in batch_size_schedule(config))])
-    share = -(-largest // group // num_ranks)  # in groups; the last may be incomplete
+    share = -(-max(config.batch.sizes) // group // num_ranks)  # in groups; the last may be incomplete
     powers = [2**power for power in range(share.bit_length()) if 2**power < share]
     return [group * share] if config.norm == "sync" else [group * size for size in (*powers, share)]
 

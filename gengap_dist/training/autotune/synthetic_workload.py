@@ -33,7 +33,7 @@ class SyntheticWorkload:
         self.out_of_memory_message = ""
         """The library's message when a pass of this rank last ran out of memory."""
         self.strategy = Single(config, World(device=device))
-        self.strategy.setup(model.train(), partial(build_optimizer, config.optim))
+        self.strategy.setup(model.train(), partial(build_optimizer, config.scaled_optim))
         # weights are not changed; momentum costs as in a run, but does not decay to slow denormal numbers
         self.strategy.set_rates(0.0, 1.0 if config.optim.momentum else 0.0)
 

@@ -56,7 +56,7 @@ class Trainer:
             model.load_state_dict(saved["model"])
         self.strategy = STRATEGIES[name](self.config, self.world)
         self.strategy.has_unused_parameters = self.config.model.name.endswith("with_unused")
-        self.strategy.setup(model, partial(build_optimizer, self.config.optim))
+        self.strategy.setup(model, partial(build_optimizer, self.config.scaled_optim))
         if saved:
             self.strategy.load_optimizer_state(saved["optimizer"])
         self.step = saved["step"] if saved else 0

@@ -132,6 +132,22 @@ def test_resume_is_bitwise(crews, name, optimizer):
     assert crews[2](jobs.resumed, name, settings | {"batch__global_size": 40, "batch__micro_size": 7}) == [True, True]
 
 
+MUON = {"optim__name": "muon", "optim__lr": 0.01, "optim__nesterov": True, "optim__weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("name", ["ddp", pytest.param("zero0", marks=[NEEDS, pytest.mark.full]), "fsdp"])
+def test_resume_of_muon_is_bitwise(crews, name):
+    assert crews[2](jobs.resumed, name, MUON | {"batch__global_size": 40, "batch__micro_size": 7}) == [True, True]
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_muon_sees_whole_matrices(crews, alone, name, size):
+    """In float64: of shards, products that are rounded to bfloat16 would differ by 1e-2."""
+    settings = MUON | {"batch__global_size": 50, "train__dtype": "float64"}
+    agree(crews[size](jobs.trained, name, settings, 6), alone(settings, 6), 1e-10)
+
+
 @NEEDS
 @pytest.mark.parametrize(
     ("settings", "tolerance"), [({}, 1e-5), ({"optim__name": "adamw", "optim__weight_decay": 0.1}, 5e-4)],
@@ -257,6 +273,8 @@ def test_one_rank_without_a_compiler_and_without_a_word(alone, tmp_path, monkeyp
         ("zero1", {"optim__name": "lars"}, r"optim.name \(lars\) is not supported by launch.strategy=zero1"),
         ("zero2", {"optim__name": "lamb"}, r"optim.name \(lamb\) is not supported by launch.strategy=zero2"),
         ("zero3", {"optim__name": "lars"}, "choose ddp, zero0 or fsdp"),
+        ("zero1", {"optim__name": "muon"}, r"optim.name \(muon\) is not supported by .*choose ddp, zero0 or fsdp"),
+        ("fsdp", {"optim__name": "a:b"}, r"optim.name \(a:b\) is not supported by .*choose ddp or zero0"),
         ("ddp", HYBRID, r"launch.shard_size \(2\) is not supported by launch.strategy=ddp: choose fsdp"),
         ("fsdp", {"launch__shard_size": 4}, r"launch.shard_size \(4\) does not divide the number of ranks \(2\)"),
     ],

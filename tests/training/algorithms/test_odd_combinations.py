@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor, nn
 
 from tests.conftest import FULL, cut_after, thinned
-from tests.training.algorithms.test_world_size_law import BASE, SYNC, assert_same_runs, train
+from tests.training.algorithms.test_world_size_law import BASE, SYNC, assert_same_runs, ramp, train
 
 
 class Shared(nn.Module):
@@ -30,7 +30,7 @@ def shared(num_classes: int, in_channels: int) -> nn.Module:
 
 
 GROW: dict[str, Any] = {
-    "optim__schedule": "grow", "optim__gamma": 0.5, "optim__milestones": (0.34, 0.67), "train__epochs": 3
+    "batch__schedule": ramp((0, 60), (1, 120), (2, 240)), "batch__schedule_unit": "epochs", "train__epochs": 3
 }  # fmt: skip
 EMA, SWA = {"algorithm__weight_averaging": "ema"}, {"algorithm__weight_averaging": "swa"}
 SAM, RANK, AUTO = {"algorithm__sam_rho": 0.05}, {"algorithm__rank_penalty": 0.02}, {"algorithm__rank_layers": ("auto",)}

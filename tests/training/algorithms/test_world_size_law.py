@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from gengap_dist.config.sections import AlgorithmConfig, ModelConfig, OptimConfig, TrainConfig
+from gengap_dist.config.measures import Optimizer
+from gengap_dist.config.sections import AlgorithmConfig, BatchConfig, ModelConfig, OptimConfig, TrainConfig
 from gengap_dist.distributed.process_group import World
 from gengap_dist.runs.run_folder import prepare_folder, read_info
 from gengap_dist.training.trainer import run
@@ -28,6 +29,14 @@ def small(num_classes: int, in_channels: int) -> nn.Module:
         nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
         nn.Linear(8 * 3 * 3, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2), nn.Linear(12, num_classes),
     )  # fmt: skip
+
+
+def nadam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.NAdam(model.parameters(), lr=lr)
+
+
+def ramp(*changes: tuple[float, int]) -> tuple[dict[str, float], ...]:
+    return tuple({"at": at, "size": size} for at, size in changes)
 
 
 BASE: dict[str, Any] = {
@@ -49,6 +58,7 @@ BASE: dict[str, Any] = {
     "probe__diagnostics": ("noise_scale",),
 }
 MICRO = (10, 25)
+ADAMW: dict[str, Any] = {"optim__name": "adamw", "optim__lr": 3e-3, "optim__weight_decay": 0.1}
 SYNC: dict[str, Any] = {"model__norm": "sync", "batch__ghost_size": None}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "sgd": {},
@@ -57,20 +67,39 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "sync": SYNC,
     "group": {"model__norm": "group", "batch__ghost_size": None},
     "none": {"model__norm": "none", "batch__ghost_size": None},
-    "adamw": {"optim__name": "adamw", "optim__lr": 3e-3, "optim__weight_decay": 0.1},
+    "adamw": ADAMW,
+    "betas": {"optim__name": "adamw", "optim__lr": 3e-3, "optim__betas": (0.8, 0.95), "optim__eps": 1e-6},
     "lars": {"optim__name": "lars", "optim__lr": 2.0, "optim__weight_decay": 1e-3},
     "lamb": {"optim__name": "lamb", "optim__lr": 0.01, "optim__weight_decay": 1e-3},
+    "muon": {"optim__name": "muon", "optim__adamw_lr": 3e-3, "optim__weight_decay": 0.1, "optim__nesterov": True},
+    "own": {"optim__name": f"{__name__}:nadam", "optim__lr": 3e-3},
     "linear": {"optim__scaling": "linear", "optim__base_size": 30, "optim__warmup_epochs": 0.2},
     "sqrt": {"optim__scaling": "sqrt", "optim__base_size": 30},
     "legw": {"optim__scaling": "legw", "optim__base_size": 30, "optim__warmup_epochs": 0.2},
+    "adam_sqrt": ADAMW | {"optim__scaling": "adam_sqrt", "optim__base_size": 30, "optim__lr": 3e-3},
+    "half_life": ADAMW
+    | {"optim__beta2_scaling": "half_life", "optim__weight_decay_scaling": "linear", "optim__base_size": 30},
     "step": {"optim__schedule": "step", "optim__momentum_correction": False},
     "cosine": {"optim__schedule": "cosine"},
     "polynomial": {"optim__schedule": "polynomial"},
-    "grow": {
-        "optim__schedule": "grow",
-        "optim__gamma": 0.5,
-        "optim__milestones": (0.34, 0.67),
+    "wsd": {"optim__schedule": "wsd", "optim__decay_fraction": 0.6},
+    "ramp": {  # 6 steps of 60, 15 of 120, 12 of 180: the kill is in the middle of it
+        "batch__schedule": ramp((0, 60), (360, 120), (2000, 180)),
+        "batch__schedule_lr_power": 0.6,
+        "optim__momentum_correction": False,
         "train__epochs": 3,
+    },
+    "ramp_epochs": {
+        "batch__schedule": ramp((0, 60), (0.7, 120)),
+        "batch__schedule_unit": "epochs",
+        "train__epochs": 2,
+    },
+    "ramp_steps": ADAMW
+    | {
+        "batch__schedule": ramp((0, 60), (9, 120)),
+        "batch__schedule_unit": "steps",
+        "batch__schedule_lr_power": 0.5,
+        "train__steps": 20,
     },
     "updates": {"train__length_unit": "updates", "optim__base_size": 40},
     "target": {"train__target_accuracy": 0.2, "train__stop_at_target": True},
@@ -132,7 +161,13 @@ def assert_same_runs(outs: list[Path]) -> list[float]:
     return first[0]["train/loss"]
 
 
-@pytest.mark.parametrize("name", thinned(ALGORITHMS, lambda name: name != "rank_trace"))
+@pytest.mark.parametrize(
+    "name",
+    thinned(
+        ALGORITHMS,
+        lambda name: name not in ("rank_trace", "betas", "half_life", "polynomial", "ramp_epochs", "ramp_steps"),
+    ),
+)
 def test_ranks_and_micro_batches_change_nothing(crews, tmp_path, name):
     if name in ("lars", "lamb"):
         pytest.importorskip("timm", reason="timm is not installed")
@@ -166,7 +201,9 @@ def test_the_table_holds_every_algorithm():
     """Every choice of a setting that changes how a network trains is in some row."""
     rows = [BASE | row for row in ALGORITHMS.values()]
     choices = {
-        "optim__name": OptimConfig, "optim__schedule": OptimConfig, "optim__scaling": OptimConfig,
+        "optim__schedule": OptimConfig, "optim__scaling": OptimConfig,
+        "optim__beta2_scaling": OptimConfig, "optim__weight_decay_scaling": OptimConfig,
+        "batch__schedule_unit": BatchConfig,
         "model__norm": ModelConfig, "train__length_unit": TrainConfig, "algorithm__local_sgd": AlgorithmConfig,
         "algorithm__weight_averaging": AlgorithmConfig, "algorithm__rank_measure": AlgorithmConfig,
     }  # fmt: skip
@@ -176,6 +213,7 @@ def test_the_table_holds_every_algorithm():
         words = {word for word in known if isinstance(word, str)} - {"local", field.default}
         shown = {config(**row).norm if key == "model__norm" else row.get(key) for row in rows}
         assert words <= shown, (key, words - shown)
+    assert {*get_args(Optimizer)} <= {row.get("optim__name", "sgd") for row in rows}
     for name, field in AlgorithmConfig.model_fields.items():
         if field.default is None or field.default == 0:
             assert any(f"algorithm__{name}" in row for row in rows), name

@@ -134,7 +134,7 @@ def test_what_has_no_choice_or_must_not_have_one(tmp_path, cache):
     assert candidates(config(**AUTO, model__norm="sync"), 2) == [48]
     assert candidates(config(**AUTO, algorithm__gradient_penalty=0.1, algorithm__penalty_size=12), 2) == [12]
     assert candidates(config(**AUTO, batch__ghost_size=32), 2) == [32, 64]  # a rank has two groups, or one
-    grown = {"optim__schedule": "grow", "optim__milestones": [0.5], "optim__gamma": 0.5, "train__epochs": 4}
+    grown = {"batch__schedule": [{"at": 0, "size": 20}, {"at": 100, "size": 40}]}
     assert candidates(config(**grown, batch__global_size=20), 2) == [1, 2, 4, 8, 16, 20]
     train(tmp_path / "sync", **AUTO | SMALL, model__norm="sync", probe__enabled=False)
     info = read_info(tmp_path / "sync")

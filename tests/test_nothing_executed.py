@@ -33,6 +33,7 @@ def data():
     return {"train": (inputs, inputs[:, 0, 0] % 10), "test": (inputs, inputs[:, 0, 0] % 10)}
 """
 SETTINGS = {"model.name": "stranger:make", "data.name": "stranger:data", "task.name": "stranger:Task"}
+CODE = SETTINGS | {"optim.name": "stranger:Optimizer"}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def name_code(run: Path, setting: str, **more: object) -> None:
     """Let the folder of a run name the code of the stranger."""
     for file, read, write in (("run.json", json.loads, json.dumps), ("config.yaml", yaml.safe_load, yaml.safe_dump)):
         tree = read((run / file).read_text())
-        for path, value in {setting: SETTINGS[setting], **more}.items():
+        for path, value in {setting: CODE[setting], **more}.items():
             put(tree["config"] if file == "run.json" else tree, path, value)
         (run / file).write_text(write(tree))
 
@@ -91,6 +92,16 @@ def test_code_that_a_folder_names_needs_the_word_of_the_user(run, capsys, monkey
     code, err = ended(capsys, "gengap probe", probe.command, "--model", "run@0", f"--{setting}", SETTINGS[setting])
     assert code == 0, err
     assert Path("executed").exists()
+
+
+def test_an_optimizer_that_a_folder_names(run, capsys):
+    """Only training makes it."""
+    name_code(run, "optim.name")
+    code, err = ended(capsys, "gengap train", train.command, "--resume", "--out", "run")
+    assert code == 2
+    assert "add --optim.name stranger:Optimizer" in err
+    assert ended(capsys, "gengap probe", probe.command, "--model", "run@0")[0] == 0
+    assert not Path("executed").exists()
 
 
 def test_pickled_code_in_a_checkpoint_is_not_loaded(run, capsys):

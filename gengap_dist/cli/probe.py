@@ -41,10 +41,10 @@ def command(argv: Sequence[str]) -> int:
         raise UsageError(f"--model ({options.model}) is a folder without run.json: give the folder of a run")
     if options.mlflow and not options.out:
         raise UsageError("--mlflow sends what is in --out: add --out DIR")
-    # use all settings of the run except launch: it may have run on GPUs or under Ray
+    # all settings of the run but launch, as it may have run on GPUs or under Ray, and the optimizer, which is not made
     if is_run:
         check_links(folder)
-        base = load_yaml(folder / "config.yaml", of_run=True) | {"launch": {}}
+        base = load_yaml(folder / "config.yaml", of_run=True) | {"launch": {}, "optim": {}}
         config = validate(RunConfig, merge(base, overrides))
         check_trusted(config.model_dump(), flat(overrides), folder / "config.yaml")
     else:

@@ -15,7 +15,7 @@ from gengap_dist.errors import UsageError
 
 ZOOS = ("torchvision", "timm")
 """Packages whose networks `model.name` names as PACKAGE:NETWORK."""
-SETTINGS = ("model.name", "data.name", "task.name")
+SETTINGS = ("model.name", "data.name", "task.name", "optim.name")
 SERVERS = {"mlflow.tracking_uri": "MLFLOW_TRACKING_URI", "launch.ray_address": "RAY_ADDRESS"}
 """Settings that name a server, with the variable that may name it, too."""
 

@@ -39,6 +39,8 @@ MAX_DEPTH = 40  # of nested JSON values; those that this package writes have few
 YEARS = range(1980, 9000)  # of times: in these, any of our durations may be added
 
 StrictInt = Annotated[int, Strict()]
+Version = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+_-]*$")]
+"""Of Python or torch: it becomes a line of requirements that pip reads."""
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
@@ -124,7 +126,7 @@ class ExportedModel(_Part):
 
     file: Annotated[str, AfterValidator(_check_inside)]
     """Path in the run folder."""
-    torch: str
+    torch: Version
     """Version of torch that wrote it."""
     input: TensorDescription
     output: TensorDescription
@@ -137,6 +139,10 @@ class StudyMember(_Part):
 
     arm: str
     folder: str
+
+
+class _Versions(_Part):
+    python: Version | None = None
 
 
 class _Git(_Part):
@@ -271,6 +277,11 @@ class _Record(BaseModel):
     @classmethod
     def _as_schema_2(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**tree, "schema": SCHEMA}
+
+    @field_validator("versions")
+    @classmethod
+    def _check_versions(cls, versions: dict[str, str]) -> dict[str, str]:
+        return _checked(versions, _Versions)
 
     @field_validator("git")
     @classmethod

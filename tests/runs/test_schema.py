@@ -116,6 +116,8 @@ def test_a_study_neither_moves_nor_overwrites_what_a_newer_version_wrote(old, na
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == files
 
 
+TENSOR = {"dtype": "float32", "shape": [-1, 10]}
+MODEL = {"file": "model/model.pt2", "torch": "2.9.0+cu128", "input": TENSOR, "output": TENSOR, "metadata": {}}
 DAMAGES = [
     ({"status": "finis"}, "status ('finis') is not valid: input should be 'running', 'finished'"),
     ({"seed": "x"}, "seed ('x') is not valid: input should be a valid integer"),
@@ -123,6 +125,9 @@ DAMAGES = [
     ({"metric": {"name": "a", "unit": ""}}, "metric.higher_is_better is missing"),
     ({"schema": "1"}, "schema ('1') must be an integer"),
     ({"seconds": [1]}, "seconds ([1]) is not valid: input should be a valid number"),
+    ({"versions": {"python": "3\n-e ."}}, r"versions.python ('3\n-e .') is not valid: string should match"),
+    ({"model": MODEL | {"torch": "2.0\nother"}}, r"model.torch ('2.0\nother') is not valid: string should match"),
+    ({"model": MODEL | {"torch": "2.0\n"}}, r"model.torch ('2.0\n') is not valid: string should match"),
 ]
 
 
@@ -135,6 +140,15 @@ def test_a_damaged_run_costs_one_sentence_with_file_field_and_rule(old, changes,
     assert str(refused.value).startswith(f"{folder}/run.json is damaged: {says}")
     assert "\n" not in str(refused.value)
     assert describe_damage(folder) == "its run.json is not valid"
+
+
+@pytest.mark.parametrize("version", ["2.9.0+cu128", "2.6.0a0+ecf3bae40a.nv25.01", "3.14.0rc1+", "3"])
+def test_versions_of_builds_are_read(old, version):
+    folder = old / "runs/sb32/seed0"
+    edit(folder, versions={"python": version, "platform": "Linux x"}, model=MODEL | {"torch": version})
+    info = read_info(folder)
+    assert info.model
+    assert (info.model.torch, info.versions["python"]) == (version, version)
 
 
 def test_a_damaged_study_is_named(old):

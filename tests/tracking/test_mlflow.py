@@ -374,7 +374,35 @@ def test_a_run_that_replaces_another_is_adopted(tmp_path, mlflow_db, monkeypatch
 
 
 def run_in(uploader: MlflowUploader) -> MlflowRun:
-    return MlflowRun(uploader.client, uploader.uri, uploader.experiment, uploader.folder, NOBODY)
+    return MlflowRun(uploader.client, uploader.uri, uploader.experiment, uploader.folder, NOBODY, {})
+
+
+def test_a_folder_changes_and_deletes_no_run_of_others(tmp_path, mlflow_db):
+    """It may come from anywhere, with the id or the key of another run in its mlflow.json."""
+    out, store = tmp_path / "run", f"sqlite:///{mlflow_db}"
+    for folder in (tmp_path / "victim", out):
+        book(folder, range(3)).finish(RunStatus.FINISHED, {"num_steps": 2})
+        uploader = MlflowUploader(folder, store, "e")
+        uploader.sync(closing=True)
+    own, other = state(out), state(tmp_path / "victim")
+    del own["closed"]
+    without_key = {name: own[name] for name in own if name != "key"}
+    before = uploader.client.get_run(other["run_id"]).to_dictionary()
+    for content in (
+        own | {"run_id": other["run_id"]},
+        without_key | {"run_id": other["run_id"]},
+        own | {"replaces": other["run_id"]},
+        own | {"key": other["key"]},
+    ):
+        (out / "mlflow.json").write_text(json.dumps(content))
+        with pytest.raises(UsageError, match=r"mlflow\.json names the MLflow run \w+, which was not created for this"):
+            MlflowUploader(out, store, "e").sync(closing=True)
+        assert uploader.client.get_run(other["run_id"]).to_dictionary() == before
+    only_key = {name: other[name] for name in ("uri", "store", "experiment_id", "key")}
+    (out / "mlflow.json").write_text(json.dumps(only_key | {"last_step": -1}))
+    MlflowUploader(out, store, "e").sync(closing=True)
+    assert state(out)["run_id"] not in (own["run_id"], other["run_id"])
+    assert uploader.client.get_run(other["run_id"]).to_dictionary() == before
 
 
 def test_stores_do_not_get_again_what_they_have(tmp_path, mlflow_db):

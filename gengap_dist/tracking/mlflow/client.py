@@ -127,8 +127,10 @@ def import_client() -> Callable[..., Any]:
     with fast_imports():
         from mlflow import MlflowClient
 
+        from gengap_dist.compat.artifact_places import refuse_local_places
         from gengap_dist.compat.bounded_answers import bound_answers
     bound_answers()
+    refuse_local_places(THIS_MACHINE)
     return MlflowClient
 
 

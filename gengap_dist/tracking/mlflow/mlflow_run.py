@@ -72,12 +72,25 @@ class MlflowRun:
     """The MLflow run of a folder. Every method may be interrupted at any point and called again.
 
     mlflow.json gets a random key before the run is created with it as a tag. By this key the run is found if the answer
-    to the request was lost, or the process was killed before it had saved the id.
+    to the request was lost, or the process was killed before it had saved the id. A folder may come from anywhere: a
+    run is changed or deleted only if it has the folder's key, and taken over or deleted unseen only if it is empty.
     """
 
-    def __init__(self, client: Any, uri: str, experiment: str, folder: Path, left_out: LeftOut) -> None:
-        """The run that `folder` has in an experiment of the store `uri`; it is created by `open`."""
+    def __init__(
+        self, client: Any, uri: str, experiment: str, folder: Path, left_out: LeftOut, keys: dict[str, str]
+    ) -> None:
+        """The run that `folder` has in an experiment of the store `uri`; it is created by `open`.
+
+        Args:
+            client: MLflow client of the store.
+            uri: its address.
+            experiment: id of the experiment.
+            folder: folder of the run, arm or study.
+            left_out: see `LeftOut`.
+            keys: keys of MLflow runs by their ids, as far as the store was asked; filled here.
+        """
         self.client, self.experiment, self.folder, self.left_out = client, experiment, folder, left_out
+        self._keys = keys
         self.state = _state_of(read_upload_state(folder), uri, experiment)
 
     @property
@@ -92,6 +105,9 @@ class MlflowRun:
 
     def open(self, described: Described, tags: Tags) -> None:
         """Create the run at the first call, reopen it after a resume, and set its tags."""
+        for name in ("run_id", "replaces"):
+            if run_id := self.state.get(name):
+                self._check_own(run_id)
         if "run_id" not in self.state:
             self._create(described, _tag_strings(tags))
         if old := self.state.get("replaces"):
@@ -105,9 +121,18 @@ class MlflowRun:
             self.client.update_run(self.id, status="RUNNING")
             self.save(closed=None)
 
+    def _check_own(self, run_id: str) -> None:
+        if run_id not in self._keys:
+            self._keys[run_id] = self.client.get_run(run_id).data.tags.get(KEY_TAG, "")
+        if not self._keys[run_id] or self._keys[run_id] != self.state.get("key"):
+            raise UsageError(
+                f"{self.folder / FILE_NAME} names the MLflow run {run_id}, which was not created for this folder: "
+                "remove the file, and everything is sent again as a new MLflow run"
+            )
+
     def _create(self, described: Described, tags: dict[str, str]) -> None:
         """Create the run, unless an earlier attempt has. Other tags follow: one that is refused must not prevent it."""
-        found = self._runs_with_key()
+        found = self._empty_runs_with_key()
         if not found:
             self.save(key=self.state.get("key") or uuid.uuid4().hex)
             if old := self.state.get("replaces"):
@@ -118,15 +143,18 @@ class MlflowRun:
             found = [self.client.create_run(self.experiment, start_time=millis(described.started), tags=tags)]
         self.save(run_id=found[0].info.run_id, tags=dict(found[0].data.tags))
 
-    def _runs_with_key(self) -> list[Any]:
-        if "key" not in self.state:  # an earlier version has created the run
+    def _empty_runs_with_key(self) -> list[Any]:
+        """Runs to which nothing was sent since they were created; the client repeats a request that gets no answer."""
+        if "key" not in self.state:
             return []
-        return self.client.search_runs([self.experiment], f"tags.`{KEY_TAG}` = '{self.state['key']}'")
+        found = self.client.search_runs([self.experiment], f"tags.`{KEY_TAG}` = '{self.state['key']}'")
+        named = (self.state.get("run_id"), self.state.get("replaces"))
+        return [run for run in found if run.info.run_id not in named and not run.data.params and not run.data.metrics]
 
     def replace(self, described: Described) -> None:
         """Start a new run with the tags of the old one, which is deleted: MLflow cannot replace values."""
         old = self.state.pop("run_id")
-        self.save(key=uuid.uuid4().hex, replaces=old, described=False, closed=None)
+        self.save(replaces=old, described=False, closed=None)
         self.open(described, {})
 
     def set_tags(self, tags: Tags) -> None:
@@ -288,9 +316,8 @@ class MlflowRun:
 
     def terminate(self, described: Described) -> None:
         """Set the final status; a run whose status is still `running` has lost its driver."""
-        for other in self._runs_with_key():  # the client repeats a request that gets no answer
-            if other.info.run_id != self.id:
-                self.client.delete_run(other.info.run_id)
+        for other in self._empty_runs_with_key():
+            self.client.delete_run(other.info.run_id)
         end = round(time.time() * 1000) if described.ended is None else millis(described.ended)
         end = max(end, millis(described.started))  # the clock may have been set back
         self.client.set_terminated(self.id, STATUS[described.status], end)

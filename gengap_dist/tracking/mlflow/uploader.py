@@ -51,6 +51,7 @@ class MlflowUploader:
         self.folder, self.uri = folder, uri
         self.client, self.experiment = connect_experiment(uri, experiment)
         self._left_out: set[str] = set()
+        self._keys: dict[str, str] = {}
         self._problems: list[Exception] = []
 
     def sync(self, *, closing: bool = False, progress: UploadProgress = lambda name, done, total: None) -> None:
@@ -87,7 +88,7 @@ class MlflowUploader:
             print(f"{name} is left out: {describe(error)[:300]}", flush=True)
 
     def _run_of(self, folder: Path) -> MlflowRun:
-        return MlflowRun(self.client, self.uri, self.experiment, folder, self._leave_out)
+        return MlflowRun(self.client, self.uri, self.experiment, folder, self._leave_out, self._keys)
 
     def _sync_run(self, folder: Path, info: RunInfo, tags: Tags, closing: bool, progress: UploadProgress) -> None:
         run, described = self._run_of(folder), Described.of(info)

@@ -266,11 +266,25 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
             what = "has nothing under it" if first["input"] is None else f"({value}) is one value"
             return f"{shown} {what}: write `name: value` for its settings, or leave it out{rest}"
     same = [first, *(other for other in others if _name(other["loc"]) == name)]  # one of each type that it may have
-    rule = " or ".join(dict.fromkeys(each["msg"][0].lower() + each["msg"][1:] for each in same))
-    near = ""
+    rule = " or ".join(dict.fromkeys(_rule(each["type"], each["msg"], value) for each in same))
+    near = " (did you mean null?)" if first["input"] == "None" else ""
     if first["type"] == "literal_error":
         near = did_you_mean(str(first["input"]), re.findall(r"'(\w+)'", first["msg"]))
     return f"{shown} ({value}) is not valid{near}: {rule}{rest}"
+
+
+def _rule(kind: str, message: str, value: str) -> str:
+    """What pydantic says about a value, in terms of YAML.
+
+    >>> _rule("tuple_type", "Input should be a valid tuple", "128"), _rule("int_type", "Input should be a number", "x")
+    ('input should be a list, such as [128]', 'input should be a number')
+    """
+    match kind:
+        case "bool_type":
+            return "input should be true or false"
+        case "tuple_type" | "list_type":
+            return f"input should be a list, such as [{value}]"
+    return message[0].lower() + message[1:]
 
 
 def _name(place: tuple[int | str, ...]) -> str:
@@ -282,10 +296,10 @@ def _name(place: tuple[int | str, ...]) -> str:
 def _as_yaml(value: Any) -> str:
     """A value as a user may have written it.
 
-    >>> [_as_yaml(value) for value in (None, True, [1, None], "yes", 0.5)]
-    ['null', 'true', '[1, None]', 'yes', '0.5']
+    >>> [_as_yaml(value) for value in (None, True, [1, None], "None", 0.5)]
+    ['null', 'true', '[1, None]', 'None', '0.5']
     """
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def resolve(model: type[C], files: list[Path], overrides: Mapping[str, Any]) -> C:

@@ -52,11 +52,16 @@ def renamed(name: str) -> str | None:
     return RENAMED.get(name) or (f"{RENAMED[section]}.{rest}" if rest and section in RENAMED else None)
 
 
+MAX_NAME_BYTES = 255
+"""Longest name of a file, on every common file system."""
+
+
 def user_path(text: str | Path) -> Path:
     """A path that a user has given; `~` at its start is a home folder, also where no shell has replaced it.
 
     Raises:
-        UsageError: if it is empty, no home folder is known, or it is not UTF-8: run.json and MLflow hold text.
+        UsageError: if it is empty or too long, no home folder is known, or it is not UTF-8: run.json and MLflow hold
+            text.
 
     >>> user_path("a/~b"), user_path("~") == Path.home()
     (PosixPath('a/~b'), True)
@@ -67,6 +72,8 @@ def user_path(text: str | Path) -> Path:
         path = Path(text).expanduser()
     except RuntimeError:
         raise UsageError(f"the path {text} begins with ~, and no such home folder is known: write it in full") from None
+    if any(len(part.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES for part in path.parts):
+        raise UsageError(f"the path {as_text(str(path))} has a name of more than {MAX_NAME_BYTES} bytes: shorten it")
     if (shown := as_text(str(path))) != str(path):
         raise UsageError(f"the path {shown} is not UTF-8, and cannot be recorded: rename the file or folder")
     return path

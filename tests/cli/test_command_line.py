@@ -57,7 +57,8 @@ def say(capsys, command: str, *words: object) -> str:
         (["--optim.lr", "1e999"], "--optim.lr (1e999) is not a finite number"),
         (["--optim.lr", "x" * 100_000], "x) is not valid"),
         (["--optim.lr" + "x" * 100_000, "3"], "is not a setting"),
-        (["--config", "x" * 100_000], "cannot be read"),
+        (["--config", "x" * 100_000], "has a name of more than 255 bytes: shorten it"),
+        (["--out", "a/" + "x" * 256], "has a name of more than 255 bytes: shorten it"),
         (["--data.name", "x y " * 30_000], "your own module.path:factory"),
         (["--optim.lr", "\x1b[2J\n\u2028"], r"optim.lr (\x1b[2J"),
         (["--model.widths", "[1, 2"], "--model.widths ([1, 2) is not YAML"),
@@ -82,6 +83,9 @@ def test_train_says_what_is_wrong(capsys, words, says):
         ("plan", ["--nodes", "9" * 5000], "--nodes (9999"),
         ("plan", ["--nodes", "true"], "nodes (true) is not valid"),
         ("probe", [], "--model must be given"),
+        ("probe", ["--model", ":"], "model.name (:) cannot be imported (it is no such name)"),
+        ("probe", ["--model", ".:x"], "model.name (.:x) cannot be imported (it is no such name)"),
+        ("probe", ["--model", "math:sqrt"], "model.name (math:sqrt) failed (math.sqrt() takes exactly one argument"),
         ("probe", ["--model", "lenet5", "--data_root", "x"], "--data_root is called --data.root now"),
         ("probe", ["--model", "lenet5", "--num_samples", "3", "4"], "--num_samples is called --probe.num_samples now"),
         ("probe", ["--model", "lenet5", "--optim.lr", "3"], "--optim.lr is not a setting"),
@@ -99,6 +103,14 @@ def test_train_says_what_is_wrong(capsys, words, says):
 )
 def test_the_others_say_what_is_wrong(capsys, command, words, says):
     assert says in say(capsys, command, *words)
+
+
+def test_an_error_of_the_system_names_its_file(capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        run_command("gengap", lambda argv: tmp_path.write_text(""), [])
+    assert end.value.code == 1
+    said = f"gengap: {tmp_path} cannot be used (Is a directory); --debug shows the traceback\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

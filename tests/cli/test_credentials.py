@@ -84,6 +84,29 @@ def test_what_was_recorded_leads_to_the_same_store_again(monkeypatch):
     assert store_uri("http://other:5000") == "http://other:5000"
 
 
+@pytest.mark.parametrize("password", ["pa/ss", "pa#ss", "pa?s@s", "pa ss", 'pa"ss'])
+def test_a_password_that_is_not_encoded_is_refused_and_not_shown(monkeypatch, capsys, password):
+    uri = f"HTTP://me:{password}@host:5000"
+    if not {*password} & {*' "'}:
+        assert redacted(f"no {uri}") == "no HTTP://host:5000"
+    with pytest.raises(SystemExit) as end:
+        run_command("gengap", train.command, ["--print_config", "--mlflow.tracking_uri", uri])
+    said = capsys.readouterr()
+    assert (end.value.code, said.out) == (2, "")
+    assert "percent-encode it" in said.err
+    assert password not in said.err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UsageError, match="percent-encode it"):
+        store_uri(None)
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://h:5000/a@b", "http://[::1]:5000/a@b", "http://me:p%2Fs@h/", "sqlite:////a b@c"]
+)
+def test_other_addresses_are_used(uri):
+    assert store_uri(uri) == uri
+
+
 @pytest.mark.parametrize(
     "text", ["http://h:5000/a@b", "sqlite:////a b/c@d.db", "me@example.org: see https://h/", "a:b@c"]
 )
@@ -103,5 +126,9 @@ def test_a_folder_does_not_say_who_gets_the_login_of_the_environment(tmp_path, m
     (tmp_path / "run.json").write_text(json.dumps(info))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", PASSWORD)
-    with pytest.raises(UsageError, match=r"would get your MLFLOW_TRACKING_TOKEN: .* add --mlflow.tracking_uri http:"):
-        sync_now(tmp_path, None, lambda name, done, total: None)
+    for address in ("http:", "HTTP:"):
+        (tmp_path / "run.json").write_text(json.dumps(info).replace("http:", address))
+        with pytest.raises(
+            UsageError, match=rf"would get your MLFLOW_TRACKING_TOKEN: .* add --mlflow.tracking_uri {address}"
+        ):
+            sync_now(tmp_path, None, lambda name, done, total: None)

@@ -206,7 +206,7 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
     target = store_uri(named or known or config.tracking_uri)
     address = without_logins(target)
     login = next((name for name in LOGIN_VARIABLES if os.environ.get(name)), None)
-    if login and not named and target.startswith("http"):  # a folder may come from anywhere
+    if login and not named and target.lower().startswith("http"):  # a folder may come from anywhere
         raise UsageError(
             f"{folder} names the MLflow server {address}, which would get your {login}: if you trust it, add "
             f"--mlflow.tracking_uri {address}"

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 from gengap_dist import __version__
 from gengap_dist.compat.hard_exit import exit_without_teardown
@@ -21,6 +22,11 @@ COMMANDS = {  # name: module, help text
 def main() -> None:
     """Run the command named by the first argument."""
     ensure_utf8_mode()
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        print("gengap: the current folder was removed: change to another", file=sys.stderr)
+        sys.exit(2)
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         try:

@@ -6,11 +6,14 @@ import sys
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from gengap_dist.errors import visible
+from gengap_dist.errors import UsageError, visible
 
 MIN_CHARACTERS = 6  # of a secret in the environment: a shorter one may be part of any word
-_IN_WEB_ADDRESS = re.compile(r"\b(https?://)([^\s/?#\"<>]*)@")
+_IN_WEB_ADDRESS = re.compile(r"(?i)\b(https?://)([^\s/?#\"<>]*)@")
 _IN_OTHER_ADDRESS = re.compile(r"(://[^\s/?#\"<>:@]*):[^\s/?#\"<>]*@")
+_PASSWORD = r"(://[^\s/?#\"<>:@\[]*):(?!\d*[/?#])"  # its beginning, which is no port
+_NOT_ENCODED = re.compile(_PASSWORD + r"[^\s\"<>]{0,200}@")
+_NOT_ENCODED_ADDRESS = re.compile(r"[a-z][\w+.-]*" + _PASSWORD + r"[^@/?#\s\"<>]*[/?#\s\"<>].*@", re.I | re.S)
 _HEADER = re.compile(r"(?i)(\bauthorization\W+(?:basic|bearer) +)[\w.~+/=-]+")
 _SECRET_NAME = re.compile(r"(PASSWORD|PASSWD|TOKEN|SECRET|_KEY|_KEY_ID|CONNECTION_STRING)$")
 
@@ -39,7 +42,21 @@ def without_logins(text: str) -> str:
     >>> without_logins("http://me:secret@host:5000/a/b, postgresql+psycopg://me:s@cret@host/db or sqlite:////a@b.db")
     'http://host:5000/a/b, postgresql+psycopg://me@host/db or sqlite:////a@b.db'
     """
-    return _IN_OTHER_ADDRESS.sub(r"\1@", _IN_WEB_ADDRESS.sub(r"\1", text))
+    return _IN_OTHER_ADDRESS.sub(r"\1@", _IN_WEB_ADDRESS.sub(r"\1", _NOT_ENCODED.sub(r"\1@", text)))
+
+
+def check_address(address: str) -> str:
+    """The address itself.
+
+    Raises:
+        UsageError: if it seems to have a password with characters that end it: where it ends, nobody can tell.
+    """
+    if _NOT_ENCODED_ADDRESS.match(address):
+        raise UsageError(
+            'the address of the MLflow store has a password (not shown here) with a space or one of / ? # " < >: '
+            "percent-encode it, / as %2F, or give it as MLFLOW_TRACKING_PASSWORD"
+        )
+    return address
 
 
 def redacted(text: str) -> str:

@@ -1,6 +1,7 @@
 """Nothing that a folder of results names is executed without the user's word, and nothing in it leads out of it."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -141,6 +142,23 @@ def test_links_do_not_lead_out_of_a_folder(run, tmp_path, capsys, name):
     (run / name).unlink()
     (run / "link").symlink_to("run.json")
     prepare_folder(run, "run.json", resume=True)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "test_correct.npy", "mlflow.log", "spectra/pipe"])
+def test_a_named_pipe_is_not_opened(run, tmp_path, capsys, name):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    for command in (
+        ("gengap train", train.command, "--resume", "--out", "run"),
+        ("gengap report", report.command, "run"),
+        ("gengap report", report.command, "slim", "run", "slim"),
+        ("gengap report", report.command, "sync", "run", "--mlflow.tracking_uri", f"sqlite:///{tmp_path}/x.db"),
+        ("gengap compare", compare.command, "run", "--out", "out"),
+        ("gengap probe", probe.command, "--model", "run"),
+    ):
+        code, err = ended(capsys, *command)
+        assert code == 2
+        assert f"{run / name} is a named pipe or device, no file: remove it" in err
 
 
 def test_a_file_extends_none_elsewhere(run, tmp_path, monkeypatch):

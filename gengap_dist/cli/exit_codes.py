@@ -89,8 +89,11 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
         _print_error(prog, "interrupted; add --resume to continue", debug)
         return INTERRUPTED
     except Exception as error:
-        text = str(error) if debug else " ".join(str(error).split()) + "; --debug shows the traceback"
-        _print_error(prog, f"{type(error).__name__}: {text}", debug, every_rank=True)
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.filename:
+            text = f"{error.filename} cannot be used ({error.strerror})"
+        text = text if debug else one_sentence(text) + "; --debug shows the traceback"
+        _print_error(prog, text, debug, every_rank=True)
         return FAILED
 
 

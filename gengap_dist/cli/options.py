@@ -307,7 +307,8 @@ def _own_value(name: str, info: FieldInfo, given: Any) -> Any:
     if isinstance(given, list):
         element = get_args(_kinds(info.annotation)[0])[0]
         return [_value(f"--{name}", element, word) for word in given]
-    return given if given is True else _value(f"--{name}", info.annotation, given)
+    shown = next((each.metavar for each in info.metadata if isinstance(each, Positional)), f"--{name}")
+    return given if given is True else _value(shown, info.annotation, given)
 
 
 def _last_value(name: str, info: FieldInfo, words: list[str]) -> Any:
@@ -322,6 +323,8 @@ def _value(name: str, annotation: Any, word: str) -> Any:
     if word == "null" and type(None) in kinds:
         return None
     if Path in kinds:
+        if not word:
+            raise UsageError(f"{name} () is empty: give a file or folder")
         return word  # which user_path checks
     try:
         yaml_core.check_text(word)
@@ -364,4 +367,7 @@ def _about_unknown(word: str, argv: Sequence[str], own: dict[str, FieldInfo], kn
         if name in known and len(values) > 1:
             wanted = f"[{', '.join(values)}]" if any(map(_is_list, _kinds(known[name].annotation))) else "one of them"
             return f"{flag} takes one value, not {len(values)}: write {wanted}"
-    return f"{shortened(word, 100) or 'an empty word'} is not a setting: see --help for all"
+    shown = shortened(word, 100)
+    if "config" in own and word.endswith((".yaml", ".yml")):
+        return f"{shown} is not a setting: write --config {shown} for a file with settings"
+    return f"{shown or 'an empty word'} is not a setting: see --help for all"

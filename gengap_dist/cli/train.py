@@ -27,6 +27,7 @@ from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import ending_on_signals
 from gengap_dist.errors import UsageError, explaining_full_disk
 from gengap_dist.runs import lease, run_folder
+from gengap_dist.runs.links import check_links
 from gengap_dist.tracking.mlflow.process import UploaderProcess
 from gengap_dist.training import ENTRY_POINT
 
@@ -40,6 +41,7 @@ def command(argv: Sequence[str]) -> int:
     files = list(options.config)
     saved = options.out / "config.yaml" if options.resume and options.out and not files else None
     if saved and (saved.exists() or not overrides):  # a run that never began has none, and is started by its settings
+        check_links(saved.parent)
         config = validate(RunConfig, merge(load_yaml(saved, of_run=True), overrides))
         check_trusted(config.model_dump(), flat(overrides), saved)
         check_servers(flat(config.model_dump(mode="json")), flat(overrides), saved)

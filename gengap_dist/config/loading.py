@@ -52,11 +52,16 @@ def renamed(name: str) -> str | None:
     return RENAMED.get(name) or (f"{RENAMED[section]}.{rest}" if rest and section in RENAMED else None)
 
 
+MAX_NAME_BYTES = 255
+"""Longest name of a file, on every common file system."""
+
+
 def user_path(text: str | Path) -> Path:
     """A path that a user has given; `~` at its start is a home folder, also where no shell has replaced it.
 
     Raises:
-        UsageError: if it is empty, no home folder is known, or it is not UTF-8: run.json and MLflow hold text.
+        UsageError: if it is empty or too long, no home folder is known, or it is not UTF-8: run.json and MLflow hold
+            text.
 
     >>> user_path("a/~b"), user_path("~") == Path.home()
     (PosixPath('a/~b'), True)
@@ -67,6 +72,8 @@ def user_path(text: str | Path) -> Path:
         path = Path(text).expanduser()
     except RuntimeError:
         raise UsageError(f"the path {text} begins with ~, and no such home folder is known: write it in full") from None
+    if any(len(part.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES for part in path.parts):
+        raise UsageError(f"the path {as_text(str(path))} has a name of more than {MAX_NAME_BYTES} bytes: shorten it")
     if (shown := as_text(str(path))) != str(path):
         raise UsageError(f"the path {shown} is not UTF-8, and cannot be recorded: rename the file or folder")
     return path
@@ -266,11 +273,25 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
             what = "has nothing under it" if first["input"] is None else f"({value}) is one value"
             return f"{shown} {what}: write `name: value` for its settings, or leave it out{rest}"
     same = [first, *(other for other in others if _name(other["loc"]) == name)]  # one of each type that it may have
-    rule = " or ".join(dict.fromkeys(each["msg"][0].lower() + each["msg"][1:] for each in same))
-    near = ""
+    rule = " or ".join(dict.fromkeys(_rule(each["type"], each["msg"], value) for each in same))
+    near = " (did you mean null?)" if first["input"] == "None" else ""
     if first["type"] == "literal_error":
         near = did_you_mean(str(first["input"]), re.findall(r"'(\w+)'", first["msg"]))
     return f"{shown} ({value}) is not valid{near}: {rule}{rest}"
+
+
+def _rule(kind: str, message: str, value: str) -> str:
+    """What pydantic says about a value, in terms of YAML.
+
+    >>> _rule("tuple_type", "Input should be a valid tuple", "128"), _rule("int_type", "Input should be a number", "x")
+    ('input should be a list, such as [128]', 'input should be a number')
+    """
+    match kind:
+        case "bool_type":
+            return "input should be true or false"
+        case "tuple_type" | "list_type":
+            return f"input should be a list, such as [{value}]"
+    return message[0].lower() + message[1:]
 
 
 def _name(place: tuple[int | str, ...]) -> str:
@@ -282,10 +303,10 @@ def _name(place: tuple[int | str, ...]) -> str:
 def _as_yaml(value: Any) -> str:
     """A value as a user may have written it.
 
-    >>> [_as_yaml(value) for value in (None, True, [1, None], "yes", 0.5)]
-    ['null', 'true', '[1, None]', 'yes', '0.5']
+    >>> [_as_yaml(value) for value in (None, True, [1, None], "None", 0.5)]
+    ['null', 'true', '[1, None]', 'None', '0.5']
     """
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def resolve(model: type[C], files: list[Path], overrides: Mapping[str, Any]) -> C:

@@ -95,8 +95,10 @@ def load_own(setting: str, name: str, kind: str) -> Any:
     """
     module_name, _, attribute = name.partition(":")
     try:
+        if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
+            raise ImportError("it is no such name")
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise UsageError(
             f"{setting} ({name}) cannot be imported ({error}): "
             f"give module.path:{kind}, with the module on PYTHONPATH or in the current folder"

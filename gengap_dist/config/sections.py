@@ -33,7 +33,7 @@ from gengap_dist.config.numbers import (
     PositiveFloat,
     PositiveInt,
 )
-from gengap_dist.credentials import without_logins
+from gengap_dist.credentials import check_address, without_logins
 from gengap_dist.errors import did_you_mean
 
 DEFAULT_EPS = 1e-8
@@ -794,7 +794,7 @@ class MlflowConfig(Section, affects="runtime"):
 
     enabled: Boolean = True
     """Upload the run folder to MLflow during the run."""
-    tracking_uri: str | None = None
+    tracking_uri: Annotated[str, AfterValidator(check_address)] | None = None
     """MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
     experiment: str = "gengap_dist"
     """Name of the MLflow experiment."""

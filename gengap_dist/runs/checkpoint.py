@@ -28,11 +28,12 @@ import torch
 from pydantic_core import from_json
 from torch import Tensor, nn
 
+from gengap_dist.config.file_names import file_name_problem
 from gengap_dist.config.identity import differences
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError, first_of
 from gengap_dist.runs.regular_file import open_regular
-from gengap_dist.runs.schema import RunInfo, is_file_name
+from gengap_dist.runs.schema import RunInfo
 
 SCHEMA = 2  # of checkpoint.json; schema 1 has no `run` and no `config`
 FACTS = "checkpoint.json"
@@ -280,7 +281,7 @@ def describe_damage(path: Path) -> str:
             return f"{FACTS} is that of step {step}"
         if unlisted := sorted(({file.name for file in path.glob("*.pt")} | NEEDED) - checksums.keys()):
             return f"{FACTS} has no checksum of {', '.join(unlisted)}"
-        if wrong := [name for name in checksums if not is_file_name(name)]:
+        if wrong := [name for name in checksums if file_name_problem(name)]:
             return f"{FACTS} lists {wrong[0]!r:.60}, which is no file of a checkpoint"
         for name, expected in checksums.items():
             with open_regular(path / name) as file:

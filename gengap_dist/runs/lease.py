@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.regular_file import open_regular
 
 PREFIX = ".lease."
 COUNT_SECONDS = 1.0  # between two counts of an owner
@@ -233,7 +234,8 @@ def _count(path: Path, owner: Owner, stop: threading.Event) -> None:
 def _content(path: Path) -> bytes | None:
     """The content of a lease, b"" if it cannot be read at the moment; None if it is gone."""
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except FileNotFoundError:
         return None
     except OSError:
@@ -243,7 +245,8 @@ def _content(path: Path) -> bytes | None:
 def _is_of(path: Path, token: str) -> bool:
     """Whether a lease is there and has this token, or cannot be read at the moment."""
     try:
-        return token.encode() in path.read_bytes()
+        with open_regular(path) as file:
+            return token.encode() in file.read()
     except FileNotFoundError:
         return False
     except OSError:

@@ -1,7 +1,7 @@
-"""Links in the folder of a run or study: they must not lead out of it.
+"""Links in the folder of a run or study must not lead out of it, and what is no folder must be a regular file.
 
 Such a folder is shared and sent elsewhere: behind a link to another place, files of the user who reads it would be
-shown, copied or sent, or written to.
+shown, copied or sent, or written to. A named pipe waits for whoever opens its other end, and a device may never end.
 """
 
 import os
@@ -12,14 +12,14 @@ from gengap_dist.errors import UsageError
 
 
 def check_links(folder: Path, *, unread: Container[str] = ()) -> None:
-    """Check all links at and below a folder.
+    """Check all links, pipes and devices at and below a folder.
 
     Args:
         folder: of a run or study.
         unread: names of folders in it that the caller neither reads nor writes.
 
     Raises:
-        UsageError: if one leads out of it.
+        UsageError: if a link leads out of it, or there is a pipe or device.
     """
     root, folders = folder.resolve(), [folder.resolve()]
     while folders:
@@ -31,7 +31,10 @@ def check_links(folder: Path, *, unread: Container[str] = ()) -> None:
                             f"{entry.path} is a link that leads out of its folder, to {os.path.realpath(entry.path)}: "
                             "put what it leads to in its place"
                         )
-                    if entry.is_dir(follow_symlinks=False) and entry.name not in unread:
-                        folders.append(Path(entry.path))
+                    if entry.is_dir(follow_symlinks=False):
+                        if entry.name not in unread:
+                            folders.append(Path(entry.path))
+                    elif not (entry.is_symlink() or entry.is_file() or not os.path.lexists(entry.path)):
+                        raise UsageError(f"{entry.path} is a named pipe or device, no file: remove it")
         except OSError:  # it has vanished, or cannot be read
             continue

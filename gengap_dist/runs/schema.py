@@ -64,18 +64,9 @@ Time = Annotated[str, AfterValidator(_check_time)]
 """ISO 8601."""
 
 
-def is_file_name(name: str) -> bool:
-    """Whether a name from a file is that of a file or folder, and no path to somewhere else.
-
-    >>> [is_file_name(name) for name in ("sb8", "..", "a/b", "")]
-    [True, False, False, False]
-    """
-    return PurePosixPath(name).parts == (name,) and name not in ("..", "/") and "\0" not in name
-
-
 def _check_inside(text: str) -> str:
     path = PurePosixPath(text)
-    if path.is_absolute() or not path.parts or not all(map(is_file_name, path.parts)):
+    if path.is_absolute() or not path.parts or any(map(file_name_problem, path.parts)):
         raise ValueError("the path must be inside of the folder")
     return text
 

@@ -44,18 +44,24 @@ def say(capsys, command: str, *words: object) -> str:
         (["--probe.at_losses", "\ud800"], "half a character"),
         (["--seed", ""], "--seed () is empty: give a value"),
         (["--model.widths", ""], "--model.widths () is empty: give a value"),
-        (["--out", ""], "the path () is empty: give a file or folder"),
-        (["--config="], "the path () is empty: give a file or folder"),
+        (["--out", ""], "--out () is empty: give a file or folder"),
+        (["--config="], "--config () is empty: give a file or folder"),
+        (["--data.root", ""], "--data.root () is empty: give a file or folder"),
+        ([DEMO], "is not a setting: write --config /"),
+        (["--config", DEMO, "b.yaml"], "b.yaml is not a setting: write --config b.yaml for a file with settings"),
         (["--out", "a\0b"], r"the path (a\x00b) is no path"),
         (["--data.name", "a\0b"], r"--data.name (a\x00b) holds a NUL"),
         (["--mlflow.experiment", "caf\udce9"], "half a character"),
         (["--seed", "2026-13-45"], "seed (2026-13-45) is not valid"),
-        (["--train.tf32", "yes"], "train.tf32 (yes) is not valid: input should be a valid boolean"),
+        (["--train.tf32", "yes"], "train.tf32 (yes) is not valid: input should be true or false"),
+        (["--data.download", "1"], "data.download (1) is not valid: input should be true or false"),
+        (["--data.num_train", "None"], "data.num_train (None) is not valid (did you mean null?): input should be"),
         (["--seed", "9" * 5000], "is too large a number"),
         (["--optim.lr", "1e999"], "--optim.lr (1e999) is not a finite number"),
         (["--optim.lr", "x" * 100_000], "x) is not valid"),
         (["--optim.lr" + "x" * 100_000, "3"], "is not a setting"),
-        (["--config", "x" * 100_000], "cannot be read"),
+        (["--config", "x" * 100_000], "has a name of more than 255 bytes: shorten it"),
+        (["--out", "a/" + "x" * 256], "has a name of more than 255 bytes: shorten it"),
         (["--data.name", "x y " * 30_000], "your own module.path:factory"),
         (["--optim.lr", "\x1b[2J\n\u2028"], r"optim.lr (\x1b[2J"),
         (["--model.widths", "[1, 2"], "--model.widths ([1, 2) is not YAML"),
@@ -80,6 +86,9 @@ def test_train_says_what_is_wrong(capsys, words, says):
         ("plan", ["--nodes", "9" * 5000], "--nodes (9999"),
         ("plan", ["--nodes", "true"], "nodes (true) is not valid"),
         ("probe", [], "--model must be given"),
+        ("probe", ["--model", ":"], "model.name (:) cannot be imported (it is no such name)"),
+        ("probe", ["--model", ".:x"], "model.name (.:x) cannot be imported (it is no such name)"),
+        ("probe", ["--model", "math:sqrt"], "model.name (math:sqrt) failed (math.sqrt() takes exactly one argument"),
         ("probe", ["--model", "lenet5", "--data_root", "x"], "--data_root is called --data.root now"),
         ("probe", ["--model", "lenet5", "--num_samples", "3", "4"], "--num_samples is called --probe.num_samples now"),
         ("probe", ["--model", "lenet5", "--optim.lr", "3"], "--optim.lr is not a setting"),
@@ -88,7 +97,7 @@ def test_train_says_what_is_wrong(capsys, words, says):
         ("compare", [""], "the path () is empty"),
         ("compare", ["a", "--tracking_uri", "x"], "--tracking_uri is called --mlflow.tracking_uri now"),
         ("report", [], "DIR must be given"),
-        ("report", [""], "the path () is empty"),
+        ("report", [""], "DIR () is empty"),
         ("report", ["a\0b"], "is no path"),
         ("report", ["slim", "a"], "OUT must be given"),
         ("report", ["a", "b"], "b is not a setting"),
@@ -97,6 +106,14 @@ def test_train_says_what_is_wrong(capsys, words, says):
 )
 def test_the_others_say_what_is_wrong(capsys, command, words, says):
     assert says in say(capsys, command, *words)
+
+
+def test_an_error_of_the_system_names_its_file(capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        run_command("gengap", lambda argv: tmp_path.write_text(""), [])
+    assert end.value.code == 1
+    said = f"gengap: {tmp_path} cannot be used (Is a directory); --debug shows the traceback\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

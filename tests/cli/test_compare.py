@@ -7,6 +7,7 @@ import pytest
 from gengap_dist.analysis.study_data import read_study
 from gengap_dist.cli.compare import command
 from gengap_dist.cli.exit_codes import run_command
+from gengap_dist.distributed.worker_pool import free_port
 from tests.conftest import config
 
 
@@ -134,6 +135,17 @@ def test_bad_input(folders, mlflow_db, capsys, words, says):
         run_command("gengap compare", command, [*words, "--out", "out", "--mlflow.tracking_uri", store])
     assert exit_.value.code == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend
+def test_a_server_that_is_away_does_not_lack_the_run(tmp_path, capsys):
+    words = ["runs:/0123", "--out", str(tmp_path / "out"), "--mlflow.tracking_uri", f"http://127.0.0.1:{free_port()}"]
+    with pytest.raises(SystemExit) as exit_:
+        run_command("gengap compare", command, words)
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert "cannot be read" in said
+    assert "is not a run" not in said
 
 
 @pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend

@@ -84,6 +84,29 @@ def test_what_was_recorded_leads_to_the_same_store_again(monkeypatch):
     assert store_uri("http://other:5000") == "http://other:5000"
 
 
+@pytest.mark.parametrize("password", ["pa/ss", "pa#ss", "pa?s@s", "pa ss", 'pa"ss'])
+def test_a_password_that_is_not_encoded_is_refused_and_not_shown(monkeypatch, capsys, password):
+    uri = f"HTTP://me:{password}@host:5000"
+    if not {*password} & {*' "'}:
+        assert redacted(f"no {uri}") == "no HTTP://host:5000"
+    with pytest.raises(SystemExit) as end:
+        run_command("gengap", train.command, ["--print_config", "--mlflow.tracking_uri", uri])
+    said = capsys.readouterr()
+    assert (end.value.code, said.out) == (2, "")
+    assert "percent-encode it" in said.err
+    assert password not in said.err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UsageError, match="percent-encode it"):
+        store_uri(None)
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://h:5000/a@b", "http://[::1]:5000/a@b", "http://me:p%2Fs@h/", "sqlite:////a b@c"]
+)
+def test_other_addresses_are_used(uri):
+    assert store_uri(uri) == uri
+
+
 @pytest.mark.parametrize(
     "text", ["http://h:5000/a@b", "sqlite:////a b/c@d.db", "me@example.org: see https://h/", "a:b@c"]
 )

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sqlite3
+import subprocess
 import sys
 from contextlib import closing
 
@@ -51,6 +52,15 @@ def test_a_run_in_an_ascii_locale_without_a_home_in_a_folder_of_any_name(tmp_pat
         assert ("Größe",) in store.execute("SELECT name FROM experiments").fetchall()
         assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
     assert "--out=~/ö [/y]" in (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.processes
+def test_a_current_folder_that_was_removed_is_named(tmp_path):
+    run = f"rmdir {shlex.quote(str(tmp_path / 'gone'))}; {shlex.quote(sys.executable)} -m gengap_dist plan"
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(["sh", "-c", run], cwd=tmp_path / "gone", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gengap: the current folder was removed: change to another\n"
 
 
 def test_what_standard_output_cannot_show_ends_no_command(monkeypatch):

@@ -39,7 +39,7 @@ def test_no_word_becomes_a_number(tmp_path, word):
 @pytest.mark.parametrize("word", ["yes", "on", "1", "'true'"])
 def test_only_true_and_false_are_booleans(tmp_path, word):
     (tmp_path / "a.yaml").write_text(f"train: {{tf32: {word}}}\n")
-    with pytest.raises(UsageError, match=r"train.tf32 \(.*\) is not valid: input should be a valid boolean"):
+    with pytest.raises(UsageError, match=r"train.tf32 \(.*\) is not valid: input should be true or false"):
         resolve(RunConfig, [tmp_path / "a.yaml"], {})
 
 
@@ -66,8 +66,9 @@ LAUGHS = "a: &a0 x\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\
         (f"seed: '{'9' * 30}'", "seed (999999999999999999999999999999) is not valid: input should be less than"),
         ("seed: 1e300", "seed (1e+300) is not valid"),
         ("seed: true", "seed (true) is not valid: input should be a number"),
+        ("model: {widths: 128}", "model.widths (128) is not valid: input should be a list, such as [128]"),
         ("model: {widths: [true, 3]}", "model.widths (true) is not valid: input should be a number"),
-        ("train: {channels_last: maybe}", "input should be a valid boolean or input should be 'auto'"),
+        ("train: {channels_last: maybe}", "input should be true or false or input should be 'auto'"),
         ("seed: !!python/name:os.abort", "has the tag tag:yaml.org,2002:python/name:os.abort in line 1"),
         ("seed: !!int '3'", "has the tag"),
         ("seed: ! 3", "has the tag ! in line 1"),

@@ -191,6 +191,9 @@ def test_own_factory(tmp_path, monkeypatch):
         models.build("mynet:wrong", DataSpec.images(7, 1))
     with pytest.raises(UsageError, match=r"mynet:mkae\) cannot be imported"):
         models.build("mynet:mkae", DataSpec.images(7, 1))
+    (tmp_path / "broken.py").write_text("def (")
+    with pytest.raises(UsageError, match=r"broken:make\) cannot be imported \(invalid syntax"):
+        models.build("broken:make", DataSpec.images(7, 1))
 
 
 @pytest.mark.parametrize(("name", "near"), [("lenet", "lenet5"), ("resnet65", "resnet56"), ("vgg-16", "vgg16")])

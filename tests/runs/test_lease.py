@@ -224,3 +224,9 @@ def test_a_lease_that_was_made_meanwhile_counts(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="is being written by process"), lease.holding(tmp_path, lambda text: None):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [".lease.1"]
+
+
+def test_a_pipe_in_the_place_of_a_lease_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / ".lease.1")
+    assert lease._content(tmp_path / ".lease.1") == b""
+    assert not lease.is_of_another(tmp_path)

@@ -42,7 +42,7 @@ MAX_ARMS_PER_BATCH = 3  # arms of one batch size that fit side by side on the ba
 MAX_LABEL = 50  # characters of the name of an arm or a layer
 MAX_METRIC = 100  # of a metric, which has that of a layer in its middle
 ROW = 0.25  # inches
-FORMULA = tuple("=+-@\t\r\uff1d\uff0b\uff0d\uff20")  # first characters of a formula in a spreadsheet
+FORMULA = re.compile(r"(^|;|\t)(?=[=+\-@\t\r\uff1d\uff0b\uff0d\uff20])")  # its beginning in a spreadsheet's cell
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
@@ -109,8 +109,10 @@ def save(figure: ReportFigure, folder: Path, name: str, *, pdf: bool) -> tuple[s
 def as_csv(rows: Sequence[Row]) -> str:
     r"""Rows as CSV; numbers with six digits, missing values empty, an apostrophe before text that begins as a formula.
 
-    >>> as_csv([{"arm": "a", "x": 1 / 3}, {"arm": "=b", "x": float("nan")}])
-    "arm,x\na,0.333333\n'=b,\n"
+    In many countries a spreadsheet ends cells at `;`, too.
+
+    >>> as_csv([{"arm": "a", "x": 1 / 3}, {"arm": "=b", "x": float("nan")}, {"arm": "c;=d", "x": 1.0}])
+    "arm,x\na,0.333333\n'=b,\nc;'=d,1\n"
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -124,7 +126,7 @@ def _cell(value: object) -> object:
     if value is None or value != value:
         return ""
     if isinstance(value, str):
-        return f"'{visible(value)}" if value.startswith(FORMULA) else visible(value)
+        return visible(FORMULA.sub(r"\1'", value))
     return format(value, ".6g") if isinstance(value, float) else value
 
 

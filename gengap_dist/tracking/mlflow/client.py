@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from gengap_dist.compat.fast_imports import fast_imports
-from gengap_dist.credentials import login_of, printable, without_logins
+from gengap_dist.credentials import check_address, login_of, printable, without_logins
 
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development"
@@ -30,11 +30,14 @@ def store_uri(configured: str | None) -> str:
     """The MLflow store to use: the configured one, MLFLOW_TRACKING_URI, or a file in the current folder.
 
     What is configured may have been recorded, without credentials: the variable's are used for the same store.
+
+    Raises:
+        UsageError: see `check_address`.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if configured and given and without_logins(given).rstrip("/") == configured.rstrip("/"):
         return given
-    return configured or given or sqlite_uri(Path.cwd() / "mlflow.db")
+    return check_address(configured or given or sqlite_uri(Path.cwd() / "mlflow.db"))
 
 
 def sqlite_uri(path: Path) -> str:

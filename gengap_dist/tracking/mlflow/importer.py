@@ -18,7 +18,7 @@ from gengap_dist.config.loading import nested
 from gengap_dist.errors import UsageError, did_you_mean
 from gengap_dist.runs.run_folder import json_line, write_atomically, write_info
 from gengap_dist.runs.schema import RunInfo, RunStatus, first_error
-from gengap_dist.tracking.mlflow.client import describe
+from gengap_dist.tracking.mlflow.client import describe, is_outage
 from gengap_dist.tracking.mlflow.names import own_name
 
 PAGE = 100  # runs in an answer of the server, whose size is bounded
@@ -52,12 +52,15 @@ def find_runs(client: Any, source: str) -> Iterator[Any]:
 
     Raises:
         UsageError: if there is none.
+        Exception: any error of the MLflow client, if the store cannot be reached.
     """
     kind, _, name = source.partition(":/")
     if kind == "runs":
         try:
             run = client.get_run(name)
         except Exception as error:
+            if is_outage(error):
+                raise
             reason = describe(error)[:200]
             raise UsageError(f"{source} is not a run in this store ({reason}): give the id that MLflow shows") from None
         descendants = list(_descendants(client, run))

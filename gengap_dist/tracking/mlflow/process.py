@@ -157,8 +157,9 @@ def _describe(error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """An error as a part of a sentence."""
-    return _describe(error)[:REASON_CHARACTERS]
+    """An error as a part of a sentence; one of a single word, such as a key, does not say what is wrong."""
+    text = describe(error)
+    return (text if " " in text else _describe(error))[:REASON_CHARACTERS]
 
 
 def _stdin_closes_within(seconds: float) -> bool:

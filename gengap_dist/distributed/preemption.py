@@ -80,7 +80,14 @@ def ending_on_signals() -> Iterator[None]:
             raise Preempted(None)
 
     with handling(TIME_SIGNALS, end):
-        yield
+        try:
+            yield
+        except (UsageError, Preempted):
+            raise
+        except Exception as error:
+            if flag():  # what the signal interrupted failed in its own way, as half an import of torch does
+                raise Preempted(None) from error
+            raise
 
 
 @contextmanager

@@ -66,6 +66,20 @@ def test_a_command_that_ends_with_an_error_is_left_to_clean_up():
     assert raised.value.was_told_to_end
 
 
+def test_what_a_signal_interrupts_may_fail_in_its_own_way():
+    """A package that is being imported tries another way after any exception, and fails for that."""
+
+    def load():
+        with ending_on_signals():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except Exception:
+                raise RuntimeError("half of it is loaded") from None
+
+    with pytest.raises(Preempted):
+        load()
+
+
 @pytest.mark.parametrize("local_rank", [0, 1])
 def test_of_ranks_that_fail_together_the_first_of_a_machine_says_why(local_rank, monkeypatch, capsys):
     """Though the launcher's signal reached the others while they cleaned up, so that they live on."""

@@ -78,11 +78,13 @@ def test_anyone_killed_at_random_moments(whole, tmp_path):
     command = [*TORCHRUN, "--max-restarts", str(NUM_KILLS), "-m", "gengap_dist.train", *WORDS, "--resume"]
     luck, moments, last, starts = random.Random(0), Counter[tuple[str, str]](), -1, 0
     with (tmp_path / "log").open("w") as log:
-        agent = psutil.Popen([*command, "--out", str(killed)], env=env, stdout=log, stderr=log)
+        agent, victim = psutil.Popen([*command, "--out", str(killed)], env=env, stdout=log, stderr=log), ""
         for number in range(NUM_KILLS):
-            victim = VICTIMS[number] if number < len(VICTIMS) else luck.choice(VICTIMS)
+            others = [name for name in VICTIMS if not (name == victim == "uploader")]  # a start makes the next uploader
+            victim = VICTIMS[number] if number < len(VICTIMS) else luck.choice(others)
             moment, ranks, found = "", list[psutil.Process](), list[psutil.Process]()
             while not found:  # they may be starting
+                assert agent.status() != psutil.STATUS_ZOMBIE, "it ended before the last kill"
                 moment = wait_for_a_moment(agent, killed, last, luck)
                 ranks = sorted(agent.children(), key=lambda process: process.environ().get("RANK", ""))
                 found = {"agent": [agent], "driver": ranks[:1], "rank": ranks[1:], "uploader": uploaders(killed)}[

@@ -88,8 +88,8 @@ def shortened(text: str, limit: int) -> str:
     >>> shortened("abcdefghijklmnop", 11), shortened("abc", 11)
     ('abc ... nop', 'abc')
     """
-    half = (limit - 5) // 2
-    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+    end = (limit - 5) // 2
+    return text if len(text) <= limit else f"{text[: limit - 5 - end]} ... {text[-end:]}"
 
 
 def one_sentence(text: str) -> str:

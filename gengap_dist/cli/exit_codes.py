@@ -18,7 +18,7 @@ from gengap_dist.distributed.launchers.base import started_externally
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import OutOfMemory, UsageError, explaining_full_disk, one_sentence
 
-FIRST_RANK_SECONDS = 30.0  # the first rank of a machine prints an error; the others wait this long for it
+FIRST_RANK_SECONDS = 15.0  # the first rank of a machine prints an error; the others wait this long for it
 
 
 OK, FAILED, USAGE, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130  # 75: EX_TEMPFAIL, restart with --resume

@@ -43,8 +43,9 @@ def command(argv: Sequence[str]) -> int:
     if saved and (saved.exists() or not overrides):  # a run that never began has none, and is started by its settings
         check_links(saved.parent)
         config = validate(RunConfig, merge(load_yaml(saved, of_run=True), overrides))
-        check_trusted(config.model_dump(), flat(overrides), saved)
-        check_servers(flat(config.model_dump(mode="json")), flat(overrides), saved)
+        said = flat(overrides)
+        check_trusted(config.model_dump(), said, saved)
+        check_servers(flat(config.model_dump(mode="json")), said, saved)
     else:
         config = resolve(RunConfig, files, overrides)
     if options.print_config:

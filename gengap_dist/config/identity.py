@@ -8,7 +8,7 @@ groups by that, an arm is "plain" if it differs in the batch only, and a counter
 import json
 from collections.abc import Collection, Hashable, Mapping
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -149,9 +149,11 @@ def effective_settings(settings: Settings) -> dict[str, object]:
     for name in ("optim.lr", "optim.adamw_lr") if out.get("optim.name") == "muon" else ("optim.lr",):
         _scale(out, name, batch_rules.lr_factor(scaling, factor))
     _scale(out, "optim.weight_decay", batch_rules.weight_decay_factor(weight_decay_scaling, factor))
-    if factor != 1.0 and "optim.betas" in out:
-        beta1, beta2 = cast("list[float]", out["optim.betas"])
-        out["optim.betas"] = [*batch_rules.scaled_betas(scaling, beta2_scaling, (beta1, beta2), factor)]
+    match out.get("optim.betas"):  # those of a run of another program may be anything
+        case [int() | float() as beta1, int() | float() as beta2] if factor != 1.0:
+            out["optim.betas"] = [*batch_rules.scaled_betas(scaling, beta2_scaling, (beta1, beta2), factor)]
+        case _:
+            pass
     if factor != 1.0 and scaling == "adam_sqrt":
         out["optim.eps"] = out.get("optim.eps") or DEFAULT_EPS
         _scale(out, "optim.eps", batch_rules.scaled_eps(scaling, 1.0, factor))

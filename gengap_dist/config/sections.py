@@ -443,6 +443,14 @@ class OptimConfig(Section, affects="result"):
         """Whether `name` is a user's own factory."""
         return ":" in self.name
 
+    def batch_ratio(self, global_size: int) -> float:
+        """K = B / base_size of a global batch B, the k of the rules; 1 without a base_size.
+
+        >>> OptimConfig(base_size=8).batch_ratio(32), OptimConfig().batch_ratio(32)
+        (4.0, 1.0)
+        """
+        return global_size / (self.base_size or global_size)
+
     def at_batch(self, global_size: int) -> Self:
         """The settings with betas, eps and weight decay as the rules have them at a global batch.
 
@@ -452,7 +460,7 @@ class OptimConfig(Section, affects="result"):
         >>> given.at_batch(16).weight_decay
         0.2
         """
-        k = global_size / (self.base_size or global_size)
+        k = self.batch_ratio(global_size)
         eps = self.eps or (DEFAULT_EPS if self.scaling == "adam_sqrt" else None)
         scaled: dict[str, Any] = {
             "betas": batch_rules.scaled_betas(self.scaling, self.beta2_scaling, self.betas, k),
@@ -889,7 +897,7 @@ class RunConfig(Section, affects="result"):
             raise ValueError(
                 "batch.schedule changes the number of updates per epoch: set train.length_unit=epochs, or train.steps"
             )
-        k = self.batch.global_size / (optim.base_size or self.batch.global_size)
+        k = optim.batch_ratio(self.batch.global_size)
         beta = min(optim.betas)
         if optim.scaling == "adam_sqrt" and k * (1 - beta) >= 1:
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from gengap_dist.config.own_code import load_own, own_code
 from gengap_dist.config.sections import RunConfig
@@ -117,6 +118,16 @@ def build(
     return model
 
 
+class _WithoutRandomNumbers(TorchFunctionMode):
+    """Leaves weights as they are: on the meta device, torch imports its compiler (1 to 2 s) to draw them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
 def _check_memory(name: str, make: Callable[[], nn.Module]) -> None:
     """Refuse a network whose weights this machine cannot hold: they are counted on a device without memory.
 
@@ -125,7 +136,7 @@ def _check_memory(name: str, make: Callable[[], nn.Module]) -> None:
     """
     remedy = "choose smaller model.widths, a smaller data.image_size, or another network"
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutRandomNumbers():
             weights = [*make().parameters()]
     except (RuntimeError, OverflowError, TypeError) as error:  # torch raises each of them
         if "verflow" not in str(error):

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from gengap_dist.config.regular_file import open_regular
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.json_lines import read_from
-from gengap_dist.runs.regular_file import open_regular
 from gengap_dist.runs.run_folder import json_line, read_info, write_atomically
 from gengap_dist.runs.schema import RunInfo
 

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from gengap_dist.config.file_names import file_name_problem
 from gengap_dist.config.identity import differences
+from gengap_dist.config.regular_file import open_regular, read_regular
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError, first_of
-from gengap_dist.runs.regular_file import open_regular
 from gengap_dist.runs.schema import RunInfo
 
 SCHEMA = 2  # of checkpoint.json; schema 1 has no `run` and no `config`
@@ -225,8 +225,7 @@ def step_of(path: Path) -> int:
 def _facts(path: Path) -> dict[str, Any]:
     """The content of checkpoint.json; {} if it is missing or damaged."""
     try:
-        with open_regular(path / FACTS) as file:
-            facts = from_json(file.read())
+        facts = from_json(read_regular(path / FACTS))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -272,8 +271,7 @@ def describe_damage(path: Path) -> str:
     'checkpoint.json is missing'
     """
     try:
-        with open_regular(path / FACTS) as file:
-            facts = from_json(file.read())
+        facts = from_json(read_regular(path / FACTS))
         checksums, step = facts["sha256"], facts["step"]
         if not isinstance(facts["schema"], int) or facts["schema"] < 1:
             return f"{FACTS} is not valid"
@@ -344,6 +342,18 @@ def load(path: Path) -> State:
     return state
 
 
+def load_nested(path: Path, *names: str) -> State:
+    """The same for a file of mappings: those with the given names, or, without names, all of them.
+
+    Raises:
+        UsageError: see `load`.
+    """
+    state = load(path)
+    if wrong := [name for name in names or state if not isinstance(state.get(name, {}), Mapping)]:
+        raise UsageError(f"{path} is damaged: {wrong[0]!r:.60} must be a mapping; remove this checkpoint")
+    return state
+
+
 def _named_code(path: Path) -> list[str]:
     """What a file would import, such as the class of a pickled network; empty if it is not known."""
     try:
@@ -382,18 +392,6 @@ def without_wrappers(state: State, model: nn.Module) -> tuple[State, list[str]]:
     removed = wrappers & {part for name in state for part in name.split(".")}
     bare = {".".join(part for part in name.split(".") if part not in removed): value for name, value in state.items()}
     return bare, sorted(f"{part}." for part in removed)
-
-
-def load_nested(path: Path, *names: str) -> State:
-    """The same for a file of mappings: those with the given names, or, without names, all of them.
-
-    Raises:
-        UsageError: see `load`.
-    """
-    state = load(path)
-    if wrong := [name for name in names or state if not isinstance(state.get(name, {}), Mapping)]:
-        raise UsageError(f"{path} is damaged: {wrong[0]!r:.60} must be a mapping; remove this checkpoint")
-    return state
 
 
 def evaluated_state(path: Path) -> State:

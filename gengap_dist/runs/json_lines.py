@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic_core import SchemaValidator, ValidationError, core_schema
 
+from gengap_dist.config.regular_file import open_regular
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.regular_file import open_regular
 from gengap_dist.runs.schema import REMEDY, first_error
 
 MAX_LINE_BYTES = 2**20  # more than the longest line of metrics.jsonl

@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from gengap_dist.config.regular_file import read_regular
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.regular_file import open_regular
 
 PREFIX = ".lease."
 COUNT_SECONDS = 1.0  # between two counts of an owner
@@ -234,8 +234,7 @@ def _count(path: Path, owner: Owner, stop: threading.Event) -> None:
 def _content(path: Path) -> bytes | None:
     """The content of a lease, b"" if it cannot be read at the moment; None if it is gone."""
     try:
-        with open_regular(path) as file:
-            return file.read()
+        return read_regular(path)
     except FileNotFoundError:
         return None
     except OSError:
@@ -245,8 +244,7 @@ def _content(path: Path) -> bytes | None:
 def _is_of(path: Path, token: str) -> bool:
     """Whether a lease is there and has this token, or cannot be read at the moment."""
     try:
-        with open_regular(path) as file:
-            return token.encode() in file.read()
+        return token.encode() in read_regular(path)
     except FileNotFoundError:
         return False
     except OSError:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gengap_dist.config.regular_file import open_regular
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.regular_file import open_regular
 from gengap_dist.runs.schema import REMEDY
 
 LINES_PER_BATCH = 1000  # lines held as dicts at one time

@@ -29,6 +29,7 @@ from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, TypeAdapter, Va
 from pydantic_core import from_json
 
 from gengap_dist.config.loading import to_yaml
+from gengap_dist.config.regular_file import open_regular
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.credentials import command_line
 from gengap_dist.distributed.preemption import Preempted
@@ -37,7 +38,6 @@ from gengap_dist.runs import lease
 from gengap_dist.runs.appended_file import append_lines
 from gengap_dist.runs.json_lines import last_step, read_from, read_lines
 from gengap_dist.runs.links import check_links
-from gengap_dist.runs.regular_file import open_regular
 from gengap_dist.runs.schema import REMEDY, NewerSchema, RunInfo, RunStatus, StudyInfo, first_error, to_time
 from gengap_dist.runs.upload_state import read_upload_state
 

@@ -29,9 +29,9 @@ from pydantic import (
 from pydantic_core import from_json
 
 from gengap_dist.config.file_names import file_name_problem
+from gengap_dist.config.regular_file import read_regular
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metric import ACCURACY, MetricDescription
-from gengap_dist.runs.regular_file import open_regular
 
 SCHEMA = 2
 REMEDY = "restore it, or remove its folder"  # of a damaged file
@@ -160,6 +160,7 @@ class _Batch(_Part):
 
 class _Train(_Part):
     target_accuracy: FiniteFloat | None = None
+    target_loss: FiniteFloat | None = None
 
 
 class _Probe(_Part):
@@ -248,8 +249,7 @@ class _Record(BaseModel):
             UsageError: if it is missing or damaged: one sentence with the field and its rule.
         """
         try:
-            with open_regular(path) as file:
-                tree = from_json(file.read())
+            tree = from_json(read_regular(path))
         except OSError as error:
             raise UsageError(f"{path} cannot be read ({error.strerror}): give the folder of a run or study") from None
         except ValueError as error:

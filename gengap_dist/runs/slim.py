@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gengap_dist.config.metric_key import LayerKey
+from gengap_dist.config.regular_file import read_regular
 from gengap_dist.errors import UsageError, first_of
 from gengap_dist.runs.metrics_table import NO_LINES, dump
-from gengap_dist.runs.regular_file import open_regular
 from gengap_dist.runs.run_folder import (
     TEST_CORRECT,
     dump_arrays,
@@ -162,8 +162,7 @@ def check_sums(out: Path) -> list[str]:
         UsageError: if there are no checksums.
     """
     try:
-        with open_regular(out / SUMS) as file:
-            lines = file.read().decode("utf-8", "replace").splitlines()
+        lines = read_regular(out / SUMS).decode("utf-8", "replace").splitlines()
     except OSError as error:
         raise UsageError(f"{out / SUMS} cannot be read ({error.strerror}): give the folder of a slim copy") from None
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -188,7 +187,6 @@ def _files(out: Path) -> Iterator[Path]:
 def _digest(path: Path) -> str:
     """SHA-256 of a file; empty if it cannot be read."""
     try:
-        with open_regular(path) as file:
-            return hashlib.sha256(file.read()).hexdigest()
+        return hashlib.sha256(read_regular(path)).hexdigest()
     except OSError:
         return ""

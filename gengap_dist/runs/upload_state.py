@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 from pydantic_core import from_json
 
+from gengap_dist.config.regular_file import read_regular
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.regular_file import open_regular
 from gengap_dist.runs.schema import first_error
 
 FILE_NAME = "mlflow.json"
@@ -42,8 +42,7 @@ def read_upload_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / FILE_NAME
     try:
-        with open_regular(path) as file:
-            state = from_json(file.read())
+        state = from_json(read_regular(path))
         _State.model_validate(state)
     except FileNotFoundError:
         return {}

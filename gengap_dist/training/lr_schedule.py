@@ -22,7 +22,7 @@ def scaled_lr(config: OptimConfig, global_size: int) -> float:
     >>> [scaled_lr(OptimConfig(lr=0.1, scaling=rule, base_size=256), global_size=1024) for rule in rules]
     [0.1, 0.4, 0.2, 0.2]
     """
-    return config.lr * lr_factor(config.scaling, global_size / (config.base_size or global_size))
+    return config.lr * lr_factor(config.scaling, config.batch_ratio(global_size))
 
 
 def warmup_steps(config: OptimConfig, *, global_size: int, steps_per_epoch: int) -> int:
@@ -33,7 +33,7 @@ def warmup_steps(config: OptimConfig, *, global_size: int, steps_per_epoch: int)
     >>> [warmup_steps(config, global_size=32, steps_per_epoch=10) for config in configs]
     [5, 20]
     """
-    factor = global_size / (config.base_size or global_size) if config.scaling == "legw" else 1.0
+    factor = config.batch_ratio(global_size) if config.scaling == "legw" else 1.0
     return round(config.warmup_epochs * factor * steps_per_epoch)
 
 
@@ -172,7 +172,7 @@ class Schedule:
         if len(sampler.phases) > 1 and sampler.phases[1].step < end:
             end, part = sampler.phases[1].step, "the part before the batch of batch.schedule grows"
         if steps and steps >= end:
-            legw = f", {size / (optim.base_size or size):g} times as many under optim.scaling=legw,"
+            legw = f", {optim.batch_ratio(size):g} times as many under optim.scaling=legw,"
             raise UsageError(
                 f"optim.warmup_epochs ({optim.warmup_epochs:g}){legw if optim.scaling == 'legw' else ''} are {steps} "
                 f"steps, and {part} has {end}: choose a smaller value, or a longer run"

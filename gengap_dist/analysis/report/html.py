@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-import yaml
 from jinja2 import Environment, StrictUndefined
 
 from gengap_dist.analysis.report.figure_list import RUN_FIGURES, STUDY_FIGURES, name_metric
@@ -29,6 +28,7 @@ from gengap_dist.analysis.report.tables import (
 from gengap_dist.analysis.report.text import MAX_CAVEATS, first_sentences
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
+from gengap_dist.config import yaml_core
 from gengap_dist.errors import visible
 from gengap_dist.runs.run_folder import write_atomically
 
@@ -189,7 +189,7 @@ def _count(value: int | None) -> str:
 
 
 def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, default_flow_style=None, width=110) if value else ""
+    return yaml_core.write(value) if value else ""
 
 
 def _without_interpreter_path(argv: list[str]) -> list[str]:

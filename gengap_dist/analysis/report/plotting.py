@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from gengap_dist.analysis.study_data import RunData, StudyData
-from gengap_dist.errors import visible
+from gengap_dist.errors import shortened, visible
 from gengap_dist.runs.run_folder import write_atomically
 
 THEME = {  # CSS variable: light, dark. Figures are drawn in the light colours; the page replaces them by the variables.
@@ -172,8 +172,7 @@ def label_of(name: str, max_length: int = MAX_LABEL) -> str:
     >>> label_of("fc2/pool"), label_of("_a"), len(label_of(300 * "x"))
     ('fc2/pool', ' _a', 50)
     """
-    name, half = visible(name), max_length // 2
-    shown = name if len(name) <= max_length else f"{name[: half - 3]}...{name[-half:]}"
+    shown = shortened(visible(name), max_length)
     return f" {shown}" if shown.startswith("_") else shown
 
 

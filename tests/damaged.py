@@ -239,6 +239,8 @@ RUN_SHAPES: dict[str, Shape] = {
     "run.json: batch of 0": field("run.json", "config.batch.global_size", "0"),
     "run.json: huge batch": field("run.json", "config.batch.global_size", "9" * 400),
     "run.json: target": field("run.json", "config.train.target_accuracy", '"high"'),
+    "run.json: target loss": field("run.json", "config.train.target_loss", '"low"'),
+    "run.json: betas": field("run.json", "config.optim.betas", '["a"]'),
     "run.json: section": field("run.json", "config.train", '"word"'),
     "run.json: model": field("run.json", "config.model", "7"),
     "run.json: result": field("run.json", "result", '"good"'),

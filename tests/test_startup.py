@@ -78,6 +78,17 @@ def test_the_driver_of_ranks_computes_nothing():
     assert not found
 
 
+def test_a_network_is_counted_without_the_compiler():
+    """On the meta device torch would import it to draw normal numbers: 1 to 2 s of every start."""
+    code = (
+        "from functools import partial; from gengap_dist.models import MODELS, _check_memory\n"
+        "for name, sizes in [('resnet20', {'num_classes': 2, 'in_channels': 1}),\n"
+        "        ('gpt', {'input_shape': (8,), 'output_shape': (8, 5)})]:\n"
+        "    _check_memory(name, partial(MODELS[name], **sizes))"
+    )
+    assert not imported(code, COMPILER)[0]
+
+
 def test_the_runs_of_a_study_share_their_processes(tmp_path):
     (tmp_path / "telling.py").write_text(
         "import os\n"

@@ -7,7 +7,6 @@ copies of one file are on the same side.
 import hashlib
 import os
 import platform
-import stat
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gengap_dist.config.loading import as_text
+from gengap_dist.config.regular_file import open_regular
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.data.image_folder import files_below, kind_of
@@ -141,13 +141,11 @@ def _regular(paths: Iterable[Path]) -> list[Path]:
 def _text(path: Path, config: DataConfig) -> bytes | None:
     """The content of a file; None if it is not UTF-8."""
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                return None
-            if status.st_size > config.memory_gib * 2**30:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > config.memory_gib * 2**30:
                 raise UsageError(
-                    f"data.memory_gib ({config.memory_gib:g}) is less than the {status.st_size / 2**30:.3g} GiB of "
+                    f"data.memory_gib ({config.memory_gib:g}) is less than the {size / 2**30:.3g} GiB of "
                     f"{as_text(str(path))}, which is one document: cut it into several files"
                 )
             text = file.read()

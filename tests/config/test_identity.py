@@ -225,3 +225,9 @@ def test_rules_of_adam_are_what_they_amount_to():
         found = effective_settings(flat(config(**base | rule, **{"batch.global_size": 256})))
         assert found == effective_settings(large) | amounts
         assert identifying_settings(config(**base | rule)) == identifying_settings(config(**base))
+
+
+def test_betas_of_another_program_stay_as_they_are():
+    scaled = {"batch.global_size": 256, "optim.base_size": 64, "optim.scaling": "adam_sqrt"}
+    for betas in (["a"], [0.9], None, "high"):
+        assert effective_settings(scaled | {"optim.betas": betas})["optim.betas"] == betas

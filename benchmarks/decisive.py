@@ -269,7 +269,7 @@ def measures(study: StudyData) -> str:
         "centred, < .01 s1 (primary)": lambda run: last(run, f"near_rank_loss/{layer}/centred/rel_1e-2"),
         "raw, < .01 s1": lambda run: last(run, f"near_rank_loss/{layer}/rel_1e-2"),
         "centred, < .001 s1": lambda run: last(run, f"near_rank_loss/{layer}/centred/rel_1e-3"),
-        "all layers pooled": lambda run: pooled_near_rank_loss(run.first_and_last_probe()[1]),
+        "all layers pooled": lambda run: pooled_near_rank_loss(run.first_and_last_probe()[1], run.num_units),
         "absolute, raw, < .01": lambda run: last(run, f"near_rank_loss/{layer}/abs_1e-2"),
         "own batch, raw, change since untrained": own_batch,
     }

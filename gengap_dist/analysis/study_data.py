@@ -202,6 +202,16 @@ class RunData:
         first, last = self.first_and_last_probe()
         return first.get(name, float("nan")), last.get(name, float("nan"))
 
+    @property
+    def num_units(self) -> dict[str, int]:
+        """Layer to its number of units, where N / D is recorded with enough digits, and N is above D."""
+        num_samples, out = self.info.get("num_probe_samples") or 0, {}
+        for text, ratio in (self.info.get("samples_per_unit") or {}).items():
+            key = LayerKey.parse(text)
+            if key.view in ("", "pool") and ratio > 1 and num_samples < 1000 * ratio**2:  # it has three decimals
+                out[key.layer] = round(num_samples / ratio)
+        return out
+
     def explanation(self, name: str) -> float:
         """The measure `name` of a correlation, at the last measurement; nan if this run does not have it."""
         if name == "updates":
@@ -399,7 +409,7 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         near_rank_loss=near_rank_losses[1],
         near_rank_loss_untrained=near_rank_losses[0],
         near_rank_loss_raw=_raw(last, primary),
-        near_rank_loss_pooled=pooled_near_rank_loss(last),
+        near_rank_loss_pooled=pooled_near_rank_loss(last, run.num_units),
         penalty_norm=run.penalty_norm,
         curve=_curve(run),
         test_correct=run.test_correct(),
@@ -422,18 +432,25 @@ def _raw(line: Mapping[str, float], primary: str | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def pooled_near_rank_loss(line: Mapping[str, float]) -> float | None:
+def pooled_near_rank_loss(line: Mapping[str, float], num_units: Mapping[str, int] | None = None) -> float | None:
     """Sum of near-rank counts over sum of the numbers of singular values, of centred activations of all layers.
 
-    None without a layer, or if the number of singular values of one does not follow from its count and share.
+    Args:
+        line: metrics of one measurement.
+        num_units: layer to its number of units, which is its number of singular values where no count is above 0.
+
+    Returns:
+        None without a layer, or if the number of singular values of one is not known.
 
     >>> line = {"near_rank_count/a/centred/rel_1e-2": 2.0, "near_rank_loss/a/centred/rel_1e-2": 0.5}
     >>> line |= {"near_rank_count/b/centred/rel_1e-2": 0.0, "near_rank_loss/b/centred/rel_1e-2": 0.0}
-    >>> pooled_near_rank_loss(line)  # how many does b have?
+    >>> pooled_near_rank_loss(line), pooled_near_rank_loss(line, {"b": 4})
+    (None, 0.25)
     >>> line |= {"near_rank_count/b/centred/rel_1e-1": 3.0, "near_rank_loss/b/centred/rel_1e-1": 0.5}
     >>> pooled_near_rank_loss(line)
     0.2
     """
+    known = num_units or {}
     counts: dict[MetricKey, float] = {}
     sizes: dict[MetricKey, float] = {}
     for name, share in line.items():
@@ -448,6 +465,8 @@ def pooled_near_rank_loss(line: Mapping[str, float]) -> float | None:
             counts[of_layer] = count
         if share > 0:
             sizes[of_layer] = count / share
+        elif key.layer in known:
+            sizes.setdefault(of_layer, known[key.layer])
     if not counts or counts.keys() - sizes.keys():
         return None
     return sum(counts.values()) / sum(sizes[key] for key in counts)

@@ -390,7 +390,8 @@ def _other_measures(study: JudgedStudy, arm: Arm) -> str:
     shown = [
         f"{name} {share(grown, study.look)}"
         for name, measure in measures.items()
-        if study.growth(arm, study.base) and (grown := differences(values(arm, measure), values(study.base, measure)))
+        if (all_seeds := study.growth(arm, study.base))
+        and (grown := differences(values(arm, measure), values(study.base, measure))).keys() >= all_seeds.keys()
     ]
     return f" Beside it, at the end: {', '.join(shown)}." if shown else ""
 

@@ -15,7 +15,7 @@ from gengap_dist.config.identity import Settings, counterpart_key, differing_set
 SAME = 0.02  # epochs and updates that differ by less count as equal: the last step of an epoch may be smaller
 
 RATE = {"optim.lr", "optim.adamw_lr", "optim.warmup_epochs", "optim.scaling"}
-LENGTH = {"train.epochs", "train.steps", "train.num_evals"}
+LENGTH = {"train.epochs", "train.steps", "train.tokens", "train.num_evals"}
 LENGTH_AND_WARMUP = LENGTH | {"optim.warmup_epochs"}  # the same warm-up in updates is another number of epochs
 NORM = {"model.norm", "batch.ghost_size"}
 STRENGTH, MEASURE, PLACEBO_OF = "algorithm.rank_penalty", "algorithm.rank_measure", "algorithm.placebo_of"

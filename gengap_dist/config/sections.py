@@ -317,8 +317,9 @@ class BatchConfig(Section, affects="result"):
     schedule: tuple[BatchChange, ...] = ()
     """Global batches that follow one another, such as [{at: 0, size: 32}, {at: 100000, size: 64}]: each begins with the
     first step before which at least so much was done. The first is at 0, with batch.global_size, and sizes rise."""
-    schedule_unit: Literal["samples", "steps", "epochs"] = "samples"
-    """Unit of batch.schedule: training samples, optimizer steps, or passes over the training samples."""
+    schedule_unit: Literal["samples", "steps", "epochs", "tokens"] = "samples"
+    """Unit of batch.schedule: training samples, optimizer steps, passes over the training samples, or, for language
+    models, tokens: data.context for each sequence, whether its targets are counted in the loss or not."""
     schedule_lr_power: Annotated[Number, AfterValidator(_known_power)] = 0.0
     """alpha (0, 0.5, 0.6 or 1): with batch.schedule the learning rate of a step is times (B / B0)^alpha, B its global
     batch and B0 the first."""
@@ -517,6 +518,9 @@ class TrainConfig(Section, affects="result"):
     that a global batch of optim.base_size takes in these epochs (regime adaptation; Hoffer et al. 2017)."""
     steps: PositiveInt | None = None
     """Number of optimizer steps; replaces train.epochs when set."""
+    tokens: PositiveInt | None = None
+    """Length in tokens, for language models; replaces train.epochs when set: the run ends with the step in which so
+    many are reached, data.context for each sequence."""
     target_accuracy: Annotated[Annotated[Number, Field(gt=0.0, le=1.0)] | None, Affects("observation")] = None
     """Target validation accuracy (0 to 1); the result reports the updates and epochs needed to reach it."""
     target_loss: Annotated[PositiveFloat | None, Affects("observation")] = None
@@ -880,10 +884,17 @@ class RunConfig(Section, affects="result"):
     @model_validator(mode="after")
     def _check_length_and_schedule(self) -> Self:
         train, optim = self.train, self.optim
-        if train.length_unit == "updates" and (optim.base_size is None or train.steps):
-            rule = "cannot be combined with train.steps" if train.steps else "needs the batch whose updates are counted"
+        lengths = [f"train.{name}" for name in ("steps", "tokens") if getattr(train, name)]
+        if len(lengths) > 1:
             raise ValueError(
-                f"train.length_unit (updates) {rule}: set optim.base_size and train.epochs, not train.steps"
+                f"train.steps ({train.steps}) and train.tokens ({train.tokens}) are two lengths: set one of them to "
+                "null"
+            )
+        if train.length_unit == "updates" and (optim.base_size is None or lengths):
+            rule = f"cannot be combined with {lengths[0]}" if lengths else "needs the batch whose updates are counted"
+            raise ValueError(
+                f"train.length_unit (updates) {rule}: set optim.base_size and train.epochs, not train.steps or "
+                "train.tokens"
             )
         if self.batch.schedule and train.length_unit == "updates":
             raise ValueError(
@@ -896,6 +907,22 @@ class RunConfig(Section, affects="result"):
                 f"optim.scaling (adam_sqrt) turns {beta:g} of optim.betas into 1 - k (1 - {beta:g}) = "
                 f"{1 - k * (1 - beta):.3g} at k = {k:g}, and it must be above 0: choose a larger optim.base_size, "
                 "larger optim.betas, or optim.scaling=sqrt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        if self.data.is_tokens:
+            return self
+        if self.batch.schedule_unit == "tokens":
+            raise ValueError(
+                f"batch.schedule_unit (tokens) needs sequences of tokens, and data.name is {self.data.name}: choose "
+                "samples, steps or epochs"
+            )
+        if self.train.tokens:
+            raise ValueError(
+                f"train.tokens ({self.train.tokens}) needs sequences of tokens, and data.name is {self.data.name}: set "
+                "train.epochs or train.steps in its place"
             )
         return self
 

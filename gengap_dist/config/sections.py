@@ -161,9 +161,23 @@ class DataConfig(Section, affects="result"):
     """Seed of the train/validation split, the subset and the probe set: the same for all seeds and arms of a study."""
     shuffle_labels: Boolean = False
     """Permute the labels of the training images at random, as a control: the network can only memorize them."""
-    augment: tuple[Literal["crop", "flip", "cutout"], ...] = ()
-    """Training augmentations, applied in this order: crop (random shift with zero padding), flip (horizontal), cutout
-    (a random square set to the mean; DeVries & Taylor 2017)."""
+    augment: tuple[measures.Augmentation, ...] = ()
+    """Training augmentations, applied in this order: resized_crop (a random part, enlarged; Szegedy et al. 2015) or
+    crop (random shift with zero padding), flip (horizontal), rand_augment (random operators; Cubuk et al. 2019), cutout
+    (a random square set to the mean; DeVries & Taylor 2017), and, for classification, mixup and cutmix (mixes with
+    another training image; Zhang et al. 2018, Yun et al. 2019), of which each image gets one if both are named."""
+    resized_crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
+    """Smallest and largest share of the area of an image that resized_crop takes (0 to 1)."""
+    resized_crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    """Smallest and largest ratio of width to height of a resized_crop."""
+    rand_augment_ops: PositiveInt = 2
+    """Number of operators that rand_augment applies to an image."""
+    rand_augment_magnitude: Annotated[Integer, Field(ge=0, le=30)] = 9
+    """Strength of the operators of rand_augment (0 to 30)."""
+    mixup_alpha: PositiveFloat = 0.2
+    """mixup takes the share lambda of an image, and 1 - lambda of the other: from Beta(alpha, alpha)."""
+    cutmix_alpha: PositiveFloat = 1.0
+    """cutmix replaces a box of the share 1 - lambda of an image: lambda from Beta(alpha, alpha)."""
     crop_padding: PositiveInt = 4
     """Largest shift of crop in each direction, in pixels."""
     cutout_size: PositiveInt = 16
@@ -228,6 +242,15 @@ class DataConfig(Section, affects="result"):
                 f"data.cutout_size ({self.cutout_size}) is larger than the images of data.image_size "
                 f"({self.image_size}): choose at most {self.image_size}"
             )
+        if "crop" in self.augment and "resized_crop" in self.augment:
+            raise ValueError("data.augment names crop and resized_crop, which both shift images: choose one of them")
+        for name, largest in (("resized_crop_scale", 1.0), ("resized_crop_ratio", float("inf"))):
+            low, high = getattr(self, name)
+            if not low <= high <= largest:
+                raise ValueError(
+                    f"data.{name} ([{low:g}, {high:g}]) is no range: give the smaller number first"
+                    + (", and at most 1" if largest == 1.0 else "")
+                )
         if "crop" in self.augment and self.crop_padding >= self.image_size:
             raise ValueError(
                 f"data.crop_padding ({self.crop_padding}) can shift an image of {self.image_size} pixels out of "
@@ -923,6 +946,16 @@ class RunConfig(Section, affects="result"):
             raise ValueError(
                 f"train.tokens ({self.train.tokens}) needs sequences of tokens, and data.name is {self.data.name}: set "
                 "train.epochs or train.steps in its place"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mixed(self) -> Self:
+        mixed = [name for name in ("mixup", "cutmix") if name in self.data.augment]
+        if mixed and self.task.name != "classification":
+            raise ValueError(
+                f"data.augment ({mixed[0]}) mixes the classes of images, and task.name is {self.task.name}: set "
+                "task.name=classification, or leave it out"
             )
         return self
 

@@ -195,8 +195,8 @@ def scaled_amounts(arm: Arm) -> ScaledAmounts:
     """What the rules of `config.batch_rules` amount to at the arm's batch; that of eps goes with the learning rate."""
     settings = effective_settings(arm.settings)
     beta1, beta2 = settings.get("optim.betas") or DEFAULT_BETAS  # pyright: ignore
-    rates = (_number(settings.get(name)) for name in ("optim.lr", "optim.adamw_lr", "optim.weight_decay"))
-    return ScaledAmounts(*rates, 1 - beta2, 1 - beta1)
+    lr, adamw_lr, decay = (_number(settings.get(f"optim.{name}")) for name in ("lr", "adamw_lr", "weight_decay"))
+    return ScaledAmounts(lr, adamw_lr, decay, 1 - beta2, 1 - beta1)
 
 
 def is_scaled_up(arm: Arm, other: Arm) -> bool:

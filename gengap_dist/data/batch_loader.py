@@ -61,7 +61,8 @@ class BatchLoader:
         inputs = augment(inputs, read, self.preprocess, self.config, self.seed, epoch)
         if not self.is_mixed:
             return inputs, targets
-        mix = draw_mix(indices, *inputs.shape[-2:], self.config, self.seed, epoch)
+        height, width = inputs.shape[-2:]
+        mix = draw_mix(indices, height, width, self.config, self.seed, epoch)
         mixed = mix_images(inputs[::2], inputs[1::2], mix)
         return mixed, mix_targets(targets[::2], targets[1::2], mix, self.num_classes, inputs.dtype)
 

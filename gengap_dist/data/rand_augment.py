@@ -62,10 +62,10 @@ def apply_operator(images: Tensor, name: str, magnitude: int, *, negative: bool)
         case "ShearX" | "ShearY":
             angle = math.degrees(math.atan(strength(0.3)))
             shear = [angle, 0.0] if name == "ShearX" else [0.0, angle]
-            return functional.affine(images, 0.0, [0, 0], 1.0, shear, center=[0, 0])
+            return functional.affine(images, 0.0, [0.0, 0.0], 1.0, shear, center=[0.0, 0.0])
         case "TranslateX" | "TranslateY":
-            pixels = int(strength(150 / 331 * images.shape[-1]))
-            shift = [pixels, 0] if name == "TranslateX" else [0, pixels]
+            pixels = float(int(strength(150 / 331 * images.shape[-1])))
+            shift = [pixels, 0.0] if name == "TranslateX" else [0.0, pixels]
             return functional.affine(images, 0.0, shift, 1.0, [0.0, 0.0])
         case "Rotate":
             return functional.rotate(images, strength(30.0))

@@ -84,5 +84,5 @@ def _along_rows(images: Tensor, first: Tensor, second: Tensor, weight: Tensor) -
     n, channels, side, _ = images.shape
     starts = (torch.arange(n * channels, device=images.device) * side).view(n, channels, 1)
     rows = images.view(-1, side)
-    parts = [rows.index_select(0, (starts + at[:, None]).flatten()) for at in (first, second)]
-    return torch.lerp(*parts, weight[:, None].expand(n, channels, side).reshape(-1, 1)).view(images.shape)
+    one, two = (rows.index_select(0, (starts + at[:, None]).flatten()) for at in (first, second))
+    return torch.lerp(one, two, weight[:, None].expand(n, channels, side).reshape(-1, 1)).view(images.shape)

@@ -14,6 +14,7 @@ from gengap_dist.data.counter_bits import counter_bits, on_device
 
 NUM_DRAWS = 3  # one row of bits each for crop, flip and cutout
 RESIZED_CROP, RAND_AUGMENT = 100, 200  # the first of their rows
+RESIZE_BYTES = 2**19  # of pixels that are enlarged at a time: as float32, in both directions, they then fit a cache
 
 
 def augment(
@@ -44,7 +45,10 @@ def augment(
         bits = draws(RESIZED_CROP, resized_crop.NUM_DRAWS)
         scale, ratio = config.resized_crop_scale, config.resized_crop_ratio
         boxes = resized_crop.crop_boxes(bits, pixels.shape[-1], scale, ratio)
-        pixels = resized_crop.resized(pixels, boxes).round_().to(torch.uint8)
+        block = max(1, RESIZE_BYTES // pixels[:1].nbytes)
+        parts = zip(pixels.split(block), *(sides.split(block) for sides in boxes), strict=True)
+        levels = (resized_crop.resized(part, resized_crop.Boxes(*sides)).round_() for part, *sides in parts)
+        pixels = torch.cat([part.to(torch.uint8, memory_format=torch.contiguous_format) for part in levels])
     if "crop" in names or "flip" in names:
         pixels = crop_and_flip(
             pixels,

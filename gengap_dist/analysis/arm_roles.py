@@ -2,20 +2,30 @@
 
 Decided by settings, not by names. The settings of two arms are first converted to their effective values at the arm's
 own batch size, so that `optim.scaling=sqrt` at optim.base_size does not scale, and train.length_unit=updates is a
-number of epochs.
+number of epochs. A scaled rate includes what the rules for Adam change with it, or in its place: betas, eps and weight
+decay.
 """
 
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gengap_dist.analysis.results import Run
 from gengap_dist.config.identity import Settings, counterpart_key, differing_settings, effective_settings
+from gengap_dist.config.sections import OptimConfig
 
 SAME = 0.02  # epochs and updates that differ by less count as equal: the last step of an epoch may be smaller
 
-RATE = {"optim.lr", "optim.adamw_lr", "optim.warmup_epochs", "optim.scaling"}
-LENGTH = {"train.epochs", "train.steps", "train.num_evals"}
+SCALED = {
+    "optim.lr": "learning rate",
+    "optim.adamw_lr": "learning rate",
+    "optim.betas": "betas",
+    "optim.eps": "eps",
+    "optim.weight_decay": "weight decay",
+}
+"""Settings that rules scale with the batch, and what they are called in a claim."""
+RATE = {*SCALED, "optim.warmup_epochs", "optim.scaling", "optim.beta2_scaling", "optim.weight_decay_scaling"}
+LENGTH = {"train.epochs", "train.steps", "train.tokens", "train.num_evals"}
 LENGTH_AND_WARMUP = LENGTH | {"optim.warmup_epochs"}  # the same warm-up in updates is another number of epochs
 NORM = {"model.norm", "batch.ghost_size"}
 STRENGTH, MEASURE, PLACEBO_OF = "algorithm.rank_penalty", "algorithm.rank_measure", "algorithm.placebo_of"
@@ -23,6 +33,7 @@ SAME_MACHINERY = ("algorithm.rank_layers", "algorithm.rank_images")
 """What all interventions that are compared must share."""
 RANK = {STRENGTH, MEASURE, PLACEBO_OF, *SAME_MACHINERY}
 PLACEBO = "placebo"
+DEFAULT_BETAS = OptimConfig().betas  # of a run that does not record any
 
 
 class Arm(NamedTuple):
@@ -86,7 +97,8 @@ class Roles(NamedTuple):
     other_length: list[Arm]
     """The baseline's batch with another number of updates, and nothing else: they should show no gap."""
     scaled: list[Arm]
-    """A larger batch and a higher learning rate than another arm or than the baseline, perhaps another warm-up."""
+    """A larger batch and more of what rules scale (`scaled_amounts`) than another arm or than the baseline, perhaps
+    another warm-up."""
     longer: list[Arm]
     """A larger batch, trained longer than another arm or for more epochs than the baseline, perhaps with another
     learning rate or other batch-norm groups."""
@@ -102,7 +114,7 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
     base = arms[baseline]
     natural = [arm for arm in arms.values() if arm.settings.get(STRENGTH) is None]
     first_natural = _smallest(natural, RANK, lambda arm: 0.0)
-    shorter_of, unscaled_of = shorter_counterpart(natural), unscaled_counterpart(natural)
+    shorter_of, unscaled_of = shorter_counterpart(natural), unscaled_counterpart(natural, base)
     for arm in arms.values():
         if arm.settings.get(STRENGTH) is not None:
             if without := first_natural(arm):
@@ -114,7 +126,7 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
             shorter, unscaled = shorter_of(arm), unscaled_of(arm)
             if plain:
                 groups.plain.append(arm)
-            if unscaled or (_rate(arm) > _rate(base) and differs <= RATE | LENGTH and not shorter):
+            if unscaled or (is_scaled_up(arm, base) and differs <= RATE | LENGTH and not shorter):
                 groups.scaled.append(arm)
             if shorter or not (plain or unscaled or _epochs(arm) <= _epochs(base)):
                 groups.longer.append(arm)
@@ -148,15 +160,54 @@ Counterpart = Callable[[Arm], Arm | None]
 """Finds the arm with which another one is compared; None if there is none."""
 
 
-def unscaled_counterpart(arms: Iterable[Arm]) -> Counterpart:
-    """Finds the one of `arms` that differs by the lowest learning rate, and its warm-up, only."""
-    lowest = _smallest(arms, RATE, _rate)
+def unscaled_counterpart(arms: Iterable[Arm], base: Arm) -> Counterpart:
+    """Finds the one of `arms` that differs only in that it scales less, and by its warm-up.
+
+    Of several it is the one that is nearest to the baseline `base`: the lowest that is not below it, if there is one.
+    """
+
+    def order(arm: Arm) -> tuple[bool, ScaledAmounts]:
+        amounts = scaled_amounts(arm)
+        return any(amount < of_base for amount, of_base in zip(amounts, scaled_amounts(base), strict=True)), amounts
+
+    lowest = _smallest(arms, RATE, order)
 
     def find(arm: Arm) -> Arm | None:
         other = lowest(arm)
-        return other if other and _rate(other) < _rate(arm) else None
+        return other if other and is_scaled_up(arm, other) else None
 
     return find
+
+
+class ScaledAmounts(NamedTuple):
+    """The settings of an arm at its batch that rules scale with it, such that every rule raises them."""
+
+    lr: float
+    adamw_lr: float
+    weight_decay: float
+    forgetting: float
+    """1 - beta2."""
+    first_forgetting: float
+    """1 - beta1."""
+
+
+def scaled_amounts(arm: Arm) -> ScaledAmounts:
+    """What the rules of `config.batch_rules` amount to at the arm's batch; that of eps goes with the learning rate."""
+    settings = effective_settings(arm.settings)
+    beta1, beta2 = settings.get("optim.betas") or DEFAULT_BETAS  # pyright: ignore
+    lr, adamw_lr, decay = (_number(settings.get(f"optim.{name}")) for name in ("lr", "adamw_lr", "weight_decay"))
+    return ScaledAmounts(lr, adamw_lr, decay, 1 - beta2, 1 - beta1)
+
+
+def is_scaled_up(arm: Arm, other: Arm) -> bool:
+    """Whether an arm has more of something that rules scale with the batch than another, and of nothing less."""
+    pairs = [*zip(scaled_amounts(arm), scaled_amounts(other), strict=True)]
+    return all(one >= two for one, two in pairs) and any(one > two for one, two in pairs)
+
+
+def scaled_names(arm: Arm, other: Arm) -> set[str]:
+    """What is scaled in an arm compared to another, in words."""
+    return {SCALED[name] for name in differing_settings(arm.settings, other.settings) & SCALED.keys()}
 
 
 def shorter_counterpart(arms: Iterable[Arm]) -> Counterpart:
@@ -170,7 +221,7 @@ def shorter_counterpart(arms: Iterable[Arm]) -> Counterpart:
     return find
 
 
-def _smallest(arms: Iterable[Arm], remedy: Collection[str], size: Callable[[Arm], float]) -> Counterpart:
+def _smallest(arms: Iterable[Arm], remedy: Collection[str], size: Callable[[Arm], Any]) -> Counterpart:
     """Finds the first of the smallest of `arms` that differ from an arm in settings of the remedy only.
 
     By key and not pair by pair: a study may have hundreds of arms.
@@ -181,10 +232,6 @@ def _smallest(arms: Iterable[Arm], remedy: Collection[str], size: Callable[[Arm]
         if key not in found or size(arm) < size(found[key]):
             found[key] = arm
     return lambda arm: found.get(counterpart_key(arm.settings, remedy))
-
-
-def _rate(arm: Arm) -> float:
-    return _number(effective_settings(arm.settings).get("optim.lr"))
 
 
 def _number(value: object) -> float:

@@ -13,6 +13,7 @@ Optimizer = Literal["sgd", "adamw", "lars", "lamb", "muon"]
 Schedule = Literal["constant", "step", "cosine", "polynomial", "wsd"]
 Norm = Literal["local", "ghost", "sync", "group", "none"]
 RankMeasure = Literal["logdet", "spread", "trace"]
+Augmentation = Literal["resized_crop", "crop", "flip", "rand_augment", "cutout", "mixup", "cutmix"]
 
 TOKEN_SETS = ("stdlib", "text", "tokens")
 DATA_SETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagefolder", *TOKEN_SETS)

@@ -161,9 +161,23 @@ class DataConfig(Section, affects="result"):
     """Seed of the train/validation split, the subset and the probe set: the same for all seeds and arms of a study."""
     shuffle_labels: Boolean = False
     """Permute the labels of the training images at random, as a control: the network can only memorize them."""
-    augment: tuple[Literal["crop", "flip", "cutout"], ...] = ()
-    """Training augmentations, applied in this order: crop (random shift with zero padding), flip (horizontal), cutout
-    (a random square set to the mean; DeVries & Taylor 2017)."""
+    augment: tuple[measures.Augmentation, ...] = ()
+    """Training augmentations, applied in this order: resized_crop (a random part, enlarged; Szegedy et al. 2015) or
+    crop (random shift with zero padding), flip (horizontal), rand_augment (random operators; Cubuk et al. 2019), cutout
+    (a random square set to the mean; DeVries & Taylor 2017), and, for classification, mixup and cutmix (mixes with
+    another training image; Zhang et al. 2018, Yun et al. 2019), of which each image gets one if both are named."""
+    resized_crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
+    """Smallest and largest share of the area of an image that resized_crop takes (0 to 1)."""
+    resized_crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    """Smallest and largest ratio of width to height of a resized_crop."""
+    rand_augment_ops: PositiveInt = 2
+    """Number of operators that rand_augment applies to an image."""
+    rand_augment_magnitude: Annotated[Integer, Field(ge=0, le=30)] = 9
+    """Strength of the operators of rand_augment (0 to 30)."""
+    mixup_alpha: PositiveFloat = 0.2
+    """mixup takes the share lambda of an image, and 1 - lambda of the other: from Beta(alpha, alpha)."""
+    cutmix_alpha: PositiveFloat = 1.0
+    """cutmix replaces a box of the share 1 - lambda of an image: lambda from Beta(alpha, alpha)."""
     crop_padding: PositiveInt = 4
     """Largest shift of crop in each direction, in pixels."""
     cutout_size: PositiveInt = 16
@@ -228,6 +242,15 @@ class DataConfig(Section, affects="result"):
                 f"data.cutout_size ({self.cutout_size}) is larger than the images of data.image_size "
                 f"({self.image_size}): choose at most {self.image_size}"
             )
+        if "crop" in self.augment and "resized_crop" in self.augment:
+            raise ValueError("data.augment names crop and resized_crop, which both shift images: choose one of them")
+        for name, largest in (("resized_crop_scale", 1.0), ("resized_crop_ratio", float("inf"))):
+            low, high = getattr(self, name)
+            if not low <= high <= largest:
+                raise ValueError(
+                    f"data.{name} ([{low:g}, {high:g}]) is no range: give the smaller number first"
+                    + (", and at most 1" if largest == 1.0 else "")
+                )
         if "crop" in self.augment and self.crop_padding >= self.image_size:
             raise ValueError(
                 f"data.crop_padding ({self.crop_padding}) can shift an image of {self.image_size} pixels out of "
@@ -317,8 +340,9 @@ class BatchConfig(Section, affects="result"):
     schedule: tuple[BatchChange, ...] = ()
     """Global batches that follow one another, such as [{at: 0, size: 32}, {at: 100000, size: 64}]: each begins with the
     first step before which at least so much was done. The first is at 0, with batch.global_size, and sizes rise."""
-    schedule_unit: Literal["samples", "steps", "epochs"] = "samples"
-    """Unit of batch.schedule: training samples, optimizer steps, or passes over the training samples."""
+    schedule_unit: Literal["samples", "steps", "epochs", "tokens"] = "samples"
+    """Unit of batch.schedule: training samples, optimizer steps, passes over the training samples, or, for language
+    models, tokens: data.context for each sequence, whether its targets are counted in the loss or not."""
     schedule_lr_power: Annotated[Number, AfterValidator(_known_power)] = 0.0
     """alpha (0, 0.5, 0.6 or 1): with batch.schedule the learning rate of a step is times (B / B0)^alpha, B its global
     batch and B0 the first."""
@@ -525,6 +549,9 @@ class TrainConfig(Section, affects="result"):
     that a global batch of optim.base_size takes in these epochs (regime adaptation; Hoffer et al. 2017)."""
     steps: PositiveInt | None = None
     """Number of optimizer steps; replaces train.epochs when set."""
+    tokens: PositiveInt | None = None
+    """Length in tokens, for language models; replaces train.epochs when set: the run ends with the step in which so
+    many are reached, data.context for each sequence."""
     target_accuracy: Annotated[Annotated[Number, Field(gt=0.0, le=1.0)] | None, Affects("observation")] = None
     """Target validation accuracy (0 to 1); the result reports the updates and epochs needed to reach it."""
     target_loss: Annotated[PositiveFloat | None, Affects("observation")] = None
@@ -888,10 +915,17 @@ class RunConfig(Section, affects="result"):
     @model_validator(mode="after")
     def _check_length_and_schedule(self) -> Self:
         train, optim = self.train, self.optim
-        if train.length_unit == "updates" and (optim.base_size is None or train.steps):
-            rule = "cannot be combined with train.steps" if train.steps else "needs the batch whose updates are counted"
+        lengths = [f"train.{name}" for name in ("steps", "tokens") if getattr(train, name)]
+        if len(lengths) > 1:
             raise ValueError(
-                f"train.length_unit (updates) {rule}: set optim.base_size and train.epochs, not train.steps"
+                f"train.steps ({train.steps}) and train.tokens ({train.tokens}) are two lengths: set one of them to "
+                "null"
+            )
+        if train.length_unit == "updates" and (optim.base_size is None or lengths):
+            rule = f"cannot be combined with {lengths[0]}" if lengths else "needs the batch whose updates are counted"
+            raise ValueError(
+                f"train.length_unit (updates) {rule}: set optim.base_size and train.epochs, not train.steps or "
+                "train.tokens"
             )
         if self.batch.schedule and train.length_unit == "updates":
             raise ValueError(
@@ -904,6 +938,32 @@ class RunConfig(Section, affects="result"):
                 f"optim.scaling (adam_sqrt) turns {beta:g} of optim.betas into 1 - k (1 - {beta:g}) = "
                 f"{1 - k * (1 - beta):.3g} at k = {k:g}, and it must be above 0: choose a larger optim.base_size, "
                 "larger optim.betas, or optim.scaling=sqrt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        if self.data.is_tokens:
+            return self
+        if self.batch.schedule_unit == "tokens":
+            raise ValueError(
+                f"batch.schedule_unit (tokens) needs sequences of tokens, and data.name is {self.data.name}: choose "
+                "samples, steps or epochs"
+            )
+        if self.train.tokens:
+            raise ValueError(
+                f"train.tokens ({self.train.tokens}) needs sequences of tokens, and data.name is {self.data.name}: set "
+                "train.epochs or train.steps in its place"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mixed(self) -> Self:
+        mixed = [name for name in ("mixup", "cutmix") if name in self.data.augment]
+        if mixed and self.task.name != "classification":
+            raise ValueError(
+                f"data.augment ({mixed[0]}) mixes the classes of images, and task.name is {self.task.name}: set "
+                "task.name=classification, or leave it out"
             )
         return self
 

@@ -1,7 +1,6 @@
 """Augmentation as a function of (seed, epoch, image): it does not depend on ranks, micro-batches or restarts.
 
-There is no generator state: the random bits of an image are a hash of its counters (the mixer of splitmix64, Steele et
-al. 2014). Shapes: n images, C channels, H x W pixels.
+`mixing` mixes the augmented images. Shapes: n images, C channels, H x W pixels.
 """
 
 from collections.abc import Callable
@@ -10,47 +9,25 @@ import torch
 from torch import Tensor
 
 from gengap_dist.config.sections import DataConfig
+from gengap_dist.data import resized_crop
+from gengap_dist.data.counter_bits import counter_bits, on_device
 
-GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits
 NUM_DRAWS = 3  # one row of bits each for crop, flip and cutout
-
-
-def _logical_shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(word: int) -> int:
-    """The low 64 bits of an integer, as a signed 64-bit integer."""
-    return (word + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def counter_bits(indices: Tensor, *counters: int | Tensor) -> Tensor:
-    """[n] int64, uniform in 0 .. 2^62 - 1, one hash per image.
-
-    Args:
-        indices: [n] int64 image numbers.
-        counters: numbers that identify the draw (seed, epoch, purpose); [k, 1] int64 gives [k, n], one row each.
-    """
-    x = indices
-    for counter in counters:
-        word = counter + 1
-        x = x + (_signed(word * GOLDEN_RATIO_64) if isinstance(word, int) else word * _signed(GOLDEN_RATIO_64))
-        x = (x ^ _logical_shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-        x = (x ^ _logical_shift(x, 27)) * _signed(0x94D049BB133111EB)
-        x = x ^ _logical_shift(x, 31)
-    return _logical_shift(x, 2)
+RESIZED_CROP, RAND_AUGMENT = 100, 200  # the first of their rows
+RESIZE_BYTES = 2**19  # of pixels that are enlarged at a time: as float32, in both directions, they then fit a cache
 
 
 def augment(
     pixels: Tensor, indices: Tensor, preprocess: Callable[[Tensor], Tensor], config: DataConfig, seed: int, epoch: int
 ) -> Tensor:
-    """[n, C, H, W] normalised images after crop, flip and cutout, in this order whatever the order in `config`.
+    """[n, C, H, W] normalised images after augmentation, in the order of `measures.Augmentation`.
 
-    Every augmentation has its own random bits: its effect does not depend on the others.
+    Every augmentation has its own random bits: its effect does not depend on the others. All but cutout change uint8
+    pixels.
 
     Args:
         pixels: [n, C, H, W] uint8, the pixels of the images `indices`.
-        indices: [n] int64 image numbers, on the device of `pixels`.
+        indices: [n] int64 image numbers, on the CPU.
         preprocess: maps pixels to the training dtype; applied before cutout, which sets pixels to the mean (0).
         config: names and parameters of the augmentations.
         seed: of the run.
@@ -59,15 +36,30 @@ def augment(
     names = config.augment
     if not names:
         return preprocess(pixels)
-    draws = torch.arange(NUM_DRAWS, device=indices.device)[:, None]
-    for_crop, for_flip, for_cutout = counter_bits(indices, seed, epoch, draws)
+
+    def draws(first: int, num: int) -> Tensor:
+        return counter_bits(indices, seed, epoch, torch.arange(first, first + num)[:, None])  # [num, n]
+
+    for_crop, for_flip, for_cutout = on_device(draws(0, NUM_DRAWS), pixels.device)
+    if "resized_crop" in names:
+        bits = draws(RESIZED_CROP, resized_crop.NUM_DRAWS)
+        scale, ratio = config.resized_crop_scale, config.resized_crop_ratio
+        boxes = resized_crop.crop_boxes(bits, pixels.shape[-1], scale, ratio)
+        block = max(1, RESIZE_BYTES // pixels[:1].nbytes)
+        parts = zip(pixels.split(block), *(sides.split(block) for sides in boxes), strict=True)
+        levels = (resized_crop.resized(part, resized_crop.Boxes(*sides)).round_() for part, *sides in parts)
+        pixels = torch.cat([part.to(torch.uint8, memory_format=torch.contiguous_format) for part in levels])
     if "crop" in names or "flip" in names:
         pixels = crop_and_flip(
             pixels,
-            for_crop if "crop" in names else torch.zeros_like(indices),
-            for_flip if "flip" in names else torch.ones_like(indices),
+            for_crop if "crop" in names else torch.zeros_like(for_crop),
+            for_flip if "flip" in names else torch.ones_like(for_flip),
             config.crop_padding if "crop" in names else 0,
         )
+    if "rand_augment" in names:
+        from gengap_dist.data.rand_augment import rand_augment  # torchvision is slow to import
+
+        pixels = rand_augment(pixels, draws(RAND_AUGMENT, 2 * config.rand_augment_ops), config.rand_augment_magnitude)
     inputs = preprocess(pixels)
     return cutout(inputs, for_cutout, config.cutout_size) if "cutout" in names else inputs
 

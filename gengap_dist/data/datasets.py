@@ -440,6 +440,11 @@ def load(config: DataConfig, progress: Progress = _silent, *, seed: int = 0) -> 
             )
         check_labels(labels, num_classes, split_name)
     pixels, test_pixels = (p if p.ndim == 4 else p[:, None] for p in (raw.train_inputs, raw.test_inputs))
+    if "rand_augment" in config.augment and pixels.shape[1] not in (1, 3):
+        raise UsageError(
+            f"data.augment (rand_augment) needs images with 1 or 3 channels, and those of {config.name} have "
+            f"{pixels.shape[1]}: leave it out"
+        )
     _check_memory((len(pixels) + len(test_pixels)) * pixels.shape[1] * config.image_size**2, config)
     train, val = _train_val_positions(len(pixels), config, seed)
     test = torch.arange(len(test_pixels))

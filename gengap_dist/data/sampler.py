@@ -48,7 +48,8 @@ class EpochSampler:
         seed: int,
         *,
         size_schedule: Sequence[tuple[float, int]] = (),
-        schedule_unit: Literal["samples", "steps", "epochs"] = "epochs",
+        schedule_unit: Literal["samples", "steps", "epochs", "tokens"] = "epochs",
+        sample_tokens: int = 1,
         worker: int | None = None,
     ) -> None:
         """Sampler of `num_samples` images in steps of `global_size`.
@@ -59,16 +60,19 @@ class EpochSampler:
             seed: of the permutations.
             size_schedule: (where, new global size) in ascending order.
             schedule_unit: of where: the size holds from the first step before which so much was done.
+            sample_tokens: tokens in a sample, with which `schedule_unit` tokens counts.
             worker: network that has its own order, for algorithm.local_sgd=swap; None: the common order.
 
         Raises:
             UsageError: if a global batch is larger than `num_samples`, or two changes fall on the same step.
         """
         self.num_samples, self.global_size, self.seed, self.worker = num_samples, global_size, seed, worker
+        self.sample_tokens = sample_tokens
         self.phases: list[BatchSizePhase] = []
         self._add_phase(0, global_size, f"batch.global_size ({global_size})")
         for at, size in size_schedule:
-            step, change = self._first_step(at, schedule_unit), f"batch.schedule ({size} at {at:g} {schedule_unit})"
+            change = f"batch.schedule ({size} at {at:.15g} {schedule_unit})"
+            step = int(at) if schedule_unit == "steps" else self._first_step(self._num_samples(at, schedule_unit))
             if step <= self.phases[-1].step:
                 raise UsageError(
                     f"{change} begins with the same step as {self.phases[-1].size}, which then has none: move it "
@@ -92,7 +96,12 @@ class EpochSampler:
         """
         batch, changes = config.batch, [(change.at, change.size) for change in config.batch.schedule[1:]]
         return cls(
-            num_samples, batch.global_size, config.seed, size_schedule=changes, schedule_unit=batch.schedule_unit
+            num_samples,
+            batch.global_size,
+            config.seed,
+            size_schedule=changes,
+            schedule_unit=batch.schedule_unit,
+            sample_tokens=config.data.context if config.data.is_tokens else 1,
         )
 
     def _add_phase(self, step: int, size: int, name: str) -> None:
@@ -105,15 +114,18 @@ class EpochSampler:
         rest = -(-(self.num_samples - position) // size)
         self.phases.append(BatchSizePhase(step, epoch, position, size, rest, -(-self.num_samples // size)))
 
-    def _first_step(self, at: float, unit: str) -> int:
-        """The first step before which `at` was done, in the last phase."""
-        if unit == "steps":
-            return int(at)
-        samples = math.ceil(at * (self.num_samples if unit == "epochs" else 1) - 1e-6)
-        phase, (epoch, position) = self.phases[-1], divmod(samples, self.num_samples)
-        if epoch <= phase.epoch:
-            position -= phase.position + (phase.epoch - epoch) * self.num_samples
-            return phase.step - (-position // phase.size)
+    def _num_samples(self, at: float, unit: str) -> int:
+        """The number of samples in which `at` is reached; with tokens, those of every position of a sequence count."""
+        each = {"samples": 1.0, "epochs": 1 / self.num_samples, "tokens": float(self.sample_tokens)}[unit]
+        return math.ceil(at / each - 1e-6)
+
+    def _first_step(self, samples: int) -> int:
+        """The first step before which `samples` were done."""
+        epoch, position = divmod(samples, self.num_samples)
+        begins = [(phase.epoch, phase.position) for phase in self.phases]
+        phase = self.phases[bisect_right(begins, (epoch, position)) - 1]
+        if epoch == phase.epoch:
+            return phase.step - (-(position - phase.position) // phase.size)
         between = phase.first_steps + (epoch - phase.epoch - 1) * phase.steps_per_epoch
         return phase.step + between - (-position // phase.size)
 
@@ -143,7 +155,8 @@ class EpochSampler:
         out: set[int] = set()
         ends = [*(phase.step for phase in self.phases[1:]), math.inf]
         for phase, end in zip(self.phases, ends, strict=True):
-            out.add(phase.size)
+            if phase.position + phase.size <= self.num_samples or phase.step + phase.first_steps < end:
+                out.add(phase.size)
             if phase.step + phase.first_steps <= end:
                 out.add((self.num_samples - phase.position) % phase.size)
             if phase.step + phase.first_steps + phase.steps_per_epoch <= end:
@@ -159,6 +172,15 @@ class EpochSampler:
         """
         epoch, position, _ = self._locate(steps)
         return epoch + position / self.num_samples
+
+    def num_steps_of_tokens(self, tokens: int) -> int:
+        """Number of steps in which `tokens` tokens are reached.
+
+        >>> sampler = EpochSampler(100, 25, seed=0, size_schedule=[(2, 50)], sample_tokens=8)
+        >>> [sampler.num_steps_of_tokens(tokens) for tokens in (1, 200, 201, 1600, 1601, 2400)]
+        [1, 1, 2, 8, 9, 10]
+        """
+        return self._first_step(self._num_samples(tokens, "tokens"))
 
     def num_steps(self, epochs: int) -> int:
         """Number of steps in the first `epochs` epochs.

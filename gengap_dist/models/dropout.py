@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gengap_dist.data.augment import counter_bits
+from gengap_dist.data.counter_bits import counter_bits
 from gengap_dist.models.sample_position import SamplePosition
 
 DRAWS = 2**24  # a draw is one of so many numbers

@@ -122,9 +122,9 @@ class Schedule:
     def of(cls, config: RunConfig, sampler: EpochSampler) -> Self:
         """The schedule of a run that draws samples with `sampler`.
 
-        The length is train.steps, or train.epochs passes. With train.length_unit=updates it is the number of steps
-        that a global batch of optim.base_size makes in these epochs, also for warm-up (regime adaptation;
-        Hoffer et al. 2017).
+        The length is train.steps, train.tokens, or train.epochs passes. With train.length_unit=updates it is the
+        number of steps that a global batch of optim.base_size makes in these epochs, also for warm-up (regime
+        adaptation; Hoffer et al. 2017).
 
         >>> settings = {"batch": {"global_size": 50}, "optim": {"base_size": 10}, "train": {"epochs": 3}}
         >>> sampler = EpochSampler(100, 50, seed=0)
@@ -140,6 +140,8 @@ class Schedule:
         """
         train, optim = config.train, config.optim
         steps_per_epoch, num_steps = sampler.steps_per_epoch, train.steps or sampler.num_steps(train.epochs)
+        if train.tokens:
+            num_steps = sampler.num_steps_of_tokens(train.tokens)
         if train.length_unit == "updates" and optim.base_size:
             base_steps = -(-sampler.num_samples // optim.base_size)
             num_steps = train.epochs * base_steps

@@ -44,7 +44,7 @@ def probe(
         model = build_model(config, splits, task, world)
         train_set = datasets.place_splits(splits, config.data, world.device).train
         preprocess = Preprocess(splits.pixels, world.device, getattr(torch, config.train.dtype))
-        batches = BatchLoader(train_set, preprocess, config.data, config.seed)
+        batches = BatchLoader(train_set, preprocess, config.data, config.seed, splits.spec.num_classes)
         layers = find_probed_layers(model, two_samples(config, splits, world)[0], config.probe)
         observer = ProbeObserver(config, task, train_set, preprocess, flat_parameters(model), layers, world)
         recorder = RunRecorder(out) if out and world.rank == 0 else NullRecorder()

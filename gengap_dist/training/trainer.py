@@ -137,7 +137,8 @@ class Trainer:
         self.recorder, self.progress, self.context = recorder, progress, context
         self.sampler, self.schedule = resolved.sampler, resolved.schedule
         self.task = resolved.task
-        self.batches = BatchLoader(resolved.splits.train, resolved.preprocess, config.data, config.seed)
+        splits = resolved.splits
+        self.batches = BatchLoader(splits.train, resolved.preprocess, config.data, config.seed, splits.spec.num_classes)
         self.state = TrainState(resolved.schedule.num_steps)
         self.step_metrics = StepMetricsAggregator(config, self.task, world)
         self.evaluator = Evaluator(config.train, self.task, resolved.splits, resolved.preprocess, world, self.state)

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from gengap_dist.analysis.arm_roles import group_by_arm, roles
+from gengap_dist.analysis.arm_roles import group_by_arm, roles, unscaled_counterpart
 from gengap_dist.analysis.claims import judge
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.looks import look_of
@@ -671,6 +671,60 @@ def test_arms_have_the_roles_that_their_settings_give_them():
         "lb-placebo": "placebo",
         **{f"{size}-{measure}": "raise" for size in ("sb", "lb") for measure in ("logdet", "spread")},
     }
+
+
+ADAM = LARGE | {"optim.name": "adamw", "optim.betas": [0.9, 0.999], "optim.weight_decay": 0.1, "optim.base_size": 32}
+HALF_LIFE: dict[str, object] = {"optim.beta2_scaling": "half_life"}
+DECAY: dict[str, object] = {"optim.weight_decay_scaling": "linear"}
+RULES: dict[str, dict[str, object]] = {
+    "lb": {},
+    "lb-sqrt": {"optim.scaling": "sqrt"},
+    "lb-half-life": HALF_LIFE,
+    "lb-decay": DECAY,
+    "lb-all": {"optim.scaling": "sqrt"} | HALF_LIFE | DECAY,
+    "lb-by-hand": {"optim.lr": 0.16, "optim.betas": [0.9, 0.98]},
+}
+
+
+def ruled(arms: dict[str, dict[str, object]], size: int = 2048, **common: object) -> list[Run]:
+    rng, end = np.random.default_rng(1), Ending(verdicts.ACCURACY)
+    base = ADAM | {name.replace("__", "."): value for name, value in common.items()}
+    settings = {"sb": base | {"batch.global_size": 32}}
+    settings |= {name: base | {"batch.global_size": size} | changes for name, changes in arms.items()}
+    return [simulated_run(rng, name, seed, each, end) for name, each in settings.items() for seed in range(3)]
+
+
+@pytest.mark.parametrize(
+    "common", [{}, {"optim__name": "muon", "optim__adamw_lr": 0.01}, {"algorithm__local_sgd": "swap"}]
+)
+def test_every_rule_of_the_rate_is_a_scaled_rate(common):
+    """Judged by what betas, eps, rate and weight decay are at the batch, whoever gives them."""
+    arms = group_by_arm(ruled(RULES, **common))
+    found = roles(arms, "sb")
+    assert [arm.name for arm in found.plain] == ["lb"]
+    assert [arm.name for arm in found.scaled] == [*RULES][1:]
+    counterpart = unscaled_counterpart(arms.values(), arms["sb"])
+    assert {arm.name: getattr(counterpart(arm), "name", "") for arm in found.scaled} == dict.fromkeys(
+        [*RULES][1:], "lb"
+    )
+    assert (found.longer, found.other_length) == ([], [])
+
+
+def test_a_rule_is_compared_with_the_arm_that_is_nearest_to_the_baseline():
+    lower = {"lb-low": {"optim.weight_decay": 0.0}, "lb-slow": {"optim.lr": 0.001}}
+    adam = {"lb": {}, "lb-adam-sqrt": {"optim.scaling": "adam_sqrt"}}
+    runs = ruled(lower | adam, size=128)
+    arms = group_by_arm(runs)
+    found = roles(arms, "sb")
+    assert [arm.name for arm in found.plain] == ["lb"]
+    assert [arm.name for arm in found.scaled] == ["lb-adam-sqrt"]
+    other = unscaled_counterpart(arms.values(), arms["sb"])(arms["lb-adam-sqrt"])
+    assert other is not None
+    assert other.name == "lb"
+    assert of(runs, "scaling").claim == "Scaling the learning rate, betas and eps does not resolve the gap."
+    assert of(ruled({"lb": {}, "lb-half": HALF_LIFE}), "scaling").claim.startswith("Scaling the betas does")
+    mixed = {"lb": {}, "lb-traded": {"optim.lr": 0.04, "optim.weight_decay": 0.05}}
+    assert roles(group_by_arm(ruled(mixed)), "sb").scaled == []  # one more, one less: no rule does that
 
 
 def test_matched_by_epochs_or_updates():

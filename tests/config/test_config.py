@@ -30,6 +30,7 @@ def test_extends_is_relative_to_the_file_and_may_name_several(tmp_path):
 
 
 SCHEDULE = "batch: {global_size: 64, schedule: [%s]}"
+TOKENS = "{data: {name: stdlib}, batch: {schedule_unit: tokens, schedule: [%s]}}"
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,16 @@ SCHEDULE = "batch: {global_size: 64, schedule: [%s]}"
         (SCHEDULE % "{at: 0, size: 64}, {at: 9, size: 99}, {at: 8, size: 128}", ["128 at 8 after 99 at 9"]),
         (SCHEDULE % "{at: 0, size: 64}, {at: 0.5, size: 128}", ["a change at 0.5 samples", "schedule_unit=epochs"]),
         (SCHEDULE % "{at: 0, size: 64}, {at: -1, size: 128}", ["batch.schedule", "(-1)"]),
+        (TOKENS % "{at: 0, size: 16}, {at: 9, size: 8}", ["falls or stays, from 16 to 8 at 9", "sizes that rise"]),
+        (TOKENS % "{at: 0, size: 16}, {at: 9, size: 32}, {at: 9, size: 64}", ["64 at 9 after 32 at 9"]),
+        (TOKENS % "{at: 0, size: 16}, {at: 0.5, size: 32}", ["a change at 0.5 tokens", "whole numbers"]),
+        ("batch: {schedule_unit: tokens}", ["batch.schedule_unit (tokens)", "digits", "samples, steps or epochs"]),
+        ("train: {tokens: 100}", ["train.tokens (100)", "digits", "train.epochs or train.steps"]),
+        ("{train: {tokens: 100, steps: 9}, data: {name: stdlib}}", ["train.steps (9)", "train.tokens (100)"]),
+        (
+            "{train: {tokens: 100, length_unit: updates}, optim: {base_size: 8}, data: {name: stdlib}}",
+            ["train.length_unit (updates)", "cannot be combined with train.tokens"],
+        ),
         (SCHEDULE % "{at: 0, siz: 64}", ["batch.schedule.0.size is not set"]),
         ("batch: {schedule: 64}", ["batch.schedule (64)"]),
         ("batch: {schedule_lr_power: 0.7}", ["batch.schedule_lr_power (0.7)", "choose 0, 0.5, 0.6 or 1"]),
@@ -81,6 +92,15 @@ SCHEDULE = "batch: {global_size: 64, schedule: [%s]}"
         ("model: {norm: batch}", ["model.norm (batch)", "'local', 'ghost'"]),
         ("data: {augment: [cutout], cutout_size: 33}", ["data.cutout_size (33)", "at most 32"]),
         ("data: {augment: [crop], crop_padding: 32}", ["data.crop_padding (32)", "less than 32"]),
+        ("data: {augment: [crop, resized_crop]}", ["data.augment", "crop and resized_crop", "choose one"]),
+        (
+            "data: {resized_crop_scale: [0.5, 0.2]}",
+            ["data.resized_crop_scale ([0.5, 0.2])", "the smaller number first"],
+        ),
+        ("data: {resized_crop_scale: [0.5, 2]}", ["data.resized_crop_scale ([0.5, 2])", "at most 1"]),
+        ("data: {resized_crop_ratio: [2, 1]}", ["data.resized_crop_ratio ([2, 1])", "the smaller number first"]),
+        ("data: {rand_augment_magnitude: 31}", ["data.rand_augment_magnitude (31)"]),
+        ("{data: {augment: [mixup]}, task: {name: 'my:Task'}}", ["data.augment (mixup)", "my:Task", "classification"]),
         ("data: {streaming: true}", ["data.streaming", "imagefolder"]),
         ("data: {name: imagefolder, streaming: true, device: cuda}", ["data.device (cuda)", "data.streaming (true)"]),
         ("algorithm: {gradient_penalty: 0.1}", ["algorithm.gradient_penalty (0.1)", "algorithm.penalty_size"]),

@@ -34,6 +34,8 @@ CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is
     "data.subset": {"data.num_train": 100},
     "data.vocab_size": {"data.name": "tokens", "data.vocab_size": 9},
     "model.width": {"model.heads": 1},
+    "batch.schedule_unit": {"data.name": "stdlib"},
+    "train.tokens": {"data.name": "stdlib"},
     "train.stop_at_target": {"train.target_accuracy": 0.9},
     "train.length_unit": {"optim.base_size": 32},
     "optim.scaling": {"optim.base_size": 32},

@@ -135,6 +135,9 @@ ALONE: dict[str, Scenario] = {
         LENET | {"probe__views": ("flatten",), "probe__memory_mib": 4, "train__steps": 2}
     ),
     "augmentation": Scenario(OFF | AUGMENTED),
+    "mixed images": Scenario(
+        OFF | {"data__augment": ("resized_crop", "flip", "rand_augment", "cutout", "mixup", "cutmix")}
+    ),
     "images kept on the host, augmented": Scenario(
         OFF | RAGGED | AUGMENTED | {"data__device": "cpu", "batch__micro_size": 20, "algorithm__sam_rho": 0.05},
         twin={"data__device": "auto"},

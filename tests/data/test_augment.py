@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gengap_dist.config.sections import DataConfig
-from gengap_dist.data.augment import augment, counter_bits, crop_and_flip, cutout
+from gengap_dist.data.augment import augment, crop_and_flip, cutout
+from gengap_dist.data.counter_bits import counter_bits
 
 ALL = ("crop", "flip", "cutout")
 SIDE = 12

@@ -88,7 +88,7 @@ def test_workers_have_orders_of_their_own():
     num_samples=st.integers(20, 90),
     sizes=st.lists(st.integers(1, 20), unique=True, min_size=2, max_size=4).map(sorted),
     gaps=st.lists(st.integers(1, 120), min_size=3, max_size=3),
-    unit=st.sampled_from(["samples", "steps", "epochs"]),
+    unit=st.sampled_from(["samples", "steps", "epochs", "tokens"]),
 )
 def test_a_batch_that_grows_anywhere(num_samples, sizes, gaps, unit):
     """Against a walk through the run: the size changes before the first step before which so much was done."""
@@ -96,9 +96,8 @@ def test_a_batch_that_grows_anywhere(num_samples, sizes, gaps, unit):
     changes = [*zip(ats, sizes[1:], strict=True)]
     walk, (epoch, position), current, refused = [], (0, 0), 0, False
     for step in range(400):
-        done = {"samples": epoch * num_samples + position, "steps": step, "epochs": epoch + position / num_samples}[
-            unit
-        ]
+        samples = epoch * num_samples + position
+        done = {"samples": samples, "steps": step, "epochs": samples / num_samples, "tokens": 7 * samples}[unit]
         due = sum(at <= done + 1e-9 for at in ats)
         refused |= due > current + 1
         current = due
@@ -108,9 +107,9 @@ def test_a_batch_that_grows_anywhere(num_samples, sizes, gaps, unit):
             epoch, position = epoch + 1, 0
     if refused:
         with pytest.raises(UsageError, match=r"batch.schedule \(.*\) begins with the same step as"):
-            EpochSampler(num_samples, sizes[0], 1, size_schedule=changes, schedule_unit=unit)
+            EpochSampler(num_samples, sizes[0], 1, size_schedule=changes, schedule_unit=unit, sample_tokens=7)
         return
-    order = EpochSampler(num_samples, sizes[0], 1, size_schedule=changes, schedule_unit=unit)
+    order = EpochSampler(num_samples, sizes[0], 1, size_schedule=changes, schedule_unit=unit, sample_tokens=7)
     plain = EpochSampler(num_samples, num_samples, 1)
     for step, (epoch, position, size) in enumerate(walk):
         assert order.epoch(step) == epoch
@@ -118,6 +117,8 @@ def test_a_batch_that_grows_anywhere(num_samples, sizes, gaps, unit):
         assert order.epochs_done(step) == epoch + position / num_samples
         if position == 0:
             assert order.num_steps(epoch) == step
+        tokens = 7 * (epoch * num_samples + position)
+        assert [order.num_steps_of_tokens(tokens + more) for more in (0, 1)] == [step, step + 1]
     assert {size for _, _, size in walk} <= order.sizes()
     if walk[-1][0] > order.phases[-1].epoch + 1:
         assert {size for _, _, size in walk} == order.sizes()

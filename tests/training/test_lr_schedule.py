@@ -183,6 +183,20 @@ def test_a_batch_that_never_grows():
         schedule(**RAMP, batch__schedule=ramp((0, 100), (3, 200)), optim__warmup_epochs=4)
 
 
+def test_lengths_and_changes_in_tokens():
+    """A sequence of 8 tokens, 1,000 of them: 16,000 tokens are 10 steps of 100 and 5 of 200."""
+    words = {"data__name": "stdlib", "data__context": 8, "batch__global_size": 100, "batch__schedule_unit": "tokens"}
+    grown = schedule(**words, batch__schedule=ramp((0, 100), (7_201, 200)), train__tokens=16_000, optim__lr=0.1,
+                     batch__schedule_lr_power=0.5, optim__warmup_epochs=0.2)  # fmt: skip
+    assert grown.num_steps == 10 + 5
+    assert [round(grown.lr(step), 4) for step in (0, 1, 9, 10, 14)] == [0.05, 0.1, 0.1, 0.1414, 0.1414]
+    assert schedule(**words, train__tokens=16_001).num_steps == 21
+    with pytest.raises(UsageError, match=r"batch.schedule never starts with 200: that would be before step 21 of a ru"):
+        schedule(**words, batch__schedule=ramp((0, 100), (16_000, 200)), train__tokens=16_000)
+    with pytest.raises(UsageError, match=r"batch.schedule \(400 at 7210 tokens\) begins with the same step as 200"):
+        schedule(**words, batch__schedule=ramp((0, 100), (7_201, 200), (7_210, 400)), train__tokens=90_000)
+
+
 def test_regime_adaptation_is_the_small_batch_step_for_step():
     """Same number of updates, same warm-up, same milestones as a run at base_size, only the batch differs."""
     rule = {

@@ -11,7 +11,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from gengap_dist.analysis.arm_roles import Arm, shorter_counterpart, unscaled_counterpart, updates
+from gengap_dist.analysis.arm_roles import (
+    SCALED,
+    Arm,
+    scaled_names,
+    shorter_counterpart,
+    unscaled_counterpart,
+    updates,
+)
 from gengap_dist.analysis.results import Claim, Outcome
 from gengap_dist.analysis.rules.judged import JudgedStudy, completions
 from gengap_dist.analysis.rules.look import Look, array_of
@@ -61,10 +68,13 @@ class _Asked(NamedTuple):
 
 
 def judge_scaling(study: JudgedStudy) -> Claim:
-    """Claim 4: scaling the learning rate does not resolve the gap."""
-    find = unscaled_counterpart(arm for arm in study.arms.values() if arm.runs)
+    """Claim 4: scaling the learning rate, and what rules scale with it, does not resolve the gap."""
+    find = unscaled_counterpart((arm for arm in study.arms.values() if arm.runs), study.base)
     pairs = [(arm, find(arm)) for arm in study.roles.scaled]
-    return _judged("scaling", "Scaling the learning rate does not resolve the gap.", study, pairs, min_updates=0.0)
+    scaled = [scaled_names(arm, without or study.base) for arm, without in pairs]
+    names = [name for name in dict.fromkeys(SCALED.values()) if any(name in each for each in scaled)]
+    words = " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part) or "learning rate"
+    return _judged("scaling", f"Scaling the {words} does not resolve the gap.", study, pairs, min_updates=0.0)
 
 
 def judge_longer_training(study: JudgedStudy) -> Claim:

@@ -69,7 +69,8 @@ class TrainingAlgorithm:
         if step + 1 < self.num_steps:
             next_batch = self._step_batch(step + 1)
             with self.strategy.world.timer.phase("data"):  # overlaps with the computation of this step
-                self.batches.prefetch(next_batch.indices[next_batch.spans[0].start : next_batch.spans[-1].stop])
+                own = slice(next_batch.spans[0].start, next_batch.spans[-1].stop)
+                self.batches.prefetch(next_batch.indices[own], next_batch.epoch)
         return StepResult(
             len(step_batch.indices),
             lr,

@@ -59,7 +59,7 @@ def random_batches(config: RunConfig, spec: DataSpec, num: int, device: torch.de
         targets += (torch.arange(targets.numel()) % spec.num_classes).view(targets.shape)
     samples = Samples(spec.random_inputs(num), targets).to(device)
     preprocess = Preprocess(pixels, device, getattr(torch, config.train.dtype))
-    return BatchLoader(samples, preprocess, config.data, config.seed)
+    return BatchLoader(samples, preprocess, config.data, config.seed, spec.num_classes)
 
 
 def timed(job: Callable[[], object], world: World) -> float:

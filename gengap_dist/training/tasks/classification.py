@@ -14,7 +14,11 @@ from gengap_dist.training.tasks.base import Task
 
 @final
 class Classification(Task):
-    """Outputs are logits [n, K], targets are classes [n] of 0 to K - 1."""
+    """Outputs are logits [n, K], targets are classes [n] of 0 to K - 1, or of mixed images shares of classes [n, K].
+
+    The cross-entropy of a mixed image is the mean over its classes, weighted by their shares, and so is its accuracy: a
+    prediction counts as much as the share of its class.
+    """
 
     def __init__(self, spec: DataSpec, label_smoothing: float = 0.0) -> None:
         """In training, the fraction `label_smoothing` of each target is spread over all classes.
@@ -51,7 +55,9 @@ class Classification(Task):
         return self.label_smoothing > 0
 
     def metric_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The number of correct predictions."""
+        """The number of correct predictions; of mixed images, the sum of the shares of the predicted classes."""
+        if targets.ndim == 2:
+            return targets.gather(1, outputs.argmax(1, keepdim=True)).sum()
         return self.correct(outputs, targets).sum()
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:

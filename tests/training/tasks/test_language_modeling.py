@@ -26,6 +26,7 @@ from gengap_dist.training.setup import build_model
 from gengap_dist.training.tasks import LanguageModeling, build_task
 from tests.conftest import config, cut_after, thinned, train, weights
 from tests.study import tiny
+from tests.training.algorithms.test_world_size_law import ramp
 from tests.training.algorithms.test_world_size_law import train as train_on
 from tests.training.tasks.documents import write_documents
 
@@ -109,11 +110,18 @@ STRATEGIES = {
     "plain": {},
     "fsdp": {"launch__strategy": "fsdp"},
     "recomputed": {"train__activation_checkpointing": True},
+    "ramp_tokens": {  # 4 steps of 20 sequences, 5 of 40, 3 of 60, of an epoch of 90: the kill is in the middle
+        "batch__global_size": 20,
+        "batch__schedule": ramp((0, 20), (1_441, 40), (5_000, 60)),
+        "batch__schedule_unit": "tokens",
+        "batch__schedule_lr_power": 0.5,
+        "train__tokens": 8_000,
+    },
 }
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", thinned(STRATEGIES, lambda name: name == "plain"))
+@pytest.mark.parametrize("name", thinned(STRATEGIES, lambda name: name in ("plain", "ramp_tokens")))
 def test_ranks_micro_batches_and_a_kill_change_nothing(crews, tmp_path, text, name):
     settings = text | {"checkpoint__every_steps": 5, "checkpoint__keep": 9, "probe__enabled": False}
     outs = []

@@ -31,6 +31,7 @@ check: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/peers.py --data $(or $(GENGAP_DATA),data)
+	$(BIN)/python benchmarks/gpt_throughput.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/overhead.py probes

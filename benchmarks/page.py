@@ -42,13 +42,15 @@ def read(docs: Path, name: str) -> dict[str, Any]:
 
 def write(docs: Path) -> None:
     """Fill the page with the results, and draw the figure."""
-    peers, results_of_studies = read(docs, "peers"), read(docs, "studies")
+    peers, results_of_studies, results_of_gpt = read(docs, "peers"), read(docs, "studies"), read(docs, "gpt")
     bodies: dict[str, str] = {}
     if peers:
         draw(peers, docs / "benchmarks" / "peers.svg")
         bodies |= {"headline": headline(peers), "peers": details(peers), "memory": memory(peers)}
     if results_of_studies:
         bodies["studies"] = studies(results_of_studies)
+    if results_of_gpt:
+        bodies["gpt"] = gpt(results_of_gpt)
     if not bodies:
         return
     page = docs / "benchmarks.md"
@@ -160,6 +162,27 @@ def studies(results: Mapping[str, Any]) -> str:
         parts += [f"**{result['title']}** ({num_rounds} rounds)", table(head, rows)]
         parts += [f"Machine: {paired_timing.machine_summary(result['machine'])}."]
     return "\n\n".join(parts)
+
+
+def gpt(results: Mapping[str, Any]) -> str:
+    """Tables for each run of benchmarks/gpt_throughput.py, by the clock and by CPU time: speed, and ratios over it."""
+    parts = []
+    for number, result in enumerate(results["runs"], 1):
+        for unit, key in (("tokens/s", "tokens_per_second"), ("tokens per CPU s", "tokens_per_cpu_second")):
+            speeds = result[key]
+            ours = [name for name in speeds if name.startswith("gengap_dist")]
+            rows = [
+                [
+                    name,
+                    f"{median(values):,.0f}",
+                    *("" if name in ours else str(paired_timing.ratio(speeds[own], values)) for own in ours),
+                ]
+                for name, values in speeds.items()
+            ]
+            parts.append(table(["", unit, *(f"{own} over this" for own in ours)], rows))
+        num_rounds = len(next(iter(result["tokens_per_second"].values())))
+        parts.insert(-2, f"**Run {number}** ({num_rounds} rounds, load {result['load']} per core at its end)")
+    return "\n\n".join([*parts, f"Machine: {paired_timing.machine_summary(results['runs'][-1]['machine'])}."])
 
 
 def study_columns(result: Mapping[str, Any]) -> list[list[str]]:

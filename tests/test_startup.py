@@ -16,7 +16,7 @@ from tests.study.tiny import start, write
 pytestmark = pytest.mark.processes
 
 COMMANDS = ["", "train", "study", "probe", "report", "compare", "plan", "doctor"]
-SERVICES = {"ray", "mlflow", "deepspeed", "matplotlib", "scipy", "pandas", "torchvision"}
+SERVICES = {"ray", "mlflow", "deepspeed", "matplotlib", "scipy", "pandas", "torchvision", "transformers"}
 COMPILER = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"}
 
 

@@ -89,8 +89,9 @@ class ProbeOptions(FrozenModel):
     """Options of `probe`."""
 
     model: str
-    """lenet5, vgg16, resnet20 (44, 56, 110), f1, c1, mlp, torchvision:NAME, timm:NAME, module.path:factory, or the
-    folder of a run: RUN_DIR (its last weights), RUN_DIR@best, RUN_DIR@STEP, RUN_DIR@0 (untrained)."""
+    """lenet5, vgg16, resnet20 (44, 56, 110), f1, c1, mlp, gpt, torchvision:NAME, timm:NAME, transformers:NAME,
+    module.path:factory, or the folder of a run: RUN_DIR (its last weights), RUN_DIR@best, RUN_DIR@STEP, RUN_DIR@0
+    (untrained)."""
     weights: UserPath | None = None
     """State dict for the model (torch.save); a run has its own."""
     out: UserPath | None = None

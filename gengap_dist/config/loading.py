@@ -130,15 +130,15 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(config: BaseModel | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as a flat mapping from dotted names to JSON values.
+    """A nested config as a flat mapping from dotted names to JSON values; an empty mapping has none.
 
-    >>> flat({"optim": {"lr": 0.1}, "seed": 0})
+    >>> flat({"optim": {"lr": 0.1}, "seed": 0, "model": {"options": {}}})
     {'optim.lr': 0.1, 'seed': 0}
     """
     tree = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value

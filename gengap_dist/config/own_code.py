@@ -13,7 +13,7 @@ from typing import Any
 from gengap_dist.credentials import without_logins
 from gengap_dist.errors import UsageError
 
-ZOOS = ("torchvision", "timm")
+ZOOS = ("torchvision", "timm", "transformers")
 """Packages whose networks `model.name` names as PACKAGE:NETWORK."""
 SETTINGS = ("model.name", "data.name", "task.name", "optim.name")
 SERVERS = {"mlflow.tracking_uri": "MLFLOW_TRACKING_URI", "launch.ray_address": "RAY_ADDRESS"}

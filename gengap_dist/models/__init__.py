@@ -1,7 +1,7 @@
 """Networks by name. The non-linearity of a layer is a module named `<layer>.act`, so that probes can name the layer."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,12 @@ from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.cgroups import free_memory
 from gengap_dist.distributed.process_group import World
-from gengap_dist.errors import UsageError, did_you_mean
+from gengap_dist.errors import UsageError, did_you_mean, first_of
 from gengap_dist.models.batch_norm import replace_batch_norm
 from gengap_dist.models.c1 import c1
 from gengap_dist.models.dropout import replace_random_layers
 from gengap_dist.models.gpt import gpt
+from gengap_dist.models.hf_transformers import transformers_model
 from gengap_dist.models.lenet5 import lenet5
 from gengap_dist.models.mlp import f1, mlp
 from gengap_dist.models.resnet import resnet
@@ -37,7 +38,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 IMAGE_ARGUMENTS = ("num_classes", "in_channels", "image_size")
 BUILT = "_gengap_built_as"  # attribute of a network that was made for a run
-ZOOS: dict[str, Callable[..., nn.Module]] = {"torchvision": torchvision_model, "timm": timm_model}
+ZOOS: dict[str, Callable[..., nn.Module]] = {
+    "torchvision": torchvision_model,
+    "timm": timm_model,
+    "transformers": transformers_model,
+}
 
 
 def from_config(config: RunConfig, spec: DataSpec, world: World) -> nn.Module:
@@ -48,7 +53,8 @@ def from_config(config: RunConfig, spec: DataSpec, world: World) -> nn.Module:
     """
     name = config.model.name
     sizes = {"depth": config.model.depth, "width": config.model.width, "heads": config.model.heads}
-    model = build(name, spec, widths=config.model.widths, activation=config.model.activation, **sizes)
+    options = config.model.options
+    model = build(name, spec, widths=config.model.widths, activation=config.model.activation, options=options, **sizes)
     if getattr(model, BUILT, None) == id(model):
         raise UsageError(
             f"model.name ({name}) returned a network that it returned before, with the weights that it has now: build "
@@ -62,17 +68,25 @@ def from_config(config: RunConfig, spec: DataSpec, world: World) -> nn.Module:
 
 
 def build(
-    name: str, spec: DataSpec, *, widths: tuple[int, ...] | None = None, activation: str = "relu", **sizes: int
+    name: str,
+    spec: DataSpec,
+    *,
+    widths: tuple[int, ...] | None = None,
+    activation: str = "relu",
+    options: Mapping[str, Any] | None = None,
+    **sizes: int,
 ) -> nn.Module:
     """A newly initialised network: inputs [n, *spec.input_shape] to outputs [n, *spec.output_shape].
 
     Args:
-        name: a key of MODELS, `torchvision:NAME`, `timm:NAME`, or a `module.path:factory` of the user. A factory
-            receives those of input_shape, output_shape, widths and activation that its signature names; for images with
-            classes also num_classes, in_channels and image_size (height and width, in pixels).
+        name: a key of MODELS, `torchvision:NAME`, `timm:NAME`, `transformers:NAME`, or a `module.path:factory` of the
+            user. A factory receives those of input_shape, output_shape, widths, activation and options that its
+            signature names; for images with classes also num_classes, in_channels and image_size (height and width, in
+            pixels).
         spec: of the data set.
         widths: units in each hidden layer, for models with this argument.
         activation: `relu`, or `linear` for none, for models with this argument.
+        options: by name, for models with this argument.
         sizes: depth, width and heads of gpt.
 
     Raises:
@@ -84,7 +98,7 @@ def build(
     """
     factory = factory_of(name)
     arguments: dict[str, Any] = {"input_shape": spec.input_shape, "output_shape": spec.output_shape}
-    arguments |= {"widths": widths, "activation": activation}
+    arguments |= {"widths": widths, "activation": activation, "options": dict(options or {})}
     of_images: dict[str, Any] = {}
     if spec.is_image and spec.num_classes is not None:
         in_channels, image_size, _ = spec.input_shape
@@ -101,6 +115,10 @@ def build(
         )
     if activation != "relu" and "activation" not in names:
         raise UsageError(f"model.activation ({activation}) has no effect on {name}: choose relu, or lenet5 or mlp")
+    if options and "options" not in names:
+        raise UsageError(
+            f"model.options ({first_of([*options])}) has no effect on {name}: remove it, or choose transformers:NAME"
+        )
     arguments |= of_images | (sizes if name in MODELS else {})  # a user's factory has its own
     given = {key: value for key, value in arguments.items() if key in names and value is not None}
     if name in MODELS or name.partition(":")[0] in ZOOS:
@@ -134,7 +152,7 @@ def _check_memory(name: str, make: Callable[[], nn.Module]) -> None:
     Raises:
         UsageError: names what makes it large.
     """
-    remedy = "choose smaller model.widths, a smaller data.image_size, or another network"
+    remedy = "choose smaller model.widths or model.options, a smaller data.image_size, or another network"
     try:
         with torch.device("meta"), _WithoutRandomNumbers():
             weights = [*make().parameters()]
@@ -162,7 +180,7 @@ def factory_of(name: str) -> Callable[..., nn.Module]:
     if not colon:
         raise UsageError(
             f"model.name ({name}) is not a model{did_you_mean(name, [*MODELS])}: "
-            f"choose one of {', '.join(MODELS)}, torchvision:NAME, timm:NAME, or module.path:factory"
+            f"choose one of {', '.join(MODELS)}, torchvision:NAME, timm:NAME, transformers:NAME, or module.path:factory"
         )
     if module_name in ZOOS:
         return partial(ZOOS[module_name], attribute)

@@ -55,6 +55,7 @@ def workload_name(config: RunConfig, spec: DataSpec, micro_size: int) -> str:
     """
     model, shape = config.model, "x".join(map(str, spec.input_shape))
     sizes = {"mlp": model.widths, "gpt": (model.depth, model.width, model.heads)}.get(model.name)
+    sizes = sizes or [f"{key}={value}" for key, value in model.options.items()]
     words = [model.name + (f"[{','.join(map(str, sizes))}]" if sizes else "")]
     words += [shape, config.train.autocast or config.train.dtype, *config.data.augment]
     words += [f"norm={config.norm}{config.batch.ghost_size or ''}"] if config.norm != "local" else []

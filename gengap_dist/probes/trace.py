@@ -74,8 +74,8 @@ class Layer(NamedTuple):
     channels_last: bool
     """True if units are the last dimension, [N, ..., D]; False if they are the second, [N, D, ...]."""
     kind: str
-    """`non-linear`, `residual` (a sum of two activations), `linear` (a unit whose `act` is nn.Identity), `constant` (a
-    non-linearity of a bias or a position, the same for all samples), or empty."""
+    """`non-linear`, `residual` (a sum of two activations), `linear` (a unit whose `act` is nn.Identity, or a module
+    with `is_measured`), `constant` (a non-linearity of a bias or a position, the same for all samples), or empty."""
     function: str = ""
     """Name of the torch function that puts out the activation, or empty for a module."""
     num_calls: int = 1
@@ -127,15 +127,22 @@ def scripted_modules(model: nn.Module) -> list[str]:
 def activation_of(module: nn.Module, output: Any) -> Any:
     """The activation in a module's output: of a recurrent network its outputs at all times, samples first.
 
+    Of a module with `is_measured` it is the first of several outputs.
+
     >>> activation_of(nn.LSTM(3, 5), nn.LSTM(3, 5)(torch.zeros(7, 2, 3))).shape
     torch.Size([2, 7, 5])
     """
     if not isinstance(module, RECURRENT):
-        return output
+        return output[0] if isinstance(output, tuple) and output and is_marked(module) else output
     steps = output[0] if isinstance(output, tuple) else output  # a cell of one step may have no other state
     if isinstance(module, nn.RNNCellBase):
         return steps
     return steps.transpose(0, 1) if isinstance(steps, Tensor) and steps.ndim == 3 and not module.batch_first else steps
+
+
+def is_marked(module: nn.Module) -> bool:
+    """Whether who built the network wants the module's output to be measured, by its attribute `is_measured`."""
+    return getattr(module, "is_measured", False) is True
 
 
 class ModuleStack:
@@ -252,7 +259,7 @@ def _make_forward_hook(
         call = counts[id(module)]
         output = activation_of(module, output)
         kind, claimed = tracker.exit_module(module, output)
-        if reported != name and isinstance(module, nn.Identity):
+        if (reported != name and isinstance(module, nn.Identity)) or is_marked(module):
             kind = "linear"  # so a linear network is measured at the same layers as the non-linear one
         if isinstance(module, RECURRENT):
             kind = "non-linear"

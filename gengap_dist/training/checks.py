@@ -256,7 +256,8 @@ def check_network(config: RunConfig, model: nn.Module, inputs: Tensor, targets: 
     """Run the network on a few inputs, and check its outputs and the sums that the task makes of them.
 
     Raises:
-        UsageError: if it fails on the inputs, has outputs of another shape, or the sums are not sums.
+        UsageError: if it fails on the inputs, has outputs of another shape, the sums are not sums, or it predicts
+            tokens that it sees.
     """
     with eval_context(model):
         try:
@@ -277,3 +278,12 @@ def check_network(config: RunConfig, model: nn.Module, inputs: Tensor, targets: 
                 f"layer {last}"
             )
         task.check(outputs, targets)
+        if task.spec.token and config.task.name == "language_modeling" and inputs.shape[1] > 1:
+            others = (inputs + 1) % outputs.shape[-1]
+            others[:, 0] = inputs[:, 0]
+            first = outputs[:, 0]
+            if (model(others)[:, 0] - first).abs().max() > 1e-4 * first.abs().max():  # more than rounding
+                raise UsageError(
+                    f"model.name ({config.model.name}) sees the tokens after a position, which it is to predict: "
+                    "choose a causal network"
+                )

@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 from gengap_dist import models
 from gengap_dist.compat.fast_imports import fast_imports
+from gengap_dist.config.loading import validate
+from gengap_dist.config.own_code import own_code
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.datasets import recorded_spec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import checkpoint
+from gengap_dist.runs.links import check_links
+from gengap_dist.runs.run_folder import read_info
 from gengap_dist.runs.schema import ExportedModel, TensorDescription
 
 FILE = "model/model.pt2"  # in the run folder
@@ -47,6 +51,40 @@ class Scorer(nn.Module):
         return self.network(inputs)
 
 
+def load_network(folder: Path | str, *, own_model: str | None = None) -> nn.Module:
+    """The network of the run in `folder` at its last checkpoint, in eval mode, on the CPU.
+
+    It receives inputs as in training: images normalised. One of `transformers:NAME` has `save_pretrained`.
+
+    Args:
+        folder: the run folder.
+        own_model: if the network is code of a user, its `module.path:factory`, as a word that it may be executed.
+
+    Raises:
+        UsageError: if there is no run or no undamaged checkpoint, or the network cannot be built or needs `own_model`.
+    """
+    folder = Path(folder)
+    check_links(folder)
+    info = read_info(folder)
+    config = validate(RunConfig, info.config)
+    if (name := own_code({"model": {"name": config.model.name}}).get("model.name")) not in (None, own_model):
+        raise UsageError(
+            f"model.name ({name}) is code that {folder} names, and nothing in a folder is executed without your word: "
+            f"if you trust it, add own_model={name!r}"
+        )
+    path = checkpoint.latest(folder / "checkpoints", warnings.warn)
+    if path is None or info.data is None:
+        raise UsageError(f"{folder} has no checkpoint yet: train the run, or give the folder of another")
+    return _restored(path, config, info.data).eval()
+
+
+def _restored(path: Path, config: RunConfig, data: dict[str, Any]) -> nn.Module:
+    """The network that a checkpoint stands for, in training mode, on the CPU."""
+    network = models.from_config(config, recorded_spec(data), World()).to(getattr(torch, config.train.dtype))
+    checkpoint.restore(network, checkpoint.evaluated_state(path / "model.pt"), path)
+    return network
+
+
 def scorer(folder: Path, config: RunConfig, data: dict[str, Any], num_steps: int) -> Scorer:
     """The network of the run in `folder` after its last step, in eval mode, on the CPU.
 
@@ -56,11 +94,8 @@ def scorer(folder: Path, config: RunConfig, data: dict[str, Any], num_steps: int
     path = checkpoint.checkpoints_by_step(folder / "checkpoints").get(num_steps)
     if path is None or checkpoint.describe_damage(path):
         raise UsageError(f"{folder} has no complete checkpoint of its last step")
-    network = models.from_config(config, recorded_spec(data), World())
-    dtype = getattr(torch, config.train.dtype)
-    checkpoint.restore(network.to(dtype), checkpoint.evaluated_state(path / "model.pt"), path)
     pixels = (torch.tensor(data["mean"]), torch.tensor(data["std"])) if "mean" in data else None
-    return Scorer(network, pixels, dtype).eval()
+    return Scorer(_restored(path, config, data), pixels, getattr(torch, config.train.dtype)).eval()
 
 
 def export(folder: Path, settings: Settings, data: dict[str, Any], num_steps: int) -> ExportedModel:

@@ -106,8 +106,13 @@ def test_the_gradient_is_that_of_one_process_on_the_whole_batch(crews, tmp_path,
         assert series(out, "train/loss")[0] == pytest.approx(loss.item(), rel=1e-12)
 
 
-STRATEGIES = {
+GPT2 = {  # tied weights, and dropout except in attention, which is no module
+    "model__name": "transformers:gpt2",
+    "model__options": {"n_layer": 2, "n_embd": 8, "n_head": 2, "attn_pdrop": 0.0},
+}
+RUNS = {
     "plain": {},
+    "transformers": GPT2,
     "fsdp": {"launch__strategy": "fsdp"},
     "recomputed": {"train__activation_checkpointing": True},
     "ramp_tokens": {  # 4 steps of 20 sequences, 5 of 40, 3 of 60, of an epoch of 90: the kill is in the middle
@@ -117,21 +122,25 @@ STRATEGIES = {
         "batch__schedule_lr_power": 0.5,
         "train__tokens": 8_000,
     },
+    "transformers, fsdp": GPT2 | {"launch__strategy": "fsdp"},
+    "transformers, recomputed": GPT2 | {"train__activation_checkpointing": True},
 }
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", thinned(STRATEGIES, lambda name: name in ("plain", "ramp_tokens")))
+@pytest.mark.parametrize("name", thinned(RUNS, lambda name: name in ("plain", "transformers", "ramp_tokens")))
 def test_ranks_micro_batches_and_a_kill_change_nothing(crews, tmp_path, text, name):
-    settings = text | {"checkpoint__every_steps": 5, "checkpoint__keep": 9, "probe__enabled": False}
+    if "transformers" in name:
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    settings = text | RUNS[name] | {"checkpoint__every_steps": 5, "checkpoint__keep": 9, "probe__enabled": False}
     outs = []
     for size, micro in ((1, 7), (2, 16), (3, 7)):
         outs.append(tmp_path / str(size))
-        more = STRATEGIES[name] if size > 1 or name != "fsdp" else {}
-        crews[size](train_on, settings | more | {"batch__micro_size": micro}, outs[-1])
+        alone = {"launch__strategy": "auto"} if size == 1 else {}
+        crews[size](train_on, settings | alone | {"batch__micro_size": micro}, outs[-1])
     outs.append(shutil.copytree(outs[1], tmp_path / "moved"))
     cut_after(outs[-1], 5)
-    crews[3](train_on, settings | STRATEGIES[name] | {"batch__micro_size": 16}, outs[-1], True)
+    crews[3](train_on, settings | {"batch__micro_size": 16}, outs[-1], True)
     first = outs[0]
     for out in outs[1:]:
         for key in ("train/loss", "train/grad_norm", "val/loss", "val/perplexity", "val/bits_per_byte"):

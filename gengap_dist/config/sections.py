@@ -200,7 +200,7 @@ class DataConfig(Section, affects="result"):
 
     @model_validator(mode="after")
     def _check_tokens(self) -> Self:
-        if (self.name == "tokens") != (self.vocab_size is not None):
+        if not self.is_own and (self.name == "tokens") != (self.vocab_size is not None):
             raise ValueError(
                 "data.name (tokens) needs the number of different ids: set data.vocab_size"
                 if self.name == "tokens"
@@ -238,10 +238,10 @@ class DataConfig(Section, affects="result"):
                 "data.device (cuda) keeps all images in a GPU's memory, and data.streaming (true) leaves them on disk: "
                 "set data.device=auto, or data.streaming=false"
             )
-        if self.streaming and self.name != "imagefolder":
+        if self.streaming and self.name != "imagefolder" and not self.is_own:
             raise ValueError(
-                f"data.streaming (true) reads image folders only, and {self.name} is loaded into memory: "
-                "set data.streaming=false, or data.name=imagefolder"
+                f"data.streaming (true) reads image folders and your own data sets only, and {self.name} is loaded "
+                "into memory: set data.streaming=false, or data.name=imagefolder"
             )
         return self
 

@@ -50,6 +50,7 @@ class EpochSampler:
         size_schedule: Sequence[tuple[float, int]] = (),
         schedule_unit: Literal["samples", "steps", "epochs"] = "epochs",
         worker: int | None = None,
+        in_order: bool = False,
     ) -> None:
         """Sampler of `num_samples` images in steps of `global_size`.
 
@@ -60,11 +61,13 @@ class EpochSampler:
             size_schedule: (where, new global size) in ascending order.
             schedule_unit: of where: the size holds from the first step before which so much was done.
             worker: network that has its own order, for algorithm.local_sgd=swap; None: the common order.
+            in_order: each epoch is in the order of the data set, which is a stream.
 
         Raises:
             UsageError: if a global batch is larger than `num_samples`, or two changes fall on the same step.
         """
         self.num_samples, self.global_size, self.seed, self.worker = num_samples, global_size, seed, worker
+        self.in_order = in_order
         self.phases: list[BatchSizePhase] = []
         self._add_phase(0, global_size, f"batch.global_size ({global_size})")
         for at, size in size_schedule:
@@ -79,8 +82,8 @@ class EpochSampler:
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
     @classmethod
-    def of(cls, config: RunConfig, num_samples: int) -> Self:
-        """The sampler of a run.
+    def of(cls, config: RunConfig, num_samples: int, *, in_order: bool = False) -> Self:
+        """The sampler of a run; `in_order` if its data set is a stream.
 
         >>> batch = {"global_size": 25, "schedule": [{"at": 0, "size": 25}, {"at": 60, "size": 50}]}
         >>> sampler = EpochSampler.of(RunConfig.model_validate({"batch": batch}), 100)
@@ -92,7 +95,12 @@ class EpochSampler:
         """
         batch, changes = config.batch, [(change.at, change.size) for change in config.batch.schedule[1:]]
         return cls(
-            num_samples, batch.global_size, config.seed, size_schedule=changes, schedule_unit=batch.schedule_unit
+            num_samples,
+            batch.global_size,
+            config.seed,
+            size_schedule=changes,
+            schedule_unit=batch.schedule_unit,
+            in_order=in_order,
         )
 
     def _add_phase(self, step: int, size: int, name: str) -> None:
@@ -128,6 +136,8 @@ class EpochSampler:
     def indices(self, step: int) -> Tensor:
         """[n] int64 positions of the images of step `step` (from 0), n = the global size or the rest of the epoch."""
         epoch, start, size = self._locate(step)
+        if self.in_order:
+            return torch.arange(start, min(start + size, self.num_samples))
         if epoch != self._epoch:
             purpose = (1, epoch) if self.worker is None else (4, self.worker, epoch)
             permutation = seeded_rng(self.seed, *purpose).permutation(self.num_samples)

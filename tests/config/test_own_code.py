@@ -14,7 +14,7 @@ from gengap_dist.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 MODULES = {
-    "my_net.py": "from my_part import part\ndef make():\n    from my_late import late\n    return part, late\nnumber = 3\n",
+    "my_net.py": "from my_part import part\ndef make():\n    from my_late import late\n    return part, late\n",
     "my_part.py": "part = 'part'\n",
     "my_late.py": "late = 'late'\n",
     "folder/inside.py": "make = 'inside'\n",
@@ -51,7 +51,10 @@ def test_modules_in_the_current_folder_are_found_after_all_others(folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("my_nte:make", "cannot be imported (there is no module my_nte in {folder}, nor elsewhere): give module.path:fact"),
+        (
+            "my_nte:make",
+            "cannot be imported (there is no module my_nte in {folder}, nor elsewhere): give modu",
+        ),
         ("my_net.sub:make", "there is no module my_net.sub in"),
         ("my_net:mkae", "(my_net.py has no mkae (did you mean make?)): give module.path:factory"),
         ("my_net.py:make", "there is no module my_net.py in"),
@@ -96,9 +99,10 @@ def test_the_console_script_finds_a_network_here_on_two_ranks_and_executes_nothi
     (folder / "my_net.py").write_text(
         "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
     )
-    words = "train --model.name my_net:make --data.image_size 8 --train.steps 2 --probe.layers 0 --out run".split()
+    settings = {"model.name": "my_net:make", "data.image_size": 8, "train.steps": 2, "launch.num_processes": 2}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(
-        [Path(sys.executable).with_name("gengap"), *words, "--launch.num_processes", "2"],
+        [Path(sys.executable).with_name("gengap"), "train", "--out", "run", *words],
         env=os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"},
         capture_output=True,
         text=True,

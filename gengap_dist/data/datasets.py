@@ -735,8 +735,9 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
 def recorded_spec(data: Mapping[str, Any]) -> DataSpec:
     """The shapes of a data set from its `summary` in a run.json, also of an older version, which knew images only."""
     num_classes, shape = data["num_classes"], tuple(data["shape"])
-    if token := data.get("token"):
+    token = data.get("token")
+    if token and len(data.get("output_shape") or "TV") == 2:  # a class at each position
         return DataSpec.tokens(num_classes, shape[0], token)
     output_shape = tuple(data.get("output_shape") or [num_classes])
     target_shape = () if num_classes else output_shape
-    return DataSpec(shape, output_shape, target_shape, num_classes, is_image="mean" in data)
+    return DataSpec(shape, output_shape, target_shape, num_classes, "mean" in data, token)

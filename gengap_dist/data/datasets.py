@@ -9,6 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +115,12 @@ class Splits(NamedTuple):
         """The training samples, if they are a stream that is read during training."""
         inputs = self.train.inputs
         return inputs.reader if isinstance(inputs, ReadInputs) and isinstance(inputs.reader, StreamSource) else None
+
+    def close(self) -> None:
+        """End processes that read samples; they start again when samples are announced."""
+        for part in (self.train, self.val, self.test):
+            if isinstance(part.inputs, ReadInputs):
+                part.inputs.reader.close()
 
     def digest(self, root: Path = Path()) -> str:
         """Hex hash of all targets and inputs of all splits; for streamed images, of paths in `root` and file sizes."""
@@ -495,16 +502,20 @@ def _own_splits(config: DataConfig, progress: Progress, seed: int) -> Splits:
     readers = {} if is_held else _readers(data, stored, config)
     splits: dict[str, Samples] = {}
     pixels = None
-    for name, (source, positions) in places.items():
-        read = None if id(source) not in readers else ReadInputs(*readers[id(source)], positions, stored)
-        part = first_pass.begin(name, source, positions, read)
-        if data.kind.is_image and name == "train":
-            pixels = _mean_and_std(first_pass.chunks(part))
-        else:
-            deque(first_pass.chunks(part), maxlen=0)
-        targets = _shuffled(part.targets, config) if name == "train" else part.targets
-        first_pass.add_to_digest(targets)
-        splits[name] = Samples(part.inputs if read is None else read, targets)
+    with ExitStack() as on_error:
+        for reader, _ in readers.values():
+            on_error.callback(reader.close)
+        for name, (source, positions) in places.items():
+            read = None if id(source) not in readers else ReadInputs(*readers[id(source)], positions, stored)
+            part = first_pass.begin(name, source, positions, read)
+            if data.kind.is_image and name == "train":
+                pixels = _mean_and_std(first_pass.chunks(part))
+            else:
+                deque(first_pass.chunks(part), maxlen=0)
+            targets = _shuffled(part.targets, config) if name == "train" else part.targets
+            first_pass.add_to_digest(targets)
+            splits[name] = Samples(part.inputs if read is None else read, targets)
+        on_error.pop_all()
     in_order = isinstance(data.parts["train"], StreamSource)
     return Splits(
         **splits,

@@ -8,11 +8,10 @@ import hashlib
 import pickle
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.context import BaseContext
 from multiprocessing.reduction import ForkingPickler
-from typing import NamedTuple, Self, final
+from typing import Any, NamedTuple, Self, final
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from gengap_dist.compat.daemon_children import allowing_children
 from gengap_dist.compat.safe_path import safe_path_variables
 from gengap_dist.data.user import READ_SIZE, SampleKind, Source, StreamSource
+from gengap_dist.distributed.orphans import end_with
 from gengap_dist.distributed.worker_pool import environment_variables
 from gengap_dist.errors import UsageError
 
@@ -83,6 +83,13 @@ def worker_context() -> BaseContext:
     return context
 
 
+def _end_with_reader(worker: int) -> None:
+    """DataLoader's own watch sees the server of forks, which lives as long as one of them."""
+    parent = parent_process()
+    assert parent
+    end_with(parent.is_alive)
+
+
 @final
 class SampleReader:
     """Reads samples of several sources ahead, by processes that start with the first request.
@@ -96,7 +103,7 @@ class SampleReader:
         Raises:
             UsageError: if the sources cannot be sent to a process.
         """
-        self._here, self._waiting = _Sources(sources), _Waiting()
+        self._here = _Sources(sources)
         try:
             ForkingPickler.dumps(self._here)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -105,17 +112,14 @@ class SampleReader:
                 "keep functions and classes at the top of a module, open files in __getitem__, or raise data.memory_gib"
             ) from error
         self._chunk_size = max(1, min(READ_SIZE, PREFETCH_BYTES // (sample_bytes * num_workers * 2)))
-        self._loader = DataLoader(
-            self._here,
-            sampler=self._waiting,
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=_unchanged,  # pyright: ignore[reportArgumentType]  # of a batch, in its types
-            persistent_workers=True,
-            multiprocessing_context=worker_context(),
-            generator=torch.Generator(),  # else it would draw from that of the run
-        )
+        self._num_workers = num_workers
+        self.close()
+
+    def close(self) -> None:
+        """End the processes; what was announced is forgotten. The next announcement starts others."""
         self._iterator: Iterator[tuple[Request, Found]] | None = None
+        self._loader: DataLoader[Any] | None = None  # whose processes end when nobody holds it
+        self._waiting = _Waiting()
         self._num_received = 0
         self._expected: Counter[tuple[int, int]] = Counter()
         """How often a sample is announced and not received."""
@@ -158,10 +162,21 @@ class SampleReader:
         return key in self._rows or key in self._expected
 
     def _begin(self) -> None:
-        with ExitStack() as stack:
-            if self._iterator is None:  # the processes start
-                stack.enter_context(allowing_children())
-                stack.enter_context(environment_variables(safe_path_variables()))
+        if self._loader is not None:
+            self._iterator = iter(self._loader)
+            return
+        self._loader = DataLoader(
+            self._here,
+            sampler=self._waiting,
+            batch_size=None,
+            num_workers=self._num_workers,
+            collate_fn=_unchanged,  # pyright: ignore[reportArgumentType]  # of a batch, in its types
+            persistent_workers=True,
+            worker_init_fn=_end_with_reader,
+            multiprocessing_context=worker_context(),
+            generator=torch.Generator(),  # else it would draw from that of the run
+        )
+        with allowing_children(), environment_variables(safe_path_variables()):
             self._iterator = iter(self._loader)
 
     def _receive(self) -> None:

@@ -210,6 +210,10 @@ class StreamSource:
         self._cursors[self._purpose] = _Cursor(self._first_state)
         return self.reader
 
+    def close(self) -> None:
+        """Forget where it was read: the next run begins at the first sample."""
+        self._cursors = {purpose: _Cursor(self._first_state) for purpose in self._cursors}
+
     def state_dict(self) -> dict[str, Any]:
         """How far training has read: {} before the first sample."""
         cursor = self._cursors["training"]

@@ -426,10 +426,11 @@ class Trainer:
         return scores | num_test | found | speed | probes | self.times.totals() | memory_peaks(self.world)
 
     def close(self) -> None:
-        """Wait for a checkpoint that is being written, and release the model."""
+        """Wait for a checkpoint that is being written, release the model, and end processes that read samples."""
         self.checkpoints.close()
         self.profile.close()
         self.strategy.close()
+        self.resolved.splits.close()
 
 
 def _exported(trainer: Trainer) -> dict[str, Any]:

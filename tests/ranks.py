@@ -72,6 +72,7 @@ class Forking:
 def _in_environment(variables: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
     import torch
 
+    forkserver._forkserver.ensure_running = lambda: None  # pyright: ignore  # it is the parent of this process
     os.environ.clear()
     os.environ.update(variables)
     if number := variables.get("OMP_NUM_THREADS"):
@@ -142,7 +143,6 @@ def _main(command: list[str], cwd: Path, variables: dict[str, str], folder: Path
     first = cwd if is_module else Path(sys.argv[0]).parent
     sys.path[:0] = [str(first), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
     run = (runpy.run_module, sys.argv[0], None, "__main__", True) if is_module else (_run_path, sys.argv[0])
-    forkserver._forkserver.ensure_running = lambda: None  # pyright: ignore  # it is the parent of this process
     try:
         with forked_ranks():
             _in_environment(variables, run[0], run[1:])

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
+from gengap_dist.compat.daemon_children import allowing_children
 from gengap_dist.config.own_code import call_own, load_own
 from gengap_dist.distributed.cores import Threads
 from gengap_dist.distributed.worker_pool import WorkerPool
@@ -81,6 +83,28 @@ def test_a_function_that_fails_is_named_with_its_line(folder):
 
 def imported(worker):
     return __import__("random").__file__
+
+
+def children(worker):
+    with allowing_children():
+        child = get_context("fork").Process(target=bool)
+        child.start()
+        child.join()
+    refused = False
+    try:
+        get_context("fork").Process(target=bool).start()
+    except AssertionError:  # compat/daemon_children.py is needed
+        refused = True
+    return child.exitcode, refused, "PYTHONSAFEPATH" in os.environ
+
+
+@pytest.mark.processes
+def test_ranks_may_have_processes_that_read_and_the_environment_of_the_command(folder):
+    pool = WorkerPool(1, Threads(1, "test"))
+    try:
+        assert pool(children) == [(0, True, False)]
+    finally:
+        pool.close(kill=True)
 
 
 @pytest.mark.processes

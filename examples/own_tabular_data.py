@@ -7,6 +7,7 @@ The same from the command line, in this folder: gengap train --data.name own_tab
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,8 @@ SETTINGS = {
 def tumours() -> dict[str, tuple[np.ndarray, np.ndarray]]:  # what data.name names
     from sklearn.datasets import load_breast_cancer
 
-    columns, is_benign = load_breast_cancer(return_X_y=True)
+    table: Any = load_breast_cancer()
+    columns, is_benign = table.data, table.target
     order = np.random.default_rng(0).permutation(len(columns))
     train, test = order[:450], order[450:]
     columns = (columns - columns[train].mean(0)) / columns[train].std(0)

@@ -72,6 +72,7 @@ class Forking:
 def _in_environment(variables: dict[str, str], target: Callable[..., None], args: tuple[Any, ...]) -> None:
     import torch
 
+    forkserver._forkserver.ensure_running = lambda: None  # pyright: ignore  # it is the parent of this process
     os.environ.clear()
     os.environ.update(variables)
     if number := variables.get("OMP_NUM_THREADS"):
@@ -104,7 +105,22 @@ def start_module(
     """The same as a fork of a process that has imported torch, and so its ranks; with GENGAP_FULL=1 as a user does."""
     if "GENGAP_FULL" in os.environ:
         return start_interpreter(module, *words, cwd=cwd, env=env, timeout=timeout)
-    command = [sys.executable, "-m", module, *map(str, words)]
+    return _as_fork([sys.executable, "-m", module, *map(str, words)], cwd, env, timeout)
+
+
+def start_script(
+    script: Path, *words: object, cwd: Path, env: Mapping[str, str], timeout: float = 300.0
+) -> "subprocess.CompletedProcess[str]":
+    """`python script *words`, likewise."""
+    command = [sys.executable, str(script), *map(str, words)]
+    if "GENGAP_FULL" in os.environ:
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return _as_fork(command, cwd, env, timeout)
+
+
+def _as_fork(
+    command: list[str], cwd: Path, env: Mapping[str, str], timeout: float
+) -> "subprocess.CompletedProcess[str]":
     with tempfile.TemporaryDirectory() as folder:
         process = Forking().Process(target=_main, args=(command, cwd, dict(env), Path(folder)))
         process.start()
@@ -121,15 +137,21 @@ def _main(command: list[str], cwd: Path, variables: dict[str, str], folder: Path
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         setattr(sys, name, open(number, "w", buffering=1, closefd=False))  # noqa: SIM115
     os.chdir(cwd)
-    sys.path[:0] = [str(cwd), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
-    _, _, module, *words = sys.orig_argv = command
-    sys.argv = [module, *words]
-    forkserver._forkserver.ensure_running = lambda: None  # pyright: ignore  # it is the parent of this process
+    _, *words = sys.orig_argv = command
+    is_module = words[0] == "-m"
+    sys.argv = words[is_module:]
+    first = cwd if is_module else Path(sys.argv[0]).parent
+    sys.path[:0] = [str(first), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
+    run = (runpy.run_module, sys.argv[0], None, "__main__", True) if is_module else (_run_path, sys.argv[0])
     try:
         with forked_ranks():
-            _in_environment(variables, runpy.run_module, (module, None, "__main__", True))
+            _in_environment(variables, run[0], run[1:])
     finally:
         atexit._run_exitfuncs()  # a process of multiprocessing ends without them
+
+
+def _run_path(script: str) -> None:
+    runpy.run_path(script, run_name="__main__")
 
 
 class Crew:

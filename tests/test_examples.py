@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.ranks import start_script
 from tests.study import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -19,8 +18,7 @@ pytestmark = pytest.mark.processes
 
 def printed(name: str, *words: object) -> str:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, EXAMPLES / name, *map(str, words)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = start_script(EXAMPLES / name, *words, cwd=Path.cwd(), env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -55,7 +53,35 @@ def test_own_optimizer(tmp_path):
     accuracy = re.search(r"Lion: test accuracy (\d+\.\d)% after", printed("own_optimizer.py", tmp_path / "run"))
     assert accuracy
     assert float(accuracy[1]) > 60
-    assert len((EXAMPLES / "own_optimizer.py").read_text().splitlines()) < 40
+
+
+OF_YOUR_OWN = ["own_optimizer.py", "own_tabular_data.py", "huggingface_dataset.py", "own_task.py"]
+
+
+@pytest.mark.parametrize("name", OF_YOUR_OWN)
+def test_what_shows_code_of_your_own_is_short(name):
+    assert len((EXAMPLES / name).read_text().splitlines()) < 40
+
+
+def test_own_tabular_data(tmp_path):
+    accuracy = re.search(r"tumours: test accuracy (\d+\.\d)% after", printed("own_tabular_data.py", tmp_path / "run"))
+    assert accuracy
+    assert float(accuracy[1]) > 90
+
+
+def test_huggingface_dataset(tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed: pip install 'gengap_dist[datasets]'")
+    accuracy = re.search(
+        r"spirals: test accuracy (\d+\.\d)% after", printed("huggingface_dataset.py", tmp_path / "run")
+    )
+    assert accuracy
+    assert float(accuracy[1]) > 90
+
+
+def test_own_task(tmp_path):
+    error = re.search(r"regression: test error (\d\.\d+) m after", printed("own_task.py", tmp_path / "run"))
+    assert error
+    assert float(error[1]) < 0.3
 
 
 def test_study_with_pandas(tmp_path):

@@ -6,8 +6,11 @@ failed is in the text of errors only.
 Remove when ray.init has a timeout, and errors of their own type for "no cluster on this machine" and for a wrong token.
 """
 
+import os
 import subprocess
 import sys
+
+from gengap_dist.compat.safe_path import safe_path_variables
 
 _NO_CLUSTER = 3  # exit code of _SCRIPT if "auto" finds no cluster
 _SCRIPT = f"""
@@ -24,7 +27,12 @@ def connects(address: str, timeout_seconds: float) -> tuple[bool, str]:
     """Whether a cluster answers, and if not, why; the reason is empty if the address is "auto" and there is none."""
     command = [sys.executable, "-c", _SCRIPT, address]
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+        command,
+        env=os.environ | safe_path_variables(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
     )
     try:
         _, output = process.communicate(timeout=timeout_seconds)

@@ -135,7 +135,8 @@ class DataConfig(Section, affects="result"):
     """digits (part of the package), mnist, fashion_mnist, cifar10, cifar100 or imagefolder (read from data.root); for
     language models stdlib (the .py files of Python's standard library), text (all UTF-8 files below data.root), both as
     bytes, or tokens (ids in data.root/train.npy and test.npy, or .bin); or your own module.path:factory, which returns
-    {"train": (inputs, targets), "test": (inputs, targets)}."""
+    {"train": ..., "val": ..., "test": ...}: data sets of torch or Hugging Face with inputs and targets in each sample,
+    or pairs of arrays. Without val, data.val_fraction of train are held out; without test, a tenth."""
     root: Annotated[UserPath, Affects("runtime")] = Path("data")
     """Folder that holds the data set's files (not used by digits and stdlib)."""
     download: Annotated[Boolean, Affects("runtime")] = False
@@ -146,7 +147,8 @@ class DataConfig(Section, affects="result"):
     """stdlib, text and tokens: tokens in a sequence, which is one sample. Documents are packed: a sequence may hold
     several of them, or a part of one."""
     vocab_size: PositiveInt | None = None
-    """tokens: number of different ids; bytes have 256, and one for the end of a document."""
+    """tokens: number of different ids; bytes have 256, and one for the end of a document. Your own integer inputs: null
+    is the largest plus one."""
     num_train: PositiveInt | None = None
     """Number of training samples that are used, drawn at random without replacement from those that are not held out
     for validation; null: all of them. Smaller numbers give subsets of larger ones. Of tokens, validation and test then
@@ -183,11 +185,14 @@ class DataConfig(Section, affects="result"):
     cutout_size: PositiveInt = 16
     """Side of the square of cutout, in pixels."""
     memory_gib: Annotated[PositiveFloat, Affects("runtime")] = 8.0
-    """Largest data set that is loaded into memory, in GiB per rank."""
+    """Largest data set that is loaded into memory, in GiB per rank. A larger data set of your own is read during
+    training, with the same result."""
     streaming: Boolean = False
-    """imagefolder: read images from disk during training, not all before it: for folders larger than memory."""
+    """imagefolder and your own data sets: read samples during training, not all before it: for those larger than
+    memory."""
     workers: Annotated[PositiveInt, Affects("runtime")] = 4
-    """Number of threads per rank that prefetch images when data.streaming is set."""
+    """Number of threads per rank that prefetch images when data.streaming is set; of processes, for your own data sets
+    (at most one for each core)."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Affects("runtime")] = "auto"
     """Memory that holds the images when GPUs train: cuda, that of each GPU; cpu, that of the host, from which batches
     are prefetched and copied through pinned memory; auto: cuda if the images take at most half of its free memory, else
@@ -214,7 +219,7 @@ class DataConfig(Section, affects="result"):
 
     @model_validator(mode="after")
     def _check_tokens(self) -> Self:
-        if (self.name == "tokens") != (self.vocab_size is not None):
+        if not self.is_own and (self.name == "tokens") != (self.vocab_size is not None):
             raise ValueError(
                 "data.name (tokens) needs the number of different ids: set data.vocab_size"
                 if self.name == "tokens"
@@ -261,10 +266,10 @@ class DataConfig(Section, affects="result"):
                 "data.device (cuda) keeps all images in a GPU's memory, and data.streaming (true) leaves them on disk: "
                 "set data.device=auto, or data.streaming=false"
             )
-        if self.streaming and self.name != "imagefolder":
+        if self.streaming and self.name != "imagefolder" and not self.is_own:
             raise ValueError(
-                f"data.streaming (true) reads image folders only, and {self.name} is loaded into memory: "
-                "set data.streaming=false, or data.name=imagefolder"
+                f"data.streaming (true) reads image folders and your own data sets only, and {self.name} is loaded "
+                "into memory: set data.streaming=false, or data.name=imagefolder"
             )
         return self
 

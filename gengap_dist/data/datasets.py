@@ -6,8 +6,10 @@ Shapes: N samples; of images C channels, H = W = image_size; of tokens sequences
 import hashlib
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,22 +23,38 @@ from gengap_dist.data import TORCHVISION
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.data.host_images import HostImages
 from gengap_dist.data.image_folder import DECODING, ImageListing, list_images, read_image
+from gengap_dist.data.reading import FirstPass, ReadInputs, SampleReader, Stored
 from gengap_dist.data.streaming import PREFETCH_BYTES, StreamedImages
 from gengap_dist.data.text import load_tokens
-from gengap_dist.data.user import Arrays, load_user_data
+from gengap_dist.data.user import DatasetSource, OwnData, SampleKind, Source, StreamSource, load_user_data
 from gengap_dist.distributed.cores import available_cores
 from gengap_dist.errors import UsageError, first_of
 
 CHUNK_SIZE = 1_024  # images copied or counted at a time, to keep temporaries small
 MAX_GPU_MEMORY_FRACTION = 0.5  # largest fraction of free GPU memory that data.device=auto uses for images
+OWN_TEST_FRACTION = 0.1  # of a user's training samples, if there is no test part
 NUM_MEAN_IMAGES = 4_096  # training images that give mean and standard deviation of a streamed data set
+
+
+class Arrays(NamedTuple):
+    """A data set in memory; images are [N, H, W] or [N, C, H, W] uint8."""
+
+    train_inputs: Tensor
+    train_targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+    num_classes: int
+    facts: Mapping[str, Any] = {}
+    """More for run.json."""
 
 
 class Samples(NamedTuple):
     """One split."""
 
-    inputs: Tensor | StreamedImages | HostImages  # [N, C, H, W] uint8 images, [N, T] tokens, or [N, ...] real numbers
-    targets: Tensor  # [N] int64 classes, [N, T] tokens as in `token_stream`, or [N, ...] real numbers
+    inputs: Tensor | StreamedImages | HostImages | ReadInputs
+    """[N, C, H, W] uint8 images, [N, T] tokens, or [N, ...] real numbers."""
+    targets: Tensor
+    """[N] int64 classes, [N, T] tokens as in `token_stream`, or [N, ...] real numbers."""
 
     def __len__(self) -> int:
         """N, the number of samples."""
@@ -57,7 +75,8 @@ class Samples(NamedTuple):
         if isinstance(self.inputs, Tensor):
             # 20 times as fast as indexing
             return self.inputs.index_select(0, device_indices), self.targets[device_indices]
-        return self.inputs[indices], self.targets[device_indices]  # reading device_indices would synchronize the GPU
+        inputs = self.inputs.for_training(indices) if isinstance(self.inputs, ReadInputs) else self.inputs[indices]
+        return inputs, self.targets[device_indices]  # reading device_indices would synchronize the GPU
 
     def prefetch(self, indices: Tensor) -> None:
         """Announce that `indices` [n] are used next, so that inputs outside the device can be prefetched."""
@@ -69,6 +88,7 @@ class Samples(NamedTuple):
         if isinstance(self.inputs, StreamedImages):
             yield from self.inputs.fingerprint(root)
         else:
+            assert not isinstance(self.inputs, ReadInputs)  # the digest was made while all was read
             inputs = self.inputs.pixels if isinstance(self.inputs, HostImages) else self.inputs
             yield np.ascontiguousarray(inputs.cpu().numpy()).data
         yield np.ascontiguousarray(self.targets.cpu().numpy()).data
@@ -85,9 +105,27 @@ class Splits(NamedTuple):
     """Of images; other inputs are not normalised."""
     facts: Mapping[str, Any] = {}
     """More of an image folder for run.json: class names, number of skipped files, how files are decoded."""
+    known_digest: str | None = None
+    """What `digest` returns, if it was made while the samples were read."""
+    in_order: bool = False
+    """Training samples are a stream, in whose order they are used."""
+
+    @property
+    def stream(self) -> StreamSource | None:
+        """The training samples, if they are a stream that is read during training."""
+        inputs = self.train.inputs
+        return inputs.reader if isinstance(inputs, ReadInputs) and isinstance(inputs.reader, StreamSource) else None
+
+    def close(self) -> None:
+        """End processes that read samples; they start again when samples are announced."""
+        for part in (self.train, self.val, self.test):
+            if isinstance(part.inputs, ReadInputs):
+                part.inputs.reader.close()
 
     def digest(self, root: Path = Path()) -> str:
         """Hex hash of all targets and inputs of all splits; for streamed images, of paths in `root` and file sizes."""
+        if self.known_digest is not None:
+            return self.known_digest
         digest = hashlib.blake2b(digest_size=16)
         for samples in (self.train, self.val, self.test):
             for part in samples.fingerprint(root):
@@ -121,7 +159,7 @@ def place_splits(splits: Splits, config: DataConfig, device: torch.device) -> Sp
         UsageError: if data.device=cuda and the inputs do not fit; nothing is copied then.
     """
     move = Samples.to
-    if device.type == "cuda" and not config.streaming:
+    if device.type == "cuda" and not isinstance(splits.train.inputs, StreamedImages | ReadInputs):
         torch.cuda.empty_cache()  # memory cached by torch is also free
         free, _ = torch.cuda.mem_get_info(device)
         needed = sum(_num_bytes(samples.inputs) for samples in (splits.train, splits.val, splits.test))
@@ -137,7 +175,9 @@ def place_splits(splits: Splits, config: DataConfig, device: torch.device) -> Sp
     return splits._replace(train=train, val=val, test=test)
 
 
-def _num_bytes(inputs: Tensor | StreamedImages | HostImages) -> int:
+def _num_bytes(inputs: Tensor | StreamedImages | HostImages | ReadInputs) -> int:
+    if isinstance(inputs, ReadInputs):
+        return min(inputs.shape.numel() * inputs.stored.dtype.itemsize, PREFETCH_BYTES)
     return inputs.nbytes if isinstance(inputs, Tensor) else inputs.shape.numel()
 
 
@@ -376,17 +416,21 @@ def _num_train(num: int, config: DataConfig) -> int:
 def _select_and_pad(pixels: Tensor, size: int, indices: Tensor) -> Tensor:
     """Images `indices` [n] of [N, C, H, W] uint8, zero-padded on all sides to [n, C, size, size]."""
     channels, height, width = pixels.shape[1:]
-    if max(height, width) > size:
-        raise UsageError(
-            f"data.image_size ({size}) is smaller than the {height} x {width} images: "
-            f"choose at least {max(height, width)}"
-        )
+    _check_image_size(height, width, size)
     left, top = (size - width) // 2, (size - height) // 2
     out = pixels.new_zeros(len(indices), channels, size, size)
     center = out[:, :, top : top + height, left : left + width]
     for target, chunk in zip(center.split(CHUNK_SIZE), indices.split(CHUNK_SIZE), strict=True):
         target.copy_(pixels[chunk])
     return out
+
+
+def _check_image_size(height: int, width: int, size: int) -> None:
+    if max(height, width) > size:
+        raise UsageError(
+            f"data.image_size ({size}) is smaller than the {height} x {width} images: "
+            f"choose at least {max(height, width)}"
+        )
 
 
 def check_labels(labels: Tensor, num_classes: int, split_name: str) -> None:
@@ -416,19 +460,14 @@ def load(config: DataConfig, progress: Progress = _silent, *, seed: int = 0) -> 
         UsageError: if files are missing or damaged, labels are out of range, the data set exceeds data.memory_gib, or
             it has fewer training samples than data.num_train.
     """
+    if config.is_own:
+        return _own_splits(config, progress, seed)
     if config.streaming:
         return _streamed(config, seed)
     if config.is_tokens:
         return _token_splits(config, progress, seed)
-    if config.is_own:
-        raw = load_user_data(config.name)
-        if raw.train_inputs.dtype != torch.uint8:
-            return _real_splits(raw, config, seed)
-    else:
-        raw = LOADERS[config.name](config, progress)
+    raw = LOADERS[config.name](config, progress)
     num_classes = raw.num_classes
-    if num_classes is None:
-        raise UsageError(f"data.name ({config.name}) returns images with real targets: return one class for each image")
     for split_name, pixels, labels in (
         ("training", raw.train_inputs, raw.train_targets),
         ("test", raw.test_inputs, raw.test_targets),
@@ -458,26 +497,144 @@ def load(config: DataConfig, progress: Progress = _silent, *, seed: int = 0) -> 
     )
 
 
-def _real_splits(raw: Arrays, config: DataConfig, seed: int) -> Splits:
-    """The splits of a data set whose inputs are real numbers."""
-    if raw.num_classes is not None:
-        check_labels(raw.train_targets, raw.num_classes, "training")
-        check_labels(raw.test_targets, raw.num_classes, "test")
-    _check_memory(raw.train_inputs.nbytes + raw.test_inputs.nbytes, config)
-    if config.augment:
-        raise UsageError(
-            f"data.augment ({', '.join(config.augment)}) changes images, and the inputs of {config.name} are no "
-            "uint8 images: set data.augment=[]"
-        )
-    target_shape = tuple(raw.train_targets.shape[1:])
-    output_shape = target_shape if raw.num_classes is None else (raw.num_classes,)
-    train, val = _train_val_positions(len(raw.train_inputs), config, seed)
+def _own_splits(config: DataConfig, progress: Progress, seed: int) -> Splits:
+    """The splits of a user's data set, held in memory or read during training, with equal results."""
+    data = load_user_data(config.name)
+    stored = _stored(data.kind, config)
+    places, drawn = _own_places(data, config, seed)
+    is_held = _is_held(data, places, stored, config)
+    first_pass = FirstPass(f"data.name ({config.name})", data.kind, stored, progress)
+    readers = {} if is_held else _readers(data, stored, config)
+    splits: dict[str, Samples] = {}
+    pixels = None
+    with ExitStack() as on_error:
+        for reader, _ in readers.values():
+            on_error.callback(reader.close)
+        for name, (source, positions) in places.items():
+            read = None if id(source) not in readers else ReadInputs(*readers[id(source)], positions, stored)
+            part = first_pass.begin(name, source, positions, read)
+            if data.kind.is_image and name == "train":
+                pixels = _mean_and_std(first_pass.chunks(part))
+            else:
+                deque(first_pass.chunks(part), maxlen=0)
+            targets = _shuffled(part.targets, config) if name == "train" else part.targets
+            first_pass.add_to_digest(targets)
+            splits[name] = Samples(part.inputs if read is None else read, targets)
+        on_error.pop_all()
+    in_order = isinstance(data.parts["train"], StreamSource)
     return Splits(
-        Samples(raw.train_inputs[train], _shuffled(raw.train_targets[train], config)),
-        Samples(raw.train_inputs[val], raw.train_targets[val]),
-        Samples(raw.test_inputs, raw.test_targets),
-        DataSpec(tuple(raw.train_inputs.shape[1:]), output_shape, target_shape, raw.num_classes),
+        **splits,
+        spec=_own_spec(data.kind, stored, first_pass, config),
+        pixels=pixels,
+        facts={"drawn_from_train": drawn, "in_order": in_order},
+        known_digest=first_pass.digest.hexdigest(),
+        in_order=in_order,
     )
+
+
+def _stored(kind: SampleKind, config: DataConfig) -> Stored:
+    """How inputs of a user's data set are kept."""
+    if not kind.is_image:
+        if config.augment:
+            raise UsageError(
+                f"data.augment ({', '.join(config.augment)}) changes images, and the inputs of {config.name} are no "
+                "uint8 images: set data.augment=[]"
+            )
+        return Stored(kind.input_shape, kind.input_dtype, is_image=False)
+    *channels, height, width = kind.input_shape
+    _check_image_size(height, width, config.image_size)
+    return Stored((channels[0] if channels else 1, config.image_size, config.image_size), torch.uint8, is_image=True)
+
+
+def _readers(data: OwnData, stored: Stored, config: DataConfig) -> dict[int, tuple[SampleReader | StreamSource, int]]:
+    """What reads the sources that memory does not hold, and their number in it; arrays are in memory already."""
+    sources = [each for each in data.parts.values() if isinstance(each, DatasetSource)]
+    num_workers = min(config.workers, available_cores().whole)
+    reader = SampleReader(config.name, sources, num_workers, stored.num_bytes) if sources else None
+    found: dict[int, tuple[SampleReader | StreamSource, int]] = {}
+    for source in data.parts.values():
+        if isinstance(source, StreamSource):
+            found[id(source)] = source, 0
+        elif isinstance(source, DatasetSource) and reader is not None:
+            found[id(source)] = reader, sources.index(source)
+    return found
+
+
+def _own_places(data: OwnData, config: DataConfig, seed: int) -> tuple[dict[str, tuple[Source, Tensor]], list[str]]:
+    """Source and positions of train, val and test, and which of the last two are drawn from train."""
+    train = data.parts["train"]
+    positions = torch.arange(len(train))
+    drawn = [name for name in ("val", "test") if name not in data.parts]
+    if isinstance(train, StreamSource) and "test" in drawn:
+        raise UsageError(
+            f"data.name ({config.name}) returns an iterable data set, of which no test samples can be drawn: return "
+            "test, and val unless data.val_fraction is 0"
+        )
+    places: dict[str, tuple[Source, Tensor]] = {}
+    if "test" in drawn:
+        shuffled = torch.from_numpy(np.random.default_rng([0, 9]).permutation(len(positions)))
+        num_test = max(1, int(len(positions) * OWN_TEST_FRACTION))
+        places["test"] = train, positions[shuffled[:num_test].sort().values]
+        positions = positions[shuffled[num_test:].sort().values]
+    if "val" in drawn:
+        if isinstance(train, StreamSource):
+            if config.val_fraction:
+                raise UsageError(
+                    f"data.val_fraction ({config.val_fraction}) cannot be held out of the iterable data set that "
+                    f"{config.name} returns: return val, or set data.val_fraction=0"
+                )
+            chosen, val = positions, positions[:0]
+        else:
+            chosen, val = _train_val_positions(len(positions), config, seed)
+        places["val"], positions = (train, positions[val]), positions[chosen]
+    else:
+        positions = _subset(positions, config, seed)
+    if not len(positions):
+        raise UsageError(f"data.name ({config.name}) returns too few samples to hold some out: return more")
+    for name in ("val", "test"):
+        if name not in drawn:
+            places[name] = data.parts[name], torch.arange(len(data.parts[name]))
+    return {"train": (train, positions), "val": places["val"], "test": places["test"]}, drawn
+
+
+def _is_held(data: OwnData, places: Mapping[str, tuple[Source, Tensor]], stored: Stored, config: DataConfig) -> bool:
+    """Whether memory holds a user's data set.
+
+    Raises:
+        UsageError: if it consists of arrays that are larger than data.memory_gib.
+    """
+    num_bytes = stored.num_bytes + data.kind.num_bytes  # and targets, which are always held
+    num_bytes *= sum(len(positions) for _, positions in places.values())
+    if data.in_memory:
+        _check_memory(num_bytes, config)
+        return True
+    return not config.streaming and num_bytes <= config.memory_gib * 2**30
+
+
+def _own_spec(kind: SampleKind, stored: Stored, found: FirstPass, config: DataConfig) -> DataSpec:
+    """What a user's data set gives to a network."""
+    has_classes = not kind.target_dtype.is_floating_point
+    if kind.is_image and not has_classes:
+        raise UsageError(f"data.name ({config.name}) returns images with real targets: return one class for each image")
+    if config.vocab_size is not None and not kind.is_token:
+        raise UsageError(
+            f"data.vocab_size ({config.vocab_size}) is for tokens, and {config.name} returns inputs of "
+            f"{kind.describe('inputs')}: set it to null"
+        )
+    if kind.is_token:
+        highest = max(found.largest_token, found.largest_class if kind.target_shape else -1)
+        vocab_size = config.vocab_size or highest + 1
+        if highest >= vocab_size:
+            raise UsageError(
+                f"data.vocab_size ({vocab_size:,}) has no token {highest:,}, which {config.name} returns: raise it, or "
+                "correct the data set"
+            )
+        if has_classes and kind.target_shape:
+            return DataSpec.tokens(vocab_size, kind.input_shape[0])
+    num_classes = found.largest_class + 1 if has_classes else None
+    output_shape = kind.target_shape if num_classes is None else (num_classes,)
+    token = "id" if kind.is_token else None
+    return DataSpec(stored.shape, output_shape, kind.target_shape, num_classes, kind.is_image, token)
 
 
 def _token_splits(config: DataConfig, progress: Progress, seed: int) -> Splits:
@@ -569,7 +726,8 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
     spec, pixels = splits.spec, splits.pixels
     normalisation: dict[str, Any] = {}
     if pixels is not None:
-        num_mean = min(len(splits.train), NUM_MEAN_IMAGES) if config.streaming else len(splits.train)
+        num_mean = len(splits.train)
+        num_mean = min(num_mean, NUM_MEAN_IMAGES) if isinstance(splits.train.inputs, StreamedImages) else num_mean
         normalisation = {"mean": pixels.mean_C.tolist(), "std": pixels.std_C.tolist(), "num_mean": num_mean}
     return {
         "name": config.name,
@@ -585,7 +743,7 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
         **({"token": spec.token} if spec.token else {}),
         **splits.facts,
         "digest": splits.digest(config.root),
-        "digest_of": "files" if config.streaming else "values",
+        "digest_of": "files" if isinstance(splits.train.inputs, StreamedImages) else "values",
         "target_digests": splits.target_digests(),
     }
 
@@ -593,8 +751,9 @@ def summary(splits: Splits, config: DataConfig) -> dict[str, Any]:
 def recorded_spec(data: Mapping[str, Any]) -> DataSpec:
     """The shapes of a data set from its `summary` in a run.json, also of an older version, which knew images only."""
     num_classes, shape = data["num_classes"], tuple(data["shape"])
-    if token := data.get("token"):
+    token = data.get("token")
+    if token and len(data.get("output_shape") or "TV") == 2:  # a class at each position
         return DataSpec.tokens(num_classes, shape[0], token)
     output_shape = tuple(data.get("output_shape") or [num_classes])
     target_shape = () if num_classes else output_shape
-    return DataSpec(shape, output_shape, target_shape, num_classes, is_image="mean" in data)
+    return DataSpec(shape, output_shape, target_shape, num_classes, "mean" in data, token)

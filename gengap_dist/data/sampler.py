@@ -51,6 +51,7 @@ class EpochSampler:
         schedule_unit: Literal["samples", "steps", "epochs", "tokens"] = "epochs",
         sample_tokens: int = 1,
         worker: int | None = None,
+        in_order: bool = False,
     ) -> None:
         """Sampler of `num_samples` images in steps of `global_size`.
 
@@ -62,12 +63,14 @@ class EpochSampler:
             schedule_unit: of where: the size holds from the first step before which so much was done.
             sample_tokens: tokens in a sample, with which `schedule_unit` tokens counts.
             worker: network that has its own order, for algorithm.local_sgd=swap; None: the common order.
+            in_order: each epoch is in the order of the data set, which is a stream.
 
         Raises:
             UsageError: if a global batch is larger than `num_samples`, or two changes fall on the same step.
         """
         self.num_samples, self.global_size, self.seed, self.worker = num_samples, global_size, seed, worker
         self.sample_tokens = sample_tokens
+        self.in_order = in_order
         self.phases: list[BatchSizePhase] = []
         self._add_phase(0, global_size, f"batch.global_size ({global_size})")
         for at, size in size_schedule:
@@ -83,8 +86,8 @@ class EpochSampler:
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
     @classmethod
-    def of(cls, config: RunConfig, num_samples: int) -> Self:
-        """The sampler of a run.
+    def of(cls, config: RunConfig, num_samples: int, *, in_order: bool = False) -> Self:
+        """The sampler of a run; `in_order` if its data set is a stream.
 
         >>> batch = {"global_size": 25, "schedule": [{"at": 0, "size": 25}, {"at": 60, "size": 50}]}
         >>> sampler = EpochSampler.of(RunConfig.model_validate({"batch": batch}), 100)
@@ -102,6 +105,7 @@ class EpochSampler:
             size_schedule=changes,
             schedule_unit=batch.schedule_unit,
             sample_tokens=config.data.context if config.data.is_tokens else 1,
+            in_order=in_order,
         )
 
     def _add_phase(self, step: int, size: int, name: str) -> None:
@@ -140,6 +144,8 @@ class EpochSampler:
     def indices(self, step: int) -> Tensor:
         """[n] int64 positions of the images of step `step` (from 0), n = the global size or the rest of the epoch."""
         epoch, start, size = self._locate(step)
+        if self.in_order:
+            return torch.arange(start, min(start + size, self.num_samples))
         if epoch != self._epoch:
             purpose = (1, epoch) if self.worker is None else (4, self.worker, epoch)
             permutation = seeded_rng(self.seed, *purpose).permutation(self.num_samples)

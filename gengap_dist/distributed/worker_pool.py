@@ -19,6 +19,7 @@ from typing import Any, final
 
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.compat.hard_exit import hard_exit
+from gengap_dist.compat.safe_path import safe_path_variables
 from gengap_dist.compat.standard_streams import keep_streams
 from gengap_dist.compat.warnings_as_text import format_warnings
 from gengap_dist.credentials import command_line, printable
@@ -108,15 +109,16 @@ class WorkerPool:
         context, port, num_ranks, threads = get_context("spawn"), free_port(), self.num_ranks, self.threads
         for rank in range(num_ranks):
             here, there = context.Pipe()
-            at_start = thread_variables(threads.number) | dict(environment)
-            variables = rank_variables(rank, num_ranks, port) | at_start
+            at_start, safe = thread_variables(threads.number) | dict(environment), safe_path_variables()
+            variables = rank_variables(rank, num_ranks, port) | at_start | {name: os.environ.get(name) for name in safe}
             process = context.Process(
                 target=_rank_main,
                 args=(rank, there, variables, threads, command_line()),
                 name=f"rank{rank}",
                 daemon=daemon,
             )
-            with environment_variables(at_start):  # for modules that are imported before _rank_main is called
+            # for modules that are imported before _rank_main is called
+            with environment_variables(at_start | safe):
                 process.start()
             there.close()
             self._processes.append(process)
@@ -219,7 +221,8 @@ class WorkerPool:
 @contextmanager
 def _signals_wait() -> Iterator[None]:
     """Context in which SIGNALS wait, also in the processes that are started: `_rank_main` lets them come."""
-    resource_tracker.ensure_running()  # which would let them come, too
+    with environment_variables(safe_path_variables()):
+        resource_tracker.ensure_running()  # which would let them come, too
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -265,12 +268,17 @@ def free_port() -> int:
 
 
 def _rank_main(
-    rank: int, pipe: Connection, variables: Mapping[str, str], threads: Threads, command: Sequence[str]
+    rank: int, pipe: Connection, variables: Mapping[str, str | None], threads: Threads, command: Sequence[str]
 ) -> None:
-    """The main function of a rank: execute jobs until it receives None; `command` is for run.json."""
+    """The main function of a rank: execute jobs until it receives None; `command` is for run.json.
+
+    A variable that is None is removed: this process alone was started with it.
+    """
     import warnings
 
-    os.environ.update(variables)
+    os.environ.update({name: value for name, value in variables.items() if value is not None})
+    for name in [name for name, value in variables.items() if value is None]:
+        os.environ.pop(name, None)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # these ranks belong to no launch of torchrun
     worker = Worker(rank, threads.number, pipe, RuntimeContext(command=command, threads=threads))
     handle(TIME_SIGNALS, worker.preemption_requested.set)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from gengap_dist.config.own_code import load_own, own_code
+from gengap_dist.config.own_code import call_own, load_own, own_code
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.cgroups import free_memory
@@ -123,12 +123,8 @@ def build(
     given = {key: value for key, value in arguments.items() if key in names and value is not None}
     if name in MODELS or name.partition(":")[0] in ZOOS:
         _check_memory(name, partial(factory, **given))
-    try:
-        model = factory(**given)
-    except TypeError as error:
-        if name not in own_code({"model": {"name": name}}).values():
-            raise
-        raise UsageError(f"model.name ({name}) failed ({error}): fix the function") from error
+    is_own = name in own_code({"model": {"name": name}}).values()
+    model = call_own("model.name", name, factory, **given) if is_own else factory(**given)
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"model.name ({name}) returned a {type(model).__name__}, needs a torch.nn.Module: return the network"

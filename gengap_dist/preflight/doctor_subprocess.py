@@ -14,6 +14,7 @@ from datetime import timedelta
 from multiprocessing import connection
 from typing import Any
 
+from gengap_dist.compat.safe_path import safe_path_variables
 from gengap_dist.config.sections import DataConfig
 from gengap_dist.distributed.cores import Threads
 from gengap_dist.distributed.worker_pool import RankFailed, Worker, WorkerPool
@@ -61,6 +62,7 @@ def _start(function: str, env: Mapping[str, str], *words: str) -> "subprocess.Po
     code = f"from {__name__} import {function}; {function}()"
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     command = [sys.executable, "-c", code, *words]
+    env = {**env, **safe_path_variables()}
     return subprocess.Popen(command, env=env, stdin=null, stdout=pipe, stderr=null, encoding="utf-8", errors="replace")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gengap_dist.config.own_code import load_own
+from gengap_dist.config.own_code import call_own, load_own
 from gengap_dist.config.sections import DEFAULT_EPS, OptimConfig
 from gengap_dist.errors import UsageError
 
@@ -25,10 +25,7 @@ def own_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimize
     factory = load_own("optim.name", config.name, "factory")
     if not callable(factory):
         raise UsageError(f"{name} is not a function of the network: name a function")
-    try:
-        optimizer = factory(model, **_arguments(factory, config))
-    except Exception as error:  # a user's function may raise anything
-        raise UsageError(f"{name} failed ({type(error).__name__}: {error}): fix the function") from error
+    optimizer = call_own("optim.name", config.name, factory, model, **_arguments(factory, config))
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(
             f"{name} returned a {type(optimizer).__name__}, needs a torch.optim.Optimizer: return the optimizer"

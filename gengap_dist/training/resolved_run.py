@@ -85,7 +85,7 @@ def resolve_run(config: RunConfig, out: Path, world: World, progress: Progress, 
         datasets.data_key(config.data, config.seed), lambda: load_data(config, world, progress)
     )
     splits = datasets.place_splits(loaded, config.data, world.device)
-    sampler = EpochSampler.of(config, len(splits.train))
+    sampler = EpochSampler.of(config, len(splits.train), in_order=splits.in_order)
     schedule = Schedule.of(config, sampler)
     task = build_task(config, loaded.spec)
     model = build_model(config, loaded, task, world)

@@ -199,6 +199,8 @@ class Trainer:
         self.evaluator.load_state_dict(run["evaluator"], best_weights)
         self.probes.load_state_dict(run["probes"])
         self.step_metrics.load_state_dict(run["step_metrics"])
+        if stream := self.resolved.splits.stream:
+            stream.load_state_dict(run.get("stream") or {})
         self.recorder.start(self.resolved.requested_config, self._info())
         self.recorder.resume(self.state.step, run["seconds"], run["pending_rows"])
 
@@ -393,6 +395,7 @@ class Trainer:
                 "evaluator": self.evaluator.state_dict(),
                 "probes": self.probes.state_dict(),
                 "scaler": self.strategy.execution.scaler.state_dict(),
+                "stream": stream.state_dict() if (stream := self.resolved.splits.stream) else {},
                 "seconds": self.recorder.seconds(),
             }
             info = {
@@ -424,10 +427,11 @@ class Trainer:
         return scores | num_test | found | speed | probes | self.times.totals() | memory_peaks(self.world)
 
     def close(self) -> None:
-        """Wait for a checkpoint that is being written, and release the model."""
+        """Wait for a checkpoint that is being written, release the model, and end processes that read samples."""
         self.checkpoints.close()
         self.profile.close()
         self.strategy.close()
+        self.resolved.splits.close()
 
 
 def _exported(trainer: Trainer) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def test_own_factory(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"mynet:mkae\) cannot be imported"):
         models.build("mynet:mkae", DataSpec.images(7, 1))
     (tmp_path / "broken.py").write_text("def (")
-    with pytest.raises(UsageError, match=r"broken:make\) cannot be imported \(invalid syntax"):
+    with pytest.raises(UsageError, match=r"broken:make\) cannot be imported \(broken.py:1, SyntaxError: invalid s"):
         models.build("broken:make", DataSpec.images(7, 1))
 
 

@@ -364,7 +364,7 @@ def test_an_own_optimizer_gets_the_settings_that_it_names_and_keeps_the_ratios_o
     [
         ("missing", r"cannot be imported.*module.path:factory"),
         ("NOT_CALLABLE", "is not a function of the network: name a function"),
-        ("failing", r"failed \(KeyError: 'head'\): fix the function"),
+        ("failing", r"failed \(.*test_optimizer.py:\d+, KeyError: 'head'\): fix the function"),
         ("nothing", "returned a NoneType, needs a torch.optim.Optimizer: return the optimizer"),
         ("strange", "of parameters that the network does not have: build it from the network"),
         ("part", "without the parameter 0.bias: give it all parameters, or set requires_grad to False"),

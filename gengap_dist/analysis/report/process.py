@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self, final
 
 from gengap_dist.compat.fast_imports import fast_imports
+from gengap_dist.compat.safe_path import safe_path_variables
 from gengap_dist.distributed.cores import available_cores
 
 DRAW, WRITE = b"d", b"w"
@@ -30,7 +31,8 @@ class ReportProcess:
         if available_cores().number > 1:
             command = [sys.executable, "-m", __name__, str(self.folder)]
             # Ctrl-C ends the command, which then ends this process
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+            env = os.environ | safe_path_variables()
+            self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:

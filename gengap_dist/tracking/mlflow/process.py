@@ -22,6 +22,7 @@ from typing import IO
 from pydantic import ValidationError
 
 from gengap_dist.compat.fast_imports import fast_imports
+from gengap_dist.compat.safe_path import safe_path_variables
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.credentials import without_logins
 from gengap_dist.errors import UsageError
@@ -57,7 +58,7 @@ class UploaderProcess:
         with (folder / "mlflow.log").open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(folder), config.experiment],
-                env=os.environ | store_variables(uri),  # everybody can read a command line
+                env=os.environ | safe_path_variables() | store_variables(uri),  # everybody can read a command line
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,  # only for DONE, or why it did not send everything
                 stderr=log,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gengap_dist.data.sampler import EpochSampler
 from gengap_dist.distributed.batch_plan import Span
 from gengap_dist.distributed.process_group import World
+from gengap_dist.errors import UsageError
 from gengap_dist.models.batch_norm import average_buffers, has_batch_norm
 from gengap_dist.parallel.strategies import OptimizerState, Single, Strategy
 from gengap_dist.training.algorithms.base import AlgorithmSetup, TrainingAlgorithm, batch_plan_for, first_step_after
@@ -52,6 +53,11 @@ class LocalSGD(TrainingAlgorithm):
         self._holds_average = False  # the strategy's network is the average of the current workers
         self._shares: dict[int, list[Span]] = {}  # spans of the workers, by step size
         self.lr_factor, self.worker_optim = 1.0, config.scaled_optim
+        if config.algorithm.local_sgd == "swap" and setup.sampler.in_order:
+            raise UsageError(
+                "algorithm.local_sgd (swap) gives each network an order of samples of its own, and the training "
+                f"samples of data.name ({config.data.name}) are a stream: return a data set with __getitem__"
+            )
         if config.algorithm.local_sgd == "swap":
             worker_size = config.batch.global_size // self.num_workers
             self.lr_factor = scaled_lr(config.optim, worker_size) / scaled_lr(config.optim, config.batch.global_size)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gengap_dist.config.own_code import load_own
+from gengap_dist.config.own_code import call_own, load_own
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import UsageError, did_you_mean
@@ -33,7 +33,7 @@ def build_task(config: RunConfig, spec: DataSpec) -> Task:
             f"algorithm.label_smoothing ({smoothing}) changes the targets of classification, and task.name is {name}: "
             "set algorithm.label_smoothing=0"
         )
-    task = cls(spec)
+    task = call_own("task.name", name, cls, spec)
     target = config.train.target_accuracy
     if target is not None and task.metric.name != "accuracy":
         raise UsageError(

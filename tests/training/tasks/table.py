@@ -96,7 +96,7 @@ def words() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def missing() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    return {"train": (np.zeros((5, 2)), np.zeros(5))}
+    return {"test": (np.zeros((5, 2)), np.zeros(5))}
 
 
 def infinite() -> dict[str, tuple[np.ndarray, np.ndarray]]:

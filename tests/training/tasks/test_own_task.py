@@ -207,12 +207,12 @@ def test_a_wrong_task_is_refused_before_training(tmp_path, task, says):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ("ragged", "returns 5 train inputs for 4 targets"),
-        ("unequal", "training inputs of shape [2] and type float64 and test inputs of shape [3]"),
-        ("words", "returns train inputs of shape [2] and type int64"),
-        ("missing", "returns something else than"),
+        ("ragged", "train has 5 inputs for 4 targets"),
+        ("unequal", "test has inputs of shape [3] and type float64, and the first training sample of shape [2]"),
+        ("words", "test has inputs of shape [2] and type float64, and the first training sample of shape [2] and ty"),
+        ("missing", "returns a dict without train"),
         ("infinite", "that are not finite"),
-        ("fails", "failed (KeyError: 'column 7')"),
+        ("fails", "KeyError: 'column 7'): fix the function"),
         ("nothing", "cannot be imported"),
     ],
 )

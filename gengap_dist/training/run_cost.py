@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -24,7 +24,19 @@ MIN_SECONDS, MIN_STEPS = 0.3, 3
 LONG_SECONDS = 1.0
 """A step or a measurement that takes longer is timed only once."""
 BUSY_SHARE = 0.2
+FOLDER_BYTES = 500_000  # of metrics, spectra, report and figures of a run, about
 END_SECONDS = 1.0  # of the last checkpoint and the exported model, about
+
+
+class ArmFacts(NamedTuple):
+    """What is known of an arm of a study before it trains."""
+
+    num_steps: int
+    num_epochs: float
+    num_parameters: int | None = None
+    """None if the network was not built."""
+    disk_bytes: int | None = None
+    """Of a run folder, about: checkpoints, the exported network, and `FOLDER_BYTES`."""
 
 
 class RunCost(FrozenModel):

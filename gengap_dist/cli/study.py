@@ -36,9 +36,9 @@ PROG = "gengap study"
 _warn = partial(warn, PROG)
 
 
-def command(argv: Sequence[str]) -> int:
+def command(argv: Sequence[str], prog: str = PROG, description: str = str(__doc__)) -> int:
     """Run a study; returns the exit code, 1 if a run failed."""
-    options, overrides = parse(StudyOptions, argv, prog=PROG, description=str(__doc__), settings=StudyConfig)
+    options, overrides = parse(StudyOptions, argv, prog=prog, description=description, settings=StudyConfig)
     if not options.config and not overrides:
         raise UsageError("a study needs its arms: give --config FILE, for example --config configs/demo.yaml")
     config = resolve(StudyConfig, list(options.config), overrides)

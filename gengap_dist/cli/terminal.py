@@ -33,6 +33,7 @@ from gengap_dist.analysis.study_data import RunData, StudyData, read_run
 from gengap_dist.cli.console import PlainConsole
 from gengap_dist.config.measures import MEASURES
 from gengap_dist.config.metric_key import layer_metric
+from gengap_dist.runs.run_folder import EXPORTING
 
 if TYPE_CHECKING:  # these import torch, which the driver process does not need
     from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
@@ -72,6 +73,7 @@ class RunProgress:
         self._steps: dict[str, TaskID] = {}
         self._num_ended = 0
         self._seconds_left: float | None = None
+        self._stage = ""
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -91,6 +93,10 @@ class RunProgress:
         self._bar.update(self._steps[run], completed=done, total=total or None)
         if note:
             self._bar.update(self._steps[run], note=note)
+        stage = _stage(total, note)
+        if self.num_runs == 1 and stage and stage != self._stage and not self.console.is_terminal:
+            self._stage = stage
+            self.print_line(f"{run}: {stage}")
         if not self.console.is_terminal and time.monotonic() - self._last_line_time > QUIET_SECONDS:
             (task,) = (task for task in self._bar.tasks if task.id == self._steps[run])
             left = "" if self._seconds_left is None else f"; about {duration(self._seconds_left)} left for all runs"
@@ -124,6 +130,17 @@ class RunProgress:
         """Print a permanent line above the bars."""
         self._last_line_time = time.monotonic()
         self.console.print_line(text)
+
+
+def _stage(total: int, note: str) -> str:
+    """What a run does, in words that stay the same while it does it; empty if the message does not say.
+
+    >>> _stage(0, "reading images 3/10"), _stage(420, "val 91.2%"), _stage(0, "")
+    ('reading images', 'training, 420 steps', '')
+    """
+    if note == EXPORTING:
+        return note
+    return f"training, {total:,} steps" if total else note.rstrip("0123456789/, ")
 
 
 def duration(seconds: float) -> str:

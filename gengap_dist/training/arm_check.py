@@ -12,11 +12,12 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.distributed.runtime_context import LastValue, RuntimeContext
 from gengap_dist.errors import UsageError
 from gengap_dist.parallel.memory_model import state_copies
+from gengap_dist.probes.activations import eval_context
+from gengap_dist.probes.layers import select_layers
 from gengap_dist.training.algorithms.rank_penalty import RankPenalty
 from gengap_dist.training.checks import check_auto_micro_size, check_norm, check_parameters, startup_checks
 from gengap_dist.training.lr_schedule import Schedule
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
-from gengap_dist.training.probed_layers import find_probed_layers
 from gengap_dist.training.run_cost import FOLDER_BYTES, ArmFacts
 from gengap_dist.training.setup import build_model, load_data, two_samples
 from gengap_dist.training.tasks import build_task
@@ -76,7 +77,9 @@ def _checked(config: RunConfig, context: RuntimeContext, networks: LastValue[Any
     model = networks.get(key, lambda: build_model(config, splits, task, world))
     inputs = two_samples(config, splits, world)[0]
     check_parameters(config, model, num_ranks)
-    find_probed_layers(model, inputs, config.probe)
+    if config.probe.enabled:
+        with eval_context(model):
+            select_layers(model, inputs[:1], config.probe.layers)
     check_auto_micro_size(config, model)
     if config.batch.micro_size != "auto":
         check_norm(config, model, EpochSampler.of(config, len(splits.train)).sizes(), num_ranks)

@@ -78,6 +78,7 @@ def measure_cost(worker: Worker, config: RunConfig) -> RunCost:
     from gengap_dist.models.batch_norm import has_batch_norm
     from gengap_dist.parallel.execution import torch_settings
     from gengap_dist.runs.run_folder import NullRecorder
+    from gengap_dist.training.probe_scheduler import MIN_MEASUREMENTS
     from gengap_dist.training.resolved_run import resolve_run
     from gengap_dist.training.trainer import Trainer
 
@@ -105,9 +106,9 @@ def measure_cost(worker: Worker, config: RunConfig) -> RunCost:
     probes = sum(map(trainer.probes.possible, numbers)) + 1 + trainer.probes.trigger.num_remaining
     probe_seconds = sum(began)
     if (largest := config.probe.max_time_fraction) is not None and probes > 2:
-        # those between the first and the last take at most their share of the rest
-        rest = seconds * resolved.schedule.num_steps + validations * began[0]
-        probe_seconds = min(probe_seconds, (largest * rest + 2 * probe_seconds) / probes)
+        # those that may be skipped take at most their share of the rest
+        rest, always = seconds * resolved.schedule.num_steps + validations * began[0], min(probes, MIN_MEASUREMENTS)
+        probe_seconds = min(probe_seconds, (largest * rest + always * probe_seconds) / probes)
     samples = [len(split) for split in (resolved.splits.val, resolved.splits.train, resolved.splits.test)]
     return RunCost(
         step_seconds=seconds,

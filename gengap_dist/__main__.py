@@ -51,7 +51,8 @@ def main() -> None:
         from gengap_dist.errors import did_you_mean, visible
 
         near = did_you_mean(name, [*COMMANDS])
-        print(visible(f"gengap: {name} is not a command{near}: choose {', '.join(COMMANDS)}"), file=sys.stderr)
+        shown = name or "an empty word"
+        print(visible(f"gengap: {shown} is not a command{near}: choose {', '.join(COMMANDS)}"), file=sys.stderr)
         sys.exit(2)
 
 

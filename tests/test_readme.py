@@ -36,7 +36,6 @@ def test_the_demo_is_part_of_the_package():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["gengap_dist"]
     assert any(CONFIG.relative_to(ROOT / "gengap_dist").match(pattern) for pattern in data)
     assert resolve(StudyConfig, [CONFIG], {}).baseline == "sb16"
-    assert (ROOT / "configs/demo.yaml").resolve() == CONFIG
 
 
 def typed(command: str, folder: Path) -> "subprocess.CompletedProcess[str]":

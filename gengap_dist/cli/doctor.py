@@ -5,7 +5,7 @@ Of a study, the machine is checked for its baseline, and then every arm against 
 Examples:
   gengap doctor                                        for the default run: LeNet-5 on digits, MLflow in a file
   gengap doctor --config configs/demo_train.yaml
-  gengap doctor --config configs/demo.yaml             for all arms of a study
+  gengap doctor --config study.yaml             for all arms of a study
   gengap doctor --launch.launcher ray --launch.ray_address head:6379 --launch.strategy zero2 --json
 
 Exit code: 0 the config can run (parts that it does not need may be missing); 1 a part that it needs is broken; 2 usage.

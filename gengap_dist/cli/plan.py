@@ -8,7 +8,7 @@ Examples:
   gengap plan --config configs/demo_train.yaml --batch.global_size 1024 --nodes 64 --gpus-per-node 8
   gengap plan --model.name torchvision:resnet50 --data.name cifar10 --batch.global_size 8192 --nodes 16 --json
   gengap plan --config configs/demo_train.yaml --gpus-per-node 2 --calibrate
-  gengap plan --config configs/demo.yaml --calibrate    when would this study end?
+  gengap plan --config study.yaml --calibrate    when would this study end?
 """
 
 import json

@@ -4,8 +4,8 @@ Every arm is checked against data and network before the first run. Finished run
 continues when it is started again.
 
 Examples:
-  gengap study --config configs/demo.yaml --dry-run       what it can decide, and how long it will take
-  gengap study --config configs/demo.yaml --out studies/demo
+  gengap study --config study.yaml --dry-run       what it can decide, and how long it will take
+  gengap study --config study.yaml --out studies/demo
   gengap study --config configs/lenet5_fashionmnist.yaml --data.root DIR
   torchrun --nproc_per_node 2 -m gengap_dist study --config configs/lenet5_fashionmnist.yaml --data.root DIR
 """
@@ -40,7 +40,7 @@ def command(argv: Sequence[str], prog: str = PROG, description: str = str(__doc_
     """Run a study; returns the exit code, 1 if a run failed."""
     options, overrides = parse(StudyOptions, argv, prog=prog, description=description, settings=StudyConfig)
     if not options.config and not overrides:
-        raise UsageError("a study needs its arms: give --config FILE, for example --config configs/demo.yaml")
+        raise UsageError("a study needs its arms: give --config FILE, or start gengap demo, which has some")
     config = resolve(StudyConfig, list(options.config), overrides)
     if options.print_config:
         print(to_yaml(config), end="")

@@ -728,7 +728,7 @@ class LaunchConfig(Section, affects="runtime"):
     """Seconds that a rank waits in a collective before it reports which rank blocks it, and in which phase."""
     memory_snapshot: Boolean = False
     """GPU: record allocations, and if memory runs out write OUT/memory/rank<R>.pickle for pytorch.org/memory_viz."""
-    ray_address: str | None = None
+    ray_address: Annotated[str, Field(min_length=1)] | None = None
     """ray: address of the cluster, host:port or ray://host:port; null: RAY_ADDRESS, else a cluster on this machine,
     else a new one."""
     resources_per_rank: dict[str, PositiveFloat] = {}
@@ -795,9 +795,9 @@ class MlflowConfig(Section, affects="runtime"):
 
     enabled: Boolean = True
     """Upload the run folder to MLflow during the run."""
-    tracking_uri: Annotated[str, AfterValidator(check_address)] | None = None
+    tracking_uri: Annotated[str, Field(min_length=1), AfterValidator(check_address)] | None = None
     """MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
-    experiment: str = "gengap_dist"
+    experiment: Annotated[str, Field(min_length=1)] = "gengap_dist"
     """Name of the MLflow experiment."""
     flush_timeout_seconds: NonNegativeFloat = 60.0
     """Seconds that a finished command waits for the upload to end; `gengap report sync` uploads the rest later."""

@@ -13,7 +13,7 @@ from gengap_dist.config.study import StudyConfig
 from gengap_dist.errors import MAX_SENTENCE, UsageError
 from tests.conftest import ROOT
 
-DEMO, STUDY = ROOT / "configs" / "demo_train.yaml", ROOT / "configs" / "demo.yaml"
+DEMO, STUDY = ROOT / "configs" / "demo_train.yaml", ROOT / "gengap_dist" / "configs" / "demo.yaml"
 COMMANDS = ("train", "study", "plan", "doctor", "probe", "compare", "report")
 
 

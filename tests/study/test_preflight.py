@@ -111,7 +111,7 @@ def test_what_the_registered_studies_can_decide():
     for path in ("decisive_mlp_fashionmnist", "decisive_lenet5_fashionmnist"):
         found = missing(resolve(StudyConfig, [ROOT / f"configs/{path}.yaml"], {}))
         assert [key for key, lacks in found.items() if not lacks] == DECISIVE
-    small = missing(resolve(StudyConfig, [ROOT / "configs/demo.yaml"], {}))
+    small = missing(resolve(StudyConfig, [ROOT / "gengap_dist/configs/demo.yaml"], {}))
     assert "sb16-lowered has no placebo" in small["explains"]
 
 

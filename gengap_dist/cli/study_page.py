@@ -44,7 +44,7 @@ def study_page(config: StudyConfig, facts: Mapping[str, ArmFacts]) -> Page:
     page: Page = [
         Text.assemble(("study    ", "dim"), f"{config.study.name}: {len(config.arms)} arms, {seeds} seeds, ",
                       f"at most {num_runs(config):,} runs" if config.study.match else f"{num_runs(config):,} runs"),
-        Text.assemble(("baseline ", "dim"), (name, "bold"), f": {why}"),
+        Padding(Text.assemble(("baseline ", "dim"), (name, "bold"), f": {why}"), 0, expand=False),
     ]  # fmt: skip
     if not all(arm.name in facts for arm in config.arms):
         return [*page, Text("the data are not on this machine: roles and lengths of the arms are not known here")]

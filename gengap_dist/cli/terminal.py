@@ -94,7 +94,7 @@ class RunProgress:
         if note:
             self._bar.update(self._steps[run], note=note)
         stage = _stage(total, note)
-        if self.num_runs == 1 and stage and stage != self._stage and not self.console.is_terminal:
+        if self.num_runs == 1 and stage not in ("", "starting", self._stage) and not self.console.is_terminal:
             self._stage = stage
             self.print_line(f"{run}: {stage}")
         if not self.console.is_terminal and time.monotonic() - self._last_line_time > QUIET_SECONDS:

@@ -130,8 +130,10 @@ def test_what_a_study_lacks_is_said():
 
 def test_the_page_says_why_and_fits_a_terminal(capsys):
     said = shown(of(axes={"batch.global_size": [64, 512], "optim.scaling": ["none", "sqrt"]}), capsys)
-    assert "b64-scaling-none: the smallest batch of the arms that set only batch and length" in said
-    assert [line.split()[0] for line in said.splitlines()[3:6]] == ["baseline", "plain", "scaled"]
+    because = "b64-scaling-none: the smallest batch of the arms that set only batch and length"
+    assert because in " ".join(said.split())
+    roles = said.partition("updates\n")[2].splitlines()[:3]
+    assert [line.split()[0] for line in roles] == ["baseline", "plain", "scaled"]
     assert "about 1.9 h on this machine; memory up to 512 MiB a run (arm sb)" in said
     assert "about 9 MiB" in said  # 3 arms x 3 seeds
     named = shown(of(arms=[{"name": "warm", "set": {"optim.lr": 1.0}}], baseline="warm"), capsys)

@@ -54,8 +54,11 @@ SHOWN = {
 class RunProgress:
     """A bar over the steps of every active run; without a terminal, a line every QUIET_SECONDS."""
 
-    def __init__(self, title: str, num_runs: int = 1) -> None:
-        """A bar named `title`; with several runs, another bar counts them, and each run has its own title."""
+    def __init__(self, title: str, num_runs: int = 1, *, stages: bool = False) -> None:
+        """A bar named `title`; with several runs, another bar counts them, and each run has its own title.
+
+        With `stages`, a line says what begins, if there is no terminal.
+        """
         self.console = PlainConsole(stderr=True)
         self.title, self.num_runs, self._last_line_time = title, num_runs, time.monotonic()
         self._bar = Progress(
@@ -73,7 +76,7 @@ class RunProgress:
         self._steps: dict[str, TaskID] = {}
         self._num_ended = 0
         self._seconds_left: float | None = None
-        self._stage = ""
+        self.stages, self._stage = stages, ""
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -94,7 +97,7 @@ class RunProgress:
         if note:
             self._bar.update(self._steps[run], note=note)
         stage = _stage(total, note)
-        if self.num_runs == 1 and stage not in ("", "starting", self._stage) and not self.console.is_terminal:
+        if self.stages and stage not in ("", "starting", self._stage) and not self.console.is_terminal:
             self._stage = stage
             self.print_line(f"{run}: {stage}")
         if not self.console.is_terminal and time.monotonic() - self._last_line_time > QUIET_SECONDS:

@@ -79,7 +79,7 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
         with explaining_full_disk("continue with --resume", file=f"a file in {out}"), ReportProcess(out) as report:
             from gengap_dist.cli.terminal import RunProgress, print_profile, print_run
 
-            with RunProgress(out.name) as progress:
+            with RunProgress(out.name, stages=True) as progress:
 
                 def show(done: int, total: int, note: str) -> None:
                     progress(done, total, note)

@@ -252,14 +252,15 @@ def run_packed(
     configs = [planned.config for planned in every]
     with catching_signals() as flag, ranks_of_this_machine(configs, os.environ) as ranks:
         _download(configs, ranks)
-        first = _given_option(configs[0], concurrent, ranks).layout if concurrent else Layout(1, 1)
-        callback.on_checked(_on_a_rank(ranks, first._replace(ranks=1), check_arms, arms or first_configs(every)))
+        check = partial(_on_ranks, ranks, job=check_arms, argument=arms or first_configs(every))
         if concurrent:
+            options = [[_given_option(config, concurrent, ranks)] for config in configs]
+            callback.on_checked(check(options[0][0].layout))
             _check_gpus(configs, concurrent, ranks)
             resources = Resources(10**9, slots=concurrent)
-            options = [[_given_option(config, concurrent, ranks)] for config in configs]
         else:
             table = CostTable(ranks, CostCache(warn))
+            callback.on_checked(check(table.layouts(configs[0])[0]))
             measure_what_matters(table, configs, flag, callback.on_measure)
             options = [table.options(config) for config in configs]
             resources = Resources(ranks.size, free_memory())
@@ -275,13 +276,13 @@ def _download(configs: Sequence[RunConfig], ranks: Ranks) -> None:
     """Download each data set once, before several runs want it."""
     wanted = {config.data.model_dump_json(): config for config in configs if config.data.download}
     for config in wanted.values():
-        _on_a_rank(ranks, Layout(1, 1), load_data, config)
+        _on_ranks(ranks, Layout(1, 1), load_data, config)
 
 
-def _on_a_rank(ranks: Ranks, layout: Layout, job: Callable[..., Any], *args: Any) -> Any:
-    """The result of a job on one rank, which stays for the runs."""
+def _on_ranks(ranks: Ranks, layout: Layout, job: Callable[..., Any], argument: Any) -> Any:
+    """What rank 0 returns of a job; the ranks stay for the runs."""
     pool = ranks.take(layout)
-    result = pool(job, *args)[0]
+    result = pool(job, argument)[0]
     ranks.give_back(pool)
     return result
 

@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo quick test test-full check bench simulate gpu clean
 
 demo: .venv/.installed
-	$(BIN)/gengap study --config configs/demo.yaml --out demo
+	$(BIN)/gengap demo
 
 # one thread each: processes whose threads wait for each other on two cores take five times as long; four of them,
 # as tests wait for starts and clusters half of their time; files in the order of tests/conftest.py

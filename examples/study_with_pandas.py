@@ -1,6 +1,6 @@
 """Read a study folder into pandas: one row per run, without training and without loading torch.
 
-gengap study --config configs/demo.yaml --out demo
+gengap demo
 python examples/study_with_pandas.py demo
 """
 

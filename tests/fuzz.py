@@ -50,7 +50,7 @@ NASTY = (
 )  # fmt: skip
 """Values; of some kinds of settings some are right."""
 
-DEMO, STUDY = str(CONFIGS / "demo_train.yaml"), str(CONFIGS / "demo.yaml")
+DEMO, STUDY = str(CONFIGS / "demo_train.yaml"), str(CONFIGS.parent / "gengap_dist/configs/demo.yaml")
 LINES: dict[str, tuple[list[str], ...]] = {
     "train": (
         ["--config", DEMO, "--batch.global_size", "128", "--optim.lr=0.1", "--model.widths", "[3, 4]"],

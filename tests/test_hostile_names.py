@@ -23,7 +23,8 @@ from gengap_dist.analysis.study_data import read_study
 from gengap_dist.cli import report, train
 from gengap_dist.cli.console import PlainConsole
 from gengap_dist.cli.exit_codes import run_command, warn
-from gengap_dist.cli.terminal import RunProgress, print_page, print_study, study_plan_page
+from gengap_dist.cli.study_page import study_plan_page
+from gengap_dist.cli.terminal import RunProgress, print_page, print_study
 from gengap_dist.config.file_names import MAX_BYTES
 from gengap_dist.config.loading import validate
 from gengap_dist.config.sections import RunConfig

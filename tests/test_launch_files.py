@@ -222,7 +222,14 @@ def test_a_ray_job_carries_no_secret(recorded):
     assert {name: v for name, v in variables.items() if "MLFLOW" in name} == {
         "MLFLOW_TRACKING_URI": "http://mlflow:5000"
     }
-    command = ["bash", "launch/ray_job.sh", "configs/demo.yaml", "/runs/x", "--mlflow.tracking_uri", "http://me:pw@h"]
+    command = [
+        "bash",
+        "launch/ray_job.sh",
+        "configs/demo_train.yaml",
+        "/runs/x",
+        "--mlflow.tracking_uri",
+        "http://me:pw@h",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, "password" in done.stderr) == (2, "", True)
 
@@ -231,7 +238,7 @@ def test_ray_job_wants_paths_that_hold_on_the_nodes():
     for config, out in (
         ("/etc/hostname", "/runs/x"),
         ("configs/none.yaml", "/runs/x"),
-        ("configs/demo.yaml", "runs/x"),
+        ("configs/demo_train.yaml", "runs/x"),
     ):
         done = subprocess.run(["bash", ROOT / "launch/ray_job.sh", config, out], capture_output=True, text=True)
         assert done.returncode == 2
@@ -332,7 +339,12 @@ def test_the_upload_leaves_data_and_runs_here(tmp_path):
     tree = tmp_path / "tree"
     left = ("data/MNIST/raw/x", "runs/a/run.json", "studies/a/x", "mlflow.db", "mlartifacts/1/x", ".venv/bin/python")
     left += (".git/HEAD", "gengap_dist/__pycache__/a.pyc", "demo/study.json", "docker/.env", "a.npz", "slurm-x-7.out")
-    taken = ("gengap_dist/data/digits.npz", "gengap_dist/data/sampler.py", "configs/demo.yaml", "launch/ray_job.sh")
+    taken = (
+        "gengap_dist/data/digits.npz",
+        "gengap_dist/data/sampler.py",
+        "configs/demo_train.yaml",
+        "launch/ray_job.sh",
+    )
     for file in (*left, *taken):
         (tree / file).parent.mkdir(parents=True, exist_ok=True)
         (tree / file).touch()

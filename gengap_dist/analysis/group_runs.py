@@ -10,6 +10,7 @@ from gengap_dist.config.file_names import file_name_problem
 from gengap_dist.config.identity import counterpart_key, differing_settings, effective_settings
 from gengap_dist.config.loading import flat, user_path
 from gengap_dist.config.metric_key import MetricKey
+from gengap_dist.config.sections import AlgorithmConfig
 from gengap_dist.credentials import command_line, without_logins
 from gengap_dist.errors import UsageError, first_of
 from gengap_dist.runs import run_folder
@@ -199,10 +200,16 @@ def _checked_run(source: Source) -> RunData:
     return run
 
 
-def _baseline_order(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> tuple[bool, int, int]:
-    """Sort key, smallest for the baseline: a study's own baseline, else the smallest batch with the most results."""
+def _baseline_order(arm: Sequence[RunData], sources: Mapping[Path, Source]) -> tuple[bool, bool, int, int]:
+    """Sort key, smallest for the baseline: a study's own baseline, else the smallest batch with the most results.
+
+    An arm with an algorithm, such as a penalty, comes after those without.
+    """
     of_study = any(sources[run.folder].is_baseline for run in arm)
-    return (not of_study, arm[0].global_size, -sum(run.info["status"] == RunStatus.FINISHED for run in arm))
+    plain, settings = flat(AlgorithmConfig()), arm[0].info["config"].get("algorithm", {})
+    treated = any(plain.get(name) != value for name, value in flat(settings).items())
+    num_finished = sum(run.info["status"] == RunStatus.FINISHED for run in arm)
+    return (not of_study, treated, arm[0].global_size, -num_finished)
 
 
 def _on_disk(folder: Path, known: dict[Path, StudyData]) -> Iterator[Source]:

@@ -61,6 +61,14 @@ class Options(CommonOptions):
     """Continue the run or study in --out; without this, a folder with a run is refused."""
 
 
+class StudyOptions(Options):
+    """Options of `study`."""
+
+    dry_run: Annotated[bool, Spelling("dry-run")] = False
+    """Check every arm against data and network, measure a few steps of each, print what the study can decide and what
+    it will take, and train nothing."""
+
+
 class PlanOptions(CommonOptions):
     """Options of `plan`."""
 

@@ -8,7 +8,7 @@ Examples:
   gengap plan --config configs/demo_train.yaml --batch.global_size 1024 --nodes 64 --gpus-per-node 8
   gengap plan --model.name torchvision:resnet50 --data.name cifar10 --batch.global_size 8192 --nodes 16 --json
   gengap plan --config configs/demo_train.yaml --gpus-per-node 2 --calibrate
-  gengap plan --config configs/demo.yaml --calibrate    when would this study end?
+  gengap plan --config study.yaml --calibrate    when would this study end?
 """
 
 import json
@@ -20,9 +20,9 @@ from typing import Any
 
 from gengap_dist.cli.exit_codes import OK, USAGE, run_command, warn
 from gengap_dist.cli.options import PlanOptions, parse
-from gengap_dist.config.loading import load_yaml, resolve, to_yaml
+from gengap_dist.config.loading import to_yaml
 from gengap_dist.config.sections import RunConfig
-from gengap_dist.config.study import StudyConfig
+from gengap_dist.config.study import StudyConfig, resolve_run_or_study
 
 PROG = "gengap plan"
 _warn = partial(warn, PROG)
@@ -31,8 +31,7 @@ _warn = partial(warn, PROG)
 def command(argv: Sequence[str]) -> int:
     """Print the plan; returns the exit code."""
     options, overrides = parse(PlanOptions, argv, prog=PROG, description=str(__doc__), settings=StudyConfig)
-    is_study = "study" in overrides or any("study" in load_yaml(file) for file in options.config)
-    config = resolve(StudyConfig if is_study else RunConfig, list(options.config), overrides)
+    config = resolve_run_or_study(list(options.config), overrides)
     if options.print_config:
         print(to_yaml(config), end="")
         return OK
@@ -71,13 +70,15 @@ def _plan_study(config: StudyConfig, options: PlanOptions) -> int:
     """The arms of a study, each planned by itself, and the schedule of its runs on this machine."""
     import torch
 
-    from gengap_dist.cli.terminal import MEASURING, RunProgress, print_page, study_plan_page
+    from gengap_dist.cli.study_page import study_page, study_plan_page
+    from gengap_dist.cli.terminal import MEASURING, RunProgress, print_page
     from gengap_dist.preflight.batch_layout import Cluster
     from gengap_dist.preflight.machine_constants import load
     from gengap_dist.preflight.plan import make_plan
     from gengap_dist.study.packing import predict
     from gengap_dist.study.run_matrix import planned_runs, planned_trials
     from gengap_dist.study.tuning import points
+    from gengap_dist.training.run_cost import ArmFacts
 
     constants, cluster = load(options.constants), Cluster(options.nodes, options.gpus_per_node)
     untuned = config.study.model_copy(update={"tune": None})
@@ -98,7 +99,12 @@ def _plan_study(config: StudyConfig, options: PlanOptions) -> int:
     if options.as_json:
         print(json.dumps(_study_as_json(plans, phases), indent=1))
     else:
-        print_page(study_plan_page(plans, phases))
+        facts = {
+            arm: ArmFacts(plan.num_steps, plan.num_steps / plan.steps_per_epoch, plan.num_parameters)
+            for arm, plan in plans.items()
+            if plan.num_steps and plan.steps_per_epoch
+        }
+        print_page([*(study_page(config, facts) if len(facts) == len(plans) else []), *study_plan_page(plans, phases)])
     return USAGE if refused else OK
 
 

@@ -1,22 +1,24 @@
 """Train every arm of a study with every seed, compare the arms with the baseline seed by seed, and write a report.
 
-Finished runs are skipped, so an interrupted study continues when it is started again.
+Every arm is checked against data and network before the first run. Finished runs are skipped, so an interrupted study
+continues when it is started again.
 
 Examples:
-  gengap study --config configs/demo.yaml --out studies/demo
+  gengap study --config study.yaml --dry-run       what it can decide, and how long it will take
+  gengap study --config study.yaml --out studies/demo
   gengap study --config configs/lenet5_fashionmnist.yaml --data.root DIR
   torchrun --nproc_per_node 2 -m gengap_dist study --config configs/lenet5_fashionmnist.yaml --data.root DIR
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gengap_dist.cli.exit_codes import FAILED, OK, run_command, warn
-from gengap_dist.cli.options import Options, parse
+from gengap_dist.cli.options import StudyOptions, parse
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.loading import resolve, to_yaml, user_path
 from gengap_dist.config.study import StudyConfig
@@ -26,18 +28,19 @@ from gengap_dist.errors import UsageError, visible
 from gengap_dist.runs import lease, run_folder
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study import runner
-from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
+from gengap_dist.study.run_matrix import Forecast, PlannedRun, StudyCallback
 from gengap_dist.tracking.mlflow.process import UploaderProcess
+from gengap_dist.training.run_cost import ArmFacts
 
 PROG = "gengap study"
 _warn = partial(warn, PROG)
 
 
-def command(argv: Sequence[str]) -> int:
+def command(argv: Sequence[str], prog: str = PROG, description: str = str(__doc__)) -> int:
     """Run a study; returns the exit code, 1 if a run failed."""
-    options, overrides = parse(Options, argv, prog=PROG, description=str(__doc__), settings=StudyConfig)
+    options, overrides = parse(StudyOptions, argv, prog=prog, description=description, settings=StudyConfig)
     if not options.config and not overrides:
-        raise UsageError("a study needs its arms: give --config FILE, for example --config configs/demo.yaml")
+        raise UsageError("a study needs its arms: give --config FILE, or start gengap demo, which has some")
     config = resolve(StudyConfig, list(options.config), overrides)
     if options.print_config:
         print(to_yaml(config), end="")
@@ -45,11 +48,42 @@ def command(argv: Sequence[str]) -> int:
     out = user_path((options.out or Path("studies") / config.study.name).resolve())
     with ending_on_signals():
         if not launchers.is_driver(config.launch):
-            runner.run_study(config, out, StudyCallback(), driver=False)
+            if not options.dry_run:
+                runner.run_study(config, out, StudyCallback(), driver=False)
             return OK
+        if options.dry_run:
+            return _dry_run(config, out)
         with lease.holding(out, _warn):
             run_folder.prepare_folder(out, "study.json", resume=True)
             return _drive(config, out, options.config)
+
+
+def _dry_run(config: StudyConfig, out: Path) -> int:
+    """Print the page of a study; nothing is trained, and nothing written but the cache of costs."""
+    from rich.text import Text
+
+    from gengap_dist.cli.study_page import forecast_line, study_page
+    from gengap_dist.cli.terminal import MEASURING, RunProgress, print_page
+
+    page: list[Any] = []
+
+    class Kept(StudyCallback):
+        """Keeps what is found."""
+
+        def on_checked(self, facts: Mapping[str, ArmFacts]) -> None:
+            page[:] = study_page(config, facts)
+
+        def on_measure(self, done: int, total: int) -> None:
+            progress(done, total, "", MEASURING)
+
+        def on_forecast(self, forecast: Forecast) -> None:
+            page.append(forecast_line(config, forecast))
+
+    runner.check_concurrent(config)
+    with RunProgress(out.name) as progress:
+        runner.run_study(config, out, Kept(), driver=True, warn=_warn, dry_run=True)
+    print_page(page or [Text("all runs of this study have ended: nothing would be trained")])
+    return OK
 
 
 def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
@@ -97,13 +131,25 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
 def _run(config: StudyConfig, out: Path) -> int:
     from gengap_dist.analysis.report.text import value_text
     from gengap_dist.analysis.study_data import read_run
-    from gengap_dist.cli.terminal import MEASURING, RunProgress
+    from gengap_dist.cli.study_page import forecast_line, study_page
+    from gengap_dist.cli.terminal import MEASURING, RunProgress, print_page
 
     total = runner.num_runs(config)
     with RunProgress(out.name, total) as progress:
 
         class Shown(StudyCallback):
             """Draws a bar for every active run, and prints a line for every run that has ended."""
+
+            checked = False
+
+            def on_checked(self, facts: Mapping[str, ArmFacts]) -> None:
+                if not self.checked:  # tuning comes before the runs, and each is checked
+                    print_page(study_page(config, facts), progress.console)
+                    self.checked = True
+
+            def on_forecast(self, forecast: Forecast) -> None:
+                if forecast.seconds:
+                    progress.print_line(forecast_line(config, forecast))
 
             def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
                 progress(done, total, note, planned_run.title)

@@ -1,7 +1,7 @@
 """Terminal output: progress bars while a command runs, tables when it is done."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -33,10 +33,9 @@ from gengap_dist.analysis.study_data import RunData, StudyData, read_run
 from gengap_dist.cli.console import PlainConsole
 from gengap_dist.config.measures import MEASURES
 from gengap_dist.config.metric_key import layer_metric
-from gengap_dist.study.schedule import Placed
+from gengap_dist.runs.run_folder import EXPORTING
 
 if TYPE_CHECKING:  # these import torch, which the driver process does not need
-    from gengap_dist.preflight.plan import Plan
     from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
     from gengap_dist.training.observer import Observation
 
@@ -55,8 +54,11 @@ SHOWN = {
 class RunProgress:
     """A bar over the steps of every active run; without a terminal, a line every QUIET_SECONDS."""
 
-    def __init__(self, title: str, num_runs: int = 1) -> None:
-        """A bar named `title`; with several runs, another bar counts them, and each run has its own title."""
+    def __init__(self, title: str, num_runs: int = 1, *, stages: bool = False) -> None:
+        """A bar named `title`; with several runs, another bar counts them, and each run has its own title.
+
+        With `stages`, a line says what begins, if there is no terminal.
+        """
         self.console = PlainConsole(stderr=True)
         self.title, self.num_runs, self._last_line_time = title, num_runs, time.monotonic()
         self._bar = Progress(
@@ -74,6 +76,7 @@ class RunProgress:
         self._steps: dict[str, TaskID] = {}
         self._num_ended = 0
         self._seconds_left: float | None = None
+        self.stages, self._stage = stages, ""
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -93,6 +96,10 @@ class RunProgress:
         self._bar.update(self._steps[run], completed=done, total=total or None)
         if note:
             self._bar.update(self._steps[run], note=note)
+        stage = _stage(total, note)
+        if self.stages and stage not in ("", "starting", self._stage) and not self.console.is_terminal:
+            self._stage = stage
+            self.print_line(f"{run}: {stage}")
         if not self.console.is_terminal and time.monotonic() - self._last_line_time > QUIET_SECONDS:
             (task,) = (task for task in self._bar.tasks if task.id == self._steps[run])
             left = "" if self._seconds_left is None else f"; about {duration(self._seconds_left)} left for all runs"
@@ -122,10 +129,21 @@ class RunProgress:
         self._seconds_left = seconds
         self._count()
 
-    def print_line(self, text: str) -> None:
+    def print_line(self, text: str | Text) -> None:
         """Print a permanent line above the bars."""
         self._last_line_time = time.monotonic()
         self.console.print_line(text)
+
+
+def _stage(total: int, note: str) -> str:
+    """What a run does, in words that stay the same while it does it; empty if the message does not say.
+
+    >>> _stage(0, "reading images 3/10"), _stage(420, "val 91.2%"), _stage(0, "")
+    ('reading images', 'training, 420 steps', '')
+    """
+    if note == EXPORTING:
+        return note
+    return f"training, {total:,} steps" if total else note.rstrip("0123456789/, ")
 
 
 def duration(seconds: float) -> str:
@@ -265,62 +283,14 @@ def wide_console() -> PlainConsole:
     return PlainConsole(width=150)
 
 
-def print_page(parts: Iterable[Table | Text]) -> None:
-    """Print tables and lines; the terminal may wrap lines, a file does not."""
-    console = wide_console()
+def print_page(parts: Iterable[Table | Text | Padding], console: PlainConsole | None = None) -> None:
+    """Print tables and lines, on stdout unless there is a `console`; the terminal may wrap lines, a file does not."""
+    console = console or wide_console()
     for part in parts:
         if isinstance(part, Text):
             console.print_line(part)
         else:
             console.print(part)
-
-
-def study_plan_page(
-    plans: "Mapping[str, Plan]", phases: "Sequence[Sequence[tuple[str, Placed]]]"
-) -> list[Table | Text]:
-    """A row for each arm of a study, what is refused, and the schedule: tables and lines.
-
-    Args:
-        plans: by arm.
-        phases: tuning and runs, each a schedule of (title, run); empty if it cannot be predicted.
-    """
-    table = Table(title="arms", title_justify="left")
-    for head in ("arm", "batch", "updates", "parameters", "memory per rank"):
-        table.add_column(head, justify="left" if head == "arm" else "right", no_wrap=True, max_width=MAX_WIDTH)
-    for arm, plan in plans.items():
-        size = f"{plan.batch.global_size:,}" if plan.batch else "-"
-        memory = f"{plan.memory.total / 2**20:,.0f} MiB" if plan.memory else "-"
-        numbers = (f"{number:,}" if number else "-" for number in (plan.num_steps, plan.num_parameters))
-        table.add_row(arm, size, *numbers, memory)
-    page: list[Table | Text] = [table]
-    for style, head in (("bold red", "refused"), ("yellow", "warning")):
-        for arm, plan in plans.items():
-            lines = plan.refused if head == "refused" else plan.warned
-            page += [Text.assemble((f"{head:8}", style), f"     {arm}: {line}") for line in lines]
-    for name, phase in zip(("tuning", "runs"), phases, strict=False):
-        if phase:
-            page.append(_schedule_table(name, phase))
-    total = sum(max((run.end for _, run in phase), default=0.0) for phase in phases)
-    if phases:
-        rest = " on this machine, without the start and the report of the study"
-        page.append(Text.assemble((duration(total), "bold"), rest))
-    elif not any(plan.refused for plan in plans.values()):
-        page.append(Text("schedule: the costs of these runs on this machine are not known: --calibrate measures them"))
-    return page
-
-
-def _schedule_table(name: str, phase: "Sequence[tuple[str, Placed]]") -> Table:
-    """When each run starts and ends, with a bar."""
-    width, end = 40, max(run.end for _, run in phase)
-    table = Table(title=f"schedule of the {name}: {duration(end)}", title_justify="left")
-    for head in ("run", "ranks", "threads", "start", "end", ""):
-        table.add_column(head, justify="left" if head in ("run", "") else "right", no_wrap=True, max_width=MAX_WIDTH)
-    for title, run in sorted(phase, key=lambda entry: entry[1].start):
-        first, last = (round(width * at / end) for at in (run.start, run.end))
-        layout = run.option.layout
-        bar = " " * first + "\u2588" * max(1, last - first)
-        table.add_row(title, str(layout.ranks), str(layout.threads), f"{run.start:.0f} s", f"{run.end:.0f} s", bar)
-    return table
 
 
 def print_study(study: StudyData, page: Path, uri: str | None) -> None:

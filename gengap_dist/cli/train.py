@@ -1,7 +1,7 @@
 """Train one network with one global batch size, measure it during training, and write all results to one folder.
 
 Examples:
-  gengap train                                         LeNet-5 on digits, a few seconds
+  gengap train                                         LeNet-5 on digits: 96% in a few seconds
   gengap train --config configs/demo_train.yaml --launch.num_processes 2
   gengap train --data.name fashion_mnist --data.root DIR --batch.global_size 4096 --out runs/lb4096
   gengap train --profile                               print the time of each part of a step, with a trace of every rank
@@ -58,9 +58,12 @@ def command(argv: Sequence[str]) -> int:
             with launcher() as ranks:
                 ranks.run(config, out, resume=options.resume, progress=lambda done, total, note: None)
             return OK
-        with lease.holding(out, _warn), launcher() as ranks:
+        with lease.holding(out, _warn):
             resume = options.resume or launchers.restarted() or _started_by_this_launch(out)
-            return _drive(ranks, config, out, resume)
+            if resume and (out / "run.json").exists() and any(out.glob("checkpoints/step_*")):
+                run_folder.check_settings(out, run_folder.read_info(out), config)  # before ranks or a cluster start
+            with launcher() as ranks:
+                return _drive(ranks, config, out, resume)
 
 
 def _started_by_this_launch(out: Path) -> bool:
@@ -77,7 +80,7 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
         with explaining_full_disk("continue with --resume", file=f"a file in {out}"), ReportProcess(out) as report:
             from gengap_dist.cli.terminal import RunProgress, print_profile, print_run
 
-            with RunProgress(out.name) as progress:
+            with RunProgress(out.name, stages=True) as progress:
 
                 def show(done: int, total: int, note: str) -> None:
                     progress(done, total, note)
@@ -85,7 +88,8 @@ def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool
                         report.draw()
 
                 ranks.run(config, out, resume=resume, progress=show)
-            page = report.write()
+                progress(0, 0, "writing the report")
+                page = report.write()
     except BaseException as error:
         run_folder.close_abandoned(out, error)
         if uploader and (upload_warning := uploader.finish()):

@@ -33,6 +33,12 @@ WHERE_IT_STOPS = ("train.target_accuracy", "train.target_loss", "train.num_evals
 """The target is noticed at an evaluation."""
 LOCAL_GROUPS = ("batch.micro_size", "launch.num_processes", "launch.max_processes")
 
+LENGTHS = ("train.epochs", "train.steps")
+FREE_OF_LENGTH = {
+    "optim.schedule": "constant", "algorithm.local_sgd": None, "train.stop_at_target": False,
+}  # fmt: skip
+"""Settings of a run, and the value with which no step depends on how many follow."""
+
 
 @cache
 def declared_effect(name: str, root: type[Section] = RunConfig) -> Effect:
@@ -77,6 +83,29 @@ def differences(before: Mapping[str, Any], after: BaseModel) -> str:
     old, new = flat(RunConfig()) | flat(before), flat(after)
     names = [name for name in {**new, **old} if old.get(name) != new.get(name) and not may_change_on_resume(name)]
     return " and ".join(f"{name} ({new.get(name)}) was {old.get(name)}" for name in names)
+
+
+def changed_on_resume(before: Mapping[str, Any], after: RunConfig) -> str:
+    """As `differences`, for a run that is resumed: it may become longer if no step done so far depends on its length.
+
+    >>> from gengap_dist.config.loading import validate
+    >>> def changed(**settings):
+    ...     was, now = ({"train": {"epochs": epochs}, "optim": settings} for epochs in (5, 9))
+    ...     return changed_on_resume(flat(validate(RunConfig, was)), validate(RunConfig, now))
+    >>> changed(), changed(schedule="cosine")
+    ('', 'train.epochs (9) was 5, and optim.schedule (cosine) follows the length of the run,')
+    """
+    if not (changed := differences(before, after)):
+        return ""
+    old, new = flat(RunConfig()) | flat(before), flat(after)
+    names = [name for name in new if old.get(name) != new[name] and not may_change_on_resume(name)]
+    length = next((name for name in LENGTHS if names == [name]), None)
+    if length is None or not old[length] or not new[length] or new[length] < old[length]:
+        return changed
+    if new["algorithm.weight_averaging"] == "swa":
+        return f"{changed}, and algorithm.weight_averaging (swa) follows the length of the run,"
+    follows = next((name for name, free in FREE_OF_LENGTH.items() if new[name] != free), None)
+    return f"{changed}, and {follows} ({new[follows]}) follows the length of the run," if follows else ""
 
 
 def identifying_settings(config: RunConfig) -> dict[str, Any]:

@@ -284,13 +284,13 @@ def _rule(kind: str, message: str, value: str) -> str:
     """What pydantic says about a value, in terms of YAML.
 
     >>> _rule("tuple_type", "Input should be a valid tuple", "128"), _rule("int_type", "Input should be a number", "x")
-    ('input should be a list, such as [128]', 'input should be a number')
+    ('input should be a list: write [128]', 'input should be a number')
     """
     match kind:
         case "bool_type":
             return "input should be true or false"
         case "tuple_type" | "list_type":
-            return f"input should be a list, such as [{value}]"
+            return f"input should be a list: write [{value}]"
     return message[0].lower() + message[1:]
 
 

@@ -552,7 +552,7 @@ class TrainConfig(Section, affects="result"):
     """Length, precision and execution of training."""
 
     epochs: PositiveInt = 5
-    """Passes over the training images."""
+    """Passes over the training images. Default for digits: 20."""
     length_unit: Literal["epochs", "updates"] = "epochs"
     """Unit of train.epochs and optim.warmup_epochs: epochs are passes over the data; updates are the number of steps
     that a global batch of optim.base_size takes in these epochs (regime adaptation; Hoffer et al. 2017)."""
@@ -722,7 +722,8 @@ class ProbeConfig(Section, affects="observation"):
     values from 2 to 1e-4, each 0.62 times the one before; off: none."""
     max_time_fraction: Annotated[Number, Field(gt=0.0, le=1.0)] | None = 0.05
     """Largest fraction of the run's time for probes (0 to 1): above it, measurements between the first and the last are
-    skipped, and the result lists them; null: no limit."""
+    skipped, and the result lists them; eight, spread over those of probe.per_decade, probe.every and probe.at_epochs,
+    are always taken. null: no limit."""
     layers: tuple[str, ...] = ("auto",)
     """`auto` (outputs of all non-linearities and residual blocks), or layer names; patterns such as `features.*` are
     allowed."""
@@ -771,7 +772,7 @@ class LaunchConfig(Section, affects="runtime"):
     """Seconds that a rank waits in a collective before it reports which rank blocks it, and in which phase."""
     memory_snapshot: Boolean = False
     """GPU: record allocations, and if memory runs out write OUT/memory/rank<R>.pickle for pytorch.org/memory_viz."""
-    ray_address: str | None = None
+    ray_address: Annotated[str, Field(min_length=1)] | None = None
     """ray: address of the cluster, host:port or ray://host:port; null: RAY_ADDRESS, else a cluster on this machine,
     else a new one."""
     resources_per_rank: dict[str, PositiveFloat] = {}
@@ -838,9 +839,9 @@ class MlflowConfig(Section, affects="runtime"):
 
     enabled: Boolean = True
     """Upload the run folder to MLflow during the run."""
-    tracking_uri: Annotated[str, AfterValidator(check_address)] | None = None
+    tracking_uri: Annotated[str, Field(min_length=1), AfterValidator(check_address)] | None = None
     """MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder."""
-    experiment: str = "gengap_dist"
+    experiment: Annotated[str, Field(min_length=1)] = "gengap_dist"
     """Name of the MLflow experiment."""
     flush_timeout_seconds: NonNegativeFloat = 60.0
     """Seconds that a finished command waits for the upload to end; `gengap report sync` uploads the rest later."""
@@ -863,6 +864,7 @@ LANGUAGE_DEFAULTS: dict[str, Any] = {
 }
 """Defaults of a run on tokens; all others are those of the fields."""
 STDLIB_SEQUENCES = 2_048  # of the default of data.num_train: a minute on one core
+DIGITS_DEFAULTS: dict[str, Any] = {"train": {"epochs": 20}}  # 1,294 images: fewer passes leave lenet5 half trained
 
 
 class RunConfig(Section, affects="result"):
@@ -886,10 +888,13 @@ class RunConfig(Section, affects="result"):
 
     @model_validator(mode="before")
     @classmethod
-    def _language_defaults(cls, tree: Any) -> Any:
-        """Other defaults where the data are tokens."""
-        data = tree.get("data") if isinstance(tree, Mapping) else None
-        name = data.get("name") if isinstance(data, Mapping) else getattr(data, "name", None)
+    def _defaults_of_data(cls, tree: Any) -> Any:
+        """Other defaults where the data are tokens, or so few that the others train too little."""
+        data = tree.get("data", {}) if isinstance(tree, Mapping) else None
+        default = DataConfig.model_fields["name"].default
+        name = data.get("name", default) if isinstance(data, Mapping) else getattr(data, "name", None)
+        if name == "digits":
+            return merge(DIGITS_DEFAULTS, tree)
         if name not in measures.TOKEN_SETS:
             return tree
         tree = merge(LANGUAGE_DEFAULTS, tree)

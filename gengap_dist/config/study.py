@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import product
 from math import prod
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,13 +18,18 @@ from pydantic import (
 )
 
 from gengap_dist.config.file_names import file_name_problem
-from gengap_dist.config.identity import identifying_settings
-from gengap_dist.config.loading import field_names, flat, merge, nested, renamed, validate
+from gengap_dist.config.identity import FACTOR, differing_settings, identifying_settings
+from gengap_dist.config.loading import field_names, flat, load_yaml, merge, nested, renamed, resolve, validate
 from gengap_dist.config.numbers import Boolean, Integer, NonNegativeInt, Number, PositiveFloat, PositiveInt
 from gengap_dist.config.sections import Affects, FrozenModel, RunConfig, Section
-from gengap_dist.errors import UsageError, did_you_mean
+from gengap_dist.errors import UsageError, did_you_mean, first_of
 
 MAX_ARMS = 10_000
+BATCH_AND_LENGTH = (
+    FACTOR, "train.epochs", "train.steps", "train.length_unit", "train.num_evals", "optim.base_size",
+    "optim.warmup_epochs",
+)  # fmt: skip
+"""What a plain arm may set: the batch, and what says how long it trains and warms up."""
 
 
 def _number_or_auto(value: Any, check: Callable[[Any], int | Literal["auto"]]) -> int | Literal["auto"]:
@@ -160,7 +166,8 @@ class StudySection(Section, affects="result"):
     seeds: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2), min_length=1)
     """Seeds; every arm runs with each of them, and arms are compared seed by seed."""
     baseline: Annotated[str, Affects("observation")] = ""
-    """Name of the arm that the others are compared with (empty: the first arm with the smallest global batch)."""
+    """Name of the arm that the others are compared with. Empty: of the arms that set nothing but the batch and the
+    length of training, the first with the smallest batch; a study without such an arm must name its baseline."""
     arms: tuple[Arm, ...] = ()
     """Explicit arms: a list of {name, set}."""
     axes: dict[str, Annotated[list[Any] | dict[str, dict[str, Any]], Field(min_length=1)]] = {}
@@ -339,12 +346,35 @@ class StudyConfig(RunConfig, affects="result"):
         """All arms without the `duplicates`."""
         return [arm for arm in self.candidates if arm.name not in self.duplicates]
 
-    @property
+    @cached_property
     def baseline(self) -> str:
-        """Name of the baseline arm."""
-        sizes = {arm.name: flat(nested(arm.set)).get("batch.global_size", 0) for arm in self.candidates}
-        name = self.study.baseline or min(sizes, key=lambda name: sizes[name] or self.batch.global_size)
-        return self.duplicates.get(name, name)
+        """Name of the baseline arm: as study.baseline says, or the plain arm with the smallest batch.
+
+        Raises:
+            UsageError: if none is named, and no arm is plain; or if an arm's overrides are not settings of a run.
+        """
+        if self.study.baseline:
+            return self.duplicates.get(self.study.baseline, self.study.baseline)
+        by_size = sorted(self.arms, key=self._size)
+        if plain := next((arm.name for arm in by_size if not self.treatment_of(arm)), None):
+            return plain
+        arm = by_size[0]
+        raise UsageError(
+            f"study.baseline is not given, and every arm sets more than its batch and its length ({arm.name} sets "
+            f"{first_of(self.treatment_of(arm), 2)}): add an arm without that, or name the baseline"
+        )
+
+    def _size(self, arm: Arm) -> int:
+        return flat(nested(arm.set)).get("batch.global_size") or self.batch.global_size
+
+    def treatment_of(self, arm: Arm) -> list[str]:
+        """Names of the settings by which an arm differs from the study in more than its batch and its length.
+
+        Raises:
+            UsageError: if the arm's overrides are not settings of a run.
+        """
+        settings, of_study = flat(self.run_config(arm, seed=0)), flat(self.model_dump(exclude={"study"}, mode="json"))
+        return sorted(differing_settings(settings, of_study | {name: settings[name] for name in BATCH_AND_LENGTH}))
 
     def run_config(self, arm: Arm, seed: int, tuned: Mapping[str, Any] | None = None) -> RunConfig:
         """The settings of one run of the study; `tuned` are the settings that tuning selected for its arm.
@@ -364,6 +394,16 @@ class StudyConfig(RunConfig, affects="result"):
         except UsageError as error:
             raise UsageError(f"study arm {arm.name}: {error}") from None
         return config
+
+
+def resolve_run_or_study(files: Sequence[Path], overrides: Mapping[str, Any]) -> RunConfig | StudyConfig:
+    """The settings of a study if a file or the command line has the section study, else those of a run.
+
+    Raises:
+        UsageError: see `loading.resolve`.
+    """
+    is_study = "study" in overrides or any("study" in load_yaml(file) for file in files)
+    return resolve(StudyConfig if is_study else RunConfig, [*files], overrides)
 
 
 def _entries(axis: str, values: list[Any] | dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

@@ -1,7 +1,7 @@
 """When to measure: pure functions of the step, so that all ranks agree without communication."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 Cadence = Callable[[int], bool]
 
@@ -45,6 +45,17 @@ def at_steps(steps: Iterable[int]) -> Cadence:
     [2, 8]
     """
     return frozenset(steps).__contains__
+
+
+def spread(steps: Sequence[int], num: int) -> frozenset[int]:
+    """At most `num` of increasing steps, evenly by their number in the list, with the first and the last.
+
+    >>> sorted(spread([0, 1, 2, 5, 10, 22, 46, 100], 4)), sorted(spread([0, 7], 4))
+    ([0, 2, 22, 100], [0, 7])
+    """
+    if len(steps) <= num:
+        return frozenset(steps)
+    return frozenset(steps[round(at * (len(steps) - 1) / (num - 1))] for at in range(num))
 
 
 def any_of(*cadences: Cadence) -> Cadence:

@@ -29,7 +29,7 @@ from pydantic_core import from_json
 from torch import Tensor, nn
 
 from gengap_dist.config.file_names import file_name_problem
-from gengap_dist.config.identity import differences
+from gengap_dist.config.identity import changed_on_resume
 from gengap_dist.config.regular_file import open_regular, read_regular
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError, first_of
@@ -311,7 +311,7 @@ def check_origin(path: Path, info: RunInfo, config: RunConfig) -> None:
         return
     if not isinstance(settings := facts.get("config"), dict):
         raise UsageError(f"{path / FACTS} does not name the settings of its run: {remedy}")
-    if changed := differences(settings, config):
+    if changed := changed_on_resume(settings, config):
         raise UsageError(f"{changed} when checkpoint {path} was written: {remedy}")
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
+from gengap_dist.config.identity import changed_on_resume
 from gengap_dist.config.loading import to_yaml
 from gengap_dist.config.regular_file import open_regular
 from gengap_dist.config.sections import RunConfig
@@ -101,6 +102,19 @@ def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
             raise UsageError(f"--out ({out}) already holds a {marker}: add --resume to continue it, or choose another")
     elif not all(_is_of_a_start(path, resume=resume) for path in out.iterdir()):
         raise UsageError(f"--out ({out}) holds other files and no {marker}: choose a new or empty folder")
+
+
+def check_settings(out: Path, info: RunInfo, config: RunConfig) -> None:
+    """Check that the run in `out` may be resumed with `config`.
+
+    Raises:
+        UsageError: names what differs from `info`.
+    """
+    if changed := changed_on_resume(info.config, config):
+        raise UsageError(
+            f"{changed} when the run in {out} was started: resume with the settings it was started with, or choose a "
+            "new --out"
+        )
 
 
 def _is_of_a_start(path: Path, *, resume: bool = False) -> bool:

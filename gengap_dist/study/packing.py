@@ -5,7 +5,7 @@ With study.concurrent=auto the layouts and the order follow from a few measured 
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +23,10 @@ from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study.costs import GIB, CostTable, measure_what_matters
 from gengap_dist.study.layouts import given_threads, with_ranks
 from gengap_dist.study.ranks import Ranks, Task, drive, ranks_of_this_machine
-from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
+from gengap_dist.study.run_matrix import Forecast, PlannedRun, StudyCallback, first_configs
 from gengap_dist.study.schedule import Layout, Option, Placed, Resources, best_schedule, length, placed
 from gengap_dist.training import ENTRY_POINT
-from gengap_dist.training.run_cost import CostCache
+from gengap_dist.training.run_cost import ArmFacts, CostCache
 
 MIN_SHARE = 0.1  # of a run that says how long others may take
 LOOK_SECONDS = 1.0  # while cores are free and the next run waits for more of them
@@ -233,8 +233,11 @@ def run_packed(
     concurrent: int | None,
     warn: Callable[[str], None],
     later: Sequence[PlannedRun] = (),
+    *,
+    arms: Mapping[str, RunConfig] | None = None,
+    dry_run: bool = False,
 ) -> int:
-    """Execute runs on this machine; returns the number of runs that failed.
+    """Check all arms, then execute runs on this machine; returns the number of runs that failed.
 
     Args:
         plan: the runs, none of which is finished.
@@ -242,33 +245,59 @@ def run_packed(
         concurrent: number of runs at once, each on launch.num_processes ranks; None: see the module.
         warn: called with one sentence.
         later: the runs of the study that come after these, as far as they are known.
+        arms: all arms of the study, which are checked; None: those of these runs.
+        dry_run: check and measure the runs, and execute none.
     """
     every = [*plan, *later]
     configs = [planned.config for planned in every]
     with catching_signals() as flag, ranks_of_this_machine(configs, os.environ) as ranks:
         _download(configs, ranks)
+        check = partial(_on_ranks, ranks, job=check_arms, argument=arms or first_configs(every))
         if concurrent:
+            options = [[_given_option(config, concurrent, ranks)] for config in configs]
+            callback.on_checked(check(options[0][0].layout))
             _check_gpus(configs, concurrent, ranks)
             resources = Resources(10**9, slots=concurrent)
-            options = [[_given_option(config, concurrent, ranks)] for config in configs]
         else:
             table = CostTable(ranks, CostCache(warn))
+            callback.on_checked(check(table.layouts(configs[0])[0]))
             measure_what_matters(table, configs, flag, callback.on_measure)
             options = [table.options(config) for config in configs]
             resources = Resources(ranks.size, free_memory())
             check_memory(every, options, resources)
-        arms = [planned.arm for planned in later]
-        of_later = [*zip(arms, options[len(plan) :], strict=True)]
-        return Packer(plan, callback, options[: len(plan)], resources, of_later).run(ranks, flag)
+        arms_of_later = [planned.arm for planned in later]
+        of_later = [*zip(arms_of_later, options[len(plan) :], strict=True)]
+        packer = Packer(plan, callback, options[: len(plan)], resources, of_later)
+        callback.on_forecast(Forecast(packer.seconds_left(), _memory_by_arm(every, options)))
+        return 0 if dry_run else packer.run(ranks, flag)
 
 
 def _download(configs: Sequence[RunConfig], ranks: Ranks) -> None:
     """Download each data set once, before several runs want it."""
     wanted = {config.data.model_dump_json(): config for config in configs if config.data.download}
     for config in wanted.values():
-        pool = ranks.take(Layout(1, 1))
-        pool(load_data, config)
-        ranks.give_back(pool)
+        _on_ranks(ranks, Layout(1, 1), load_data, config)
+
+
+def _on_ranks(ranks: Ranks, layout: Layout, job: Callable[..., Any], argument: Any) -> Any:
+    """What rank 0 returns of a job; the ranks stay for the runs."""
+    pool = ranks.take(layout)
+    result = pool(job, argument)[0]
+    ranks.give_back(pool)
+    return result
+
+
+def check_arms(worker: Worker, arms: Mapping[str, RunConfig]) -> dict[str, ArmFacts]:
+    """The job that checks all arms, see `training.arm_check`; the rank keeps the data for its runs."""
+    from gengap_dist.training.arm_check import check_arms
+
+    return check_arms(arms, worker.context)
+
+
+def _memory_by_arm(plan: Sequence[PlannedRun], options: Sequence[Sequence[Option]]) -> dict[str, int]:
+    """Of the option that needs least, by arm, where it is known."""
+    memory = {planned.arm: min(option.memory for option in each) for planned, each in zip(plan, options, strict=True)}
+    return {arm: num_bytes for arm, num_bytes in memory.items() if num_bytes}
 
 
 def load_data(worker: Worker, config: RunConfig) -> None:

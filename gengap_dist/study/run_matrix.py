@@ -1,11 +1,12 @@
 """The runs of a study, and the tuning trials before them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig
+from gengap_dist.training.run_cost import ArmFacts
 
 
 class PlannedRun(NamedTuple):
@@ -67,8 +68,31 @@ def planned_trials(config: StudyConfig, out: Path, points: Sequence[Mapping[str,
     ]
 
 
+def first_configs(plan: Iterable[PlannedRun]) -> dict[str, RunConfig]:
+    """The settings of the first run of each arm, by its name."""
+    configs: dict[str, RunConfig] = {}
+    for planned in plan:
+        configs.setdefault(planned.arm, planned.config)
+    return configs
+
+
+class Forecast(NamedTuple):
+    """What the runs of a study will take, from what was measured of them."""
+
+    seconds: float | None
+    """Until all runs have ended; None if a cost is not known."""
+    memory_bytes: Mapping[str, int]
+    """Of the ranks of a run in its smallest layout, by arm, as far as it is known."""
+
+
 class StudyCallback:
     """Called on every step and at the end of every run; the methods of this class do nothing."""
+
+    def on_checked(self, facts: Mapping[str, ArmFacts]) -> None:
+        """All arms were checked against data and networks, and no run has started yet; facts by arm."""
+
+    def on_forecast(self, forecast: Forecast) -> None:
+        """The costs of the runs are known as far as they are measured before the first of them."""
 
     def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
         """`done` of `total` steps of a run are complete; `note` is a short status."""
@@ -89,6 +113,14 @@ class PassOn(StudyCallback):
     def __init__(self, inner: StudyCallback) -> None:
         """Calls `inner`."""
         self.inner = inner
+
+    def on_checked(self, facts: Mapping[str, ArmFacts]) -> None:
+        """See `StudyCallback`."""
+        self.inner.on_checked(facts)
+
+    def on_forecast(self, forecast: Forecast) -> None:
+        """See `StudyCallback`."""
+        self.inner.on_forecast(forecast)
 
     def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
         """See `StudyCallback`."""

@@ -13,6 +13,7 @@ from gengap_dist.config.study import StudyConfig
 from gengap_dist.credentials import command_line
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.cores import available_cores
+from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.schema import NewerSchema, RunStatus, StudyInfo
@@ -21,7 +22,7 @@ from gengap_dist.study.data_check import DataCheck
 from gengap_dist.study.means import MeansCallback, update_means
 from gengap_dist.study.packing import longest_first, run_packed
 from gengap_dist.study.registration import continued, registration
-from gengap_dist.study.run_matrix import PlannedRun, StudyCallback
+from gengap_dist.study.run_matrix import PlannedRun, StudyCallback, first_configs
 from gengap_dist.training import ENTRY_POINT
 
 Warn = Callable[[str], None]
@@ -164,11 +165,18 @@ def num_runs(config: StudyConfig) -> int:
 
 
 def run_study(
-    config: StudyConfig, out: Path, callback: StudyCallback, *, driver: bool, warn: Warn = lambda text: None
+    config: StudyConfig,
+    out: Path,
+    callback: StudyCallback,
+    *,
+    driver: bool,
+    warn: Warn = lambda text: None,
+    dry_run: bool = False,
 ) -> int:
     """Run the trials, then the runs that are not finished; returns the number of runs that failed.
 
-    Means over seeds are written when all runs of an arm have ended.
+    Every arm is checked against its data and its network before the first run. Means over seeds are written when all
+    runs of an arm have ended.
 
     Args:
         config: the study.
@@ -176,7 +184,13 @@ def run_study(
         callback: called on every step and at the end of every run.
         driver: whether this process prepares folders; under torchrun the other ranks only execute the runs.
         warn: called with each warning.
+        dry_run: check the arms and measure what their runs cost, and execute none; `prepare` is not needed.
+
+    Raises:
+        UsageError: names the first arm whose runs would be refused.
     """
+    if dry_run:
+        return _run_study(config, out, callback, driver=True, warn=warn, dry_run=True)
     if not driver:
         return _run_study(config, out, callback, driver=False, warn=warn)
     num_failed = _run_study(config, out, MeansCallback(callback, out), driver=True, warn=warn)
@@ -185,9 +199,16 @@ def run_study(
     return num_failed
 
 
-def _run_study(config: StudyConfig, out: Path, callback: StudyCallback, *, driver: bool, warn: Warn) -> int:
+def _run_study(
+    config: StudyConfig, out: Path, callback: StudyCallback, *, driver: bool, warn: Warn, dry_run: bool = False
+) -> int:
     callback = DataCheck(callback) if driver else callback
-    run = partial(run_all, callback=callback, driver=driver, concurrent=config.study.num_at_once, warn=warn)
+    settings = {"driver": driver, "concurrent": config.study.num_at_once, "warn": warn}
+    if dry_run:
+        untuned = config.model_copy(update={"study": config.study.model_copy(update={"tune": None})})
+        later = run_matrix.planned_runs(untuned, out, {}) if config.study.tune or config.study.match else []
+        return run_all(_first_runs(config, out), callback, **settings, later=later, dry_run=True)
+    run = partial(run_all, callback=callback, **settings)
     if config.study.match:
         return _run_matched(config, out, run, driver=driver, warn=warn)
     if not config.study.tune:
@@ -259,8 +280,11 @@ def run_all(
     concurrent: int | None = None,
     warn: Warn,
     later: Sequence[PlannedRun] = (),
+    dry_run: bool = False,
 ) -> int:
-    """Run what is not finished; returns the number of failed runs. A failed or diverged run does not stop the others.
+    """Check all arms, then run what is not finished; returns the number of failed runs.
+
+    A failed or diverged run does not stop the others.
 
     Args:
         plan: the runs.
@@ -269,22 +293,30 @@ def run_all(
         concurrent: number of runs at once; None: as it ends soonest.
         warn: called with each warning.
         later: the runs that come after these, for the forecast of the time left.
+        dry_run: check and measure the runs, and execute none.
     """
-    to_do = []
+    to_do, arms = [], first_configs([*plan, *later])
     for planned in plan:
         if (known := status(planned)) and known.has_result:
-            callback.on_run_end(planned, "already there")
+            if not dry_run:
+                callback.on_run_end(planned, "already there")
         else:
             to_do.append(planned)
     on_ray = [planned for planned in to_do if launchers.uses_ray(planned.config.launch)]
-    num_failed = ray_runner.run_all(longest_first(on_ray, warn), callback, concurrent) if on_ray else 0
     on_torchrun = [planned for planned in to_do if launchers.uses_torchrun(planned.config.launch)]
+    if driver and (on_ray or on_torchrun):
+        from gengap_dist.training.arm_check import check_arms
+
+        callback.on_checked(check_arms(arms, RuntimeContext(), data_here=not on_ray))
+    if dry_run and (on_ray or on_torchrun):
+        return 0
+    num_failed = ray_runner.run_all(longest_first(on_ray, warn), callback, concurrent) if on_ray else 0
     _run_on_torchrun(on_torchrun, callback, driver=driver)
     here = [planned for planned in to_do if planned not in on_ray and planned not in on_torchrun]
     if not here:
         return num_failed
     later = [planned for planned in later if not ((known := status(planned)) and known.has_result)]
-    return num_failed + run_packed(here, callback, concurrent, warn, later)
+    return num_failed + run_packed(here, callback, concurrent, warn, later, arms=arms, dry_run=dry_run)
 
 
 def _run_on_torchrun(plan: list[PlannedRun], callback: StudyCallback, *, driver: bool) -> None:

@@ -8,11 +8,13 @@ from torch import nn
 
 from gengap_dist.config.sections import ProbeConfig
 from gengap_dist.data.sampler import EpochSampler
-from gengap_dist.probes.cadence import any_of, at_steps, every, log_spaced, should_skip
+from gengap_dist.probes.cadence import any_of, at_steps, every, log_spaced, should_skip, spread
 from gengap_dist.training.evaluation import Score
 from gengap_dist.training.loss_trigger import LossTrigger, loss_grid
 from gengap_dist.training.observer import Observation, ProbeObserver, measurement_seconds
 from gengap_dist.training.state import TrainState
+
+MIN_MEASUREMENTS = 8  # planned ones that are taken whatever their time: a curve needs points
 
 
 @final
@@ -34,6 +36,7 @@ class ProbeScheduler:
         """Seconds of all measurements."""
         self.skipped_steps: list[int] = []
         self._seconds_each, self._num_skipped_in_a_row = 0.0, 0
+        self._always: frozenset[int] | None = None  # steps whose measurement is never skipped
 
     def possible(self, step: int) -> bool:
         """Whether a measurement is planned after `step` steps, whatever the loss; it may be skipped to save time."""
@@ -52,7 +55,8 @@ class ProbeScheduler:
     def exceeds_time(self, run_seconds: float, seconds_per_step: float) -> bool:
         """Whether the measurement planned now would take more than probe.max_time_fraction of the run.
 
-        The first and the last one never do. Rank 0 decides, by its clock.
+        The first and the last one never do, nor others of `MIN_MEASUREMENTS` spread over the planned ones. Rank 0
+        decides, by its clock.
 
         Args:
             run_seconds: seconds since the run began.
@@ -61,6 +65,10 @@ class ProbeScheduler:
         step, num_steps = self.state.step, self.state.num_steps
         is_planned = self.possible(step) or self.triggered()
         if self.config.max_time_fraction is None or step == num_steps or not is_planned:
+            return False
+        if self._always is None:
+            self._always = spread([*filter(self.possible, range(num_steps + 1))], MIN_MEASUREMENTS)
+        if step in self._always:
             return False
         num_in_cadence = sum(map(self._in_cadence, range(step, num_steps)))
         num_triggered = self.trigger.num_remaining + (not self._in_cadence(step))  # at most

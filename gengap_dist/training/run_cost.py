@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -24,7 +24,19 @@ MIN_SECONDS, MIN_STEPS = 0.3, 3
 LONG_SECONDS = 1.0
 """A step or a measurement that takes longer is timed only once."""
 BUSY_SHARE = 0.2
+FOLDER_BYTES = 500_000  # of metrics, spectra, report and figures of a run, about
 END_SECONDS = 1.0  # of the last checkpoint and the exported model, about
+
+
+class ArmFacts(NamedTuple):
+    """What is known of an arm of a study before it trains."""
+
+    num_steps: int
+    num_epochs: float
+    num_parameters: int | None = None
+    """None if the network was not built."""
+    disk_bytes: int | None = None
+    """Of a run folder, about: checkpoints, the exported network, and `FOLDER_BYTES`."""
 
 
 class RunCost(FrozenModel):
@@ -66,6 +78,7 @@ def measure_cost(worker: Worker, config: RunConfig) -> RunCost:
     from gengap_dist.models.batch_norm import has_batch_norm
     from gengap_dist.parallel.execution import torch_settings
     from gengap_dist.runs.run_folder import NullRecorder
+    from gengap_dist.training.probe_scheduler import MIN_MEASUREMENTS
     from gengap_dist.training.resolved_run import resolve_run
     from gengap_dist.training.trainer import Trainer
 
@@ -93,9 +106,9 @@ def measure_cost(worker: Worker, config: RunConfig) -> RunCost:
     probes = sum(map(trainer.probes.possible, numbers)) + 1 + trainer.probes.trigger.num_remaining
     probe_seconds = sum(began)
     if (largest := config.probe.max_time_fraction) is not None and probes > 2:
-        # those between the first and the last take at most their share of the rest
-        rest = seconds * resolved.schedule.num_steps + validations * began[0]
-        probe_seconds = min(probe_seconds, (largest * rest + 2 * probe_seconds) / probes)
+        # those that may be skipped take at most their share of the rest
+        rest, always = seconds * resolved.schedule.num_steps + validations * began[0], min(probes, MIN_MEASUREMENTS)
+        probe_seconds = min(probe_seconds, (largest * rest + always * probe_seconds) / probes)
     samples = [len(split) for split in (resolved.splits.val, resolved.splits.train, resolved.splits.test)]
     return RunCost(
         step_seconds=seconds,

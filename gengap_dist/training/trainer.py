@@ -12,7 +12,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from gengap_dist.config.identity import differences
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.data.batch_loader import BatchLoader
 from gengap_dist.distributed.cpu_wait import CpuWait
@@ -28,7 +27,7 @@ from gengap_dist.parallel.strategies import STRATEGIES, OptimizerState
 from gengap_dist.probes.weights import flat_parameters
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.data_changes import data_changes
-from gengap_dist.runs.run_folder import EXPORTING, NullRecorder, RunRecorder, prepare_folder, read_info
+from gengap_dist.runs.run_folder import EXPORTING, NullRecorder, RunRecorder, check_settings, prepare_folder, read_info
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.training.algorithms import AlgorithmSetup, BuildAlgorithm, build_algorithm
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
@@ -178,11 +177,7 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         out = self.resolved.out
         info = read_info(out)
-        if changed := differences(info.config, self.config):
-            raise UsageError(
-                f"{changed} when the run in {out} was started: "
-                "resume with the settings it was started with, or choose a new --out"
-            )
+        check_settings(out, info, self.config)
         checkpoint.check_origin(path, info, self.config)
         changed = data_changes(info.data, self.resolved.info["data"])  # known on rank 0
         if self.world.broadcast_int(bool(changed)):

@@ -13,8 +13,8 @@ from gengap_dist.config.study import StudyConfig
 from gengap_dist.errors import MAX_SENTENCE, UsageError
 from tests.conftest import ROOT
 
-DEMO, STUDY = ROOT / "configs" / "demo_train.yaml", ROOT / "configs" / "demo.yaml"
-COMMANDS = ("train", "study", "plan", "doctor", "probe", "compare", "report")
+DEMO, STUDY = ROOT / "configs" / "demo_train.yaml", ROOT / "gengap_dist" / "configs" / "demo.yaml"
+COMMANDS = ("demo", "train", "study", "plan", "doctor", "probe", "compare", "report")
 
 
 def say(capsys, command: str, *words: object) -> str:
@@ -79,7 +79,7 @@ def test_train_says_what_is_wrong(capsys, words, says):
 @pytest.mark.parametrize(
     ("command", "words", "says"),
     [
-        ("doctor", ["--config", STUDY], "start it with gengap study"),
+        ("doctor", ["--config", STUDY, "--study.baseline", "x"], "study.baseline (x) is not an arm"),
         ("study", ["--config", DEMO], "study is not set, and a study needs its arms"),
         ("study", ["--config", STUDY, "--study.seeds", "0", "1"], "write [0, 1]"),
         ("study", ["--config", STUDY, "--study.arms", "a"], "study.arms (a) is one value"),

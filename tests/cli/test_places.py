@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 
-from gengap_dist.cli import compare, probe
+from gengap_dist.cli import compare, probe, train
 from gengap_dist.cli.exit_codes import run_command
 from gengap_dist.cli.options import Options, PlanOptions, parse
 from gengap_dist.config.loading import load_yaml, resolve
@@ -101,3 +101,9 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypat
 def test_paths_that_cannot_be_used(word, says):
     with pytest.raises(UsageError, match=re.escape(says)):
         resolve(RunConfig, [], parse(Options, [word], prog="x", description="", settings=RunConfig)[1])
+
+
+@pytest.mark.parametrize("name", ["launch.ray_address", "mlflow.tracking_uri", "mlflow.experiment"])
+def test_an_empty_word_is_no_address_and_no_name(name):
+    with pytest.raises(UsageError, match=rf"{name} \(\) is not valid: string should have at least 1 character"):
+        train.command([f"--{name}", "", "--print_config"])

@@ -249,7 +249,7 @@ def test_axes_are_every_combination_with_names_that_can_be_read():
     assert [arm.name for arm in config.arms] == ["adamw", "b64", "b64-smooth", "b512", "b512-smooth"]
     run = config.run_config(config.arms[-1], seed=0)
     assert (run.batch.global_size, run.algorithm.label_smoothing) == (512, 0.1)
-    assert config.baseline == "adamw"
+    assert config.baseline == "b64"
     names = study({"optim.lr": [0.1, 1e-5], "optim.nesterov": [True, False], "model.name": ["torchvision:vgg"]}).arms
     assert names[0].name == "lr0.1-nesterov-true-name-torchvision.vgg"
     assert names[-1].name == "lr1e-05-nesterov-false-name-torchvision.vgg"
@@ -358,3 +358,6 @@ def test_data_of_tokens_have_other_defaults():
     everything = validate(RunConfig, {"data": {"name": "stdlib", "num_train": None}})
     assert everything.data.num_train is None
     assert validate(RunConfig, {"data": {"name": "digits"}}) == RunConfig()
+    assert RunConfig().train.epochs == 20
+    assert validate(RunConfig, {"data": {"name": "mnist"}}).train.epochs == 5
+    assert validate(RunConfig, {"train": {"epochs": 3}}).train.epochs == 3

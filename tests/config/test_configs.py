@@ -1,10 +1,13 @@
 """Every file in configs/ says what can be run: all its settings hold together, and its networks can be built."""
 
+import hashlib
+import json
+
 import pytest
 import torch
 
 from gengap_dist import models
-from gengap_dist.config.loading import load_yaml, resolve
+from gengap_dist.config.loading import flat, load_yaml, resolve
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.data.data_spec import DataSpec
@@ -13,6 +16,7 @@ from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT / "configs")) for path in FILES]
+REGISTERED = json.loads((ROOT / "tests/config/registered.json").read_text())
 CHANNELS = {"digits": 1, "mnist": 1, "fashion_mnist": 1, "cifar10": 3, "cifar100": 3}
 PAIRS = [
     *["lenet5_mnist", "lenet5_fashionmnist", "vgg16_cifar10", "vgg16_cifar100", "resnet56_cifar10"],
@@ -57,3 +61,12 @@ def test_layers_of_a_rank_penalty_exist(path):
         size, channels = config.data.image_size, CHANNELS[config.data.name]
         model = models.build(config.model.name, DataSpec.images(10, channels, size)).eval()
         assert select_layers(model, torch.zeros(1, channels, size, size), config.algorithm.rank_layers)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTERED["sha256"]))
+def test_registered_studies_have_the_settings_that_they_had(name):
+    """Whatever defaults have become since: of the settings that there were."""
+    study = resolve(StudyConfig, [ROOT / "configs" / name], {})
+    settings = {arm.name: flat(study.run_config(arm, 0)) for arm in study.arms}
+    kept = [[arm, {each: given[each] for each in REGISTERED["names"]}] for arm, given in settings.items()]
+    assert hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest() == REGISTERED["sha256"][name]

@@ -30,6 +30,7 @@ RUNTIME = {
 }  # fmt: skip
 OBSERVATION = {"train.target_accuracy", "train.target_loss", "train.num_evals", "train.log_every"}
 CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is valid, and means something
+    "data.name": {"train.epochs": 5},  # their default follows the data
     "data.streaming": {"data.name": "imagefolder"},
     "data.subset": {"data.num_train": 100},
     "data.vocab_size": {"data.name": "tokens", "data.vocab_size": 9},

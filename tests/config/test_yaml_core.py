@@ -66,7 +66,7 @@ LAUGHS = "a: &a0 x\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\
         (f"seed: '{'9' * 30}'", "seed (999999999999999999999999999999) is not valid: input should be less than"),
         ("seed: 1e300", "seed (1e+300) is not valid"),
         ("seed: true", "seed (true) is not valid: input should be a number"),
-        ("model: {widths: 128}", "model.widths (128) is not valid: input should be a list, such as [128]"),
+        ("model: {widths: 128}", "model.widths (128) is not valid: input should be a list: write [128]"),
         ("model: {widths: [true, 3]}", "model.widths (true) is not valid: input should be a number"),
         ("train: {channels_last: maybe}", "input should be true or false or input should be 'auto'"),
         ("seed: !!python/name:os.abort", "has the tag tag:yaml.org,2002:python/name:os.abort in line 1"),

@@ -123,14 +123,14 @@ def test_a_budget_is_kept(cost, spacing):
 
 
 def test_a_run_keeps_its_budget_on_all_ranks_and_says_so(tmp_path, gengap):
-    words = ["--train.steps", 12, "--probe.num_samples", 50, "--probe.every", 2, "--mlflow.enabled", "false"]
+    words = ["--train.steps", 12, "--probe.num_samples", 50, "--probe.every", 1, "--mlflow.enabled", "false"]
     words += ["--launch.num_processes", 2, "--probe.max_time_fraction", 1e-6, "--out", "run"]
     done = gengap("train", *words)
     assert done.returncode == 0, done.stderr
     probed = [line["step"] for line in read_metrics(tmp_path / "run") if "effective_rank/fc2" in line]
-    assert probed == [0, 12]
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["probe_left_out"] == [1, 2, 4, 5, 6, 8, 10]
-    assert "skipped 7 measurement(s), at steps 1, 2, 4, 5, 6, 8, 10" in done.stdout
+    assert probed == [0, 2, 3, 5, 7, 9, 10, 12]  # eight are always taken
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["result"]["probe_left_out"] == [1, 4, 6, 8, 11]
+    assert "skipped 5 measurement(s), at steps 1, 4, 6, 8, 11" in done.stdout
 
 
 def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):
@@ -147,6 +147,7 @@ def test_a_slow_first_step_is_not_taken_for_the_pace(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ProbeObserver, "__call__", slow)
     monkeypatch.setattr("gengap_dist.training.probe_scheduler.measurement_seconds", lambda metrics: 0.1)
+    monkeypatch.setattr("gengap_dist.training.probe_scheduler.MIN_MEASUREMENTS", 2)
     settings = {"train__steps": 100, "batch__global_size": 8, "probe__num_samples": 20, "probe__diagnostics": []}
     prepare_folder(tmp_path / "run", "run.json", resume=False)
     result = run(config(probe__max_time_fraction=0.05, **settings), tmp_path / "run", progress=progress)

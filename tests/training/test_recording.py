@@ -175,7 +175,8 @@ def test_a_run_that_was_cut_off_measures_at_the_same_losses(falling, saved_at_ev
     assert timeless(out) == timeless(falling)
 
 
-def test_the_time_limit_skips_measurements_at_losses_too(falling, tmp_path):
+def test_the_time_limit_skips_measurements_at_losses_too(falling, tmp_path, monkeypatch):
+    monkeypatch.setattr("gengap_dist.training.probe_scheduler.MIN_MEASUREMENTS", 2)
     result = train(tmp_path / "run", **PLAIN | {"probe__max_time_fraction": 1e-6})
     assert measured_steps(tmp_path / "run") == [0, 60]
     assert result["probe_left_out"] == measured_steps(falling)[1:-1] != []

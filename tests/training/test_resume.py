@@ -13,7 +13,9 @@ from contextlib import redirect_stderr
 import pytest
 import torch
 
+from gengap_dist.cli.train import command as train_command
 from gengap_dist.config.sections import RunConfig
+from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import Preempted
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import checkpoint
@@ -394,3 +396,40 @@ def run_with_one_sample(world, out):
         run(config(batch__global_size=1), out, world=world)
     except UsageError as error:
         return str(error)
+
+
+TINY = {"model__name": "mlp", "model__widths": (16,), "data__image_size": 8, "batch__global_size": 1294}
+
+
+def test_a_run_becomes_longer_as_if_it_had_been_so_from_the_start(tmp_path):
+    for name, epochs, resume in (("run", 2, False), ("run", 4, True), ("whole", 4, False)):
+        train(tmp_path / name, resume=resume, train__epochs=epochs, **TINY)
+    assert read_info(tmp_path / "run").result["num_steps"] == 4
+    whole, run_then = (weights(tmp_path / name) for name in ("whole", "run"))
+    assert all(torch.equal(weight, run_then[name]) for name, weight in whole.items())
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "train/loss" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "says"),
+    [
+        ({}, {"train.epochs": 1}, r"train.epochs \(1\) was 2 when the run in"),
+        ({}, {"train.steps": 9}, r"train.steps \(9\) was None when the run in"),
+        (
+            {"optim__schedule": "cosine"},
+            {"train.epochs": 9},
+            r"was 2, and optim.schedule \(cosine\) follows the length",
+        ),
+        (
+            {"algorithm__weight_averaging": "swa", "algorithm__average_start": 0.1},
+            {"train.epochs": 9},
+            r"weight_averaging \(swa\) follows the length",
+        ),
+    ],
+)
+def test_a_length_that_cannot_change_is_refused_before_ranks_start(tmp_path, monkeypatch, was, now, says):
+    train(tmp_path / "run", train__epochs=2, **TINY, **was)
+    monkeypatch.setattr(launchers, "choose", lambda *args, **kwargs: pytest.fail("ranks were started"))
+    words = [word for name, value in now.items() for word in (f"--{name}", str(value))]
+    with pytest.raises(UsageError, match=says):
+        train_command(["--out", "run", "--resume", *words])

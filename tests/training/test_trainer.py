@@ -264,7 +264,7 @@ def test_a_seed_of_any_size(tmp_path):
             {"model__name": "vgg16", "model__activation": "linear"},
             r"model.activation \(linear\) has no effect on vgg16",
         ),
-        ({"optim__warmup_epochs": 6.0}, r"optim.warmup_epochs \(6\) are 126 steps, and the run has 105"),
+        ({"optim__warmup_epochs": 21.0}, r"optim.warmup_epochs \(21\) are 441 steps, and the run has 420"),
         (
             {"algorithm__sam_rho": 0.1, "launch__strategy": "zero1"},
             r"algorithm.sam_rho \(0.1\) is not supported by launch.strategy=zero1",

@@ -17,6 +17,7 @@ from gengap_dist.analysis.rules.gap import new_images
 from gengap_dist.analysis.rules.intervention import (
     HALF,
     MIN_ROUTES,
+    ONE_ROUTE,
     Arms,
     Finding,
     Route,
@@ -109,6 +110,14 @@ def judge_explanation(study: JudgedStudy) -> tuple[Claim, list[InterventionResul
         if isinstance(each, _Experiment) and len(each.seeds) > 1
     ]
     return Claim("explains", claim, outcome, evidence, control, "" if decided and is_open else finding), results
+
+
+def missing_for_explanation(study: JudgedStudy, large: Arm) -> str:
+    """What a study lacks to judge the claim at a large batch, by its arms alone; empty if there is nothing."""
+    trial = _trial(study, large)
+    if isinstance(trial, str):
+        return trial
+    return "" if len(trial.routes) >= MIN_ROUTES else ONE_ROUTE
 
 
 def _experiment(study: JudgedStudy, large: Arm) -> _Experiment | str:

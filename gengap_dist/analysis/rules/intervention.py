@@ -26,6 +26,7 @@ from gengap_dist.statistics.paired import are_equal
 SAME_RANK = 0.15  # of the growth: routes that reach the same near-rank loss
 QUARTER, HALF = 0.25, 0.5
 MIN_ROUTES = 2
+ONE_ROUTE = "only one way to raise the rank was tried: a second one, spread or trace beside logdet, is needed"
 
 Finding = Literal[
     "does not grow",
@@ -199,7 +200,7 @@ def _failed_condition(scores: Arms, near_rank_losses: Arms, look: Look) -> str:
     if not growth.holds(look):
         return growth.reason
     if len({route.measure for route in scores.routes}) < MIN_ROUTES:
-        return "only one way to raise the rank was tried: a second one, spread or trace beside logdet, is needed"
+        return ONE_ROUTE
     return next((each.reason for each in others if not each.holds(look)), "")
 
 

@@ -34,6 +34,7 @@ from gengap_dist.cli.console import PlainConsole
 from gengap_dist.config.measures import MEASURES
 from gengap_dist.config.metric_key import layer_metric
 from gengap_dist.study.schedule import Placed
+from gengap_dist.tracking.mlflow.uploader import ui_paths
 
 if TYPE_CHECKING:  # these import torch, which the driver process does not need
     from gengap_dist.preflight.plan import Plan
@@ -167,7 +168,16 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
         )
     console.print_line(f"run     {out}\nreport  {page}")
     if uri:
-        console.print_line(f"mlflow  {ui_command(uri)}")
+        print_links(console, out, uri)
+
+
+def print_links(console: PlainConsole, folder: Path, uri: str) -> None:
+    """Print how to open MLflow, and where it shows a run, or the table of a study's arms and their comparison."""
+    server = f"{uri.rstrip('/')}/" if uri.startswith(("http://", "https://")) else "ADDRESS/"
+    say_address = "" if server != "ADDRESS/" else ", which prints its ADDRESS"
+    console.print_line(f"mlflow  {ui_command(uri)}{say_address}")
+    for name, path in ui_paths(folder).items():
+        console.print_line(f"{name:8}{server}{path}")
 
 
 def print_profile(out: Path) -> None:
@@ -349,7 +359,7 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
         console.print(study.registration, style="dim")
     console.print_line(f"report  {page}")
     if uri:
-        console.print_line(f"mlflow  {ui_command(uri)}")
+        print_links(console, study.folder, uri)
 
 
 def study_table(study: StudyData, *, every_column: bool = True) -> Table:

@@ -58,7 +58,7 @@ def by_layer(study: StudyData, name: str) -> ReportFigure | None:
         return None
     num_columns = min(2, len(keys))
     num_rows = -(-len(keys) // num_columns)
-    figure = Figure(figsize=(COLUMN * num_columns, 2.4 * num_rows + 0.7))
+    figure = Figure(figsize=(max(5.2, COLUMN * num_columns), 2.4 * num_rows + 1.2))
     grid = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     sizes = [runs[0].global_size for _, runs in arms]
     data: list[Row] = []
@@ -178,7 +178,7 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
     runs = one_per_batch(study, RunData.spectra_steps)
     if not keys or not runs:
         return None
-    figure = Figure(figsize=(min(2.1 * len(runs) + 0.8, WIDTH), 2.4 * len(keys) + 0.8))
+    figure = Figure(figsize=(max(4.0, min(2.1 * len(runs) + 0.8, WIDTH)), 2.4 * len(keys) + 0.8))
     grid = figure.subplots(len(keys), len(runs), squeeze=False, sharex="row")
     data: list[Row] = []
     for column, (arm, run) in enumerate(runs.items()):

@@ -190,7 +190,8 @@ class MlflowUploader:
         metrics = [*results[:3], "sb_lb_gap/mean", *sorted(ranks)[-1:], "train_full/loss/mean", "train/loss/mean"]
         tags = [f"tags.`{name}`" for name in ("batch.global_size", "runs", "treatment")]
         columns = [tags[0], *(f"metrics.`{mlflow_name(name)}`" for name in metrics), *tags[1:]]
-        view = {"searchFilter": _arms_of(parent.id), "orderByAsc": True, "selectedColumns": columns}
+        order = {"orderByKey": "metrics.`sb_lb_gap/mean`", "orderByAsc": False}  # by time, arms would be folded
+        view = {"searchFilter": _arms_of(parent.id), **order, "selectedColumns": columns}
         if parent.state.get("shared") != view:
             self.client.set_experiment_tag(self.experiment, f"{SHARED_VIEW}{parent.id}", json.dumps(view))
             parent.save(view=parent.id, shared=view)

@@ -78,7 +78,7 @@ def near_rank_by_batch(study: StudyData, _: Comparison) -> ReportFigure | None:
     """Change of near-rank loss of the last hidden layer by training, by global batch."""
     values: dict[str, dict[int, float]] = {}
     names = set[str]()
-    for arm, _ in arms_with_runs(study):
+    for arm in study.arms:
         for run in study.finished_runs(arm):
             if run.primary_measure:
                 untrained, trained = run.untrained_and_trained(run.primary_measure)
@@ -231,11 +231,11 @@ def updates_to_target(study: StudyData, comparison: Comparison) -> ReportFigure 
     figure = Figure(figsize=(WIDTH, 4.4))
     axes = figure.subplots()
     data: list[Row] = []
-    handles: list[Line2D | Patch] = arm_handles(study, [*reached], linestyle="", marker="o")
+    handles: list[Line2D | Patch] = [*arm_handles(study, [*reached], linestyle="", marker="o")]
     for number, (arm, seeds) in enumerate(reached.items()):
         at, text = (
             batch_axis_position(sizes, number, 1.06),
-            tip(f"{label_of(arm)}: {plain(np.mean([*seeds.values()]))}"),
+            tip(f"{label_of(arm)}: {plain(float(np.mean([*seeds.values()])))}"),
         )
         axes.plot([at] * len(seeds), [*seeds.values()], "o", color=colour(study, arm), alpha=0.7, mew=0, gid=text)
         data += [

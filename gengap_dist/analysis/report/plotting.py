@@ -215,8 +215,11 @@ def tip(text: str) -> str:
 def label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
     """Names beside points, without overlap: (x, y, name, colour); the axes have their final limits."""
     placed: list[tuple[float, float]] = []
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    dpi = figure.dpi
     for x, y, name, c in sorted(points, key=lambda point: point[1]):
-        at_x, at_y = axes.transData.transform((x, y)) * 72 / axes.get_figure(root=True).dpi  # points
+        at_x, at_y = axes.transData.transform((x, y)) * 72 / dpi  # points
         label_y = max([at_y, *(other + 11 for near, other in placed if abs(near - at_x) < 90)])
         placed.append((at_x, label_y))
         right = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 0.7

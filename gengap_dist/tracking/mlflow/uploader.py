@@ -75,7 +75,8 @@ class MlflowUploader:
         Raises:
             Exception: any error of the MLflow client.
         """
-        self.folder, self.uri, self.metrics = folder, uri, metrics
+        self.folder, self.uri = folder, uri
+        self.metrics: Metrics = metrics
         self.client, self.experiment = connect_experiment(uri, experiment)
         self._left_out: set[str] = set()
         self._keys: dict[str, str] = {}

@@ -91,7 +91,7 @@ def by_layer(study: StudyData, name: str) -> ReportFigure | None:
     handles = arm_handles(study, [arm for arm, _ in arms], linestyle="", marker="D")
     legend_above(figure, [*handles, Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained")])
     figure.supxlabel("global batch", fontsize=10, color=SOFT)
-    figure.supylabel(label, fontsize=10, color=SOFT)
+    figure.supylabel(label.partition(" (")[0], fontsize=10, color=SOFT)
     alt_text = f"{label[0].upper()}{label[1:]} of {len(keys)} layers; of {keys[-1]}: {listed(means)}."
     source = (
         "Share of singular values below 1% of the largest"

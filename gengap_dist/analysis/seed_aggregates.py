@@ -53,7 +53,7 @@ def summary(name: str, values: Sequence[float], limits: Interval = ANY) -> dict[
     >>> summary("a", [1.0])
     {'a/mean': 1.0}
     >>> summary("a", [0.875, 1.0], (0.0, 1.0))
-    {'a/mean': 0.9375, 'a/ci_low': 0.14331102710064408, 'a/ci_high': 1.0}
+    {'a/mean': 0.9375, 'a/ci_low': 0.14336220398908162, 'a/ci_high': 1.0}
     """
     mean = {f"{name}/mean": float(np.mean(values))}
     interval = t_interval(values) if np.isfinite(values).all() else None
@@ -141,7 +141,7 @@ def _limits(name: str, shares: Collection[str]) -> Interval:
     >>> _limits("val/accuracy", {"accuracy"}), _limits("val/loss", {"accuracy"})
     ((0.0, 1.0), (-inf, inf))
     """
-    is_share = name.rpartition("/")[2] in shares or MetricKey.parse(name).known.is_share
+    is_share = name.endswith(tuple(f"/{share}" for share in shares)) or MetricKey.parse(name).known.is_share
     return (0.0, 1.0) if is_share else ANY
 
 

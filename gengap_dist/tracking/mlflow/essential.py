@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from gengap_dist.config.measures import PRIMARY, PRIMARY_VIEWS
 from gengap_dist.config.metric_key import MetricKey
 
-SPLITS = ("val", "test", "train_full")
-METRICS = ("train/loss", "train/lr", "probe/loss", "train_test_gap", "sb_lb_gap", "updates_to_target", "num_runs")
-STATISTICS = ("mean", "ci_low", "ci_high", "num_seeds")  # over seeds, of an arm
+SPLITS = ("val/", "test/", "train_full/", "num_runs/")
+METRICS = ("train/loss", "train/lr", "probe/loss", "train_test_gap", "sb_lb_gap", "updates_to_target")
+STATISTICS = ("/mean", "/ci_low", "/ci_high", "/num_seeds")  # over seeds, of an arm
 
 
 def essential(names: Iterable[str]) -> set[str]:
@@ -25,13 +25,13 @@ def essential(names: Iterable[str]) -> set[str]:
     chosen: set[str] = set()
     of_layer: dict[str, tuple[bool, int, str]] = {}
     for name in names:
-        base, _, statistic = name.rpartition("/")
-        base, statistic = (base, statistic) if statistic in STATISTICS else (name, "mean")
-        split = base.partition("/")[0]
-        if statistic == "num_seeds" or (statistic != "mean" and split not in ("test", "sb_lb_gap")):
+        statistic = next(filter(name.endswith, STATISTICS), "")
+        base = name.removesuffix(statistic)
+        has_interval = base.startswith("test/") or base == "sb_lb_gap"
+        if statistic == "/num_seeds" or (statistic.startswith("/ci") and not has_interval):
             continue
         key = MetricKey.parse(base)
-        if base in METRICS or split in (*SPLITS, "num_runs"):
+        if base in METRICS or base.startswith(SPLITS):
             chosen.add(name)
         elif f"{key.measure}/{key.threshold}" == PRIMARY and not key.probe_set and key.view in PRIMARY_VIEWS:
             found = (not key.centred, PRIMARY_VIEWS.index(key.view), name)

@@ -173,11 +173,13 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
 
 def print_links(console: PlainConsole, folder: Path, uri: str) -> None:
     """Print how to open MLflow, and where it shows a run, or the table of a study's arms and their comparison."""
-    server = f"{uri.rstrip('/')}/" if uri.startswith(("http://", "https://")) else "ADDRESS/"
-    say_address = "" if server != "ADDRESS/" else ", which prints its ADDRESS"
-    console.print_line(f"mlflow  {ui_command(uri)}{say_address}")
+    console.print_line(f"mlflow  {ui_command(uri)}")
+    is_server = uri.startswith(("http://", "https://"))
     for name, path in ui_paths(folder).items():
-        console.print_line(f"{name:8}{server}{path}")
+        where = (
+            f"{uri.rstrip('/')}/{path}" if is_server else f"ADDRESS/{path}  (ADDRESS: what this mlflow command prints)"
+        )
+        console.print_line(f"{name:8}{where}")
 
 
 def print_profile(out: Path) -> None:

@@ -310,7 +310,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def arm_table(results: Mapping[str, Any]) -> Table:
+def arm_tables(results: Mapping[str, Any]) -> Table:
     """Test accuracy by contestant and arm: mean and standard deviation over seeds, in percent."""
     arms = list(next(iter(results["contestants"].values()))["test_accuracy"])
     table = Table("test accuracy, %", *arms, title="mean and standard deviation over seeds, last round")
@@ -367,7 +367,7 @@ def main() -> None:
     table = Table(*head, title=f"{results['title']}; {options.rounds} rounds")
     for row in rows:
         table.add_row(*row)
-    console.print(table, arm_table(results), f"Machine: {paired_timing.machine_summary(machine)}.")
+    console.print(table, arm_tables(results), f"Machine: {paired_timing.machine_summary(machine)}.")
     if busy > 0.1:
         console.print(f"Other processes used {busy:.0%} of the cores before the first round: do not use these times.")
     if options.out:

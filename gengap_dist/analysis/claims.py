@@ -33,6 +33,8 @@ class Judgement(NamedTuple):
     """By arm."""
     interventions: list[InterventionResult]
     """Of each large batch that has one."""
+    margin: float | None = None
+    """A smaller difference of scores does not count."""
 
 
 def judge(
@@ -65,4 +67,4 @@ def judge(
     growth, growths = judge_growth(study)
     explanation, interventions = judge_explanation(study)
     claims = [gap, growth, explanation, judge_scaling(study), judge_longer_training(study)]
-    return Judgement(answer(study, gaps, growths, explanation), claims, training, interventions)
+    return Judgement(answer(study, gaps, growths, explanation), claims, training, interventions, margin)

@@ -53,6 +53,7 @@ def compare(
         claims=judged.claims,
         caveats=[*caveats, *_caveats(runs, arms, baseline, gaps, metric), *_skew_caveats(gaps, metric)],
         interventions=judged.interventions,
+        margin=judged.margin,
     )
 
 

@@ -114,6 +114,17 @@ class Correlation(NamedTuple):
     num_runs: int
     num_arms: int
 
+    @property
+    def robust_r(self) -> float:
+        """The r nearest to 0 with one of the arms left out; 0 if that changes its sign, or one arm alone makes r.
+
+        >>> nobody = dict(interval=None, partial=None, partial_interval=None, p=None, holm=None, num_runs=8, num_arms=8)
+        >>> [Correlation("nc1", 1.0, leave_one_out=ends, **nobody).robust_r for ends in (None, (-0.2, 1.0), (0.7, 0.9))]
+        [0.0, 0.0, 0.7]
+        """
+        low, high = self.leave_one_out or (0.0, 0.0)
+        return max(low, 0.0) if high > 0 else high
+
 
 class Target(NamedTuple):
     """Updates to a validation score, by global batch (Shallue et al. 2019), and the fitted curve."""
@@ -217,3 +228,5 @@ class Comparison(NamedTuple):
     """Limits of the comparison, one sentence each."""
     interventions: Sequence[InterventionResult] = ()
     """Of every large batch with arms that raise and lower the rank and their placebos, asked for or not."""
+    margin: float | None = None
+    """A smaller difference of scores does not count; None without a baseline."""

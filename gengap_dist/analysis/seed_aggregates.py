@@ -5,19 +5,21 @@ Pure functions of the contents of run folders.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from gengap_dist.config.measures import PRIMARY, PRIMARY_VIEWS
 from gengap_dist.config.metric_key import MetricKey
-from gengap_dist.runs.metric import score_of
+from gengap_dist.runs.metric import metric_of, score_of
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.run_folder import SeedRun
-from gengap_dist.statistics.paired import paired, t_half_width, t_interval
+from gengap_dist.statistics.paired import Interval, paired, t_half_width, t_interval
 
 Line = dict[str, Any]
+ANY: Interval = (-math.inf, math.inf)
 
 
 class Curve(NamedTuple):
@@ -41,17 +43,25 @@ class Curves(NamedTuple):
     by_name: Mapping[str, Curve]
 
 
-def summary(name: str, values: Sequence[float]) -> dict[str, float]:
+def summary(name: str, values: Sequence[float], limits: Interval = ANY) -> dict[str, float]:
     """Mean of a value over seeds, and its 95% interval m +- t s / sqrt(n) (Student); one seed has no interval.
+
+    The interval is cut to `limits`, between which the value must be.
 
     >>> {name: round(value, 3) for name, value in summary("a", [1.0, 2.0, 3.0]).items()}
     {'a/mean': 2.0, 'a/ci_low': -0.484, 'a/ci_high': 4.484}
     >>> summary("a", [1.0])
     {'a/mean': 1.0}
+    >>> summary("a", [0.875, 1.0], (0.0, 1.0))
+    {'a/mean': 0.9375, 'a/ci_low': 0.14336220398908162, 'a/ci_high': 1.0}
     """
     mean = {f"{name}/mean": float(np.mean(values))}
     interval = t_interval(values) if np.isfinite(values).all() else None
-    return mean | ({f"{name}/ci_low": interval[0], f"{name}/ci_high": interval[1]} if interval else {})
+    return mean | (
+        {f"{name}/ci_low": max(interval[0], limits[0]), f"{name}/ci_high": min(interval[1], limits[1])}
+        if interval
+        else {}
+    )
 
 
 def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list[Line]:
@@ -67,7 +77,8 @@ def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list
     """
     finished = [seed for seed in arm if seed.info["status"] == "finished"]
     recorded = bool(finished) and all(seed.history.num_lines for seed in finished)
-    lines = _lines(curves([seed.history for seed in finished])) if recorded else []
+    shares = {metric.name for seed in finished if (metric := metric_of(seed.info)).unit == "share"}
+    lines = _lines(curves([seed.history for seed in finished]), shares) if recorded else []
     if not lines:
         lines = [{"step": 0, "seconds": 0.0}]
     last = lines[-1]
@@ -75,7 +86,7 @@ def over_seeds(arm: Sequence[SeedRun], baseline: Sequence[SeedRun] = ()) -> list
         values = [seed.info["result"].get(name) for seed in finished]
         numbers = [float(value) for value in values if isinstance(value, int | float | str)]
         if numbers and not name.startswith("time/"):
-            last |= summary(name, numbers) | {f"{name}/num_seeds": len(numbers)}
+            last |= summary(name, numbers, _limits(name, shares)) | {f"{name}/num_seeds": len(numbers)}
     of_baseline, of_arm = _scores(baseline), _scores(arm)
     if of_baseline.keys() & of_arm.keys():
         gap = paired(of_baseline, of_arm)
@@ -124,24 +135,39 @@ def select_charted(run: MetricsTable) -> MetricsTable:
     return run.select_columns([name for name in run.columns if name in ("step", "seconds") or _charted(name)])
 
 
-def _lines(curves: Curves) -> list[Line]:
+def _limits(name: str, shares: Collection[str]) -> Interval:
+    """Between which values of a metric must be; `shares` are the metrics of the task that are between 0 and 1.
+
+    >>> _limits("val/accuracy", {"accuracy"}), _limits("val/loss", {"accuracy"})
+    ((0.0, 1.0), (-inf, inf))
+    """
+    is_share = name.endswith(tuple(f"/{share}" for share in shares)) or MetricKey.parse(name).known.is_share
+    return (0.0, 1.0) if is_share else ANY
+
+
+def _lines(curves: Curves, shares: Collection[str]) -> list[Line]:
     """Lines as in metrics.jsonl: the steps with at least one curve, and the last step."""
     lines: list[Line] = [
         {"step": step, "seconds": seconds}
         for step, seconds in zip(curves.steps.tolist(), curves.seconds.tolist(), strict=True)
     ]
     for name, curve in curves.by_name.items():
+        low, high = _limits(name, shares)
         for at, mean, half_width in zip(*(values.tolist() for values in curve), strict=True):
             lines[at][f"{name}/mean"] = mean
             if math.isfinite(half_width):
-                lines[at] |= {f"{name}/ci_low": mean - half_width, f"{name}/ci_high": mean + half_width}
+                lines[at] |= {
+                    f"{name}/ci_low": max(mean - half_width, low),
+                    f"{name}/ci_high": min(mean + half_width, high),
+                }
     return [line for number, line in enumerate(lines, 1) if len(line) > 2 or number == len(lines)]
 
 
 def _charted(name: str) -> bool:
     key = MetricKey.parse(name)
+    is_primary = f"{key.measure}/{key.threshold}" == PRIMARY and key.view in PRIMARY_VIEWS and not key.probe_set
     explains = key.known.is_explanation and not key.is_control and not key.known.is_derived
-    return explains or name == "train/loss" or name.startswith(("val/", "probe/"))
+    return explains or is_primary or name == "train/loss" or name.startswith(("val/", "probe/"))
 
 
 def _scores(seeds: Sequence[SeedRun]) -> dict[int, float]:

@@ -15,7 +15,7 @@ from gengap_dist.analysis.registration import registration_sentence
 from gengap_dist.analysis.results import Comparison, Curve, Run
 from gengap_dist.analysis.rules.look import Look
 from gengap_dist.config.loading import flat
-from gengap_dist.config.measures import OWN_BATCH, PRIMARY, WEIGHT_VIEW
+from gengap_dist.config.measures import OWN_BATCH, PRIMARY, PRIMARY_VIEWS, WEIGHT_VIEW
 from gengap_dist.config.metric_key import LayerKey, MetricKey
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.metric import ACCURACY, MetricDescription, metric_of, score_of
@@ -34,7 +34,6 @@ from gengap_dist.statistics.paired import Paired
 
 PENALTY_NORM = "train/rank_penalty_grad_norm"
 CURVES = ("step", "epoch", "train/loss", "train/lr", "probe/loss", PENALTY_NORM)  # kept of every run, with its metrics
-PRIMARY_VIEWS = ("", "pool", "token", "channel", "flatten")  # of the last hidden layer the first that was measured
 MEASURED_AT = "probe_seconds/near_rank_loss"  # present in every line with a probe measurement
 
 

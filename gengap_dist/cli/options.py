@@ -150,6 +150,8 @@ class ReportOptions(FrozenModel):
     """Also write the figures as PDF."""
     tracking_uri: str | None = Field(default=None, alias="mlflow.tracking_uri")
     """sync: MLflow store; default: the store to which the folder was uploaded."""
+    metrics: Literal["essential", "all"] | None = Field(default=None, alias="mlflow.metrics")
+    """sync: what to send of runs that are not there yet, or, with `all`, of all; default: as when they ran."""
     debug: bool = False
     """Show Python's traceback on an error."""
 

@@ -87,7 +87,7 @@ def _show(options: ProbeOptions, config: RunConfig, observations: list[Any], out
         from gengap_dist.analysis.report.text import ui_command
         from gengap_dist.tracking.mlflow.process import sync_now
 
-        uri = sync_now(out, options.tracking_uri, lambda name, done, total: None)
+        uri = sync_now(out, options.tracking_uri, lambda name, done, total: None, "all")
         console.print_line(f"mlflow   {ui_command(uri)}")
 
 

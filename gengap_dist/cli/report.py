@@ -34,7 +34,7 @@ def command(argv: Sequence[str]) -> int:
     check_links(folder)
     if isinstance(options, SlimOptions):
         return _slim(folder, options.out)
-    return _sync(folder, options.tracking_uri) if action == "sync" else _draw(folder, pdf=options.pdf)
+    return _sync(folder, options) if action == "sync" else _draw(folder, pdf=options.pdf)
 
 
 def read_options(words: Sequence[str], *, copying: bool) -> ReportOptions:
@@ -73,7 +73,7 @@ def _slim(folder: Path, out: Path) -> int:
     return OK
 
 
-def _sync(folder: Path, uri: str | None) -> int:
+def _sync(folder: Path, options: ReportOptions) -> int:
     from gengap_dist.cli.terminal import RunProgress
     from gengap_dist.runs.run_folder import is_slim
     from gengap_dist.study.means import update_means
@@ -92,7 +92,9 @@ def _sync(folder: Path, uri: str | None) -> int:
         if not (run / "mlflow.json").exists():
             _export_missing_model(run)
     with RunProgress("sending") as progress:
-        tracking_uri = sync_now(folder, uri, lambda name, done, total: progress(done, total, name))
+        tracking_uri = sync_now(
+            folder, options.tracking_uri, lambda name, done, total: progress(done, total, name), options.metrics
+        )
     print(visible(f"all of {folder} is in MLflow at {tracking_uri}"))
     return OK
 

@@ -24,7 +24,7 @@ from gengap_dist.config.loading import resolve, to_yaml, user_path
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import ending_on_signals
-from gengap_dist.errors import UsageError, visible
+from gengap_dist.errors import UsageError
 from gengap_dist.runs import lease, run_folder
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study import runner
@@ -116,8 +116,6 @@ def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
     from gengap_dist.cli.terminal import print_study
 
     print_study(study, page, uploader.uri if uploader and not upload_warning else None)
-    if uploader and not upload_warning:
-        print(visible(f"compare {uploader.comparison_url()}"))
     if upload_warning:
         _warn(upload_warning)
     if num_failed:

@@ -34,6 +34,7 @@ from gengap_dist.cli.console import PlainConsole
 from gengap_dist.config.measures import MEASURES
 from gengap_dist.config.metric_key import layer_metric
 from gengap_dist.runs.run_folder import EXPORTING
+from gengap_dist.tracking.mlflow.uploader import ui_paths
 
 if TYPE_CHECKING:  # these import torch, which the driver process does not need
     from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
@@ -185,7 +186,18 @@ def print_run(out: Path, page: Path, uri: str | None) -> None:
         )
     console.print_line(f"run     {out}\nreport  {page}")
     if uri:
-        console.print_line(f"mlflow  {ui_command(uri)}")
+        print_links(console, out, uri)
+
+
+def print_links(console: PlainConsole, folder: Path, uri: str) -> None:
+    """Print how to open MLflow, and where it shows a run, or the table of a study's arms and their comparison."""
+    console.print_line(f"mlflow  {ui_command(uri)}")
+    is_server = uri.startswith(("http://", "https://"))
+    for name, path in ui_paths(folder).items():
+        where = (
+            f"{uri.rstrip('/')}/{path}" if is_server else f"ADDRESS/{path}  (ADDRESS: what this mlflow command prints)"
+        )
+        console.print_line(f"{name:8}{where}")
 
 
 def print_profile(out: Path) -> None:
@@ -319,7 +331,7 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
         console.print(study.registration, style="dim")
     console.print_line(f"report  {page}")
     if uri:
-        console.print_line(f"mlflow  {ui_command(uri)}")
+        print_links(console, study.folder, uri)
 
 
 def study_table(study: StudyData, *, every_column: bool = True) -> Table:

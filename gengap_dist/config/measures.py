@@ -21,6 +21,7 @@ VIEWS: tuple[View, ...] = get_args(View)
 WEIGHT_VIEW = "weight"  # the view of a weight matrix
 PROBE_DIAGNOSTICS: tuple[Diagnostic, ...] = tuple(name for name in get_args(Diagnostic) if name != "noise_scale")
 """Those measured on the probe set; the noise scale is computed from training gradients."""
+PRIMARY_VIEWS = ("", "pool", "token", "channel", "flatten")  # of a layer, the first of them that was measured
 OWN_BATCH = "own_batch"  # the probe set with as many images as the run's global batch
 
 

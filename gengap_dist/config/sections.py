@@ -847,6 +847,10 @@ class MlflowConfig(Section, affects="runtime"):
     """Seconds that a finished command waits for the upload to end; `gengap report sync` uploads the rest later."""
     log_model: Boolean = True
     """Export the final network of a run that is uploaded, and log it as an MLflow model with its signature."""
+    metrics: Literal["essential", "all"] = "essential"
+    """What is sent of a run: `essential`, about 20 losses, metrics, gaps, and the near-rank loss of each layer; `all`:
+    every metric that was recorded, system metrics and spectra, which `gengap compare experiments:/NAME` needs to say
+    all that a comparison of the folders says. The folder has all."""
     system_seconds: PositiveFloat | None = 10.0
     """Seconds between two measurements of a node's CPU, memory, disk, network and GPUs; null: none."""
 

@@ -1,7 +1,7 @@
 """mlflow.json of a run, an arm or a study: what of its folder was sent to MLflow, and where to."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 from pydantic_core import from_json
@@ -31,6 +31,8 @@ class _State(BaseModel):
     made_of: dict[str, str] = {}
     summed: bool = False
     metrics: dict[str, float] = {}
+    sending: Literal["essential", "all"] = "all"
+    view: str | None = None
     elsewhere: list["_State"] = []
 
 

@@ -13,7 +13,7 @@ import pytest
 from gengap_dist.analysis import study_data
 from gengap_dist.analysis.group_runs import gather
 from gengap_dist.analysis.report import html
-from gengap_dist.analysis.report.tables import arm_table, run_table
+from gengap_dist.analysis.report.tables import arm_tables, run_table
 from gengap_dist.analysis.report.text import study_rows
 from gengap_dist.analysis.study_data import StudyData, read_study
 from gengap_dist.errors import UsageError
@@ -41,7 +41,7 @@ def studies(tmp_path_factory) -> dict[int, Path]:
 def compared(folder: Path, out: Path) -> StudyData:
     study, _ = gather([str(folder)], out, SourceNames(), None, "")
     study_rows(study, None)
-    arm_table(study, study.comparison)
+    arm_tables(study, study.comparison)
     run_table(study)
     return study
 
@@ -73,7 +73,7 @@ def test_one_goes_through_all_runs_equally_often_for_any_number_of_arms(studies,
         study.runs[:], runs = [], CountedList(study.runs)
         object.__setattr__(study, "runs", runs)
         study_rows(study, None)
-        arm_table(study, study.comparison)
+        arm_tables(study, study.comparison)
         run_table(study)
         loops.append(runs.num_loops)
     assert len({*loops}) == 1

@@ -40,8 +40,9 @@ def test_curves_have_the_steps_that_all_finished_seeds_have():
 
     def at(x):
         both = {"val/accuracy": x, "train/loss": 1 - x, "near_rank_loss/fc2/rel_1e-2": x}
+        both["near_rank_loss/fc2/centred/rel_1e-2"] = x  # what verdicts are about
         others = {"near_rank_loss/fc2/own_batch/rel_1e-2": x, "near_rank_loss/fc2/n64/rel_1e-2": x,
-                  "near_rank_loss/fc2/centred/rel_1e-2": x, "effective_rank/fc2.affine/weight": x,
+                  "effective_rank/fc2/centred": x, "effective_rank/fc2.affine/weight": x,
                   "near_rank_loss/fc2/rel_1e-3": x, "time/data": x}  # fmt: skip
         return [line(0, **both, **others), line(1, **{"train/loss": 0.0}), line(4, **both), line(5 + round(x), **both)]
 
@@ -49,7 +50,7 @@ def test_curves_have_the_steps_that_all_finished_seeds_have():
     lines = over_seeds(arm)
     assert [found["step"] for found in lines] == [0, 4]
     curves = {name.rpartition("/")[0] for name in lines[0] if name not in ("step", "seconds")}
-    assert curves == {"val/accuracy", "train/loss", "near_rank_loss/fc2/rel_1e-2"}
+    assert curves == {"val/accuracy", "train/loss", *(f"near_rank_loss/fc2{key}/rel_1e-2" for key in ("", "/centred"))}
     assert lines[0]["val/accuracy/mean"] == 0.5
     assert lines[1]["test/accuracy/mean"] == pytest.approx(0.6)
     assert lines[1]["test/accuracy/num_seeds"] == 2
@@ -104,7 +105,8 @@ def test_curves_against_one_value_after_another(num_seeds):
             shared = [name for name in shared if name != "train/loss"]
         expected = {}
         for name in shared:
-            expected |= summary(name, [line[name] for line in here])
+            limits = (0.0, 1.0) if name == "val/accuracy" else (-np.inf, np.inf)
+            expected |= summary(name, [line[name] for line in here], limits)
         curves = {
             name: value for name, value in found.get(step, {}).items()
             if name.rpartition("/")[0] in names and name.rpartition("/")[2] in ("mean", "ci_low", "ci_high")

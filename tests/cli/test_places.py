@@ -47,7 +47,9 @@ def test_a_run_in_an_ascii_locale_without_a_home_in_a_folder_of_any_name(tmp_pat
     assert done.stderr.count("warning") == done.stderr.count("this user has no home folder") == 1
     out = tmp_path / f"home-{os.getuid()}" / "ö [/y]"
     assert f"report  {out / 'report.html'}\n" in done.stdout
-    assert shlex.split(done.stdout.splitlines()[-1])[-1] == sqlite_uri(folder / "mlflow.db")
+    *_, mlflow, run = done.stdout.splitlines()
+    assert shlex.split(mlflow)[-1] == sqlite_uri(folder / "mlflow.db")
+    assert run.startswith("run     ADDRESS/#/experiments/")
     with closing(sqlite3.connect(folder / "mlflow.db")) as store:
         assert ("Größe",) in store.execute("SELECT name FROM experiments").fetchall()
         assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]

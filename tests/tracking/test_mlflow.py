@@ -99,7 +99,17 @@ def test_a_command_mirrors_itself_to_a_real_server_with_a_password(tmp_path, ser
                 listening.update(each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN)
 
     with guarded(server, f"me:{PASSWORD}", look) as address:
-        words = [*WORDS, "--launch.num_processes", "2", "--launch.device", "cpu", "--out", out]
+        words = [
+            *WORDS,
+            "--launch.num_processes",
+            "2",
+            "--launch.device",
+            "cpu",
+            "--mlflow.metrics",
+            "all",
+            "--out",
+            out,
+        ]
         done = gengap("train", *words, MLFLOW_TRACKING_URI=(login := address.replace("//", f"//me:{PASSWORD}@")))
         assert done.returncode == 0, done.stderr
         for name, value in {"USERNAME": "me", "PASSWORD": PASSWORD}.items():
@@ -107,6 +117,7 @@ def test_a_command_mirrors_itself_to_a_real_server_with_a_password(tmp_path, ser
         for same_server in (address, f"{login}/"):
             sync_now(out, same_server, NOBODY)
     assert f"open {address}\n" in done.stdout
+    assert f"run     {address}/#/experiments/{state(out)['experiment_id']}/runs/{state(out)['run_id']}\n" in done.stdout
     assert state(out)["uri"] == address
     assert any("gengap_dist.tracking.mlflow.process" in command for command in commands)
     assert PASSWORD not in "".join([done.stdout, done.stderr, *commands, *map(text, files_in(out))])
@@ -142,7 +153,10 @@ def test_a_dead_server_delays_nothing_and_is_caught_up_later(tmp_path, mlflow_db
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
     later = f"sqlite:///{mlflow_db}"
     assert gengap("report", "sync", out, "--mlflow.tracking_uri", later).returncode == 0
-    assert same(logged(later, state(out)["run_id"]), recorded(out))
+    sent = logged(later, state(out)["run_id"])
+    assert len(sent) < 25
+    assert {"train/loss", "val/accuracy", "test/accuracy", "near_rank_loss/fc2/centred/rel_1e-2"} <= sent.keys()
+    assert same(sent, {name: points for name, points in recorded(out).items() if name in sent})
     unreachable = gengap("report", "sync", out, "--mlflow.tracking_uri", dead)
     assert unreachable.returncode == 2
     assert "cannot be reached" in unreachable.stderr
@@ -164,9 +178,17 @@ def test_nothing_is_sent_twice(tmp_path, mlflow_db):
     uri = f"sqlite:///{mlflow_db}"
     out = tmp_path / "run"
     train(out, **SMALL)
-    for _ in range(3):
+    for _ in range(2):
         sync_now(out, uri, NOBODY)
-    assert same(logged(uri, state(out)["run_id"]), recorded(out))
+    few = state(out)["run_id"]
+    points = recorded(out)
+    assert same(logged(uri, few), {name: points[name] for name in logged(uri, few)})
+    for _ in range(2):  # all is wanted later: a new run replaces the one that has less
+        sync_now(out, uri, NOBODY, "all")
+    assert same(logged(uri, state(out)["run_id"]), points)
+    sync_now(out, uri, NOBODY, "essential")  # and keeps what it has
+    (run,) = MlflowUploader(out, uri, "gengap_dist").client.search_runs([state(out)["experiment_id"]])
+    assert (run.info.run_id, run.info.status) == (state(out)["run_id"], "FINISHED")
 
 
 @pytest.mark.parametrize("arrived", [True, False])

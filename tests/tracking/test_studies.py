@@ -32,7 +32,7 @@ from gengap_dist.study.run_matrix import StudyCallback
 from gengap_dist.tracking.mlflow.client import connect_client
 from gengap_dist.tracking.mlflow.importer import SourceNames
 from gengap_dist.tracking.mlflow.process import UploaderProcess, sync_now
-from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
+from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path, ui_paths
 from tests.browser import NEEDS_CHROMIUM, page, pictures
 from tests.conftest import FULL, ROOT, thinned, train
 from tests.ranks import forked_ranks
@@ -141,12 +141,33 @@ def test_a_study_is_a_parent_its_arms_and_their_seeds(sent, store):
     note = client.get_run(parent).data.tags["mlflow.note.content"]
     verdict = "- A claim. undecided: too few seeds."
     assert note == f"Does it \\*work\\*?\n\n{verdict}\n\n[Compare the arms]({comparison_path(study)})"
+    view = json.loads(client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{parent}"])
+    assert {run.info.run_name for run in client.search_runs([experiment], view["searchFilter"])} == {
+        arm["name"] for arm in ARMS
+    }
+    assert view["selectedColumns"][:2] == ["tags.`batch.global_size`", "metrics.`test/accuracy/mean`"]
+    assert ui_paths(study)["runs"] == f"#/experiments/{experiment}/runs?viewStateShareKey={parent}"
+    assert len({run.data.tags["mlflow.runColor"] for run in arms}) == 3
     assert client.get_run(parent).data.metrics == {"sb_lb_gap/lb256-ema/mean": 0.25, "sb_lb_gap/a_b-300273da/mean": 0.5}
 
     before = everything(client, experiment)  # a second start, and a catch-up: nothing is sent twice
     MlflowUploader(study, store, "sent").sync()
     MlflowUploader(study, store, "sent").sync(closing=True)
     assert everything(client, experiment) == before
+
+
+def test_by_default_about_twenty_metrics_are_sent(study, store):
+    mirror = MlflowUploader(study, store, "few", "essential")
+    mirror.sync(closing=True)
+    runs = {run.info.run_name: run for run in mirror.client.search_runs([mirror.experiment])}
+    assert max(len(run.data.metrics) for run in runs.values()) <= 25
+    arm = runs["lb256-ema"].data.metrics
+    assert {"test/accuracy/ci_high", "sb_lb_gap/mean", "near_rank_loss/fc2/centred/rel_1e-2/mean"} <= arm.keys()
+    ranks = [name for name in runs["lb256-ema/seed0"].data.metrics if "rank" in name]
+    assert sorted(name.split("/")[1] for name in ranks) == ["conv1", "conv2", "fc1", "fc2"]
+    assert not mirror.client.list_artifacts(runs["lb256-ema/seed0"].info.run_id, "spectra")
+    (parent,) = (run for run in runs.values() if run.data.tags["level"] == "study")
+    assert parent.data.metrics.keys() == {"sb_lb_gap/lb256-ema/mean", "sb_lb_gap/a_b-300273da/mean"}
 
 
 def test_an_arm_has_means_and_intervals_over_its_seeds(sent):
@@ -158,8 +179,8 @@ def test_an_arm_has_means_and_intervals_over_its_seeds(sent):
     accuracies = np.array([result["test/accuracy"] for result in results])
     half = 12.706204736 * accuracies.std(ddof=1) / 2**0.5  # Student's t, one degree of freedom
     assert found["test/accuracy/mean"] == pytest.approx(accuracies.mean())
-    assert found["test/accuracy/ci_low"] == pytest.approx(accuracies.mean() - half)
-    assert found["test/accuracy/ci_high"] == pytest.approx(accuracies.mean() + half)
+    assert found["test/accuracy/ci_low"] == pytest.approx(max(accuracies.mean() - half, 0.0))
+    assert found["test/accuracy/ci_high"] == pytest.approx(min(accuracies.mean() + half, 1.0))
     assert found["sb_lb_gap/mean"] == pytest.approx(np.mean([b["test/accuracy"] for b in baseline]) - accuracies.mean())
     curves = [{line["step"]: line for line in read_metrics(study / f"runs/lb256-ema/seed{seed}")} for seed in (0, 1)]
     for name in ("val/accuracy", "val/loss", "train/loss", "near_rank_loss/fc2/rel_1e-2", "effective_rank/fc1"):
@@ -453,7 +474,6 @@ def test_a_server_on_postgresql_takes_a_whole_study(trained, study, tmp_path):
     with postgresql() as database, mlflow_server(database, tmp_path) as uri:
         follower = UploaderProcess(study, MlflowConfig(tracking_uri=uri, experiment="pg", flush_timeout_seconds=300))
         assert follower.finish() is None, (study / "mlflow.log").read_text()
-        assert follower.comparison_url() == f"{uri}/{comparison_path(study)}"
         client = mlflow.MlflowClient(uri)
         arm = client.get_run(state(study / "runs/lb256-ema")["run_id"])
         assert arm.data.metrics["test/accuracy/num_seeds"] == 2

@@ -1,93 +1,160 @@
 """Figures of a study's results and of training. Each function returns None if there is nothing to draw."""
 
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from gengap_dist.analysis.report.plotting import (
     ACCENT,
     COLOURS,
+    COLUMN,
+    MAX_COLOURS,
     MAX_METRIC,
     PAPER,
     QUIET,
     ROW,
     SOFT,
     WARM,
+    WIDTH,
     ReportFigure,
     Row,
+    arm_handles,
     arms_with_runs,
     batch_axis,
     batch_axis_position,
     colour,
-    dots,
-    in_rows,
     label_of,
+    label_points,
+    legend_above,
     listed,
     plain_tick_labels,
     row_axis,
-    row_colour,
+    tip,
 )
+from gengap_dist.analysis.report.text import plain
 from gengap_dist.analysis.results import Comparison, Correlation
+from gengap_dist.analysis.rules.judged import NEAR_RANK_MARGIN
 from gengap_dist.analysis.study_data import StudyData
+from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import Interval, differences, mean_and_std, t_interval
 
 HIGHEST_LOSS = 20.0  # upper limit of the axis; a diverging run may exceed it
 MAX_POINTS = 80  # of a curve: thousands of noisy steps hide the trend
-MAX_EXPLANATIONS, MAX_SCATTERS, MAX_LINES = 20, 6, 8
+MAX_EXPLANATIONS, MAX_SCATTERS = 20, 6
 SIGNIFICANT = 0.05
+INTERVALS = "Dots are seeds, diamonds their mean, bars the 95% t interval of the mean"
 
 
-def test_values(study: StudyData) -> ReportFigure | None:
-    """The metric on the test samples, by global batch or one row per arm: dots are seeds, means have t intervals."""
-    metric = study.metric
-    name, scale = f"test/{metric.name}", metric.scale
-    results = {arm: study.test_values(arm) for arm, _ in arms_with_runs(study)}
-    arms = [arm for arm, values in results.items() if values]
+class _Band(NamedTuple):
+    """Values that count as those of the baseline: from its mean to the tolerance on the side that is worse."""
+
+    tolerance: float
+    """With the sign of that side, in the units of the axis."""
+    text: str
+
+
+def test_values(study: StudyData, comparison: Comparison) -> ReportFigure | None:
+    """The metric on the test samples, by global batch: dots are seeds, means have t intervals."""
+    metric, margin = study.metric, comparison.margin
+    band = None
+    if margin is not None:
+        shown = metric.format_difference(margin, signed=False)
+        unit = " points" if metric.unit == "share" else f" {metric.unit}".rstrip()
+        worse = -1 if metric.higher_is_better else 1
+        band = _Band(worse * metric.scale * margin, f"tolerance: {shown}{unit}")
+    values = {arm: study.test_values(arm) for arm, _ in arms_with_runs(study)}
+    limits = (0.0, 100.0) if metric.unit == "share" else (-np.inf, np.inf)
+    return _by_batch(study, values, f"test/{metric.name}", f"test {metric.axis_label}", metric.scale, limits, band)
+
+
+def near_rank_by_batch(study: StudyData, _: Comparison) -> ReportFigure | None:
+    """Change of near-rank loss of the last hidden layer by training, by global batch."""
+    values: dict[str, dict[int, float]] = {}
+    names = set[str]()
+    for arm in study.arms:
+        for run in study.finished_runs(arm):
+            if run.primary_measure:
+                untrained, trained = run.untrained_and_trained(run.primary_measure)
+                if np.isfinite(trained - untrained):
+                    values.setdefault(arm, {})[run.seed] = trained - untrained
+                    names.add(MetricKey.parse(run.primary_measure).layer)
+    band = _Band(100 * NEAR_RANK_MARGIN, f"tolerance: {100 * NEAR_RANK_MARGIN:.0f} points")
+    found = _by_batch(study, values, "change", "change of near-rank loss, points", 100.0, (-100.0, 100.0), band)
+    return found and found._replace(
+        caption="Share of the singular values of centred activations below 0.01 s1, in the last hidden layer "
+        f"({listed(sorted(names), 1)}): trained minus untrained, in percentage points. {found.caption}"
+    )
+
+
+def _by_batch(
+    study: StudyData,
+    values: Mapping[str, Mapping[int, float]],
+    name: str,
+    label: str,
+    scale: float,
+    limits: Interval,
+    band: _Band | None,
+) -> ReportFigure | None:
+    """A result of each arm by global batch.
+
+    Args:
+        study: the arms.
+        values: arm to seed to value.
+        name: of the value in the CSV.
+        label: of the axis.
+        scale: factor from values to the axis.
+        limits: between which values on the axis must be: intervals are cut.
+        band: around the baseline.
+    """
+    arms = [arm for arm, by_seed in values.items() if by_seed]
     if not arms:
         return None
-    rows = in_rows(study)
-    figure = Figure(figsize=(7.2, ROW * len(arms) + 0.8 if rows else 4.0))
+    figure = Figure(figsize=(5.2, 3.9))
     axes = figure.subplots()
     sizes = [study.runs_of(arm)[0].global_size for arm in arms]
     data: list[Row] = []
+    means: dict[str, tuple[float, float]] = {}
     for number, arm in enumerate(arms):
-        values, colour_of_arm = (
-            scale * np.array(list(results[arm].values())),
-            (row_colour if rows else colour)(study, arm),
-        )
-        position, mean, half = (
-            number if rows else batch_axis_position(sizes, number, 1.09),
-            float(values.mean()),
-            _t_half(values),
-        )
-        dots(axes, rows, position, values, marker="o", color=colour_of_arm, alpha=0.45, markersize=5, mew=0)
-        middle = [mean, position] if rows else [position, mean]
-        bar = {"xerr" if rows else "yerr": half or None}
-        axes.errorbar(*middle, **bar, fmt="D", color=colour_of_arm, capsize=4, markersize=6, label=label_of(arm))
-        data += [
-            {"arm": arm, "global_size": sizes[number], "kind": "seed", "seed": seed, name: value}
-            for seed, value in results[arm].items()
-        ]
-        ends = {"ci_low": (mean - half) / scale, "ci_high": (mean + half) / scale} if half else {}
-        data.append({"arm": arm, "global_size": sizes[number], "kind": "mean", name: mean / scale} | ends)
-    axis, limits = (axes.xaxis, axes.set_xlim) if rows else (axes.yaxis, axes.set_ylim)
-    axis.set_label_text(f"test {metric.axis_label}")
-    if metric.unit == "share":
-        low, high = axis.get_view_interval()
-        limits(max(low, -3), min(high, 103))  # an interval may extend beyond 0% or 100%
-    if rows:
-        row_axis(axes, arms)
-    else:
-        batch_axis(axes, sizes)
-        axes.set_xlabel("global batch (samples per step)")
-        axes.legend(loc="best", fontsize=9)
-    means = [f"{row['arm']} {metric.format(row[name])}" for row in data if row["kind"] == "mean"]
-    return ReportFigure(figure, f"Mean test {metric.name}: {listed(means)}.", data)
+        shown = scale * np.array([*values[arm].values()])
+        at, mean, c = batch_axis_position(sizes, number), float(shown.mean()), colour(study, arm)
+        interval = t_interval(shown)
+        low, high = np.clip(interval or (mean, mean), *limits).tolist()
+        text = tip(f"{label_of(arm)}, batch {sizes[number]:,}: {plain(mean, 4)} [{plain(low, 4)}, {plain(high, 4)}]")
+        axes.plot([at] * len(shown), shown, "o", color=c, alpha=0.45, markersize=5, mew=0)
+        axes.plot([at, at], [low, high], color=c, linewidth=1.5, marker="_", markersize=8 if interval else 0)
+        axes.plot(at, mean, "D", color=c, markersize=6, gid=text)
+        means[arm] = (at, mean)
+        of_arm = {"arm": arm, "global_size": sizes[number]}
+        data += [of_arm | {"kind": "seed", "seed": seed, name: value} for seed, value in values[arm].items()]
+        ends = {"ci_low": low / scale, "ci_high": high / scale} if interval else {}
+        data.append(of_arm | {"kind": "mean", name: mean / scale} | ends)
+    handles: list[Line2D | Patch] = [*arm_handles(study, arms, linestyle="", marker="D")]
+    caption = f"{INTERVALS}." if len(data) > 2 * len(arms) else "Diamonds are runs."
+    if band and study.baseline in means:
+        middle = means[study.baseline][1]
+        axes.axhline(middle, color=QUIET, linewidth=1, linestyle="--", zorder=0)
+        axes.axhspan(*sorted((middle, middle + band.tolerance)), color=QUIET, alpha=0.18, linewidth=0, zorder=0)
+        handles.append(Patch(color=QUIET, alpha=0.3, label=band.text))
+        caption += f" Means in the grey band are worse than that of {study.baseline} by less than the tolerance."
+    axes.set_ylabel(label)
+    axes.margins(y=0.08)
+    batch_axis(axes, sizes)
+    if len(arms) > MAX_COLOURS:
+        order = sorted(means, key=lambda arm: means[arm][1])
+        named = dict.fromkeys([study.baseline, *order[:2], *order[-2:]])
+        label_points(axes, [(*means[arm], arm, colour(study, arm)) for arm in named if arm in means])
+        caption += f" The baseline and the extremes of {len(arms)} arms are named; the others under the pointer."
+    axes.set_xlabel("global batch (samples per step)")
+    legend_above(figure, handles)
+    texts = [f"{arm} {plain(mean, 4)}" for arm, (_, mean) in means.items()]
+    return ReportFigure(figure, f"{label[0].upper()}{label[1:]}, means: {listed(texts)}.", data, caption)
 
 
 def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
@@ -95,7 +162,7 @@ def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
     arms = [arm for arm, _ in arms_with_runs(study) if arm != comparison.baseline]
     if not any(arm in comparison.gaps for arm in arms):
         return None
-    figure = Figure(figsize=(7.2, ROW * len(arms) + 1.1))
+    figure = Figure(figsize=(WIDTH, ROW * len(arms) + 1.3))
     axes, metric = figure.subplots(), comparison.metric
     scale = metric.scale
     data: list[Row] = []
@@ -111,12 +178,10 @@ def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
         else:
             paired, significant = arm_gap.paired, arm_gap.holm is not None and arm_gap.holm < SIGNIFICANT
             c = ACCENT if significant else SOFT
-            dots(
-                axes,
-                True,
-                number,
+            axes.plot(
                 [scale * d for d in paired.differences.values()],
-                marker="o",
+                [number] * len(paired.differences),
+                "o",
                 color=c,
                 alpha=0.4,
                 mew=0,
@@ -134,19 +199,25 @@ def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
             axes.text(1.01, number, ", ".join(notes), transform=row_transform, va="center", color=WARM, fontsize=9)
     row_axis(axes, arms)
     points = "points of " if metric.unit == "share" else ""
-    axes.set_xlabel(f"{points}test {metric.harm} against {label_of(comparison.baseline)} (above 0: the arm is worse)")
+    figure.supxlabel(f"{points}test {metric.harm} against {label_of(comparison.baseline, 24)}", fontsize=10, color=SOFT)
     handles = [
         Line2D([], [], color=ACCENT, marker="D", label=f"differs (Holm p < {SIGNIFICANT:g})"),
         Line2D([], [], color=SOFT, marker="D", mfc=PAPER, mew=1.6, label="not significant"),
         Line2D([], [], color=SOFT, marker="o", alpha=0.4, mew=0, linestyle="", label="one seed"),
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
+    legend_above(figure, handles)
     means = [
         f"{row['arm']} {metric.format_difference(row['sb_lb_gap'])}"
         for row in data
         if row["kind"] == "mean" and "sb_lb_gap" in row
     ]
-    return ReportFigure(figure, f"{_harm_label(metric)} against {comparison.baseline}: {listed(means)}.", data)
+    caption = (
+        "Above 0 the arm is worse than the baseline. Differences are paired by seed: dots are seeds, diamonds their "
+        "mean, bars its 95% t interval; filled: significant after Holm's correction for all arms."
+    )
+    if any(row["lost"] for row in data if row["kind"] == "mean"):
+        caption += " On the right: runs without a result."
+    return ReportFigure(figure, f"{_harm_label(metric)} against {comparison.baseline}: {listed(means)}.", data, caption)
 
 
 def updates_to_target(study: StudyData, comparison: Comparison) -> ReportFigure | None:
@@ -157,13 +228,16 @@ def updates_to_target(study: StudyData, comparison: Comparison) -> ReportFigure 
         return None
     size_of = {arm: runs[0].global_size for arm, runs in arms_with_runs(study)}
     sizes = [size_of[arm] for arm in reached]
-    figure = Figure(figsize=(7.2, 4.4))
+    figure = Figure(figsize=(WIDTH, 4.4))
     axes = figure.subplots()
     data: list[Row] = []
+    handles: list[Line2D | Patch] = [*arm_handles(study, [*reached], linestyle="", marker="o")]
     for number, (arm, seeds) in enumerate(reached.items()):
-        at = batch_axis_position(sizes, number, 1.06)
-        label = label_of(arm) if len(reached) <= MAX_LINES else None
-        dots(axes, False, at, list(seeds.values()), marker="o", color=colour(study, arm), alpha=0.7, mew=0, label=label)
+        at, text = (
+            batch_axis_position(sizes, number, 1.06),
+            tip(f"{label_of(arm)}: {plain(float(np.mean([*seeds.values()])))}"),
+        )
+        axes.plot([at] * len(seeds), [*seeds.values()], "o", color=colour(study, arm), alpha=0.7, mew=0, gid=text)
         data += [
             {"kind": "seed", "arm": arm, "global_size": size_of[arm], "seed": s, "updates_to_target": updates}
             for s, updates in seeds.items()
@@ -175,14 +249,23 @@ def updates_to_target(study: StudyData, comparison: Comparison) -> ReportFigure 
     missed = {arm: count for arm, count in target.missed.items() if count and arm in size_of}
     every_size = [*sizes, *(size_of[arm] for arm in missed)]
     x = np.geomspace(smallest / 1.3, max(every_size) * 1.3, 60)
-    axes.plot(x, mean_at_smallest * smallest / x, color=QUIET, linestyle="--", linewidth=1.2, label="perfect scaling")
+    perfect = {"color": QUIET, "linestyle": "--", "linewidth": 1.2, "label": "perfect scaling"}
+    handles += axes.plot(x, mean_at_smallest * smallest / x, **perfect)
+    caption = (
+        "Updates until validation reached the target (Shallue et al. 2019); dots are seeds. Along the dashed line "
+        "twice the batch halves the updates."
+    )
     if target.least_updates is not None and target.critical_batch is not None:
         curve = target.least_updates * (1 + target.critical_batch / x)
-        axes.plot(x, curve, color=ACCENT, linewidth=1.8, label="S = S_min (1 + B_crit / B)")
+        handles += axes.plot(x, curve, color=ACCENT, linewidth=1.8, label="S = S_min (1 + B_crit / B)")
+        caption += " The fitted curve leaves it at the critical batch"
+        caption += " (band: its 95% interval)." if target.critical_interval else "."
         data += [
             {"kind": "fit", "global_size": float(b), "updates_to_target": float(s)}
             for b, s in zip(x, curve, strict=True)
         ]
+    if target.noise_scale is not None:
+        caption += " The gradient noise scale of the baseline predicts the critical batch (McCandlish et al. 2018)."
     axes.set_yscale("log")
     batch_axis(axes, every_size)
     low, high = axes.get_xlim()
@@ -199,9 +282,8 @@ def updates_to_target(study: StudyData, comparison: Comparison) -> ReportFigure 
             ]
             axes.axvspan(max(ends[0], low), min(ends[1], high), color=c, alpha=0.12, linewidth=0)
         outside = "" if low < value < high else ", outside the figure"
-        axes.axvline(
-            min(max(value, low), high), color=c, linestyle=style, linewidth=1.4, label=f"{name} {value:,.3g}{outside}"
-        )
+        label = f"{name} {plain(value)}{outside}"
+        handles.append(axes.axvline(min(max(value, low), high), color=c, linestyle=style, linewidth=1.4, label=label))
     by_size = Counter[int]()
     for arm, count in missed.items():
         by_size[size_of[arm]] += count
@@ -213,24 +295,32 @@ def updates_to_target(study: StudyData, comparison: Comparison) -> ReportFigure 
     plain_tick_labels(axes.yaxis)
     axes.set_xlabel("global batch (samples per step)")
     axes.set_ylabel(f"updates to {target.score}")
-    axes.legend(fontsize=9)
+    legend_above(figure, handles)
     means = [f"{arm} {np.mean(list(seeds.values())):,.0f}" for arm, seeds in reached.items()]
-    critical = f" Critical batch {target.critical_batch:,.0f}." if target.critical_batch else ""
-    return ReportFigure(figure, f"Mean updates to {target.score}: {listed(means)}.{critical}", data)
+    critical = f" Critical batch {plain(target.critical_batch)}." if target.critical_batch else ""
+    return ReportFigure(figure, f"Mean updates to {target.score}: {listed(means)}.{critical}", data, caption)
 
 
 def explanations(_: StudyData, comparison: Comparison) -> ReportFigure | None:
-    """Correlation of each measure with the score lost, as measured and given the number of updates."""
-    shown = _strongest_first(comparison)[:MAX_EXPLANATIONS]
+    """Correlation of each measure with the score lost, as measured and given the number of updates.
+
+    None with too few arms, of which a single one makes any correlation. Of one that hangs on a single arm, what is left
+    without it is drawn.
+    """
+    shown = [each for each in _strongest_first(comparison) if each.interval is not None][:MAX_EXPLANATIONS]
     if not shown:
         return None
-    figure = Figure(figsize=(7.2, 0.34 * len(shown) + 1.1))
+    figure = Figure(figsize=(WIDTH, 0.34 * len(shown) + 1.3))
     axes = figure.subplots()
     axes.axvline(0, color=SOFT, linestyle="--", linewidth=1.2)
+    hanging = [each for each in shown if _hangs_on_one_arm(each)]
     data: list[Row] = []
     for number, correlation in enumerate(shown):
-        _correlation(axes, number - 0.14, correlation.r, correlation.interval, color=ACCENT, marker="o", mfc=ACCENT)
-        if correlation.partial is not None:
+        if correlation in hanging:
+            _correlation(axes, number, correlation.robust_r, None, color=QUIET, marker="o", mfc=PAPER)
+        else:
+            _correlation(axes, number - 0.14, correlation.r, correlation.interval, color=ACCENT, marker="o", mfc=ACCENT)
+        if correlation.partial is not None and correlation not in hanging:
             _correlation(
                 axes,
                 number + 0.14,
@@ -262,21 +352,36 @@ def explanations(_: StudyData, comparison: Comparison) -> ReportFigure | None:
     row_axis(axes, [correlation.measure for correlation in shown], MAX_METRIC)
     axes.set_xlim(-1.05, 1.05)
     harm = comparison.metric.harm
-    axes.set_xlabel(f"Spearman's correlation with test {harm}, over means of arms that trained")
+    figure.supxlabel(f"Spearman's correlation with test {harm}", fontsize=10, color=SOFT)
     handles = [
         Line2D([], [], color=ACCENT, marker="o", label="r, 95% interval"),
         Line2D([], [], color=WARM, marker="D", mfc=PAPER, label="r given the number of updates"),
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=9)
-    strongest = listed([f"{correlation.measure} {correlation.r:+.2f}" for correlation in shown], 4)
-    best = f"The strongest of them is the best of {len(comparison.correlations)}, and no evidence of a cause."
-    if all(correlation.interval is None for correlation in shown):
-        best = f"With {max(correlation.num_arms for correlation in shown)} arms they are too few to tell."
-    return ReportFigure(figure, f"Correlation with test {harm}, strongest first: {strongest}. {best}", data)
+    if hanging:
+        handles.append(Line2D([], [], color=QUIET, marker="o", mfc=PAPER, linestyle="", label="r without one arm"))
+    legend_above(figure, handles)
+    strongest = listed([f"{each.measure} {each.r:+.2f}" for each in shown if each not in hanging], 4) or "none"
+    num_arms = max(each.num_arms for each in shown)
+    caption = (
+        f"Spearman's correlation over the means of the {num_arms} arms that trained: as measured, and given the number "
+        "of updates; bars are 95% intervals. The strongest is the best of "
+        f"{len(comparison.correlations)}, and no evidence of a cause."
+    )
+    if hanging:
+        caption += (
+            " Hollow: a correlation that a single arm makes or changes by more than half; what is left without that "
+            "arm is drawn."
+        )
+    return ReportFigure(figure, f"Correlation with test {harm}, strongest first: {strongest}.", data, caption)
+
+
+def _hangs_on_one_arm(correlation: Correlation) -> bool:
+    return abs(correlation.robust_r) < 0.5 * abs(correlation.r)
 
 
 def _strongest_first(comparison: Comparison) -> list[Correlation]:
-    return sorted(comparison.correlations, key=lambda correlation: -abs(correlation.r))
+    """By what is left of them without any one arm."""
+    return sorted(comparison.correlations, key=lambda correlation: -abs(correlation.robust_r))
 
 
 def _correlation(axes: Axes, at: float, r: float, ends: Interval | None, *, color: str, **style: Any) -> None:
@@ -303,57 +408,63 @@ def gap_against_explanations(study: StudyData, comparison: Comparison) -> Report
             break
     if not panels:
         return None
-    num_columns = min(3, len(panels))
+    num_columns = min(2, len(panels))
     num_rows = -(-len(panels) // num_columns)
-    one_colour_per_arm = len(study.arms) <= MAX_LINES
-    figure = Figure(figsize=(2.9 * num_columns + 0.6, 2.5 * num_rows + (0.6 if one_colour_per_arm else 0.2)))
+    figure = Figure(figsize=(COLUMN * num_columns, 2.4 * num_rows + 0.6))
     grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
     for axes, (name, rows) in zip(grid.flatten(), panels.items(), strict=False):
         for arm in study.arms:
             of_arm = [row for row in rows if row["arm"] == arm]
-            c = (colour if one_colour_per_arm else row_colour)(study, arm)
             x, y = [row["value"] for row in of_arm], [metric.scale * row["sb_lb_gap"] for row in of_arm]
-            axes.plot(x, y, "o", color=c, alpha=0.6, markersize=5, mew=0)
+            axes.plot(x, y, "o", color=colour(study, arm), alpha=0.6, markersize=5, mew=0, gid=tip(label_of(arm)))
         values = [row["value"] for row in rows]
         if min(values) > 0 and max(values) > 30 * min(values):
             axes.set_xscale("log")
             plain_tick_labels(axes.xaxis)
         axes.axhline(0, color=QUIET, linewidth=1, linestyle="--")
-        axes.set_title(label_of(name, MAX_METRIC), fontsize=9)
+        axes.set_title(label_of(name, 42), fontsize=9)
     for axes in grid.flatten()[len(panels) :]:
         axes.set_visible(False)
     figure.supylabel(_harm_label(metric).lower(), fontsize=10, color=SOFT)
-    named = (
-        [(arm, colour(study, arm)) for arm in study.arms]
-        if one_colour_per_arm
-        else [(comparison.baseline, WARM), ("other arms", ACCENT)]
+    legend_above(figure, [*arm_handles(study, study.arms, linestyle="", marker="o")])
+    most = max(correlation.num_arms for correlation in comparison.correlations)
+    caption = (
+        f"Every finished run: test {metric.harm} against the baseline run of its seed, by the value of the measure at "
+        "the end of training; "
     )
-    handles = [Line2D([], [], color=c, linestyle="", marker="o", label=label_of(arm)) for arm, c in named]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
+    if any(correlation.interval for correlation in comparison.correlations):
+        caption += "the measures with the strongest correlation."
+    else:
+        caption += f"no correlation is computed of {most} arms, because a single one would make it: seven are needed."
     count = len(next(iter(panels.values())))
     alt_text = f"{metric.harm.capitalize()} by {count} runs against {listed(list(panels))}."
-    return ReportFigure(figure, alt_text, [row for rows in panels.values() for row in rows])
+    return ReportFigure(figure, alt_text, [row for rows in panels.values() for row in rows], caption)
 
 
-def curves(study: StudyData) -> ReportFigure | None:
-    """Training loss by step and epoch, validation metric by epoch: first seed in full colour, the others faint."""
+def curves(study: StudyData, _: Comparison) -> ReportFigure | None:
+    """Training loss by step and epoch, validation metric and near-rank loss by epoch; the first seed in full colour."""
     arms = [(arm, runs) for arm, runs in arms_with_runs(study) if any(len(run.series("train/loss")[0]) for run in runs)]
     if not arms:
         return None
-    figure = Figure(figsize=(10.4, 3.4))
-    panels = figure.subplots(1, 3)
-    plots = (
-        (panels[0], "train/loss", "step", "training loss", "optimizer step"),
-        (panels[1], "train/loss", "epoch", "training loss", "epoch"),
-        (panels[2], f"val/{study.metric.name}", "epoch", f"validation {study.metric.name}", "epoch"),
-    )
+    figure = Figure(figsize=(WIDTH, 5.4))
+    panels = figure.subplots(2, 2).flatten()
+    primary = next((run.primary_measure for _, runs in arms for run in runs if run.primary_measure), None)
+    plots = [
+        ("train/loss", "step", "training loss by step"),
+        ("train/loss", "epoch", "training loss by epoch"),
+        (f"val/{study.metric.name}", "epoch", f"validation {study.metric.name}"),
+    ]
+    if primary:
+        plots.append((primary, "epoch", f"near-rank loss of {label_of(MetricKey.parse(primary).layer, 20)}"))
+    panels[3].set_visible(primary is not None)
     line_styles, data = _line_styles(study, [arm for arm, _ in arms]), []
-    for axes, name, against, title, label in plots:
+    for axes, (name, against, title) in zip(panels, plots, strict=False):
         for arm, runs in arms:
             for number, run in enumerate(runs):
                 x, y = _smooth(*run.series(name, against))
                 faint = {"linewidth": 0.7, "alpha": 0.35} if number else {}
-                axes.plot(x, y, marker="." if len(x) < 12 else "", **line_styles[arm] | faint)
+                text = tip(f"{label_of(arm)}, seed {run.seed}")
+                axes.plot(x, y, marker="." if len(x) < 12 else "", gid=text, **line_styles[arm] | faint)
                 if against == "epoch":
                     steps = _smooth(*run.series(name, "step"))[0]
                     of_run = {"arm": arm, "seed": run.seed, "metric": name}
@@ -362,7 +473,7 @@ def curves(study: StudyData) -> ReportFigure | None:
                         for step, epoch, value in zip(steps, x, y, strict=True)
                     ]
         axes.set_title(title)
-        axes.set_xlabel(label)
+        axes.set_xlabel("optimizer step" if against == "step" else "epoch")
     panels[0].set_xscale("log")
     plain_tick_labels(panels[0].xaxis)
     for axes in panels[:2]:
@@ -370,16 +481,20 @@ def curves(study: StudyData) -> ReportFigure | None:
         axes.set_ylim(top=min(axes.get_ylim()[1], HIGHEST_LOSS))
         plain_tick_labels(axes.yaxis)
     handles = {line_style["label"]: Line2D([], [], **line_style) for line_style in line_styles.values()}
-    figure.legend(handles=[*handles.values()], loc="outside upper center", ncols=min(len(handles), 5), fontsize=9)
+    legend_above(figure, [*handles.values()])
     last_losses = {arm: [y[-1] for run in runs if len(y := run.series("train/loss")[1])] for arm, runs in arms}
     means = [f"{arm} {mean_and_std(values)[0]:.3g}" for arm, values in last_losses.items()]
-    alt_text = f"Last training loss: {listed(means)}."
-    return ReportFigure(figure, alt_text, data)
+    sentences = ["All runs by step and by epoch."]
+    if any(len(runs) > 1 for _, runs in arms):
+        sentences.append("The first seed of an arm is in full colour, the others are faint.")
+    if any(len(run.series("train/loss")[0]) > MAX_POINTS for _, runs in arms for run in runs):
+        sentences.append(f"Long curves are means over {MAX_POINTS} consecutive intervals.")
+    return ReportFigure(figure, f"Last training loss: {listed(means)}.", data, " ".join(sentences))
 
 
 def _line_styles(study: StudyData, arms: list[str]) -> dict[str, dict[str, Any]]:
-    """Line style of each arm; of more than MAX_LINES arms, only the baseline, best and worst are highlighted."""
-    if len(arms) <= MAX_LINES:
+    """Line style of each arm; of more than MAX_COLOURS arms, only the baseline, best and worst are highlighted."""
+    if len(study.arms) <= MAX_COLOURS:
         return {arm: {"color": colour(study, arm), "linewidth": 1.6, "label": label_of(arm)} for arm in arms}
     means = {arm: mean_and_std([*values.values()])[0] for arm in arms if (values := study.scores(arm))}
     rest = sorted((arm for arm in means if arm != study.baseline), key=means.__getitem__)
@@ -416,8 +531,3 @@ def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     cuts = np.linspace(0, len(x), MAX_POINTS + 1).astype(int)
     width = np.diff(cuts)
     return tuple(np.add.reduceat(v, cuts[:-1]) / width for v in (x, y))  # type: ignore[return-value]
-
-
-def _t_half(values: np.ndarray) -> float:
-    ends = t_interval(values)
-    return (ends[1] - ends[0]) / 2 if ends else 0.0

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import matplotlib
 from jinja2 import Environment, StrictUndefined
 
-from gengap_dist.analysis.report.figure_list import RUN_FIGURES, STUDY_FIGURES, name_metric
+from gengap_dist.analysis.report.figure_list import KEY_FIGURES, RUN_FIGURES, STUDY_FIGURES, name_metric
+from gengap_dist.analysis.report.glossary import GLOSSARY, anchor, meaning, with_terms
 from gengap_dist.analysis.report.plotting import STYLE, THEME, save
 from gengap_dist.analysis.report.tables import (
-    Table,
-    arm_table,
-    data_table,
+    arm_tables,
     intervention_tables,
     matching_tables,
     representative_run,
@@ -32,7 +31,7 @@ from gengap_dist.config import yaml_core
 from gengap_dist.errors import visible
 from gengap_dist.runs.run_folder import write_atomically
 
-MAX_ROWS = 150  # of a figure's data in the table on the page; the CSV has all
+MAX_OPEN_ROWS = 20  # of the table of arms; a longer one is folded
 MAX_ARMS = 40  # in figures, besides the baseline
 
 
@@ -45,7 +44,6 @@ class RenderedFigure(NamedTuple):
     svg: str
     csv: str
     """Its data as a data: URI."""
-    table: Table | None
 
 
 def write_report(study: StudyData, *, pdf: bool = False) -> Path:
@@ -62,11 +60,11 @@ def write_page(study: StudyData, figures: Sequence[RenderedFigure], *, pdf: bool
     """Write the page with `figures`, which `draw_figures` has returned; returns its path."""
     is_study, comparison = _is_study(study), _comparison(study)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["csp_hash"] = csp_hash
+    environment.filters |= {"csp_hash": csp_hash, "terms": with_terms, "meaning": meaning, "anchor": anchor}
     template = environment.from_string(
         files("gengap_dist.analysis.report").joinpath("template.html").read_text(encoding="utf-8")
     )
-    page = study.folder / "report.html"
+    page, ordered = study.folder / "report.html", _in_order(study)
     config = study.info.get("config") or {}
     html = template.render(
         study=study,
@@ -76,11 +74,14 @@ def write_page(study: StudyData, figures: Sequence[RenderedFigure], *, pdf: bool
         comparison=comparison,
         evidence={claim.key: first_sentences(claim.evidence) for claim in comparison.claims},
         max_caveats=MAX_CAVEATS,
+        max_open_rows=MAX_OPEN_ROWS,
         theme=THEME,
-        arms=arm_table(study, comparison) if is_study else None,
+        arms=arm_tables(ordered, comparison) if is_study else (),
+        glossary=GLOSSARY,
         interventions=intervention_tables(comparison),
-        runs=run_table(study),
-        figures=figures,
+        runs=run_table(ordered),
+        key_figures=[figure for figure in figures if figure.name in KEY_FIGURES],
+        figures=[figure for figure in figures if figure.name not in KEY_FIGURES],
         pdf=pdf,
         tuned=tuning_tables(study.info.get("tuned") or {}) + matching_tables(study.info.get("matched") or {}),
         space=_yaml((config.get("study") or {}).get("tune")),
@@ -105,13 +106,13 @@ def draw_figures(study: StudyData, *, pdf: bool = False) -> list[RenderedFigure]
     """Draw every figure that has data, and write its files. A run that has measured everything need not have ended."""
     comparison, folder = _comparison(study), study.folder / "figures"
     folder.mkdir(exist_ok=True)
-    out, drawn = [], _with_drawn_arms(study, comparison)
+    out, drawn = [], _with_drawn_arms(_in_order(study), comparison)
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has them
-        for name, (title, draw, caption) in (STUDY_FIGURES if _is_study(study) else RUN_FIGURES).items():
-            title, caption = name_metric(title, study.metric), name_metric(caption, study.metric)
+        for name, (title, draw) in (STUDY_FIGURES if _is_study(study) else RUN_FIGURES).items():
             if not drawn.runs or (figure := draw(drawn, comparison)) is None:
                 continue
+            title, caption = name_metric(title, study.metric), figure.caption
             if len(drawn.arms) < len(study.arms) and any("arm" in row for row in figure.rows):
                 caption += (
                     f" Of {len(study.arms)} arms {len(drawn.arms)} are drawn: the baseline, and those that lose most "
@@ -119,9 +120,14 @@ def draw_figures(study: StudyData, *, pdf: bool = False) -> list[RenderedFigure]
                 )
             svg, csv = save(figure, folder, name, pdf=pdf)
             uri = "data:text/csv;base64," + base64.b64encode(csv.encode()).decode()
-            table = data_table(f"Data: {title}", figure.rows) if len(figure.rows) <= MAX_ROWS else None
-            out.append(RenderedFigure(name, title, caption, svg, uri, table))
+            out.append(RenderedFigure(name, title, caption, svg, uri))
     return out
+
+
+def _in_order(study: StudyData) -> StudyData:
+    """The study with its arms in the order of the page: the baseline, then by batch."""
+    sizes = {arm: runs[0].global_size if (runs := study.runs_of(arm)) else 0 for arm in study.arms}
+    return replace(study, arms=sorted(study.arms, key=lambda arm: (arm != study.baseline, sizes[arm])))
 
 
 def _with_drawn_arms(study: StudyData, comparison: Comparison) -> StudyData:

@@ -5,13 +5,14 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from gengap_dist.analysis.study_data import RunData, StudyData
 from gengap_dist.errors import shortened, visible
@@ -37,10 +38,12 @@ INK, SOFT, LINE, PAPER, QUIET = (THEME[name][0] for name in ("ink", "soft", "lin
 COLOURS = [light for name, (light, _) in THEME.items() if re.fullmatch(r"c\d", name)]
 ACCENT, WARM = COLOURS[:2]
 UNTRAINED = QUIET
-MAX_PANELS = 9  # layers in one figure; of a deeper network, evenly spaced layers are shown
-MAX_ARMS_PER_BATCH = 3  # arms of one batch size that fit side by side on the batch axis
+MAX_PANELS = 6  # layers in one figure; of a deeper network, evenly spaced layers are shown
+MAX_COLOURS = 6  # arms with a colour each; more have labels, and names under the pointer
 MAX_LABEL = 50  # characters of the name of an arm or a layer
-MAX_METRIC = 100  # of a metric, which has that of a layer in its middle
+MAX_METRIC = 60  # of a metric, which has that of a layer in its middle
+WIDTH, COLUMN = 6.4, 3.2  # inches of a figure and of one of its panels: its text can be read on a telephone, too
+TIP = "tip:"  # begins the id of what has a text under the pointer
 ROW = 0.25  # inches
 FORMULA = re.compile(r"(^|;|\t)(?=[=+\-@\t\r\uff1d\uff0b\uff0d\uff20])")  # its beginning in a spreadsheet's cell
 STYLE: dict[Any, Any] = {
@@ -74,20 +77,23 @@ STYLE: dict[Any, Any] = {
     "pdf.fonttype": 42,
 }
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 
 class ReportFigure(NamedTuple):
-    """A figure, its alternative text (one sentence), and the numbers that it shows, one row per point."""
+    """A figure, its alternative text (one sentence), the numbers that it shows, one row per point, and its caption."""
 
     figure: Figure
     alt_text: str
     rows: Sequence[Row]
+    caption: str = ""
 
 
 def save(figure: ReportFigure, folder: Path, name: str, *, pdf: bool) -> tuple[str, str]:
     """Write NAME.svg, NAME.csv and, if `pdf`, NAME.pdf; returns the SVG for the page, and the CSV."""
     text, table = io.StringIO(), as_csv(figure.rows)
     for axis in (axis for axes in figure.figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        number_short_axis(axis)
         if not axis.label.get_text():  # it gets no place below the tick labels, which would be measured for it
             axis.set_label_coords(0, 0)
     if layout := figure.figure.get_layout_engine():  # once; savefig would draw the whole figure for the layout
@@ -96,6 +102,7 @@ def save(figure: ReportFigure, folder: Path, name: str, *, pdf: bool) -> tuple[s
         figure.figure.set_layout_engine("none")
     figure.figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = visible(text.getvalue())  # XML has no control characters
+    svg = re.sub(rf'<g id="{TIP}([^"]*)">', r"<g><title>\1</title>", svg)
     write_atomically(folder / f"{name}.svg", svg)
     (folder / f"{name}.pdf").unlink(missing_ok=True)  # of an earlier report
     if pdf:
@@ -177,13 +184,48 @@ def label_of(name: str, max_length: int = MAX_LABEL) -> str:
 
 
 def colour(study: StudyData, arm: str) -> str:
-    """The arm's colour, the same in every figure."""
-    return COLOURS[study.arms.index(arm) % len(COLOURS)]
+    """The arm's colour, the same in every figure; of more than MAX_COLOURS arms only the baseline has its own."""
+    if len(study.arms) > MAX_COLOURS:
+        return WARM if arm == study.baseline else ACCENT
+    return COLOURS[study.arms.index(arm)]
 
 
-def row_colour(study: StudyData, arm: str) -> str:
-    """Colour in a figure with one row per arm: one for the baseline, and one for all other arms."""
-    return WARM if arm == study.baseline else ACCENT
+def arm_handles(study: StudyData, arms: Sequence[str], **style: Any) -> list[Line2D]:
+    """Entries of a legend: one for each arm, or for the baseline and the others."""
+    if len(study.arms) <= MAX_COLOURS:
+        named = [(colour(study, arm), label_of(arm)) for arm in arms]
+    else:
+        named = [(WARM, f"{label_of(study.baseline)} (baseline)"), (ACCENT, "other arms")]
+    return [Line2D([], [], color=c, label=label, **style) for c, label in named]
+
+
+def legend_above(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
+    """A legend above all panels, with as many columns as fit."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = min(len(handles), max(1, int(figure.get_figwidth() / (0.55 + 0.085 * longest))))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=9)
+
+
+def tip(text: str) -> str:
+    """A `gid` that shows a text under the pointer."""
+    return TIP + text
+
+
+def label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names beside points, without overlap: (x, y, name, colour); the axes have their final limits."""
+    placed: list[tuple[float, float]] = []
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    dpi = figure.dpi
+    for x, y, name, c in sorted(points, key=lambda point: point[1]):
+        at_x, at_y = axes.transData.transform((x, y)) * 72 / dpi  # points
+        label_y = max([at_y, *(other + 11 for near, other in placed if abs(near - at_x) < 90)])
+        placed.append((at_x, label_y))
+        right = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 0.7
+        axes.annotate(
+            label_of(name, 24), (x, y), (-7 if right else 7, label_y - at_y), textcoords="offset points",
+            ha="right" if right else "left", va="center", color=c, fontsize=9,
+        )  # fmt: skip
 
 
 def size_label(size: float) -> str:
@@ -203,6 +245,17 @@ def plain_tick_labels(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def number_short_axis(axis: Any) -> None:
+    """Numbers on a logarithmic axis of less than a decade and a half, which has hardly a power of ten."""
+    low, high = sorted(axis.get_view_interval())
+    if axis.get_scale() == "log" and not isinstance(axis.get_major_locator(), FixedLocator) and 0 < high < 30 * low:
+        if high < 5 * low:
+            axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+            axis.set_minor_locator(FixedLocator([]))
+        else:
+            axis.set_minor_formatter(axis.get_major_formatter())
+
+
 def batch_axis(axes: Axes, sizes: Sequence[int]) -> None:
     """A base-2 axis with a tick at each of `sizes`."""
     axes.set_xscale("log", base=2)
@@ -211,7 +264,7 @@ def batch_axis(axes: Axes, sizes: Sequence[int]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()
     if len(set(sizes)) > 4:
-        axes.tick_params(axis="x", labelrotation=45)
+        axes.tick_params(axis="x", labelrotation=45, labelsize=9)
     axes.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)
 
 
@@ -228,20 +281,15 @@ def labels_width(names: Sequence[str]) -> float:
     return 0.3 + 0.075 * max(len(label_of(name)) for name in names)
 
 
-def batch_axis_position(sizes: Sequence[int], number: int, gap: float) -> float:
-    """Position of arm `number` on the batch axis: arms of one batch size are drawn side by side.
+def batch_axis_position(sizes: Sequence[int], number: int, gap: float = 1.09) -> float:
+    """Position of arm `number` on the batch axis: arms of one batch size are side by side, within a third of its place.
 
     >>> [batch_axis_position([8, 64, 64], number, 2.0) for number in range(3)]
     [8.0, 32.0, 128.0]
     """
     same_size = [i for i, size in enumerate(sizes) if size == sizes[number]]
+    gap = min(gap, 1.2 ** (2 / len(same_size))) if len(same_size) > 3 else gap
     return sizes[number] * gap ** (2 * same_size.index(number) - len(same_size) + 1)
-
-
-def dots(axes: Axes, rows: bool, at: float, values: Any, **style: Any) -> None:
-    """Draw an arm's values as markers: in its row, or at its position on the batch axis."""
-    along = np.full(len(values), at)
-    axes.plot(*((values, along) if rows else (along, values)), **{"linestyle": "", **style})
 
 
 def arms_with_runs(study: StudyData) -> list[tuple[str, list[RunData]]]:
@@ -249,24 +297,27 @@ def arms_with_runs(study: StudyData) -> list[tuple[str, list[RunData]]]:
     return [(arm, runs) for arm in study.arms if (runs := study.runs_of(arm))]
 
 
-def in_rows(study: StudyData) -> bool:
-    """Whether to draw one row per arm, because too many arms share a batch size to fit side by side on the axis."""
-    sizes = [runs[0].global_size for _, runs in arms_with_runs(study)]
-    return max(map(sizes.count, sizes), default=0) > MAX_ARMS_PER_BATCH
+def evenly_spaced(items: Sequence[Item], number: int) -> list[Item]:
+    """At most `number` of the items, the first and the last among them.
+
+    >>> evenly_spaced("abcdefg", 3)
+    ['a', 'd', 'g']
+    """
+    if len(items) <= number:
+        return [*items]
+    return [items[round(i * (len(items) - 1) / (number - 1))] for i in range(number)]
 
 
 def chosen_layers(study: StudyData, max_layers: int = MAX_PANELS) -> list[str]:
     """Raw layer keys, at most `max_layers` of them, evenly spaced over the depth of the network."""
-    keys = study.layer_keys()
-    if len(keys) <= max_layers:
-        return keys
-    return [keys[round(i * (len(keys) - 1) / (max_layers - 1))] for i in range(max_layers)]
+    return evenly_spaced(study.layer_keys(), max_layers)
 
 
 def one_per_batch(study: StudyData, has: Callable[[RunData], object]) -> Mapping[str, RunData]:
-    """The first arm of each batch size with its first run for which `has` is true; at most four."""
+    """The first arm of the smallest, the middle and the largest batch, with its first run for which `has` is true."""
     by_size: dict[int, tuple[str, RunData]] = {}
     for arm, runs in arms_with_runs(study):
         if (run := next(filter(has, runs), None)) is not None:
             by_size.setdefault(run.global_size, (arm, run))
-    return dict(list(by_size.values())[:4])
+    sizes = sorted(by_size)
+    return dict(by_size[size] for size in dict.fromkeys([*sizes[:1], *sizes[len(sizes) // 2 :][:1], *sizes[-1:]]))

@@ -11,107 +11,106 @@ from matplotlib.patches import Rectangle
 from gengap_dist.analysis.report.plotting import (
     ACCENT,
     COLOURS,
+    COLUMN,
     INK,
     PAPER,
     QUIET,
-    ROW,
     SOFT,
     UNTRAINED,
     WARM,
+    WIDTH,
     ReportFigure,
     Row,
+    arm_handles,
     arms_with_runs,
     batch_axis,
     batch_axis_position,
     chosen_layers,
     colour,
-    dots,
-    in_rows,
+    evenly_spaced,
     label_of,
     labels_width,
+    legend_above,
     listed,
     one_per_batch,
     plain_tick_labels,
     row_axis,
-    row_colour,
+    tip,
 )
+from gengap_dist.analysis.report.text import plain
 from gengap_dist.analysis.study_data import RunData, StudyData
 from gengap_dist.config.measures import MEASURES, OWN_BATCH, SUMMARY
 from gengap_dist.config.metric_key import LayerKey, layer_metric
 
 DIAGNOSTICS = {name: known.label for name, known in MEASURES.items() if known.label and not known.per_layer}
 MAX_RIDGES = 7  # steps of one panel
+MAX_SPECTRA = 12  # layers of which all spectra are drawn
 MAX_VALUES = 128  # singular values of one spectrum in its CSV; spectra/*.npz have all
 BANDWIDTH = 0.12  # of the density kernel of a ridge, in decades of singular value
 NEAR = -2.0  # log10 of the relative near-rank threshold that is drawn
 
 
 def by_layer(study: StudyData, name: str) -> ReportFigure | None:
-    """A measure of every layer, by global batch or one row per arm: trained (means, seeds) and untrained (dashed)."""
+    """A measure of every layer, by global batch: trained (means, seeds) and untrained (dashed)."""
     label = MEASURES[name].label
-    keys, arms, rows = chosen_layers(study), arms_with_runs(study), in_rows(study)
+    keys, arms = chosen_layers(study), arms_with_runs(study)
     if not keys or not arms:
         return None
-    num_columns = min(3, len(keys))
+    num_columns = min(2, len(keys))
     num_rows = -(-len(keys) // num_columns)
-    height = ROW * len(arms) + 0.5 if rows else 2.5
-    margin = max(0.8, labels_width([arm for arm, _ in arms]) - 1.5) if rows else 0
-    figure = Figure(figsize=(3.1 * num_columns + margin, height * num_rows + 0.5))
-    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey="row" if rows else "none")
+    figure = Figure(figsize=(max(5.2, COLUMN * num_columns), 2.4 * num_rows + 1.2))
+    grid = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     sizes = [runs[0].global_size for _, runs in arms]
     data: list[Row] = []
-    for panel, key in zip(grid.flatten(), keys, strict=False):
+    means = []
+    for panel, key in zip(grid, keys, strict=False):
         untrained = [run.untrained_and_trained(layer_metric(name, key))[0] for _, runs in arms for run in runs]
         if np.isfinite(untrained).any():
-            line = panel.axvline if rows else panel.axhline
-            line(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
+            panel.axhline(np.nanmean(untrained), color=UNTRAINED, linestyle="--", linewidth=1.4)
         for number, (arm, _) in enumerate(arms):
             runs = study.finished_runs(arm)
             ends = [run.untrained_and_trained(layer_metric(name, key)) for run in runs]
             values = [trained for _, trained in ends]
-            position, colour_of_arm = (
-                number if rows else batch_axis_position(sizes, number, 1.18),
-                (row_colour if rows else colour)(study, arm),
-            )
-            dots(panel, rows, position, values, marker="o", color=colour_of_arm, alpha=0.45, markersize=4, mew=0)
+            at, c = batch_axis_position(sizes, number, 1.18), colour(study, arm)
+            panel.plot([at] * len(values), values, "o", color=c, alpha=0.45, markersize=4, mew=0)
             if np.isfinite(values).any():
-                dots(panel, rows, position, [np.nanmean(values)], marker="D", color=colour_of_arm, markersize=6)
+                mean = float(np.nanmean(values))
+                panel.plot(at, mean, "D", color=c, markersize=6, gid=tip(f"{label_of(arm)}: {plain(mean)}"))
+                means += [f"{arm} {mean:.3g}"] if key == keys[-1] else []
             of_arm = {"arm": arm, "global_size": sizes[number], "layer": key}
             data += [
                 of_arm | {"seed": run.seed, "untrained": untrained_value, name: trained_value}
                 for run, (untrained_value, trained_value) in zip(runs, ends, strict=True)
             ]
-        if rows:
-            row_axis(panel, [arm for arm, _ in arms])
-        else:
-            batch_axis(panel, sizes)
+        batch_axis(panel, sizes)
         panel.set_title(label_of(key))
-        limits = panel.set_xlim if rows else panel.set_ylim
-        top = (panel.dataLim.x1 if rows else panel.dataLim.y1) * 1.08
-        limits(*((-0.04, 1.04) if MEASURES[name].is_share else (0, top if top > 0 else None)))
-    for panel in grid.flatten()[len(keys) :]:
+        top = panel.dataLim.y1 * 1.08
+        panel.set_ylim(*((-0.04, 1.04) if MEASURES[name].is_share else (0, top if top > 0 else None)))
+    for panel in grid[len(keys) :]:
         panel.set_visible(False)
-    handles = [
-        Line2D([], [], color=colour(study, arm), linestyle="", marker="D", label=label_of(arm)) for arm, _ in arms
-    ]
-    handles = [*([] if rows else handles), Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained")]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
-    figure.supxlabel(label if rows else "global batch", fontsize=10, color=SOFT)
-    figure.supylabel("" if rows else label, fontsize=10, color=SOFT)
-    last = keys[-1]
-    means = []
-    for arm, _ in arms:
-        values = [row[name] for row in data if row["arm"] == arm and row["layer"] == last]
-        if np.isfinite(values).any():
-            means.append(f"{arm} {np.nanmean(values):.3g}")
-    return ReportFigure(
-        figure, f"{label[0].upper()}{label[1:]} of {len(keys)} layers; of {last}: {listed(means)}.", data
+    handles = arm_handles(study, [arm for arm, _ in arms], linestyle="", marker="D")
+    legend_above(figure, [*handles, Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained")])
+    figure.supxlabel("global batch", fontsize=10, color=SOFT)
+    figure.supylabel(label.partition(" (")[0], fontsize=10, color=SOFT)
+    alt_text = f"{label[0].upper()}{label[1:]} of {len(keys)} layers; of {keys[-1]}: {listed(means)}."
+    source = (
+        "Share of singular values below 1% of the largest"
+        if MEASURES[name].is_share
+        else ("Effective rank (Roy & Vetterli 2007) of the raw activations")
     )
+    caption = f"{source}, on the probe set{_of_layers(study, keys)}. Dots are finished runs, diamonds their mean; "
+    return ReportFigure(figure, alt_text, data, caption + "the dashed line is the same networks before training.")
+
+
+def _of_layers(study: StudyData, keys: list[str]) -> str:
+    """Which of the layers are drawn, if not all are."""
+    number = len(study.layer_keys())
+    return f", of {len(keys)} of {number} layers, evenly spaced" if len(keys) < number else ""
 
 
 def near_rank_change(study: StudyData) -> ReportFigure | None:
     """Arm x layer: change of near-rank loss from the untrained to the trained network; means over finished runs."""
-    keys = chosen_layers(study, 12)
+    keys = chosen_layers(study)
     arms = [arm for arm in study.arms if study.finished_runs(arm)]
     table = np.full((len(arms), len(keys)), np.nan)
     data: list[Row] = []
@@ -166,7 +165,11 @@ def near_rank_change(study: StudyData) -> ReportFigure | None:
         f"Change of near-rank loss by training, percentage points, {len(arms)} arms by {len(keys)} layers; largest: "
         f"{largest_change['arm']}, {largest_change['layer']}: {100 * largest_change['change']:+.1f}."
     )
-    return ReportFigure(figure, alt_text, data)
+    caption = (
+        f"Share of singular values below 0.01 s1 on the probe set, trained minus untrained, in percentage points"
+        f"{_of_layers(study, keys)}; means over finished runs. Orange: training lost rank; blue: training gained it."
+    )
+    return ReportFigure(figure, alt_text, data, caption)
 
 
 def spectra_over_steps(study: StudyData) -> ReportFigure | None:
@@ -175,7 +178,7 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
     runs = one_per_batch(study, RunData.spectra_steps)
     if not keys or not runs:
         return None
-    figure = Figure(figsize=(min(2.7 * len(runs) + 1.2, 10.6), 2.4 * len(keys) + 0.6))
+    figure = Figure(figsize=(max(4.0, min(2.1 * len(runs) + 0.8, WIDTH)), 2.4 * len(keys) + 0.8))
     grid = figure.subplots(len(keys), len(runs), squeeze=False, sharex="row")
     data: list[Row] = []
     for column, (arm, run) in enumerate(runs.items()):
@@ -195,20 +198,27 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
             axes.set_ylim(len(steps) - 0.8, -2.1)
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
-            axes.set_title(label_of(key) if row else f"{label_of(arm)}, seed {run.seed}\n{label_of(key)}")
+            if row == 0:
+                axes.set_title(f"{label_of(arm, 20)}, seed {run.seed}")
         grid[-1, column].set_xlabel("log10 of value / largest")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("step")
+    for axes, key in zip(grid[:, 0], keys, strict=True):
+        axes.set_ylabel(f"{label_of(key, 28)}, step")
     handles = [
-        Line2D([], [], color=WARM, linestyle="--", label="0.01 s1: values to the left count as near-rank loss"),
+        Line2D([], [], color=WARM, linestyle="--", label="0.01 s1: values to the left are near-rank loss"),
         Line2D([], [], color=QUIET, marker="|", linestyle="", label="numerical floor"),
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=9)
+    legend_above(figure, handles)
     last = layer_metric("near_rank_loss/rel_1e-2", keys[-1])
     ends = [(arm, run.untrained_and_trained(last)) for arm, run in runs.items()]
     shares = listed([f"{arm} {first:.1%} to {last_share:.1%}" for arm, (first, last_share) in ends])
     alt_text = f"Share of the singular values of {keys[-1]} below 0.01 s1, from the first step to the last: {shares}."
-    return ReportFigure(figure, alt_text, data)
+    which = "one run" if len(runs) == 1 else f"the first arms of {len(runs)} batch sizes"
+    caption = (
+        f"Distribution of the singular values of {which}{_of_layers(study, keys)}, from the first measured step (grey, "
+        f"top) to the last: one ridge for each of at most {MAX_RIDGES} steps, all of equal height. Values below "
+        f"the numerical floor are not drawn. The CSV has at most {MAX_VALUES} values of each; spectra/*.npz have all."
+    )
+    return ReportFigure(figure, alt_text, data, caption)
 
 
 def _ridge(axes: Axes, number: int, count: int, values: np.ndarray, facts: dict) -> None:
@@ -246,12 +256,13 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
     first, last = (
         {LayerKey.parse(key): spectrum for key, spectrum in run.spectra(step).items()} for step in (steps[0], steps[-1])
     )
-    keys = [key for key in last if not key.centred]
+    every = [key for key in last if not key.centred]
+    keys = evenly_spaced(every, MAX_SPECTRA)
     if not keys:  # a damaged file
         return None
-    num_columns = min(len(keys), 4 if len(keys) <= 24 else 6)
+    num_columns = min(len(keys), 2)
     num_rows = -(-len(keys) // num_columns)
-    figure = Figure(figsize=(2.6 * num_columns + 0.4, 2.1 * num_rows + 0.6))
+    figure = Figure(figsize=(COLUMN * num_columns, 2.1 * num_rows + 0.7))
     panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     data: list[Row] = []
     for panel, key in zip(panels, keys, strict=False):
@@ -267,10 +278,9 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
         panel.axhline(facts["floor"], color=QUIET, linewidth=1, linestyle=":")
         panel.set_yscale("log")
         plain_tick_labels(panel.yaxis)
-        panel.set_title(label_of(key.format()), fontsize=8)
+        panel.set_title(label_of(key.format(), 42), fontsize=9)
         note = f"N {facts['num_samples']:,}, D {facts['num_units']:,}"
-        panel.annotate(note, (0.97, 0.93), xycoords="axes fraction", ha="right", va="top", fontsize=7, color=SOFT)
-        panel.tick_params(labelsize=7)
+        panel.annotate(note, (0.97, 0.93), xycoords="axes fraction", ha="right", va="top", fontsize=9, color=SOFT)
     for panel in panels[len(keys) :]:
         panel.set_visible(False)
     handles = [
@@ -280,10 +290,12 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
     ]
     if len(steps) > 1:
         handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained, raw"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
+    legend_above(figure, handles)
     figure.supxlabel("index of singular value", fontsize=9, color=SOFT)
     names = listed([key.format() for key in keys])
-    return ReportFigure(figure, f"Singular values of {len(keys)} layers at step {steps[-1]:,}: {names}.", data)
+    some = f"{len(keys)} of {len(every)} layers, evenly spaced," if len(keys) < len(every) else "every layer"
+    caption = f"Singular values of {some} at the last measurement; values below the numerical floor are not drawn."
+    return ReportFigure(figure, f"Singular values of {len(keys)} layers at step {steps[-1]:,}: {names}.", data, caption)
 
 
 def _line(panel: Axes, values: np.ndarray, facts: dict, **style: object) -> None:
@@ -298,11 +310,11 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
     arms = [arm for arm in study.arms if any(len(_probe_set_sizes(run)) > 1 for run in study.runs_of(arm))]
     if not keys or not arms:
         return None
-    figure = Figure(figsize=(3.1 * len(keys) + 0.6, 5.2))
-    grid = figure.subplots(2, len(keys), squeeze=False, sharex=True)
+    figure = Figure(figsize=(WIDTH, 2.3 * len(keys) + 0.9))
+    grid = figure.subplots(len(keys), 2, squeeze=False, sharex=True)
     data: list[Row] = []
-    for row, name in enumerate(SUMMARY):
-        for panel, key in zip(grid[row], keys, strict=True):
+    for column, name in enumerate(SUMMARY):
+        for row, (panel, key) in enumerate(zip(grid[:, column], keys, strict=True)):
             for arm in arms:
                 points: dict[str, list[tuple[int, float, float]]] = {}
                 for run in study.runs_of(arm):
@@ -331,24 +343,32 @@ def rank_by_samples(study: StudyData) -> ReportFigure | None:
                 if own is not None:
                     panel.plot(own[0], own[1], "*", color=colour(study, arm), markersize=9, markerfacecolor="none")
                     panel.plot(own[0], own[2], "*", color=colour(study, arm), markersize=9)
-            panel.set_title(label_of(key) if row == 0 else "")
+            panel.set_title(MEASURES[name].label.partition(" (")[0] if row == 0 else "")
             panel.set_ylim(*((-0.04, 1.04) if MEASURES[name].is_share else (0, None)))
-        grid[row, 0].set_ylabel(MEASURES[name].label)
+    for panel, key in zip(grid[:, 0], keys, strict=True):
+        panel.set_ylabel(label_of(key, 28))
     if not data:
         return None
-    for panel in grid[1]:
+    for panel in grid[-1]:
         batch_axis(panel, sorted({row["num_samples"] for row in data}))
         panel.set_xlabel("probe samples N")
-    handles = [Line2D([], [], color=colour(study, arm), marker="o", label=label_of(arm)) for arm in arms]
+    handles = arm_handles(study, arms, marker="o")
     handles.append(Line2D([], [], color=UNTRAINED, linestyle="--", marker=".", label="untrained"))
-    if any(OWN_BATCH in _probe_set_sizes(run) for arm in arms for run in study.runs_of(arm)):
+    has_own_batch = any(OWN_BATCH in _probe_set_sizes(run) for arm in arms for run in study.runs_of(arm))
+    if has_own_batch:
         handles.append(Line2D([], [], color=UNTRAINED, linestyle="", marker="*", label="own batch"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), fontsize=9)
+    legend_above(figure, handles)
     sizes = sorted({row["num_samples"] for row in data})
     alt_text = (
         f"Near-rank loss and effective rank of {listed(keys)} against {sizes[0]:,} to {sizes[-1]:,} probe samples."
     )
-    return ReportFigure(figure, alt_text, data)
+    caption = (
+        f"Rank against the number of probe samples{_of_layers(study, keys)}, for the trained network (solid) and the "
+        "untrained one (dashed), which shows the effect of the sample size alone."
+    )
+    if has_own_batch:
+        caption += " Stars: the probe set is as large as the arm's own batch."
+    return ReportFigure(figure, alt_text, data, caption)
 
 
 def _mean(values: list[tuple[int, float, float]]) -> tuple[float, ...]:
@@ -372,21 +392,25 @@ def measures_over_steps(study: StudyData) -> ReportFigure | None:
     if not keys:
         return None
     recorded = study.runs[0].history()
-    figure = Figure(figsize=(9.5, 3.4))
+    figure = Figure(figsize=(WIDTH, 3.6))
     panels = figure.subplots(1, 2)
     data: list[Row] = []
     for axes, name in zip(panels, SUMMARY, strict=True):
         for number, key in enumerate(keys):
             x, y = recorded.series(layer_metric(name, key))
-            axes.plot(x, y, marker=".", color=COLOURS[number % len(COLOURS)], label=label_of(key))
+            axes.plot(x, y, marker=".", color=COLOURS[number], gid=tip(label_of(key)))
             of_layer = {"measure": name, "layer": key}
             data += [of_layer | {"step": int(at), "value": float(v)} for at, v in zip(x, y, strict=True)]
         axes.set_xscale("symlog", linthresh=1)
         plain_tick_labels(axes.xaxis)
-        axes.set_title(MEASURES[name].label)
+        axes.set_title(MEASURES[name].label.partition(" (")[0])
         axes.set_xlabel("step")
-    panels[1].legend(fontsize=8)
-    return ReportFigure(figure, f"Near-rank loss and effective rank of {listed(keys)} over steps.", data)
+    handles = [
+        Line2D([], [], marker=".", color=COLOURS[number], label=label_of(key)) for number, key in enumerate(keys)
+    ]
+    legend_above(figure, handles)
+    caption = f"Share of singular values below 1% of the largest, and effective rank{_of_layers(study, keys)}."
+    return ReportFigure(figure, f"Near-rank loss and effective rank of {listed(keys)} over steps.", data, caption)
 
 
 def diagnostics_over_steps(study: StudyData) -> ReportFigure | None:
@@ -396,9 +420,9 @@ def diagnostics_over_steps(study: StudyData) -> ReportFigure | None:
     series = {name: (x, y) for name, (x, y) in series.items() if len(x) > 1}
     if not series:
         return None
-    num_columns = min(4, len(series))
+    num_columns = min(2, len(series))
     num_rows = -(-len(series) // num_columns)
-    figure = Figure(figsize=(3.1 * num_columns, 2.5 * num_rows))
+    figure = Figure(figsize=(COLUMN * num_columns, 2.5 * num_rows))
     panels = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
     data: list[Row] = []
     for number, (panel, (name, (x, y))) in enumerate(zip(panels, series.items(), strict=False)):
@@ -414,4 +438,5 @@ def diagnostics_over_steps(study: StudyData) -> ReportFigure | None:
     for panel in panels[len(series) :]:
         panel.set_visible(False)
     ends = [f"{DIAGNOSTICS[name]} {y[-1]:.3g}" for name, (_, y) in series.items()]
-    return ReportFigure(figure, f"Other measures at the last step: {listed(ends)}.", data)
+    caption = "Other measures of the same run, over its steps; formulas: docs/measures.md."
+    return ReportFigure(figure, f"Other measures at the last step: {listed(ends)}.", data, caption)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gengap_dist.analysis.report.plotting import Row
-from gengap_dist.analysis.report.text import gap_sentence, interval, last_layer, mean_text, test_head, value_text
+from gengap_dist.analysis.report.text import gap_sentence, interval, last_layer, mean_text, plain, test_head, value_text
 from gengap_dist.analysis.results import Comparison, Estimate, Requirement
 from gengap_dist.analysis.study_data import RunData, StudyData
 from gengap_dist.config.measures import SUMMARY
@@ -33,7 +33,7 @@ class Table(NamedTuple):
 MISSING = Cell("-", float("nan"))
 
 
-def number(value: Any, style: str = ",.4g", text: str | None = None) -> Cell:
+def number(value: Any, style: str | None = None, text: str | None = None) -> Cell:
     """A number as a cell; a dash, sorted last, for a missing value.
 
     >>> number(1234, ","), number(None).text, number("nan").text
@@ -41,71 +41,62 @@ def number(value: Any, style: str = ",.4g", text: str | None = None) -> Cell:
     """
     if value is None or (numeric := float(value)) != numeric:
         return MISSING
-    return Cell(format(value, style) if text is None else text, numeric)
+    shown = plain(numeric, 4) if style is None else format(value, style)
+    return Cell(shown if text is None else text, numeric)
 
 
 def _interval(pair: Interval | None, metric: MetricDescription) -> Cell:
     return MISSING if pair is None else Cell(interval(pair, metric), sum(pair) / 2)
 
 
-def arm_table(study: StudyData, comparison: Comparison) -> Table:
-    """One row per arm: metric, gap, detectable differences, and unfinished runs."""
+def arm_tables(study: StudyData, comparison: Comparison) -> list[Table]:
+    """One row per arm: results, and how sure they are; an arm without a run is in the first."""
     last, metric = last_layer(study), study.metric
-    heads = ["arm", "batch", "updates", "seeds", test_head(metric), "train (sd)", "trained", "loss ratio"]
-    heads += ["train-test gap", "gap", "95% t", "95% bootstrap", "Holm p"]
-    heads += ["CI half-width", "detectable", "matched"]
-    heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
-    rows = []
+    results, details = [], []
     for arm in study.arms:
         if not (runs := study.runs_of(arm)):
             if unfinished := study.unfinished_runs(arm):
-                row = [Cell(arm), MISSING, MISSING, Cell(f"0, {unfinished}", 0)]
-                rows.append([*row, *[MISSING] * (len(heads) - len(row))])
+                results.append(
+                    [Cell(arm), MISSING, MISSING, Cell(f"0, {unfinished}", 0), *[MISSING] * (7 + bool(last))]
+                )
             continue
-        values, arm_gap = list(study.test_values(arm).values()), comparison.gaps.get(arm)
+        values, arm_gap = [*study.test_values(arm).values()], comparison.gaps.get(arm)
+        count = str(len(values)) + (f" + {unfinished}" if (unfinished := study.unfinished_runs(arm)) else "")
+        train, trained, ratio, train_test_gap = _training_cells(study, comparison, arm)
         row = [
             Cell(arm),
             number(runs[0].global_size, ","),
             number(runs[0].info.get("num_steps"), ","),
-            Cell(
-                str(len(values)) + (f" + {unfinished}" if (unfinished := study.unfinished_runs(arm)) else ""),
-                len(values),
-            ),
+            Cell(count, len(values)),
             number(mean_and_std(values)[0] if values else None, text=mean_text(values, metric)),
-            *_training_cells(study, comparison, arm),
+            train,
+            trained,
         ]
-        if arm == comparison.baseline:
-            row += [Cell("baseline", 0.0), *[MISSING] * 5, Cell("")]
-        elif arm_gap is None:
-            row += [*[MISSING] * 6, Cell("no pair")]
+        if arm_gap is None:
+            results.append([*row, Cell("baseline", 0.0) if arm == comparison.baseline else MISSING, MISSING, MISSING])
+            matched = Cell("" if arm == comparison.baseline else "no pair")
+            details.append([Cell(arm), ratio, train_test_gap, *[MISSING] * 3, matched])
         else:
-            row += [
-                number(arm_gap.paired.mean, text=metric.format_difference(arm_gap.paired.mean)),
-                _interval(arm_gap.paired.student, metric),
-                _interval(arm_gap.paired.bootstrap, metric),
-                number(arm_gap.holm, ".2g"),
-                *(
-                    number(value, text="" if value is None else metric.format_difference(value, signed=False))
-                    for value in (arm_gap.ci_half_width, arm_gap.minimum_detectable_effect)
-                ),
-                Cell(arm_gap.matched or "nothing"),
-            ]
-        for name in SUMMARY if last else ():
-            final_values = [
-                run.untrained_and_trained(layer_metric(name, last or ""))[1] for run in study.finished_runs(arm)
-            ]
-            row.append(number(mean_and_std(final_values)[0] if final_values else None, ".3g"))
-        rows.append(row)
-    return Table(
-        "Arms",
-        f"Gap: {gap_sentence(comparison.baseline, metric)}, paired by seed; p from "
-        'the paired t test, corrected for all arms (Holm). A difference smaller than "CI half-width" is not '
-        'significant, and a true difference of "detectable" is found with 80% power. Matched: what the arm has in '
-        "common with the baseline. Trained: against the baseline, on training samples; loss ratio: final training loss "
-        "divided by the baseline's.",
-        heads,
-        rows,
-    )
+            gap = number(arm_gap.paired.mean, text=metric.format_difference(arm_gap.paired.mean))
+            results.append([*row, gap, _interval(arm_gap.paired.student, metric), number(arm_gap.holm, ".2g")])
+            differences = (
+                number(value, text="" if value is None else metric.format_difference(value, signed=False))
+                for value in (arm_gap.ci_half_width, arm_gap.minimum_detectable_effect)
+            )
+            interval_cell = _interval(arm_gap.paired.bootstrap, metric)
+            matched = Cell(arm_gap.matched or "nothing")
+            details.append([Cell(arm), ratio, train_test_gap, interval_cell, *differences, matched])
+        for name, rows in zip(SUMMARY if last else (), (results, details), strict=False):
+            ends = [run.untrained_and_trained(layer_metric(name, last or ""))[1] for run in study.finished_runs(arm)]
+            rows[-1].append(number(mean_and_std(ends)[0] if ends else None, ".3g"))
+    heads = ["arm", "batch", "updates", "seeds", test_head(metric), "train (sd)", "trained", "gap", "95% t", "Holm p"]
+    more = ["arm", "loss ratio", "train-test gap", "95% bootstrap", "CI half-width", "detectable", "matched"]
+    caption = f"Gap: {gap_sentence(comparison.baseline, metric)}, paired by seed."
+    near_rank, effective = ([f"near-rank loss {last}"], [f"eff. rank {last}"]) if last else ([], [])
+    return [
+        Table("Arms", caption, heads + near_rank, results),
+        Table("Arms, more numbers", "How sure the gaps are, and how the arms trained.", more + effective, details),
+    ]
 
 
 def _training_cells(study: StudyData, comparison: Comparison, arm: str) -> list[Cell]:
@@ -247,7 +238,7 @@ def data_table(name: str, rows: Sequence[Row]) -> Table:
 def _any(value: object) -> Cell:
     if isinstance(value, bool | str):
         return Cell(str(value))
-    return number(value, ",.4g" if isinstance(value, float) else "") if isinstance(value, int | float) else MISSING
+    return number(value, None if isinstance(value, float) else "") if isinstance(value, int | float) else MISSING
 
 
 def representative_run(study: StudyData) -> RunData | None:

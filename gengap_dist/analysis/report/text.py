@@ -24,6 +24,16 @@ def interval(pair: tuple[float, float] | None, metric: MetricDescription) -> str
     return "-" if pair is None else f"[{metric.format_difference(pair[0])}, {metric.format_difference(pair[1])}]"
 
 
+def plain(value: float, digits: int = 3) -> str:
+    """A number with `digits` significant digits, and without an exponent if it is large.
+
+    >>> plain(1049.7), plain(0.01234), plain(51.26)
+    ('1,050', '0.0123', '51.3')
+    """
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if 10 ** (digits - 1) <= abs(rounded) < 1e15 else f"{rounded:.{digits}g}"
+
+
 def value_text(value: float | None, metric: MetricDescription) -> str:
     """A value of a metric, or a dash."""
     return "-" if value is None else metric.format(float(value))

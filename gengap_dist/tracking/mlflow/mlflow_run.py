@@ -20,6 +20,7 @@ from gengap_dist.runs.run_folder import write_atomically
 from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo, to_time
 from gengap_dist.runs.upload_state import FILE_NAME, read_upload_state
 from gengap_dist.tracking.mlflow.client import is_refusal, store_key
+from gengap_dist.tracking.mlflow.essential import essential
 from gengap_dist.tracking.mlflow.model_files import write_model_files
 from gengap_dist.tracking.mlflow.names import mlflow_name, name_tags
 
@@ -35,10 +36,13 @@ STATUS = {
 }
 SIZES = ("num_train", "num_val", "num_test", "num_classes")  # of a data set
 UNKNOWN_END = "lost"  # end time of a run whose folder has none
-ARTIFACTS = ("run.json", "study.json", "config.yaml", "test_correct.npy", "spectra", "figures", "report.html")
+ARTIFACTS = ("run.json", "study.json", "config.yaml", "report.html")
+ALL_ARTIFACTS = ("test_correct.npy", "spectra", "figures")  # sent as well with `mlflow.metrics=all`
 MODEL_NAME = "model"
 
 Line = dict[str, Any]
+Metrics = Literal["essential", "all"]
+"""`mlflow.metrics`."""
 Tags = dict[str, Any]
 UploadProgress = Callable[[str, int, int], None]
 """Called with a run's name, the last step sent and the last step recorded."""
@@ -77,7 +81,14 @@ class MlflowRun:
     """
 
     def __init__(
-        self, client: Any, uri: str, experiment: str, folder: Path, left_out: LeftOut, keys: dict[str, str]
+        self,
+        client: Any,
+        uri: str,
+        experiment: str,
+        folder: Path,
+        left_out: LeftOut,
+        keys: dict[str, str],
+        metrics: Metrics = "all",
     ) -> None:
         """The run that `folder` has in an experiment of the store `uri`; it is created by `open`.
 
@@ -88,15 +99,23 @@ class MlflowRun:
             folder: folder of the run, arm or study.
             left_out: see `LeftOut`.
             keys: keys of MLflow runs by their ids, as far as the store was asked; filled here.
+            metrics: what to send of a run that is created, or has less so far; another one keeps what it has.
         """
         self.client, self.experiment, self.folder, self.left_out = client, experiment, folder, left_out
         self._keys = keys
         self.state = _state_of(read_upload_state(folder), uri, experiment)
+        self._has_less = self.state.get("sending") == "essential" and metrics == "all"
+        self.state.setdefault("sending", "all" if "run_id" in self.state else metrics)  # earlier versions sent all
 
     @property
     def id(self) -> str:
         """MLflow's id of the run."""
         return self.state["run_id"]
+
+    @property
+    def sends_all(self) -> bool:
+        """Whether every metric is sent, and more files, see `mlflow.metrics`."""
+        return self.state["sending"] == "all"
 
     def save(self, **news: Any) -> None:
         """Store what has been sent."""
@@ -108,6 +127,8 @@ class MlflowRun:
         for name in ("run_id", "replaces"):
             if run_id := self.state.get(name):
                 self._check_own(run_id)
+        if self._has_less:
+            self._begin_again()
         if "run_id" not in self.state:
             self._create(described, _tag_strings(tags))
         if old := self.state.get("replaces"):
@@ -156,6 +177,13 @@ class MlflowRun:
         old = self.state.pop("run_id")
         self.save(replaces=old, described=False, closed=None)
         self.open(described, {})
+
+    def _begin_again(self) -> None:
+        """Start a new run of which all is sent, as `replace`."""
+        kept = {name: self.state.get(name) for name in ("store", "experiment_id", "uri", "elsewhere", "key")}
+        old = self.state.get("run_id")
+        self.state, self._has_less = {**kept, "last_step": -1, "sending": "all"}, False
+        self.save(replaces=old)
 
     def set_tags(self, tags: Tags) -> None:
         """Set the tags that are new or have changed."""
@@ -224,9 +252,14 @@ class MlflowRun:
         start = millis(started)
         self.send_points([
             Metric(mlflow_name(name), value, start + round(line.get("seconds", 0.0) * 1000), line["step"])
-            for line in lines
+            for line in map(self._chosen, lines)
             for name, value in _metric_values(line).items()
         ])  # fmt: skip
+
+    def _chosen(self, line: Line) -> Line:
+        """The part of a line that is sent."""
+        kept = {"step", "seconds", *(line if self.sends_all else essential(_metric_values(line)))}
+        return {name: value for name, value in line.items() if name in kept}
 
     def send_points(self, points: list[Any]) -> None:
         """Send MLflow's metrics."""
@@ -239,7 +272,7 @@ class MlflowRun:
         asked for the lines up to it before they are sent again.
         """
         path, state = self.folder / "metrics.jsonl", self.state
-        new_lines = read_after(path, Position(*state.get("position", ())))
+        new_lines = ((self._chosen(line), at) for line, at in read_after(path, Position(*state.get("position", ()))))
         for lines, position in _requests(new_lines, sent=state["last_step"]):
             if lines:
                 last, in_flight = lines[-1]["step"], state.get("in_flight")
@@ -254,14 +287,17 @@ class MlflowRun:
                 self.save(position=position)
 
     def _was_received(self, line: Line) -> bool:
-        name = mlflow_name(list(_metric_values(line))[-1])
+        values = [*_metric_values(line)]
+        if not values:
+            return True
+        name = mlflow_name(values[-1])
         return any(metric.step == line["step"] for metric in self.client.get_metric_history(self.id, name))
 
     def send_system(self) -> None:
-        """Send system metrics of the nodes; the step is the sample's number, so a sample sent twice is one point."""
+        """Send system metrics of the nodes, if all is sent; the step is its number, so that it is sent once."""
         from mlflow.entities import Metric
 
-        for path in sorted(self.folder.glob("system*.jsonl")):
+        for path in sorted(self.folder.glob("system*.jsonl")) if self.sends_all else ():
             sent = self.state.get("samples", {})
             number, end = sent.get(path.name, (0, 0))
             prefix = "/".join(filter(None, ("system", path.stem.removeprefix("system").lstrip("_"))))
@@ -324,7 +360,7 @@ class MlflowRun:
 
     def send_files(self) -> None:
         """Send the files that MLflow shows with the run."""
-        for name in ARTIFACTS:
+        for name in (*ARTIFACTS, *(ALL_ARTIFACTS if self.sends_all else ())):
             path = self.folder / name
             if path.is_dir():
                 self.client.log_artifacts(self.id, str(path), name)

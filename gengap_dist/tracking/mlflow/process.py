@@ -30,14 +30,13 @@ from gengap_dist.runs.run_folder import read_info, read_study_info
 from gengap_dist.runs.schema import REMEDY, first_error
 from gengap_dist.runs.upload_state import read_upload_state
 from gengap_dist.tracking.mlflow.client import describe, import_client, store_key, store_uri, store_variables
-from gengap_dist.tracking.mlflow.mlflow_run import UploadProgress
-from gengap_dist.tracking.mlflow.uploader import MlflowUploader, comparison_path
+from gengap_dist.tracking.mlflow.mlflow_run import Metrics, UploadProgress
+from gengap_dist.tracking.mlflow.uploader import MlflowUploader
 
 POLL_SECONDS = 1.0
 START_POLL_SECONDS = 0.1  # until the run has begun: to connect to the store takes as long as a short run
 REST_FACTOR = 20  # pause in multiples of the last upload's time, which is that of new lines and of every run.json
 MAX_WAIT_SECONDS = 60.0  # between attempts to reach a server that fails
-DEFAULT_UI = "http://127.0.0.1:5000/"  # of `mlflow ui`, for a store without a server
 LOCK_TIMEOUT_SECONDS = 5.0  # for an uploader process that has reported its end to exit
 DONE = b"done"
 REASON_CHARACTERS = 300  # of an error
@@ -57,19 +56,13 @@ class UploaderProcess:
         self.uri = without_logins(uri)
         with (folder / "mlflow.log").open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(folder), config.experiment],
+                [sys.executable, "-m", __name__, str(folder), config.experiment, config.metrics],
                 env=os.environ | safe_path_variables() | store_variables(uri),  # everybody can read a command line
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,  # only for DONE, or why it did not send everything
                 stderr=log,
                 start_new_session=True,  # Ctrl-C ends the command, which then ends this process
             )
-
-    def comparison_url(self) -> str:
-        """URL of the comparison of a study's arms in the UI; empty if there are no arms yet."""
-        path = comparison_path(self.folder)
-        server = f"{self.uri.rstrip('/')}/" if self.uri.startswith("http") else DEFAULT_UI
-        return server + path if path else ""
 
     def finish(self) -> str | None:
         """Wait for the upload of the rest; None if all was sent, else one sentence with the reason and the remedy."""
@@ -96,7 +89,9 @@ class UploaderProcess:
         )
 
 
-def upload_until_closed(folder: Path, uri: str, experiment: str, pause: Callable[[float], bool]) -> None:
+def upload_until_closed(
+    folder: Path, uri: str, experiment: str, pause: Callable[[float], bool], metrics: Metrics = "all"
+) -> None:
     """Upload until `pause(seconds)` returns True (the command has ended), then once more to the end.
 
     MLflow is imported while the command prepares its first step.
@@ -114,7 +109,7 @@ def upload_until_closed(folder: Path, uri: str, experiment: str, pause: Callable
     imports.join()
     while True:
         try:
-            uploader = uploader or MlflowUploader(folder, uri, experiment)
+            uploader = uploader or MlflowUploader(folder, uri, experiment, metrics)
             start = time.monotonic()
             uploader.sync(closing=over)
             wait = min(MAX_WAIT_SECONDS, max(POLL_SECONDS, REST_FACTOR * (time.monotonic() - start)))
@@ -171,7 +166,7 @@ def _stdin_closes_within(seconds: float) -> bool:
 def main() -> None:
     """The main function of the process."""
     parser = argparse.ArgumentParser(description="Upload a run or study folder to MLflow until standard input closes.")
-    for name in ("folder", "experiment"):
+    for name in ("folder", "experiment", "metrics"):
         parser.add_argument(name)
     arguments = parser.parse_args()
     if os.fork():  # the command's child ends here, see UploaderProcess
@@ -182,7 +177,8 @@ def main() -> None:
         fcntl.flock(sys.stderr.fileno(), fcntl.LOCK_EX)  # mlflow.log: the uploader of a killed command may still send
     os.nice(10)  # training comes first
     try:
-        upload_until_closed(Path(arguments.folder), store_uri(None), arguments.experiment, _stdin_closes_within)
+        folder, uri = Path(arguments.folder), store_uri(None)
+        upload_until_closed(folder, uri, arguments.experiment, _stdin_closes_within, arguments.metrics)
         os.write(report, DONE)
     except Exception as error:
         print(_describe(error), flush=True)
@@ -190,8 +186,14 @@ def main() -> None:
     os._exit(0)  # also during an import
 
 
-def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
-    """Send everything in a folder that its MLflow store does not have yet; returns the store's address.
+def sync_now(folder: Path, uri: str | None, progress: UploadProgress, metrics: Metrics | None = None) -> str:
+    """Send what its MLflow store does not have yet of a folder; returns the store's address.
+
+    Args:
+        folder: of a run or study.
+        uri: the store; None: see `store_uri`.
+        progress: called while it sends.
+        metrics: what to send; None: as configured in the folder.
 
     Raises:
         UsageError: if the folder is not a run or study, is being uploaded, the store does not receive everything, or
@@ -218,7 +220,7 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress) -> str:
         if not _acquire_lock(log, time.monotonic() + LOCK_TIMEOUT_SECONDS):
             raise UsageError(f"{folder} is being sent to MLflow by another process: wait until it has ended")
         try:
-            uploader = MlflowUploader(folder, target, config.experiment)
+            uploader = MlflowUploader(folder, target, config.experiment, metrics or config.metrics)
         except Exception as error:
             raise UsageError(
                 f"MLflow at {address} cannot be reached ({_reason(error)}): check the address, or start the server"

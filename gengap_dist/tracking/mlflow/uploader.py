@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from gengap_dist.config.identity import treatment
 from gengap_dist.config.loading import flat
@@ -20,13 +20,34 @@ from gengap_dist.runs.run_folder import read_info, read_study_info
 from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo, to_time
 from gengap_dist.runs.upload_state import read_upload_state
 from gengap_dist.tracking.mlflow.client import connect_experiment, describe, is_outage
-from gengap_dist.tracking.mlflow.mlflow_run import Described, MlflowRun, Tags, UploadProgress, millis
+from gengap_dist.tracking.mlflow.essential import essential
+from gengap_dist.tracking.mlflow.mlflow_run import Described, Metrics, MlflowRun, Tags, UploadProgress, millis
 from gengap_dist.tracking.mlflow.names import mlflow_name
 
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5a5a5a", "#8c510a")  # Okabe & Ito
+SHARED_VIEW = "mlflow.sharedViewState."  # tag of an experiment: a state of its page, which a link names
 WORST_FIRST = (RunStatus.RUNNING, RunStatus.KILLED, RunStatus.PREEMPTED, RunStatus.FAILED, RunStatus.DIVERGED)
 
 Runs = Mapping[Path, RunInfo]
 """Folder to run.json."""
+
+
+def ui_paths(folder: Path) -> dict[str, str]:
+    """Paths in the UI, after its address: of the run, or of a study's table of arms and of their comparison."""
+    state = read_upload_state(folder)
+    if "run_id" not in state:
+        return {}
+    runs = f"#/experiments/{state['experiment_id']}/runs"
+    if not (folder / "study.json").exists():
+        return {"run": f"{runs}/{state['run_id']}"}
+    wanted = {"viewStateShareKey": state["view"]} if "view" in state else {"searchFilter": _arms_of(state["run_id"])}
+    paths = {"runs": f"{runs}?{urlencode(wanted, quote_via=quote)}", "compare": comparison_path(folder)}
+    return {name: path for name, path in paths.items() if path}
+
+
+def _arms_of(study_run_id: str) -> str:
+    """A search for the arms of a study."""
+    return f"tags.study_run_id = '{study_run_id}' and tags.level = 'arm'"
 
 
 def comparison_path(folder: Path) -> str:
@@ -42,13 +63,20 @@ def comparison_path(folder: Path) -> str:
 class MlflowUploader:
     """Uploads one folder, of a run or of a study."""
 
-    def __init__(self, folder: Path, uri: str, experiment: str) -> None:
+    def __init__(self, folder: Path, uri: str, experiment: str, metrics: Metrics = "all") -> None:
         """Connect, and create the experiment if it does not exist.
+
+        Args:
+            folder: of the run or study.
+            uri: address of the store.
+            experiment: its name.
+            metrics: see `MlflowRun`.
 
         Raises:
             Exception: any error of the MLflow client.
         """
         self.folder, self.uri = folder, uri
+        self.metrics: Metrics = metrics
         self.client, self.experiment = connect_experiment(uri, experiment)
         self._left_out: set[str] = set()
         self._keys: dict[str, str] = {}
@@ -88,7 +116,7 @@ class MlflowUploader:
             print(f"{name} is left out: {describe(error)[:300]}", flush=True)
 
     def _run_of(self, folder: Path) -> MlflowRun:
-        return MlflowRun(self.client, self.uri, self.experiment, folder, self._leave_out, self._keys)
+        return MlflowRun(self.client, self.uri, self.experiment, folder, self._leave_out, self._keys, self.metrics)
 
     def _sync_run(self, folder: Path, info: RunInfo, tags: Tags, closing: bool, progress: UploadProgress) -> None:
         run, described = self._run_of(folder), Described.of(info)
@@ -124,7 +152,7 @@ class MlflowUploader:
 
         arms = {arm: read_runs(self.folder / "runs" / arm, study.seeds, damaged) for arm in study.arms}
         reference = next((flat(info.config) for info in arms.get(study.baseline, {}).values()), None)
-        for arm, runs in arms.items():
+        for number, (arm, runs) in enumerate(arms.items()):
             if not runs:
                 continue
             first = next(iter(runs.values()))
@@ -132,6 +160,7 @@ class MlflowUploader:
                 "arm": arm,
                 "role": "baseline" if arm == study.baseline else "arm",
                 "batch.global_size": first.global_size,
+                "mlflow.runColor": COLOURS[number % len(COLOURS)],  # the UI's own may be equal
                 "treatment": treatment(flat(first.config), reference) if reference else None,
             }
             with self._postponing_errors():
@@ -143,10 +172,30 @@ class MlflowUploader:
         parent.set_tags({"mlflow.note.content": _study_note(study, comparison_path(self.folder))})
         if closing:
             _send_headline(parent, study)
+            with self._postponing_errors():
+                self._share_view(parent, study)
             parent.terminate(described)
             with self._postponing_errors(of_files=True):
                 parent.send_files()
             parent.mark_closed(described)
+
+    def _share_view(self, parent: MlflowRun, study: StudyInfo) -> None:
+        """Keep in the experiment which runs and columns `ui_paths` shows: the arms, with what matters first."""
+        folder = self.folder / "runs" / study.baseline
+        *_, last = read_means(folder) if read_sources(folder) else ({},)
+        ranks = [name for name in essential(last) if name.startswith("near_rank_loss/")]
+        results = [
+            name for name in last if name.startswith("test/") and name.endswith(("/mean", "/ci_low", "/ci_high"))
+        ]
+        results.sort(key=lambda name: name.startswith("test/loss/"))
+        metrics = [*results[:3], "sb_lb_gap/mean", *sorted(ranks)[-1:], "train_full/loss/mean", "train/loss/mean"]
+        tags = [f"tags.`{name}`" for name in ("batch.global_size", "runs", "treatment")]
+        columns = [tags[0], *(f"metrics.`{mlflow_name(name)}`" for name in metrics), *tags[1:]]
+        order = {"orderByKey": "metrics.`sb_lb_gap/mean`", "orderByAsc": False}  # by time, arms would be folded
+        view = {"searchFilter": _arms_of(parent.id), **order, "selectedColumns": columns}
+        if parent.state.get("shared") != view:
+            self.client.set_experiment_tag(self.experiment, f"{SHARED_VIEW}{parent.id}", json.dumps(view))
+            parent.save(view=parent.id, shared=view)
 
     def _sync_arm(self, runs: Runs, study: StudyInfo, tags: Tags, closing: bool) -> str:
         """Send the means over an arm's seeds, if the study has written them; returns the id of the arm's MLflow run.
@@ -200,7 +249,8 @@ def _send_headline(parent: MlflowRun, study: StudyInfo) -> None:
     """Send the study's own metrics; MLflow shows the last value sent."""
     from mlflow.entities import Metric
 
-    metrics = {mlflow_name(name): value for name, value in study.metrics.items()}
+    is_sent = (lambda name: True) if parent.sends_all else re.compile("sb_lb_gap/.+/mean").fullmatch
+    metrics = {mlflow_name(name): value for name, value in study.metrics.items() if is_sent(name)}
     before, timestamp = parent.state.get("metrics", {}), millis(study.ended) if study.ended else 0
     parent.send_points([Metric(k, v, timestamp, 0) for k, v in metrics.items() if before.get(k) != v])
     parent.save(metrics=metrics)

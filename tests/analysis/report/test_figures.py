@@ -3,19 +3,24 @@
 import csv
 import math
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.axis import Tick
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from gengap_dist.analysis.report import figures, plotting, probe_figures
-from gengap_dist.analysis.report.figure_list import STUDY_FIGURES
+from gengap_dist.analysis.report.figure_list import RUN_FIGURES, STUDY_FIGURES
 from gengap_dist.analysis.report.plotting import ReportFigure
 from gengap_dist.analysis.results import Comparison, Correlation, Target
 from gengap_dist.analysis.study_data import StudyData, read_study
 from gengap_dist.runs.metric import ACCURACY
+from tests.analysis.report import folders
 from tests.analysis.report.folders import ARMS, accuracy, write_study
 
-NOTHING = Comparison(ACCURACY, "sb8", "", {}, {}, [], None, [], [])
+NOTHING = Comparison(ACCURACY, "sb8", "", {}, {}, [], None, [], [], margin=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,7 @@ def mean_accuracy(number: int, seeds=range(3)) -> float:
 
 
 def test_arms_of_one_batch_stand_side_by_side(study):
-    picture = drawn(figures.test_values(study))
+    picture = drawn(figures.test_values(study, NOTHING))
     found = means(picture.figure)
     assert [y for _, y in found] == [
         pytest.approx(100 * mean_accuracy(number, range(2 if number == 3 else 3))) for number in range(4)
@@ -78,16 +83,75 @@ def test_gaps_are_in_the_study_s_order_and_lost_runs_counted(study):
     assert f"lb64 {expected[0]:+.2f}" in picture.alt_text
 
 
-def test_more_than_three_arms_of_one_batch_have_rows(tmp_path):
-    found = read_study(write_study(tmp_path, {"sb8": {}} | {f"lb{n}": {"batch__global_size": 64} for n in range(4)}, 2))
-    assert plotting.in_rows(found)
-    picture = drawn(figures.test_values(found))
-    assert [row for _, row in means(picture.figure)] == [0, 1, 2, 3, 4]
-    assert [label.get_text() for label in picture.figure.axes[0].get_yticklabels()] == found.arms
-    assert STUDY_FIGURES["test_values"].draw(found, found.comparison) is None  # the gaps say the same
-    assert STUDY_FIGURES["test_values"].draw(found, NOTHING) is not None
-    panels = drawn(probe_figures.by_layer(found, "near_rank_loss/rel_1e-2")).figure
-    assert means(panels) == 2 * [((1 + number) / 8, number) for number in range(5)]
+def test_of_many_arms_the_extremes_are_named_and_the_others_under_the_pointer(tmp_path):
+    found = read_study(write_study(tmp_path, {"sb8": {}} | {f"lb{n}": {"batch__global_size": 64} for n in range(7)}, 2))
+    picture = drawn(figures.test_values(found, NOTHING))
+    (axes,) = picture.figure.axes
+    assert {text.get_text() for text in axes.texts} == {"sb8", "lb0", "lb5", "lb6"}
+    lines = [line for line in axes.lines if line.get_marker() == "D"]
+    assert len({line.get_color() for line in lines}) == 2
+    x = [x for x, _ in means(picture.figure)][1:]
+    assert x == sorted({*x})
+    assert 45 < x[0] < 64 < x[-1] < 90
+    with matplotlib.rc_context(plotting.STYLE):
+        inline, _ = plotting.save(picture, tmp_path, "x", pdf=False)
+    assert f"<title>lb3, batch 64: {100 * mean_accuracy(4, range(2)):.4g} [" in inline
+
+
+def test_intervals_end_where_values_do_and_the_band_is_the_tolerance(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "accuracy", lambda number, seed: 1.0 - 0.02 * seed)
+    found = read_study(write_study(tmp_path, {"sb8": {}}, 3))
+    picture = drawn(figures.test_values(found, NOTHING))
+    (row,) = [row for row in picture.rows if row["kind"] == "mean"]
+    assert row["ci_high"] == 1.0
+    assert row["ci_low"] < 0.95
+    (band,) = picture.figure.axes[0].patches
+    assert band.get_extents().transformed(picture.figure.axes[0].transData.inverted()).bounds[1::2] == (
+        pytest.approx(97.0), pytest.approx(1.0),
+    )  # fmt: skip
+    assert "tolerance: 1.00 points" in [text.get_text() for text in picture.figure.legends[0].get_texts()]
+
+
+def test_near_rank_loss_is_against_the_untrained_network(study):
+    assert [change for _, change in means(drawn(figures.near_rank_by_batch(study, NOTHING)).figure)] == [
+        pytest.approx(100 * number / 8) for number in range(4)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["study", "run"])
+def test_panels_have_titles_of_their_own_and_no_text_is_cut(study, kind):
+    shown = study if kind == "study" else read_study(study.runs[0].folder)
+    for name, (_, draw) in (STUDY_FIGURES if kind == "study" else RUN_FIGURES).items():
+        with matplotlib.rc_context(plotting.STYLE):
+            if (picture := draw(shown, study.comparison)) is None:
+                continue
+            figure = picture.figure
+            FigureCanvasAgg(figure).draw()
+            titles = [title for axes in figure.axes if (title := axes.get_title(loc="left"))]
+            assert len(titles) == len({*titles}), name
+            assert picture.caption.endswith("."), name
+            assert all(not axes.get_legend() for axes in figure.axes), name  # it would hide what is drawn
+            edge = figure.bbox.padded(2)
+            ticks = figure.findobj(Tick)
+            of_ticks = {label for tick in ticks for label in (tick.label1, tick.label2)}  # also out of sight
+            for text in figure.findobj(Text):
+                if text.get_visible() and text.get_text() and text not in of_ticks:
+                    box = text.get_window_extent()
+                    assert edge.count_contains([box.min, box.max]) == 2, (name, text.get_text())
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.2, 1.9), (3.0, 8.0), (0.04, 0.3), (700.0, 2600.0), (1.0, 5000.0)])
+def test_logarithmic_axes_have_numbers(low, high):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    plotting.plain_tick_labels(axes.yaxis)
+    plotting.number_short_axis(axes.yaxis)
+    FigureCanvasAgg(figure).draw()
+    ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+    shown = [tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()]
+    assert len(shown) >= 2, shown
 
 
 def test_near_rank_change_is_trained_minus_untrained(study):
@@ -116,13 +180,13 @@ def test_ridges_peak_where_the_singular_values_are(study):
 
 def test_the_curve_to_the_target_is_the_fitted_one(study):
     reached = {"sb8": {0: 300, 1: 310}, "lb64": {0: 90}, "lb256": {0: 40}}
-    target = Target("80.0% validation accuracy", reached, {"lb256": 1}, 25.0, 88.0, (60.0, 120.0), 51.0)
+    target = Target("80.0% validation accuracy", reached, {"lb256": 1}, 25.0, 1049.7, (600.0, 1200.0), 51.0)
     picture = drawn(figures.updates_to_target(study, NOTHING._replace(target=target)))
     fit = [row for row in picture.rows if row["kind"] == "fit"]
-    assert all(row["updates_to_target"] == pytest.approx(25 * (1 + 88 / row["global_size"])) for row in fit)
+    assert all(row["updates_to_target"] == pytest.approx(25 * (1 + 1049.7 / row["global_size"])) for row in fit)
     axes = picture.figure.axes[0]
-    labels = [text.get_text() for text in picture.figure.axes[0].get_legend().get_texts()]
-    assert "critical batch 88" in labels
+    labels = [text.get_text() for text in picture.figure.legends[0].get_texts()]
+    assert "critical batch 1,050, outside the figure" in labels
     assert "noise scale 51" in labels
     dashed = next(line for line in axes.lines if line.get_label() == "perfect scaling")
     assert np.asarray(dashed.get_xdata()) * np.asarray(dashed.get_ydata()) == pytest.approx(8 * 305)
@@ -131,23 +195,31 @@ def test_the_curve_to_the_target_is_the_fitted_one(study):
     assert figures.updates_to_target(study, NOTHING) is None
 
 
-def test_explanations_stand_strongest_first(study):
-    weak = Correlation("nc1", 0.2, (-0.5, 0.7), None, None, None, 0.5, 1.0, 11, 4)
-    strong = Correlation("near_rank_loss/fc2/rel_1e-2", -0.9, None, (-1.0, -0.8), 0.3, (-0.4, 0.8), 0.01, 0.02, 11, 4)
-    said = NOTHING._replace(correlations=[weak, strong])
+def correlation(measure: str, r: float, without: tuple[float, float] | None, num_arms: int = 8) -> Correlation:
+    interval = (r - 0.1, r + 0.1) if num_arms > 6 else None
+    return Correlation(measure, r, interval, without, 0.3, (-0.4, 0.8), 0.01, 0.02, 11, num_arms)
+
+
+def test_explanations_stand_strongest_first_and_none_hangs_on_one_arm(study):
+    weak, strong = correlation("nc1", 0.2, (0.15, 0.3)), correlation("near_rank_loss/fc2/rel_1e-2", -0.9, (-0.95, -0.8))
+    one_arm = correlation("noise_scale", 1.0, None)
+    said = NOTHING._replace(correlations=[one_arm, weak, strong])
     picture = drawn(figures.explanations(study, said))
-    assert [row["measure"] for row in picture.rows] == [strong.measure, weak.measure]
-    assert [line.get_xdata()[0] for line in picture.figure.axes[0].lines if line.get_marker() == "o"] == [-0.9, 0.2]
+    assert [row["measure"] for row in picture.rows] == [strong.measure, weak.measure, one_arm.measure]
+    assert [line.get_xdata()[0] for line in picture.figure.axes[0].lines if line.get_marker() == "o"] == [-0.9, 0.2, 0]
+    assert "noise_scale" not in picture.alt_text
+    assert "single arm" in picture.caption
     scatter = drawn(figures.gap_against_explanations(study, said))
     mine = [row for row in scatter.rows if row["measure"] == strong.measure]
     assert {row["arm"]: row["value"] for row in mine} == {arm: (1 + n) / 8 for n, arm in enumerate(ARMS)}
     base = {row["seed"]: row["sb_lb_gap"] for row in mine if row["arm"] == "sb8"}
     assert base == {0: 0.0, 1: 0.0, 2: 0.0}
+    few = NOTHING._replace(correlations=[correlation(strong.measure, 1.0, (1.0, 1.0), 4)])
+    assert figures.explanations(study, few) is None
+    assert "no correlation is computed of 4 arms" in drawn(figures.gap_against_explanations(study, few)).caption
 
 
 def test_files_are_the_same_each_time_and_csv_holds_the_rows(study, tmp_path):
-    import matplotlib
-
     texts = []
     for again in range(2):
         with matplotlib.rc_context(plotting.STYLE):

@@ -21,8 +21,8 @@ from tests.conftest import thinned
 
 pytestmark = pytest.mark.processes
 
-ALL = ["gap", "test_values", "updates_to_target", "explanations", "gap_against_explanations", "near_rank_change",
-       "near_rank_loss_rel", "effective_rank", "spectra", "curves"]  # fmt: skip
+ALL = ["test_values", "near_rank_by_batch", "gap", "updates_to_target", "curves", "near_rank_change",
+       "near_rank_loss_rel", "effective_rank", "spectra", "gap_against_explanations"]  # fmt: skip
 SPACE = {"study": {"tune": {"trials": 2, "space": {"optim.lr": {"low": 0.1, "high": 0.4}}}}}
 
 
@@ -41,6 +41,7 @@ def shown(report: Path) -> Iterator[Any]:
     """The page in a browser that is cut off from every network."""
     with page(offline=True, viewport={"width": 1280, "height": 900}, color_scheme="light", accept_downloads=True) as p:
         p.goto(report.as_uri())
+        p.evaluate("document.querySelectorAll('section > details').forEach(one => { one.open = true; })")
         yield p
         assert p.complaints == []
 
@@ -68,7 +69,8 @@ def test_every_picture_is_drawn(shown):
 @NEEDS_CHROMIUM
 def test_the_answer_comes_first(shown):
     heads = shown.locator("h2").all_inner_texts()
-    assert heads[:4] == ["Claims of the paper", "Limits of this comparison", "Arms", "Figures"]
+    assert heads[:5] == ["Main figures", "Claims of the paper", "Limits of this comparison", "Arms", "Figures"]
+    assert shown.locator("figure").first.get_attribute("id") == "test_values"
     assert shown.locator(".lead").first.inner_text() == "What does a larger batch cost?"
     assert shown.locator("h1").inner_text() == "toy <study>"
     outcomes = shown.locator(".outcome").all_inner_texts()
@@ -101,6 +103,7 @@ def test_tables_sort_by_keyboard_and_by_mouse(shown):
     head = shown.locator("#arm-table thead th").nth(at)
     assert head.get_attribute("aria-sort") == "descending"
     assert column(shown, "arm-table", 0) == ["lb256", "lb64-sqrt", "lb64", "sb8"]
+    assert head.get_attribute("title").startswith("Result of the baseline minus that of the arm")
     shown.locator("#arm-table thead button").nth(heads.index("batch")).click()
     assert column(shown, "arm-table", heads.index("batch")) == ["8", "64", "64", "256"]  # by value, not by letters
     assert column(shown, "arm-table", 0) == ["sb8", "lb64-sqrt", "lb64", "lb256"]  # stable: equal ones stay
@@ -191,18 +194,46 @@ def test_the_theme_follows_the_system_until_it_is_chosen(shown):
 
 
 @NEEDS_CHROMIUM
-def test_a_phone_scrolls_down_only(shown):
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_cut_at_the_side(shown, width):
+    """Neither the page nor a table, also not the data of a figure, which are made a table when they are asked for."""
+    shown.set_viewport_size({"width": width, "height": 844})
+    shown.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    shown.locator("#gap details table").wait_for()
+    assert shown.locator("#gap details tbody tr").count() == 11
+    assert shown.evaluate("document.documentElement.scrollWidth") == width
+    wide = """[...document.querySelectorAll(".scroll, .plate, pre")]
+        .filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.outerHTML.slice(0, 120))"""
+    assert shown.evaluate(wide) == []
+    shown.evaluate("document.querySelectorAll('details.data').forEach(one => { one.open = false; })")
+
+
+@NEEDS_CHROMIUM
+def test_a_link_opens_what_is_folded(shown):
+    shown.set_viewport_size({"width": 1280, "height": 900})
+    shown.evaluate("document.querySelectorAll('section > details').forEach(one => { one.open = false; })")
+    shown.locator("nav a[href='#runs']").click()
+    assert shown.locator("#run-table").is_visible()
+    term = shown.locator("#answer a.term").first
+    assert term.get_attribute("title")
+    term.click()
+    assert shown.locator("#glossary dl").is_visible()
+    shown.evaluate("document.querySelectorAll('section > details').forEach(one => { one.open = true; })")
+
+
+@NEEDS_CHROMIUM
+def test_a_phone_shows_the_whole_page(shown):
     shown.set_viewport_size({"width": 390, "height": 844})
-    assert shown.evaluate("document.documentElement.scrollWidth") == 390
     shown.screenshot(path=pictures() / "report-phone.png", full_page=True)
 
 
 @NEEDS_CHROMIUM
 def test_on_paper_everything_is_open(shown):
+    number_open = shown.locator("details[open]").count()
     shown.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert shown.locator("details:not([open])").count() == 0
+    assert shown.locator("details:not([open]):not(.data)").count() == 0
     shown.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert shown.locator("details[open]").count() == 0
+    assert shown.locator("details[open]").count() == number_open
 
 
 def rgb(colour: str) -> str:

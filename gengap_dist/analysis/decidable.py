@@ -107,7 +107,7 @@ def _explanation(study: JudgedStudy) -> str:
 
 
 def _scaling(study: JudgedStudy) -> str:
-    find = unscaled_counterpart(study.arms.values())
+    find = unscaled_counterpart(study.arms.values(), study.base)
     if any(find(arm) for arm in study.roles.scaled):
         return ""
     return "an arm with a larger batch and optim.scaling, beside the same arm without"

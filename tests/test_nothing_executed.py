@@ -73,7 +73,7 @@ def ended(capsys: pytest.CaptureFixture[str], prog: str, command: Callable[..., 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_code_that_a_folder_names_needs_the_word_of_the_user(run, capsys, monkeypatch, setting):
     name_code(run, setting, **{"mlflow.log_model": True})
-    monkeypatch.setattr(process, "sync_now", lambda folder, uri, progress: "sqlite:///x.db")
+    monkeypatch.setattr(process, "sync_now", lambda folder, uri, progress, metrics: "sqlite:///x.db")
     monkeypatch.setattr(html, "draw_figures", lambda *args, **kwargs: [])
     if setting == "model.name":
         for words in (["run"], ["slim", "run", "slim"], ["sync", "run"]):

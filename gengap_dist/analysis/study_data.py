@@ -29,7 +29,7 @@ from gengap_dist.runs.run_folder import (
     read_test_correct,
     spectra_by_step,
 )
-from gengap_dist.runs.schema import REMEDY, RunStatus
+from gengap_dist.runs.schema import REMEDY, RunStatus, section
 from gengap_dist.statistics.paired import Paired
 
 PENALTY_NORM = "train/rank_penalty_grad_norm"
@@ -125,7 +125,7 @@ class RunData:
     @property
     def max_time_fraction(self) -> float:
         """`probe.max_time_fraction`; nan if it is not known."""
-        fraction = _section(self.info, "probe").get("max_time_fraction")
+        fraction = section(self.info.get("config"), "probe").get("max_time_fraction")
         return math.nan if fraction is None else fraction
 
     def in_arm(self, arm: str) -> "RunData":
@@ -349,12 +349,12 @@ class StudyData:
     @property
     def tolerance(self) -> float | None:
         """`study.tolerance`."""
-        return _section(self.info, "study").get("tolerance")
+        return section(self.info.get("config"), "study").get("tolerance")
 
     @property
     def declared(self) -> Mapping[str, Any]:
         """`looks` and `may_extend` as they were when the study was first judged; else as they are set now."""
-        return self.info.get("declared") or _section(self.info, "study")
+        return self.info.get("declared") or section(self.info.get("config"), "study")
 
     @property
     def registration(self) -> str:
@@ -400,7 +400,7 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         own_batch=_explanations(last, OWN_BATCH),
         own_batch_untrained=_explanations(first, OWN_BATCH),
         num_probe_samples=info.get("num_probe_samples"),
-        target=_target(_section(info, "train")),
+        target=_target(section(info.get("config"), "train")),
         updates_to_target=result.get("updates_to_target"),
         train_score=None if train_value is None else metric.score(float(train_value)),
         train_loss=None if trained is None else float(trained),
@@ -493,12 +493,6 @@ def _curve(run: RunData) -> Curve | None:
 def tuned_settings(study: Mapping[str, Any]) -> frozenset[str]:
     """Names of the settings tuned by a study."""
     return frozenset(name for search in (study.get("tuned") or {}).values() for name in search.get("best") or {})
-
-
-def _section(info: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A section of the settings of a run or study; empty for those of another program."""
-    section = (info.get("config") or {}).get(name)
-    return section if isinstance(section, Mapping) else {}
 
 
 def _explanations(line: Mapping[str, float], probe_set: str = "") -> dict[str, float]:

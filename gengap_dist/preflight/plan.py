@@ -142,11 +142,13 @@ def make_plan(config: RunConfig, cluster: Cluster, constants: Constants) -> Plan
     def collect_refusal(check: Callable[[], T]) -> T | None:
         try:
             return check()
-        except UsageError as error:
-            refused.append(str(error))
-        except (RuntimeError, MemoryError, OverflowError) as error:
-            if not is_out_of_memory(error) and "verflow" not in str(error):
-                raise
+        except (UsageError, RuntimeError, MemoryError, OverflowError) as error:
+            cause = error.__cause__ or error  # of a user's own factory
+            if not is_out_of_memory(cause) and "verflow" not in str(cause):
+                if not isinstance(error, UsageError):
+                    raise
+                refused.append(str(error))
+                return None
             refused.append(
                 f"model.name ({config.model.name}) needs more memory than this machine has: choose "
                 "smaller model.widths, a smaller data.image_size, or plan it on a larger machine"

@@ -54,6 +54,16 @@ def to_time(text: str) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
+def section(settings: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    """A section of the settings of a run or study; empty where it is missing, or that of another program.
+
+    >>> section({"study": ["a"], "train": {"steps": 2}}, "study"), section({"train": {"steps": 2}}, "train")
+    ({}, {'steps': 2})
+    """
+    found = (settings or {}).get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
 def _check_time(text: str) -> str:
     if to_time(text).year not in YEARS:
         raise ValueError(f"the year must be from {YEARS.start} to {YEARS.stop - 1}")

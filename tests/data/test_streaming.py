@@ -248,7 +248,7 @@ def test_a_damaged_picture_ends_a_run_of_two_ranks_with_one_sentence(own, gengap
 
 
 def test_only_image_folders_stay_on_disk():
-    with pytest.raises(ValueError, match=r"data.streaming \(true\) reads image folders only, and digits is loaded"):
+    with pytest.raises(ValueError, match=r"data.streaming \(true\) reads image folders and your own data sets only"):
         DataConfig(streaming=True)
 
 

@@ -124,6 +124,9 @@ def test_the_plan_of_a_study_says_when_it_would_end(tmp_path, monkeypatch, capsy
     assert "schedule of the runs" in capsys.readouterr().out
 
 
+CHECKPOINTS = "runs/*/*/checkpoints/*"
+
+
 def started(study, out):
     command = tiny.command(study, out, "--study.concurrent", 2, "--launch.num_processes", 1, "--train.epochs", 12)
     return subprocess.Popen(
@@ -160,7 +163,8 @@ def test_a_kill_at_any_moment_loses_nothing(studies, undisturbed, tmp_path, who)
         out.parent.mkdir()
         process = started(studies[0], out)
         if not FULL:
-            until(lambda: len(running(out)) == 2 and any(out.glob("runs/*/*/checkpoints/*")))  # noqa: B023
+            until(lambda: process.poll() is not None or (len(running(out)) == 2 and any(out.glob(CHECKPOINTS))))  # noqa: B023
+            assert process.poll() is None, ended(process)
         else:
             time.sleep(random.Random(f"{who}{number}").uniform(2, 12))
         processes = [

@@ -73,7 +73,7 @@ def test_table_and_report_say_the_same(done):
     assert "Does &lt;b&gt;it&lt;/b&gt; work?" in page
     assert "wild: 2 diverged" in page
     names = re.findall(r'<figure id="(\w+)">', page)
-    assert names[0] == "gap"
+    assert names[0] == "test_values"
     assert {"test_values", "near_rank_change", "near_rank_loss_rel", "effective_rank", "spectra", "curves"} <= {*names}
     figures = {path.name for path in (folder / "out" / "figures").iterdir()}
     assert figures == {f"{name}.{kind}" for name in names for kind in ("svg", "csv")}

@@ -30,6 +30,7 @@ from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.config import yaml_core
 from gengap_dist.errors import visible
 from gengap_dist.runs.run_folder import write_atomically
+from gengap_dist.runs.schema import section
 
 MAX_OPEN_ROWS = 20  # of the table of arms; a longer one is folded
 MAX_ARMS = 40  # in figures, besides the baseline
@@ -84,7 +85,7 @@ def write_page(study: StudyData, figures: Sequence[RenderedFigure], *, pdf: bool
         figures=[figure for figure in figures if figure.name not in KEY_FIGURES],
         pdf=pdf,
         tuned=tuning_tables(study.info.get("tuned") or {}) + matching_tables(study.info.get("matched") or {}),
-        space=_yaml((config.get("study") or {}).get("tune")),
+        space=_yaml(section(config, "study").get("tune")),
         facts=_facts(study),
         command=shlex.join(_without_interpreter_path(study.info.get("command") or [])),
         config=_yaml(config),

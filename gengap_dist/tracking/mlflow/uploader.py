@@ -17,7 +17,7 @@ from gengap_dist.config.loading import flat
 from gengap_dist.errors import UsageError, visible
 from gengap_dist.runs.arm_means import have_ended, read_means, read_runs, read_sources
 from gengap_dist.runs.run_folder import read_info, read_study_info
-from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo, to_time
+from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo, section, to_time
 from gengap_dist.runs.upload_state import read_upload_state
 from gengap_dist.tracking.mlflow.client import connect_experiment, describe, is_outage
 from gengap_dist.tracking.mlflow.essential import essential
@@ -139,7 +139,7 @@ class MlflowUploader:
 
     def _sync_study(self, study: StudyInfo, closing: bool, progress: UploadProgress) -> None:
         parent, described = self._run_of(self.folder), Described.of(study)
-        tune = (study.config.get("study") or {}).get("tune") or {}
+        tune = section(study.config, "study").get("tune") or {}
         shared: Tags = {"study": study.name, "tuned": ",".join(tune.get("space", ())) or None}
         # with the time, because names of studies need not be unique
         name = f"{study.name} {to_time(described.started):%Y-%m-%d %H:%M:%S}"

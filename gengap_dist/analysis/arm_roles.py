@@ -194,7 +194,12 @@ class ScaledAmounts(NamedTuple):
 def scaled_amounts(arm: Arm) -> ScaledAmounts:
     """What the rules of `config.batch_rules` amount to at the arm's batch; that of eps goes with the learning rate."""
     settings = effective_settings(arm.settings)
-    beta1, beta2 = settings.get("optim.betas") or DEFAULT_BETAS  # pyright: ignore
+    beta1, beta2 = DEFAULT_BETAS
+    match settings.get("optim.betas"):  # those of a run of another program may be anything
+        case [int() | float() as beta1, int() | float() as beta2]:
+            pass
+        case _:
+            pass
     lr, adamw_lr, decay = (_number(settings.get(f"optim.{name}")) for name in ("lr", "adamw_lr", "weight_decay"))
     return ScaledAmounts(lr, adamw_lr, decay, 1 - beta2, 1 - beta1)
 

@@ -275,8 +275,9 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
         for which, (spectrum, style) in drawn.items():
             _line(panel, *spectrum, **style)
             data += [{"layer": key.format(), "which": which} | point for point in _thinned(*spectrum)]
-        panel.axhline(facts["floor"], color=QUIET, linewidth=1, linestyle=":")
-        panel.set_yscale("log")
+        if any((values > of["floor"]).any() for (values, of), _ in drawn.values()):  # else the scale has no range
+            panel.axhline(facts["floor"], color=QUIET, linewidth=1, linestyle=":")
+            panel.set_yscale("log")
         plain_tick_labels(panel.yaxis)
         panel.set_title(label_of(key.format(), 42), fontsize=9)
         note = f"N {facts['num_samples']:,}, D {facts['num_units']:,}"

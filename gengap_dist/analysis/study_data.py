@@ -436,7 +436,8 @@ def pooled_near_rank_loss(line: Mapping[str, float], num_units: Mapping[str, int
 
     Args:
         line: metrics of one measurement.
-        num_units: layer to its number of units, which is its number of singular values where no count is above 0.
+        num_units: layer to its number of units, which is its number of singular values where no count is above 0,
+            except in view flatten.
 
     Returns:
         None without a layer, or if the number of singular values of one is not known.
@@ -464,7 +465,7 @@ def pooled_near_rank_loss(line: Mapping[str, float], num_units: Mapping[str, int
             counts[of_layer] = count
         if share > 0:
             sizes[of_layer] = count / share
-        elif key.layer in known:
+        elif key.layer in known and key.view != "flatten":  # which has more columns than units
             sizes.setdefault(of_layer, known[key.layer])
     if not counts or counts.keys() - sizes.keys():
         return None

@@ -33,7 +33,8 @@ WHERE_IT_STOPS = ("train.target_accuracy", "train.target_loss", "train.num_evals
 """The target is noticed at an evaluation."""
 LOCAL_GROUPS = ("batch.micro_size", "launch.num_processes", "launch.max_processes")
 
-LENGTHS = ("train.epochs", "train.steps")
+LENGTHS = ("train.epochs", "train.steps", "train.tokens")
+"""Settings that say how long a run is."""
 FREE_OF_LENGTH = {
     "optim.schedule": "constant", "algorithm.local_sgd": None, "train.stop_at_target": False,
 }  # fmt: skip

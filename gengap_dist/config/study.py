@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from gengap_dist.config.file_names import file_name_problem
-from gengap_dist.config.identity import FACTOR, differing_settings, identifying_settings
+from gengap_dist.config.identity import FACTOR, LENGTHS, differing_settings, identifying_settings
 from gengap_dist.config.loading import field_names, flat, load_yaml, merge, nested, renamed, resolve, validate
 from gengap_dist.config.numbers import Boolean, Integer, NonNegativeInt, Number, PositiveFloat, PositiveInt
 from gengap_dist.config.sections import Affects, FrozenModel, RunConfig, Section
@@ -26,7 +26,7 @@ from gengap_dist.errors import UsageError, did_you_mean, first_of
 
 MAX_ARMS = 10_000
 BATCH_AND_LENGTH = (
-    FACTOR, "train.epochs", "train.steps", "train.length_unit", "train.num_evals", "optim.base_size",
+    FACTOR, *LENGTHS, "train.length_unit", "train.num_evals", "optim.base_size",
     "optim.warmup_epochs",
 )  # fmt: skip
 """What a plain arm may set: the batch, and what says how long it trains and warms up."""

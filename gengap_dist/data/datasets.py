@@ -23,6 +23,7 @@ from gengap_dist.data import TORCHVISION
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.data.host_images import HostImages
 from gengap_dist.data.image_folder import DECODING, ImageListing, list_images, read_image
+from gengap_dist.data.mixing import is_mixed
 from gengap_dist.data.reading import FirstPass, ReadInputs, SampleReader, Stored
 from gengap_dist.data.streaming import PREFETCH_BYTES, StreamedImages
 from gengap_dist.data.text import load_tokens
@@ -59,6 +60,12 @@ class Samples(NamedTuple):
     def __len__(self) -> int:
         """N, the number of samples."""
         return len(self.targets)
+
+    @property
+    def stream(self) -> StreamSource | None:
+        """What reads them, if they are a stream that memory does not hold."""
+        inputs = self.inputs
+        return inputs.reader if isinstance(inputs, ReadInputs) and isinstance(inputs.reader, StreamSource) else None
 
     def to(self, device: torch.device) -> "Samples":
         """The same samples on a device; streamed images are copied there when indexed."""
@@ -109,12 +116,6 @@ class Splits(NamedTuple):
     """What `digest` returns, if it was made while the samples were read."""
     in_order: bool = False
     """Training samples are a stream, in whose order they are used."""
-
-    @property
-    def stream(self) -> StreamSource | None:
-        """The training samples, if they are a stream that is read during training."""
-        inputs = self.train.inputs
-        return inputs.reader if isinstance(inputs, ReadInputs) and isinstance(inputs.reader, StreamSource) else None
 
     def close(self) -> None:
         """End processes that read samples; they start again when samples are announced."""
@@ -505,6 +506,12 @@ def _own_splits(config: DataConfig, progress: Progress, seed: int) -> Splits:
     is_held = _is_held(data, places, stored, config)
     first_pass = FirstPass(f"data.name ({config.name})", data.kind, stored, progress)
     readers = {} if is_held else _readers(data, stored, config)
+    if id(data.parts["train"]) in readers and isinstance(data.parts["train"], StreamSource) and is_mixed(config):
+        raise UsageError(
+            f"data.augment ({', '.join(config.augment)}) mixes each image with one from anywhere, and the iterable "
+            f"data set that {config.name} returns is read in its own order: raise data.memory_gib "
+            f"({config.memory_gib:g}) until memory holds it, or leave mixup and cutmix out"
+        )
     splits: dict[str, Samples] = {}
     pixels = None
     with ExitStack() as on_error:
@@ -583,7 +590,7 @@ def _own_places(data: OwnData, config: DataConfig, seed: int) -> tuple[dict[str,
                     f"data.val_fraction ({config.val_fraction}) cannot be held out of the iterable data set that "
                     f"{config.name} returns: return val, or set data.val_fraction=0"
                 )
-            chosen, val = positions, positions[:0]
+            chosen, val = _subset(positions, config, seed), positions[:0]
         else:
             chosen, val = _train_val_positions(len(positions), config, seed)
         places["val"], positions = (train, positions[val]), positions[chosen]

@@ -112,7 +112,7 @@ class SampleReader:
                 "keep functions and classes at the top of a module, open files in __getitem__, or raise data.memory_gib"
             ) from error
         self._chunk_size = max(1, min(READ_SIZE, PREFETCH_BYTES // (sample_bytes * num_workers * 2)))
-        self._num_workers = num_workers
+        self._name, self._num_workers = name, num_workers
         self.close()
 
     def close(self) -> None:
@@ -186,6 +186,11 @@ class SampleReader:
         except StopIteration:  # all that had been sent was received, and more is waiting
             self._begin()
             request, found = next(self._iterator)
+        except RuntimeError as error:  # so DataLoader says that a process has ended
+            raise UsageError(
+                f"a process that reads data.name ({self._name}) has ended ({' '.join(str(error).split())}): if memory "
+                f"was short, lower data.workers ({self._num_workers})"
+            ) from error
         self._num_received += 1
         keys = [(request.part, position) for position in request.positions]
         for key in keys:
@@ -327,7 +332,7 @@ class FirstPass:
                 inputs, targets = ahead.take(part.read.part, positions)
             else:
                 inputs, targets = part.source.take(positions)
-            self._check(part.name, inputs, targets)
+            self._check(part.name, positions, inputs, targets)
             end = start + len(positions)
             part.targets[start:end] = targets
             stored = self.stored(inputs)
@@ -342,12 +347,15 @@ class FirstPass:
         """Add inputs or targets."""
         self.digest.update(np.ascontiguousarray(values.numpy()).data)
 
-    def _check(self, name: str, inputs: Tensor, targets: Tensor) -> None:
+    def _check(self, name: str, positions: Sequence[int], inputs: Tensor, targets: Tensor) -> None:
         """Refuse numbers that are not finite, and classes and tokens below 0; one at a position does not count then."""
         what = f"{self.what}: {name}"
         for which, values in (("inputs", inputs), ("targets", targets)):
             if values.is_floating_point() and not values.isfinite().all():
-                raise UsageError(f"{what} has {which} that are not finite: remove or replace them")
+                wrong = values.reshape(len(values), -1).isfinite().all(1).logical_not().nonzero()[0]
+                raise UsageError(
+                    f"{what}, sample {positions[int(wrong)]}, has {which} that are not finite: replace them"
+                )
         if self.kind.is_token:
             self.largest_token = max(self.largest_token, int(inputs.max()))
             if (lowest := int(inputs.min())) < 0:

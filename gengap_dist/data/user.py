@@ -18,6 +18,7 @@ from gengap_dist.errors import UsageError, first_of
 
 PARTS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}  # what a user may call them
 FORM = '{"train": ..., "test": ...}'
+MOST_CHANNELS = 4  # that an image has last, where they should be first
 READ_SIZE = 64  # samples that are read at a time
 RECENT_BYTES = 2**27  # of samples of a stream that were read last, and are kept
 
@@ -339,8 +340,16 @@ def _parts(what: str, given: Any) -> dict[str, Any]:
         raise UsageError(f"{what} returns {has}: return {FORM}, data sets or arrays by part")
     if unknown := [key for key in given if key not in names]:
         raise UsageError(f"{what} returns the part {unknown[0]!r:.40}: name the parts train, val and test")
-    found = {part: [given[name] for name in names if name in given] for part, names in PARTS.items()}
-    return {part: values[0] for part, values in found.items() if values and values[0] is not None}
+    found: dict[str, Any] = {}
+    for part, names in PARTS.items():
+        values = [given[name] for name in names if given.get(name) is not None]
+        if len(values) > 1:
+            raise UsageError(
+                f"{what} returns {' and '.join(names)}, which are two names of one part: return one of them"
+            )
+        if values:
+            found[part] = values[0]
+    return found
 
 
 def _source(what: str, given: Any) -> AnySource:
@@ -390,6 +399,12 @@ def _first_kind(what: str, parts: Mapping[str, AnySource]) -> SampleKind:
 
 
 def _check_shapes(what: str, kind: SampleKind) -> None:
+    first, last = (kind.input_shape[0], kind.input_shape[-1]) if kind.input_shape else (0, 0)
+    if kind.is_image and len(kind.input_shape) == 3 and first > MOST_CHANNELS >= last:
+        raise UsageError(
+            f"{what} returns images of {kind.describe('inputs')} each, and channels come first: return [C, H, W], as "
+            "from np.moveaxis(image, -1, 0)"
+        )
     if not kind.is_image and (not kind.input_shape or (kind.is_token and len(kind.input_shape) != 1)):
         raise UsageError(
             f"{what} returns inputs of {kind.describe('inputs')} each: return uint8 images [H, W] or [C, H, W], real "

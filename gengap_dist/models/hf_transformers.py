@@ -54,7 +54,7 @@ def transformers_model(
     else:
         raise UsageError(
             f"model.name (transformers:{name}) reads tokens or images, and the samples are inputs of shape "
-            f"{list(input_shape)} with outputs of shape {list(output_shape)}: choose mlp, or your own "
+            f"{list(input_shape)} with outputs of shape {list(output_shape)}: choose another network, such as your own "
             "module.path:factory"
         )
     if name not in known:

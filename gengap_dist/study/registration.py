@@ -39,7 +39,9 @@ def registration(config: StudyConfig, sources: Sequence[Path]) -> dict[str, Any]
 
 
 def continued(first: dict[str, Any] | None, now: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The registration of a study that is started again: the first stays, and `later` lists those that differ from it.
+    """The registration of a study that has runs and is started again: the first stays, `later` lists others.
+
+    A study without a run has nothing that a change could follow from, so it is registered as it is now.
 
     >>> continued({"sha256": "a", "commit": "1"}, {"sha256": "a", "commit": "2"})  # a comment has changed
     {'sha256': 'a', 'commit': '1'}

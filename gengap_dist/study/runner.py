@@ -70,6 +70,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] 
             warn(f"{folder} belongs to no arm of this study: it is kept, but not in the report")
     for name, original in config.duplicates.items():
         warn(f"arm {name} has the same settings as {original}, so it is not run again")
+    begun = any(run_json for part in ("runs", "tune", "match") for run_json in out.glob(f"{part}/*/*/run.json"))
     info = StudyInfo(
         status=RunStatus.RUNNING,
         name=config.study.name,
@@ -85,7 +86,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] 
         git=run_folder.git_state(),
         judged=previous.judged if previous else [],
         declared=previous.declared if previous else None,
-        registration=continued(previous.registration if previous else None, registration(config, sources)),
+        registration=continued(previous.registration if previous and begun else None, registration(config, sources)),
     )
     run_folder.write_info(out, info)
 

@@ -194,7 +194,7 @@ class Trainer:
         self.evaluator.load_state_dict(run["evaluator"], best_weights)
         self.probes.load_state_dict(run["probes"])
         self.step_metrics.load_state_dict(run["step_metrics"])
-        if stream := self.resolved.splits.stream:
+        if stream := self.resolved.splits.train.stream:
             stream.load_state_dict(run.get("stream") or {})
         self.recorder.start(self.resolved.requested_config, self._info())
         self.recorder.resume(self.state.step, run["seconds"], run["pending_rows"])
@@ -390,7 +390,7 @@ class Trainer:
                 "evaluator": self.evaluator.state_dict(),
                 "probes": self.probes.state_dict(),
                 "scaler": self.strategy.execution.scaler.state_dict(),
-                "stream": stream.state_dict() if (stream := self.resolved.splits.stream) else {},
+                "stream": stream.state_dict() if (stream := self.resolved.splits.train.stream) else {},
                 "seconds": self.recorder.seconds(),
             }
             info = {

@@ -1,11 +1,13 @@
 """Data sets as users return them; one table of 150 rows in several forms."""
 
+import os
+import signal
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
 
 NUM, COLUMNS, CLASSES = 150, 5, 3
 _rng = np.random.default_rng(3)
@@ -27,8 +29,8 @@ class Rows(Dataset):
 
 
 class Stream(IterableDataset):
-    def __init__(self, place: slice):
-        self.rows = Rows(place)
+    def __init__(self, place: slice, inputs: np.ndarray = INPUTS):
+        self.rows = Rows(place, inputs)
 
     def __iter__(self):
         return (self.rows[index] for index in range(len(self.rows)))
@@ -116,6 +118,14 @@ def tokens():
     return {"train": (ids[:32, :-1], targets[:32]), "test": (ids[32:, :-1], targets[32:])}
 
 
+def stream_of_images():
+    return images() | {"train": Stream(PLACES["train"], PIXELS)}
+
+
+def stream_without_val():
+    return {"train": Stream(PLACES["train"]), "test": rows()["test"]}
+
+
 # what is wrong
 
 
@@ -148,6 +158,14 @@ def only_dataset():
 
 def misspelled():
     return rows() | {"tset": 1}
+
+
+def two_names():
+    return rows() | {"validation": rows()["val"]}
+
+
+def channels_last():
+    return _each(lambda place: (np.repeat(PIXELS[place, ..., None], 3, axis=-1), TARGETS[place]))
 
 
 def no_length():
@@ -204,6 +222,17 @@ def real_test():
 
 def random():
     return _train(Broken(always=lambda sample: sample | {"inputs": np.random.rand(COLUMNS)}))  # noqa: NPY002
+
+
+class Killed(Rows):
+    def __getitem__(self, index: int) -> Any:
+        if index == 7 and get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def killed():
+    return _train(Killed(PLACES["train"]))
 
 
 def stream_alone():

@@ -173,7 +173,9 @@ def test_ranks_that_read_change_nothing(pools, tmp_path, name):
         ("raises", "KeyError: 'outputs'): fix the data set"),
         ("strings", "train, sample 0, has inputs that are no array of numbers (a str: "),
         ("ragged_inside", "train, sample 0, has inputs that are no array of numbers (a list: "),
-        ("infinite", "train has inputs that are not finite: remove or replace them"),
+        ("infinite", "train, sample 9, has inputs that are not finite: replace them"),
+        ("two_names", "returns val and validation, which are two names of one part: return one of them"),
+        ("channels_last", "returns images of shape [6, 6, 3] and type uint8 each, and channels come first: return"),
         ("negative", "train has the class -1: number classes from 0"),
         ("unequal", "test, sample 0, has inputs of shape [5] and type float32, and the first training sample of shape"),
         ("real_test", "test, sample 0, has targets of shape [] and type int64, and the first training sample of shape"),
@@ -194,3 +196,29 @@ def test_what_is_wrong_is_named(name, message):
 def test_what_is_wrong_is_named_by_processes_that_read(name):
     with pytest.raises(UsageError, match=r"cannot be sent to the processes that read it \(.*lambda"):
         load(name, streaming=True)
+
+
+def test_a_process_that_reads_and_is_killed_is_named():
+    with pytest.raises(
+        UsageError, match=r"a process that reads data.name \(.*:killed\) has ended \(.*lower data.workers"
+    ):
+        load("killed", streaming=True, workers=1)
+
+
+def test_a_subset_of_a_stream_without_validation_samples():
+    splits = load("stream_without_val", val_fraction=0.0, num_train=20)
+    assert (len(splits.train), len(splits.val)) == (20, 0)
+    everything = load("stream_without_val", val_fraction=0.0)
+    rows = [(everything.train.inputs == row).all(1).nonzero().item() for row in splits.train.inputs]
+    assert rows == sorted(rows)
+
+
+def test_what_needs_samples_from_anywhere_needs_a_stream_that_memory_holds(tmp_path):
+    mixed = {"image_size": 8, "augment": ("mixup",)}
+    assert load("stream_of_images", **mixed).train.stream is None
+    with pytest.raises(UsageError, match=r"data.augment \(mixup\) mixes .* raise data.memory_gib \(8\) until"):
+        load("stream_of_images", streaming=True, **mixed)
+    raised = RUN | {"data__name": f"{HERE}:stream", "algorithm__rank_penalty": 0.1}
+    train(tmp_path / "held", **raised)
+    with pytest.raises(UsageError, match=r"algorithm.rank_penalty \(0.1\) measures samples from anywhere, and the"):
+        train(tmp_path / "read", **raised | {"data__streaming": True})

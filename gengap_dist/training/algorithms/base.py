@@ -52,6 +52,12 @@ class TrainingAlgorithm:
         self.objective, self.rank_images = Objective(task), None
         self.targets_each = targets_each(task, batches.samples.targets)
         if algorithm.rank_penalty is not None:
+            if batches.samples.stream:
+                raise UsageError(
+                    f"algorithm.rank_penalty ({algorithm.rank_penalty:g}) measures samples from anywhere, and the "
+                    f"iterable data set {config.data.name} is read in its own order: raise data.memory_gib "
+                    f"({config.data.memory_gib:g}) until memory holds it"
+                )
             self.objective = RankPenalty(config, task)
             example = partial(batches.plain, sampler.indices(0)[:1])
             self.rank_images = self.objective.check(strategy.model, example, len(batches.samples), strategy.world.size)

@@ -95,6 +95,9 @@ def changed_on_resume(before: Mapping[str, Any], after: RunConfig) -> str:
     ...     return changed_on_resume(flat(validate(RunConfig, was)), validate(RunConfig, now))
     >>> changed(), changed(schedule="cosine")
     ('', 'train.epochs (9) was 5, and optim.schedule (cosine) follows the length of the run,')
+    >>> tokens = [{"data": {"name": "stdlib"}, "train": {"tokens": num}} for num in (1_000_000, 2_000_000)]
+    >>> changed_on_resume(flat(validate(RunConfig, tokens[0])), validate(RunConfig, tokens[1]))
+    ''
     """
     if not (changed := differences(before, after)):
         return ""

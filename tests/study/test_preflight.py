@@ -49,6 +49,14 @@ def missing(config: StudyConfig) -> dict[str, str]:
     return {claim.key: claim.missing for claim in found.claims}
 
 
+def test_arms_may_have_lengths_in_tokens():
+    tokens = {"data": {"name": "stdlib"}, "model": {}, "train": {"tokens": 2**20}}
+    arms = [{"name": f"b{size}", "set": {"batch.global_size": size, "train.tokens": size * 2**18}} for size in (8, 64)]
+    config = validate(StudyConfig, tiny.SETTINGS | tokens | {"study": {"name": "tiny", "arms": arms, "seeds": [0, 1]}})
+    assert config.baseline == "b8"
+    assert outlook(_planned(config, facts_of(config)), "b8", [0, 1]).role_of == {"b8": "baseline", "b64": "plain"}
+
+
 def test_a_batch_larger_than_the_data_is_refused_before_the_first_run(tmp_path):
     study = tiny.write(tmp_path / "s.yaml", {"axes": {"batch.global_size": [32, 5000]}})
     done = tiny.start(study, tmp_path / "out")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from gengap_dist.config.loading import resolve
-from gengap_dist.config.study import StudyConfig
+from gengap_dist.config.study import Arm, StudyConfig
 from gengap_dist.errors import UsageError
-from gengap_dist.runs.run_folder import read_study_info
-from gengap_dist.runs.schema import RunStatus
+from gengap_dist.runs.run_folder import read_study_info, write_info
+from gengap_dist.runs.schema import RunInfo, RunStatus
 from gengap_dist.study import runner
 from gengap_dist.study.registration import registration
 
@@ -86,6 +86,30 @@ def test_each_list_of_seeds_that_was_judged_is_kept(committed, tmp_path):
         assert info.judged == judged
     runner.conclude(out, RunStatus.KILLED, {})  # not judged
     assert read_study_info(out).judged == judged
+
+
+def test_a_study_is_registered_as_it_is_at_its_first_run(committed, tmp_path):
+    """What was corrected before a run had begun could follow from nothing that was seen."""
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def prepare(*seeds: int) -> dict:
+        config = resolve(StudyConfig, [committed], {"study": {"seeds": list(seeds)}})
+        runner.prepare(config, out, pytest.fail, [committed])
+        found = read_study_info(out).registration
+        assert found
+        return found
+
+    first, second = prepare(0, 1), prepare(0, 1, 2)
+    assert second["sha256"] != first["sha256"]
+    assert "later" not in second
+    run = resolve(StudyConfig, [committed], {}).run_config(Arm(name="lb", set={"batch.global_size": 16}), seed=0)
+    folder = out / "runs" / "lb" / "seed_0"
+    folder.mkdir(parents=True)
+    write_info(folder, RunInfo(seed=0, status=RunStatus.KILLED, config=run.model_dump(mode="json")))
+    third = prepare(0, 1, 2, 3)
+    assert third["sha256"] == second["sha256"]
+    assert [each["sha256"] != second["sha256"] for each in third["later"]] == [True]
 
 
 @pytest.mark.parametrize(

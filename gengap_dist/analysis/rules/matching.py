@@ -73,7 +73,8 @@ def _finished(study: JudgedStudy, arm: Arm) -> tuple[bool, str]:
     if study.metric.unit == "share" and training.label == "as well":
         means = [_mean_training(study.trained(each)) for each in (arm, study.base)]
         if min(means) >= NEARLY_ALL:
-            return True, f"both have at least {min(means):.2%} of the training samples right"
+            how_many = "all" if min(means) == 1 else f"at least {min(means):.2%}"
+            return True, f"both have {how_many} of the training samples right"
     if not len(ratios) or not is_equivalent(ratios, SAME_LOSS):
         return False, ""
     factor = f"the final training losses differ by a factor of {math.exp(abs(float(ratios.mean()))):.2f}"

@@ -10,14 +10,14 @@ from gengap_dist import models
 from gengap_dist.config.loading import flat, load_yaml, resolve
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig
-from gengap_dist.data.data_spec import DataSpec
+from gengap_dist.data import datasets
+from gengap_dist.distributed.process_group import World
 from gengap_dist.probes.layers import select_layers
 from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT / "configs")) for path in FILES]
 REGISTERED = json.loads((ROOT / "tests/config/registered.json").read_text())
-CHANNELS = {"digits": 1, "mnist": 1, "fashion_mnist": 1, "cifar10": 3, "cifar100": 3}
 PAIRS = [
     *["lenet5_mnist", "lenet5_fashionmnist", "vgg16_cifar10", "vgg16_cifar100", "resnet56_cifar10"],
     *["resnet56_cifar100", "hoffer_f1_mnist", "lenet5_fashionmnist_recipes"],
@@ -53,14 +53,15 @@ def test_a_pair_is_a_study_of_its_own_name_with_a_small_batch_as_its_baseline(na
         assert arm.startswith((f"sb{size}", f"lb{size}", f"grow{size}"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+# those of bases/ leave the network to the files that extend them
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name != "bases"], ids=lambda path: path.name)
 def test_layers_of_a_rank_penalty_exist(path):
-    for config in runs(path):
-        if config.seed or not config.algorithm.rank_penalty:
-            continue
-        size, channels = config.data.image_size, CHANNELS[config.data.name]
-        model = models.build(config.model.name, DataSpec.images(10, channels, size)).eval()
-        assert select_layers(model, torch.zeros(1, channels, size, size), config.algorithm.rank_layers)
+    asked = {"data": True, "model": True, "algorithm": {"rank_layers"}}
+    penalised = [config for config in runs(path) if config.algorithm.rank_penalty]
+    for config in {config.model_dump_json(include=asked): config for config in penalised}.values():
+        spec = datasets.sizes(config.data).spec  # of images or tokens
+        model = models.from_config(config, spec, World()).eval()
+        assert select_layers(model, spec.zero_inputs(1, torch.float32), config.algorithm.rank_layers)
 
 
 @pytest.mark.parametrize("name", sorted(REGISTERED["sha256"]))

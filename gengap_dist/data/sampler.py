@@ -1,4 +1,4 @@
-"""The order of training images: a function of seed and epoch only.
+"""The order of training samples: a function of seed and epoch only.
 
 It does not depend on world size or micro-batches, and the only state is the global step. A batch that grows, between
 epochs or within one, does not change the order.
@@ -39,7 +39,7 @@ class BatchSizePhase(NamedTuple):
 
 
 class EpochSampler:
-    """Indices of the images of every step. Each epoch visits every image once; its last step may be smaller."""
+    """Indices of the samples of every step. Each epoch visits every sample once; its last step may be smaller."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class EpochSampler:
         worker: int | None = None,
         in_order: bool = False,
     ) -> None:
-        """Sampler of `num_samples` images in steps of `global_size`.
+        """Sampler of `num_samples` samples in steps of `global_size`.
 
         Args:
             num_samples: number of images.
@@ -111,7 +111,7 @@ class EpochSampler:
     def _add_phase(self, step: int, size: int, name: str) -> None:
         if size > self.num_samples:
             raise UsageError(
-                f"{name} is larger than the training set of {self.num_samples} images: choose at most "
+                f"{name} is larger than the training set of {self.num_samples} samples: choose at most "
                 f"{self.num_samples}"
             )
         epoch, position, _ = self._locate(step) if self.phases else (0, 0, 0)
@@ -142,7 +142,7 @@ class EpochSampler:
         return self._locate(step)[0]
 
     def indices(self, step: int) -> Tensor:
-        """[n] int64 positions of the images of step `step` (from 0), n = the global size or the rest of the epoch."""
+        """[n] int64 positions of the samples of step `step` (from 0), n = the global size or the rest of the epoch."""
         epoch, start, size = self._locate(step)
         if self.in_order:
             return torch.arange(start, min(start + size, self.num_samples))
@@ -153,7 +153,7 @@ class EpochSampler:
         return self._permutation[start : start + size]
 
     def sizes(self) -> set[int]:
-        """All numbers of images that a step can have.
+        """All numbers of samples that a step can have.
 
         >>> sorted(EpochSampler(100, 40, seed=0).sizes())
         [20, 40]
@@ -170,7 +170,7 @@ class EpochSampler:
         return out - {0}
 
     def epochs_done(self, steps: int) -> float:
-        """Number of passes over the images after `steps` steps.
+        """Number of passes over the samples after `steps` steps.
 
         >>> sampler = EpochSampler(100, 25, seed=0, size_schedule=[(2, 50)])  # steps in an epoch: 4, 4, 2, 2, ...
         >>> [sampler.epochs_done(steps) for steps in (0, 1, 8, 9, 12)]
@@ -214,7 +214,7 @@ class EpochSampler:
         return phase.step + round(phase.first_steps + (epoch - phase.epoch - 1) * phase.steps_per_epoch)
 
     def _locate(self, step: int) -> tuple[int, int, int]:
-        """Epoch of a step, the images of that epoch before it, and the global size."""
+        """Epoch of a step, the samples of that epoch before it, and the global size."""
         phase = self.phase(step)
         done = step - phase.step
         if done < phase.first_steps:

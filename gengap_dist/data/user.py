@@ -3,6 +3,7 @@
 Its parts become sources, of which samples are taken by position, whatever they are made of.
 """
 
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -19,6 +20,7 @@ from gengap_dist.errors import UsageError, first_of
 PARTS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}  # what a user may call them
 FORM = '{"train": ..., "test": ...}'
 MOST_CHANNELS = 4  # that an image has last, where they should be first
+COUNT_SECONDS = 10.0  # of counting a stream before it is said
 READ_SIZE = 64  # samples that are read at a time
 RECENT_BYTES = 2**27  # of samples of a stream that were read last, and are kept
 
@@ -178,9 +180,20 @@ class StreamSource:
         """N: as the data set says, or counted in one pass."""
         if self._num is None:
             self.rewound()
-            has_length = hasattr(self.dataset, "__len__")
-            self._num = len(self.dataset) if has_length else sum(1 for _ in self._begin(self._first_state))
+            self._num = len(self.dataset) if hasattr(self.dataset, "__len__") else self._count()
         return self._num
+
+    def _count(self) -> int:
+        num, warn_at = 0, time.monotonic() + COUNT_SECONDS
+        for num, _ in enumerate(self._begin(self._first_state), 1):
+            if time.monotonic() > warn_at:
+                warn_at = float("inf")
+                warnings.warn(
+                    f"{self.reader.what} has at least {num:,} samples, which are still being counted: an iterable data "
+                    "set must end, and with __len__ it is not counted",
+                    stacklevel=2,
+                )
+        return num
 
     def take(self, positions: Sequence[int], purpose: str = "other") -> tuple[Tensor, Tensor]:
         """See `Source`; `purpose` is training or other."""

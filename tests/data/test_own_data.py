@@ -222,3 +222,9 @@ def test_what_needs_samples_from_anywhere_needs_a_stream_that_memory_holds(tmp_p
     train(tmp_path / "held", **raised)
     with pytest.raises(UsageError, match=r"algorithm.rank_penalty \(0.1\) measures samples from anywhere, and the"):
         train(tmp_path / "read", **raised | {"data__streaming": True})
+
+
+def test_a_stream_that_may_never_end_is_said_to_be_counted(monkeypatch):
+    monkeypatch.setattr(user, "COUNT_SECONDS", -1.0)
+    with pytest.warns(UserWarning, match=r"stream_without_val\): train has at least 1 samples, which are still"):
+        load("stream_without_val", val_fraction=0.0)

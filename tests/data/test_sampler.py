@@ -127,6 +127,6 @@ def test_a_batch_that_grows_anywhere(num_samples, sizes, gaps, unit):
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(UsageError, match=r"batch.global_size \(24\) is larger than the training set of 23"):
         EpochSampler(23, 24, seed=0)
-    says = r"batch.schedule \(40 at 3 epochs\) is larger than the training set of 23 images: choose at most 23"
+    says = r"batch.schedule \(40 at 3 epochs\) is larger than the training set of 23 samples: choose at most 23"
     with pytest.raises(UsageError, match=says):
         EpochSampler(23, 4, seed=0, size_schedule=[(1, 8), (3, 40)])

@@ -61,7 +61,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_the_first_run(tmp_path):
     study = tiny.write(tmp_path / "s.yaml", {"axes": {"batch.global_size": [32, 5000]}})
     done = tiny.start(study, tmp_path / "out")
     assert done.returncode == 2
-    assert "study arm b5000: batch.global_size (5000) is larger than the training set of 1294 images" in done.stderr
+    assert "study arm b5000: batch.global_size (5000) is larger than the training set of 1294 samples" in done.stderr
     assert not (tmp_path / "out" / "runs").exists()
 
 

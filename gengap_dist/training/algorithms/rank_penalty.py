@@ -186,7 +186,7 @@ class RankPenalty(Objective):
             return min(IMAGES_PER_UNIT * max(map(_units, layers)), num_samples)
         if num > num_samples:
             raise UsageError(
-                f"algorithm.rank_images ({num}) is larger than the training set of {num_samples} images: choose at "
+                f"algorithm.rank_images ({num}) is larger than the training set of {num_samples} samples: choose at "
                 f"most {num_samples}, or null"
             )
         return num

@@ -15,6 +15,7 @@ COMMANDS = {  # name: module, help text
     "probe": ("gengap_dist.cli.probe", "measure the near-rank loss of a trained or untrained network"),
     "compare": ("gengap_dist.cli.compare", "compare existing runs from folders or from MLflow"),
     "report": ("gengap_dist.cli.report", "write the report of a run or a study again, or upload it to MLflow"),
+    "clean": ("gengap_dist.cli.clean", "list, and remove, checkpoints and spectra that a study needs no more"),
     "doctor": ("gengap_dist.cli.doctor", "check whether this machine can run a config"),
     "plan": ("gengap_dist.cli.plan", "predict memory and time of a run on a cluster, and list refused settings"),
 }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gengap_dist.analysis.report import html
-from gengap_dist.cli import compare, probe, report
+from gengap_dist.cli import clean, compare, probe, report
 from gengap_dist.cli.exit_codes import run_command
 from gengap_dist.config.loading import load_yaml, validate
 from gengap_dist.config.sections import RunConfig
@@ -26,6 +26,7 @@ COMMANDS = {
     "report": ("gengap report", report.command, ["study"]),
     "slim": ("gengap report", report.command, ["slim", "study", "slim"]),
     "compare": ("gengap compare", compare.command, ["study", "--out", "comparison"]),
+    "clean": ("gengap clean", clean.command, ["study", "--yes"]),
 }
 EVERY = 6  # shapes of `make test`
 

@@ -15,7 +15,7 @@ from tests.study.tiny import start, write
 
 pytestmark = pytest.mark.processes
 
-COMMANDS = ["", "demo", "train", "study", "probe", "report", "compare", "plan", "doctor"]
+COMMANDS = ["", "demo", "train", "study", "probe", "report", "compare", "clean", "plan", "doctor"]
 SERVICES = {"ray", "mlflow", "deepspeed", "matplotlib", "scipy", "pandas", "torchvision", "transformers"}
 COMPILER = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"}
 

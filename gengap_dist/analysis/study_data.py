@@ -1,7 +1,7 @@
 """Reads run folders and study folders for tables and figures."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from gengap_dist.runs.metric import ACCURACY, MetricDescription, metric_of, scor
 from gengap_dist.runs.metrics_table import MetricsTable
 from gengap_dist.runs.mixtures import changed_data
 from gengap_dist.runs.run_folder import (
+    load_layer_facts,
     load_spectra,
     read_info,
     read_metrics_table,
@@ -222,9 +223,19 @@ class RunData:
         return [*spectra_by_step(self.folder / "spectra")]
 
     def spectra(self, step: int) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
-        """Layer key to singular values and their metadata, at one step; {} if the file is damaged."""
+        """Layer key to singular values and their metadata, at one step; {} if the file is damaged.
+
+        Without those that `gengap clean` has removed.
+        """
+        return self._of_step(step, load_spectra)
+
+    def layer_facts(self, step: int) -> dict[str, dict[str, Any]]:
+        """Layer key to the metadata of its spectrum, of all that were measured at a step; {} if the file is damaged."""
+        return self._of_step(step, load_layer_facts)
+
+    def _of_step(self, step: int, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         try:
-            return load_spectra(self.folder / "spectra" / f"step_{step:08d}.npz")
+            return load(self.folder / "spectra" / f"step_{step:08d}.npz")
         except UsageError as error:
             self.damaged.extend({str(error)} - {*self.damaged})
             return {}
@@ -366,10 +377,14 @@ class StudyData:
         """The same study with another baseline."""
         return replace(self, baseline=baseline, info=self.info | {"baseline": baseline})
 
-    def layer_keys(self) -> list[str]:
-        """Keys of the measured layers on raw activations, in the model's order."""
+    def layer_keys(self, *, with_spectra: bool = False) -> list[str]:
+        """Keys of the measured layers on raw activations, in the model's order.
+
+        With `with_spectra`, only of those whose spectra are in the folder of the first run that has some.
+        """
         for run in self.runs:
-            if (steps := run.spectra_steps()) and (keys := run.spectra(steps[0])):
+            facts = run.spectra if with_spectra else run.layer_facts
+            if (steps := run.spectra_steps()) and (keys := facts(steps[0])):
                 return [key for key in keys if not LayerKey.parse(key).centred]
         return []
 

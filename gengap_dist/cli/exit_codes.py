@@ -30,10 +30,12 @@ def run_command(
     argv: Sequence[str] | None = None,
     *,
     result_is_printed: bool = True,
+    to_continue: str = "add --resume to continue",
 ) -> Never:
     """Run a command and exit: 0 done, 1 failed, 2 usage error, 75 preempted, 130 interrupted.
 
-    A command whose result is not only in files has failed if stdout could not be written, as on a full disk.
+    A command whose result is not only in files has failed if stdout could not be written, as on a full disk. When it is
+    interrupted, it says what to do `to_continue`.
     """
     argv = sys.argv[1:] if argv is None else argv
     _ensure_home(prog)
@@ -43,7 +45,7 @@ def run_command(
     format_warnings(printable)
     if os.environ.get("RANK", "0") == "0" and any(without_logins(word) != word for word in argv):
         warn(prog, "a password on a command line can be read by all users of this machine: give it by the environment")
-    code = _outcome(prog, command, argv)
+    code = _outcome(prog, command, argv, to_continue)
     if (error := lost_output()) and code == OK and result_is_printed:
         _print_error(prog, f"the output could not be written ({error.strerror})", debug=False)
         code = FAILED
@@ -69,7 +71,7 @@ def warn(prog: str, text: str) -> None:
     print(printable(f"{prog}: warning: {text}"), file=sys.stderr, flush=True)
 
 
-def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str], to_continue: str) -> int:
     debug = "--debug" in argv
     try:
         with explaining_full_disk("repeat the command"):
@@ -86,7 +88,7 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
         _print_error(prog, str(error), debug)
         return PREEMPTED
     except KeyboardInterrupt:
-        _print_error(prog, "interrupted; add --resume to continue", debug)
+        _print_error(prog, f"interrupted; {to_continue}", debug)
         return INTERRUPTED
     except Exception as error:
         text = f"{type(error).__name__}: {error}"

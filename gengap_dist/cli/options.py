@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from gengap_dist.config import yaml_core
 from gengap_dist.config.loading import nested, renamed, validate
+from gengap_dist.config.measures import Cleanable
 from gengap_dist.config.numbers import PositiveInt
 from gengap_dist.config.sections import FrozenModel, UserPath
 from gengap_dist.errors import UsageError, did_you_mean, shortened
@@ -161,6 +162,20 @@ class SlimOptions(ReportOptions):
 
     out: Annotated[UserPath, Positional("OUT")]
     """Folder of the copy: new, or an earlier copy."""
+
+
+class CleanOptions(FrozenModel):
+    """Options of `clean`."""
+
+    folders: Annotated[tuple[UserPath, ...], Positional("FOLDER")]
+    """Folder of a study or of a run."""
+    what: tuple[Cleanable, ...] = ("checkpoints", "spectra")
+    """What may go: `checkpoints` but the last of each run, `all_checkpoints` with the last and so the trained network,
+    `spectra` of other layers than the last hidden one; default: checkpoints,spectra."""
+    yes: bool = False
+    """Remove what is listed; without it, nothing is removed."""
+    debug: bool = False
+    """Show Python's traceback on an error."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -317,7 +332,8 @@ def _own_value(name: str, info: FieldInfo, given: Any) -> Any:
     """The value of an option of the command itself, which argparse has read: a word, some words, or True."""
     if isinstance(given, list):
         element = get_args(_kinds(info.annotation)[0])[0]
-        return [_value(f"--{name}", element, word) for word in given]
+        words = [each.strip() for word in given for each in word.split(",")] if _is_choice(element) else given
+        return [_value(f"--{name}", element, word) for word in words]
     shown = next((each.metavar for each in info.metadata if isinstance(each, Positional)), f"--{name}")
     return given if given is True else _value(shown, info.annotation, given)
 

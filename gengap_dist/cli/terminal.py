@@ -215,14 +215,13 @@ def layer_table(run: RunData) -> Table | None:
     steps = run.spectra_steps()
     if not steps:
         return None
-    spectra = run.spectra(steps[-1])
     table = Table(title=f"activation spectra: step {steps[0]} -> step {steps[-1]}", title_justify="left")
     table.add_column("layer", no_wrap=True, max_width=MAX_WIDTH)
     table.add_column("units", justify="right")
     table.add_column("N/D", justify="right")
     for head in SHOWN.values():
         table.add_column(head, justify="right")
-    for key, (_, facts) in spectra.items():
+    for key, facts in run.layer_facts(steps[-1]).items():
         ends = [run.untrained_and_trained(layer_metric(name, key)) for name in SHOWN]
         cells = [f"{before:.3g} -> {after:.3g}" for before, after in ends]
         rows_per_unit = f"{facts['num_samples'] / facts['num_units']:.3g}"

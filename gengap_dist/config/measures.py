@@ -13,6 +13,8 @@ Optimizer = Literal["sgd", "adamw", "lars", "lamb", "muon"]
 Schedule = Literal["constant", "step", "cosine", "polynomial", "wsd"]
 Norm = Literal["local", "ghost", "sync", "group", "none"]
 RankMeasure = Literal["logdet", "spread", "trace"]
+Cleanable = Literal["checkpoints", "all_checkpoints", "spectra"]
+"""Of a run: checkpoints but the last, all of them, and spectra but those of the last hidden layer."""
 Augmentation = Literal["resized_crop", "crop", "flip", "rand_augment", "cutout", "mixup", "cutmix"]
 
 TOKEN_SETS = ("stdlib", "text", "tokens")

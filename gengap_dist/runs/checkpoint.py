@@ -17,7 +17,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -25,22 +24,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from pydantic_core import from_json
 from torch import Tensor, nn
 
-from gengap_dist.config.file_names import file_name_problem
 from gengap_dist.config.identity import changed_on_resume
-from gengap_dist.config.regular_file import open_regular, read_regular
+from gengap_dist.config.regular_file import open_regular
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.errors import UsageError, first_of
+from gengap_dist.runs.checkpoint_folder import (
+    FACTS,
+    PART,
+    SCHEMA,
+    checkpoints_of_run,
+    describe_damage,
+    named_folders,
+    read_facts,
+)
+from gengap_dist.runs.checkpoint_folder import checkpoints_by_step as checkpoints_by_step
+from gengap_dist.runs.checkpoint_folder import step_of as step_of
 from gengap_dist.runs.schema import RunInfo
-
-SCHEMA = 2  # of checkpoint.json; schema 1 has no `run` and no `config`
-FACTS = "checkpoint.json"
-NEEDED = {"model.pt", "run.pt"}
-
-_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
-_PART = re.compile(rf"\.{_NAME.pattern}(\.old)?\.part")
 
 State = dict[str, Any]
 Report = Callable[[str], None]
@@ -57,7 +58,7 @@ class CheckpointWriter:
         self.folder, self.keep = folder, keep
         folder.mkdir(exist_ok=True)
         for path in folder.iterdir():
-            if _PART.fullmatch(path.name):
+            if PART.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
@@ -110,7 +111,7 @@ class CheckpointWriter:
                 file.flush()
                 _fsync(file.fileno())
             _fsync_folder(part)
-            own = self._checkpoints_of(facts.get("run"))
+            own = checkpoints_of_run(self.folder, facts.get("run"))
             if step in own:  # a damaged one, or one from before a resume
                 _remove(path)
             elif os.path.lexists(path):
@@ -126,14 +127,7 @@ class CheckpointWriter:
 
     def latest_step(self, run: str | None) -> int | None:
         """The step of the last checkpoint of a run; None if it has none."""
-        return max(self._checkpoints_of(run), default=None)
-
-    def _checkpoints_of(self, run: str | None) -> dict[int, Path]:
-        """The checkpoints that are those of a run, by step: only these may be deleted."""
-        found = {step: (path, _facts(path)) for step, path in checkpoints_by_step(self.folder).items()}
-        return {
-            step: path for step, (path, facts) in found.items() if (facts.get("step"), facts.get("run")) == (step, run)
-        }
+        return max(checkpoints_of_run(self.folder, run), default=None)
 
 
 def _remove(path: Path) -> None:
@@ -199,38 +193,6 @@ def _on_cpu(value: Any) -> Any:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def checkpoints_by_step(folder: Path) -> dict[int, Path]:
-    """The checkpoints in a run's `checkpoints` folder, by step, including damaged ones.
-
-    They are the folders `step_` and at least eight digits that hold a checkpoint.json.
-    """
-    return {step: path for step, path in _named_folders(folder).items() if (path / FACTS).is_file()}
-
-
-def _named_folders(folder: Path) -> dict[int, Path]:
-    """The folders that are called like a checkpoint, by step."""
-    paths = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return {step_of(path): path for path in sorted(paths, key=step_of)}
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint.
-
-    >>> step_of(Path("checkpoints/step_00000050"))
-    50
-    """
-    return int(path.name.removeprefix("step_"))
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    """The content of checkpoint.json; {} if it is missing or damaged."""
-    try:
-        facts = from_json(read_regular(path / FACTS))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
 def latest(folder: Path, report: Report) -> Path | None:
     """The last undamaged checkpoint; None if nothing was saved yet.
 
@@ -241,12 +203,12 @@ def latest(folder: Path, report: Report) -> Path | None:
     Raises:
         UsageError: if all checkpoints are damaged, or a later version wrote one.
     """
-    newest_first = [path for path in reversed(_named_folders(folder).values()) if _has_files_of_a_checkpoint(path)]
+    newest_first = [path for path in reversed(named_folders(folder).values()) if _has_files_of_a_checkpoint(path)]
     reason = ""
     for path in newest_first:
         if reason:
             report(f"{reason}: the previous one, {path.name}, is used")
-        if isinstance(schema := _facts(path).get("schema"), int) and schema > SCHEMA:
+        if isinstance(schema := read_facts(path).get("schema"), int) and schema > SCHEMA:
             raise UsageError(
                 f"{path / FACTS} has schema {schema}, and this version reads up to {SCHEMA}: continue with the version "
                 "of gengap_dist that wrote it, or move the checkpoint elsewhere"
@@ -264,36 +226,6 @@ def _has_files_of_a_checkpoint(path: Path) -> bool:
     return (path / FACTS).is_file() or (path / "model.pt").is_file()
 
 
-def describe_damage(path: Path) -> str:
-    """What is damaged in a checkpoint; empty if nothing is.
-
-    >>> describe_damage(Path("nowhere"))
-    'checkpoint.json is missing'
-    """
-    try:
-        facts = from_json(read_regular(path / FACTS))
-        checksums, step = facts["sha256"], facts["step"]
-        if not isinstance(facts["schema"], int) or facts["schema"] < 1:
-            return f"{FACTS} is not valid"
-        if step != step_of(path):
-            return f"{FACTS} is that of step {step}"
-        if unlisted := sorted(({file.name for file in path.glob("*.pt")} | NEEDED) - checksums.keys()):
-            return f"{FACTS} has no checksum of {', '.join(unlisted)}"
-        if wrong := [name for name in checksums if file_name_problem(name)]:
-            return f"{FACTS} lists {wrong[0]!r:.60}, which is no file of a checkpoint"
-        for name, expected in checksums.items():
-            with open_regular(path / name) as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    return f"{name} does not match its checksum"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{FACTS} is not valid"
-    except OSError as error:
-        return str(error.strerror)
-    return ""
-
-
 def check_origin(path: Path, info: RunInfo, config: RunConfig) -> None:
     """Check that an undamaged checkpoint is of the run of `info`, and of its settings `config`.
 
@@ -302,7 +234,7 @@ def check_origin(path: Path, info: RunInfo, config: RunConfig) -> None:
     Raises:
         UsageError: names what differs.
     """
-    facts = _facts(path)
+    facts = read_facts(path)
     remedy = "move it out of the folder, then continue with --resume"
     if (run := facts.get("run")) != info.id:
         names = [f"run {name}" if name else "a run without an id" for name in (run, info.id)]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gengap_dist.config.regular_file import read_regular
-from gengap_dist.errors import UsageError
+from gengap_dist.errors import FULL_DISK, UsageError
 
 PREFIX = ".lease."
 COUNT_SECONDS = 1.0  # between two counts of an owner
@@ -60,6 +60,15 @@ class Owner(NamedTuple):
             return None
         started = _started(self.pid)
         return None if not started and _is_hidden(self.pid) else started != self.started
+
+
+class NotWritable(UsageError):
+    """The lease of a folder cannot be written."""
+
+    def __init__(self, out: Path, error: OSError) -> None:
+        """Of the folder `out`, because of `error`."""
+        super().__init__(f"--out ({out}) cannot be written ({error.strerror}): choose another folder")
+        self.disk_is_full = error.errno in FULL_DISK
 
 
 def this_process() -> Owner:
@@ -115,7 +124,7 @@ def holding(out: Path, say: Say) -> Iterator[None]:
     try:
         path = _take(out, owner, say)
     except OSError as error:
-        raise UsageError(f"--out ({out}) cannot be written ({error.strerror}): choose another folder") from None
+        raise NotWritable(out, error) from None
     thread = threading.Thread(target=_count, args=(path, owner, stop), name="lease", daemon=True)
     thread.start()
     try:
@@ -156,6 +165,16 @@ def is_of_another(out: Path) -> bool:
     path = _latest(out)
     owner = _read(path) if path else Owner()
     return bool(owner.token) and not owner.is_this_process
+
+
+def other_writer(out: Path) -> Owner | None:
+    """Another process that holds the lease of `out`, or that of its study, and has not ended, as far as is known here.
+
+    Nothing is written, and nobody waited for: None says that `holding` need not wait, either.
+    """
+    paths = [_path(folder, number) for folder in (out, *_study_of(out)) for number in _numbers(folder)]
+    owners = (_read(path) for path in paths)
+    return next((owner for owner in owners if not (owner.is_this_process or owner.has_ended)), None)
 
 
 def _take(out: Path, owner: Owner, say: Say) -> Path:

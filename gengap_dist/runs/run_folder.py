@@ -52,6 +52,7 @@ Metrics = Mapping[str, float]
 TEST_CORRECT = "test_correct.npy"
 EXPORTING = "exporting the model"  # progress note of a run whose metrics and spectra are complete in its folder
 MIN_TABLE_BYTES = 2**20  # of metrics.jsonl, from which on metrics.npz is written, too
+_MEASURED = "meta/measured"  # member of an npz file of spectra: no layer key is called so
 _SPECTRA = re.compile(r"step_([0-9]{8,})\.npz")
 _PART = re.compile(r"\.(.+)\.[0-9]+\.part")  # of a file that `write_atomically` has not completed
 
@@ -75,6 +76,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise
+
+
+def incomplete_file(path: Path) -> str:
+    """The name of the file that a killed process was writing into `path`, see `write_atomically`; empty if it is none.
+
+    >>> incomplete_file(Path("run/.run.json.123.part")), incomplete_file(Path("run/run.json"))
+    ('run.json', '')
+    """
+    name = _PART.fullmatch(path.name)
+    return name[1] if name else ""
 
 
 def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
@@ -371,7 +382,7 @@ def _remove_parts(out: Path) -> None:
     Except mlflow.json, which the uploader of this run may be writing now.
     """
     for path in [path for folder in (".", "figures", "spectra", "spectra/*") for path in out.glob(f"{folder}/.*.part")]:
-        if path.is_file() and (name := _PART.fullmatch(path.name)) and name[1] != "mlflow.json":
+        if path.is_file() and incomplete_file(path) not in ("", "mlflow.json"):
             path.unlink(missing_ok=True)
 
 
@@ -391,16 +402,25 @@ def dump_spectra(spectra: Iterable["LayerSpectrum"]) -> bytes:
     )  # fmt: skip
 
 
-def dump_arrays(spectra: "Mapping[str, tuple[np.ndarray, Mapping[str, Any]]]") -> bytes:
+def dump_arrays(
+    spectra: "Mapping[str, tuple[np.ndarray, Mapping[str, Any]]]",
+    measured: Mapping[str, Mapping[str, Any]] | None = None,
+) -> bytes:
     """The bytes of an npz file: one array per layer key, and `meta`, a JSON string with the other fields.
 
     `_member` names the array of a layer key; `load_spectra` reads the file.
+
+    Args:
+        spectra: layer key to singular values and the other fields.
+        measured: see `load_layer_facts`; None: all that was measured is in `spectra`.
     """
     import numpy as np
 
     meta = {key: dict(fields) for key, (_, fields) in spectra.items()}
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {_member(key): values for key, (values, _) in spectra.items()}
+    if measured is not None:
+        arrays[_MEASURED] = np.array(json.dumps(measured).encode())  # a byte a character; text has four
     np.savez(buffer, meta=np.array(json.dumps(meta)), **arrays)
     return buffer.getvalue()
 
@@ -423,13 +443,7 @@ def load_spectra(path: Path) -> "dict[str, tuple[np.ndarray, dict[str, Any]]]":
     from gengap_dist.runs.metrics_table import read_arrays
 
     arrays = read_arrays(path)
-    try:
-        meta: dict[str, Any] = from_json(str(arrays.get("meta", "")))
-        _SPECTRA_META.validate_python(meta)
-    except ValidationError as error:
-        raise UsageError(f"{path} is damaged: {first_error(error)}; {REMEDY}") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged: meta is not JSON ({error}); {REMEDY}") from None
+    meta = _facts_in(arrays, "meta", path)
     members = {key: _member(key) if _member(key) in arrays else key for key in meta}  # old files have the key itself
     for member in members.values():
         values = arrays.get(member)
@@ -439,10 +453,42 @@ def load_spectra(path: Path) -> "dict[str, tuple[np.ndarray, dict[str, Any]]]":
     return {key: (arrays[members[key]], info) for key, info in meta.items()}
 
 
+def load_layer_facts(path: Path) -> dict[str, dict[str, Any]]:
+    """Layer key to the other fields of LayerSpectrum, of all layers in the order in which they were measured.
+
+    Also of those whose singular values `gengap clean` has removed from the file.
+
+    Raises:
+        UsageError: if the file is damaged.
+    """
+    from gengap_dist.runs.metrics_table import read_arrays
+
+    arrays = read_arrays(path)
+    return _facts_in(arrays, _MEASURED if _MEASURED in arrays else "meta", path)
+
+
+def _facts_in(arrays: Mapping[str, Any], member: str, path: Path) -> dict[str, dict[str, Any]]:
+    """The JSON of `meta`, or of _MEASURED, in an npz file of spectra."""
+    try:
+        text = arrays[member].item() if member in arrays and arrays[member].size == 1 else ""
+        facts: dict[str, Any] = from_json(text if isinstance(text, bytes | str) else "")
+        _SPECTRA_META.validate_python(facts)
+    except ValidationError as error:
+        raise UsageError(f"{path} is damaged: {first_error(error)}; {REMEDY}") from None
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {member} is not JSON ({error}); {REMEDY}") from None
+    return facts
+
+
 def spectra_by_step(folder: Path) -> dict[int, Path]:
     """The files of spectra in a folder, in increasing order of step; other files are ignored."""
     paths = {int(name[1]): path for path in folder.glob("*.npz") if (name := _SPECTRA.fullmatch(path.name))}
     return dict(sorted(paths.items()))
+
+
+def is_spectra_name(name: str) -> bool:
+    """Whether a file with this name holds the spectra of a step."""
+    return _SPECTRA.fullmatch(name) is not None
 
 
 def _member(key: str) -> str:

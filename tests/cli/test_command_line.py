@@ -14,7 +14,7 @@ from gengap_dist.errors import MAX_SENTENCE, UsageError
 from tests.conftest import ROOT
 
 DEMO, STUDY = ROOT / "configs" / "demo_train.yaml", ROOT / "gengap_dist" / "configs" / "demo.yaml"
-COMMANDS = ("demo", "train", "study", "plan", "doctor", "probe", "compare", "report")
+COMMANDS = ("demo", "train", "study", "plan", "doctor", "probe", "compare", "report", "clean")
 
 
 def say(capsys, command: str, *words: object) -> str:
@@ -102,6 +102,10 @@ def test_train_says_what_is_wrong(capsys, words, says):
         ("report", ["slim", "a"], "OUT must be given"),
         ("report", ["a", "b"], "b is not a setting"),
         ("report", ["--pdf=1", "a"], "--pdf takes no value"),
+        ("clean", [], "FOLDER must be given"),
+        ("clean", ["nowhere"], "contains neither run.json nor study.json: give the folder of a run or study"),
+        ("clean", ["a", "--what", "models"], "what (models) is not valid: input should be 'checkpoints', 'all_checkp"),
+        ("clean", ["a", "--what="], "what () is not valid"),
     ],
 )
 def test_the_others_say_what_is_wrong(capsys, command, words, says):
@@ -122,7 +126,7 @@ def test_a_setting_has_the_same_name_in_every_command(capsys, command):
         import_module(f"gengap_dist.cli.{command}").command(["--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     names = {word.removeprefix("--") for line in lines if line.startswith("--") for word in [line.split()[0]]}
-    assert ("data.root" in names) == (command not in ("compare", "report"))
+    assert ("data.root" in names) == (command not in ("compare", "report", "clean"))
     assert {name for name in names if "." in name} <= {*leaves(StudyConfig)}
     assert not names & RENAMED.keys()
 

@@ -174,7 +174,8 @@ def near_rank_change(study: StudyData) -> ReportFigure | None:
 
 def spectra_over_steps(study: StudyData) -> ReportFigure | None:
     """Ridgelines: density of the singular values of a few layers on a logarithmic axis, one ridge per measured step."""
-    keys = chosen_layers(study, 3)
+    kept = study.layer_keys(with_spectra=True)
+    keys = evenly_spaced(kept, 3)
     runs = one_per_batch(study, RunData.spectra_steps)
     if not keys or not runs:
         return None
@@ -213,8 +214,10 @@ def spectra_over_steps(study: StudyData) -> ReportFigure | None:
     shares = listed([f"{arm} {first:.1%} to {last_share:.1%}" for arm, (first, last_share) in ends])
     alt_text = f"Share of the singular values of {keys[-1]} below 0.01 s1, from the first step to the last: {shares}."
     which = "one run" if len(runs) == 1 else f"the first arms of {len(runs)} batch sizes"
+    is_cleaned = len(kept) < len(study.layer_keys())
+    some = f", of layers that gengap clean has kept ({listed(keys)})" if is_cleaned else _of_layers(study, keys)
     caption = (
-        f"Distribution of the singular values of {which}{_of_layers(study, keys)}, from the first measured step (grey, "
+        f"Distribution of the singular values of {which}{some}, from the first measured step (grey, "
         f"top) to the last: one ridge for each of at most {MAX_RIDGES} steps, all of equal height. Values below "
         f"the numerical floor are not drawn. The CSV has at most {MAX_VALUES} values of each; spectra/*.npz have all."
     )
@@ -295,6 +298,8 @@ def all_spectra(study: StudyData) -> ReportFigure | None:
     figure.supxlabel("index of singular value", fontsize=9, color=SOFT)
     names = listed([key.format() for key in keys])
     some = f"{len(keys)} of {len(every)} layers, evenly spaced," if len(keys) < len(every) else "every layer"
+    if len(every) < sum(not LayerKey.parse(key).centred for key in run.layer_facts(steps[-1])):
+        some = "the layers that gengap clean has kept"
     caption = f"Singular values of {some} at the last measurement; values below the numerical floor are not drawn."
     return ReportFigure(figure, f"Singular values of {len(keys)} layers at step {steps[-1]:,}: {names}.", data, caption)
 

@@ -13,7 +13,9 @@ from gengap_dist.config.loading import resolve
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import lease
+from gengap_dist.runs.run_folder import TEST_CORRECT
 from gengap_dist.study import runner
+from tests import slow_model
 from tests.ranks import start_module
 from tests.ray_cluster import until
 from tests.study import tiny
@@ -26,7 +28,7 @@ STUDY = {"question": "How much?", "seeds": [0, 1, 2], "axes": {"batch.global_siz
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A study of 3 arms x 3 seeds that nobody disturbed: config, folder."""
-    return tiny.finish(tmp_path_factory.mktemp("whole"), STUDY)
+    return tiny.finish(tmp_path_factory.mktemp("whole"), STUDY, model={"name": slow_model.NAME})
 
 
 @pytest.fixture
@@ -37,9 +39,8 @@ def copy(whole, tmp_path):
 def test_a_killed_study_goes_on_and_ends_as_if_nothing_had_happened(whole, tmp_path):
     config, undisturbed = whole
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        tiny.command(config, out), cwd=tmp_path, env=tiny.environment(), stderr=subprocess.DEVNULL
-    )
+    env = tiny.environment(**slow_model.slow_after(out, f"runs/*/*/{TEST_CORRECT}"))  # as soon as a run is at its end
+    process = subprocess.Popen(tiny.command(config, out), cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
     until(lambda: tiny.ended(out))
     process.kill()
     process.wait()
@@ -111,9 +112,8 @@ def test_what_another_study_left_is_told_or_refused(whole, copy):
 def test_two_starts_at_once_are_refused(whole, copy):
     with lease.holding(copy, print):
         done = tiny.start(whole[0], copy)
-        resumed = start_module(
-            "gengap_dist", "train", "--resume", "--out", next(copy.glob("runs/b64/*")), cwd=copy, env=os.environ
-        )
+        words = ["--resume", "--model.name", slow_model.NAME, "--out", next(copy.glob("runs/b64/*"))]
+        resumed = start_module("gengap_dist", "train", *words, cwd=copy, env=tiny.environment())
     for one in (done, resumed):
         assert one.returncode == 2
         assert f"--out ({copy}) is being written by process {os.getpid()} on " in one.stderr

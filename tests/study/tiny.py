@@ -48,9 +48,9 @@ def start(config: Path, out: Path, *words: object, **env: str) -> "subprocess.Co
     return (start_interpreter if new else start_module)(module, *given, cwd=config.parent, env=environment(**env))
 
 
-def finish(folder: Path, study: dict[str, Any]) -> tuple[Path, Path]:
+def finish(folder: Path, study: dict[str, Any], **settings: Any) -> tuple[Path, Path]:
     """Run a whole study: its config file and the folder of its results, both in `folder`."""
-    config, out = write(folder / "s.yaml", study), folder / "out"
+    config, out = write(folder / "s.yaml", study, **settings), folder / "out"
     done = start(config, out)
     assert done.returncode == 0, done.stderr
     return config, out

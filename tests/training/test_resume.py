@@ -21,7 +21,8 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics, write_info
 from gengap_dist.training.trainer import run
-from tests.conftest import FULL, config, cut_after, thinned, train, weights
+from tests import slow_model
+from tests.conftest import FULL, ROOT, config, cut_after, thinned, train, weights
 from tests.ranks import start_module
 
 SETTINGS = {
@@ -261,7 +262,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 # -- asked to leave ---------------------------------------------------------------------------------------------------
 
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def start(*words, **env):
@@ -276,8 +277,9 @@ def wait_for(condition, process):
         time.sleep(0.02)
 
 
-LONG_STEPS = 150 if FULL else 80
+LONG_STEPS = 30
 LONG = {
+    "--model.name": slow_model.NAME, "--model.norm": "none",
     "--train.steps": LONG_STEPS, "--train.dtype": "float64", "--batch.global_size": 100, "--mlflow.enabled": "false",
     "--probe.enabled": "false", "--checkpoint.every_steps": 10, "--train.num_evals": 2,
 }  # fmt: skip
@@ -309,7 +311,7 @@ def test_asked_to_leave_it_saves_and_says_so(uninterrupted, tmp_path, launcher, 
     head = [sys.executable, "-m"] if launcher == "local" else [*torchrun, "--standalone", "-m"]
     ranks = ["--launch.num_processes", "2"] if launcher == "local" else []
     command = [*head, "gengap_dist.train", *words(out), *ranks]
-    process = start(*command, OMP_NUM_THREADS="1")
+    process = start(*command, **ONE_THREAD, **slow_model.slow_after(out, "checkpoints/step_*"))
     wait_for(lambda: list(out.glob("checkpoints/step_*")), process)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1].decode()

@@ -6,18 +6,14 @@ from collections import namedtuple
 
 import pytest
 
-from tests.test_layers import MODULES, module_name, package
+from tests.test_layers import MODULES, PACKAGES, module_name, package, tree
 
 COMPAT = [path for path in MODULES if package(module_name(path)) == "compat" and path.name != "__init__.py"]
-OURS = [path for path in MODULES if path not in COMPAT]
+OURS = {name: [path for path in paths if path not in COMPAT] for name, paths in PACKAGES.items()}
 DOCUMENTED = {*dir(namedtuple("Any", "")), *os.__all__}  # names that begin with "_" and are public: _replace, _exit
 CHANGES = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}
 FILLED_LATER = {"dict", "list", "set", "defaultdict", "Counter", "OrderedDict", "deque", "ContextVar"}
 """Types whose instance at the top of a module can only be there to be filled, unless it is made from something."""
-
-
-def tree(code: str) -> ast.Module:
-    return ast.parse(code)
 
 
 def names_stored(node: ast.AST) -> set[str]:
@@ -94,23 +90,23 @@ def _is_filled_later(value: ast.expr | None) -> bool:
 
 @pytest.fixture(scope="module")
 def known() -> set[str]:
-    return DOCUMENTED.union(*(names_stored(tree(path.read_text())) for path in MODULES))
+    return DOCUMENTED.union(*(names_stored(tree(path)) for path in MODULES))
 
 
-@pytest.mark.parametrize("path", OURS, ids=module_name)
-def test_only_compat_uses_private_names_of_other_packages(path, known):
-    assert private_names(tree(path.read_text()), known) == []
+@pytest.mark.parametrize("name", OURS)
+def test_only_compat_uses_private_names_of_other_packages(name, known):
+    assert {path: found for path in OURS[name] if (found := private_names(tree(path), known))} == {}
 
 
-@pytest.mark.parametrize("path", OURS, ids=module_name)
-def test_no_module_has_state(path):
+@pytest.mark.parametrize("name", OURS)
+def test_no_module_has_state(name):
     """What a process keeps over several runs is in its RuntimeContext."""
-    assert state(tree(path.read_text())) == []
+    assert {path: found for path in OURS[name] if (found := state(tree(path)))} == {}
 
 
 @pytest.mark.parametrize("path", COMPAT, ids=module_name)
 def test_a_workaround_says_when_to_remove_it(path):
-    assert "\nRemove " in (ast.get_docstring(tree(path.read_text())) or "")
+    assert "\nRemove " in (ast.get_docstring(tree(path)) or "")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +119,7 @@ def test_a_workaround_says_when_to_remove_it(path):
     ],
 )
 def test_private_names_are_found(code, found):
-    assert private_names(tree(code), DOCUMENTED | names_stored(tree(code))) == found
+    assert private_names(ast.parse(code), DOCUMENTED | names_stored(ast.parse(code))) == found
 
 
 @pytest.mark.parametrize(
@@ -141,4 +137,4 @@ def test_private_names_are_found(code, found):
     ],
 )
 def test_state_is_found(code, found):
-    assert state(tree(code)) == found
+    assert state(ast.parse(code)) == found

@@ -23,6 +23,7 @@ from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import prepare_folder, read_info, write_info
 from gengap_dist.training import ENTRY_POINT
 from gengap_dist.training.trainer import run
+from tests.few_figures import draw_few
 from tests.ranks import Crews, Forking, standing, start_interpreter, start_module
 from tests.ray_cluster import Cluster
 
@@ -54,6 +55,7 @@ LONGEST = [
     "tests/parallel/strategies/test_contract.py",
     "tests/training/test_resume.py",
     "tests/tracking/test_studies.py",
+    "tests/study/test_packing.py",
     "tests/cuda/test_scenarios.py",
     "tests/study/test_study.py",
     "tests/parallel/test_execution.py",
@@ -62,6 +64,8 @@ LONGEST = [
     "tests/cli/test_commands.py",
     "tests/preflight/test_doctor.py",
     "tests/distributed/launchers/test_ray_gpus.py",
+    "tests/training/test_trainer.py",
+    "tests/training/tasks/test_language_modeling.py",
     "tests/test_gpu_benchmark.py",
     "tests/training/algorithms/test_odd_combinations.py",
     "tests/study/test_restart.py",
@@ -103,6 +107,12 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test works in a folder of its own, and no MLflow server of the user's is touched."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports of this process have a few figures."""
+    draw_few(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from typing import Any
 
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.worker_pool import free_port
+from tests import few_figures
 
 ON_CPU = LaunchConfig(device="cpu")
 
@@ -102,7 +103,10 @@ def start_interpreter(
 def start_module(
     module: str, *words: object, cwd: Path, env: Mapping[str, str], timeout: float = 300.0
 ) -> "subprocess.CompletedProcess[str]":
-    """The same as a fork of a process that has imported torch, and so its ranks; with GENGAP_FULL=1 as a user does."""
+    """The same as a fork of a process that has imported torch, and so its ranks; with GENGAP_FULL=1 as a user does.
+
+    The fork draws a few figures only, see `few_figures`.
+    """
     if "GENGAP_FULL" in os.environ:
         return start_interpreter(module, *words, cwd=cwd, env=env, timeout=timeout)
     return _as_fork([sys.executable, "-m", module, *map(str, words)], cwd, env, timeout)
@@ -142,6 +146,8 @@ def _main(command: list[str], cwd: Path, variables: dict[str, str], folder: Path
     sys.argv = words[is_module:]
     first = cwd if is_module else Path(sys.argv[0]).parent
     sys.path[:0] = [str(first), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
+    if not few_figures.ALL.items() <= variables.items():
+        few_figures.draw_few()
     run = (runpy.run_module, sys.argv[0], None, "__main__", True) if is_module else (_run_path, sys.argv[0])
     try:
         with forked_ranks():

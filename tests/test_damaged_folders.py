@@ -95,6 +95,7 @@ def resume(words: list[str]) -> int:
     return 0
 
 
+@pytest.mark.usefixtures("few_figures")
 @pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")
 @pytest.mark.parametrize(
     "name",

@@ -15,6 +15,8 @@ from gengap_dist.cli.train import command as train_command
 from gengap_dist.errors import UsageError
 from tests.conftest import FULL, ROOT, thinned, weights
 
+pytestmark = pytest.mark.usefixtures("few_figures")
+
 DEMO = ROOT / "configs" / "demo_train.yaml"
 QUICK = ["--mlflow.enabled", "false", "--train.steps", "3", "--probe.num_samples", "32"]
 

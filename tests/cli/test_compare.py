@@ -10,6 +10,8 @@ from gengap_dist.cli.exit_codes import run_command
 from gengap_dist.distributed.worker_pool import free_port
 from tests.conftest import config
 
+pytestmark = pytest.mark.usefixtures("few_figures")
+
 
 def run_folder(folder, size: int, seed: int, accuracy: float | None, **settings) -> None:
     """A run folder as a training run leaves it, as far as comparisons look."""

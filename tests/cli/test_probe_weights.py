@@ -11,6 +11,8 @@ from gengap_dist.errors import UsageError
 from gengap_dist.models import build
 from gengap_dist.runs import checkpoint
 
+pytestmark = pytest.mark.usefixtures("few_figures")
+
 
 def network() -> nn.Module:
     return build("lenet5", DataSpec.images(num_classes=10, in_channels=1))

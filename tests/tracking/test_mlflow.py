@@ -548,6 +548,7 @@ def test_a_fresh_sqlite_store_survives_several_first_users(tmp_path):
     assert {user.wait() for user in users} == {0}
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_threads_do_not_outlive_a_command(tmp_path, mlflow_db, monkeypatch):
     before = threading.active_count()
     prepare_folder(tmp_path / "x", "run.json", resume=False)

@@ -13,7 +13,7 @@ from gengap_dist.distributed.stall_detector import StallDetector, detecting_stal
 from gengap_dist.runs.run_folder import prepare_folder, read_info, read_metrics
 from gengap_dist.training.trainer import run
 from tests.conftest import config, thinned, train
-from tests.ranks import on_ranks
+from tests.ranks import forked_ranks, on_ranks
 
 pytestmark = pytest.mark.processes
 
@@ -65,7 +65,8 @@ def test_nobody_is_named_while_all_go_on(capfd):
 
 def test_a_store_that_no_longer_answers_does_not_hold_up_the_end():
     """The machine of rank 0, which holds the store, stands still: nothing is refused, nothing is answered."""
-    _, (seconds, asks_still) = on_ranks(2, end_while_rank_0_stands_still)
+    with forked_ranks():
+        _, (seconds, asks_still) = on_ranks(2, end_while_rank_0_stands_still)
     assert asks_still
     assert seconds < 20
 

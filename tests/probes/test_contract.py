@@ -17,7 +17,7 @@ from gengap_dist.probes import LayerSpectrum, measure
 from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar_sharpness
 from gengap_dist.probes.neural_collapse import nc1
 from gengap_dist.probes.weights import distance_from_init, flat_parameters, weight_spectra
-from tests.ranks import on_ranks
+from tests.ranks import forked_ranks, on_ranks
 
 SIZES = (6, 5, 9, 3, 2)
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -311,7 +311,8 @@ def with_precisions(world: World) -> dict[str, tuple]:
 
 @pytest.mark.processes
 def test_products_are_exact_whichever_interface_had_allowed_less():
-    (answers,) = on_ranks(1, with_precisions)
+    with forked_ranks():
+        (answers,) = on_ranks(1, with_precisions)
     for how, (found, before, inside, after) in answers.items():
         assert after == before, how
         assert set(inside[:9]) == {"ieee"}, how

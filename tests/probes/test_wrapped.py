@@ -21,7 +21,7 @@ from gengap_dist.probes import measure
 from gengap_dist.probes.activations import unwrapped
 from gengap_dist.probes.layers import Pattern
 from gengap_dist.probes.weights import weight_spectra
-from tests.ranks import on_ranks
+from tests.ranks import forked_ranks, on_ranks
 
 SIZES = (7, 16, 1, 9, 4)
 KEYS = [f"{layer}/{view}" for layer in ("conv.2", "act") for view in ("channel", "pool", "flatten")]
@@ -227,7 +227,8 @@ def under_deepspeed(world: World) -> dict:
 def with_deepspeed() -> list[dict]:
     if NO_DEEPSPEED:
         pytest.skip(NO_DEEPSPEED)
-    return on_ranks(2, under_deepspeed)
+    with forked_ranks():
+        return on_ranks(2, under_deepspeed)
 
 
 @pytest.mark.processes

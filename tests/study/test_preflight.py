@@ -17,6 +17,7 @@ from gengap_dist.study.run_matrix import Forecast, first_configs, planned_runs
 from gengap_dist.training.arm_check import check_arms
 from gengap_dist.training.run_cost import ArmFacts
 from tests.conftest import ROOT
+from tests.ranks import forked_ranks
 from tests.study import tiny
 
 DECISIVE = ["gap", "near_rank_loss_grows", "explains"]
@@ -156,7 +157,8 @@ def test_the_page_says_why_and_fits_a_terminal(capsys):
 def test_dry_run_trains_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     study = tiny.write(tmp_path / "s.yaml", {"axes": {"batch.global_size": [64, 512]}})
-    assert command(["--config", str(study), "--out", "out", "--dry-run"]) == 0
+    with forked_ranks():
+        assert command(["--config", str(study), "--out", "out", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "baseline b64" in said
     assert "on this machine; memory up to" in said

@@ -9,8 +9,9 @@ demo: .venv/.installed
 	$(BIN)/gengap demo
 
 # one thread each: processes whose threads wait for each other on two cores take five times as long; four of them,
-# as tests wait for starts and clusters half of their time; files in the order of tests/conftest.py
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/test_launch_files.py -n 4 --dist loadfile \
+# as tests wait for starts and clusters half of their time; files in the order of tests/conftest.py; bytecode is written
+# whatever the environment says: to compile the package takes each of some hundred interpreters 0.2 s
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/test_launch_files.py -n 4 --dist loadfile \
 	--no-loadscope-reorder
 
 quick: .venv/.installed-dev

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 KEPT = ("gap", "curves", "rank_by_samples")
-ALL = {"TEST_FIGURES": "all"}
-"""Environment of a command that is to draw all its figures."""
 
 
 def draw_few(setattr: Callable[[Any, str, Any], None] = setattr) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from gengap_dist.config.sections import LaunchConfig
 from gengap_dist.distributed.worker_pool import free_port
-from tests import few_figures
+from tests.few_figures import draw_few
 
 ON_CPU = LaunchConfig(device="cpu")
 
@@ -146,8 +146,7 @@ def _main(command: list[str], cwd: Path, variables: dict[str, str], folder: Path
     sys.argv = words[is_module:]
     first = cwd if is_module else Path(sys.argv[0]).parent
     sys.path[:0] = [str(first), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
-    if not few_figures.ALL.items() <= variables.items():
-        few_figures.draw_few()
+    draw_few()
     run = (runpy.run_module, sys.argv[0], None, "__main__", True) if is_module else (_run_path, sys.argv[0])
     try:
         with forked_ranks():

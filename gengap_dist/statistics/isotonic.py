@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-MATCHED_OFFSETS = tuple(0.07 * number for number in range(6))  # u: from l to 1.42 l
+NUM_MATCHED = 6
+LARGEST_SPAN = 0.35  # of log losses: from l to 1.42 l
+SPAN_OF_FALL = 0.05  # and at most this share of what the log loss has fallen by
 
 
 def falling_blocks(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,6 +85,15 @@ class LossCurve(NamedTuple):
         )
 
     @property
+    def fall(self) -> float:
+        """Of the fitted log loss, from the first measurement to the end.
+
+        >>> round(LossCurve.of([1, 2, 3], np.exp([2.0, 1.0, -3.0]), [0.5, 0.6, 0.7]).fall, 9)
+        5.0
+        """
+        return float(self.log_losses[0] - self.log_losses[-1])
+
+    @property
     def final_log_loss(self) -> float:
         """Fitted log loss at the end.
 
@@ -130,13 +141,19 @@ class LossCurve(NamedTuple):
         return np.asarray(np.interp(log_losses, self.log_losses[::-1], values[::-1], left=np.nan, right=np.nan))
 
 
-def matched_losses(final_log_losses: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Log losses [6] at which runs are compared: log l* + u, u = 0, 0.07, ..., 0.35.
+def matched_losses(curves: Sequence[LossCurve]) -> np.ndarray:
+    """Log losses [6], equally spaced, at which runs are compared: from log l* to log l* + s.
 
-    l* is the largest of the final fitted losses, which all runs reach. The average over six losses up to 1.42 l* is
-    less noisy than the score at one loss.
+    l* is the largest of the final fitted losses, which all runs reach. s = min(0.35, 0.05 f), f the smallest fall of
+    the log loss of a run. An average over six losses is less noisy than the score at one; the second bound keeps it at
+    the end of training where the loss falls little, as that of a language model does.
 
-    >>> matched_losses([-3.0, -2.0])
-    array([-2.  , -1.93, -1.86, -1.79, -1.72, -1.65])
+    >>> classifier, slower = (LossCurve.of([0, 1], np.exp([1.0, end]), [0, 1]) for end in (-9.0, -7.0))
+    >>> matched_losses([classifier, slower])
+    array([-7.  , -6.93, -6.86, -6.79, -6.72, -6.65])
+    >>> language_model = LossCurve.of([0, 1], np.exp([1.7, 0.7]), [0, 1])
+    >>> matched_losses([language_model, language_model])
+    array([0.7 , 0.71, 0.72, 0.73, 0.74, 0.75])
     """
-    return max(final_log_losses) + np.array(MATCHED_OFFSETS)
+    span = min(LARGEST_SPAN, SPAN_OF_FALL * min(curve.fall for curve in curves))
+    return max(curve.final_log_loss for curve in curves) + np.linspace(0, span, NUM_MATCHED)

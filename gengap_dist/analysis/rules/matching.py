@@ -173,7 +173,7 @@ def _matched(one: Run, other: Run, margin: float) -> _Matched | None:
     fitted = [curve for each in curves if (curve := _loss_curve(each, each.scores))]
     if len(fitted) < 2:
         return None
-    at = matched_losses([curve.final_log_loss for curve in fitted])
+    at = matched_losses(fitted)
     scores = [float(np.mean(curve.score_at(at))) for curve in fitted]
     if not all(map(math.isfinite, scores)):
         return None

@@ -51,13 +51,16 @@ def write(results: Path = RESULTS) -> None:
     for name, study in studies(results).items():
         for title, body in bodies(study).items():
             text = fill(text, f"{name} {title}", body)
-        draw(study, results / f"{FOLDER}_{name}.svg")
+        if is_judged(study):
+            draw(study, results / f"{FOLDER}_{name}.svg")
     page.write_text(text)
 
 
 def bodies(study: StudyData) -> dict[str, str]:
     """The generated parts of the page that are about one study."""
     comparison = study.comparison
+    if not is_judged(study):
+        return {"arms": arms(study), "differences": differences(study)}
     out = {
         "summary": f"{comparison.answer}\n\n{study.registration}{''.join(f' {text}' for text in comparison.caveats)}",
         "arms": arms(study),
@@ -75,6 +78,11 @@ def bodies(study: StudyData) -> dict[str, str]:
     for found in intervention_tables(comparison):
         out["contrasts" if found.name.startswith("Intervention") else "conditions"] = markdown(found)
     return out
+
+
+def is_judged(study: StudyData) -> bool:
+    """Whether it has the seeds of its first look."""
+    return len(study.info["seeds"]) >= min(looks(study), default=0)
 
 
 def markdown(found: Table) -> str:
@@ -159,7 +167,7 @@ class Contrast(NamedTuple):
         """Points of test accuracy with the interval on these images, and that on new images."""
         num_seeds, num_images = self.by_image.shape
         new, _ = new_images(two_way(self.by_image), look, num_seeds, num_images, 0.0)
-        on_new = "-" if new is None else f"[{100 * new[0]:+.2f}, {100 * new[1]:+.2f}]"
+        on_new = "-" if new is None or not np.isfinite(new).all() else f"[{100 * new[0]:+.2f}, {100 * new[1]:+.2f}]"
         return number(100 * self.score, look, "{:+.2f}"), on_new
 
 
@@ -368,6 +376,8 @@ def number(values: np.ndarray, look: Look, style: str = "{:+.3f}") -> str:
     interval = look.interval(values) if len(values) else None
     if interval is None:
         return "-"
+    if not np.isfinite(interval).all():  # of fewer seeds than those of the first look
+        return style.format(values.mean())
     return f"{style.format(values.mean())} [{style.format(interval[0])}, {style.format(interval[1])}]"
 
 

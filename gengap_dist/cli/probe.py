@@ -8,6 +8,9 @@ Examples:
   gengap probe --model torchvision:vgg16 --data.name cifar10 --data.root DIR --probe.num_samples 128,256,512,1024
   gengap probe --model timm:resnet18 --weights resnet18.pt --probe.layers 'auto,layer*.*' --out probes/mine --mlflow
   torchrun --nproc_per_node 2 -m gengap_dist probe --model my.module:make
+
+Each measurement says after its first steps how long it takes. Spectra of weights are measured if --probe.diagnostics
+names them. Without --out, diagnostics and controls are those of the network asked for, not of the untrained one.
 """
 
 import warnings
@@ -49,8 +52,11 @@ def command(argv: Sequence[str]) -> int:
         check_trusted(config.model_dump(), flat(overrides), folder / "config.yaml")
     else:
         config = validate(RunConfig, merge(overrides, {"model": {"name": options.model}}))
+    if "diagnostics" not in overrides.get("probe", {}):  # spectra of large weights take minutes
+        config = _without_weights(config)
     out = user_path(options.out.resolve()) if options.out else None
 
+    from gengap_dist.cli.terminal import MeasurementProgress
     from gengap_dist.distributed.process_group import destroy_process_group, init_process_group
     from gengap_dist.distributed.runtime_context import rank_environment
     from gengap_dist.runs.run_folder import prepare_folder
@@ -61,11 +67,17 @@ def command(argv: Sequence[str]) -> int:
         prepare_folder(out, "run.json", resume=False)
     world = init_process_group(config.launch.device, config.launch.timeout_seconds)
     world.barrier()  # rank 0 has created the folder, or has raised
-    observations = probe(config, world, networks, out)
+    with MeasurementProgress(enabled=world.rank == 0) as progress:
+        observations = probe(config, world, networks, out, progress)
     if world.rank == 0:
         _show(options, config, observations, out)
     destroy_process_group()
     return OK
+
+
+def _without_weights(config: RunConfig) -> RunConfig:
+    chosen = tuple(name for name in config.probe.diagnostics if name != "weights")
+    return config.model_copy(update={"probe": config.probe.model_copy(update={"diagnostics": chosen})})
 
 
 def _show(options: ProbeOptions, config: RunConfig, observations: list[Any], out: Path | None) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # these import torch, which the driver process does not need
 
 MEASURING = "measuring a few steps of each arm"
 MAX_WIDTH = 50  # of a column: a name of 400 characters would leave no room for the others
+MIN_MEASURED_SHARE, MIN_MEASURED_SECONDS = 0.01, 2.0  # of a measurement, before its time is estimated
 QUIET_SECONDS = 15.0  # minimum interval between progress lines when there is no terminal
 OUTCOMES = {"supported": "blue", "contradicted": "dark_orange3", "undecided": "dim"}
 SHOWN = {
@@ -134,6 +135,50 @@ class RunProgress:
         """Print a permanent line above the bars."""
         self._last_line_time = time.monotonic()
         self.console.print_line(text)
+
+
+class MeasurementProgress:
+    """A bar over the steps of each measurement, with the time left; without a terminal, one line for each of them.
+
+    The time left is that of the steps so far, for the steps that are left.
+    """
+
+    def __init__(self, *, enabled: bool) -> None:
+        """Show nothing unless `enabled`."""
+        self.console, self.enabled = PlainConsole(stderr=True), enabled
+        self._bar = Progress(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not (enabled and self.console.is_terminal),
+        )
+        self._task = self._bar.add_task("reading data", total=None, note="")
+        self._stage_began, self._is_said = time.monotonic(), False
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def __call__(self, stage: str, done: float, total: float) -> None:
+        """`done` of `total` steps of a measurement; 0 when it begins."""
+        if not done:
+            self._bar.reset(self._task, description=stage, total=None, note="")
+            self._stage_began, self._is_said = time.monotonic(), False
+            return
+        seconds = time.monotonic() - self._stage_began
+        estimate = seconds * total / done
+        self._bar.update(self._task, completed=done, total=total, note=f"{duration(estimate - seconds)} left")
+        # short steps that are a small part of the whole say little about the others
+        is_known = done >= MIN_MEASURED_SHARE * total or seconds > MIN_MEASURED_SECONDS
+        if self.enabled and is_known and not self._is_said:
+            self._is_said = True
+            self.console.print_line(f"{stage}: about {duration(estimate)}")
 
 
 def _stage(total: int, note: str) -> str:

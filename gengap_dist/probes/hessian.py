@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gengap_dist.distributed.process_group import World, initialized_world
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.activations import device_of, eval_context, unwrapped
+from gengap_dist.probes.progress import Progress, no_progress
 from gengap_dist.probes.weights import flat_parameters, trainable_parameters
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -22,6 +23,8 @@ LossSum = Callable[[Tensor, Tensor], Tensor]
 """(outputs [n, ...] in float64, targets [n, ...]) to the sum of the losses of all targets, a scalar."""
 NumTargets = Callable[[Tensor], Tensor]
 """Targets [n, ...] to the number of them that each sample has in the loss, [n] int64."""
+
+VECTOR_BYTES = 256 * 2**20  # of vectors whose products are computed together
 
 
 def one_each(targets: Tensor) -> Tensor:
@@ -82,20 +85,37 @@ class MeanLoss:
         Raises:
             UsageError: on every rank, if an operation of the network has no second derivative.
         """
-        vectors = self._split(vector_P)
+        return self.hessian_vector_products(vector_P[None])[0]
+
+    def hessian_vector_products(self, vectors_KP: Tensor, on_progress: Progress = no_progress) -> Tensor:
+        """The products of the Hessian with each row of `vectors_KP`: [K, P] float64, as `hessian_vector_product`.
+
+        Loss and gradient of a block of samples are computed once for all rows, in the model's dtype, like the products.
+        """
+        rows = [self._split(vector_P) for vector_P in vectors_KP]
 
         def block(weights: list[Tensor], loss: Tensor) -> Sequence[Tensor]:
             gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
             _refuse_once_differentiable(gradients)
-            directional = torch.stack(
-                [(gradient * v).sum().double() for gradient, v in zip(gradients, vectors, strict=True)]
-            ).sum()
-            return torch.autograd.grad(directional, weights, materialize_grads=True)
+            products: list[Tensor] = []
+            for number, vectors in enumerate(rows, 1):
+                directional = torch.stack(
+                    [(gradient * v).sum().double() for gradient, v in zip(gradients, vectors, strict=True)]
+                ).sum()
+                products += torch.autograd.grad(
+                    directional, weights, retain_graph=number < len(rows), materialize_grads=True
+                )
+            return products
 
-        return self._mean_over_targets(block, self.weights_P, len(vector_P))
+        products = self._mean_over_targets(block, self.weights_P, vectors_KP.numel(), on_progress)
+        return products.view(vectors_KP.shape)
 
     def _mean_over_targets(
-        self, per_block: Callable[[list[Tensor], Tensor], Sequence[Tensor]], at_P: Tensor, length: int
+        self,
+        per_block: Callable[[list[Tensor], Tensor], Sequence[Tensor]],
+        at_P: Tensor,
+        length: int,
+        on_progress: Progress = no_progress,
     ) -> Tensor:
         """The flattened results of `per_block(weights, sum of losses)`, averaged over all ranks' targets."""
         total = torch.zeros(length + 1, dtype=torch.float64, device=self.weights_P.device)
@@ -103,10 +123,11 @@ class MeanLoss:
         # only the math kernel of attention supports double backward
         with eval_context(self._model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             try:
-                for inputs, targets in self._batches:
+                for number, (inputs, targets) in enumerate(self._batches, 1):
                     weights = [w.requires_grad_() for w in self._split(at_P)]
                     parts = per_block(weights, self._loss_sum(weights, inputs, targets))
                     total[:-1] += torch.cat([part.detach().double().reshape(-1) for part in parts])
+                    on_progress(number, len(self._batches))
             except RuntimeError as error:
                 if "derivative" not in str(error):
                     raise
@@ -156,6 +177,7 @@ def hessian_eigenvalues(
     max_steps: int = 80,
     tolerance: float = 1e-5,
     seed: int = 0,
+    on_progress: Progress = no_progress,
 ) -> list[float]:
     """The largest eigenvalues of the Hessian of the mean loss, by the Lanczos method. Collective.
 
@@ -174,6 +196,7 @@ def hessian_eigenvalues(
         max_steps: maximum number of Hessian-vector products; each costs about two gradients.
         tolerance: residual |H v - lambda v| at which an eigenvalue is accepted, relative to the largest |lambda|.
         seed: of the start vector.
+        on_progress: called after each product, with max_steps as the total; fewer may be enough.
 
     Returns:
         The algebraically largest eigenvalues, descending, the same on every rank; at most P. With a warning: the
@@ -198,8 +221,14 @@ def hessian_eigenvalues(
     def draw() -> Tensor:
         return torch.randn(len(loss.weights_P), dtype=torch.float64, generator=generator)
 
+    num_products = 0
+
     def product(vector_P: Tensor) -> Tensor:
-        return loss.hessian_vector_product(vector_P.to(loss.weights_P.device)).cpu()
+        nonlocal num_products
+        image_P = loss.hessian_vector_product(vector_P.to(loss.weights_P.device)).cpu()
+        num_products += 1
+        on_progress(num_products, max_steps)
+        return image_P
 
     rounding = min(64 * torch.finfo(loss.weights_P.dtype).eps, tolerance)
     eigenvalues, residual = lanczos(product, draw, world, num, max_steps, tolerance, rounding)
@@ -315,6 +344,7 @@ def hessian_trace(
     world: World | None = None,
     num_vectors: int = 16,
     seed: int = 0,
+    on_progress: Progress = no_progress,
 ) -> tuple[float, float]:
     """Trace of the Hessian of the mean loss, and its standard error. Collective.
 
@@ -328,8 +358,10 @@ def hessian_trace(
         num_targets: number of targets of each sample.
         world: the participating ranks; None: those of torch.distributed's process group, or this process only if there
             is none.
-        num_vectors: number of vectors, 2 or more; each costs about two gradients.
+        num_vectors: number of vectors, 2 or more; each costs about two gradients. Those that share a gradient take at
+            most `VECTOR_BYTES`.
         seed: of the vectors.
+        on_progress: called after each batch.
 
     Raises:
         UsageError: if there are no samples, trainable parameters or second derivatives, or if num_vectors < 2.
@@ -346,10 +378,16 @@ def hessian_trace(
     loss = MeanLoss(model, batches, loss_sum, world, num_targets)
     generator = torch.Generator().manual_seed(seed)
     samples: list[float] = []
-    for _ in range(num_vectors):
-        signs_P = 2.0 * torch.randint(2, loss.weights_P.shape, generator=generator) - 1
-        signs_P = signs_P.to(loss.weights_P.device, torch.float64)
-        samples.append(float(signs_P @ loss.hessian_vector_product(signs_P)))
+    while len(samples) < num_vectors:
+        num_now = min(num_vectors - len(samples), max(1, VECTOR_BYTES // (8 * len(loss.weights_P))))
+        signs = [2.0 * torch.randint(2, loss.weights_P.shape, generator=generator) - 1 for _ in range(num_now)]
+        signs_KP = torch.stack(signs).to(loss.weights_P.device, torch.float64)
+
+        def after_block(done: float, total: float, *, before: int = len(samples), num_now: int = num_now) -> None:
+            on_progress(before + num_now * done / total, num_vectors)
+
+        images_KP = loss.hessian_vector_products(signs_KP, after_block)
+        samples += [float(signs_P @ image_P) for signs_P, image_P in zip(signs_KP, images_KP, strict=True)]
     values = torch.tensor(_broadcast_from_rank_0(world, samples, loss.weights_P.device), dtype=torch.float64)
     return float(values.mean()), float(values.std() / num_vectors**0.5)
 
@@ -363,6 +401,7 @@ def keskar_sharpness(
     world: World | None = None,
     epsilon: float = 1e-3,
     steps: int = 20,
+    on_progress: Progress = no_progress,
 ) -> float:
     """Sharpness by Keskar et al. 2017 (eq. 4, full space): 100 (max f(x + z) - f(x)) / (1 + f(x)). Collective.
 
@@ -379,6 +418,7 @@ def keskar_sharpness(
             is none.
         epsilon: size of the box.
         steps: number of ascent steps, each costs one gradient; fixed, so that all ranks do the same number.
+        on_progress: called after each gradient.
 
     Returns:
         A percentage, the same on every rank; nan if the loss is not finite at x.
@@ -397,10 +437,12 @@ def keskar_sharpness(
     start_P = loss.weights_P.double()
     bound_P = epsilon * (start_P.abs() + 1)
     start, gradient_P = loss.gradient(start_P)
+    on_progress(1, steps + 1)
     best, shift_P = start, torch.zeros_like(start_P)
     for step in range(steps):
         stride = 2 * (1 - step / steps)  # 2: from any point of the box to any corner
         shift_P = (shift_P + stride * bound_P * gradient_P.sign()).clamp(-bound_P, bound_P)
         value, gradient_P = loss.gradient(start_P + shift_P)
         best = max(best, value)
+        on_progress(step + 2, steps + 1)
     return 100 * (best - start) / (1 + start)

@@ -14,9 +14,16 @@ from torch.nn.functional import one_hot
 from gengap_dist.distributed.process_group import World, initialized_world
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.activations import device_of, eval_context, unwrapped
+from gengap_dist.probes.progress import Progress, no_progress
 
 
-def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: World | None = None) -> float:
+def nc1(
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    *,
+    world: World | None = None,
+    on_progress: Progress = no_progress,
+) -> float:
     """NC1, the collapse of variability: tr(Sigma_W pinv(Sigma_B)) / C (Papyan, Han & Donoho 2020). Collective.
 
     With h the features that enter the classifier, mu_c their mean over class c, mu_G the mean of the class means:
@@ -32,6 +39,7 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
             all batches are kept in memory.
         world: the participating ranks; None: those of torch.distributed's process group, or this process only if there
             is none.
+        on_progress: called after each batch.
 
     Returns:
         NC1, the same on every rank; nan, with a warning, if features are not finite or all class means are equal.
@@ -46,7 +54,7 @@ def nc1(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], *, world: Wo
     model = unwrapped(model)
     world = world or initialized_world(device_of(model))
     device = next(model.parameters(), torch.empty(0)).device
-    features, num_classes, problem = _features(model, batches)
+    features, num_classes, problem = _features(model, batches, on_progress)
     shared_facts = torch.zeros(5, dtype=torch.float64, device=device)  # not known on a rank without batches
     if batches:
         shared_facts[:2] = shared_facts.new_tensor([1, bool(problem)])
@@ -110,7 +118,9 @@ def _whiten(means_CD: Tensor, eps: float) -> Tensor:
     return directions_RD[keep].T * (num_classes**0.5 / s[keep])
 
 
-def _features(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], int, str]:
+def _features(
+    model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], on_progress: Progress
+) -> tuple[list[Tensor], int, str]:
     """The inputs of the classifier, [n, D] per block; the number of classes; why the network is unsuitable, or ''."""
     names = {module: name or "itself" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     last: list[Any] = []  # of this forward pass: module, input, output
@@ -135,6 +145,7 @@ def _features(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> tup
                     return [], 0, f"in {names[module]}, whose input has shape {[*h_ND.shape]}"
                 features.append(h_ND)
                 num_classes = logits.shape[1]
+                on_progress(len(features), len(batches))
     finally:
         for handle in handles:
             handle.remove()

@@ -12,12 +12,15 @@ from gengap_dist.config.measures import WEIGHT_VIEW
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes.activations import unwrapped
+from gengap_dist.probes.progress import Progress, no_progress
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 
 FLOOR = 64 * 2.0**-52  # relative to s_1 of a matrix: what a float64 SVD returns for an exact zero
 
 
-def weight_spectra(model: nn.Module, *, world: World | None = None) -> list[LayerSpectrum]:
+def weight_spectra(
+    model: nn.Module, *, world: World | None = None, on_progress: Progress = no_progress
+) -> list[LayerSpectrum]:
     """Singular values of every trainable weight with 2 or more dimensions. Collective.
 
     A weight [out, in, ...] is the matrix [out, in * ...] (Galanti et al. 2022; Martin & Mahoney 2021); its singular
@@ -27,6 +30,7 @@ def weight_spectra(model: nn.Module, *, world: World | None = None) -> list[Laye
     Args:
         model: any network; no forward pass is run, and it is not changed.
         world: the participating ranks; None for this process only.
+        on_progress: called after each matrix of this rank, small ones first.
 
     Returns:
         One spectrum per weight, in the model's order, in view `weight`: `num_samples` counts rows, `num_units` columns,
@@ -48,12 +52,19 @@ def weight_spectra(model: nn.Module, *, world: World | None = None) -> list[Laye
             continue
         matrices[name] = weight.flatten(1)
     values = [matrix.new_zeros(min(matrix.shape), dtype=torch.float64) for matrix in matrices.values()]
-    for number, matrix in enumerate(matrices.values()):
-        if number % world.size == world.rank:
-            values[number] = torch.linalg.svdvals(matrix.double())
+    own = sorted(([*enumerate(matrices.values())])[world.rank :: world.size], key=lambda item: _svd_work(item[1]))
+    done, total = 0, sum(_svd_work(matrix) for _, matrix in own)
+    for number, matrix in own:
+        values[number] = torch.linalg.svdvals(matrix.double())
+        done += _svd_work(matrix)
+        on_progress(done, total)
     if values:
         values = world.all_reduce_to_cpu(torch.cat(values)).split([len(s) for s in values])
     return [_spectrum(name, matrix, s) for (name, matrix), s in zip(matrices.items(), values, strict=True)]
+
+
+def _svd_work(matrix: Tensor) -> int:
+    return matrix.numel() * min(matrix.shape)
 
 
 def _spectrum(name: str, matrix: Tensor, s: Tensor) -> LayerSpectrum:

@@ -21,6 +21,8 @@ from gengap_dist.errors import UsageError
 from gengap_dist.probes import LayerSpectrum, measure, metrics
 from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar_sharpness
 from gengap_dist.probes.neural_collapse import nc1
+from gengap_dist.probes.progress import Progress, no_progress
+from gengap_dist.probes.spectra.cost import MeasurementCost
 from gengap_dist.probes.weights import distance_from_init, weight_spectra
 from gengap_dist.training.evaluation import BlockSums
 from gengap_dist.training.probed_layers import ProbedLayers, probe_set_sizes, warn_of_sizes
@@ -33,6 +35,8 @@ NUM_EIGENVALUES = 3
 
 Batches = list[tuple[Tensor, Tensor]]
 Metrics = dict[str, float]
+StageProgress = Callable[[str, float, float], None]
+"""Called with the name of a measurement, and as `Progress`; with 0 of 1 when it begins."""
 
 
 class Observation(NamedTuple):
@@ -81,13 +85,25 @@ class ProbeObserver:
         self._block_size = task.spec.block_size(PROBE_BLOCK)
         self._failed_diagnostics: set[str] = set()
 
-    def __call__(self, model: nn.Module, *, controls: bool, required: bool = True) -> Observation:
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        controls: bool,
+        required: bool = True,
+        diagnostics: bool = True,
+        on_stage: StageProgress | None = None,
+    ) -> Observation:
         """Run all configured measurements, each with its `probe_seconds/...`. Collective.
+
+        Those of the near-rank loss are also split into `probe_seconds_by_part/...`.
 
         Args:
             model: the network; not changed.
             controls: also measure the control sets.
             required: raise an error if near-rank loss cannot be measured; otherwise it is left out, with a warning.
+            diagnostics: also measure what probe.diagnostics names.
+            on_stage: called after each step of a measurement.
 
         Raises:
             UsageError: if `required`, and the network or a layer that the user named cannot be measured.
@@ -100,6 +116,7 @@ class ProbeObserver:
         for name, size in sets.items():
             began = time.monotonic() if name else began
             own = self._batches(size) if name else batches
+            cost = MeasurementCost(_progress(on_stage, f"near-rank loss of {size:,} samples"))
             try:
                 spectra[name] = measure(
                     model,
@@ -110,6 +127,7 @@ class ProbeObserver:
                     memory_mib=self.config.memory_mib,
                     method=self.config.method,
                     on_outputs=None if name else partial(_add_block, sums, own),
+                    cost=cost,
                 )
             except UsageError as error:  # the same on every rank
                 if required:
@@ -119,14 +137,15 @@ class ProbeObserver:
             found |= metrics(spectra[name], name)
             if not name:  # computed in the same passes
                 found |= {f"probe/{metric}": value for metric, value in sums.score().items()}
+                found |= {f"probe_seconds_by_part/{part}": seconds for part, seconds in cost.seconds().items()}
             found[f"probe_seconds/{f'control/{name}' if name else 'near_rank_loss'}"] = time.monotonic() - began
         labelled = [(batch.inputs, batch.targets) for batch in batches]
         for name, diagnostic in DIAGNOSTICS.items():
-            if name not in self.config.diagnostics or name in self._failed_diagnostics:
+            if not diagnostics or name not in self.config.diagnostics or name in self._failed_diagnostics:
                 continue
             began = time.monotonic()
             try:
-                values, spectra_of_it = diagnostic(model, labelled, self)
+                values, spectra_of_it = diagnostic(model, labelled, self, on_stage)
             except UsageError as error:  # the same on every rank: not applicable to this network
                 warnings.warn(f"{name} is left out: {error}", stacklevel=2)
                 self._failed_diagnostics.add(name)
@@ -160,40 +179,54 @@ def _add_block(sums: BlockSums, batches: Sequence[_Block], number: int, outputs:
     sums.add(batches[number].start, outputs, batches[number].targets)
 
 
-Diagnostic = Callable[[nn.Module, Batches, ProbeObserver], tuple[Metrics, list[LayerSpectrum]]]
+def _progress(on_stage: StageProgress | None, stage: str) -> Progress:
+    if on_stage is None:
+        return no_progress
+    on_stage(stage, 0.0, 1.0)
+    return partial(on_stage, stage)
 
 
-def _norms(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
+Diagnosed = tuple[Metrics, list[LayerSpectrum]]
+Diagnostic = Callable[[nn.Module, Batches, ProbeObserver, StageProgress | None], Diagnosed]
+
+
+def _norms(model: nn.Module, batches: Batches, observer: ProbeObserver, on_stage: StageProgress | None) -> Diagnosed:
     return distance_from_init(model, observer.initial_P), []
 
 
-def _weights(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
-    found = weight_spectra(model, world=observer.world)
+def _weights(model: nn.Module, batches: Batches, observer: ProbeObserver, on_stage: StageProgress | None) -> Diagnosed:
+    found = weight_spectra(model, world=observer.world, on_progress=_progress(on_stage, "spectra of weights"))
     return metrics(found), found
 
 
 def _neural_collapse(
-    model: nn.Module, batches: Batches, observer: ProbeObserver
-) -> tuple[Metrics, list[LayerSpectrum]]:
+    model: nn.Module, batches: Batches, observer: ProbeObserver, on_stage: StageProgress | None
+) -> Diagnosed:
     spec = observer.task.spec
     if spec.num_classes is None or spec.target_shape:
         targets = "sequences" if spec.num_classes else "real numbers"
         raise UsageError(f"NC1 needs one class for each sample, and the targets are {targets}")
-    return {"nc1": nc1(model, batches, world=observer.world)}, []
+    on_progress = _progress(on_stage, "neural collapse")
+    return {"nc1": nc1(model, batches, world=observer.world, on_progress=on_progress)}, []
 
 
-def _hessian(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
+def _hessian(model: nn.Module, batches: Batches, observer: ProbeObserver, on_stage: StageProgress | None) -> Diagnosed:
     task, world = observer.task, observer.world
     options = {"num_targets": task.num_targets, "world": world}
-    values = hessian_eigenvalues(model, batches, task.loss_sum, **options, num=NUM_EIGENVALUES)
-    trace, error = hessian_trace(model, batches, task.loss_sum, **options)
+    on_progress = _progress(on_stage, "Hessian eigenvalues, at most")
+    values = hessian_eigenvalues(model, batches, task.loss_sum, **options, num=NUM_EIGENVALUES, on_progress=on_progress)
+    on_progress = _progress(on_stage, "Hessian trace")
+    trace, error = hessian_trace(model, batches, task.loss_sum, **options, on_progress=on_progress)
     found = {f"hessian/eigenvalue_{number}": value for number, value in enumerate(values, 1)}
     return found | {"hessian/trace": trace, "hessian/trace_standard_error": error}, []
 
 
-def _keskar(model: nn.Module, batches: Batches, observer: ProbeObserver) -> tuple[Metrics, list[LayerSpectrum]]:
+def _keskar(model: nn.Module, batches: Batches, observer: ProbeObserver, on_stage: StageProgress | None) -> Diagnosed:
     task = observer.task
-    value = keskar_sharpness(model, batches, task.loss_sum, num_targets=task.num_targets, world=observer.world)
+    on_progress = _progress(on_stage, "Keskar sharpness")
+    value = keskar_sharpness(
+        model, batches, task.loss_sum, num_targets=task.num_targets, world=observer.world, on_progress=on_progress
+    )
     return {"keskar_sharpness": value}, []
 
 

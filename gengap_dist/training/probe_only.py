@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,22 +19,29 @@ from gengap_dist.runs import checkpoint
 from gengap_dist.runs.run_folder import NullRecorder, RunRecorder
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.training.algorithms.update_bn import untrained_with_statistics
-from gengap_dist.training.observer import Observation, ProbeObserver
+from gengap_dist.training.observer import Observation, ProbeObserver, StageProgress
 from gengap_dist.training.probed_layers import find_probed_layers
 from gengap_dist.training.setup import build_model, load_data, two_samples
 from gengap_dist.training.tasks import build_task, described_metric
 
 
 def probe(
-    config: RunConfig, world: World, networks: Sequence[tuple[int, Path, dict[str, Tensor] | None]], out: Path | None
+    config: RunConfig,
+    world: World,
+    networks: Sequence[tuple[int, Path, dict[str, Tensor] | None]],
+    out: Path | None,
+    on_stage: StageProgress | None = None,
 ) -> list[tuple[int, Observation]]:
-    """Measure networks on the config's probe set without training, controls included. Collective.
+    """Measure networks on the config's probe set without training. Collective.
+
+    Controls and diagnostics are those of the last network; with `out`, of all.
 
     Args:
         config: data, model and probe.
         world: the ranks.
         networks: per network its number of optimizer steps, the file of the weights, and the weights; None: untrained.
         out: folder for results in the format of a run folder, or None.
+        on_stage: called after each step of a measurement.
 
     Raises:
         UsageError: if the config does not match the data or the model, or the weights do not match the model.
@@ -75,9 +83,17 @@ def probe(
                 if state is not None
                 else untrained_with_statistics(model, batches, world, config.batch.ghost_size)
             )
-            observations.append((step, observer(evaluated_model, controls=True)))
+            everything = out is not None or number == len(networks) - 1
+            stages = on_stage and partial(_of_step, on_stage, step if len(networks) > 1 else None)
+            observations.append(
+                (step, observer(evaluated_model, controls=everything, diagnostics=everything, on_stage=stages))
+            )
             for probe_set, spectra in observations[-1][1].spectra.items():
                 recorder.spectra(step, spectra, probe_set)
             recorder.log(step, 0.0, observations[-1][1].metrics)
         recorder.finish(RunStatus.FINISHED, {"num_steps": networks[-1][0]})
         return observations
+
+
+def _of_step(on_stage: StageProgress, step: int | None, stage: str, done: float, total: float) -> None:
+    on_stage(stage if step is None else f"step {step:,}: {stage}", done, total)

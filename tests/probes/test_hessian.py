@@ -173,6 +173,32 @@ def test_trace_of_the_explicit_hessian(hessian, dtype):
     assert error < abs(trace) / 10
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_products_that_share_a_gradient(hessian, dtype, error):
+    model, batches = setting(dtype)
+    passes = []
+    model.head.register_forward_hook(lambda *_: passes.append(1))
+    loss = MeanLoss(model, batches, LOSS, World())
+    vectors = torch.randn(5, len(hessian), dtype=torch.float64)
+    products = loss.hessian_vector_products(vectors)
+    assert len(passes) == len(batches)
+    assert (products - vectors @ hessian).abs().max() <= error * (vectors @ hessian).abs().max()
+    for vector, product in zip(vectors, products, strict=True):
+        assert torch.equal(loss.hessian_vector_product(vector), product)
+
+
+def test_products_in_groups_give_the_same_trace(monkeypatch):
+    model, batches = setting(torch.float32)
+    whole = hessian_trace(model, batches, LOSS, world=World())
+    monkeypatch.setattr(hessian_module, "VECTOR_BYTES", 3 * 8 * len(flat_parameters(model)))
+    seen = []
+    groups = hessian_trace(model, batches, LOSS, world=World(), on_progress=lambda *at: seen.append(at))
+    assert groups == pytest.approx(whole, rel=1e-12)
+    assert seen == sorted(seen)
+    assert seen[-1] == (16, 16)
+    assert len(seen) == 6 * len(batches)
+
+
 def test_trace_is_exact_where_the_hessian_is_diagonal():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(50, 1), nn.ZeroPad1d((0, 1))).double()  # every image has a weight of its own

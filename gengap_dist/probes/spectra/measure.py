@@ -3,10 +3,12 @@
 Shapes: N rows over all ranks, D units, A [N, D] the activation matrix of one layer in one view. Each rank computes the
 activations of its own inputs and sends rows to other ranks only when columns are redistributed (see
 `accumulate.DualAccumulator`). Activations of wide layers are stored until then; those that do not fit in memory
-together are measured in several passes over the inputs, in blocks of columns if necessary.
+together are measured in several passes over the inputs, in blocks of columns if necessary. Passes after the first end
+at the last layer that they need.
 """
 
 import hashlib
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +33,7 @@ from gengap_dist.probes.activations import (
 from gengap_dist.probes.layer_view import LayerView, build_layer_views, columns
 from gengap_dist.probes.layers import Pattern, select_layers
 from gengap_dist.probes.spectra.accumulate import METHODS, DualAccumulator, PrimalAccumulator, merge_ranks
+from gengap_dist.probes.spectra.cost import MeasurementCost
 from gengap_dist.probes.spectra.layer_spectrum import ACTIVATION_FLOORS, LayerSpectrum
 from gengap_dist.probes.trace import Layer
 
@@ -49,6 +52,7 @@ def measure(
     memory_mib: int = 512,
     method: Method = "gram",
     on_outputs: Callable[[int, Any], None] | None = None,
+    cost: MeasurementCost | None = None,
 ) -> list[LayerSpectrum]:
     """Activation spectra of a network's layers over the inputs of all ranks. Collective.
 
@@ -68,6 +72,7 @@ def measure(
         memory_mib: maximum memory of matrices, stored activations and buffers on this rank, in MiB.
         method: `gram` (float64 Gram matrices; floor 6e-8 s_1) or `tsqr` (QR factors, slower; floor 1e-14 s_1).
         on_outputs: called once for each batch with samples, with its number and the output of the network.
+        cost: gets the seconds of this rank by part, and what is left while it measures.
 
     Returns:
         One spectrum per layer, view and centring, in the order in which layers run, identical on every rank. A layer
@@ -86,7 +91,7 @@ def measure(
     [3.0, 1.0]
     """
     model = unwrapped(model)
-    world = world or initialized_world(device_of(model))
+    world, cost = world or initialized_world(device_of(model)), cost or MeasurementCost()
     inputs = list(batches) if iter(batches) is batches else batches
     patterns = [layers] if isinstance(layers, str | type) else layers
     counts = _count_inputs(inputs, world)
@@ -102,7 +107,11 @@ def measure(
         block_bytes = stream_bytes(world.device.type, memory_mib)
         accumulators: dict[int, PrimalAccumulator | DualAccumulator] = {}
         left_out: set[str] = set()
-        for pass_number, planned_blocks in enumerate(plan_passes(layer_views, max(counts), memory_mib)):
+        planned_passes = plan_passes(layer_views, max(counts), memory_mib)
+        _plan_cost(cost, planned_passes, layer_views, centred, counts[world.rank], world)
+        if cost.is_watched:
+            _time_methods(cost, method, world.device)
+        for pass_number, planned_blocks in enumerate(planned_passes):
             blocks = [block for block in planned_blocks if layer_views[block.view_index].layer.name not in left_out]
             if not blocks:
                 continue
@@ -112,22 +121,68 @@ def measure(
                     accumulators[number] = (DualAccumulator if view.is_wide else PrimalAccumulator)(
                         METHODS[method](view.size, world.device), torch.finfo(view.layer.dtype).eps
                     )
-            one_pass = _Pass(model, layer_views, blocks, accumulators, counts[world.rank], block_bytes)
+            count, is_first = counts[world.rank], not pass_number
+            one_pass = _Pass(model, layer_views, blocks, accumulators, count, block_bytes, cost, is_first=is_first)
             left_out |= one_pass.run(inputs, world, *((None, None) if pass_number else (traced, on_outputs)))
             blocks = [block for block in blocks if layer_views[block.view_index].layer.name not in left_out]
             for block, own_rows_nw in one_pass.stored_columns(blocks, world.device).items():
                 view, accumulator = layer_views[block.view_index], accumulators[block.view_index]
                 assert isinstance(accumulator, DualAccumulator)
-                accumulator.redistribute_columns(
-                    own_rows_nw, [count * view.rows_per_input for count in counts], world, block_bytes
-                )
+                with cost.measured("gram", _gram_work(view.size, own_rows_nw.shape[1] / world.size)):
+                    accumulator.redistribute_columns(
+                        own_rows_nw, [count * view.rows_per_input for count in counts], world, block_bytes
+                    )
             del one_pass
             complete = {block.view_index for block in blocks if block.stop == layer_views[block.view_index].num_units}
             complete_accumulators = {number: accumulators.pop(number) for number in sorted(complete)}
             if complete_accumulators:
-                merge_ranks(list(complete_accumulators.values()), world)
-                spectra |= _solve(complete_accumulators, layer_views, centred, world)
+                with cost.measured("gram"):
+                    merge_ranks(list(complete_accumulators.values()), world)
+                with cost.measured("decomposition"):
+                    spectra |= _solve(complete_accumulators, layer_views, centred, world, cost)
     return [spectrum for number in range(len(layer_views)) for spectrum in spectra.get(number, [])]
+
+
+def _plan_cost(
+    cost: MeasurementCost,
+    passes: Sequence[Sequence["ColumnBlock"]],
+    layer_views: Sequence[LayerView],
+    centred: Sequence[bool],
+    num_own_inputs: int,
+    world: World,
+) -> None:
+    """Tell `cost` the work of this rank: samples through the network, and products for matrices and solvers."""
+    for number, blocks in enumerate(passes):
+        cost.plan("forward", num_own_inputs * (_share_needed(layer_views, blocks) if number else 1.0))
+    for view in layer_views:
+        share = view.num_units / world.size if view.is_wide else num_own_inputs * view.rows_per_input
+        cost.plan("gram", _gram_work(view.size, share))
+        cost.plan("decomposition", view.size**3 * len({False, *centred}) / world.size)
+
+
+def _time_methods(cost: MeasurementCost, method: Method, device: torch.device) -> None:
+    """Measure a small matrix, so that there is an estimate before the first layer is complete."""
+    size, num_columns = 256, 1024
+    block_kn = torch.rand(size, num_columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    accumulator = METHODS[method](size, device)
+    accumulator.add(block_kn.clone())  # the first call loads libraries
+    began = time.perf_counter()
+    accumulator.add(block_kn)
+    added = time.perf_counter()
+    accumulator.singular_values().cpu()
+    cost.plan("gram", 0.0, (added - began) / _gram_work(size, num_columns))
+    cost.plan("decomposition", 0.0, (time.perf_counter() - added) / size**3)
+
+
+def _share_needed(layer_views: Sequence[LayerView], blocks: Sequence["ColumnBlock"]) -> float:
+    """About the share of a forward pass up to the last layer of `blocks`: that of the layers until then."""
+    last = max(block.view_index for block in blocks)
+    return (last + 1) / len(layer_views)
+
+
+def _gram_work(size: int, num_columns: float) -> float:
+    """Products for adding columns to a matrix of `size` rows; reading a value takes as long as about 100."""
+    return num_columns * size * (size + 100)
 
 
 class ColumnBlock(NamedTuple):
@@ -257,6 +312,10 @@ def _raise_failure(failure: Exception) -> NoReturn:
     ) from failure
 
 
+class _AllCaptured(Exception):
+    """Ends a forward pass whose further layers are not needed."""
+
+
 class _Pass:
     """One pass over this rank's inputs: adds rows of D <= N views, and stores columns of wide ones."""
 
@@ -268,17 +327,22 @@ class _Pass:
         accumulators: Mapping[int, PrimalAccumulator | DualAccumulator],
         count: int,
         block_bytes: int,
+        cost: MeasurementCost,
+        *,
+        is_first: bool,
     ) -> None:
-        """A pass for `blocks`, over `count` inputs in total."""
+        """A pass for `blocks`, over `count` inputs in total. The first one passes and checks all layers."""
         self.model, self.layer_views, self.blocks, self.accumulators = model, layer_views, blocks, accumulators
-        self.count, self.block_bytes = count, block_bytes
+        self.count, self.block_bytes, self.cost, self.is_first = count, block_bytes, cost, is_first
         self.blocks_by_layer: dict[str, list[ColumnBlock]] = {}
         for block in blocks:
             self.blocks_by_layer.setdefault(layer_views[block.view_index].layer.name, []).append(block)
-        self.layers = list(
-            {view.layer.name: view.layer for view in (layer_views[b.view_index] for b in blocks)}.values()
-        )
+        views = layer_views if is_first else [layer_views[block.view_index] for block in blocks]
+        self.layers = list({view.layer.name: view.layer for view in views}.values())
+        self.share = 1.0 if is_first else _share_needed(layer_views, blocks)
         self.num_inputs = 0  # of the current batch
+        self._num_missing = 0  # layers that the current pass has not reached
+        self._may_end = False  # whether the current pass ends when there is none
         self.problems: dict[str, str] = {}
         """Layer name to why its rows on this rank are not those of its inputs."""
         self._stored: dict[ColumnBlock, Tensor] = {}
@@ -344,15 +408,24 @@ class _Pass:
         }
 
     def _forward(self, inputs: Iterable[Tensor], on_outputs: Callable[[int, Any], None] | None) -> None:
-        with capture_activations(self.model, self.layers, self._add_activation) as capture:
+        with capture_activations(self.model, self.layers, self._on_activation) as capture:
+            num_left = self.count
             for number, batch in enumerate(inputs):
                 self.num_inputs = len(batch)
                 if not self.num_inputs:
                     continue
+                num_left -= self.num_inputs
                 capture.begin_pass()
-                outputs = self.model(batch.clone())  # which a network may change in place
+                self._num_missing = len(self.layers)
+                # the last batch passes all layers: a network that keeps something between layers is left without it
+                self._may_end = not self.is_first and num_left > 0
+                with self.cost.measured("forward", self.num_inputs * self.share):
+                    try:
+                        outputs = self.model(batch.clone())  # which a network may change in place
+                    except _AllCaptured:
+                        continue
                 if on_outputs is not None:
-                    with capture.paused():
+                    with capture.paused(), self.cost.measured(None):
                         on_outputs(number, outputs)
                 for layer in self.layers:
                     if capture.calls[id(layer.module), layer.function] != layer.num_calls:
@@ -361,6 +434,13 @@ class _Pass:
                             f"layer {layer.name} ran {capture.calls[id(layer.module), layer.function]} time(s) in one "
                             f"pass and {layer.num_calls} in another, so its rows do not belong to samples",
                         )
+
+    def _on_activation(self, layer: Layer, activation: Any) -> None:
+        with self.cost.measured("gram"):
+            self._add_activation(layer, activation)
+        self._num_missing -= 1
+        if self._may_end and not self._num_missing:
+            raise _AllCaptured
 
     def _add_activation(self, layer: Layer, activation: Any) -> None:
         per_two = layer.output.numel()
@@ -378,7 +458,7 @@ class _Pass:
             )
         if layer.name in self.problems:
             return
-        for block in self.blocks_by_layer[layer.name]:
+        for block in self.blocks_by_layer.get(layer.name, []):
             view, accumulator = self.layer_views[block.view_index], self.accumulators[block.view_index]
             if view.is_wide and block not in self._stored:
                 rows = self.count * view.rows_per_input
@@ -386,7 +466,8 @@ class _Pass:
             for part in activation.split(max(1, self.block_bytes // (8 * activation[0].numel()))):
                 matrix_Dn = columns(part, view.view, channels_last=layer.channels_last)
                 if isinstance(accumulator, PrimalAccumulator):
-                    accumulator.add(matrix_Dn)
+                    with self.cost.measured("gram", _gram_work(view.size, matrix_Dn.shape[1])):
+                        accumulator.add(matrix_Dn)
                 else:
                     at = self._filled[block]
                     self._filled[block] += matrix_Dn.shape[1]
@@ -398,6 +479,7 @@ def _solve(
     layer_views: Sequence[LayerView],
     centred: Sequence[bool],
     world: World,
+    cost: MeasurementCost,
 ) -> dict[int, list[LayerSpectrum]]:
     """Spectra of complete matrices: computed round-robin, then shared: bitwise equal on all. Collective.
 
@@ -415,7 +497,8 @@ def _solve(
     values = torch.zeros(sum(sizes), dtype=torch.float64, device=world.device)
     for at, ((number, c), part) in enumerate(zip(matrix_keys, values.split(sizes), strict=True)):
         if at % world.size == world.rank:
-            part.copy_(complete_accumulators[number].finalized(c).singular_values()[: len(part)])
+            with cost.measured("decomposition", layer_views[number].size ** 3):
+                part.copy_(complete_accumulators[number].finalized(c).singular_values()[: len(part)])
     by_job = dict(zip(matrix_keys, world.all_reduce_to_cpu(values).split(sizes), strict=True))
     spectra: dict[int, list[LayerSpectrum]] = {}
     for number, accumulator in complete_accumulators.items():

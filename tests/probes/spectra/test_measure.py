@@ -15,6 +15,7 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import measure
 from gengap_dist.probes.layer_view import LayerView
+from gengap_dist.probes.spectra.cost import MeasurementCost
 from gengap_dist.probes.spectra.measure import plan_passes
 from gengap_dist.probes.trace import Layer
 
@@ -210,6 +211,20 @@ def test_a_small_budget_gives_the_same_spectra():
     for a, b in zip(whole, parts, strict=True):
         assert (a.singular_values - b.singular_values).abs().max() <= 1e-6 * a.singular_values[0]
         assert a.dead_units == b.dead_units
+
+
+def test_passes_after_the_first_end_at_their_last_layer():
+    model, inputs = setting("lenet5", torch.float32)
+    runs = {"conv1": 0, "conv2": 0, "fc3": 0}
+    for name in runs:
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
+    cost = MeasurementCost()
+    batches = inputs.split(32)
+    measure(model, batches, views=["flatten"], layers="conv*", memory_mib=1, cost=cost)
+    num_passes, traced = (runs["conv1"] - 1) // len(batches), 1
+    assert num_passes == 6
+    assert runs["fc3"] == traced + len(batches) + num_passes - 1  # the last batch of a pass goes to the end
+    assert cost.seconds()["gram"] > 0 < cost.seconds()["decomposition"]
 
 
 def test_a_layer_that_puts_out_no_tensor():

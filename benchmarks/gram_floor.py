@@ -1,14 +1,29 @@
-"""Measures the smallest detectable singular value: prints the noise on matrices of known rank.
+"""Measures the smallest detectable singular value, and what a measurement costs.
 
-    python benchmarks/gram_floor.py
+    python benchmarks/gram_floor.py [--only cost]
+
+The first table is the noise on matrices of known rank.
 
 Half of the D singular values of each matrix are exactly zero. The first of them, as computed from the
 Gram matrix and by TSQR, relative to the largest, is noise; `sqrt(eps)` is 1.5e-8, `eps` 2.2e-16. In float32 matrices
 these values are zero only to 1e-8, see the last column.
+
+The second table is a measurement of the default probe set of digits, in seconds of the processor: the forward pass
+alone, and the parts of a measurement of all layers in the default views; medians of rounds in turns.
 """
 
-import torch
+import argparse
+import statistics
+import time
 
+import torch
+from torch import nn
+
+from gengap_dist.data.data_spec import DataSpec
+from gengap_dist.models import build
+from gengap_dist.probes import LayerSpectrum, measure
+from gengap_dist.probes.activations import eval_context
+from gengap_dist.probes.spectra.cost import PARTS, MeasurementCost
 from gengap_dist.probes.spectra.gram import GramAccumulator, SpectrumAccumulator
 from gengap_dist.probes.spectra.tsqr import QRAccumulator
 
@@ -38,8 +53,55 @@ def noise(units: int, dtype: torch.dtype, seed: int) -> tuple[float, float, floa
     return by_gram, by_tsqr, direct
 
 
+MODELS = {"lenet5": {"image_size": 28}, "mlp": {"image_size": 8}, "resnet20": {"image_size": 32}}
+NUM_PROBED, BLOCK = 1024, 128
+
+
+def measurement(model: nn.Module, inputs: torch.Tensor) -> tuple[dict[str, float], list[LayerSpectrum]]:
+    """Seconds of the processor: of the forward pass alone, of a measurement, and of its parts; and the spectra."""
+    batches = inputs.split(BLOCK)
+    began = time.process_time()
+    with eval_context(model):
+        for batch in batches:
+            model(batch)
+    alone = time.process_time() - began
+    cost, began = MeasurementCost(clock=time.process_time), time.process_time()
+    spectra = measure(model, batches, cost=cost)
+    return {"alone": alone, "measurement": time.process_time() - began, **cost.seconds()}, spectra
+
+
+def costs(rounds: int) -> None:
+    """Print the second table."""
+    parts = "".join(f"{part:>14}" for part in (*PARTS, "rest"))
+    print(f"\nms of a measurement  forward alone{parts}  all / alone   largest floor / s1")
+    for name, options in MODELS.items():
+        torch.manual_seed(0)
+        size = options["image_size"]
+        model = build(name, DataSpec.images(num_classes=10, in_channels=1, image_size=size))
+        inputs = torch.randn(NUM_PROBED, 1, size, size)
+        taken = [measurement(model, inputs) for _ in range(rounds + 1)][1:]  # the first one warms up
+        seconds = {key: statistics.median(each[key] for each, _ in taken) for key in taken[0][0]}
+        rest = seconds["measurement"] - sum(seconds[part] for part in PARTS)
+        shown = "".join(f"{1000 * value:14.1f}" for value in (*(seconds[part] for part in PARTS), rest))
+        floor = max(s.floor / float(s.singular_values[0]) for s in taken[0][1])
+        ratio = seconds["measurement"] / seconds["alone"]
+        print(f"{name:19} {1000 * seconds['alone']:14.1f}{shown} {ratio:12.2f} {floor:20.1e}")
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["noise", "cost"])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    if options.only != "cost":
+        noises()
+    if options.only != "noise":
+        costs(options.rounds)
+
+
+def noises() -> None:
+    """Print the first table."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, N = {NUM_SAMPLES}")
     print("dtype           D   Gram / s1   in sqrt(eps)   TSQR / s1   in eps   direct SVD / s1")
     for dtype in (torch.float64, torch.float32):

@@ -4,8 +4,9 @@ Shapes: n samples of one block, D features, K classes of the network, C classes 
 """
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ def nc1(
     batches: Sequence[tuple[Tensor, Tensor]],
     *,
     world: World | None = None,
+    features: "ClassifierInputs | None" = None,
     on_progress: Progress = no_progress,
 ) -> float:
     """NC1, the collapse of variability: tr(Sigma_W pinv(Sigma_B)) / C (Papyan, Han & Donoho 2020). Collective.
@@ -39,6 +41,7 @@ def nc1(
             all batches are kept in memory.
         world: the participating ranks; None: those of torch.distributed's process group, or this process only if there
             is none.
+        features: those of `batches`, collected in passes of another measurement; None: run the network for them.
         on_progress: called after each batch.
 
     Returns:
@@ -54,14 +57,13 @@ def nc1(
     model = unwrapped(model)
     world = world or initialized_world(device_of(model))
     device = next(model.parameters(), torch.empty(0)).device
-    features, num_classes, problem = _features(model, batches, on_progress)
+    found = features or _run(model, batches, on_progress)
+    rows, num_classes, problem = ([] if found.problem else found.rows), found.num_classes, found.problem
     shared_facts = torch.zeros(5, dtype=torch.float64, device=device)  # not known on a rank without batches
     if batches:
         shared_facts[:2] = shared_facts.new_tensor([1, bool(problem)])
-    if features:
-        shared_facts[2:] = shared_facts.new_tensor(
-            [features[0].shape[1], num_classes, torch.finfo(features[0].dtype).eps]
-        )
+    if rows:
+        shared_facts[2:] = shared_facts.new_tensor([rows[0].shape[1], num_classes, torch.finfo(rows[0].dtype).eps])
     num_ranks_with_samples, num_problems, *shared = world.all_reduce_to_cpu(shared_facts).tolist()
     if not num_ranks_with_samples:
         raise UsageError("no rank has any samples: give at least one batch")
@@ -79,7 +81,7 @@ def nc1(
 
     one_hot_labels = [one_hot(labels, num_classes).double() for _, labels in batches]  # [n, K]
     sums_KD = torch.zeros(num_classes, num_units + 1, dtype=torch.float64, device=device)  # last column: counts
-    for member_NK, h_ND in zip(one_hot_labels, features, strict=True):
+    for member_NK, h_ND in zip(one_hot_labels, rows, strict=True):
         sums_KD[:, :-1] += member_NK.T @ h_ND.double()
         sums_KD[:, -1] += member_NK.sum(0)
     sums_KD = world.all_reduce(sums_KD)
@@ -95,7 +97,7 @@ def nc1(
     means_KD = sums_KD[:, :-1] / counts_K.clamp(min=1)[:, None]
     whiten_DR = _whiten(means_KD[present], eps)
     total = torch.zeros(1, dtype=torch.float64, device=device)
-    for (_, labels), h_ND in zip(batches, features, strict=True):
+    for (_, labels), h_ND in zip(batches, rows, strict=True):
         total += ((h_ND - means_KD[labels]) @ whiten_DR).square().sum()
     total = world.all_reduce(total)
     if not whiten_DR.shape[1]:
@@ -118,35 +120,59 @@ def _whiten(means_CD: Tensor, eps: float) -> Tensor:
     return directions_RD[keep].T * (num_classes**0.5 / s[keep])
 
 
-def _features(
-    model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], on_progress: Progress
-) -> tuple[list[Tensor], int, str]:
-    """The inputs of the classifier, [n, D] per block; the number of classes; why the network is unsuitable, or ''."""
-    names = {module: name or "itself" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    last: list[Any] = []  # of this forward pass: module, input, output
+@final
+class ClassifierInputs:
+    """Collects what enters the nn.Linear whose output is that of the network, while it is attached."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        last[:] = [module, [*args, *kwargs.values()][0], output]
+    def __init__(self, model: nn.Module) -> None:
+        """Nothing yet."""
+        model = unwrapped(model)
+        self._names = {
+            module: name or "itself" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+        }
+        self._last: list[Any] = []  # of this forward pass: module, input, output
+        self.rows: list[Tensor] = []
+        """[n, D] per batch."""
+        self.num_classes = 0
+        self.problem = ""
+        """Why the network is unsuitable, as the end of a sentence."""
 
-    features: list[Tensor] = []
-    num_classes = 0
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
-    try:
-        with eval_context(model):
-            for images, _ in batches:
-                last.clear()
-                logits = model(images)
-                if not last:
-                    return [], 0, "without running any nn.Linear"
-                module, h_ND, output = last
-                if output is not logits:
-                    return [], 0, f"in something after its last nn.Linear ({names[module]})"
-                if h_ND.ndim != 2:
-                    return [], 0, f"in {names[module]}, whose input has shape {[*h_ND.shape]}"
-                features.append(h_ND)
-                num_classes = logits.shape[1]
-                on_progress(len(features), len(batches))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return features, num_classes, ""
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """While open, the network's classifiers are observed; `add` is to be called after each forward pass."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            self._last[:] = [module, [*args, *kwargs.values()][0], output]
+
+        with ExitStack() as stack:
+            for module in self._names:
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def add(self, outputs: Any) -> None:
+        """The pass of a batch has returned `outputs`."""
+        if self.problem:
+            return
+        if not self._last:
+            self.problem = "without running any nn.Linear"
+            return
+        module, h_nD, output = self._last
+        self._last.clear()
+        if output is not outputs:
+            self.problem = f"in something after its last nn.Linear ({self._names[module]})"
+        elif h_nD.ndim != 2:
+            self.problem = f"in {self._names[module]}, whose input has shape {[*h_nD.shape]}"
+        else:
+            self.rows.append(h_nD)
+            self.num_classes = outputs.shape[1]
+
+
+def _run(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], on_progress: Progress) -> ClassifierInputs:
+    found = ClassifierInputs(model)
+    with found.attached(), eval_context(model):
+        for number, (images, _) in enumerate(batches, 1):
+            found.add(model(images))
+            if found.problem:
+                break
+            on_progress(number, len(batches))
+    return found

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
 from gengap_dist.probes import LayerSpectrum, measure, metrics
 from gengap_dist.probes.hessian import hessian_eigenvalues, hessian_trace, keskar_sharpness
-from gengap_dist.probes.neural_collapse import nc1
+from gengap_dist.probes.neural_collapse import ClassifierInputs, nc1
 from gengap_dist.probes.progress import Progress, no_progress
 from gengap_dist.probes.spectra.cost import MeasurementCost
 from gengap_dist.probes.weights import distance_from_init, weight_spectra
@@ -113,26 +114,31 @@ class ProbeObserver:
         batches = self._batches(self.num_samples)
         sums = BlockSums(self.task, self.num_samples, self._block_size, self.world)
         sets = {"": self.num_samples} | (self.controls if controls else {})
+        classifier: ClassifierInputs | None = None
         for name, size in sets.items():
             began = time.monotonic() if name else began
             own = self._batches(size) if name else batches
             cost = MeasurementCost(_progress(on_stage, f"near-rank loss of {size:,} samples"))
             try:
-                spectra[name] = measure(
-                    model,
-                    [batch.inputs for batch in own],
-                    layers=self.config.layers,
-                    views=self.config.views,
-                    world=self.world,
-                    memory_mib=self.config.memory_mib,
-                    method=self.config.method,
-                    on_outputs=None if name else partial(_add_block, sums, own),
-                    cost=cost,
-                )
+                if not name and diagnostics and self._collects_features:
+                    classifier = ClassifierInputs(model)
+                with nullcontext() if name or classifier is None else classifier.attached():
+                    spectra[name] = measure(
+                        model,
+                        [batch.inputs for batch in own],
+                        layers=self.config.layers,
+                        views=self.config.views,
+                        world=self.world,
+                        memory_mib=self.config.memory_mib,
+                        method=self.config.method,
+                        on_outputs=None if name else partial(_after_pass, sums, own, classifier),
+                        cost=cost,
+                    )
             except UsageError as error:  # the same on every rank
                 if required:
                     raise
                 warnings.warn(f"near-rank loss is not measured now: {error}", stacklevel=2)
+                classifier = None
                 continue
             found |= metrics(spectra[name], name)
             if not name:  # computed in the same passes
@@ -145,7 +151,7 @@ class ProbeObserver:
                 continue
             began = time.monotonic()
             try:
-                values, spectra_of_it = diagnostic(model, labelled, self, on_stage)
+                values, spectra_of_it = diagnostic(model, labelled, self, _Measured(on_stage, classifier))
             except UsageError as error:  # the same on every rank: not applicable to this network
                 warnings.warn(f"{name} is left out: {error}", stacklevel=2)
                 self._failed_diagnostics.add(name)
@@ -154,6 +160,12 @@ class ProbeObserver:
             if spectra_of_it:
                 spectra[name] = spectra_of_it
         return Observation(found, spectra)
+
+    @property
+    def _collects_features(self) -> bool:
+        """Whether neural collapse takes its features from the passes of the near-rank loss."""
+        name = "neural_collapse"
+        return name in self.config.diagnostics and name not in self._failed_diagnostics and _has_classes(self.task)
 
     def _batches(self, size: int) -> list["_Block"]:
         """This rank's blocks of the first `size` probe samples; smaller probe sets are subsets of larger ones."""
@@ -175,8 +187,28 @@ class _Block(NamedTuple):
     targets: Tensor
 
 
-def _add_block(sums: BlockSums, batches: Sequence[_Block], number: int, outputs: Tensor) -> None:
+def _after_pass(
+    sums: BlockSums, batches: Sequence[_Block], classifier: ClassifierInputs | None, number: int, outputs: Tensor
+) -> None:
     sums.add(batches[number].start, outputs, batches[number].targets)
+    if classifier is not None:
+        classifier.add(outputs)
+
+
+def _has_classes(task: Task) -> bool:
+    return task.spec.num_classes is not None and not task.spec.target_shape
+
+
+class _Measured(NamedTuple):
+    """What a diagnostic gets beside network and samples."""
+
+    on_stage: StageProgress | None
+    classifier: ClassifierInputs | None
+    """What the passes of the near-rank loss have found; None: there were none, or it is not needed."""
+
+    def progress(self, stage: str) -> Progress:
+        """That of a diagnostic, which begins now."""
+        return _progress(self.on_stage, stage)
 
 
 def _progress(on_stage: StageProgress | None, stage: str) -> Progress:
@@ -187,43 +219,42 @@ def _progress(on_stage: StageProgress | None, stage: str) -> Progress:
 
 
 Diagnosed = tuple[Metrics, list[LayerSpectrum]]
-Diagnostic = Callable[[nn.Module, Batches, ProbeObserver, StageProgress | None], Diagnosed]
+Diagnostic = Callable[[nn.Module, Batches, ProbeObserver, _Measured], Diagnosed]
 
 
-def _norms(model: nn.Module, batches: Batches, observer: ProbeObserver, on_stage: StageProgress | None) -> Diagnosed:
+def _norms(model: nn.Module, batches: Batches, observer: ProbeObserver, measured: _Measured) -> Diagnosed:
     return distance_from_init(model, observer.initial_P), []
 
 
-def _weights(model: nn.Module, batches: Batches, observer: ProbeObserver, on_stage: StageProgress | None) -> Diagnosed:
-    found = weight_spectra(model, world=observer.world, on_progress=_progress(on_stage, "spectra of weights"))
+def _weights(model: nn.Module, batches: Batches, observer: ProbeObserver, measured: _Measured) -> Diagnosed:
+    found = weight_spectra(model, world=observer.world, on_progress=measured.progress("spectra of weights"))
     return metrics(found), found
 
 
-def _neural_collapse(
-    model: nn.Module, batches: Batches, observer: ProbeObserver, on_stage: StageProgress | None
-) -> Diagnosed:
+def _neural_collapse(model: nn.Module, batches: Batches, observer: ProbeObserver, measured: _Measured) -> Diagnosed:
     spec = observer.task.spec
-    if spec.num_classes is None or spec.target_shape:
+    if not _has_classes(observer.task):
         targets = "sequences" if spec.num_classes else "real numbers"
         raise UsageError(f"NC1 needs one class for each sample, and the targets are {targets}")
-    on_progress = _progress(on_stage, "neural collapse")
-    return {"nc1": nc1(model, batches, world=observer.world, on_progress=on_progress)}, []
+    on_progress = measured.progress("neural collapse")
+    value = nc1(model, batches, world=observer.world, features=measured.classifier, on_progress=on_progress)
+    return {"nc1": value}, []
 
 
-def _hessian(model: nn.Module, batches: Batches, observer: ProbeObserver, on_stage: StageProgress | None) -> Diagnosed:
+def _hessian(model: nn.Module, batches: Batches, observer: ProbeObserver, measured: _Measured) -> Diagnosed:
     task, world = observer.task, observer.world
     options = {"num_targets": task.num_targets, "world": world}
-    on_progress = _progress(on_stage, "Hessian eigenvalues, at most")
+    on_progress = measured.progress("Hessian eigenvalues, at most")
     values = hessian_eigenvalues(model, batches, task.loss_sum, **options, num=NUM_EIGENVALUES, on_progress=on_progress)
-    on_progress = _progress(on_stage, "Hessian trace")
+    on_progress = measured.progress("Hessian trace")
     trace, error = hessian_trace(model, batches, task.loss_sum, **options, on_progress=on_progress)
     found = {f"hessian/eigenvalue_{number}": value for number, value in enumerate(values, 1)}
     return found | {"hessian/trace": trace, "hessian/trace_standard_error": error}, []
 
 
-def _keskar(model: nn.Module, batches: Batches, observer: ProbeObserver, on_stage: StageProgress | None) -> Diagnosed:
+def _keskar(model: nn.Module, batches: Batches, observer: ProbeObserver, measured: _Measured) -> Diagnosed:
     task = observer.task
-    on_progress = _progress(on_stage, "Keskar sharpness")
+    on_progress = measured.progress("Keskar sharpness")
     value = keskar_sharpness(
         model, batches, task.loss_sum, num_targets=task.num_targets, world=observer.world, on_progress=on_progress
     )

@@ -9,7 +9,8 @@ from torch import nn
 
 from gengap_dist.distributed.process_group import World
 from gengap_dist.errors import UsageError
-from gengap_dist.probes.neural_collapse import _whiten, nc1
+from gengap_dist.probes import measure
+from gengap_dist.probes.neural_collapse import ClassifierInputs, _whiten, nc1
 from tests.probes.test_hessian import Fussy, dealt, left_as_found, refusal
 
 SIZES = (7, 16, 1, 9, 4)
@@ -150,6 +151,31 @@ def test_a_dead_network_has_not_collapsed():
 def test_what_has_no_such_classifier_is_refused(model, message):
     with pytest.raises(UsageError, match=message):
         nc1(model, setting(torch.float32)[1])
+
+
+def test_features_of_the_passes_of_the_spectra():
+    torch.manual_seed(0)
+    model, passes = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 3)), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    batches = [(x, labels % 3) for x, labels in setting(torch.float32)[1]]
+    found = ClassifierInputs(model)
+    with found.attached():
+        measure(model, [x for x, _ in batches], on_outputs=lambda number, outputs: found.add(outputs))
+    assert len(passes) == 1 + len(batches)  # the first one is traced
+    value = nc1(model, batches, features=found)
+    assert len(passes) == 1 + len(batches)
+    assert value == nc1(model, batches)
+    assert len(passes) == 1 + 2 * len(batches)
+    assert not model[3]._forward_hooks
+
+
+def test_the_refusal_of_features_of_other_passes():
+    model, batches = nn.Sequential(nn.Flatten(), nn.Linear(36, 3), nn.ReLU()), setting(torch.float32)[1]
+    found = ClassifierInputs(model)
+    with found.attached():
+        measure(model, [x for x, _ in batches], on_outputs=lambda number, outputs: found.add(outputs))
+    with pytest.raises(UsageError, match=r"after its last nn.Linear \(1\)"):
+        nc1(model, batches, features=found)
 
 
 def test_model_is_left_as_found():

@@ -5,7 +5,7 @@ the sum of the parts is exact there.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
@@ -32,8 +32,9 @@ class _Part:
 class MeasurementCost:
     """Seconds of a measurement by part, each without what runs inside it and belongs to another part."""
 
-    def __init__(self, on_progress: Progress = no_progress) -> None:
-        """No seconds yet; `on_progress` gets the seconds spent and the total estimated after each step."""
+    def __init__(self, on_progress: Progress = no_progress, clock: Callable[[], float] = time.perf_counter) -> None:
+        """No seconds of `clock` yet; `on_progress` gets those spent and the total estimated after each step."""
+        self._clock = clock
         self._parts = {name: _Part() for name in PARTS}
         self._on_progress, self._nested_seconds = on_progress, 0.0
         self.is_watched = on_progress is not no_progress
@@ -54,12 +55,12 @@ class MeasurementCost:
         >>> cost.seconds()["gram"] >= 0.02 > cost.seconds()["forward"]
         True
         """
-        began, outer_seconds = time.perf_counter(), self._nested_seconds
+        began, outer_seconds = self._clock(), self._nested_seconds
         self._nested_seconds = 0.0
         try:
             yield
         finally:
-            seconds = time.perf_counter() - began
+            seconds = self._clock() - began
             if part is not None:
                 self._parts[part].seconds += seconds - self._nested_seconds
                 self._parts[part].done += work

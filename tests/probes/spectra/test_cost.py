@@ -2,19 +2,12 @@
 
 import pytest
 
-from gengap_dist.probes.spectra import cost as module
 from gengap_dist.probes.spectra.cost import MeasurementCost
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    return now
-
-
-def test_each_second_counts_for_the_innermost_part(clock):
-    cost = MeasurementCost()
+def test_each_second_counts_for_the_innermost_part():
+    clock = [100.0]
+    cost = MeasurementCost(clock=lambda: clock[0])
     with cost.measured("forward"):
         clock[0] += 2
         with cost.measured("gram"):
@@ -29,9 +22,9 @@ def test_each_second_counts_for_the_innermost_part(clock):
     assert cost.seconds() == {"forward": 8.0, "gram": 7.0, "decomposition": 7.0}
 
 
-def test_what_is_left_follows_from_the_rate_of_each_part(clock):
-    seen = []
-    cost = MeasurementCost(lambda done, total: seen.append((done, total)))
+def test_what_is_left_follows_from_the_rate_of_each_part():
+    seen, clock = [], [100.0]
+    cost = MeasurementCost(lambda done, total: seen.append((done, total)), clock=lambda: clock[0])
     cost.plan("forward", 4.0)
     cost.plan("forward", 6.0)
     cost.plan("decomposition", 100.0, seconds_per_work=0.5)
@@ -43,8 +36,9 @@ def test_what_is_left_follows_from_the_rate_of_each_part(clock):
     assert seen[1:] == [(13.0, 13.0 + 8 * 1.5 + 10.0)]
 
 
-def test_seconds_count_if_a_pass_fails(clock):
-    cost = MeasurementCost()
+def test_seconds_count_if_a_pass_fails():
+    clock = [100.0]
+    cost = MeasurementCost(clock=lambda: clock[0])
 
     def fail() -> None:
         with cost.measured("forward", 1.0):

@@ -15,6 +15,7 @@ from gengap_dist.probes.activations import unwrapped
 from gengap_dist.probes.progress import Progress, no_progress
 from gengap_dist.probes.spectra.layer_spectrum import LayerSpectrum
 
+NORM_BLOCK = 2**18  # weights in float64 at once: about one cache
 FLOOR = 64 * 2.0**-52  # relative to s_1 of a matrix: what a float64 SVD returns for an exact zero
 
 
@@ -125,13 +126,19 @@ def distance_from_init(model: nn.Module, initial: Tensor) -> dict[str, float]:
     >>> distance_from_init(model, torch.tensor([3.0, 0.0]))
     {'weight_norm': 5.0, 'distance_from_init': 4.0, 'relative_distance_from_init': 1.3333333333333333}
     """
-    now_P = flat_parameters(model).double()
-    if initial.shape != now_P.shape:
+    parameters = [*trainable_parameters(model).values()]
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    if initial.shape != (num_parameters,):
         raise UsageError(
-            f"initial has shape {[*initial.shape]}, the model has {len(now_P)} trainable parameters: "
+            f"initial has shape {[*initial.shape]}, the model has {num_parameters} trainable parameters: "
             "pass flat_parameters(model) of the same model with the same parameters frozen"
         )
-    start_P = initial.to(now_P)
-    moved, norm = float((now_P - start_P).norm()), float(start_P.norm())
-    out = {"weight_norm": float(now_P.norm()), "distance_from_init": moved}
+    squares = torch.zeros(3, dtype=torch.float64, device=parameters[0].device)
+    starts = initial.to(squares.device).split([parameter.numel() for parameter in parameters])
+    for parameter, start in zip(parameters, starts, strict=True):
+        for part_n, start_n in zip(parameter.reshape(-1).split(NORM_BLOCK), start.split(NORM_BLOCK), strict=True):
+            now_n, then_n = part_n.double(), start_n.double()
+            squares += torch.stack([now_n @ now_n, (now_n - then_n).square().sum(), then_n @ then_n])
+    weight_norm, moved, norm = squares.sqrt().tolist()
+    out = {"weight_norm": weight_norm, "distance_from_init": moved}
     return out | ({"relative_distance_from_init": moved / norm} if norm else {})

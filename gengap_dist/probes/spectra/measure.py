@@ -199,7 +199,9 @@ def stream_bytes(device_type: str, memory_mib: int) -> int:
 
 
 def plan_passes(layer_views: Sequence[LayerView], max_inputs: int, memory_mib: int) -> list[list[ColumnBlock]]:
-    """The column blocks of each pass over the inputs; the same on every rank.
+    """The column blocks of each pass over the inputs, the last layers first; the same on every rank.
+
+    The first pass runs the whole network anyway, and later ones end the sooner the earlier their layers are.
 
     Three quarters of the memory are for data kept during a pass: k x k matrices (twice, for solving) and the stored
     columns of wide views on the rank with the most inputs. The rest is for temporary blocks.
@@ -210,7 +212,7 @@ def plan_passes(layer_views: Sequence[LayerView], max_inputs: int, memory_mib: i
     max_bytes = memory_mib * 2**20 * 3 // 4
     passes: list[list[ColumnBlock]] = [[]]
     free_bytes = max_bytes
-    for number, view in enumerate(layer_views):
+    for number, view in reversed([*enumerate(layer_views)]):
         state, column = view.state_bytes, view.column_bytes(max_inputs)
         if state + column > max_bytes:
             raise UsageError(

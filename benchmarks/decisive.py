@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tables import fill, table
 
-from gengap_dist.analysis.report.plotting import ACCENT, COLOURS, INK, QUIET, STYLE, WARM
+from gengap_dist.analysis.report.plotting import ACCENT, COLOURS, INK, PAPER, QUIET, STYLE, WARM, label_points
 from gengap_dist.analysis.report.tables import Table, intervention_tables
 from gengap_dist.analysis.results import Estimate, InterventionResult
 from gengap_dist.analysis.rules.gap import new_images
@@ -33,7 +33,6 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PAGE, FOLDER = "decisive.md", "decisive"
 LAYERS = {"mlp": ("fc1", "fc2"), "lenet5": ("fc1", "fc2")}
 """Penalised layers by network, the last hidden one last."""
-LABEL_POINTS = 0.11  # of accuracy: height of a label
 COMMON_STEP = 215  # a measurement of every arm, after the warm-up
 WEIGHTS = {"mlp": ("fc1.affine", "fc2.affine", "head"), "lenet5": ("fc1.affine", "fc2.affine", "fc3")}
 """Layers by network whose norms of weights are shown."""
@@ -396,53 +395,51 @@ def draw(study: StudyData, path: Path) -> None:
         by_rank, second = figure.subplots(1, 2, width_ratios=(1.25, 1))
         layer = layers(study)[-1]
         near_rank_loss = f"near_rank_loss/{layer}/centred/rel_1e-2"
-        _draw_arms(study, by_rank, lambda run: last(run, near_rank_loss))
-        by_rank.set_xlim(right=1.0)
+        labels = [(by_rank, *_draw_arms(study, by_rank, lambda run: last(run, near_rank_loss)))]
         by_rank.set_xlabel(f"near-rank loss of {layer}, centred")
         by_rank.set_ylabel("test accuracy, %")
-        by_rank.set_title("Arms: means and two standard errors over seeds", fontsize=9, loc="left")
+        by_rank.set_title("Arms: means and two standard errors; blue: batch 32", fontsize=9, loc="left")
         if study.comparison.interventions:
             _draw_contrasts(study.comparison.interventions[0], second)
         else:
             scale_of = partial(squared, key=f"{layer}/centred")
-            _draw_arms(study, second, lambda run: np.log10(ratio([run], scale_of)))
+            labels.append((second, *_draw_arms(study, second, lambda run: np.log10(ratio([run], scale_of)))))
             left, right = second.get_xlim()
-            second.set_xlim(right=right + 0.2 * (right - left))  # for the labels
-            second.set_xlabel(f"scale of {layer}: log10 of tr C, divided by that of the untrained network")
+            second.set_xlim(right=right + 0.25 * (right - left))  # for the labels
+            second.set_xlabel(f"scale of {layer}: log10 of tr C, trained over untrained")
             second.set_title("The same arms by their scale", fontsize=9, loc="left")
+        for axes, points, drawn in labels:
+            label_points(axes, points, drawn, fontsize=7.5)
         figure.savefig(path, metadata={"Date": None})
 
 
-def _draw_arms(study: StudyData, axes: Any, measure: Callable[[RunData], float]) -> None:
-    points = []
+def _draw_arms(study: StudyData, axes: Any, measure: Callable[[RunData], float]) -> tuple[list[Any], list[Any]]:
+    """Draw; returns the arguments of `label_points`: the means with the names of the arms, and what else is drawn."""
+    points, drawn = [], []
     for arm in study.arms:
         runs = study.finished_runs(arm)
         if len(runs) < 2:
             continue
         x = np.array([measure(run) for run in runs])
         y = np.array([100 * run.info["result"]["test/accuracy"] for run in runs])
-        is_large = runs[0].global_size > 32
-        color, marker = (WARM if is_large else ACCENT), marker_of(arm)
-        bar = {"fmt": marker, "color": color, "markersize": 6, "linewidth": 1, "alpha": 0.9}
+        color = WARM if runs[0].global_size > 32 else ACCENT
+        bar = {"color": color, "markersize": 6, "linewidth": 1, "alpha": 0.9, "fmt": marker_of(arm)}
+        bar |= {"mfc": PAPER, "mew": 1.4} if bar["fmt"] == "o" and "placebo" in arm else {}
         n = len(runs) ** 0.5
-        axes.errorbar(x.mean(), y.mean(), 2 * y.std(ddof=1) / n, 2 * x.std(ddof=1) / n, **bar)
-        points.append((float(y.mean()), float(x.mean()), arm))
-    middle = (min(x for _, x, _ in points) + max(x for _, x, _ in points)) / 2
-    heights: dict[bool, float] = {}  # of the last label in the left and in the right half
-    for y, x, arm in sorted(points):
-        is_left = x < middle
-        column = max(point for _, point, _ in points if (point < middle) == is_left)
-        height = max(y, heights.get(is_left, 0.0) + LABEL_POINTS)
-        heights[is_left] = height
-        line = {"arrowstyle": "-", "color": QUIET, "linewidth": 0.5}
-        at = (column + (0.16 if is_left else 0.08) * middle, height)
-        axes.annotate(arm, (x, y), at, fontsize=7.5, color=INK, va="center", arrowprops=line)
+        width, height = 2 * x.std(ddof=1) / n, 2 * y.std(ddof=1) / n
+        axes.errorbar(x.mean(), y.mean(), height, width, **bar)
+        points.append((float(x.mean()), float(y.mean()), arm, INK))
+        along = np.linspace(-1, 1, 21)
+        drawn += [(float(x.mean()), float(y.mean() + at * height)) for at in along]
+        drawn += [(float(x.mean() + at * width), float(y.mean())) for at in along]
+    axes.margins(0.1)
+    return points, drawn
 
 
 def marker_of(arm: str) -> str:
-    """A marker for each kind of intervention."""
-    kinds = {"placebo": "x", "raise": "^", "spread": ">", "lower": "v", "trace": "s"}
-    return next((marker for kind, marker in kinds.items() if kind in arm), "o")
+    """A marker for each kind of intervention; that of a placebo is drawn open."""
+    kinds = {"placebo": "o", "raise": "^", "spread": ">", "lower": "v", "trace": "s"}
+    return next((marker for kind, marker in kinds.items() if kind in arm), "D")
 
 
 def _draw_contrasts(result: InterventionResult, axes: Any) -> None:
@@ -455,7 +452,8 @@ def _draw_contrasts(result: InterventionResult, axes: Any) -> None:
     axes.axvline(0, color=QUIET, linewidth=0.8)
     axes.set_yticks(range(len(shown)), [each.quantity for each in reversed(shown)], fontsize=8)
     axes.set_xlabel("points of test accuracy")
-    axes.set_title("Contrasts; thick: these images, thin: new images", fontsize=9, loc="left")
+    confidence = Look(result.level).confidence
+    axes.set_title(f"Contrasts ({confidence}); thick: these images, thin: new images", fontsize=9, loc="left")
 
 
 def main() -> None:

@@ -44,6 +44,9 @@ def test_no_file_has_changed(name):
 def test_comparing_the_folder_says_the_same(studies, name, gengap, tmp_path):
     done = gengap("compare", decisive.RESULTS / "decisive" / name, "--out", tmp_path / "compared")
     assert done.returncode == 0, done.stderr
+    told, has_looks = " ".join(done.stdout.split()), len(decisive.looks(studies[name])) > 1
+    assert ("are 99% (look 1 of 2); those in the table of arms and in figures are 95%" in told) is has_looks
+    assert "sb_lb_gap" not in told
     whole, compared = studies[name].comparison, read_study(tmp_path / "compared").comparison
     assert [(each.outcome, each.evidence) for each in compared.claims] == [
         (each.outcome, each.evidence) for each in whole.claims

@@ -118,7 +118,7 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
     for arm in arms.values():
         if arm.settings.get(STRENGTH) is not None:
             if without := first_natural(arm):
-                groups.interventions.append(Intervention(arm, without, _kind(arm)))
+                groups.interventions.append(Intervention(arm, without, _kind(arm.settings)))
             continue
         differs = differing_settings(arm.settings, base.settings)
         if arm.global_size > base.global_size and differs <= RATE | LENGTH | NORM:
@@ -136,10 +136,24 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
     return groups
 
 
-def _kind(arm: Arm) -> Literal["raise", "lower", "placebo"]:
-    if arm.settings.get(MEASURE) == PLACEBO:
+def _kind(settings: Mapping[str, object]) -> Literal["raise", "lower", "placebo"]:
+    if settings.get(MEASURE) == PLACEBO:
         return "placebo"
-    return "raise" if _number(arm.settings.get(STRENGTH)) > 0 else "lower"
+    return "raise" if _number(settings.get(STRENGTH)) > 0 else "lower"
+
+
+def rank_role(settings: Mapping[str, object]) -> str:
+    """What an arm with these settings does to the rank, in one word; empty if it has no penalty.
+
+    >>> [rank_role({STRENGTH: strength, MEASURE: "trace"}) for strength in (0.1, None)]
+    ['trace', '']
+    """
+    if settings.get(STRENGTH) is None:
+        return ""
+    kind = _kind(settings)
+    if kind == "raise":
+        return "trace" if settings.get(MEASURE) == "trace" else "raised"
+    return "lowered" if kind == "lower" else "placebo"
 
 
 def updates(arm: Arm) -> float:

@@ -1,5 +1,6 @@
 """Compares the runs of a study with its baseline: gaps, correlations, claims and caveats."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -11,12 +12,12 @@ from gengap_dist.analysis.correlations import correlations
 from gengap_dist.analysis.critical_batch import updates_to_target
 from gengap_dist.analysis.results import Comparison, Gap, Run, TrainingSummary
 from gengap_dist.analysis.rules.look import Look
+from gengap_dist.analysis.rules.matching import MEASURE_ALL, number_range
 from gengap_dist.analysis.rules.training import Training
 from gengap_dist.runs.metric import ACCURACY, MetricDescription
 from gengap_dist.statistics.paired import holm, minimum_detectable_effect, p_value, paired
 from gengap_dist.statistics.skew import outlying, sign_flip_p, skewness
 
-FEW_PAIRS = 8
 SKEWED, PAIRS_FOR_SKEW = 1.0, 6
 FAR = 5.0  # median absolute deviations
 
@@ -122,6 +123,45 @@ def _unfinished_runs(runs: Sequence[Run]) -> dict[str, str]:
     return {arm: ", ".join(f"{number} {status}" for status, number in found.items()) for arm, found in counts.items()}
 
 
+def largest_difference(scores: Sequence[float]) -> float:
+    """The largest loss or gain that there can be: a share is between 0 and 1.
+
+    >>> largest_difference([0.7, 0.9])
+    0.8
+    """
+    mean = float(np.mean(scores))
+    return max(mean, 1 - mean)
+
+
+def _smallest_differences(
+    num_pairs: int, widths: Sequence[float], effects: Sequence[float], reach: float, metric: MetricDescription
+) -> str:
+    """Which differences such a study finds, by the spread of its results; that none can be found, if so.
+
+    Args:
+        num_pairs: seeds.
+        widths: half the interval of each arm.
+        effects: what is found in each arm with 80% power.
+        reach: the largest possible difference.
+        metric: of the scores.
+    """
+    width, effect = (float(np.median(values)) for values in (widths, effects))
+    unit = "points" if metric.unit == "share" else metric.unit
+    if width >= reach:
+        return (
+            f"With {num_pairs} seeds no difference {'' if min(widths) >= reach else 'of most arms '}can be significant."
+        )
+    least = f"{metric.format_difference(width, signed=False)} {unit}".rstrip()
+    found = f"a true difference of {metric.format_difference(effect, signed=False)} {unit}".rstrip()
+    missed = f"{found} is missed one time in five"
+    if effect >= reach:
+        missed = "any true difference is missed more often than one time in five"
+    return (
+        f"With {num_pairs} seeds a loss or gain under {least} (95% intervals on these test samples, median over arms) "
+        f"is not significant, and {missed}."
+    )
+
+
 def _caveats(
     runs: Sequence[Run], arms: dict[str, Arm], baseline: str, gaps: dict[str, Gap], metric: MetricDescription
 ) -> list[str]:
@@ -138,18 +178,15 @@ def _caveats(
     if num_pairs and max(num_pairs) == 1:
         out.append("With one pair of seeds there is no interval, and no difference can be significant.")
     elif widths := [gap.ci_half_width for gap in gaps.values() if gap.ci_half_width is not None]:
-        n, unit = max(num_pairs), "points" if metric.unit == "share" else metric.unit
         effects = [gap.minimum_detectable_effect for gap in gaps.values() if gap.minimum_detectable_effect is not None]
-        width, detectable = (
-            f"{metric.format_difference(float(np.median(values)), signed=False)} {unit}".rstrip()
-            for values in (widths, effects)
-        )
+        reach = largest_difference([*arms[baseline].scores().values()]) if metric.unit == "share" else math.inf
+        out.append(_smallest_differences(max(num_pairs), widths, effects, reach, metric))
+    counts = [run.num_skipped for run in runs]
+    if skipped := [count for count in counts if count]:
         out.append(
-            f"With {n} seeds a loss or gain under {width} (median over arms) is not significant, and a true "
-            f"difference of {detectable} is missed one time in five."
+            f"probe.max_time_fraction left out {number_range(skipped)} in {len(skipped)} of {len(counts)} runs, which "
+            f"a comparison by training curves may need: {MEASURE_ALL}."
         )
-        if n < FEW_PAIRS:
-            out.append(f"With {n} pairs use the t interval: the bootstrap cannot exceed the observed differences.")
     seeds = max((len(arm.runs) for arm in arms.values()), default=0)
     short = [f"{name} ({n})" for name, gap in gaps.items() if (n := len(gap.paired.differences)) < seeds]
     if short:

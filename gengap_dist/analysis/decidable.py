@@ -10,6 +10,7 @@ from typing import NamedTuple
 from gengap_dist.analysis.arm_roles import (
     Arm,
     Roles,
+    rank_role,
     roles,
     shorter_counterpart,
     unscaled_counterpart,
@@ -128,10 +129,7 @@ def _role(arm: Arm, found: Roles, baseline: str) -> str:
     """The role of an arm; with several, all of them."""
     if arm.name == baseline:
         return "baseline"
-    for each in found.interventions:
-        if each.arm.name == arm.name:
-            if each.kind == "raise":
-                return "trace" if each.measure == "trace" else "raised"
-            return {"lower": "lowered", "placebo": "placebo"}[each.kind]
+    if any(each.arm.name == arm.name for each in found.interventions):
+        return rank_role(arm.settings)
     groups = {"plain": found.plain, "scaled": found.scaled, "longer": found.longer, "other length": found.other_length}
     return " + ".join(name for name, group in groups.items() if any(each.name == arm.name for each in group)) or "other"

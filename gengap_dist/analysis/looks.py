@@ -35,18 +35,19 @@ def look_of(
         if num not in sizes:
             return NEVER._replace(sentence=f"Looks were declared at {shown} seeds: with {num} nothing is judged.")
         level = look_level(sizes, num)
-        sentence = (
-            f"This is look {sizes.index(num) + 1} of {len(sizes)}, declared at {shown} seeds: its level is {level:.3g}."
-        )
-        return Look(level, sentence=sentence if len(sizes) > 1 else "")
+        name = f"look {sizes.index(num) + 1} of {len(sizes)}"
+        sentence = f"This is {name}, declared at {shown} seeds: its level is {level:.3g}."
+        return Look(level, sentence=sentence, name=name) if len(sizes) > 1 else Look(level)
     if declared.get("may_extend") and not earlier:
-        return Look(OPEN_FIRST_LEVEL, sentence="The study may be extended: its first look has a level of 0.04.")
+        sentence = "The study may be extended: its first look has a level of 0.04."
+        return Look(OPEN_FIRST_LEVEL, sentence=sentence, name="first look")
     if declared.get("may_extend") and all({*each} < {*seeds} for each in earlier):
         return Look(
             OPEN_LATER_LEVEL,
             by_e_value=True,
             sentence=f"The study was extended after {_counts(earlier)} seeds, as declared: it is judged by e-values of "
             "at least 100.",
+            name="by e-values",
         )
     if earlier:
         return Look(
@@ -54,6 +55,7 @@ def look_of(
             by_e_value=True,
             sentence=f"The study was already judged with {_counts(earlier)} seeds, and this look was not declared: it "
             "is judged by e-values of at least 20 (false alarms up to 6.4%).",
+            name="by e-values",
         )
     return Look()
 

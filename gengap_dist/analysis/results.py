@@ -72,6 +72,8 @@ class Run(NamedTuple):
     """Of all layers: the number of singular values below 0.01 s1 of their layer, over the number of all of them."""
     penalty_norm: float | None = None
     """Norm of what a penalty on the rank, or its placebo, adds to the gradient: mean over the recorded steps."""
+    num_skipped: int = 0
+    """Measurements that probe.max_time_fraction left out."""
     curve: Curve | None = None
     test_correct: np.ndarray | None = None
     """Whether each test sample is classified correctly at the end: [M] bool."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gengap_dist.analysis.arm_roles import rank_role
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.looks import NEVER, look_of
 from gengap_dist.analysis.registration import registration_sentence
@@ -128,6 +129,12 @@ class RunData:
         """`probe.max_time_fraction`; nan if it is not known."""
         fraction = section(self.info.get("config"), "probe").get("max_time_fraction")
         return math.nan if fraction is None else fraction
+
+    @property
+    def num_skipped(self) -> int:
+        """Measurements that `probe.max_time_fraction` left out."""
+        left_out = (self.info.get("result") or {}).get("probe_left_out")
+        return len(left_out) if isinstance(left_out, list) else 0
 
     def in_arm(self, arm: str) -> "RunData":
         """The same run in another arm, with what was read of it."""
@@ -270,6 +277,16 @@ class StudyData:
         out: dict[str, list[RunData]] = {}
         for run in sorted(self.runs, key=lambda run: run.seed):
             out.setdefault(run.arm, []).append(run)
+        return out
+
+    @cached_property
+    def rank_roles(self) -> Mapping[str, str]:
+        """Arm to what it does to the rank, see `arm_roles.rank_role`; arms without a penalty or a run are missing."""
+        out = {}
+        for arm, runs in self._runs_by_arm.items():
+            algorithm = section(runs[0].info.get("config"), "algorithm")
+            if role := rank_role({f"algorithm.{name}": value for name, value in algorithm.items()}):
+                out[arm] = role
         return out
 
     def finished_runs(self, arm: str) -> list[RunData]:
@@ -425,6 +442,7 @@ def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
         near_rank_loss_raw=_raw(last, primary),
         near_rank_loss_pooled=pooled_near_rank_loss(last, run.num_units),
         penalty_norm=run.penalty_norm,
+        num_skipped=run.num_skipped,
         curve=_curve(run),
         test_correct=run.test_correct(),
     )

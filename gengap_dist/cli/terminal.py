@@ -24,6 +24,7 @@ from gengap_dist.analysis.report.text import (
     first_sentences,
     gap_sentence,
     last_layer,
+    level_sentence,
     study_rows,
     test_head,
     ui_command,
@@ -354,7 +355,7 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
     console = wide_console()
     console.print(study_table(study, every_column=console.width >= 118))
     console.print(
-        f"sb_lb_gap: {gap_sentence(study.baseline, study.metric)}, paired by seed, at the end of the runs; "
+        f"gap: {gap_sentence(study.baseline, study.metric)}, paired by seed, at the end of the runs; "
         "loss ratio: final training loss / the baseline's",
         style="dim",
     )
@@ -367,7 +368,8 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
         evidence, rest = first_sentences(claim.evidence)
         evidence += " ... (the rest is in the report)" if rest else ""
         console.print(Padding(evidence, (0, 0, 0, 13)))
-    caveats = study.comparison.caveats
+    levels = level_sentence(study.look, with_interventions=bool(study.comparison.interventions))
+    caveats = [*filter(None, [levels]), *study.comparison.caveats]
     rest = [f"... and {len(caveats) - MAX_CAVEATS} more in the report"] if len(caveats) > MAX_CAVEATS else []
     for caveat in [*caveats[:MAX_CAVEATS], *rest]:
         console.print(Padding(caveat, (0, 0, 0, 13)), style="dim")
@@ -383,7 +385,7 @@ def study_table(study: StudyData, *, every_column: bool = True) -> Table:
     table = Table(title=study.name, title_justify="left")
     last = last_layer(study) if every_column else None
     heads = ["arm", "batch", "steps", "seeds", test_head(study.metric), "train", "loss ratio", "train-test gap"]
-    heads += ["sb_lb_gap", "95% t"]
+    heads += ["gap", "95% t"]
     heads += [f"near-rank loss {last}", f"eff. rank {last}"] if last else []
     for number, head in enumerate(heads):
         table.add_column(

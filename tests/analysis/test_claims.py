@@ -1,6 +1,7 @@
 """Verdicts on simulated studies, whose truth is known, and on studies that lack something."""
 
 import math
+import re
 import sys
 
 import numpy as np
@@ -181,7 +182,43 @@ def test_where_every_large_run_diverged_that_is_said():
     ]
     found = judge(runs, "sb")
     assert {claim.outcome for claim in found.claims} == {"undecided"}
-    assert found.answer == "Batch 2,048 (lb) did not train in 5 of 5."
+    text = "Not answered: batch 2,048 (lb) did not train in 5 of 5 runs. Lower the learning rate."
+    assert found.answer == text
+
+
+def test_runs_that_did_not_train_are_told_in_one_sentence_with_what_to_do():
+    runs = two_batches(np.random.default_rng(0), 3, lost=70.0)
+    runs = changed(runs, "lb", train_score=0.12, train_loss=2.3)
+    runs = changed(runs, "sb", range(1), train_score=0.12, near_rank_loss_untrained=0.5)
+    found = judge(runs, "sb")
+    assert found.answer == (
+        "Not answered: batch 2,048 (lb) did not train in 3 of 3 runs and the baseline sb in 1 of 3. Train longer."
+    )
+    runs = changed(runs, "sb", near_rank_loss_untrained=0.5)
+    assert "(of the 2 runs that trained)" in of(runs, "near_rank_loss_grows").evidence
+
+
+def test_an_answer_has_the_level_and_the_population_of_its_interval():
+    runs = two_batches(np.random.default_rng(0), 10, lost=3.0)
+    look = look_of(range(10), [], {"looks": [10, 20]})
+    assert re.search(
+        r"loses [\d.]+ \[[\d., ]+\] points \(99%, .+\) at equal training", judge(runs, "sb", look=look).answer
+    )
+    unsure = judge(two_batches(np.random.default_rng(0), 10, lost=0.5), "sb").answer
+    start = r"Not decided: batch 2,048 \(lb\) loses [\d.]+ \[-?[\d.]+, [\d.]+\] points \(95%, these test samples\)"
+    assert re.match(start + r" at equal training; a loss of [\d.]+ would be found four times in five\.", unsure)
+    never = judge(runs, "sb", look=look_of(range(10), [], {"looks": [5, 20]})).answer
+    assert re.match(
+        r"Not decided: .* at the end.*Looks were declared at 5 and 20 seeds: with 10 nothing is judged\.", never
+    )
+    assert "inf" not in never
+
+
+def test_a_difference_that_no_share_can_have_is_not_named():
+    runs = two_batches(np.random.default_rng(0), 2)
+    assert any("points (95% intervals on these test samples" in caveat for caveat in compare(runs, "sb").caveats)
+    runs = changed(changed(runs, "lb", range(1), score=0.1), "lb", range(1, 2), score=0.9)
+    assert "With 2 seeds no difference can be significant." in compare(runs, "sb").caveats
 
 
 def test_seeds_that_only_some_arms_have_keep_a_verdict_from_standing():
@@ -333,7 +370,14 @@ def test_curves_that_were_measured_too_rarely_are_not_compared():
             runs.append(simulated_run(rng, arm, seed, chosen, end))
     claim = of(runs, "gap")
     assert claim.finding == "cannot be matched"
-    assert "measured too rarely" in claim.evidence
+    assert "measured too rarely near this loss)" in claim.evidence
+    runs = [run._replace(num_skipped=9 + 10 * (run.arm == "lb")) for run in runs]
+    remedy = "run again with --probe.max_time_fraction null"
+    text = f"near this loss: probe.max_time_fraction left out 9 to 19 measurements of a run; {remedy})"
+    assert text in of(runs, "gap").evidence
+    assert any(
+        "9 to 19 measurements in 15 of 15 runs" in caveat and remedy in caveat for caveat in compare(runs, "sb").caveats
+    )
 
 
 def test_an_arm_without_near_rank_loss_keeps_growth_from_being_contradicted():

@@ -33,7 +33,9 @@ from gengap_dist.analysis.report.plotting import (
     label_points,
     legend_above,
     listed,
+    mean_marker,
     plain_tick_labels,
+    roles_sentence,
     row_axis,
     tip,
 )
@@ -49,7 +51,7 @@ HIGHEST_LOSS = 20.0  # upper limit of the axis; a diverging run may exceed it
 MAX_POINTS = 80  # of a curve: thousands of noisy steps hide the trend
 MAX_EXPLANATIONS, MAX_SCATTERS = 20, 6
 SIGNIFICANT = 0.05
-INTERVALS = "Dots are seeds, diamonds their mean, bars the 95% t interval of the mean"
+INTERVALS = "Dots are seeds, larger marks their mean, bars the 95% t interval of the mean"
 
 
 class _Band(NamedTuple):
@@ -85,11 +87,11 @@ def near_rank_by_batch(study: StudyData, _: Comparison) -> ReportFigure | None:
                 if np.isfinite(trained - untrained):
                     values.setdefault(arm, {})[run.seed] = trained - untrained
                     names.add(MetricKey.parse(run.primary_measure).layer)
-    band = _Band(100 * NEAR_RANK_MARGIN, f"tolerance: {100 * NEAR_RANK_MARGIN:.0f} points")
-    found = _by_batch(study, values, "change", "change of near-rank loss, points", 100.0, (-100.0, 100.0), band)
+    band = _Band(NEAR_RANK_MARGIN, f"tolerance: {NEAR_RANK_MARGIN:g}")
+    found = _by_batch(study, values, "change", "change of near-rank loss", 1.0, (-1.0, 1.0), band)
     return found and found._replace(
         caption="Share of the singular values of centred activations below 0.01 s1, in the last hidden layer "
-        f"({listed(sorted(names), 1)}): trained minus untrained, in percentage points. {found.caption}"
+        f"({listed(sorted(names), 1)}): trained minus untrained. {found.caption}"
     )
 
 
@@ -121,6 +123,7 @@ def _by_batch(
     sizes = [study.runs_of(arm)[0].global_size for arm in arms]
     data: list[Row] = []
     means: dict[str, tuple[float, float]] = {}
+    drawn: list[tuple[float, float]] = []
     for number, arm in enumerate(arms):
         shown = scale * np.array([*values[arm].values()])
         at, mean, c = batch_axis_position(sizes, number), float(shown.mean()), colour(study, arm)
@@ -128,15 +131,18 @@ def _by_batch(
         low, high = np.clip(interval or (mean, mean), *limits).tolist()
         text = tip(f"{label_of(arm)}, batch {sizes[number]:,}: {plain(mean, 4)} [{plain(low, 4)}, {plain(high, 4)}]")
         axes.plot([at] * len(shown), shown, "o", color=c, alpha=0.45, markersize=5, mew=0)
-        axes.plot([at, at], [low, high], color=c, linewidth=1.5, marker="_", markersize=8 if interval else 0)
-        axes.plot(at, mean, "D", color=c, markersize=6, gid=text)
+        cap = 8 if low < high else 12 * (len(shown) > 1)  # beyond the mean of seeds that are all the same
+        axes.plot([at, at], [low, high], color=c, linewidth=1.5, marker="_", markersize=cap)
+        axes.plot(at, mean, linestyle="", markersize=6, gid=text, **mean_marker(study, arm))
+        drawn += [(at, float(y)) for y in (*shown, *np.linspace(low, high, 9))]
         means[arm] = (at, mean)
         of_arm = {"arm": arm, "global_size": sizes[number]}
         data += [of_arm | {"kind": "seed", "seed": seed, name: value} for seed, value in values[arm].items()]
         ends = {"ci_low": low / scale, "ci_high": high / scale} if interval else {}
         data.append(of_arm | {"kind": "mean", name: mean / scale} | ends)
-    handles: list[Line2D | Patch] = [*arm_handles(study, arms, linestyle="", marker="D")]
-    caption = f"{INTERVALS}." if len(data) > 2 * len(arms) else "Diamonds are runs."
+    handles: list[Line2D | Patch] = [*arm_handles(study, arms, by_role=True, linestyle="")]
+    caption = f"{INTERVALS}." if len(data) > 2 * len(arms) else "Each mark is a run."
+    caption += roles_sentence(study, arms)
     if band and study.baseline in means:
         middle = means[study.baseline][1]
         axes.axhline(middle, color=QUIET, linewidth=1, linestyle="--", zorder=0)
@@ -146,13 +152,15 @@ def _by_batch(
     axes.set_ylabel(label)
     axes.margins(y=0.08)
     batch_axis(axes, sizes)
+    named: dict[str, None] = {}
     if len(arms) > MAX_COLOURS:
         order = sorted(means, key=lambda arm: means[arm][1])
         named = dict.fromkeys([study.baseline, *order[:2], *order[-2:]])
-        label_points(axes, [(*means[arm], arm, colour(study, arm)) for arm in named if arm in means])
         caption += f" The baseline and the extremes of {len(arms)} arms are named; the others under the pointer."
     axes.set_xlabel("global batch (samples per step)")
     legend_above(figure, handles)
+    if named:
+        label_points(axes, [(*means[arm], arm, colour(study, arm)) for arm in named if arm in means], drawn)
     texts = [f"{arm} {plain(mean, 4)}" for arm, (_, mean) in means.items()]
     return ReportFigure(figure, f"{label[0].upper()}{label[1:]}, means: {listed(texts)}.", data, caption)
 
@@ -186,14 +194,16 @@ def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
                 alpha=0.4,
                 mew=0,
             )
+            if paired.student is None and len(paired.differences) > 1:  # all the same
+                axes.plot(scale * paired.mean, number, "|", color=c, markersize=14, mew=1.8)
             if paired.student:
                 axes.plot([scale * end for end in paired.student], [number] * 2, color=c, linewidth=1.8)
             axes.plot(
                 scale * paired.mean, number, "D", color=c, markersize=6.5, mfc=c if significant else PAPER, mew=1.6
             )
-            data += [row | {"kind": "seed", "seed": s, "sb_lb_gap": d} for s, d in paired.differences.items()]
+            data += [row | {"kind": "seed", "seed": s, "gap": d} for s, d in paired.differences.items()]
             low, high = paired.student or (None, None)
-            mean = {"kind": "mean", "sb_lb_gap": paired.mean, "ci_low": low, "ci_high": high, "holm_p": arm_gap.holm}
+            mean = {"kind": "mean", "gap": paired.mean, "ci_low": low, "ci_high": high, "holm_p": arm_gap.holm}
             data.append(row | mean)
         if notes:
             axes.text(1.01, number, ", ".join(notes), transform=row_transform, va="center", color=WARM, fontsize=9)
@@ -207,14 +217,14 @@ def gap(study: StudyData, comparison: Comparison) -> ReportFigure | None:
     ]
     legend_above(figure, handles)
     means = [
-        f"{row['arm']} {metric.format_difference(row['sb_lb_gap'])}"
-        for row in data
-        if row["kind"] == "mean" and "sb_lb_gap" in row
+        f"{row['arm']} {metric.format_difference(row['gap'])}" for row in data if row["kind"] == "mean" and "gap" in row
     ]
     caption = (
         "Above 0 the arm is worse than the baseline. Differences are paired by seed: dots are seeds, diamonds their "
         "mean, bars its 95% t interval; filled: significant after Holm's correction for all arms."
     )
+    if any(each.paired.student is None and len(each.paired.differences) > 1 for each in comparison.gaps.values()):
+        caption += " A stroke across the diamond: all pairs have the same difference."
     if any(row["lost"] for row in data if row["kind"] == "mean"):
         caption += " On the right: runs without a result."
     return ReportFigure(figure, f"{_harm_label(metric)} against {comparison.baseline}: {listed(means)}.", data, caption)
@@ -397,7 +407,7 @@ def gap_against_explanations(study: StudyData, comparison: Comparison) -> Report
     panels: dict[str, list[Row]] = {}
     for name in (correlation.measure for correlation in _strongest_first(comparison)):
         rows: list[Row] = [
-            {"measure": name, "arm": arm, "seed": run.seed, "value": value, "sb_lb_gap": by_seed[run.seed]}
+            {"measure": name, "arm": arm, "seed": run.seed, "value": value, "gap": by_seed[run.seed]}
             for arm, by_seed in lost.items()
             for run in study.finished_runs(arm)
             if run.seed in by_seed and np.isfinite(value := run.explanation(name))
@@ -415,7 +425,7 @@ def gap_against_explanations(study: StudyData, comparison: Comparison) -> Report
     for axes, (name, rows) in zip(grid.flatten(), panels.items(), strict=False):
         for arm in study.arms:
             of_arm = [row for row in rows if row["arm"] == arm]
-            x, y = [row["value"] for row in of_arm], [metric.scale * row["sb_lb_gap"] for row in of_arm]
+            x, y = [row["value"] for row in of_arm], [metric.scale * row["gap"] for row in of_arm]
             axes.plot(x, y, "o", color=colour(study, arm), alpha=0.6, markersize=5, mew=0, gid=tip(label_of(arm)))
         values = [row["value"] for row in rows]
         if min(values) > 0 and max(values) > 30 * min(values):

@@ -24,7 +24,7 @@ from gengap_dist.analysis.report.tables import (
     run_table,
     tuning_tables,
 )
-from gengap_dist.analysis.report.text import MAX_CAVEATS, first_sentences
+from gengap_dist.analysis.report.text import MAX_CAVEATS, first_sentences, level_sentence
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.config import yaml_core
@@ -73,6 +73,7 @@ def write_page(study: StudyData, figures: Sequence[RenderedFigure], *, pdf: bool
         folder=shlex.quote(study.folder.name),
         summary=_summary(study, is_study),
         comparison=comparison,
+        caveats=_caveats(study, comparison),
         evidence={claim.key: first_sentences(claim.evidence) for claim in comparison.claims},
         max_caveats=MAX_CAVEATS,
         max_open_rows=MAX_OPEN_ROWS,
@@ -157,6 +158,12 @@ def _comparison(study: StudyData) -> Comparison:
     return (
         study.comparison if _is_study(study) else Comparison(study.metric, study.baseline, "", {}, {}, [], None, [], [])
     )
+
+
+def _caveats(study: StudyData, comparison: Comparison) -> list[str]:
+    """Limits of the comparison; first how sure intervals are, where that differs."""
+    levels = level_sentence(study.look, with_interventions=bool(comparison.interventions)) if comparison.claims else ""
+    return [*filter(None, [levels]), *comparison.caveats]
 
 
 def _summary(study: StudyData, is_study: bool) -> str:

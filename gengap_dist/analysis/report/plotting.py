@@ -2,11 +2,13 @@
 
 import csv
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -38,6 +40,12 @@ INK, SOFT, LINE, PAPER, QUIET = (THEME[name][0] for name in ("ink", "soft", "lin
 COLOURS = [light for name, (light, _) in THEME.items() if re.fullmatch(r"c\d", name)]
 ACCENT, WARM = COLOURS[:2]
 UNTRAINED = QUIET
+ROLES = {  # what an arm does to the rank: marker and, of many arms, colour
+    "raised": ("^", COLOURS[2]),
+    "lowered": ("v", COLOURS[3]),
+    "trace": ("s", COLOURS[4]),
+    "placebo": ("o", COLOURS[6]),
+}
 MAX_PANELS = 6  # layers in one figure; of a deeper network, evenly spaced layers are shown
 MAX_COLOURS = 6  # arms with a colour each; more have labels, and names under the pointer
 MAX_LABEL = 50  # characters of the name of an arm or a layer
@@ -184,19 +192,54 @@ def label_of(name: str, max_length: int = MAX_LABEL) -> str:
 
 
 def colour(study: StudyData, arm: str) -> str:
-    """The arm's colour, the same in every figure; of more than MAX_COLOURS arms only the baseline has its own."""
-    if len(study.arms) > MAX_COLOURS:
-        return WARM if arm == study.baseline else ACCENT
-    return COLOURS[study.arms.index(arm)]
-
-
-def arm_handles(study: StudyData, arms: Sequence[str], **style: Any) -> list[Line2D]:
-    """Entries of a legend: one for each arm, or for the baseline and the others."""
+    """The arm's colour, the same in every figure; of more than MAX_COLOURS arms that of its role."""
     if len(study.arms) <= MAX_COLOURS:
-        named = [(colour(study, arm), label_of(arm)) for arm in arms]
-    else:
-        named = [(WARM, f"{label_of(study.baseline)} (baseline)"), (ACCENT, "other arms")]
-    return [Line2D([], [], color=c, label=label, **style) for c, label in named]
+        return COLOURS[study.arms.index(arm)]
+    if arm == study.baseline:
+        return WARM
+    return ROLES[study.rank_roles[arm]][1] if arm in study.rank_roles else ACCENT
+
+
+def mean_marker(study: StudyData, arm: str) -> dict[str, Any]:
+    """Style of the mean of an arm: a marker for each role, open for a placebo."""
+    role = study.rank_roles.get(arm)
+    marker = ROLES[role][0] if role else "D"
+    is_open = {"mfc": PAPER, "mew": 1.6} if role == "placebo" else {}
+    return {"marker": marker, "color": colour(study, arm), **is_open}
+
+
+def arm_handles(study: StudyData, arms: Sequence[str], *, by_role: bool = False, **style: Any) -> list[Line2D]:
+    """Entries of a legend: one for each arm, or for the baseline, the others, and each role.
+
+    Args:
+        study: the arms.
+        arms: those of the figure.
+        by_role: whether the figure has the markers of `mean_marker`.
+        style: of all entries.
+    """
+    named = {label_of(arm): arm for arm in arms}
+    if len(study.arms) > MAX_COLOURS:
+        named = {f"{label_of(study.baseline)} (baseline)": study.baseline}
+        for arm in (each for each in arms if each != study.baseline):
+            named.setdefault(study.rank_roles.get(arm, "other arms"), arm)
+    out = []
+    for label, arm in named.items():
+        of_arm: dict[str, Any] = mean_marker(study, arm) if by_role else {"color": colour(study, arm)}
+        out.append(Line2D([], [], label=label, **style, **of_arm))
+    return out
+
+
+def roles_sentence(study: StudyData, arms: Sequence[str]) -> str:
+    """What the markers of roles mean, with a space before it; empty if no arm has one."""
+    words = {
+        "raised": "triangles up raise the rank",
+        "lowered": "triangles down lower it",
+        "trace": "squares hold the trace",
+        "placebo": "open circles are placebos",
+    }
+    shown = {study.rank_roles.get(arm) for arm in arms}
+    text = ", ".join(words[role] for role in words if role in shown).replace("down lower it", "down lower the rank")
+    return f" {text[0].upper()}{text[1:]}." if text else ""
 
 
 def legend_above(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
@@ -211,21 +254,74 @@ def tip(text: str) -> str:
     return TIP + text
 
 
-def label_points(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside points, without overlap: (x, y, name, colour); the axes have their final limits."""
-    placed: list[tuple[float, float]] = []
+def label_points(
+    axes: Axes,
+    points: Sequence[tuple[float, float, str, str]],
+    avoid: Sequence[tuple[float, float]] = (),
+    fontsize: float = 9,
+) -> None:
+    """Names beside points, over no point and no other name: a name that is far from its point has a line to it.
+
+    Each name takes the nearest free place, the lowest points first.
+
+    Args:
+        axes: with their final limits, in a figure with its legend.
+        points: x, y, name and colour.
+        avoid: other points that are drawn.
+        fontsize: of the names.
+    """
     figure = axes.get_figure(root=True)
     assert figure is not None
-    dpi = figure.dpi
-    for x, y, name, c in sorted(points, key=lambda point: point[1]):
-        at_x, at_y = axes.transData.transform((x, y)) * 72 / dpi  # points
-        label_y = max([at_y, *(other + 11 for near, other in placed if abs(near - at_x) < 90)])
-        placed.append((at_x, label_y))
-        right = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 0.7
-        axes.annotate(
-            label_of(name, 24), (x, y), (-7 if right else 7, label_y - at_y), textcoords="offset points",
-            ha="right" if right else "left", va="center", color=c, fontsize=9,
+    if layout := figure.get_layout_engine():
+        layout.execute(figure)
+    to_points = 72 / figure.dpi
+    drawn = axes.transData.transform([*((x, y) for x, y, _, _ in points), *avoid]) * to_points  # [num_points, 2]
+    (left, bottom), (right, top) = axes.bbox.get_points() * to_points
+    taken: list[Box] = []
+    order = sorted(range(len(points)), key=lambda at: (drawn[at][1], drawn[at][0]))
+    for at in order:
+        x, y, name, c = points[at]
+        text = label_of(name, 24)
+        width, height = 0.62 * fontsize * len(text) + 2, fontsize + 2
+        free = None
+        for distance in range(8, 200, 6):
+            for angle in (0, 180, 25, 155, -25, -155, 50, 130, -50, -130, 75, 105, -75, -105):
+                dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
+                start = drawn[at][0] + dx - (width if dx < 0 else 0)
+                box = (start, drawn[at][1] + dy - height / 2, start + width, drawn[at][1] + dy + height / 2)
+                is_inside = left <= box[0] and box[2] <= right + 2 and bottom <= box[1] and box[3] <= top + 4
+                if is_inside and not _covers(box, drawn) and not any(_overlap(box, other) for other in taken):
+                    free = dx, dy, box
+                    break
+            if free:
+                break
+        dx, dy, box = free or (8.0, 0.0, (0.0, 0.0, 0.0, 0.0))
+        taken.append(box)
+        line = {"arrowstyle": "-", "color": QUIET, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
+        label = axes.annotate(
+            text, (x, y), (dx, dy), textcoords="offset points", ha="right" if dx < 0 else "left", va="center",
+            color=c, fontsize=fontsize, arrowprops=line if math.hypot(dx, dy) > 12 else None,
         )  # fmt: skip
+        label.set_in_layout(False)
+
+
+Box = tuple[float, float, float, float]
+
+
+def _covers(box: Box, points: np.ndarray, distance: float = 3.0) -> bool:
+    """Whether one of the points [n, 2] is in a box or nearer to it than `distance`."""
+    x, y = points.T
+    inside = (x > box[0] - distance) & (x < box[2] + distance) & (y > box[1] - distance) & (y < box[3] + distance)
+    return bool(inside.any())
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    """Whether two boxes have a point in common.
+
+    >>> _overlap((0, 0, 2, 2), (1, 1, 3, 3)), _overlap((0, 0, 2, 2), (3, 0, 4, 1))
+    (True, False)
+    """
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def size_label(size: float) -> str:

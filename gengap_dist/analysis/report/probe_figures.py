@@ -32,6 +32,7 @@ from gengap_dist.analysis.report.plotting import (
     labels_width,
     legend_above,
     listed,
+    mean_marker,
     one_per_batch,
     plain_tick_labels,
     row_axis,
@@ -75,7 +76,8 @@ def by_layer(study: StudyData, name: str) -> ReportFigure | None:
             panel.plot([at] * len(values), values, "o", color=c, alpha=0.45, markersize=4, mew=0)
             if np.isfinite(values).any():
                 mean = float(np.nanmean(values))
-                panel.plot(at, mean, "D", color=c, markersize=6, gid=tip(f"{label_of(arm)}: {plain(mean)}"))
+                text = tip(f"{label_of(arm)}: {plain(mean)}")
+                panel.plot(at, mean, linestyle="", markersize=6, gid=text, **mean_marker(study, arm))
                 means += [f"{arm} {mean:.3g}"] if key == keys[-1] else []
             of_arm = {"arm": arm, "global_size": sizes[number], "layer": key}
             data += [
@@ -88,7 +90,7 @@ def by_layer(study: StudyData, name: str) -> ReportFigure | None:
         panel.set_ylim(*((-0.04, 1.04) if MEASURES[name].is_share else (0, top if top > 0 else None)))
     for panel in grid[len(keys) :]:
         panel.set_visible(False)
-    handles = arm_handles(study, [arm for arm, _ in arms], linestyle="", marker="D")
+    handles = arm_handles(study, [arm for arm, _ in arms], by_role=True, linestyle="")
     legend_above(figure, [*handles, Line2D([], [], color=UNTRAINED, linestyle="--", label="untrained")])
     figure.supxlabel("global batch", fontsize=10, color=SOFT)
     figure.supylabel(label.partition(" (")[0], fontsize=10, color=SOFT)
@@ -98,7 +100,7 @@ def by_layer(study: StudyData, name: str) -> ReportFigure | None:
         if MEASURES[name].is_share
         else ("Effective rank (Roy & Vetterli 2007) of the raw activations")
     )
-    caption = f"{source}, on the probe set{_of_layers(study, keys)}. Dots are finished runs, diamonds their mean; "
+    caption = f"{source}, on the probe set{_of_layers(study, keys)}. Dots are finished runs, larger marks their mean; "
     return ReportFigure(figure, alt_text, data, caption + "the dashed line is the same networks before training.")
 
 

@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 from gengap_dist.analysis.report.plotting import Row
 from gengap_dist.analysis.report.text import gap_sentence, interval, last_layer, mean_text, plain, test_head, value_text
 from gengap_dist.analysis.results import Comparison, Estimate, Requirement
+from gengap_dist.analysis.rules.look import Look
 from gengap_dist.analysis.study_data import RunData, StudyData
 from gengap_dist.config.measures import SUMMARY
 from gengap_dist.config.metric_key import layer_metric
 from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import Interval, mean_and_std
+
+FEW_PAIRS = 8  # of seeds: with fewer the bootstrap is too narrow
 
 
 class Cell(NamedTuple):
@@ -91,11 +94,15 @@ def arm_tables(study: StudyData, comparison: Comparison) -> list[Table]:
             rows[-1].append(number(mean_and_std(ends)[0] if ends else None, ".3g"))
     heads = ["arm", "batch", "updates", "seeds", test_head(metric), "train (sd)", "trained", "gap", "95% t", "Holm p"]
     more = ["arm", "loss ratio", "train-test gap", "95% bootstrap", "CI half-width", "detectable", "matched"]
-    caption = f"Gap: {gap_sentence(comparison.baseline, metric)}, paired by seed."
+    caption = f"Gap: {gap_sentence(comparison.baseline, metric)}, paired by seed, on these test samples."
+    about = "How sure the gaps are, by 95% intervals on these test samples, and how the arms trained."
+    few = max((len(each.paired.differences) for each in comparison.gaps.values()), default=0)
+    if 1 < few < FEW_PAIRS:
+        about += f" With {few} pairs use the t interval: the bootstrap cannot exceed the observed differences."
     near_rank, effective = ([f"near-rank loss {last}"], [f"eff. rank {last}"]) if last else ([], [])
     return [
         Table("Arms", caption, heads + near_rank, results),
-        Table("Arms, more numbers", "How sure the gaps are, and how the arms trained.", more + effective, details),
+        Table("Arms, more numbers", about, more + effective, details),
     ]
 
 
@@ -117,14 +124,15 @@ def intervention_tables(comparison: Comparison) -> list[Table]:
     """For each intervention on the rank: its quantities, and the conditions for a verdict."""
     metric, out = comparison.metric, []
     for each in comparison.interventions:
+        confidence = Look(each.level).confidence
         rows = [
             [*_estimate_cells(estimate, metric), _estimate_interval(estimate.new_images, estimate, metric)]
             for estimate in each.estimates
         ]
         caption = (
             f"{each.arm}: {each.finding}{f' ({each.reason})' if each.reason else ''}. Means over the {each.num_seeds} "
-            f"seeds of which all arms have a result, with {1 - each.level:.4g} intervals on these test samples and on "
-            "new ones. Lost, gain, cost, raising and lowering are differences of the test metric, growth, fall "
+            f"seeds of which all arms have a result, with {confidence} intervals on these test samples and on new "
+            "ones. Lost, gain, cost, raising and lowering are differences of the test metric, growth, fall "
             "and rise of near-rank loss; raising and lowering are above 0 if more than half of the loss goes through "
             "the rank."
         )
@@ -139,7 +147,7 @@ def intervention_tables(comparison: Comparison) -> list[Table]:
             for requirement in each.requirements
         ]
         caption = (
-            f"What must surely hold, by {1 - each.level:.4g} intervals, before a verdict is given. Differences of the "
+            f"What must surely hold, by {confidence} intervals, before a verdict is given. Differences of the "
             "metric on training samples have 90% intervals. Limits that are shares of loss or growth are compared "
             "seed by seed; means are shown."
         )

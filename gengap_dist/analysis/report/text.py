@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gengap_dist.analysis.rules.look import Look
 from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.config.measures import SUMMARY
 from gengap_dist.config.metric_key import LayerKey, MetricKey, layer_metric
@@ -65,6 +66,22 @@ def gap_sentence(baseline: str, metric: MetricDescription) -> str:
     """
     order = f"of {baseline} minus the arm's" if metric.higher_is_better else f"of the arm minus that of {baseline}"
     return f"test {metric.name} {order}" + (f", in {metric.difference_unit}" if metric.difference_unit else "")
+
+
+def level_sentence(look: Look, *, with_interventions: bool = False) -> str:
+    """How sure the intervals of claims are, if those of the table of arms and of figures are another 95%; else empty.
+
+    >>> level_sentence(Look()), level_sentence(Look(0.01, name="look 1 of 2")).partition(";")[0]
+    ('', 'Intervals in claims are 99% (look 1 of 2)')
+    """
+    if not look.level or look == Look(sentence=look.sentence):
+        return ""
+    where = f"in claims{' and of interventions' * with_interventions}"
+    name = f" ({look.name})" if look.name else ""
+    return (
+        f"Intervals {where} are {look.confidence}{name}; those in the table of arms and in figures are 95% and decide "
+        "nothing."
+    )
 
 
 def last_layer(study: StudyData) -> str | None:

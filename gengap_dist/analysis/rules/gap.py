@@ -189,7 +189,9 @@ def _control_problem(study: JudgedStudy, groups: Callable[[Match], tuple[Outcome
 def _unmatched(study: JudgedStudy, arm: Arm, matched: Match) -> Difference:
     training = study.training[arm.name]
     if training.seeds and training.num_failed == len(training.seeds):
-        return Difference(arm, {}, None, 1.0, "did not train", matched, reason=str(training))
+        return Difference(
+            arm, {}, None, 1.0, "did not train", matched, reason=f"{training.num_failed} of {len(training.seeds)} runs"
+        )
     return Difference(arm, {}, None, 1.0, "cannot be matched", matched, reason=matched.reason)
 
 
@@ -403,7 +405,10 @@ def _since_untrained(study: JudgedStudy, arm: Arm) -> str:
         for run in runs
         if run.near_rank_loss is not None and run.near_rank_loss_untrained is not None
     ]
-    return f"{fmean(changes):+.3f}" if changes else "not known"
+    if not changes:
+        return "not known"
+    of = "" if len(runs) == len(arm.runs) else f" (of the {len(runs)} run{'s' * (len(runs) > 1)} that trained)"
+    return f"{fmean(changes):+.3f}{of}"
 
 
 def _own_batch_text(study: JudgedStudy) -> str:

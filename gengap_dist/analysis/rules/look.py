@@ -25,6 +25,17 @@ class Look(NamedTuple):
     """Judge by e-values, which stay valid after any number of looks, and not by Student's t."""
     sentence: str = ""
     """What readers must know of this look; empty for a single one."""
+    name: str = ""
+    """In two or three words: "look 1 of 2"; empty for a single one."""
+
+    @property
+    def confidence(self) -> str:
+        """Of its intervals, in percent; empty if nothing is sure.
+
+        >>> Look().confidence, Look(0.01).confidence, Look(0.043).confidence, Look(0.0).confidence
+        ('95%', '99%', '95.7%', '')
+        """
+        return f"{100 * (1 - self.level):.4g}%" if self.level else ""
 
     def interval(self, values: Values) -> Interval | None:
         """The interval of the mean of paired differences; None for fewer than two.

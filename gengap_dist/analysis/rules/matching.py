@@ -29,6 +29,8 @@ LAST_PART = math.log(4)  # of the log loss, before the end: there the slope of t
 FEW_POINTS = 6  # of all runs: with fewer the slope is not known
 WIDE = 0.6  # log loss between two measurements: more is too coarse to interpolate, unless the score hardly changes
 
+MEASURE_ALL = "run again with --probe.max_time_fraction null"
+
 How = Literal["finished", "curve", ""]
 
 
@@ -146,7 +148,7 @@ def _by_curve(study: JudgedStudy, arm: Arm, base: Arm) -> Match:
             "", f"at this loss the learning rates stand at {rates[0]:.0%} and {rates[1]:.0%} of their highest values"
         )
     if any(pair.too_coarse for pair in pairs.values()):
-        return Match("", "they were measured too rarely near this loss")
+        return Match("", f"they were measured too rarely near this loss{_skipped(one, other)}")
     column = _columns(pairs)
     return Match(
         "curve",
@@ -158,6 +160,24 @@ def _by_curve(study: JudgedStudy, arm: Arm, base: Arm) -> Match:
         fmean(pair.score_error for pair in pairs.values()),
         fmean(pair.near_rank_error for pair in pairs.values()),
     )
+
+
+def _skipped(*arms: Arm) -> str:
+    """That measurements were left out to save time, how many of a run, and what to do; empty if none was."""
+    counts = [run.num_skipped for arm in arms for run in arm.runs.values() if run.num_skipped]
+    if not counts:
+        return ""
+    return f": probe.max_time_fraction left out {number_range(counts)} of a run; {MEASURE_ALL}"
+
+
+def number_range(counts: Sequence[int]) -> str:
+    """The smallest and the largest number of measurements.
+
+    >>> number_range([19, 9]), number_range([1])
+    ('9 to 19 measurements', '1 measurement')
+    """
+    low, high = min(counts), max(counts)
+    return (f"{low}" if low == high else f"{low} to {high}") + (" measurement" if high == 1 else " measurements")
 
 
 def _columns(pairs: Mapping[int, _Matched]) -> Callable[[Callable[[_Matched], float]], dict[int, float]]:

@@ -75,11 +75,11 @@ def test_gaps_are_in_the_study_s_order_and_lost_runs_counted(study):
     bottom, top = axes.get_ylim()
     assert bottom > 2 > 0 > top  # the first arm is on top
     for row, number in zip([row for row in picture.rows if row["kind"] == "mean"], expected, strict=True):
-        assert row["sb_lb_gap"] == pytest.approx(number / 100)
+        assert row["gap"] == pytest.approx(number / 100)
         if said.gaps[row["arm"]].p is None:  # equal differences have no interval
             assert row["ci_low"] is None
         else:
-            assert row["ci_low"] <= row["sb_lb_gap"] <= row["ci_high"]
+            assert row["ci_low"] <= row["gap"] <= row["ci_high"]
     assert f"lb64 {expected[0]:+.2f}" in picture.alt_text
 
 
@@ -98,6 +98,45 @@ def test_of_many_arms_the_extremes_are_named_and_the_others_under_the_pointer(tm
     assert f"<title>lb3, batch 64: {100 * mean_accuracy(4, range(2)):.4g} [" in inline
 
 
+def test_each_role_has_a_marker(tmp_path):
+    penalty = {"batch__global_size": 64, "algorithm__rank_penalty": 0.01}
+    arms = {"sb8": {}, "lb": {"batch__global_size": 64}, "raise": penalty}
+    arms["lower"] = penalty | {"algorithm__rank_penalty": -0.01}
+    arms["trace"] = penalty | {"algorithm__rank_measure": "trace"}
+    arms["placebo"] = penalty | {"algorithm__rank_measure": "placebo", "algorithm__placebo_of": "logdet"}
+    picture = drawn(figures.test_values(read_study(write_study(tmp_path, arms, 2)), NOTHING))
+    entries = picture.figure.legends[0].get_lines()
+    assert [line.get_marker() for line in entries] == ["D", "D", "^", "v", "s", "o"]
+    assert [line.get_markerfacecolor() == plotting.PAPER for line in entries] == [False] * 5 + [True]
+    assert "Triangles up raise the rank, triangles down lower the rank, squares" in picture.caption
+
+
+def test_names_lie_over_no_point_and_no_other_name():
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    rng = np.random.default_rng(0)
+    points = [(*rng.uniform(0.4, 0.6, 2).tolist(), f"lb-trace-{n}", "black") for n in range(14)]
+    axes.plot([x for x, *_ in points], [y for _, y, *_ in points], "o")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    plotting.label_points(axes, points)
+    figure.draw_without_rendering()
+    boxes = [text.get_tightbbox() if text.arrow_patch is None else Text.get_window_extent(text) for text in axes.texts]
+    at = axes.transData.transform([point[:2] for point in points])
+    assert not any(box.contains(*each) for box in boxes for each in at)
+    assert not any(one.overlaps(other) for number, one in enumerate(boxes) for other in boxes[:number])
+    assert any(text.arrow_patch for text in axes.texts)
+
+
+def test_equal_differences_have_a_stroke_for_a_bar(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "accuracy", lambda number, seed: 0.9 - 0.02 * number)
+    found = read_study(write_study(tmp_path, {"sb8": {}, "lb64": {"batch__global_size": 64}}, 3))
+    picture = drawn(figures.gap(found, found.comparison))
+    assert [line.get_xdata()[0] for line in picture.figure.axes[0].lines if line.get_marker() == "|"] == [
+        pytest.approx(2)
+    ]
+    assert "A stroke across the diamond: all pairs have the same difference." in picture.caption
+
+
 def test_intervals_end_where_values_do_and_the_band_is_the_tolerance(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "accuracy", lambda number, seed: 1.0 - 0.02 * seed)
     found = read_study(write_study(tmp_path, {"sb8": {}}, 3))
@@ -114,7 +153,7 @@ def test_intervals_end_where_values_do_and_the_band_is_the_tolerance(tmp_path, m
 
 def test_near_rank_loss_is_against_the_untrained_network(study):
     assert [change for _, change in means(drawn(figures.near_rank_by_batch(study, NOTHING)).figure)] == [
-        pytest.approx(100 * number / 8) for number in range(4)
+        pytest.approx(number / 8) for number in range(4)
     ]
 
 
@@ -212,7 +251,7 @@ def test_explanations_stand_strongest_first_and_none_hangs_on_one_arm(study):
     scatter = drawn(figures.gap_against_explanations(study, said))
     mine = [row for row in scatter.rows if row["measure"] == strong.measure]
     assert {row["arm"]: row["value"] for row in mine} == {arm: (1 + n) / 8 for n, arm in enumerate(ARMS)}
-    base = {row["seed"]: row["sb_lb_gap"] for row in mine if row["arm"] == "sb8"}
+    base = {row["seed"]: row["gap"] for row in mine if row["arm"] == "sb8"}
     assert base == {0: 0.0, 1: 0.0, 2: 0.0}
     few = NOTHING._replace(correlations=[correlation(strong.measure, 1.0, (1.0, 1.0), 4)])
     assert figures.explanations(study, few) is None
@@ -233,8 +272,8 @@ def test_files_are_the_same_each_time_and_csv_holds_the_rows(study, tmp_path):
     read = list(csv.DictReader(table.splitlines()))
     assert len(read) == len(picture.rows)
     for row, cells in zip(picture.rows, read, strict=True):
-        value = row.get("sb_lb_gap", math.nan)
-        assert float(cells["sb_lb_gap"] or "nan") == pytest.approx(value, rel=1e-5, nan_ok=True)
+        value = row.get("gap", math.nan)
+        assert float(cells["gap"] or "nan") == pytest.approx(value, rel=1e-5, nan_ok=True)
     assert "<text" in inline  # text stays text
     assert "points of test accuracy lost" in inline
     assert not {light for light, _ in plotting.THEME.values() if light in inline}  # every colour follows the theme

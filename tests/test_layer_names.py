@@ -90,7 +90,13 @@ def test_layers_with_odd_names_are_measured_compared_reported_and_read_back(tmp_
             assert not of_layers
     console = PlainConsole(width=900, file=io.StringIO(), record=True)
     console.print(layer_table(here.runs[0]))
-    assert "[red]" in console.export_text()
+    table = console.export_text(clear=False)
+    assert "[red]" in table
+    measure = MetricKey.parse(str(here.runs[0].primary_measure))
+    key = LayerKey(measure.layer, measure.view, measure.centred).format()
+    assert [line for line in table.splitlines() if f"{key} (primary)" in line]
+    assert table.count("(primary)") == 1
+    assert f"verdicts are about {here.runs[0].primary_measure}" in table
     page = write_report(here)
     assert page.name == "report.html"
     assert "a%2Fb@größe" in page.read_text()

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gengap_dist.cli.exit_codes import OK, run_command, warn
+from gengap_dist.cli.exit_codes import OK, continues_with, run_command, warn
 from gengap_dist.cli.options import CleanOptions, parse
 from gengap_dist.errors import UsageError, explaining_full_disk, first_of
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # --help needs neither rich nor what reads runs
     from gengap_dist.runs.clean import LeftAlone, RunPlan
 
 PROG = "gengap clean"
-AGAIN = "repeat the command"
 MAX_NAMED = 20  # lines of what is left alone for the same reason
 LOST = {
     "checkpoints": "older checkpoints: gengap probe --model RUN@STEP cannot measure them any more",
@@ -70,7 +69,11 @@ def command(argv: Sequence[str]) -> int:
         print_page([Text(said, style="bold")])
         return OK
     freed = 0
-    with RunProgress("removing") as progress, explaining_full_disk(AGAIN):
+    with (
+        RunProgress("removing") as progress,
+        explaining_full_disk("repeat the command"),
+        continues_with("the same command"),
+    ):
         for number, plan in enumerate(plans):
             progress(number, len(plans), _shown(plan.folder))
             of_run, changed = remove(plan)
@@ -140,4 +143,4 @@ def _shown(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Entry point."""
-    run_command(PROG, command, argv, to_continue=AGAIN)
+    run_command(PROG, command, argv)

@@ -9,15 +9,19 @@ Examples:
   gengap compare runs:/3f2a... runs:/77c1... --accuracy test_acc --percent --size batch_size --seed random_seed
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gengap_dist.cli.exit_codes import OK, run_command, warn
 from gengap_dist.cli.options import CompareOptions, parse
 from gengap_dist.config.loading import user_path
 from gengap_dist.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:  # slow to import, and wrong options need none of it
+    from gengap_dist.analysis.study_data import StudyData
 
 PROG = "gengap compare"
 
@@ -25,18 +29,45 @@ PROG = "gengap compare"
 def command(argv: Sequence[str]) -> int:
     """Find the runs, group them into arms, write and print the comparison; returns the exit code."""
     options = read_options(argv)
-    runs = list(options.runs)
-    folders = [user_path(source) for source in runs if ":/" not in source]
     out = user_path((options.out or Path("comparisons") / f"{datetime.now():%Y%m%d-%H%M%S}").resolve())
-    from gengap_dist.analysis.group_runs import gather
     from gengap_dist.analysis.report.html import write_report
     from gengap_dist.cli.terminal import print_study
     from gengap_dist.runs import run_folder
     from gengap_dist.runs.schema import StudyInfo
+
+    made = [folder for folder in (out, out.parent) if not folder.exists()]
+    run_folder.prepare_folder(out, "study.json", resume=True)
+    with _removing_if_empty(made):
+        study = _gathered(options, out)
+    run_folder.write_info(out, StudyInfo.model_validate(study.info))
+    print_study(study, write_report(study), None)
+    return OK
+
+
+@contextmanager
+def _removing_if_empty(folders: Sequence[Path]) -> Iterator[None]:
+    """Context that removes folders again if it is left by an error, unless there is something in them."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in folders:
+                folder.rmdir()
+        raise
+
+
+def _gathered(options: CompareOptions, out: Path) -> "StudyData":
+    """The runs in arms, with the baseline that the user has named.
+
+    Raises:
+        UsageError: if there is nothing to compare, or no such baseline.
+    """
+    from gengap_dist.analysis.group_runs import gather
     from gengap_dist.runs.slim import sums_problem
     from gengap_dist.tracking.mlflow.importer import SourceNames
 
-    run_folder.prepare_folder(out, "study.json", resume=True)
+    runs = list(options.runs)
+    folders = [user_path(source) for source in runs if ":/" not in source]
     names = SourceNames(options.accuracy, options.size, options.seed, options.updates, options.percent)
     study, problems = gather(runs, out, names, options.tracking_uri, options.question, across=options.across)
     for problem in [*filter(None, map(sums_problem, folders)), *problems]:
@@ -44,10 +75,7 @@ def command(argv: Sequence[str]) -> int:
     if options.baseline and options.baseline not in study.arms:
         near = did_you_mean(options.baseline, study.arms)
         raise UsageError(f"--baseline ({options.baseline}) is not an arm{near}: choose one of {', '.join(study.arms)}")
-    study = study.with_baseline(options.baseline or study.baseline)
-    run_folder.write_info(out, StudyInfo.model_validate(study.info))
-    print_study(study, write_report(study), None)
-    return OK
+    return study.with_baseline(options.baseline or study.baseline)
 
 
 def read_options(argv: Sequence[str]) -> CompareOptions:

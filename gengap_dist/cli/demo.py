@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist.cli.exit_codes import run_command
+from gengap_dist.cli.options import DemoOptions
 from gengap_dist.cli.study import command as run_study
 
 PROG = "gengap demo"
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
-OUT = ("--out", "demo")
 
 
 def command(argv: Sequence[str]) -> int:
     """Run the study; returns the exit code."""
-    return run_study(["--config", str(CONFIG), *OUT, *argv], prog=PROG, description=str(__doc__))
+    return run_study(argv, prog=PROG, description=str(__doc__), kind=DemoOptions, first=["--config", str(CONFIG)])
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

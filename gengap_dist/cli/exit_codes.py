@@ -6,7 +6,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Never
 
@@ -30,12 +31,10 @@ def run_command(
     argv: Sequence[str] | None = None,
     *,
     result_is_printed: bool = True,
-    to_continue: str = "add --resume to continue",
 ) -> Never:
     """Run a command and exit: 0 done, 1 failed, 2 usage error, 75 preempted, 130 interrupted.
 
-    A command whose result is not only in files has failed if stdout could not be written, as on a full disk. When it is
-    interrupted, it says what to do `to_continue`.
+    A command whose result is not only in files has failed if stdout could not be written, as on a full disk.
     """
     argv = sys.argv[1:] if argv is None else argv
     _ensure_home(prog)
@@ -45,7 +44,7 @@ def run_command(
     format_warnings(printable)
     if os.environ.get("RANK", "0") == "0" and any(without_logins(word) != word for word in argv):
         warn(prog, "a password on a command line can be read by all users of this machine: give it by the environment")
-    code = _outcome(prog, command, argv, to_continue)
+    code = _outcome(prog, command, argv)
     if (error := lost_output()) and code == OK and result_is_printed:
         _print_error(prog, f"the output could not be written ({error.strerror})", debug=False)
         code = FAILED
@@ -71,7 +70,19 @@ def warn(prog: str, text: str) -> None:
     print(printable(f"{prog}: warning: {text}"), file=sys.stderr, flush=True)
 
 
-def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str], to_continue: str) -> int:
+@contextmanager
+def continues_with(how: str) -> Iterator[None]:
+    """Context in which a signal ends the command with a sentence that says how to continue, such as `--resume`."""
+    try:
+        yield
+    except Preempted as error:
+        error.args = (f"{error.what}. Continue with {how}.",)
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted. Continue with {how}.") from None
+
+
+def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     try:
         with explaining_full_disk("repeat the command"):
@@ -87,8 +98,8 @@ def _outcome(prog: str, command: Callable[[Sequence[str]], int], argv: Sequence[
     except Preempted as error:
         _print_error(prog, str(error), debug)
         return PREEMPTED
-    except KeyboardInterrupt:
-        _print_error(prog, f"interrupted; {to_continue}", debug)
+    except KeyboardInterrupt as error:
+        _print_error(prog, str(error) or "interrupted", debug)
         return INTERRUPTED
     except Exception as error:
         text = f"{type(error).__name__}: {error}"

@@ -19,11 +19,11 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 from gengap_dist.config import yaml_core
-from gengap_dist.config.loading import nested, renamed, validate
+from gengap_dist.config.loading import nearest_setting, nested, renamed, validate
 from gengap_dist.config.measures import Cleanable
 from gengap_dist.config.numbers import PositiveInt
 from gengap_dist.config.sections import FrozenModel, UserPath
-from gengap_dist.errors import UsageError, did_you_mean, shortened
+from gengap_dist.errors import UsageError, shortened
 
 OptionsT = TypeVar("OptionsT", bound=FrozenModel)
 
@@ -59,15 +59,26 @@ class Options(CommonOptions):
     out: UserPath | None = None
     """Output folder; default: a new folder named after the settings."""
     resume: bool = False
-    """Continue the run or study in --out; without this, a folder with a run is refused."""
+    """Continue the run in --out, which must be given; without this, a folder with a run is refused."""
 
 
-class StudyOptions(Options):
+class StudyOptions(CommonOptions):
     """Options of `study`."""
 
+    out: UserPath | None = None
+    """Folder of the study; default: studies/NAME, with study.name. A study that is there is continued."""
+    resume: bool = False
+    """Not needed: a study that is there is always continued."""
     dry_run: Annotated[bool, Spelling("dry-run")] = False
     """Check every arm against data and network, measure a few steps of each, print what the study can decide and what
     it will take, and train nothing."""
+
+
+class DemoOptions(StudyOptions):
+    """Options of `demo`."""
+
+    out: UserPath | None = Path("demo")
+    """Folder of the study; default: demo. A study that is there is continued."""
 
 
 class PlanOptions(CommonOptions):
@@ -386,7 +397,7 @@ def _about_unknown(word: str, argv: Sequence[str], own: dict[str, FieldInfo], kn
             return f"{shown} is called --{new} now: use that name"
         if inside := [setting for setting in known if setting.startswith(f"{name}.")]:
             return f"{shown} is a section: give one of its settings, such as --{inside[0]}"
-        near = did_you_mean(flag, [f"--{name}" for name in (*own, *known)])
+        near = nearest_setting(flag, [f"--{name}" for name in (*own, *known)])
         return f"{shown} is not a setting{near}: see --help for all"
     for place, flag in enumerate(argv):
         name = flag.removeprefix("--")

@@ -1,7 +1,7 @@
 """Train every arm of a study with every seed, compare the arms with the baseline seed by seed, and write a report.
 
 Every arm is checked against data and network before the first run. Finished runs are skipped, so an interrupted study
-continues when it is started again.
+continues when the same command is started again.
 
 Examples:
   gengap study --config study.yaml --dry-run       what it can decide, and how long it will take
@@ -10,6 +10,7 @@ Examples:
   torchrun --nproc_per_node 2 -m gengap_dist study --config configs/lenet5_fashionmnist.yaml --data.root DIR
 """
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,11 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gengap_dist.cli.exit_codes import FAILED, OK, run_command, warn
+from gengap_dist.cli.exit_codes import FAILED, OK, continues_with, run_command, warn
 from gengap_dist.cli.options import StudyOptions, parse
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.config.loading import resolve, to_yaml, user_path
 from gengap_dist.config.study import StudyConfig
+from gengap_dist.credentials import printable
 from gengap_dist.distributed import launchers
 from gengap_dist.distributed.preemption import ending_on_signals
 from gengap_dist.errors import UsageError
@@ -36,9 +38,24 @@ PROG = "gengap study"
 _warn = partial(warn, PROG)
 
 
-def command(argv: Sequence[str], prog: str = PROG, description: str = str(__doc__)) -> int:
-    """Run a study; returns the exit code, 1 if a run failed."""
-    options, overrides = parse(StudyOptions, argv, prog=prog, description=description, settings=StudyConfig)
+def command(
+    argv: Sequence[str],
+    *,
+    prog: str = PROG,
+    description: str = str(__doc__),
+    kind: type[StudyOptions] = StudyOptions,
+    first: Sequence[str] = (),
+) -> int:
+    """Run a study; returns the exit code, 1 if a run failed.
+
+    Args:
+        argv: the words of the user.
+        prog: name of the command.
+        description: for `--help`.
+        kind: the options of the command.
+        first: words that the command adds before those of the user.
+    """
+    options, overrides = parse(kind, [*first, *argv], prog=prog, description=description, settings=StudyConfig)
     if not options.config and not overrides:
         raise UsageError("a study needs its arms: give --config FILE, or start gengap demo, which has some")
     config = resolve(StudyConfig, list(options.config), overrides)
@@ -46,20 +63,30 @@ def command(argv: Sequence[str], prog: str = PROG, description: str = str(__doc_
         print(to_yaml(config), end="")
         return OK
     out = user_path((options.out or Path("studies") / config.study.name).resolve())
-    with ending_on_signals():
+    with continues_with("the same command"), ending_on_signals():
         if not launchers.is_driver(config.launch):
             if not options.dry_run:
                 runner.run_study(config, out, StudyCallback(), driver=False)
             return OK
         if options.dry_run:
-            return _dry_run(config, out)
+            return _dry_run(config, out, "" if launchers.uses_torchrun(config.launch) else _start_line(prog, argv))
         with lease.holding(out, _warn):
             run_folder.prepare_folder(out, "study.json", resume=True)
             return _drive(config, out, options.config)
 
 
-def _dry_run(config: StudyConfig, out: Path) -> int:
-    """Print the page of a study; nothing is trained, and nothing written but the cache of costs."""
+def _start_line(prog: str, argv: Sequence[str]) -> str:
+    """The command that starts the study of a dry run.
+
+    >>> _start_line("gengap study", ["--config", "my study.yaml", "--dry-run", "--out", "out"])
+    "gengap study --config 'my study.yaml' --out out"
+    """
+    words = [word for word in argv if word not in ("--dry-run", "--dry_run")]
+    return printable(" ".join([prog, *map(shlex.quote, words)]))
+
+
+def _dry_run(config: StudyConfig, out: Path, start: str) -> int:
+    """Print the page of a study, and the command `start`; only the cache of costs is written, and nothing trained."""
     from rich.text import Text
 
     from gengap_dist.cli.study_page import forecast_line, study_page
@@ -82,6 +109,8 @@ def _dry_run(config: StudyConfig, out: Path) -> int:
     runner.check_concurrent(config)
     with RunProgress(out.name) as progress:
         runner.run_study(config, out, Kept(), driver=True, warn=_warn, dry_run=True)
+    if page and start:
+        page.append(Text.assemble(("start    ", "dim"), start))
     print_page(page or [Text("all runs of this study have ended: nothing would be trained")])
     return OK
 

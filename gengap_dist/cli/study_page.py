@@ -46,6 +46,7 @@ def study_page(config: StudyConfig, facts: Mapping[str, ArmFacts]) -> Page:
                       f"at most {num_runs(config):,} runs" if config.study.match else f"{num_runs(config):,} runs"),
         Padding(Text.assemble(("baseline ", "dim"), (name, "bold"), f": {why}"), 0, expand=False),
     ]  # fmt: skip
+    page += [Padding(Text.assemble(("note     ", "dim"), line), 0, expand=False) for line in _duplicates(config)]
     if not all(arm.name in facts for arm in config.arms):
         return [*page, Text("the data are not on this machine: roles and lengths of the arms are not known here")]
     found = outlook(_planned(config, facts), name, config.study.seeds)
@@ -63,15 +64,28 @@ def study_page(config: StudyConfig, facts: Mapping[str, ArmFacts]) -> Page:
     return page
 
 
+def _duplicates(config: StudyConfig) -> Iterator[str]:
+    """A sentence for each arm that stands for others, too."""
+    names: dict[str, list[str]] = {}
+    for name, original in config.duplicates.items():
+        names.setdefault(original, []).append(name)
+    for original, same in names.items():
+        verb, again = ("has", "it is") if len(same) == 1 else ("have", "they are")
+        arms = f"arm{'s' * (len(same) > 1)} {first_of(same)}"
+        yield f"{arms} {verb} the same settings as {original}, so {again} not run again"
+
+
 def forecast_line(config: StudyConfig, forecast: Forecast) -> Text:
-    """Time and memory, from a few measured steps of each arm."""
+    """Time and memory, from a few measured steps of each arm; validations and measurements are training, too."""
     time = "not known: the costs of these runs were not measured"
     if forecast.seconds:
-        time = f"about {duration(forecast.seconds)} on this machine"
+        time = f"about {duration(forecast.seconds)} of training here"
     line = Text.assemble(("time     ", "dim"), (time, "bold"))
+    if forecast.seconds:
+        line.append(", without start, reports and MLflow")
     if memory := forecast.memory_bytes:
         most = max(memory, key=lambda arm: memory[arm])
-        line.append(f"; memory up to {memory[most] / 2**20:,.0f} MiB a run (arm {most})")
+        line.append("\nmemory   ", "dim").append(f"up to {memory[most] / 2**20:,.0f} MiB a run (arm {most})")
     return line
 
 
@@ -155,7 +169,7 @@ def study_plan_page(plans: "Mapping[str, Plan]", phases: "Sequence[Sequence[tupl
             page.append(_schedule_table(name, phase))
     total = sum(max((run.end for _, run in phase), default=0.0) for phase in phases)
     if phases:
-        rest = " on this machine, without the start and the report of the study"
+        rest = " of training on this machine, without start, reports and MLflow"
         page.append(Text.assemble((duration(total), "bold"), rest))
     elif not any(plan.refused for plan in plans.values()):
         page.append(Text("schedule: the costs of these runs on this machine are not known: --calibrate measures them"))

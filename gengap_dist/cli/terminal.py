@@ -32,7 +32,7 @@ from gengap_dist.analysis.report.text import (
 )
 from gengap_dist.analysis.study_data import RunData, StudyData, read_run
 from gengap_dist.cli.console import PlainConsole
-from gengap_dist.config.measures import MEASURES
+from gengap_dist.config.measures import MEASURES, PRIMARY
 from gengap_dist.config.metric_key import layer_metric
 from gengap_dist.runs.run_folder import EXPORTING
 from gengap_dist.tracking.mlflow.uploader import ui_paths
@@ -271,7 +271,10 @@ def layer_table(run: RunData) -> Table | None:
         ends = [run.untrained_and_trained(layer_metric(name, key)) for name in SHOWN]
         cells = [f"{before:.3g} -> {after:.3g}" for before, after in ends]
         rows_per_unit = f"{facts['num_samples'] / facts['num_units']:.3g}"
-        table.add_row(key, str(facts["num_units"]), rows_per_unit, *cells)
+        is_primary = layer_metric(PRIMARY, key) == run.primary_measure
+        table.add_row(key + " (primary)" * is_primary, str(facts["num_units"]), rows_per_unit, *cells)
+    if run.primary_measure:
+        table.caption, table.caption_justify = f"primary: verdicts are about {run.primary_measure}", "left"
     return table
 
 

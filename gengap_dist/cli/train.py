@@ -4,12 +4,14 @@ Examples:
   gengap train                                         LeNet-5 on digits: 96% in a few seconds
   gengap train --config configs/demo_train.yaml --launch.num_processes 2
   gengap train --data.name fashion_mnist --data.root DIR --batch.global_size 4096 --out runs/lb4096
+  gengap train --resume --out runs/lb4096              continue that run after an interruption
   gengap train --profile                               print the time of each part of a step, with a trace of every rank
   torchrun --nproc_per_node 2 -m gengap_dist.train --config configs/demo_train.yaml
 """
 
 import itertools
 import os
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gengap_dist.analysis.report.process import ReportProcess
-from gengap_dist.cli.exit_codes import OK, run_command, warn
+from gengap_dist.cli.exit_codes import OK, continues_with, run_command, warn
 from gengap_dist.cli.options import Options, parse
 from gengap_dist.config.file_names import as_file_name
 from gengap_dist.config.loading import flat, load_yaml, merge, resolve, to_yaml, user_path, validate
@@ -51,9 +53,12 @@ def command(argv: Sequence[str]) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return OK
-    out = user_path((options.out or _default_out(config)).resolve())
+    if options.resume and not options.out:
+        raise UsageError(f"--resume needs the folder of the run: give --out {_last_run(config) or 'FOLDER'}")
+    given = options.out or _default_out(config)
+    out = user_path(given.resolve())
     launcher = partial(launchers.choose, config.launch, many_runs=False, entry_point=ENTRY_POINT)
-    with ending_on_signals():
+    with continues_with(f"--resume --out {shlex.quote(str(given))}"), ending_on_signals():
         if not launchers.is_driver(config.launch):
             with launcher() as ranks:
                 ranks.run(config, out, resume=options.resume, progress=lambda done, total, note: None)
@@ -108,9 +113,21 @@ def _default_out(config: RunConfig) -> Path:
     if launchers.uses_torchrun(config.launch) and not launchers.launch_id():
         raise UsageError("--out is required: ranks started by another program must all have the same folder")
     stamp = launchers.launch_id() or datetime.now().strftime("%Y%m%d-%H%M%S")
-    data, model = as_file_name(config.data.name), as_file_name(config.model.name)
-    name = f"{data}-{model}-b{config.batch.global_size}-s{config.seed}-{stamp}"
+    name = _default_name(config) + stamp
     return Path("runs") / name if launchers.launch_id() else _new_folder(Path("runs"), name)
+
+
+def _default_name(config: RunConfig) -> str:
+    """Name of a default folder, without its time."""
+    data, model = as_file_name(config.data.name), as_file_name(config.model.name)
+    return f"{data}-{model}-b{config.batch.global_size}-s{config.seed}-"
+
+
+def _last_run(config: RunConfig) -> str | None:
+    """The run that was last written here to a default folder with the settings that its name tells."""
+    found = [path for path in Path("runs").glob("*/run.json") if path.parent.name.startswith(_default_name(config))]
+    last = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return shlex.quote(str(last.parent)) if last else None
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -1,7 +1,7 @@
 """Merges defaults, YAML files and the command line into one validated config."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,16 @@ RENAMED = {
     "diagnostics": "probe.diagnostics",
     "dtype": "train.dtype",
     "tracking_uri": "mlflow.tracking_uri",
+    "learning_rate": "optim.lr",
+    "optim.learning_rate": "optim.lr",
+    "optimizer": "optim.name",
+    "num_epochs": "train.epochs",
+    "max_epochs": "train.epochs",
+    "train.num_epochs": "train.epochs",
+    "train.max_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "train.num_steps": "train.steps",
+    "train.max_steps": "train.steps",
 }
 """Former names of settings and options, names that others use, and the current names."""
 
@@ -45,11 +55,31 @@ RENAMED = {
 def renamed(name: str) -> str | None:
     """The current name of a setting, given its former name; None if `name` is not a former name.
 
-    >>> renamed("train.budget"), renamed("recipe.sam_rho"), renamed("train.epochs")
-    ('train.length_unit', 'algorithm.sam_rho', None)
+    >>> renamed("train.budget"), renamed("recipe.sam_rho"), renamed("learning-rate"), renamed("train.epochs")
+    ('train.length_unit', 'algorithm.sam_rho', 'optim.lr', None)
     """
+    name = name.replace("-", "_")
     section, _, rest = name.partition(".")
     return RENAMED.get(name) or (f"{RENAMED[section]}.{rest}" if rest and section in RENAMED else None)
+
+
+def nearest_setting(given: str, known: Sequence[str]) -> str:
+    """A hint with the setting that `given` may stand for: the only one whose last part is that of `given`, else the
+    most similar one; empty if there is none.
+
+    >>> settings = ["optim.lr", "optim.name", "model.name", "batch.global_size"]
+    >>> nearest_setting("lr", settings), nearest_setting("train.lr", settings)
+    (' (did you mean optim.lr?)', ' (did you mean optim.lr?)')
+    >>> nearest_setting("--batch-globl-size", settings), nearest_setting("name", settings)
+    (' (did you mean batch.global_size?)', ' (did you mean optim.name?)')
+    """
+    last = _last_part(given.replace("-", "_"))
+    same = [name for name in known if _last_part(name) == last]
+    return f" (did you mean {same[0]}?)" if len(same) == 1 else did_you_mean(given, [*known])
+
+
+def _last_part(name: str) -> str:
+    return name.removeprefix("--").rpartition(".")[2]
 
 
 MAX_NAME_BYTES = 255
@@ -237,6 +267,9 @@ def validate(model: type[C], tree: Mapping[str, Any]) -> C:
         raise UsageError(_sentence(model, error)) from None
 
 
+NAMED = ("data.name", "model.name", "optim.name", "task.name")
+"""Settings that a user may mean who gives a section one word."""
+
 UNION_MEMBER = re.compile(r"(bool|int|float|str|list|dict|tuple|literal|constrained|function)\b.*")
 """What pydantic adds to the name of a setting that may be of several types."""
 
@@ -258,9 +291,7 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
                     "study is a section of studies, and this command takes one run: start it with gengap study, or "
                     f"leave the section out{rest}"
                 )
-            return (
-                f"{shown} is not a setting{did_you_mean(name, [*field_names(model)])}: see --help for all of them{rest}"
-            )
+            return f"{shown} is not a setting{nearest_setting(name, [*field_names(model)])}: see --help for all{rest}"
         case "value_error":  # messages of this package's validators are whole sentences
             return str(first["ctx"]["error"]) + rest if "ctx" in first else first["msg"]
         case "missing" if name == "study":
@@ -271,6 +302,8 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
             return f"{shown} is not set and has no default: add it to the config{rest}"
         case "model_type" | "dict_type":
             what = "has nothing under it" if first["input"] is None else f"({value}) is one value"
+            if isinstance(first["input"], str) and f"{name}.name" in NAMED:
+                return f"{shown} {what}: write {name}: {{name: {value}}}{rest}"
             return f"{shown} {what}: write `name: value` for its settings, or leave it out{rest}"
     same = [first, *(other for other in others if _name(other["loc"]) == name)]  # one of each type that it may have
     rule = " or ".join(dict.fromkeys(_rule(each["type"], each["msg"], value) for each in same))

@@ -288,8 +288,8 @@ class ModelConfig(Section, affects="result"):
     name: str = "lenet5"
     """lenet5, vgg16, resnet20, resnet44, resnet56, resnet110, f1, c1, mlp, gpt (for tokens), torchvision:NAME,
     timm:NAME, transformers:NAME (a model type, such as gpt2 or vit; random weights), or your own module.path:factory,
-    which is called with those of num_classes, in_channels, image_size, input_shape, output_shape and options that it
-    names."""
+    which is called with those of input_shape, output_shape, widths, activation and options that it names, for images
+    with classes also num_classes, in_channels and image_size."""
     options: dict[str, Any] = {}
     """Settings of the configuration of transformers:NAME, such as {n_layer: 2, n_embd: 64, n_head: 4}. Vocabulary,
     context, classes and image size are those of the data."""

@@ -19,7 +19,17 @@ from pydantic import (
 
 from gengap_dist.config.file_names import file_name_problem
 from gengap_dist.config.identity import FACTOR, LENGTHS, differing_settings, identifying_settings
-from gengap_dist.config.loading import field_names, flat, load_yaml, merge, nested, renamed, resolve, validate
+from gengap_dist.config.loading import (
+    field_names,
+    flat,
+    load_yaml,
+    merge,
+    nearest_setting,
+    nested,
+    renamed,
+    resolve,
+    validate,
+)
 from gengap_dist.config.numbers import Boolean, Integer, NonNegativeInt, Number, PositiveFloat, PositiveInt
 from gengap_dist.config.sections import Affects, FrozenModel, RunConfig, Section
 from gengap_dist.errors import UsageError, did_you_mean, first_of
@@ -253,7 +263,7 @@ class StudyConfig(RunConfig, affects="result"):
                 raise ValueError(f"study.tune.space ({name}) is called {new} now: use that name")
             if name not in known:
                 raise ValueError(
-                    f"study.tune.space ({name}) is not a setting of optim or algorithm{did_you_mean(name, known)}: "
+                    f"study.tune.space ({name}) is not a setting of optim or algorithm{nearest_setting(name, known)}: "
                     "put other settings into study.axes"
                 )
         for arm in self.candidates:
@@ -361,7 +371,7 @@ class StudyConfig(RunConfig, affects="result"):
         arm = by_size[0]
         raise UsageError(
             f"study.baseline is not given, and every arm sets more than its batch and its length ({arm.name} sets "
-            f"{first_of(self.treatment_of(arm), 2)}): add an arm without that, or name the baseline"
+            f"{first_of(self.treatment_of(arm), 2)}): add an arm without that, or write baseline: {arm.name} in study:"
         )
 
     def _size(self, arm: Arm) -> int:

@@ -83,10 +83,11 @@ def read(text: bytes | str) -> Any:
     try:
         return _Reader(yaml.parse(text, Loader=yaml.SafeLoader)).document()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise YamlError(
-            f"is not YAML{f' in line {mark.line + 1}' if mark else ''}: {error.problem}; fix that line"
-        ) from None
+        mark, begin = error.problem_mark, error.context_mark
+        line = f" in line {mark.line + 1}" if mark else ""
+        before = mark and begin and begin.line < mark.line and "flow" in (error.context or "")
+        opened = f" (or a bracket opened in line {begin.line + 1})" if begin and before else ""
+        raise YamlError(f"is not YAML{line}: {error.problem}; fix that line{opened}") from None
     except (yaml.YAMLError, ValueError, OverflowError):  # also of "\UFFFFFFFF", and of a version of 5,000 digits
         raise YamlError("is not YAML: it is not text; save it as UTF-8") from None
 

@@ -2,6 +2,8 @@
 
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -16,9 +18,15 @@ LARGE_SHARE = 0.5
 class CpuWait:
     """Share of the time in which this thread was ready to run and waited for a core, since it was made."""
 
-    def __init__(self, threads: Threads | None) -> None:
-        """`threads`: of this rank, for the warning."""
+    def __init__(self, threads: Threads | None, tell: Callable[[str], None] | None = None) -> None:
+        """A wait of no time yet.
+
+        Args:
+            threads: of this rank, for the warning.
+            tell: called with the sentence in place of a warning.
+        """
         self.threads = threads
+        self._tell = tell or partial(warnings.warn, stacklevel=2)
         self._first = self._before = _read()
         self._time = time.monotonic()
         self._has_warned = False
@@ -37,12 +45,13 @@ class CpuWait:
         if share is not None and share > LARGE_SHARE:
             self._has_warned = True
             cores = available_cores()
-            threads = f", {self.threads.number} thread(s) per rank" if self.threads else ""
-            warnings.warn(
+            threads, remedy = "", "start fewer programs at once"
+            if self.threads and self.threads.number > 1:
+                threads = f", {self.threads.number} threads per rank"
+                remedy += ", or set launch.threads_per_rank=1"
+            self._tell(
                 f"this run waits for a core {share:.0%} of the time, because other programs use the same cores "
-                f"({cores.number:g}, limited by: {cores.source}{threads}): start fewer programs at once, or set "
-                "launch.threads_per_rank=1",
-                stacklevel=2,
+                f"({cores.number:g}, limited by: {cores.source}{threads}): {remedy}"
             )
 
 

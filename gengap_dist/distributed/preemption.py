@@ -26,8 +26,10 @@ class Preempted(Exception):
 
     def __init__(self, step: int | None) -> None:
         """`step`: after which the ranks stopped; None: the run was not training, so there was nothing to save."""
-        done = "before or after training" if step is None else f"after step {step}; checkpoint saved"
-        super().__init__(f"preempted {done}. Continue with --resume.")
+        self.what = "preempted before or after training"
+        if step is not None:
+            self.what = f"preempted after step {step}; checkpoint saved"
+        super().__init__(f"{self.what}. Continue with --resume.")
         self.step = step
 
 

@@ -49,6 +49,8 @@ class RuntimeContext:
     """Command line that started the runs, for run.json; on ranks of other machines, that of the driver."""
     threads: Threads | None = None
     """Threads of a rank, and what limits them; None: as torch has them."""
+    on_core_wait: Callable[[str], None] | None = None
+    """Called with a sentence when a run waits for a core most of the time, in place of a warning."""
     data: LastValue[Any] = field(default_factory=LastValue)
     """The last data set, by its settings."""
 

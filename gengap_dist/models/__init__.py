@@ -175,9 +175,17 @@ def factory_of(name: str) -> Callable[..., nn.Module]:
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise UsageError(
-            f"model.name ({name}) is not a model{did_you_mean(name, [*MODELS])}: "
+            f"model.name ({name}) is not a model{_similar(name)}: "
             f"choose one of {', '.join(MODELS)}, torchvision:NAME, timm:NAME, transformers:NAME, or module.path:factory"
         )
     if module_name in ZOOS:
         return partial(ZOOS[module_name], attribute)
     return load_own("model.name", name, "factory")
+
+
+def _similar(name: str) -> str:
+    """A hint with the network that an unknown name may stand for: one of this name in torchvision, or a similar one."""
+    from torchvision import models
+
+    is_known = name in models.list_models(module=models)
+    return f" (did you mean torchvision:{name}?)" if is_known else did_you_mean(name, [*MODELS])

@@ -165,8 +165,8 @@ class Packer:
         task = Task(
             option,
             execute_run,
-            (ENTRY_POINT, config, planned.folder, True),
-            on_message=partial(self._on_step, number),
+            (ENTRY_POINT, config, planned.folder, True, True),
+            on_message=partial(self._on_message, number),
             on_result=partial(self._on_result, number),
             on_failure=partial(self._on_failure, number),
             can_stop=True,
@@ -174,8 +174,12 @@ class Packer:
         self.active[number] = Active(planned, task)
         return task
 
-    def _on_step(self, number: int, message: tuple[int, int, str]) -> None:
-        run, (done, total, note) = self.active[number], message
+    def _on_message(self, number: int, message: tuple[int, int, str] | str) -> None:
+        run = self.active[number]
+        if isinstance(message, str):
+            self.callback.on_core_wait(run.planned, message)
+            return
+        done, total, note = message
         if total:
             run.first = done if run.first < 0 else run.first
             run.done, run.total = done, total

@@ -97,6 +97,9 @@ class StudyCallback:
     def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
         """`done` of `total` steps of a run are complete; `note` is a short status."""
 
+    def on_core_wait(self, planned_run: PlannedRun, sentence: str) -> None:
+        """A run on this machine waits for a core more than half of its time; at most once for each run."""
+
     def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
         """A run has ended: a status of run.json, "already there", or why it failed."""
 
@@ -125,6 +128,10 @@ class PassOn(StudyCallback):
     def on_step(self, planned_run: PlannedRun, done: int, total: int, note: str) -> None:
         """See `StudyCallback`."""
         self.inner.on_step(planned_run, done, total, note)
+
+    def on_core_wait(self, planned_run: PlannedRun, sentence: str) -> None:
+        """See `StudyCallback`."""
+        self.inner.on_core_wait(planned_run, sentence)
 
     def on_run_end(self, planned_run: PlannedRun, note: str) -> None:
         """See `StudyCallback`."""

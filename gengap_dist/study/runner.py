@@ -18,6 +18,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
 from gengap_dist.runs.schema import NewerSchema, RunStatus, StudyInfo
 from gengap_dist.study import matching, ray_runner, run_matrix, tuning
+from gengap_dist.study.core_wait import CoreWaitWarning
 from gengap_dist.study.data_check import DataCheck
 from gengap_dist.study.means import MeansCallback, update_means
 from gengap_dist.study.packing import longest_first, run_packed
@@ -68,8 +69,6 @@ def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] 
     for folder in sorted(out.glob("runs/*")):
         if folder.name not in arms:
             warn(f"{folder} belongs to no arm of this study: it is kept, but not in the report")
-    for name, original in config.duplicates.items():
-        warn(f"arm {name} has the same settings as {original}, so it is not run again")
     begun = any(run_json for part in ("runs", "tune", "match") for run_json in out.glob(f"{part}/*/*/run.json"))
     info = StudyInfo(
         status=RunStatus.RUNNING,
@@ -203,7 +202,7 @@ def run_study(
 def _run_study(
     config: StudyConfig, out: Path, callback: StudyCallback, *, driver: bool, warn: Warn, dry_run: bool = False
 ) -> int:
-    callback = DataCheck(callback) if driver else callback
+    callback = CoreWaitWarning(DataCheck(callback), warn) if driver else callback
     settings = {"driver": driver, "concurrent": config.study.num_at_once, "warn": warn}
     if dry_run:
         untuned = config.model_copy(update={"study": config.study.model_copy(update={"tune": None})})

@@ -154,7 +154,7 @@ class Trainer:
             else NoProfile()
         )
         self.times = RunTimes(world, self.state)
-        self.cpu_wait = CpuWait(context.threads)
+        self.cpu_wait = CpuWait(context.threads, context.on_core_wait)
         self._update_norm: Tensor | None = None  # of the last step, if a measurement is planned after it
 
     # -- start and resume ---------------------------------------------------------------------------------------------

@@ -4,13 +4,16 @@ from importlib import import_module
 
 import pytest
 from pydantic import BaseModel
+from torch import nn
 
 from gengap_dist.cli.exit_codes import run_command
 from gengap_dist.cli.options import Options, parse
 from gengap_dist.config.loading import RENAMED, field_names
-from gengap_dist.config.sections import RunConfig
+from gengap_dist.config.sections import ModelConfig, RunConfig
 from gengap_dist.config.study import StudyConfig
+from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.errors import MAX_SENTENCE, UsageError
+from gengap_dist.models import build
 from tests.conftest import ROOT
 
 DEMO, STUDY = ROOT / "configs" / "demo_train.yaml", ROOT / "gengap_dist" / "configs" / "demo.yaml"
@@ -37,6 +40,10 @@ def say(capsys, command: str, *words: object) -> str:
         (["--model.widths", "3", "--model.widths", "4"], "--model.widths is given twice: write one list, [3, 4]"),
         (["--seed", "1", "2"], "--seed takes one value, not 2: write one of them"),
         (["--batch.size", "128"], "--batch.size is called --batch.global_size now"),
+        (["--optim.learning_rate", "3"], "--optim.learning_rate is called --optim.lr now"),
+        (["--train.max-epochs", "3"], "--train.max-epochs is called --train.epochs now"),
+        (["--lr", "3"], "--lr is not a setting (did you mean --optim.lr?)"),
+        (["--train.global-size", "3"], "(did you mean --batch.global_size?)"),
         (["--batch", "128"], "--batch is a section: give one of its settings, such as --batch.global_size"),
         ([""], "an empty word is not a setting"),
         (["--"], "-- is not a setting"),
@@ -81,11 +88,15 @@ def test_train_says_what_is_wrong(capsys, words, says):
     [
         ("doctor", ["--config", STUDY, "--study.baseline", "x"], "study.baseline (x) is not an arm"),
         ("study", ["--config", DEMO], "study is not set, and a study needs its arms"),
+        ("study", ["--study.axes", "{lr: [0.1]}"], "study arm lr0.1: lr is not a setting (did you mean optim.lr?)"),
+        ("study", ["--study.arms", "[{name: warm, set: {optim.lr: 1}}]"], "or write baseline: warm in study:\n"),
         ("study", ["--config", STUDY, "--study.seeds", "0", "1"], "write [0, 1]"),
         ("study", ["--config", STUDY, "--study.arms", "a"], "study.arms (a) is one value"),
         ("plan", ["--nodes", "9" * 5000], "--nodes (9999"),
         ("plan", ["--nodes", "true"], "nodes (true) is not valid"),
         ("probe", [], "--model must be given"),
+        ("probe", ["--model", "resnet18"], "(did you mean torchvision:resnet18?)"),
+        ("probe", ["--model", "resnt56"], "(did you mean resnet56?)"),
         ("probe", ["--model", ":"], "model.name (:) cannot be imported (it is no such name)"),
         ("probe", ["--model", ".:x"], "model.name (.:x) cannot be imported (it is no such name)"),
         ("probe", ["--model", "math:sqrt"], "model.name (math:sqrt) failed (math.sqrt() takes exactly one argument"),
@@ -129,6 +140,38 @@ def test_a_setting_has_the_same_name_in_every_command(capsys, command):
     assert ("data.root" in names) == (command not in ("compare", "report", "clean"))
     assert {name for name in names if "." in name} <= {*leaves(StudyConfig)}
     assert not names & RENAMED.keys()
+
+
+def test_help_says_what_an_option_is_in_this_command(capsys):
+    said = {}
+    for command in ("train", "study", "demo"):
+        with pytest.raises(SystemExit):
+            import_module(f"gengap_dist.cli.{command}").command(["--help"])
+        said[command] = " ".join(capsys.readouterr().out.split())
+    assert "Folder of the study; default: studies/NAME, with study.name." in said["study"]
+    assert "Folder of the study; default: demo." in said["demo"]
+    for command, text in said.items():
+        assert ("Not needed: a study that is there is always continued." in text) == (command != "train")
+        assert ("default: a new folder named after the settings" in text) == (command == "train")
+
+
+def test_help_names_all_that_a_factory_of_a_network_may_take():
+    taken = build("tests.cli.test_command_line:everything", DataSpec.images(num_classes=3, in_channels=1), options={})
+    said = str(ModelConfig.model_fields["name"].description)
+    assert {name for name in vars(taken)["taken"] if name not in said} == set()
+    assert {"widths", "activation", "options", "num_classes", "input_shape"} <= vars(taken)["taken"]
+
+
+def everything(
+    widths=(), activation="", options=None, num_classes=0, in_channels=0, image_size=0, input_shape=(), output_shape=(),
+    depth=0, width=0, heads=0,
+):  # fmt: skip
+    network = nn.Identity()
+    given = {"widths": widths or (1,), "activation": activation, "options": options is not None and (1,)}
+    given |= {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    given |= {"input_shape": input_shape, "output_shape": output_shape, "depth": depth, "width": width, "heads": heads}
+    network.taken = {name for name, value in given.items() if value}  # pyright: ignore[reportArgumentType]
+    return network
 
 
 def leaves(model: type[BaseModel]) -> list[str]:

@@ -137,6 +137,7 @@ def test_bad_input(folders, mlflow_db, capsys, words, says):
         run_command("gengap compare", command, [*words, "--out", "out", "--mlflow.tracking_uri", store])
     assert exit_.value.code == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
+    assert not (folders.parent / "out").exists()
 
 
 @pytest.mark.filterwarnings("default")  # what MLflow warns of is not ours to mend

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gengap_dist.cli import exit_codes, train
+from gengap_dist.cli.exit_codes import continues_with, run_command
 from gengap_dist.distributed.preemption import Preempted, catching_signals, ending_on_signals
 from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info, read_metrics
@@ -41,6 +42,52 @@ def test_default_folders_are_never_shared(tmp_path):
 def test_a_folder_that_cannot_be_made_is_no_folder_that_is_there(tmp_path):
     (tmp_path / "runs").symlink_to(tmp_path / "gone")
     assert train._new_folder(tmp_path / "runs", "digits") == tmp_path / "runs" / "digits"
+
+
+def test_resume_needs_a_folder_and_names_the_last_run_that_fits(tmp_path, capsys):
+    def said(*words: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            run_command("gengap train", train.command, ["--resume", *words])
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    assert said() == "gengap train: --resume needs the folder of the run: give --out FOLDER\n"
+    assert not [*tmp_path.iterdir()]
+    for age, name in enumerate(
+        ["b64-s0-20260102", "b64-s0-20260101-2", "b64-s01-20260103", "b128-s0-20260103", "none"]
+    ):
+        (folder := tmp_path / "runs" / f"digits-lenet5-{name}").mkdir(parents=True)
+        if name != "none":
+            (folder / "run.json").write_text("{}")
+            os.utime(folder / "run.json", (0, -age))
+    assert said() == (
+        "gengap train: --resume needs the folder of the run: give --out runs/digits-lenet5-b64-s0-20260102\n"
+    )
+    assert "give --out runs/digits-lenet5-b128-s0-20260103\n" in said("--batch.global_size", "128")
+    assert len([*(tmp_path / "runs").iterdir()]) == 5
+
+
+def test_a_command_that_is_interrupted_says_how_it_continues_or_nothing(capsys):
+    def interrupted(argv: object) -> int:
+        raise KeyboardInterrupt
+
+    def preempted(argv: object) -> int:
+        with continues_with("--resume --out runs/a"), ending_on_signals():
+            signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    def ended(argv: object) -> int:
+        with continues_with("the same command"):
+            return interrupted(argv)
+
+    assert exit_codes._outcome("gengap report", interrupted, []) == exit_codes.INTERRUPTED
+    assert exit_codes._outcome("gengap train", preempted, []) == exit_codes.PREEMPTED
+    assert exit_codes._outcome("gengap study", ended, []) == exit_codes.INTERRUPTED
+    assert capsys.readouterr().err.splitlines() == [
+        "gengap report: interrupted",
+        "gengap train: preempted before or after training. Continue with --resume --out runs/a.",
+        "gengap study: interrupted. Continue with the same command.",
+    ]
 
 
 def test_a_signal_that_came_too_late_is_passed_on():

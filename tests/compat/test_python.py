@@ -28,6 +28,11 @@ def test_python_still_passes_control_characters_of_warnings_on(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", None)
     format_warnings(visible)
     assert warnings.formatwarning("\x1b[2J", UserWarning, "a.py", 1) == "a.py:1: UserWarning: \\x1b[2J\n"
+    ours = str(ROOT / "gengap_dist" / "training" / "observer.py")
+    assert warnings.formatwarning("hessian is left out", UserWarning, ours, 1) == (
+        "gengap: warning: hessian is left out\n"
+    )
+    assert warnings.formatwarning("old", FutureWarning, ours, 1) == f"{ours}:1: FutureWarning: old\n"
 
 
 def test_python_still_decodes_file_names_by_the_locale():

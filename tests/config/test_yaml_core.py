@@ -57,6 +57,12 @@ LAUGHS = "a: &a0 x\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\
         ("optim:\noptim.lr: 3", "optim is given as a value, and with settings in it"),
         ("optim:", "optim has nothing under it: write `name: value` for its settings"),
         ("optim: 3", "optim (3) is one value: write `name: value` for its settings"),
+        ("model: mlp", "model (mlp) is one value: write model: {name: mlp}"),
+        (
+            "optim: {lr: 1\ntrain: {epochs: 3}",
+            "in line 2: expected ',' or '}', but got ':'; fix that line (or a bracket opened in line 1)",
+        ),
+        ("seed: 3\nmodel: {widths: [3}", "in line 2: expected ',' or ']', but got '}'; fix that line"),
         ("optim: {lr: .inf}", "optim.lr (.inf) is not a finite number"),
         ("optim: {lr: -.INF}", "optim.lr (-.INF) is not a finite number"),
         ("optim: {lr: .nan}", "optim.lr (.nan) is not a finite number"),

@@ -143,7 +143,8 @@ def test_the_page_says_why_and_fits_a_terminal(capsys):
     assert because in " ".join(said.split())
     roles = said.partition("updates\n")[2].splitlines()[:3]
     assert [line.split()[0] for line in roles] == ["baseline", "plain", "scaled"]
-    assert "about 1.9 h on this machine; memory up to 512 MiB a run (arm sb)" in said
+    assert "time     about 1.9 h of training here, without start, reports and MLflow\n" in said
+    assert "memory   up to 512 MiB a run (arm sb)\n" in said
     assert "about 9 MiB" in said  # 3 arms x 3 seeds
     named = shown(of(arms=[{"name": "warm", "set": {"optim.lr": 1.0}}], baseline="warm"), capsys)
     assert "warm: study.baseline names it, although it sets optim.lr" in named
@@ -156,12 +157,17 @@ def test_the_page_says_why_and_fits_a_terminal(capsys):
 
 def test_dry_run_trains_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    study = tiny.write(tmp_path / "s.yaml", {"axes": {"batch.global_size": [64, 512]}})
+    axes = {"batch.global_size": [64, 512], "optim.scaling": ["none", "linear", "sqrt"]}  # the same at 64
+    study = tiny.write(tmp_path / "s.yaml", {"axes": axes})
     with forked_ranks():
         assert command(["--config", str(study), "--out", "out", "--dry-run"]) == 0
-    said = capsys.readouterr().out
+    said, problems = capsys.readouterr()
     assert "baseline b64" in said
-    assert "on this machine; memory up to" in said
+    note = "arms b64-scaling-linear, b64-scaling-sqrt have the same settings as b64-scaling-none, so they are not run"
+    assert f"note     {note} again" in " ".join(said.split("\n")).replace(" " * 9, " ")
+    assert "warning" not in problems
+    assert "without start, reports and MLflow\nmemory   up to" in said
+    assert said.splitlines()[-1] == f"start    gengap study --config {study} --out out"
     assert not (tmp_path / "out").exists()
     assert plan_command(["--config", str(study)]) == 0
     assert "+ near-rank loss grows with the batch" in capsys.readouterr().out

@@ -317,7 +317,8 @@ def test_asked_to_leave_it_saves_and_says_so(uninterrupted, tmp_path, launcher, 
     said = process.communicate(timeout=60)[1].decode()
     info = read_info(out)
     assert info.status == "preempted", said
-    assert f"preempted after step {info.result['num_steps']}; checkpoint saved. Continue with --resume." in said
+    done = f"preempted after step {info.result['num_steps']}; checkpoint saved"
+    assert f"{done}. Continue with --resume --out {out}." in said
     assert 0 < info.result["num_steps"] < LONG_STEPS
     assert max(checkpoint.checkpoints_by_step(out / "checkpoints")) == info.result["num_steps"]
     if launcher == "local":

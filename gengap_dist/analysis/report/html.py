@@ -70,7 +70,7 @@ def write_page(study: StudyData, figures: Sequence[RenderedFigure], *, pdf: bool
     html = template.render(
         study=study,
         title=study.name,
-        folder=shlex.quote(study.folder.name),
+        folder=shlex.quote(_as_here(study.folder)),
         summary=_summary(study, is_study),
         comparison=comparison,
         caveats=_caveats(study, comparison),
@@ -148,6 +148,16 @@ def _with_drawn_arms(study: StudyData, comparison: Comparison) -> StudyData:
         arms=[arm for arm in study.arms if arm in chosen],
         runs=[run for run in study.runs if run.arm in chosen],
     )
+
+
+def _as_here(folder: Path) -> str:
+    """A folder as a command names it that is given where this one was: relative if it lies here, else absolute.
+
+    >>> _as_here(Path("studies/tiny").resolve()), _as_here(Path("/studies"))
+    ('studies/tiny', '/studies')
+    """
+    path, here = folder.resolve(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _is_study(study: StudyData) -> bool:

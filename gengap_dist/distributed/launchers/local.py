@@ -1,5 +1,6 @@
 """Starts ranks on this machine, or runs in this process."""
 
+from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, final
@@ -71,8 +72,13 @@ class LocalLauncher(Launcher):
             self._pool = None
 
 
-def execute_run(worker: Worker, entry_point: str, config: RunConfig, out: Path, resume: bool) -> dict[str, Any]:
-    """The job of a worker pool that executes a run: every rank calls the entry point."""
+def execute_run(
+    worker: Worker, entry_point: str, config: RunConfig, out: Path, resume: bool, in_study: bool = False
+) -> dict[str, Any]:
+    """The job of a worker pool that executes a run: every rank calls the entry point.
+
+    In a study, a sentence that the run waits for a core is sent as a message: its runs would each print one.
+    """
     with fast_imports():
         run = load_entry_point(entry_point)
     if worker.preemption_requested():
@@ -83,5 +89,5 @@ def execute_run(worker: Worker, entry_point: str, config: RunConfig, out: Path, 
         resume=resume,
         progress=worker.progress,
         preemption_requested=worker.preemption_requested,
-        context=worker.context,
+        context=replace(worker.context, on_core_wait=worker.send) if in_study else worker.context,
     )

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -293,14 +294,19 @@ def test_one_run_alone(tmp_path):
 def test_pdfs_are_written_on_request(tmp_path, monkeypatch):
     monkeypatch.setattr("gengap_dist.cli.terminal.print_run", lambda *told: None)
     monkeypatch.setattr(html, "RUN_FIGURES", {"curves": html.RUN_FIGURES["curves"]})
-    write_run(tmp_path / "run", 1, 0)
-    figures = tmp_path / "run" / "figures"
-    assert command(["--pdf", str(tmp_path / "run")]) == 0
+    run = tmp_path / "runs" / "my run"
+    write_run(run, 1, 0)
+    figures = run / "figures"
+    assert command(["--pdf", str(run)]) == 0
     assert {path.name for path in figures.iterdir()} == {"curves.svg", "curves.csv", "curves.pdf"}
-    assert "as SVG and PDF" in (tmp_path / "run" / "report.html").read_text()
-    assert command([str(tmp_path / "run")]) == 0
+    assert "as SVG and PDF" in (run / "report.html").read_text()
+    assert command([str(run)]) == 0
     assert {path.name for path in figures.iterdir()} == {"curves.svg", "curves.csv"}
-    assert "gengap report --pdf run" in (tmp_path / "run" / "report.html").read_text()
+    assert "gengap report --pdf 'runs/my run'" in unescape((run / "report.html").read_text())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert command(["../runs/my run"]) == 0
+    assert f"gengap report --pdf '{run}'" in unescape((run / "report.html").read_text())
 
 
 def test_one_arm_and_one_seed(tmp_path):

@@ -96,7 +96,8 @@ def draw(study: StudyData, path: Path) -> None:
     layer = last_layer(study) or ""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 3.6), layout="constrained")
-        for axes, name in zip(figure.subplots(1, 2), SUMMARY, strict=True):
+        panels = figure.subplots(1, 2)
+        for axes, name in zip(panels, SUMMARY, strict=True):
             for arm, color in zip(DRAWN[study.info["name"]], COLOURS, strict=False):
                 runs = [run.history() for run in study.finished_runs(arm)]
                 x, y = (np.mean([run.series(key)[1] for run in runs], axis=0)
@@ -105,7 +106,7 @@ def draw(study: StudyData, path: Path) -> None:
             axes.invert_xaxis()
             axes.set_xlabel("loss on the probe set (training goes to the right)")
             axes.set_title(f"{name.partition('/')[0].replace('_', ' ')} of {layer}", fontsize=9, loc="left")
-        axes.legend(frameon=False, fontsize=8)
+        panels[0].legend(frameon=False, fontsize=8)
         figure.savefig(path, metadata={"Date": None})
 
 

@@ -50,7 +50,10 @@ def study_page(config: StudyConfig, facts: Mapping[str, ArmFacts]) -> Page:
     if not all(arm.name in facts for arm in config.arms):
         return [*page, Text("the data are not on this machine: roles and lengths of the arms are not known here")]
     found = outlook(_planned(config, facts), name, config.study.seeds)
-    page += [_arms_table(config, facts, found), Text("this study has the arms to ask, if they train to the end, whether")]
+    page += [
+        _arms_table(config, facts, found),
+        Text("this study has the arms to ask, if they train to the end, whether"),
+    ]
     page += [Padding(Text(f"+ {each.claim}"), (0, 0, 0, 2), expand=False) for each in found.claims if not each.missing]
     if open_claims := [each for each in found.claims if each.missing]:
         page.append(Text("it lacks, to decide whether"))

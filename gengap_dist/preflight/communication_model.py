@@ -195,6 +195,7 @@ def probe_messages(
                 received[rank] += times * row_bytes * (sum(counts) - num) * own
         num_redistributions_total += len(blocks)
     sizes_of_passes = [len({layer_views[block.view_index].layer.name for block in blocks}) for blocks in passes]
+    sizes_of_passes[0] = len({view.layer.name for view in layer_views})  # the first pass checks all layers
     num_means = sum(2 if view.is_wide else view.num_units + 1 for view in layer_views)
     num_values = sum(
         min(view.num_units, view.num_rows - centred) for view in layer_views for centred in range(num_centrings)

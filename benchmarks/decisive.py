@@ -167,7 +167,7 @@ class Contrast(NamedTuple):
         num_seeds, num_images = self.by_image.shape
         new, _ = new_images(two_way(self.by_image), look, num_seeds, num_images, 0.0)
         on_new = "-" if new is None or not np.isfinite(new).all() else f"[{100 * new[0]:+.2f}, {100 * new[1]:+.2f}]"
-        return number(100 * self.score, look, "{:+.2f}"), on_new
+        return number(100 * self.score, look, "{:+.2f}".format), on_new
 
 
 def contrast(study: StudyData, arm: str, other: str) -> Contrast:
@@ -370,14 +370,14 @@ def values(study: StudyData, measure: Callable[[RunData], Any], arms: Sequence[s
     return {arm: np.array([each[seed] for seed in seeds]) for arm, each in found.items()}
 
 
-def number(values: np.ndarray, look: Look, style: str = "{:+.3f}") -> str:
+def number(values: np.ndarray, look: Look, show: Callable[[float], str] = "{:+.3f}".format) -> str:
     """Mean and interval of differences by seed, of near-rank loss if nothing else is said."""
     interval = look.interval(values) if len(values) else None
     if interval is None:
         return "-"
     if not np.isfinite(interval).all():  # of fewer seeds than those of the first look
-        return style.format(values.mean())
-    return f"{style.format(values.mean())} [{style.format(interval[0])}, {style.format(interval[1])}]"
+        return show(float(values.mean()))
+    return f"{show(float(values.mean()))} [{show(interval[0])}, {show(interval[1])}]"
 
 
 def route_names(study: StudyData) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from decisive import claims, markdown, number, values
+from decisive import RESULTS, claims, markdown, number, values
 from matplotlib.figure import Figure
 from tables import fill, table
 
@@ -23,7 +23,6 @@ from gengap_dist.analysis.study_data import StudyData, read_study
 from gengap_dist.config.measures import SUMMARY
 from gengap_dist.config.metric_key import layer_metric
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PAGES = ("gpt_stdlib",)
 """Names of studies with a page NAME.md and a slim folder NAME."""
 DRAWN = {"gpt_stdlib": ("b8", "b16", "b32", "b64", "b64-adam-sqrt", "b8-raise")}
@@ -59,20 +58,11 @@ def differences(study: StudyData) -> str:
     metric, layer = study.metric, last_layer(study)
     near_rank_loss = layer_metric(SUMMARY[0], layer or "")
     rows = []
-    for pair in pairs(study.arms, study.baseline or ""):
-        scores = [study.test_values(arm) for arm in pair]
-        seeds = sorted(scores[0].keys() & scores[1].keys())
-        change = np.array([scores[0][seed] - scores[1][seed] for seed in seeds])
-        interval = study.look.interval(change)
-        low, high = (metric.format_difference(end) for end in interval) if interval else ("-", "-")
-        of = values(study, lambda run: run.untrained_and_trained(near_rank_loss)[1], pair)
-        rows.append(
-            [
-                " minus ".join(pair),
-                f"{metric.format_difference(float(change.mean()))} [{low}, {high}]",
-                number(of[pair[0]] - of[pair[1]], study.look),
-            ]
-        )
+    for one, other in pairs(study.arms, study.baseline or ""):
+        scores = values(study, lambda run: run.info["result"][f"test/{metric.name}"], (one, other))
+        losses = values(study, lambda run: run.untrained_and_trained(near_rank_loss)[1], (one, other))
+        changed = number(scores[one] - scores[other], study.look, metric.format_difference)
+        rows.append([f"{one} minus {other}", changed, number(losses[one] - losses[other], study.look)])
     return table(["arms", f"test {metric.name}", f"near-rank loss {layer}"], rows)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gengap_dist.cli.exit_codes import OK, continues_with, run_command, warn
 from gengap_dist.cli.options import CleanOptions, parse
+from gengap_dist.config.file_names import as_here
 from gengap_dist.errors import UsageError, explaining_full_disk, first_of
 
 if TYPE_CHECKING:  # --help needs neither rich nor what reads runs
@@ -52,7 +53,7 @@ def command(argv: Sequence[str]) -> int:
     plans: list[RunPlan] = []
     with RunProgress("looking") as progress:
         for number, run in enumerate(runs):
-            progress(number, len(runs), _shown(run))
+            progress(number, len(runs), as_here(run))
             plans.append(plan_run(run, options.what))
     to_free = sum(plan.freed for plan in plans)
     total = in_bytes(sum(plan.num_bytes for plan in plans))
@@ -75,11 +76,11 @@ def command(argv: Sequence[str]) -> int:
         continues_with("the same command"),
     ):
         for number, plan in enumerate(plans):
-            progress(number, len(plans), _shown(plan.folder))
+            progress(number, len(plans), as_here(plan.folder))
             of_run, changed = remove(plan)
             freed += of_run
             for each in changed:
-                warn(PROG, f"{_shown(each.path)} {each.reason}; it stays")
+                warn(PROG, f"{as_here(each.path)} {each.reason}; it stays")
     print_page([Text(f"{in_bytes(freed)} of {total} were removed", style="bold")])
     return OK
 
@@ -100,12 +101,12 @@ def _table(plans: Iterable["RunPlan"]) -> "Table":
             names = first_of([each.path.name for each in checkpoints], MAX_NAMED)
             size = in_bytes(sum(each.num_bytes for each in checkpoints))
             stays = plan.last_checkpoint or "none"
-            table.add_row(_shown(plan.folder), f"checkpoints/ {names}", size, stays)
+            table.add_row(as_here(plan.folder), f"checkpoints/ {names}", size, stays)
         if spectra:
             size = in_bytes(sum(each.num_bytes for each in spectra))
             layer = f"{plan.layer}" if any(each.kept for each in spectra) else "none"
             goes = f"spectra/ all layers but {plan.layer}, in {len(spectra)} files"
-            table.add_row(_shown(plan.folder), goes, size, layer)
+            table.add_row(as_here(plan.folder), goes, size, layer)
     return table
 
 
@@ -113,7 +114,7 @@ def _left_alone(found: Iterable["LeftAlone"]) -> Iterator[str]:
     """What is left alone, and why; of many with the same reason, some."""
     paths: dict[str, list[str]] = {}
     for each in found:
-        paths.setdefault(each.reason, []).append(_shown(each.path))
+        paths.setdefault(each.reason, []).append(as_here(each.path))
     for reason, names in paths.items():
         yield from (f"left alone: {name} {reason}" for name in names[:MAX_NAMED])
         if len(names) > MAX_NAMED:
@@ -134,11 +135,6 @@ def _about_mlflow(runs: Iterable[Path]) -> Iterator[str]:
             stores[state["uri"]] = stores.get(state["uri"], 0) + 1
     for uri, number in stores.items():
         yield f"left alone: copies of {number} run(s) in MLflow at {uri}; docs/studies.md has the commands of MLflow"
-
-
-def _shown(path: Path) -> str:
-    """A path from the current folder on, if it is in there."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

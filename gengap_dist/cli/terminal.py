@@ -24,7 +24,7 @@ from gengap_dist.analysis.report.text import (
     first_sentences,
     gap_sentence,
     last_layer,
-    level_sentence,
+    limits,
     study_rows,
     test_head,
     ui_command,
@@ -371,8 +371,7 @@ def print_study(study: StudyData, page: Path, uri: str | None) -> None:
         evidence, rest = first_sentences(claim.evidence)
         evidence += " ... (the rest is in the report)" if rest else ""
         console.print(Padding(evidence, (0, 0, 0, 13)))
-    levels = level_sentence(study.look, with_interventions=bool(study.comparison.interventions))
-    caveats = [*filter(None, [levels]), *study.comparison.caveats]
+    caveats = limits(study.look, study.comparison)
     rest = [f"... and {len(caveats) - MAX_CAVEATS} more in the report"] if len(caveats) > MAX_CAVEATS else []
     for caveat in [*caveats[:MAX_CAVEATS], *rest]:
         console.print(Padding(caveat, (0, 0, 0, 13)), style="dim")

@@ -1,6 +1,7 @@
-"""Names that become names of folders: of arms, studies, and runs of a store."""
+"""Names of folders: which ones arms, studies and runs of a store may have, and how a folder is named in a command."""
 
 import re
+from pathlib import Path
 
 from gengap_dist.errors import CONTROL
 
@@ -36,3 +37,13 @@ def as_file_name(text: str) -> str:
     ('torchvision.resnet18', '...x')
     """
     return re.sub(r"[^A-Za-z0-9._+-]", ".", text)[: MAX_BYTES // 4]
+
+
+def as_here(path: Path) -> str:
+    """An absolute path as a command names it that is given where this one was: relative if it lies here.
+
+    >>> as_here(Path.cwd() / "studies/tiny"), as_here(Path("/studies"))
+    ('studies/tiny', '/studies')
+    """
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -506,7 +506,8 @@ def _own_splits(config: DataConfig, progress: Progress, seed: int) -> Splits:
     is_held = _is_held(data, places, stored, config)
     first_pass = FirstPass(f"data.name ({config.name})", data.kind, stored, progress)
     readers = {} if is_held else _readers(data, stored, config)
-    if id(data.parts["train"]) in readers and isinstance(data.parts["train"], StreamSource) and is_mixed(config):
+    in_order = isinstance(data.parts["train"], StreamSource)
+    if in_order and not is_held and is_mixed(config):
         raise UsageError(
             f"data.augment ({', '.join(config.augment)}) mixes each image with one from anywhere, and the iterable "
             f"data set that {config.name} returns is read in its own order: raise data.memory_gib "
@@ -528,7 +529,6 @@ def _own_splits(config: DataConfig, progress: Progress, seed: int) -> Splits:
             first_pass.add_to_digest(targets)
             splits[name] = Samples(part.inputs if read is None else read, targets)
         on_error.pop_all()
-    in_order = isinstance(data.parts["train"], StreamSource)
     return Splits(
         **splits,
         spec=_own_spec(data.kind, stored, first_pass, config),

@@ -56,8 +56,8 @@ class EpochSampler:
         """Sampler of `num_samples` samples in steps of `global_size`.
 
         Args:
-            num_samples: number of images.
-            global_size: images per step; with `size_schedule`, of the first steps.
+            num_samples: of the training set.
+            global_size: samples per step; with `size_schedule`, of the first steps.
             seed: of the permutations.
             size_schedule: (where, new global size) in ascending order.
             schedule_unit: of where: the size holds from the first step before which so much was done.

@@ -29,8 +29,7 @@ from gengap_dist.runs.run_folder import (
     read_study_info,
     write_atomically,
 )
-from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo
-from gengap_dist.runs.slim import OF_STUDY
+from gengap_dist.runs.schema import OF_STUDY, RunInfo, RunStatus, StudyInfo
 
 WEIGHTS = "weights"  # folder of the spectra of weight matrices
 PROBE_SETS = re.compile(rf"{OWN_BATCH}|n[0-9]+")  # folders of the spectra of other probe sets

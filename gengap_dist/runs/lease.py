@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from gengap_dist.config.regular_file import read_regular
 from gengap_dist.errors import FULL_DISK, UsageError
+from gengap_dist.runs.schema import OF_STUDY
 
 PREFIX = ".lease."
 COUNT_SECONDS = 1.0  # between two counts of an owner
@@ -310,4 +311,4 @@ def _wait_for_relatives(out: Path) -> list[Path]:
 def _relatives(out: Path) -> list[Path]:
     """The lease of the study to which a run belongs, or those of single runs of a study."""
     of_study = [_path(study, number) for study in _study_of(out) for number in _numbers(study)]
-    return of_study + [path for part in ("runs", "tune", "match") for path in out.glob(f"{part}/*/*/{PREFIX}*")]
+    return of_study + [path for part in OF_STUDY for path in out.glob(f"{part}/*/*/{PREFIX}*")]

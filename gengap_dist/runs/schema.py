@@ -35,6 +35,7 @@ from gengap_dist.runs.metric import ACCURACY, MetricDescription
 
 SCHEMA = 2
 REMEDY = "restore it, or remove its folder"  # of a damaged file
+OF_STUDY = ("runs", "match", "tune")  # folders of a study with ARM/RUN
 MAX_DEPTH = 40  # of nested JSON values; those that this package writes have fewer than ten
 YEARS = range(1980, 9000)  # of times: in these, any of our durations may be added
 

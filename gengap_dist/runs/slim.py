@@ -33,12 +33,11 @@ from gengap_dist.runs.run_folder import (
     write_atomically,
     write_info,
 )
-from gengap_dist.runs.schema import RunInfo, RunStatus, StudyInfo
+from gengap_dist.runs.schema import OF_STUDY, RunInfo, RunStatus, StudyInfo
 
 SUMS = "SHA256SUMS"
 Info = TypeVar("Info", RunInfo, StudyInfo)
 FILES = (StudyInfo.file_name, RunInfo.file_name, "metrics.npz", TEST_CORRECT)
-OF_STUDY = ("runs", "match", "tune")  # folders with ARM/RUN
 
 
 def write_slim_copy(folder: Path, out: Path, progress: Callable[[str, int, int], object] = lambda *_: None) -> int:

@@ -16,7 +16,7 @@ from gengap_dist.distributed.cores import available_cores
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.errors import UsageError
 from gengap_dist.runs import run_folder
-from gengap_dist.runs.schema import NewerSchema, RunStatus, StudyInfo
+from gengap_dist.runs.schema import OF_STUDY, NewerSchema, RunStatus, StudyInfo
 from gengap_dist.study import matching, ray_runner, run_matrix, tuning
 from gengap_dist.study.core_wait import CoreWaitWarning
 from gengap_dist.study.data_check import DataCheck
@@ -51,7 +51,8 @@ def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] 
         )
     if previous and previous.question != config.study.question:
         warn(f"study.question has changed since {out} was created ({previous.question}): the report has the new one")
-    for folder in sorted([path for part in ("runs", "tune", "match") for path in out.glob(f"{part}/*/*")]):
+    folders = sorted([path for part in OF_STUDY for path in out.glob(f"{part}/*/*")])
+    for folder in folders:
         if damage := run_folder.describe_damage(folder):
             moved_to = run_folder.quarantine(folder, out / "damaged")
             warn(f"{folder} is damaged ({damage}): moved to {moved_to}; it is run again if it belongs to this study")
@@ -69,7 +70,7 @@ def prepare(config: StudyConfig, out: Path, warn: Warn, sources: Sequence[Path] 
     for folder in sorted(out.glob("runs/*")):
         if folder.name not in arms:
             warn(f"{folder} belongs to no arm of this study: it is kept, but not in the report")
-    begun = any(run_json for part in ("runs", "tune", "match") for run_json in out.glob(f"{part}/*/*/run.json"))
+    begun = any((folder / "run.json").exists() for folder in folders)  # those that are damaged are elsewhere now
     info = StudyInfo(
         status=RunStatus.RUNNING,
         name=config.study.name,

@@ -24,10 +24,11 @@ from gengap_dist.analysis.report.tables import (
     run_table,
     tuning_tables,
 )
-from gengap_dist.analysis.report.text import MAX_CAVEATS, first_sentences, level_sentence
+from gengap_dist.analysis.report.text import MAX_CAVEATS, first_sentences, limits
 from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.config import yaml_core
+from gengap_dist.config.file_names import as_here
 from gengap_dist.errors import visible
 from gengap_dist.runs.run_folder import write_atomically
 from gengap_dist.runs.schema import section
@@ -70,10 +71,10 @@ def write_page(study: StudyData, figures: Sequence[RenderedFigure], *, pdf: bool
     html = template.render(
         study=study,
         title=study.name,
-        folder=shlex.quote(_as_here(study.folder)),
+        folder=shlex.quote(as_here(study.folder.resolve())),
         summary=_summary(study, is_study),
         comparison=comparison,
-        caveats=_caveats(study, comparison),
+        caveats=limits(study.look, comparison),
         evidence={claim.key: first_sentences(claim.evidence) for claim in comparison.claims},
         max_caveats=MAX_CAVEATS,
         max_open_rows=MAX_OPEN_ROWS,
@@ -150,16 +151,6 @@ def _with_drawn_arms(study: StudyData, comparison: Comparison) -> StudyData:
     )
 
 
-def _as_here(folder: Path) -> str:
-    """A folder as a command names it that is given where this one was: relative if it lies here, else absolute.
-
-    >>> _as_here(Path("studies/tiny").resolve()), _as_here(Path("/studies"))
-    ('studies/tiny', '/studies')
-    """
-    path, here = folder.resolve(), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
 def _is_study(study: StudyData) -> bool:
     return (study.folder / "study.json").exists()
 
@@ -168,12 +159,6 @@ def _comparison(study: StudyData) -> Comparison:
     return (
         study.comparison if _is_study(study) else Comparison(study.metric, study.baseline, "", {}, {}, [], None, [], [])
     )
-
-
-def _caveats(study: StudyData, comparison: Comparison) -> list[str]:
-    """Limits of the comparison; first how sure intervals are, where that differs."""
-    levels = level_sentence(study.look, with_interventions=bool(comparison.interventions)) if comparison.claims else ""
-    return [*filter(None, [levels]), *comparison.caveats]
 
 
 def _summary(study: StudyData, is_study: bool) -> str:

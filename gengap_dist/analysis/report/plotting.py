@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -233,12 +233,12 @@ def roles_sentence(study: StudyData, arms: Sequence[str]) -> str:
     """What the markers of roles mean, with a space before it; empty if no arm has one."""
     words = {
         "raised": "triangles up raise the rank",
-        "lowered": "triangles down lower it",
+        "lowered": "triangles down lower the rank",
         "trace": "squares hold the trace",
         "placebo": "open circles are placebos",
     }
     shown = {study.rank_roles.get(arm) for arm in arms}
-    text = ", ".join(words[role] for role in words if role in shown).replace("down lower it", "down lower the rank")
+    text = ", ".join(words[role] for role in words if role in shown)
     return f" {text[0].upper()}{text[1:]}." if text else ""
 
 
@@ -278,24 +278,18 @@ def label_points(
     drawn = axes.transData.transform([*((x, y) for x, y, _, _ in points), *avoid]) * to_points  # [num_points, 2]
     (left, bottom), (right, top) = axes.bbox.get_points() * to_points
     taken: list[Box] = []
+
+    def is_free(box: Box) -> bool:
+        is_inside = left <= box[0] and box[2] <= right + 2 and bottom <= box[1] and box[3] <= top + 4
+        return is_inside and not _covers(box, drawn) and not any(_overlap(box, other) for other in taken)
+
     order = sorted(range(len(points)), key=lambda at: (drawn[at][1], drawn[at][0]))
     for at in order:
         x, y, name, c = points[at]
         text = label_of(name, 24)
-        width, height = 0.62 * fontsize * len(text) + 2, fontsize + 2
-        free = None
-        for distance in range(8, 200, 6):
-            for angle in (0, 180, 25, 155, -25, -155, 50, 130, -50, -130, 75, 105, -75, -105):
-                dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
-                start = drawn[at][0] + dx - (width if dx < 0 else 0)
-                box = (start, drawn[at][1] + dy - height / 2, start + width, drawn[at][1] + dy + height / 2)
-                is_inside = left <= box[0] and box[2] <= right + 2 and bottom <= box[1] and box[3] <= top + 4
-                if is_inside and not _covers(box, drawn) and not any(_overlap(box, other) for other in taken):
-                    free = dx, dy, box
-                    break
-            if free:
-                break
-        dx, dy, box = free or (8.0, 0.0, (0.0, 0.0, 0.0, 0.0))
+        places = _places(drawn[at], 0.62 * fontsize * len(text) + 2, fontsize + 2)
+        free = (place for place in places if is_free(place[2]))
+        dx, dy, box = next(free, (8.0, 0.0, (0.0, 0.0, 0.0, 0.0)))
         taken.append(box)
         line = {"arrowstyle": "-", "color": QUIET, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
         label = axes.annotate(
@@ -306,6 +300,15 @@ def label_points(
 
 
 Box = tuple[float, float, float, float]
+
+
+def _places(point: np.ndarray, width: float, height: float) -> Iterator[tuple[float, float, Box]]:
+    """Offsets of a name from a point [2], the nearest first, and the box that the name then fills."""
+    for distance in range(8, 200, 6):
+        for angle in (0, 180, 25, 155, -25, -155, 50, 130, -50, -130, 75, 105, -75, -105):
+            dx, dy = distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
+            start = point[0] + dx - (width if dx < 0 else 0)
+            yield dx, dy, (start, point[1] + dy - height / 2, start + width, point[1] + dy + height / 2)
 
 
 def _covers(box: Box, points: np.ndarray, distance: float = 3.0) -> bool:

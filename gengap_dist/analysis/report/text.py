@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gengap_dist.analysis.results import Comparison
 from gengap_dist.analysis.rules.look import Look
 from gengap_dist.analysis.study_data import StudyData
 from gengap_dist.config.measures import SUMMARY
@@ -82,6 +83,12 @@ def level_sentence(look: Look, *, with_interventions: bool = False) -> str:
         f"Intervals {where} are {look.confidence}{name}; those in the table of arms and in figures are 95% and decide "
         "nothing."
     )
+
+
+def limits(look: Look, comparison: Comparison) -> list[str]:
+    """The limits of a comparison; first how sure intervals are, where that differs."""
+    levels = level_sentence(look, with_interventions=bool(comparison.interventions)) if comparison.claims else ""
+    return [*filter(None, [levels]), *comparison.caveats]
 
 
 def last_layer(study: StudyData) -> str | None:

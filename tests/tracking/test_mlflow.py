@@ -31,6 +31,7 @@ from gengap_dist.tracking.mlflow.process import UploaderProcess, sync_now, uploa
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader
 from gengap_dist.training import trainer as run_module
 from tests.conftest import FULL, ROOT, config, train
+from tests.ray_cluster import until
 from tests.tracking.servers import guarded, losing_answers, mlflow_server, uploaders_of
 
 SMALL = {"train__steps": 12, "batch__global_size": 50, "train__num_evals": 3, "probe__num_samples": 64}
@@ -520,6 +521,7 @@ def test_an_uploader_that_was_killed_is_said(tmp_path, mlflow_db, created):
     uploader = UploaderProcess(out, MlflowConfig(tracking_uri=f"sqlite:///{mlflow_db}"))
     while created and not (out / "mlflow.json").exists():
         time.sleep(0.01)
+    until(lambda: uploaders_of(out))  # a process that has just begun may have no command line yet
     (process,) = uploaders_of(out)
     process.kill()
     behind = uploader.finish()

@@ -46,6 +46,15 @@ def compared(folder: Path, out: Path) -> StudyData:
     return study
 
 
+def test_runs_without_what_is_optional_have_a_dash(studies):
+    study = read_study(studies[SIZES[0]])
+    for run in study.runs:
+        run.info.pop("num_steps")
+    rows = study_rows(study, None)
+    assert [row[2] for row in rows] == ["-"] * SIZES[0]
+    assert [row[2].text for row in arm_tables(study, study.comparison)[0].rows] == ["-"] * SIZES[0]
+
+
 def test_calls_grow_with_the_number_of_arms(studies, tmp_path):
     counts = []
     for folder in (studies[SIZES[0]], *studies.values()):  # the first fills the caches

@@ -112,10 +112,11 @@ def study_rows(study: StudyData, last: str | None) -> list[list[str]]:
         unfinished = study.unfinished_runs(arm)
         gap: Paired | None = None if arm == study.baseline else study.gap(arm)
         trained = study.comparison.training.get(arm)
+        num_steps = runs[0].info.get("num_steps")  # not of a run of any other program
         row = [
             arm,
             f"{runs[0].global_size:,}",
-            f"{runs[0].info['num_steps']:,}",
+            "-" if num_steps is None else f"{num_steps:,}",
             str(len(values)) + (f" + {unfinished}" if unfinished else ""),
             mean_text(values, metric),
             _mean(study, arm),

@@ -46,7 +46,27 @@ def logdet(covariance_DD: Tensor) -> Tensor:
     """
     size = len(covariance_DD)
     relative = covariance_DD / (covariance_DD.trace() / size)
-    return -torch.logdet(relative + FLOOR * torch.eye(size, dtype=relative.dtype, device=relative.device)) / size
+    log_det: Tensor = _LogDet.apply(relative + FLOOR * torch.eye(size, dtype=relative.dtype, device=relative.device))  # pyright: ignore[reportAssignmentType]
+    return -log_det / size
+
+
+class _LogDet(torch.autograd.Function):
+    """log det of a positive definite matrix, NaN of any other, and its inverse as the gradient, by one Cholesky factor.
+
+    `torch.logdet` factors a general matrix, and takes 2.2 times as long with its gradient (1,024 x 1,024).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        ctx.save_for_backward(factor)
+        return torch.where(failed == 0, 2 * factor.diagonal().log().sum(), torch.nan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (factor,) = ctx.saved_tensors
+        return grads[0] * torch.cholesky_inverse(factor)
 
 
 def spread(covariance_DD: Tensor) -> Tensor:
@@ -91,7 +111,8 @@ def rotation(covariance_DD: Tensor, pull_DD: Tensor, antisymmetric_DD: Tensor) -
     >>> turn.tolist()  # symmetric, without diagonal; tr M' C M' = 1 * (4 + 1) = tr M C M
     [[0.0, 1.0], [1.0, 0.0]]
     """
-    turn = covariance_DD @ antisymmetric_DD - antisymmetric_DD @ covariance_DD
+    product = covariance_DD @ antisymmetric_DD  # C K - K C = C K + (C K)', by C = C' and K = -K'
+    turn = product + product.T
     of_pull, of_turn = (((matrix @ covariance_DD) * matrix).sum().clamp_min(0) for matrix in (pull_DD, turn))
     return turn * torch.where(of_turn > 0, of_pull / of_turn, torch.zeros_like(of_turn)).sqrt()
 

@@ -47,28 +47,29 @@ if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > 8 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))  # pytest's name for it
 
 
-# Each worker takes one file at a time: the longest first, so that none of them is left alone with one at the end.
+# Each worker takes one file at a time: the longest first, so that none of them is left alone with one at the end. Files
+# that start a cluster of many processes are apart: two at once on two cores take many times as long as one by one.
 LONGEST = [
-    "tests/test_two_hosts.py",
     "tests/distributed/launchers/test_ray.py",
-    "tests/study/test_ray_runner.py",
     "tests/parallel/strategies/test_contract.py",
     "tests/training/test_resume.py",
     "tests/tracking/test_studies.py",
     "tests/study/test_packing.py",
     "tests/cuda/test_scenarios.py",
+    "tests/test_two_hosts.py",
     "tests/study/test_study.py",
     "tests/parallel/test_execution.py",
     "tests/training/algorithms/test_world_size_law.py",
     "tests/tracking/test_mlflow.py",
     "tests/cli/test_commands.py",
+    "tests/study/test_ray_runner.py",
     "tests/preflight/test_doctor.py",
-    "tests/distributed/launchers/test_ray_gpus.py",
     "tests/training/test_trainer.py",
     "tests/training/tasks/test_language_modeling.py",
     "tests/test_gpu_benchmark.py",
     "tests/training/algorithms/test_odd_combinations.py",
     "tests/study/test_restart.py",
+    "tests/distributed/launchers/test_ray_gpus.py",
     "tests/cuda/test_commands.py",
     "tests/preflight/test_plan.py",
     "tests/test_launch_scripts.py",

@@ -20,25 +20,35 @@ def registration_sentence(registration: Mapping[str, Any] | None, started: Seque
     'The configuration (SHA-256 abababababab) was not committed when the study was started.'
     >>> registration_sentence(committed | {"later": [{"sha256": "ef" * 32}]}, ["2026-01-02T08:00:01+00:00"])[-70:]
     ' It was changed since (SHA-256 efefefefefef), without being committed.'
+    >>> seeds = {"sha256": "ef" * 32, "commit": "c" * 40, "committed": "...", "overridden": ["study.seeds"]}
+    >>> registration_sentence(committed | {"later": [seeds]}, ["2026-01-02T08:00:01+00:00"])[-86:]
+    ' It was started again with study.seeds set on the command line (SHA-256 efefefefefef).'
     """
     if not registration:
         return ""
-    later = "".join(f" {_changed(each)}" for each in registration.get("later") or [])
+    later = "".join(f" {_changed(registration, each)}" for each in registration.get("later") or [])
     return _first(registration, started) + later
 
 
-def _changed(later: Mapping[str, Any]) -> str:
-    """That the configuration is another one since."""
-    commit = later.get("commit")
+def _changed(first: Mapping[str, Any], later: Mapping[str, Any]) -> str:
+    """That the study was started again with other settings: those of a command line, or of files that have changed."""
+    digest, commit = f"SHA-256 {later['sha256'][:12]}", later.get("commit")
     where = f"in commit {commit[:12]} of {later['committed']}" if commit else "without being committed"
-    return f"It was changed since (SHA-256 {later['sha256'][:12]}), {where}."
+    if not later.get("overridden"):
+        return f"It was changed since ({digest}), {where}."
+    file_changed = "" if commit and commit == first.get("commit") else f", and changed {where}"
+    return f"It was started again{_on_command_line(later)} ({digest}){file_changed}."
+
+
+def _on_command_line(registration: Mapping[str, Any]) -> str:
+    names = registration.get("overridden") or []
+    return f" with {', '.join(names[:3])}{' and more' * (len(names) > 3)} set on the command line" if names else ""
 
 
 def _first(registration: Mapping[str, Any], started: Sequence[str]) -> str:
     subject = f"The configuration (SHA-256 {registration['sha256'][:12]})"
-    overridden = registration.get("overridden") or []
-    if overridden:
-        subject += f", with {', '.join(overridden[:3])}{' and more' * (len(overridden) > 3)} set on the command line,"
+    if words := _on_command_line(registration):
+        subject += f",{words},"
     commit, date = registration.get("commit"), registration.get("committed")
     if not commit or not date:
         return f"{subject} was not committed when the study was started."

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
@@ -414,6 +415,8 @@ def _query_dashboard(address: str, token: str) -> None:
         with urllib.request.urlopen(request, timeout=SERVER_SECONDS) as answer:
             json.loads(answer.read(MAX_ANSWER_BYTES))["ray_version"]
     except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         raise UsageError(
             f"RAY_ADDRESS ({address}) is not a Ray dashboard that accepts this client ({first_line(error)}): "
             "start the cluster, correct the address, or set RAY_AUTH_TOKEN to its token"

@@ -93,7 +93,8 @@ def _asks(host: str, port: int, path: str) -> bool:
     try:
         urllib.request.urlopen(f"http://{own}:{port}{path}", timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError as error:
-        return error.code in (401, 403) and HOST_REFUSED not in error.read(MAX_BYTES)
+        with error:
+            return error.code in (401, 403) and HOST_REFUSED not in error.read(MAX_BYTES)
     except OSError:
         return True  # it does not answer
     return False

@@ -43,7 +43,9 @@ def mlflow_server(store: str, folder: Path, command: str = "server", *, host: st
                 address = f"{uri}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
                 urllib.request.urlopen(address, timeout=2).close()
                 break
-            except OSError:
+            except OSError as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()
                 assert process.poll() is None, log_path.read_text()
                 time.sleep(0.2)
         else:
@@ -147,7 +149,8 @@ def passed_on(request: Quiet, server: str) -> tuple[int, bytes]:
         with urllib.request.urlopen(words, timeout=30) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
-        return error.code, error.read()
+        with error:
+            return error.code, error.read()
 
 
 @contextmanager

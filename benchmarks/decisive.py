@@ -72,7 +72,7 @@ def bodies(study: StudyData) -> dict[str, str]:
         out["differences"] = differences(study)
     if {"lb-trace", "lb-raise"} <= {*study.arms}:
         out["same rank"] = same_rank(study)
-    if comparison.interventions and len(looks(study)) > 1:
+    if comparison.interventions and len(study.info["seeds"]) < max(looks(study), default=0):
         out["second look"] = second_look(study, comparison.interventions[0])
     for found in intervention_tables(comparison):
         out["contrasts" if found.name.startswith("Intervention") else "conditions"] = markdown(found)

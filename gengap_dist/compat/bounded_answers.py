@@ -62,6 +62,7 @@ def bound_answers() -> None:
         for chunk in read(self, *args, **kwargs):
             num_bytes += len(chunk)
             if num_bytes > MAX_BYTES:
+                self.close()
                 raise RequestException(f"the answer is larger than {MAX_BYTES >> 20} MiB when it is decompressed")
             yield chunk
 

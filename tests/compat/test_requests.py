@@ -1,8 +1,10 @@
 """What bounds answers, against servers that send what they should not."""
 
 import contextlib
+import gc
 import gzip
 import time
+import warnings
 
 import psutil
 import pytest
@@ -56,5 +58,10 @@ def test_answers_are_bounded(monkeypatch, kind, says):
         before = psutil.Process().memory_info().rss
         with pytest.raises(Exception, match="API request") as error:
             client.search_experiments(max_results=1)
-    assert says in describe(error.value)
-    assert psutil.Process().memory_info().rss - before < 150 << 20
+        assert says in describe(error.value)
+        assert psutil.Process().memory_info().rss - before < 150 << 20
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del error, client
+            gc.collect()
+    assert not [each.message for each in caught if issubclass(each.category, ResourceWarning)]

@@ -92,7 +92,7 @@ def _table(plans: Iterable["RunPlan"]) -> "Table":
     from gengap_dist.preflight.plan_table import in_bytes
 
     table = Table(box=None, pad_edge=False)
-    for head in ("run", "goes", "size", "stays"):
+    for head in ("run", "goes", "size", "left of it"):
         table.add_column(head, justify="right" if head == "size" else "left", overflow="fold")
     for plan in plans:
         checkpoints = [each for each in plan.removals if each.is_checkpoint]

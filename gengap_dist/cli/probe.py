@@ -15,6 +15,7 @@ names them. Without --out, diagnostics and controls are those of the network ask
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,10 +66,16 @@ def command(argv: Sequence[str]) -> int:
     networks = _of_run(folder, which_weights) if is_run else _of_file(options.weights)
     if out and rank_environment()[0] == 0:
         prepare_folder(out, "run.json", resume=False)
-    world = init_process_group(config.launch.device, config.launch.timeout_seconds)
-    world.barrier()  # rank 0 has created the folder, or has raised
-    with MeasurementProgress(enabled=world.rank == 0) as progress:
-        observations = probe(config, world, networks, out, progress)
+    try:
+        world = init_process_group(config.launch.device, config.launch.timeout_seconds)
+        world.barrier()  # rank 0 has created the folder, or has raised
+        with MeasurementProgress(enabled=world.rank == 0) as progress:
+            observations = probe(config, world, networks, out, progress)
+    except BaseException:
+        if out:
+            with suppress(OSError):  # it has something in it
+                out.rmdir()
+        raise
     if world.rank == 0:
         _show(options, config, observations, out)
     destroy_process_group()

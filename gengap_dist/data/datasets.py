@@ -290,7 +290,8 @@ def list_image_folders(config: DataConfig) -> list[ImageListing]:
         except UsageError as error:
             raise UsageError(
                 f"data.root ({config.root}) is not an image folder: {folder} needs one sub-folder of images per class "
-                f"({error}); arrange the files as {folder}/CLASS/IMAGE.jpg"
+                f"({error}); arrange the files as {folder}/CLASS/IMAGE.jpg, or set data.root to the folder that has "
+                f"{folder.name}"
             ) from None
         if skipped := listings[-1].skipped:
             warnings.warn(

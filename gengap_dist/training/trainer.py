@@ -198,6 +198,7 @@ class Trainer:
             stream.load_state_dict(run.get("stream") or {})
         self.recorder.start(self.resolved.requested_config, self._info())
         self.recorder.resume(self.state.step, run["seconds"], run["pending_rows"])
+        self.progress(0, 0, f"continuing after {self.state.step:,} of {self.state.num_steps:,} steps")
 
     def _set_up(self, optimizer_state: OptimizerState, algorithm_state: dict[str, Any]) -> None:
         """Give the network to the strategy, and the strategy to the algorithm. Collective."""

@@ -207,6 +207,9 @@ def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, command):
     done = command("probe", "--model", "mlp", "--weights", "weights.pt")
     assert done.returncode == 2
     assert "is of another model" in done.stderr
+    done = command("probe", "--model", "nothing", "--out", "refused")
+    assert done.returncode == 2
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(

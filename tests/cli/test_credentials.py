@@ -101,7 +101,36 @@ def test_a_password_that_is_not_encoded_is_refused_and_not_shown(monkeypatch, ca
 
 
 @pytest.mark.parametrize(
-    "uri", ["http://h:5000/a@b", "http://[::1]:5000/a@b", "http://me:p%2Fs@h/", "sqlite:////a b@c"]
+    ("uri", "says"),
+    [
+        (
+            "htp://me:secret@h:5000",
+            r"\(htp://me@h:5000\) is of no kind that MLflow knows \(htp\): give http://HOST:PORT",
+        ),
+        ("http://h:99999", r"\(http://h:99999\) is not an address \(Port out of range"),
+        ("localhost:5000", r"\(localhost:5000\) is of no kind that MLflow knows \(localhost\)"),
+    ],
+)
+def test_addresses_that_mlflow_does_not_know_are_refused_before_a_run(monkeypatch, uri, says):
+    with pytest.raises(UsageError, match=f"^mlflow.tracking_uri {says}"):
+        store_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UsageError, match=f"^MLFLOW_TRACKING_URI {says}"):
+        store_uri(None)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "databricks",
+        "databricks://profile",
+        "postgresql+psycopg://h/db",
+        "./mlruns",
+        "http://h:5000/a@b",
+        "http://[::1]:5000/a@b",
+        "http://me:p%2Fs@h/",
+        "sqlite:////a b@c",
+    ],
 )
 def test_other_addresses_are_used(uri):
     assert store_uri(uri) == uri

@@ -17,12 +17,14 @@ from PIL import Image
 from torch import nn
 
 from gengap_dist import models
+from gengap_dist.cli.terminal import _stage
 from gengap_dist.data import datasets
 from gengap_dist.data.batch_loader import Preprocess
 from gengap_dist.data.data_spec import DataSpec
 from gengap_dist.distributed.process_group import World
 from gengap_dist.distributed.runtime_context import RuntimeContext
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.checkpoint import checkpoints_by_step
 from gengap_dist.runs.run_folder import load_spectra, read_info, read_metrics
 from gengap_dist.training.trainer import run
 from tests.conftest import config, cut_after, train, weights
@@ -171,6 +173,15 @@ def test_killed_process_resumes_to_the_same_weights(whole, tmp_path):
     assert again.returncode == 0
     assert timeless(out) == timeless(whole[0])
     assert all(torch.equal(weight, weights(whole[0])[name]) for name, weight in weights(out).items())
+
+
+def test_a_resumed_run_says_where_it_continues(tmp_path):
+    out, said = tmp_path / "run", []
+    train(out, **SMALL)
+    last = max(checkpoints_by_step(out / "checkpoints"))
+    run(config(**SMALL), out, resume=True, progress=lambda done, total, note: said.append(note))
+    assert said[0] == f"continuing after {last} of {read_info(out).num_steps} steps"
+    assert _stage(0, said[0]) == said[0], "nothing of it is taken for a counter"
 
 
 def test_resume_refuses_other_settings_and_other_models(whole, tmp_path):

@@ -4,12 +4,14 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from gengap_dist.compat.fast_imports import fast_imports
 from gengap_dist.credentials import check_address, login_of, printable, without_logins
+from gengap_dist.errors import UsageError
 
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development"
@@ -23,6 +25,7 @@ CLIENT_DEFAULTS = {  # a dead server must be detected in seconds; with MLflow's 
 }
 DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 MAX_ERROR = 2000  # characters
+SCHEMES = {"", "file", "databricks", "databricks-uc", "uc", "sqlite", *DEFAULT_PORTS}
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -32,12 +35,24 @@ def store_uri(configured: str | None) -> str:
     What is configured may have been recorded, without credentials: the variable's are used for the same store.
 
     Raises:
-        UsageError: see `check_address`.
+        UsageError: if MLflow has no such store; see also `check_address`.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if configured and given and without_logins(given).rstrip("/") == configured.rstrip("/"):
         return given
-    return check_address(configured or given or sqlite_uri(Path.cwd() / "mlflow.db"))
+    uri = check_address(configured or given or sqlite_uri(Path.cwd() / "mlflow.db"))
+    name = "mlflow.tracking_uri" if configured else "MLFLOW_TRACKING_URI"
+    try:
+        parts = urlsplit(uri)
+        scheme, _ = parts.scheme.partition("+")[0], parts.port
+    except ValueError as error:
+        raise UsageError(f"{name} ({without_logins(uri)}) is not an address ({error}): correct it") from None
+    if scheme not in SCHEMES and scheme not in {each.name for each in entry_points(group="mlflow.tracking_store")}:
+        raise UsageError(
+            f"{name} ({without_logins(uri)}) is of no kind that MLflow knows ({scheme}): give http://HOST:PORT, "
+            "https://HOST, sqlite:///FILE or the address of a database, or install the plug-in of MLflow that has it"
+        )
+    return uri
 
 
 def sqlite_uri(path: Path) -> str:

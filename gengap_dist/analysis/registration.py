@@ -23,6 +23,12 @@ def registration_sentence(registration: Mapping[str, Any] | None, started: Seque
     >>> seeds = {"sha256": "ef" * 32, "commit": "c" * 40, "committed": "...", "overridden": ["study.seeds"]}
     >>> registration_sentence(committed | {"later": [seeds]}, ["2026-01-02T08:00:01+00:00"])[-86:]
     ' It was started again with study.seeds set on the command line (SHA-256 efefefefefef).'
+    >>> first, again = committed | {"overridden": ["study.seeds"]}, committed | {"sha256": "ef" * 32}
+    >>> registration_sentence(first | {"later": [again]}, ["2026-01-02T08:00:01+00:00"])[-82:]
+    ' It was started again without settings on the command line (SHA-256 efefefefefef).'
+    >>> nowhere = {"sha256": "ab" * 32, "later": [{"sha256": "ef" * 32, "overridden": ["study.seeds"]}]}
+    >>> registration_sentence(nowhere, [])[-57:]
+    'command line (SHA-256 efefefefefef); it is not committed.'
     """
     if not registration:
         return ""
@@ -32,12 +38,15 @@ def registration_sentence(registration: Mapping[str, Any] | None, started: Seque
 
 def _changed(first: Mapping[str, Any], later: Mapping[str, Any]) -> str:
     """That the study was started again with other settings: those of a command line, or of files that have changed."""
-    digest, commit = f"SHA-256 {later['sha256'][:12]}", later.get("commit")
+    digest, commit, before = f"SHA-256 {later['sha256'][:12]}", later.get("commit"), first.get("commit")
     where = f"in commit {commit[:12]} of {later['committed']}" if commit else "without being committed"
-    if not later.get("overridden"):
+    words = _on_command_line(later)
+    if not words and not (commit and commit == before):
         return f"It was changed since ({digest}), {where}."
-    file_changed = "" if commit and commit == first.get("commit") else f", and changed {where}"
-    return f"It was started again{_on_command_line(later)} ({digest}){file_changed}."
+    words = words or " without settings on the command line"
+    if commit == before:
+        return f"It was started again{words} ({digest}){'' if commit else '; it is not committed'}."
+    return f"It was started again{words} ({digest}), and its files were changed, {where}."
 
 
 def _on_command_line(registration: Mapping[str, Any]) -> str:

@@ -64,6 +64,7 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.training.probe_only import probe
 
     networks = _of_run(folder, which_weights) if is_run else _of_file(options.weights)
+    made = out if out and rank_environment()[0] == 0 and not out.exists() else None
     if out and rank_environment()[0] == 0:
         prepare_folder(out, "run.json", resume=False)
     try:
@@ -72,9 +73,9 @@ def command(argv: Sequence[str]) -> int:
         with MeasurementProgress(enabled=world.rank == 0) as progress:
             observations = probe(config, world, networks, out, progress)
     except BaseException:
-        if out:
+        if made:
             with suppress(OSError):  # it has something in it
-                out.rmdir()
+                made.rmdir()
         raise
     if world.rank == 0:
         _show(options, config, observations, out)

@@ -31,6 +31,7 @@ from gengap_dist.runs import lease, run_folder
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study import runner
 from gengap_dist.study.run_matrix import Forecast, PlannedRun, StudyCallback
+from gengap_dist.tracking.mlflow.client import usable_store_uri
 from gengap_dist.tracking.mlflow.process import UploaderProcess
 from gengap_dist.training.run_cost import ArmFacts
 
@@ -106,6 +107,8 @@ def _dry_run(config: StudyConfig, out: Path, start: str) -> int:
         def on_forecast(self, forecast: Forecast) -> None:
             page.append(forecast_line(config, forecast))
 
+    if config.mlflow.enabled:
+        usable_store_uri(config.mlflow.tracking_uri)
     runner.check_concurrent(config)
     with RunProgress(out.name) as progress:
         runner.run_study(config, out, Kept(), driver=True, warn=_warn, dry_run=True)
@@ -117,6 +120,8 @@ def _dry_run(config: StudyConfig, out: Path, start: str) -> int:
 
 def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
     """The driver process: folders, progress, MLflow, the report."""
+    if config.mlflow.enabled:
+        usable_store_uri(config.mlflow.tracking_uri)  # before anything is written
     runner.prepare(config, out, _warn, sources)
     uploader = UploaderProcess(out, config.mlflow) if config.mlflow.enabled else None
     try:

@@ -96,15 +96,16 @@ class RunProgress:
         if run not in self._steps:
             self._steps[run] = self._bar.add_task(run, total=None, note="")
             self._count()
-        self._bar.update(self._steps[run], completed=done, total=total or None)
-        if note:
-            self._bar.update(self._steps[run], note=note)
+        (task,) = (task for task in self._bar.tasks if task.id == self._steps[run])
+        begins = task.total is None and total > 0  # what was done before is not said of its steps
+        self._bar.update(task.id, completed=done, total=total or None)
+        if note or begins:
+            self._bar.update(task.id, note=note)
         stage = _stage(total, note)
         if self.stages and stage not in ("", "starting", self._stage) and not self.console.is_terminal:
             self._stage = stage
             self.print_line(f"{run}: {stage}")
         if not self.console.is_terminal and time.monotonic() - self._last_line_time > QUIET_SECONDS:
-            (task,) = (task for task in self._bar.tasks if task.id == self._steps[run])
             left = "" if self._seconds_left is None else f"; about {duration(self._seconds_left)} left for all runs"
             self.print_line(f"{run}: step {done}/{total} {task.fields['note']}".rstrip() + left)
 

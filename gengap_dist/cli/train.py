@@ -30,6 +30,7 @@ from gengap_dist.distributed.preemption import ending_on_signals
 from gengap_dist.errors import UsageError, explaining_full_disk
 from gengap_dist.runs import lease, run_folder
 from gengap_dist.runs.links import check_links
+from gengap_dist.tracking.mlflow.client import usable_store_uri
 from gengap_dist.tracking.mlflow.process import UploaderProcess
 from gengap_dist.training import ENTRY_POINT
 
@@ -79,6 +80,8 @@ def _started_by_this_launch(out: Path) -> bool:
 
 def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool) -> int:
     """The driver process: the folder, progress, MLflow, the report."""
+    if config.mlflow.enabled:
+        usable_store_uri(config.mlflow.tracking_uri)  # before anything is written
     run_folder.prepare_folder(out, "run.json", resume=resume)
     uploader = UploaderProcess(out, config.mlflow) if config.mlflow.enabled else None
     try:

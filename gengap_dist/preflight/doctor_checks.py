@@ -45,7 +45,7 @@ from gengap_dist.preflight.doctor_subprocess import (
     run_two_ranks,
 )
 from gengap_dist.preflight.listeners import open_listeners
-from gengap_dist.tracking.mlflow.client import sqlite_path, store_uri, store_variables
+from gengap_dist.tracking.mlflow.client import sqlite_path, store_variables, usable_store_uri
 from gengap_dist.training.autotune.cache import micro_sizes_path, read_micro_sizes
 
 OK, WARN, FAIL, ABSENT = "ok", "warn", "fail", "absent"
@@ -428,7 +428,11 @@ def mlflow(request: CheckRequest) -> CheckResults:
     version, needed = installed("mlflow"), request.config.mlflow.enabled
     if not version:
         return {"mlflow": CheckResult(FAIL, "not installed", "pip install mlflow").if_needed(needed)}
-    uri = store_uri(request.config.mlflow.tracking_uri)
+    try:
+        uri = usable_store_uri(request.config.mlflow.tracking_uri)
+    except UsageError as error:
+        found, _, remedy = str(error).rpartition(": ")
+        return {"mlflow": CheckResult(FAIL, found, remedy).if_needed(needed)}
     if path := sqlite_path(uri):
         return {"mlflow": _sqlite(version, path).if_needed(needed)}
     shown = without_logins(uri)

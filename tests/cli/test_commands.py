@@ -207,9 +207,11 @@ def test_probe_of_a_runs_other_weights_and_of_a_file(tmp_path, command):
     done = command("probe", "--model", "mlp", "--weights", "weights.pt")
     assert done.returncode == 2
     assert "is of another model" in done.stderr
-    done = command("probe", "--model", "nothing", "--out", "refused")
-    assert done.returncode == 2
-    assert not (tmp_path / "refused").exists()
+    (tmp_path / "mine").mkdir()
+    for name, is_left in (("refused", False), ("mine", True)):
+        done = command("probe", "--model", "nothing", "--out", name)
+        assert done.returncode == 2
+        assert (tmp_path / name).exists() is is_left
 
 
 @pytest.mark.parametrize(

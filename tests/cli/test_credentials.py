@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from gengap_dist.cli import compare, report, train
+from gengap_dist.cli import compare, report, study, train
 from gengap_dist.cli.exit_codes import run_command
 from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.credentials import redacted
@@ -13,9 +13,9 @@ from gengap_dist.distributed.worker_pool import free_port
 from gengap_dist.errors import UsageError
 from gengap_dist.preflight import doctor_checks
 from gengap_dist.preflight.doctor_checks import CheckRequest
-from gengap_dist.tracking.mlflow.client import store_uri, store_variables
+from gengap_dist.tracking.mlflow.client import store_uri, store_variables, usable_store_uri
 from gengap_dist.tracking.mlflow.process import sync_now
-from tests.conftest import config
+from tests.conftest import ROOT, config
 from tests.tracking.servers import refusing
 
 PASSWORD = "hunter2-s3cret"
@@ -100,23 +100,44 @@ def test_a_password_that_is_not_encoded_is_refused_and_not_shown(monkeypatch, ca
         store_uri(None)
 
 
+DEMO = ["--config", str(ROOT / "gengap_dist/configs/demo.yaml")]
+NO_SERVER = "is not the address of a server: write http://HOST:PORT"
+
+
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        (
-            "htp://me:secret@h:5000",
-            r"\(htp://me@h:5000\) is of no kind that MLflow knows \(htp\): give http://HOST:PORT",
-        ),
-        ("http://h:99999", r"\(http://h:99999\) is not an address \(Port out of range"),
-        ("localhost:5000", r"\(localhost:5000\) is of no kind that MLflow knows \(localhost\)"),
+        ("htp://me:secret@h:5000", "(htp://me@h:5000) is of no kind that MLflow knows (htp): give http://HOST:PORT"),
+        ("http://h:99999", "(http://h:99999) is not an address (Port out of range"),
+        ("localhost:5000", f"(localhost:5000) {NO_SERVER}"),
+        ("127.0.0.1:5000/x", f"(127.0.0.1:5000/x) {NO_SERVER}"),
+        ("http:/h:5000", f"(http:/h:5000) {NO_SERVER}"),
+        ("http+x://h", "(http+x://h) is of no kind that MLflow knows (http+x)"),
     ],
 )
-def test_addresses_that_mlflow_does_not_know_are_refused_before_a_run(monkeypatch, uri, says):
-    with pytest.raises(UsageError, match=f"^mlflow.tracking_uri {says}"):
-        store_uri(uri)
+def test_addresses_that_mlflow_does_not_know_are_refused(monkeypatch, uri, says):
+    with pytest.raises(UsageError) as error:
+        usable_store_uri(uri)
+    assert str(error.value).startswith(f"mlflow.tracking_uri {says}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(UsageError, match=f"^MLFLOW_TRACKING_URI {says}"):
-        store_uri(None)
+    with pytest.raises(UsageError) as error:
+        usable_store_uri(None)
+    assert str(error.value).startswith(f"MLFLOW_TRACKING_URI {says}")
+    with pytest.raises(UsageError):
+        usable_store_uri(uri)  # what is configured is what the variable says
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [(train.command, ["--train.steps", "1"]), (study.command, DEMO), (study.command, [*DEMO, "--dry-run"])],
+)
+def test_such_an_address_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, main, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_command("gengap", main, [*words, "--mlflow.tracking_uri", "localhost:5000", "--out", "out"])
+    assert end.value.code == 2
+    assert NO_SERVER in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +154,7 @@ def test_addresses_that_mlflow_does_not_know_are_refused_before_a_run(monkeypatc
     ],
 )
 def test_other_addresses_are_used(uri):
-    assert store_uri(uri) == uri
+    assert usable_store_uri(uri) == store_uri(uri) == uri
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_answers_are_bounded(monkeypatch, kind, says):
         monkeypatch.setattr(bounded_answers, "MAX_SECONDS", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with serving(Handler) as uri:
+        connect_client(uri)  # imports MLflow
         before = psutil.Process().memory_info().rss
         assert says in _refusal(uri)
         assert psutil.Process().memory_info().rss - before < 150 << 20

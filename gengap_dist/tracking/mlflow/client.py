@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,7 +26,8 @@ CLIENT_DEFAULTS = {  # a dead server must be detected in seconds; with MLflow's 
 }
 DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 MAX_ERROR = 2000  # characters
-SCHEMES = {"", "file", "databricks", "databricks-uc", "uc", "sqlite", *DEFAULT_PORTS}
+OTHER_SCHEMES = ("", "file", "databricks", "databricks-uc", "uc")
+HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/|$)")  # without a scheme, or what looks like one before the port
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -35,23 +37,38 @@ def store_uri(configured: str | None) -> str:
     What is configured may have been recorded, without credentials: the variable's are used for the same store.
 
     Raises:
-        UsageError: if MLflow has no such store; see also `check_address`.
+        UsageError: see `check_address`.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if configured and given and without_logins(given).rstrip("/") == configured.rstrip("/"):
         return given
-    uri = check_address(configured or given or sqlite_uri(Path.cwd() / "mlflow.db"))
-    name = "mlflow.tracking_uri" if configured else "MLFLOW_TRACKING_URI"
+    return check_address(configured or given or sqlite_uri(Path.cwd() / "mlflow.db"))
+
+
+def usable_store_uri(configured: str | None) -> str:
+    """`store_uri`, if MLflow has a store of this kind; whether it answers is not asked.
+
+    Raises:
+        UsageError: names mlflow.tracking_uri or MLFLOW_TRACKING_URI; see also `check_address`.
+    """
+    uri = store_uri(configured)
+    shown = f"{'mlflow.tracking_uri' if configured else 'MLFLOW_TRACKING_URI'} ({without_logins(uri)})"
     try:
         parts = urlsplit(uri)
-        scheme, _ = parts.scheme.partition("+")[0], parts.port
+        _ = parts.port
     except ValueError as error:
-        raise UsageError(f"{name} ({without_logins(uri)}) is not an address ({error}): correct it") from None
-    if scheme not in SCHEMES and scheme not in {each.name for each in entry_points(group="mlflow.tracking_store")}:
-        raise UsageError(
-            f"{name} ({without_logins(uri)}) is of no kind that MLflow knows ({scheme}): give http://HOST:PORT, "
-            "https://HOST, sqlite:///FILE or the address of a database, or install the plug-in of MLflow that has it"
-        )
+        raise UsageError(f"{shown} is not an address ({error}): correct it") from None
+    is_web = parts.scheme in ("http", "https")
+    if HOST_AND_PORT.match(uri) or (is_web and not parts.hostname):
+        raise UsageError(f"{shown} is not the address of a server: write http://HOST:PORT or https://HOST")
+    is_database = parts.scheme.partition("+")[0] in (*DEFAULT_PORTS, "sqlite") and not parts.scheme.startswith("http")
+    if not (is_web or is_database or parts.scheme in OTHER_SCHEMES):
+        plug_ins = {each.name for each in entry_points(group="mlflow.tracking_store")}
+        if parts.scheme not in plug_ins:
+            raise UsageError(
+                f"{shown} is of no kind that MLflow knows ({parts.scheme}): give http://HOST:PORT, https://HOST, "
+                "sqlite:///FILE or the address of a database, or install the plug-in of MLflow that has it"
+            )
     return uri
 
 

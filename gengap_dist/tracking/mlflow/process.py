@@ -29,7 +29,14 @@ from gengap_dist.errors import UsageError
 from gengap_dist.runs.run_folder import read_info, read_study_info
 from gengap_dist.runs.schema import REMEDY, first_error
 from gengap_dist.runs.upload_state import read_upload_state
-from gengap_dist.tracking.mlflow.client import describe, import_client, store_key, store_uri, store_variables
+from gengap_dist.tracking.mlflow.client import (
+    describe,
+    import_client,
+    store_key,
+    store_uri,
+    store_variables,
+    usable_store_uri,
+)
 from gengap_dist.tracking.mlflow.mlflow_run import Metrics, UploadProgress
 from gengap_dist.tracking.mlflow.uploader import MlflowUploader
 
@@ -209,7 +216,7 @@ def sync_now(folder: Path, uri: str | None, progress: UploadProgress, metrics: M
         raise UsageError(f"{path} is damaged: in config.mlflow, {first_error(error)}; {REMEDY}") from None
     known = read_upload_state(folder).get("uri")
     named = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    target = store_uri(named or known or config.tracking_uri)
+    target = usable_store_uri(uri if named else known or config.tracking_uri)
     address = without_logins(target)
     if not named and store_key(target) != store_key(store_uri(None)):
         raise UsageError(

@@ -21,6 +21,7 @@ from gengap_dist.errors import UsageError
 from gengap_dist.parallel.strategies import Single
 from gengap_dist.probes.activations import capture_activations
 from gengap_dist.runs.run_folder import read_info, read_metrics
+from gengap_dist.training.algorithms import rank_penalty
 from gengap_dist.training.algorithms.rank_penalty import MEASURES, RankPenalty, covariance_of, pull_of
 from gengap_dist.training.optimizer import build_optimizer as build_optimizer
 from gengap_dist.training.step import Objective, StepBatch, accumulate
@@ -257,6 +258,26 @@ def test_one_row_or_a_constant_layer_has_no_penalty(measure):
     got, value = gradient(problem, RankPenalty(problem.run, TASK))
     assert value == 0
     assert torch.equal(got, gradient(problem, Objective(TASK))[0])
+
+
+@pytest.mark.parametrize("diagonal", [(1.0, -1.0, 1.0), (1.0, -1.0, -1.0), (1.0, 0.0, 1.0), (float("nan"), 1.0, 1.0)])
+def test_a_matrix_that_rounding_made_indefinite_has_no_number_and_no_direction(diagonal):
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)).requires_grad_()
+    value = rank_penalty._LogDet.apply(matrix)
+    (gradient,) = torch.autograd.grad(value, matrix)
+    assert value.isnan()
+    assert gradient.isnan().any()
+
+
+def test_the_log_determinant_and_its_gradient_are_those_of_torch():
+    rows = torch.randn(50, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours, theirs = ((rows.T @ rows).requires_grad_() for _ in range(2))
+    value, expected = rank_penalty._LogDet.apply(ours), torch.logdet(theirs)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-13)
+    for each, matrix in ((value, ours), (expected, theirs)):
+        (3.0 * each).backward()
+        assert matrix.grad is not None
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-13)
 
 
 def test_a_layer_before_every_trainable_parameter_and_one_that_is_changed_in_place():

@@ -381,8 +381,8 @@ def number(values: np.ndarray, look: Look, show: Callable[[float], str] = "{:+.3
 
 
 def route_names(study: StudyData) -> list[str]:
-    """Ways to raise the rank, as the arms are called without their batch."""
-    return [name for name in ("raise", "spread", "trace") if f"lb-{name}" in study.arms]
+    """Ways to raise the rank that both batches have, as the arms are called without their batch."""
+    return [name for name in ("raise", "spread", "trace") if {f"lb-{name}", f"sb-{name}"} <= {*study.arms}]
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

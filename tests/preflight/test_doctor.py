@@ -251,7 +251,8 @@ def test_folders_of_pictures(tmp_path):
     finding = doctor_checks.data(ask(data__name="imagefolder", data__root=str(tmp_path)))["data"]
     assert finding.status == FAIL
     assert "needs one sub-folder of images per class" in finding.found
-    assert finding.remedy == f"arrange the files as {tmp_path}/train/CLASS/IMAGE.jpg"
+    asked = f"arrange the files as {tmp_path}/train/CLASS/IMAGE.jpg, or set data.root to the folder that has train"
+    assert finding.remedy == asked
 
 
 def test_what_auto_remembers(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gengap_dist.cli import exit_codes, train
+from gengap_dist.cli import exit_codes, terminal, train
 from gengap_dist.cli.exit_codes import continues_with, run_command
 from gengap_dist.distributed.preemption import Preempted, catching_signals, ending_on_signals
 from gengap_dist.errors import UsageError
@@ -206,3 +206,19 @@ def test_a_training_that_nobody_listens_to_comes_to_its_end(tmp_path, streams, r
     assert subprocess.run(["bash", "-c", line], timeout=100).returncode == 0
     assert read_info(tmp_path / "run").status == "finished"
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_what_a_resumed_run_says(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "QUIET_SECONDS", -1.0)  # a line for each step
+    with terminal.RunProgress("mine", stages=True) as progress:
+        progress(0, 0, "continuing after 420 of 840 steps")
+        progress(421, 840, "")
+        progress(430, 840, "val 91.2%")
+        progress(431, 840, "")
+    lines = capsys.readouterr().err.splitlines()
+    assert "mine: continuing after 420 of 840 steps" in lines
+    assert [line for line in lines if "step 4" in line] == [
+        "mine: step 421/840",
+        "mine: step 430/840 val 91.2%",
+        "mine: step 431/840 val 91.2%",
+    ]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gengap_dist.analysis.study_data import MEASURED_AT, RunData, StudyData, read_run, read_study, tuned_settings
 from gengap_dist.config.file_names import file_name_problem
-from gengap_dist.config.identity import counterpart_key, differing_settings, effective_settings
+from gengap_dist.config.identity import complete_settings, counterpart_key, differing_settings, effective_settings
 from gengap_dist.config.loading import flat, user_path
 from gengap_dist.config.metric_key import MetricKey
 from gengap_dist.config.sections import AlgorithmConfig
@@ -299,7 +299,7 @@ def _arms(runs: Iterable[RunData], tuned: Collection[str], *, sort: bool) -> dic
     """
     by_key: dict[Hashable, list[RunData]] = {}
     for run in runs:
-        key = counterpart_key(flat(run.info["config"]), tuned), run.arm if tuned else ""
+        key = counterpart_key(complete_settings(run.info["config"]), tuned), run.arm if tuned else ""
         by_key.setdefault(key, []).append(run)
     groups = [*by_key.values()]
     if sort:
@@ -316,7 +316,7 @@ def _arms(runs: Iterable[RunData], tuned: Collection[str], *, sort: bool) -> dic
 
 def _name(run: RunData, first: RunData) -> str:
     """The batch size, and the other settings that differ from the first arm."""
-    own = flat(run.info["config"])
-    settings, differs = effective_settings(own), sorted(differing_settings(own, flat(first.info["config"])))
+    own, others = complete_settings(run.info["config"]), complete_settings(first.info["config"])
+    settings, differs = effective_settings(own), sorted(differing_settings(own, others))
     shown = [f"{name}={settings.get(name)}" for name in differs[:MAX_NAMED_SETTINGS]]
     return " ".join([f"b{run.global_size}", *shown, *(["..."] if len(differs) > MAX_NAMED_SETTINGS else [])])

@@ -70,10 +70,17 @@ def may_change_on_resume(name: str) -> bool:
     return declared_effect(name) == "runtime"
 
 
+def complete_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a run by dotted name: one that did not exist when it started had its default then.
+
+    >>> complete_settings({"seed": 3})["optim.lr"]
+    0.02
+    """
+    return flat(RunConfig()) | flat(recorded)
+
+
 def differences(before: Mapping[str, Any], after: BaseModel) -> str:
     """The settings in which two runs differ and may not, as a clause of a sentence; empty if there are none.
-
-    A setting that did not exist when the run started had its default then.
 
     >>> from gengap_dist.config.sections import OptimConfig
     >>> differences({"seed": 3}, RunConfig(seed=3))
@@ -81,7 +88,7 @@ def differences(before: Mapping[str, Any], after: BaseModel) -> str:
     >>> differences(RunConfig().model_dump(mode="json"), RunConfig(seed=3, optim=OptimConfig(lr=1.0)))
     'seed (3) was 0 and optim.lr (1.0) was 0.02'
     """
-    old, new = flat(RunConfig()) | flat(before), flat(after)
+    old, new = complete_settings(before), flat(after)
     names = [name for name in {**new, **old} if old.get(name) != new.get(name) and not may_change_on_resume(name)]
     return " and ".join(f"{name} ({new.get(name)}) was {old.get(name)}" for name in names)
 
@@ -101,7 +108,7 @@ def changed_on_resume(before: Mapping[str, Any], after: RunConfig) -> str:
     """
     if not (changed := differences(before, after)):
         return ""
-    old, new = flat(RunConfig()) | flat(before), flat(after)
+    old, new = complete_settings(before), flat(after)
     names = [name for name in new if old.get(name) != new[name] and not may_change_on_resume(name)]
     length = next((name for name in LENGTHS if names == [name]), None)
     if length is None or not old[length] or not new[length] or new[length] < old[length]:

@@ -15,7 +15,7 @@ from gengap_dist.analysis.looks import NEVER, look_of
 from gengap_dist.analysis.registration import registration_sentence
 from gengap_dist.analysis.results import Comparison, Curve, Run
 from gengap_dist.analysis.rules.look import Look
-from gengap_dist.config.loading import flat
+from gengap_dist.config.identity import complete_settings
 from gengap_dist.config.measures import OWN_BATCH, PRIMARY, PRIMARY_VIEWS, WEIGHT_VIEW
 from gengap_dist.config.metric_key import LayerKey, MetricKey
 from gengap_dist.errors import UsageError
@@ -409,7 +409,7 @@ class StudyData:
 def comparison_run(run: RunData, tuned: Collection[str]) -> Run:
     """The data of a run that a comparison uses; settings tuned for each arm are left out."""
     info, result = run.info, run.info.get("result") or {}
-    settings = {name: value for name, value in flat(info["config"]).items() if name not in tuned}
+    settings = {name: value for name, value in complete_settings(info["config"]).items() if name not in tuned}
     first, last = run.first_and_last_probe()
     num_updates = int(result.get("num_steps") or info.get("num_steps") or 0)
     metric, primary = run.metric, run.primary_measure

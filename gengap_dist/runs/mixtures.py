@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from gengap_dist.config.identity import declared_effect
+from gengap_dist.config.identity import complete_settings, declared_effect
 from gengap_dist.config.loading import flat
 from gengap_dist.runs.data_changes import data_changes
 
@@ -14,7 +14,7 @@ Infos = Mapping[str, Mapping[str, Any]]
 
 def data_key(config: Mapping[str, Any]) -> str:
     """The settings of a run that decide which data it has: equal where the data must be equal."""
-    settings = flat(config)
+    settings = complete_settings(config)
     names = {n: v for n, v in settings.items() if n.startswith("data.") and declared_effect(n) == "result"}
     size, drawn_by = names.pop("data.num_train", None), names.pop("data.subset", None)
     if size is not None:  # without a subset the key is that of runs that knew none

@@ -19,6 +19,7 @@ from gengap_dist.config.loading import field_names, flat, nested, validate
 from gengap_dist.config.sections import RunConfig, Section
 from gengap_dist.config.study import StudyConfig
 from gengap_dist.errors import UsageError
+from gengap_dist.runs.mixtures import data_key
 from gengap_dist.tracking.mlflow.importer import SourceNames
 from tests.cli.test_compare import run_folder
 
@@ -235,3 +236,13 @@ def test_betas_of_another_program_stay_as_they_are():
     scaled = {"batch.global_size": 256, "optim.base_size": 64, "optim.scaling": "adam_sqrt"}
     for betas in (["a"], [0.9], None, "high"):
         assert effective_settings(scaled | {"optim.betas": betas})["optim.betas"] == betas
+
+
+def test_a_run_that_lacks_a_setting_of_today_had_its_default(tmp_path):
+    for name, settings in (("old", {}), ("new", {"model.depth": RunConfig().model.depth, "data.context": 128})):
+        run_folder(tmp_path / name, 64, 3 if name == "old" else 4, 0.9, **settings)
+    run_folder(tmp_path / "other", 64, 5, 0.9, **{"optim.eps": 0.5})
+    found, _ = gather([str(tmp_path)], tmp_path / "out", SourceNames(), None, "", across=True)
+    assert sorted(len(found.finished_runs(arm)) for arm in found.arms) == [1, 2]
+    old, new, other = ({"data": {}}, {"data": {"context": 128}}, {"data": {"context": 7}})
+    assert data_key(old) == data_key(new) != data_key(other)

@@ -9,8 +9,7 @@ Examples:
   gengap compare runs:/3f2a... runs:/77c1... --accuracy test_acc --percent --size batch_size --seed random_seed
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,25 +34,13 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.runs import run_folder
     from gengap_dist.runs.schema import StudyInfo
 
-    made = [folder for folder in (out, out.parent) if not folder.exists()]
+    made = run_folder.missing_folders(out)
     run_folder.prepare_folder(out, "study.json", resume=True)
-    with _removing_if_empty(made):
+    with run_folder.removing_if_empty(made):
         study = _gathered(options, out)
     run_folder.write_info(out, StudyInfo.model_validate(study.info))
     print_study(study, write_report(study), None)
     return OK
-
-
-@contextmanager
-def _removing_if_empty(folders: Sequence[Path]) -> Iterator[None]:
-    """Context that removes folders again if it is left by an error, unless there is something in them."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            for folder in folders:
-                folder.rmdir()
-        raise
 
 
 def _gathered(options: CompareOptions, out: Path) -> "StudyData":

@@ -20,7 +20,6 @@ from gengap_dist.cli.options import DoctorOptions, parse
 from gengap_dist.config.loading import to_yaml
 from gengap_dist.config.sections import RunConfig
 from gengap_dist.config.study import StudyConfig, resolve_run_or_study
-from gengap_dist.credentials import redacted
 from gengap_dist.errors import UsageError
 
 if TYPE_CHECKING:  # torch is not loaded for --help
@@ -69,8 +68,7 @@ def _check_arms(arms: Mapping[str, RunConfig]) -> "CheckResult":
     try:
         check_arms(arms, RuntimeContext())
     except UsageError as error:
-        found, _, remedy = redacted(str(error)).rpartition(": ")
-        return CheckResult("fail", found, remedy)
+        return CheckResult.refusal(error)
     return CheckResult("ok", f"all {len(arms)} match their data and networks")
 
 

@@ -15,7 +15,6 @@ names them. Without --out, diagnostics and controls are those of the network ask
 
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,23 +59,19 @@ def command(argv: Sequence[str]) -> int:
     from gengap_dist.cli.terminal import MeasurementProgress
     from gengap_dist.distributed.process_group import destroy_process_group, init_process_group
     from gengap_dist.distributed.runtime_context import rank_environment
-    from gengap_dist.runs.run_folder import prepare_folder
+    from gengap_dist.runs.run_folder import missing_folders, prepare_folder, removing_if_empty
     from gengap_dist.training.probe_only import probe
 
     networks = _of_run(folder, which_weights) if is_run else _of_file(options.weights)
-    made = out if out and rank_environment()[0] == 0 and not out.exists() else None
+    made: list[Path] = []
     if out and rank_environment()[0] == 0:
+        made = missing_folders(out)
         prepare_folder(out, "run.json", resume=False)
-    try:
+    with removing_if_empty(made):
         world = init_process_group(config.launch.device, config.launch.timeout_seconds)
         world.barrier()  # rank 0 has created the folder, or has raised
         with MeasurementProgress(enabled=world.rank == 0) as progress:
             observations = probe(config, world, networks, out, progress)
-    except BaseException:
-        if made:
-            with suppress(OSError):  # it has something in it
-                made.rmdir()
-        raise
     if world.rank == 0:
         _show(options, config, observations, out)
     destroy_process_group()

@@ -31,7 +31,7 @@ from gengap_dist.runs import lease, run_folder
 from gengap_dist.runs.schema import RunStatus
 from gengap_dist.study import runner
 from gengap_dist.study.run_matrix import Forecast, PlannedRun, StudyCallback
-from gengap_dist.tracking.mlflow.client import usable_store_uri
+from gengap_dist.tracking.mlflow.client import check_store
 from gengap_dist.tracking.mlflow.process import UploaderProcess
 from gengap_dist.training.run_cost import ArmFacts
 
@@ -69,6 +69,7 @@ def command(
             if not options.dry_run:
                 runner.run_study(config, out, StudyCallback(), driver=False)
             return OK
+        check_store(config.mlflow)
         if options.dry_run:
             return _dry_run(config, out, "" if launchers.uses_torchrun(config.launch) else _start_line(prog, argv))
         with lease.holding(out, _warn):
@@ -107,8 +108,6 @@ def _dry_run(config: StudyConfig, out: Path, start: str) -> int:
         def on_forecast(self, forecast: Forecast) -> None:
             page.append(forecast_line(config, forecast))
 
-    if config.mlflow.enabled:
-        usable_store_uri(config.mlflow.tracking_uri)
     runner.check_concurrent(config)
     with RunProgress(out.name) as progress:
         runner.run_study(config, out, Kept(), driver=True, warn=_warn, dry_run=True)
@@ -120,8 +119,6 @@ def _dry_run(config: StudyConfig, out: Path, start: str) -> int:
 
 def _drive(config: StudyConfig, out: Path, sources: Sequence[Path]) -> int:
     """The driver process: folders, progress, MLflow, the report."""
-    if config.mlflow.enabled:
-        usable_store_uri(config.mlflow.tracking_uri)  # before anything is written
     runner.prepare(config, out, _warn, sources)
     uploader = UploaderProcess(out, config.mlflow) if config.mlflow.enabled else None
     try:

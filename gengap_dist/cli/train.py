@@ -30,7 +30,7 @@ from gengap_dist.distributed.preemption import ending_on_signals
 from gengap_dist.errors import UsageError, explaining_full_disk
 from gengap_dist.runs import lease, run_folder
 from gengap_dist.runs.links import check_links
-from gengap_dist.tracking.mlflow.client import usable_store_uri
+from gengap_dist.tracking.mlflow.client import check_store
 from gengap_dist.tracking.mlflow.process import UploaderProcess
 from gengap_dist.training import ENTRY_POINT
 
@@ -64,6 +64,7 @@ def command(argv: Sequence[str]) -> int:
             with launcher() as ranks:
                 ranks.run(config, out, resume=options.resume, progress=lambda done, total, note: None)
             return OK
+        check_store(config.mlflow)
         with lease.holding(out, _warn):
             resume = options.resume or launchers.restarted() or _started_by_this_launch(out)
             if resume and (out / "run.json").exists() and any(out.glob("checkpoints/step_*")):
@@ -80,8 +81,6 @@ def _started_by_this_launch(out: Path) -> bool:
 
 def _drive(ranks: launchers.Launcher, config: RunConfig, out: Path, resume: bool) -> int:
     """The driver process: the folder, progress, MLflow, the report."""
-    if config.mlflow.enabled:
-        usable_store_uri(config.mlflow.tracking_uri)  # before anything is written
     run_folder.prepare_folder(out, "run.json", resume=resume)
     uploader = UploaderProcess(out, config.mlflow) if config.mlflow.enabled else None
     try:

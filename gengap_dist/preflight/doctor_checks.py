@@ -61,6 +61,16 @@ class CheckResult(NamedTuple):
     found: str
     remedy: str = ""
 
+    @classmethod
+    def refusal(cls, error: UsageError) -> "CheckResult":
+        """The failure that an error says: what is wrong, and after its last colon what to do.
+
+        >>> CheckResult.refusal(UsageError("optim.lr (-1.0) is negative: choose a positive one"))
+        CheckResult(status='fail', found='optim.lr (-1.0) is negative', remedy='choose a positive one')
+        """
+        found, _, remedy = redacted(str(error)).rpartition(": ")
+        return cls(FAIL, found, remedy)
+
     def if_needed(self, needed: bool) -> "CheckResult":
         """This result, with a failure reduced to a warning unless `needed`."""
         return self if needed or self.status != FAIL else self._replace(status=WARN)
@@ -431,8 +441,7 @@ def mlflow(request: CheckRequest) -> CheckResults:
     try:
         uri = usable_store_uri(request.config.mlflow.tracking_uri)
     except UsageError as error:
-        found, _, remedy = str(error).rpartition(": ")
-        return {"mlflow": CheckResult(FAIL, found, remedy).if_needed(needed)}
+        return {"mlflow": CheckResult.refusal(error).if_needed(needed)}
     if path := sqlite_path(uri):
         return {"mlflow": _sqlite(version, path).if_needed(needed)}
     shown = without_logins(uri)

@@ -18,8 +18,8 @@ import subprocess
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -113,6 +113,23 @@ def prepare_folder(out: Path, marker: str, *, resume: bool) -> None:
             raise UsageError(f"--out ({out}) already holds a {marker}: add --resume to continue it, or choose another")
     elif not all(_is_of_a_start(path, resume=resume) for path in out.iterdir()):
         raise UsageError(f"--out ({out}) holds other files and no {marker}: choose a new or empty folder")
+
+
+def missing_folders(out: Path) -> list[Path]:
+    """Of a folder and its parent those that `prepare_folder` would make, the inner one first."""
+    return [folder for folder in (out, out.parent) if not folder.exists()]
+
+
+@contextmanager
+def removing_if_empty(folders: Sequence[Path]) -> Iterator[None]:
+    """Context that removes folders again if it is left by an error, unless there is something in them."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in folders:
+                folder.rmdir()
+        raise
 
 
 def check_settings(out: Path, info: RunInfo, config: RunConfig) -> None:

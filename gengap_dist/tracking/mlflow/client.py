@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from gengap_dist.compat.fast_imports import fast_imports
+from gengap_dist.config.sections import MlflowConfig
 from gengap_dist.credentials import check_address, login_of, printable, without_logins
 from gengap_dist.errors import UsageError
 
@@ -26,6 +27,7 @@ CLIENT_DEFAULTS = {  # a dead server must be detected in seconds; with MLflow's 
 }
 DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 MAX_ERROR = 2000  # characters
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 OTHER_SCHEMES = ("", "file", "databricks", "databricks-uc", "uc")
 HOST_AND_PORT = re.compile(r"[\w.-]+:\d+(/|$)")  # without a scheme, or what looks like one before the port
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
@@ -61,15 +63,23 @@ def usable_store_uri(configured: str | None) -> str:
     is_web = parts.scheme in ("http", "https")
     if HOST_AND_PORT.match(uri) or (is_web and not parts.hostname):
         raise UsageError(f"{shown} is not the address of a server: write http://HOST:PORT or https://HOST")
-    is_database = parts.scheme.partition("+")[0] in (*DEFAULT_PORTS, "sqlite") and not parts.scheme.startswith("http")
-    if not (is_web or is_database or parts.scheme in OTHER_SCHEMES):
-        plug_ins = {each.name for each in entry_points(group="mlflow.tracking_store")}
-        if parts.scheme not in plug_ins:
-            raise UsageError(
-                f"{shown} is of no kind that MLflow knows ({parts.scheme}): give http://HOST:PORT, https://HOST, "
-                "sqlite:///FILE or the address of a database, or install the plug-in of MLflow that has it"
-            )
+    is_known = is_web or parts.scheme in OTHER_SCHEMES or parts.scheme.partition("+")[0] in DATABASES
+    if not is_known and not entry_points(group="mlflow.tracking_store", name=parts.scheme):  # a plug-in's
+        raise UsageError(
+            f"{shown} is of no kind that MLflow knows ({parts.scheme}): give http://HOST:PORT, https://HOST, "
+            "sqlite:///FILE or the address of a database, or install the plug-in of MLflow that has it"
+        )
     return uri
+
+
+def check_store(config: MlflowConfig) -> None:
+    """Refuse a store to which nothing could be sent, before anything is written.
+
+    Raises:
+        UsageError: see `usable_store_uri`.
+    """
+    if config.enabled:
+        usable_store_uri(config.tracking_uri)
 
 
 def sqlite_uri(path: Path) -> str:

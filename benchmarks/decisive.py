@@ -31,11 +31,26 @@ from gengap_dist.statistics.two_way import two_way
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PAGE, FOLDER = "decisive.md", "decisive"
-LAYERS = {"mlp": ("fc1", "fc2"), "lenet5": ("fc1", "fc2")}
-"""Penalised layers by network, the last hidden one last."""
-COMMON_STEP = 215  # a measurement of every arm, after the warm-up
-WEIGHTS = {"mlp": ("fc1.affine", "fc2.affine", "head"), "lenet5": ("fc1.affine", "fc2.affine", "fc3")}
-"""Layers by network whose norms of weights are shown."""
+
+
+class Network(NamedTuple):
+    """What the tables show of a network."""
+
+    layers: tuple[str, ...]
+    """Penalised layers, as they are measured, the last hidden one last."""
+    weights: tuple[str, ...]
+    """Layers whose norms of weights are shown."""
+    step: int = 215
+    """A measurement of every arm, after the warm-up, whose update is shown."""
+
+
+NETWORKS = {
+    "mlp": Network(("fc1", "fc2"), ("fc1.affine", "fc2.affine", "head")),
+    "lenet5": Network(("fc1", "fc2"), ("fc1.affine", "fc2.affine", "fc3")),
+    "resnet20": Network(
+        tuple(f"stage3.{block}.act/pool" for block in range(3)), ("stage3.2.conv1.affine", "stage3.2.conv2.affine", "head"), 100
+    ),
+}
 
 
 def studies(results: Path = RESULTS) -> dict[str, StudyData]:
@@ -298,9 +313,9 @@ def measures(study: StudyData) -> str:
 
 def scale(study: StudyData) -> str:
     """Scale of activations and of weights, divided by that of the untrained network, and the size of updates."""
-    names, weights = layers(study), WEIGHTS[model_name(study)]
+    names, weights, step = NETWORKS[model_name(study)]
     head = ["arm", *(f"tr C, {name}" for name in names), *(f"weights, {name}" for name in weights)]
-    head += ["distance from init", f"update of step {COMMON_STEP}", "penalty's gradient", "test accuracy, %"]
+    head += ["distance from init", f"update of step {step}", "penalty's gradient", "test accuracy, %"]
     rows = []
     for arm in study.arms:
         runs = study.finished_runs(arm)
@@ -314,7 +329,7 @@ def scale(study: StudyData) -> str:
                         for name in weights
                     ),
                     f"{np.mean([last(run, 'distance_from_init') for run in runs]):.2f}",
-                    f"{1000 * np.mean([update_at(run, COMMON_STEP) for run in runs]):.2f}e-3",
+                    f"{1000 * np.mean([update_at(run, step) for run in runs]):.2f}e-3",
                     penalty_norm(runs),
                     spread([100 * run.info["result"]["test/accuracy"] for run in runs]),
                 ]
@@ -327,7 +342,7 @@ def scale(study: StudyData) -> str:
 
 def layers(study: StudyData) -> tuple[str, ...]:
     """The penalised layers of a study."""
-    return LAYERS[model_name(study)]
+    return NETWORKS[model_name(study)].layers
 
 
 def model_name(study: StudyData) -> str:
@@ -398,7 +413,8 @@ def draw(study: StudyData, path: Path) -> None:
         labels = [(by_rank, *_draw_arms(study, by_rank, lambda run: last(run, near_rank_loss)))]
         by_rank.set_xlabel(f"near-rank loss of {layer}, centred")
         by_rank.set_ylabel("test accuracy, %")
-        by_rank.set_title("Arms: means and two standard errors; blue: batch 32", fontsize=9, loc="left")
+        title = f"Arms: means and two standard errors; blue: batch {study.finished_runs('sb')[0].global_size}"
+        by_rank.set_title(title, fontsize=9, loc="left")
         if study.comparison.interventions:
             _draw_contrasts(study.comparison.interventions[0], second)
         else:

@@ -48,7 +48,9 @@ NETWORKS = {
     "mlp": Network(("fc1", "fc2"), ("fc1.affine", "fc2.affine", "head")),
     "lenet5": Network(("fc1", "fc2"), ("fc1.affine", "fc2.affine", "fc3")),
     "resnet20": Network(
-        tuple(f"stage3.{block}.act/pool" for block in range(3)), ("stage3.2.conv1.affine", "stage3.2.conv2.affine", "head"), 100
+        tuple(f"stage3.{block}.act/pool" for block in range(3)),
+        ("stage3.2.conv1.affine", "stage3.2.conv2.affine", "head"),
+        100,
     ),
 }
 

@@ -11,7 +11,14 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from typing import Any, Literal, NamedTuple
 
 from gengap_dist.analysis.results import Run
-from gengap_dist.config.identity import LENGTHS, Settings, counterpart_key, differing_settings, effective_settings
+from gengap_dist.config.identity import (
+    LENGTHS,
+    NORM,
+    Settings,
+    counterpart_key,
+    differing_settings,
+    effective_settings,
+)
 from gengap_dist.config.sections import OptimConfig
 
 SAME = 0.02  # epochs and updates that differ by less count as equal: the last step of an epoch may be smaller
@@ -27,7 +34,6 @@ SCALED = {
 RATE = {*SCALED, "optim.warmup_epochs", "optim.scaling", "optim.beta2_scaling", "optim.weight_decay_scaling"}
 LENGTH = {*LENGTHS, "train.num_evals"}
 LENGTH_AND_WARMUP = LENGTH | {"optim.warmup_epochs"}  # the same warm-up in updates is another number of epochs
-NORM = {"model.norm", "batch.ghost_size"}
 STRENGTH, MEASURE, PLACEBO_OF = "algorithm.rank_penalty", "algorithm.rank_measure", "algorithm.placebo_of"
 SAME_MACHINERY = ("algorithm.rank_layers", "algorithm.rank_images")
 """What all interventions that are compared must share."""

@@ -31,6 +31,7 @@ NO_RULES = {
 """Settings that say what follows the global batch, without effect."""
 WHERE_IT_STOPS = ("train.target_accuracy", "train.target_loss", "train.num_evals")
 """The target is noticed at an evaluation."""
+NORM = {"model.norm", "batch.ghost_size"}
 LOCAL_GROUPS = ("batch.micro_size", "launch.num_processes", "launch.max_processes")
 
 LENGTHS = ("train.epochs", "train.steps", "train.tokens")
@@ -213,9 +214,19 @@ def differing_settings(one: Settings, other: Settings) -> set[str]:
 
     >>> differing_settings({"batch.global_size": 8, "optim.lr": 0.1}, {"batch.global_size": 64, "optim.lr": 0.1})
     set()
+
+    At a batch of one ghost group batch norm is the same as over the whole batch (sync): such an arm differs neither
+    from a larger batch with groups of that size nor from one that is normalised as a whole.
+
+    >>> small = {"batch.global_size": 64, "model.norm": "ghost", "batch.ghost_size": 64}
+    >>> large = {"batch.global_size": 512, "model.norm": "ghost", "batch.ghost_size": 64}
+    >>> whole = {"batch.global_size": 512, "model.norm": "sync", "batch.ghost_size": None}
+    >>> differing_settings(large, small), differing_settings(whole, small), sorted(differing_settings(large, whole))
+    (set(), set(), ['batch.ghost_size', 'model.norm'])
     """
     first, second = effective_settings(one), effective_settings(other)
-    return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+    differs = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+    return differs if any(one.get(name) != other.get(name) for name in NORM) else differs - NORM
 
 
 def counterpart_key(settings: Settings, remedy: Collection[str] = ()) -> Hashable:

@@ -717,6 +717,21 @@ def test_arms_have_the_roles_that_their_settings_give_them():
     }
 
 
+def test_a_larger_batch_is_plain_with_the_groups_of_a_baseline_of_one_group_and_with_its_rule():
+    """Batch norm over 32 samples at both batches; or over the batch at both; or over 64 at the large one."""
+    norms = {"sb": (32, 32), "lb": (2048, 32), "lb-64": (2048, 64)}
+    settings = {
+        name: LARGE | {"batch.global_size": size, "model.norm": "ghost", "batch.ghost_size": ghost}
+        for name, (size, ghost) in norms.items()
+    }
+    settings["lb-sync"] = settings["lb"] | {"model.norm": "sync", "batch.ghost_size": None}
+    rng, end = np.random.default_rng(1), Ending(verdicts.ACCURACY)
+    arms = group_by_arm(
+        [simulated_run(rng, name, seed, each, end) for name, each in settings.items() for seed in (0, 1)]
+    )
+    assert [arm.name for arm in roles(arms, "sb").plain] == ["lb", "lb-sync"]
+
+
 ADAM = LARGE | {"optim.name": "adamw", "optim.betas": [0.9, 0.999], "optim.weight_decay": 0.1, "optim.base_size": 32}
 HALF_LIFE: dict[str, object] = {"optim.beta2_scaling": "half_life"}
 DECAY: dict[str, object] = {"optim.weight_decay_scaling": "linear"}

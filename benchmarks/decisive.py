@@ -83,9 +83,9 @@ def bodies(study: StudyData) -> dict[str, str]:
         "claims": claims(study),
         "scale": scale(study),
     }
-    if {"sb-lower", "lb-raise"} <= {*study.arms}:
+    if {"sb-raise", "lb-raise"} <= {*study.arms}:
         out["measures"] = measures(study)
-    else:
+    if "sb-lower" not in study.arms:
         out["differences"] = differences(study)
     if {"lb-trace", "lb-raise"} <= {*study.arms}:
         out["same rank"] = same_rank(study)
@@ -297,20 +297,39 @@ def measures(study: StudyData) -> str:
         "absolute, raw, < .01": lambda run: last(run, f"near_rank_loss/{layer}/abs_1e-2"),
         "own batch, raw, change since untrained": own_batch,
     }
-    routes = route_names(study)
+    if is_at_floor(study):
+        known |= {
+            "centred, < .1 s1": lambda run: last(run, f"near_rank_loss/{layer}/centred/rel_1e-1"),
+            "1 - effective rank / units, centred": partial(lost_rank, layer=layer),
+        }
+    routes, lowering = route_names(study), [arm for arm in ("sb-lower",) if arm in study.arms]
     rows = []
     for name, measure in known.items():
-        arms = ["sb", "lb", "sb-lower"]
+        arms = ["sb", "lb", *lowering]
         arms += [f"{batch}-{each}" for batch in ("sb", "lb") for each in ("placebo", *routes)]
         of = values(study, measure, arms)
         growth = of["lb"] - of["sb"]
         row = [name, number(growth, look)]
         changes = [of["lb-placebo"] - of[f"lb-{each}"] - of["sb-placebo"] + of[f"sb-{each}"] for each in routes]
-        for change in (*changes, of["sb-lower"] - of["sb-placebo"]):
+        changes += [of[arm] - of["sb-placebo"] for arm in lowering]
+        for change in changes:
             passes = look.is_above(growth) and look.is_above(change - growth / 2)
             row.append(number(change, look) + (" \u2713" if passes else ""))
         rows.append(row)
-    return table(["measure", "growth", *(f"fall by {route}" for route in routes), "rise by lower"], rows)
+    return table(
+        ["measure", "growth", *(f"fall by {route}" for route in routes), *["rise by lower"] * len(lowering)], rows
+    )
+
+
+def is_at_floor(study: StudyData) -> bool:
+    """Whether the measure of the claims is 0 in every trained network."""
+    name = f"near_rank_loss/{layers(study)[-1]}/centred/rel_1e-2"
+    return not any(last(run, name) for arm in study.arms for run in study.finished_runs(arm))
+
+
+def lost_rank(run: RunData, layer: str) -> float:
+    """1 - effective rank / units of the centred activations of a layer: 0 if all directions are alike, at most 1."""
+    return 1 - last(run, f"effective_rank/{layer}/centred") / run.num_units[layer.partition("/")[0]]
 
 
 def scale(study: StudyData) -> str:
@@ -411,12 +430,15 @@ def draw(study: StudyData, path: Path) -> None:
         figure = Figure(figsize=(9.5, 4.2), layout="constrained")
         by_rank, second = figure.subplots(1, 2, width_ratios=(1.25, 1))
         layer = layers(study)[-1]
-        near_rank_loss = f"near_rank_loss/{layer}/centred/rel_1e-2"
-        labels = [(by_rank, *_draw_arms(study, by_rank, lambda run: last(run, near_rank_loss)))]
-        by_rank.set_xlabel(f"near-rank loss of {layer}, centred")
+        near_rank_loss = partial(last, name=f"near_rank_loss/{layer}/centred/rel_1e-2")
+        at_floor = is_at_floor(study)
+        labels = [
+            (by_rank, *_draw_arms(study, by_rank, partial(lost_rank, layer=layer) if at_floor else near_rank_loss))
+        ]
+        by_rank.set_xlabel(f"{'1 - effective rank / units' if at_floor else 'near-rank loss'} of {layer}, centred")
         by_rank.set_ylabel("test accuracy, %")
-        title = f"Arms: means and two standard errors; blue: batch {study.finished_runs('sb')[0].global_size}"
-        by_rank.set_title(title, fontsize=9, loc="left")
+        smallest = study.finished_runs("sb")[0].global_size
+        by_rank.set_title(f"Arms: means and two standard errors; blue: batch {smallest}", fontsize=9, loc="left")
         if study.comparison.interventions:
             _draw_contrasts(study.comparison.interventions[0], second)
         else:
@@ -434,13 +456,14 @@ def draw(study: StudyData, path: Path) -> None:
 def _draw_arms(study: StudyData, axes: Any, measure: Callable[[RunData], float]) -> tuple[list[Any], list[Any]]:
     """Draw; returns the arguments of `label_points`: the means with the names of the arms, and what else is drawn."""
     points, drawn = [], []
+    smallest = study.finished_runs("sb")[0].global_size
     for arm in study.arms:
         runs = study.finished_runs(arm)
         if len(runs) < 2:
             continue
         x = np.array([measure(run) for run in runs])
         y = np.array([100 * run.info["result"]["test/accuracy"] for run in runs])
-        color = WARM if runs[0].global_size > 32 else ACCENT
+        color = WARM if runs[0].global_size > smallest else ACCENT
         bar = {"color": color, "markersize": 6, "linewidth": 1, "alpha": 0.9, "fmt": marker_of(arm)}
         bar |= {"mfc": PAPER, "mew": 1.4} if bar["fmt"] == "o" and "placebo" in arm else {}
         n = len(runs) ** 0.5

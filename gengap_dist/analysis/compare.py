@@ -204,6 +204,13 @@ def _caveats(
     partly = [name for name, arm in arms.items() if any(measured - run.measures.keys() for run in arm.runs.values())]
     if measured and partly:
         out.append(f"Some explanations were not measured in every run: {', '.join(partly)}.")
+    near_rank_losses = [run.near_rank_loss for arm in arms.values() for run in arm.runs.values()]
+    if near_rank_losses and all(loss == 0 for loss in near_rank_losses):
+        out.append(
+            "Near-rank loss of the last hidden layer is 0 in every trained network: no singular value of its centred "
+            "activations is below 0.01 of the largest, so this measure counts nothing here. Effective rank has no "
+            "threshold."
+        )
     unpaired = [name for name in arms if name != baseline and name not in gaps]
     if unpaired and baseline in arms and arms[baseline].runs:
         out.append(f"No seed has both the baseline and: {', '.join(unpaired)}.")

@@ -567,6 +567,16 @@ def test_survivors_do_not_say_that_near_rank_loss_does_not_grow():
     assert of(changed(runs, "sb", range(5), status="diverged", score=None), "explains").outcome == "undecided"
 
 
+@pytest.mark.parametrize(("value", "finding"), [(0.0, "not asked"), (0.001, "does not grow")])
+def test_a_measure_that_counts_nothing_asks_nothing(value, finding):
+    """Near-rank loss that is 0 in every run may be that of a threshold too low, not of activations of full rank."""
+    runs = [run._replace(near_rank_loss=value) for run in study(num_seeds=10)]
+    claim, caveats = of(runs, "explains"), " ".join(compare(runs, "sb").caveats)
+    assert (claim.finding, of(runs, "near_rank_loss_grows").outcome) == (finding, "contradicted")
+    assert ("its measure counts nothing" in claim.evidence) == (value == 0) == ("counts nothing here" in caveats)
+    assert ("is not the cause" in judge(runs, "sb").answer) == (value > 0)
+
+
 def test_the_share_of_the_loss_through_the_rank_is_printed():
     claim = of(study(num_seeds=10, share=1.0), "explains")
     assert claim.finding == "explains most"

@@ -148,6 +148,8 @@ def _at_batch(study: JudgedStudy, large: Arm, experiment: _Experiment | str) -> 
         return _not_asked(large, "it does not surely lose", facts, may_lose=may_lose)
     if study.missing((large, base), (lost,)) or study.missing((large, base), (growth,)):
         return _not_asked(large, "not all pairs have a result and near-rank loss of the last hidden layer", facts)
+    if not any(loss for arm in (large, base) for loss in study.near_rank_losses(arm).values()):
+        return _not_asked(large, "near-rank loss is 0 in all runs of both batches: its measure counts nothing", facts)
     if look.is_below(array_of(growth), NEAR_RANK_MARGIN):
         p = max(look.p(array_of(lost)), look.p(array_of(growth), NEAR_RANK_MARGIN))
         return Verdict("does not grow", p, ""), f"{facts}: that does not grow, and so is not the cause."
@@ -295,18 +297,23 @@ def _result(study: JudgedStudy, experiment: _Experiment, finding: Finding, reaso
     def of_ranks(quantity: str, values: np.ndarray) -> Estimate:
         return _estimate(quantity, values, study.look)
 
+    grows = bool(ranks.rise.mean())  # else it has no share that another change could be of
     estimates = [of_scores("lost", lambda each: -each.rise), of_ranks("growth", ranks.rise)]
     for at, route in enumerate(scores.routes):
         estimates += [
             of_ranks(f"fall by {route.name}", fall_of(ranks.routes[at])),
             of_scores(f"gain by {route.name}", lambda each, at=at: gain_of(each, ranks, at)[0]),
-            of_scores(f"raising by {route.name}", lambda each, at=at: gain_of(each, ranks, at)[1]),
+            *(
+                [of_scores(f"raising by {route.name}", lambda each, at=at: gain_of(each, ranks, at)[1])]
+                if grows
+                else []
+            ),
         ]
     lowered = trial.lowered.arm.name
     estimates += [
         of_ranks(f"rise by {lowered}", rise_of(ranks)),
         of_scores(f"cost of {lowered}", lambda each: cost_of(each, ranks)[0]),
-        of_scores(f"lowering by {lowered}", lambda each: cost_of(each, ranks)[1]),
+        *([of_scores(f"lowering by {lowered}", lambda each: cost_of(each, ranks)[1])] if grows else []),
     ]
     for first, second in combinations(range(len(scores.routes)), 2):
         names = f"{scores.routes[second].name} minus {scores.routes[first].name}"

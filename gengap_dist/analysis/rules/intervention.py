@@ -13,6 +13,7 @@ Raising and lowering above 0: more than half of the loss goes through the rank. 
 are needed, because each may help training by other means.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -113,18 +114,23 @@ def judge_arms(scores: Arms, near_rank_losses: Arms, look: Look) -> Verdict:
 
 
 def gain_of(scores: Arms, near_rank_losses: Arms, at: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of route number `at`: gain [n], and raising [n]."""
+    """Of route number `at`: gain [n], and raising [n], which is nan if near-rank loss does not grow at all."""
     route, ranks = scores.routes[at], near_rank_losses.routes[at]
     lost, growth = -scores.rise, near_rank_losses.rise
     gain = route.large_raised - route.large_placebo - (route.small_raised - route.small_placebo)
-    return gain, gain - fall_of(ranks).mean() / growth.mean() * lost / 2
+    return gain, gain - _ratio(fall_of(ranks), growth) * lost / 2
 
 
 def cost_of(scores: Arms, near_rank_losses: Arms) -> tuple[np.ndarray, np.ndarray]:
-    """Of lowering the rank: cost [n], and lowering [n]."""
+    """Of lowering the rank: cost [n], and lowering [n], which is nan if near-rank loss does not grow at all."""
     lost, growth = -scores.rise, near_rank_losses.rise
     cost = scores.small_placebo - scores.small_lowered
-    return cost, cost - rise_of(near_rank_losses).mean() / growth.mean() * lost / 2
+    return cost, cost - _ratio(rise_of(near_rank_losses), growth) * lost / 2
+
+
+def _ratio(change: np.ndarray, growth: np.ndarray) -> float:
+    """Mean change divided by mean growth, of [n] each; nan without growth."""
+    return float(change.mean() / growth.mean()) if growth.mean() else math.nan
 
 
 def rise_of(near_rank_losses: Arms) -> np.ndarray:

@@ -87,7 +87,7 @@ def bodies(study: StudyData) -> dict[str, str]:
         out["measures"] = measures(study)
     if "sb-lower" not in study.arms:
         out["differences"] = differences(study)
-    if {"lb-trace", "lb-raise"} <= {*study.arms}:
+    if {"lb-trace", "lb-raise"} <= {*study.arms} and not is_at_floor(study):
         out["same rank"] = same_rank(study)
     if comparison.interventions and len(study.info["seeds"]) < max(looks(study), default=0):
         out["second look"] = second_look(study, comparison.interventions[0])
@@ -177,7 +177,7 @@ class Contrast(NamedTuple):
     by_image: np.ndarray
     """Right (1) or wrong (0), of every test image: [n, M]."""
     near_rank_loss: np.ndarray
-    """Of the last hidden layer, centred: [n]."""
+    """Of the last hidden layer, centred, or, where that is 0 everywhere, what `lost_rank` says: [n]."""
 
     def points(self, look: Look) -> tuple[str, str]:
         """Points of test accuracy with the interval on these images, and that on new images."""
@@ -194,12 +194,24 @@ def contrast(study: StudyData, arm: str, other: str) -> Contrast:
         of = values(study, measure, (arm, other))
         return of[arm].astype(float) - of[other]
 
-    name = f"near_rank_loss/{layers(study)[-1]}/centred/rel_1e-2"
     return Contrast(
         difference(lambda run: run.info["result"]["test/accuracy"]),
         difference(lambda run: run.test_correct()),
-        difference(lambda run: last(run, name)),
+        difference(rank_measure(study)),
     )
+
+
+def rank_measure(study: StudyData) -> Callable[[RunData], float]:
+    """Near-rank loss of the claims; where it is 0 everywhere, `lost_rank`."""
+    layer = layers(study)[-1]
+    if is_at_floor(study):
+        return partial(lost_rank, layer=layer)
+    return partial(last, name=f"near_rank_loss/{layer}/centred/rel_1e-2")
+
+
+def rank_label(study: StudyData) -> str:
+    """What `rank_measure` is."""
+    return "1 - effective rank / units" if is_at_floor(study) else "near-rank loss"
 
 
 def differences(study: StudyData) -> str:
@@ -208,7 +220,7 @@ def differences(study: StudyData) -> str:
     for arm, other in pairs(study.arms):
         found = contrast(study, arm, other)
         rows.append([f"{arm} minus {other}", *found.points(study.look), number(found.near_rank_loss, study.look)])
-    return table(["arms", "test accuracy, points", "on new images", "near-rank loss"], rows)
+    return table(["arms", "test accuracy, points", "on new images", rank_label(study)], rows)
 
 
 def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
@@ -430,12 +442,8 @@ def draw(study: StudyData, path: Path) -> None:
         figure = Figure(figsize=(9.5, 4.2), layout="constrained")
         by_rank, second = figure.subplots(1, 2, width_ratios=(1.25, 1))
         layer = layers(study)[-1]
-        near_rank_loss = partial(last, name=f"near_rank_loss/{layer}/centred/rel_1e-2")
-        at_floor = is_at_floor(study)
-        labels = [
-            (by_rank, *_draw_arms(study, by_rank, partial(lost_rank, layer=layer) if at_floor else near_rank_loss))
-        ]
-        by_rank.set_xlabel(f"{'1 - effective rank / units' if at_floor else 'near-rank loss'} of {layer}, centred")
+        labels = [(by_rank, *_draw_arms(study, by_rank, rank_measure(study)))]
+        by_rank.set_xlabel(f"{rank_label(study)} of {layer}, centred")
         by_rank.set_ylabel("test accuracy, %")
         smallest = study.finished_runs("sb")[0].global_size
         by_rank.set_title(f"Arms: means and two standard errors; blue: batch {smallest}", fontsize=9, loc="left")

@@ -9,6 +9,7 @@ Nothing is trained. The text of docs/results/NAME.md is written by hand; the par
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,7 +27,8 @@ from gengap_dist.config.metric_key import layer_metric
 PAGES = ("gpt_stdlib",)
 """Names of studies with a page NAME.md and a slim folder NAME."""
 DRAWN = {"gpt_stdlib": ("b8", "b16", "b32", "b64", "b64-adam-sqrt", "b8-raise")}
-"""Arms in the figure, by study."""
+"""Arms in the figure, by study; of a study that is not here, all."""
+LONG_FALL = 20.0  # of the loss: above it the axis is logarithmic
 
 
 def write(name: str, results: Path = RESULTS) -> None:
@@ -71,12 +73,14 @@ def pairs(arms: Sequence[str], baseline: str) -> list[tuple[str, str]]:
 
     >>> pairs(["b8", "b64", "b64-raise", "b64-placebo"], "b8")
     [('b64', 'b8'), ('b64-raise', 'b64'), ('b64-raise', 'b64-placebo'), ('b64-placebo', 'b64')]
+    >>> pairs(["sb", "lb", "lb+lr", "lb+lr+gbn"], "sb")
+    [('lb', 'sb'), ('lb+lr', 'lb'), ('lb+lr+gbn', 'lb+lr')]
     """
     out = []
     for arm in arms:
-        changed, _, change = arm.partition("-")
-        others = [changed] if change else [baseline]
-        others += [f"{changed}-placebo"] if change in ("raise", "lower") else []
+        changed = max((other for other in arms if arm.startswith((f"{other}-", f"{other}+"))), key=len, default="")
+        others = [changed or baseline]
+        others += [f"{changed}-placebo"] if arm.rpartition("-")[2] in ("raise", "lower") else []
         out += [(arm, other) for other in others if other in arms and other != arm]
     return out
 
@@ -88,16 +92,25 @@ def draw(study: StudyData, path: Path) -> None:
         figure = Figure(figsize=(9.5, 3.6), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, name in zip(panels, SUMMARY, strict=True):
-            for arm, color in zip(DRAWN[study.info["name"]], COLOURS, strict=False):
+            for arm, color in zip(DRAWN.get(study.info["name"], study.arms), COLOURS, strict=False):
                 runs = [run.history() for run in study.finished_runs(arm)]
-                x, y = (np.mean([run.series(key)[1] for run in runs], axis=0)
-                        for key in ("probe/loss", layer_metric(name, layer)))  # fmt: skip
+                x, y = (mean_curve(runs, key) for key in ("probe/loss", layer_metric(name, layer)))
                 axes.plot(x, y, "o-", color=color, label=arm, markersize=3, linewidth=1.2)
+            low, high = axes.dataLim.intervalx
+            if high > LONG_FALL * low:
+                axes.set_xscale("log")
             axes.invert_xaxis()
             axes.set_xlabel("loss on the probe set (training goes to the right)")
             axes.set_title(f"{name.partition('/')[0].replace('_', ' ')} of {layer}", fontsize=9, loc="left")
         panels[0].legend(frameon=False, fontsize=8)
         figure.savefig(path, metadata={"Date": None})
+
+
+def mean_curve(runs: Sequence[Any], key: str) -> list[float]:
+    """Means of a metric over runs, at the steps that all of them measured."""
+    series = [dict(zip(*run.series(key), strict=True)) for run in runs]
+    steps = sorted(set.intersection(*({*each} for each in series)))
+    return [float(np.mean([each[step] for each in series])) for step in steps]
 
 
 def main() -> None:

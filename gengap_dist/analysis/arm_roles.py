@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 from gengap_dist.analysis.results import Run
 from gengap_dist.config.identity import (
     LENGTHS,
-    NORM,
     Settings,
     counterpart_key,
     differing_settings,
     effective_settings,
+    norm_rule,
 )
 from gengap_dist.config.sections import OptimConfig
 
@@ -34,6 +34,7 @@ SCALED = {
 RATE = {*SCALED, "optim.warmup_epochs", "optim.scaling", "optim.beta2_scaling", "optim.weight_decay_scaling"}
 LENGTH = {*LENGTHS, "train.num_evals"}
 LENGTH_AND_WARMUP = LENGTH | {"optim.warmup_epochs"}  # the same warm-up in updates is another number of epochs
+NORM = {"model.norm", "batch.ghost_size"}
 STRENGTH, MEASURE, PLACEBO_OF = "algorithm.rank_penalty", "algorithm.rank_measure", "algorithm.placebo_of"
 SAME_MACHINERY = ("algorithm.rank_layers", "algorithm.rank_images")
 """What all interventions that are compared must share."""
@@ -126,7 +127,7 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
             if without := first_natural(arm):
                 groups.interventions.append(Intervention(arm, without, _kind(arm.settings)))
             continue
-        differs = differing_settings(arm.settings, base.settings)
+        differs = _differs_from_baseline(arm.settings, base.settings)
         if arm.global_size > base.global_size and differs <= RATE | LENGTH | NORM:
             plain = differs <= LENGTH_AND_WARMUP
             shorter, unscaled = shorter_of(arm), unscaled_of(arm)
@@ -140,6 +141,23 @@ def roles(arms: Mapping[str, Arm], baseline: str) -> Roles:
         if same_batch and differs <= LENGTH_AND_WARMUP and nearly_equal(updates(arm), updates(base)) is False:
             groups.other_length.append(arm)
     return groups
+
+
+def _differs_from_baseline(settings: Settings, of_base: Settings) -> set[str]:
+    """Names of the settings in which an arm differs from the baseline, except the batch.
+
+    At a batch of one ghost group batch norm is the same as over the whole batch (sync): such a baseline differs neither
+    from a larger batch with groups of that size nor from one that is normalised as a whole.
+
+    >>> small = {"batch.global_size": 64, "model.norm": "ghost", "batch.ghost_size": 64}
+    >>> groups, whole = small | {"batch.global_size": 512}, {"batch.global_size": 512, "model.norm": "sync"}
+    >>> _differs_from_baseline(groups, small), _differs_from_baseline(whole, small)
+    (set(), set())
+    >>> sorted(_differs_from_baseline(groups | {"batch.ghost_size": 32}, small))
+    ['batch.ghost_size', 'model.norm']
+    """
+    rule, of_base_rule = ((norm_rule(each), each.get("batch.ghost_size")) for each in (settings, of_base))
+    return differing_settings(settings, of_base) - (NORM if rule == of_base_rule else set())
 
 
 def _kind(settings: Mapping[str, object]) -> Literal["raise", "lower", "placebo"]:

@@ -31,7 +31,6 @@ NO_RULES = {
 """Settings that say what follows the global batch, without effect."""
 WHERE_IT_STOPS = ("train.target_accuracy", "train.target_loss", "train.num_evals")
 """The target is noticed at an evaluation."""
-NORM = {"model.norm", "batch.ghost_size"}
 LOCAL_GROUPS = ("batch.micro_size", "launch.num_processes", "launch.max_processes")
 
 LENGTHS = ("train.epochs", "train.steps", "train.tokens")
@@ -185,7 +184,9 @@ def effective_settings(settings: Settings) -> dict[str, object]:
     if out.get("algorithm.local_sgd") == "swap":  # they hold for the batch of a network, too
         rules = scaling, beta2_scaling, weight_decay_scaling
         out |= {name: rule for name, rule in zip(NO_RULES, rules, strict=False) if rule != "none"}
-    if size is not None and out.get("batch.ghost_size") == size:
+    if "model.norm" in out:
+        out["model.norm"] = norm_rule(settings)
+    if size is not None and out.get("batch.ghost_size") == size and not out.get("batch.schedule"):
         out |= {"batch.ghost_size": None, "model.norm": "sync"}
     for name in ("optim.lr", "optim.adamw_lr") if out.get("optim.name") == "muon" else ("optim.lr",):
         _scale(out, name, batch_rules.lr_factor(scaling, factor))
@@ -203,6 +204,15 @@ def effective_settings(settings: Settings) -> dict[str, object]:
     return out
 
 
+def norm_rule(settings: Settings) -> object:
+    """What model.norm amounts to.
+
+    >>> norm_rule({"batch.ghost_size": 64, "model.norm": None}), norm_rule({"model.norm": "sync"}), norm_rule({})
+    ('ghost', 'sync', 'local')
+    """
+    return settings.get("model.norm") or ("ghost" if settings.get("batch.ghost_size") else "local")
+
+
 def _scale(settings: dict[str, object], name: str, factor: float) -> None:
     value = settings.get(name)
     if isinstance(value, int | float) and factor != 1.0:
@@ -214,19 +224,9 @@ def differing_settings(one: Settings, other: Settings) -> set[str]:
 
     >>> differing_settings({"batch.global_size": 8, "optim.lr": 0.1}, {"batch.global_size": 64, "optim.lr": 0.1})
     set()
-
-    At a batch of one ghost group batch norm is the same as over the whole batch (sync): such an arm differs neither
-    from a larger batch with groups of that size nor from one that is normalised as a whole.
-
-    >>> small = {"batch.global_size": 64, "model.norm": "ghost", "batch.ghost_size": 64}
-    >>> large = {"batch.global_size": 512, "model.norm": "ghost", "batch.ghost_size": 64}
-    >>> whole = {"batch.global_size": 512, "model.norm": "sync", "batch.ghost_size": None}
-    >>> differing_settings(large, small), differing_settings(whole, small), sorted(differing_settings(large, whole))
-    (set(), set(), ['batch.ghost_size', 'model.norm'])
     """
     first, second = effective_settings(one), effective_settings(other)
-    differs = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
-    return differs if any(one.get(name) != other.get(name) for name in NORM) else differs - NORM
+    return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
 
 
 def counterpart_key(settings: Settings, remedy: Collection[str] = ()) -> Hashable:

@@ -12,7 +12,7 @@ from gengap_dist.analysis.claims import judge
 from gengap_dist.analysis.compare import compare
 from gengap_dist.analysis.looks import look_of
 from gengap_dist.analysis.results import Claim, Curve, Run
-from gengap_dist.analysis.rules.intervention import Arms, Route, cost_of, gain_of
+from gengap_dist.analysis.rules.intervention import Arms, Route, cost_of, gain_of, lowering_of, raising_of
 from gengap_dist.analysis.rules.look import Look
 from gengap_dist.runs.metric import MetricDescription
 from gengap_dist.statistics.paired import holm, minimum_detectable_effect, p_value
@@ -577,6 +577,24 @@ def test_a_measure_that_counts_nothing_asks_nothing(value, finding):
     assert ("is not the cause" in judge(runs, "sb").answer) == (value > 0)
 
 
+def test_a_measure_that_an_intervention_moves_counts():
+    """Near-rank loss is 0 without a penalty at both batches, and .4 where it is lowered: then it does not grow."""
+    runs = [run._replace(near_rank_loss=0.4 if run.arm == "sb-lower" else 0.0) for run in study(num_seeds=10)]
+    assert of(runs, "explains").finding == "does not grow"
+
+
+def test_growth_that_cancels_over_seeds_divides_nothing():
+    up_and_down = [
+        run._replace(near_rank_loss=0.5 + 0.1 * (-1) ** run.seed * (run.arm == "lb")) for run in study(num_seeds=10)
+    ]
+    claim = of(up_and_down, "explains")
+    assert claim.finding == "not asked"
+    assert "nan" not in claim.evidence
+    (found,) = judge(up_and_down, "sb").interventions
+    assert all(np.isfinite(each.mean) for each in found.estimates)
+    assert not [each.quantity for each in found.estimates if each.quantity.startswith(("raising", "lowering"))]
+
+
 def test_the_share_of_the_loss_through_the_rank_is_printed():
     claim = of(study(num_seeds=10, share=1.0), "explains")
     assert claim.finding == "explains most"
@@ -650,14 +668,14 @@ def test_the_quantities_of_an_intervention_against_loops_over_seeds():
     for s in range(6):
         gains.append((a["L+"][s] - a["Lp"][s]) - (a["S+"][s] - a["Sq"][s]))
         raisings.append(gains[s] - (sum(fall) / 6) / (sum(growth) / 6) * lost[s] / 2)
-    gain, raising = gain_of(scores, ranks, 0)
-    assert gain == pytest.approx(gains)
-    assert raising == pytest.approx(raisings)
-    cost, lowering = cost_of(scores, ranks)
+    assert gain_of(scores, 0) == pytest.approx(gains)
+    assert raising_of(scores, ranks, 0) == pytest.approx(raisings)
     rise = [r["S-"][s] - r["Sp"][s] for s in range(6)]
     costs = [a["Sp"][s] - a["S-"][s] for s in range(6)]
-    assert cost == pytest.approx(costs)
-    assert lowering == pytest.approx([costs[s] - (sum(rise) / sum(growth)) * lost[s] / 2 for s in range(6)])
+    assert cost_of(scores) == pytest.approx(costs)
+    assert lowering_of(scores, ranks) == pytest.approx(
+        [costs[s] - (sum(rise) / sum(growth)) * lost[s] / 2 for s in range(6)]
+    )
 
 
 # -- anything else ----------------------------------------------------------------------------------------------------

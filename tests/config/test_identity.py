@@ -36,6 +36,7 @@ CONTEXT: Mapping[str, dict[str, Any]] = {  # where another value of a setting is
     "data.streaming": {"data.name": "imagefolder"},
     "data.subset": {"data.num_train": 100},
     "data.vocab_size": {"data.name": "tokens", "data.vocab_size": 9},
+    "model.norm": {"model.norm": "group"},  # null is one of the others: without groups, local
     "model.width": {"model.heads": 1},
     "batch.schedule_unit": {"data.name": "stdlib"},
     "train.tokens": {"data.name": "stdlib"},

@@ -5,6 +5,7 @@ The rule itself is in `intervention.py`.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from gengap_dist.analysis.rules.intervention import (
     fall_of,
     gain_of,
     judge_arms,
+    lowering_of,
+    raising_of,
     rise_of,
 )
 from gengap_dist.analysis.rules.judged import NEAR_RANK_MARGIN, JudgedStudy, Outcomes, share
@@ -148,7 +151,8 @@ def _at_batch(study: JudgedStudy, large: Arm, experiment: _Experiment | str) -> 
         return _not_asked(large, "it does not surely lose", facts, may_lose=may_lose)
     if study.missing((large, base), (lost,)) or study.missing((large, base), (growth,)):
         return _not_asked(large, "not all pairs have a result and near-rank loss of the last hidden layer", facts)
-    if not any(loss for arm in (large, base) for loss in study.near_rank_losses(arm).values()):
+    penalized = [each.arm for each in study.roles.interventions if each.natural.name in (base.name, large.name)]
+    if not any(loss for arm in (large, base, *penalized) for loss in study.near_rank_losses(arm).values()):
         return _not_asked(large, "near-rank loss is 0 in all runs of both batches: its measure counts nothing", facts)
     if look.is_below(array_of(growth), NEAR_RANK_MARGIN):
         p = max(look.p(array_of(lost)), look.p(array_of(growth), NEAR_RANK_MARGIN))
@@ -297,14 +301,14 @@ def _result(study: JudgedStudy, experiment: _Experiment, finding: Finding, reaso
     def of_ranks(quantity: str, values: np.ndarray) -> Estimate:
         return _estimate(quantity, values, study.look)
 
-    grows = bool(ranks.rise.mean())  # else it has no share that another change could be of
+    grows = study.look.is_above(ranks.rise, NEAR_RANK_MARGIN)  # else raising and lowering have nothing to be a share of
     estimates = [of_scores("lost", lambda each: -each.rise), of_ranks("growth", ranks.rise)]
     for at, route in enumerate(scores.routes):
         estimates += [
             of_ranks(f"fall by {route.name}", fall_of(ranks.routes[at])),
-            of_scores(f"gain by {route.name}", lambda each, at=at: gain_of(each, ranks, at)[0]),
+            of_scores(f"gain by {route.name}", lambda each, at=at: gain_of(each, at)),
             *(
-                [of_scores(f"raising by {route.name}", lambda each, at=at: gain_of(each, ranks, at)[1])]
+                [of_scores(f"raising by {route.name}", lambda each, at=at: raising_of(each, ranks, at))]
                 if grows
                 else []
             ),
@@ -312,8 +316,8 @@ def _result(study: JudgedStudy, experiment: _Experiment, finding: Finding, reaso
     lowered = trial.lowered.arm.name
     estimates += [
         of_ranks(f"rise by {lowered}", rise_of(ranks)),
-        of_scores(f"cost of {lowered}", lambda each: cost_of(each, ranks)[0]),
-        *([of_scores(f"lowering by {lowered}", lambda each: cost_of(each, ranks)[1])] if grows else []),
+        of_scores(f"cost of {lowered}", cost_of),
+        *([of_scores(f"lowering by {lowered}", lambda each: lowering_of(each, ranks))] if grows else []),
     ]
     for first, second in combinations(range(len(scores.routes)), 2):
         names = f"{scores.routes[second].name} minus {scores.routes[first].name}"
@@ -378,25 +382,25 @@ def _numbers(study: JudgedStudy, experiment: _Experiment) -> str:
     """What each route gives back, what lowering the rank costs, and the quantities that decide, as sentences."""
     trial, seeds, scores, ranks, images = experiment
     look, lost, growth = study.look, -scores.rise, ranks.rise
-    out = []
+
+    def both(quantity_of: Callable[[Arms], np.ndarray]) -> str:
+        return _on_new_images(study, seeds, quantity_of(scores), quantity_of(images) if images else None)
+
+    out, grows = [], look.is_above(growth, NEAR_RANK_MARGIN)
     for at, (route, arms) in enumerate(zip(scores.routes, trial.routes, strict=True)):
-        gain, raising = gain_of(scores, ranks, at)
-        fall = fall_of(ranks.routes[at])
-        new = gain_of(images, ranks, at)[1] if images else None
+        gain, fall = gain_of(scores, at), fall_of(ranks.routes[at])
         reached = float(ranks.routes[at].large_raised.mean())
         out.append(
             f"Raised by {route.name} ({route.measure}, placebo {arms[2].arm.name}): near-rank loss falls by "
             f"{share(_by(seeds, fall), look)}, to {reached:.3f} (baseline: {ranks.small.mean():.3f}), and "
-            f"{study.described(_by(seeds, gain))} is given back{_share_text(gain, lost, fall, growth, look)}; raising "
-            f"{_on_new_images(study, seeds, raising, new)}."
+            f"{study.described(_by(seeds, gain))} is given back{_share_text(gain, lost, fall, growth, look)}"
+            f"{f'; raising {both(partial(raising_of, near_rank_losses=ranks, at=at))}' if grows else ''}."
         )
-    cost, lowering = cost_of(scores, ranks)
-    new = cost_of(images, ranks)[1] if images else None
-    rise = rise_of(ranks)
+    cost, rise = cost_of(scores), rise_of(ranks)
     out.append(
         f"Lowered by {trial.lowered.arm.name} (placebo {trial.lowered_placebo.arm.name}): near-rank loss rises by "
-        f"{share(_by(seeds, rise), look)}, which costs {study.described(_by(seeds, cost))}; lowering "
-        f"{_on_new_images(study, seeds, lowering, new)}."
+        f"{share(_by(seeds, rise), look)}, which costs {study.described(_by(seeds, cost))}"
+        f"{f'; lowering {both(partial(lowering_of, near_rank_losses=ranks))}' if grows else ''}."
     )
     if trial.lowered_large and (change := study.lost(trial.lowered_large.arm, trial.large)):
         out.append(f"As a check of the sign, {trial.lowered_large.arm.name} costs {study.described(change)}.")

@@ -13,7 +13,6 @@ Raising and lowering above 0: more than half of the loss goes through the rank. 
 are needed, because each may help training by other means.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -97,8 +96,11 @@ def judge_arms(scores: Arms, near_rank_losses: Arms, look: Look) -> Verdict:
         return Verdict("does not grow", max(look.p(lost), look.p(growth, NEAR_RANK_MARGIN)), "")
     if reason := _failed_condition(scores, near_rank_losses, look):
         return Verdict("not asked", 1.0, reason)
-    gains, raisings = zip(*(gain_of(scores, near_rank_losses, at) for at in range(len(scores.routes))), strict=True)
-    cost, lowering = cost_of(scores, near_rank_losses)
+    routes = range(len(scores.routes))
+    gains, raisings = zip(
+        *((gain_of(scores, at), raising_of(scores, near_rank_losses, at)) for at in routes), strict=True
+    )
+    cost, lowering = cost_of(scores), lowering_of(scores, near_rank_losses)
     tests: list[tuple[Finding, list[np.ndarray]]] = [
         ("explains most", [*raisings, lowering]),
         ("explains less than half", [-each for each in (*raisings, lowering)]),
@@ -113,24 +115,27 @@ def judge_arms(scores: Arms, near_rank_losses: Arms, look: Look) -> Verdict:
     return Verdict("undecided", 1.0, "the intervals are too wide to decide")
 
 
-def gain_of(scores: Arms, near_rank_losses: Arms, at: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of route number `at`: gain [n], and raising [n], which is nan if near-rank loss does not grow at all."""
-    route, ranks = scores.routes[at], near_rank_losses.routes[at]
-    lost, growth = -scores.rise, near_rank_losses.rise
-    gain = route.large_raised - route.large_placebo - (route.small_raised - route.small_placebo)
-    return gain, gain - _ratio(fall_of(ranks), growth) * lost / 2
+def gain_of(scores: Arms, at: int) -> np.ndarray:
+    """Of route number `at`: gain [n]."""
+    route = scores.routes[at]
+    return route.large_raised - route.large_placebo - (route.small_raised - route.small_placebo)
 
 
-def cost_of(scores: Arms, near_rank_losses: Arms) -> tuple[np.ndarray, np.ndarray]:
-    """Of lowering the rank: cost [n], and lowering [n], which is nan if near-rank loss does not grow at all."""
-    lost, growth = -scores.rise, near_rank_losses.rise
-    cost = scores.small_placebo - scores.small_lowered
-    return cost, cost - _ratio(rise_of(near_rank_losses), growth) * lost / 2
+def raising_of(scores: Arms, near_rank_losses: Arms, at: int) -> np.ndarray:
+    """Of route number `at`, where near-rank loss grows: raising [n]."""
+    k = fall_of(near_rank_losses.routes[at]).mean() / near_rank_losses.rise.mean()
+    return gain_of(scores, at) - k * -scores.rise / 2
 
 
-def _ratio(change: np.ndarray, growth: np.ndarray) -> float:
-    """Mean change divided by mean growth, of [n] each; nan without growth."""
-    return float(change.mean() / growth.mean()) if growth.mean() else math.nan
+def cost_of(scores: Arms) -> np.ndarray:
+    """Of lowering the rank: cost [n]."""
+    return scores.small_placebo - scores.small_lowered
+
+
+def lowering_of(scores: Arms, near_rank_losses: Arms) -> np.ndarray:
+    """Of lowering the rank, where near-rank loss grows: lowering [n]."""
+    k = rise_of(near_rank_losses).mean() / near_rank_losses.rise.mean()
+    return cost_of(scores) - k * -scores.rise / 2
 
 
 def rise_of(near_rank_losses: Arms) -> np.ndarray:

@@ -97,8 +97,9 @@ def judge_arms(scores: Arms, near_rank_losses: Arms, look: Look) -> Verdict:
     if reason := _failed_condition(scores, near_rank_losses, look):
         return Verdict("not asked", 1.0, reason)
     routes = range(len(scores.routes))
-    gains, raisings = zip(
-        *((gain_of(scores, at), raising_of(scores, near_rank_losses, at)) for at in routes), strict=True
+    gains, raisings = (
+        [gain_of(scores, at) for at in routes],
+        [raising_of(scores, near_rank_losses, at) for at in routes],
     )
     cost, lowering = cost_of(scores), lowering_of(scores, near_rank_losses)
     tests: list[tuple[Finding, list[np.ndarray]]] = [

@@ -24,7 +24,7 @@ from gengap_dist.analysis.study_data import StudyData, read_study
 from gengap_dist.config.measures import SUMMARY
 from gengap_dist.config.metric_key import layer_metric
 
-PAGES = ("gpt_stdlib",)
+PAGES = ("gpt_stdlib", "hoffer_f1_mnist", "lenet5_batch_mnist")
 """Names of studies with a page NAME.md and a slim folder NAME."""
 DRAWN = {"gpt_stdlib": ("b8", "b16", "b32", "b64", "b64-adam-sqrt", "b8-raise")}
 """Arms in the figure, by study; of a study that is not here, all."""

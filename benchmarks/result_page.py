@@ -17,7 +17,7 @@ from decisive import RESULTS, claims, markdown, number, values
 from matplotlib.figure import Figure
 from tables import fill, table
 
-from gengap_dist.analysis.report.plotting import COLOURS, STYLE
+from gengap_dist.analysis.report.plotting import COLOURS, STYLE, plain_tick_labels
 from gengap_dist.analysis.report.tables import arm_tables
 from gengap_dist.analysis.report.text import last_layer
 from gengap_dist.analysis.study_data import StudyData, read_study
@@ -99,6 +99,7 @@ def draw(study: StudyData, path: Path) -> None:
             low, high = axes.dataLim.intervalx
             if high > LONG_FALL * low:
                 axes.set_xscale("log")
+                plain_tick_labels(axes.xaxis)
             axes.invert_xaxis()
             axes.set_xlabel("loss on the probe set (training goes to the right)")
             axes.set_title(f"{name.partition('/')[0].replace('_', ' ')} of {layer}", fontsize=9, loc="left")

@@ -10,6 +10,7 @@ import pytest
 from gengap_dist.analysis.arm_roles import RANK, Arm, roles
 from gengap_dist.analysis.group_runs import gather
 from gengap_dist.config.identity import (
+    counterpart_key,
     declared_effect,
     differences,
     effective_settings,
@@ -250,3 +251,19 @@ def test_a_run_that_lacks_a_setting_of_today_had_its_default(tmp_path):
     assert sorted(len(found.finished_runs(arm)) for arm in found.arms) == [1, 2]
     old, new, other = ({"data": {}}, {"data": {"context": 128}}, {"data": {"context": 7}})
     assert data_key(old) == data_key(new) != data_key(other)
+
+
+def test_batch_norm_is_named_by_its_rule_or_by_its_groups():
+    """Without a rule, groups are ghost groups; without both, batch norm is local."""
+    groups = {"batch.global_size": 512, "batch.ghost_size": 64}
+    assert counterpart_key(groups | {"model.norm": None}) == counterpart_key(groups | {"model.norm": "ghost"})
+    alone = {"batch.global_size": 512, "batch.ghost_size": None}
+    assert counterpart_key(alone | {"model.norm": None}) == counterpart_key(alone | {"model.norm": "local"})
+    assert counterpart_key(alone | {"model.norm": None}) != counterpart_key(alone | {"model.norm": "sync"})
+
+
+@pytest.mark.parametrize(("schedule", "is_whole"), [([], True), ([[1, 512]], False)])
+def test_one_ghost_group_is_the_whole_batch_unless_the_batch_grows(schedule, is_whole):
+    batch = {"batch.global_size": 64, "batch.schedule": schedule}
+    one_group = counterpart_key(batch | {"model.norm": "ghost", "batch.ghost_size": 64})
+    assert (one_group == counterpart_key(batch | {"model.norm": "sync", "batch.ghost_size": None})) == is_whole

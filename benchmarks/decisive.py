@@ -50,7 +50,7 @@ NETWORKS = {
     "resnet20": Network(
         tuple(f"stage3.{block}.act/pool" for block in range(3)),
         ("stage3.2.conv1.affine", "stage3.2.conv2.affine", "head"),
-        100,
+        step=100,
     ),
 }
 
@@ -206,7 +206,7 @@ def rank_measure(study: StudyData) -> Callable[[RunData], float]:
     layer = layers(study)[-1]
     if is_at_floor(study):
         return partial(lost_rank, layer=layer)
-    return partial(last, name=f"near_rank_loss/{layer}/centred/rel_1e-2")
+    return partial(last, name=primary(layer))
 
 
 def rank_label(study: StudyData) -> str:
@@ -234,13 +234,22 @@ def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     out = []
     weakest: dict[str, str] = {}  # dose of each kind
     for arm in arms:
-        others = [max((other for other in arms if arm.startswith(f"{other}-")), key=len, default="")]
+        others = [changed_arm(arm, arms)]
         others += [arm.replace("lb", "sb", 1)] if arm.startswith("lb") else []
         kind, _, dose = arm.rpartition("-")
         others += [f"{kind}-placebo"] if dose in ("raise", "spread", "lower") else []
         others += [weakest.setdefault(kind, arm)] if dose[:1].isdigit() and kind not in arms else []
         out += [(arm, other) for other in others if other in arms and other != arm]
     return out
+
+
+def changed_arm(arm: str, arms: Sequence[str]) -> str:
+    """The longest name of another arm that this one continues by - or +; empty if there is none.
+
+    >>> changed_arm("lb+lr-raise", ["lb", "lb+lr", "lb+lr-raise"]), changed_arm("lb", ["lb", "l"])
+    ('lb+lr', '')
+    """
+    return max((other for other in arms if arm.startswith((f"{other}-", f"{other}+"))), key=len, default="")
 
 
 def second_look(study: StudyData, result: InterventionResult) -> str:
@@ -302,7 +311,7 @@ def measures(study: StudyData) -> str:
         return trained - untrained
 
     known: dict[str, Callable[[RunData], float | None]] = {
-        "centred, < .01 s1 (primary)": lambda run: last(run, f"near_rank_loss/{layer}/centred/rel_1e-2"),
+        "centred, < .01 s1 (primary)": lambda run: last(run, primary(layer)),
         "raw, < .01 s1": lambda run: last(run, f"near_rank_loss/{layer}/rel_1e-2"),
         "centred, < .001 s1": lambda run: last(run, f"near_rank_loss/{layer}/centred/rel_1e-3"),
         "all layers pooled": lambda run: pooled_near_rank_loss(run.first_and_last_probe()[1], run.num_units),
@@ -333,9 +342,14 @@ def measures(study: StudyData) -> str:
     )
 
 
+def primary(layer: str) -> str:
+    """The measure of the claims in a layer."""
+    return f"near_rank_loss/{layer}/centred/rel_1e-2"
+
+
 def is_at_floor(study: StudyData) -> bool:
     """Whether the measure of the claims is 0 in every trained network."""
-    name = f"near_rank_loss/{layers(study)[-1]}/centred/rel_1e-2"
+    name = primary(layers(study)[-1])
     return not any(last(run, name) for arm in study.arms for run in study.finished_runs(arm))
 
 
@@ -445,8 +459,9 @@ def draw(study: StudyData, path: Path) -> None:
         labels = [(by_rank, *_draw_arms(study, by_rank, rank_measure(study)))]
         by_rank.set_xlabel(f"{rank_label(study)} of {layer}, centred")
         by_rank.set_ylabel("test accuracy, %")
-        smallest = study.finished_runs("sb")[0].global_size
-        by_rank.set_title(f"Arms: means and two standard errors; blue: batch {smallest}", fontsize=9, loc="left")
+        by_rank.set_title(
+            f"Arms: means and two standard errors; blue: batch {small_batch(study)}", fontsize=9, loc="left"
+        )
         if study.comparison.interventions:
             _draw_contrasts(study.comparison.interventions[0], second)
         else:
@@ -464,14 +479,13 @@ def draw(study: StudyData, path: Path) -> None:
 def _draw_arms(study: StudyData, axes: Any, measure: Callable[[RunData], float]) -> tuple[list[Any], list[Any]]:
     """Draw; returns the arguments of `label_points`: the means with the names of the arms, and what else is drawn."""
     points, drawn = [], []
-    smallest = study.finished_runs("sb")[0].global_size
     for arm in study.arms:
         runs = study.finished_runs(arm)
         if len(runs) < 2:
             continue
         x = np.array([measure(run) for run in runs])
         y = np.array([100 * run.info["result"]["test/accuracy"] for run in runs])
-        color = WARM if runs[0].global_size > smallest else ACCENT
+        color = WARM if runs[0].global_size > small_batch(study) else ACCENT
         bar = {"color": color, "markersize": 6, "linewidth": 1, "alpha": 0.9, "fmt": marker_of(arm)}
         bar |= {"mfc": PAPER, "mew": 1.4} if bar["fmt"] == "o" and "placebo" in arm else {}
         n = len(runs) ** 0.5
@@ -483,6 +497,11 @@ def _draw_arms(study: StudyData, axes: Any, measure: Callable[[RunData], float])
         drawn += [(float(x.mean() + at * width), float(y.mean())) for at in along]
     axes.margins(0.1)
     return points, drawn
+
+
+def small_batch(study: StudyData) -> int:
+    """Global batch of `sb`."""
+    return study.finished_runs("sb")[0].global_size
 
 
 def marker_of(arm: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from decisive import RESULTS, claims, markdown, number, values
+from decisive import RESULTS, changed_arm, claims, markdown, number, values
 from matplotlib.figure import Figure
 from tables import fill, table
 
@@ -78,7 +78,7 @@ def pairs(arms: Sequence[str], baseline: str) -> list[tuple[str, str]]:
     """
     out = []
     for arm in arms:
-        changed = max((other for other in arms if arm.startswith((f"{other}-", f"{other}+"))), key=len, default="")
+        changed = changed_arm(arm, arms)
         others = [changed or baseline]
         others += [f"{changed}-placebo"] if arm.rpartition("-")[2] in ("raise", "lower") else []
         out += [(arm, other) for other in others if other in arms and other != arm]

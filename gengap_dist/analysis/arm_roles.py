@@ -11,15 +11,8 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from typing import Any, Literal, NamedTuple
 
 from gengap_dist.analysis.results import Run
-from gengap_dist.config.identity import (
-    LENGTHS,
-    Settings,
-    counterpart_key,
-    differing_settings,
-    effective_settings,
-    norm_rule,
-)
-from gengap_dist.config.sections import OptimConfig
+from gengap_dist.config.identity import LENGTHS, Settings, counterpart_key, differing_settings, effective_settings
+from gengap_dist.config.sections import OptimConfig, norm_rule
 
 SAME = 0.02  # epochs and updates that differ by less count as equal: the last step of an epoch may be smaller
 
@@ -156,8 +149,14 @@ def _differs_from_baseline(settings: Settings, of_base: Settings) -> set[str]:
     >>> sorted(_differs_from_baseline(groups | {"batch.ghost_size": 32}, small))
     ['batch.ghost_size', 'model.norm']
     """
-    rule, of_base_rule = ((norm_rule(each), each.get("batch.ghost_size")) for each in (settings, of_base))
-    return differing_settings(settings, of_base) - (NORM if rule == of_base_rule else set())
+    same = _batch_norm(settings) == _batch_norm(of_base)
+    return differing_settings(settings, of_base) - (NORM if same else set())
+
+
+def _batch_norm(settings: Settings) -> tuple[str, object]:
+    """Its rule and the size of its ghost groups."""
+    ghost_size = settings.get("batch.ghost_size")
+    return norm_rule(settings.get("model.norm"), ghost_size), ghost_size
 
 
 def _kind(settings: Mapping[str, object]) -> Literal["raise", "lower", "placebo"]:

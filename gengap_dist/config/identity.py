@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from gengap_dist.config import batch_rules
 from gengap_dist.config.loading import flat, renamed
-from gengap_dist.config.sections import DEFAULT_EPS, Affects, Effect, RunConfig, Section
+from gengap_dist.config.sections import DEFAULT_EPS, Affects, Effect, RunConfig, Section, norm_rule
 
 Settings = Mapping[str, object]
 """Settings of a run, by dotted name."""
@@ -185,7 +185,7 @@ def effective_settings(settings: Settings) -> dict[str, object]:
         rules = scaling, beta2_scaling, weight_decay_scaling
         out |= {name: rule for name, rule in zip(NO_RULES, rules, strict=False) if rule != "none"}
     if "model.norm" in out:
-        out["model.norm"] = norm_rule(settings)
+        out["model.norm"] = norm_rule(out["model.norm"], out.get("batch.ghost_size"))
     if size is not None and out.get("batch.ghost_size") == size and not out.get("batch.schedule"):
         out |= {"batch.ghost_size": None, "model.norm": "sync"}
     for name in ("optim.lr", "optim.adamw_lr") if out.get("optim.name") == "muon" else ("optim.lr",):
@@ -202,15 +202,6 @@ def effective_settings(settings: Settings) -> dict[str, object]:
     _scale(out, "optim.warmup_epochs", factor if scaling == "legw" or length_unit == "updates" else 1.0)
     _scale(out, "train.epochs", factor if length_unit == "updates" else 1.0)
     return out
-
-
-def norm_rule(settings: Settings) -> object:
-    """What model.norm amounts to.
-
-    >>> norm_rule({"batch.ghost_size": 64, "model.norm": None}), norm_rule({"model.norm": "sync"}), norm_rule({})
-    ('ghost', 'sync', 'local')
-    """
-    return settings.get("model.norm") or ("ghost" if settings.get("batch.ghost_size") else "local")
 
 
 def _scale(settings: dict[str, object], name: str, factor: float) -> None:

@@ -334,6 +334,15 @@ def _known_power(power: float) -> float:
     return power
 
 
+def norm_rule(norm: object, ghost_size: object) -> str:
+    """What `model.norm` amounts to: null is ghost with ghost groups, else local.
+
+    >>> norm_rule(None, 64), norm_rule(None, None), norm_rule("sync", None)
+    ('ghost', 'local', 'sync')
+    """
+    return str(norm or ("ghost" if ghost_size else "local"))
+
+
 class BatchConfig(Section, affects="result"):
     """The global batch, and its split into micro-batches."""
 
@@ -911,7 +920,7 @@ class RunConfig(Section, affects="result"):
         >>> RunConfig().norm, RunConfig(batch=BatchConfig(ghost_size=32)).norm
         ('local', 'ghost')
         """
-        return self.model.norm or ("ghost" if self.batch.ghost_size else "local")
+        return norm_rule(self.model.norm, self.batch.ghost_size)
 
     @property
     def scaled_optim(self) -> OptimConfig:

@@ -31,6 +31,7 @@ from gengap_dist.analysis.rules.intervention import (
     lowering_of,
     raising_of,
     rise_of,
+    surely_grows,
 )
 from gengap_dist.analysis.rules.judged import NEAR_RANK_MARGIN, JudgedStudy, Outcomes, share
 from gengap_dist.analysis.rules.look import Look, array_of
@@ -301,7 +302,7 @@ def _result(study: JudgedStudy, experiment: _Experiment, finding: Finding, reaso
     def of_ranks(quantity: str, values: np.ndarray) -> Estimate:
         return _estimate(quantity, values, study.look)
 
-    grows = study.look.is_above(ranks.rise, NEAR_RANK_MARGIN)  # else raising and lowering have nothing to be a share of
+    grows = surely_grows(ranks.rise, study.look)
     estimates = [of_scores("lost", lambda each: -each.rise), of_ranks("growth", ranks.rise)]
     for at, route in enumerate(scores.routes):
         estimates += [
@@ -386,7 +387,7 @@ def _numbers(study: JudgedStudy, experiment: _Experiment) -> str:
     def both(quantity_of: Callable[[Arms], np.ndarray]) -> str:
         return _on_new_images(study, seeds, quantity_of(scores), quantity_of(images) if images else None)
 
-    out, grows = [], look.is_above(growth, NEAR_RANK_MARGIN)
+    out, grows = [], surely_grows(growth, look)
     for at, (route, arms) in enumerate(zip(scores.routes, trial.routes, strict=True)):
         gain, fall = gain_of(scores, at), fall_of(ranks.routes[at])
         reached = float(ranks.routes[at].large_raised.mean())
@@ -432,7 +433,7 @@ def _correctness(study: JudgedStudy, trial: _Trial, seeds: Sequence[int]) -> Arm
 
 def _share_text(gain: np.ndarray, lost: np.ndarray, fall: np.ndarray, growth: np.ndarray, look: Look) -> str:
     """The share of the loss that goes through the rank, where near-rank loss surely grows and falls."""
-    if not (look.is_above(growth, NEAR_RANK_MARGIN) and look.is_above(fall - HALF * growth)):
+    if not (surely_grows(growth, look) and look.is_above(fall - HALF * growth)):
         return ""
     k = float(fall.mean() / growth.mean())
     intervals = share_interval(gain, lost, k, look.critical(len(gain)))

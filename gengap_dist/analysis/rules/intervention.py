@@ -139,6 +139,11 @@ def lowering_of(scores: Arms, near_rank_losses: Arms) -> np.ndarray:
     return cost_of(scores) - k * -scores.rise / 2
 
 
+def surely_grows(growth: np.ndarray, look: Look) -> bool:
+    """Whether near-rank loss [n] surely grows by more than the margin: else nothing is a share of its growth."""
+    return look.is_above(growth, NEAR_RANK_MARGIN)
+
+
 def rise_of(near_rank_losses: Arms) -> np.ndarray:
     """What lowering the rank adds to near-rank loss at the small batch: [n]."""
     return near_rank_losses.small_lowered - near_rank_losses.small_placebo

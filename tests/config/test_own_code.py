@@ -110,7 +110,9 @@ def test_ranks_have_modules_of_python_the_environment_of_the_command_and_process
 def test_the_console_script_finds_a_network_here_on_two_ranks_and_executes_nothing_else(folder):
     (folder / "random.py").write_text("open('executed', 'w')\n")
     (folder / "my_net.py").write_text(
-        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))\n"
     )
     settings = {"model.name": "my_net:make", "data.image_size": 8, "train.steps": 2, "launch.num_processes": 2}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
